@@ -1,0 +1,186 @@
+"""What flows between stages: TorchModel until export, OnnxModel after it, Verdict at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.data.preprocessing import Preprocessing
+from compress.recipe import Recipe
+
+if TYPE_CHECKING:  # the planner and the reports handle these types without importing torch
+    from torch import nn
+
+Status = Literal["pass", "fail", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output.
+
+    Attributes:
+        name: As in the ONNX file.
+        shape: Sizes; "batch" stands for the open batch axis.
+        dtype: numpy name, such as "float32".
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Inputs and outputs of a network."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Signature:
+        """Rebuild from `dataclasses.asdict` values that went through JSON."""
+
+        def specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
+
+        return cls(specs(values["inputs"]), specs(values["outputs"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The measured size, quality and speed of one network.
+
+    Attributes:
+        macs: Multiply-accumulates of conv and linear layers at batch 1.
+        params: Trainable scalars.
+        size_bytes: All files of the ONNX model.
+        quality: Metric name -> value in [0, 1], such as {"top1": 0.9173}; measured on the ONNX file.
+        latency_ms: {"p50": ..., "p95": ...} in the runtime that ships the model.
+    """
+
+    macs: int
+    params: int
+    size_bytes: int
+    quality: dict[str, float]
+    latency_ms: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, in the layout of `report.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FactorySpec:
+    """How the untouched network is built.
+
+    Attributes:
+        kind: "factory" or "torchvision".
+        reference: "pkg.module:callable", "/absolute/file.py:callable", or a torchvision name.
+        kwargs: Keyword arguments of the callable.
+    """
+
+    kind: Literal["factory", "torchvision"]
+    reference: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The untouched network, measured once by `load`.
+
+    Attributes:
+        figures: Its size, quality and speed.
+        onnx_path: Its export.
+        weights_path: Its weights (safetensors), for distillation.
+    """
+
+    figures: Figures
+    onnx_path: Path
+    weights_path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A network between stages: eval mode, CPU, contiguous weights.
+
+    Attributes:
+        module: The network.
+        factory: How the untouched one is built.
+        recipe: The edits made so far; replaying them on a fresh original gives this structure.
+        signature: Inputs and outputs.
+        preprocessing: What happens to an image first.
+        classes: Class names, or ().
+        baseline: The untouched network's figures and files.
+    """
+
+    module: nn.Module
+    factory: FactorySpec
+    recipe: Recipe
+    signature: Signature
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    baseline: Baseline
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """An exported network.
+
+    Attributes:
+        path: The .onnx file; external data lies beside it.
+        opset: Version of the default operator set.
+        signature: Inputs and outputs.
+        reference: The torch network that the file must equal.
+    """
+
+    path: Path
+    opset: int
+    signature: Signature
+    reference: TorchModel
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One thing that was checked.
+
+    Attributes:
+        name: Such as "parity" or "min_speedup".
+        status: "pass", "fail" or "skipped".
+        value: What was measured; None when nothing could be.
+        limit: What it was held to; None for an observation.
+        unit: Of value and limit: "ms", "x", "share", "bytes", "".
+        detail: One sentence.
+    """
+
+    name: str
+    status: Status
+    value: float | None
+    limit: float | None
+    unit: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of a verification.
+
+    Attributes:
+        checks: Everything that was checked.
+        required: Names of checks that must not be skipped.
+        slim: Figures of the file.
+        baseline: Figures of the untouched network, measured in the same run where that matters (latency).
+        details: Plain values for the report (latency samples, parity quantiles, environment).
+    """
+
+    checks: tuple[CheckResult, ...]
+    required: tuple[str, ...]
+    slim: Figures | None
+    baseline: Figures | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether at least one check was made, none failed, and every required one was made."""
+        made = {check.name for check in self.checks if check.status != "skipped"}
+        return bool(made) and all(c.status != "fail" for c in self.checks) and made.issuperset(self.required)

@@ -1,0 +1,68 @@
+"""Which built-in criteria, stages, runtimes and data set kinds are there? Names only; nothing heavy is imported."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from compress.registry import Registry
+
+NOTHING, TORCH_MODEL, ONNX_MODEL, VERDICT = "nothing", "TorchModel", "OnnxModel", "Verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class StageEntry:
+    """What the planner must know of a stage before it is imported.
+
+    Attributes:
+        name: As in the pipeline file.
+        place: "module:Class" of the implementation.
+        version: Raised when the stage's results change for the same input; part of the cache key.
+        consumes: Kind of artifact it needs.
+        produces: Kind of artifact it yields.
+        uses_data: Whether its result depends on the images.
+        summary: One line for `compress list`.
+    """
+
+    name: str
+    place: str
+    version: int
+    consumes: str
+    produces: str
+    uses_data: bool
+    summary: str
+
+
+STAGES: dict[str, StageEntry] = {
+    entry.name: entry
+    for entry in (
+        StageEntry("load", "compress.stages.load:LoadStage", 1, NOTHING, TORCH_MODEL, True,
+                   "build the network, load its weights, measure the baseline"),
+        StageEntry("prune", "compress.stages.prune:PruneStage", 1, TORCH_MODEL, TORCH_MODEL, True,
+                   "remove channels and residual blocks down to a budget"),
+        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 1, TORCH_MODEL, TORCH_MODEL, True,
+                   "replace kernels by products of smaller ones"),
+        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 1, TORCH_MODEL, TORCH_MODEL, True,
+                   "train the slim network, best epoch chosen on validation"),
+        StageEntry("export", "compress.stages.export:ExportStage", 1, TORCH_MODEL, ONNX_MODEL, True,
+                   "write and check the ONNX file"),
+        StageEntry("verify", "compress.stages.verify:VerifyStage", 1, ONNX_MODEL, VERDICT, True,
+                   "measure the file in its runtime and hold it to the gates"),
+    )
+}  # fmt: skip
+
+SOURCES: dict[str, str] = {
+    "arrays": ".npz or .npy arrays: uint8 (N, H, W, C) images, integer labels",
+    "folder": "one sub-folder of image files for each class",
+    "idx": "a pair of IDX files (the MNIST format), plain or .gz",
+    "torchvision": "any torchvision classification data set by its class name",
+}
+
+CRITERIA: Registry[Any] = Registry("criterion")
+CRITERIA.declare("l1", "compress.pruning.criteria.magnitude:L1")
+CRITERIA.declare("l2", "compress.pruning.criteria.magnitude:L2")
+CRITERIA.declare("bn_scale", "compress.pruning.criteria.bn_scale:BnScale")
+CRITERIA.declare("taylor", "compress.pruning.criteria.taylor:Taylor")
+CRITERIA.declare("random", "compress.pruning.criteria.random:Random")
+
+RUNTIMES: Registry[Any] = Registry("runtime")
+RUNTIMES.declare("onnxruntime", "compress.verification.runtimes.onnxruntime:OnnxRuntime")
+RUNTIMES.declare("torch_eager", "compress.verification.runtimes.torch_eager:TorchEager")

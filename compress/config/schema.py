@@ -1,0 +1,314 @@
+"""What may a pipeline file say? Strict, frozen, closed pydantic models; no torch.
+
+Ratios are in (0, 1] and always relative to the untouched network (the baseline). Paths are relative to the pipeline
+file unless they are absolute.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from compress.catalog import CRITERIA, RUNTIMES, SOURCES
+from compress.registry import Registry
+
+
+class Section(BaseModel):
+    """Base of every part of a pipeline file."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def _registered(registry: Registry[Any]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in registry:
+            raise ValueError(f"must be one of {', '.join(registry)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
+Size = Annotated[tuple[int, int], BeforeValidator(_to_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
+KeptRatio = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ArraysSource(Section):
+    """Image arrays: uint8 (N, H, W, C) and integer labels."""
+
+    arrays: str = Field(description="path of the .npz, or of the .npy with the images")
+    labels: str | None = Field(None, description="path of the .npy with the labels; not needed for .npz")
+    image_key: str = Field("x", description="name of the image array in an .npz")
+    label_key: str = Field("y", description="name of the label array in an .npz")
+
+
+class IdxSource(Section):
+    """A pair of IDX files."""
+
+    idx: str = Field(description="path of the image file, plain or .gz")
+    labels: str = Field(description="path of the label file, plain or .gz")
+
+
+class FolderSource(Section):
+    """One sub-folder of image files for each class."""
+
+    folder: str = Field(description="path of the folder")
+
+
+class TorchvisionSource(Section):
+    """Any torchvision classification data set."""
+
+    torchvision: str = Field(description="class name in torchvision.datasets, such as CIFAR10")
+    root: str = Field("data", description="folder that torchvision reads from and downloads to")
+    download: bool = Field(False, description="whether torchvision may fetch missing files")
+    train: bool | None = Field(None, description="which half; by default data.train reads the training half")
+
+
+def _source_kind(value: object) -> str | None:
+    if isinstance(value, dict):
+        kinds = [kind for kind in SOURCES if kind in value]
+    else:
+        kinds = [kind for kind in SOURCES if hasattr(value, kind)]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+Source = Annotated[
+    Annotated[ArraysSource, Tag("arrays")]
+    | Annotated[IdxSource, Tag("idx")]
+    | Annotated[FolderSource, Tag("folder")]
+    | Annotated[TorchvisionSource, Tag("torchvision")],
+    Discriminator(
+        _source_kind,
+        custom_error_type="source_kind",
+        custom_error_message="must hold exactly one of the keys arrays, folder, idx, torchvision",
+    ),
+]
+
+
+class PreprocessingConfig(Section):
+    """What happens to an image before the network sees it: resize, crop, scale, mean, std, layout."""
+
+    mean: Floats = Field((0.0,), description="per channel, subtracted after scaling")
+    std: Floats = Field((1.0,), description="per channel, divided by after subtracting")
+    scale: float = Field(1 / 255, gt=0, description="multiplies the uint8 value first")
+    resize: Count | None = Field(None, description="shorter side in pixels before the crop")
+    crop: Size | None = Field(None, description="[height, width] of the centre crop")
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    channels: Literal["RGB", "BGR", "L"] = "RGB"
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> "PreprocessingConfig":
+        wanted = 1 if self.channels == "L" else 3
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, wanted):
+                raise ValueError(f"{name} must have 1 or {wanted} values for channels {self.channels}")
+        if any(value <= 0 for value in self.std):
+            raise ValueError("std must be above 0")
+        return self
+
+
+class DataConfig(Section):
+    """Where the images are and how they are split. Calibration and validation are taken out of `train`."""
+
+    train: Source
+    evaluation: Source
+    calibration: Count = Field(1000, description="images for scores and batch-norm statistics")
+    validation: Count = Field(2000, description="images that choose the best epoch")
+    split_seed: int = Field(0, ge=0, description="decides which training images go where")
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    array_folder: str | None = Field(
+        None, description="folder with train.npz and test.npz (x, y) to read instead of train and evaluation"
+    )
+    array_folder_env: str | None = Field(
+        None, description="environment variable that may name such a folder; array_folder goes before it"
+    )
+
+
+class FactoryModel(Section):
+    """A callable that builds the network."""
+
+    factory: str = Field(
+        pattern=r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$",
+        description='"pkg.module:callable" or "path/to/file.py:callable"',
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the callable")
+
+
+class TorchvisionModel(Section):
+    """A network of torchvision.models by its name."""
+
+    torchvision: str = Field(description="such as resnet18")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, such as num_classes")
+
+
+def _model_kind(value: object) -> str | None:
+    has = value.__contains__ if isinstance(value, dict) else lambda key: hasattr(value, key)
+    kinds = [kind for kind in ("factory", "torchvision") if has(kind)]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+Model = Annotated[
+    Annotated[FactoryModel, Tag("factory")] | Annotated[TorchvisionModel, Tag("torchvision")],
+    Discriminator(
+        _model_kind,
+        custom_error_type="model_kind",
+        custom_error_message="must hold exactly one of the keys factory, torchvision",
+    ),
+]
+
+
+class LoadConfig(Section):
+    """Build the network, load its weights strictly, measure the baseline."""
+
+    stage: Literal["load"]
+    model: Model
+    weights: str = Field(description="safetensors, or a torch checkpoint that weights_only=True can read")
+
+
+class TargetConfig(Section):
+    """What must not be exceeded, as the share kept of the baseline. Exactly one."""
+
+    macs: KeptRatio | None = Field(None, description="kept share of the baseline's MACs")
+    params: KeptRatio | None = Field(None, description="kept share of the baseline's params")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "TargetConfig":
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("must hold exactly one of macs, params")
+        return self
+
+
+class PruneConfig(Section):
+    """Remove channels, and residual blocks, down to a budget; then re-estimate batch-norm statistics."""
+
+    stage: Literal["prune"]
+    target: TargetConfig
+    criterion: Annotated[str, _registered(CRITERIA)] = Field("taylor", description="how channels are scored")
+    allocation: Literal["global", "uniform"] = Field(
+        "global", description="one ranking over all groups, or the same removed share in each"
+    )
+    multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
+    min_width: Count = Field(1, description="channels that every group keeps at least")
+    max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="cap of each group")
+    blocks: int = Field(0, ge=0, description="residual blocks to remove first, least damage first")
+    exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
+    score_images: Count = Field(512, description="calibration images that criteria look at")
+    repair: Literal["none", "batch_norm", "least_squares"] = Field(
+        "batch_norm",
+        description="after the cut: nothing, batch-norm statistics again, or also a least-squares refit of the readers",
+    )
+
+
+class LowRankConfig(Section):
+    """Replace kernels by products of smaller ones (NC, VH, Tucker-2, SVD), where that is cheaper."""
+
+    stage: Literal["low_rank"]
+    relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="shared bound of the relative kernel error of every layer"
+    )
+    target: TargetConfig | None = Field(None, description="budget that decides the shared relative error")
+    schemes: Annotated[tuple[Literal["nc", "vh", "tucker2", "svd"], ...], BeforeValidator(_to_tuple)] = Field(
+        ("nc", "vh", "tucker2", "svd"), min_length=1, description="schemes to choose from, cheapest wins"
+    )
+    multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")
+    exclude: Names = Field((), description="layers that stay dense; * matches any text")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "LowRankConfig":
+        if (self.relative_error is None) == (self.target is None):
+            raise ValueError("must hold exactly one of relative_error, target")
+        return self
+
+
+class AugmentationConfig(Section):
+    """What is varied while training."""
+
+    crop_padding: int = Field(0, ge=0, description="pixels of padding before a random crop back to the size")
+    flip: bool = Field(False, description="mirror half of the images left to right")
+
+
+class DistillationConfig(Section):
+    """Learning from the outputs of the untouched network."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="share of the loss")
+    temperature: float = Field(4.0, gt=0, description="divides the logits")
+
+
+class FinetuneConfig(Section):
+    """Train the slim network: SGD with Nesterov momentum, linear warm-up, cosine to zero."""
+
+    stage: Literal["finetune"]
+    epochs: float | None = Field(None, gt=0, description="passes over the training split")
+    steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
+    batch_size: Count = 128
+    learning_rate: float = Field(0.02, gt=0, description="peak of the schedule")
+    momentum: Share = 0.9
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_ratio: Share = Field(0.05, description="share of the steps with a rising rate")
+    label_smoothing: Share = 0.0
+    augmentation: AugmentationConfig = AugmentationConfig()
+    distillation: DistillationConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "FinetuneConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("must hold exactly one of epochs, steps")
+        return self
+
+
+class ExportConfig(Section):
+    """Write and check the ONNX file."""
+
+    stage: Literal["export"]
+    opset: int = Field(18, ge=18, le=23, description="version of the default ONNX operator set")
+    dynamic_batch: bool = Field(True, description="whether the batch axis stays open")
+    simplify: bool = Field(True, description="run onnxslim; parity is checked again after it")
+    external_data: bool = Field(False, description="weights in a second file; forced above 1.8 GB")
+
+
+class GatesConfig(Section):
+    """Limits that the file must keep; each one given is checked."""
+
+    max_drop: dict[Literal["top1"], float] | None = Field(None, description="largest loss of quality, as a share")
+    min_speedup: float | None = Field(None, gt=0, description="baseline latency / slim latency, medians")
+    max_latency_ms: float | None = Field(None, gt=0, description="median latency")
+    max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")
+    parity: float = Field(1e-3, gt=0, description="largest absolute difference to torch on real samples")
+
+
+class VerifyConfig(Section):
+    """Measure the file in the runtime that ships it."""
+
+    stage: Literal["verify"]
+    runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
+    provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
+    threads: Count = Field(1, description="intra-op threads of the latency measurement")
+    batch_size: Count = Field(1, description="images a call in the latency measurement")
+    warmup: Count = Field(10, description="calls before the measurement")
+    repeats: Count = Field(100, description="timed calls of each model, interleaved")
+    parity_samples: int = Field(64, ge=1, description="real images compared with torch")
+    gates: GatesConfig = GatesConfig()
+
+
+StageConfig = Annotated[
+    LoadConfig | PruneConfig | LowRankConfig | FinetuneConfig | ExportConfig | VerifyConfig,
+    Field(discriminator="stage"),
+]
+
+
+class PipelineConfig(Section):
+    """A whole pipeline file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder")
+    seed: int = Field(0, ge=0, description="decides everything random")
+    threads: Count | None = Field(None, description="torch threads; all cores by default")
+    plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
+    data: DataConfig
+    stages: Annotated[tuple[StageConfig, ...], BeforeValidator(_to_tuple)] = Field(min_length=1)

@@ -1,0 +1,143 @@
+"""How are images turned into batches of tensors?
+
+uint8 images stay uint8 until they are a batch; shuffling, cropping, flipping and normalising then run on the whole
+batch at once. Order and augmentation of an epoch depend on (seed, epoch) alone, so a resumed run sees the same
+batches as an undisturbed one.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ImageSource
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a source, with the preprocessing the network needs.
+
+    Attributes:
+        name: "train", "calibration", "validation" or "evaluation".
+        source: Where the images are.
+        indices: Which of them belong here.
+        preprocessing: What the network needs.
+    """
+
+    name: str
+    source: ImageSource
+    indices: np.ndarray
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 class indices."""
+        return self.source.labels[self.indices]
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """Return uint8 (n, H, W, C) images by their positions in this split."""
+        return self.source.read(self.indices[positions])
+
+    def first(self, count: int) -> "Split":
+        """Return a split of `count` images spread evenly over this one (all of it when it has fewer)."""
+        if count >= len(self):
+            return self
+        chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
+        return Split(self.name, self.source, self.indices[chosen], self.preprocessing)
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """Standard augmentation for classification.
+
+    Attributes:
+        crop_padding: Pixels of zero padding on each side before a random crop back to the size; 0 is off.
+        flip: Whether half of the images are mirrored left to right.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+
+
+def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+    """Yield (float32 network input, int64 labels) in order, every image once; the last batch may be smaller."""
+    starts = range(0, len(split), batch_size)
+    positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
+    for chosen, images in _read_ahead(split, positions):
+        yield _to_input(split, torch.from_numpy(images)), torch.from_numpy(split.labels[chosen])
+
+
+def training_batches(
+    split: Split, batch_size: int, augmentation: Augmentation, seed: int, epoch: int
+) -> Iterator[Batch]:
+    """Yield one epoch of shuffled, augmented batches of equal size; a remainder smaller than a batch is left out.
+
+    Args:
+        split: At least one image; a split smaller than a batch gives one batch of all of it.
+        batch_size: Images a batch.
+        augmentation: What is varied.
+        seed: Together with `epoch` decides order and augmentation.
+        epoch: Counted from 0.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(split), generator=generator).numpy()
+    labels = split.labels
+    positions = (order[i * batch_size : (i + 1) * batch_size] for i in range(batches_per_epoch(split, batch_size)))
+    for chosen, images in _read_ahead(split, positions):
+        augmented = augment(torch.from_numpy(images), augmentation, generator)
+        yield _to_input(split, augmented), torch.from_numpy(labels[chosen])
+
+
+def batches_per_epoch(split: Split, batch_size: int) -> int:
+    """Return how many batches `training_batches` yields."""
+    return max(1, len(split) // batch_size)
+
+
+def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Vary a batch of uint8 (N, H, W, C) images; the shape stays."""
+    count, height, width, _ = images.shape
+    if augmentation.crop_padding:
+        pad = augmentation.crop_padding
+        padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+        top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+        left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+        rows = (top + torch.arange(height))[:, :, None]
+        columns = (left + torch.arange(width))[:, None, :]
+        images = padded[torch.arange(count)[:, None, None], rows, columns]
+    if augmentation.flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    return images
+
+
+def _read_ahead(split: Split, positions: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read the next batch in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = None
+        for chosen in positions:
+            following = (chosen, reader.submit(split.read, chosen))
+            if pending is not None:
+                yield pending[0], pending[1].result()
+            pending = following
+        if pending is not None:
+            yield pending[0], pending[1].result()
+
+
+def _to_input(split: Split, images: Tensor) -> Tensor:
+    """Normalise (N, H, W, C) uint8 to the network's float32 input; NCHW comes out in channels-last memory."""
+    wanted = split.preprocessing
+    if wanted.channels == "BGR":
+        images = images.flip(-1)
+    x = images.to(torch.float32) * wanted.scale
+    x = (x - torch.tensor(wanted.mean)) / torch.tensor(wanted.std)
+    return x.permute(0, 3, 1, 2) if wanted.layout == "NCHW" else x

@@ -1,0 +1,94 @@
+"""How do the `data:` lines of a pipeline file become the four splits?"""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from compress.config.schema import (
+    ArraysSource,
+    DataConfig,
+    FolderSource,
+    IdxSource,
+    Source,
+    TorchvisionSource,
+)
+from compress.data.batches import Split
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ImageSource, read_arrays, read_folder, read_idx, read_torchvision
+from compress.data.splits import carve
+from compress.errors import DataError
+
+
+class Splits:
+    """The train, calibration, validation and evaluation splits, read when first asked for.
+
+    Args:
+        config: Checked `data:` section with absolute paths.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.preprocessing = Preprocessing(**config.preprocessing.model_dump())
+
+    @property
+    def train(self) -> Split:
+        """What fine-tuning learns from."""
+        return self._part("train")
+
+    @property
+    def calibration(self) -> Split:
+        """What scores, repairs and batch-norm re-estimation look at."""
+        return self._part("calibration")
+
+    @property
+    def validation(self) -> Split:
+        """What chooses the best epoch."""
+        return self._part("validation")
+
+    @cached_property
+    def evaluation(self) -> Split:
+        """What the verdict is measured on; nothing is chosen by it."""
+        source = self._open(self.config.evaluation, train=False)
+        return Split("evaluation", source, np.arange(len(source.labels)), self.preprocessing)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, or ()."""
+        return self._train_source.classes
+
+    @cached_property
+    def _train_source(self) -> ImageSource:
+        return self._open(self.config.train, train=True)
+
+    @cached_property
+    def _parts(self) -> dict[str, np.ndarray]:
+        sizes = {"calibration": self.config.calibration, "validation": self.config.validation}
+        return carve(self._train_source.labels, sizes, self.config.split_seed)
+
+    def _part(self, name: str) -> Split:
+        return Split(name, self._train_source, self._parts[name], self.preprocessing)
+
+    def _open(self, source: Source, train: bool) -> ImageSource:
+        opened = _open_source(source, self.preprocessing, train)
+        if int(opened.labels.min()) < 0:
+            raise DataError(f"Labels must be 0 or more, got {int(opened.labels.min())}.")
+        return opened
+
+
+def _open_source(source: Source, preprocessing: Preprocessing, train: bool) -> ImageSource:
+    geometric = preprocessing.resize is not None or preprocessing.crop is not None
+    fit_image = preprocessing.fit_image if geometric else None
+    grey = preprocessing.channels == "L"
+    if isinstance(source, ArraysSource):
+        labels = Path(source.labels) if source.labels else None
+        return read_arrays(Path(source.arrays), labels, source.image_key, source.label_key, fit_image)
+    if isinstance(source, IdxSource):
+        return read_idx(Path(source.idx), Path(source.labels), fit_image)
+    if isinstance(source, FolderSource):
+        return read_folder(Path(source.folder), preprocessing.fit_image, grey)
+    assert isinstance(source, TorchvisionSource)
+    half = train if source.train is None else source.train
+    return read_torchvision(
+        source.torchvision, Path(source.root), half, source.download, preprocessing.fit_image, grey
+    )

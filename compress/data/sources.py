@@ -1,0 +1,290 @@
+"""Where do images and labels come from?
+
+An `ImageSource` is N labelled uint8 images, read by index; all images that one `read` returns have one shape.
+Small sets are arrays in memory; folders and large torchvision sets are decoded when they are read.
+"""
+
+import gzip
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from compress.errors import ArtifactError, DataError
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+FitImage = Callable[[np.ndarray], np.ndarray]
+
+
+class ImageSource(Protocol):
+    """N labelled images."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 class indices."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names where the source has them, else ()."""
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices`: uint8 (n, H, W, C), C = 1 or 3."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        labels: (N,) int64.
+        classes: Class names or ().
+        fit_image: Geometric preprocessing of one image; None where there is none.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...] = ()
+    fit_image: FitImage | None = None
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices`: uint8 (n, H, W, C)."""
+        images = self.images[indices]
+        if self.fit_image is None:
+            return images
+        return np.stack([self.fit_image(image) for image in images])
+
+
+@dataclass(frozen=True)
+class LazySource:
+    """Images decoded when they are read.
+
+    Attributes:
+        open_image: Index -> picture.
+        labels: (N,) int64.
+        classes: Class names or ().
+        fit_image: Geometric preprocessing of one image.
+        grey: Whether images are read with one channel instead of three.
+    """
+
+    open_image: Callable[[int], Image.Image]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    fit_image: FitImage
+    grey: bool = False
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images at `indices`: uint8 (n, H, W, C).
+
+        Raises:
+            DataError: The images do not all have one shape.
+        """
+        images = [self._read_one(int(index)) for index in indices]
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1:
+            raise DataError(
+                f"Images must have one shape after preprocessing, got {sorted(shapes)[:3]}.",
+                hint="Set preprocessing.resize and preprocessing.crop.",
+            )
+        return np.stack(images)
+
+    def _read_one(self, index: int) -> np.ndarray:
+        picture = np.asarray(self.open_image(index).convert("L" if self.grey else "RGB"))
+        return self.fit_image(picture[..., None] if self.grey else picture)
+
+
+def read_arrays(
+    images_path: Path,
+    labels_path: Path | None,
+    image_key: str = "x",
+    label_key: str = "y",
+    fit_image: FitImage | None = None,
+) -> ArraySource:
+    """Read uint8 (N, H, W, C) or (N, H, W) images and integer labels.
+
+    Args:
+        images_path: `.npz` with both arrays, or `.npy` with the images.
+        labels_path: `.npy` with the labels; None when they are in the `.npz`.
+        image_key: Name of the image array in an `.npz`.
+        label_key: Name of the label array in an `.npz`.
+        fit_image: Geometric preprocessing, applied when images are read.
+
+    Raises:
+        ArtifactError: A file is missing, unreadable or lacks a key.
+        DataError: The arrays are not images and labels.
+    """
+    loaded = _load_numpy(images_path)
+    classes: tuple[str, ...] = ()
+    if isinstance(loaded, dict):
+        images = _member(loaded, image_key, images_path)
+        labels = _load_labels(labels_path) if labels_path else _member(loaded, label_key, images_path)
+        classes = tuple(str(name) for name in loaded.get("classes", ()))
+    elif labels_path is None:
+        raise ArtifactError(f"'{images_path}' holds images only; labels must be given in a file of their own.")
+    else:
+        images, labels = loaded, _load_labels(labels_path)
+    return _checked(images, labels, classes, images_path, fit_image)
+
+
+def read_idx(images_path: Path, labels_path: Path, fit_image: FitImage | None = None) -> ArraySource:
+    """Read a pair of IDX files (the MNIST format), plain or gzip.
+
+    Raises:
+        ArtifactError: A file is missing or no valid IDX file.
+        DataError: The arrays are not images and labels.
+    """
+    return _checked(_read_idx_array(images_path), _read_idx_array(labels_path), (), images_path, fit_image)
+
+
+def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
+    """Read a folder with one sub-folder of images for each class; class indices follow the sorted folder names.
+
+    Raises:
+        ArtifactError: The folder is missing or holds no images.
+    """
+    if not root.is_dir():
+        raise ArtifactError(f"Image folder '{root}' must exist and hold one folder for each class.")
+    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        members = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths += members
+        labels += [label] * len(members)
+    if not paths:
+        raise ArtifactError(
+            f"Image folder '{root}' must hold images in one folder for each class, found none.",
+            hint=f"File names must end in {', '.join(IMAGE_SUFFIXES)}.",
+        )
+    return LazySource(lambda index: _open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey)
+
+
+def read_torchvision(
+    name: str, root: Path, train: bool, download: bool, fit_image: FitImage, grey: bool
+) -> ArraySource | LazySource:
+    """Read any torchvision classification data set by its class name.
+
+    Args:
+        name: Such as "CIFAR10", "FashionMNIST", "Flowers102".
+        root: Folder that torchvision reads from and downloads to.
+        train: Training half or test half.
+        download: Whether torchvision may fetch missing files.
+        fit_image: Geometric preprocessing.
+        grey: Whether images are read with one channel.
+
+    Raises:
+        DataError: No such data set, or it has no labels.
+        ArtifactError: The files are not there.
+    """
+    from torchvision import datasets  # heavy, and only needed by those who name a torchvision set
+
+    if not isinstance(getattr(datasets, name, None), type):
+        raise DataError(f"torchvision has no data set named '{name}'.", hint=f"It has {', '.join(datasets.__all__)}.")
+    dataset = _open_torchvision(getattr(datasets, name), root, train, download)
+    labels = _torchvision_labels(dataset, name)
+    classes = tuple(str(label) for label in getattr(dataset, "classes", ()))
+    images = getattr(dataset, "data", None)
+    if images is not None and name != "STL10":
+        array = images if isinstance(images, np.ndarray) else images.numpy()
+        return _checked(array, labels, classes, root, fit_image)
+    return LazySource(lambda index: dataset[index][0], labels, classes, fit_image, grey)
+
+
+def _open_torchvision(factory: Callable[..., object], root: Path, train: bool, download: bool):  # type: ignore[no-untyped-def]
+    """Open one half of a data set; torchvision names the halves in two ways."""
+    failures: list[str] = []
+    for keywords in ({"train": train}, {"split": "train" if train else "test"}, {"split": "train" if train else "val"}):
+        try:
+            return factory(str(root), download=download, **keywords)
+        except (TypeError, ValueError) as error:
+            failures.append(str(error))
+        except (RuntimeError, OSError) as error:
+            raise ArtifactError(
+                f"torchvision could not open the data set in '{root}': {error}",
+                hint="Set download: true on a machine with network access, or give the path to files you have.",
+            ) from error
+    raise DataError(f"torchvision could not open the data set in '{root}': {failures[0]}")
+
+
+def _torchvision_labels(dataset: object, name: str) -> np.ndarray:
+    for attribute in ("targets", "labels", "_labels"):
+        values = getattr(dataset, attribute, None)
+        if values is not None:
+            return np.asarray(values, np.int64)
+    raise DataError(f"torchvision data set '{name}' must have class labels (targets, labels), it has none.")
+
+
+def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    _require_file(path)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
+    except Exception as error:  # numpy raises ValueError, OSError, BadZipFile, EOFError, zlib.error, LZMAError ...
+        raise ArtifactError(f"'{path}' must be a readable .npz or .npy file without pickled objects: {error}") from error
+
+
+def _load_labels(path: Path) -> np.ndarray:
+    labels = _load_numpy(path)
+    if isinstance(labels, dict):
+        raise ArtifactError(f"Label file '{path}' must be a single .npy array, got an .npz with {sorted(labels)}.")
+    return labels
+
+
+def _member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+    if key not in arrays:
+        raise ArtifactError(f"'{path}' must hold an array named '{key}', it holds {', '.join(sorted(arrays))}.")
+    return arrays[key]
+
+
+def _read_idx_array(path: Path) -> np.ndarray:
+    _require_file(path)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, code, ndim = struct.unpack_from(">HBB", raw)
+        shape = struct.unpack_from(f">{ndim}I", raw, 4)
+        array = np.frombuffer(raw, _IDX_DTYPES[code], offset=4 + 4 * ndim)
+        if zero != 0 or array.size != np.prod(shape):
+            raise ValueError(f"header says {shape}, the file holds {array.size} values")
+        return array.reshape(shape)
+    except (KeyError, ValueError, OSError, EOFError, struct.error, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        raise ArtifactError(f"'{path}' must be an IDX file, plain or .gz: {error}") from error
+
+
+def _checked(
+    images: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path, fit_image: FitImage | None
+) -> ArraySource:
+    """Check shapes and types and bring them to (N, H, W, C) uint8 and (N,) int64."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise DataError(
+            f"Images in '{path}' must be uint8 (N, H, W, C) with 1 or 3 channels, got {images.dtype} {images.shape}."
+        )
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"Labels for '{path}' must be integers (N,), got {labels.dtype} {labels.shape}.")
+    if len(labels) != len(images):
+        raise DataError(f"'{path}' must have one label for each image, got {len(images)} images, {len(labels)} labels.")
+    if len(labels) == 0:
+        raise DataError(f"'{path}' must hold at least one image, it holds none.")
+    return ArraySource(images, labels.astype(np.int64), tuple(classes), fit_image)
+
+
+def _open_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"'{path}' must be a readable image: {error}") from error
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"Data file '{path}' does not exist.")

@@ -1,0 +1,58 @@
+"""Which images belong to which split?
+
+train        what fine-tuning learns from
+calibration  what batch-norm re-estimation, scores and repairs look at
+validation   what chooses the best epoch
+evaluation   what the verdict is measured on; nothing is ever chosen by it
+
+Calibration and validation are carved out of the training source once, by a seed of their own, so that no image is
+ever in two splits and a change of the training seed does not move the borders.
+"""
+
+import numpy as np
+
+from compress.errors import DataError
+
+
+def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Split the indices of a source into disjoint, class-balanced parts.
+
+    Args:
+        labels: (N,) integer labels.
+        sizes: Images wanted for each named part; what is left over is returned as "train".
+        seed: Decides which images go where.
+
+    Returns:
+        For each name, and "train", the sorted indices of its images.
+
+    Raises:
+        DataError: The parts together leave nothing to train on.
+
+    >>> parts = carve(np.array([0, 0, 0, 1, 1, 1]), {"validation": 2}, seed=0)
+    >>> [len(parts[name]) for name in ("train", "validation")]
+    [4, 2]
+    """
+    wanted = sum(sizes.values())
+    if wanted >= len(labels):
+        asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise DataError(
+            f"The training source must hold more images than are taken out of it: it has {len(labels)}, asked: {asked}."
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(_rank_within_class(labels[order]), kind="stable")]
+    parts: dict[str, np.ndarray] = {}
+    start = 0
+    for name, size in sizes.items():
+        parts[name] = np.sort(by_class[start : start + size])
+        start += size
+    parts["train"] = np.sort(by_class[start:])
+    return parts
+
+
+def _rank_within_class(labels: np.ndarray) -> np.ndarray:
+    """Return for each entry the relative position, in [0, 1), that it takes among the entries of its class."""
+    rank = np.empty(len(labels), dtype=np.float64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        rank[members] = np.arange(len(members)) / len(members)
+    return rank

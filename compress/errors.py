@@ -1,0 +1,130 @@
+"""Which things can go wrong, and which exit code each has.
+
+    CompressError                    every error raised on purpose; has .hint
+    ├─ ConfigError          exit 2   the pipeline file or the command line is wrong
+    │  ├─ ConfigSyntaxError          the YAML cannot be read
+    │  ├─ ConfigValueError           a value, key or type is wrong
+    │  ├─ UnknownName                a name is not registered
+    │  └─ StageOrderError            the stages cannot run in this order
+    ├─ StageError           exit 3   a stage could not do its work
+    │  ├─ ModelError                 the factory, the forward pass or the outputs are not as needed
+    │  ├─ DataError                  images or labels do not fit the model
+    │  ├─ UntraceableModel           no channel graph could be built
+    │  ├─ UnsupportedLayer           an edit or criterion cannot handle a layer
+    │  ├─ BudgetUnreachable          the target cannot be met; says the best reachable
+    │  ├─ NonFinite                  a weight, output or loss is NaN or infinite
+    │  ├─ ExportFailed               torch or ONNX refused the export
+    │  └─ RebuildMismatch            replaying a recipe does not give the saved network
+    ├─ ArtifactError        exit 4   missing, corrupt or foreign file
+    │  └─ RunLocked                  another process holds the run folder
+    ├─ RuntimeUnavailable   exit 5   provider asked for, providers present
+    └─ InternalError        exit 70  our bug: an invariant is broken
+
+A failed verification is no exception: the verdict says so and the exit code is 1.
+"""
+
+from typing import ClassVar
+
+VERDICT_FAILED_EXIT_CODE = 1
+INTERRUPTED_EXIT_CODE = 130
+
+
+class CompressError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        message: What must hold, what was got, where.
+        hint: What to do about it; printed on a line of its own.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nHint: {self.hint}"
+
+
+class ConfigError(CompressError):
+    """The pipeline file or the command line is wrong."""
+
+    exit_code = 2
+
+
+class ConfigSyntaxError(ConfigError):
+    """The YAML cannot be read."""
+
+
+class ConfigValueError(ConfigError):
+    """One or more values, keys or types are wrong; one line each."""
+
+
+class UnknownName(ConfigError):
+    """A name is not registered; names the choices and the closest match."""
+
+
+class StageOrderError(ConfigError):
+    """The stages cannot run in the order given."""
+
+
+class StageError(CompressError):
+    """A stage could not do its work."""
+
+    exit_code = 3
+
+
+class ModelError(StageError):
+    """The factory, the forward pass or the outputs are not as they must be."""
+
+
+class DataError(StageError):
+    """Images or labels cannot be used with this model."""
+
+
+class UntraceableModel(StageError):
+    """No channel graph could be built for the model."""
+
+
+class UnsupportedLayer(StageError):
+    """An edit or a criterion cannot handle a layer."""
+
+
+class BudgetUnreachable(StageError):
+    """The target cannot be met; the message says the best reachable and what limits it."""
+
+
+class NonFinite(StageError):
+    """A weight, an output or a loss is NaN or infinite."""
+
+
+class ExportFailed(StageError):
+    """torch or ONNX refused the export, or the file is not what was asked for."""
+
+
+class RebuildMismatch(StageError):
+    """Replaying a recipe does not give the network that was saved."""
+
+
+class ArtifactError(CompressError):
+    """A file is missing, corrupt or not ours."""
+
+    exit_code = 4
+
+
+class RunLocked(ArtifactError):
+    """Another process holds the run folder."""
+
+
+class RuntimeUnavailable(CompressError):
+    """An execution provider was asked for that is not there."""
+
+    exit_code = 5
+
+
+class InternalError(CompressError):
+    """An invariant of this program is broken: a bug, please report it."""
+
+    exit_code = 70

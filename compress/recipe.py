@@ -1,0 +1,104 @@
+"""Which structural edits turn the untouched network into the slim one? Data only; replayed by `rebuild.py`.
+
+    recipe = [RemoveBlock, RemoveChannels, Factorize, ...]      in the order they were made
+
+Indices refer to the network as it is when the edit is applied.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from compress.errors import ArtifactError
+
+RECIPE_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveChannels:
+    """Cut channels out of channel groups, all in one graph.
+
+    Attributes:
+        removed: For each group, by the name of its first layer, the sorted indices of the channels that go.
+    """
+
+    kind: ClassVar[str] = "remove_channels"
+    removed: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveBlock:
+    """Replace a residual block by the identity.
+
+    Attributes:
+        block: Module path of the block.
+    """
+
+    kind: ClassVar[str] = "remove_block"
+    block: str
+
+
+@dataclass(frozen=True, slots=True)
+class Factorize:
+    """Replace a convolution or linear layer by a chain of smaller ones.
+
+    Attributes:
+        layer: Module path of the layer.
+        scheme: "nc", "vh", "tucker2" or "svd".
+        ranks: One rank; two (in, out) for "tucker2".
+    """
+
+    kind: ClassVar[str] = "factorize"
+    layer: str
+    scheme: str
+    ranks: tuple[int, ...]
+
+
+Edit = RemoveChannels | RemoveBlock | Factorize
+_EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in (RemoveChannels, RemoveBlock, Factorize)}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """An ordered list of edits.
+
+    >>> recipe = Recipe().then(RemoveBlock("layer1.1")).then(Factorize("fc", "svd", (8,)))
+    >>> Recipe.from_json(recipe.to_json()) == recipe
+    True
+    """
+
+    edits: tuple[Edit, ...] = ()
+
+    def then(self, *edits: Edit) -> "Recipe":
+        """Return this recipe with more edits at its end."""
+        return Recipe((*self.edits, *edits))
+
+    def to_json(self) -> str:
+        """Return stable JSON text."""
+        edits = [{"edit": edit.kind, **asdict(edit)} for edit in self.edits]
+        return json.dumps({"schema": RECIPE_SCHEMA, "edits": edits}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Parse `to_json` text.
+
+        Raises:
+            ArtifactError: The text is no recipe of this schema.
+        """
+        try:
+            data = json.loads(text)
+            if data["schema"] != RECIPE_SCHEMA:
+                raise ArtifactError(f"The recipe must have schema {RECIPE_SCHEMA}, got {data['schema']}.")
+            return cls(tuple(_parse_edit(entry) for entry in data["edits"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"The recipe must be a list of known edits: {error!r}") from error
+
+
+def _parse_edit(entry: dict[str, Any]) -> Edit:
+    values = dict(entry)
+    edit = _EDITS[values.pop("edit")]
+    if edit is RemoveChannels:
+        values["removed"] = {name: tuple(int(i) for i in indices) for name, indices in values["removed"].items()}
+    if edit is Factorize:
+        values["ranks"] = tuple(int(rank) for rank in values["ranks"])
+    return edit(**values)

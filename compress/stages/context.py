@@ -1,0 +1,43 @@
+"""What does a stage get besides its artifact, and what must it offer?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from compress.data.opening import Splits
+from compress.progress import Progress
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """The surroundings of one run of one stage.
+
+    Attributes:
+        folder: A folder of the stage's own. It survives a kill and is handed to the same stage (same cache key)
+            again, so training state lives there; it is removed when the stage is done.
+        seed: Decides everything random.
+        data: The splits, opened when first asked for.
+        progress: Told about anything that takes long.
+    """
+
+    folder: Path
+    seed: int
+    data: Splits
+    progress: Progress
+
+
+Record = dict[str, Any]
+
+
+class Stage(Protocol):
+    """One step of a pipeline. Kind of input and output, version and summary are declared in `catalog.STAGES`."""
+
+    def __init__(self, config: Any) -> None: ...
+
+    def run(self, artifact: Any, ctx: StageContext) -> tuple[Any, Record]:
+        """Return a new artifact and a JSON-ready record for the report; the input stays untouched."""
+        ...
+
+
+StageFactory = Callable[[Any], Stage]

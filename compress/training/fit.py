@@ -1,0 +1,315 @@
+"""The one training loop: seeded, resumable, with the best epoch chosen on validation.
+
+One call of `fit` is a run of `steps` optimiser steps, split into epochs; after each epoch validation top-1 is
+measured and the whole state is saved atomically. A run that was killed goes on from its last epoch and ends with
+the same weights as an undisturbed one (same thread count, CPU).
+"""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.data.batches import Augmentation, Split, batches_per_epoch, training_batches
+from compress.errors import ArtifactError, DataError, NonFinite
+from compress.progress import Progress, SilentProgress, Task
+from compress.training.evaluate import check_outputs, evaluate_top1
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """Learning from the outputs of another network (Hinton et al. 2015, arXiv:1503.02531).
+
+    Attributes:
+        teacher: Network in eval mode with the same classes.
+        weight: Share of the loss, in [0, 1], that comes from the teacher.
+        temperature: Divides both logits before the softmax.
+    """
+
+    teacher: nn.Module
+    weight: float
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training split; may be a fraction. Ignored when `steps` is given.
+        steps: Optimiser steps; None counts them from `epochs`.
+        batch_size: Images a step.
+        learning_rate: Peak of the schedule.
+        momentum: Of SGD with Nesterov's correction.
+        weight_decay: L2 factor on every parameter.
+        warmup_ratio: Share of the steps, in [0, 1), over which the rate rises linearly; a cosine to 0 follows.
+        label_smoothing: In [0, 1).
+        augmentation: What is varied.
+        seed: Decides order and augmentation.
+        keep: "best" returns the epoch with the highest validation top-1, "last" the final one.
+        compiled: Whether the forward pass goes through `torch.compile` (needs a C++ compiler).
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_ratio: float = 0.05
+    label_smoothing: float = 0.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+    keep: str = "best"
+    compiled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRecord:
+    """What one epoch did.
+
+    Attributes:
+        epoch: Counted from 1.
+        loss: Mean training loss.
+        validation_top1: In [0, 1].
+        learning_rate: At the end of the epoch.
+        images_per_second: While training, without validation.
+    """
+
+    epoch: int
+    loss: float
+    validation_top1: float
+    learning_rate: float
+    images_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """What a run did: one record an epoch, and which epoch's weights the module now holds."""
+
+    epochs: tuple[EpochRecord, ...]
+    chosen_epoch: int
+
+
+def fit(
+    module: nn.Module,
+    train: Split,
+    validation: Split,
+    settings: FitSettings,
+    distillation: Distillation | None = None,
+    state_path: Path | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Train `module` in place and leave it in eval mode.
+
+    Args:
+        module: Classifier on the CPU.
+        train: What is learned from.
+        validation: What the epoch is chosen on; never the evaluation split.
+        settings: How.
+        distillation: Teacher, or None.
+        state_path: Where the state is kept between epochs; the file is removed at the end. None: not resumable.
+        progress: Told about every step and epoch.
+
+    Raises:
+        NonFinite: The loss is NaN or infinite; names the step.
+        DataError: Labels do not fit the outputs, or a split is empty.
+        ArtifactError: The saved state belongs to another run.
+    """
+    if len(train) == 0:
+        raise DataError("The training split must hold at least one image, it holds none.")
+    run = _Run(module, train, validation, settings, distillation, progress or SilentProgress())
+    if state_path is not None and state_path.is_file():
+        run.restore(state_path)
+    while run.step < run.total_steps:
+        run.train_epoch()
+        if state_path is not None and run.step < run.total_steps:
+            run.save(state_path)
+    chosen = run.finish()
+    if state_path is not None:
+        state_path.unlink(missing_ok=True)
+    return FitResult(tuple(run.records), chosen)
+
+
+class _Run:
+    """The state of one call of `fit`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        train: Split,
+        validation: Split,
+        settings: FitSettings,
+        distillation: Distillation | None,
+        progress: Progress,
+    ) -> None:
+        self.module = module.to(memory_format=torch.channels_last)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(module) if settings.compiled else module
+        self.train, self.validation = train, validation
+        self.settings, self.distillation, self.progress = settings, distillation, progress
+        self.steps_per_epoch = batches_per_epoch(train, settings.batch_size)
+        self.total_steps = settings.steps or max(1, round(settings.epochs * self.steps_per_epoch))
+        self.optimizer = torch.optim.SGD(
+            module.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+        )
+        self.step = 0
+        self.records: list[EpochRecord] = []
+        self.best: tuple[int, dict[str, Tensor]] | None = None
+
+    def train_epoch(self) -> None:
+        """Run one epoch (or what is left of the steps), then measure validation top-1."""
+        self.module.train()
+        epoch = len(self.records)
+        steps = min(self.steps_per_epoch, self.total_steps - self.step)
+        batches = training_batches(
+            self.train, self.settings.batch_size, self.settings.augmentation, self.settings.seed, epoch
+        )
+        losses: list[float] = []
+        images_seen, started = 0, time.perf_counter()
+        with self.progress.task(f"epoch {epoch + 1} of {self.total_epochs}", steps) as task:
+            for images, labels in _take(batches, steps):
+                losses.append(self._train_step(images, labels))
+                images_seen += len(labels)
+                self._advance(task, losses, images_seen / (time.perf_counter() - started))
+        speed = images_seen / (time.perf_counter() - started)
+        self._close_epoch(epoch + 1, sum(losses) / len(losses), speed)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs in the run; the last may be shorter."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def finish(self) -> int:
+        """Load the chosen weights, leave eval mode on, and return which epoch they are from."""
+        if self.settings.keep == "best" and self.best is not None:
+            self.module.load_state_dict(self.best[1])
+            chosen = self.best[0]
+        else:
+            chosen = len(self.records)
+        self.module.eval()
+        return chosen
+
+    def save(self, path: Path) -> None:
+        """Write everything a later process needs, so that the file is whole or absent."""
+        state = {
+            "identity": self._identity(),
+            "step": self.step,
+            "records": [asdict(record) for record in self.records],
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a saved state; a state of another run is refused by what differs."""
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # torch raises a dozen types for a damaged file
+            self.progress.warn(f"The saved training state is unreadable, training starts again: {error}")
+            return
+        differing = [key for key, value in self._identity().items() if state["identity"].get(key) != value]
+        if differing:
+            raise ArtifactError(
+                f"The training state in '{path}' belongs to a run with other {', '.join(differing)}.",
+                hint="Remove the file to start again.",
+            )
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.records = [EpochRecord(**record) for record in state["records"]]
+        if state["best"] is not None:
+            self.best = (state["best"]["epoch"], state["best"]["weights"])
+        self.progress.note(f"Training goes on after epoch {len(self.records)} of {self.total_epochs}.")
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> float:
+        self._set_learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self.forward(images)
+        if self.step == 0:
+            check_outputs(outputs, int(self.train.labels.max()))
+        loss = self._loss(outputs, images, labels)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"The training loss must be finite, got {value} at step {self.step + 1} of {self.total_steps} "
+                f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
+                hint="Lower learning_rate, or check the images and weights for NaN.",
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        hard = F.cross_entropy(outputs, labels, label_smoothing=self.settings.label_smoothing)
+        if self.distillation is None:
+            return hard
+        weight, temperature = self.distillation.weight, self.distillation.temperature
+        with torch.no_grad():
+            wanted = F.log_softmax(self.distillation.teacher(images) / temperature, 1)
+        got = F.log_softmax(outputs / temperature, 1)
+        soft = F.kl_div(got, wanted, reduction="batchmean", log_target=True) * temperature**2
+        return (1 - weight) * hard + weight * soft
+
+    def _set_learning_rate(self) -> None:
+        scale = schedule(self.step, self.total_steps, self.settings.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * scale
+
+    def _advance(self, task: Task, losses: list[float], speed: float) -> None:
+        recent = losses[-20:]
+        task.advance(1, loss=f"{sum(recent) / len(recent):.3f}", speed=f"{speed:.0f} images/s")
+
+    def _close_epoch(self, number: int, loss: float, speed: float) -> None:
+        top1 = evaluate_top1(self.module, self.validation)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.records.append(EpochRecord(number, loss, top1, rate, speed))
+        best_before = max((record.validation_top1 for record in self.records[:-1]), default=-1.0)
+        if self.settings.keep == "best" and top1 >= best_before:
+            self.best = (number, copy.deepcopy(self.module.state_dict()))
+        self.progress.note(
+            f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation top-1 {top1:.2%}, "
+            f"{speed:.0f} images/s"
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "compiled"}
+        return {
+            "settings": settings,
+            "total steps": self.total_steps,
+            "shapes": {name: list(value.shape) for name, value in self.module.state_dict().items()},
+        }
+
+
+def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
+    """Return the learning rate at `step` as a share of its peak: linear warm-up, then a cosine to 0.
+
+    >>> [round(schedule(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    warmup = round(total_steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def _take(batches, count: int):  # type: ignore[no-untyped-def]
+    """Yield the first `count` batches and close the source."""
+    for _, batch in zip(range(count), batches, strict=False):
+        yield batch

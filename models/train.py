@@ -1,0 +1,87 @@
+"""Train a reference network the way its card says, and write its weights.
+
+    python models/train.py models/cifar_resnet/card.yaml --data TRAIN.npz
+    python models/train.py models/mnist_resnet/card.yaml
+
+It learns from the part of the training source that is left when the pipelines' calibration and validation splits are
+taken out, keeps the last epoch (nothing is selected) and never sees the evaluation split. A killed run goes on from
+its last epoch when the same command is given again.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from compress.data.batches import Augmentation, Split
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ArraySource, read_arrays, read_idx
+from compress.data.splits import carve
+from compress.progress import SilentProgress
+from compress.training.fit import FitSettings, fit
+
+
+class PrintedProgress(SilentProgress):
+    """Prints the notes: one line an epoch."""
+
+    def note(self, text: str) -> None:
+        """Print at once."""
+        print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print at once."""
+        print(f"warning: {text}", flush=True)
+
+
+def build(card: dict, folder: Path) -> torch.nn.Module:
+    """Call the factory that the card names."""
+    file_name, function = card["factory"].split(":")
+    spec = importlib.util.spec_from_file_location("reference_model", folder / file_name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)(**card["kwargs"])
+
+
+def read_source(card: dict, folder: Path, data: Path | None) -> ArraySource:
+    """Read the training source: the path given, or the files beside the card."""
+    if data is not None:
+        return read_arrays(data, None)
+    files = card["data"]["train"]
+    return read_idx(folder / files["images"], folder / files["labels"])
+
+
+def main() -> None:
+    """Parse the command line, train, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("card", type=Path)
+    parser.add_argument("--data", type=Path, help="an .npz with x (uint8 NHWC) and y, where the card embeds no data")
+    parser.add_argument("--out", type=Path, help="weights file; the card's `weights` by default")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
+    arguments = parser.parse_args()
+
+    card = yaml.safe_load(arguments.card.read_text(encoding="utf-8"))
+    folder, recipe = arguments.card.parent, dict(card["training"])
+    out = arguments.out or folder / card["weights"]
+    source = read_source(card, folder, arguments.data)
+    parts = carve(source.labels, card["data"]["carve"], card["data"]["carve_seed"])
+    preprocessing = Preprocessing.from_dict(card["input"]["preprocessing"])
+    train, validation = (Split(name, source, parts[name], preprocessing) for name in ("train", "validation"))
+    print(f"training on {len(train)} images, watching {len(validation)}; {torch.get_num_threads()} threads", flush=True)
+
+    torch.manual_seed(recipe["seed"])
+    torch.set_flush_denormal(True)
+    module = build(card, folder)
+    augmentation = Augmentation(**recipe.pop("augmentation"))
+    settings = FitSettings(augmentation=augmentation, keep="last", compiled=arguments.compile, **recipe)
+    fit(module, train, validation, settings, state_path=out.with_suffix(".state.tmp"), progress=PrintedProgress())
+    weights = {name: value.contiguous() for name, value in module.state_dict().items()}
+    save_file(weights, out)
+    print(f"wrote {out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Fixtures that more than one test file uses."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,67 @@
+"""Which residual blocks can be taken out, leaving the identity?
+
+A block is removable when it has convolutions, returns the shape it gets, and with everything learned in it set to
+zero passes a non-negative input through unchanged: then `x` is what is left of `x + f(x)` without `f`.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import CONVOLUTIONS, eval_mode
+from compress.pruning.graph import NORMS
+
+
+def find_removable_blocks(module: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """Return the module paths of removable residual blocks in definition order, innermost blocks only.
+
+    Args:
+        module: Any network; left as it is.
+        example: One input, (1, C, H, W).
+    """
+    shapes = _same_shape_parts(module, example)
+    found = [name for name, shape in shapes.items() if _passes_input_when_silent(module.get_submodule(name), shape)]
+    return tuple(name for name in found if not any(other.startswith(f"{name}.") for other in found))
+
+
+def _same_shape_parts(module: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the parts with convolutions and children that are called once and return the shape they get."""
+    calls: dict[str, list[tuple[int, ...] | None]] = {}
+
+    def watch(name: str):  # type: ignore[no-untyped-def]
+        def hook(_part: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            same = (
+                len(inputs) == 1
+                and isinstance(inputs[0], Tensor)
+                and isinstance(output, Tensor)
+                and inputs[0].shape == output.shape
+            )
+            calls.setdefault(name, []).append(tuple(output.shape) if same and isinstance(output, Tensor) else None)
+
+        return hook
+
+    handles = [
+        part.register_forward_hook(watch(name))
+        for name, part in module.named_modules()
+        if name and any(isinstance(child, CONVOLUTIONS) for child in part.modules() if child is not part)
+    ]
+    try:
+        with torch.no_grad(), eval_mode(module):
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1 and shapes[0] is not None}
+
+
+@torch.no_grad()
+def _passes_input_when_silent(block: nn.Module, shape: tuple[int, ...]) -> bool:
+    silent = copy.deepcopy(block).eval()
+    for part in silent.modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.zero_()
+        if isinstance(part, NORMS) and isinstance(getattr(part, "running_mean", None), Tensor):
+            part.running_mean.zero_()  # type: ignore[union-attr,operator]
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return torch.equal(silent(x), x)

@@ -57,12 +57,24 @@ SOURCES: dict[str, str] = {
 }
 
 CRITERIA: Registry[Any] = Registry("criterion")
-CRITERIA.declare("l1", "compress.pruning.criteria.magnitude:L1")
-CRITERIA.declare("l2", "compress.pruning.criteria.magnitude:L2")
-CRITERIA.declare("bn_scale", "compress.pruning.criteria.bn_scale:BnScale")
-CRITERIA.declare("taylor", "compress.pruning.criteria.taylor:Taylor")
-CRITERIA.declare("random", "compress.pruning.criteria.random:Random")
+CRITERIA.declare(
+    "l1", "compress.pruning.criteria.magnitude:L1", "sum of absolute weights of the filters that produce a channel"
+)
+CRITERIA.declare("l2", "compress.pruning.criteria.magnitude:L2", "euclidean norm of the filters that produce a channel")
+CRITERIA.declare(
+    "bn_scale", "compress.pruning.criteria.bn_scale:BnScale", "absolute scale of the batch norms behind a channel"
+)
+CRITERIA.declare(
+    "taylor", "compress.pruning.criteria.taylor:Taylor", "estimated change of the loss when a channel is gated off"
+)
+CRITERIA.declare("random", "compress.pruning.criteria.random:Random", "seeded random numbers, to compare with")
 
 RUNTIMES: Registry[Any] = Registry("runtime")
-RUNTIMES.declare("onnxruntime", "compress.verification.runtimes.onnxruntime:OnnxRuntime")
-RUNTIMES.declare("torch_eager", "compress.verification.runtimes.torch_eager:TorchEager")
+RUNTIMES.declare(
+    "onnxruntime",
+    "compress.verification.runtimes.onnxruntime:OnnxRuntime",
+    "ONNX Runtime with any of its execution providers",
+)
+RUNTIMES.declare(
+    "torch_eager", "compress.verification.runtimes.torch_eager:TorchEager", "torch on the CPU, to compare with"
+)

@@ -20,22 +20,29 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T | str] = {}
+        self._summaries: dict[str, str] = {}
 
-    def declare(self, name: str, place: str) -> None:
-        """Say where `name` is imported from once somebody asks for it.
+    def declare(self, name: str, place: str, summary: str = "") -> None:
+        """Say where `name` is imported from once somebody asks for it, and in one line what it is.
 
         Raises:
             InternalError: The name is taken.
         """
         self._add(name, place)
+        self._summaries[name] = summary
 
-    def register(self, name: str, entry: T) -> None:
-        """Add an object under `name`; for plug-ins.
+    def register(self, name: str, entry: T, summary: str = "") -> None:
+        """Add an object under `name`, with one line that says what it is; for plug-ins.
 
         Raises:
             InternalError: The name is taken.
         """
         self._add(name, entry)
+        self._summaries[name] = summary
+
+    def summary(self, name: str) -> str:
+        """Return the line that says what `name` is, or ""; imports nothing."""
+        return self._summaries.get(name, "")
 
     def get(self, name: str) -> T:
         """Return the object called `name`, importing it if need be.
@@ -72,5 +79,5 @@ class Registry(Generic[T]):
 
 def closest(name: str, choices: Registry[T] | list[str]) -> str | None:
     """Return "did you mean 'x'?" for the closest choice, or None when nothing is close."""
-    matches = get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    matches = get_close_matches(name, list(choices), n=1, cutoff=0.51)
     return f"did you mean '{matches[0]}'?" if matches else None

@@ -11,6 +11,7 @@ its last epoch when the same command is given again.
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -36,17 +37,19 @@ class PrintedProgress(SilentProgress):
         print(f"warning: {text}", flush=True)
 
 
-def build(card: dict, folder: Path) -> torch.nn.Module:
+def build(card: dict[str, Any], folder: Path) -> torch.nn.Module:
     """Call the factory that the card names."""
     file_name, function = card["factory"].split(":")
     spec = importlib.util.spec_from_file_location("reference_model", folder / file_name)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, function)(**card["kwargs"])
+    network: torch.nn.Module = getattr(module, function)(**card["kwargs"])
+    return network
 
 
-def read_source(card: dict, folder: Path, data: Path | None) -> ArraySource:
+def read_source(card: dict[str, Any], folder: Path, data: Path | None) -> ArraySource:
     """Read the training source: the path given, or the files beside the card."""
     if data is not None:
         return read_arrays(data, None)

@@ -32,7 +32,7 @@ def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
         module: Any network; its training flags and buffers are left as they are.
         example: One input, (1, C, H, W).
     """
-    names = {part: name for name, part in module.named_modules() if isinstance(part, COUNTED)}
+    names: dict[nn.Module, str] = {part: name for name, part in module.named_modules() if isinstance(part, COUNTED)}
     macs = dict.fromkeys(names.values(), 0)
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

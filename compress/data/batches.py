@@ -42,7 +42,8 @@ class Split:
     @property
     def labels(self) -> np.ndarray:
         """(N,) int64 class indices."""
-        return self.source.labels[self.indices]
+        chosen: np.ndarray = self.source.labels[self.indices]
+        return chosen
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         """Return uint8 (n, H, W, C) images by their positions in this split."""
@@ -73,8 +74,9 @@ def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     """Yield (float32 network input, int64 labels) in order, every image once; the last batch may be smaller."""
     starts = range(0, len(split), batch_size)
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
+    labels = split.labels
     for chosen, images in _read_ahead(split, positions):
-        yield _to_input(split, torch.from_numpy(images)), torch.from_numpy(split.labels[chosen])
+        yield _to_input(split, torch.from_numpy(images)), torch.from_numpy(labels[chosen])
 
 
 def training_batches(
@@ -89,13 +91,18 @@ def training_batches(
         seed: Together with `epoch` decides order and augmentation.
         epoch: Counted from 0.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator).numpy()
     labels = split.labels
     positions = (order[i * batch_size : (i + 1) * batch_size] for i in range(batches_per_epoch(split, batch_size)))
     for chosen, images in _read_ahead(split, positions):
         augmented = augment(torch.from_numpy(images), augmentation, generator)
         yield _to_input(split, augmented), torch.from_numpy(labels[chosen])
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return what seeds everything random in one epoch of a run, in [0, 2^63)."""
+    return (seed * 1_000_003 + epoch) % 2**63
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:

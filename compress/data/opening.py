@@ -89,6 +89,4 @@ def _open_source(source: Source, preprocessing: Preprocessing, train: bool) -> I
         return read_folder(Path(source.folder), preprocessing.fit_image, grey)
     assert isinstance(source, TorchvisionSource)
     half = train if source.train is None else source.train
-    return read_torchvision(
-        source.torchvision, Path(source.root), half, source.download, preprocessing.fit_image, grey
-    )
+    return read_torchvision(source.torchvision, Path(source.root), half, source.download, preprocessing.fit_image, grey)

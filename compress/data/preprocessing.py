@@ -42,7 +42,9 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """Rebuild from `to_dict` values; lists become tuples."""
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**plain)
 
     def fit_image(self, image: np.ndarray) -> np.ndarray:
@@ -71,19 +73,19 @@ class Preprocessing:
 
 
 def _resize_shorter_side(image: np.ndarray, shorter: int) -> np.ndarray:
+    """Resize as torchvision does, so that published networks see the pixels they were trained on."""
     height, width = image.shape[:2]
-    factor = shorter / min(height, width)
-    size = (max(shorter, round(width * factor)), max(shorter, round(height * factor)))
+    size = (int(shorter * width / min(height, width)), int(shorter * height / min(height, width)))
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
     return resized[..., None] if resized.ndim == 2 else resized
 
 
 def _centre_crop(image: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """Cut the middle out; an image smaller than the crop is padded with zeros first."""
+    """Cut the middle out as torchvision does; an image smaller than the crop is padded with zeros first."""
     missing = [max(0, want - have) for want, have in zip(crop, image.shape[:2], strict=True)]
     if any(missing):
         pads = [(m // 2, m - m // 2) for m in missing]
         image = np.pad(image, [*pads, (0, 0)])
-    top, left = ((have - want) // 2 for want, have in zip(crop, image.shape[:2], strict=True))
+    top, left = (round((have - want) / 2) for want, have in zip(crop, image.shape[:2], strict=True))
     return image[top : top + crop[0], left : left + crop[1]]

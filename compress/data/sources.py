@@ -8,8 +8,9 @@ import gzip
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -55,7 +56,7 @@ class ArraySource:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices`: uint8 (n, H, W, C)."""
-        images = self.images[indices]
+        images: np.ndarray = self.images[indices]
         if self.fit_image is None:
             return images
         return np.stack([self.fit_image(image) for image in images])
@@ -124,7 +125,7 @@ def read_arrays(
     if isinstance(loaded, dict):
         images = _member(loaded, image_key, images_path)
         labels = _load_labels(labels_path) if labels_path else _member(loaded, label_key, images_path)
-        classes = tuple(str(name) for name in loaded.get("classes", ()))
+        classes = tuple(str(name) for name in np.ravel(loaded.get("classes", ())))
     elif labels_path is None:
         raise ArtifactError(f"'{images_path}' holds images only; labels must be given in a file of their own.")
     else:
@@ -190,43 +191,56 @@ def read_torchvision(
     labels = _torchvision_labels(dataset, name)
     classes = tuple(str(label) for label in getattr(dataset, "classes", ()))
     images = getattr(dataset, "data", None)
-    if images is not None and name != "STL10":
-        array = images if isinstance(images, np.ndarray) else images.numpy()
-        return _checked(array, labels, classes, root, fit_image)
+    if images is not None:
+        array = images if isinstance(images, np.ndarray) else np.asarray(images)
+        coloured = array.ndim == 4 and array.shape[-1] == 3
+        if array.dtype == np.uint8 and (array.ndim == 3 or coloured) and not (grey and coloured):
+            return _checked(array, labels, classes, root, fit_image)
     return LazySource(lambda index: dataset[index][0], labels, classes, fit_image, grey)
 
 
-def _open_torchvision(factory: Callable[..., object], root: Path, train: bool, download: bool):  # type: ignore[no-untyped-def]
-    """Open one half of a data set; torchvision names the halves in two ways."""
+def _open_torchvision(factory: Callable[..., object], root: Path, train: bool, download: bool) -> Any:
+    """Open one half of a data set; torchvision names the halves in several ways, and not every set can download."""
+    halves: list[dict[str, object]] = [{"train": train}]
+    halves += [{"split": names[0] if train else names[1]} for names in (("train", "test"), ("trainval", "val"))]
     failures: list[str] = []
-    for keywords in ({"train": train}, {"split": "train" if train else "test"}, {"split": "train" if train else "val"}):
+    for half, extra in product(halves, ({"download": download}, {})):
         try:
-            return factory(str(root), download=download, **keywords)
+            return factory(str(root), **half, **extra)
         except (TypeError, ValueError) as error:
             failures.append(str(error))
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # each data set has its own way to fail on missing and damaged files
             raise ArtifactError(
-                f"torchvision could not open the data set in '{root}': {error}",
+                f"torchvision could not open the data set in '{root}': {error or type(error).__name__}",
                 hint="Set download: true on a machine with network access, or give the path to files you have.",
             ) from error
     raise DataError(f"torchvision could not open the data set in '{root}': {failures[0]}")
 
 
 def _torchvision_labels(dataset: object, name: str) -> np.ndarray:
-    for attribute in ("targets", "labels", "_labels"):
+    for attribute in ("targets", "labels", "_labels", "_samples"):
         values = getattr(dataset, attribute, None)
-        if values is not None:
-            return np.asarray(values, np.int64)
-    raise DataError(f"torchvision data set '{name}' must have class labels (targets, labels), it has none.")
+        if values is None:
+            continue
+        try:
+            labels = np.asarray([sample[1] for sample in values] if attribute == "_samples" else values, np.int64)
+        except (TypeError, ValueError, IndexError):
+            break
+        if labels.ndim == 1:
+            return labels
+    raise DataError(f"torchvision data set '{name}' must have one class label for each image, it has none.")
 
 
 def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     _require_file(path)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
+        with path.open("rb") as stream:  # numpy leaves a file that it opened itself open when it is damaged
+            loaded = np.load(stream, allow_pickle=False)
+            return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
     except Exception as error:  # numpy raises ValueError, OSError, BadZipFile, EOFError, zlib.error, LZMAError ...
-        raise ArtifactError(f"'{path}' must be a readable .npz or .npy file without pickled objects: {error}") from error
+        raise ArtifactError(
+            f"'{path}' must be a readable .npz or .npy file without pickled objects: {error}"
+        ) from error
 
 
 def _load_labels(path: Path) -> np.ndarray:
@@ -281,7 +295,7 @@ def _open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"'{path}' must be a readable image: {error}") from error
 
 

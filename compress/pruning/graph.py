@@ -239,7 +239,9 @@ def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: T
     return slim
 
 
-def silenced_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> nn.Module:
+def silenced_copy(
+    module: nn.Module, removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]
+) -> nn.Module:
     """Return a copy of `module` in which the removed channels are computed as zero.
 
     Args:
@@ -369,7 +371,9 @@ def _output_layers(module: nn.Module, example: Tensor) -> set[str]:
 
         return hook
 
-    handles = [part.register_forward_hook(note(name)) for name, part in module.named_modules() if isinstance(part, COUNTED)]
+    handles = [
+        part.register_forward_hook(note(name)) for name, part in module.named_modules() if isinstance(part, COUNTED)
+    ]
     try:
         with torch.no_grad():
             outputs = _flat_outputs(module(example))

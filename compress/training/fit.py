@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.data.batches import Augmentation, Split, batches_per_epoch, training_batches
+from compress.data.batches import Augmentation, Split, batches_per_epoch, epoch_seed, training_batches
 from compress.errors import ArtifactError, DataError, NonFinite
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.evaluate import check_outputs, evaluate_top1
@@ -93,10 +93,11 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What a run did: one record an epoch, and which epoch's weights the module now holds."""
+    """What a run did: one record an epoch, which epoch's weights the module now holds, and the optimiser steps."""
 
     epochs: tuple[EpochRecord, ...]
     chosen_epoch: int
+    steps: int
 
 
 def fit(
@@ -124,8 +125,9 @@ def fit(
         DataError: Labels do not fit the outputs, or a split is empty.
         ArtifactError: The saved state belongs to another run.
     """
-    if len(train) == 0:
-        raise DataError("The training split must hold at least one image, it holds none.")
+    for split in (train, validation):
+        if len(split) == 0:
+            raise DataError(f"Split '{split.name}' must hold at least one image to train, it holds none.")
     run = _Run(module, train, validation, settings, distillation, progress or SilentProgress())
     if state_path is not None and state_path.is_file():
         run.restore(state_path)
@@ -136,7 +138,7 @@ def fit(
     chosen = run.finish()
     if state_path is not None:
         state_path.unlink(missing_ok=True)
-    return FitResult(tuple(run.records), chosen)
+    return FitResult(tuple(run.records), chosen, run.step)
 
 
 class _Run:
@@ -178,7 +180,11 @@ class _Run:
         )
         losses: list[float] = []
         images_seen, started = 0, time.perf_counter()
-        with self.progress.task(f"epoch {epoch + 1} of {self.total_epochs}", steps) as task:
+        with (
+            torch.random.fork_rng(devices=[]),
+            self.progress.task(f"epoch {epoch + 1} of {self.total_epochs}", steps) as task,
+        ):
+            torch.manual_seed(epoch_seed(self.settings.seed, epoch))  # dropout draws the same after a resume
             for images, labels in _take(batches, steps):
                 losses.append(self._train_step(images, labels))
                 images_seen += len(labels)
@@ -192,13 +198,13 @@ class _Run:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def finish(self) -> int:
-        """Load the chosen weights, leave eval mode on, and return which epoch they are from."""
+        """Load the chosen weights, leave them contiguous and in eval mode, and return which epoch they are from."""
         if self.settings.keep == "best" and self.best is not None:
             self.module.load_state_dict(self.best[1])
             chosen = self.best[0]
         else:
             chosen = len(self.records)
-        self.module.eval()
+        self.module.to(memory_format=torch.contiguous_format).eval()
         return chosen
 
     def save(self, path: Path) -> None:
@@ -220,10 +226,11 @@ class _Run:
         """Go on from a saved state; a state of another run is refused by what differs."""
         try:
             state = torch.load(path, weights_only=True)
+            saved = state["identity"]
         except Exception as error:  # torch raises a dozen types for a damaged file
             self.progress.warn(f"The saved training state is unreadable, training starts again: {error}")
             return
-        differing = [key for key, value in self._identity().items() if state["identity"].get(key) != value]
+        differing = [key for key, value in self._identity().items() if saved.get(key) != value]
         if differing:
             raise ArtifactError(
                 f"The training state in '{path}' belongs to a run with other {', '.join(differing)}.",
@@ -251,7 +258,7 @@ class _Run:
                 f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
                 hint="Lower learning_rate, or check the images and weights for NaN.",
             )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step += 1
         return value
@@ -277,15 +284,14 @@ class _Run:
         task.advance(1, loss=f"{sum(recent) / len(recent):.3f}", speed=f"{speed:.0f} images/s")
 
     def _close_epoch(self, number: int, loss: float, speed: float) -> None:
-        top1 = evaluate_top1(self.module, self.validation)
+        top1 = evaluate_top1(self.module, self.validation, progress=self.progress)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
         best_before = max((record.validation_top1 for record in self.records[:-1]), default=-1.0)
         if self.settings.keep == "best" and top1 >= best_before:
             self.best = (number, copy.deepcopy(self.module.state_dict()))
         self.progress.note(
-            f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation top-1 {top1:.2%}, "
-            f"{speed:.0f} images/s"
+            f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation top-1 {top1:.2%}, {speed:.0f} images/s"
         )
 
     def _identity(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Is the exported file what it should be? Measured on the file, in its runtime."""

@@ -1,0 +1,1 @@
+"""Where a network can be run: one file a runtime."""

@@ -1,0 +1,41 @@
+# The verbs of this project. Each makes the environment first when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type check bench clean
+
+help:           ## list the verbs
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off -e '.[dev]'
+	touch $@
+
+setup: $(READY) ## make the environment in .venv (about 6 GB, some minutes)
+
+demo: $(READY) ## compress the embedded MNIST network and verify the result
+	$(BIN)/compress run pipelines/quickstart.yaml
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: $(READY)  ## mypy
+	$(BIN)/mypy
+
+check: lint type ## lint and type
+
+bench: $(READY) ## measure the README's result table
+	$(BIN)/python benchmarks/results.py
+
+clean:          ## remove the environment and what runs have left
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

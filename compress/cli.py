@@ -1,0 +1,254 @@
+"""Which commands are there? Each parses its options, calls the library and maps the outcome to an exit code.
+
+    0 done, verdict passed    1 verdict failed      2 pipeline or command line wrong   3 a stage failed
+    4 file missing or corrupt 5 runtime unavailable 70 a bug                           130 interrupted
+
+Whatever imports torch is imported inside the commands that need it, so that `--help` and `validate` stay quick.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.console import Console
+from compress.errors import VERDICT_FAILED_EXIT_CODE, ConfigError
+from compress.exits import guarded, package_version
+
+app = typer.Typer(
+    name="compress",
+    help="From a trained CNN to a smaller, faster ONNX model you can trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PipelineFile = Annotated[Path, typer.Argument(metavar="PIPELINE", help="The pipeline file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value, as in stages.prune.target.macs=0.4; repeatable."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Takes the place of the file's seed.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="FOLDER", help="Where run folders are kept.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the verdict.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `compress` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character gets "?", not a crash
+            stream.reconfigure(errors="replace")
+    app(prog_name="compress")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Console().say(f"compress {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # read by its callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """From a trained CNN to a smaller, faster ONNX model you can trust."""
+
+
+@app.command()
+@guarded
+def run(
+    pipeline: PipelineFile,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Run a pipeline; what is done already is not repeated."""
+    from compress.config.load import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or (), seed)
+    from compress.runner import run as run_pipeline  # imports torch; a wrong pipeline file is refused before that
+
+    console = Console(quiet)
+    outcome = run_pipeline(loaded, runs_dir, console)
+    console.print_verdict(outcome.verdict)
+    for label, name in (("ONNX file", "model.onnx"), ("Report", "report.html")):
+        path = outcome.folder / name
+        if path.exists():
+            console.note(f"{label}: {path}")
+    if not outcome.verdict.passed:
+        raise typer.Exit(VERDICT_FAILED_EXIT_CODE)
+
+
+@app.command()
+@guarded
+def plan(
+    pipeline: PipelineFile, overrides: Overrides = None, seed: Seed = None, runs_dir: RunsDir = Path("runs")
+) -> None:
+    """Show which stages would run, and why."""
+    from compress.config.load import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or (), seed)
+    from compress.runner import plan as plan_stages  # as in run
+
+    rows = [(row.stage, row.status, ", ".join(row.reasons)) for row in plan_stages(loaded, runs_dir)]
+    Console().print_plan(rows)
+
+
+@app.command()
+@guarded
+def validate(
+    pipelines: Annotated[list[Path], typer.Argument(metavar="PIPELINE...", help="Pipeline files (YAML).")],
+    overrides: Overrides = None,
+    seed: Seed = None,
+) -> None:
+    """Check pipeline files without running anything."""
+    from compress.config.load import load_pipeline
+
+    console = Console()
+    failed = False
+    for path in pipelines:
+        try:
+            loaded = load_pipeline(path, overrides or (), seed)
+        except ConfigError as error:
+            console.print_error(error)
+            failed = True
+        else:
+            console.say(f"{path}: valid, {' -> '.join(stage.stage for stage in loaded.config.stages)}.")
+    if failed:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+@guarded
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to check.")],
+    pipeline: Annotated[
+        Path, typer.Option("--pipeline", metavar="PIPELINE", help="Says data, preprocessing, runtime and gates.")
+    ],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="BASELINE.onnx", help="Baseline for drop and speed-up.")
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Hold an ONNX file to the gates of a pipeline."""
+    from compress.config.load import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or ())
+    from compress.standalone import verify_file  # imports torch and ONNX Runtime
+
+    console = Console(quiet)
+    verdict = verify_file(model, loaded, against, console)
+    console.print_verdict(verdict)
+    if not verdict.passed:
+        raise typer.Exit(VERDICT_FAILED_EXIT_CODE)
+
+
+@app.command()
+@guarded
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="FILE.onnx, a pipeline file, or file.py:callable.")],
+    input_shape: Annotated[
+        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Input of one image, for file.py:callable.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show layers, channel groups and MACs."""
+    shape = None if input_shape is None else _parse_shape(input_shape)
+    from compress.inspection import inspect_target  # imports torch or onnx
+
+    console = Console()
+    for title, columns, rows in inspect_target(target, shape, tuple(overrides or ())):
+        console.print_table(title, columns, rows)
+
+
+@app.command("list")
+@guarded
+def list_names(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[criteria|stages|datasets|runtimes]", help="What to list; all by default.")
+    ] = None,
+) -> None:
+    """List the names that a pipeline file may use."""
+    from compress.catalog import CRITERIA, RUNTIMES, SOURCES, STAGES
+    from compress.registry import closest
+
+    summary = ("name", "what it does")
+    stages = [(entry.name, entry.consumes, entry.produces, entry.summary) for entry in STAGES.values()]
+    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
+        "criteria": (summary, [(name, CRITERIA.summary(name)) for name in CRITERIA]),
+        "stages": (("name", "needs", "yields", "what it does"), stages),
+        "datasets": (("key", "what it reads"), list(SOURCES.items())),
+        "runtimes": (summary, [(name, RUNTIMES.summary(name)) for name in RUNTIMES]),
+    }
+    if kind is not None and kind not in tables:
+        raise ConfigError(f"list takes one of {', '.join(tables)}, got '{kind}'.", hint=closest(kind, list(tables)))
+    console = Console()
+    for name in tables if kind is None else [kind]:
+        columns, rows = tables[name]
+        console.print_table(name, columns, rows)
+
+
+@app.command()
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of pipeline files."""
+    import json
+
+    from compress.config.schema import PipelineConfig
+
+    Console().say(json.dumps(PipelineConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+@guarded
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The pipeline file to write.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODEL", help="pkg.module:callable, file.py:callable or a torchvision name."),
+    ],
+    weights: Annotated[str, typer.Option("--weights", metavar="FILE", help="Safetensors or a torch checkpoint.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Folder with train.npz and test.npz, or with train/ and test/ of images, or a torchvision data set.",
+        ),
+    ],
+    target_macs: Annotated[
+        float, typer.Option("--target-macs", metavar="RATIO", help="Kept share of the MACs, in (0, 1].")
+    ] = 0.5,
+    input_shape: Annotated[str, typer.Option("--input-shape", metavar="C,H,W", help="Input of one image.")] = "3,32,32",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented pipeline file to start from."""
+    from compress.config.init import Scaffold, write_pipeline
+
+    channels, height, width = _parse_shape(input_shape)
+    write_pipeline(path, Scaffold(model, weights, data, target_macs, (channels, height, width)), force)
+    Console().say(f"{path} is written; next: compress plan {path}")
+
+
+def _parse_shape(text: str) -> tuple[int, int, int]:
+    """Read "3,32,32".
+
+    Raises:
+        ConfigError: It is not three positive whole numbers, or has no 1 or 3 channels.
+    """
+    parts: list[Any] = [part.strip() for part in text.split(",")]
+    if len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        channels, height, width = map(int, parts)
+        if channels in (1, 3):
+            return channels, height, width
+    raise ConfigError(
+        f"--input-shape must be channels (1 or 3), height and width, got '{text}'.", hint="such as 3,32,32"
+    )

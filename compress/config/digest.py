@@ -1,0 +1,86 @@
+"""Which values, files and images are the same? SHA-256 of canonical content, in hexadecimal."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError
+
+_CHUNK_BYTES = 1 << 20
+_CONTENT_KEYS = ("arrays", "idx", "labels")
+_PATH_KEYS = (*_CONTENT_KEYS, "folder", "root")
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a plain value: sorted keys, no spaces, ASCII.
+
+    Raises:
+        ValueError: A number is not finite.
+        TypeError: A value has no place in JSON.
+
+    >>> canonical_json({"b": (1, 2.5), "a": None})
+    '{"a":null,"b":[1,2.5]}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_value(value: Any) -> str:
+    """Return the digest of a plain value; equal values have equal digests whatever the order of their keys."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the digest of a file's bytes, read in pieces.
+
+    Raises:
+        ArtifactError: The file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise ArtifactError(f"'{path}' must be a readable file: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def digest_data(source: Mapping[str, Any]) -> str:
+    """Return the digest of what an image source holds; where the files lie does not matter.
+
+    - arrays, idx: the bytes of the files.
+    - folder: relative name, size and modification time of each file; reading every picture would take minutes.
+    - torchvision: name and half. Without `download`, also the listing of `root` as for a folder; with it the files
+      may not be there yet, and torchvision checks their digests itself.
+
+    Args:
+        source: Plain values of a checked source (`data.train` or `data.evaluation`) with absolute paths.
+
+    Raises:
+        ArtifactError: A file or folder is missing.
+    """
+    parts: dict[str, Any] = {key: value for key, value in source.items() if key not in _PATH_KEYS}
+    for key in _CONTENT_KEYS:
+        if source.get(key) is not None:
+            parts[key] = digest_file(Path(source[key]))
+    if source.get("folder") is not None:
+        parts["folder"] = _digest_listing(Path(source["folder"]))
+    if source.get("torchvision") is not None and not source.get("download"):
+        parts["root"] = _digest_listing(Path(source["root"]))
+    return digest_value(parts)
+
+
+def _digest_listing(root: Path) -> str:
+    """Return the digest of names, sizes and modification times of all files below `root`."""
+    if not root.is_dir():
+        raise ArtifactError(f"Data folder '{root}' does not exist.")
+    entries = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            state = path.stat() if path.exists() else path.lstat()  # a dangling link has only its own
+            entries.append((path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns))
+    return digest_value(sorted(entries))

@@ -1,0 +1,233 @@
+"""What does a YAML file say, and at which line and column?
+
+Duplicate keys, tags, merge keys, keys that are no text and numbers that are not finite are refused; how words and
+numbers are told apart is in `yaml_core.py`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.config.problems import KeyPath, Origin, Problem, format_path, show
+from compress.config.yaml_core import CONSTRUCTORS, MAX_DEPTH, TAG, compose
+from compress.errors import ConfigError, ConfigSyntaxError
+from compress.registry import closest
+
+MAX_BYTES = 1_000_000
+_MAX_VALUES = 100_000
+_KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
+
+
+@dataclass
+class Document:
+    """A YAML file as plain values that know where they stand.
+
+    Attributes:
+        shown: The file's name in messages.
+        value: Mappings, lists, text, numbers, booleans, None.
+        origins: Where each value begins.
+        key_origins: Where the key of each value begins.
+        problems: What is wrong so far.
+        broken: Paths whose value was refused already and must not be complained about twice.
+    """
+
+    shown: str
+    value: Any = None
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    key_origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    broken: set[KeyPath] = field(default_factory=set)
+
+    def origin(self, path: KeyPath) -> Origin:
+        """Return where the value at `path` stands, or else the closest thing around it."""
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins[path]
+
+    def key_origin(self, path: KeyPath) -> Origin:
+        """Return where the key of `path` stands, or else its value."""
+        return self.key_origins.get(path) or self.origin(path)
+
+    def is_broken(self, path: KeyPath) -> bool:
+        """Whether the value at `path`, or one around it, was refused already."""
+        return any(path[:length] in self.broken for length in range(len(path) + 1))
+
+    def holds_broken(self, path: KeyPath) -> bool:
+        """Whether a value inside the one at `path` was refused already."""
+        return any(broken[: len(path)] == path for broken in self.broken)
+
+    def refuse(self, path: KeyPath, origin: Origin, text: str, hint: str | None = None) -> None:
+        """Note a fault of the YAML at `path`."""
+        self.problems.append(Problem(origin, text, hint, "syntax"))
+        self.broken.add(path)
+
+    def set(self, path: KeyPath, container: Any, value: Any, origin: Origin) -> None:
+        """Put `value` at the end of `path`, inside `container`, and remember where it came from."""
+        container[path[-1]] = value
+        for known in (self.origins, self.key_origins):
+            for inner in [inner for inner in known if inner[: len(path)] == path]:
+                del known[inner]
+        self.broken -= {inner for inner in self.broken if inner[: len(path)] == path}
+        self.origins[path] = self.key_origins[path] = origin
+
+
+def read_document(path: Path) -> Document:
+    """Read a pipeline file.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be opened.
+        ConfigSyntaxError: It is no UTF-8 text, too large, empty, or no YAML mapping. Lesser faults are left in
+            `Document.problems`.
+    """
+    return parse_document(_read_text(path), str(path))
+
+
+def parse_document(text: str, shown: str) -> Document:
+    """Parse the text of a pipeline file; `shown` is its name in messages.
+
+    Raises:
+        ConfigSyntaxError: The text is empty or no YAML mapping.
+    """
+    node = compose(text, shown)
+    if node is None:
+        raise ConfigSyntaxError(
+            f"{shown}: the file must hold a pipeline, it is empty.", hint="compress init writes one to start from."
+        )
+    document = Document(shown)
+    document.value = _Reader(document).read(node, (), 0)
+    if not isinstance(document.value, dict) and not document.problems:
+        where = document.origins[()].text
+        raise ConfigSyntaxError(f"{where}: the file must be a mapping of keys to values, got {show(document.value)}.")
+    return document
+
+
+def parse_value(text: str) -> Any:
+    """Read one YAML value, such as the right side of `--set key=value`.
+
+    Raises:
+        ConfigSyntaxError: The text is no YAML; the message says where without naming a file.
+    """
+    node = compose(text, "value")
+    document = Document("value")
+    value = None if node is None else _Reader(document).read(node, (), 0)
+    if document.problems:
+        raise ConfigSyntaxError(document.problems[0].text, hint=document.problems[0].hint)
+    return value
+
+
+def _read_text(path: Path) -> str:
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: the pipeline file does not exist.", hint=closest(path.name, siblings))
+    if not path.is_file():
+        raise ConfigError(f"{path}: the pipeline must be a file, got a {'folder' if path.is_dir() else 'device'}.")
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: the pipeline file cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigSyntaxError(f"{path}: the pipeline file must be at most {MAX_BYTES} bytes, it is larger.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
+        raise ConfigSyntaxError(
+            f"{path}:{line}:{error.start - start + 1}: the pipeline file must be UTF-8 text, "
+            f"got the byte 0x{data[error.start]:02x}."
+        ) from error
+
+
+class _Reader:
+    """Turns nodes into plain values and notes where they stand.
+
+    Args:
+        document: Filled while reading.
+    """
+
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._open: set[int] = set()
+        self._count = 0
+
+    def read(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
+        """Return the plain value of `node`; what is wrong with it goes to the document's problems."""
+        origin = self._origin(node)
+        self._document.origins[path] = origin
+        self._count += 1
+        if self._count > _MAX_VALUES:  # a few nested aliases can stand for billions of values
+            raise ConfigSyntaxError(
+                f"{origin.text}: the file must hold at most {_MAX_VALUES} values, aliases included."
+            )
+        if id(node) in self._open:
+            return self._document.refuse(path, origin, f"{format_path(path)} must not contain itself through an alias.")
+        if depth > MAX_DEPTH:
+            raise ConfigSyntaxError(f"{origin.text}: values must be nested at most {MAX_DEPTH} deep.")
+        if node.tag not in CONSTRUCTORS and not isinstance(node, yaml.CollectionNode):
+            return self._refuse_tag(node, path)
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
+                return self._read_mapping(node, path, depth)
+            if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
+                return [self.read(entry, (*path, index), depth + 1) for index, entry in enumerate(node.value)]
+            if isinstance(node, yaml.CollectionNode):
+                return self._refuse_tag(node, path)
+            return self._read_scalar(node, path)
+        finally:
+            self._open.discard(id(node))
+
+    def _read_mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            origin = self._origin(key_node)
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != TAG + "str":
+                spelling = f"'{key_node.value}'" if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self._note(
+                    origin, f"keys of {format_path(path)} must be text, got {spelling}.", "put quotes around it."
+                )
+                continue
+            key = key_node.value
+            inner = (*path, key)
+            if key == "<<":
+                self._note(
+                    origin, "merge keys (<<) are not allowed.", "write the keys out, a pipeline file reads alone."
+                )
+            elif key in values:
+                first = self._document.key_origins[inner]
+                self._note(origin, f"{format_path(inner)} is given twice, first in line {first.line}.", None)
+            else:
+                self._document.key_origins[inner] = origin
+                values[key] = self.read(value_node, inner, depth + 1)
+        return values
+
+    def _read_scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+        origin = self._origin(node)
+        try:
+            value = CONSTRUCTORS[node.tag](node.value)
+        except ValueError:
+            kind = _KINDS[node.tag.removeprefix(TAG)]
+            text = f"{format_path(path)} must be a readable {kind}, got {show(node.value)}."
+            return self._document.refuse(path, origin, text)
+        if isinstance(value, float) and not math.isfinite(value):
+            return self._document.refuse(path, origin, f"{format_path(path)} must be finite, got {node.value}.")
+        return value
+
+    def _refuse_tag(self, node: yaml.Node, path: KeyPath) -> None:
+        tag = node.tag.replace(TAG, "!!")
+        self._document.refuse(
+            path,
+            self._origin(node),
+            f"{format_path(path)} must be a plain value, got the tag {tag}.",
+            "remove the tag.",
+        )
+
+    def _note(self, origin: Origin, text: str, hint: str | None) -> None:
+        self._document.problems.append(Problem(origin, text, hint, "syntax"))
+
+    def _origin(self, node: yaml.Node) -> Origin:
+        line, column = node.start_mark.line + 1, node.start_mark.column + 1
+        return Origin(0, line, column, f"{self._document.shown}:{line}:{column}")

@@ -1,0 +1,76 @@
+"""Where do the paths of a pipeline lead?
+
+A path written in the file is relative to the file; one given on the command line or in the environment is relative
+to the current folder, as everywhere on a command line.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.config.document import Document
+from compress.config.problems import KeyPath, Origin, Problem
+
+_SOURCE_KEYS = ("arrays", "labels", "idx", "folder", "root")
+_HALVES = {"train": "train.npz", "evaluation": "test.npz"}
+
+
+def resolve_paths(values: dict[str, Any], document: Document, folder: Path) -> None:
+    """Make every path in the plain values of a checked pipeline absolute, in place.
+
+    Args:
+        values: Dumped PipelineConfig.
+        document: Tells which values came from the command line.
+        folder: Of the pipeline file.
+    """
+    for path, container, key in _path_values(values):
+        base = folder if document.origin(path).in_file else Path()
+        container[key] = _absolute(base, container[key])
+
+
+def use_array_folder(values: dict[str, Any], document: Document, folder: Path, environ: Mapping[str, str]) -> None:
+    """Let `data.array_folder`, or the environment variable it names, take the place of train and evaluation.
+
+    Args:
+        values: Dumped PipelineConfig, changed in place; afterwards it names no array folder any more.
+        document: A folder that lacks its files goes to its problems.
+        folder: Of the pipeline file.
+        environ: Environment variables.
+    """
+    data = values["data"]
+    given, variable = data.pop("array_folder"), data.pop("array_folder_env")
+    if given is not None:
+        origin, what = document.origin(("data", "array_folder")), "data.array_folder"
+        base = folder if origin.in_file else Path()
+    elif variable is not None and environ.get(variable):
+        given, base = environ[variable], Path()
+        origin, what = Origin(2, 0, 0, f"environment variable {variable}"), "it"
+    else:
+        return
+    found = _absolute(base, given)
+    missing = [name for name in _HALVES.values() if not os.path.isfile(os.path.join(found, name))]
+    if missing:
+        state = f"which has no {' and no '.join(missing)}" if os.path.isdir(found) else "which is no folder"
+        text = f"{what} must be a folder with train.npz and test.npz, got '{found}', {state}."
+        document.problems.append(Problem(origin, text))
+    for half, name in _HALVES.items():
+        data[half] = {"arrays": os.path.join(found, name)}
+
+
+def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], str]]:
+    """Yield key path, container and key of every value that is a path."""
+    for half in _HALVES:
+        source = values["data"][half]
+        for key in _SOURCE_KEYS:
+            if source.get(key) is not None:
+                yield ("data", half, key), source, key
+    for index, stage in enumerate(values["stages"]):
+        if stage["stage"] == "load":
+            yield ("stages", index, "weights"), stage, "weights"
+            if stage["model"].get("factory", "").rpartition(":")[0].endswith(".py"):
+                yield ("stages", index, "model", "factory"), stage["model"], "factory"
+
+
+def _absolute(base: Path, text: str) -> str:
+    return os.path.abspath(os.path.join(base, os.path.expanduser(text)))

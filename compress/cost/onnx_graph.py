@@ -1,0 +1,217 @@
+"""How many multiply-accumulates and weights does an ONNX file have? Counted from the graph, without torch.
+
+MACs are those of one image in Conv, ConvTranspose, Gemm and MatMul nodes that multiply by a weight; a MatMul of two
+activations is no layer and counts nothing. `cost/macs.py` counts the same from torch modules by other means.
+
+Weights (`params`) are all scalars of floating-point constants with at least one axis, each constant once, except the
+running mean and variance of BatchNormalization, which are buffers. Export folds batch norm into the convolution
+before it (its scale and bias become one bias a channel), so this number is smaller than the torch network's.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
+
+from compress.cost.onnx_file import file_bytes, first_line, load_onnx
+from compress.errors import ModelError
+
+__all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
+
+Shape = tuple[int, ...]
+_FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxCounts:
+    """Size of an ONNX graph.
+
+    Attributes:
+        macs: Multiply-accumulates for one image.
+        params: Scalars of floating-point constants, without batch-norm statistics.
+        nodes: Nodes in the graph.
+        initializer_bytes: Bytes of all initializers.
+    """
+
+    macs: int
+    params: int
+    nodes: int
+    initializer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One node.
+
+    Attributes:
+        name: Module path of its weight where the file has one ("layer1.0.conv1"), else the node's name.
+        op: Operator.
+        input_shape: Of its first input, at batch 1.
+        output_shape: Of its first output, at batch 1.
+        weights: Scalars of its floating-point constants.
+        macs: For one image.
+    """
+
+    name: str
+    op: str
+    input_shape: Shape | None
+    output_shape: Shape | None
+    weights: int
+    macs: int
+
+
+def count_onnx(path: Path) -> OnnxCounts:
+    """Count MACs, weights, nodes and bytes of an ONNX file.
+
+    Args:
+        path: The .onnx file; external data is not read.
+
+    Raises:
+        ArtifactError: The file is missing or no ONNX model.
+        ModelError: The shape of a counted node cannot be inferred.
+    """
+    graph = _Graph(load_onnx(path))
+    return OnnxCounts(
+        macs=sum(graph.macs(node) for node in graph.nodes),
+        params=sum(math.prod(shape) for shape in graph.weights.values()),
+        nodes=len(graph.nodes),
+        initializer_bytes=sum(_tensor_bytes(tensor) for tensor in graph.model.graph.initializer),
+    )
+
+
+def layer_rows(path: Path) -> list[LayerRow]:
+    """Return one row for each node, in the order of the graph.
+
+    Raises:
+        ArtifactError: The file is missing or no ONNX model.
+        ModelError: The shape of a counted node cannot be inferred.
+    """
+    graph = _Graph(load_onnx(path))
+    return [graph.row(node) for node in graph.nodes]
+
+
+class _Graph:
+    """A model at batch 1 with all its shapes inferred."""
+
+    def __init__(self, model: ModelProto) -> None:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        batch = _fix_batch(model)
+        try:
+            self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        except Exception as error:  # onnx raises InferenceError, ValueError or a protobuf error
+            raise ModelError(f"Shapes of the ONNX graph must be inferable: {first_line(error)}") from error
+        self.batch = batch
+        self.nodes: list[NodeProto] = list(self.model.graph.node)
+        self.shapes = dict(_shapes(self.model))
+        self.constants = _constant_names(self.model)
+        self.weights = _weights(self.model)
+
+    def row(self, node: NodeProto) -> LayerRow:
+        return LayerRow(
+            name=self._layer_name(node),
+            op=node.op_type,
+            input_shape=self.shapes.get(node.input[0]) if node.input else None,
+            output_shape=self.shapes.get(node.output[0]),
+            weights=sum(math.prod(self.weights[name]) for name in set(node.input) if name in self.weights),
+            macs=self.macs(node),
+        )
+
+    def macs(self, node: NodeProto) -> int:
+        """Return the MACs of one node for one image; 0 for operators that are not counted."""
+        if node.domain not in ("", "ai.onnx"):
+            return 0
+        if node.op_type in ("Conv", "ConvTranspose"):
+            per_position = math.prod(self._shape(node, node.input[1])[1:])
+            positions = node.output[0] if node.op_type == "Conv" else node.input[0]
+            return math.prod(self._shape(node, positions)) * per_position // self.batch
+        if node.op_type == "Gemm" and self._has_weight(node):
+            transposed = _int_attribute(node, "transA")
+            shared = self._shape(node, node.input[0])[0 if transposed else 1]
+            return math.prod(self._shape(node, node.output[0])) * shared // self.batch
+        if node.op_type == "MatMul" and self._has_weight(node):
+            shared = self._shape(node, node.input[0])[-1]
+            return math.prod(self._shape(node, node.output[0])) * shared // self.batch
+        return 0
+
+    def _has_weight(self, node: NodeProto) -> bool:
+        return any(name in self.constants for name in node.input[:2])
+
+    def _shape(self, node: NodeProto, name: str) -> Shape:
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise ModelError(
+                f"The shape of '{name}' must be known to count the MACs of {node.op_type} node '{node.name}'.",
+                hint="Export with fixed height and width; only the batch axis may stay open.",
+            )
+        return shape
+
+    def _layer_name(self, node: NodeProto) -> str:
+        for name in node.input[1:2]:
+            if name in self.weights and "." in name:
+                return str(name.rpartition(".")[0])
+        return str(node.name or node.output[0])
+
+
+def _fix_batch(model: ModelProto) -> int:
+    """Set open first axes to 1 in place, drop inferred shapes that said otherwise, and return the batch size."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    for value in inputs:
+        dims = value.type.tensor_type.shape.dim
+        if dims and not dims[0].HasField("dim_value"):
+            dims[0].dim_value = 1
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    first = inputs[0].type.tensor_type.shape.dim if inputs else []
+    return max(1, int(first[0].dim_value)) if first else 1
+
+
+def _shapes(model: ModelProto) -> Iterator[tuple[str, Shape]]:
+    graph = model.graph
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            yield value.name, tuple(int(dim.dim_value) for dim in tensor.shape.dim)
+    for initializer in graph.initializer:
+        yield initializer.name, tuple(initializer.dims)
+
+
+def _constant_names(model: ModelProto) -> set[str]:
+    """Return the names of all values that do not depend on an input (a transposed weight is still a weight)."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if all(name in constants for name in node.input if name):
+            constants.update(node.output)
+    return constants
+
+
+def _weights(model: ModelProto) -> dict[str, Shape]:
+    """Return name -> shape of each floating-point constant with at least one axis that is no batch-norm statistic."""
+    statistics = {name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]}
+    tensors = [(tensor.name, tensor) for tensor in model.graph.initializer]
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            tensors += [(node.output[0], a.t) for a in node.attribute if a.type == AttributeProto.TENSOR]
+    return {
+        name: tuple(tensor.dims)
+        for name, tensor in tensors
+        if tensor.data_type in _FLOATS and tensor.dims and name not in statistics
+    }
+
+
+def _tensor_bytes(tensor: TensorProto) -> int:
+    count: int = math.prod(tensor.dims)
+    if tensor.data_type in _HALF_BYTE_TYPES:
+        return (count + 1) // 2
+    return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _int_attribute(node: NodeProto, name: str) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)

@@ -1,0 +1,86 @@
+"""How does a command end? With an exit code and a sentence, never with a traceback."""
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from compress.console import Console
+from compress.errors import INTERRUPTED_EXIT_CODE, ArtifactError, CompressError, InternalError
+
+BROKEN_PIPE_EXIT_CODE = 141
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+P = ParamSpec("P")
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command end with an exit code and a sentence, whatever it raises."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError as error:
+            with contextlib.suppress(OSError, ValueError):  # so that Python's own last flush has somewhere to go
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE_EXIT_CODE) from error
+        except BaseException as error:  # the last place that can turn a traceback into a sentence
+            raise typer.Exit(_report(error)) from error
+
+    return run
+
+
+def _report(error: BaseException) -> int:
+    """Print what ended a command and return its exit code."""
+    console = Console()
+    if isinstance(error, KeyboardInterrupt):
+        console.print_failure(
+            "Interrupted; the stages that were completed are kept, the same command goes on from there."
+        )
+        return INTERRUPTED_EXIT_CODE
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        where = f" '{error.filename}'" if error.filename else ""
+        error = ArtifactError(f"The system refused to write or read{where}: {error.strerror}.")
+    if isinstance(error, CompressError) and error.exit_code != InternalError.exit_code:
+        console.print_error(error)
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        raise error
+    console.print_failure(
+        f"compress has met a fault of its own ({type(error).__name__}: {str(error).strip() or 'no message'}). "
+        f"This is a bug, not your mistake: please report it with the file {_write_crash(error)}, which says where it "
+        "happened. The stages that were completed are kept."
+    )
+    return InternalError.exit_code
+
+
+def _write_crash(error: BaseException) -> str:
+    """Write the traceback to a new file in the folder for temporary files; return its path."""
+    prefix = time.strftime("compress-crash-%Y%m%d-%H%M%S-")
+    text = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix=prefix, suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as stream:
+            stream.write(f"compress {package_version()}, Python {sys.version}\n{sys.argv}\n\n{text}")
+    except OSError as refusal:
+        return f"that could not be written ({refusal.strerror})"
+    return path
+
+
+def package_version() -> str:
+    """Return the version of this program."""
+    import compress
+
+    return compress.__version__

@@ -1,0 +1,283 @@
+"""How does a torch network become one ONNX file? The only caller of torch.onnx.export.
+
+    module --torch.onnx.export--> candidate --onnxslim--> candidate --checked, replaced at once--> model.onnx
+
+The file is written in a temporary folder beside its place and moved there when everything about it is checked.
+"""
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, numpy_helper
+from torch import Tensor, nn
+
+from compress.artifacts import Signature, TensorSpec
+from compress.cost.macs import eval_mode
+from compress.cost.onnx_file import (
+    CLASSES_KEY,
+    PREPROCESSING_KEY,
+    default_opset,
+    first_line,
+    read_signature,
+    save_onnx,
+)
+from compress.data.preprocessing import Preprocessing
+from compress.errors import ExportFailed
+from compress.exporting.simplify import simplify_onnx
+
+ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
+_EXPORTER_METADATA = re.compile(r"^(pkg\.|namespace$)")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        nodes_before: Nodes as torch exported them.
+        nodes_after: Nodes in the file.
+        simplified: Whether the file holds the graph that onnxslim made.
+        simplify_note: Why it does not, or "".
+        opset: Version of the default operator set.
+        size_bytes: All files together.
+        files: Their names, the .onnx file first.
+        denormals_flushed: Weights too small for a normal float32 that were set to zero.
+    """
+
+    nodes_before: int
+    nodes_after: int
+    simplified: bool
+    simplify_note: str
+    opset: int
+    size_bytes: int
+    files: tuple[str, ...]
+    denormals_flushed: int
+
+
+def exported_signature(signature: Signature, dynamic_batch: bool) -> Signature:
+    """Return the signature that the file has: the first axis of every tensor is "batch", or 1 when it is fixed."""
+    batch: int | str = "batch" if dynamic_batch else 1
+
+    def specs(entries: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(entry, shape=(batch, *entry.shape[1:])) for entry in entries)
+
+    return Signature(specs(signature.inputs), specs(signature.outputs))
+
+
+def export_onnx(
+    module: nn.Module,
+    signature: Signature,
+    path: Path,
+    *,
+    opset: int,
+    dynamic_batch: bool = True,
+    simplify: bool = True,
+    external_data: bool = False,
+    preprocessing: Preprocessing | None = None,
+    classes: tuple[str, ...] = (),
+) -> ExportReport:
+    """Write `module` as an ONNX file; a file that was there is replaced only when the new one passed every check.
+
+    Args:
+        module: Network on the CPU; its training flags are restored.
+        signature: Names, shapes and dtypes of inputs and outputs; the first axis is the batch.
+        path: The .onnx file to write. External data goes beside it as `<name>.data`.
+        opset: Version of the default operator set that the file must have.
+        dynamic_batch: Whether the batch axis stays open (named "batch"); otherwise it is 1.
+        simplify: Whether onnxslim may rewrite the graph; its result is kept only when it computes the same.
+        external_data: Whether weights go into a second file; above 1.8 GB they do in any case.
+        preprocessing: Written into the file's metadata.
+        classes: Written into the file's metadata.
+
+    Raises:
+        ExportFailed: torch or ONNX refused, or the file is not what was asked for (opset, names, shapes).
+    """
+    wanted = exported_signature(signature, dynamic_batch)
+    model = _run_exporter(module, wanted, opset)
+    _check_is_as_asked(model, wanted, opset)
+    nodes_before = len(model.graph.node)
+    _write_metadata(model, preprocessing, classes)
+    flushed = _flush_denormals(model)
+    external = external_data or _weight_bytes(model) > ONE_FILE_LIMIT_BYTES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
+        chosen = _save_checked(model, Path(folder) / "exported" / path.name, external)
+        note = "not asked for"
+        if simplify:
+            slim, note = simplify_onnx(chosen, wanted, external)
+            if slim is not None:
+                flushed += _flush_denormals(slim)
+                model = slim
+                chosen = _save_checked(slim, Path(folder) / "simplified" / path.name, external)
+        files = _move_into_place(chosen, path)
+    return ExportReport(
+        nodes_before=nodes_before,
+        nodes_after=len(model.graph.node),
+        simplified=simplify and not note,
+        simplify_note=note,
+        opset=opset,
+        size_bytes=sum(file.stat().st_size for file in files),
+        files=tuple(file.name for file in files),
+        denormals_flushed=flushed,
+    )
+
+
+def _run_exporter(module: nn.Module, wanted: Signature, opset: int) -> ModelProto:
+    dynamic = wanted.inputs[0].shape[0] == "batch"
+    # torch.export takes sizes 0 and 1 for constants, so an open axis needs an example of 2
+    examples = tuple(_example(spec, batch=2 if dynamic else 1) for spec in wanted.inputs)
+    batch = torch.export.Dim("batch")
+    try:
+        with eval_mode(module), torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                module,
+                examples,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[spec.name for spec in wanted.inputs],
+                output_names=[spec.name for spec in wanted.outputs],
+                dynamic_shapes=tuple({0: batch} for _ in wanted.inputs) if dynamic else None,
+                verbose=False,
+            )
+            assert program is not None
+            return program.model_proto
+    except Exception as error:  # the exporter raises whatever tracing, the network's own code or onnxscript raises
+        raise ExportFailed(
+            f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
+            hint="Set dynamic_batch: false if the network's code depends on the batch size." if dynamic else None,
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's warnings, log lines and graph dumps; what matters of them is checked on the file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _example(spec: TensorSpec, batch: int) -> Tensor:
+    sizes = [batch, *(size for size in spec.shape[1:] if isinstance(size, int))]
+    if len(sizes) != len(spec.shape):
+        raise ExportFailed(f"Input '{spec.name}' must have fixed sizes after the batch axis, got {spec.shape}.")
+    generator = np.random.default_rng(0)
+    return torch.from_numpy(generator.standard_normal(sizes).astype(spec.dtype))
+
+
+def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int) -> None:
+    got_opset = default_opset(model)
+    if got_opset != opset:
+        raise ExportFailed(f"The exported file must have opset {opset}, torch wrote opset {got_opset}.")
+    got = read_signature(model)
+    for kind, want, have in (
+        ("inputs", wanted.inputs, got.inputs),
+        ("outputs", wanted.outputs, got.outputs),
+    ):
+        if want != have:
+            raise ExportFailed(
+                f"The exported file must have the {kind} {_describe(want)}, torch wrote {_describe(have)}.",
+                hint="Set dynamic_batch: false if the network's code depends on the batch size.",
+            )
+
+
+def _describe(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in specs) or "none"
+
+
+def _write_metadata(model: ModelProto, preprocessing: Preprocessing | None, classes: tuple[str, ...]) -> None:
+    """Replace the exporter's notes (stack traces, with paths of the machine) by what a user of the file needs."""
+    for value in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input,
+                  *model.graph.output, model.graph):  # fmt: skip
+        kept = [entry for entry in value.metadata_props if not _EXPORTER_METADATA.match(entry.key)]
+        del value.metadata_props[:]
+        value.metadata_props.extend(kept)
+        value.ClearField("doc_string")
+    model.producer_name = "compress"
+    model.producer_version = _own_version()
+    model.ClearField("doc_string")
+    entries = {CLASSES_KEY: json.dumps(list(classes), ensure_ascii=False)}
+    if preprocessing is not None:
+        entries[PREPROCESSING_KEY] = json.dumps(preprocessing.to_dict())
+    onnx.helper.set_model_props(model, entries)
+
+
+def _own_version() -> str:
+    try:
+        return version("compress")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _flush_denormals(model: ModelProto) -> int:
+    """Set float32 weights below the smallest normal number to 0 in place; they make a CPU 5 to 10 times slower."""
+    flushed = 0
+    tiny = np.finfo(np.float32).tiny
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        denormal = (values != 0) & (np.abs(values) < tiny)
+        if denormal.any():
+            flushed += int(denormal.sum())
+            tensor.CopyFrom(numpy_helper.from_array(np.where(denormal, np.float32(0), values), tensor.name))
+    return flushed
+
+
+def _weight_bytes(model: ModelProto) -> int:
+    return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
+
+
+def _save_checked(model: ModelProto, path: Path, external: bool) -> Path:
+    """Write a model into a folder of its own and run ONNX's checker over what was written."""
+    path.parent.mkdir()
+    try:
+        save_onnx(model, path, external)
+        onnx.checker.check_model(path, full_check=True)
+    except OSError as error:
+        raise ExportFailed(f"The ONNX file must be writable: {error}") from error
+    except Exception as error:  # checker, shape inference and protobuf raise types of their own
+        raise ExportFailed(f"The exported ONNX file is not valid: {first_line(error)}") from error
+    return path
+
+
+def _move_into_place(source: Path, path: Path) -> tuple[Path, ...]:
+    """Move a finished model to its place; at no moment does an .onnx file lie beside weights of another one."""
+    data = source.with_name(f"{source.name}.data")
+    target_data = path.with_name(f"{path.name}.data")
+    if not data.is_file():
+        os.replace(source, path)
+        target_data.unlink(missing_ok=True)
+        return (path,)
+    path.unlink(missing_ok=True)
+    shutil.move(data, target_data)
+    os.replace(source, path)
+    return path, target_data
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong at the root of a chain of errors, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _ANSI.sub("", first_line(error))

@@ -1,0 +1,173 @@
+"""What are the factors of one kernel, and how far is their product from it?
+
+    scheme    matrix or tensor          layers, in order
+    nc        N x (C kh kw)             kh x kw conv C -> r, then 1 x 1 conv r -> N
+    vh        (C kh) x (N kw)           kh x 1 conv C -> r, then 1 x kw conv r -> N
+    tucker2   N x C x kh x kw           1 x 1 conv C -> r1, kh x kw conv r1 -> r2, 1 x 1 conv r2 -> N
+    svd       N x C                     two 1 x 1 convs or two linear layers
+
+Relative error = ||W - W'||_F / ||W||_F, of the kernel as it is: folding the batch norm into it first was measured to
+be worse (ResNet-20 on CIFAR-10 at 0.55 of its MACs, before fine-tuning: 79.9 % top-1 raw, 76.6 % folded).
+
+Sources: nc as in trained rank pruning (Xu et al., IJCAI 2020, arXiv:2004.14566); vh Jaderberg et al. 2014
+(arXiv:1405.3866); tucker2 Kim et al. 2016 (arXiv:1511.06530).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.errors import UnsupportedLayer
+
+SCHEMES = ("nc", "vh", "tucker2", "svd")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A kernel as a chain of smaller ones.
+
+    Attributes:
+        weights: One weight for each thin layer, in forward order, in the dtype of the kernel.
+        relative_error: Of their product, in [0, 1] up to rounding.
+    """
+
+    weights: tuple[Tensor, ...]
+    relative_error: float
+
+
+def applicable_schemes(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the schemes that make sense for a kernel of this shape, (N, C) or (N, C, kh, kw).
+
+    >>> applicable_schemes((8, 4, 3, 3)), applicable_schemes((8, 4, 1, 3)), applicable_schemes((8, 4))
+    (('nc', 'vh', 'tucker2'), ('nc', 'tucker2'), ('svd',))
+    """
+    if len(shape) == 2 or shape[2:] == (1, 1):
+        return ("svd",)
+    return ("nc", "vh", "tucker2") if min(shape[2:]) > 1 else ("nc", "tucker2")
+
+
+def full_ranks(shape: tuple[int, ...], scheme: str) -> tuple[int, ...]:
+    """Return the ranks at which a scheme is exact for a kernel of this shape; for "tucker2" those of (C, N).
+
+    >>> full_ranks((8, 4, 3, 3), "nc"), full_ranks((8, 4, 3, 3), "vh"), full_ranks((8, 4, 3, 3), "tucker2")
+    ((8,), (12,), (4, 8))
+    """
+    outputs, inputs, *kernel = shape
+    height, width = kernel or (1, 1)
+    if scheme == "vh":
+        return (min(inputs * height, outputs * width),)
+    if scheme == "tucker2":
+        return min(inputs, outputs * height * width), min(outputs, inputs * height * width)
+    return (min(outputs, inputs * height * width),)
+
+
+def check_ranks(shape: tuple[int, ...], scheme: str, ranks: tuple[int, ...]) -> None:
+    """Check that a scheme and its ranks fit a kernel of this shape.
+
+    Raises:
+        UnsupportedLayer: They do not.
+    """
+    if scheme not in applicable_schemes(shape):
+        choices = ", ".join(applicable_schemes(shape))
+        raise UnsupportedLayer(f"A kernel of shape {shape} can be factorised by {choices}, got '{scheme}'.")
+    full = full_ranks(shape, scheme)
+    if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full, strict=True)):
+        raise UnsupportedLayer(f"Ranks of '{scheme}' for shape {shape} must be from 1 to {full}, got {ranks}.")
+
+
+def singular_values(weight: Tensor, scheme: str) -> tuple[np.ndarray, ...]:
+    """Return the spectra that a scheme truncates, each falling and >= 0, float64.
+
+    Args:
+        weight: (N, C) or (N, C, kh, kw), finite.
+        scheme: One that applies to this shape.
+
+    Returns:
+        One spectrum; for "tucker2" those of the unfoldings along C and along N.
+    """
+    kernel = weight.detach().double()
+    matrices = (_unfold_inputs(kernel), kernel.flatten(1)) if scheme == "tucker2" else (_to_matrix(kernel, scheme),)
+    return tuple(torch.linalg.svdvals(matrix).numpy() for matrix in matrices)
+
+
+def factorize(weight: Tensor, scheme: str, ranks: tuple[int, ...]) -> Factors:
+    """Return the factors of a kernel; both sides of a product carry the square root of its singular values.
+
+    Args:
+        weight: (N, C) or (N, C, kh, kw), finite, any floating dtype; the SVD runs in float64.
+        scheme: "nc", "vh", "tucker2" or "svd".
+        ranks: One rank; (r1, r2) along (C, N) for "tucker2".
+
+    Raises:
+        UnsupportedLayer: Scheme or ranks do not fit the shape.
+    """
+    check_ranks(tuple(weight.shape), scheme, ranks)
+    kernel = weight.detach().double()
+    factors = _tucker(kernel, ranks) if scheme == "tucker2" else _truncate(kernel, scheme, ranks[0])
+    weights = tuple(factor.to(weight.dtype).contiguous() for factor in factors)
+    missed = multiply(weights, scheme) - kernel
+    norm = float(torch.linalg.vector_norm(kernel))
+    error = float(torch.linalg.vector_norm(missed)) / norm if norm > 0 else 0.0
+    return Factors(weights, error)
+
+
+def multiply(weights: tuple[Tensor, ...], scheme: str) -> Tensor:
+    """Return the kernel that a chain of factors stands for, float64, (N, C) or (N, C, kh, kw)."""
+    parts = [weight.detach().double() for weight in weights]
+    if scheme == "tucker2":
+        return torch.einsum("nb,bahw,ac->nchw", parts[2][..., 0, 0], parts[1], parts[0][..., 0, 0])
+    if scheme == "vh":
+        return torch.einsum("nrw,rch->nchw", parts[1][:, :, 0, :], parts[0][..., 0])
+    product = parts[1].flatten(1) @ parts[0].flatten(1)
+    return product.reshape(parts[1].shape[0], *parts[0].shape[1:])
+
+
+def _truncate(kernel: Tensor, scheme: str, rank: int) -> tuple[Tensor, Tensor]:
+    left, values, right = _signed_svd(_to_matrix(kernel, scheme))
+    root = values[:rank].sqrt()
+    left, right = left[:, :rank] * root, root[:, None] * right[:rank]
+    if scheme == "vh":
+        outputs, inputs, height, width = kernel.shape
+        first = left.T.reshape(rank, inputs, height, 1)
+        return first, right.reshape(rank, outputs, 1, width).transpose(0, 1)
+    ones = (1,) * (kernel.ndim - 2)
+    return right.reshape(rank, *kernel.shape[1:]), left.reshape(-1, rank, *ones)
+
+
+def _tucker(kernel: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncate the higher-order SVD along C and N; error^2 <= sum of both tails."""
+    inputs = _signed_svd(_unfold_inputs(kernel))[0][:, : ranks[0]]
+    outputs = _signed_svd(kernel.flatten(1))[0][:, : ranks[1]]
+    core = torch.einsum("nb,nchw,ca->bahw", outputs, kernel, inputs)
+    share = _root_of_slices(core, 1)
+    core, inputs = core / share[None, :, None, None], inputs * share
+    share = _root_of_slices(core, 0)
+    core, outputs = core / share[:, None, None, None], outputs * share
+    return inputs.T[..., None, None], core, outputs[..., None, None]
+
+
+def _root_of_slices(core: Tensor, axis: int) -> Tensor:
+    """Return the square root of the norm of each slice: the singular values that the core carries on that side."""
+    root = torch.linalg.vector_norm(core.transpose(0, axis).flatten(1), dim=1).sqrt()
+    return torch.where(root > 0, root, torch.ones_like(root))
+
+
+def _signed_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD with the largest entry of each left vector positive, so that it is one and the same."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    largest = left.gather(0, left.abs().argmax(0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
+    return left * signs, values, right * signs.T
+
+
+def _to_matrix(kernel: Tensor, scheme: str) -> Tensor:
+    if scheme == "vh":
+        outputs, inputs, height, width = kernel.shape
+        return kernel.permute(1, 2, 0, 3).reshape(inputs * height, outputs * width)
+    return kernel.flatten(1)
+
+
+def _unfold_inputs(kernel: Tensor) -> Tensor:
+    return kernel.transpose(0, 1).flatten(1)

@@ -1,0 +1,154 @@
+"""Which layers of a network can be factorised, and what would each scheme cost?"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.errors import NonFinite
+from compress.lowrank.factorize import applicable_schemes, singular_values
+from compress.lowrank.ranks import Cost, LayerSpectra, SchemeSpectra
+from compress.lowrank.surgery import unsupported_reason
+
+
+@dataclass(slots=True)
+class Positions:
+    """Over how many places a layer runs for one image, summed over its calls.
+
+    Attributes:
+        inputs: Places of its input, H * W.
+        between: Places after the vertical half of a convolution, H' * W.
+        outputs: Places of its output, H' * W'; 1 for a linear layer on vectors.
+    """
+
+    inputs: int = 0
+    between: int = 0
+    outputs: int = 0
+
+
+def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, Positions], dict[str, str]]:
+    """Sort the convolutions and linear layers of a network into those that can be factorised and those that cannot.
+
+    Args:
+        module: Any network; it is left as it is.
+        example: One input.
+
+    Returns:
+        By layer name, in definition order: the places each layer that can be factorised runs over; and for each
+        other layer why it cannot.
+    """
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear) and name]
+    reasons = {name: reason for name in names if (reason := unsupported_reason(module, name))}
+    able = [name for name in names if name not in reasons]
+    reasons.update(_read_from_outside(module, example, able))
+    positions = _measure_positions(module, example, [name for name in able if name not in reasons])
+    unused = {name: "is not called in the forward pass" for name, places in positions.items() if not places.outputs}
+    reasons.update(unused)
+    found = {name: places for name, places in positions.items() if name not in unused}
+    return found, {name: reasons[name] for name in names if name in reasons}
+
+
+def layer_spectra(name: str, layer: nn.Module, places: Positions, schemes: tuple[str, ...]) -> LayerSpectra:
+    """Return singular values and costs of every scheme in `schemes` that applies to a layer.
+
+    Args:
+        name: Path of the layer.
+        layer: Conv2d or Linear.
+        places: What it runs over.
+        schemes: Names to choose from.
+
+    Raises:
+        NonFinite: The weight is not finite.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFinite(f"The weight of layer '{name}' must be finite to be factorised.")
+    trained = int(weight.requires_grad)
+    shape = tuple(weight.shape)
+    spectra = []
+    for scheme in applicable_schemes(shape):
+        if scheme in schemes:
+            macs, params = _costs(shape, scheme, places)
+            frozen_params = Cost(params.first * trained, params.joint * trained, params.second * trained)
+            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme), macs, frozen_params))
+    return LayerSpectra(name, weight.numel() * places.outputs, weight.numel() * trained, tuple(spectra))
+
+
+def _costs(shape: tuple[int, ...], scheme: str, places: Positions) -> tuple[Cost, Cost]:
+    """Return MACs and params of one scheme by rank."""
+    outputs, inputs, *kernel = shape
+    height, width = kernel or (1, 1)
+    if scheme == "tucker2":
+        joint = height * width
+        macs = Cost(inputs * places.inputs, joint * places.outputs, outputs * places.outputs)
+        return macs, Cost(inputs, joint, outputs)
+    if scheme == "vh":
+        first, second = inputs * height, outputs * width
+        return Cost(first * places.between + second * places.outputs), Cost(first + second)
+    per_rank = inputs * height * width + outputs
+    return Cost(per_rank * places.outputs), Cost(per_rank)
+
+
+def _measure_positions(module: nn.Module, example: Tensor, names: list[str]) -> dict[str, Positions]:
+    positions = {name: Positions() for name in names}
+    owners = {module.get_submodule(name): name for name in names}
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        places = positions[owners[layer]]
+        if isinstance(layer, nn.Linear):
+            places.outputs += output.numel() // output.shape[0] // layer.out_features
+            return
+        places.inputs += inputs[0].shape[-2] * inputs[0].shape[-1]
+        places.between += output.shape[-2] * inputs[0].shape[-1]
+        places.outputs += output.shape[-2] * output.shape[-1]
+
+    handles = [layer.register_forward_hook(measure) for layer in owners]
+    try:
+        _forward(module, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return positions
+
+
+def _read_from_outside(module: nn.Module, example: Tensor, names: list[str]) -> dict[str, str]:
+    """Find layers whose attributes (`fc.weight`) the network reads: these cannot become a Sequential.
+
+    Each layer is put into a Sequential of its own for one forward pass, which changes nothing but that.
+    """
+    if _runs_wrapped(module, example, names):
+        return {}
+    reason = "is read from outside, such as through its weight"
+    return {name: reason for name in names if not _runs_wrapped(module, example, [name])}
+
+
+def _runs_wrapped(module: nn.Module, example: Tensor, names: list[str]) -> bool:
+    with _wrapped(module, names):
+        try:
+            _forward(module, example)
+        except (AttributeError, TypeError):
+            return False
+    return True
+
+
+@contextmanager
+def _wrapped(module: nn.Module, names: list[str]) -> Iterator[None]:
+    places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    layers = [getattr(parent, name) for parent, name in places]
+    try:
+        for (parent, name), layer in zip(places, layers, strict=True):
+            setattr(parent, name, nn.Sequential(layer).train(layer.training))
+        yield
+    finally:
+        for (parent, name), layer in zip(places, layers, strict=True):
+            setattr(parent, name, layer)
+
+
+@torch.no_grad()
+def _forward(module: nn.Module, example: Tensor) -> None:
+    with eval_mode(module):
+        module(example)

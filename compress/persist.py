@@ -1,0 +1,214 @@
+"""How is an artifact laid out on disk, and read back?
+
+    TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
+    OnnxModel    model.onnx [model.onnx.data]  onnx.json  reference/ (a TorchModel)
+    Verdict      verdict.json
+
+Data only: nothing in these files is ever executed. The network's code comes from the factory.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.artifacts import (
+    Baseline,
+    CheckResult,
+    FactorySpec,
+    Figures,
+    OnnxModel,
+    Signature,
+    TorchModel,
+    Verdict,
+)
+from compress.catalog import ONNX_MODEL, TORCH_MODEL, VERDICT
+from compress.data.preprocessing import Preprocessing
+from compress.errors import ArtifactError, InternalError
+from compress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+META_SCHEMA = 1
+VOLATILE = ("baseline.json",)  # measured times differ from run to run; they are no part of what a model is
+
+
+def save_artifact(artifact: TorchModel | OnnxModel | Verdict, folder: Path) -> None:
+    """Write an artifact into an existing folder."""
+    if isinstance(artifact, TorchModel):
+        save_torch_model(artifact, folder)
+    elif isinstance(artifact, OnnxModel):
+        _save_onnx_model(artifact, folder)
+    elif isinstance(artifact, Verdict):
+        _write_json(folder / "verdict.json", asdict(artifact))
+    else:
+        raise InternalError(f"No layout on disk for {type(artifact).__name__}.")
+
+
+def load_artifact(kind: str, folder: Path) -> TorchModel | OnnxModel | Verdict:
+    """Read an artifact of a known kind from its folder.
+
+    Raises:
+        ArtifactError: A file is missing or not as it must be.
+    """
+    loaders: dict[str, Callable[[Path], TorchModel | OnnxModel | Verdict]] = {
+        TORCH_MODEL: load_torch_model,
+        ONNX_MODEL: _load_onnx_model,
+        VERDICT: _load_verdict,
+    }
+    return loaders[kind](folder)
+
+
+def save_torch_model(model: TorchModel, folder: Path) -> None:
+    """Write a `TorchModel`; the baseline's files are linked where the file system allows it."""
+    from safetensors.torch import save_file  # imports torch
+
+    (folder / "recipe.json").write_text(model.recipe.to_json(), encoding="utf-8")
+    meta = {
+        "schema": META_SCHEMA,
+        "factory": asdict(model.factory),
+        "signature": asdict(model.signature),
+        "preprocessing": model.preprocessing.to_dict(),
+        "classes": list(model.classes),
+    }
+    _write_json(folder / "meta.json", meta)
+    # clones, because safetensors refuses tensors that share memory
+    save_file({name: value.clone().contiguous() for name, value in model.module.state_dict().items()},
+              folder / "weights.safetensors")  # fmt: skip
+    _write_json(folder / "baseline.json", model.baseline.figures.to_dict())
+    _link(model.baseline.onnx_path, folder / "baseline.onnx")
+    _link(model.baseline.weights_path, folder / "baseline.safetensors")
+
+
+def load_torch_model(folder: Path) -> TorchModel:
+    """Rebuild a `TorchModel` from its folder."""
+    from compress.building import rebuild  # imports torch
+
+    meta, recipe, factory = _read_checkpoint(folder)
+    signature = Signature.from_dict(meta["signature"])
+    figures = Figures(**_read_json(folder / "baseline.json"))
+    return TorchModel(
+        module=rebuild(factory, recipe, signature, folder / "weights.safetensors"),
+        factory=factory,
+        recipe=recipe,
+        signature=signature,
+        preprocessing=Preprocessing.from_dict(meta["preprocessing"]),
+        classes=tuple(meta["classes"]),
+        baseline=Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors"),
+    )
+
+
+def write_slim(source: Path, target: Path) -> None:
+    """Write the portable checkpoint of a stored `TorchModel`: recipe, weights, meta, and the factory's file if any.
+
+    Args:
+        source: Folder of the `TorchModel`.
+        target: Folder to fill; created when it is missing.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    meta = _read_json(source / "meta.json")
+    factory = FactorySpec(**meta["factory"])
+    place, _, name = factory.reference.rpartition(":")
+    if factory.kind == "factory" and place.endswith(".py"):
+        shutil.copyfile(place, target / "factory.py")
+        meta["factory"]["reference"] = f"factory.py:{name}"
+    _write_json(target / "meta.json", meta)
+    for file in ("recipe.json", "weights.safetensors"):
+        shutil.copyfile(source / file, target / file)
+
+
+def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
+    """Rebuild the slim network of a run: factory + recipe + weights, strict, in eval mode.
+
+    Args:
+        folder: A run folder, or the `slim` folder in it.
+        factory: Builds the untouched network; by default what the checkpoint names. A callable gets the keyword
+            arguments of the checkpoint.
+
+    Raises:
+        ArtifactError: The folder holds no checkpoint.
+        RebuildMismatch: The checkpoint does not fit the factory.
+    """
+    from compress.building import apply_edits, example_input, load_strict, read_weights, rebuild  # imports torch
+
+    folder = folder / "slim" if (folder / "slim").is_dir() else folder
+    meta, recipe, spec = _read_checkpoint(folder)
+    signature = Signature.from_dict(meta["signature"])
+    if callable(factory):
+        module = apply_edits(factory(**spec.kwargs).eval(), recipe, example_input(signature))
+        load_strict(module, read_weights(folder / "weights.safetensors"), "'weights.safetensors'")
+        return module
+    if factory is not None:
+        spec = replace(spec, kind="factory", reference=factory)
+    elif spec.reference.startswith("factory.py:"):
+        spec = replace(spec, reference=f"{folder / spec.reference}")
+    return rebuild(spec, recipe, signature, folder / "weights.safetensors")
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]:
+    meta = _read_json(folder / "meta.json")
+    if meta.get("schema") != META_SCHEMA:
+        raise ArtifactError(f"'{folder / 'meta.json'}' must have schema {META_SCHEMA}, got {meta.get('schema')}.")
+    recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    return meta, recipe, FactorySpec(**meta["factory"])
+
+
+def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
+    for file in model.path.parent.glob(f"{model.path.name}*"):
+        if file.resolve().parent != folder.resolve():
+            shutil.copyfile(file, folder / file.name)
+    values = {"file": model.path.name, "opset": model.opset, "signature": asdict(model.signature)}
+    _write_json(folder / "onnx.json", values)
+    (folder / "reference").mkdir(exist_ok=True)
+    save_torch_model(model.reference, folder / "reference")
+
+
+def _load_onnx_model(folder: Path) -> OnnxModel:
+    values = _read_json(folder / "onnx.json")
+    return OnnxModel(
+        path=folder / values["file"],
+        opset=values["opset"],
+        signature=Signature.from_dict(values["signature"]),
+        reference=load_torch_model(folder / "reference"),
+    )
+
+
+def _load_verdict(folder: Path) -> Verdict:
+    values = _read_json(folder / "verdict.json")
+    return Verdict(
+        checks=tuple(CheckResult(**check) for check in values["checks"]),
+        required=tuple(values["required"]),
+        slim=Figures(**values["slim"]) if values["slim"] else None,
+        baseline=Figures(**values["baseline"]) if values["baseline"] else None,
+        details=values["details"],
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # other device, or a file system without links
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"'{path}' does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' must be readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"'{path}' must hold a JSON object.")
+    return values

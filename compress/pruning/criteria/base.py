@@ -1,0 +1,105 @@
+"""What is a criterion, and what does it get to look at?"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.errors import UnsupportedLayer
+from compress.pruning.graph import ChannelGroup
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """What one backward pass over each of several batches told about every gate.
+
+    Attributes:
+        batches: For each batch and gate layer, (channels,) the derivative of the mean loss by a factor 1 that
+            multiplies the channel there.
+    """
+
+    batches: tuple[dict[str, Tensor], ...]
+
+
+class Criterion(Protocol):
+    """A score for each channel of a group.
+
+    Attributes:
+        name: As in the pipeline file.
+        needs_gradients: Whether `scores` gets `GradientStats`.
+        comparable: Whether scores of different groups may be ranked together as they are; if not, each group's are
+            divided by their mean first.
+        treats_equals_equally: Whether equal channels get equal scores (all but random).
+    """
+
+    name: ClassVar[str]
+    needs_gradients: ClassVar[bool]
+    comparable: ClassVar[bool]
+    treats_equals_equally: ClassVar[bool]
+
+    def __init__(self, seed: int = 0) -> None: ...
+
+    def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
+        """Score each channel of `group`.
+
+        Returns:
+            (C,) float32, finite. Larger means keep.
+
+        Raises:
+            UnsupportedLayer: The group lacks what the criterion looks at.
+        """
+        ...
+
+
+def require_producers(group: ChannelGroup) -> None:
+    """Raise UnsupportedLayer unless some convolution or linear layer computes the group's channels."""
+    if not group.producers:
+        raise UnsupportedLayer(f"Group '{group.name}' must have a convolution or linear producer, it has none.")
+
+
+def collect_gradients(
+    module: nn.Module, groups: Iterable[ChannelGroup], batches: Iterable[tuple[Tensor, Tensor]]
+) -> GradientStats:
+    """Run forward and backward over labelled batches and record the derivative at every gate.
+
+    Args:
+        module: Classifier with (N, K) outputs; weights, gradients, buffers and training flags are left as they are.
+        groups: Whose gates are watched.
+        batches: (images, labels) pairs.
+    """
+    gates = {gate.layer for group in groups for gate in group.gates}
+    collected = tuple(_gate_gradients(module, gates, images, labels) for images, labels in batches)
+    return GradientStats(collected)
+
+
+def _gate_gradients(module: nn.Module, gates: set[str], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    outputs: dict[str, list[Tensor]] = {name: [] for name in gates}
+
+    def keep(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            # an in-place activation may follow: what it overwrites is this alias, not the tensor kept here
+            gate_output = output if output.requires_grad else output.detach().requires_grad_(True)
+            outputs[name].append(gate_output)
+            return gate_output.clone()
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in gates]
+    try:
+        with torch.enable_grad(), eval_mode(module):
+            loss = F.cross_entropy(module(images), labels)
+        kept = [(name, output) for name, tensors in outputs.items() for output in tensors]
+        gradients = torch.autograd.grad(loss, [output for _, output in kept], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    derivatives: dict[str, Tensor] = {}
+    for (name, output), gradient in zip(kept, gradients, strict=True):
+        product = torch.zeros_like(output) if gradient is None else output.detach() * gradient
+        axes = [axis for axis in range(product.ndim) if axis != 1]
+        derivatives[name] = derivatives.get(name, torch.zeros(product.shape[1])) + product.sum(axes)
+    return derivatives

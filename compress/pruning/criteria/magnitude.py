@@ -1,0 +1,80 @@
+"""How large are the filters that produce a channel, with the batch norm behind them folded in?
+
+Before a batch norm the size of a filter means nothing (the norm divides it out), so each filter is multiplied by
+gamma / sqrt(variance + eps) first.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.pruning.criteria.base import GradientStats, require_producers
+from compress.pruning.graph import ChannelGroup, Member
+
+
+class _FilterNorm:
+    """The norm of order `order` over all folded filters that produce a channel."""
+
+    name: ClassVar[str]
+    needs_gradients: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
+    treats_equals_equally: ClassVar[bool] = True
+    order: ClassVar[int]
+
+    def __init__(self, seed: int = 0) -> None:
+        pass
+
+    @torch.no_grad()
+    def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
+        """Score each channel of `group` by the norm of the filters that produce it.
+
+        Args:
+            group: C coupled channels; every producer in it is read, none is changed.
+            stats: Unused; this criterion needs no data.
+
+        Returns:
+            (C,) float32, >= 0. Zero for a channel whose filters are all zero.
+
+        Raises:
+            UnsupportedLayer: The group has no convolution or linear producer.
+
+        Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets", arXiv:1608.08710.
+        """
+        require_producers(group)
+        total = torch.zeros(group.width, dtype=torch.float64)
+        for producer, gate in zip(group.producers, group.gates, strict=True):
+            sizes = folded_filters(producer, gate).abs().pow(self.order).sum(1)
+            total.index_add_(0, producer.channels, sizes[producer.slots])
+        return total.pow(1 / self.order).float()
+
+
+class L1(_FilterNorm):
+    """Sum of absolute filter values."""
+
+    name = "l1"
+    order = 1
+
+
+class L2(_FilterNorm):
+    """Euclidean norm of the filters."""
+
+    name = "l2"
+    order = 2
+
+
+def folded_filters(producer: Member, gate: Member) -> Tensor:
+    """Return a producer's filters, (outputs, values) float64, scaled by the batch norm that follows it."""
+    layer = producer.module
+    weight = layer.weight.detach().double()  # type: ignore[union-attr,operator]
+    if getattr(layer, "transposed", False):
+        weight = weight.transpose(0, 1)
+    filters = weight.reshape(weight.shape[0], -1)
+    norm = gate.module
+    if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and norm.running_var is not None:
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.affine:
+            scale = scale * norm.weight.detach().double()
+        if len(scale) == len(filters):
+            filters = filters * scale[:, None]
+    return filters

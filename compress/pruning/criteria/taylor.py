@@ -1,0 +1,52 @@
+"""How much would the loss change if a channel were multiplied by slightly less than 1?"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.errors import InternalError
+from compress.pruning.criteria.base import GradientStats, require_producers
+from compress.pruning.graph import ChannelGroup
+
+
+class Taylor:
+    """The first-order effect of a virtual gate behind the batch norm, summed over all producers of the channel."""
+
+    name: ClassVar[str] = "taylor"
+    needs_gradients: ClassVar[bool] = True
+    comparable: ClassVar[bool] = True
+    treats_equals_equally: ClassVar[bool] = True
+
+    def __init__(self, seed: int = 0) -> None:
+        pass
+
+    def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
+        """Score each channel of `group` by the mean over batches of |d loss / d gate|.
+
+        The derivatives of all producers of a channel are added before the absolute value is taken, so a residual
+        group is scored as a whole.
+
+        Args:
+            group: C coupled channels.
+            stats: From `collect_gradients`.
+
+        Returns:
+            (C,) float32, >= 0. Zero for a channel that nothing reads.
+
+        Raises:
+            UnsupportedLayer: The group has no producer.
+
+        Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", arXiv:1906.10771, with the
+            gate of each channel placed behind its batch norm.
+        """
+        if stats is None:
+            raise InternalError("Criterion 'taylor' was called without gradients.")
+        require_producers(group)
+        total = torch.zeros(group.width)
+        for batch in stats.batches:
+            signed = torch.zeros(group.width)
+            for gate in group.gates:
+                signed.index_add_(0, gate.channels, batch[gate.layer][gate.slots])
+            total += signed.abs()
+        return total / max(1, len(stats.batches))

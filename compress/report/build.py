@@ -1,0 +1,140 @@
+"""What does a run tell the world? `report.json`, a public interface, and `report.html`, the same for a reader.
+
+Numbers that are NaN or infinite have no JSON spelling: they become null and are listed under "non_finite".
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from compress.artifacts import CheckResult, Verdict
+from compress.errors import ArtifactError, InternalError
+from compress.report.html import render_html
+
+REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """What happened to one stage of a run.
+
+    Attributes:
+        stage: Name of the stage, such as "prune".
+        status: "ran", or "unchanged" when its result came from the store.
+        seconds: Wall time in this run, restoring included.
+        record: What the stage says about its work; plain values.
+    """
+
+    stage: str
+    status: Literal["ran", "unchanged"]
+    seconds: float
+    record: dict[str, Any]
+
+
+def build_report(
+    name: str, verdict: Verdict, stages: Sequence[StageRun], config: dict[str, Any], environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the content of `report.json`: plain values only, safe for `json.dumps(allow_nan=False)`.
+
+    Args:
+        name: Of the run.
+        verdict: Outcome of the last verification.
+        stages: In the order they were run.
+        config: The resolved pipeline file.
+        environment: As from `describe_environment`.
+
+    Returns:
+        Keys schema, name, verdict, baseline, slim, stages, environment, config, details, non_finite. `baseline` and
+        `slim` are None where verify could not measure. Every number that was NaN or infinite is None, and its
+        place is in `non_finite` ("details.parity.max_abs: nan").
+
+    Raises:
+        InternalError: A value is not plain (numbers, text, paths, lists, dicts); names its place.
+    """
+    non_finite: list[str] = []
+    report: dict[str, Any] = {
+        "schema": REPORT_SCHEMA,
+        "name": name,
+        "verdict": {
+            "passed": verdict.passed,
+            "required": verdict.required,
+            "checks": [_describe_check(check) for check in verdict.checks],
+        },
+        "baseline": None if verdict.baseline is None else verdict.baseline.to_dict(),
+        "slim": None if verdict.slim is None else verdict.slim.to_dict(),
+        "stages": [asdict(run) for run in stages],
+        "environment": environment,
+        "config": config,
+        "details": verdict.details,
+    }
+    plain: dict[str, Any] = _to_plain(report, "", non_finite)
+    plain["non_finite"] = non_finite
+    return plain
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `report.json` and `report.html` into `folder`; each file is whole or not there.
+
+    Args:
+        report: As from `build_report`.
+        folder: Made when missing.
+
+    Raises:
+        ArtifactError: A file cannot be written.
+    """
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate (an undecodable byte of a file name) has no UTF-8; as "\udc80" it is valid JSON.
+    _write_atomically(folder / "report.json", (text + "\n").encode("utf-8", "backslashreplace"))
+    _write_atomically(folder / "report.html", render_html(report).encode("utf-8", "replace"))
+
+
+def _describe_check(check: CheckResult) -> dict[str, Any]:
+    """Return the public form; a number that JSON cannot hold is told in the detail."""
+    values = asdict(check)
+    for key in ("value", "limit"):
+        if values[key] is not None and not math.isfinite(values[key]):
+            values["detail"] = f"{values['detail']} (the {key} was {float(values[key])})".lstrip()
+    return values
+
+
+def _to_plain(value: Any, place: str, non_finite: list[str]) -> Any:
+    """Return `value` as JSON-ready data; non-finite numbers become None and are added to `non_finite`."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):  # numpy scalars are registered as Integral and Real, too
+        return int(value)
+    if isinstance(value, Real):
+        if math.isfinite(value):
+            return float(value)
+        non_finite.append(f"{place}: {float(value)}")
+        return None
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if isinstance(value, dict):
+        prefix = f"{place}." if place else ""
+        return {str(key): _to_plain(entry, f"{prefix}{key}", non_finite) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(entry, f"{place}[{index}]", non_finite) for index, entry in enumerate(value)]
+    raise InternalError(f"The report must hold plain values, got {type(value).__name__} at {place}.")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a kill leaves no growing heap
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(
+            f"The report must be written to {path}, got: {reason}.",
+            hint="free some space or make the run folder writable; finished stages are kept.",
+        ) from error

@@ -1,0 +1,61 @@
+"""How is a run read by people? One page, verdict first, that needs neither a network nor any other file."""
+
+from typing import Any
+
+import yaml
+
+from compress.report.markup import escape
+from compress.report.outcome import (
+    render_checks,
+    render_comparison,
+    render_config,
+    render_latency,
+    render_parity,
+    render_verdict,
+)
+from compress.report.style import STYLE_SHEET
+from compress.report.work import render_environment, render_notes, render_stages, render_times
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """Return the whole page; the same report gives the same text.
+
+    Args:
+        report: As from `build_report`. Everything but "verdict" may be missing or None; its section is then left out.
+
+    Returns:
+        HTML without scripts and without references to anything outside; every value of the report is escaped.
+    """
+    name = escape(report.get("name"))
+    word = "passed" if (report.get("verdict") or {}).get("passed") else "failed"
+    config = report.get("config")
+    body = "".join(
+        (
+            render_verdict(report),
+            render_comparison(report),
+            render_checks(report),
+            render_notes(report),
+            render_stages(report),
+            render_latency(report),
+            render_parity(report),
+            render_times(report),
+            render_environment(report),
+            render_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)) if config else "",
+        )
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{name}: {word}</title>
+<style>{STYLE_SHEET}</style>
+</head>
+<body>
+<main>
+<h1><small>compress report</small>{name}</h1>
+{body}</main>
+</body>
+</html>
+"""

@@ -1,0 +1,244 @@
+"""What came out? The sections on the verdict, the two networks' figures, the checks and what was measured."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from compress.report.markup import (
+    escape,
+    format_bytes,
+    format_count,
+    format_measure,
+    format_ms,
+    format_number,
+    format_share,
+    format_whole,
+    render_details,
+    render_facts,
+    render_figure,
+    render_section,
+    render_split,
+    render_table,
+)
+from compress.report.plots import count_beyond_edge, plot_latency
+
+NO_BREAK = "\u00a0"
+STATUS_WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
+
+
+def find(values: Any, *keys: str) -> Any:
+    """Return what lies under nested `keys`, or None as soon as one is missing.
+
+    >>> find({"a": {"b": 1}}, "a", "b"), find({"a": None}, "a", "b")
+    (1, None)
+    """
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def render_verdict(report: dict[str, Any]) -> str:
+    """Return the banner: passed or failed in words and colour, why, and the gist in one line."""
+    checks = find(report, "verdict", "checks") or []
+    passed = bool(find(report, "verdict", "passed"))
+    made = [check for check in checks if check.get("status") != "skipped"]
+    broken = [check for check in checks if _is_broken(check, report)]
+    if passed:
+        skipped = len(checks) - len(made)
+        text = f"All {len(made)} checks hold" if len(made) > 1 else "The one check made holds"
+        reason = f"<p>{text}{f'; {skipped} skipped' if skipped else ''}.</p>"
+    elif broken:
+        reason = f"<ul>{''.join(f'<li>{_describe_broken(check)}</li>' for check in broken)}</ul>"
+    else:
+        reason = "<p>Nothing was checked, or a required check was not made, so nothing is known to hold.</p>"
+    gist = ", ".join(f'<span class="whole">{escape(change)}</span>' for change in _list_changes(report))
+    tone, word = ("pass", "Passed") if passed else ("fail", "Failed")
+    gist = f"<p>{gist}.</p>" if gist else ""
+    return f'<div class="verdict {tone}" role="status"><h2>{word}</h2>\n{reason}{gist}</div>\n'
+
+
+def render_comparison(report: dict[str, Any]) -> str:
+    """Return the table of the baseline's and the slim network's figures."""
+    rows = [
+        _compare("MACs", report, ("macs",), format_count, "fewer", "more"),
+        _compare("Parameters", report, ("params",), format_count, "fewer", "more"),
+        _compare("ONNX size", report, ("size_bytes",), format_bytes, "smaller", "larger"),
+        *(_compare_quality(report, metric) for metric in _list_metrics(report)),
+        _compare("Latency p50", report, ("latency_ms", "p50"), format_ms, "faster", "slower"),
+        _compare("Latency p95", report, ("latency_ms", "p95"), format_ms, "faster", "slower"),
+    ]
+    shown = [row for row in rows if row]
+    if not shown:
+        return render_section("Before and after", "<p>Verification measured neither network.</p>\n")
+    table = render_table(
+        ("", "baseline", "slim", "change", "slim / baseline"), shown, numeric=(1, 2, 3), kind="comparison"
+    )
+    images = find(report, "details", "evaluation", "images")
+    notes = [
+        f"Top-1 over {escape(format_whole(images))} evaluation images, on the ONNX files." if images else "",
+        _describe_runtime(report),
+        "MACs: multiply–accumulates of convolution and linear layers for one image.",
+    ]
+    return render_section("Before and after", table, f'<p class="muted">{" ".join(filter(None, notes))}</p>\n')
+
+
+def render_checks(report: dict[str, Any]) -> str:
+    """Return the table of everything that was checked, what failed first."""
+    checks = sorted(find(report, "verdict", "checks") or [], key=lambda check: not _is_broken(check, report))
+    rows = [
+        (
+            f"<code>{escape(check.get('name'))}</code>",
+            _render_badge(check.get("status", "skipped")),
+            escape(format_measure(check.get("value"), check.get("unit") or "")),
+            escape(format_measure(check.get("limit"), check.get("unit") or "")),
+            f'<div class="text">{escape(check.get("detail"))}</div>',
+        )
+        for check in checks
+    ]
+    table = render_table(("check", "result", "value", "limit", "detail"), rows, numeric=(2, 3)) if rows else ""
+    return render_section("Checks", table)
+
+
+def render_latency(report: dict[str, Any]) -> str:
+    """Return the picture of both latency distributions."""
+    latency = find(report, "details", "latency") or {}
+    baseline, slim = latency.get("baseline_ms") or [], latency.get("slim_ms") or []
+    beyond = count_beyond_edge(baseline, slim)
+    caption = f"{beyond} slow call{'s lie' if beyond > 1 else ' lies'} beyond the right edge." if beyond else ""
+    figure = render_figure(plot_latency("latency", baseline, slim), caption)
+    facts = [
+        *((key, latency.get(key)) for key in ("runtime", "provider", "threads")),
+        ("images a call", latency.get("batch_size")),
+        ("warm-up calls", latency.get("warmup")),
+        ("timed calls, baseline and slim", f"{len(baseline)} and {len(slim)}"),
+    ]
+    return render_section("Latency", render_split(render_facts(facts), figure)) if figure else ""
+
+
+def render_parity(report: dict[str, Any]) -> str:
+    """Return how closely the file agrees with the torch network."""
+    parity = find(report, "details", "parity") or {}
+    quantiles = parity.get("quantiles") or {}
+    facts: list[tuple[str, Any]] = [("real samples", parity.get("samples"))]
+    facts += [
+        (name, format_number(value))
+        for name, value in (
+            ("largest difference", parity.get("max_abs")),
+            ("mean difference", parity.get("mean_abs")),
+            *((f"difference {quantile}", value) for quantile, value in quantiles.items()),
+        )
+        if value is not None
+    ]
+    agreement = parity.get("top1_agreement")
+    facts.append(("same top-1 class", None if agreement is None else format_share(agreement)))
+    return render_section("Parity of the ONNX file with torch", render_facts(facts))
+
+
+def render_config(text: str) -> str:
+    """Return the resolved pipeline, folded.
+
+    Args:
+        text: YAML.
+    """
+    return render_section("Pipeline", render_details("resolved configuration", f"<pre>{escape(text)}</pre>\n"))
+
+
+def _is_broken(check: dict[str, Any], report: dict[str, Any]) -> bool:
+    required = find(report, "verdict", "required") or []
+    return check.get("status") == "fail" or (check.get("status") == "skipped" and check.get("name") in required)
+
+
+def _describe_broken(check: dict[str, Any]) -> str:
+    unit = check.get("unit") or ""
+    skipped = " was required, but skipped" if check.get("status") == "skipped" else ""
+    figures = [
+        f"{word} {format_measure(check.get(key), unit)}".replace(" ", NO_BREAK)
+        for word, key in (("got", "value"), ("limit", "limit"))
+        if check.get(key) is not None
+    ]
+    parts = [", ".join(figures), check.get("detail") or ""]
+    text = ". ".join(part for part in parts if part)
+    return f"<strong><code>{escape(check.get('name'))}</code></strong>{skipped}{': ' if text else ''}{escape(text)}"
+
+
+def _render_badge(status: str) -> str:
+    tone = status if status in STATUS_WORDS else "skipped"
+    return f'<span class="badge {tone}">{escape(STATUS_WORDS.get(status, status))}</span>'
+
+
+def _compare(
+    label: str,
+    report: dict[str, Any],
+    keys: tuple[str, ...],
+    form: Callable[[float | None], str],
+    less: str,
+    more: str,
+) -> tuple[str, ...]:
+    """Return one row of the comparison for a figure that is better when smaller; () when neither is known."""
+    before, after = find(report, "baseline", *keys), find(report, "slim", *keys)
+    if before is None and after is None:
+        return ()
+    change, bar = "–", ""
+    if before and after:
+        text = _describe_ratio(before, after, less, more)
+        change = f'<span class="{"gain" if after < before else "loss" if after > before else ""}">{escape(text)}</span>'
+        bar = _render_bar(after / before)
+    return label, escape(form(before)), escape(form(after)), change, bar
+
+
+def _compare_quality(report: dict[str, Any], metric: str) -> tuple[str, ...]:
+    before, after = find(report, "baseline", "quality", metric), find(report, "slim", "quality", metric)
+    change = "–" if before is None or after is None else _describe_points(before, after)
+    name = "Top-1" if metric == "top1" else metric
+    return escape(name), format_share(before), format_share(after), escape(change), ""
+
+
+def _list_metrics(report: dict[str, Any]) -> Iterable[str]:
+    return dict.fromkeys(
+        metric for network in ("baseline", "slim") for metric in (find(report, network, "quality") or {})
+    )
+
+
+def _list_changes(report: dict[str, Any]) -> list[str]:
+    """Return the changes that the banner names, in words."""
+    changes = []
+    for keys, less, more in (
+        (("macs",), "fewer MACs", "more MACs"),
+        (("latency_ms", "p50"), "faster", "slower"),
+        (("size_bytes",), "smaller", "larger"),
+    ):
+        before, after = find(report, "baseline", *keys), find(report, "slim", *keys)
+        if before and after:
+            changes.append(_describe_ratio(before, after, less, more))
+    before, after = find(report, "baseline", "quality", "top1"), find(report, "slim", "quality", "top1")
+    if before is not None and after is not None:
+        changes.append(f"top-1 {format_share(after)} ({_describe_points(before, after)})")
+    return changes
+
+
+def _describe_ratio(before: float, after: float, less: str, more: str) -> str:
+    ratio = before / after
+    if f"{ratio:.2f}" == "1.00":
+        return "about the same" if before != after else "the same"
+    return f"{ratio:.2f}× {less}" if ratio > 1 else f"{1 / ratio:.2f}× {more}"
+
+
+def _describe_points(before: float, after: float) -> str:
+    points = 100 * (after - before)
+    return "no change" if f"{points:.2f}" in ("0.00", "-0.00") else f"{points:+.2f} points".replace("-", "−")
+
+
+def _render_bar(share: float) -> str:
+    return (
+        f'<svg class="share" role="img" aria-label="{share:.0%}"><rect width="100%" height="100%" rx="3"/>'
+        f'<rect width="{min(1.0, share):.1%}" height="100%" rx="3"/></svg>'
+    )
+
+
+def _describe_runtime(report: dict[str, Any]) -> str:
+    """Return where latency was measured, as a sentence; "" when nothing is known."""
+    latency = find(report, "details", "latency") or {}
+    names = [escape(latency[key]) for key in ("runtime", "provider") if latency.get(key)]
+    threads, batch = latency.get("threads"), latency.get("batch_size")
+    names += [f"{escape(threads)} thread{'' if threads == 1 else 's'}"] if threads is not None else []
+    names += [f"batch {escape(batch)}"] if batch is not None else []
+    return f"Latency in {', '.join(names)}; both networks timed in turn." if names else ""

@@ -1,0 +1,220 @@
+"""Which pictures does a report hold? Inline SVG that takes its colours and fonts from the page.
+
+matplotlib draws with stand-in colours (PAPER); `_to_inline` replaces them by the CSS variables of `style.py`, so one
+picture is right on light, dark and paper. Text stays text: it can be searched, copied and read aloud.
+"""
+
+import io
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from compress.report.markup import escape, format_ms, format_share
+
+INK, MUTED, GRID, BASELINE, SLIM, MARK, CARD = (f"#0102{number:02x}" for number in range(1, 8))
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--line",
+    BASELINE: "--baseline",
+    SLIM: "--slim",
+    MARK: "--mark",
+    CARD: "--card",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "compress-report",  # else element ids differ from run to run
+    "text.parse_math": False,  # a layer may be called "$x$"
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 8.5,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+WIDTH_INCHES = 4.8  # narrow, so that text stays readable on a phone
+TAIL_QUANTILE = 0.95
+Draw = Callable[[Any], None]
+
+
+def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
+    """Return one bar for each channel group, what is left of it filled; "" when there is none.
+
+    Args:
+        key: Unique in the page; prefix of the picture's ids.
+        groups: {"name", "width_before", "width_after"}, in definition order.
+    """
+    rows = [g for g in groups if _are_numbers(g.get("width_before"), g.get("width_after"))]
+    if not rows:
+        return ""
+    widest = max(row["width_before"] for row in rows)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        places = range(len(rows))
+        axes.barh(places, [r["width_before"] for r in rows], 0.66, color=BASELINE, alpha=0.35, label="before")
+        axes.barh(places, [r["width_after"] for r in rows], 0.66, color=SLIM, label="after")
+        for place, row in zip(places, rows, strict=True):
+            text = f"{row['width_before']:g} → {row['width_after']:g}"
+            axes.text(row["width_before"] + widest * 0.015, place, text, va="center", fontsize=8)
+        axes.set_yticks(places, labels=[str(row.get("name")) for row in rows], color=INK, fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.set(xlim=(0, widest * 1.2), ylim=(len(rows) - 0.4, -0.6), xlabel="channels")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False, axis="y")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    title = f"Channels of {len(rows)} channel groups before and after pruning"
+    return _render(key, title, 0.8 + 0.2 * len(rows), draw)
+
+
+def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None) -> str:
+    """Return training loss above validation top-1, the chosen epoch marked; "" when there is no epoch.
+
+    Args:
+        key: Unique in the page.
+        epochs: {"epoch", "loss", "validation_top1"}, counted from 1.
+        chosen: The epoch whose weights were kept.
+    """
+    losses = [(e["epoch"], e["loss"]) for e in epochs if _are_numbers(e.get("epoch"), e.get("loss"))]
+    top1 = [
+        (e["epoch"], 100 * e["validation_top1"])
+        for e in epochs
+        if _are_numbers(e.get("epoch"), e.get("validation_top1"))
+    ]
+    if not losses and not top1:
+        return ""
+
+    def draw(figure: Any) -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axes, points, color in ((upper, losses, BASELINE), (lower, top1, SLIM)):
+            marker = "o" if len(points) <= 30 else ""
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4.5)
+        upper.set_ylabel("training loss")
+        lower.set(ylabel="validation top-1 (%)", xlabel="epoch")
+        numbers = [epoch for epoch, _ in (*losses, *top1)]
+        lower.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
+        lower.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        _mark_chosen(upper, lower, dict(top1), chosen)
+
+    return _render(key, "Training loss and validation top-1 of each epoch", 3.4, draw)
+
+
+def plot_latency(key: str, baseline_ms: Sequence[float | None], slim_ms: Sequence[float | None]) -> str:
+    """Return histograms of both networks' latency with their medians; "" when neither was measured.
+
+    A long tail is cut off at the right edge, where it would squeeze the rest; `count_beyond_edge` says how much.
+
+    Args:
+        key: Unique in the page.
+        baseline_ms: One value for each timed call.
+        slim_ms: The same of the slim network.
+    """
+    series = [
+        (name, color, values)
+        for name, color, raw in (("baseline", BASELINE, baseline_ms), ("slim", SLIM, slim_ms))
+        if (values := _keep_numbers(raw))
+    ]
+    if not series:
+        return ""
+    low, high = _latency_range([values for _, _, values in series])
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for name, color, values in series:
+            median = statistics.median(values)
+            shown = [value for value in values if value <= high]
+            axes.hist(
+                shown, bins=48, range=(low, high), color=color, alpha=0.6, label=f"{name}, median {format_ms(median)}"
+            )
+            axes.axvline(median, color=color, linewidth=1.6, linestyle=(0, (4, 2)))
+        axes.set(xlim=(low, high), xlabel="latency of one call (ms)", ylabel="calls")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False, axis="x")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _render(key, "Distribution of latency, baseline and slim network", 2.6, draw)
+
+
+def count_beyond_edge(baseline_ms: Sequence[float | None], slim_ms: Sequence[float | None]) -> int:
+    """Return how many timed calls `plot_latency` leaves out at its right edge."""
+    series = [values for raw in (baseline_ms, slim_ms) if (values := _keep_numbers(raw))]
+    if not series:
+        return 0
+    _, high = _latency_range(series)
+    return sum(value > high for values in series for value in values)
+
+
+def _mark_chosen(upper: Any, lower: Any, top1: dict[int, float], chosen: int | None) -> None:
+    if chosen is None:
+        return
+    for axes in (upper, lower):
+        axes.axvline(chosen, color=MARK, linewidth=1.2, linestyle=(0, (4, 2)))
+    if chosen in top1:
+        ring = {"markersize": 8, "color": CARD, "markeredgecolor": MARK, "markeredgewidth": 2, "clip_on": False}
+        lower.plot([chosen], [top1[chosen]], "o", **ring)
+    label = f"epoch {chosen} chosen"
+    label += f" ({format_share(top1[chosen] / 100)})" if chosen in top1 else ""
+    upper.set_title(label, color=MARK, fontsize=8.5, loc="right")
+
+
+def _latency_range(series: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the left and right edge for sorted series; a long tail does not decide the right one."""
+    low = min(values[0] for values in series)
+    full = max(values[-1] for values in series)
+    bulk = max(values[math.ceil(TAIL_QUANTILE * len(values)) - 1] for values in series)
+    margin = 0.15 * (bulk - low) or 0.05 * abs(bulk) or 1.0
+    return max(0.0, low - margin / 2), bulk + margin if full > bulk + margin else full + margin / 2
+
+
+def _keep_numbers(values: Sequence[float | None]) -> list[float]:
+    return sorted(value for value in values if value is not None and _are_numbers(value))
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _render(key: str, title: str, height_inches: float, draw: Draw) -> str:
+    # Imported here: matplotlib takes a second to import, and neither the command line nor a run that finds everything
+    # unchanged draws anything. `Figure` without pyplot keeps no global state and needs no display.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # The browser draws the text, so a glyph that matplotlib's font lacks is no loss.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _to_inline(buffer.getvalue(), key, title)
+
+
+def _to_inline(text: str, key: str, title: str) -> str:
+    """Turn matplotlib's SVG file into an element of the page: its colours, its fonts, ids of its own, a title."""
+    size = re.search(r'viewBox="([^"]+)"', text)
+    body = text[text.index("<g id=") :]
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r'(<(?:path|clipPath)\b[^>]*?\bid=")', rf"\g<1>{key}-", body)
+    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", body)
+    body = re.sub(r"'DejaVu Sans'[^\";]*", "system-ui, sans-serif", body)
+    for color, variable in VARIABLES.items():
+        body = re.sub(rf"(fill|stroke): {color}", rf"\g<1>: var({variable})", body)
+    return (
+        f'<svg class="plot" viewBox="{size.group(1) if size else ""}" role="img" aria-labelledby="{key}-title">'
+        f'<title id="{key}-title">{escape(title)}</title>\n{body}'
+    )

@@ -1,0 +1,97 @@
+"""What does a report look like? The page's only style sheet: phone, desktop, light, dark and paper."""
+
+STYLE_SHEET = """
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #ffffff; --ink: #1b2330; --muted: #5a6475; --line: #e1e5ea;
+  --baseline: #8592a6; --slim: #0f766e; --mark: #c2410c;
+  --pass: #15803d; --pass-soft: #e7f6ec; --fail: #b42318; --fail-soft: #fdecea; --skip: #6b7280; --skip-soft: #eef0f3;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --page: #10141a; --card: #181e27; --ink: #e6eaf0; --muted: #9aa6b8; --line: #2b3441;
+    --baseline: #8593a8; --slim: #2dd4bf; --mark: #fb923c;
+    --pass: #4ade80; --pass-soft: #12291b; --fail: #f98b81; --fail-soft: #34181a; --skip: #a3adbb; --skip-soft: #232b36;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 68rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  -webkit-text-size-adjust: 100%;
+}
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h1 small { display: block; font-size: 0.85rem; font-weight: 500; color: var(--muted); letter-spacing: 0.02em; }
+h2 { font-size: 1.12rem; margin: 0 0 0.75rem; }
+p { margin: 0.5rem 0; max-width: 48rem; }
+code, pre { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+code { overflow-wrap: anywhere; }
+section, .verdict {
+  margin: 0 0 1rem; padding: 1.1rem 1.25rem;
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+}
+.verdict { border-left: 6px solid var(--tone); background: var(--soft); }
+.verdict h2 { font-size: 1.35rem; margin: 0; color: var(--tone); }
+.verdict p { margin: 0.25rem 0 0; }
+.verdict ul, .notes { margin: 0.5rem 0 0; padding-left: 1.2rem; }
+.verdict li, .notes li { margin: 0.2rem 0; overflow-wrap: anywhere; }
+.pass { --tone: var(--pass); --soft: var(--pass-soft); }
+.fail { --tone: var(--fail); --soft: var(--fail-soft); }
+.skipped { --tone: var(--skip); --soft: var(--skip-soft); }
+.badge {
+  display: inline-block; min-width: 4.2em; text-align: center; padding: 0.05em 0.6em; border-radius: 99px;
+  font-size: 0.8rem; font-weight: 600; color: var(--tone); background: var(--soft); border: 1px solid var(--tone);
+}
+.muted, figcaption { color: var(--muted); font-size: 0.88rem; }
+.scroll { overflow-x: auto; max-width: 100%; }
+table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.42rem 1.25rem 0.42rem 0; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { color: var(--muted); font-weight: 600; font-size: 0.82rem; white-space: nowrap; vertical-align: bottom; }
+tbody th { font-weight: 600; white-space: nowrap; }
+tbody tr:last-child > * { border-bottom: 0; }
+.whole { white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; }
+.text { min-width: 14rem; }
+.gain { color: var(--pass); font-weight: 600; }
+.loss { color: var(--fail); font-weight: 600; }
+.share { display: block; width: 100%; min-width: 6rem; height: 0.6rem; margin-top: 0.45rem; }
+.share rect { fill: var(--baseline); opacity: 0.35; }
+.share rect + rect { fill: var(--slim); opacity: 1; }
+.facts { display: flex; flex-wrap: wrap; gap: 0.6rem 1.75rem; margin: 0 0 0.75rem; }
+.facts dt { color: var(--muted); font-size: 0.8rem; }
+.facts dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+section > :last-child { margin-bottom: 0; }
+figure { margin: 0.5rem 0 0; }
+@media screen and (min-width: 56rem) {
+  .split { display: grid; grid-template-columns: minmax(0, 36rem) minmax(0, 1fr); gap: 0 2.5rem; align-items: start; }
+  .split figure { grid-area: 1 / 1; margin-top: 0; }
+  .split .facts { grid-area: 1 / 2; flex-direction: column; }
+}
+figcaption { margin-top: 0.25rem; }
+.plot { display: block; width: 100%; max-width: 36rem; height: auto; }
+.plot * { stroke-linejoin: round; stroke-linecap: butt; }
+details { margin-top: 0.75rem; }
+summary { cursor: pointer; color: var(--muted); font-size: 0.92rem; }
+details > :not(summary) { margin-top: 0.5rem; }
+pre { margin: 0; padding: 0.75rem; overflow-x: auto; background: var(--page); }
+pre { border: 1px solid var(--line); border-radius: 6px; }
+@media (max-width: 40rem) {
+  body { padding: 0.75rem 0.6rem 2rem; }
+  section, .verdict { padding: 0.85rem 0.8rem; }
+  table { font-size: 0.86rem; }
+  th, td { padding-right: 0.7rem; }
+  .comparison :is(th, td):nth-child(4) { padding-right: 0; white-space: normal; }
+  .comparison :is(th, td):nth-child(5) { display: none; }
+}
+@media print {
+  body { background: none; padding: 0; max-width: none; font-size: 11pt; }
+  section, .verdict { border-color: #bbb; print-color-adjust: exact; }
+  .verdict, figure, tr, li, dl { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .scroll, pre { overflow: visible; }
+  pre { white-space: pre-wrap; }
+  details:has(pre)::details-content { content-visibility: visible; display: block; height: auto; }
+}
+"""

@@ -1,0 +1,223 @@
+"""What did the stages do? The sections on pruning, factorisation, training, export, times and what to know."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from compress.report.markup import (
+    escape,
+    format_bytes,
+    format_count,
+    format_number,
+    format_seconds,
+    format_share,
+    format_whole,
+    render_details,
+    render_facts,
+    render_figure,
+    render_section,
+    render_split,
+    render_table,
+)
+from compress.report.plots import plot_training, plot_widths
+
+Run = dict[str, Any]
+
+
+def render_stages(report: dict[str, Any]) -> str:
+    """Return one section for each prune, low_rank, finetune and export stage, in the order they ran."""
+    runs: list[Run] = report.get("stages") or []
+    parts = []
+    for index, run in enumerate(runs):
+        render = RENDERERS.get(run.get("stage", ""))
+        if render is not None and run.get("record"):
+            parts.append(render(runs, index))
+    return "".join(parts)
+
+
+def render_times(report: dict[str, Any]) -> str:
+    """Return what each stage took, and whether it ran at all."""
+    runs: list[Run] = report.get("stages") or []
+    rows = [
+        (
+            f"{number} <code>{escape(run.get('stage'))}</code>",
+            escape(run.get("status")),
+            escape(format_seconds(run.get("seconds"))),
+        )
+        for number, run in enumerate(runs, start=1)
+    ]
+    if not rows:
+        return ""
+    total = sum(run.get("seconds") or 0.0 for run in runs)
+    rows.append(("total", "", escape(format_seconds(total))))
+    return render_section("Stages", render_table(("stage", "in this run", "time"), rows, numeric=(2,)))
+
+
+def render_environment(report: dict[str, Any]) -> str:
+    """Return the machine and the library versions."""
+    environment: dict[str, Any] = report.get("environment") or {}
+    memory = environment.get("memory_bytes")
+    facts = [
+        *((name, environment.get(name)) for name in ("cpu", "cores")),
+        ("memory", None if memory is None else format_bytes(memory)),
+        *((name, environment.get(name)) for name in ("platform", "python")),
+    ]
+    known = {"cpu", "cores", "memory_bytes", "platform", "python", "versions"}
+    facts += [(name, value) for name, value in environment.items() if name not in known]
+    versions = (environment.get("versions") or {}).items()
+    return render_section(
+        "Environment", render_facts(facts), render_facts((name, value or "not installed") for name, value in versions)
+    )
+
+
+def render_notes(report: dict[str, Any]) -> str:
+    """Return everything that fell short, was left out or could not be measured."""
+    notes = "".join(f"<li>{note}</li>\n" for note in _list_notes(report))
+    return render_section("Worth knowing", f'<ul class="notes">{notes}</ul>\n' if notes else "")
+
+
+def _list_notes(report: dict[str, Any]) -> Iterator[str]:
+    """Yield notes as HTML."""
+    for number, run in enumerate(report.get("stages") or [], start=1):
+        record, where = run.get("record") or {}, f"Stage {number} <code>{escape(run.get('stage'))}</code>: "
+        if record.get("shortfall"):
+            yield f"{where}{escape(record['shortfall'])}"
+        for key, label, verb in (("excluded", "name", "left whole"), ("dense", "layer", "left dense")):
+            for reason, layers in _group_by_reason(record.get(key) or [], label).items():
+                names = ", ".join(f"<code>{escape(layer)}</code>" for layer in layers)
+                yield f"{where}{verb}: {names} ({escape(reason)})."
+        for warning in record.get("warnings") or []:
+            yield f"{where}{escape(warning)}"
+    for place in report.get("non_finite") or []:
+        yield f"Not a finite number, written as null: <code>{escape(place)}</code>"
+
+
+def _group_by_reason(entries: list[dict[str, Any]], name: str) -> dict[str, list[str]]:
+    """Return the names that share each reason, in the order met: 18 groups with one reason are one note."""
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        reasons.setdefault(str(entry.get("reason") or "no reason given"), []).append(str(entry.get(name)))
+    return reasons
+
+
+def _render_prune(runs: list[Run], index: int) -> str:
+    record = runs[index]["record"]
+    groups = record.get("groups") or []
+    target = " and ".join(record.get("target") or {}).replace("macs", "MACs") or "the target"
+    facts = [
+        ("criterion", record.get("criterion")),
+        (f"share of {target} kept, asked", _share(record.get("asked_ratio"))),
+        (f"share of {target} kept, reached", _share(record.get("reached_ratio"))),
+        ("MACs", _change(record, "macs", format_count)),
+        ("parameters", _change(record, "params", format_count)),
+        ("validation top-1, before and after the cut", _change(record, "validation_top1", format_share)),
+    ]
+    blocks = ", ".join(f"<code>{escape(block)}</code>" for block in record.get("removed_blocks") or [])
+    rows = [
+        (
+            f"<code>{escape(group.get('name'))}</code>",
+            escape(group.get("width_before")),
+            escape(group.get("width_after")),
+        )
+        for group in groups
+    ]
+    table = render_table(("channel group", "before", "after"), rows, numeric=(1, 2))
+    return render_section(
+        _title("Pruning: widths of the channel groups", runs, index),
+        render_split(render_facts(facts), render_figure(plot_widths(f"widths-{index}", groups))),
+        f"<p>Residual blocks removed: {blocks}.</p>\n" if blocks else "",
+        render_details("widths as a table", table) if rows else "",
+    )
+
+
+def _render_low_rank(runs: list[Run], index: int) -> str:
+    record = runs[index]["record"]
+    rows = [
+        (
+            f"<code>{escape(layer.get('layer'))}</code>",
+            escape(layer.get("scheme")),
+            escape(" × ".join(str(rank) for rank in layer.get("ranks") or [])),
+            escape(format_number(layer.get("relative_error"))),
+            escape(_change(layer, "macs", format_count)),
+        )
+        for layer in record.get("layers") or []
+    ]
+    head = ("layer", "scheme", "rank", "relative error", "MACs")
+    table = render_table(head, rows, numeric=(2, 3, 4)) if rows else "<p>No layer was factorised.</p>\n"
+    dense = len(record.get("dense") or [])
+    facts = [
+        ("MACs", _change(record, "macs", format_count)),
+        ("layers factorised", len(rows)),
+        ("layers left dense", dense or None),
+    ]
+    return render_section(_title("Low-rank factorisation", runs, index), render_facts(facts), table)
+
+
+def _render_finetune(runs: list[Run], index: int) -> str:
+    record = runs[index]["record"]
+    epochs, chosen = record.get("epochs") or [], record.get("chosen_epoch")
+    before = runs[index - 1] if index else {}
+    start = (before.get("record") or {}).get("validation_top1_after")
+    reached = {epoch.get("epoch"): epoch.get("validation_top1") for epoch in epochs}.get(chosen)
+    rates = [epoch["learning_rate"] for epoch in epochs if epoch.get("learning_rate") is not None]
+    peak = record.get("peak_learning_rate")
+    facts = [
+        ("chosen epoch", f"{chosen} of {len(epochs)}" if chosen is not None and epochs else chosen),
+        ("validation top-1 before training", _share(start)),
+        ("validation top-1 of the chosen epoch", _share(reached)),
+        ("peak learning rate", None if peak is None else format_number(peak)),
+        ("final learning rate", format_number(rates[-1]) if rates else None),
+        ("batch size", record.get("batch_size")),
+        ("steps", format_whole(record.get("steps"))),
+    ]
+    rows = [
+        (
+            escape(epoch.get("epoch")) + (" (chosen)" if epoch.get("epoch") == chosen else ""),
+            escape(format_number(epoch.get("loss"))),
+            escape(format_share(epoch.get("validation_top1"))),
+            escape(format_number(epoch.get("learning_rate"))),
+            escape(format_number(epoch.get("images_per_second"))),
+        )
+        for epoch in epochs
+    ]
+    head = ("epoch", "loss", "validation top-1", "learning rate at its end", "images/s")
+    return render_section(
+        _title("Training", runs, index),
+        render_split(render_facts(facts), render_figure(plot_training(f"training-{index}", epochs, chosen))),
+        render_details("epochs as a table", render_table(head, rows, numeric=(1, 2, 3, 4))) if rows else "",
+    )
+
+
+def _render_export(runs: list[Run], index: int) -> str:
+    record = runs[index]["record"]
+    size, simplified = record.get("size_bytes"), record.get("simplified")
+    facts = [
+        ("opset", record.get("opset")),
+        ("size", None if size is None else format_bytes(size)),
+        ("nodes", _change(record, "nodes", format_count)),
+        ("simplified", None if simplified is None else "yes" if simplified else "no"),
+        ("files", ", ".join(str(file) for file in record.get("files") or []) or None),
+    ]
+    return render_section(_title("Export", runs, index), render_facts(facts))
+
+
+def _title(text: str, runs: list[Run], index: int) -> str:
+    """Return `text`, with the place in the pipeline where a stage occurs more than once."""
+    repeated = sum(run.get("stage") == runs[index]["stage"] for run in runs) > 1
+    return f"{text} (stage {index + 1} of {len(runs)})" if repeated else text
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else format_share(value)
+
+
+def _change(record: dict[str, Any], key: str, form: Any) -> str | None:
+    before, after = record.get(f"{key}_before"), record.get(f"{key}_after")
+    return None if before is None and after is None else f"{form(before)} → {form(after)}"
+
+
+RENDERERS = {
+    "prune": _render_prune,
+    "low_rank": _render_low_rank,
+    "finetune": _render_finetune,
+    "export": _render_export,
+}

@@ -1,0 +1,312 @@
+"""Which stages must run, why, and what becomes of a run?
+
+For each stage: make its key out of everything its result depends on; found in the store: restore it, "unchanged";
+else run it, store it, write the lock. Then lay out the run folder:
+
+    runs/NAME/   pipeline.yaml (resolved)  model.onnx  slim/  lock  report.json  report.html
+    runs/.store/ finished stages by key, shared by all runs
+
+Nothing here imports torch unless a stage has to run.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from compress.artifacts import Verdict
+from compress.catalog import NOTHING, STAGES, TORCH_MODEL, VERDICT, StageEntry
+from compress.config.digest import digest_data, digest_file, digest_value
+from compress.config.load import Pipeline
+from compress.errors import ArtifactError, CompressError, InternalError
+from compress.locking import hold
+from compress.persist import VOLATILE, load_artifact, save_artifact
+from compress.progress import Progress, SilentProgress
+from compress.report.build import StageRun, build_report, write_report
+from compress.report.environment import describe_environment
+from compress.runfolder import publish
+from compress.store import Entry, Store
+
+LOCK_SCHEMA = 1
+LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "torch",
+             "torch-pruning", "torchvision")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """What a run would do with one stage.
+
+    Attributes:
+        stage: Its name.
+        status: "unchanged" when its result is in the store, "run" when it has to be made.
+        reasons: Why it would run.
+    """
+
+    stage: str
+    status: Literal["unchanged", "run"]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """What a run came to."""
+
+    verdict: Verdict
+    folder: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One stage of this pipeline: its place, declaration, settings and key components."""
+
+    index: int
+    entry: StageEntry
+    config: Any
+    values: dict[str, Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+    def components(self, input_digest: str) -> dict[str, Any]:
+        """Return everything the stage's result depends on."""
+        return {**self.fixed, "input": input_digest}
+
+
+def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
+    """Return what a run would do, stage by stage, without doing it."""
+    store = Store(runs_dir / ".store", warn=lambda text: None)
+    previous = _read_lock(runs_dir / pipeline.config.name)
+    planned: list[PlannedStage] = []
+    digest: str | None = ""
+    for step in _steps(pipeline):
+        if digest is None:
+            planned.append(PlannedStage(step.entry.name, "run", (f"its input changes: '{planned[-1].stage}' runs",)))
+            continue
+        components = step.components(digest)
+        entry = store.get(digest_value(components))
+        if entry is None:
+            reasons = _reasons(components, previous, step)
+            planned.append(PlannedStage(step.entry.name, "run", reasons))
+            digest = None
+        else:
+            planned.append(PlannedStage(step.entry.name, "unchanged", ()))
+            digest = entry.digest
+    return planned
+
+
+def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> RunOutcome:
+    """Run a pipeline, or as much of it as is not done, and lay out its run folder.
+
+    Raises:
+        CompressError: A stage could not do its work; the message names it. Stages that are done stay.
+        RunLocked: Another process runs in this folder.
+    """
+    progress = progress or SilentProgress()
+    folder = runs_dir / pipeline.config.name
+    with hold(folder):
+        return _Run(pipeline, runs_dir, folder, progress).execute()
+
+
+class _Run:
+    """One execution of a pipeline."""
+
+    def __init__(self, pipeline: Pipeline, runs_dir: Path, folder: Path, progress: Progress) -> None:
+        self.pipeline, self.folder, self.progress = pipeline, folder, progress
+        self.store = Store(runs_dir / ".store", progress.warn)
+        self.previous = _read_lock(folder)
+        self.stages: list[StageRun] = []
+        self.entries: list[Entry] = []
+        self.locked: list[dict[str, Any]] = []
+        self.artifact: Any = None
+        self.data: Any = None
+
+    def execute(self) -> RunOutcome:
+        """Run or restore every stage, then publish."""
+        self.store.sweep()
+        _write_text(self.folder / "pipeline.yaml", self.pipeline.to_yaml())
+        steps = _steps(self.pipeline)
+        digest = ""
+        for step in steps:
+            digest = self._do(step, len(steps), digest)
+        verdict = load_artifact(VERDICT, self.entries[-1].folder)
+        if not isinstance(verdict, Verdict):
+            raise InternalError("The last stage yielded no verdict.")
+        report = build_report(
+            self.pipeline.config.name, verdict, self.stages, self.pipeline.resolved, describe_environment()
+        )
+        publish(self.folder, self.entries, [step.entry.produces for step in steps])
+        write_report(report, self.folder)
+        return RunOutcome(verdict, self.folder, report)
+
+    def _do(self, step: _Step, count: int, input_digest: str) -> str:
+        """Restore or run one stage and return the digest of its result."""
+        components = step.components(input_digest)
+        key = digest_value(components)
+        label = f"[{step.index + 1}/{count}] {step.entry.name}"
+        entry = self.store.get(key)
+        status: Literal["ran", "unchanged"] = "unchanged"
+        if entry is None:
+            reasons = _reasons(components, self.previous, step)
+            self.progress.note(f"{label}: {'; '.join(reasons)}")
+            entry = self._make(step, count, key)
+            status = "ran"
+            self.progress.note(f"{label}: done in {entry.meta['seconds']:.1f} s")
+        else:
+            self.artifact = None
+            self.progress.note(f"{label}: unchanged")
+        seconds = entry.meta["seconds"] if status == "ran" else 0.0
+        self.stages.append(StageRun(step.entry.name, status, seconds, entry.meta["record"]))
+        self.entries.append(entry)
+        self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
+        self._write_lock()
+        return entry.digest
+
+    def _make(self, step: _Step, count: int, key: str) -> Entry:
+        """Run one stage and store its result."""
+        started = time.perf_counter()
+        work = self.store.work_folder(key)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            artifact, record = self._run_stage(step, work)
+            meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
+            entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
+        except CompressError as error:
+            error.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {error.message}"
+            raise
+        except OSError as error:
+            raise ArtifactError(
+                f"Stage '{step.entry.name}' ({step.index + 1} of {count}) could not read or write "
+                f"'{error.filename or work}': {error.strerror or error}.",
+                hint="Stages that are done stay; give the same command again.",
+            ) from error
+        self.artifact = load_artifact(step.entry.produces, entry.folder)
+        return entry
+
+    def _run_stage(self, step: _Step, work: Path) -> tuple[Any, dict[str, Any]]:
+        import importlib  # torch comes in with the first stage that has to run, and only then
+
+        import torch
+
+        from compress.data.opening import Splits
+        from compress.stages.context import StageContext
+
+        config = self.pipeline.config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        torch.set_flush_denormal(True)
+        self.data = self.data or Splits(config.data)
+        place, _, name = step.entry.place.partition(":")
+        stage = getattr(importlib.import_module(place), name)(step.config)
+        if self.artifact is None and step.entry.consumes != NOTHING:
+            self.artifact = load_artifact(step.entry.consumes, self.entries[-1].folder)
+        result: tuple[Any, dict[str, Any]] = stage.run(
+            self.artifact, StageContext(work, config.seed, self.data, self.progress)
+        )
+        return result
+
+    def _write_lock(self) -> None:
+        values = {"schema": LOCK_SCHEMA, "stages": self.locked}
+        _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
+
+
+def _steps(pipeline: Pipeline) -> list[_Step]:
+    """Return the stages with everything in their keys that does not depend on earlier stages."""
+    config = pipeline.config
+    resolved = pipeline.resolved
+    data = _data_component(resolved["data"])
+    libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
+    steps = []
+    for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
+        entry = STAGES[stage.stage]
+        fixed = {
+            "stage": entry.name,
+            "version": entry.version,
+            "config": _without_paths(entry.name, values),
+            "seed": config.seed,
+            "threads": config.threads,
+            "libraries": libraries,
+        }
+        if entry.uses_data:
+            fixed["data"] = data
+        if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
+            fixed["files"] = _model_files(values)
+        steps.append(_Step(index, entry, stage, values, fixed))
+    return steps
+
+
+def _data_component(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data section with the contents of its files in place of their paths."""
+    return {**data, "train": digest_data(data["train"]), "evaluation": digest_data(data["evaluation"])}
+
+
+def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's settings; the files that `load` names count by content, not by place."""
+    if stage != "load":
+        return dict(values)
+    model = {key: value for key, value in values["model"].items() if key != "factory"}
+    return {**values, "weights": None, "model": model}
+
+
+def _model_files(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of the weights and of the factory."""
+    weights = Path(values["weights"])
+    if not weights.is_file():
+        raise ArtifactError(f"Weights file '{weights}' does not exist.")
+    files = {"weights": digest_file(weights)}
+    factory = values["model"].get("factory")
+    if factory is not None:
+        place, _, name = factory.rpartition(":")
+        path = Path(place)
+        is_file = place.endswith(".py") and path.is_file()
+        files["factory"] = f"{digest_file(path)}:{name}" if is_file else factory
+    return files
+
+
+def _reasons(components: dict[str, Any], previous: list[dict[str, Any]], step: _Step) -> tuple[str, ...]:
+    """Say which part of the key differs from the last run of this pipeline."""
+    before = previous[step.index] if step.index < len(previous) else None
+    if before is None or before["stage"] != step.entry.name:
+        return ("runs for the first time",)
+    changed = sorted(_differences(before["components"], components))
+    if not changed:
+        return ("its stored result is gone",)
+    return tuple("its input changed" if name == "input" else f"{name} changed" for name in changed)
+
+
+def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Return the dotted names of all values that differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(set(before) | set(after))
+        return [
+            difference
+            for name in names
+            for difference in _differences(before.get(name), after.get(name), f"{path}.{name}" if path else name)
+        ]
+    return [] if before == after else [path.removeprefix("config.")]
+
+
+def _read_lock(folder: Path) -> list[dict[str, Any]]:
+    """Return what the last run locked; an unreadable lock counts as none."""
+    try:
+        values = json.loads((folder / "lock").read_text(encoding="utf-8"))
+        stages: list[dict[str, Any]] = values["stages"] if values["schema"] == LOCK_SCHEMA else []
+        return [stage for stage in stages if {"stage", "components"} <= set(stage)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

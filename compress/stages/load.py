@@ -1,0 +1,127 @@
+"""load: nothing -> TorchModel, with the baseline measured once."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress.artifacts import Baseline, FactorySpec, Signature, TensorSpec, TorchModel
+from compress.building import build_module, load_strict, read_weights
+from compress.config.schema import FactoryModel, LoadConfig, Model
+from compress.cost.macs import count_macs, count_params, layer_macs
+from compress.data.batches import Split, evaluation_batches
+from compress.errors import DataError, ModelError, NonFinite
+from compress.exporting.torch_onnx import export_onnx
+from compress.recipe import Recipe
+from compress.stages.context import Record, StageContext
+from compress.training.evaluate import check_outputs
+from compress.verification.measuring import Conditions, measure_onnx
+
+INPUT_NAME, OUTPUT_NAME = "images", "logits"
+BASELINE_OPSET = 18
+
+
+class LoadStage:
+    """Build the network, load its weights strictly, try it on real images, measure the baseline."""
+
+    def __init__(self, config: LoadConfig) -> None:
+        self.config = config
+
+    def run(self, artifact: None, ctx: StageContext) -> tuple[TorchModel, Record]:
+        """Return the untouched network.
+
+        Raises:
+            ModelError: The factory fails, or the network is no classifier of these images.
+            ArtifactError: The weights cannot be read or do not fit.
+            NonFinite: Weights or outputs are NaN or infinite.
+            DataError: Labels do not fit the network.
+        """
+        spec = factory_spec(self.config.model)
+        module = build_module(spec)
+        load_strict(module, read_weights(Path(self.config.weights)), f"'{self.config.weights}'")
+        signature = try_network(module, ctx.data.calibration)
+        for split in (ctx.data.train, ctx.data.evaluation):
+            check_labels(split, signature)
+        baseline = self._measure(module, signature, ctx)
+        model = TorchModel(module, spec, Recipe(), signature, ctx.data.preprocessing, ctx.data.classes, baseline)
+        figures = baseline.figures
+        record = {
+            "macs": figures.macs,
+            "params": figures.params,
+            "size_bytes": figures.size_bytes,
+            "top1": figures.quality["top1"],
+            "layers": len(layer_macs(module, _example(signature))),
+        }
+        ctx.progress.note(
+            f"baseline: {figures.macs:,} MACs, {figures.params:,} params, top-1 {figures.quality['top1']:.2%} "
+            f"on {len(ctx.data.evaluation)} evaluation images, measured on the ONNX file"
+        )
+        return model, record
+
+    def _measure(self, module: nn.Module, signature: Signature, ctx: StageContext) -> Baseline:
+        path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
+        save_file({name: value.clone().contiguous() for name, value in module.state_dict().items()}, weights)
+        with ctx.progress.task("export the baseline", 1) as task:
+            export_onnx(
+                module,
+                signature,
+                path,
+                opset=BASELINE_OPSET,
+                dynamic_batch=True,
+                simplify=True,
+                external_data=False,
+                preprocessing=ctx.data.preprocessing,
+                classes=ctx.data.classes,
+            )
+            task.advance()
+        figures = measure_onnx(path, ctx.data.evaluation, Conditions(), reference=module, progress=ctx.progress)
+        assert figures.macs == count_macs(module, _example(signature))
+        assert figures.params == count_params(module)
+        return Baseline(figures, path, weights)
+
+
+def factory_spec(model: Model) -> FactorySpec:
+    """Return how a `model:` section says the network is built."""
+    if isinstance(model, FactoryModel):
+        return FactorySpec("factory", model.factory, dict(model.kwargs))
+    return FactorySpec("torchvision", model.torchvision, dict(model.kwargs))
+
+
+def try_network(module: nn.Module, split: Split) -> Signature:
+    """Run two real images through the network and return its signature.
+
+    Raises:
+        ModelError: The network does not run on them, or does not return (N, classes).
+        NonFinite: An output is NaN or infinite.
+    """
+    images, labels = next(evaluation_batches(split.first(2), 2))
+    try:
+        with torch.no_grad():
+            outputs = module(images)
+    except Exception as error:  # the user's code: its error is shown, ours is around it
+        raise ModelError(
+            f"The network must run on images of shape {tuple(images.shape)}, got {type(error).__name__}: {error}",
+            hint="Check data.preprocessing (resize, crop, channels, layout) and model.kwargs.",
+        ) from error
+    check_outputs(outputs, int(labels.max()))
+    if not outputs.isfinite().all():
+        raise NonFinite("The network's outputs must be finite, got NaN or infinity on real images.")
+    return Signature(
+        inputs=(TensorSpec(INPUT_NAME, ("batch", *images.shape[1:])),),
+        outputs=(TensorSpec(OUTPUT_NAME, ("batch", *outputs.shape[1:])),),
+    )
+
+
+def check_labels(split: Split, signature: Signature) -> None:
+    """Raise DataError unless every label of the split is an output of the network."""
+    classes = signature.outputs[0].shape[1]
+    largest = int(split.labels.max())
+    if largest >= int(classes):
+        raise DataError(
+            f"Labels of '{split.name}' must be below the number of classes the network has ({classes}), got {largest}."
+        )
+
+
+def _example(signature: Signature) -> Tensor:
+    return torch.zeros([1, *(int(size) for size in signature.inputs[0].shape[1:])])

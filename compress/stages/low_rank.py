@@ -1,0 +1,210 @@
+"""The low-rank stage: replace kernels by products of smaller ones, where that is cheaper.
+
+Ranks come from one relative error that all layers share, given or solved from a budget. Batch-norm statistics are
+re-estimated on calibration images afterwards.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifacts import TorchModel
+from compress.config.schema import LowRankConfig
+from compress.cost.macs import count_params, layer_macs
+from compress.errors import InternalError, StageError
+from compress.lowrank.layers import Positions, find_layers, layer_spectra
+from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
+from compress.lowrank.surgery import factorize_layer
+from compress.progress import Progress
+from compress.pruning.repair import reestimate_batch_norm
+from compress.recipe import Factorize
+from compress.registry import closest
+from compress.stages.context import Record, StageContext
+from compress.training.evaluate import evaluate_top1
+
+_LABELS: dict[Metric, str] = {"macs": "MACs", "params": "params"}
+
+
+class LowRankStage:
+    """Factorise convolutions and linear layers.
+
+    Args:
+        config: Checked section of the pipeline file.
+    """
+
+    def __init__(self, config: LowRankConfig) -> None:
+        self.config = config
+        self.metric: Metric = "params" if config.target is not None and config.target.params is not None else "macs"
+
+    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+        """Return the factorised network and what was done to each layer.
+
+        Raises:
+            BudgetUnreachable: The target cannot be met; says the best reachable.
+            StageError: Nothing would be factorised, or an exclude pattern matches no layer.
+            NonFinite: A weight is not finite.
+        """
+        example = example_input(artifact)
+        found, reasons = find_layers(artifact.module, example)
+        found, reasons = self._exclude(found, reasons)
+        spectra = self._measure_spectra(artifact.module, found, ctx.progress)
+        macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
+        total = sum(macs_before.values()) if self.metric == "macs" else params_before
+        shared_error = self._shared_error(artifact, spectra, total)
+        choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
+        self._check_any(choices, spectra, shared_error)
+        top1_before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+        slim, edits, errors = _factorize(artifact.module, choices, ctx.progress)
+        reestimate_batch_norm(slim, ctx.data.calibration, ctx.progress)
+        slim.eval()
+        top1_after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
+        macs_after = layer_macs(slim, example)
+        record: Record = {
+            "layers": _layer_records(choices, errors, macs_before, macs_after),
+            "dense": self._dense_records(choices, reasons, macs_before),
+            "macs_before": sum(macs_before.values()),
+            "macs_after": sum(macs_after.values()),
+            "params_before": params_before,
+            "params_after": count_params(slim),
+            "validation_top1_before": top1_before,
+            "validation_top1_after": top1_after,
+            "shared_relative_error": shared_error,
+        }
+        self._state_result(artifact, record, ctx.progress)
+        return replace(artifact, module=slim, recipe=artifact.recipe.then(*edits)), record
+
+    def _exclude(
+        self, found: dict[str, Positions], reasons: dict[str, str]
+    ) -> tuple[dict[str, Positions], dict[str, str]]:
+        reasons, excluded = dict(reasons), set()
+        names = [*found, *reasons]
+        for pattern in self.config.exclude:
+            matches = [name for name in names if fnmatchcase(name, pattern)]
+            if not matches:
+                raise StageError(
+                    f"exclude pattern '{pattern}' must match a convolution or linear layer, it matches none of "
+                    f"{len(names)}.",
+                    hint=closest(pattern, names) or f"layers are named {', '.join(names[:5])}.",
+                )
+            excluded.update(matches)
+            reasons.update((name, f"is excluded by '{pattern}'") for name in matches)
+        return {name: places for name, places in found.items() if name not in excluded}, reasons
+
+    def _measure_spectra(
+        self, module: nn.Module, found: dict[str, Positions], progress: Progress
+    ) -> list[LayerSpectra]:
+        spectra = []
+        with progress.task("singular values", max(1, len(found))) as task:
+            for name, places in found.items():
+                layer = module.get_submodule(name)
+                spectra.append(layer_spectra(name, layer, places, self.config.schemes))
+                task.advance(1)
+        return spectra
+
+    def _shared_error(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> float:
+        if self.config.relative_error is not None:
+            return self.config.relative_error
+        kept, baseline = self._target(artifact)
+        if total <= kept * baseline:
+            raise StageError(
+                f"The target must be below what the network has: it is at {total / baseline:.3f} of baseline "
+                f"{_LABELS[self.metric]} already, the target is {kept:.3f}; there is nothing to factorise.",
+                hint="Lower the target, or leave the stage out.",
+            )
+        factorable = sum(layer.macs if self.metric == "macs" else layer.params for layer in spectra)
+        return solve_relative_error(
+            spectra, total - factorable, kept * baseline, self.config.multiple_of, self.metric, baseline
+        )
+
+    def _target(self, artifact: TorchModel) -> tuple[float, int]:
+        """Return the kept ratio asked for and the baseline's cost that it is relative to."""
+        target, figures = self.config.target, artifact.baseline.figures
+        assert target is not None
+        if target.macs is not None:
+            return target.macs, figures.macs
+        assert target.params is not None
+        return target.params, figures.params
+
+    def _check_any(self, choices: Sequence[RankChoice], spectra: Sequence[LayerSpectra], shared_error: float) -> None:
+        if any(choice.scheme is not None for choice in choices):
+            return
+        dense = sum(choice.cost(self.metric) for choice in choices)
+        smallest = [choice.scheme for choice in choose_ranks(spectra, 1.0, self.config.multiple_of, self.metric)]
+        if not any(smallest):
+            hint = "Lower multiple_of, allow more schemes, exclude fewer layers, or leave the stage out."
+        else:
+            error = solve_relative_error(spectra, 0, dense - 1, self.config.multiple_of, self.metric)
+            hint = f"The first layer gets cheaper at relative_error {error:.3f}; or lower multiple_of."
+        raise StageError(
+            f"At least one of {len(choices)} layers must get cheaper, at a shared relative error of "
+            f"{shared_error:.3f} none does.",
+            hint=hint,
+        )
+
+    def _dense_records(
+        self, choices: Sequence[RankChoice], reasons: dict[str, str], macs: dict[str, int]
+    ) -> list[dict[str, str]]:
+        label = _LABELS[self.metric]
+        costly = {
+            choice.layer: f"has no scheme with fewer {label} at this error" for choice in choices if not choice.scheme
+        }
+        reasons = {**reasons, **costly}
+        return [{"layer": name, "reason": reasons[name]} for name in macs if name in reasons]
+
+    def _state_result(self, artifact: TorchModel, record: Record, progress: Progress) -> None:
+        if self.config.target is not None:
+            kept, baseline = self._target(artifact)
+            reached = record[f"{self.metric}_after"]
+            if reached > kept * baseline:
+                raise InternalError(f"Factorisation ended at {reached} {self.metric}, above {kept} of {baseline}.")
+            progress.note(f"target {kept:.3f} of baseline {_LABELS[self.metric]}: reached {reached / baseline:.3f}")
+        progress.note(
+            f"{len(record['layers'])} layers factorised, {len(record['dense'])} stay dense; MACs "
+            f"{record['macs_before']:,} -> {record['macs_after']:,}, validation top-1 "
+            f"{record['validation_top1_before']:.2%} -> {record['validation_top1_after']:.2%} before fine-tuning"
+        )
+
+
+def example_input(artifact: TorchModel) -> Tensor:
+    """Return zeros in the shape of one input of the network."""
+    spec = artifact.signature.inputs[0]
+    return torch.zeros([1 if isinstance(size, str) else size for size in spec.shape])
+
+
+def _factorize(
+    module: nn.Module, choices: Sequence[RankChoice], progress: Progress
+) -> tuple[nn.Module, list[Factorize], dict[str, float]]:
+    """Return a factorised copy, the edits, and the relative error of each layer."""
+    slim = copy.deepcopy(module)
+    edits: list[Factorize] = []
+    errors: dict[str, float] = {}
+    with progress.task("factorise", len(choices)) as task:
+        for choice in choices:
+            if choice.scheme is not None:
+                edit = Factorize(choice.layer, choice.scheme, choice.ranks)
+                errors[choice.layer] = factorize_layer(slim, edit)
+                edits.append(edit)
+            task.advance(1)
+    return slim, edits, errors
+
+
+def _layer_records(
+    choices: Sequence[RankChoice], errors: dict[str, float], before: dict[str, int], after: dict[str, int]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": choice.layer,
+            "scheme": choice.scheme,
+            "ranks": list(choice.ranks),
+            "relative_error": errors[choice.layer],
+            "macs_before": before[choice.layer],
+            "macs_after": sum(macs for name, macs in after.items() if name.startswith(f"{choice.layer}.")),
+        }
+        for choice in choices
+        if choice.scheme is not None
+    ]

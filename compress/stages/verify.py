@@ -1,0 +1,63 @@
+"""verify: OnnxModel -> Verdict."""
+
+from compress.artifacts import OnnxModel, Verdict
+from compress.config.schema import VerifyConfig
+from compress.stages.context import Record, StageContext
+from compress.verification.gates import Gates
+from compress.verification.measuring import Conditions
+from compress.verification.verdict import verify_onnx
+
+
+class VerifyStage:
+    """Measure the file in its runtime, next to the untouched network's, and hold it to the gates."""
+
+    def __init__(self, config: VerifyConfig) -> None:
+        self.config = config
+
+    def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[Verdict, Record]:
+        """Verify the file; a failed gate is a verdict, not an error.
+
+        Raises:
+            ArtifactError: The file is missing or no ONNX model.
+            RuntimeUnavailable: The provider is not there.
+            DataError: The evaluation split does not fit the network.
+        """
+        config, reference = self.config, artifact.reference
+        verdict = verify_onnx(
+            artifact.path,
+            evaluation=ctx.data.evaluation,
+            conditions=conditions_of(config),
+            gates=gates_of(config),
+            parity_samples=config.parity_samples,
+            signature=artifact.signature,
+            opset=artifact.opset,
+            reference=reference.module,
+            baseline_onnx=reference.baseline.onnx_path,
+            baseline_figures=reference.baseline.figures,
+            progress=ctx.progress,
+        )
+        return verdict, {}
+
+
+def conditions_of(config: VerifyConfig) -> Conditions:
+    """Return where and how a file is run, out of the `verify` section."""
+    return Conditions(
+        runtime=config.runtime,
+        provider=config.provider,
+        threads=config.threads,
+        batch_size=config.batch_size,
+        warmup=config.warmup,
+        repeats=config.repeats,
+    )
+
+
+def gates_of(config: VerifyConfig) -> Gates:
+    """Return the limits, out of the `verify` section."""
+    gates = config.gates
+    return Gates(
+        parity=gates.parity,
+        max_drop_top1=(gates.max_drop or {}).get("top1"),
+        min_speedup=gates.min_speedup,
+        max_latency_ms=gates.max_latency_ms,
+        max_size_mb=gates.max_size_mb,
+    )

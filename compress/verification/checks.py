@@ -1,0 +1,127 @@
+"""Which facts about a file are checked besides its limits? One function a check; each returns a CheckResult."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+from onnx import ModelProto, NodeProto
+
+from compress.artifacts import CheckResult, Signature, TensorSpec
+from compress.cost.onnx_file import default_opset, external_files, first_line, read_signature
+from compress.verification.compare import ParityResult
+from compress.verification.runtimes.base import Runtime
+
+if TYPE_CHECKING:  # a file alone is verified without torch
+    from torch import nn
+
+
+def check_structure(model: ModelProto, path: Path, signature: Signature | None, opset: int | None) -> CheckResult:
+    """Check that the file is whole, valid, in inference mode, and has the opset and signature it should have.
+
+    Args:
+        model: The file, read without external data.
+        path: Where it lies.
+        signature: Inputs and outputs it must have; None takes what it has.
+        opset: Version of the default operator set it must have; None takes what it has.
+    """
+    missing = [file.name for file in external_files(model, path) if not file.is_file()]
+    problems = [f"its weights in '{name}' are missing" for name in missing]
+    if not missing:
+        problems += _invalid(path)
+    got_opset = default_opset(model)
+    if opset is not None and got_opset != opset:
+        problems.append(f"opset must be {opset}, got {got_opset}")
+    if signature is not None:
+        problems += _signature_problems(signature, read_signature(model))
+    problems += [f"node '{node.name}' ({node.op_type}) is in training mode" for node in _training_nodes(model)]
+    if problems:
+        return CheckResult("structure", "fail", None, None, "", "; ".join(problems))
+    nodes = len(model.graph.node)
+    return CheckResult("structure", "pass", None, None, "", f"valid ONNX, opset {got_opset}, {nodes} nodes")
+
+
+def check_macs(counted: int | str, reference: nn.Module, signature: Signature) -> CheckResult:
+    """Check that the graph has exactly the MACs of the torch network, counted by two independent routines.
+
+    Args:
+        counted: MACs of the graph, or why they could not be counted.
+        reference: The torch network.
+        signature: Its inputs.
+    """
+    expected = torch_macs(reference, signature)
+    if isinstance(counted, str):
+        return CheckResult("macs_agree", "fail", None, float(expected), "MACs", counted)
+    detail = f"ONNX graph {counted:,}, torch {expected:,}"
+    status = "pass" if counted == expected else "fail"
+    return CheckResult("macs_agree", status, float(counted), float(expected), "MACs", detail)  # type: ignore[arg-type]
+
+
+def torch_macs(reference: nn.Module, signature: Signature) -> int:
+    """Return the MACs of a torch network for one image."""
+    import torch  # only where there is a torch reference
+
+    from compress.cost.macs import count_macs
+
+    spec = signature.inputs[0]
+    sizes = [size if isinstance(size, int) else 1 for size in spec.shape[1:]]
+    return count_macs(reference, torch.zeros(1, *sizes))
+
+
+def check_provider(runtime: Runtime) -> CheckResult:
+    """Check that the open runtime computes on the provider asked for."""
+    got = runtime.provider_in_use
+    status = "pass" if got == runtime.provider else "fail"
+    detail = f"{got} in use, {runtime.provider} asked for"
+    return CheckResult("provider", status, None, None, "", detail)  # type: ignore[arg-type]
+
+
+def check_parity(result: ParityResult, asked: int, limit: float) -> CheckResult:
+    """Check the largest difference to torch; says the smallest limit that would have passed."""
+    images = f"{result.samples} images" if result.samples >= asked else f"all {result.samples} images ({asked} asked)"
+    detail = (
+        f"{images}, mean difference {result.mean_abs:.2g}, top-1 agrees on {result.top1_agreement:.2%}; "
+        f"the smallest limit that passes is {result.smallest_tolerance:g}"
+    )
+    status = "pass" if result.max_abs <= limit else "fail"
+    return CheckResult("parity", status, result.max_abs, limit, "", detail)  # type: ignore[arg-type]
+
+
+def check_evaluation(images: int, top1: float) -> CheckResult:
+    """Record that top-1 was measured, and on how many images."""
+    status = "pass" if images > 0 else "fail"
+    detail = f"top-1 {top1:.2%} on {images:,} images"
+    return CheckResult("evaluation", status, float(images), None, "images", detail)  # type: ignore[arg-type]
+
+
+def _invalid(path: Path) -> list[str]:
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # the checker, shape inference and protobuf raise types of their own
+        return [f"ONNX's checker says: {first_line(error)}"]
+    return []
+
+
+def _signature_problems(wanted: Signature, got: Signature) -> list[str]:
+    pairs = (("inputs", wanted.inputs, got.inputs), ("outputs", wanted.outputs, got.outputs))
+    return [f"{kind} must be {_describe(want)}, got {_describe(have)}" for kind, want, have in pairs if want != have]
+
+
+def _describe(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in specs) or "none"
+
+
+def _training_nodes(model: ModelProto) -> list[NodeProto]:
+    """Return nodes that behave as in training: batch norm on batch statistics, dropout that drops."""
+    truths = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.BOOL and onnx.numpy_helper.to_array(tensor).any()
+    }
+    return [
+        node
+        for node in model.graph.node
+        if (node.op_type == "BatchNormalization" and any(a.name == "training_mode" and a.i for a in node.attribute))
+        or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] in truths)
+    ]

@@ -1,0 +1,125 @@
+"""Does the file compute what the torch network computes? Compared on real images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.errors import ModelError, NonFinite
+from compress.progress import Progress, SilentProgress
+from compress.verification.quality import batch_size_of, check_not_empty, fill_batch, image_batches, image_input
+from compress.verification.runtimes.base import Runtime
+
+if TYPE_CHECKING:  # the module imports torch
+    from compress.data.batches import Split
+
+
+@dataclass(frozen=True, slots=True)
+class ParityResult:
+    """How far two runtimes are apart.
+
+    Attributes:
+        samples: Images compared.
+        max_abs: Largest absolute difference of any output value.
+        mean_abs: Mean absolute difference.
+        quantiles: {"p50", "p99"} of the absolute differences.
+        top1_agreement: Share of images, in [0, 1], with the same largest output; NaN for outputs that are not (N, K).
+        smallest_tolerance: Smallest limit that would have passed, rounded up to two digits.
+    """
+
+    samples: int
+    max_abs: float
+    mean_abs: float
+    quantiles: dict[str, float]
+    top1_agreement: float
+    smallest_tolerance: float
+
+
+def parity(
+    runtime: Runtime,
+    reference: Runtime,
+    split: Split,
+    samples: int,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> ParityResult:
+    """Compare all outputs of two open runtimes on images spread evenly over a split.
+
+    Args:
+        runtime: What is checked; its batch size is used where it is fixed.
+        reference: What it must equal.
+        split: At least one image.
+        samples: Images to compare; all of a smaller split.
+        batch_size: Images at once where the batch axis is open.
+        progress: Told about each batch.
+
+    Raises:
+        DataError: The split is empty.
+        ModelError: Output names or shapes differ, or one of the networks fails.
+        NonFinite: An output of either is NaN or infinite.
+    """
+    check_not_empty(split)
+    chosen = split.first(samples)
+    size = batch_size_of(runtime, batch_size)
+    differences: list[np.ndarray] = []
+    agreeing: list[np.ndarray] = []
+    with (progress or SilentProgress()).task(f"parity on {split.name}", len(chosen)) as task:
+        for images, _ in image_batches(chosen, size):
+            fed = fill_batch(images, image_input(runtime))
+            got = runtime.run({image_input(runtime).name: fed})
+            wanted = reference.run({image_input(reference).name: fed})
+            for a, b in _paired(got, wanted, len(images)):
+                differences.append(np.abs(a - b).ravel())
+                if a.ndim == 2:
+                    agreeing.append(a.argmax(1) == b.argmax(1))
+            task.advance(len(images))
+    return _summary(len(chosen), np.concatenate(differences), agreeing)
+
+
+def _paired(
+    got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], count: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the outputs of both for the first `count` images, in float64, after checking that they can be compared."""
+    if set(got) != set(wanted) or not wanted:
+        raise ModelError(f"Outputs must be named {', '.join(wanted)} as in the reference, got {', '.join(got)}.")
+    pairs = []
+    for name, values in wanted.items():
+        if got[name].shape != values.shape:
+            raise ModelError(
+                f"Output '{name}' must have shape {values.shape} as in the reference, got {got[name].shape}."
+            )
+        for owner, array in (("file", got[name]), ("reference", values)):
+            if not np.isfinite(array).all():
+                raise NonFinite(f"Output '{name}' of the {owner} must be finite, got NaN or infinity.")
+        pairs.append((got[name][:count].astype(np.float64), values[:count].astype(np.float64)))
+    return pairs
+
+
+def _summary(samples: int, differences: np.ndarray, agreeing: list[np.ndarray]) -> ParityResult:
+    largest = float(differences.max())
+    return ParityResult(
+        samples=samples,
+        max_abs=largest,
+        mean_abs=float(differences.mean()),
+        quantiles={"p50": float(np.quantile(differences, 0.5)), "p99": float(np.quantile(differences, 0.99))},
+        top1_agreement=float(np.concatenate(agreeing).mean()) if agreeing else math.nan,
+        smallest_tolerance=round_up(largest),
+    )
+
+
+def round_up(value: float, digits: int = 2) -> float:
+    """Return the smallest number of that many significant digits that is not below `value`.
+
+    >>> round_up(1.234e-6), round_up(0.1), round_up(0.0)
+    (1.3e-06, 0.1, 0.0)
+    """
+    if value <= 0:
+        return 0.0
+    exponent = math.floor(math.log10(value)) - digits + 1
+    rounded = float(f"{math.ceil(value / 10.0**exponent)}e{exponent}")
+    shorter = float(f"{value:.{digits - 1}e}")
+    return shorter if shorter >= value else rounded

@@ -1,0 +1,150 @@
+"""How is one file measured: under which conditions, on which inputs?"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.artifacts import Figures, TensorSpec
+from compress.catalog import RUNTIMES
+from compress.cost.onnx_file import model_files
+from compress.cost.onnx_graph import count_onnx
+from compress.errors import ConfigValueError
+from compress.progress import Progress, SilentProgress
+from compress.verification.latency import measure_latency
+from compress.verification.quality import check_not_empty, image_input, top1
+from compress.verification.runtimes.base import Runtime
+
+if TYPE_CHECKING:  # a file alone is measured without torch
+    from torch import nn
+
+    from compress.data.batches import Split
+
+_ELEMENTS_AT_ONCE = 2**22
+_IMAGES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Where and how a file is run.
+
+    Attributes:
+        runtime: Name in `catalog.RUNTIMES`.
+        provider: Execution provider, which must be the one in use.
+        threads: Intra-op threads of the latency measurement; top-1 and parity use all cores.
+        batch_size: Images a call in the latency measurement.
+        warmup: Calls before it.
+        repeats: Timed calls of each model.
+    """
+
+    runtime: str = "onnxruntime"
+    provider: str = "CPUExecutionProvider"
+    threads: int = 1
+    batch_size: int = 1
+    warmup: int = 10
+    repeats: int = 100
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.runtime} {self.provider}, {threads}, batch {self.batch_size}"
+
+    def open(self, path: Path, *, all_cores: bool = False) -> Runtime:
+        """Return the runtime of a file, to be opened by `with`.
+
+        Raises:
+            UnknownName: There is no such runtime.
+            RuntimeUnavailable: The runtime cannot read ONNX files.
+        """
+        threads = available_cores() if all_cores else self.threads
+        runtime: Runtime = RUNTIMES.get(self.runtime).from_file(path, provider=self.provider, threads=threads)
+        return runtime
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def measure_onnx(
+    path: Path,
+    split: Split,
+    conditions: Conditions,
+    *,
+    reference: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> Figures:
+    """Measure one file alone: size, top-1 over a whole split, latency.
+
+    Args:
+        path: The .onnx file.
+        split: At least one image.
+        conditions: Where and how.
+        reference: The torch network, whose params are then reported instead of the graph's.
+        progress: Told about each part.
+
+    Raises:
+        ArtifactError: The file is missing or cannot be opened.
+        RuntimeUnavailable: The provider is not there.
+        ModelError, NonFinite: The network is no classifier, or fails on an image.
+        DataError: The labels do not fit.
+        ConfigValueError: The batch size is not the file's fixed one.
+    """
+    progress = progress or SilentProgress()
+    counts = count_onnx(path)
+    with conditions.open(path, all_cores=True) as session:
+        check_batch_size(session, conditions)
+        quality = top1(session, split, evaluation_batch(image_input(session)), progress)
+    with conditions.open(path) as session:
+        inputs = {"file": latency_inputs(session, split, conditions.batch_size)}
+        sample = measure_latency({"file": session}, inputs, conditions.warmup, conditions.repeats, progress)["file"]
+    params = counts.params if reference is None else torch_params(reference)
+    return Figures(counts.macs, params, existing_bytes(path), {"top1": quality}, sample.to_figures())
+
+
+def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:
+    """Return real images for one call: the first of the split, repeated when it has too few."""
+    check_not_empty(split)
+    positions = np.arange(batch_size) % len(split)
+    images = split.preprocessing.normalize(split.source.read(split.indices[positions]))
+    return {image_input(session).name: images}
+
+
+def evaluation_batch(spec: TensorSpec) -> int:
+    """Return how many images to evaluate at once: many small ones, few large ones.
+
+    >>> evaluation_batch(TensorSpec("image", ("batch", 3, 32, 32)))
+    256
+    >>> evaluation_batch(TensorSpec("image", ("batch", 3, 224, 224)))
+    27
+    """
+    elements = math.prod(size for size in spec.shape[1:] if isinstance(size, int))
+    return max(1, min(_IMAGES_AT_ONCE, _ELEMENTS_AT_ONCE // max(1, elements)))
+
+
+def check_batch_size(session: Runtime, conditions: Conditions) -> None:
+    """Raise ConfigValueError when the file has a fixed batch size other than the one to measure."""
+    fixed = image_input(session).shape[0]
+    if isinstance(fixed, int) and fixed != conditions.batch_size:
+        raise ConfigValueError(
+            f"verify.batch_size must be {fixed}, the fixed batch size of the file, got {conditions.batch_size}.",
+            hint="Export with dynamic_batch: true to measure other batch sizes.",
+        )
+
+
+def torch_params(reference: nn.Module) -> int:
+    """Return the number of trainable scalars of a torch network."""
+    from compress.cost.macs import count_params  # torch, only where there is a reference
+
+    return count_params(reference)
+
+
+def existing_bytes(path: Path) -> int:
+    """Return the bytes of those files of a model that are there."""
+    return sum(file.stat().st_size for file in model_files(path) if file.is_file())

@@ -1,0 +1,132 @@
+"""How good is the file? Top-1 in its runtime, over real images, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.artifacts import TensorSpec
+from compress.errors import DataError, ModelError, NonFinite
+from compress.progress import Progress, SilentProgress
+from compress.verification.runtimes.base import Runtime
+
+if TYPE_CHECKING:  # the module imports torch, which a check of a file alone does not need
+    from compress.data.batches import Split
+
+
+def top1(runtime: Runtime, split: Split, batch_size: int = 64, progress: Progress | None = None) -> float:
+    """Return the share of images, in [0, 1], whose largest output is their label.
+
+    Args:
+        runtime: Open; one image input and one (N, K) output. With a fixed batch axis, that size is used instead.
+        split: At least one image.
+        batch_size: Images at once where the batch axis is open.
+        progress: Told about each batch.
+
+    Raises:
+        DataError: The split is empty, a label is K or more, or the data set has another number of classes.
+        ModelError: The network is no classifier, or images do not fit its input.
+        NonFinite: An output is NaN or infinite.
+    """
+    check_not_empty(split)
+    classes = classifier_width(runtime)
+    check_labels(split, classes)
+    correct = 0
+    with (progress or SilentProgress()).task(f"top-1 on {split.name}", len(split)) as task:
+        for images, labels in image_batches(split, batch_size_of(runtime, batch_size)):
+            outputs = classify(runtime, images)
+            correct += int((outputs.argmax(1) == labels).sum())
+            task.advance(len(labels))
+    return correct / len(split)
+
+
+def image_batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (network input, labels) in order, every image once; the next batch is read while this one is used."""
+    chunks = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
+    labels = split.labels
+
+    def read(positions: np.ndarray) -> np.ndarray:
+        return split.preprocessing.normalize(split.source.read(split.indices[positions]))
+
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(read, chunks[0]) if chunks else None
+        for number, positions in enumerate(chunks):
+            assert pending is not None
+            images = pending.result()
+            if number + 1 < len(chunks):
+                pending = reader.submit(read, chunks[number + 1])
+            yield images, labels[positions]
+
+
+def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
+    """Return the (N, K) outputs for N images.
+
+    Raises:
+        ModelError: The images do not fit the input, or the output is not (N, K).
+        NonFinite: An output is NaN or infinite.
+    """
+    spec = image_input(runtime)
+    (outputs,) = runtime.run({spec.name: fill_batch(images, spec)}).values()
+    outputs = outputs[: len(images)]
+    if outputs.ndim != 2 or len(outputs) != len(images):
+        raise ModelError(
+            f"A classifier must return one (N, classes) array, got {outputs.shape} for {len(images)} images."
+        )
+    if not np.isfinite(outputs).all():
+        raise NonFinite(f"Outputs of the network must be finite, got NaN or infinity in a batch of {len(images)}.")
+    return outputs
+
+
+def fill_batch(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Repeat the last image until a fixed batch is full: the last batch of a split may be smaller."""
+    missing = spec.shape[0] - len(images) if isinstance(spec.shape[0], int) else 0
+    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
+
+
+def image_input(runtime: Runtime) -> TensorSpec:
+    """Return the one input of a classifier; ModelError when it has more inputs or outputs than one."""
+    inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ModelError(f"A classifier must have one input and one output, got {len(inputs)} and {len(outputs)}.")
+    return inputs[0]
+
+
+def classifier_width(runtime: Runtime) -> int:
+    """Return the number K of classes the network tells apart; ModelError when its output is no (N, K) array."""
+    image_input(runtime)
+    shape = runtime.signature.outputs[0].shape
+    if len(shape) != 2 or not isinstance(shape[1], int):
+        raise ModelError(f"A classifier must return one (N, classes) array, the model declares {shape}.")
+    return shape[1]
+
+
+def batch_size_of(runtime: Runtime, wanted: int) -> int:
+    """Return `wanted` where the batch axis is open, else the fixed size."""
+    batch = image_input(runtime).shape[0]
+    return batch if isinstance(batch, int) else wanted
+
+
+def check_not_empty(split: Split) -> None:
+    """Raise DataError when there is nothing to measure on."""
+    if len(split) == 0:
+        raise DataError(f"Split '{split.name}' must hold at least one image to measure top-1 on, it holds none.")
+
+
+def check_labels(split: Split, classes: int) -> None:
+    """Raise DataError when labels do not fit a network of that many classes."""
+    labels = split.labels
+    if int(labels.max()) >= classes or int(labels.min()) < 0:
+        wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())
+        raise DataError(
+            f"Labels must be from 0 to {classes - 1} (the model has {classes} classes), got label {wrong} "
+            f"in split '{split.name}'."
+        )
+    names = split.source.classes
+    if names and len(names) != classes:
+        raise DataError(
+            f"Model and data set must have the same number of classes, got {classes} and {len(names)}.",
+            hint="The order of the class names decides what a label means; it must be the model's.",
+        )

@@ -1,0 +1,59 @@
+"""How is a torch module run as a runtime? It is the reference that other runtimes are compared with."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.artifacts import Signature
+from compress.cost.macs import eval_mode
+from compress.errors import ModelError, RuntimeUnavailable
+from compress.verification.runtimes.base import Arrays, Runtime
+
+CPU = "CPU"
+
+
+class TorchEager(Runtime):
+    """A torch network on the CPU, in eval mode; its training flags stay as they are.
+
+    Args:
+        module: Returns one tensor, or a tuple of as many as the signature has outputs.
+        signature: Names of inputs (in the order of `forward`) and outputs.
+        provider: Only "CPU".
+    """
+
+    name: ClassVar[str] = "torch_eager"
+
+    def __init__(self, module: nn.Module, signature: Signature, provider: str = CPU) -> None:
+        super().__init__(provider)
+        self.module = module
+        self._given = signature
+
+    @property
+    def provider_in_use(self) -> str:
+        """Always "CPU"."""
+        return CPU
+
+    def _open(self) -> Signature:
+        if self.provider != CPU:
+            raise RuntimeUnavailable(f"Runtime '{self.name}': {self.provider} was asked for, but it offers {CPU} only.")
+        return self._given
+
+    def _run(self, inputs: Arrays) -> Arrays:
+        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.signature.inputs]
+        try:
+            with torch.no_grad(), eval_mode(self.module):
+                outputs = self.module(*tensors)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(f"The torch network must run on its input, it says: {error}") from error
+        values = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        names = [spec.name for spec in self.signature.outputs]
+        if len(values) != len(names) or not all(isinstance(value, torch.Tensor) for value in values):
+            raise ModelError(f"The torch network must return {len(names)} tensors ({', '.join(names)}).")
+        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+
+    def _close(self) -> None:
+        """There is nothing to give back."""

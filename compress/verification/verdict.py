@@ -1,0 +1,213 @@
+"""Is the file good enough? Every check, on the file itself, in the runtime that ships it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.artifacts import CheckResult, Figures, Signature, Verdict
+from compress.cost.onnx_file import load_onnx, read_signature
+from compress.cost.onnx_graph import OnnxCounts, count_onnx
+from compress.errors import ArtifactError, ModelError, NonFinite
+from compress.progress import Progress, SilentProgress
+from compress.verification.checks import check_evaluation, check_macs, check_parity, check_provider, check_structure
+from compress.verification.compare import parity
+from compress.verification.gates import Gates, check_gates, skipped
+from compress.verification.latency import LatencySample, measure_latency
+from compress.verification.measuring import (
+    Conditions,
+    check_batch_size,
+    evaluation_batch,
+    existing_bytes,
+    latency_inputs,
+    torch_params,
+)
+from compress.verification.quality import check_not_empty, image_input, top1
+from compress.verification.runtimes.base import Runtime
+
+if TYPE_CHECKING:  # a file alone is verified without torch
+    from torch import nn
+
+    from compress.data.batches import Split
+
+
+def verify_onnx(
+    path: Path,
+    *,
+    evaluation: Split,
+    conditions: Conditions,
+    gates: Gates,
+    parity_samples: int = 64,
+    signature: Signature | None = None,
+    opset: int | None = None,
+    reference: nn.Module | None = None,
+    baseline_onnx: Path | None = None,
+    baseline_figures: Figures | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Check a file and hold it to its gates.
+
+    A file that cannot be run, or that gives NaN, is a failed check and not an error. A gate that cannot be measured
+    is skipped and, being required, fails the verdict.
+
+    Args:
+        path: The .onnx file.
+        evaluation: The whole of it is used for top-1.
+        conditions: Where and how the file is run.
+        gates: The limits.
+        parity_samples: Images compared with `reference`.
+        signature: Inputs and outputs the file must have; None takes what it has.
+        opset: Operator set the file must have; None takes what it has.
+        reference: The torch network that the file must equal; without one, parity and the comparison of MACs are
+            skipped and not required.
+        baseline_onnx: The untouched network's export; its latency is measured again, interleaved with the file's.
+        baseline_figures: The untouched network's top-1, size and MACs; measured on `baseline_onnx` when None.
+        progress: Told about each part.
+
+    Raises:
+        ArtifactError: The file or the baseline is missing or no ONNX model.
+        RuntimeUnavailable: The provider is not there.
+        DataError: The evaluation split is empty, or its labels do not fit.
+        ConfigValueError: The batch size is not the file's fixed one.
+    """
+    run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress())
+    run.check_file(signature, opset, reference)
+    if baseline_onnx is not None and baseline_figures is None:
+        baseline_figures = run.measure_baseline(baseline_onnx)
+    if run.check_session(baseline_onnx):
+        run.check_outputs(reference, signature, parity_samples)
+        run.measure(baseline_onnx)
+    else:
+        for name in ("parity", "evaluation") if reference is not None else ("evaluation",):
+            run.checks.append(skipped(name, "the file cannot be run"))
+    return run.verdict(reference, baseline_figures)
+
+
+@dataclass
+class _Verification:
+    """One verification under way."""
+
+    path: Path
+    evaluation: Split
+    conditions: Conditions
+    gates: Gates
+    progress: Progress
+    checks: list[CheckResult] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, LatencySample] = field(default_factory=dict)
+    counts: OnnxCounts | None = None
+
+    def check_file(self, signature: Signature | None, opset: int | None, reference: nn.Module | None) -> None:
+        """Check what can be seen without running the file."""
+        check_not_empty(self.evaluation)
+        model = load_onnx(self.path)
+        self.checks.append(check_structure(model, self.path, signature, opset))
+        failure = ""
+        try:
+            self.counts = count_onnx(self.path)
+        except ModelError as error:
+            failure = error.message
+        if reference is None:
+            self.checks.append(skipped("macs_agree", failure or "no torch network to compare with"))
+        else:
+            counted = self.counts.macs if self.counts is not None else failure
+            self.checks.append(check_macs(counted, reference, signature or read_signature(model)))
+
+    def measure_baseline(self, path: Path) -> Figures:
+        """Measure size and top-1 of a baseline that comes as a file only."""
+        counts = count_onnx(path)
+        with self.conditions.open(path, all_cores=True) as session:
+            batch = evaluation_batch(image_input(session))
+            quality = {"top1": top1(session, self.evaluation, batch, self.progress)}
+        return Figures(counts.macs, counts.params, existing_bytes(path), quality, {})
+
+    def check_session(self, baseline_onnx: Path | None) -> bool:
+        """Open every file once, before any long work; returns whether the file can be run."""
+        if baseline_onnx is not None:
+            with self.conditions.open(baseline_onnx) as baseline:
+                check_batch_size(baseline, self.conditions)
+        try:
+            with self.conditions.open(self.path) as session:
+                self.checks.append(check_provider(session))
+                check_batch_size(session, self.conditions)
+        except (ArtifactError, ModelError) as error:
+            self.checks.append(CheckResult("provider", "fail", None, None, "", error.message))
+            return False
+        return True
+
+    def check_outputs(self, reference: nn.Module | None, signature: Signature | None, samples: int) -> None:
+        """Check parity and top-1, on all cores."""
+        with self.conditions.open(self.path, all_cores=True) as session:
+            if reference is None:
+                self.checks.append(skipped("parity", "no torch network to compare with"))
+            else:
+                self._check_parity(session, reference, signature or session.signature, samples)
+            try:
+                batch = evaluation_batch(image_input(session))
+                self.quality["top1"] = top1(session, self.evaluation, batch, self.progress)
+            except (ModelError, NonFinite) as error:
+                self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
+                return
+        self.details["evaluation"] = {"images": len(self.evaluation)}
+        self.checks.append(check_evaluation(len(self.evaluation), self.quality["top1"]))
+
+    def measure(self, baseline_onnx: Path | None) -> None:
+        """Measure latency of the file and the baseline in one interleaved run."""
+        files = {"slim": self.path} if baseline_onnx is None else {"baseline": baseline_onnx, "slim": self.path}
+        wanted = self.conditions
+        try:
+            with ExitStack() as stack:
+                sessions = {label: stack.enter_context(wanted.open(file)) for label, file in files.items()}
+                inputs = {
+                    label: latency_inputs(session, self.evaluation, wanted.batch_size)
+                    for label, session in sessions.items()
+                }
+                self.samples = measure_latency(sessions, inputs, wanted.warmup, wanted.repeats, self.progress)
+        except ModelError as error:
+            self.checks.append(CheckResult("latency", "fail", None, None, "ms", error.message))
+            return
+        series = {f"{label}_ms": list(sample.milliseconds) for label, sample in self.samples.items()}
+        stated = {key: value for key, value in asdict(wanted).items() if key != "repeats"}
+        self.details["latency"] = {"baseline_ms": [], **series, **stated}
+
+    def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
+        """Apply the gates and put everything together."""
+        slim = self._figures(reference)
+        baseline = self._baseline(baseline_figures)
+        self.checks += check_gates(self.gates, slim, baseline, str(self.conditions))
+        always = ("structure", "provider", "evaluation")
+        compared = ("macs_agree", "parity") if reference is not None else ()
+        return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)
+
+    def _check_parity(self, session: Runtime, reference: nn.Module, signature: Signature, samples: int) -> None:
+        from compress.verification.runtimes.torch_eager import TorchEager  # torch, only where there is a reference
+
+        limit = self.gates.parity
+        try:
+            with TorchEager(reference, signature) as torch_runtime:
+                result = parity(session, torch_runtime, self.evaluation, samples, progress=self.progress)
+        except (ModelError, NonFinite) as error:
+            self.checks.append(CheckResult("parity", "fail", None, limit, "", error.message))
+            return
+        self.checks.append(check_parity(result, samples, limit))
+        agreement = None if math.isnan(result.top1_agreement) else result.top1_agreement
+        self.details["parity"] = {**asdict(result), "top1_agreement": agreement}
+
+    def _figures(self, reference: nn.Module | None) -> Figures:
+        macs = self.counts.macs if self.counts is not None else 0
+        params = self.counts.params if self.counts is not None else 0
+        if reference is not None:
+            params = torch_params(reference)
+        latency = self.samples["slim"].to_figures() if "slim" in self.samples else {}
+        return Figures(macs, params, existing_bytes(self.path), self.quality, latency)
+
+    def _baseline(self, given: Figures | None) -> Figures | None:
+        """Return the baseline with the latency of this run; without one, no latency is taken from elsewhere."""
+        if given is None:
+            return None
+        latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
+        return Figures(given.macs, given.params, given.size_bytes, given.quality, latency)

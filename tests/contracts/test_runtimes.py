@@ -1,0 +1,43 @@
+"""Every registered runtime keeps the runtime contract on each of the tiny networks."""
+
+from contextlib import AbstractContextManager
+
+import nets
+import pytest
+from exported import SIGNATURE, exported
+
+from compress.catalog import RUNTIMES
+from compress.testing import RuntimeCase, RuntimeContract
+from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
+from compress.verification.runtimes.torch_eager import TorchEager
+
+
+@pytest.fixture(params=nets.NAMES, scope="module")
+def case(request):
+    return RuntimeCase(request.param, nets.build(request.param), SIGNATURE, exported(request.param))
+
+
+class TestOnnxRuntime(RuntimeContract):
+    runtime_class = OnnxRuntime
+
+
+class TestTorchEager(RuntimeContract):
+    runtime_class = TorchEager
+    provider = "CPU"
+    unavailable_provider = "CUDA"
+
+    def open(self, case: RuntimeCase, provider: str | None = None) -> AbstractContextManager[Runtime]:
+        return TorchEager(case.module, case.signature, provider or self.provider)
+
+
+def test_every_registered_runtime_has_a_contract_class():
+    covered = {suite.runtime_class for suite in (TestOnnxRuntime, TestTorchEager)}
+    assert {RUNTIMES.get(name) for name in RUNTIMES} == covered
+    assert len(covered) >= 2
+
+
+def test_the_contract_has_its_size():
+    promises = [name for name in dir(RuntimeContract) if name.startswith("test_")]
+    assert len(promises) >= 10
+    assert len(nets.NAMES) == 6

@@ -1,0 +1,175 @@
+"""Made-up, realistic results for the tests of the report: a ResNet-20 cut to half of its MACs."""
+
+import math
+import random
+from typing import Any
+
+from compress.artifacts import CheckResult, Figures, Verdict
+from compress.report.build import StageRun
+
+BASELINE = Figures(40_551_424, 269_722, 1_094_310, {"top1": 0.9173}, {"p50": 1.312, "p95": 1.498})
+SLIM = Figures(20_447_232, 138_410, 571_208, {"top1": 0.9104}, {"p50": 0.811, "p95": 0.934})
+ENVIRONMENT = {
+    "platform": "Linux 6.1.0 x86_64",
+    "python": "CPython 3.11.2",
+    "cpu": "Imaginary Processor 9000 @ 2.90GHz",
+    "cores": 2,
+    "memory_bytes": 16_710_111_232,
+    "versions": {"compress": "0.1.0", "torch": "2.15.0", "torch-pruning": "1.6.1", "onnx": "1.23.2", "onnxslim": None},
+}
+CONFIG = {
+    "name": "resnet20_cifar10",
+    "seed": 0,
+    "stages": [{"stage": "prune", "target": {"macs": 0.5}}, {"stage": "finetune", "epochs": 6, "batch_size": 128}],
+}
+
+
+def check(name: str, status: str, value: float | None, limit: float | None, unit: str, detail: str) -> CheckResult:
+    return CheckResult(name, status, value, limit, unit, detail)  # type: ignore[arg-type]
+
+
+def passing_verdict() -> Verdict:
+    return Verdict(
+        (
+            check("provider", "pass", None, None, "", "CPUExecutionProvider was asked for and is in use."),
+            check("parity", "pass", 3.8e-06, 1e-3, "", "Largest absolute difference to torch on 64 real samples."),
+            check("max_drop.top1", "pass", 0.0069, 0.01, "share", "Top-1 fell from 91.73 % to 91.04 %."),
+            check("min_speedup", "pass", 1.6177, 1.4, "x", "Medians of 200 interleaved calls."),
+            check("max_size_mb", "skipped", None, None, "bytes", "No limit was given."),
+        ),
+        ("provider", "parity"),
+        SLIM,
+        BASELINE,
+        measured(),
+    )
+
+
+def failing_verdict() -> Verdict:
+    return Verdict(
+        (
+            check("parity", "pass", 3.8e-06, 1e-3, "", "Largest absolute difference to torch on 64 real samples."),
+            check("max_drop.top1", "fail", 0.0469, 0.01, "share", "Top-1 fell from 91.73 % to 87.04 %."),
+        ),
+        ("parity",),
+        Figures(SLIM.macs, SLIM.params, SLIM.size_bytes, {"top1": 0.8704}, SLIM.latency_ms),
+        BASELINE,
+        measured(),
+    )
+
+
+def measured() -> dict[str, Any]:
+    """What verify measures: 200 calls of each network with the tail of a shared machine."""
+    generator = random.Random(4)
+
+    def calls(median: float) -> list[float]:
+        tail = [median * generator.uniform(1.5, 6) if generator.random() < 0.015 else 0.0 for _ in range(200)]
+        return [round(median * generator.lognormvariate(0, 0.05) + extra, 4) for extra in tail]
+
+    return {
+        "latency": {
+            "baseline_ms": calls(1.312),
+            "slim_ms": calls(0.811),
+            "runtime": "onnxruntime 1.31.1",
+            "provider": "CPUExecutionProvider",
+            "threads": 1,
+            "batch_size": 1,
+            "warmup": 10,
+        },
+        "parity": {
+            "samples": 64,
+            "max_abs": 3.8e-06,
+            "mean_abs": 4.1e-07,
+            "quantiles": {"p50": 3.2e-07, "p99": 1.9e-06},
+            "top1_agreement": 1.0,
+        },
+        "evaluation": {"images": 10_000},
+    }
+
+
+def prune_record() -> dict[str, Any]:
+    widths = {1: (16, [8, 8, 8]), 2: (32, [16, 16, 24]), 3: (64, [40, 32, 16])}
+    return {
+        "target": {"macs": 0.5},
+        "asked_ratio": 0.5,
+        "reached_ratio": 0.5042,
+        "criterion": "taylor",
+        "groups": [
+            {"name": f"layer{layer}.{block}.conv1", "width_before": full, "width_after": left}
+            for layer, (full, lefts) in widths.items()
+            for block, left in enumerate(lefts)
+        ],
+        "removed_blocks": ["layer1.1"],
+        "excluded": [
+            {"name": "conv1", "reason": "its channels run through a zero-padded shortcut that cannot be cut"},
+            {"name": "layer2.0.conv2", "reason": "its channels run through a zero-padded shortcut that cannot be cut"},
+        ],
+        "macs_before": 40_551_424,
+        "macs_after": 20_447_232,
+        "params_before": 269_722,
+        "params_after": 138_410,
+        "validation_top1_before": 0.921,
+        "validation_top1_after": 0.571,
+        "shortfall": "0.500 of the MACs was asked for; 0.504 is the nearest that multiples of 8 reach.",
+    }
+
+
+def finetune_record() -> dict[str, Any]:
+    top1 = [0.868, 0.884, 0.893, 0.901, 0.912, 0.9115]
+    return {
+        "epochs": [
+            {
+                "epoch": number,
+                "loss": 0.71 * math.exp(-0.22 * number) + 0.21,
+                "validation_top1": value,
+                "learning_rate": 0.02 * 0.5 * (1 + math.cos(math.pi * number / 6)),
+                "images_per_second": 281.4,
+            }
+            for number, value in enumerate(top1, start=1)
+        ],
+        "chosen_epoch": 5,
+        "peak_learning_rate": 0.02,
+        "batch_size": 128,
+        "steps": 2106,
+    }
+
+
+def low_rank_record() -> dict[str, Any]:
+    return {
+        "layers": [
+            {
+                "layer": f"layer3.{block}.conv2",
+                "scheme": scheme,
+                "ranks": ranks,
+                "relative_error": 0.118 + 0.01 * block,
+                "macs_before": 2_359_296,
+                "macs_after": 1_310_720,
+            }
+            for block, (scheme, ranks) in enumerate([("vh", [24]), ("tucker2", [32, 24]), ("nc", [16])])
+        ],
+        "dense": [
+            {"layer": "conv1", "reason": "no scheme is cheaper"},
+            {"layer": "fc", "reason": "no scheme is cheaper"},
+        ],
+        "macs_before": 23_592_960,
+        "macs_after": 20_447_232,
+    }
+
+
+def sample_stages() -> list[StageRun]:
+    load = {"macs": BASELINE.macs, "params": BASELINE.params, "size_bytes": 1_094_310, "top1": 0.9173, "layers": 20}
+    export = {
+        "opset": 18,
+        "size_bytes": 571_208,
+        "nodes_before": 84,
+        "nodes_after": 61,
+        "simplified": True,
+        "files": ["model.onnx"],
+    }
+    return [
+        StageRun("load", "unchanged", 0.31, load),
+        StageRun("prune", "ran", 41.2, prune_record()),
+        StageRun("finetune", "ran", 1043.7, finetune_record()),
+        StageRun("low_rank", "ran", 3.9, low_rank_record()),
+        StageRun("export", "ran", 6.4, export),
+        StageRun("verify", "ran", 12.8, {}),
+    ]

@@ -1,0 +1,322 @@
+"""Exit codes, messages and start-up of the command line."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import compress
+from compress.artifacts import CheckResult, Verdict
+from compress.cli import app
+from compress.config.load import load_pipeline
+from compress.errors import ArtifactError, InternalError, RuntimeUnavailable, StageError
+
+ROOT = Path(compress.__file__).parents[1]
+GOOD = ROOT / "tests" / "config" / "good" / "minimal.yaml"
+BAD = ROOT / "tests" / "config" / "bad" / "criterion_unknown.yaml"
+PASSED = Verdict((CheckResult("parity", "pass", 0.0, 1.0, "", ""),), (), None, None)
+FAILED = Verdict((CheckResult("parity", "fail", 2.0, 1.0, "", ""),), (), None, None)
+
+
+@dataclass(frozen=True)
+class Row:
+    stage: str
+    status: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    verdict: Verdict
+    folder: Path
+    report: dict[str, Any]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="compress")
+
+
+def provide(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
+    """Put a module in the place of one that imports torch."""
+    module = types.ModuleType(name)
+    module.__dict__.update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(compress, name.partition(".")[2], module, raising=False)
+
+
+def raising(error: BaseException):
+    def run(*_: object) -> None:
+        raise error
+
+    return run
+
+
+def start(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "compress", *arguments] if code is None else [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+# -- what is quick ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["validate", str(GOOD)], ["--help"], ["list"], ["schema"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom compress.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'matplotlib', 'PIL', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = start(code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_import_of_the_package_is_light_and_load_and_version_are_there() -> None:
+    code = (
+        "import sys, compress\nassert callable(compress.load) and compress.__version__\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    assert start(code=code).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        compress.nothing  # noqa: B018
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_validate_accepts_and_refuses_files_and_goes_on_after_a_bad_one() -> None:
+    done = call("validate", BAD, GOOD)
+    assert done.exit_code == 2
+    assert done.stdout == f"{GOOD}: valid, load -> export -> verify.\n"
+    assert done.stderr.startswith(f"{BAD}:11:16: stages[1].criterion must be one of")
+    assert done.stderr.endswith("Hint: did you mean 'taylor'?\n")
+    assert call("validate", GOOD).exit_code == 0
+
+
+def test_validate_takes_overrides_and_seed() -> None:
+    assert call("validate", BAD, "--set", "stages.prune.criterion=l1").exit_code == 0
+    done = call("validate", GOOD, "--seed", "-1")
+    assert (done.exit_code, done.stderr) == (2, "--seed: seed must be at least 0, got -1.\n")
+
+
+def test_run_passes_everything_on_and_says_where_the_results_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = []
+
+    def run(*arguments: Any) -> Outcome:
+        calls.append(arguments)
+        for name in ("model.onnx", "report.html"):
+            (tmp_path / name).write_bytes(b"")
+        return Outcome(PASSED, tmp_path, {})
+
+    provide(monkeypatch, "compress.runner", run=run)
+    done = call("run", GOOD, "--set", "name=other", "--seed", 3, "--runs-dir", tmp_path)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-3:] == [
+        "PASSED: 1 check made, none failed.",
+        f"ONNX file: {tmp_path / 'model.onnx'}",
+        f"Report: {tmp_path / 'report.html'}",
+    ]
+    pipeline, folder, console = calls[0]
+    assert (pipeline.config.name, pipeline.config.seed, folder, console.quiet) == ("other", 3, tmp_path, False)
+    assert "Report" not in call("run", GOOD, "--quiet").stdout
+
+
+def test_failed_verdict_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    provide(monkeypatch, "compress.runner", run=lambda *_: Outcome(FAILED, tmp_path, {}))
+    provide(monkeypatch, "compress.standalone", verify_file=lambda *_: FAILED)
+    assert call("run", GOOD).exit_code == 1
+    done = call("verify", "model.onnx", "--pipeline", GOOD)
+    assert done.exit_code == 1
+    assert done.stdout.endswith("FAILED: parity failed, of 1 check made.\n")
+
+
+def test_plan_shows_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row("load", "unchanged", ()), Row("export", "run", ("opset changed", "input changed"))]
+    provide(monkeypatch, "compress.runner", plan=lambda *_: rows)
+    done = call("plan", GOOD)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-1] == "  export  run        opset changed, input changed"
+
+
+def test_inspect_prints_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def inspect_target(*arguments: object) -> list[object]:
+        calls.append(arguments)
+        return [("layers", ("name", "MACs"), [("conv", 12)])]
+
+    provide(monkeypatch, "compress.inspection", inspect_target=inspect_target)
+    done = call("inspect", "net.py:build", "--input-shape", "3,32,32", "--set", "seed=1")
+    assert done.stdout == "layers:\n  name  MACs\n  conv    12\n"
+    assert calls == [("net.py:build", (3, 32, 32), ("seed=1",))]
+    call("inspect", "model.onnx")
+    assert calls[1] == ("model.onnx", None, ())
+
+
+@pytest.mark.parametrize("shape", ["3,32", "2,32,32", "3,0,32", "a,b,c", "3,32,32,1", ""])
+def test_bad_input_shape_is_refused(shape: str) -> None:
+    done = call("inspect", "net.py:build", "--input-shape", shape)
+    assert done.exit_code == 2
+    assert done.stderr == (
+        f"--input-shape must be channels (1 or 3), height and width, got '{shape}'.\nHint: such as 3,32,32\n"
+    )
+
+
+def test_list_shows_names_of_one_kind_or_of_all() -> None:
+    done = call("list", "criteria")
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["bn_scale", "l1", "l2", "random", "taylor"]
+    assert all(len(line.split()) > 2 for line in done.stdout.splitlines()[2:])  # each says what it does
+    for title in ("criteria:", "stages:", "datasets:", "runtimes:"):
+        assert title in call("list").stdout
+    done = call("list", "criterion")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "list takes one of criteria, stages, datasets, runtimes, got 'criterion'.\nHint: did you mean 'criteria'?\n"
+    )
+
+
+def test_schema_is_json_schema_of_a_pipeline() -> None:
+    schema = json.loads(call("schema").stdout)
+    assert set(schema["required"]) == {"name", "data", "stages"}
+    assert "PruneConfig" in schema["$defs"]
+
+
+def test_version_is_printed() -> None:
+    assert call("--version").stdout == f"compress {compress.__version__}\n"
+
+
+# -- init ------------------------------------------------------------------------------------------------------------
+
+
+def init(path: Path, model: str, data: str, *more: object) -> Result:
+    return call("init", path, "--model", model, "--weights", "w/net.safetensors", "--data", data, *more)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "shape"),
+    [
+        ("nets/tiny.py:build", "sets/cifar", "3,32,32"),
+        ("my.nets:build", "CIFAR10", "3,32,32"),
+        ("resnet18", "images", "3,224,224"),
+        ("./my nets/it's.py:build", 'sets/"odd": #1', "1,28,28"),
+    ],
+)
+def test_init_writes_a_file_that_validates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, data: str, shape: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "pipelines").mkdir()
+    path = Path("pipelines", "my first.yaml")
+    done = init(path, model, data, "--input-shape", shape, "--target-macs", "0.4")
+    assert (done.exit_code, done.stderr) == (0, "")
+    config = load_pipeline(path, environ={}).config
+    assert config.name == "my-first"
+    assert config.stages[0].weights == str(tmp_path / "w" / "net.safetensors")
+    assert config.stages[1].target.macs == 0.4
+    assert config.data.preprocessing.channels == ("L" if shape[0] == "1" else "RGB")
+    if model.endswith(".py:build"):
+        assert config.stages[0].model.factory == f"{tmp_path / model.removesuffix(':build')}:build"
+    if data == "images":
+        assert config.data.evaluation.folder == str(tmp_path / "images" / "val")
+        assert config.data.preprocessing.crop == (224, 224)
+    elif data == "CIFAR10":
+        assert config.data.train.download
+    else:
+        assert config.data.train.arrays == str(tmp_path / data / "train.npz")
+
+
+def test_init_does_not_overwrite_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("precious", encoding="utf-8")
+    done = init(path, "resnet18", "CIFAR10")
+    assert done.exit_code == 2
+    assert done.stderr == f"{path} exists already and must not be overwritten.\nHint: --force replaces it.\n"
+    assert path.read_text(encoding="utf-8") == "precious"
+    assert init(path, "resnet18", "CIFAR10", "--force").exit_code == 0
+    assert load_pipeline(path).config.name == "a"
+
+
+def test_init_refuses_options_that_make_no_pipeline(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    done = init(path, "resnet18", "CIFAR10", "--target-macs", "1.5")
+    assert done.exit_code == 2
+    assert "stages[1].target.macs must be at most 1, got 1.5." in done.stderr
+    assert not path.exists()
+    assert "must exist" in init(tmp_path / "no" / "a.yaml", "resnet18", "CIFAR10").stderr
+
+
+# -- ends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (StageError("Stage 'prune' failed.", hint="try less."), 3, "Stage 'prune' failed.\nHint: try less.\n"),
+        (ArtifactError("File is corrupt."), 4, "File is corrupt.\n"),
+        (RuntimeUnavailable("No CUDA."), 5, "No CUDA.\n"),
+        (OSError(28, "No space left on device", "/runs/x"), 4,
+         "The system refused to write or read '/runs/x': No space left on device.\n"),
+        (KeyboardInterrupt(), 130,
+         "Interrupted; the stages that were completed are kept, the same command goes on from there.\n"),
+    ],
+)  # fmt: skip
+def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str) -> None:
+    provide(monkeypatch, "compress.runner", run=raising(error))
+    done = call("run", GOOD)
+    assert (done.exit_code, done.stderr, done.stdout) == (code, text, "")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), InternalError("invariant broken")])
+def test_fault_of_our_own_is_a_paragraph_and_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    provide(monkeypatch, "compress.runner", run=raising(error))
+    done = call("run", GOOD)
+    [crash] = tmp_path.glob("compress-crash-*.txt")
+    assert done.exit_code == 70
+    assert str(crash) in done.stderr
+    assert str(error) in done.stderr
+    assert "Traceback" not in done.output
+    assert done.stderr.count("\n") == 1
+    assert "Traceback (most recent call last)" in crash.read_text(encoding="utf-8")
+
+
+def test_wrong_pipeline_is_refused_before_anything_heavy_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "compress.runner", None)  # an import of it would raise
+    assert call("run", BAD).exit_code == 2
+    assert call("plan", BAD).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["rn"], ["run", "a.yaml", "--sett", "x"], ["validate", "--seed", "x"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert "Usage: compress" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_program_ends_with_the_code_and_without_traceback() -> None:
+    done = start("validate", "no-such-file.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "no-such-file.yaml: the pipeline file does not exist.\n"
+
+
+def test_closed_pipe_is_quiet() -> None:
+    command = f'"{sys.executable}" -m compress schema | head -c 1 >/dev/null; exit "${{PIPESTATUS[0]}}"'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # 0 when everything fitted into the pipe before it was closed

@@ -1,0 +1,279 @@
+"""The training loop learns, resumes to the same bits, keeps the best epoch, and refuses what it cannot use."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.data.batches import Augmentation, Split
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ArraySource
+from compress.errors import ArtifactError, DataError, NonFinite
+from compress.progress import SilentProgress, SilentTask
+from compress.training import fit as fit_module
+from compress.training.fit import Distillation, FitResult, FitSettings, fit, schedule
+
+SETTINGS = FitSettings(
+    epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True), label_smoothing=0.05
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _network(seed: int = 0) -> nn.Module:
+    """A convolution, batch norm, dropout and a linear layer: everything that has a state or draws numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32, 3),
+        )
+
+
+def _splits(count: int = 96) -> tuple[Split, Split]:
+    """Images that are brightest in the colour that their label says."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, count)
+    images = random.integers(0, 120, (count, 6, 6, 3), np.uint8)
+    images[np.arange(count), :, :, labels] += 100
+    source = ArraySource(images, labels)
+    wanted = Preprocessing(mean=(0.4,), std=(0.3,))
+    border = count * 2 // 3
+    return (
+        Split("train", source, np.arange(border), wanted),
+        Split("validation", source, np.arange(border, count), wanted),
+    )
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands for the end of the process."""
+
+
+class _KillsIn(SilentProgress):
+    """Ends the run at a step of an epoch."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        self.epoch, self.step = epoch, step
+        self.notes: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[SilentTask]:
+        outer = self
+
+        class Task(SilentTask):
+            done = 0
+
+            def advance(self, amount: int = 1, **fields: str) -> None:
+                self.done += 1
+                if label.startswith(f"epoch {outer.epoch} ") and self.done == outer.step:
+                    raise Killed
+
+        yield Task()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.notes.append(f"warning: {text}")
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _records(result: FitResult) -> list[tuple[int, float, float]]:
+    return [(record.epoch, record.loss, record.validation_top1) for record in result.epochs]
+
+
+def test_a_learnable_problem_is_learned() -> None:
+    network = _network()
+    result = fit(network, *_splits(), replace(SETTINGS, epochs=6))
+    assert result.epochs[-1].loss < 0.75 * result.epochs[0].loss
+    assert result.epochs[-1].validation_top1 > 0.8
+    assert [record.epoch for record in result.epochs] == [1, 2, 3, 4, 5, 6]
+    assert not any(part.training for part in network.modules())
+    assert all(value.is_contiguous() for value in network.state_dict().values())
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
+    runs = []
+    for outer_seed in (1, 2):
+        torch.manual_seed(outer_seed)
+        network = _network()
+        before = torch.random.get_rng_state()
+        fit(network, *_splits(), SETTINGS)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        runs.append(_weights(network))
+    assert _equal(*runs)
+    other = _network()
+    fit(other, *_splits(), replace(SETTINGS, seed=1))
+    assert not _equal(runs[0], _weights(other))
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 1), (3, 4)])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, epoch: int, step: int, keep: str) -> None:
+    settings, state = replace(SETTINGS, keep=keep), tmp_path / "deep" / "state.pt"
+    undisturbed = _network()
+    expected = fit(undisturbed, *_splits(), settings)
+    with pytest.raises(Killed):
+        fit(_network(), *_splits(), settings, state_path=state, progress=_KillsIn(epoch, step))
+    assert state.is_file() == (epoch > 1)
+    resumed, progress = _network(), _KillsIn(99, 0)
+    torch.manual_seed(12345)
+    result = fit(resumed, *_splits(), settings, state_path=state, progress=progress)
+    assert _equal(_weights(undisturbed), _weights(resumed))
+    assert _records(result) == _records(expected)
+    assert result.chosen_epoch == expected.chosen_epoch
+    assert any(f"goes on after epoch {epoch - 1} of 3" in note for note in progress.notes) == (epoch > 1)
+    assert list(state.parent.glob("*")) == []
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
+    with pytest.raises(ArtifactError, match=r"belongs to a run with other settings\.\nHint: Remove the file"):
+        fit(_network(), *_splits(), replace(SETTINGS, learning_rate=0.01), state_path=state)
+    wider = _network()
+    wider[6] = nn.Linear(32, 4)
+    with pytest.raises(ArtifactError, match="a run with other shapes"):
+        fit(wider, *_splits(), SETTINGS, state_path=state)
+    assert state.is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", None])
+def test_an_unreadable_state_starts_again_with_a_warning(tmp_path: Path, content: bytes | None) -> None:
+    state, progress, network = tmp_path / "state.pt", _KillsIn(99, 0), _network()
+    if content is None:
+        torch.save([1, 2], state)
+    else:
+        state.write_bytes(content)
+    fit(network, *_splits(), SETTINGS, state_path=state, progress=progress)
+    assert any(note.startswith("warning: The saved training state is unreadable") for note in progress.notes)
+    expected = _network()
+    fit(expected, *_splits(), SETTINGS)
+    assert _equal(_weights(network), _weights(expected))
+
+
+def test_a_loss_that_is_not_finite_names_the_step() -> None:
+    network = _network()
+    network[6].weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFinite, match=r"must be finite, got nan at step 1 of 12 \(learning rate 0\.05\)"):
+        fit(network, *_splits(), SETTINGS)
+    with pytest.raises(NonFinite, match=r"at step \d+ of 12 .*\nHint: Lower learning_rate"):
+        fit(_network(), *_splits(), replace(SETTINGS, learning_rate=1e30, weight_decay=1e10, warmup_ratio=0.0))
+
+
+@pytest.mark.parametrize(("keep", "chosen"), [("best", 2), ("last", 3)])
+def test_the_epoch_with_the_best_validation_is_kept(monkeypatch: pytest.MonkeyPatch, keep: str, chosen: int) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def measure(module: nn.Module, split: Split, **_: object) -> float:
+        assert split.name == "validation"
+        seen.append(_weights(module))
+        return (0.3, 0.9, 0.5)[len(seen) - 1]
+
+    monkeypatch.setattr(fit_module, "evaluate_top1", measure)
+    network = _network()
+    result = fit(network, *_splits(), replace(SETTINGS, keep=keep))
+    assert result.chosen_epoch == chosen
+    assert _equal(seen[chosen - 1], _weights(network))
+
+
+def test_steps_go_before_epochs_and_a_fraction_of_an_epoch_is_trained() -> None:
+    per_epoch = 4
+    for changes, steps in (({"steps": 6}, 6), ({"epochs": 0.5}, 2), ({"epochs": 0.01}, 1), ({"epochs": 1.75}, 7)):
+        network = _network()
+        result = fit(network, *_splits(), replace(SETTINGS, **changes))
+        assert int(network[1].num_batches_tracked) <= steps
+        assert len(result.epochs) == -(-steps // per_epoch)
+        last = fit(_network(), *_splits(), replace(SETTINGS, keep="last", **changes))
+        assert last.epochs[-1].learning_rate == pytest.approx(
+            SETTINGS.learning_rate * schedule(steps - 1, steps, SETTINGS.warmup_ratio)
+        )
+
+
+def test_distillation_alone_pulls_the_outputs_to_the_teacher() -> None:
+    teacher, student = _network(1).eval(), _network(2)
+    frozen = _weights(teacher)
+    train, validation = _splits()
+    images = torch.rand(32, 3, 6, 6)
+
+    def gap(network: nn.Module) -> float:
+        with torch.no_grad():
+            wanted = nn.functional.log_softmax(teacher(images), 1)
+            got = nn.functional.log_softmax(copy.deepcopy(network).eval()(images), 1)
+        return float(nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True))
+
+    before = gap(student)
+    settings = replace(SETTINGS, epochs=15, augmentation=Augmentation(), keep="last")
+    fit(student, train, validation, settings, Distillation(teacher, 1.0, 2.0))
+    assert gap(student) < 0.5 * before
+    assert _equal(frozen, _weights(teacher))
+
+
+def test_distillation_alone_does_not_read_the_labels() -> None:
+    train, validation = _splits()
+    assert isinstance(train.source, ArraySource)
+    shuffled = replace(train, source=replace(train.source, labels=(train.source.labels + 1) % 3))
+    results = []
+    for split in (train, shuffled):
+        student = _network(2)
+        fit(student, split, validation, SETTINGS, Distillation(_network(1).eval(), 1.0, 4.0))
+        results.append(_weights(student))
+    assert _equal(*results)
+
+
+def test_distillation_with_the_teacher_itself_has_no_loss() -> None:
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).eval()
+    student = copy.deepcopy(teacher)
+    settings = replace(SETTINGS, weight_decay=0.0)
+    result = fit(student, *_splits(), settings, Distillation(teacher, 1.0, 3.0))
+    assert result.epochs[-1].loss == pytest.approx(0, abs=1e-6)
+    assert all(torch.allclose(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+
+
+def test_labels_and_splits_that_do_not_fit_are_refused() -> None:
+    train, validation = _splits()
+    narrow = _network()
+    narrow[6] = nn.Linear(32, 2)
+    with pytest.raises(DataError, match=r"classes the network has \(2\), got label 2"):
+        fit(narrow, train, validation, SETTINGS)
+    for empty, name in (((train.first(0), validation), "train"), ((train, validation.first(0)), "validation")):
+        network = _network()
+        with pytest.raises(DataError, match=f"Split '{name}' must hold at least one image"):
+            fit(network, *empty, SETTINGS)
+        assert _equal(_weights(network), _weights(_network()))
+
+
+def test_schedule_rises_linearly_then_falls_to_nothing() -> None:
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert max(rates) == 1.0
+    assert all(a >= b for a, b in pairwise(rates[9:]))
+    assert 0 < rates[-1] < 0.001
+    assert schedule(0, 1, 0.0) == 1.0
+    assert all(0 < schedule(step, steps, 0.99) <= 1 for steps in (1, 2, 3) for step in range(steps))

@@ -1,0 +1,262 @@
+import copy
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from report_samples import (
+    CONFIG,
+    ENVIRONMENT,
+    check,
+    failing_verdict,
+    finetune_record,
+    passing_verdict,
+    prune_record,
+    sample_stages,
+)
+
+from compress.artifacts import Verdict
+from compress.report import plots
+from compress.report.build import StageRun, build_report
+from compress.report.html import render_html
+from compress.report.plots import VARIABLES, count_beyond_edge, plot_latency, plot_training, plot_widths
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed, and gathers elements, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def plots(self) -> list[str]:
+        labels = (values.get("aria-labelledby") for tag, values in self.elements if tag == "svg")
+        return [label.removesuffix("-title") for label in labels if label]
+
+
+def report_of(verdict: Verdict, stages: list[StageRun] | None = None, name: str = "demo") -> dict[str, Any]:
+    return build_report(name, verdict, sample_stages() if stages is None else stages, CONFIG, ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render_html(report_of(passing_verdict()))
+
+
+def test_page_says_what_was_measured(html: str) -> None:
+    text = Page(html).text
+    for phrase in (
+        "Passed All 4 checks hold; 1 skipped.",
+        "1.98× fewer",
+        "1.62× faster",
+        "−0.69 points",
+        "91.04 %",
+        "0.811 ms",
+        "571.2 kB",
+        "CPUExecutionProvider, 1 thread, batch 1",
+        "10,000 evaluation images",
+        "peak learning rate0.02",
+        "5 of 6",
+        "32 × 24",
+        "17 min 24 s",
+        "Imaginary Processor 9000",
+        "not installed",
+        "batch_size: 128",
+        "0.504 is the nearest that multiples of 8 reach.",
+        "left whole: conv1, layer2.0.conv2 (its channels run through a zero-padded shortcut that cannot be cut).",
+    ):
+        assert phrase in text
+
+
+def test_verdict_comes_before_everything_else(html: str) -> None:
+    order = ["Passed", "Before and after", "Checks", "widths of the channel groups", "Latency", "Stages", "Pipeline"]
+    places = [html.index(f"<h2>{title}" if "widths" not in title else title) for title in order]
+    assert places == sorted(places)
+
+
+def test_failed_verdict_names_the_check_and_sorts_it_first() -> None:
+    page = render_html(report_of(failing_verdict(), []))
+    text = Page(page).text.replace("\xa0", " ")
+    assert "Failed max_drop.top1: got 4.69 %, limit 1.00 %. Top-1 fell from 91.73 % to 87.04 %." in text
+    assert page.index('<th scope="row"><code>max_drop.top1') < page.index('<th scope="row"><code>parity')
+    assert "<title>demo: failed</title>" in page
+    assert 'class="verdict fail"' in page
+    assert 'class="verdict pass"' not in page
+
+
+@pytest.mark.parametrize(
+    ("checks", "words"),
+    [
+        ((), "Failed Nothing was checked"),
+        (
+            (check("parity", "skipped", None, None, "", "No samples."),),
+            "Failed parity was required, but skipped: No samples.",
+        ),
+    ],
+)
+def test_verdict_that_checked_too_little_says_so(checks: tuple[Any, ...], words: str) -> None:
+    assert words in Page(render_html(report_of(Verdict(checks, ("parity",), None, None), []))).text
+
+
+def test_worse_figures_are_not_called_better() -> None:
+    report = report_of(passing_verdict(), [])
+    report["baseline"], report["slim"] = report["slim"], report["baseline"]
+    text = Page(render_html(report)).text
+    assert "1.98× more" in text
+    assert "1.62× slower" in text
+    assert "+0.69 points" in text
+
+
+def test_page_needs_nothing_from_outside(html: str) -> None:
+    for tag, values in Page(html).elements:
+        assert tag not in ("script", "link", "img", "iframe", "base")
+        for key in ("src", "href", "xlink:href", "action", "data"):
+            assert (values.get(key) or "#").startswith("#"), (tag, values)
+        assert not any(key.startswith("on") for key in values)
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert not re.search(r"https?://", html)
+
+
+def test_ids_are_unique_and_every_reference_is_met(html: str) -> None:
+    elements = Page(html).elements
+    ids = [values["id"] for _, values in elements if values.get("id")]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:xlink:href="#|url\(#|aria-labelledby=")([^")]+)', html))
+    assert used
+    assert used <= set(ids)
+
+
+def test_hostile_text_is_escaped_everywhere() -> None:
+    evil = "<script>alert('x')</script>\"&"
+    verdict = Verdict((check(evil, "fail", 1.0, 2.0, evil, evil),), (evil,), None, None, {"latency": {"runtime": evil}})
+    prune = prune_record() | {
+        "criterion": evil,
+        "groups": [{"name": evil, "width_before": 8, "width_after": 4}],
+        "removed_blocks": [evil],
+        "excluded": [{"name": evil, "reason": evil}],
+        "shortfall": evil,
+    }
+    low_rank = {
+        "layers": [{"layer": evil, "scheme": evil, "ranks": [evil]}],
+        "dense": [{"layer": evil, "reason": evil}],
+    }
+    stages = [
+        StageRun("prune", "ran", 1.0, prune),
+        StageRun("low_rank", "ran", 1.0, low_rank),
+        StageRun("export", "ran", 1.0, {"files": [evil], "opset": evil}),
+        StageRun(evil, "ran", 1.0, {}),
+    ]
+    report = build_report(
+        evil, verdict, stages, {"name": evil, evil: 1}, {"cpu": evil, evil: evil, "versions": {evil: evil}}
+    )
+    html = render_html(report)
+    assert "<script" not in html
+    assert Page(html).text.count("<script>alert(") > 15
+
+
+def test_pictures_are_there_for_every_stage_that_has_data(html: str) -> None:
+    assert Page(html).plots() == ["widths-1", "training-2", "latency"]
+    twice = [StageRun("prune", "ran", 1.0, prune_record()), StageRun("finetune", "ran", 1.0, finetune_record())] * 2
+    page = Page(render_html(report_of(passing_verdict(), twice)))
+    assert page.plots() == ["widths-0", "training-1", "widths-2", "training-3", "latency"]
+    assert "widths of the channel groups (stage 3 of 4)" in page.text
+
+
+def test_pictures_take_their_colours_and_fonts_from_the_page(html: str) -> None:
+    assert "var(--slim)" in html
+    assert not [color for color in VARIABLES if color in html]
+    assert not re.search(r"(fill|stroke): #", html)
+    assert "DejaVu Sans'" not in html
+
+
+def test_page_degrades_when_records_are_empty_or_missing() -> None:
+    for record in ({}, {"groups": [], "layers": [], "epochs": [], "excluded": None, "files": None}):
+        stages = [StageRun(run.stage, "unchanged", 0.0, record) for run in sample_stages()]
+        page = Page(render_html(report_of(Verdict((), (), None, None), stages)))
+        assert page.plots() == []
+        assert "Verification measured neither network." in page.text
+    assert "Failed" in Page(render_html({"verdict": None})).text
+
+
+def test_page_survives_the_loss_of_any_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_render", lambda key, title, height_inches, draw: "<svg></svg>")  # for speed
+    whole = report_of(passing_verdict())
+    for stage in range(len(whole["stages"])):
+        for key in whole["stages"][stage]["record"]:
+            for replacement in ("missing", None):
+                report = copy.deepcopy(whole)
+                record = report["stages"][stage]["record"]
+                if replacement is None:
+                    record[key] = None
+                else:
+                    del record[key]
+                assert "Passed" in Page(render_html(report)).text
+
+
+def test_same_report_gives_the_same_page(html: str) -> None:
+    assert render_html(report_of(passing_verdict())) == html
+
+
+def test_chosen_epoch_is_marked() -> None:
+    epochs = finetune_record()["epochs"]
+    assert "epoch 5 chosen (91.20 %)" in plot_training("t", epochs, 5)
+    assert "chosen" not in plot_training("t", epochs, None)
+
+
+def test_epochs_are_counted_in_whole_numbers() -> None:
+    svg = plot_training("t", finetune_record()["epochs"][:1], 1)
+    assert not {"0.8", "1.2", "1.4"} & set(re.findall(r">([\d.]+)</text>", svg))
+
+
+def test_plots_leave_out_numbers_that_are_null() -> None:
+    epochs = [{"epoch": 1, "loss": None, "validation_top1": 0.5}, {"epoch": 2, "loss": 0.3, "validation_top1": None}]
+    assert "<svg" in plot_training("t", epochs, 2)
+    assert "<svg" in plot_training("t", epochs[:1], 1)
+    assert plot_training("t", [{"epoch": 1, "loss": None}], 1) == ""
+    assert "median 1.50 ms" in plot_latency("l", [1.0, None, 2.0], [None])
+    assert plot_latency("l", [None], []) == ""
+    assert plot_widths("w", [{"name": "a", "width_before": 8, "width_after": None}]) == ""
+
+
+def test_widths_are_written_beside_the_bars() -> None:
+    svg = plot_widths("w", [{"name": "$a$ 中", "width_before": 64, "width_after": 24}])
+    assert "64 → 24" in svg
+    assert "$a$ 中" in svg
+
+
+def test_long_tail_is_counted_and_does_not_decide_the_axis() -> None:
+    steady = [1.0 + 0.001 * number for number in range(100)]
+    assert count_beyond_edge(steady, steady) == 0
+    assert count_beyond_edge([*steady, 50.0, 60.0], steady) == 2
+    assert count_beyond_edge([], []) == 0
+    assert "60" not in re.findall(r">([\d.]+)</text>", plot_latency("l", [*steady, 50.0, 60.0], steady))
+
+
+def test_latency_that_never_varies_can_be_drawn() -> None:
+    assert plot_latency("l", [1.0] * 5, [1.0] * 5).count("median 1.00 ms") == 2

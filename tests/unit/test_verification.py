@@ -1,0 +1,566 @@
+"""Verification of a file: runtimes, parity, top-1, latency, gates, verdict."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import nets
+import numpy as np
+import onnx
+import pytest
+import torch
+from exported import PREPROCESSING, SIGNATURE, exported
+from onnx import helper, numpy_helper
+
+from compress.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signature, TensorSpec, TorchModel
+from compress.config.schema import GatesConfig, VerifyConfig
+from compress.cost.macs import count_params
+from compress.cost.onnx_file import load_onnx, save_onnx
+from compress.data.batches import Split
+from compress.data.sources import ArraySource
+from compress.errors import (
+    ArtifactError,
+    ConfigValueError,
+    DataError,
+    InternalError,
+    ModelError,
+    NonFinite,
+    RuntimeUnavailable,
+)
+from compress.progress import SilentProgress
+from compress.recipe import Recipe
+from compress.stages.context import StageContext
+from compress.stages.verify import VerifyStage
+from compress.training.evaluate import evaluate_top1
+from compress.verification.compare import parity
+from compress.verification.gates import Gates, check_gates
+from compress.verification.latency import LatencySample, measure_latency
+from compress.verification.measuring import Conditions, measure_onnx
+from compress.verification.quality import top1
+from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
+from compress.verification.runtimes.torch_eager import TorchEager
+from compress.verification.verdict import verify_onnx
+
+QUICK = Conditions(warmup=1, repeats=20)
+
+
+def make_split(count=40, labels=None, classes=(), side=16):
+    generator = np.random.default_rng(3)
+    images = generator.integers(0, 256, (count, side, side, 3), np.uint8)
+    labels = generator.integers(0, 4, count) if labels is None else np.asarray(labels)
+    return Split("evaluation", ArraySource(images, labels, classes), np.arange(count), PREPROCESSING)
+
+
+class FakeRuntime(Runtime):
+    """Computes with a function; the signature is given."""
+
+    name = "fake"
+
+    def __init__(self, function, signature=SIGNATURE):
+        super().__init__("fake")
+        self.function, self.given, self.batches = function, signature, []
+
+    @property
+    def provider_in_use(self):
+        return "fake"
+
+    def _open(self):
+        return self.given
+
+    def _run(self, inputs):
+        (images,) = inputs.values()
+        self.batches.append(len(images))
+        return self.function(images)
+
+    def _close(self):
+        pass
+
+
+def scores_of(images):
+    return {"logits": images.mean((2, 3))[:, [0, 1, 2, 0]] * np.float32([1, 2, 3, 4])}
+
+
+def checks_of(verdict):
+    return {check.name: check for check in verdict.checks}
+
+
+def fixed_batch(signature, size):
+    inputs = tuple(replace(spec, shape=(size, *spec.shape[1:])) for spec in signature.inputs)
+    return Signature(inputs, tuple(replace(spec, shape=(size, *spec.shape[1:])) for spec in signature.outputs))
+
+
+def changed(tmp_path, change, name="chain"):
+    """Write a copy of an exported net with a change made to it."""
+    model = load_onnx(exported(name), weights=True)
+    change(model)
+    path = tmp_path / "changed.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def set_weight(model, name, function):
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(function(numpy_helper.to_array(tensor)).astype(np.float32), name))
+
+
+# runtimes
+
+
+@pytest.mark.parametrize(
+    ("provider", "wording", "hint"),
+    [
+        ("CPUExecutionprovider", "provider must be one of .*CPUExecutionProvider, got", "did you mean 'CPUExec"),
+        ("OpenVINOExecutionProvider", "OpenVINOExecutionProvider was asked for, but this build offers .*only", ""),
+    ],
+)
+def test_unknown_and_absent_providers_are_named(provider, wording, hint):
+    with pytest.raises(RuntimeUnavailable, match=wording) as caught, OnnxRuntime(exported("chain"), provider):
+        pass
+    assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_provider_without_a_gpu_is_unavailable_and_quiet(provider, capfd):
+    with (
+        pytest.raises(RuntimeUnavailable, match=f"{provider} was asked for, but .*CPUExecutionProvider"),
+        OnnxRuntime(exported("chain"), provider),
+    ):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "wording"),
+    [(None, "does not exist"), (b"garbage " * 9, "must be a readable ONNX model")],
+)
+def test_missing_and_corrupt_files_cannot_be_opened(tmp_path, content, wording):
+    path = tmp_path / "m.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=wording), OnnxRuntime(path):
+        pass
+
+
+def test_model_that_the_runtime_refuses_is_an_artifact_error(tmp_path, capfd):
+    path = changed(tmp_path, lambda model: setattr(model.graph.node[1], "op_type", "NoSuchOperator"))
+    with (
+        pytest.raises(ArtifactError, match=r"must be a model that ONNX Runtime can open: .*NoSuchOp"),
+        OnnxRuntime(path),
+    ):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_runtime_cannot_be_used():
+    runtime = OnnxRuntime(exported("chain"))
+    with pytest.raises(InternalError, match="must be opened in a `with` block"):
+        runtime.run({})
+
+
+def test_torch_eager_does_not_open_files():
+    with pytest.raises(RuntimeUnavailable, match="'torch_eager' must read ONNX files"):
+        TorchEager.from_file(exported("chain"), provider="CPU", threads=1)
+
+
+def test_missing_output_is_an_error():
+    with FakeRuntime(lambda images: {"other": images}) as runtime, pytest.raises(ModelError, match="outputs logits"):
+        runtime.run({"image": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+# top-1
+
+
+def test_top1_equals_that_of_torch():
+    split = make_split(50)
+    with OnnxRuntime(exported("residual")) as runtime:
+        assert top1(runtime, split, batch_size=16) == evaluate_top1(nets.build("residual"), split)
+
+
+def test_top1_counts_every_image_once_with_open_and_fixed_batches():
+    split = make_split(10)
+    labels = scores_of(PREPROCESSING.normalize(split.source.images))["logits"].argmax(1)
+    split = make_split(10, labels=np.where(np.arange(10) < 7, labels, (labels + 1) % 4))
+    for signature, batches in ((SIGNATURE, [4, 4, 2]), (fixed_batch(SIGNATURE, 1), [1] * 10),
+                               (fixed_batch(SIGNATURE, 4), [4, 4, 4])):  # fmt: skip
+        with FakeRuntime(scores_of, signature) as runtime:
+            assert top1(runtime, split, batch_size=4) == 0.7
+            assert runtime.batches == batches
+
+
+@pytest.mark.parametrize(
+    ("split", "function", "error", "wording"),
+    [
+        (make_split(0), scores_of, DataError, "'evaluation' must hold at least one image"),
+        (make_split(2, [0, 4]), scores_of, DataError, r"from 0 to 3 \(the model has 4 classes\), got label 4"),
+        (make_split(2, [0, -1]), scores_of, DataError, "got label -1"),
+        (make_split(2, [0, 1], tuple("abcde")), scores_of, DataError, "same number of classes, got 4 and 5"),
+        (make_split(2, side=8), scores_of, ModelError, r"shape \(batch, 3, 16, 16\), got \(2, 3, 8, 8\)"),
+        (make_split(2), lambda x: {"logits": x[:, :, 0, 0] * np.nan}, NonFinite, "NaN or infinity in a batch of 2"),
+        (make_split(2), lambda x: {"logits": x}, ModelError, r"one \(N, classes\) array, got \(2, 3, 16, 16\)"),
+    ],
+)
+def test_top1_refuses_what_it_cannot_measure(split, function, error, wording):
+    with FakeRuntime(function) as runtime, pytest.raises(error, match=wording):
+        top1(runtime, split)
+
+
+def test_top1_needs_a_classifier():
+    two = Signature(SIGNATURE.inputs, (*SIGNATURE.outputs, TensorSpec("mask", ("batch", 4))))
+    with (
+        FakeRuntime(scores_of, two) as runtime,
+        pytest.raises(ModelError, match="one input and one output, got 1 and 2"),
+    ):
+        top1(runtime, make_split(2))
+    dense = Signature(SIGNATURE.inputs, (TensorSpec("logits", ("batch", 4, 16, 16)),))
+    with FakeRuntime(scores_of, dense) as runtime, pytest.raises(ModelError, match="the model declares"):
+        top1(runtime, make_split(2))
+
+
+# parity
+
+
+def test_parity_of_an_export_is_close_and_says_how_close():
+    split = make_split(40)
+    with OnnxRuntime(exported("chain")) as runtime, TorchEager(nets.build("chain"), SIGNATURE) as reference:
+        result = parity(runtime, reference, split, samples=33, batch_size=8)
+    assert result.samples == 33
+    assert 0 <= result.quantiles["p50"] <= result.quantiles["p99"] <= result.max_abs <= result.smallest_tolerance < 1e-4
+    assert 0 < result.mean_abs <= result.max_abs
+    assert result.top1_agreement == 1.0
+
+
+def test_parity_measures_the_largest_and_mean_difference_over_all_samples():
+    def shifted(images):
+        outputs = scores_of(images)["logits"].copy()
+        outputs[-1, 2] += 0.5
+        return {"logits": outputs}
+
+    with FakeRuntime(shifted) as runtime, FakeRuntime(scores_of) as reference:
+        result = parity(runtime, reference, make_split(10), samples=64, batch_size=5)
+    assert result.samples == 10
+    assert result.max_abs == pytest.approx(0.5, abs=1e-6)
+    assert result.mean_abs == pytest.approx(0.5 * 2 / 40, abs=1e-6)
+    assert result.smallest_tolerance >= result.max_abs
+
+
+def test_parity_leaves_out_images_that_only_fill_a_fixed_batch():
+    signature = fixed_batch(SIGNATURE, 4)
+    with FakeRuntime(scores_of, signature) as runtime, FakeRuntime(scores_of) as reference:
+        result = parity(runtime, reference, make_split(6), samples=6)
+    assert (result.samples, result.max_abs, runtime.batches) == (6, 0.0, [4, 4])
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "wording"),
+    [
+        (lambda x: {"logits": scores_of(x)["logits"][:, :3]}, ModelError, r"shape \(2, 4\) as in the reference"),
+        (lambda x: {"logits": scores_of(x)["logits"] / 0}, NonFinite, "'logits' of the file must be finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_parity_refuses_outputs_that_cannot_be_compared(function, error, wording):
+    with FakeRuntime(function) as runtime, FakeRuntime(scores_of) as reference, pytest.raises(error, match=wording):
+        parity(runtime, reference, make_split(2), samples=2)
+
+
+def test_parity_refuses_an_unmatched_output_and_an_empty_split():
+    other = Signature(SIGNATURE.inputs, (TensorSpec("scores", ("batch", 4)),))
+    renamed = FakeRuntime(lambda x: {"scores": scores_of(x)["logits"]}, other)
+    with renamed, FakeRuntime(scores_of) as reference:
+        with pytest.raises(ModelError, match="Outputs must be named logits as in the reference, got scores"):
+            parity(renamed, reference, make_split(2), samples=2)
+        with pytest.raises(DataError, match="must hold at least one image"):
+            parity(renamed, reference, make_split(0), samples=2)
+
+
+# latency
+
+
+def test_latency_calls_the_models_in_turn():
+    order = []
+
+    def recorded(label):
+        def function(images):
+            order.append(label)
+            return scores_of(images)
+
+        return FakeRuntime(function)
+
+    inputs = {"image": np.zeros((1, 3, 16, 16), np.float32)}
+    with recorded("a") as a, recorded("b") as b:
+        samples = measure_latency({"a": a, "b": b}, {"a": inputs, "b": inputs}, warmup=2, repeats=3)
+    assert order == list("abababbaab")
+    assert [len(sample.milliseconds) for sample in samples.values()] == [3, 3]
+    assert all(value > 0 for value in samples["a"].milliseconds)
+
+
+def test_p95_needs_twenty_calls():
+    sample = LatencySample(tuple(float(value) for value in range(1, 101)))
+    assert sample.to_figures() == {"p50": 50.5, "p95": pytest.approx(95.05)}
+    assert LatencySample((1.0,) * 19).to_figures() == {"p50": 1.0}
+    assert LatencySample((1.0,) * 20).p95 == 1.0
+
+
+def test_latency_refuses_to_measure_nothing():
+    with pytest.raises(DataError, match="at least one model and call, got 0 and 5"):
+        measure_latency({}, {}, 0, 5)
+
+
+# gates
+
+SLIM = Figures(1, 1, 2_000_000, {"top1": 0.9073}, {"p50": 1.0})
+BASE = Figures(2, 2, 4_000_000, {"top1": 0.9173}, {"p50": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("gates", "status", "value"),
+    [
+        (Gates(max_drop_top1=0.01), "pass", 0.01),  # 0.010000000000000009 in floating point
+        (Gates(max_drop_top1=0.0099), "fail", 0.01),
+        (Gates(min_speedup=1.5), "pass", 1.5),
+        (Gates(min_speedup=1.51), "fail", 1.5),
+        (Gates(max_latency_ms=1.0), "pass", 1.0),
+        (Gates(max_latency_ms=0.9), "fail", 1.0),
+        (Gates(max_size_mb=2.0), "pass", 2.0),
+        (Gates(max_size_mb=1.9), "fail", 2.0),
+    ],
+)
+def test_each_gate_holds_its_own_figure_to_its_limit(gates, status, value):
+    (check,) = check_gates(gates, SLIM, BASE, "onnxruntime, 1 thread")
+    assert (check.name,) == gates.asked
+    assert (check.status, check.value) == (status, pytest.approx(value))
+
+
+def test_gates_that_cannot_be_measured_are_skipped():
+    gates = Gates(max_drop_top1=0.01, min_speedup=1.0, max_latency_ms=1.0)
+    assert {c.status for c in check_gates(gates, SLIM, None, "")[:2]} == {"skipped"}
+    unmeasured = replace(SLIM, quality={}, latency_ms={})
+    assert {c.status for c in check_gates(gates, unmeasured, BASE, "")} == {"skipped"}
+    nan = replace(SLIM, quality={"top1": float("nan")})
+    assert check_gates(Gates(max_drop_top1=0.5), nan, BASE, "")[0].status == "fail"
+
+
+# verdict
+
+
+@pytest.fixture(scope="module")
+def split():
+    """40 images whose labels are what the chain network says, but for the last 4."""
+    plain = make_split(40)
+    with OnnxRuntime(exported("chain")) as runtime:
+        outputs = runtime.run({"image": PREPROCESSING.normalize(plain.source.images)})["logits"].argmax(1)
+    return make_split(40, np.where(np.arange(40) < 36, outputs, (outputs + 1) % 4))
+
+
+def test_good_file_passes_every_check(split):
+    baseline = Figures(7, 8, 9, {"top1": 0.95}, {"p50": 99.0})
+    verdict = verify_onnx(
+        exported("chain"), evaluation=split, conditions=QUICK, parity_samples=16, signature=SIGNATURE, opset=18,
+        reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_figures=baseline,
+        gates=Gates(max_drop_top1=0.06, min_speedup=0.001, max_latency_ms=1000, max_size_mb=1),
+    )  # fmt: skip
+    assert verdict.passed, verdict.checks
+    assert list(checks_of(verdict)) == [
+        "structure", "macs_agree", "provider", "parity", "evaluation",
+        "max_drop.top1", "min_speedup", "max_latency_ms", "max_size_mb",
+    ]  # fmt: skip
+    assert set(verdict.required) == set(checks_of(verdict))
+    assert verdict.slim.quality == {"top1": 0.9}
+    assert checks_of(verdict)["max_drop.top1"].value == pytest.approx(0.05)
+    assert verdict.slim.macs == 276544
+    assert verdict.slim.params == count_params(nets.build("chain"))
+    assert verdict.slim.size_bytes == exported("chain").stat().st_size
+    assert (verdict.baseline.macs, verdict.baseline.quality) == (7, {"top1": 0.95})
+    assert 0 < verdict.baseline.latency_ms["p50"] < 99
+    latency, compared = verdict.details["latency"], verdict.details["parity"]
+    assert len(latency["baseline_ms"]) == len(latency["slim_ms"]) == 20
+    assert (latency["threads"], latency["batch_size"], latency["warmup"]) == (1, 1, 1)
+    assert (compared["samples"], compared["top1_agreement"]) == (16, 1.0)
+    assert verdict.details["evaluation"] == {"images": 40}
+
+
+def test_file_alone_is_verified_without_reference(split):
+    verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_size_mb=1))
+    checks = checks_of(verdict)
+    assert verdict.passed
+    assert (checks["parity"].status, checks["macs_agree"].status) == ("skipped", "skipped")
+    assert verdict.baseline is None
+    assert verdict.slim.params == 3780
+
+
+def test_gate_without_baseline_fails_the_verdict(split):
+    verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(min_speedup=1.0))
+    assert checks_of(verdict)["min_speedup"].status == "skipped"
+    assert not verdict.passed
+
+
+def test_baseline_that_is_only_a_file_is_measured(split):
+    verdict = verify_onnx(
+        exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_drop_top1=1.0),
+        baseline_onnx=exported("residual"),
+    )  # fmt: skip
+    assert verdict.passed
+    assert verdict.baseline.macs == 2469952
+    assert verdict.baseline.quality["top1"] == evaluate_top1(nets.build("residual"), split)
+
+
+def test_other_weights_than_the_references_fail_parity_and_say_what_would_pass(split, tmp_path):
+    path = changed(tmp_path, lambda model: set_weight(model, "head.weight", lambda w: w * 1.5))
+    verdict = verify_onnx(
+        path, evaluation=split, conditions=QUICK, gates=Gates(parity=1e-3), reference=nets.build("chain"),
+        parity_samples=64,
+    )  # fmt: skip
+    check = checks_of(verdict)["parity"]
+    assert (check.status, check.limit) == ("fail", 1e-3)
+    assert check.value > 1e-3
+    assert "all 40 images (64 asked)" in check.detail
+    assert "the smallest limit that passes is" in check.detail
+    assert not verdict.passed
+
+
+def test_another_network_than_the_reference_fails_macs_and_parity(split):
+    verdict = verify_onnx(
+        exported("residual"), evaluation=split, conditions=QUICK, gates=Gates(), reference=nets.build("chain")
+    )
+    checks = checks_of(verdict)
+    assert (checks["macs_agree"].status, checks["parity"].status) == ("fail", "fail")
+    assert "ONNX graph 2,469,952, torch 276,544" in checks["macs_agree"].detail
+
+
+def test_nan_weights_fail_evaluation(split, tmp_path):
+    path = changed(tmp_path, lambda model: set_weight(model, "head.weight", lambda w: w * np.nan))
+    verdict = verify_onnx(
+        path, evaluation=split, conditions=QUICK, gates=Gates(max_drop_top1=1.0), reference=nets.build("chain")
+    )
+    checks = checks_of(verdict)
+    assert (checks["evaluation"].status, checks["parity"].status) == ("fail", "fail")
+    assert checks["max_drop.top1"].status == "skipped"
+    assert "must be finite" in checks["evaluation"].detail
+    assert not verdict.passed
+
+
+def _wrong_opset(model):
+    model.opset_import[0].version = 19
+
+
+def _training_batch_norm(model):
+    channels = 16
+    names = [f"extra_{part}" for part in ("scale", "bias", "mean", "var")]
+    for name in names:
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(channels, np.float32), name))
+    last_relu = [node for node in model.graph.node if node.op_type == "Relu"][-1]
+    inner, last_relu.output[0] = last_relu.output[0], "before_norm"
+    norm = helper.make_node(
+        "BatchNormalization", ["before_norm", *names], [inner, "mean_out", "var_out"], name="norm", training_mode=1
+    )
+    model.graph.node.insert(list(model.graph.node).index(last_relu) + 1, norm)
+
+
+def _other_input_name(model):
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "image":
+                node.input[index] = "pixels"
+    model.graph.input[0].name = "pixels"
+
+
+@pytest.mark.parametrize(
+    ("change", "wording"),
+    [
+        (_wrong_opset, "opset must be 18, got 19"),
+        (_training_batch_norm, "node 'norm' (BatchNormalization) is in training mode"),
+        (_other_input_name, "inputs must be image float32 (batch, 3, 16, 16), got pixels"),
+    ],
+)
+def test_structure_names_what_is_wrong(split, tmp_path, change, wording):
+    path = changed(tmp_path, change)
+    verdict = verify_onnx(path, evaluation=split, conditions=QUICK, gates=Gates(), signature=SIGNATURE, opset=18)
+    check = checks_of(verdict)["structure"]
+    assert check.status == "fail"
+    assert wording in check.detail
+    assert not verdict.passed
+
+
+def test_missing_external_data_fails_and_leaves_nothing_passed_by_default(split, tmp_path):
+    path = tmp_path / "m.onnx"
+    save_onnx(load_onnx(exported("chain")), path, external=True)
+    (tmp_path / "m.onnx.data").unlink()
+    verdict = verify_onnx(
+        path, evaluation=split, conditions=QUICK, gates=Gates(max_latency_ms=9), reference=nets.build("chain")
+    )
+    checks = checks_of(verdict)
+    assert checks["structure"].detail == "its weights in 'm.onnx.data' are missing"
+    assert checks["provider"].status == "fail"
+    assert {checks[name].status for name in ("parity", "evaluation", "max_latency_ms")} == {"skipped"}
+    assert not verdict.passed
+
+
+def test_errors_that_are_not_the_files_fault_are_raised(split, tmp_path):
+    arguments = {"evaluation": split, "conditions": QUICK, "gates": Gates()}
+    with pytest.raises(ArtifactError, match="does not exist"):
+        verify_onnx(tmp_path / "none.onnx", **arguments)
+    with pytest.raises(RuntimeUnavailable, match="NoSuch"):
+        verify_onnx(exported("chain"), **{**arguments, "conditions": replace(QUICK, provider="NoSuch")})
+    with pytest.raises(RuntimeUnavailable, match="'torch_eager' must read ONNX files"):
+        verify_onnx(exported("chain"), **{**arguments, "conditions": replace(QUICK, runtime="torch_eager")})
+    with pytest.raises(DataError, match="at least one image"):
+        verify_onnx(exported("chain"), **{**arguments, "evaluation": make_split(0)})
+    with pytest.raises(DataError, match="got label 9"):
+        verify_onnx(exported("chain"), **{**arguments, "evaluation": make_split(2, [0, 9])})
+
+
+def test_batch_size_must_fit_a_fixed_batch(split, tmp_path):
+    def fix(model):
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+        del model.graph.value_info[:]
+
+    path = changed(tmp_path, fix)
+    arguments = {"evaluation": split, "gates": Gates()}
+    with pytest.raises(
+        ConfigValueError, match=r"verify\.batch_size must be 1, the fixed batch size of the file, got 2"
+    ):
+        verify_onnx(path, conditions=replace(QUICK, batch_size=2), **arguments)
+    verdict = verify_onnx(path, conditions=QUICK, **arguments)
+    assert verdict.slim.quality == {"top1": 0.9}
+
+
+def test_measure_onnx_gives_the_baselines_figures(split):
+    figures = measure_onnx(exported("chain"), split, QUICK, reference=nets.build("chain"))
+    assert (figures.macs, figures.params, figures.quality) == (276544, 3820, {"top1": 0.9})
+    assert figures.size_bytes == exported("chain").stat().st_size
+    assert set(figures.latency_ms) == {"p50", "p95"}
+
+
+def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_path):
+    class Data:
+        evaluation = split
+
+    figures = Figures(2469952, 9876, 42312, {"top1": 0.95}, {"p50": 1.0})
+    torch_model = TorchModel(
+        nets.build("chain"), FactorySpec("factory", "nets:chain"), Recipe(), SIGNATURE, PREPROCESSING, (),
+        Baseline(figures, exported("residual"), tmp_path),
+    )  # fmt: skip
+    config = VerifyConfig(
+        stage="verify", warmup=1, repeats=20, parity_samples=8, threads=2, batch_size=2,
+        gates=GatesConfig(max_drop={"top1": 0.04}, max_size_mb=3.0),
+    )  # fmt: skip
+    model = OnnxModel(exported("chain"), 18, SIGNATURE, torch_model)
+    verdict, record = VerifyStage(config).run(model, StageContext(tmp_path, 0, Data(), SilentProgress()))
+    checks = checks_of(verdict)
+    assert record == {}
+    assert [name for name, check in checks.items() if check.status == "fail"] == ["max_drop.top1"]
+    assert (checks["max_drop.top1"].value, checks["max_drop.top1"].limit) == (pytest.approx(0.05), 0.04)
+    assert checks["max_size_mb"].limit == 3.0
+    assert (verdict.details["latency"]["threads"], verdict.details["latency"]["batch_size"]) == (2, 2)
+    assert verdict.details["parity"]["samples"] == 8
+
+
+def test_verifying_a_file_alone_does_not_import_torch():
+    code = (
+        "import sys; import compress.verification.verdict, compress.verification.measuring; "
+        "import compress.verification.runtimes.onnxruntime; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from compress.artifacts import FactorySpec, Signature
@@ -69,6 +69,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(f"'{path}' must be a safetensors file: {error}") from error
     return _unwrap(_read_checkpoint(path), path)
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a network's parameters and buffers as safetensors.
+
+    Raises:
+        OSError: The file system refused; safetensors' own writer hides that behind an error of another kind.
+    """
+    # clones, because safetensors refuses tensors that share memory
+    path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}))
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -49,23 +49,29 @@ def save_artifact(artifact: TorchModel | OnnxModel | Verdict, folder: Path) -> N
         raise InternalError(f"No layout on disk for {type(artifact).__name__}.")
 
 
-def load_artifact(kind: str, folder: Path) -> TorchModel | OnnxModel | Verdict:
+def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -> TorchModel | OnnxModel | Verdict:
     """Read an artifact of a known kind from its folder.
+
+    Args:
+        kind: As in `catalog.py`.
+        folder: Where it was saved.
+        factory: How the untouched network is built now; by default as it was when the artifact was saved.
 
     Raises:
         ArtifactError: A file is missing or not as it must be.
     """
-    loaders: dict[str, Callable[[Path], TorchModel | OnnxModel | Verdict]] = {
-        TORCH_MODEL: load_torch_model,
-        ONNX_MODEL: _load_onnx_model,
-        VERDICT: _load_verdict,
-    }
-    return loaders[kind](folder)
+    if kind == TORCH_MODEL:
+        return load_torch_model(folder, factory)
+    if kind == ONNX_MODEL:
+        return _load_onnx_model(folder, factory)
+    if kind == VERDICT:
+        return _load_verdict(folder)
+    raise InternalError(f"No artifact is of kind '{kind}'.")
 
 
 def save_torch_model(model: TorchModel, folder: Path) -> None:
     """Write a `TorchModel`; the baseline's files are linked where the file system allows it."""
-    from safetensors.torch import save_file  # imports torch
+    from compress.building import write_weights  # imports torch
 
     (folder / "recipe.json").write_text(model.recipe.to_json(), encoding="utf-8")
     meta = {
@@ -76,19 +82,18 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
         "classes": list(model.classes),
     }
     _write_json(folder / "meta.json", meta)
-    # clones, because safetensors refuses tensors that share memory
-    save_file({name: value.clone().contiguous() for name, value in model.module.state_dict().items()},
-              folder / "weights.safetensors")  # fmt: skip
+    write_weights(model.module, folder / "weights.safetensors")
     _write_json(folder / "baseline.json", model.baseline.figures.to_dict())
     _link(model.baseline.onnx_path, folder / "baseline.onnx")
     _link(model.baseline.weights_path, folder / "baseline.safetensors")
 
 
-def load_torch_model(folder: Path) -> TorchModel:
-    """Rebuild a `TorchModel` from its folder."""
+def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchModel:
+    """Rebuild a `TorchModel` from its folder, with another factory than the saved one if need be."""
     from compress.building import rebuild  # imports torch
 
-    meta, recipe, factory = _read_checkpoint(folder)
+    meta, recipe, saved_factory = _read_checkpoint(folder)
+    factory = factory or saved_factory
     signature = Signature.from_dict(meta["signature"])
     figures = Figures(**_read_json(folder / "baseline.json"))
     return TorchModel(
@@ -102,16 +107,16 @@ def load_torch_model(folder: Path) -> TorchModel:
     )
 
 
-def write_slim(source: Path, target: Path) -> None:
+def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     """Write the portable checkpoint of a stored `TorchModel`: recipe, weights, meta, and the factory's file if any.
 
     Args:
         source: Folder of the `TorchModel`.
         target: Folder to fill; created when it is missing.
+        factory: How the untouched network is built now.
     """
     target.mkdir(parents=True, exist_ok=True)
-    meta = _read_json(source / "meta.json")
-    factory = FactorySpec(**meta["factory"])
+    meta = {**_read_json(source / "meta.json"), "factory": asdict(factory)}
     place, _, name = factory.reference.rpartition(":")
     if factory.kind == "factory" and place.endswith(".py"):
         shutil.copyfile(place, target / "factory.py")
@@ -167,13 +172,13 @@ def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
     save_torch_model(model.reference, folder / "reference")
 
 
-def _load_onnx_model(folder: Path) -> OnnxModel:
+def _load_onnx_model(folder: Path, factory: FactorySpec | None) -> OnnxModel:
     values = _read_json(folder / "onnx.json")
     return OnnxModel(
         path=folder / values["file"],
         opset=values["opset"],
         signature=Signature.from_dict(values["signature"]),
-        reference=load_torch_model(folder / "reference"),
+        reference=load_torch_model(folder / "reference", factory),
     )
 
 

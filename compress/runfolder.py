@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress.artifacts import FactorySpec
 from compress.catalog import ONNX_MODEL
 from compress.config.digest import digest_file
 from compress.errors import ArtifactError, InternalError
@@ -14,13 +15,14 @@ from compress.store import Entry
 MODEL_FILE = "model.onnx"
 
 
-def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str]) -> None:
+def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factory: FactorySpec) -> None:
     """Copy the result of the last export into the run folder; files that are the same already stay.
 
     Args:
         folder: The run folder.
         entries: One for each stage.
         kinds: What each stage produced.
+        factory: How the untouched network is built.
 
     Raises:
         ArtifactError: The file system refused.
@@ -34,7 +36,7 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str]) -> Non
             copy_if_other(file, folder / file.name)
         part = folder / ".slim.part"
         shutil.rmtree(part, ignore_errors=True)
-        write_slim(source / "reference", part)
+        write_slim(source / "reference", part, factory)
         shutil.rmtree(folder / "slim", ignore_errors=True)
         os.rename(part, folder / "slim")
     except OSError as error:

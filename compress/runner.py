@@ -12,17 +12,18 @@ Nothing here imports torch unless a stage has to run.
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from compress.artifacts import Verdict
+from compress.artifacts import FactorySpec, Verdict
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, VERDICT, StageEntry
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
-from compress.errors import ArtifactError, CompressError, InternalError
+from compress.errors import ArtifactError, CompressError, InternalError, RunLocked
 from compress.locking import hold
 from compress.persist import VOLATILE, load_artifact, save_artifact
 from compress.progress import Progress, SilentProgress
@@ -34,6 +35,7 @@ from compress.store import Entry, Store
 LOCK_SCHEMA = 1
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "torch",
              "torch-pruning", "torchvision")  # fmt: skip
+WAIT_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class _Run:
 
     def __init__(self, pipeline: Pipeline, runs_dir: Path, folder: Path, progress: Progress) -> None:
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
+        self.factory = _factory(pipeline.resolved["stages"][0]["model"])
         self.store = Store(runs_dir / ".store", progress.warn)
         self.previous = _read_lock(folder)
         self.stages: list[StageRun] = []
@@ -131,13 +134,13 @@ class _Run:
         digest = ""
         for step in steps:
             digest = self._do(step, len(steps), digest)
-        verdict = load_artifact(VERDICT, self.entries[-1].folder)
+        verdict = self._load(VERDICT, self.entries[-1])
         if not isinstance(verdict, Verdict):
             raise InternalError("The last stage yielded no verdict.")
         report = build_report(
             self.pipeline.config.name, verdict, self.stages, self.pipeline.resolved, describe_environment()
         )
-        publish(self.folder, self.entries, [step.entry.produces for step in steps])
+        publish(self.folder, self.entries, [step.entry.produces for step in steps], self.factory)
         write_report(report, self.folder)
         return RunOutcome(verdict, self.folder, report)
 
@@ -151,8 +154,10 @@ class _Run:
         if entry is None:
             reasons = _reasons(components, self.previous, step)
             self.progress.note(f"{label}: {'; '.join(reasons)}")
-            entry = self._make(step, count, key)
-            status = "ran"
+            with self._claim(key, label) as made_elsewhere:
+                entry = made_elsewhere or self._make(step, count, key)
+                status = "unchanged" if made_elsewhere else "ran"
+        if status == "ran":
             self.progress.note(f"{label}: done in {entry.meta['seconds']:.1f} s")
         else:
             self.artifact = None
@@ -161,15 +166,30 @@ class _Run:
         self.stages.append(StageRun(step.entry.name, status, seconds, entry.meta["record"]))
         self.entries.append(entry)
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
-        self._write_lock()
+        self._write_lock(count)
         return entry.digest
+
+    @contextmanager
+    def _claim(self, key: str, label: str) -> Iterator[Entry | None]:
+        """Keep other runs that share the store from making the same result; yields it if one of them just did."""
+        waited = False
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(hold(self.store.work_folder(key)))
+                    break
+                except RunLocked:
+                    if not waited:
+                        self.progress.note(f"{label}: another run is making the same result, this one waits for it")
+                    waited = True
+                    time.sleep(WAIT_S)
+            yield self.store.get(key) if waited else None
 
     def _make(self, step: _Step, count: int, key: str) -> Entry:
         """Run one stage and store its result."""
         started = time.perf_counter()
         work = self.store.work_folder(key)
         try:
-            work.mkdir(parents=True, exist_ok=True)
             artifact, record = self._run_stage(step, work)
             meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
             entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
@@ -182,8 +202,11 @@ class _Run:
                 f"'{error.filename or work}': {error.strerror or error}.",
                 hint="Stages that are done stay; give the same command again.",
             ) from error
-        self.artifact = load_artifact(step.entry.produces, entry.folder)
+        self.artifact = self._load(step.entry.produces, entry)
         return entry
+
+    def _load(self, kind: str, entry: Entry) -> Any:
+        return load_artifact(kind, entry.folder, self.factory)
 
     def _run_stage(self, step: _Step, work: Path) -> tuple[Any, dict[str, Any]]:
         import importlib  # torch comes in with the first stage that has to run, and only then
@@ -202,14 +225,15 @@ class _Run:
         place, _, name = step.entry.place.partition(":")
         stage = getattr(importlib.import_module(place), name)(step.config)
         if self.artifact is None and step.entry.consumes != NOTHING:
-            self.artifact = load_artifact(step.entry.consumes, self.entries[-1].folder)
+            self.artifact = self._load(step.entry.consumes, self.entries[-1])
         result: tuple[Any, dict[str, Any]] = stage.run(
             self.artifact, StageContext(work, config.seed, self.data, self.progress)
         )
         return result
 
-    def _write_lock(self) -> None:
-        values = {"schema": LOCK_SCHEMA, "stages": self.locked}
+    def _write_lock(self, count: int) -> None:
+        """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""
+        values = {"schema": LOCK_SCHEMA, "stages": self.locked + self.previous[len(self.locked) : count]}
         _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
 
 
@@ -266,6 +290,12 @@ def _model_files(values: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
+def _factory(model: Mapping[str, Any]) -> FactorySpec:
+    """Return how the network is built now; a stored stage may know the same file by an older path."""
+    kind: Literal["factory", "torchvision"] = "factory" if "factory" in model else "torchvision"
+    return FactorySpec(kind, model[kind], dict(model["kwargs"]))
+
+
 def _reasons(components: dict[str, Any], previous: list[dict[str, Any]], step: _Step) -> tuple[str, ...]:
     """Say which part of the key differs from the last run of this pipeline."""
     before = previous[step.index] if step.index < len(previous) else None
@@ -301,8 +331,14 @@ def _read_lock(folder: Path) -> list[dict[str, Any]]:
 
 def _write_text(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}' must be writable: {error.strerror or error}.",
+            hint="Stages that are done stay; make room and give the same command again.",
+        ) from error
 
 
 def _version(package: str) -> str | None:

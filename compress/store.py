@@ -59,12 +59,15 @@ class Store:
                 return None
             files = values["files"]
             damaged = [name for name, digest in files.items() if _digest_or_none(folder / name) != digest]
+            digest, meta = values["digest"], values["meta"]
+            if not (isinstance(digest, str) and isinstance(meta, dict)):
+                raise TypeError("no digest or no record in it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged = [f"entry.json ({error})"]
         if damaged:
             self.warn(f"A stored stage is damaged ({', '.join(damaged)}) and will be made again: {folder}")
             return None
-        return Entry(folder, values["digest"], values["meta"])
+        return Entry(folder, digest, meta)
 
     def put(
         self, key: str, write: Callable[[Path], None], meta: dict[str, Any], volatile: tuple[str, ...] = ()
@@ -99,11 +102,12 @@ class Store:
                 shutil.rmtree(folder)
             os.rename(partial, folder)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise ArtifactError(
                 f"The result of the stage could not be written to '{self.root}': {error.strerror or error}.",
                 hint="Stages that are done stay; make room and give the same command again.",
             ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
         shutil.rmtree(self.work_folder(key), ignore_errors=True)
         return Entry(folder, digest, meta)
 
@@ -119,7 +123,10 @@ class Store:
 
 
 def _digest_or_none(path: Path) -> str | None:
-    return digest_file(path) if path.is_file() else None
+    try:
+        return digest_file(path)
+    except ArtifactError:
+        return None
 
 
 def _is_alive(pid: str) -> bool:

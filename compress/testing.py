@@ -7,20 +7,30 @@ A suite is a class whose methods are tests. Subclass it in a test file, say what
 
     class TestMyRuntime(RuntimeContract):
         runtime_class = MyRuntime
+
+    @pytest.fixture(params=..., scope="module")
+    def criterion_case(request) -> CriterionCase: ...
+
+    class TestMyCriterion(CriterionContract):
+        criterion_class = MyCriterion
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compress.artifacts import Signature
-from compress.errors import CompressError, ModelError, RuntimeUnavailable
+from compress.errors import CompressError, ModelError, RuntimeUnavailable, UnsupportedLayer
+from compress.pruning.criteria.base import Criterion, collect_gradients
+from compress.pruning.graph import ChannelGroup, Member, find_cuttable
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.torch_eager import TorchEager
 
@@ -146,6 +156,157 @@ class RuntimeContract:
                     _hold(isinstance(error, ModelError) and wording in str(error), f"error is {error!r}")
                 else:
                     raise AssertionError(f"The runtime must refuse the input with '{wording}'.")
+
+
+@dataclass(frozen=True)
+class CriterionCase:
+    """One network and what a criterion may look at.
+
+    Attributes:
+        name: For the test's title.
+        module: A classifier; the suite works on copies of it.
+        images: (N, ...) input of the network.
+        labels: (N,) class indices.
+    """
+
+    name: str
+    module: nn.Module
+    images: Tensor
+    labels: Tensor
+
+
+class CriterionContract:
+    """What every criterion must do. A subclass sets `criterion_class` and offers a fixture `criterion_case`.
+
+    A criterion may refuse a group with UnsupportedLayer, but not every group of a network.
+
+    Attributes:
+        criterion_class: The criterion under test.
+        tolerance: Largest difference between scores that must be equal, relative to the largest score of the group.
+    """
+
+    criterion_class: ClassVar[type[Criterion]]
+    tolerance: ClassVar[float] = 1e-4
+
+    def score(self, case: CriterionCase, module: nn.Module) -> dict[str, Tensor]:
+        """Return the scores of every group of `module` that the criterion does not refuse."""
+        groups, _ = find_cuttable(module, case.images[:1])
+        criterion = self.criterion_class(seed=0)
+        stats = None
+        if criterion.needs_gradients:
+            halves = zip(case.images.chunk(2), case.labels.chunk(2), strict=True)
+            stats = collect_gradients(module, groups.values(), halves)
+        scores = {}
+        for name, group in groups.items():
+            try:
+                scores[name] = criterion.scores(group, stats)
+            except UnsupportedLayer as error:
+                _hold(name in str(error), f"the refusal of '{name}' does not name it: '{error}'")
+        _hold(bool(scores), f"every group of '{case.name}' is refused")
+        return scores
+
+    def test_scores_are_one_finite_number_a_channel(self, criterion_case: CriterionCase) -> None:
+        """Scores are (C,) float32, finite, detached."""
+        groups, _ = find_cuttable(criterion_case.module, criterion_case.images[:1])
+        for name, scores in self.score(criterion_case, criterion_case.module).items():
+            _hold(scores.shape == (groups[name].width,), f"'{name}' has scores of shape {tuple(scores.shape)}")
+            _hold(scores.dtype == torch.float32, f"'{name}' has scores of {scores.dtype}")
+            _hold(bool(scores.isfinite().all()), f"'{name}' has scores that are not finite")
+            _hold(not scores.requires_grad, f"'{name}' has scores that hold on to a gradient graph")
+
+    def test_scores_are_the_same_twice(self, criterion_case: CriterionCase) -> None:
+        """A new criterion with the same seed gives the same scores to the bit."""
+        first, second = (self.score(criterion_case, criterion_case.module) for _ in range(2))
+        for name, scores in first.items():
+            _hold(torch.equal(scores, second[name]), f"'{name}' has other scores the second time")
+
+    def test_network_is_left_as_it_is(self, criterion_case: CriterionCase) -> None:
+        """Weights, buffers, gradients, requires_grad, training flags and hooks do not change."""
+        module = copy.deepcopy(criterion_case.module).train()
+        next(module.children()).eval()
+        next(module.parameters()).requires_grad_(False)
+        before, flags = copy.deepcopy(module.state_dict()), _flags(module)
+        self.score(criterion_case, module)
+        for name, value in module.state_dict().items():
+            _hold(torch.equal(value, before[name]), f"'{name}' changed")
+        _hold(_flags(module) == flags, "a training flag, a requires_grad, a gradient or a hook changed")
+
+    def test_permuted_channels_have_permuted_scores(self, criterion_case: CriterionCase) -> None:
+        """A channel is scored by what it is, not by where it stands."""
+        if not self.criterion_class.treats_equals_equally:
+            return
+        for name, group in self._groups(criterion_case).items():
+            units = group.width // group.parts
+            order = torch.randperm(units, generator=torch.Generator().manual_seed(0))
+            index = _over_parts(group, order)
+            before = self.score(criterion_case, criterion_case.module)
+            after = self.score(criterion_case, _rearranged(criterion_case.module, group, index))
+            if name in before:
+                self._hold_close(after[name], before[name][index], name)
+
+    def test_equal_channels_have_equal_scores(self, criterion_case: CriterionCase) -> None:
+        """Two channels that are computed and read alike are worth the same."""
+        if not self.criterion_class.treats_equals_equally:
+            return
+        for name, group in self._groups(criterion_case).items():
+            units = torch.arange(group.width // group.parts)
+            units[-1] = 0
+            index = _over_parts(group, units)
+            scores = self.score(criterion_case, _rearranged(criterion_case.module, group, index))
+            if name in scores:
+                self._hold_close(scores[name], scores[name][index], name)
+
+    def test_criterion_says_what_it_is(self, criterion_case: CriterionCase) -> None:
+        """Name and traits are there, of their types."""
+        _hold(isinstance(self.criterion_class.name, str) and bool(self.criterion_class.name), "it has no name")
+        for trait in ("needs_gradients", "comparable", "treats_equals_equally"):
+            _hold(isinstance(getattr(self.criterion_class, trait), bool), f"'{trait}' is not True or False")
+
+    def _groups(self, case: CriterionCase) -> dict[str, ChannelGroup]:
+        return find_cuttable(case.module, case.images[:1])[0]
+
+    def _hold_close(self, got: Tensor, wanted: Tensor, name: str) -> None:
+        difference = float((got - wanted).abs().max())
+        _hold(difference <= self.tolerance * float(wanted.abs().max()), f"'{name}' has scores {difference:.2g} apart")
+
+
+def _flags(module: nn.Module) -> list[object]:
+    parts = [(part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()]
+    return [parts, [(parameter.requires_grad, parameter.grad is None) for parameter in module.parameters()]]
+
+
+def _over_parts(group: ChannelGroup, units: Tensor) -> Tensor:
+    """Return the channel index that moves the units of every part alike."""
+    starts = torch.arange(group.parts) * (group.width // group.parts)
+    return (starts[:, None] + units[None, :]).flatten()
+
+
+@torch.no_grad()
+def _rearranged(module: nn.Module, group: ChannelGroup, index: Tensor) -> nn.Module:
+    """Return a copy of `module` in which channel c of the group is what channel index[c] was, in every layer."""
+    changed = copy.deepcopy(module)
+    done: set[tuple[str, str]] = set()
+    for member in group.members:
+        layer = changed.get_submodule(member.layer)
+        depthwise = getattr(layer, "groups", 1) > 1 and layer.weight.shape[1] == 1  # type: ignore[index,union-attr]
+        if (member.layer, "out" if depthwise else member.axis) in done:
+            continue
+        done.add((member.layer, "out" if depthwise else member.axis))
+        on_outputs = depthwise or member.axis == "out"
+        for name, values in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            if values.ndim == 0 or (not on_outputs and name != "weight"):
+                continue
+            dim = int(on_outputs == bool(getattr(layer, "transposed", False))) if values.ndim > 1 else 0
+            values.copy_(values.index_select(dim, _source(member, index, values.shape[dim])))
+    return changed
+
+
+def _source(member: Member, index: Tensor, size: int) -> Tensor:
+    """Return for each of `size` slots of the member's axis which slot it takes its values from."""
+    source = torch.arange(max(size, int(member.slots.max()) + 1))
+    for channel, origin in enumerate(index.tolist()):
+        source[member.slots[member.channels == channel]] = member.slots[member.channels == origin]
+    return source[:size]  # a grouped convolution stores the inputs of one part only
 
 
 def _hold(condition: bool, got: str) -> None:

@@ -142,8 +142,12 @@ def _bisect(
 
 
 def _spend_rest(groups: Sequence[Candidates], widths: Widths, cost: CoupledCost, budget: float) -> Widths:
-    """Widen groups, one level at a time, best score for the cost first, as long as the budget allows."""
+    """Widen groups, one level at a time, best score for the cost first, as long as the budget allows.
+
+    Among equals the first name goes first, so that the order of the groups does not matter.
+    """
     widths = dict(widths)
+    groups = sorted(groups, key=lambda group: group.name)
     while True:
         current = cost.at(widths)
         best: tuple[float, str, int] | None = None

@@ -56,6 +56,8 @@ def _difference(path: Path, slim: onnx.ModelProto, signature: Signature, externa
                     return f"output '{spec.name}' of the simplified graph has another shape or is not finite"
                 if float(np.abs(a - b).max(initial=0.0)) > ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * scale:
                     return f"output '{spec.name}' of the simplified graph differs by {np.abs(a - b).max():.2g}"
+    except OSError:  # a full disk says nothing about the graph
+        raise
     except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
         return f"the simplified graph could not be run: {first_line(error)}"
     return ""

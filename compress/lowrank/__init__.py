@@ -1,0 +1,1 @@
+"""Replacing kernels by products of smaller ones: factors, ranks, surgery."""

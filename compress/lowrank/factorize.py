@@ -93,7 +93,7 @@ def singular_values(weight: Tensor, scheme: str) -> tuple[np.ndarray, ...]:
 
 
 def factorize(weight: Tensor, scheme: str, ranks: tuple[int, ...]) -> Factors:
-    """Return the factors of a kernel; both sides of a product carry the square root of its singular values.
+    """Return the factors of a kernel, balanced: all sides of a product carry an equal share of its singular values.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite, any floating dtype; the SVD runs in float64.
@@ -141,17 +141,17 @@ def _tucker(kernel: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor, Ten
     inputs = _signed_svd(_unfold_inputs(kernel))[0][:, : ranks[0]]
     outputs = _signed_svd(kernel.flatten(1))[0][:, : ranks[1]]
     core = torch.einsum("nb,nchw,ca->bahw", outputs, kernel, inputs)
-    share = _root_of_slices(core, 1)
+    share = _share_of_slices(core, 1, 1 / 3)
     core, inputs = core / share[None, :, None, None], inputs * share
-    share = _root_of_slices(core, 0)
+    share = _share_of_slices(core, 0, 1 / 2)
     core, outputs = core / share[:, None, None, None], outputs * share
     return inputs.T[..., None, None], core, outputs[..., None, None]
 
 
-def _root_of_slices(core: Tensor, axis: int) -> Tensor:
-    """Return the square root of the norm of each slice: the singular values that the core carries on that side."""
-    root = torch.linalg.vector_norm(core.transpose(0, axis).flatten(1), dim=1).sqrt()
-    return torch.where(root > 0, root, torch.ones_like(root))
+def _share_of_slices(core: Tensor, axis: int, exponent: float) -> Tensor:
+    """Return what a factor takes over from the core: a third of its magnitude first, then half of what is left."""
+    share = torch.linalg.vector_norm(core.transpose(0, axis).flatten(1), dim=1) ** exponent
+    return torch.where(share > 0, share, torch.ones_like(share))
 
 
 def _signed_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

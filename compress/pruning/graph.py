@@ -177,6 +177,8 @@ class ChannelGraph:
             module = item.dep.target.module
             if module not in self._names:
                 continue  # an operation, or a parameter used without a module; the trial covers those
+            if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+                continue  # one slope for all channels: nothing of it goes
             axis: Literal["out", "in"] = "out" if self._graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             slots = torch.tensor(item.idxs, dtype=torch.int64)
             channels = torch.tensor(item.root_idxs, dtype=torch.int64)
@@ -207,12 +209,15 @@ def find_cuttable(
     with _all_grads(module), eval_mode(module):
         graph = ChannelGraph(module, example)
         outputs = _output_layers(module, example)
+        tied = _tied_layers(module)
         names, excluded = [], []
         for group in graph.groups.values():
             if group.name in skip:
                 continue
             if any(member.is_producer and member.layer in outputs for member in group.members):
                 excluded.append(Exclusion(group.name, "its channels are the network's outputs", expected=True))
+            elif shared := sorted({member.layer for member in group.members} & tied):
+                excluded.append(Exclusion(group.name, f"it has layers that share parameters: {', '.join(shared)}"))
             elif group.width // group.parts < 2:
                 excluded.append(Exclusion(group.name, f"it has only {group.width} channels in {group.parts} parts"))
             else:
@@ -230,7 +235,7 @@ def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: T
         UnsupportedLayer: A group or index does not exist.
     """
     slim = copy.deepcopy(module)
-    flags = {name: parameter.requires_grad for name, parameter in slim.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in slim.named_parameters(remove_duplicate=False)}
     with _all_grads(slim), eval_mode(slim):
         ChannelGraph(slim, example).cut(removed)
     for name, parameter in slim.named_parameters():
@@ -256,6 +261,19 @@ def silenced_copy(
             if member.axis == "out":
                 _silence(silent.get_submodule(member.layer), member.slots[torch.isin(member.channels, gone)])
     return silent
+
+
+def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
+    """Return for each layer that loses outputs the (n,) sorted output indices that are left."""
+    gone: dict[str, list[Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for name, indices in removed.items():
+        for producer in groups[name].producers:
+            slots = producer.slots[torch.isin(producer.channels, torch.tensor(sorted(indices)))]
+            gone.setdefault(producer.layer, []).append(slots)
+            sizes[producer.layer] = _out_channels(producer.module)
+    everything = {layer: torch.arange(size) for layer, size in sizes.items()}
+    return {layer: slots[~torch.isin(slots, torch.cat(gone[layer]))] for layer, slots in everything.items()}
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -381,6 +399,15 @@ def _output_layers(module: nn.Module, example: Tensor) -> set[str]:
         for handle in handles:
             handle.remove()
     return {seen[output.data_ptr()] for output in outputs if output.data_ptr() in seen}
+
+
+def _tied_layers(module: nn.Module) -> set[str]:
+    """Return the layers with a parameter that another layer has, too: a cut would give each a parameter of its own."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, part in module.named_modules():
+        for parameter in {id(p): p for p in part.parameters(recurse=False)}.values():
+            owners.setdefault(parameter, []).append(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _flat_outputs(outputs: Any) -> list[Tensor]:

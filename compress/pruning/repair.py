@@ -4,7 +4,7 @@ batch norm      measure mean and variance again on images, as a cumulative avera
 least squares   refit each layer that lost inputs so that it gives, from what is left, what it gave before
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,12 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
 
 
 def refit_readers(
-    slim: nn.Module, original: nn.Module, readers: Iterable[str], split: Split, progress: Progress
+    slim: nn.Module,
+    original: nn.Module,
+    readers: Iterable[str],
+    kept_outputs: Mapping[str, Tensor],
+    split: Split,
+    progress: Progress,
 ) -> tuple[str, ...]:
     """Refit, in place and in forward order, the layers of `slim` that lost inputs.
 
@@ -59,6 +64,7 @@ def refit_readers(
         slim: The cut network.
         original: The network before the cut, with the same layer names.
         readers: Layers that lost inputs; convolutions without groups and linear layers are refitted.
+        kept_outputs: For layers that lost outputs too, the output channels of `original` that are left.
         split: Images to look at; labels are not used.
         progress: Told about each layer.
 
@@ -72,7 +78,7 @@ def refit_readers(
     names = [name for name, part in slim.named_modules() if name in wanted and _is_refittable(part)]
     with torch.no_grad(), eval_mode(slim), eval_mode(original), progress.task("least squares", len(names)) as task:
         for name in names:
-            _refit(name, slim, original, split)
+            _refit(name, slim, original, kept_outputs.get(name), split)
             task.advance()
     return tuple(names)
 
@@ -83,7 +89,7 @@ def _is_refittable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _refit(name: str, slim: nn.Module, original: nn.Module, split: Split) -> None:
+def _refit(name: str, slim: nn.Module, original: nn.Module, kept: Tensor | None, split: Split) -> None:
     layer = slim.get_submodule(name)
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     generator = torch.Generator().manual_seed(0)
@@ -93,6 +99,7 @@ def _refit(name: str, slim: nn.Module, original: nn.Module, split: Split) -> Non
             slim(images)
             original(images)
         x, y = _regression_rows(layer, seen_slim[0][0], seen_original[0][1], generator)
+        y = y if kept is None else y[:, kept]
         gram = x.T @ x if gram is None else gram + x.T @ x
         cross = x.T @ y if cross is None else cross + x.T @ y
     assert gram is not None

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.artifacts import Baseline, FactorySpec, Signature, TensorSpec, TorchModel
-from compress.building import build_module, load_strict, read_weights
+from compress.building import build_module, load_strict, read_weights, write_weights
 from compress.config.schema import FactoryModel, LoadConfig, Model
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import Split, evaluation_batches
@@ -61,7 +60,7 @@ class LoadStage:
 
     def _measure(self, module: nn.Module, signature: Signature, ctx: StageContext) -> Baseline:
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
-        save_file({name: value.clone().contiguous() for name, value in module.state_dict().items()}, weights)
+        write_weights(module, weights)
         with ctx.progress.task("export the baseline", 1) as task:
             export_onnx(
                 module,

@@ -20,7 +20,7 @@ from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.costs import build_cost
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.damage import block_damage
-from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, silenced_copy
+from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
 from compress.pruning.repair import reestimate_batch_norm, refit_readers
 from compress.pruning.selection import Selection, score_groups, select_channels
 from compress.pruning.surgery import remove_block, remove_channels
@@ -139,7 +139,8 @@ class PruneStage:
         split = ctx.data.calibration
         if self.config.repair == "least_squares":
             readers = {reader.layer for name in selection.removed for reader in groups[name].readers}
-            if set(refit_readers(slim, original, readers, split, ctx.progress)) == readers:
+            kept = kept_outputs(selection.removed, groups)
+            if set(refit_readers(slim, original, readers, kept, split, ctx.progress)) == readers:
                 return
         reestimate_batch_norm(slim, split, ctx.progress)
 

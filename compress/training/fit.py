@@ -6,6 +6,7 @@ the same weights as an undisturbed one (same thread count, CPU).
 """
 
 import copy
+import io
 import math
 import os
 import time
@@ -219,7 +220,9 @@ class _Run:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        torch.save(state, part)
+        content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
+        torch.save(state, content)
+        part.write_bytes(content.getbuffer())
         os.replace(part, path)
 
     def restore(self, path: Path) -> None:

@@ -12,6 +12,8 @@ from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
 from compress.pruning.graph import ChannelGroup
 
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+
 
 @dataclass(frozen=True)
 class GradientStats:
@@ -72,6 +74,8 @@ def collect_gradients(
         batches: (images, labels) pairs.
     """
     gates = {gate.layer for group in groups for gate in group.gates}
+    if not gates:
+        return GradientStats(())
     collected = tuple(_gate_gradients(module, gates, images, labels) for images, labels in batches)
     return GradientStats(collected)
 
@@ -100,6 +104,7 @@ def _gate_gradients(module: nn.Module, gates: set[str], images: Tensor, labels: 
     derivatives: dict[str, Tensor] = {}
     for (name, output), gradient in zip(kept, gradients, strict=True):
         product = torch.zeros_like(output) if gradient is None else output.detach() * gradient
-        axes = [axis for axis in range(product.ndim) if axis != 1]
-        derivatives[name] = derivatives.get(name, torch.zeros(product.shape[1])) + product.sum(axes)
+        channels = -1 if isinstance(module.get_submodule(name), _CHANNELS_LAST) else 1
+        sums = product.movedim(channels, 0).flatten(1).sum(1)
+        derivatives[name] = derivatives[name] + sums if name in derivatives else sums
     return derivatives

@@ -1,0 +1,76 @@
+"""Make the result table of the README from finished runs.
+
+    python benchmarks/results.py                      run the quickstart, then print the table of every run in runs/
+    python benchmarks/results.py --write README.md    and put it between the markers in README.md
+
+Every figure is read from a run's report.json: MACs and size of the file, top-1 of the ONNX file over the whole
+evaluation split, latency of slim and baseline interleaved in one run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from compress.config.load import load_pipeline
+from compress.console import Console
+from compress.runner import run
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+HEADER = (
+    "| pipeline | MACs | params | file | top-1 | latency p50 | verdict |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def row(report: dict[str, Any]) -> str:
+    """Return one table row; a figure that was not measured is a dash."""
+    before, after = report["baseline"], report["slim"]
+    if not before or not after:
+        return f"| {report['name']} | – | – | – | – | – | failed |"
+    fewer = {key: f"{before[key] / after[key]:.2f}× fewer" for key in ("macs", "params")}
+    size = f"{before['size_bytes'] / 1e6:.2f} → {after['size_bytes'] / 1e6:.2f} MB"
+    quality = f"{100 * before['quality']['top1']:.2f} → {100 * after['quality']['top1']:.2f} %"
+    old, new = before["latency_ms"]["p50"], after["latency_ms"]["p50"]
+    latency = f"{old:.3f} → {new:.3f} ms ({old / new:.2f}×)"
+    verdict = "passed" if report["verdict"]["passed"] else "failed"
+    return f"| {report['name']} | {fewer['macs']} | {fewer['params']} | {size} | {quality} | {latency} | {verdict} |"
+
+
+def conditions(report: dict[str, Any]) -> str:
+    """Return where the latency was measured."""
+    latency, machine = report["details"]["latency"], report["environment"]
+    return (
+        f"ONNX Runtime {machine['versions'].get('onnxruntime-gpu') or machine['versions'].get('onnxruntime')}, "
+        f"{latency['provider']}, {latency['threads']} thread(s), batch {latency['batch_size']}, "
+        f"{machine['cpu']}, {machine['cores']} cores"
+    )
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the markers of a Markdown file."""
+    page = path.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+def main() -> None:
+    """Parse the command line, run what is missing, print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
+    arguments = parser.parse_args()
+
+    run(load_pipeline(ROOT / "pipelines" / "quickstart.yaml"), arguments.runs_dir, Console())
+    reports = [json.loads(path.read_text()) for path in sorted(arguments.runs_dir.glob("*/report.json"))]
+    places = sorted({conditions(report) for report in reports if report["slim"]})
+    table = "\n".join([*HEADER, *(row(report) for report in reports), "", f"Measured with {'; '.join(places)}."])
+    if arguments.write is not None:
+        write_between_markers(arguments.write, table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Removable blocks are found in any container, others are not, and removal equals skipping."""
+
+from pathlib import Path
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.artifacts import FactorySpec
+from compress.building import build_module
+from compress.errors import UnsupportedLayer
+from compress.pruning.blocks import find_removable_blocks
+from compress.pruning.damage import _skipped
+from compress.pruning.surgery import remove_block
+from compress.recipe import RemoveBlock
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+class _Projected(nets.ResidualBlock):
+    """Of identity shape, with a convolution on the shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.project = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.project(x) + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class _Zoo(nn.Module):
+    """Residual blocks in every kind of container, and look-alikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.stage = nn.Sequential(nets.ResidualBlock(8), nn.Sequential(nets.ResidualBlock(8)))
+        self.listed = nn.ModuleList([nets.ResidualBlock(8)])
+        self.named = nn.ModuleDict({"a": nets.ResidualBlock(8)})
+        self.projected = _Projected(8)
+        self.plain = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
+        self.twice = nets.ResidualBlock(8)
+        self.unused = nets.ResidualBlock(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projected(self.named["a"](self.listed[0](self.stage(self.stem(x)))))
+        return self.head(self.plain(self.twice(self.twice(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_only_the_residual_network_has_removable_blocks(name):
+    expected = ("body.1", "body.2") if name == "residual" else ()
+    assert find_removable_blocks(nets.build(name), nets.EXAMPLE) == expected
+
+
+def test_blocks_are_found_in_containers_and_look_alikes_are_not():
+    module = _Zoo().train()
+    assert find_removable_blocks(module, nets.EXAMPLE) == ("stage.0", "stage.1.0", "listed.0", "named.a")
+    assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("name", ["stage.0", "stage.1.0", "listed.0", "named.a"])
+def test_removal_gives_the_output_of_skipping(name):
+    module = _Zoo().eval()
+    with _skipped(module.get_submodule(name)):
+        skipped = module(nets.images())
+    slim = remove_block(module, RemoveBlock(name))
+    assert torch.equal(slim(nets.images()), skipped)
+    assert not torch.equal(module(nets.images()), skipped)
+    assert isinstance(slim.get_submodule(name), nn.Identity)
+    assert isinstance(module.get_submodule(name), nets.ResidualBlock)
+    assert name not in find_removable_blocks(slim, nets.EXAMPLE)
+
+
+def test_projection_blocks_of_the_shipped_networks_stay():
+    mnist = build_module(FactorySpec("factory", f"{MODELS / 'mnist_resnet' / 'model.py'}:build"))
+    assert find_removable_blocks(mnist, torch.zeros(1, 1, 28, 28)) == ("blocks.0", "blocks.2", "blocks.4")
+    cifar = build_module(FactorySpec("factory", f"{MODELS / 'cifar_resnet' / 'model.py'}:resnet", {"depth": 14}))
+    assert find_removable_blocks(cifar, torch.zeros(1, 3, 32, 32)) == ("layer1.0", "layer1.1", "layer2.1", "layer3.1")
+
+
+@pytest.mark.parametrize("name", ["body.7", "nowhere.conv", "body.1.conv9"])
+def test_removal_of_a_block_that_is_not_there_is_refused(name):
+    with pytest.raises(UnsupportedLayer, match=f"must have a block '{name}' to remove"):
+        remove_block(nets.build("residual"), RemoveBlock(name))

@@ -1,0 +1,250 @@
+"""Entries are whole or absent, whatever happens while they are written and whatever happens to them afterwards."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compress.errors import ArtifactError
+from compress.store import Store
+
+KEY = "0" * 64
+
+
+class Warned(Store):
+    """A store that keeps its warnings."""
+
+    def __init__(self, root: Path) -> None:
+        self.warnings: list[str] = []
+        super().__init__(root, self.warnings.append)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Warned:
+    return Warned(tmp_path / "store")
+
+
+def writing(**files: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for name, text in files.items():
+            path = folder / name.replace("__", "/")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def left_over(store: Store) -> list[str]:
+    """Return every file below the store that is not in a finished entry."""
+    return [str(path) for path in store.root.rglob("*") if path.is_file() and path.relative_to(store.root).parts[0] != KEY]
+
+
+def test_what_is_put_can_be_got(store: Warned) -> None:
+    assert store.get(KEY) is None
+    put = store.put(KEY, writing(a="1", sub__b="2"), {"seconds": 0.1, "record": {"k": [1, None]}})
+    got = store.get(KEY)
+    assert got == put
+    assert got is not None
+    assert got.folder == store.root / KEY
+    assert got.meta == {"seconds": 0.1, "record": {"k": [1, None]}}
+    assert (got.folder / "sub" / "b").read_text(encoding="utf-8") == "2"
+    assert store.warnings == []
+
+
+def test_digest_is_that_of_names_and_contents(store: Warned) -> None:
+    digests = {
+        store.put(KEY, writing(**files), {}).digest
+        for files in ({"a": "1"}, {"a": "2"}, {"b": "1"}, {"a": "1", "b": "1"})
+    }
+    assert len(digests) == 4
+    assert store.put(KEY, writing(a="1"), {"other": 1}).digest == store.put(KEY + "1", writing(a="1"), {}).digest
+
+
+def test_volatile_files_do_not_change_the_digest_and_are_checked_all_the_same(store: Warned) -> None:
+    first = store.put(KEY, writing(a="1", sub__times="5 ms"), {}, ("times",))
+    second = store.put(KEY, writing(a="1", sub__times="6 ms"), {}, ("times",))
+    assert first.digest == second.digest
+    (second.folder / "sub" / "times").write_text("7 ms", encoding="utf-8")
+    assert store.get(KEY) is None
+    assert "(sub/times)" in store.warnings[0]
+
+
+def test_an_entry_is_replaced_as_a_whole(store: Warned) -> None:
+    store.put(KEY, writing(a="1", old="x"), {})
+    store.put(KEY, writing(a="2"), {"new": True})
+    entry = store.get(KEY)
+    assert entry is not None
+    assert entry.meta == {"new": True}
+    assert sorted(path.name for path in entry.folder.iterdir()) == ["a", "entry.json"]
+
+
+def test_work_folder_goes_when_its_entry_is_there(store: Warned) -> None:
+    work = store.work_folder(KEY)
+    work.mkdir(parents=True)
+    (work / "training_state.pt").write_text("half", encoding="utf-8")
+    store.put(KEY, writing(a="1"), {})
+    assert not work.exists()
+
+
+def test_an_interrupted_write_leaves_no_entry(store: Warned) -> None:
+    def write(folder: Path) -> None:
+        writing(a="1")(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.put(KEY, write, {})
+    assert store.get(KEY) is None
+    assert store.warnings == []
+
+
+def test_an_interrupted_replacement_leaves_the_entry_that_was_there(store: Warned) -> None:
+    before = store.put(KEY, writing(a="1"), {})
+
+    def write(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.put(KEY, write, {})
+    assert store.get(KEY) == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_refusal_of_the_file_system_is_told_and_leaves_nothing(store: Warned, code: int) -> None:
+    def write(folder: Path) -> None:
+        writing(a="1")(folder)
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(ArtifactError, match=f"could not be written to '.*store': {os.strerror(code)}") as caught:
+        store.put(KEY, write, {})
+    assert caught.value.hint == "Stages that are done stay; make room and give the same command again."
+    assert store.get(KEY) is None
+    assert left_over(store) == []
+
+
+def test_a_refusal_keeps_the_work_folder_for_the_next_attempt(store: Warned) -> None:
+    state = store.work_folder(KEY) / "training_state.pt"
+    state.parent.mkdir(parents=True)
+    state.write_text("epoch 3", encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ArtifactError, match="No space left"):
+        store.put(KEY, write, {})
+    assert state.read_text(encoding="utf-8") == "epoch 3"
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [change, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_file_is_a_miss_that_is_told_by_name(store: Warned, damage: Callable[[Path], object]) -> None:
+    entry = store.put(KEY, writing(whole="1", broken="22"), {})
+    damage(entry.folder / "broken")
+    assert store.get(KEY) is None
+    assert store.warnings == [f"A stored stage is damaged (broken) and will be made again: {entry.folder}"]
+    store.put(KEY, writing(whole="1", broken="22"), {})
+    assert store.get(KEY) == entry
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '"text"', "{}", "\udcff", '{"schema": 1}', '{"schema": 1, "files": []}',
+     '{"schema": 1, "files": {}}', '{"schema": 1, "files": {}, "digest": "x"}',
+     '{"schema": 1, "files": {}, "meta": {}}', '{"schema": 1, "files": {}, "digest": 1, "meta": {}}',
+     '{"schema": 1, "files": {}, "digest": "x", "meta": []}'],
+)  # fmt: skip
+def test_a_damaged_entry_json_is_a_miss_that_is_told(store: Warned, text: str) -> None:
+    entry = store.put(KEY, writing(a="1"), {})
+    (entry.folder / "entry.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert store.get(KEY) is None
+    assert len(store.warnings) == 1
+    assert "A stored stage is damaged (entry.json" in store.warnings[0]
+
+
+def test_a_missing_entry_json_is_a_miss_that_is_told(store: Warned) -> None:
+    entry = store.put(KEY, writing(a="1"), {})
+    (entry.folder / "entry.json").unlink()
+    assert store.get(KEY) is None
+    assert "A stored stage is damaged (entry.json" in store.warnings[0]
+
+
+def test_an_entry_of_another_version_is_a_silent_miss(store: Warned) -> None:
+    entry = store.put(KEY, writing(a="1"), {})
+    path = entry.folder / "entry.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "schema": 99}), encoding="utf-8")
+    assert store.get(KEY) is None
+    assert store.warnings == []
+
+
+def test_a_file_that_cannot_be_read_is_a_miss(store: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(KEY, writing(a="1"), {})
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: object, **options: object) -> object:
+        if path.name == "a":
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)  # type: ignore[arg-type, call-overload]
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert store.get(KEY) is None
+    assert "damaged (a)" in store.warnings[0]
+
+
+def test_sweep_removes_what_the_dead_left_and_nothing_else(store: Warned) -> None:
+    entry = store.put(KEY, writing(a="1"), {})
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    partial = store.root / ".partial"
+    dead, alive, foreign = partial / f"k.{gone.pid}", partial / f"k.{os.getpid()}", partial / "k.not-a-number"
+    for folder in (dead, alive, foreign):
+        folder.mkdir()
+        (folder / "half").write_text("", encoding="utf-8")
+    work = store.work_folder("k")
+    work.mkdir(parents=True)
+    store.sweep()
+    assert [folder.exists() for folder in (dead, alive, foreign)] == [False, True, False]
+    assert work.is_dir()
+    assert store.get(KEY) == entry
+
+
+def test_sweep_of_a_store_that_is_not_there_does_nothing(store: Warned) -> None:
+    store.sweep()
+    assert not store.root.exists()
+
+
+def test_a_killed_writer_leaves_a_miss(store: Warned) -> None:
+    code = (
+        "import os, sys, pathlib\nfrom compress.store import Store\n"
+        "def write(folder):\n    (folder / 'a').write_text('1')\n    os.kill(os.getpid(), 9)\n"
+        "Store(pathlib.Path(sys.argv[1]), print).put(sys.argv[2], write, {})\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store.root), KEY], env=os.environ | {"PYTHONPATH": str(root)}, check=False
+    )
+    assert done.returncode == -9
+    assert store.get(KEY) is None
+    assert store.warnings == []
+    assert len(left_over(store)) == 1
+    store.sweep()
+    assert left_over(store) == []
+    store.put(KEY, writing(a="1"), {})
+    assert store.get(KEY) is not None
+
+
+def test_a_store_can_be_moved(store: Warned, tmp_path: Path) -> None:
+    entry = store.put(KEY, writing(a="1"), {"k": 1})
+    shutil.move(store.root, tmp_path / "elsewhere")
+    moved = Store(tmp_path / "elsewhere", store.warnings.append).get(KEY)
+    assert moved is not None
+    assert (moved.digest, moved.meta, moved.folder) == (entry.digest, entry.meta, tmp_path / "elsewhere" / KEY)

@@ -141,7 +141,13 @@ class _Run:
             self.pipeline.config.name, verdict, self.stages, self.pipeline.resolved, describe_environment()
         )
         publish(self.folder, self.entries, [step.entry.produces for step in steps], self.factory)
-        write_report(report, self.folder)
+        is_same = [stage["key"] for stage in self.locked] == [stage.get("key") for stage in self.previous]
+        nothing_ran = all(stage.status == "unchanged" for stage in self.stages)
+        write_report(
+            report, self.folder, page=not (is_same and nothing_ran and (self.folder / "report.html").is_file())
+        )
+        if nothing_ran:
+            self.progress.note("Nothing to do: every stage is unchanged.")
         return RunOutcome(verdict, self.folder, report)
 
     def _do(self, step: _Step, count: int, input_digest: str) -> str:
@@ -162,8 +168,7 @@ class _Run:
         else:
             self.artifact = None
             self.progress.note(f"{label}: unchanged")
-        seconds = entry.meta["seconds"] if status == "ran" else 0.0
-        self.stages.append(StageRun(step.entry.name, status, seconds, entry.meta["record"]))
+        self.stages.append(StageRun(step.entry.name, status, entry.meta["seconds"], entry.meta["record"]))
         self.entries.append(entry)
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)

@@ -1,6 +1,7 @@
 """A pipeline that runs in seconds: four kinds of 16x16 pictures, a tiny trained network, few steps of everything."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -163,3 +164,9 @@ def pictures(count: int, seed: int) -> dict[str, np.ndarray]:
     clean = gratings[labels][..., None] * colours[labels][:, None, None]
     noisy = 128 + 50 * clean + random.normal(0, 25, (count, 16, 16, 3))
     return {"x": noisy.clip(0, 255).astype(np.uint8), "y": labels}
+
+
+def read_lock(world: World, name: str) -> list[dict[str, Any]]:
+    """Return what the lock of a run says of each stage."""
+    stages: list[dict[str, Any]] = json.loads((world.runs / name / "lock").read_text(encoding="utf-8"))["stages"]
+    return stages

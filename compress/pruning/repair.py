@@ -4,6 +4,7 @@ batch norm      measure mean and variance again on images, as a cumulative avera
 least squares   refit each layer that lost inputs so that it gives, from what is left, what it gave before
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
+from compress.errors import DataError
 from compress.progress import Progress
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -27,24 +29,35 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
 
     Args:
         module: The network; training flags are restored. Without batch norms nothing happens.
-        split: Images to look at; labels are not used.
+        split: At least two images to look at; labels are not used.
         progress: Told about each batch.
+
+    Raises:
+        DataError: There is one image only, which has no variance.
     """
     norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
     if not norms:
         return
+    if len(split) < 2:
+        raise DataError(
+            f"Batch-norm statistics need at least 2 images, '{split.name}' has {len(split)}.",
+            hint="Raise data.calibration.",
+        )
     momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(module), progress.task("batch-norm statistics", len(split)) as task:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # None makes torch average over all batches alike
-            norm.train()
-        for images, labels in evaluation_batches(split, _BATCH):
-            if len(labels) > 1:  # one value a channel has no variance
+    # batches count alike in the average, so they must be of (almost) one size
+    batch_size = math.ceil(len(split) / math.ceil(len(split) / _BATCH))
+    try:
+        with torch.no_grad(), eval_mode(module), progress.task("batch-norm statistics", len(split)) as task:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # None makes torch average over all batches alike
+                norm.train()
+            for images, labels in evaluation_batches(split, batch_size):
                 module(images)
-            task.advance(len(labels))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+                task.advance(len(labels))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def refit_readers(
@@ -119,14 +132,23 @@ def _regression_rows(
     if isinstance(layer, nn.Linear):
         x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
     else:
-        positions = outputs.shape[2] * outputs.shape[3]
-        chosen = torch.randperm(positions, generator=generator)[:_POSITIONS_PER_IMAGE]
-        patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-        x = patches[:, :, chosen].transpose(1, 2).flatten(0, 1)
-        y = outputs.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1)
+        width = outputs.shape[3]
+        chosen = torch.randperm(outputs.shape[2] * width, generator=generator)[:_POSITIONS_PER_IMAGE]
+        x = _patches(layer, inputs, chosen // width, chosen % width)
+        y = outputs[:, :, chosen // width, chosen % width].transpose(1, 2).flatten(0, 1)
     if layer.bias is not None:
         x = torch.cat([x, torch.ones(len(x), 1)], 1)
     return x.double(), y.double()
+
+
+def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return what a convolution reads for the outputs at (rows, columns): (N * positions, inputs * kernel)."""
+    vertical, horizontal = (int(padding) for padding in layer.padding)
+    padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical))
+    offsets = [torch.arange(size) * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    down = (rows[:, None] * layer.stride[0] + offsets[0])[:, :, None]
+    across = (columns[:, None] * layer.stride[1] + offsets[1])[:, None, :]
+    return padded[:, :, down, across].transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _solution_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
@@ -148,7 +170,7 @@ def _watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output))
+        seen.append((inputs[0].clone(), output.clone()))  # what follows may overwrite them in place
 
     handle = layer.register_forward_hook(note)
     try:

@@ -77,12 +77,13 @@ def build_report(
     return plain
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> None:
     """Write `report.json` and `report.html` into `folder`; each file is whole or not there.
 
     Args:
         report: As from `build_report`.
         folder: Made when missing.
+        page: Whether `report.html` is written; drawing it takes a second or two.
 
     Raises:
         ArtifactError: A file cannot be written.
@@ -90,7 +91,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     # A lone surrogate (an undecodable byte of a file name) has no UTF-8; as "\udc80" it is valid JSON.
     _write_atomically(folder / "report.json", (text + "\n").encode("utf-8", "backslashreplace"))
-    _write_atomically(folder / "report.html", render_html(report).encode("utf-8", "replace"))
+    if page:
+        _write_atomically(folder / "report.html", render_html(report).encode("utf-8", "replace"))
 
 
 def _describe_check(check: CheckResult) -> dict[str, Any]:

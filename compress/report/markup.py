@@ -141,8 +141,14 @@ def format_seconds(value: float | None) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Return a plain number in four digits."""
-    return MISSING if value is None else f"{value:.4g}"
+    """Return a number with four significant digits; whole numbers and large ones in full.
+
+    >>> format_number(11723008.0), format_number(0.00123456), format_number(None)
+    ('11,723,008', '0.001235', '–')
+    """
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def format_measure(value: float | None, unit: str) -> str:

@@ -1,0 +1,167 @@
+"""Killed, interrupted, started twice: what is done stays, and the end is the same as without any of it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import smallrun
+from smallrun import Finished, World, statuses
+
+from compress.config.digest import digest_file
+from compress.errors import RunLocked
+
+if sys.platform == "win32":
+    pytest.skip("processes are killed and interrupted by POSIX signals", allow_module_level=True)
+
+# Stops in the middle of an epoch, for ever; so that no test has to be quick.
+HANGING = """
+import sys, time
+from compress.training import fit
+train_step = fit._Run._train_step
+def step(run, images, labels):
+    if run.step == {step}:
+        print("hanging", flush=True)
+    while run.step == {step}:
+        time.sleep(0.01)
+    return train_step(run, images, labels)
+fit._Run._train_step = step
+from compress.cli import app
+app({arguments!r})
+"""
+
+
+def values(world: World) -> dict[str, Any]:
+    """Four epochs of six steps, with all that is random while training."""
+    changed = world.values()
+    changed["stages"][2] |= {"steps": 24, "augmentation": {"crop_padding": 2, "flip": True}}
+    return changed
+
+
+@contextmanager
+def hanging(world: World, step: int) -> Iterator["subprocess.Popen[str]"]:
+    """Start a run that stops at a step of finetune; it is there when the block starts."""
+    arguments = ["run", str(world.write(values(world))), "--runs-dir", str(world.runs)]
+    with smallrun.start(code=HANGING.format(step=step, arguments=arguments)) as process:
+        try:
+            assert process.stdout is not None
+            assert "hanging\n" in iter(process.stdout.readline, ""), process.communicate()
+            assert list(world.store.glob(".work/*/training_state.pt"))
+            yield process
+        finally:
+            process.kill()
+
+
+def weights_digest(world: World) -> str:
+    return digest_file(world.runs / "chain" / "slim" / "weights.safetensors")
+
+
+def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(finished: Finished, world: World) -> None:
+    with hanging(world, 8) as process:  # in the second epoch
+        done = world.call("run", values(world))
+        assert done.exit_code == 4
+        assert f"is held by process {process.pid} on " in done.stderr
+        assert "Hint: Wait for that run to end" in done.stderr
+        with pytest.raises(RunLocked, match=f"process {process.pid} "):
+            world.run(values(world))
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+        assert process.returncode == 130
+        wanted = "Interrupted; the stages that were completed are kept, the same command goes on from there.\n"
+        assert stderr == wanted
+
+    with hanging(world, 20) as process:  # in the fourth epoch; the first was not repeated
+        process.send_signal(signal.SIGKILL)
+        _, stderr = process.communicate()
+        assert (process.returncode, stderr) == (-signal.SIGKILL, "")
+
+    progress = smallrun.Notes()
+    resumed = world.run(values(world), progress=progress)
+    assert statuses(resumed) == ["load unchanged", "prune unchanged", "finetune ran", "export ran", "verify ran"]
+    assert "Training goes on after epoch 3 of 4." in progress.notes
+    assert not any(note.startswith("epoch 3 of 4") for note in progress.notes)
+    finetune = resumed.report["stages"][2]["record"]
+    assert [epoch["epoch"] for epoch in finetune["epochs"]] == [1, 2, 3, 4]
+    assert not list(world.store.glob(".work/*"))
+
+    undisturbed = World(finished.world.folder)
+    outcome = undisturbed.run({**values(undisturbed), "name": "undisturbed"})
+    assert statuses(outcome)[:3] == ["load unchanged", "prune unchanged", "finetune ran"]
+    other = digest_file(undisturbed.runs / "undisturbed" / "slim" / "weights.safetensors")
+    assert weights_digest(world) == other
+
+
+def test_an_unreadable_training_state_is_told_and_training_starts_again(world: World) -> None:
+    with hanging(world, 8) as process:
+        process.kill()
+        process.communicate()
+    (state,) = world.store.glob(".work/*/training_state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    progress = smallrun.Notes()
+    outcome = world.run(values(world), progress=progress)
+    assert outcome.verdict.passed
+    assert any("training state is unreadable, training starts again" in text for text in progress.warnings)
+    assert any(note.startswith("epoch 1 of 4") for note in progress.notes)
+
+
+def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: World) -> None:
+    code = (
+        "import os, sys, pathlib\nfrom compress import persist, runner\nfrom compress.cli import app\n"
+        "def save(artifact, folder):\n"
+        "    (folder / 'recipe.json').write_text('{')\n    os.kill(os.getpid(), 9)\n"
+        "runner.save_artifact = save\n"
+        f"app(['run', {str(world.write(values(world)))!r}, '--runs-dir', {str(world.runs)!r}])\n"
+    )
+    with smallrun.start(code=code) as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(world.store.glob(".partial/*"))) == 1
+    progress = smallrun.Notes()
+    outcome = world.run(values(world), progress=progress)
+    assert statuses(outcome) == ["load unchanged", "prune unchanged", "finetune ran", "export ran", "verify ran"]
+    assert progress.warnings == []
+    assert not list(world.store.glob(".partial/*"))
+
+
+def test_two_runs_of_other_names_do_not_make_the_same_result_twice(world: World) -> None:
+    """The second waits for the stage that the first is at; here the first dies, and the second goes on with it."""
+    with hanging(world, 8) as first:
+        path = world.write({**values(world), "name": "second"})
+        second = smallrun.start("run", str(path), "--runs-dir", str(world.runs))
+        with second:
+            assert second.stdout is not None
+            waits = "[3/5] finetune: another run is making the same result, this one waits for it\n"
+            assert waits in iter(second.stdout.readline, "")
+            first.kill()
+            stdout, stderr = second.communicate()
+        assert (second.returncode, stderr) == (0, "")
+        assert "Training goes on after epoch 1 of 4." in stdout
+
+
+def test_a_run_takes_what_another_made_while_it_waited(world: World) -> None:
+    from compress.locking import hold
+    from compress.runner import plan
+    from compress.store import Store
+
+    finetuned = Store(world.store, warn=pytest.fail)
+    key = [stage["key"] for stage in smallrun.read_lock(world, "chain")][2]
+    entry = finetuned.get(key)
+    assert entry is not None
+    aside = world.folder / "aside"
+    os.rename(entry.folder, aside)
+    assert plan(world.load(world.values()), world.runs)[2].status == "run"
+    with hold(world.store / ".work" / key):
+        path = world.write({**world.values(), "name": "second"})
+        second = smallrun.start("run", str(path), "--runs-dir", str(world.runs))
+        assert second.stdout is not None
+        waits = "[3/5] finetune: another run is making the same result, this one waits for it\n"
+        assert waits in iter(second.stdout.readline, "")
+        os.rename(aside, entry.folder)
+    with second:
+        stdout, stderr = second.communicate()
+    assert (second.returncode, stderr) == (0, "")
+    assert "[3/5] finetune: unchanged\n[4/5] export: unchanged\n" in stdout

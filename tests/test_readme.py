@@ -1,0 +1,51 @@
+"""What the README shows is executed, and what it states about exit codes and commands is compared with the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from compress import errors
+from compress.cli import app
+from compress.config.load import parse_pipeline
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_yaml_blocks_are_valid_pipelines(tmp_path: Path) -> None:
+    blocks = _blocks("yaml")
+    assert len(blocks) == 1
+    for block in blocks:
+        pipeline = parse_pipeline(block, tmp_path / "pipeline.yaml")
+        assert [stage.stage for stage in pipeline.config.stages][-1] == "verify"
+
+
+def test_commands_named_exist() -> None:
+    named = set(re.findall(r"compress ([a-z]+)", README)) - {"import"}
+    existing = set(get_command(app).commands)  # type: ignore[attr-defined]
+    assert {"run", "plan", "validate", "verify", "inspect", "list", "schema", "init"} <= existing
+    assert named <= existing
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    stated = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+    raised = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}
+    assert stated == raised | {0, errors.VERDICT_FAILED_EXIT_CODE}
+
+
+@pytest.mark.parametrize("verb", ["demo", "test", "check", "bench", "setup"])
+def test_makefile_has_the_verbs(verb: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{verb}: .*## ", makefile, flags=re.MULTILINE)
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "make test" in commands
+    assert "make test" in "".join(_blocks("sh"))

@@ -9,8 +9,9 @@ import importlib
 import importlib.util
 import inspect
 import pickle  # noqa: TID251 - for the exception that torch raises; nothing is loaded with it
+import re
 import sys
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +40,22 @@ def build_module(spec: FactorySpec) -> nn.Module:
         ModelError: The factory cannot be imported, raises, or returns no network.
     """
     make = _torchvision_factory(spec) if spec.kind == "torchvision" else _import_factory(spec.reference)
+    place = spec.reference.rpartition(":")[0]
+    with _on_path(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+        return call_factory(make, spec)
+
+
+def call_factory(make: Callable[..., Any], spec: FactorySpec) -> nn.Module:
+    """Call `make` with the keyword arguments of `spec` and return its network in eval mode.
+
+    Raises:
+        ModelError: It raises, or returns no network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             module = make(**spec.kwargs)
-        except Exception as error:  # the user's code: its error is shown, ours is around it
+        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
             raise ModelError(
                 f"Factory '{spec.reference}' must build the network with {_call_text(make, spec.kwargs)}, "
                 f"got {type(error).__name__}: {error}"
@@ -136,18 +148,29 @@ def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module
     return module.eval()
 
 
-def rebuild(spec: FactorySpec, recipe: Recipe, signature: Signature, weights: Path) -> nn.Module:
+def rebuild(
+    spec: FactorySpec, recipe: Recipe, signature: Signature, weights: Path, make: Callable[..., Any] | None = None
+) -> nn.Module:
     """Build the untouched network, replay the recipe on it, and load the slim weights strictly.
 
+    Args:
+        spec: How the untouched network is built.
+        recipe: The edits.
+        signature: Inputs and outputs.
+        weights: Of the slim network.
+        make: Called instead of what `spec` names, with the same keyword arguments.
+
     Raises:
+        ArtifactError: The weights cannot be read.
+        ModelError: The factory fails.
         RebuildMismatch: The recipe or the weights do not fit the factory.
     """
-    module = apply_edits(build_module(spec), recipe, example_input(signature))
+    untouched = build_module(spec) if make is None else call_factory(make, spec)
+    module = apply_edits(untouched, recipe, example_input(signature))
+    state = read_weights(weights)
     try:
-        load_strict(module, read_weights(weights), f"'{weights.name}'")
+        load_strict(module, state, f"'{weights.name}'")
     except ArtifactError as error:
-        if not weights.is_file():
-            raise
         raise RebuildMismatch(f"The saved weights must fit the replayed network: {error.message}") from error
     return module
 
@@ -159,17 +182,23 @@ def example_input(signature: Signature, batch: int = 1) -> Tensor:
 
 
 def _read_checkpoint(path: Path) -> Any:
+    if path.stat().st_size == 0:
+        raise ArtifactError(f"Weights file '{path}' is empty.")
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
+            return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ArtifactError(
-            f"Weights file '{path}' was refused: it is not a plain state dict, reading it could run code "
-            f"({_first_sentence(error)}).",
+            f"Weights file '{path}' was refused: it is not a plain state dict, reading it could run code"
+            f"{f' ({culprit[1]})' if culprit else ''}.",
             hint="Save `model.state_dict()` with safetensors or torch.save and give that file.",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's reader raises anything, down to AssertionError, on a corrupt file
         raise ArtifactError(
-            f"Weights file '{path}' is no readable torch checkpoint: {_first_sentence(error)}"
+            f"Weights file '{path}' is no readable torch checkpoint, got {type(error).__name__}: "
+            f"{_first_sentence(error)}"
         ) from error
 
 
@@ -208,7 +237,7 @@ def _import_file(path: Path) -> Any:
         sys.modules[name] = module  # dataclasses and typing look a class's module up by name
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # the user's code: its error is shown, ours is around it
+        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
             del sys.modules[name]
             raise ModelError(f"Factory file '{path}' must import, got {type(error).__name__}: {error}") from error
     return module
@@ -218,7 +247,7 @@ def _import_module(name: str) -> Any:
     try:
         with _on_path(Path.cwd()):
             return importlib.import_module(name)
-    except Exception as error:  # the user's code: its error is shown, ours is around it
+    except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
         raise ModelError(f"Factory module '{name}' must import, got {type(error).__name__}: {error}") from error
 
 

@@ -10,7 +10,8 @@ Data only: nothing in these files is ever executed. The network's code comes fro
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,14 +96,17 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
     meta, recipe, saved_factory = _read_checkpoint(folder)
     factory = factory or saved_factory
     signature = Signature.from_dict(meta["signature"])
-    figures = Figures(**_read_json(folder / "baseline.json"))
+    with _well_formed(folder / "baseline.json"):
+        figures = Figures(**_read_json(folder / "baseline.json"))
+    with _well_formed(folder / "meta.json"):
+        preprocessing, classes = Preprocessing.from_dict(meta["preprocessing"]), tuple(meta["classes"])
     return TorchModel(
         module=rebuild(factory, recipe, signature, folder / "weights.safetensors"),
         factory=factory,
         recipe=recipe,
         signature=signature,
-        preprocessing=Preprocessing.from_dict(meta["preprocessing"]),
-        classes=tuple(meta["classes"]),
+        preprocessing=preprocessing,
+        classes=classes,
         baseline=Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors"),
     )
 
@@ -138,28 +142,32 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
         ArtifactError: The folder holds no checkpoint.
         RebuildMismatch: The checkpoint does not fit the factory.
     """
-    from compress.building import apply_edits, example_input, load_strict, read_weights, rebuild  # imports torch
+    from compress.building import rebuild  # imports torch
 
     folder = folder / "slim" if (folder / "slim").is_dir() else folder
     meta, recipe, spec = _read_checkpoint(folder)
-    signature = Signature.from_dict(meta["signature"])
+    signature, weights = Signature.from_dict(meta["signature"]), folder / "weights.safetensors"
     if callable(factory):
-        module = apply_edits(factory(**spec.kwargs).eval(), recipe, example_input(signature))
-        load_strict(module, read_weights(folder / "weights.safetensors"), "'weights.safetensors'")
-        return module
+        name = getattr(factory, "__qualname__", type(factory).__name__)
+        return rebuild(replace(spec, reference=name), recipe, signature, weights, make=factory)
     if factory is not None:
         spec = replace(spec, kind="factory", reference=factory)
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
-    return rebuild(spec, recipe, signature, folder / "weights.safetensors")
+    return rebuild(spec, recipe, signature, weights)
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]:
     meta = _read_json(folder / "meta.json")
     if meta.get("schema") != META_SCHEMA:
         raise ArtifactError(f"'{folder / 'meta.json'}' must have schema {META_SCHEMA}, got {meta.get('schema')}.")
-    recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
-    return meta, recipe, FactorySpec(**meta["factory"])
+    recipe = Recipe.from_json(_read_text(folder / "recipe.json"))
+    with _well_formed(folder / "meta.json"):
+        Signature.from_dict(meta["signature"])
+        spec = FactorySpec(**meta["factory"])
+        if not isinstance(spec.reference, str) or not isinstance(spec.kwargs, dict):
+            raise TypeError("factory must hold a reference and kwargs")
+    return meta, recipe, spec
 
 
 def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
@@ -209,11 +217,27 @@ def _write_json(path: Path, values: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"'{path}' does not exist.") from error
-    except (OSError, ValueError) as error:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}' must be readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise ArtifactError(f"'{path}' must hold a JSON object.")
     return values
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"'{path}' does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' must be a readable text file: {error}") from error
+
+
+@contextmanager
+def _well_formed(path: Path) -> Iterator[None]:
+    """Say which file it is when a value of it is missing or of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"'{path}' lacks a value, or holds one of another kind: {error!r}") from error

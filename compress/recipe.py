@@ -90,15 +90,24 @@ class Recipe:
             if data["schema"] != RECIPE_SCHEMA:
                 raise ArtifactError(f"The recipe must have schema {RECIPE_SCHEMA}, got {data['schema']}.")
             return cls(tuple(_parse_edit(entry) for entry in data["edits"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"The recipe must be a list of known edits: {error!r}") from error
 
 
 def _parse_edit(entry: dict[str, Any]) -> Edit:
     values = dict(entry)
     edit = _EDITS[values.pop("edit")]
-    if edit is RemoveChannels:
-        values["removed"] = {name: tuple(int(i) for i in indices) for name, indices in values["removed"].items()}
-    if edit is Factorize:
-        values["ranks"] = tuple(int(rank) for rank in values["ranks"])
+    for key, value in values.items():
+        if key == "removed":
+            values[key] = {name: _whole_numbers(indices) for name, indices in value.items()}
+        elif key == "ranks":
+            values[key] = _whole_numbers(value)
+        elif not isinstance(value, str):
+            raise TypeError(f"{key} must be text, got {value!r}")
     return edit(**values)
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"whole numbers must be listed, got {values!r}")
+    return tuple(values)

@@ -77,7 +77,12 @@ def width_levels(full: int, parts: int, limits: Limits) -> tuple[int, ...]:
 
 
 def allocate_widths(
-    groups: Sequence[Candidates], cost: CoupledCost, budget: float, method: str = "global", limits_text: str = ""
+    groups: Sequence[Candidates],
+    cost: CoupledCost,
+    budget: float,
+    method: str = "global",
+    limits_text: str = "",
+    whole: tuple[float, str] | None = None,
 ) -> Widths:
     """Choose a width for every group so that the cost stays within the budget.
 
@@ -87,6 +92,7 @@ def allocate_widths(
         budget: In the unit of `cost`; not exceeded.
         method: "global" ranks all units together, "uniform" removes the same share of each group.
         limits_text: What limits the widths, for the message.
+        whole: What shares in the message are taken of, and its name; the cost with nothing removed by default.
 
     Returns:
         Group name -> width.
@@ -98,7 +104,7 @@ def allocate_widths(
         return {group.name: group.full for group in groups}
     smallest = {group.name: group.levels[0] for group in groups}
     if cost.at(smallest) > budget:
-        raise _unreachable(groups, cost, budget, limits_text)
+        raise _unreachable(groups, cost, budget, limits_text, whole or (cost.full, "the present cost"))
     widths_at = _by_threshold(groups) if method == "global" else _by_share(groups)
     widths = _bisect(widths_at, smallest, cost, budget)
     return _spend_rest(groups, widths, cost, budget)
@@ -176,14 +182,17 @@ def _nearest_level(group: Candidates, width: float) -> int:
     return min(group.levels, key=lambda level: (abs(level - width), -level))
 
 
-def _unreachable(groups: Sequence[Candidates], cost: CoupledCost, budget: float, limits_text: str) -> BudgetUnreachable:
+def _unreachable(
+    groups: Sequence[Candidates], cost: CoupledCost, budget: float, limits_text: str, whole: tuple[float, str]
+) -> BudgetUnreachable:
     if not groups:
         return BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
     best = cost.at({group.name: group.levels[0] for group in groups})
     if best <= budget:
         raise InternalError("A budget that can be met was called unreachable.")
     names: Mapping[bool, str] = {True: "group", False: "groups"}
+    total, name = whole
     return BudgetUnreachable(
-        f"{budget / cost.full:.3f} of the present cost cannot be reached; the best is {best / cost.full:.3f}, with "
+        f"Target {budget / total:.3f} of {name} cannot be reached; the best is {best / total:.3f}, with "
         f"{len(groups)} channel {names[len(groups) == 1]} at the least width allowed{limits_text}.",
     )

@@ -54,6 +54,7 @@ def select_channels(
     limits: Limits,
     method: str,
     comparable: bool,
+    whole: tuple[float, str] | None = None,
 ) -> Selection:
     """Choose the channels that go so that the cost stays within the budget.
 
@@ -65,6 +66,7 @@ def select_channels(
         limits: Floors, caps and multiples.
         method: "global" or "uniform".
         comparable: Whether scores of different groups have one scale; else each group's are divided by their mean.
+        whole: As in `allocate_widths`.
 
     Raises:
         BudgetUnreachable: Even the least widths cost more.
@@ -76,7 +78,7 @@ def select_channels(
         f" (max_removed_ratio {limits.max_removed_ratio}, min_width {limits.min_width}, "
         f"multiple_of {limits.multiple_of})"
     )
-    widths = allocate_widths(candidates, cost, budget, method, text)
+    widths = allocate_widths(candidates, cost, budget, method, text, whole)
     removed = {
         c.name: groups[c.name].expand(c.removed_units(widths[c.name])) for c in candidates if widths[c.name] < c.full
     }

@@ -97,6 +97,8 @@ class PruneStage:
             module = remove_block(module, RemoveBlock(weakest))
             removed.append(weakest)
             ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
+        if removed and self.config.repair != "none":
+            reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
         return module, tuple(removed)
 
     def _find_groups(
@@ -126,15 +128,16 @@ class PruneStage:
                 stats = collect_gradients(module, groups.values(), batches)
         scores = score_groups(groups, criterion, stats)
         cost = build_cost(module, example, groups, self.unit)
-        budget = self.asked * self._baseline(artifact)
+        whole = (self._baseline(artifact), f"the baseline's {self.unit}")
+        budget = self.asked * whole[0]
         limits = Limits(config.min_width, config.max_removed_ratio, config.multiple_of)
-        return select_channels(groups, scores, cost, budget, limits, config.allocation, criterion.comparable)
+        return select_channels(groups, scores, cost, budget, limits, config.allocation, criterion.comparable, whole)
 
     def _repair(
         self, slim: nn.Module, original: nn.Module, selection: Selection, groups: Groups, ctx: StageContext
     ) -> None:
         """Repair in place. Readers refitted to the original's outputs need the original's statistics behind them."""
-        if self.config.repair == "none":
+        if self.config.repair == "none" or not selection.removed:
             return
         split = ctx.data.calibration
         if self.config.repair == "least_squares":

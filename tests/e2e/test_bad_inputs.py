@@ -101,7 +101,7 @@ def test_a_pickled_module_is_refused(plain: World, tmp_path: Path) -> None:
     [
         ("a.safetensors", b"", "must be a safetensors file"),
         ("a.safetensors", b"\x00" * 100, "must be a safetensors file"),
-        ("a.pth", b"", "is no readable torch checkpoint"),
+        ("a.pth", b"", "is empty."),
         ("a.pth", b"PK\x03\x04 and no more", "is no readable torch checkpoint"),
         ("a.pth", b"some text", "Weights file"),
     ],
@@ -126,7 +126,10 @@ def test_weights_in_a_checkpoint_with_wrappings_are_read(plain: World, tmp_path:
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "checkpoint.pth")
     values = {**with_weights(plain, tmp_path / "checkpoint.pth"), "name": "wrapped"}
     outcome = plain.run(values)
-    assert statuses(outcome) == ["load ran", *(f"{stage} unchanged" for stage in ("prune", "finetune", "export", "verify"))]
+    assert statuses(outcome) == [
+        "load ran",
+        *(f"{stage} unchanged" for stage in ("prune", "finetune", "export", "verify")),
+    ]
 
 
 def test_weights_of_another_network(plain: World, tmp_path: Path) -> None:
@@ -142,8 +145,8 @@ def test_weights_that_are_not_finite(plain: World, tmp_path: Path, value: float)
     state = load_file(plain.folder / "chain.safetensors")
     state["head.bias"][1] = value
     save_file(state, tmp_path / "a.safetensors")
-    refused(plain, with_weights(plain, tmp_path / "a.safetensors"), 3,
-            f"Stage 'load' (1 of 5): '{tmp_path / 'a.safetensors'}' must be finite, NaN or infinity in head.bias.")  # fmt: skip
+    text = f"Stage 'load' (1 of 5): '{tmp_path / 'a.safetensors'}' must be finite, NaN or infinity in head.bias."
+    refused(plain, with_weights(plain, tmp_path / "a.safetensors"), 3, text)
 
 
 # -- factory ---------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def test_weights_that_are_not_finite(plain: World, tmp_path: Path, value: float)
     [
         ("import nothing_of_this_name", ("must import, got ModuleNotFoundError: No module named",)),
         ("def build(:", ("must import, got SyntaxError",)),
-        ("def make(): return None", ("must have a callable 'build', it has none.",)),
+        ("def make(): return None", (" must have a callable 'build', it has none.",)),
         ("def build(name): return name", ("must return a torch.nn.Module, got str.",)),
         ("def build(): pass", ("must build the network with name='chain' (it takes ())", "got TypeError")),
         ("def build(name): raise RuntimeError('inner')", ("got RuntimeError: inner",)),
@@ -166,7 +169,7 @@ def test_factories_that_build_nothing(plain: World, tmp_path: Path, code: str, t
     (tmp_path / "net.py").write_text(code, encoding="utf-8")
     values = plain.values()
     values["stages"][0]["model"]["factory"] = f"{tmp_path / 'net.py'}:build"
-    refused(plain, values, 3, "Stage 'load' (1 of 5): Factory ", str(tmp_path / "net.py"), *texts)
+    refused(plain, values, 3, "Stage 'load' (1 of 5): ", str(tmp_path / "net.py"), *texts)
 
 
 def test_a_factory_file_that_is_not_there(plain: World) -> None:
@@ -182,7 +185,7 @@ def test_kwargs_that_the_factory_does_not_take(plain: World) -> None:
 
 
 def test_a_network_that_is_no_classifier(plain: World, tmp_path: Path) -> None:
-    code = f"import sys\nsys.path.insert(0, {str(smallrun.NETS.parent)!r})\nimport nets\ndef build(name): return nets.build(name).body\n"
+    code = f"{smallrun.NETS.read_text(encoding='utf-8')}\nbuild_whole = build\ndef build(name): return build_whole(name).body\n"
     (tmp_path / "net.py").write_text(code, encoding="utf-8")
     save_file(nets.chain().body.state_dict(), tmp_path / "body.safetensors")
     values = with_weights(plain, tmp_path / "body.safetensors")
@@ -201,7 +204,9 @@ def test_missing_data(plain: World) -> None:
 
 
 @pytest.mark.parametrize("half", ["train", "evaluation"])
-@pytest.mark.parametrize(("label", "text"), [(4, "number of classes the network has (4), got"), (-1, "0 or more, got -1")])
+@pytest.mark.parametrize(
+    ("label", "text"), [(4, "number of classes the network has (4), got"), (-1, "0 or more, got -1")]
+)
 def test_labels_out_of_range(plain: World, tmp_path: Path, half: str, label: int, text: str) -> None:
     arrays = smallrun.pictures(264, seed=1)
     arrays["y"][7] = label
@@ -220,8 +225,14 @@ def test_more_classes_than_the_network_has(plain: World, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("images", "text"),
     [
-        (np.zeros((264, 16, 16, 4), np.uint8), "must be uint8 (N, H, W, C) with 1 or 3 channels, got uint8 (264, 16, 16, 4)"),
-        (np.zeros((264, 3, 16, 16), np.uint8), "must be uint8 (N, H, W, C) with 1 or 3 channels, got uint8 (264, 3, 16, 16)"),
+        (
+            np.zeros((264, 16, 16, 4), np.uint8),
+            "must be uint8 (N, H, W, C) with 1 or 3 channels, got uint8 (264, 16, 16, 4)",
+        ),
+        (
+            np.zeros((264, 3, 16, 16), np.uint8),
+            "must be uint8 (N, H, W, C) with 1 or 3 channels, got uint8 (264, 3, 16, 16)",
+        ),
         (np.zeros((264, 16, 16, 3), np.float32), "got float32 (264, 16, 16, 3)"),
         (np.zeros((264, 16, 16, 1), np.uint8), "The network must run on images of shape (2, 1, 16, 16)"),
         (np.zeros((10, 16, 16, 3), np.uint8), "must have one label for each image, got 10 images, 264 labels"),
@@ -239,7 +250,7 @@ def test_images_of_the_wrong_size_for_a_linear_layer(plain: World, tmp_path: Pat
     values = with_data(plain, arrays=str(tmp_path / "a.npz"))
     values["stages"][0] |= {"weights": str(tmp_path / "linear.safetensors")}
     values["stages"][0]["model"]["kwargs"]["name"] = "linear_head"
-    refused(plain, values, 3, "The network must run on images of shape (2, 3, 20, 20), got RuntimeError: mat1",
+    refused(plain, values, 3, "The network must run on images of shape (2, 3, 20, 20), got RuntimeError: ",
             "Hint: Check data.preprocessing")  # fmt: skip
 
 
@@ -265,7 +276,9 @@ def test_a_cut_off_data_file(plain: World, tmp_path: Path) -> None:
 def test_splits_that_leave_nothing_to_train_on(plain: World) -> None:
     values = plain.values()
     values["data"]["validation"] = 1000
-    refused(plain, values, 3, "Stage 'load' (1 of 5): The training source must hold more images than are taken out of it")
+    refused(
+        plain, values, 3, "Stage 'load' (1 of 5): The training source must hold more images than are taken out of it"
+    )
 
 
 # -- stages that cannot do their work --------------------------------------------------------------------------------
@@ -282,20 +295,32 @@ def test_a_loss_that_is_not_finite(plain: World) -> None:
 def test_an_unreachable_target(plain: World) -> None:
     values = plain.values()
     values["stages"][1] |= {"target": {"macs": 0.05}, "max_removed_ratio": 0.5}
-    done = refused(plain, values, 3, "Stage 'prune' (2 of 5): ", "0.05", "max_removed_ratio=0.5")
-    assert "the best" in done.stderr
+    refused(
+        plain,
+        values,
+        3,
+        "Stage 'prune' (2 of 5): ",
+        "0.050 ",
+        "cannot be reached; the best is ",
+        "max_removed_ratio 0.5",
+    )
 
 
 def test_a_prune_that_would_remove_nothing(plain: World) -> None:
     values = plain.values()
     values["stages"][1]["target"] = {"macs": 1.0}
-    refused(plain, values, 3, "Stage 'prune' (2 of 5): Target macs 1.0 must remove something, but the network already has "
-            "1.000 of the baseline's macs.")  # fmt: skip
+    text = "Target macs 1.0 must remove something, but the network already has 1.000 of the baseline's macs."
+    refused(plain, values, 3, f"Stage 'prune' (2 of 5): {text}")
 
 
 def test_a_second_prune_with_the_same_target(plain: World) -> None:
     values = plain.values(middle=(smallrun.MIDDLE[0], smallrun.MIDDLE[0]))
-    refused(plain, values, 3, "Stage 'prune' (3 of 5): Target macs 0.6 must remove something, but the network already has 0.583")
+    refused(
+        plain,
+        values,
+        3,
+        "Stage 'prune' (3 of 5): Target macs 0.6 must remove something, but the network already has 0.583",
+    )
 
 
 def test_more_blocks_than_there_are(plain: World) -> None:
@@ -306,7 +331,12 @@ def test_more_blocks_than_there_are(plain: World) -> None:
 
 def test_a_low_rank_target_that_is_met_already(plain: World) -> None:
     middle = (smallrun.MIDDLE[0], {"stage": "low_rank", "target": {"macs": 0.9}})
-    refused(plain, plain.values(middle=middle), 3, "Stage 'low_rank' (3 of 5): The target must be below what the network has")
+    refused(
+        plain,
+        plain.values(middle=middle),
+        3,
+        "Stage 'low_rank' (3 of 5): The target must be below what the network has",
+    )
 
 
 # -- runtimes --------------------------------------------------------------------------------------------------------
@@ -318,8 +348,8 @@ def test_a_provider_that_is_not_there(plain: World) -> None:
     values = plain.values()
     values["stages"][4]["provider"] = "CoreMLExecutionProvider"
     if "CoreMLExecutionProvider" not in onnxruntime.get_available_providers():
-        refused(plain, values, 5, "Stage 'verify' (5 of 5): Runtime 'onnxruntime': CoreMLExecutionProvider was asked for, "
-                "but this build offers ", "CPUExecutionProvider")  # fmt: skip
+        text = "CoreMLExecutionProvider was asked for, but this build offers "
+        refused(plain, values, 5, f"Stage 'verify' (5 of 5): Runtime 'onnxruntime': {text}", "CPUExecutionProvider")
     values["stages"][4]["provider"] = "NoExecutionProvider"
     refused(plain, values, 5, "provider must be one of ", "got 'NoExecutionProvider'.")
 
@@ -328,7 +358,9 @@ def test_a_provider_that_is_not_there(plain: World) -> None:
 def test_cuda_where_there_is_none(plain: World) -> None:
     values = plain.values()
     values["stages"][4]["provider"] = "CUDAExecutionProvider"
-    refused(plain, values, 5, "Stage 'verify' (5 of 5): Runtime 'onnxruntime': CUDAExecutionProvider was asked for, but ")
+    refused(
+        plain, values, 5, "Stage 'verify' (5 of 5): Runtime 'onnxruntime': CUDAExecutionProvider was asked for, but "
+    )
 
 
 # -- the store and the disk ------------------------------------------------------------------------------------------
@@ -354,7 +386,9 @@ def test_a_damaged_result_is_made_again_with_a_warning(world: World, stage: int,
     wanted[stage] = "ran"
     assert [entry["status"] for entry in outcome.report["stages"]] == wanted
     assert any(note.endswith(": its stored result is gone") for note in progress.notes)
-    assert [entry["output"] for entry in smallrun.read_lock(world, "chain")][:4] == [entry["output"] for entry in before][:4]
+    assert [entry["output"] for entry in smallrun.read_lock(world, "chain")][:4] == [
+        entry["output"] for entry in before
+    ][:4]
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 1, "stages": [1]}', '{"schema": 1, "stages": 1}', "[]"])
@@ -377,7 +411,10 @@ def full(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("place", "text"),
     [
-        ("compress.runner.save_artifact", "Stage 'finetune' (3 of 5): The result of the stage could not be written to "),
+        (
+            "compress.runner.save_artifact",
+            "Stage 'finetune' (3 of 5): The result of the stage could not be written to ",
+        ),
         ("compress.training.fit.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
         ("compress.runfolder.write_slim", "Run folder "),
         ("compress.runner.os.replace", "pipeline.yaml' must be writable: "),
@@ -396,7 +433,7 @@ def test_a_full_disk_keeps_what_is_done(world: World, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-@pytest.mark.parametrize("limit", [8_000, 18_000, 24_000])
+@pytest.mark.parametrize("limit", [8_000, 20_000])
 def test_a_file_system_that_refuses_larger_files(world: World, limit: int) -> None:
     """Real writes that fail in every library that writes, at one place or another."""
     values = world.values(middle=smallrun.MIDDLE[1:])

@@ -1,16 +1,18 @@
 """Killed, interrupted, started twice: what is done stays, and the end is the same as without any of it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import smallrun
-from smallrun import Finished, World, statuses
+from smallrun import World, statuses
 
 from compress.config.digest import digest_file
 from compress.errors import RunLocked
@@ -60,7 +62,8 @@ def weights_digest(world: World) -> str:
     return digest_file(world.runs / "chain" / "slim" / "weights.safetensors")
 
 
-def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(finished: Finished, world: World) -> None:
+def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.folder, tmp_path / "undisturbed")
     with hanging(world, 8) as process:  # in the second epoch
         done = world.call("run", values(world))
         assert done.exit_code == 4
@@ -88,11 +91,10 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(finish
     assert [epoch["epoch"] for epoch in finetune["epochs"]] == [1, 2, 3, 4]
     assert not list(world.store.glob(".work/*"))
 
-    undisturbed = World(finished.world.folder)
-    outcome = undisturbed.run({**values(undisturbed), "name": "undisturbed"})
+    undisturbed = World(tmp_path / "undisturbed")
+    outcome = undisturbed.run(values(undisturbed))
     assert statuses(outcome)[:3] == ["load unchanged", "prune unchanged", "finetune ran"]
-    other = digest_file(undisturbed.runs / "undisturbed" / "slim" / "weights.safetensors")
-    assert weights_digest(world) == other
+    assert weights_digest(world) == weights_digest(undisturbed)
 
 
 def test_an_unreadable_training_state_is_told_and_training_starts_again(world: World) -> None:

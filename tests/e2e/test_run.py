@@ -249,8 +249,9 @@ def test_a_plan_names_what_changed(finished: Finished, change: Any, unchanged: i
 
 
 @pytest.mark.parametrize(
-    ("file", "reason"), [("chain.safetensors", "files.weights"), ("train.npz", "data.train"), ("test.npz", "data.evaluation")]
-)  # fmt: skip
+    ("file", "reason"),
+    [("chain.safetensors", "files.weights"), ("train.npz", "data.train"), ("test.npz", "data.evaluation")],
+)
 def test_changed_files_count_by_content_and_not_by_date(world: World, file: str, reason: str) -> None:
     path = world.folder / file
     os.utime(path, (1, 1))

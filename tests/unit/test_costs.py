@@ -36,7 +36,6 @@ def _network(name: str) -> nn.Module:
     return _Mix().eval() if name == "mix" else nets.build(name)
 
 
-
 def _some(groups, generator: torch.Generator) -> dict[str, tuple[int, ...]]:
     """Return a random removal of some groups."""
     removed = {}

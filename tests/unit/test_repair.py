@@ -14,7 +14,7 @@ from compress.data.sources import ArraySource
 from compress.errors import DataError
 from compress.progress import SilentProgress
 from compress.pruning.graph import cut_copy, find_cuttable
-from compress.pruning.repair import refit_readers, reestimate_batch_norm
+from compress.pruning.repair import reestimate_batch_norm, refit_readers
 
 SILENT = SilentProgress()
 

@@ -42,7 +42,9 @@ def writing(**files: str) -> Callable[[Path], None]:
 
 def left_over(store: Store) -> list[str]:
     """Return every file below the store that is not in a finished entry."""
-    return [str(path) for path in store.root.rglob("*") if path.is_file() and path.relative_to(store.root).parts[0] != KEY]
+    return [
+        str(path) for path in store.root.rglob("*") if path.is_file() and path.relative_to(store.root).parts[0] != KEY
+    ]
 
 
 def test_what_is_put_can_be_got(store: Warned) -> None:

@@ -254,7 +254,7 @@ def test_scores_that_are_not_finite_name_the_group():
     groups = _groups(module)
     with torch.no_grad():
         module.body[1][0].weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFinite, match="criterion 'l1' gives NaN or infinity in group 'body.1.0'"):
+    with pytest.raises(NonFinite, match=r"criterion 'l1' gives NaN or infinity in group 'body\.1\.0'"):
         score_groups(groups, L1(), None)
 
 

@@ -1,0 +1,301 @@
+"""The prune stage reaches its target or says why not, never removes in silence, and leaves its input alone."""
+
+import copy
+import re
+from contextlib import contextmanager
+
+import nets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.building import apply_edits
+from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
+from compress.cost.macs import count_macs, count_params
+from compress.data.opening import Splits
+from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
+from compress.progress import SilentProgress
+from compress.recipe import Recipe, RemoveBlock, RemoveChannels
+from compress.stages.context import StageContext
+from compress.stages.prune import PruneStage
+
+SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
+
+
+class _Listener(SilentProgress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def task(self, label, total):
+        with super().task(label, total) as task:
+            yield task
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Splits of 96 synthetic images in an .npz file."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    random = np.random.default_rng(0)
+    np.savez(path, x=random.integers(0, 256, (96, 16, 16, 3), np.uint8), y=np.arange(96) % 4)
+    source = ArraysSource(arrays=str(path))
+    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
+    return Splits(
+        DataConfig(train=source, evaluation=source, calibration=48, validation=16, preprocessing=preprocessing)
+    )
+
+
+def _artifact(module: nn.Module, tmp_path, name: str = "chain") -> TorchModel:
+    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
+    baseline = Baseline(figures, tmp_path / "baseline.onnx", tmp_path / "baseline.safetensors")
+    spec = FactorySpec("factory", "nets:build", {"name": name})
+    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def prune(data, tmp_path):
+    """Run the stage on a tiny network, or on an artifact, and return the slim model, the record, what was said."""
+
+    def call(network, **config):
+        artifact = _artifact(nets.build(network), tmp_path, network) if isinstance(network, str) else network
+        config.setdefault("target", TargetConfig(macs=0.5))
+        config.setdefault("multiple_of", 1)
+        listener = _Listener()
+        stage = PruneStage(PruneConfig(stage="prune", **config))
+        slim, record = stage.run(artifact, StageContext(tmp_path, 0, data, listener))
+        return slim, record, listener
+
+    return call
+
+
+def _hold_replay(slim: TorchModel, name: str) -> None:
+    """The recipe gives the structure of the module."""
+    replayed = apply_edits(nets.build(name, seed=3), slim.recipe, nets.EXAMPLE)
+    replayed.load_state_dict(slim.module.state_dict(), strict=True)
+    assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_target_is_met_on_every_tiny_network(prune, name):
+    slim, record, _ = prune(name, target=TargetConfig(macs=0.5))
+    before = count_macs(nets.build(name), nets.EXAMPLE)
+    left = count_macs(slim.module, nets.EXAMPLE)
+    assert left <= 0.5 * before
+    assert record["macs_before"] == before
+    assert record["macs_after"] == left
+    assert record["params_after"] == count_params(slim.module)
+    assert record["reached_ratio"] == left / before
+    assert (record["shortfall"] is None) == (abs(left / before - 0.5) <= 0.0025)
+    assert [entry for entry in record["groups"] if entry["width_after"] < entry["width_before"]]
+    assert 0 <= record["validation_top1_after"] <= 1
+    _hold_replay(slim, name)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "bn_scale", "taylor", "random"])
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_every_criterion_and_allocation_meets_a_params_target(prune, criterion, allocation):
+    slim, record, _ = prune("residual", target=TargetConfig(params=0.4), criterion=criterion, allocation=allocation)
+    before = count_params(nets.build("residual"))
+    assert 0.3 * before < count_params(slim.module) <= 0.4 * before
+    assert record["target"] == {"params": 0.4}
+    _hold_replay(slim, "residual")
+
+
+def test_coarse_widths_are_a_stated_shortfall(prune):
+    slim, record, said = prune("chain", target=TargetConfig(macs=0.6), multiple_of=8)
+    assert all(entry["width_after"] % 8 == 0 or entry["width_before"] == 8 for entry in record["groups"])
+    text = rf"asked for 0\.6000 of the baseline's macs, the nearest within the budget is {record['reached_ratio']:.4f}"
+    assert re.match(text, record["shortfall"])
+    assert any(record["shortfall"] in note for note in said.notes)
+    assert count_macs(slim.module, nets.EXAMPLE) < 0.6 * record["macs_before"]
+
+
+def test_limits_hold(prune):
+    _, record, _ = prune("residual", target=TargetConfig(macs=0.45), max_removed_ratio=0.5, min_width=7)
+    assert all(entry["width_after"] >= 8 for entry in record["groups"])
+
+
+def test_nothing_to_remove_is_an_error(prune, tmp_path):
+    with pytest.raises(BudgetUnreachable, match=r"Target macs 1\.0 must remove something, .* already has 1\.000"):
+        prune("chain", target=TargetConfig(macs=1.0))
+    slim, _, _ = prune("chain", target=TargetConfig(macs=0.4))
+    with pytest.raises(BudgetUnreachable, match=r"Target macs 0\.7 must remove something, .* already has 0\.(3|4)"):
+        prune(slim, target=TargetConfig(macs=0.7))
+
+
+def test_unreachable_target_names_the_best_and_what_limits_it(prune):
+    with pytest.raises(BudgetUnreachable) as caught:
+        prune("chain", target=TargetConfig(macs=0.05), max_removed_ratio=0.5, multiple_of=8)
+    found = re.fullmatch(
+        r"Target 0\.050 of the baseline's macs cannot be reached; the best is (0\.\d{3}), with 3 channel groups at the "
+        r"least width allowed \(max_removed_ratio 0\.5, min_width 1, multiple_of 8\)\.",
+        caught.value.message,
+    )
+    assert found
+    best = float(found[1]) + 0.001
+    _, record, _ = prune("chain", target=TargetConfig(macs=best), max_removed_ratio=0.5, multiple_of=8)
+    assert record["reached_ratio"] == pytest.approx(best, abs=0.002)
+
+
+def test_unreachable_target_counts_from_the_baseline_after_blocks_are_gone(prune):
+    with pytest.raises(BudgetUnreachable, match=r"Target 0\.010 of the baseline's macs .* best is (0\.\d+)") as caught:
+        prune("residual", target=TargetConfig(macs=0.01), blocks=1, max_removed_ratio=0.3)
+    best = float(re.search(r"best is (0\.\d+)", caught.value.message)[1])
+    _, record, _ = prune("residual", target=TargetConfig(macs=best + 0.001), blocks=1, max_removed_ratio=0.3)
+    assert record["reached_ratio"] == pytest.approx(best, abs=0.001)
+
+
+def test_excluded_layers_keep_their_width(prune):
+    slim, record, _ = prune("residual", exclude=("body.1.conv1", "body.2.*1"))
+    assert slim.module.body[1].conv1.out_channels == 16
+    assert slim.module.body[2].conv1.out_channels == 16
+    reasons = {entry["name"]: entry["reason"] for entry in record["excluded"]}
+    assert reasons["body.1.conv1"] == reasons["body.2.conv1"] == "excluded by the pipeline file"
+    assert [entry["name"] for entry in record["groups"]] == ["body.0.0"]
+
+
+def test_a_pattern_excludes_the_whole_group_of_any_of_its_layers(prune):
+    _, record, _ = prune("residual", exclude=("body.2.conv2",))
+    assert "body.0.0" not in [entry["name"] for entry in record["groups"]]
+
+
+def test_unknown_pattern_is_an_error_with_the_closest_layer(prune):
+    with pytest.raises(ConfigValueError, match=r"'body\.1\.cnv1' names none\.\nHint: did you mean 'body\.1\.conv1'\?"):
+        prune("residual", exclude=("body.1.cnv1",))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "l1"])
+def test_everything_excluded_cannot_reach_a_target(prune, criterion):
+    with pytest.raises(BudgetUnreachable, match="at least one channel group that can be cut, there is none"):
+        prune("chain", exclude=("*",), criterion=criterion)
+
+
+def test_group_that_cannot_be_scored_is_named(prune):
+    with pytest.raises(UnsupportedLayer, match="'bn_scale' needs a batch norm with a scale, group 'fc1' has none"):
+        prune("linear_head", criterion="bn_scale")
+    _, record, _ = prune("linear_head", criterion="bn_scale", exclude=("fc1",), target=TargetConfig(macs=0.7))
+    assert record["reached_ratio"] <= 0.7
+
+
+@pytest.mark.parametrize("repair", ["none", "batch_norm", "least_squares"])
+def test_blocks_are_removed_and_the_rest_is_cut(prune, repair):
+    slim, record, said = prune("residual", target=TargetConfig(macs=0.3), blocks=1, repair=repair)
+    (block,) = record["removed_blocks"]
+    assert block in ("body.1", "body.2")
+    assert isinstance(slim.module.get_submodule(block), nn.Identity)
+    assert [type(edit) for edit in slim.recipe.edits] == [RemoveBlock, RemoveChannels]
+    assert count_macs(slim.module, nets.EXAMPLE) <= 0.3 * record["macs_before"]
+    assert any(note.startswith(f"block {block} removed (loss ") for note in said.notes)
+    _hold_replay(slim, "residual")
+
+
+@pytest.mark.parametrize("repair", ["batch_norm", "least_squares"])
+def test_removing_blocks_alone_is_enough_and_statistics_are_measured_again(prune, repair):
+    slim, record, _ = prune("residual", target=TargetConfig(macs=0.9), blocks=2, repair=repair)
+    assert sorted(record["removed_blocks"]) == ["body.1", "body.2"]
+    assert [type(edit) for edit in slim.recipe.edits] == [RemoveBlock, RemoveBlock]
+    before = nets.build("residual").body[0][1].running_mean
+    assert not torch.equal(slim.module.body[0][1].running_mean, before)
+    _hold_replay(slim, "residual")
+
+
+@pytest.mark.parametrize(("name", "blocks", "there"), [("residual", 3, 2), ("chain", 1, 0)])
+def test_too_many_blocks_are_an_error(prune, name, blocks, there):
+    match = rf"blocks must not be more than the residual blocks that can be removed \({there}\), got {blocks}\."
+    with pytest.raises(ConfigValueError, match=match):
+        prune(name, blocks=blocks)
+
+
+def _error(slim: TorchModel, name: str, data) -> float:
+    from compress.data.batches import evaluation_batches
+
+    original = nets.build(name)
+    reestimated = slim.module
+    with torch.no_grad():
+        images = torch.cat([images for images, _ in evaluation_batches(data.calibration, 16)])
+        return float((reestimated(images) - original(images)).square().mean())
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "linear_head", "concat", "depthwise"])
+def test_least_squares_brings_the_outputs_back(prune, data, name):
+    errors = {repair: _error(prune(name, repair=repair)[0], name, data) for repair in ("none", "least_squares")}
+    assert errors["least_squares"] < errors["none"]
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+@pytest.mark.parametrize("repair", ["none", "batch_norm", "least_squares"])
+def test_repairs_keep_the_structure_and_give_finite_weights(prune, name, repair):
+    slim, record, _ = prune(name, repair=repair, criterion="l1")
+    assert record["reached_ratio"] <= 0.5
+    assert all(value.isfinite().all() for value in slim.module.state_dict().values())
+    assert not any(part.training for part in slim.module.modules())
+    _hold_replay(slim, name)
+
+
+def test_batch_norm_repair_changes_statistics_and_no_weights(prune):
+    bare, repaired = (prune("chain", repair=repair, criterion="l1")[0].module for repair in ("none", "batch_norm"))
+    for (name, value), (_, plain) in zip(repaired.named_parameters(), bare.named_parameters(), strict=True):
+        assert torch.equal(value, plain), name
+    assert not torch.equal(repaired.body[0][1].running_mean, bare.body[0][1].running_mean)
+
+
+def test_input_is_left_untouched(prune, tmp_path):
+    artifact = _artifact(nets.build("residual"), tmp_path, "residual")
+    artifact.module.head.weight.requires_grad_(False)
+    state = copy.deepcopy(artifact.module.state_dict())
+    slim, _, _ = prune(artifact, blocks=1, target=TargetConfig(macs=0.3), repair="least_squares")
+    assert all(torch.equal(value, state[name]) for name, value in artifact.module.state_dict().items())
+    assert list(artifact.module.state_dict()) == list(state)
+    assert artifact.recipe == Recipe()
+    assert not any(part.training or part._forward_hooks for part in artifact.module.modules())
+    assert all(parameter.grad is None for parameter in artifact.module.parameters())
+    assert not slim.module.head.weight.requires_grad
+    assert not {p.data_ptr() for p in slim.module.parameters()} & {p.data_ptr() for p in artifact.module.parameters()}
+
+
+def test_same_seed_gives_the_same_network_and_a_second_stage_goes_on(prune):
+    first, _, _ = prune("residual", target=TargetConfig(macs=0.6))
+    again, _, _ = prune("residual", target=TargetConfig(macs=0.6))
+    assert first.recipe == again.recipe
+    assert all(torch.equal(a, b) for a, b in zip(first.module.parameters(), again.module.parameters(), strict=True))
+    second, record, _ = prune(first, target=TargetConfig(macs=0.3))
+    assert len(second.recipe.edits) == 2
+    assert record["macs_before"] == count_macs(first.module, nets.EXAMPLE)
+    assert record["reached_ratio"] <= 0.3
+    _hold_replay(second, "residual")
+
+
+class _ZeroPadded(nn.Module):
+    """One group that cannot be cut, and one that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 1, 1), nn.Conv2d(12, 16, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.outer(torch.relu(self.inner(x)))
+        return self.head((y + nn.functional.pad(x, (0, 0, 0, 0, 4, 4))).mean((2, 3)))
+
+
+def test_groups_that_cannot_be_cut_are_a_named_warning(prune, tmp_path):
+    torch.manual_seed(0)
+    _, record, said = prune(_artifact(_ZeroPadded().eval(), tmp_path), target=TargetConfig(macs=0.8))
+    whole = {entry["name"] for entry in record["excluded"]} - {"head"}
+    assert whole
+    assert "inner" not in whole
+    for name in whole:
+        assert any(text.startswith(f"Channel group '{name}' stays whole: ") for text in said.warnings)
+    assert len(said.warnings) == len(whole)

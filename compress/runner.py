@@ -14,16 +14,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from compress.artifacts import FactorySpec, Verdict
-from compress.catalog import NOTHING, STAGES, TORCH_MODEL, VERDICT, StageEntry
-from compress.config.digest import digest_data, digest_file, digest_value
+from compress.catalog import NOTHING, VERDICT
+from compress.config.digest import digest_value
 from compress.config.load import Pipeline
 from compress.errors import ArtifactError, CompressError, InternalError, RunLocked
+from compress.keys import Step, build_steps, explain
 from compress.locking import hold
 from compress.persist import VOLATILE, load_artifact, save_artifact
 from compress.progress import Progress, SilentProgress
@@ -33,8 +33,6 @@ from compress.runfolder import publish
 from compress.store import Entry, Store
 
 LOCK_SCHEMA = 1
-LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "torch",
-             "torch-pruning", "torchvision")  # fmt: skip
 WAIT_S = 0.2
 
 
@@ -62,35 +60,20 @@ class RunOutcome:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One stage of this pipeline: its place, declaration, settings and key components."""
-
-    index: int
-    entry: StageEntry
-    config: Any
-    values: dict[str, Any]
-    fixed: dict[str, Any] = field(default_factory=dict)
-
-    def components(self, input_digest: str) -> dict[str, Any]:
-        """Return everything the stage's result depends on."""
-        return {**self.fixed, "input": input_digest}
-
-
 def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
     """Return what a run would do, stage by stage, without doing it."""
     store = Store(runs_dir / ".store", warn=lambda text: None)
     previous = _read_lock(runs_dir / pipeline.config.name)
     planned: list[PlannedStage] = []
     digest: str | None = ""
-    for step in _steps(pipeline):
+    for step in build_steps(pipeline):
         if digest is None:
             planned.append(PlannedStage(step.entry.name, "run", (f"its input changes: '{planned[-1].stage}' runs",)))
             continue
         components = step.components(digest)
         entry = store.get(digest_value(components))
         if entry is None:
-            reasons = _reasons(components, previous, step)
+            reasons = explain(components, previous, step)
             planned.append(PlannedStage(step.entry.name, "run", reasons))
             digest = None
         else:
@@ -130,7 +113,7 @@ class _Run:
         """Run or restore every stage, then publish."""
         self.store.sweep()
         _write_text(self.folder / "pipeline.yaml", self.pipeline.to_yaml())
-        steps = _steps(self.pipeline)
+        steps = build_steps(self.pipeline)
         digest = ""
         for step in steps:
             digest = self._do(step, len(steps), digest)
@@ -150,7 +133,7 @@ class _Run:
             self.progress.note("Nothing to do: every stage is unchanged.")
         return RunOutcome(verdict, self.folder, report)
 
-    def _do(self, step: _Step, count: int, input_digest: str) -> str:
+    def _do(self, step: Step, count: int, input_digest: str) -> str:
         """Restore or run one stage and return the digest of its result."""
         components = step.components(input_digest)
         key = digest_value(components)
@@ -158,7 +141,7 @@ class _Run:
         entry = self.store.get(key)
         status: Literal["ran", "unchanged"] = "unchanged"
         if entry is None:
-            reasons = _reasons(components, self.previous, step)
+            reasons = explain(components, self.previous, step)
             self.progress.note(f"{label}: {'; '.join(reasons)}")
             with self._claim(key, label) as made_elsewhere:
                 entry = made_elsewhere or self._make(step, count, key)
@@ -190,7 +173,7 @@ class _Run:
                     time.sleep(WAIT_S)
             yield self.store.get(key) if waited else None
 
-    def _make(self, step: _Step, count: int, key: str) -> Entry:
+    def _make(self, step: Step, count: int, key: str) -> Entry:
         """Run one stage and store its result."""
         started = time.perf_counter()
         work = self.store.work_folder(key)
@@ -213,7 +196,7 @@ class _Run:
     def _load(self, kind: str, entry: Entry) -> Any:
         return load_artifact(kind, entry.folder, self.factory)
 
-    def _run_stage(self, step: _Step, work: Path) -> tuple[Any, dict[str, Any]]:
+    def _run_stage(self, step: Step, work: Path) -> tuple[Any, dict[str, Any]]:
         import importlib  # torch comes in with the first stage that has to run, and only then
 
         import torch
@@ -225,7 +208,6 @@ class _Run:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        torch.set_flush_denormal(True)
         self.data = self.data or Splits(config.data)
         place, _, name = step.entry.place.partition(":")
         stage = getattr(importlib.import_module(place), name)(step.config)
@@ -242,86 +224,10 @@ class _Run:
         _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
 
 
-def _steps(pipeline: Pipeline) -> list[_Step]:
-    """Return the stages with everything in their keys that does not depend on earlier stages."""
-    config = pipeline.config
-    resolved = pipeline.resolved
-    data = _data_component(resolved["data"])
-    libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
-    steps = []
-    for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
-        entry = STAGES[stage.stage]
-        fixed = {
-            "stage": entry.name,
-            "version": entry.version,
-            "config": _without_paths(entry.name, values),
-            "seed": config.seed,
-            "threads": config.threads,
-            "libraries": libraries,
-        }
-        if entry.uses_data:
-            fixed["data"] = data
-        if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
-            fixed["files"] = _model_files(values)
-        steps.append(_Step(index, entry, stage, values, fixed))
-    return steps
-
-
-def _data_component(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data section with the contents of its files in place of their paths."""
-    return {**data, "train": digest_data(data["train"]), "evaluation": digest_data(data["evaluation"])}
-
-
-def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage's settings; the files that `load` names count by content, not by place."""
-    if stage != "load":
-        return dict(values)
-    model = {key: value for key, value in values["model"].items() if key != "factory"}
-    return {**values, "weights": None, "model": model}
-
-
-def _model_files(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of the weights and of the factory."""
-    weights = Path(values["weights"])
-    if not weights.is_file():
-        raise ArtifactError(f"Weights file '{weights}' does not exist.")
-    files = {"weights": digest_file(weights)}
-    factory = values["model"].get("factory")
-    if factory is not None:
-        place, _, name = factory.rpartition(":")
-        path = Path(place)
-        is_file = place.endswith(".py") and path.is_file()
-        files["factory"] = f"{digest_file(path)}:{name}" if is_file else factory
-    return files
-
-
 def _factory(model: Mapping[str, Any]) -> FactorySpec:
     """Return how the network is built now; a stored stage may know the same file by an older path."""
     kind: Literal["factory", "torchvision"] = "factory" if "factory" in model else "torchvision"
     return FactorySpec(kind, model[kind], dict(model["kwargs"]))
-
-
-def _reasons(components: dict[str, Any], previous: list[dict[str, Any]], step: _Step) -> tuple[str, ...]:
-    """Say which part of the key differs from the last run of this pipeline."""
-    before = previous[step.index] if step.index < len(previous) else None
-    if before is None or before["stage"] != step.entry.name:
-        return ("runs for the first time",)
-    changed = sorted(_differences(before["components"], components))
-    if not changed:
-        return ("its stored result is gone",)
-    return tuple("its input changed" if name == "input" else f"{name} changed" for name in changed)
-
-
-def _differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """Return the dotted names of all values that differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = sorted(set(before) | set(after))
-        return [
-            difference
-            for name in names
-            for difference in _differences(before.get(name), after.get(name), f"{path}.{name}" if path else name)
-        ]
-    return [] if before == after else [path.removeprefix("config.")]
 
 
 def _read_lock(folder: Path) -> list[dict[str, Any]]:
@@ -344,10 +250,3 @@ def _write_text(path: Path, text: str) -> None:
             f"'{path}' must be writable: {error.strerror or error}.",
             hint="Stages that are done stay; make room and give the same command again.",
         ) from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -76,7 +76,6 @@ def main() -> None:
     print(f"training on {len(train)} images, watching {len(validation)}; {torch.get_num_threads()} threads", flush=True)
 
     torch.manual_seed(recipe["seed"])
-    torch.set_flush_denormal(True)
     module = build(card, folder)
     augmentation = Augmentation(**recipe.pop("augmentation"))
     settings = FitSettings(augmentation=augmentation, keep="last", compiled=arguments.compile, **recipe)

@@ -5,8 +5,7 @@ least squares   refit each layer that lost inputs so that it gives, from what is
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
-from compress.errors import DataError
+from compress.errors import DataError, InternalError
 from compress.progress import Progress
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _BATCH = 128
 _POSITIONS_PER_IMAGE = 32
+_REFIT_IMAGES = 512
 _RIDGE = 1e-4
 
 
@@ -68,7 +68,7 @@ def refit_readers(
     split: Split,
     progress: Progress,
 ) -> tuple[str, ...]:
-    """Refit, in place and in forward order, the layers of `slim` that lost inputs.
+    """Refit, in place and in definition order, the layers of `slim` that lost inputs.
 
     Each layer's weights become the ridge least-squares solution of "original output from slim input" on positions
     sampled from the images.
@@ -107,11 +107,10 @@ def _refit(name: str, slim: nn.Module, original: nn.Module, kept: Tensor | None,
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     generator = torch.Generator().manual_seed(0)
     gram, cross = None, None
-    for images, _ in evaluation_batches(split, _BATCH):
-        with _watch(slim.get_submodule(name)) as seen_slim, _watch(original.get_submodule(name)) as seen_original:
-            slim(images)
-            original(images)
-        x, y = _regression_rows(layer, seen_slim[0][0], seen_original[0][1], generator)
+    for images, _ in evaluation_batches(split.first(_REFIT_IMAGES), _BATCH):
+        inputs, _ = _input_and_output(slim, name, images)
+        _, outputs = _input_and_output(original, name, images)
+        x, y = _regression_rows(layer, inputs, outputs, generator)
         y = y if kept is None else y[:, kept]
         gram = x.T @ x if gram is None else gram + x.T @ x
         cross = x.T @ y if cross is None else cross + x.T @ y
@@ -164,16 +163,25 @@ def _store(layer: nn.Conv2d | nn.Linear, solution: Tensor) -> None:
     layer.weight.copy_(solution.T.reshape(layer.weight.shape))
 
 
-@contextmanager
-def _watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yield a list that fills with (input, output) of each call of `layer`."""
-    seen: list[tuple[Tensor, Tensor]] = []
+class _ReachedError(Exception):
+    """Ends a forward pass at the layer that was waited for, with what it read and gave."""
 
-    def note(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seen.append((inputs[0].clone(), output.clone()))  # what follows may overwrite them in place
+    def __init__(self, seen: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
 
-    handle = layer.register_forward_hook(note)
+
+def _input_and_output(network: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the first call of a layer reads and gives; the forward pass ends there."""
+
+    def stop(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        raise _ReachedError((inputs[0], output))
+
+    handle = network.get_submodule(name).register_forward_hook(stop)
     try:
-        yield seen
+        network(images)
+    except _ReachedError as reached:
+        return reached.seen
     finally:
         handle.remove()
+    raise InternalError(f"Layer '{name}' reads channels of a cut group, but the forward pass never calls it.")

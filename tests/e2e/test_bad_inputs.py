@@ -185,8 +185,8 @@ def test_kwargs_that_the_factory_does_not_take(plain: World) -> None:
 
 
 def test_a_network_that_is_no_classifier(plain: World, tmp_path: Path) -> None:
-    code = f"{smallrun.NETS.read_text(encoding='utf-8')}\nbuild_whole = build\ndef build(name): return build_whole(name).body\n"
-    (tmp_path / "net.py").write_text(code, encoding="utf-8")
+    code = "\nbuild_whole = build\ndef build(name): return build_whole(name).body\n"
+    (tmp_path / "net.py").write_text(smallrun.NETS.read_text(encoding="utf-8") + code, encoding="utf-8")
     save_file(nets.chain().body.state_dict(), tmp_path / "body.safetensors")
     values = with_weights(plain, tmp_path / "body.safetensors")
     values["stages"][0]["model"]["factory"] = f"{tmp_path / 'net.py'}:build"

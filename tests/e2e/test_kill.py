@@ -20,9 +20,12 @@ from compress.errors import RunLocked
 if sys.platform == "win32":
     pytest.skip("processes are killed and interrupted by POSIX signals", allow_module_level=True)
 
+TIMEOUT_S = 120
+
 # Stops in the middle of an epoch, for ever; so that no test has to be quick.
 HANGING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from compress.training import fit
 train_step = fit._Run._train_step
 def step(run, images, labels):
@@ -51,7 +54,7 @@ def hanging(world: World, step: int) -> Iterator["subprocess.Popen[str]"]:
     with smallrun.start(code=HANGING.format(step=step, arguments=arguments)) as process:
         try:
             assert process.stdout is not None
-            assert "hanging\n" in iter(process.stdout.readline, ""), process.communicate()
+            assert "hanging\n" in iter(process.stdout.readline, ""), process.communicate(timeout=TIMEOUT_S)
             assert list(world.store.glob(".work/*/training_state.pt"))
             yield process
         finally:
@@ -72,14 +75,14 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(world:
         with pytest.raises(RunLocked, match=f"process {process.pid} "):
             world.run(values(world))
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate()
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 130
         wanted = "Interrupted; the stages that were completed are kept, the same command goes on from there.\n"
         assert stderr == wanted
 
     with hanging(world, 20) as process:  # in the fourth epoch; the first was not repeated
         process.send_signal(signal.SIGKILL)
-        _, stderr = process.communicate()
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
         assert (process.returncode, stderr) == (-signal.SIGKILL, "")
 
     progress = smallrun.Notes()
@@ -100,7 +103,7 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(world:
 def test_an_unreadable_training_state_is_told_and_training_starts_again(world: World) -> None:
     with hanging(world, 8) as process:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=TIMEOUT_S)
     (state,) = world.store.glob(".work/*/training_state.pt")
     state.write_bytes(state.read_bytes()[:1000])
     progress = smallrun.Notes()
@@ -119,7 +122,7 @@ def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: Wor
         f"app(['run', {str(world.write(values(world)))!r}, '--runs-dir', {str(world.runs)!r}])\n"
     )
     with smallrun.start(code=code) as process:
-        process.communicate()
+        process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == -signal.SIGKILL
     assert len(list(world.store.glob(".partial/*"))) == 1
     progress = smallrun.Notes()

@@ -18,7 +18,7 @@ from compress.data.sources import ArraySource
 from compress.errors import ArtifactError, DataError, NonFinite
 from compress.progress import SilentProgress, SilentTask
 from compress.training import fit as fit_module
-from compress.training.fit import Distillation, FitResult, FitSettings, fit, schedule
+from compress.training.fit import Distillation, FitResult, FitSettings, fit, flushed_denormals, schedule
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True), label_smoothing=0.05
@@ -307,3 +307,13 @@ def test_schedule_rises_linearly_then_falls_to_nothing() -> None:
     assert 0 < rates[-1] < 0.001
     assert schedule(0, 1, 0.0) == 1.0
     assert all(0 < schedule(step, steps, 0.99) <= 1 for steps in (1, 2, 3) for step in range(steps))
+
+
+def test_denormals_are_flushed_while_it_lasts_and_not_after() -> None:
+    tiny = torch.tensor(1e-310, dtype=torch.float64)
+    with flushed_denormals():
+        assert float(tiny * 1) == 0.0
+        with flushed_denormals():
+            pass
+        assert float(tiny * 1) == 0.0
+    assert float(tiny * 1) != 0.0

@@ -31,7 +31,7 @@ from compress.training.evaluate import evaluate_top1
 
 Groups = Mapping[str, ChannelGroup]
 
-SCORE_BATCH = 8
+SCORE_BATCH, SCORE_IMAGES_EACH = 64, 8
 MET_WITHIN = 0.005
 CUT_TOLERANCE = 1e-3
 
@@ -125,7 +125,7 @@ class PruneStage:
             split = ctx.data.calibration.first(config.score_images)
             with ctx.progress.task("score channels", len(split)) as task:
                 batches = _counted(evaluation_batches(split, SCORE_BATCH), task)
-                stats = collect_gradients(module, groups.values(), batches)
+                stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH)
         scores = score_groups(groups, criterion, stats)
         cost = build_cost(module, example, groups, self.unit)
         whole = (self._baseline(artifact), f"the baseline's {self.unit}")

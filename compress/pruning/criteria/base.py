@@ -64,23 +64,33 @@ def require_producers(group: ChannelGroup) -> None:
 
 
 def collect_gradients(
-    module: nn.Module, groups: Iterable[ChannelGroup], batches: Iterable[tuple[Tensor, Tensor]]
+    module: nn.Module,
+    groups: Iterable[ChannelGroup],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    images_each: int | None = None,
 ) -> GradientStats:
     """Run forward and backward over labelled batches and record the derivative at every gate.
 
     Args:
         module: Classifier with (N, K) outputs; weights, gradients, buffers and training flags are left as they are.
         groups: Whose gates are watched.
-        batches: (images, labels) pairs.
+        batches: (images, labels) pairs, as large as is fast.
+        images_each: Images that one entry of the statistics averages over; None takes a whole batch. The network is
+            in eval mode, where images do not influence each other, so small entries cost no more than large ones.
     """
     gates = {gate.layer for group in groups for gate in group.gates}
     if not gates:
         return GradientStats(())
-    collected = tuple(_gate_gradients(module, gates, images, labels) for images, labels in batches)
-    return GradientStats(collected)
+    entries: list[dict[str, Tensor]] = []
+    for images, labels in batches:
+        derivatives = _image_derivatives(module, gates, images, labels)
+        for chosen in torch.split(torch.arange(len(labels)), images_each or len(labels)):
+            entries.append({name: values[chosen].mean(0) for name, values in derivatives.items()})
+    return GradientStats(tuple(entries))
 
 
-def _gate_gradients(module: nn.Module, gates: set[str], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _image_derivatives(module: nn.Module, gates: set[str], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return for each gate layer (images, channels) derivatives of each image's own loss by the gates."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in gates}
 
     def keep(name: str) -> Any:
@@ -95,7 +105,7 @@ def _gate_gradients(module: nn.Module, gates: set[str], images: Tensor, labels: 
     handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in gates]
     try:
         with torch.enable_grad(), eval_mode(module):
-            loss = F.cross_entropy(module(images), labels)
+            loss = F.cross_entropy(module(images), labels, reduction="sum")
         kept = [(name, output) for name, tensors in outputs.items() for output in tensors]
         gradients = torch.autograd.grad(loss, [output for _, output in kept], allow_unused=True)
     finally:
@@ -105,6 +115,6 @@ def _gate_gradients(module: nn.Module, gates: set[str], images: Tensor, labels: 
     for (name, output), gradient in zip(kept, gradients, strict=True):
         product = torch.zeros_like(output) if gradient is None else output.detach() * gradient
         channels = -1 if isinstance(module.get_submodule(name), _CHANNELS_LAST) else 1
-        sums = product.movedim(channels, 0).flatten(1).sum(1)
+        sums = product.movedim(channels, -1).reshape(len(labels), -1, product.shape[channels]).sum(1)
         derivatives[name] = derivatives[name] + sums if name in derivatives else sums
     return derivatives

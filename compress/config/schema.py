@@ -38,6 +38,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
 class ArraysSource(Section):
@@ -289,7 +290,7 @@ class VerifyConfig(Section):
     stage: Literal["verify"]
     runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
-    threads: Count = Field(1, description="intra-op threads of the latency measurement")
+    threads: Threads = Field(1, description="intra-op threads of the latency measurement")
     batch_size: Count = Field(1, description="images a call in the latency measurement")
     warmup: Count = Field(10, description="calls before the measurement")
     repeats: Count = Field(100, description="timed calls of each model, interleaved")
@@ -308,7 +309,7 @@ class PipelineConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder")
     seed: int = Field(0, ge=0, description="decides everything random")
-    threads: Count | None = Field(None, description="torch threads; all cores by default")
+    threads: Threads | None = Field(None, description="torch threads; all cores by default")
     plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
     data: DataConfig
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(_to_tuple)] = Field(min_length=1)

@@ -58,8 +58,13 @@ class Conditions:
 
         Raises:
             UnknownName: There is no such runtime.
+            ConfigValueError: More threads than cores: what would be measured says nothing.
             RuntimeUnavailable: The runtime cannot read ONNX files.
         """
+        if self.threads > available_cores():
+            raise ConfigValueError(
+                f"verify.threads must be at most the cores of this machine ({available_cores()}), got {self.threads}."
+            )
         threads = available_cores() if all_cores else self.threads
         runtime: Runtime = RUNTIMES.get(self.runtime).from_file(path, provider=self.provider, threads=threads)
         return runtime

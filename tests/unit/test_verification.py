@@ -35,7 +35,7 @@ from compress.training.evaluate import evaluate_top1
 from compress.verification.compare import parity
 from compress.verification.gates import Gates, check_gates
 from compress.verification.latency import LatencySample, measure_latency
-from compress.verification.measuring import Conditions, measure_onnx
+from compress.verification.measuring import Conditions, available_cores, measure_onnx
 from compress.verification.quality import top1
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -564,3 +564,8 @@ def test_verifying_a_file_alone_does_not_import_torch():
         "import compress.verification.runtimes.onnxruntime; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_more_threads_than_cores_are_refused(tmp_path) -> None:
+    with pytest.raises(ConfigValueError, match=r"verify\.threads must be at most the cores of this machine"):
+        Conditions(threads=available_cores() + 1).open(tmp_path / "any.onnx")

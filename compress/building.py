@@ -211,6 +211,9 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             f"'{path}' must hold a state dict (names to tensors), directly or under one of {', '.join(WRAPPERS)}."
         )
+    sparse = [str(name) for name, value in loaded.items() if value.layout != torch.strided]
+    if sparse:
+        raise ArtifactError(f"The tensors in '{path}' must be dense, {_some(sparse)} is not.")
     prefixed = all(str(name).startswith(PREFIX) for name in loaded)
     return {str(name).removeprefix(PREFIX) if prefixed else str(name): value for name, value in loaded.items()}
 

@@ -4,14 +4,16 @@ A key is made of the stage's name and version, its settings, the digest of its i
 versions of the libraries, and, where they matter, the contents of the images, the weights and the factory's file.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
-from compress.config.digest import digest_data, digest_file
+from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
 from compress.errors import ArtifactError
 
@@ -45,7 +47,7 @@ class Step:
 def build_steps(pipeline: Pipeline) -> list[Step]:
     """Return the stages with everything in their keys that does not depend on earlier stages."""
     config = pipeline.config
-    resolved = pipeline.resolved
+    resolved, folder = pipeline.resolved, pipeline.path.parent
     data = _data_component(resolved["data"])
     libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
     steps = []
@@ -58,11 +60,12 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             "seed": config.seed,
             "threads": config.threads,
             "libraries": libraries,
+            "plugins": {name: _code_digest(name, folder) for name in config.plugins},
         }
         if entry.uses_data:
             fixed["data"] = data
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
-            fixed["files"] = _model_files(values)
+            fixed["files"] = _model_files(values, folder)
         steps.append(Step(index, entry, stage, values, fixed))
     return steps
 
@@ -80,7 +83,7 @@ def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "weights": None, "model": model}
 
 
-def _model_files(values: Mapping[str, Any]) -> dict[str, str]:
+def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Return the digests of the weights and of the factory."""
     weights = Path(values["weights"])
     if not weights.is_file():
@@ -89,10 +92,41 @@ def _model_files(values: Mapping[str, Any]) -> dict[str, str]:
     factory = values["model"].get("factory")
     if factory is not None:
         place, _, name = factory.rpartition(":")
-        path = Path(place)
-        is_file = place.endswith(".py") and path.is_file()
-        files["factory"] = f"{digest_file(path)}:{name}" if is_file else factory
+        files["factory"] = f"{_code_digest(place, folder)}:{name}"
     return files
+
+
+def _code_digest(place: str, folder: Path) -> str:
+    """Return the digest of the Python files that a file's or a module's code may come from.
+
+    For a file: every .py file in its folder and below, since it may import its neighbours. For a module: every .py
+    file of its top-level package, looked for where the factory and plug-ins are: the current folder, the pipeline's
+    `folder`, then where Python looks. More than is needed may count; that costs one more `load`, whose result is then
+    the same, so that nothing after it runs again.
+    """
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            return place
+        root = Path(place).parent
+    else:
+        spec = PathFinder.find_spec(place.partition(".")[0], [str(Path.cwd()), str(folder), *sys.path])
+        if spec is None or spec.origin is None:
+            return place
+        origin = Path(spec.origin)
+        if origin.name != "__init__.py":
+            return digest_file(origin) if origin.is_file() else place
+        root = origin.parent
+    return digest_value({path.relative_to(root).as_posix(): digest_file(path) for path in _python_files(root)})
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """Yield the .py files of a folder and its sub-folders, less hidden ones and installed packages."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            if not entry.name.startswith(".") and entry.name not in ("site-packages", "node_modules", "__pycache__"):
+                yield from _python_files(entry)
+        elif entry.suffix == ".py":
+            yield entry
 
 
 def explain(components: dict[str, Any], previous: list[dict[str, Any]], step: Step) -> tuple[str, ...]:

@@ -114,6 +114,9 @@ class _Run:
         self.store.sweep()
         _write_text(self.folder / "pipeline.yaml", self.pipeline.to_yaml())
         steps = build_steps(self.pipeline)
+        data = steps[0].fixed["data"]
+        if data["train"] == data["evaluation"] and "torchvision" not in self.pipeline.resolved["data"]["train"]:
+            self.progress.warn("Training and evaluation are the same images: the verdict will say nothing.")
         digest = ""
         for step in steps:
             digest = self._do(step, len(steps), digest)
@@ -143,6 +146,7 @@ class _Run:
         if entry is None:
             reasons = explain(components, self.previous, step)
             self.progress.note(f"{label}: {'; '.join(reasons)}")
+            self._withdraw_report()
             with self._claim(key, label) as made_elsewhere:
                 entry = made_elsewhere or self._make(step, count, key)
                 status = "unchanged" if made_elsewhere else "ran"
@@ -156,6 +160,11 @@ class _Run:
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)
         return entry.digest
+
+    def _withdraw_report(self) -> None:
+        """Remove the last run's report: a verdict must not stand beside settings it was not measured with."""
+        for name in ("report.json", "report.html"):
+            (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def _claim(self, key: str, label: str) -> Iterator[Entry | None]:

@@ -72,4 +72,5 @@ def _fewer(before: float, after: float, word: str = "fewer") -> str:
     """Return "2.00x fewer"; says so honestly when there is more after than before."""
     if before <= 0 or after <= 0:
         return "-"
-    return f"{before / after:.2f}x {word}"
+    opposite = {"fewer": "more", "smaller": "larger", "faster": "slower"}[word]
+    return f"{before / after:.2f}x {word}" if before >= after else f"{after / before:.2f}x {opposite}"

@@ -70,7 +70,7 @@ def width_levels(full: int, parts: int, limits: Limits) -> tuple[int, ...]:
     """
     multiple = limits.multiple_of
     while multiple > 1 and full < 2 * multiple:
-        multiple //= 2
+        multiple = multiple // 2 if multiple % 2 == 0 else 1
     step = math.lcm(multiple, parts)
     least = max(limits.min_width, math.ceil(full * (1 - limits.max_removed_ratio) - 1e-9), parts)
     return (*range(math.ceil(least / step) * step, full, step), full)

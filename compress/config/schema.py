@@ -308,7 +308,7 @@ class PipelineConfig(Section):
     """A whole pipeline file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder")
-    seed: int = Field(0, ge=0, description="decides everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="decides everything random")
     threads: Threads | None = Field(None, description="torch threads; all cores by default")
     plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
     data: DataConfig

@@ -141,10 +141,10 @@ def _read_ahead(split: Split, positions: Iterator[np.ndarray]) -> Iterator[tuple
 
 
 def _to_input(split: Split, images: Tensor) -> Tensor:
-    """Normalise (N, H, W, C) uint8 to the network's float32 input; NCHW comes out in channels-last memory."""
+    """Normalise (N, H, W, C) uint8 to the network's float32 input, contiguous."""
     wanted = split.preprocessing
     if wanted.channels == "BGR":
         images = images.flip(-1)
     x = images.to(torch.float32) * wanted.scale
     x = (x - torch.tensor(wanted.mean)) / torch.tensor(wanted.std)
-    return x.permute(0, 3, 1, 2) if wanted.layout == "NCHW" else x
+    return x.permute(0, 3, 1, 2).contiguous() if wanted.layout == "NCHW" else x

@@ -57,6 +57,17 @@ class Splits:
         """Class names, or ()."""
         return self._train_source.classes
 
+    def check_classes(self) -> None:
+        """Raise DataError when training and evaluation name their classes and the names differ."""
+        names = self.classes
+        others = self.evaluation.source.classes
+        if names and others and names != others:
+            different = sorted(set(names) ^ set(others))
+            raise DataError(
+                f"Training and evaluation must have the same classes in the same order, got {len(names)} and "
+                f"{len(others)}, different in {', '.join(different[:6]) or 'their order'}."
+            )
+
     @cached_property
     def _train_source(self) -> ImageSource:
         return self._open(self.config.train, train=True)
@@ -71,6 +82,9 @@ class Splits:
 
     def _open(self, source: Source, train: bool) -> ImageSource:
         opened = _open_source(source, self.preprocessing, train)
+        channels = opened.read(np.zeros(1, np.int64)).shape[-1]
+        if self.preprocessing.channels == "L" and channels != 1:
+            raise DataError(f"preprocessing.channels L needs images with one channel, got images with {channels}.")
         if int(opened.labels.min()) < 0:
             raise DataError(f"Labels must be 0 or more, got {int(opened.labels.min())}.")
         return opened

@@ -151,7 +151,8 @@ def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
     """
     if not root.is_dir():
         raise ArtifactError(f"Image folder '{root}' must exist and hold one folder for each class.")
-    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    folders = (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = tuple(sorted(entry.name for entry in folders))
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -163,6 +164,9 @@ def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
             f"Image folder '{root}' must hold images in one folder for each class, found none.",
             hint=f"File names must end in {', '.join(IMAGE_SUFFIXES)}.",
         )
+    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
+    if empty:
+        raise ArtifactError(f"Every class folder in '{root}' must hold an image, none in {', '.join(empty[:6])}.")
     return LazySource(lambda index: _open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey)
 
 

@@ -288,9 +288,10 @@ def _trace(module: nn.Module, example: Tensor) -> Any:
             warnings.simplefilter("ignore")
             return torch_pruning.DependencyGraph().build_dependency(module, example, verbose=False)
     except Exception as error:  # the tracer runs the user's forward pass and raises whatever that raises
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UntraceableModel(
-            f"The network must run on one input of shape {tuple(example.shape)} for its channels to be traced, "
-            f"got {type(error).__name__}: {_first_line(error)}"
+            f"The network's channels must be traced on one input of shape {tuple(example.shape)}; its forward pass, or "
+            f"the tracing of an operation in it (chunk, split and reshape are the usual ones), gave {reason}"
         ) from error
 
 

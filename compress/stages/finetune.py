@@ -73,5 +73,4 @@ class FinetuneStage:
             return None
         teacher = build_module(artifact.factory)
         load_strict(teacher, read_weights(artifact.baseline.weights_path), "The baseline's weights")
-        teacher = teacher.to(memory_format=torch.channels_last).requires_grad_(False)
-        return Distillation(teacher, config.weight, config.temperature)
+        return Distillation(teacher.requires_grad_(False), config.weight, config.temperature)

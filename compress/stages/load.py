@@ -40,6 +40,8 @@ class LoadStage:
         spec = factory_spec(self.config.model)
         module = build_module(spec)
         load_strict(module, read_weights(Path(self.config.weights)), f"'{self.config.weights}'")
+        check_precision(module)
+        ctx.data.check_classes()
         signature = try_network(module, ctx.data.calibration)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
@@ -115,6 +117,16 @@ def try_network(module: nn.Module, split: Split) -> Signature:
         inputs=(TensorSpec(INPUT_NAME, ("batch", *images.shape[1:])),),
         outputs=(TensorSpec(OUTPUT_NAME, ("batch", *outputs.shape[1:])),),
     )
+
+
+def check_precision(module: nn.Module) -> None:
+    """Raise ModelError unless every floating-point weight is float32."""
+    other = [f"{name} {value.dtype}" for name, value in module.named_parameters() if value.dtype != torch.float32]
+    if other:
+        raise ModelError(
+            f"The network's weights must be float32, got {', '.join(other[:3])}.",
+            hint="Let the factory return a float32 network.",
+        )
 
 
 def check_labels(split: Split, signature: Signature) -> None:

@@ -171,8 +171,9 @@ class PruneStage:
         shortfall = None
         if abs(reached - self.asked) > MET_WITHIN * self.asked:
             shortfall = (
-                f"asked for {self.asked:.4f} of the baseline's {self.unit}, the nearest within the budget is "
-                f"{reached:.4f} (widths in multiples of {self.config.multiple_of})"
+                f"asked for {self.asked:.4f} of the baseline's {self.unit}, reached {reached:.4f}: the widths that the "
+                f"ranking and the limits allow (multiples of {self.config.multiple_of} where groups are wide enough"
+                f"{', blocks removed first' if blocks else ''}) come no nearer"
             )
             progress.note(f"target: {shortfall}")
         progress.note(

@@ -20,8 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.data.batches import Augmentation, Split, batches_per_epoch, epoch_seed, training_batches
-from compress.errors import ArtifactError, DataError, NonFinite
+from compress.cost.macs import eval_mode
+from compress.data.batches import (
+    Augmentation,
+    Split,
+    batches_per_epoch,
+    epoch_seed,
+    evaluation_batches,
+    training_batches,
+)
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.evaluate import check_outputs, evaluate_top1
 
@@ -124,12 +132,15 @@ def fit(
 
     Raises:
         NonFinite: The loss is NaN or infinite; names the step.
-        DataError: Labels do not fit the outputs, or a split is empty.
+        DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
+        ModelError: No parameter requires a gradient.
         ArtifactError: The saved state belongs to another run.
     """
     for split in (train, validation):
         if len(split) == 0:
             raise DataError(f"Split '{split.name}' must hold at least one image to train, it holds none.")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
     run = _Run(module, train, validation, settings, distillation, progress or SilentProgress())
     if state_path is not None and state_path.is_file():
         run.restore(state_path)
@@ -156,7 +167,10 @@ class _Run:
         distillation: Distillation | None,
         progress: Progress,
     ) -> None:
-        self.module = module.to(memory_format=torch.channels_last)
+        self.module = module
+        self.memory_format = fastest_memory_format(module, train)
+        for network in (module, distillation.teacher if distillation is not None else module):
+            network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.forward: Callable[[Tensor], Tensor] = torch.compile(module) if settings.compiled else module
         self.train, self.validation = train, validation
         self.settings, self.distillation, self.progress = settings, distillation, progress
@@ -252,7 +266,9 @@ class _Run:
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.forward(images)
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=self.memory_format)
+        outputs = self._outputs(images)
         if self.step == 0:
             check_outputs(outputs, int(self.train.labels.max()))
         loss = self._loss(outputs, images, labels)
@@ -267,6 +283,18 @@ class _Run:
         self.optimizer.step()
         self.step += 1
         return value
+
+    def _outputs(self, images: Tensor) -> Tensor:
+        try:
+            return self.forward(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DataError(
+                f"A batch must give every batch norm more than one value for each channel, batch_size "
+                f"{len(images)} does not.",
+                hint="Raise batch_size.",
+            ) from error
 
     def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         hard = F.cross_entropy(outputs, labels, label_smoothing=self.settings.label_smoothing)
@@ -318,6 +346,22 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def fastest_memory_format(module: nn.Module, train: Split) -> torch.memory_format:
+    """Return channels-last where the network runs on it (a `.view` of a feature map does not), else contiguous."""
+    images, _ = next(evaluation_batches(train.first(2), 2))
+    if images.ndim != 4:
+        return torch.contiguous_format
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with torch.no_grad(), eval_mode(module):
+            module(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    finally:
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return torch.channels_last
 
 
 @contextmanager

@@ -271,6 +271,20 @@ def test_the_reason_is_still_known_after_a_run_that_failed(world: World) -> None
     values["stages"][2]["learning_rate"] = 0.01
     planned = plan(world.load(values), world.runs)
     assert planned[2].reasons == ("learning_rate changed",)
+    assert not (world.runs / "chain" / "report.json").exists(), "the verdict of other settings stands beside these"
+
+
+def test_a_changed_neighbour_of_the_factory_is_noticed(world: World) -> None:
+    nets = world.folder / "code" / "nets.py"
+    nets.parent.mkdir()
+    nets.write_text(smallrun.NETS.read_text())
+    (nets.parent / "parts.py").write_text("WIDTH = 8")
+    values = world.values()
+    values["stages"][0]["model"]["factory"] = f"{nets}:build"
+    world.run(values)
+    assert plan(world.load(values), world.runs)[0].status == "unchanged"
+    (nets.parent / "parts.py").write_text("WIDTH = 9")
+    assert plan(world.load(values), world.runs)[0].reasons == ("files.factory changed",)
 
 
 # -- verdicts --------------------------------------------------------------------------------------------------------

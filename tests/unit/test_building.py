@@ -302,3 +302,9 @@ def test_corrupt_checkpoint_is_never_a_crash(tmp_path, zipped):
         except CompressError:
             refused += 1
     assert refused > 100
+
+
+def test_sparse_tensors_are_refused(tmp_path):
+    torch.save({"weight": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    with pytest.raises(ArtifactError, match="must be dense, weight is not"):
+        read_weights(tmp_path / "sparse.pt")

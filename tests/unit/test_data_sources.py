@@ -340,3 +340,25 @@ def test_negative_labels_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "evaluation.npz", x=_images(9), y=_labels(9))
     with pytest.raises(DataError, match="Labels must be 0 or more, got -1"):
         _ = Splits(_config(tmp_path)).train
+
+
+def test_class_folders_that_are_hidden_do_not_count_and_empty_ones_are_refused(folder: Path) -> None:
+    (folder / ".checkpoints").mkdir()
+    assert read_folder(folder, SAME, grey=False).classes == ("ant", "cow", "zebra")
+    (folder / "bee").mkdir()
+    with pytest.raises(ArtifactError, match=r"Every class folder in .* must hold an image, none in bee"):
+        read_folder(folder, SAME, grey=False)
+
+
+def test_classes_of_training_and_evaluation_must_agree(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train.npz", x=_images(30), y=_labels(30), classes=["a", "b", "c"])
+    np.savez(tmp_path / "evaluation.npz", x=_images(9), y=_labels(9), classes=["b", "c", "d"])
+    with pytest.raises(DataError, match="same classes in the same order, got 3 and 3, different in a, d"):
+        Splits(_config(tmp_path)).check_classes()
+
+
+def test_colour_images_for_a_grey_network_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train.npz", x=_images(30), y=_labels(30))
+    np.savez(tmp_path / "evaluation.npz", x=_images(9), y=_labels(9))
+    with pytest.raises(DataError, match="channels L needs images with one channel, got images with 3"):
+        _ = Splits(_config(tmp_path, preprocessing={"channels": "L"})).evaluation

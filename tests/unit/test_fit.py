@@ -15,10 +15,18 @@ from torch import Tensor, nn
 from compress.data.batches import Augmentation, Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
-from compress.errors import ArtifactError, DataError, NonFinite
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.progress import SilentProgress, SilentTask
 from compress.training import fit as fit_module
-from compress.training.fit import Distillation, FitResult, FitSettings, fit, flushed_denormals, schedule
+from compress.training.fit import (
+    Distillation,
+    FitResult,
+    FitSettings,
+    fastest_memory_format,
+    fit,
+    flushed_denormals,
+    schedule,
+)
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True), label_smoothing=0.05
@@ -317,3 +325,37 @@ def test_denormals_are_flushed_while_it_lasts_and_not_after() -> None:
             pass
         assert float(tiny * 1) == 0.0
     assert float(tiny * 1) != 0.0
+
+
+class _Viewing(nn.Module):
+    """Flattens its feature map by a view, which channels-last memory does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.nn.functional.adaptive_avg_pool2d(self.norm(self.conv(x)), 4)
+        return self.head(features.view(len(x), -1))
+
+
+def test_a_network_that_views_its_features_is_trained_in_contiguous_memory() -> None:
+    train, validation = _splits()
+    assert fastest_memory_format(_Viewing(), train) is torch.contiguous_format
+    assert fastest_memory_format(_network(), train) is torch.channels_last
+    assert len(fit(_Viewing(), train, validation, FitSettings(steps=2, batch_size=16)).epochs) == 1
+
+
+def test_batches_too_small_for_batch_norm_are_refused() -> None:
+    train, validation = _splits()
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
+    with pytest.raises(DataError, match="more than one value for each channel, batch_size 1 does not"):
+        fit(network, train, validation, FitSettings(steps=2, batch_size=1))
+
+
+def test_a_frozen_network_is_refused() -> None:
+    train, validation = _splits()
+    with pytest.raises(ModelError, match="must have a parameter that requires a gradient"):
+        fit(_network().requires_grad_(False), train, validation, SETTINGS)

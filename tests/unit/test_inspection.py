@@ -109,7 +109,7 @@ def test_the_command_prints_the_tables() -> None:
         ("nowhere.py:chain", (3, 16, 16), ModelError, "Factory file 'nowhere.py' does not exist"),
         ("nothing_of_this_name:chain", (3, 16, 16), ModelError, "must import, got ModuleNotFoundError"),
         (f"{smallrun.NETS}:build", (3, 16, 16), ModelError, "must build the network with no arguments"),
-        (f"{smallrun.NETS}:chain", (1, 16, 16), UntraceableModel, r"must run on one input of shape \(1, 1, 16, 16\)"),
+        (f"{smallrun.NETS}:chain", (1, 16, 16), UntraceableModel, r"traced on one input of shape \(1, 1, 16, 16\)"),
     ],
 )  # fmt: skip
 def test_targets_that_cannot_be_inspected(

@@ -17,6 +17,7 @@ from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
 from compress.errors import ArtifactError
 
+NO_CODE = ("site-packages", "node_modules", "__pycache__")
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "torch",
              "torch-pruning", "torchvision")  # fmt: skip
 
@@ -120,10 +121,11 @@ def _code_digest(place: str, folder: Path) -> str:
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
-    """Yield the .py files of a folder and its sub-folders, less hidden ones and installed packages."""
+    """Yield the .py files of a folder and its sub-folders, less hidden ones, installed packages and what runs wrote."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            if not entry.name.startswith(".") and entry.name not in ("site-packages", "node_modules", "__pycache__"):
+            written_by_runs = (entry / ".store").is_dir() or (entry / "recipe.json").is_file()
+            if not (entry.name.startswith(".") or entry.name in NO_CODE or written_by_runs):
                 yield from _python_files(entry)
         elif entry.suffix == ".py":
             yield entry

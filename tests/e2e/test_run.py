@@ -362,3 +362,12 @@ def test_removed_blocks_are_replayed(world: World) -> None:
     edits = recipe_of(world, "residual").edits
     assert [type(edit) for edit in edits] == [RemoveBlock, RemoveChannels]
     check_slim_equals_file(world, "residual")
+
+
+def test_evaluating_on_the_training_images_is_warned_of(world: World) -> None:
+    values = world.values()
+    values["data"]["evaluation"] = dict(values["data"]["train"])
+    values["stages"][1]["target"] = {"macs": 0.0001}  # ends the run early; the warning comes before any stage
+    result = world.call("run", values)
+    assert "Training and evaluation are the same images" in result.stderr
+    assert "Training and evaluation are the same images" not in world.call("run", world.values()).stderr

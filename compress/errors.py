@@ -93,7 +93,15 @@ class UnsupportedLayer(StageError):
 
 
 class BudgetUnreachable(StageError):
-    """The target cannot be met; the message says the best reachable and what limits it."""
+    """The target cannot be met; the message says the best reachable and what limits it.
+
+    Attributes:
+        best: The least that can be reached, in the unit of the target, where one number says it.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, best: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.best = best
 
 
 class NonFinite(StageError):

@@ -1,18 +1,18 @@
-"""How wide does each channel group become under one budget?
+"""How wide does each channel group become under one or several budgets?
 
-Pure arithmetic: scores and a cost in, widths out. A threshold on the scores is bisected until the cost of the whole
-network meets the budget; what rounding to multiples leaves unspent is then spent on the channels that score best for
-their cost. Floors and caps always hold, and the budget is never exceeded.
+Pure arithmetic: scores and costs in, widths out. A width's damage is the sum of the scores of the channels that go;
+the knapsack chooses widths with the least damage in all. Floors and caps always hold, and no budget is exceeded.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from compress.allocation.costs import CoupledCost
-from compress.errors import BudgetUnreachable, InternalError
+from compress.allocation.knapsack import allocate, allocate_evenly
+from compress.allocation.problem import Budget, Choice, Decision
+from compress.errors import BudgetUnreachable
 
 Widths = dict[str, int]
 
@@ -38,6 +38,13 @@ class Candidates:
         """The width with nothing removed."""
         return self.levels[-1]
 
+    @property
+    def damages(self) -> np.ndarray:
+        """(levels,) the summed scores of what goes at each level; 0 at the full width."""
+        lost = np.append(0.0, np.cumsum(np.sort(self.scores)))
+        gone = (self.full - np.asarray(self.levels)) // self.channels_per_unit
+        return np.asarray(np.maximum(lost[gone], 0.0))
+
     def removed_units(self, width: int) -> tuple[int, ...]:
         """Return the units that go at `width`: the lowest scores, the later position first among equals."""
         gone = (self.full - width) // self.channels_per_unit
@@ -60,15 +67,25 @@ class Limits:
     multiple_of: int = 1
 
 
-def width_levels(full: int, parts: int, limits: Limits) -> tuple[int, ...]:
+def width_levels(full: int, parts: int, limits: Limits, at_most: int | None = None) -> tuple[int, ...]:
     """Return the widths a group of `full` channels in `parts` equal parts may have, ascending, `full` last.
+
+    Args:
+        full: Channels.
+        parts: Equal ranges that must lose the same positions.
+        limits: Floors, caps and multiples.
+        at_most: The multiple is doubled until there are no more multiples than this.
 
     >>> width_levels(32, 1, Limits(multiple_of=8))
     (8, 16, 24, 32)
     >>> width_levels(12, 1, Limits(multiple_of=8, max_removed_ratio=0.5))
     (8, 12)
+    >>> width_levels(64, 1, Limits(multiple_of=8), at_most=4)
+    (16, 32, 48, 64)
     """
     multiple = limits.multiple_of
+    while at_most is not None and full // multiple > at_most:
+        multiple *= 2
     while multiple > 1 and full < 2 * multiple:
         multiple = multiple // 2 if multiple % 2 == 0 else 1
     step = math.lcm(multiple, parts)
@@ -77,122 +94,45 @@ def width_levels(full: int, parts: int, limits: Limits) -> tuple[int, ...]:
 
 
 def allocate_widths(
-    groups: Sequence[Candidates],
-    cost: CoupledCost,
-    budget: float,
-    method: str = "global",
-    limits_text: str = "",
-    whole: tuple[float, str] | None = None,
-) -> Widths:
-    """Choose a width for every group so that the cost stays within the budget.
+    groups: Sequence[Candidates], budgets: Sequence[Budget], method: str = "global", limits_text: str = ""
+) -> tuple[Widths, bool]:
+    """Choose a width for every group so that no budget is exceeded.
 
     Args:
-        groups: The groups, each with its scores and allowed widths.
-        cost: Cost of the network by widths.
-        budget: In the unit of `cost`; not exceeded.
-        method: "global" ranks all units together, "uniform" removes the same share of each group.
+        groups: The groups, each with its scores and allowed widths; the options of the budgets' tables are `levels`.
+        budgets: At least one.
+        method: "global" removes what does the least damage in all, "uniform" the same share of each group.
         limits_text: What limits the widths, for the message.
-        whole: What shares in the message are taken of, and its name; the cost with nothing removed by default.
 
     Returns:
-        Group name -> width.
+        Group name -> width, and whether it is proved that no widths within the budgets do less damage.
 
     Raises:
-        BudgetUnreachable: Even the smallest allowed widths cost more; says the best reachable.
+        BudgetUnreachable: No allowed widths are within the budgets; says the best reachable.
     """
-    if cost.at({group.name: group.full for group in groups}) <= budget:
-        return {group.name: group.full for group in groups}
-    smallest = {group.name: group.levels[0] for group in groups}
-    if cost.at(smallest) > budget:
-        raise _unreachable(groups, cost, budget, limits_text, whole or (cost.full, "the present cost"))
-    widths_at = _by_threshold(groups) if method == "global" else _by_share(groups)
-    widths = _bisect(widths_at, smallest, cost, budget)
-    return _spend_rest(groups, widths, cost, budget)
+    if not groups:
+        raise BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
+    decisions = [Decision(group.name, group.damages) for group in groups]
+    count = f"{len(groups)} channel {'group' if len(groups) == 1 else 'groups'}"
+    text = f", with {count} at the widths allowed{limits_text}"
+    if method == "global":
+        found = allocate(decisions, budgets, text)
+        choice, is_optimal = found.choice, found.is_optimal
+    else:
+        choice, is_optimal = allocate_evenly(decisions, budgets, _even_choices(groups), text).choice, False
+    return {group.name: group.levels[choice[group.name]] for group in groups}, is_optimal
 
 
-def _by_threshold(groups: Sequence[Candidates]) -> tuple[Callable[[float], Widths], int]:
-    """Return widths as a function of how many of all units, lowest scores first, lie below the threshold."""
-    thresholds = np.unique(np.concatenate([group.scores for group in groups]))
-
-    def widths_at(position: float) -> Widths:
-        index = int(position)
-        limit = thresholds[index] if index < len(thresholds) else np.inf
-        return {g.name: _nearest_level(g, int((g.scores >= limit).sum()) * g.channels_per_unit) for g in groups}
-
-    return widths_at, len(thresholds)
-
-
-def _by_share(groups: Sequence[Candidates], steps: int = 4096) -> tuple[Callable[[float], Widths], int]:
-    """Return widths as a function of the share that every group loses, in `steps` equal steps."""
-
-    def widths_at(position: float) -> Widths:
-        return {g.name: _nearest_level(g, g.full * (1 - position / steps)) for g in groups}
-
-    return widths_at, steps
-
-
-def _bisect(
-    search: tuple[Callable[[float], Widths], int], smallest: Widths, cost: CoupledCost, budget: float
-) -> Widths:
-    """Return the widths at the lowest position whose cost is within the budget."""
-    widths_at, high = search
-    low = 0
-    while low < high:
-        middle = (low + high) // 2
-        if cost.at(widths_at(middle)) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    widths = widths_at(high)
-    return widths if cost.at(widths) <= budget else smallest
-
-
-def _spend_rest(groups: Sequence[Candidates], widths: Widths, cost: CoupledCost, budget: float) -> Widths:
-    """Widen groups, one level at a time, best score for the cost first, as long as the budget allows.
-
-    Among equals the first name goes first, so that the order of the groups does not matter.
-    """
-    widths = dict(widths)
-    groups = sorted(groups, key=lambda group: group.name)
-    while True:
-        current = cost.at(widths)
-        best: tuple[float, str, int] | None = None
-        for group in groups:
-            wider = next((level for level in group.levels if level > widths[group.name]), None)
-            if wider is None:
-                continue
-            price = cost.at({**widths, group.name: wider}) - current
-            if current + price > budget:
-                continue
-            value = _score_between(group, widths[group.name], wider) / max(price, 1e-12)
-            if best is None or value > best[0]:
-                best = (value, group.name, wider)
-        if best is None:
-            return widths
-        widths[best[1]] = best[2]
-
-
-def _score_between(group: Candidates, narrow: int, wide: int) -> float:
-    gained = set(group.removed_units(narrow)) - set(group.removed_units(wide))
-    return float(sum(group.scores[unit] for unit in gained))
+def _even_choices(groups: Sequence[Candidates], steps: int = 1024) -> Iterator[Choice]:
+    """Yield choices in which every group loses the same share, as nearly as its levels allow, ever more of it."""
+    previous: Choice | None = None
+    for step in range(steps):
+        choice = {g.name: g.levels.index(_nearest_level(g, g.full * (1 - step / steps))) for g in groups}
+        if choice != previous:
+            yield choice
+        previous = choice
 
 
 def _nearest_level(group: Candidates, width: float) -> int:
     """Return the allowed width nearest to `width`; the wider one when two are as near."""
     return min(group.levels, key=lambda level: (abs(level - width), -level))
-
-
-def _unreachable(
-    groups: Sequence[Candidates], cost: CoupledCost, budget: float, limits_text: str, whole: tuple[float, str]
-) -> BudgetUnreachable:
-    if not groups:
-        return BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
-    best = cost.at({group.name: group.levels[0] for group in groups})
-    if best <= budget:
-        raise InternalError("A budget that can be met was called unreachable.")
-    names: Mapping[bool, str] = {True: "group", False: "groups"}
-    total, name = whole
-    return BudgetUnreachable(
-        f"Target {budget / total:.3f} of {name} cannot be reached; the best is {best / total:.3f}, with "
-        f"{len(groups)} channel {names[len(groups) == 1]} at the least width allowed{limits_text}.",
-    )

@@ -1,0 +1,208 @@
+"""What is there to decide under a budget, and what does each choice cost?
+
+    decision   one thing to settle: a channel group's width, whether a block stays, a layer's rank
+    option     one of its answers, by position; each has a damage
+    factor     a table of costs over one or two decisions; a block that goes takes the factors inside it along
+    choice     decision name -> position of the option taken
+
+A layer costs what both of its widths make it cost, so costs are tables over pairs and never sums of savings.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from compress.allocation.costs import Axis, CoupledCost
+from compress.errors import InternalError
+
+Choice = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """One thing to settle.
+
+    Attributes:
+        name: Unique in a problem.
+        damages: (n,) float64, finite, >= 0; what each option is estimated to do to the network.
+    """
+
+    name: str
+    damages: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.damages.ndim != 1 or not len(self.damages):
+            raise InternalError(f"Decision '{self.name}' must have a row of options, it has {self.damages.shape}.")
+        if not (np.isfinite(self.damages).all() and (self.damages >= 0).all()):
+            raise InternalError(f"Decision '{self.name}' must have finite damages of at least 0.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """The cost of one part of the network.
+
+    Attributes:
+        decisions: The decisions it depends on, two at most.
+        table: One axis for each of them.
+        switch: A decision whose option 0 removes this part, which then costs nothing.
+    """
+
+    decisions: tuple[str, ...]
+    table: np.ndarray
+    switch: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TableCost:
+    """The cost of a whole network, in one unit, as a function of a choice.
+
+    Attributes:
+        fixed: What no decision changes.
+        factors: The rest.
+
+    >>> cost = TableCost(1.0, (Factor(("a", "b"), np.array([[1.0, 2.0], [3.0, 4.0]])),))
+    >>> cost.at({"a": 1, "b": 0}), cost.of_options({"a": 1, "b": 0}, "b").tolist()
+    (4.0, [4.0, 5.0])
+    """
+
+    fixed: float
+    factors: tuple[Factor, ...] = field(default_factory=tuple)
+
+    def at(self, choice: Mapping[str, int]) -> float:
+        """Return the cost of a choice."""
+        return self.fixed + sum(_value(factor, choice) for factor in self.factors)
+
+    def of_options(self, choice: Mapping[str, int], name: str, here: float | None = None) -> np.ndarray:
+        """Return (n,) costs of the whole network when decision `name` takes each of its options, the others fixed.
+
+        Args:
+            choice: Where the others are.
+            name: The decision; (1,) comes back when nothing depends on it.
+            here: `at(choice)`, where it is known.
+        """
+        touching = self._touching.get(name, ())
+        rest = (self.at(choice) if here is None else here) - sum(_value(factor, choice) for factor in touching)
+        return np.asarray(sum((_row(factor, choice, name) for factor in touching), start=np.full(1, rest)))
+
+    @cached_property
+    def _touching(self) -> dict[str, tuple[Factor, ...]]:
+        touching: dict[str, list[Factor]] = {}
+        for factor in self.factors:
+            for name in {*factor.decisions, *([factor.switch] if factor.switch else [])}:
+                touching.setdefault(name, []).append(factor)
+        return {name: tuple(factors) for name, factors in touching.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Budget:
+    """What must not be exceeded.
+
+    Attributes:
+        name: Of the quantity: "macs", "latency_ms".
+        cost: In that quantity's unit.
+        limit: In the same unit.
+        whole: What messages take shares of; None to have them in the unit itself.
+        of: What `whole` is, in words.
+    """
+
+    name: str
+    cost: TableCost
+    limit: float
+    whole: float | None = None
+    of: str = ""
+
+    def allows(self, choice: Mapping[str, int]) -> bool:
+        """Whether a choice is within the limit, up to the rounding of a sum of floats."""
+        return self.within(self.cost.at(choice))
+
+    def within(self, cost: float) -> bool:
+        """Whether a cost is within the limit, up to the rounding of a sum of floats."""
+        return cost <= self.limit + 1e-9 * abs(self.limit)
+
+    def show(self, cost: float) -> str:
+        """Return a cost in words.
+
+        >>> Budget("macs", TableCost(0.0), 10.0).show(5.0)
+        '5 macs'
+        >>> Budget("macs", TableCost(0.0), 10.0, 20.0, "the baseline's MACs").show(5.0)
+        "0.250 of the baseline's MACs"
+        """
+        return f"{cost:.6g} {self.name}" if self.whole is None else f"{cost / self.whole:.3f} of {self.of}"
+
+
+def from_widths(
+    cost: CoupledCost, levels: Mapping[str, Sequence[int]], switches: Mapping[int, str] | None = None
+) -> TableCost:
+    """Return a cost that is a product of widths as tables over the widths allowed.
+
+    Args:
+        cost: A sum of products of two axes.
+        levels: Decision (channel group) -> its allowed widths, in the order of its options. Groups without levels
+            keep their full width.
+        switches: Position of a term in `cost.terms` -> the decision that removes it.
+    """
+    removed = {name: cost.widths[name] - np.asarray(widths, dtype=np.float64) for name, widths in levels.items()}
+    fixed, tables = cost.fixed, _Tables()
+    for position, term in enumerate(cost.terms):
+        switch = (switches or {}).get(position)
+        out, inp = _linear(term.out, removed), _linear(term.inp, removed)
+        tables.add(switch, term.factor * term.out.size * term.inp.size)
+        for name, loss in out.items():
+            tables.add(switch, -term.factor * term.inp.size * loss, name)
+        for name, loss in inp.items():
+            tables.add(switch, -term.factor * term.out.size * loss, name)
+        for a, loss_a in out.items():
+            for b, loss_b in inp.items():
+                if a == b:
+                    tables.add(switch, term.factor * loss_a * loss_b, a)
+                else:
+                    tables.add(switch, term.factor * np.outer(loss_a, loss_b), a, b)
+    return TableCost(fixed + tables.fixed, tables.factors())
+
+
+class _Tables:
+    """Adds up tables over the same decisions: a pair of them has one table, however many layers share it."""
+
+    def __init__(self) -> None:
+        self.fixed = 0.0
+        self._sums: dict[tuple[str | None, tuple[str, ...]], np.ndarray] = {}
+
+    def add(self, switch: str | None, values: np.ndarray | float, *names: str) -> None:
+        if not names and switch is None:
+            self.fixed += float(values)
+            return
+        table = np.asarray(values, dtype=np.float64)
+        if list(names) != sorted(names):
+            names, table = names[::-1], table.T
+        key = (switch, names)
+        self._sums[key] = self._sums[key] + table if key in self._sums else table
+
+    def factors(self) -> tuple[Factor, ...]:
+        return tuple(Factor(names, table, switch) for (switch, names), table in self._sums.items())
+
+
+def _linear(axis: Axis, removed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what each option of each decision takes from an axis."""
+    return {name: slots * removed[name] for name, slots in axis.slots.items() if name in removed}
+
+
+def _is_off(factor: Factor, choice: Mapping[str, int]) -> bool:
+    return factor.switch is not None and choice[factor.switch] == 0
+
+
+def _value(factor: Factor, choice: Mapping[str, int]) -> float:
+    if _is_off(factor, choice):
+        return 0.0
+    return float(factor.table[tuple(choice[name] for name in factor.decisions)])
+
+
+def _row(factor: Factor, choice: Mapping[str, int], name: str) -> np.ndarray:
+    """Return a factor's cost for each option of `name`, the other decisions as in `choice`."""
+    if name == factor.switch:
+        return np.asarray([0.0, _value(factor, {**choice, name: 1})])
+    if _is_off(factor, choice):
+        return np.zeros(factor.table.shape[factor.decisions.index(name)])
+    index = tuple(slice(None) if other == name else choice[other] for other in factor.decisions)
+    return np.asarray(factor.table[index])

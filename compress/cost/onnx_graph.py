@@ -91,7 +91,18 @@ def layer_rows(path: Path) -> list[LayerRow]:
         ArtifactError: The file is missing or no ONNX model.
         ModelError: The shape of a counted node cannot be inferred.
     """
-    graph = _Graph(load_onnx(path))
+    return rows_of(load_onnx(path))
+
+
+def rows_of(model: ModelProto) -> list[LayerRow]:
+    """Return the same of a model in memory, which is not changed; its local functions must be inlined.
+
+    Raises:
+        ModelError: The shape of a counted node cannot be inferred.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    graph = _Graph(copy)
     return [graph.row(node) for node in graph.nodes]
 
 

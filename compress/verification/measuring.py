@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from compress.artifacts import Figures, TensorSpec
 from compress.catalog import RUNTIMES
@@ -63,11 +65,27 @@ class Conditions:
         """
         if self.threads > available_cores():
             raise ConfigValueError(
-                f"verify.threads must be at most the cores of this machine ({available_cores()}), got {self.threads}."
+                f"threads must be at most the cores of this machine ({available_cores()}), got {self.threads}."
             )
         threads = available_cores() if all_cores else self.threads
         runtime: Runtime = RUNTIMES.get(self.runtime).from_file(path, provider=self.provider, threads=threads)
         return runtime
+
+
+def require_conditions(conditions: Conditions) -> None:
+    """Try whether files can be run so on this machine, with a file of one node.
+
+    Raises:
+        As `Conditions.open`, and RuntimeUnavailable when the provider is not there.
+    """
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "trial", value[:1], value[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trial.onnx"
+        onnx.save_model(model, path)
+        with conditions.open(path):
+            pass
 
 
 def available_cores() -> int:

@@ -567,5 +567,5 @@ def test_verifying_a_file_alone_does_not_import_torch():
 
 
 def test_more_threads_than_cores_are_refused(tmp_path) -> None:
-    with pytest.raises(ConfigValueError, match=r"verify\.threads must be at most the cores of this machine"):
+    with pytest.raises(ConfigValueError, match=r"threads must be at most the cores of this machine"):
         Conditions(threads=available_cores() + 1).open(tmp_path / "any.onnx")

@@ -8,21 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from compress.artifacts import Signature
 from compress.cost.onnx_file import first_line, load_onnx, read_signature
-from compress.errors import ArtifactError, ModelError, RuntimeUnavailable
+from compress.errors import ArtifactError, InternalError, ModelError, RuntimeUnavailable
 from compress.registry import closest
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPUExecutionProvider"
 _SILENT, _WARNING = 4, 2
+_KERNEL = "_kernel_time"
 _NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeTimes:
+    """What every node took.
+
+    Attributes:
+        names: In the order in which the nodes run, as the runtime calls them after it rewrote the graph.
+        milliseconds: (nodes, calls); the runtime counts in whole microseconds.
+    """
+
+    names: tuple[str, ...]
+    milliseconds: np.ndarray
 
 
 class OnnxRuntime(Runtime):
@@ -32,14 +50,15 @@ class OnnxRuntime(Runtime):
         path: The .onnx file; external data lies beside it.
         provider: Exact ONNX Runtime name of the execution provider.
         threads: Threads inside one operator; operators run one after the other.
+        profile_folder: Where the times of single nodes are kept until `read_profile`; None to take none.
     """
 
     name: ClassVar[str] = "onnxruntime"
     reads_onnx: ClassVar[bool] = True
 
-    def __init__(self, path: Path, provider: str = CPU, threads: int = 1) -> None:
+    def __init__(self, path: Path, provider: str = CPU, threads: int = 1, profile_folder: Path | None = None) -> None:
         super().__init__(provider)
-        self.path, self.threads = path, threads
+        self.path, self.threads, self.profile_folder = path, threads, profile_folder
         self._session: Any = None
 
     @classmethod
@@ -78,6 +97,27 @@ class OnnxRuntime(Runtime):
     def _close(self) -> None:
         self._session = None
 
+    def read_profile(self) -> NodeTimes:
+        """Return what every node took in every call so far, and stop taking times.
+
+        Raises:
+            InternalError: The runtime was not opened with a `profile_folder`.
+            ModelError: The nodes were not the same in every call.
+        """
+        if self.profile_folder is None:
+            raise InternalError("Only a runtime with a profile_folder can be asked what its nodes took.")
+        file = Path(self._session.end_profiling())
+        events = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        times: dict[str, list[float]] = {}
+        for event in events:
+            name = str(event["name"])
+            if event.get("cat") == "Node" and name.endswith(_KERNEL):
+                times.setdefault(name.removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
+        if len({len(calls) for calls in times.values()}) > 1:
+            raise ModelError(f"'{self.path}' must run the same nodes in every call to be profiled, it does not.")
+        return NodeTimes(tuple(times), np.asarray(list(times.values())))
+
     def _check_provider_is_built_in(self) -> None:
         import onnxruntime  # half a second; not needed by those who only name the runtime
 
@@ -101,6 +141,9 @@ class OnnxRuntime(Runtime):
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         # threads that go on spinning after a run would slow down the model measured next
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.profile_folder is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self.profile_folder / "nodes")
         try:
             with _quiet(onnxruntime):
                 if self.provider in _NVIDIA:

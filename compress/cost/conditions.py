@@ -1,0 +1,90 @@
+"""On what does a latency depend besides the network? Processor, runtime, and how it is called.
+
+Two tables of latencies may be mixed only when all of this is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+from compress.config.digest import digest_value
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")
+
+
+@dataclass(frozen=True, slots=True)
+class TableConditions:
+    """What a latency depends on besides the network.
+
+    Attributes:
+        machine: Model of the processor or accelerator.
+        cores: Cores of the machine that the process may use.
+        instructions: Vector instruction sets, comma-separated.
+        runtime: Name and version.
+        provider: Execution provider.
+        threads: Inside one operator.
+        batch_size: Images a call.
+    """
+
+    machine: str
+    cores: int
+    instructions: str
+    runtime: str
+    provider: str
+    threads: int
+    batch_size: int
+
+    def differences(self, other: TableConditions) -> list[str]:
+        """Return what differs, in words: "threads 1 here, 4 in the table"."""
+        return [
+            f"{entry.name} {getattr(self, entry.name)} here, {getattr(other, entry.name)} in the table"
+            for entry in fields(self)
+            if getattr(self, entry.name) != getattr(other, entry.name)
+        ]
+
+    @property
+    def key(self) -> str:
+        """A name for a file: the same for the same conditions only."""
+        return digest_value(asdict(self))
+
+
+def present_conditions(runtime: str, provider: str, threads: int, batch_size: int) -> TableConditions:
+    """Return the conditions of this machine."""
+    return TableConditions(
+        machine=_read_cpu_info("model name") or platform.processor() or platform.machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        instructions=",".join(name for name in _VECTOR_SETS if name in _flags()),
+        runtime=f"{runtime} {_runtime_version()}",
+        provider=provider,
+        threads=threads,
+        batch_size=batch_size,
+    )
+
+
+def _flags() -> frozenset[str]:
+    text = _read_cpu_info("flags") or _read_cpu_info("Features") or ""
+    return frozenset(text.split())
+
+
+def _read_cpu_info(wanted: str) -> str:
+    """Return a field that Linux tells of the first processor, "" where it tells none."""
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    fields_of = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in fields_of if key.strip() == wanted), "")
+
+
+def _runtime_version() -> str:
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"

@@ -1,0 +1,108 @@
+"""How is a latency table kept in a file, and does it speak of this machine?
+
+A file holds the timed variants and not the table made of them, so that the same file always gives the same table:
+
+    {"kind": ..., "schema": 1, "conditions": {...}, "network": digest, "reference_ms": ..., "samples": [...]}
+
+It is written anew after every few variants, so that timing goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.config.digest import digest_value
+from compress.cost.conditions import TableConditions
+from compress.cost.latency import Sample
+from compress.cost.variants import Site
+from compress.errors import ArtifactError
+
+KIND = "compress latency table"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TableFile:
+    """What a file holds.
+
+    Attributes:
+        conditions: Under which its variants were timed.
+        network: Digest of the sites it speaks of.
+        reference_ms: What the untouched network takes.
+        samples: Its variants.
+    """
+
+    conditions: TableConditions
+    network: str
+    reference_ms: float
+    samples: tuple[Sample, ...]
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        content = {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "conditions": asdict(self.conditions),
+            "network": self.network,
+            "reference_ms": self.reference_ms,
+            "samples": [_plain(sample) for sample in self.samples],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> TableFile:
+        """Read a file.
+
+        Raises:
+            ArtifactError: It is missing, or no latency table of this version.
+        """
+        if not path.is_file():
+            raise ArtifactError(f"Latency table '{path}' does not exist.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["kind"] != KIND or content["schema"] != SCHEMA:
+                raise ValueError(f"kind {content['kind']!r}, schema {content['schema']!r}")
+            samples = tuple(_sample(values) for values in content["samples"])
+            conditions = TableConditions(**content["conditions"])
+            return cls(conditions, str(content["network"]), _time(content["reference_ms"]), samples)
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                f"'{path}' must be a latency table of schema {SCHEMA}, it is not: {type(error).__name__}: {error}",
+                hint="compress profile writes such files.",
+            ) from error
+
+
+def network_digest(sites: Sequence[Site]) -> str:
+    """Return the same text for networks whose sites are the same, whatever their weights."""
+    return digest_value([[site.layer, site.kind, *site.sizes] for site in sites])
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    return {
+        "sizes": {layer: list(sizes) for layer, sizes in sample.sizes.items()},
+        "site_ms": {str(site): value for site, value in sample.site_ms.items()},
+        "spreads": {str(site): value for site, value in sample.spreads.items()},
+        "total_ms": sample.total_ms,
+    }
+
+
+def _sample(values: Mapping[str, Any]) -> Sample:
+    sizes = {str(layer): (int(out), int(inp)) for layer, (out, inp) in values["sizes"].items()}
+    site_ms = {int(site): _time(value) for site, value in values["site_ms"].items()}
+    spreads = {int(site): _time(value) for site, value in values["spreads"].items()}
+    return Sample(sizes, site_ms, spreads, _time(values["total_ms"]))
+
+
+def _time(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"times must be finite numbers of at least 0, got {value!r}")
+    return float(value)

@@ -1,0 +1,101 @@
+"""What does each node of several models take, and each model as a whole, next to one reference?
+
+Models are timed a few at a time, in turn with the reference, node by node and (in another session, without the clock
+inside) as a whole. What the reference took in the same rounds says how fast the machine was just then.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from compress.errors import ConfigValueError
+from compress.progress import Progress, SilentProgress
+from compress.verification.latency import measure_latency
+from compress.verification.measuring import Conditions
+from compress.verification.runtimes.onnxruntime import NodeTimes, OnnxRuntime
+
+TOGETHER = 4
+WARMUP = 3
+_MS_EACH, _FEWEST_CALLS, _MOST_CALLS = 400.0, 10, 100
+
+Inputs = Callable[[OnnxRuntime], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """What one model took.
+
+    Attributes:
+        nodes: Node by node.
+        total_ms: (calls,) the whole model, without the clock inside.
+        reference_ms: (calls,) the reference in the same rounds.
+    """
+
+    nodes: NodeTimes
+    total_ms: np.ndarray
+    reference_ms: np.ndarray
+
+
+def profile_models(
+    models: Iterable[Path],
+    count: int,
+    reference: Path,
+    inputs: Inputs,
+    conditions: Conditions,
+    progress: Progress | None = None,
+) -> Iterator[Profile]:
+    """Yield what each model took, in order.
+
+    Args:
+        models: Files, asked for a few at a time, so that they may be written one by one.
+        count: How many there are, for the progress.
+        reference: What every model is timed next to.
+        inputs: Makes the inputs of an open runtime.
+        conditions: Where and how; its runtime must be ONNX Runtime.
+        progress: Told about each model.
+
+    Raises:
+        ConfigValueError: The runtime cannot time single nodes.
+        ArtifactError, ModelError: A model cannot be opened or run.
+        RuntimeUnavailable: The provider is not there.
+    """
+    if conditions.runtime != OnnxRuntime.name:
+        raise ConfigValueError(
+            f"deploy.runtime must be {OnnxRuntime.name} for a budget in milliseconds, got {conditions.runtime}."
+        )
+    iterator = iter(models)
+    with (progress or SilentProgress()).task("time variants of the network", count) as task:
+        while batch := list(islice(iterator, TOGETHER)):
+            yield from _profile_together(batch, reference, inputs, conditions)
+            task.advance(len(batch))
+
+
+def _profile_together(paths: list[Path], reference: Path, inputs: Inputs, conditions: Conditions) -> Iterator[Profile]:
+    with ExitStack() as stack:
+        plain, profiled = {}, {}
+        for number, path in enumerate([reference, *paths]):
+            plain[number] = stack.enter_context(OnnxRuntime(path, conditions.provider, conditions.threads))
+            if number:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                profiled[number] = stack.enter_context(
+                    OnnxRuntime(path, conditions.provider, conditions.threads, profile_folder=folder)
+                )
+        sessions = {("plain", n): s for n, s in plain.items()} | {("nodes", n): s for n, s in profiled.items()}
+        labels = {f"{kind} {number}": session for (kind, number), session in sessions.items()}
+        feeds = {label: inputs(session) for label, session in labels.items()}
+        first = measure_latency(labels, feeds, WARMUP, 1)
+        slowest = max(sample.p50 for sample in first.values())
+        repeats = int(np.clip(_MS_EACH / slowest, _FEWEST_CALLS, _MOST_CALLS))
+        samples = measure_latency(labels, feeds, 0, repeats)
+        reference_ms = np.asarray(samples["plain 0"].milliseconds)
+        for number in profiled:
+            nodes = profiled[number].read_profile()
+            warm = NodeTimes(nodes.names, nodes.milliseconds[:, -repeats:])
+            yield Profile(warm, np.asarray(samples[f"plain {number}"].milliseconds), reference_ms)

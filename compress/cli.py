@@ -34,6 +34,9 @@ Overrides = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Takes the place of the file's seed.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="FOLDER", help="Where run folders are kept.")]
+ForeignTable = Annotated[
+    bool, typer.Option("--accept-foreign-table", help="Use deploy.table although another machine made it.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the verdict.")]
 
 
@@ -68,11 +71,13 @@ def run(
     seed: Seed = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
+    accept_foreign_table: ForeignTable = False,
 ) -> None:
     """Run a pipeline; what is done already is not repeated."""
     from compress.config.load import load_pipeline
 
-    loaded = load_pipeline(pipeline, overrides or (), seed)
+    accepted = ["deploy.accept_foreign_table=true"] if accept_foreign_table else []
+    loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted], seed)
     from compress.runner import run as run_pipeline  # imports torch; a wrong pipeline file is refused before that
 
     console = Console(quiet)
@@ -99,6 +104,29 @@ def plan(
 
     rows = [(row.stage, row.status, ", ".join(row.reasons)) for row in plan_stages(loaded, runs_dir)]
     Console().print_plan(rows)
+
+
+@app.command()
+@guarded
+def profile(
+    pipeline: PipelineFile,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.json", help="Where to write the latency table.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Time a network's layers on this machine, for a latency target here or, with deploy.table, elsewhere."""
+    from compress.config.load import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or ())
+    if out.is_dir():
+        raise ConfigError(f"--out must be a file to write, '{out}' is a folder.")
+    from compress.runner import profile as profile_pipeline  # imports torch
+
+    console = Console(quiet)
+    table = profile_pipeline(loaded, runs_dir, console)
+    table.write(out)
+    console.say(f"{out}: {len(table.samples)} variants, {table.conditions.machine}, {table.conditions.runtime}.")
 
 
 @app.command()

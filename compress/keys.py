@@ -6,7 +6,7 @@ versions of the libraries, and, where they matter, the contents of the images, t
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
+from compress.config.schema import DeployConfig
+from compress.cost.conditions import present_conditions
 from compress.errors import ArtifactError
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
@@ -65,6 +67,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
         }
         if entry.uses_data:
             fixed["data"] = data
+        if config.deploy is not None and needs_latency(stage):
+            fixed["deploy"] = _deploy_component(config.deploy)
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
         steps.append(Step(index, entry, stage, values, fixed))
@@ -74,6 +78,22 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
 def _data_component(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data section with the contents of its files in place of their paths."""
     return {**data, "train": digest_data(data["train"]), "evaluation": digest_data(data["evaluation"])}
+
+
+def needs_latency(stage: Any) -> bool:
+    """Whether latencies have to be known for the target of a stage's settings."""
+    return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
+
+
+def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
+    """Return what latencies depend on besides the network: this machine, or the table that stands for another one."""
+    here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    table = None
+    if deploy.table is not None:
+        if not Path(deploy.table).is_file():
+            raise ArtifactError(f"Latency table '{deploy.table}' does not exist.")
+        table = digest_file(Path(deploy.table))
+    return {**asdict(here), "table": table, "accept_foreign_table": deploy.accept_foreign_table}
 
 
 def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,26 +4,27 @@ For each stage: make its key out of everything its result depends on; found in t
 else run it, store it, write the lock. Then lay out the run folder:
 
     runs/NAME/   pipeline.yaml (resolved)  model.onnx  slim/  lock  report.json  report.html
-    runs/.store/ finished stages by key, shared by all runs
+    runs/.store/ finished stages by key, and latency tables, shared by all runs
 
 Nothing here imports torch unless a stage has to run.
 """
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from compress.artifacts import FactorySpec, Verdict
 from compress.catalog import NOTHING, VERDICT
 from compress.config.digest import digest_value
 from compress.config.load import Pipeline
-from compress.errors import ArtifactError, CompressError, InternalError, RunLocked
-from compress.keys import Step, build_steps, explain
+from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
+from compress.keys import Step, build_steps, explain, needs_latency
 from compress.locking import hold
 from compress.persist import VOLATILE, load_artifact, save_artifact
 from compress.progress import Progress, SilentProgress
@@ -32,8 +33,12 @@ from compress.report.environment import describe_environment
 from compress.runfolder import publish
 from compress.store import Entry, Store
 
+if TYPE_CHECKING:  # imports torch
+    from compress.stages.context import StageContext
+
 LOCK_SCHEMA = 1
 WAIT_S = 0.2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,29 @@ def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) ->
         return _Run(pipeline, runs_dir, folder, progress).execute()
 
 
+def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
+    """Time the variants that the first stage with a latency target chooses by; stages before it run as in `run`.
+
+    Returns:
+        The `TableFile`.
+
+    Raises:
+        ConfigValueError: No stage has a latency target.
+        CompressError: As `run`.
+    """
+    progress = progress or SilentProgress()
+    steps = build_steps(pipeline)
+    index = next((step.index for step in steps if needs_latency(step.config)), None)
+    if index is None:
+        raise ConfigValueError(
+            f"'{pipeline.path}' must have a stage with a target of latency or latency_ms to be profiled, it has none.",
+            hint="--set stages.prune.target.latency=0.5",
+        )
+    folder = runs_dir / pipeline.config.name
+    with hold(folder):
+        return _Run(pipeline, runs_dir, folder, progress).profile(steps, index)
+
+
 class _Run:
     """One execution of a pipeline."""
 
@@ -108,6 +136,7 @@ class _Run:
         self.locked: list[dict[str, Any]] = []
         self.artifact: Any = None
         self.data: Any = None
+        self.has_tried_runtimes = False
 
     def execute(self) -> RunOutcome:
         """Run or restore every stage, then publish."""
@@ -136,6 +165,17 @@ class _Run:
             self.progress.note("Nothing to do: every stage is unchanged.")
         return RunOutcome(verdict, self.folder, report)
 
+    def profile(self, steps: Sequence[Step], index: int) -> Any:
+        """Run or restore the stages before one with a latency target, and let that one time what it needs."""
+        digest = ""
+        for step in steps[:index]:
+            digest = self._do(step, len(steps), digest)
+        work = self.store.work_folder(digest_value([steps[index].components(digest), "profile"]))
+        with hold(work):
+            table = self._with_stage(steps[index], work, lambda stage, ctx: stage.profile(self.artifact, ctx))
+        shutil.rmtree(work, ignore_errors=True)
+        return table
+
     def _do(self, step: Step, count: int, input_digest: str) -> str:
         """Restore or run one stage and return the digest of its result."""
         components = step.components(input_digest)
@@ -147,6 +187,7 @@ class _Run:
             reasons = explain(components, self.previous, step)
             self.progress.note(f"{label}: {'; '.join(reasons)}")
             self._withdraw_report()
+            self._try_runtimes()
             with self._claim(key, label) as made_elsewhere:
                 entry = made_elsewhere or self._make(step, count, key)
                 status = "unchanged" if made_elsewhere else "ran"
@@ -160,6 +201,25 @@ class _Run:
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)
         return entry.digest
+
+    def _try_runtimes(self) -> None:
+        """Refuse a runtime or provider that is not there before the first stage runs, not after hours of training."""
+        if self.has_tried_runtimes:
+            return
+        self.has_tried_runtimes = True
+        from compress.verification.measuring import Conditions, require_conditions  # imports ONNX Runtime
+
+        config = self.pipeline.config
+        sections: list[tuple[str, Any]] = [("verify", config.stages[-1])]
+        if config.deploy is not None and not config.deploy.accept_foreign_table:
+            sections.append(("deploy", config.deploy))
+        for name, section in sections:
+            wanted = Conditions(section.runtime, section.provider, section.threads, section.batch_size)
+            try:
+                require_conditions(wanted)
+            except CompressError as error:
+                error.message = f"Section '{name}': {error.message}"
+                raise
 
     def _withdraw_report(self) -> None:
         """Remove the last run's report: a verdict must not stand beside settings it was not measured with."""
@@ -187,7 +247,7 @@ class _Run:
         started = time.perf_counter()
         work = self.store.work_folder(key)
         try:
-            artifact, record = self._run_stage(step, work)
+            artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))
             meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
             entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
         except CompressError as error:
@@ -205,7 +265,8 @@ class _Run:
     def _load(self, kind: str, entry: Entry) -> Any:
         return load_artifact(kind, entry.folder, self.factory)
 
-    def _run_stage(self, step: Step, work: Path) -> tuple[Any, dict[str, Any]]:
+    def _with_stage(self, step: Step, work: Path, call: "Callable[[Any, StageContext], T]") -> T:
+        """Build a stage and its surroundings, load its input, and let `call` make use of them."""
         import importlib  # torch comes in with the first stage that has to run, and only then
 
         import torch
@@ -222,10 +283,8 @@ class _Run:
         stage = getattr(importlib.import_module(place), name)(step.config)
         if self.artifact is None and step.entry.consumes != NOTHING:
             self.artifact = self._load(step.entry.consumes, self.entries[-1])
-        result: tuple[Any, dict[str, Any]] = stage.run(
-            self.artifact, StageContext(work, config.seed, self.data, self.progress)
-        )
-        return result
+        tables = self.store.root / ".latency"
+        return call(stage, StageContext(work, config.seed, self.data, self.progress, config.deploy, tables))
 
     def _write_lock(self, count: int) -> None:
         """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""

@@ -20,7 +20,7 @@ def _blocks(language: str) -> list[str]:
 
 def test_yaml_blocks_are_valid_pipelines(tmp_path: Path) -> None:
     blocks = _blocks("yaml")
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     for block in blocks:
         pipeline = parse_pipeline(block, tmp_path / "pipeline.yaml")
         assert [stage.stage for stage in pipeline.config.stages][-1] == "verify"
@@ -29,7 +29,7 @@ def test_yaml_blocks_are_valid_pipelines(tmp_path: Path) -> None:
 def test_commands_named_exist() -> None:
     named = set(re.findall(r"compress ([a-z]+)", README)) - {"import"}
     existing = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert {"run", "plan", "validate", "verify", "inspect", "list", "schema", "init"} <= existing
+    assert {"run", "plan", "profile", "validate", "verify", "inspect", "list", "schema", "init"} <= existing
     assert named <= existing
 
 

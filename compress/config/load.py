@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compress.config.deployment import check_deploy, follow_deploy
 from compress.config.document import Document, parse_document, read_document
 from compress.config.locations import resolve_paths, use_array_folder
 from compress.config.messages import translate
@@ -87,6 +88,7 @@ def _check(
     _import_plugins(document, folder)
     checked = _validate(document)
     values = checked.model_dump(mode="json")
+    follow_deploy(values, document)
     resolve_paths(values, document, folder)
     use_array_folder(values, document, folder, environ)
     if document.problems:
@@ -97,7 +99,7 @@ def _check(
 
 def _validate(document: Document) -> PipelineConfig:
     """Return the checked configuration, or raise everything that is wrong with it."""
-    document.problems += check_order(document)
+    document.problems += check_order(document) + check_deploy(document)
     try:
         config = PipelineConfig.model_validate(document.value)
     except ValidationError as error:

@@ -65,6 +65,8 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
         for key in _SOURCE_KEYS:
             if source.get(key) is not None:
                 yield ("data", half, key), source, key
+    if (values["deploy"] or {}).get("table") is not None:
+        yield ("deploy", "table"), values["deploy"], "table"
     for index, stage in enumerate(values["stages"]):
         if stage["stage"] == "load":
             yield ("stages", index, "weights"), stage, "weights"

@@ -35,6 +35,7 @@ _PATTERNS = {
     "factory": "must be pkg.module:callable or path/to/file.py:callable",
 }
 _RATIO_HINTS = {
+    "target.latency": "0.5 halves the baseline's latency.",
     "target.macs": "0.5 keeps half of the baseline's MACs.",
     "target.params": "0.5 keeps half of the baseline's params.",
 }
@@ -178,8 +179,8 @@ def _broken_rule(path: KeyPath, place: Any, error: ErrorDetails, document: Docum
     first, _, rest = text.partition(" ")
     if first in allowed_keys(place) and isinstance(value, dict):
         path, text, value = (*path, first), rest, value.get(first)
-    if "exactly one of" in text and isinstance(value, dict):
-        names = re.findall(r"\w+", text.partition("exactly one of ")[2])
+    if " one of " in text and isinstance(value, dict):
+        names = re.findall(r"\w+", text.partition(" one of ")[2])
         present = [name for name in names if value.get(name) is not None]
         return _problem(document.origin(path), path, text, " and ".join(present) or "none", None)
     hint = closest(value, text.removeprefix("must be one of ").split(", ")) if isinstance(value, str) else None

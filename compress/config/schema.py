@@ -174,13 +174,38 @@ class LoadConfig(Section):
 
 
 class TargetConfig(Section):
+    """What must not be exceeded: shares are of the baseline. At least one; all that are given hold."""
+
+    latency: KeptRatio | None = Field(None, description="kept share of the baseline's latency, where `deploy` says")
+    latency_ms: float | None = Field(None, gt=0, description="milliseconds a call, where `deploy` says")
+    macs: KeptRatio | None = Field(None, description="kept share of the baseline's MACs")
+    params: KeptRatio | None = Field(None, description="kept share of the baseline's params")
+    size_mb: float | None = Field(None, gt=0, description="size of the ONNX file, in 10^6 bytes")
+
+    @model_validator(mode="after")
+    def _check_some(self) -> "TargetConfig":
+        if not self.given():
+            raise ValueError("must hold at least one of latency, latency_ms, macs, params, size_mb")
+        return self
+
+    def given(self) -> dict[str, float]:
+        """Return the quantities that are limited, in a fixed order."""
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether latencies have to be known to meet it."""
+        return self.latency is not None or self.latency_ms is not None
+
+
+class RankTargetConfig(Section):
     """What must not be exceeded, as the share kept of the baseline. Exactly one."""
 
     macs: KeptRatio | None = Field(None, description="kept share of the baseline's MACs")
     params: KeptRatio | None = Field(None, description="kept share of the baseline's params")
 
     @model_validator(mode="after")
-    def _check_one(self) -> "TargetConfig":
+    def _check_one(self) -> "RankTargetConfig":
         if (self.macs is None) == (self.params is None):
             raise ValueError("must hold exactly one of macs, params")
         return self
@@ -214,7 +239,7 @@ class LowRankConfig(Section):
     relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="shared bound of the relative kernel error of every layer"
     )
-    target: TargetConfig | None = Field(None, description="budget that decides the shared relative error")
+    target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
     schemes: Annotated[tuple[Literal["nc", "vh", "tucker2", "svd"], ...], BeforeValidator(_to_tuple)] = Field(
         ("nc", "vh", "tucker2", "svd"), min_length=1, description="schemes to choose from, cheapest wins"
     )
@@ -304,6 +329,17 @@ StageConfig = Annotated[
 ]
 
 
+class DeployConfig(Section):
+    """Where the model will run. Budgets in milliseconds are measured there, and so is the verdict."""
+
+    runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
+    provider: str = Field("CPUExecutionProvider", description="execution provider")
+    threads: Threads = Field(1, description="intra-op threads")
+    batch_size: Count = Field(1, description="images a call")
+    table: str | None = Field(None, description="latency table that `compress profile` wrote; measured here by default")
+    accept_foreign_table: bool = Field(False, description="use a table of another machine as it is")
+
+
 class PipelineConfig(Section):
     """A whole pipeline file."""
 
@@ -312,4 +348,5 @@ class PipelineConfig(Section):
     threads: Threads | None = Field(None, description="torch threads; all cores by default")
     plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
     data: DataConfig
+    deploy: DeployConfig | None = None
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(_to_tuple)] = Field(min_length=1)

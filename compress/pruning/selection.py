@@ -1,12 +1,12 @@
 """Which channels go? Joins scores, costs and limits into one choice; the arithmetic is in `compress.allocation`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from compress.allocation.costs import CoupledCost
+from compress.allocation.problem import Budget
 from compress.allocation.widths import Candidates, Limits, allocate_widths, width_levels
 from compress.errors import NonFinite
 from compress.pruning.criteria.base import Criterion, GradientStats
@@ -20,12 +20,12 @@ class Selection:
     Attributes:
         widths: Group name -> width after the cut.
         removed: Group name -> indices that go; groups that lose nothing are absent.
-        cost: Predicted cost after the cut.
+        is_optimal: Whether it is proved that no widths within the budgets do less damage.
     """
 
     widths: dict[str, int]
     removed: dict[str, tuple[int, ...]]
-    cost: float
+    is_optimal: bool
 
 
 def score_groups(
@@ -46,56 +46,63 @@ def score_groups(
     return scores
 
 
-def select_channels(
+def find_candidates(
     groups: Mapping[str, ChannelGroup],
     scores: Mapping[str, Tensor],
-    cost: CoupledCost,
-    budget: float,
     limits: Limits,
-    method: str,
     comparable: bool,
-    whole: tuple[float, str] | None = None,
-) -> Selection:
-    """Choose the channels that go so that the cost stays within the budget.
+    levels_at_most: int | None = None,
+) -> list[Candidates]:
+    """Return the groups as the allocation sees them.
 
     Args:
         groups: Groups that may be cut.
         scores: (C,) for each group; larger = keep.
-        cost: Of the network, by widths.
-        budget: In the unit of `cost`.
         limits: Floors, caps and multiples.
-        method: "global" or "uniform".
         comparable: Whether scores of different groups have one scale; else each group's are divided by their mean.
-        whole: As in `allocate_widths`.
+        levels_at_most: Widths that a group may have, when each of them has to be timed.
+    """
+    found = []
+    for name, group in groups.items():
+        levels = width_levels(group.width, group.parts, limits, levels_at_most)
+        found.append(Candidates(name, _unit_scores(group, scores[name], comparable), group.parts, levels))
+    return found
+
+
+def select_channels(
+    groups: Mapping[str, ChannelGroup],
+    candidates: Sequence[Candidates],
+    budgets: Sequence[Budget],
+    limits: Limits,
+    method: str,
+) -> Selection:
+    """Choose the channels that go so that the costs stay within the budgets.
+
+    Args:
+        groups: Groups that may be cut.
+        candidates: The same, with their scores and allowed widths.
+        budgets: In tables over those widths.
+        limits: What made them, for messages.
+        method: "global" or "uniform".
 
     Raises:
-        BudgetUnreachable: Even the least widths cost more.
+        BudgetUnreachable: No allowed widths are within the budgets.
     """
-    candidates = [
-        _candidates(group, scores[name], limits, cost if comparable else None) for name, group in groups.items()
-    ]
     text = (
         f" (max_removed_ratio {limits.max_removed_ratio}, min_width {limits.min_width}, "
         f"multiple_of {limits.multiple_of})"
     )
-    widths = allocate_widths(candidates, cost, budget, method, text, whole)
+    widths, is_optimal = allocate_widths(candidates, budgets, method, text)
     removed = {
         c.name: groups[c.name].expand(c.removed_units(widths[c.name])) for c in candidates if widths[c.name] < c.full
     }
-    return Selection(widths, removed, cost.at(widths))
+    return Selection(widths, removed, is_optimal)
 
 
-def _candidates(group: ChannelGroup, scores: Tensor, limits: Limits, priced_by: CoupledCost | None) -> Candidates:
-    """Turn (C,) channel scores into unit scores on one scale over all groups.
-
-    Scores that estimate damage are divided by what a channel costs, so that the threshold asks for the same damage
-    per cost everywhere; mere sizes are divided by their mean in the group.
-    """
-    units = scores.double().numpy().reshape(group.parts, -1).sum(0)
-    if priced_by is not None:
-        price = priced_by.full - priced_by.at({group.name: group.width - group.parts})
-        units = units / max(price, 1e-12)
-    else:
+def _unit_scores(group: ChannelGroup, scores: Tensor, comparable: bool) -> np.ndarray:
+    """Turn (C,) channel scores into unit scores, of mean 1 in each group where scores have no common scale."""
+    units: np.ndarray = scores.double().numpy().reshape(group.parts, -1).sum(0)
+    if not comparable:
         mean = float(units.mean())
         units = units / mean if mean > 0 else np.zeros_like(units)
-    return Candidates(group.name, units, group.parts, width_levels(group.width, group.parts, limits))
+    return units

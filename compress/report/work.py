@@ -21,6 +21,7 @@ from compress.report.markup import (
 from compress.report.plots import plot_training, plot_widths
 
 Run = dict[str, Any]
+_UNITS = {"latency_ms": "milliseconds a call", "size_mb": "size of the file (MB)"}
 
 
 def render_stages(report: dict[str, Any]) -> str:
@@ -102,11 +103,10 @@ def _group_by_reason(entries: list[dict[str, Any]], name: str) -> dict[str, list
 def _render_prune(runs: list[Run], index: int) -> str:
     record = runs[index]["record"]
     groups = record.get("groups") or []
-    target = " and ".join(record.get("target") or {}).replace("macs", "MACs") or "the target"
     facts = [
         ("criterion", record.get("criterion")),
-        (f"share of {target} kept, asked", _share(record.get("asked_ratio"))),
-        (f"share of {target} kept, reached", _share(record.get("reached_ratio"))),
+        *_list_targets(record),
+        *_list_timing(record.get("latency") or {}),
         ("MACs", _change(record, "macs", format_count)),
         ("parameters", _change(record, "params", format_count)),
         ("validation top-1, before and after the cut", _change(record, "validation_top1", format_share)),
@@ -127,6 +127,30 @@ def _render_prune(runs: list[Run], index: int) -> str:
         f"<p>Residual blocks removed: {blocks}.</p>\n" if blocks else "",
         render_details("widths as a table", table) if rows else "",
     )
+
+
+def _list_targets(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what was asked and reached of each target."""
+    asked = record.get("asked") or dict.fromkeys(record.get("target") or {}, record.get("asked_ratio"))
+    reached = record.get("reached") or dict.fromkeys(asked, record.get("reached_ratio"))
+    for name, value in asked.items():
+        is_share = name not in _UNITS
+        label = f"share of {name} kept".replace("macs", "MACs") if is_share else _UNITS[name]
+        show = _share if is_share else format_number
+        yield f"{label}, asked", show(value)
+        yield f"{label}, reached", show(reached.get(name))
+
+
+def _list_timing(latency: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what is known of the latency that widths were chosen by."""
+    if not latency:
+        return
+    yield "baseline's latency in the table (ms)", format_number(latency.get("reference_ms"))
+    yield "share of it by the table", _share(latency.get("predicted_ratio"))
+    yield "share of it, whole networks timed in turn", _share(latency.get("measured_ratio")) or "not timed here"
+    yield "networks timed until the budget was met", len(latency.get("rounds") or [])
+    yield "table's median error on its variants", _share(latency.get("table_error"))
+    yield "scatter of single calls", _share(latency.get("scatter"))
 
 
 def _render_low_rank(runs: list[Run], index: int) -> str:

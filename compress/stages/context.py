@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from compress.config.schema import DeployConfig
 from compress.data.opening import Splits
 from compress.progress import Progress
 
@@ -19,12 +20,16 @@ class StageContext:
         seed: Decides everything random.
         data: The splits, opened when first asked for.
         progress: Told about anything that takes long.
+        deploy: Where the model will run; None where the pipeline does not say.
+        latency_tables: A folder for tables of latencies, shared by all runs.
     """
 
     folder: Path
     seed: int
     data: Splits
     progress: Progress
+    deploy: DeployConfig | None = None
+    latency_tables: Path = Path()
 
 
 Record = dict[str, Any]

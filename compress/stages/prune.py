@@ -1,39 +1,53 @@
-"""prune: TorchModel -> TorchModel with fewer channels and blocks, within a budget relative to the baseline."""
+"""prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 
-from compress.allocation.widths import Limits
+from compress.allocation.widths import Candidates, Limits
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.catalog import CRITERIA
 from compress.config.schema import PruneConfig
 from compress.cost.macs import count_macs, count_params
+from compress.cost.table_file import TableFile
 from compress.data.batches import Batch, Split, evaluation_batches
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress, Task
 from compress.pruning.blocks import find_removable_blocks
-from compress.pruning.costs import build_cost
+from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.damage import block_damage
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
 from compress.pruning.repair import reestimate_batch_norm, refit_readers
-from compress.pruning.selection import Selection, score_groups, select_channels
+from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import RemoveBlock, RemoveChannels
 from compress.registry import closest
+from compress.stages.budgets import Targets
 from compress.stages.context import Record, StageContext
+from compress.stages.latency import exported, model_latency
+from compress.stages.meeting import WITHIN as LATENCY_WITHIN
+from compress.stages.meeting import TimedChoice, latency_record, meet_latency
 from compress.training.evaluate import evaluate_top1
+from compress.verification.measuring import existing_bytes
 
 Groups = Mapping[str, ChannelGroup]
 
 SCORE_BATCH, SCORE_IMAGES_EACH = 64, 8
 MET_WITHIN = 0.005
+TIMED_LEVELS = 8
 CUT_TOLERANCE = 1e-3
+UNITS = {
+    "latency": "of the baseline's latency",
+    "latency_ms": "ms",
+    "macs": "of the baseline's macs",
+    "params": "of the baseline's params",
+    "size_mb": "MB",
+}
 
 
 class PruneStage:
@@ -41,8 +55,7 @@ class PruneStage:
 
     def __init__(self, config: PruneConfig) -> None:
         self.config = config
-        self.unit = "macs" if config.target.macs is not None else "params"
-        self.asked = config.target.macs if config.target.macs is not None else config.target.params
+        self.limits = Limits(config.min_width, config.max_removed_ratio, config.multiple_of)
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
         """Return the slim network.
@@ -52,18 +65,21 @@ class PruneStage:
             UntraceableModel: No channel graph could be built.
             UnsupportedLayer: The criterion cannot score a group.
             ConfigValueError: `exclude` or `blocks` does not fit the network.
+            ArtifactError: The latency table given is of another machine or network.
         """
         example = example_input(artifact.signature)
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
         trunk, removed_blocks = self._remove_blocks(artifact.module, example, ctx)
-        groups, excluded = self._find_groups(trunk, example, ctx.progress)
-        selection = self._select(trunk, example, groups, artifact, ctx)
-        if not selection.removed and not removed_blocks:
-            raise BudgetUnreachable(
-                f"Target {self.unit} {self.asked} must remove something, but the network already has "
-                f"{selection.cost / self._baseline(artifact):.3f} of the baseline's {self.unit}.",
-            )
         recipe = artifact.recipe.then(*(RemoveBlock(name) for name in removed_blocks))
+        groups, excluded = self._find_groups(trunk, example, ctx.progress)
+        candidates = self._score(trunk, groups, ctx)
+        targets = self._targets(replace(artifact, module=trunk, recipe=recipe), groups, candidates, ctx)
+        selection, timed = self._select(groups, candidates, targets, ctx.progress)
+        if not selection.removed and not removed_blocks:
+            asked, reached = self._asked_and_reached(selection, targets, timed)
+            got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
+            wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
+            raise BudgetUnreachable(f"Target {wanted} must remove something, but the network already has {got}.")
         slim = trunk
         if selection.removed:
             edit = RemoveChannels(selection.removed)
@@ -73,12 +89,32 @@ class PruneStage:
         self._repair(slim, trunk, selection, groups, ctx)
         slim_model = replace(artifact, module=slim, recipe=recipe)
         after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
-        record = self._record(artifact, slim_model, selection, groups, excluded, removed_blocks, ctx.progress)
-        return slim_model, {**record, "validation_top1_before": before, "validation_top1_after": after}
+        record = {
+            **self._record(artifact, slim_model, selection, groups, targets, timed),
+            "removed_blocks": list(removed_blocks),
+            "excluded": [{"name": item.name, "reason": item.reason} for item in excluded],
+            "validation_top1_before": before,
+            "validation_top1_after": after,
+        }
+        self._say(record, selection, groups, ctx.progress)
+        return slim_model, record
 
-    def _baseline(self, artifact: TorchModel) -> int:
-        figures = artifact.baseline.figures
-        return figures.macs if self.unit == "macs" else figures.params
+    def profile(self, artifact: TorchModel, ctx: StageContext) -> TableFile:
+        """Return the timed variants that a run would choose widths by, without choosing any.
+
+        Raises:
+            As `run`.
+        """
+        example = example_input(artifact.signature)
+        trunk, removed_blocks = self._remove_blocks(artifact.module, example, ctx)
+        groups, _ = self._find_groups(trunk, example, ctx.progress)
+        recipe = artifact.recipe.then(*(RemoveBlock(name) for name in removed_blocks))
+        unscored = {name: torch.zeros(group.width) for name, group in groups.items()}
+        candidates = find_candidates(groups, unscored, self.limits, True, TIMED_LEVELS)
+        targets = self._targets(replace(artifact, module=trunk, recipe=recipe), groups, candidates, ctx)
+        if targets.latency is None:
+            raise InternalError("A stage without a latency target was asked for a latency table.")
+        return targets.latency.file
 
     def _remove_blocks(
         self, module: nn.Module, example: Tensor, ctx: StageContext
@@ -114,11 +150,9 @@ class PruneStage:
         excluded += [Exclusion(name, "excluded by the pipeline file", expected=True) for name in chosen]
         return {name: group for name, group in groups.items() if name not in chosen}, excluded
 
-    def _select(
-        self, module: nn.Module, example: Tensor, groups: Groups, artifact: TorchModel, ctx: StageContext
-    ) -> Selection:
+    def _score(self, module: nn.Module, groups: Groups, ctx: StageContext) -> list[Candidates]:
+        """Return the groups with their scores and allowed widths."""
         config = self.config
-        assert self.asked is not None
         criterion = CRITERIA.get(config.criterion)(seed=ctx.seed)
         stats = None
         if criterion.needs_gradients:
@@ -127,11 +161,38 @@ class PruneStage:
                 batches = _counted(evaluation_batches(split, SCORE_BATCH), task)
                 stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH)
         scores = score_groups(groups, criterion, stats)
-        cost = build_cost(module, example, groups, self.unit)
-        whole = (self._baseline(artifact), f"the baseline's {self.unit}")
-        budget = self.asked * whole[0]
-        limits = Limits(config.min_width, config.max_removed_ratio, config.multiple_of)
-        return select_channels(groups, scores, cost, budget, limits, config.allocation, criterion.comparable, whole)
+        levels_at_most = TIMED_LEVELS if config.target.needs_latency else None
+        return find_candidates(groups, scores, self.limits, criterion.comparable, levels_at_most)
+
+    def _targets(
+        self, trunk: TorchModel, groups: Groups, candidates: Sequence[Candidates], ctx: StageContext
+    ) -> Targets:
+        """Return the targets, with the network's latency where one of them needs it."""
+        target, example = self.config.target, example_input(trunk.signature)
+        figures = trunk.baseline.figures
+        size = existing_bytes(exported(trunk, ctx)) if target.size_mb is not None else 0
+        targets = Targets(target, figures, trunk.module, example, groups, size)
+        if target.needs_latency:
+            if ctx.deploy is None:
+                raise InternalError("A pipeline with a latency target passed validation without a deploy section.")
+            levels = {candidate.name: candidate.levels for candidate in candidates}
+            axes = layer_axes(trunk.module, groups)
+            targets.latency = model_latency(trunk, axes, levels, ctx.deploy, ctx, targets.cost("macs").at)
+        return targets
+
+    def _select(
+        self, groups: Groups, candidates: Sequence[Candidates], targets: Targets, progress: Progress
+    ) -> tuple[Selection, list[TimedChoice]]:
+        """Choose widths; with a latency target, time them and choose again until the time is met."""
+        levels = {candidate.name: candidate.levels for candidate in candidates}
+
+        def select() -> Selection:
+            budgets = targets.budgets(levels)
+            return select_channels(groups, candidates, budgets, self.limits, self.config.allocation)
+
+        if targets.latency is None or not targets.latency.is_measured_here:
+            return select(), []
+        return meet_latency(select, targets, progress)
 
     def _repair(
         self, slim: nn.Module, original: nn.Module, selection: Selection, groups: Groups, ctx: StageContext
@@ -153,9 +214,8 @@ class PruneStage:
         after: TorchModel,
         selection: Selection,
         groups: Groups,
-        excluded: list[Exclusion],
-        blocks: tuple[str, ...],
-        progress: Progress,
+        targets: Targets,
+        timed: list[TimedChoice],
     ) -> Record:
         example = example_input(before.signature)
         figures = {
@@ -163,37 +223,69 @@ class PruneStage:
             for when, model in (("before", before), ("after", after))
             for unit, count in (("macs", count_macs(model.module, example)), ("params", count_params(model.module)))
         }
-        actual = figures[f"{self.unit}_after"]
-        if actual != round(selection.cost):
-            raise InternalError(f"The cut was predicted to leave {selection.cost} {self.unit}, it left {actual}.")
-        assert self.asked is not None
-        reached = actual / self._baseline(before)
-        shortfall = None
-        if abs(reached - self.asked) > MET_WITHIN * self.asked:
-            shortfall = (
-                f"asked for {self.asked:.4f} of the baseline's {self.unit}, reached {reached:.4f}: the widths that the "
-                f"ranking and the limits allow (multiples of {self.config.multiple_of} where groups are wide enough"
-                f"{', blocks removed first' if blocks else ''}) come no nearer"
-            )
-            progress.note(f"target: {shortfall}")
-        progress.note(
-            f"{len(selection.removed)} of {len(groups)} channel groups cut, {len(blocks)} blocks removed: "
-            f"{figures['macs_before'] / figures['macs_after']:.2f}x fewer MACs in this stage"
-        )
+        for unit in ("macs", "params"):
+            predicted = targets.cost(unit).at(selection.widths)
+            if figures[f"{unit}_after"] != round(predicted):
+                raise InternalError(f"The cut was predicted to leave {predicted} {unit}, it left another number.")
+        asked, reached = self._asked_and_reached(selection, targets, timed)
+        latency = targets.latency
         return {
-            "target": {self.unit: self.asked},
-            "asked_ratio": self.asked,
-            "reached_ratio": reached,
+            "target": self.config.target.given(),
+            "asked_ratio": asked[self._quantity],
+            "reached_ratio": reached[self._quantity],
+            "asked": asked,
+            "reached": reached,
             "criterion": self.config.criterion,
+            "is_optimal": selection.is_optimal,
             "groups": [
                 {"name": name, "width_before": group.width, "width_after": selection.widths[name]}
                 for name, group in groups.items()
             ],
-            "removed_blocks": list(blocks),
-            "excluded": [{"name": item.name, "reason": item.reason} for item in excluded],
-            "shortfall": shortfall,
+            "shortfall": self._shortfall(asked, reached),
+            "latency": None if latency is None else latency_record(latency, selection.widths, timed),
             **figures,
         }
+
+    @property
+    def _quantity(self) -> str:
+        """The first target, which the report shows."""
+        return next(iter(self.config.target.given()))
+
+    def _asked_and_reached(
+        self, selection: Selection, targets: Targets, timed: list[TimedChoice]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Return for each target what was asked and what was reached: shares of the baseline, MB or ms."""
+        asked, reached = self.config.target.given(), targets.reached(selection.widths)
+        if targets.latency is not None:
+            chosen = [choice.ratio for choice in timed if choice.widths == selection.widths]
+            ratio = chosen[-1] if chosen else targets.latency.predict_ratio(selection.widths)
+            reached |= {"latency": ratio, "latency_ms": ratio * targets.latency.reference_ms}
+        if "size_mb" in asked:
+            reached["size_mb"] = targets.size_mb(selection.widths)
+        return asked, {name: reached[name] for name in asked}
+
+    def _shortfall(self, asked: Mapping[str, float], reached: Mapping[str, float]) -> str | None:
+        """Say so when no target is used up as nearly as it should be; None when one is and none is exceeded."""
+        misses = {name: reached[name] / asked[name] - 1 for name in asked}
+        tolerance = {name: LATENCY_WITHIN if name.startswith("latency") else MET_WITHIN for name in asked}
+        if all(misses[name] <= tolerance[name] for name in asked) and any(
+            abs(misses[name]) <= tolerance[name] for name in asked
+        ):
+            return None
+        name = min(asked, key=lambda name: abs(misses[name]))
+        return (
+            f"asked for {asked[name]:.4f} {UNITS[name]}, reached {reached[name]:.4f}: the widths that the "
+            f"ranking and the limits allow (multiples of {self.config.multiple_of} where groups are wide enough"
+            f"{', blocks removed first' if self.config.blocks else ''}) come no nearer"
+        )
+
+    def _say(self, record: Record, selection: Selection, groups: Groups, progress: Progress) -> None:
+        if record["shortfall"] is not None:
+            progress.note(f"target: {record['shortfall']}")
+        progress.note(
+            f"{len(selection.removed)} of {len(groups)} channel groups cut, {len(record['removed_blocks'])} blocks "
+            f"removed: {record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
+        )
 
 
 def excluded_by_patterns(groups: Groups, patterns: tuple[str, ...]) -> set[str]:

@@ -47,10 +47,18 @@ def test_later_overrides_win_and_the_seed_option_wins_over_all(tiny: Path) -> No
     assert (config.name, config.seed) == ("b", 9)
 
 
-def test_override_of_the_other_target_reports_both(tiny: Path) -> None:
-    assert message(tiny, "stages.prune.target.params=0.4") == (
-        f"{tiny}:11:13: stages[1].target must hold exactly one of macs, params, got macs and params."
-    )
+def test_override_adds_a_second_target(tiny: Path) -> None:
+    target = load_pipeline(tiny, ["stages.prune.target.params=0.4"], environ={}).config.stages[1].target
+    assert target.given() == {"macs": 0.5, "params": 0.4}
+
+
+def test_latency_target_needs_deploy_also_when_it_is_an_override(tiny: Path) -> None:
+    text = message(tiny, "stages.prune.target.latency=0.5")
+    assert text.startswith("--set stages.prune.target.latency: stages[1].target.latency needs a deploy section")
+    pipeline = load_pipeline(tiny, ["stages.prune.target.latency=0.5", "deploy={threads: 2}"], environ={})
+    assert pipeline.config.stages[-1].threads == 2, "verify measures where the model will run"
+    told = load_pipeline(tiny, ["deploy={threads: 2}", "stages.verify.threads=1"], environ={})
+    assert told.config.stages[-1].threads == 1
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ def test_a_provider_that_is_not_there(plain: World) -> None:
     values["stages"][4]["provider"] = "CoreMLExecutionProvider"
     if "CoreMLExecutionProvider" not in onnxruntime.get_available_providers():
         text = "CoreMLExecutionProvider was asked for, but this build offers "
-        refused(plain, values, 5, f"Stage 'verify' (5 of 5): Runtime 'onnxruntime': {text}", "CPUExecutionProvider")
+        refused(plain, values, 5, f"Section 'verify': Runtime 'onnxruntime': {text}", "CPUExecutionProvider")
     values["stages"][4]["provider"] = "NoExecutionProvider"
     refused(plain, values, 5, "provider must be one of ", "got 'NoExecutionProvider'.")
 
@@ -358,9 +358,7 @@ def test_a_provider_that_is_not_there(plain: World) -> None:
 def test_cuda_where_there_is_none(plain: World) -> None:
     values = plain.values()
     values["stages"][4]["provider"] = "CUDAExecutionProvider"
-    refused(
-        plain, values, 5, "Stage 'verify' (5 of 5): Runtime 'onnxruntime': CUDAExecutionProvider was asked for, but "
-    )
+    refused(plain, values, 5, "Section 'verify': Runtime 'onnxruntime': CUDAExecutionProvider was asked for, but ")
 
 
 # -- the store and the disk ------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_unreachable_target_names_the_best_and_what_limits_it(prune):
         prune("chain", target=TargetConfig(macs=0.05), max_removed_ratio=0.5, multiple_of=8)
     found = re.fullmatch(
         r"Target 0\.050 of the baseline's macs cannot be reached; the best is (0\.\d{3}), with 3 channel groups at the "
-        r"least width allowed \(max_removed_ratio 0\.5, min_width 1, multiple_of 8\)\.",
+        r"widths allowed \(max_removed_ratio 0\.5, min_width 1, multiple_of 8\)\.",
         caught.value.message,
     )
     assert found

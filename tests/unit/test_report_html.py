@@ -260,3 +260,26 @@ def test_long_tail_is_counted_and_does_not_decide_the_axis() -> None:
 
 def test_latency_that_never_varies_can_be_drawn() -> None:
     assert plot_latency("l", [1.0] * 5, [1.0] * 5).count("median 1.00 ms") == 2
+
+
+def test_a_budget_in_milliseconds_says_what_was_predicted_and_what_was_measured() -> None:
+    record = prune_record()
+    record |= {
+        "target": {"latency_ms": 0.25, "macs": 0.6},
+        "asked": {"latency_ms": 0.25, "macs": 0.6},
+        "reached": {"latency_ms": 0.246, "macs": 0.413},
+        "latency": {
+            "reference_ms": 0.5,
+            "predicted_ratio": 0.512,
+            "measured_ratio": 0.492,
+            "rounds": [{"predicted": 0.5, "measured": 0.48}, {"predicted": 0.512, "measured": 0.492}],
+            "table_error": 0.021,
+            "scatter": 0.013,
+        },
+    }
+    stages = [StageRun("prune", "ran", 41.2, record)]
+    page = Page(render_html(report_of(passing_verdict(), stages))).text
+    for text in ("milliseconds a call, asked", "share of MACs kept, reached", "41.3", "51.2", "49.2", "2.1"):
+        assert text in page
+    record["latency"] |= {"measured_ratio": None, "rounds": []}
+    assert "not timed here" in render_html(report_of(passing_verdict(), stages))

@@ -1,0 +1,293 @@
+"""How long would a network take at other widths, where it is to be deployed? Tables for budgets in milliseconds.
+
+    plan variants -> time those that no table holds yet -> build the table -> budget
+                                                     a choice of widths -> timed as a whole, next to the baseline
+
+Tables are kept in a folder that all runs share, one file for each network and set of conditions; what was timed
+before a kill is not timed again.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from compress.allocation.problem import Budget, TableCost
+from compress.artifacts import TorchModel
+from compress.config.schema import DeployConfig
+from compress.cost.conditions import TableConditions, present_conditions
+from compress.cost.latency import QUANTILE, LatencyTable, Sample, build_table, latency_cost
+from compress.cost.onnx_file import load_onnx, save_onnx
+from compress.cost.onnx_graph import rows_of
+from compress.cost.table_file import TableFile, network_digest
+from compress.cost.variants import VariantWriter
+from compress.errors import ArtifactError, InternalError, ModelError
+from compress.exporting.torch_onnx import export_onnx
+from compress.pruning.costs import LayerAxes
+from compress.stages.context import StageContext
+from compress.verification.latency import measure_latency
+from compress.verification.measuring import Conditions, latency_inputs
+from compress.verification.profiling import profile_models
+from compress.verification.runtimes.base import Runtime
+
+_FEWEST_VARIANTS, _MOST_VARIANTS = 10, 32
+_NOISY = 0.2
+_OPSET = 18
+_WARMUP, _REPEATS, _MOST_REPEATS_MS = 10, 100, 4000.0
+
+Widths = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """The latency of one network as a function of its widths.
+
+    Attributes:
+        writer: Writes variants of the network's file.
+        axes: How its layers follow the widths.
+        levels: Channel group -> its allowed widths.
+        table: What its sites take.
+        file: The timed variants that the table is made of.
+        reference_ms: What the untouched network takes, on the scale of the table.
+        is_measured_here: Whether widths can be timed; a table from another machine cannot be checked on this one.
+        time_ratio: Widths -> latency over the untouched network's, both timed in turn as whole networks.
+    """
+
+    writer: VariantWriter
+    axes: LayerAxes
+    levels: Mapping[str, Sequence[int]]
+    table: LatencyTable
+    file: TableFile
+    reference_ms: float
+    is_measured_here: bool
+    time_ratio: Callable[[Widths], float]
+
+    def predict_ratio(self, widths: Widths) -> float:
+        """Return what the table says of the latency, over the untouched network's."""
+        return self.table.network_ms(self.writer.sites, self.axes.sizes(widths)) / self.reference_ms
+
+    @cached_property
+    def cost(self) -> TableCost:
+        """The latency in milliseconds, as tables over the widths allowed."""
+        return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels)
+
+    def budget(self, ratio: float) -> Budget:
+        """Return the budget of a share of the untouched network's latency."""
+        return Budget("ms", self.cost, ratio * self.reference_ms, self.reference_ms, "the baseline's latency")
+
+
+def model_latency(
+    model: TorchModel,
+    axes: LayerAxes,
+    levels: Mapping[str, Sequence[int]],
+    deploy: DeployConfig,
+    ctx: StageContext,
+    count_macs: Callable[[Widths], float],
+) -> LatencyModel:
+    """Time variants of a network, as far as no table holds them, and return its latency as a function of widths.
+
+    Args:
+        model: The network as it is now.
+        axes: How its layers follow the widths of its channel groups.
+        levels: Channel group -> its allowed widths.
+        deploy: Where and how it will run.
+        ctx: Holds the folder for tables.
+        count_macs: Widths -> MACs, to check that a variant has the sizes it should have.
+
+    Raises:
+        ArtifactError: The table of `deploy` is of another machine, runtime or network.
+        ConfigValueError: The runtime cannot time single nodes.
+        ModelError: The network's file cannot be made smaller as its layers say.
+        RuntimeUnavailable: The provider is not there.
+    """
+    path = exported(model, ctx)
+    writer = VariantWriter(load_onnx(path, weights=True))
+    planned = plan_variants(levels, has_pairs=any(len({*o.slots, *i.slots}) > 1 for o, i in axes.axes.values()))
+    _check_variant(writer, axes, planned[1], count_macs)
+    conditions = Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
+    here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    known, is_foreign = _known_table(deploy, here, writer, ctx)
+    if is_foreign and known is not None:
+        table = known
+        _check_covers(table, planned, axes)
+    else:
+        table = timing.complete(known, planned, here, _table_path(ctx, here, writer))
+    built = build_table(writer.sites, table.samples)
+    ctx.progress.note(
+        f"latency table: {len(table.samples)} variants timed, {sum(map(len, built.entries.values()))} entries, "
+        f"predicts them within {built.error:.1%} (median); single calls scatter by {built.spread:.1%}"
+    )
+    if built.spread > _NOISY:
+        ctx.progress.warn(
+            f"This machine is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
+            f"{built.spread:.0%} of their median. Stop other work on it."
+        )
+    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, timing.ratio)
+
+
+def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool) -> list[dict[str, int]]:
+    """Return the widths of the variants to time: all full, all least, then each group through all of its levels.
+
+    Args:
+        levels: Channel group -> its allowed widths, ascending.
+        has_pairs: Whether some layer is narrowed on both sides, so that pairs of levels matter.
+
+    Levels are shuffled for each group on its own, so that pairs of them are spread evenly; the plan is always the same
+    for the same levels.
+    """
+    most = max((len(widths) for widths in levels.values()), default=1)
+    wanted = 3 * most if has_pairs else most + 4
+    count = min(max(wanted, _FEWEST_VARIANTS), max(_MOST_VARIANTS, most))
+    random = np.random.default_rng(0)
+    columns = {}
+    for name, widths in sorted(levels.items()):
+        rounds = -(-count // len(widths))
+        columns[name] = np.concatenate([random.permutation(widths) for _ in range(rounds)])
+    full, least = ({name: widths[end] for name, widths in levels.items()} for end in (-1, 0))
+    return [full, least, *({name: int(columns[name][row]) for name in levels} for row in range(count))]
+
+
+class _Timing:
+    """Times variants of one network next to the untouched one."""
+
+    def __init__(
+        self,
+        path: Path,
+        reference: Path,
+        writer: VariantWriter,
+        axes: LayerAxes,
+        conditions: Conditions,
+        ctx: StageContext,
+    ) -> None:
+        self.path, self.reference, self.writer, self.axes = path, reference, writer, axes
+        self.conditions, self.ctx = conditions, ctx
+
+    def complete(
+        self, known: TableFile | None, planned: Sequence[Widths], here: TableConditions, path: Path
+    ) -> TableFile:
+        """Return the table with every planned variant in it, timing those that it lacks and saving as it goes."""
+        samples = list(known.samples) if known is not None else []
+        reference_ms = known.reference_ms if known is not None else None
+        have = [sample.sizes for sample in samples]
+        missing = [sizes for sizes in map(self.axes.sizes, planned) if sizes not in have]
+        if known is not None and not missing:
+            return known
+        with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
+            profiles = profile_models(
+                self._variants(missing, Path(folder)),
+                len(missing),
+                self.reference,
+                self._inputs,
+                self.conditions,
+                self.ctx.progress,
+            )
+            table = known
+            for sizes, profile in zip(missing, profiles, strict=True):
+                now_ms = float(np.quantile(profile.reference_ms, QUANTILE))
+                reference_ms = reference_ms or now_ms
+                names, node_ms = profile.nodes.names, profile.nodes.milliseconds
+                samples.append(Sample.of(sizes, names, node_ms, profile.total_ms, now_ms / reference_ms))
+                table = TableFile(here, network_digest(self.writer.sites), reference_ms, tuple(samples))
+                table.write(path)
+        if table is None:
+            raise InternalError("A latency table was completed without a variant.")
+        return table
+
+    def ratio(self, widths: Widths) -> float:
+        """Return the latency at the given widths over the untouched network's; medians of calls made in turn."""
+        with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
+            variant = next(self._variants([self.axes.sizes(widths)], Path(folder)))
+            with self.conditions.open(self.reference) as reference, self.conditions.open(variant) as slim:
+                sessions = {"reference": reference, "slim": slim}
+                inputs = {label: self._inputs(session) for label, session in sessions.items()}
+                first = measure_latency(sessions, inputs, _WARMUP, 3)
+                calls = int(np.clip(_MOST_REPEATS_MS / sum(s.p50 for s in first.values()), 20, 5 * _REPEATS))
+                samples = measure_latency(sessions, inputs, 0, calls, self.ctx.progress)
+        return samples["slim"].p50 / samples["reference"].p50
+
+    def _variants(self, sizes: Sequence[Mapping[str, tuple[int, int]]], folder: Path) -> Iterator[Path]:
+        full = self.axes.sizes({})
+        for number, wanted in enumerate(sizes):
+            path = folder / f"variant{number}.onnx"
+            variant = self.writer.write(wanted, full)
+            save_onnx(variant, path, variant.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF - 10**8)
+            yield path
+
+    def _inputs(self, session: Runtime) -> dict[str, np.ndarray]:
+        return latency_inputs(session, self.ctx.data.calibration, self.conditions.batch_size)
+
+
+def exported(model: TorchModel, ctx: StageContext) -> Path:
+    """Return an ONNX file of the network as it is now."""
+    if not model.recipe.edits:
+        return model.baseline.onnx_path
+    path = ctx.folder / "present.onnx"
+    with ctx.progress.task("export the present network", 1) as task:
+        export_onnx(model.module, model.signature, path, opset=_OPSET)
+        task.advance()
+    return path
+
+
+def _check_variant(
+    writer: VariantWriter, axes: LayerAxes, widths: Widths, count_macs: Callable[[Widths], float]
+) -> None:
+    """Raise ModelError unless a variant has as many MACs as its widths say."""
+    hint = "Use a target of macs or params for this network."
+    try:
+        rows = rows_of(writer.write(axes.sizes(widths), axes.sizes({})))
+    except (ModelError, IndexError) as error:
+        reason = f"at its least widths its shapes do not fit ({error})".replace("\n", " ")
+        raise ModelError(
+            f"The ONNX file must be narrowed as the network is, to be timed: {reason}.", hint=hint
+        ) from error
+    removed = sum(row.macs for row in rows_of(writer.write({}, {}))) - sum(row.macs for row in rows)
+    expected = count_macs({}) - count_macs(widths)
+    if abs(removed - expected) > 0.5:
+        raise ModelError(
+            f"The ONNX file must be narrowed as the network is, to be timed: {expected:.0f} MACs should go at the "
+            f"least widths, {removed} do. Layers outside of modules, or constants without their layer's name, are "
+            "the usual reasons.",
+            hint=hint,
+        )
+
+
+def _known_table(
+    deploy: DeployConfig, here: TableConditions, writer: VariantWriter, ctx: StageContext
+) -> tuple[TableFile | None, bool]:
+    """Return the table to start from, and whether it is of another machine.
+
+    Raises:
+        ArtifactError: The table given is of another network, or of other conditions and that was not accepted.
+    """
+    if deploy.table is None:
+        path = _table_path(ctx, here, writer)
+        return (TableFile.read(path) if path.is_file() else None), False
+    table = TableFile.read(Path(deploy.table))
+    if table.network != network_digest(writer.sites):
+        raise ArtifactError(f"Latency table '{deploy.table}' must be of this network, it is of another one.")
+    differences = here.differences(table.conditions)
+    if differences and not deploy.accept_foreign_table:
+        raise ArtifactError(
+            f"Latency table '{deploy.table}' must be of this machine, runtime and provider: {'; '.join(differences)}.",
+            hint="With --accept-foreign-table it is used as it is, and nothing is measured here.",
+        )
+    return table, bool(differences)
+
+
+def _check_covers(table: TableFile, planned: Sequence[Widths], axes: LayerAxes) -> None:
+    have = [sample.sizes for sample in table.samples]
+    missing = sum(axes.sizes(widths) not in have for widths in planned)
+    if missing:
+        raise ArtifactError(
+            f"The latency table must hold the {len(planned)} variants this pipeline asks for, {missing} are missing.",
+            hint="Make it with compress profile and the same multiple_of, min_width, max_removed_ratio and exclude.",
+        )
+
+
+def _table_path(ctx: StageContext, here: TableConditions, writer: VariantWriter) -> Path:
+    return ctx.latency_tables / f"{network_digest(writer.sites)[:16]}-{here.key[:16]}.json"

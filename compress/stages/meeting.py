@@ -1,0 +1,106 @@
+"""Does the network take as long as the table says? Times a choice as a whole and chooses again until the budget is met.
+
+The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
+the limit is moved by that much. It ends when the latency is met, or when the widths come no nearer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compress.errors import BudgetUnreachable, InternalError
+from compress.progress import Progress
+from compress.pruning.selection import Selection
+from compress.stages.budgets import Targets
+from compress.stages.context import Record
+from compress.stages.latency import LatencyModel, Widths
+
+WITHIN = 0.03
+ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class TimedChoice:
+    """A choice of widths that was timed as a whole network.
+
+    Attributes:
+        widths: Group name -> width.
+        predicted: Share of the baseline's latency, by the table.
+        ratio: The same, measured.
+    """
+
+    widths: dict[str, int]
+    predicted: float
+    ratio: float
+
+
+def meet_latency(
+    select: Callable[[], Selection], targets: Targets, progress: Progress
+) -> tuple[Selection, list[TimedChoice]]:
+    """Return the choice whose measured latency comes nearest to the target from below, within 3 % of it if any does.
+
+    Args:
+        select: Chooses widths under the targets as they are corrected.
+        targets: Its `correction` is changed.
+        progress: Told about each round.
+
+    Returns:
+        The choice, and everything that was timed, in order.
+
+    Raises:
+        BudgetUnreachable: No widths are within the latency as it is measured.
+    """
+    model, asked = targets.latency, targets.latency_ratio
+    if model is None or asked is None:
+        raise InternalError("A latency is to be met that nothing asks for.")
+    timed: list[TimedChoice] = []
+    choices: list[Selection] = []
+    for number in range(ROUNDS):
+        try:
+            selection = select()
+        except BudgetUnreachable as error:
+            if not timed or error.best is None:
+                raise
+            # by the table nothing is fast enough any more; what it says is fastest remains to be timed
+            targets.correction = error.best * (1 + 1e-6) / (asked * model.reference_ms)
+            selection = select()
+        if any(choice.widths == selection.widths for choice in timed):
+            break
+        choice = TimedChoice(
+            selection.widths, model.predict_ratio(selection.widths), model.time_ratio(selection.widths)
+        )
+        timed.append(choice)
+        choices.append(selection)
+        progress.note(
+            f"round {number + 1}: predicted {choice.predicted:.3f} of the baseline's latency, measured "
+            f"{choice.ratio:.3f}, asked {asked:.3f}"
+        )
+        if abs(choice.ratio / asked - 1) <= WITHIN:
+            break
+        targets.correction *= asked / choice.ratio
+    best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
+    if timed[best].ratio > asked * (1 + WITHIN):
+        raise BudgetUnreachable(
+            f"Target {asked:.3f} of the baseline's latency cannot be reached: the fastest widths found take "
+            f"{timed[best].ratio:.3f} of it, measured.",
+            best=timed[best].ratio,
+        )
+    return choices[best], timed
+
+
+def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]) -> Record:
+    """Return what the report shows of the latency."""
+    measured = [choice.ratio for choice in timed if choice.widths == widths]
+    return {
+        "reference_ms": model.reference_ms,
+        "fixed_ms": model.cost.fixed,
+        "predicted_ratio": model.predict_ratio(widths),
+        "measured_ratio": measured[-1] if measured else None,
+        "table_error": model.table.error,
+        "scatter": model.table.spread,
+        "rounds": [{"predicted": choice.predicted, "measured": choice.ratio} for choice in timed],
+    }
+
+
+def _distance(ratio: float, asked: float) -> tuple[bool, float]:
+    """Rank what is within the target, or nearly, before what is not; then by nearness."""
+    return ratio > asked * (1 + WITHIN), abs(ratio / asked - 1)

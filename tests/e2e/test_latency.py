@@ -1,0 +1,103 @@
+"""A budget in milliseconds from the command line: profile, run, the same widths from a saved table, and refusals."""
+
+import json
+import shutil
+
+import onnx
+from smallrun import MIDDLE, World, statuses
+
+from compress.cost.onnx_graph import count_onnx
+
+PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_images": 32}
+
+
+def _values(world: World, **deploy: object):
+    values = world.values(middle=(PRUNE, MIDDLE[1]))
+    # one call of a network this small is mostly overhead, which no cut changes; 64 images a call are not
+    return values | {"deploy": {"threads": 1, "batch_size": 64, **deploy}}
+
+
+def _widths(report: dict) -> dict[str, int]:
+    record = next(stage["record"] for stage in report["stages"] if stage["stage"] == "prune")
+    return {group["name"]: group["width_after"] for group in record["groups"]}
+
+
+def _run(world: World, values, *arguments: str):
+    done = world.call("run", values, *arguments)
+    assert done.exit_code == 0, done.output
+    return json.loads((world.runs / values["name"] / "report.json").read_text(encoding="utf-8"))
+
+
+def test_profile_writes_a_table_that_a_run_takes_over(world: World) -> None:
+    table = world.folder / "device.json"
+    done = world.call("profile", _values(world), "--out", str(table))
+    assert done.exit_code == 0, done.output
+    samples = json.loads(table.read_text(encoding="utf-8"))["samples"]
+    assert f"{table}: {len(samples)} variants, " in done.stdout
+    assert len(samples) >= 10
+
+    values = _values(world, table="device.json")
+    first = _run(world, values)
+    record = next(stage["record"] for stage in first["stages"] if stage["stage"] == "prune")
+    assert record["latency"]["measured_ratio"] is not None
+    assert count_onnx(world.runs / "chain" / "model.onnx").macs == record["macs_after"]
+    onnx.checker.check_model(world.runs / "chain" / "model.onnx")
+    again = world.run(values)
+    assert statuses(again) == [f"{stage} unchanged" for stage in ("load", "prune", "finetune", "export", "verify")]
+
+
+def test_a_table_of_another_machine_needs_consent_and_gives_the_same_widths_everywhere(world: World) -> None:
+    table = world.folder / "device.json"
+    assert world.call("profile", _values(world), "--out", str(table)).exit_code == 0
+    content = json.loads(table.read_text(encoding="utf-8"))
+    content["conditions"]["machine"] = "a telephone"
+    table.write_text(json.dumps(content), encoding="utf-8")
+    values = _values(world, table="device.json")
+    refused = world.call("run", values, "--quiet")
+    assert refused.exit_code == 4
+    assert "a telephone in the table" in refused.stderr
+    assert "Hint: With --accept-foreign-table" in refused.stderr
+
+    first = _run(world, values, "--accept-foreign-table")
+    record = next(stage["record"] for stage in first["stages"] if stage["stage"] == "prune")
+    assert record["latency"]["rounds"] == [], "what another machine needs is not measured on this one"
+    other = World(world.folder / "elsewhere")
+    other.folder.mkdir()
+    for file in ("train.npz", "test.npz", "chain.safetensors", "device.json"):
+        (other.folder / file).write_bytes((world.folder / file).read_bytes())
+    second = _run(other, values, "--accept-foreign-table")
+    assert _widths(second) == _widths(first)
+
+
+def test_profile_without_a_latency_target_is_refused(world: World) -> None:
+    done = world.call("profile", world.values(), "--out", str(world.folder / "device.json"))
+    assert done.exit_code == 2
+    assert "must have a stage with a target of latency or latency_ms to be profiled, it has none." in done.stderr
+    done = world.call("profile", _values(world), "--out", str(world.folder))
+    assert done.exit_code == 2
+    assert "--out must be a file to write" in done.stderr
+
+
+def test_a_latency_that_no_width_reaches_is_refused(world: World) -> None:
+    values = _values(world)
+    values["stages"][1]["target"] = {"latency": 0.001}
+    done = world.call("run", values, "--quiet")
+    assert done.exit_code == 3
+    assert "Stage 'prune' (2 of 5): Target 0.001 of the baseline's latency cannot be reached" in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+
+
+def test_a_table_that_is_missing_or_broken_is_refused(world: World) -> None:
+    done = world.call("run", _values(world, table="none.json"), "--quiet")
+    assert (done.exit_code, "none.json' does not exist." in done.stderr) == (4, True)
+    (world.folder / "broken.json").write_text("{", encoding="utf-8")
+    done = world.call("run", _values(world, table="broken.json"), "--quiet")
+    assert (done.exit_code, "must be a latency table of schema 1" in done.stderr) == (4, True)
+
+
+def test_a_provider_that_is_not_there_is_refused_before_anything_is_cut(world: World) -> None:
+    shutil.rmtree(world.runs)
+    done = world.call("run", _values(world, provider="NoSuchExecutionProvider"), "--quiet")
+    assert done.exit_code == 5
+    assert not any(path.is_dir() and not path.name.startswith(".") for path in world.store.glob("*"))
+    assert "Section 'verify': Runtime 'onnxruntime': provider must be one of" in done.stderr

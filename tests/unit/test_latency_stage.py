@@ -1,0 +1,266 @@
+"""A latency target is measured in place, met within its tolerance or refused, and nothing is timed twice."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import nets
+import numpy as np
+import pytest
+from exported import SIGNATURE, exported
+
+import compress.stages.latency as latency
+from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.config.schema import (
+    ArraysSource,
+    DataConfig,
+    DeployConfig,
+    PreprocessingConfig,
+    PruneConfig,
+    TargetConfig,
+)
+from compress.cost.macs import count_macs, count_params
+from compress.data.opening import Splits
+from compress.errors import ArtifactError, BudgetUnreachable, ConfigValueError, ModelError, RuntimeUnavailable
+from compress.progress import SilentProgress
+from compress.pruning.costs import build_cost, layer_axes
+from compress.pruning.graph import find_cuttable
+from compress.pruning.selection import Selection
+from compress.recipe import Recipe
+from compress.stages.budgets import Targets
+from compress.stages.context import StageContext
+from compress.stages.meeting import meet_latency
+from compress.stages.prune import PruneStage
+from compress.verification import profiling
+
+DEPLOY = DeployConfig(batch_size=64)  # one call of networks this small is mostly overhead, which no cut changes
+
+
+def replace_config(**changes) -> DeployConfig:
+    return DEPLOY.model_copy(update=changes)
+
+
+class _Listener(SilentProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    random = np.random.default_rng(0)
+    np.savez(path, x=random.integers(0, 256, (64, 16, 16, 3), np.uint8), y=np.arange(64) % 4)
+    source = ArraysSource(arrays=str(path))
+    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
+    return Splits(
+        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
+    )
+
+
+@pytest.fixture
+def ctx(data, tmp_path):
+    return StageContext(tmp_path, 0, data, _Listener(), DEPLOY, tmp_path / "tables")
+
+
+def _model(name: str, tmp_path) -> TorchModel:
+    path = tmp_path / "baseline.onnx"
+    shutil.copy(exported(name), path)
+    module = nets.build(name)
+    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    spec = FactorySpec("factory", "nets:build", {"name": name})
+    baseline = Baseline(figures, path, tmp_path / "baseline.safetensors")
+    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
+
+
+def _latency_model(name: str, ctx, deploy: DeployConfig | None = None, levels=(8, 16)):
+    model = _model(name, ctx.folder)
+    groups, _ = find_cuttable(model.module, nets.EXAMPLE)
+    chosen = {name: (*(w for w in levels if w < group.width), group.width) for name, group in groups.items()}
+    macs = build_cost(model.module, nets.EXAMPLE, groups, "macs").at
+    axes = layer_axes(model.module, groups)
+    return latency.model_latency(model, axes, chosen, deploy or DEPLOY, ctx, macs)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "concat", "linear_head"])
+def test_the_table_of_a_network_covers_all_its_widths(name, ctx):
+    model = _latency_model(name, ctx)
+    for group, widths in model.levels.items():
+        for width in widths:
+            assert model.predict_ratio({group: width}) > 0
+    assert model.reference_ms > 0
+    full = {group: len(widths) - 1 for group, widths in model.levels.items()}
+    assert model.cost.at(full) / model.reference_ms == pytest.approx(model.predict_ratio({}))
+    assert model.is_measured_here
+
+
+def test_what_was_timed_before_a_kill_is_not_timed_again(ctx, monkeypatch):
+    timed = []
+    original = profiling._profile_together
+
+    def watched(paths, *others):
+        timed.extend(paths)
+        if len(timed) > profiling.TOGETHER:
+            raise KeyboardInterrupt
+        yield from original(paths, *others)
+
+    monkeypatch.setattr(profiling, "_profile_together", watched)
+    with pytest.raises(KeyboardInterrupt):
+        _latency_model("chain", ctx)
+    (path,) = ctx.latency_tables.iterdir()
+    assert len(json.loads(path.read_text(encoding="utf-8"))["samples"]) == profiling.TOGETHER
+
+    timed.clear()
+    monkeypatch.setattr(profiling, "_profile_together", lambda paths, *o: timed.extend(paths) or original(paths, *o))
+    model = _latency_model("chain", ctx)
+    total = len(json.loads(path.read_text(encoding="utf-8"))["samples"])
+    assert len(timed) == total - profiling.TOGETHER
+
+    timed.clear()
+    again = _latency_model("chain", ctx)
+    assert timed == []
+    assert again.table == model.table, "a table from a file is the table that was measured"
+
+
+def test_a_table_given_is_used_and_one_of_another_machine_is_refused(ctx, tmp_path):
+    _latency_model("chain", ctx)
+    (path,) = ctx.latency_tables.iterdir()
+    given = tmp_path / "device.json"
+    shutil.copy(path, given)
+    deploy = replace_config(table=str(given))
+    assert _latency_model("chain", ctx, deploy).is_measured_here
+
+    values = json.loads(given.read_text(encoding="utf-8"))
+    values["conditions"] |= {"machine": "a telephone", "threads": 4}
+    given.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(
+        ArtifactError, match=r"machine .* here, a telephone in the table; threads 1 here, 4 in"
+    ) as caught:
+        _latency_model("chain", ctx, deploy)
+    assert "--accept-foreign-table" in caught.value.hint
+    accepted = _latency_model("chain", ctx, replace_config(table=str(given), accept_foreign_table=True))
+    assert not accepted.is_measured_here
+
+    with pytest.raises(ArtifactError, match="must be of this network, it is of another one"):
+        _latency_model("residual", ctx, deploy)
+    with pytest.raises(ArtifactError, match=r"must hold the \d+ variants this pipeline asks for, \d+ are missing"):
+        _latency_model("chain", ctx, replace_config(table=str(given), accept_foreign_table=True), levels=(4, 8))
+
+
+def test_a_provider_that_is_not_there_is_refused(ctx):
+    deploy = DeployConfig(provider="NoSuchExecutionProvider")
+    with pytest.raises(RuntimeUnavailable, match="provider must be one of"):
+        _latency_model("chain", ctx, deploy)
+
+
+def test_a_runtime_that_cannot_time_nodes_is_refused(ctx):
+    with pytest.raises(ConfigValueError, match=r"deploy\.runtime must be onnxruntime"):
+        _latency_model("chain", ctx, DeployConfig(runtime="torch_eager"))
+
+
+def test_a_file_that_cannot_be_narrowed_as_the_network_is_refused(ctx):
+    model = _model("chain", ctx.folder)
+    shutil.copy(exported("residual"), model.baseline.onnx_path)
+    groups, _ = find_cuttable(model.module, nets.EXAMPLE)
+    levels = {name: (4, group.width) for name, group in groups.items()}
+    macs = build_cost(model.module, nets.EXAMPLE, groups, "macs").at
+    with pytest.raises(ModelError, match="must be narrowed as the network is, to be timed"):
+        latency.model_latency(model, layer_axes(model.module, groups), levels, DeployConfig(), ctx, macs)
+
+
+def test_every_level_of_every_group_is_planned():
+    levels = {"a": (8, 16), "b": tuple(range(8, 65, 8)), "c": (16, 32, 48)}
+    plan = latency.plan_variants(levels, has_pairs=True)
+    assert plan[0] == {name: widths[-1] for name, widths in levels.items()}
+    assert plan[1] == {name: widths[0] for name, widths in levels.items()}
+    for name, widths in levels.items():
+        assert {variant[name] for variant in plan[2:]} == set(widths)
+    assert plan == latency.plan_variants(dict(reversed(levels.items())), has_pairs=True)
+    assert len(plan) > len(latency.plan_variants(levels, has_pairs=False))
+
+
+class _Model:
+    """A latency model whose predictions are `bias` times what is measured."""
+
+    reference_ms = 2.0
+
+    def __init__(self, bias: float) -> None:
+        self.bias = bias
+
+    def predict_ratio(self, widths):
+        return widths["a"] / 100 * self.bias
+
+    def time_ratio(self, widths):
+        return widths["a"] / 100
+
+
+def _meet(bias: float, asked: float = 0.5, steps: int = 1):
+    target = TargetConfig(latency=asked)
+    model = _Model(bias)
+    targets = Targets(target, None, None, None, {}, 0, model)  # type: ignore[arg-type]
+
+    def select() -> Selection:
+        limit = asked * targets.correction
+        fitting = [w for w in range(10, 101, steps) if model.predict_ratio({"a": w}) <= limit]
+        if not fitting:
+            raise BudgetUnreachable("nothing fits", best=model.predict_ratio({"a": 10}) * model.reference_ms)
+        return Selection({"a": max(fitting)}, {"a": (0,)}, True)
+
+    listener = _Listener()
+    return *meet_latency(select, targets, listener), listener
+
+
+@pytest.mark.parametrize("bias", [0.7, 0.95, 1.0, 1.05, 1.4])
+def test_a_table_that_is_off_is_corrected_by_whole_networks(bias):
+    selection, timed, said = _meet(bias)
+    assert selection.widths["a"] / 100 == pytest.approx(0.5, rel=0.03)
+    assert timed[-1].ratio == selection.widths["a"] / 100
+    assert len(said.notes) == len(timed)
+
+
+def test_widths_too_coarse_give_the_nearest_below():
+    selection, timed, _ = _meet(0.8, steps=30)  # widths 10, 40, 70, 100
+    assert selection.widths == {"a": 40}
+    assert [choice.widths["a"] for choice in timed] == [40, 70], "the next wider one was tried, and is too slow"
+
+
+def test_a_network_that_is_never_fast_enough_is_refused_with_the_fastest_there_is():
+    with pytest.raises(BudgetUnreachable, match=r"fastest widths found take 0\.100 of it, measured"):
+        _meet(0.3, asked=0.05)
+    with pytest.raises(BudgetUnreachable, match="nothing fits"):
+        _meet(1.0, asked=0.05)
+
+
+@pytest.mark.parametrize("target", [{"latency": 0.7}, {"latency": 0.95, "macs": 0.5}, {"size_mb": 0.02}])
+def test_prune_meets_its_targets(ctx, tmp_path, target):
+    model = _model("residual", tmp_path)
+    config = PruneConfig(stage="prune", target=TargetConfig(**target), multiple_of=2, score_images=16)
+    slim, record = PruneStage(config).run(model, ctx)
+    assert record["target"] == target
+    assert set(record["asked"]) == set(record["reached"]) == set(target)
+    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
+    if "macs" in target:
+        assert record["reached"]["macs"] <= 0.5
+    if "size_mb" in target:
+        assert record["reached"]["size_mb"] <= 0.02
+        assert record["latency"] is None
+    else:
+        assert record["latency"]["measured_ratio"] == record["latency"]["rounds"][-1]["measured"]
+
+
+def test_a_latency_in_milliseconds_is_a_share_of_the_baseline(ctx, tmp_path):
+    model = _latency_model("residual", ctx)
+    target = TargetConfig(latency_ms=model.reference_ms / 2, latency=0.8)
+    targets = Targets(target, None, None, None, {}, 0, model)  # type: ignore[arg-type]
+    assert targets.latency_ratio == pytest.approx(0.5), "of two the stricter one holds"
+    table = replace(model.table, offset_ms=99.0)
+    slow = replace(model, table=table, reference_ms=100.0)
+    targets = Targets(TargetConfig(latency=0.5), None, None, None, {}, 0, slow)  # type: ignore[arg-type]
+    with pytest.raises(BudgetUnreachable, match=r"what no channel group changes alone takes 0\.99\d of the baseline"):
+        targets.budgets(model.levels)

@@ -4,8 +4,9 @@
     python models/train.py models/mnist_resnet/card.yaml
 
 It learns from the part of the training source that is left when the pipelines' calibration and validation splits are
-taken out, keeps the last epoch (nothing is selected) and never sees the evaluation split. A killed run goes on from
-its last epoch when the same command is given again.
+taken out, keeps the last epoch (nothing is selected) and never sees the evaluation split. A card may list phases of
+training: each starts from the weights of the one before, with a schedule of its own. A killed run goes on from its last
+epoch when the same command is given again.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from compress.data.batches import Augmentation, Split
 from compress.data.preprocessing import Preprocessing
@@ -57,6 +58,14 @@ def read_source(card: dict[str, Any], folder: Path, data: Path | None) -> ArrayS
     return read_idx(folder / files["images"], folder / files["labels"])
 
 
+def write(module: torch.nn.Module, path: Path) -> None:
+    """Write a network's weights whole or not at all."""
+    partial = path.with_name(f"{path.name}.part")
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, partial)
+    partial.chmod(0o644)
+    partial.replace(path)
+
+
 def main() -> None:
     """Parse the command line, train, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +76,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     card = yaml.safe_load(arguments.card.read_text(encoding="utf-8"))
-    folder, recipe = arguments.card.parent, dict(card["training"])
+    folder = arguments.card.parent
+    phases = card["training"] if isinstance(card["training"], list) else [card["training"]]
     out = arguments.out or folder / card["weights"]
     source = read_source(card, folder, arguments.data)
     parts = carve(source.labels, card["data"]["carve"], card["data"]["carve_seed"])
@@ -75,13 +85,21 @@ def main() -> None:
     train, validation = (Split(name, source, parts[name], preprocessing) for name in ("train", "validation"))
     print(f"training on {len(train)} images, watching {len(validation)}; {torch.get_num_threads()} threads", flush=True)
 
-    torch.manual_seed(recipe["seed"])
+    torch.manual_seed(phases[0]["seed"])
     module = build(card, folder)
-    augmentation = Augmentation(**recipe.pop("augmentation"))
-    settings = FitSettings(augmentation=augmentation, keep="last", compiled=arguments.compile, **recipe)
-    fit(module, train, validation, settings, state_path=out.with_suffix(".state.tmp"), progress=PrintedProgress())
-    weights = {name: value.contiguous() for name, value in module.state_dict().items()}
-    save_file(weights, out)
+    for number, phase in enumerate(phases, start=1):
+        recipe, done = dict(phase), out.with_suffix(f".phase{number}.tmp")
+        if not done.exists():
+            augmentation = Augmentation(**recipe.pop("augmentation"))
+            settings = FitSettings(augmentation=augmentation, keep="last", compiled=arguments.compile, **recipe)
+            state = out.with_suffix(f".state{number}.tmp")
+            fit(module, train, validation, settings, state_path=state, progress=PrintedProgress())
+            write(module, done)
+        module.load_state_dict(load_file(done))
+        print(f"phase {number} of {len(phases)} is done", flush=True)
+    write(module, out)
+    for number in range(1, len(phases) + 1):
+        out.with_suffix(f".phase{number}.tmp").unlink()
     print(f"wrote {out}", flush=True)
 
 

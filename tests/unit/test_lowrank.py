@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.config.schema import LowRankConfig, TargetConfig
+from compress.config.schema import LowRankConfig, RankTargetConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
@@ -326,7 +326,7 @@ def _run(module: nn.Module, folder: Path, **config: object) -> tuple[TorchModel,
 @pytest.mark.parametrize("kept", [0.4, 0.7])
 def test_stage_never_exceeds_its_target(tmp_path: Path, metric: str, kept: float) -> None:
     network = nets.build("residual")
-    target = TargetConfig(**{metric: kept})
+    target = RankTargetConfig(**{metric: kept})
     slim, record, notes = _run(network, tmp_path, target=target, multiple_of=1)
     counted = {"macs": count_macs(slim.module, nets.EXAMPLE), "params": count_params(slim.module)}
     baseline = record[f"{metric}_before"]
@@ -364,11 +364,11 @@ def test_stage_counts_the_target_from_the_baseline(tmp_path: Path) -> None:
     artifact = _artifact(nets.build("residual"))
     figures = dataclasses.replace(artifact.baseline.figures, macs=2 * artifact.baseline.figures.macs)
     artifact = dataclasses.replace(artifact, baseline=dataclasses.replace(artifact.baseline, figures=figures))
-    stage = LowRankStage(LowRankConfig(stage="low_rank", target=TargetConfig(macs=0.3), multiple_of=1))
+    stage = LowRankStage(LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.3), multiple_of=1))
     _, record = stage.run(artifact, StageContext(tmp_path, 0, _Data(), SilentProgress()))  # type: ignore[arg-type]
     assert 0.25 * figures.macs < record["macs_after"] <= 0.3 * figures.macs
     with pytest.raises(StageError, match=r"at 0\.500 of baseline MACs already, the target is 0\.600"):
-        LowRankStage(LowRankConfig(stage="low_rank", target=TargetConfig(macs=0.6))).run(
+        LowRankStage(LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.6))).run(
             artifact,
             StageContext(tmp_path, 0, _Data(), SilentProgress()),  # type: ignore[arg-type]
         )
@@ -394,7 +394,7 @@ def test_unreachable_target_says_the_best_and_what_limits_it(tmp_path: Path) -> 
     with pytest.raises(
         BudgetUnreachable, match=r"Target 0\.01 of baseline MACs .* the best is 0\.\d\d, limited by .*multiple_of=8"
     ):
-        _run(nets.build("residual"), tmp_path, target=TargetConfig(macs=0.01))
+        _run(nets.build("residual"), tmp_path, target=RankTargetConfig(macs=0.01))
 
 
 def test_an_error_too_small_for_any_layer_is_an_error_with_the_first_that_works(tmp_path: Path) -> None:

@@ -226,9 +226,11 @@ class PruneConfig(Section):
     blocks: int = Field(0, ge=0, description="residual blocks to remove first, least damage first")
     exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
     score_images: Count = Field(512, description="calibration images that criteria look at")
-    repair: Literal["none", "batch_norm", "least_squares"] = Field(
-        "batch_norm",
-        description="after the cut: nothing, batch-norm statistics again, or also a least-squares refit of the readers",
+    repair: Annotated[
+        tuple[Literal["least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(_to_tuple)
+    ] = Field(
+        ("least_squares", "bias_folding", "batch_norm"),
+        description="after the cut, each kept only if it lowers the validation loss; [] for none",
     )
 
 

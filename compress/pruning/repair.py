@@ -1,12 +1,16 @@
 """What brings back accuracy after a cut without training?
 
-batch norm      measure mean and variance again on images, as a cumulative average
 least squares   refit each layer that lost inputs so that it gives, from what is left, what it gave before
+bias folding    move the mean of what a layer lost into its bias, or into the batch norm behind it
+batch norm      measure mean and variance again on images, as a cumulative average
+
+The first two go through the network in the order of its calls, so that each layer makes up for what the ones before it
+still lack.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +18,15 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
-from compress.errors import DataError, InternalError
+from compress.errors import DataError
 from compress.progress import Progress
+from compress.pruning.lockstep import Lockstep, call_order, following_norms
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _BATCH = 128
-_POSITIONS_PER_IMAGE = 32
-_REFIT_IMAGES = 512
+_PASS_BATCH, _REFIT_IMAGES = 32, 512
+_LIVE_BYTES = 2 * 10**9
+_ROWS_PER_UNKNOWN, _FEWEST_POSITIONS = 4, 32
 _RIDGE = 1e-4
 
 
@@ -60,25 +66,35 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
             norm.momentum = momentum
 
 
-def refit_readers(
-    slim: nn.Module,
-    original: nn.Module,
-    readers: Iterable[str],
-    kept_outputs: Mapping[str, Tensor],
-    split: Split,
-    progress: Progress,
-) -> tuple[str, ...]:
-    """Refit, in place and in definition order, the layers of `slim` that lost inputs.
+@dataclass(frozen=True)
+class Comparison:
+    """A cut network next to the one it was cut from.
+
+    Attributes:
+        slim: The cut network; repairs change it in place.
+        original: The network before the cut, with the same layer names.
+        readers: Layers that lost inputs.
+        kept_outputs: Layer that lost outputs too -> (n,) the output channels of `original` that are left.
+        split: Images to compare on; labels are not used.
+    """
+
+    slim: nn.Module
+    original: nn.Module
+    readers: frozenset[str]
+    kept_outputs: Mapping[str, Tensor]
+    split: Split
+
+
+def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
+    """Refit the layers that lost inputs, in place and in the order of their calls.
 
     Each layer's weights become the ridge least-squares solution of "original output from slim input" on positions
-    sampled from the images.
+    sampled from the images; what is constant in it goes to the bias, or to the batch norm behind the layer. Memory is
+    bounded: patches are taken for one batch of images at a time, and of many images only as many are looked at as the
+    activations of both networks leave room for.
 
     Args:
-        slim: The cut network.
-        original: The network before the cut, with the same layer names.
-        readers: Layers that lost inputs; convolutions without groups and linear layers are refitted.
-        kept_outputs: For layers that lost outputs too, the output channels of `original` that are left.
-        split: Images to look at; labels are not used.
+        comparison: Convolutions without groups and linear layers in it are refitted.
         progress: Told about each layer.
 
     Returns:
@@ -87,13 +103,140 @@ def refit_readers(
     Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv:1707.06168, section
         3.1, the reconstruction step.
     """
-    wanted = set(readers)
-    names = [name for name, part in slim.named_modules() if name in wanted and _is_refittable(part)]
-    with torch.no_grad(), eval_mode(slim), eval_mode(original), progress.task("least squares", len(names)) as task:
-        for name in names:
-            _refit(name, slim, original, kept_outputs.get(name), split)
-            task.advance()
-    return tuple(names)
+    slim, original = comparison.slim, comparison.original
+    with torch.no_grad(), eval_mode(slim), eval_mode(original):
+        batches = _batches(comparison)
+        readers = [reader for reader in _readers(comparison, batches[0][:1]) if _is_refittable(reader.layer)]
+        names = tuple(reader.name for reader in readers)
+        with (
+            progress.task("least squares", len(readers)) as task,
+            Lockstep(slim, names, batches, "before") as inputs,
+            Lockstep(original, names, batches, "after") as outputs,
+        ):
+            for reader in readers:
+                pairs = zip(inputs.reach(reader.name), outputs.reach(reader.name), strict=True)
+                _refit(reader, pairs, sum(map(len, batches)))
+                task.advance()
+    return names
+
+
+def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
+    """Give each layer that lost inputs the mean output it had, through its bias or the batch norm behind it, in place.
+
+    A removed channel that was constant is made up for in full where the layer does not pad; at padded borders, where
+    the channel was not constant to the layer, on average only.
+
+    Args:
+        comparison: Layers with a bias, or with a batch norm behind them, are adjusted.
+        progress: Told about each layer.
+
+    Returns:
+        The layers that were adjusted.
+    """
+    slim, original = comparison.slim, comparison.original
+    with torch.no_grad(), eval_mode(slim), eval_mode(original):
+        batches = _batches(comparison)
+        readers = [reader for reader in _readers(comparison, batches[0][:1]) if reader.has_intercept]
+        names = tuple(reader.name for reader in readers)
+        with (
+            progress.task("bias folding", len(readers)) as task,
+            Lockstep(slim, names, batches, "after") as ours,
+            Lockstep(original, names, batches, "after") as theirs,
+        ):
+            for reader in readers:
+                mean, wanted = (_mean_output(reader.layer, passes.reach(reader.name)) for passes in (ours, theirs))
+                shift = reader.wanted(wanted[None])[0] - mean
+                reader.shift(shift)
+                # the outputs that the passes wait with were computed before the bias changed; a norm comes after them
+                ours.shift = shift if reader.has_bias else None
+                task.advance()
+    return names
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A layer that lost inputs.
+
+    Attributes:
+        name: Module path.
+        layer: The layer in the cut network.
+        norm: The batch norm behind it there, if any.
+        kept: (outputs,) the original's outputs that are left.
+        moved: (outputs,) what the mean of the norm was moved by, compared with the original's.
+    """
+
+    name: str
+    layer: nn.Module
+    norm: nn.Module | None
+    kept: Tensor
+    moved: Tensor
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether constants go to the layer itself."""
+        return isinstance(getattr(self.layer, "bias", None), Tensor)
+
+    @property
+    def has_intercept(self) -> bool:
+        """Whether a constant can be added to what the layer gives."""
+        return self.has_bias or self.norm is not None
+
+    def wanted(self, outputs: Tensor) -> Tensor:
+        """Return what the layer should give where the original gave `outputs`, both (rows, outputs)."""
+        return outputs[:, self.kept] + self.moved
+
+    def shift(self, constant: Tensor) -> None:
+        """Add a constant, (outputs,), to what is left of the layer: to its bias, or off the mean the norm subtracts."""
+        if self.has_bias:
+            self.layer.bias.add_(constant)  # type: ignore[union-attr,operator]
+        elif self.norm is not None:
+            self.norm.running_mean.sub_(constant)  # type: ignore[union-attr,operator]
+
+
+def _batches(comparison: Comparison) -> list[Tensor]:
+    """Return the images to look at, as many as there is room for, in batches of one pass each."""
+    split = comparison.split
+    example = next(evaluation_batches(split.first(1), 1))[0]
+    room = _LIVE_BYTES // (2 * _live_bytes(comparison.original, example))
+    count = max(min(len(split), _REFIT_IMAGES, room), 1)
+    return [images for images, _ in evaluation_batches(split.first(count), min(_PASS_BATCH, count))]
+
+
+def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
+    """Return the layers that lost inputs, in the order of their calls."""
+    slim, original = comparison.slim, comparison.original
+    norms = following_norms(slim, BATCH_NORMS, example)
+    found = []
+    for name in call_order(slim, comparison.readers, example):
+        layer, norm, moved = slim.get_submodule(name), None, torch.zeros(1)
+        kept = comparison.kept_outputs.get(name)
+        if kept is None:
+            weight = original.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            kept = torch.arange(weight.shape[0])
+        if name in norms and isinstance(mean := slim.get_submodule(norms[name]).running_mean, Tensor):
+            norm = slim.get_submodule(norms[name])
+            moved = mean - original.get_submodule(norms[name]).running_mean[kept]  # type: ignore[index]
+        found.append(_Reader(name, layer, norm, kept, moved))
+    return found
+
+
+def _live_bytes(network: nn.Module, example: Tensor) -> int:
+    """Return roughly what one image's activations take while a pass waits: twice what one layer reads and gives."""
+    most = 0
+
+    def watch(_part: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal most
+        tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
+        most = max(most, 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    handles = [part.register_forward_hook(watch) for part in network.modules() if not any(part.children())]
+    try:
+        network(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(most, 1)
 
 
 def _is_refittable(layer: nn.Module) -> bool:
@@ -102,42 +245,44 @@ def _is_refittable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _refit(name: str, slim: nn.Module, original: nn.Module, kept: Tensor | None, split: Split) -> None:
-    layer = slim.get_submodule(name)
+def _refit(reader: _Reader, pairs: Iterable[tuple[Tensor, Tensor]], images: int) -> None:
+    layer = reader.layer
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     generator = torch.Generator().manual_seed(0)
-    gram, cross = None, None
-    for images, _ in evaluation_batches(split.first(_REFIT_IMAGES), _BATCH):
-        inputs, _ = _input_and_output(slim, name, images)
-        _, outputs = _input_and_output(original, name, images)
-        x, y = _regression_rows(layer, inputs, outputs, generator)
-        y = y if kept is None else y[:, kept]
-        gram = x.T @ x if gram is None else gram + x.T @ x
-        cross = x.T @ y if cross is None else cross + x.T @ y
-    assert gram is not None
-    assert cross is not None
-    old = _solution_of(layer)
+    old = layer.weight.flatten(1).T
+    if reader.has_intercept:
+        old = torch.cat([old, torch.zeros(1, len(reader.kept)) if layer.bias is None else layer.bias[None]])
+    unknowns, outputs = old.shape
+    positions = max(_FEWEST_POSITIONS, -(-_ROWS_PER_UNKNOWN * unknowns // images))
+    gram = torch.zeros(unknowns, unknowns, dtype=torch.float64)
+    cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
+    for inputs, target in pairs:
+        x, y = _regression_rows(layer, inputs, target, positions, generator)
+        if reader.has_intercept:
+            x = torch.cat([x, torch.ones(len(x), 1)], 1)
+        gram += (x.T @ x).double()
+        cross += (x.T @ reader.wanted(y)).double()
     ridge = _RIDGE * gram.diagonal().mean()
-    regularised = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    solution = torch.linalg.solve(regularised, cross + ridge * old)
-    if torch.isfinite(solution).all():
-        _store(layer, solution)
+    regularised = gram + ridge * torch.eye(unknowns, dtype=torch.float64)
+    solution = torch.linalg.solve(regularised, cross + ridge * old.double()).float()
+    if not solution.isfinite().all():
+        return
+    if reader.has_intercept:
+        reader.shift(solution[-1] - old[-1])
+        solution = solution[:-1]
+    layer.weight.copy_(solution.T.reshape(layer.weight.shape))
 
 
 def _regression_rows(
-    layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, generator: torch.Generator
+    layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, positions: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return (rows, inputs + 1) and (rows, outputs) in float64; the last input column is 1 where there is a bias."""
+    """Return (rows, inputs * kernel) and (rows, outputs), at the same places in every image."""
     if isinstance(layer, nn.Linear):
-        x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
-    else:
-        width = outputs.shape[3]
-        chosen = torch.randperm(outputs.shape[2] * width, generator=generator)[:_POSITIONS_PER_IMAGE]
-        x = _patches(layer, inputs, chosen // width, chosen % width)
-        y = outputs[:, :, chosen // width, chosen % width].transpose(1, 2).flatten(0, 1)
-    if layer.bias is not None:
-        x = torch.cat([x, torch.ones(len(x), 1)], 1)
-    return x.double(), y.double()
+        return inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
+    width = outputs.shape[3]
+    chosen = torch.randperm(outputs.shape[2] * width, generator=generator)[:positions]
+    rows, columns = chosen // width, chosen % width
+    return _patches(layer, inputs, rows, columns), outputs[:, :, rows, columns].transpose(1, 2).flatten(0, 1)
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -150,38 +295,11 @@ def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) ->
     return padded[:, :, down, across].transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def _solution_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    weight = layer.weight.flatten(1).T
-    rows = weight if layer.bias is None else torch.cat([weight, layer.bias[None]])
-    return rows.double()
-
-
-def _store(layer: nn.Conv2d | nn.Linear, solution: Tensor) -> None:
-    if layer.bias is not None:
-        layer.bias.copy_(solution[-1])
-        solution = solution[:-1]
-    layer.weight.copy_(solution.T.reshape(layer.weight.shape))
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass at the layer that was waited for, with what it read and gave."""
-
-    def __init__(self, seen: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.seen = seen
-
-
-def _input_and_output(network: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the first call of a layer reads and gives; the forward pass ends there."""
-
-    def stop(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        raise _ReachedError((inputs[0], output))
-
-    handle = network.get_submodule(name).register_forward_hook(stop)
-    try:
-        network(images)
-    except _ReachedError as reached:
-        return reached.seen
-    finally:
-        handle.remove()
-    raise InternalError(f"Layer '{name}' reads channels of a cut group, but the forward pass never calls it.")
+def _mean_output(layer: nn.Module, outputs: Iterable[Tensor]) -> Tensor:
+    """Return the mean of each output over all images and positions, (outputs,)."""
+    total, count = torch.zeros(1, dtype=torch.float64), 0
+    for output in outputs:
+        channels_last = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
+        rows = channels_last.reshape(-1, channels_last.shape[-1])
+        total, count = total + rows.double().sum(0), count + len(rows)
+    return (total / count).float()

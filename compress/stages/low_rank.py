@@ -10,10 +10,10 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.artifacts import TorchModel
+from compress.building import example_input
 from compress.config.schema import LowRankConfig
 from compress.cost.macs import count_params, layer_macs
 from compress.errors import InternalError, StageError
@@ -21,10 +21,10 @@ from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorize_layer
 from compress.progress import Progress
-from compress.pruning.repair import reestimate_batch_norm
 from compress.recipe import Factorize
 from compress.registry import closest
 from compress.stages.context import Record, StageContext
+from compress.stages.repairing import apply_repairs, batch_norm_repair
 from compress.training.evaluate import evaluate_top1
 
 _LABELS: dict[Metric, str] = {"macs": "MACs", "params": "params"}
@@ -49,7 +49,7 @@ class LowRankStage:
             StageError: Nothing would be factorised, or an exclude pattern matches no layer.
             NonFinite: A weight is not finite.
         """
-        example = example_input(artifact)
+        example = example_input(artifact.signature)
         found, reasons = find_layers(artifact.module, example)
         found, reasons = self._exclude(found, reasons)
         spectra = self._measure_spectra(artifact.module, found, ctx.progress)
@@ -60,8 +60,8 @@ class LowRankStage:
         self._check_any(choices, spectra, shared_error)
         top1_before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
         slim, edits, errors = _factorize(artifact.module, choices, ctx.progress)
-        reestimate_batch_norm(slim, ctx.data.calibration, ctx.progress)
         slim.eval()
+        repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
         top1_after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
         macs_after = layer_macs(slim, example)
         record: Record = {
@@ -74,6 +74,7 @@ class LowRankStage:
             "validation_top1_before": top1_before,
             "validation_top1_after": top1_after,
             "shared_relative_error": shared_error,
+            "repairs": repairs,
         }
         self._state_result(artifact, record, ctx.progress)
         return replace(artifact, module=slim, recipe=artifact.recipe.then(*edits)), record
@@ -168,12 +169,6 @@ class LowRankStage:
             f"{record['macs_before']:,} -> {record['macs_after']:,}, validation top-1 "
             f"{record['validation_top1_before']:.2%} -> {record['validation_top1_after']:.2%} before fine-tuning"
         )
-
-
-def example_input(artifact: TorchModel) -> Tensor:
-    """Return zeros in the shape of one input of the network."""
-    spec = artifact.signature.inputs[0]
-    return torch.zeros([1 if isinstance(size, str) else size for size in spec.shape])
 
 
 def _factorize(

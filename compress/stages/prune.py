@@ -22,7 +22,7 @@ from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.damage import block_damage
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
-from compress.pruning.repair import reestimate_batch_norm, refit_readers
+from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import RemoveBlock, RemoveChannels
@@ -32,7 +32,8 @@ from compress.stages.context import Record, StageContext
 from compress.stages.latency import exported, model_latency
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record, meet_latency
-from compress.training.evaluate import evaluate_top1
+from compress.stages.repairing import Repair, apply_repairs, batch_norm_repair
+from compress.training.evaluate import evaluate_loss, evaluate_top1
 from compress.verification.measuring import existing_bytes
 
 Groups = Mapping[str, ChannelGroup]
@@ -69,7 +70,7 @@ class PruneStage:
         """
         example = example_input(artifact.signature)
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
-        trunk, removed_blocks = self._remove_blocks(artifact.module, example, ctx)
+        trunk, removed_blocks, repairs = self._remove_blocks(artifact.module, example, ctx)
         recipe = artifact.recipe.then(*(RemoveBlock(name) for name in removed_blocks))
         groups, excluded = self._find_groups(trunk, example, ctx.progress)
         candidates = self._score(trunk, groups, ctx)
@@ -86,12 +87,13 @@ class PruneStage:
             slim = remove_channels(trunk, edit, example)
             check_cut(slim, trunk, selection, groups, ctx.data.calibration)
             recipe = recipe.then(edit)
-        self._repair(slim, trunk, selection, groups, ctx)
+        repairs += self._repair(slim, trunk, selection, groups, ctx)
         slim_model = replace(artifact, module=slim, recipe=recipe)
         after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
         record = {
             **self._record(artifact, slim_model, selection, groups, targets, timed),
             "removed_blocks": list(removed_blocks),
+            "repairs": repairs,
             "excluded": [{"name": item.name, "reason": item.reason} for item in excluded],
             "validation_top1_before": before,
             "validation_top1_after": after,
@@ -106,7 +108,7 @@ class PruneStage:
             As `run`.
         """
         example = example_input(artifact.signature)
-        trunk, removed_blocks = self._remove_blocks(artifact.module, example, ctx)
+        trunk, removed_blocks, _ = self._remove_blocks(artifact.module, example, ctx)
         groups, _ = self._find_groups(trunk, example, ctx.progress)
         recipe = artifact.recipe.then(*(RemoveBlock(name) for name in removed_blocks))
         unscored = {name: torch.zeros(group.width) for name, group in groups.items()}
@@ -118,8 +120,8 @@ class PruneStage:
 
     def _remove_blocks(
         self, module: nn.Module, example: Tensor, ctx: StageContext
-    ) -> tuple[nn.Module, tuple[str, ...]]:
-        """Remove blocks one by one, each time the one whose absence raises the loss least."""
+    ) -> tuple[nn.Module, tuple[str, ...], list[Record]]:
+        """Remove blocks one by one, each time the one whose absence raises the loss least; repair what follows."""
         removed: list[str] = []
         while len(removed) < self.config.blocks:
             names = find_removable_blocks(module, example)
@@ -128,14 +130,14 @@ class PruneStage:
                     f"blocks must not be more than the residual blocks that can be removed ({len(removed)}), "
                     f"got {self.config.blocks}."
                 )
-            damage = block_damage(module, names, ctx.data.calibration.first(self.config.score_images), ctx.progress)
+            split = ctx.data.calibration.first(self.config.score_images)
+            damage = block_damage(module, names, lambda network: evaluate_loss(network, split), ctx.progress)  # noqa: B023
             weakest = min(names, key=lambda name: damage[name])
             module = remove_block(module, RemoveBlock(weakest))
             removed.append(weakest)
             ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
-        if removed and self.config.repair != "none":
-            reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
-        return module, tuple(removed)
+        repairs = [batch_norm_repair(ctx)] if removed and "batch_norm" in self.config.repair else []
+        return module, tuple(removed), apply_repairs(module, repairs, ctx)
 
     def _find_groups(
         self, module: nn.Module, example: Tensor, progress: Progress
@@ -196,17 +198,22 @@ class PruneStage:
 
     def _repair(
         self, slim: nn.Module, original: nn.Module, selection: Selection, groups: Groups, ctx: StageContext
-    ) -> None:
-        """Repair in place. Readers refitted to the original's outputs need the original's statistics behind them."""
-        if self.config.repair == "none" or not selection.removed:
-            return
-        split = ctx.data.calibration
-        if self.config.repair == "least_squares":
-            readers = {reader.layer for name in selection.removed for reader in groups[name].readers}
-            kept = kept_outputs(selection.removed, groups)
-            if set(refit_readers(slim, original, readers, kept, split, ctx.progress)) == readers:
-                return
-        reestimate_batch_norm(slim, split, ctx.progress)
+    ) -> list[Record]:
+        """Repair in place, in the order that works: what refits to the original before new statistics."""
+        if not selection.removed:
+            return []
+        readers = frozenset(reader.layer for name in selection.removed for reader in groups[name].readers)
+        kept = kept_outputs(selection.removed, groups)
+
+        def comparison(module: nn.Module) -> Comparison:
+            return Comparison(module, original, readers, kept, ctx.data.calibration)
+
+        every: list[Repair] = [
+            ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
+            ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
+            batch_norm_repair(ctx),
+        ]
+        return apply_repairs(slim, [repair for repair in every if repair[0] in self.config.repair], ctx)
 
     def _record(
         self,

@@ -1,7 +1,10 @@
 """How good is a torch network, and are its outputs what a classifier's must be?"""
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
@@ -23,16 +26,39 @@ def evaluate_top1(module: nn.Module, split: Split, batch_size: int = 256, progre
         DataError: The split is empty or has labels outside the outputs.
         ModelError: The outputs are not (N, K).
     """
+    outputs = _outputs(module, split, batch_size, progress, "top-1")
+    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs) / len(split)
+
+
+@torch.no_grad()
+def evaluate_loss(module: nn.Module, split: Split, batch_size: int = 256, progress: Progress | None = None) -> float:
+    """Return the mean cross-entropy in nats.
+
+    Args:
+        module: Classifier with (N, K) outputs; its training flags are restored.
+        split: At least one image.
+        batch_size: Images at once.
+        progress: Told about each batch.
+
+    Raises:
+        As `evaluate_top1`.
+    """
+    outputs = _outputs(module, split, batch_size, progress, "loss")
+    return sum(float(F.cross_entropy(logits, labels, reduction="sum")) for logits, labels in outputs) / len(split)
+
+
+def _outputs(
+    module: nn.Module, split: Split, batch_size: int, progress: Progress | None, what: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give checked outputs, (N, K), and labels, batch by batch."""
     if len(split) == 0:
-        raise DataError(f"Split '{split.name}' must hold at least one image to measure top-1 on, it holds none.")
-    correct = 0
-    with eval_mode(module), (progress or SilentProgress()).task(f"top-1 on {split.name}", len(split)) as task:
+        raise DataError(f"Split '{split.name}' must hold at least one image to measure {what} on, it holds none.")
+    with eval_mode(module), (progress or SilentProgress()).task(f"{what} on {split.name}", len(split)) as task:
         for images, labels in evaluation_batches(split, batch_size):
-            outputs = module(images)
-            check_outputs(outputs, int(labels.max()))
-            correct += int((outputs.argmax(1) == labels).sum())
+            logits = module(images)
+            check_outputs(logits, int(labels.max()))
+            yield logits, labels
             task.advance(len(labels))
-    return correct / len(split)
 
 
 def check_outputs(outputs: object, largest_label: int) -> None:

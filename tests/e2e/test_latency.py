@@ -5,6 +5,7 @@ import shutil
 
 import onnx
 from smallrun import MIDDLE, World, statuses
+from steady import time_by_macs
 
 from compress.cost.onnx_graph import count_onnx
 
@@ -28,7 +29,8 @@ def _run(world: World, values, *arguments: str):
     return json.loads((world.runs / values["name"] / "report.json").read_text(encoding="utf-8"))
 
 
-def test_profile_writes_a_table_that_a_run_takes_over(world: World) -> None:
+def test_profile_writes_a_table_that_a_run_takes_over(world: World, monkeypatch) -> None:
+    time_by_macs(monkeypatch)  # whether a real machine meets the target is its own affair
     table = world.folder / "device.json"
     done = world.call("profile", _values(world), "--out", str(table))
     assert done.exit_code == 0, done.output
@@ -39,7 +41,7 @@ def test_profile_writes_a_table_that_a_run_takes_over(world: World) -> None:
     values = _values(world, table="device.json")
     first = _run(world, values)
     record = next(stage["record"] for stage in first["stages"] if stage["stage"] == "prune")
-    assert record["latency"]["measured_ratio"] is not None
+    assert record["latency"]["measured_ratio"] <= 0.8 * 1.03
     assert count_onnx(world.runs / "chain" / "model.onnx").macs == record["macs_after"]
     onnx.checker.check_model(world.runs / "chain" / "model.onnx")
     again = world.run(values)

@@ -8,6 +8,7 @@ import nets
 import numpy as np
 import pytest
 from exported import SIGNATURE, exported
+from steady import profile_by_macs
 
 import compress.stages.latency as latency
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
@@ -238,7 +239,8 @@ def test_a_network_that_is_never_fast_enough_is_refused_with_the_fastest_there_i
 
 
 @pytest.mark.parametrize("target", [{"latency": 0.7}, {"latency": 0.95, "macs": 0.5}, {"size_mb": 0.02}])
-def test_prune_meets_its_targets(ctx, tmp_path, target):
+def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
+    profile_by_macs(monkeypatch)
     model = _model("residual", tmp_path)
     config = PruneConfig(stage="prune", target=TargetConfig(**target), multiple_of=2, score_images=16)
     slim, record = PruneStage(config).run(model, ctx)
@@ -252,6 +254,13 @@ def test_prune_meets_its_targets(ctx, tmp_path, target):
         assert record["latency"] is None
     else:
         assert record["latency"]["measured_ratio"] == record["latency"]["rounds"][-1]["measured"]
+        assert record["reached"]["latency"] == pytest.approx(target["latency"], rel=0.03) or "macs" in target
+        assert record["latency"]["predicted_ratio"] == pytest.approx(record["latency"]["measured_ratio"], rel=0.02)
+
+
+def test_a_network_timed_as_a_whole_takes_time(ctx):
+    model = _latency_model("chain", ctx)
+    assert 0 < model.time_ratio({"body.0.0": 8}) < 10
 
 
 def test_a_latency_in_milliseconds_is_a_share_of_the_baseline(ctx, tmp_path):

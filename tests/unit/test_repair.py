@@ -1,6 +1,7 @@
 """Batch-norm statistics become those of the data, and refitted readers give what they gave before the cut."""
 
 import copy
+import threading
 
 import nets
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from compress.data.batches import Split, evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
-from compress.errors import DataError
+from compress.errors import DataError, InternalError
 from compress.progress import SilentProgress
 from compress.pruning.graph import cut_copy, find_cuttable
-from compress.pruning.repair import reestimate_batch_norm, refit_readers
+from compress.pruning.lockstep import Lockstep, call_order, following_norms
+from compress.pruning.repair import BATCH_NORMS, Comparison, fold_means, reestimate_batch_norm, refit_readers
 
 SILENT = SilentProgress()
 
@@ -110,6 +112,10 @@ def test_a_single_image_has_no_statistics():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def _refit(slim: nn.Module, module: nn.Module, readers: set[str], kept: dict[str, Tensor], split: Split):
+    return refit_readers(Comparison(slim, module, frozenset(readers), kept, split), SILENT)
+
+
 def _cut(module: nn.Module, group: str, removed: tuple[int, ...]) -> tuple[nn.Module, set[str]]:
     groups, _ = find_cuttable(module, nets.EXAMPLE)
     return cut_copy(module, {group: removed}, nets.EXAMPLE), {reader.layer for reader in groups[group].readers}
@@ -123,14 +129,16 @@ def test_least_squares_reduces_the_error_and_leaves_other_layers_alone(name, gro
     module, split = nets.build(name), _split()
     slim, readers = _cut(module, group, (0, 2, 5))
     fitted = copy.deepcopy(slim)
-    assert refit_readers(fitted, module, readers, {}, split, SILENT) == tuple(sorted(readers))
+    assert _refit(fitted, module, readers, {}, split) == tuple(sorted(readers))
     (reader,) = readers
     images = _all_images(split)
-    wanted = _outputs(module, reader, images)
-    errors = [float((_outputs(net, reader, images) - wanted).square().mean()) for net in (slim, fitted)]
+    norm = following_norms(module, BATCH_NORMS, images[:1]).get(reader)
+    watched = norm or reader
+    wanted = _outputs(module, watched, images)
+    errors = [float((_outputs(net, watched, images) - wanted).square().mean()) for net in (slim, fitted)]
     assert errors[1] < 0.9 * errors[0]
-    for key, value in fitted.state_dict().items():
-        assert torch.equal(value, slim.state_dict()[key]) != key.startswith(f"{reader}."), key
+    changed = {key for key, value in fitted.state_dict().items() if not torch.equal(value, slim.state_dict()[key])}
+    assert changed == ({f"{reader}.weight", f"{norm}.running_mean"} if norm else {f"{reader}.weight", f"{reader}.bias"})
 
 
 def test_least_squares_refits_a_layer_that_lost_outputs_too():
@@ -139,7 +147,7 @@ def test_least_squares_refits_a_layer_that_lost_outputs_too():
     slim = cut_copy(module, removed, nets.EXAMPLE)
     fitted = copy.deepcopy(slim)
     kept = torch.tensor([channel for channel in range(16) if channel not in removed["body.1.0"]])
-    assert refit_readers(fitted, module, {"body.1.0"}, {"body.1.0": kept}, split, SILENT) == ("body.1.0",)
+    assert _refit(fitted, module, {"body.1.0"}, {"body.1.0": kept}, split) == ("body.1.0",)
     images = _all_images(split)
     wanted = _outputs(module, "body.1.0", images)[:, kept]
     errors = [float((_outputs(net, "body.1.0", images) - wanted).square().mean()) for net in (slim, fitted)]
@@ -159,7 +167,7 @@ def test_least_squares_restores_everything_that_can_be_restored():
     images = _all_images(split)
     with torch.no_grad():
         before = (slim(images) - module(images)).abs().max()
-        refit_readers(slim, module, readers, {}, split, SILENT)
+        _refit(slim, module, readers, {}, split)
         after = (slim(images) - module(images)).abs().max()
     assert before > 0.01
     assert after < 0.01 * before
@@ -187,7 +195,7 @@ def test_least_squares_fits_the_output_before_an_activation_in_place():
     slim, readers = _cut(module, "body.0", (3,))
     assert readers == {"body.2"}
     images = _all_images(split)
-    refit_readers(slim, module, readers, {}, split, SILENT)
+    _refit(slim, module, readers, {}, split)
     with torch.no_grad():
         assert (slim(images) - module(images)).abs().max() < 1e-3
 
@@ -197,5 +205,128 @@ def test_layers_that_cannot_be_refitted_are_left_out_of_the_answer():
     slim, readers = _cut(module, "body.0.0", (0, 4, 8, 12))
     before = copy.deepcopy(slim.state_dict())
     assert readers == {"body.1.0"}
-    assert refit_readers(slim, module, readers, {}, _split(8), SILENT) == ()
+    assert _refit(slim, module, readers, {}, _split(8)) == ()
     assert all(torch.equal(value, before[name]) for name, value in slim.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "group"), [("chain", "body.1.0"), ("residual", "body.1.conv1"), ("linear_head", "fc1")]
+)
+def test_bias_folding_gives_readers_the_mean_they_had(name, group):
+    module, split = nets.build(name), _split()
+    slim, readers = _cut(module, group, (0, 2, 5))
+    before = {key: value.clone() for key, value in slim.named_parameters()}
+    (reader,) = readers
+    images = _all_images(split)
+    watched = following_norms(module, BATCH_NORMS, images[:1]).get(reader, reader)
+    wanted, without = (_channel_means(_outputs(net, watched, images)) for net in (module, slim))
+    assert fold_means(Comparison(slim, module, frozenset(readers), {}, split), SILENT) == (reader,)
+    assert not torch.allclose(without, wanted, atol=1e-3)
+    assert torch.allclose(_channel_means(_outputs(slim, watched, images)), wanted, atol=1e-5)
+    assert {key for key, value in slim.named_parameters() if not torch.equal(value, before[key])} <= {f"{reader}.bias"}
+
+
+def _channel_means(outputs: Tensor) -> Tensor:
+    return outputs.mean((0, 2, 3)) if outputs.ndim == 4 else outputs.mean(0)
+
+
+def test_bias_folding_of_a_constant_channel_is_exact_without_padding():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 4)
+    ).eval()
+    with torch.no_grad():
+        module[0].weight[3], module[0].bias[3] = 0.0, 1.7
+    slim, readers = _cut(module, "0", (3,))
+    images = _all_images(_split())
+    with torch.no_grad():
+        before = (slim(images) - module(images)).abs().max()
+        fold_means(Comparison(slim, module, frozenset(readers), {}, _split()), SILENT)
+        after = (slim(images) - module(images)).abs().max()
+    assert before > 0.01
+    assert after < 1e-5
+
+
+def test_bias_folding_goes_from_layer_to_layer():
+    module, split = nets.build("chain"), _split()
+    removed = {"body.0.0": (0, 2), "body.1.0": (1, 4, 7, 9)}
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    slim = cut_copy(module, removed, nets.EXAMPLE)
+    kept = torch.tensor([channel for channel in range(16) if channel not in removed["body.1.0"]])
+    readers = frozenset(reader.layer for name in removed for reader in groups[name].readers)
+    assert fold_means(Comparison(slim, module, readers, {"body.1.0": kept}, split), SILENT) == ("body.1.0", "body.2.0")
+    images = _all_images(split)
+    for norm, channels in (("body.1.1", kept), ("body.2.1", torch.arange(16))):
+        wanted = _channel_means(_outputs(module, norm, images))[channels]
+        assert torch.allclose(_channel_means(_outputs(slim, norm, images)), wanted, atol=1e-5), norm
+
+
+def test_bias_folding_after_least_squares_counts_no_constant_twice():
+    module, split = nets.build("chain"), _split()
+    slim, readers = _cut(module, "body.1.0", (0, 2, 5))
+    norm = slim.get_submodule("body.2.1")
+    before = norm.running_mean.clone()
+    _refit(slim, module, readers, {}, split)
+    refitted = norm.running_mean.clone()
+    fold_means(Comparison(slim, module, frozenset(readers), {}, split), SILENT)
+    assert (norm.running_mean - refitted).abs().max() < 0.1 * (refitted - before).abs().max()
+
+
+def test_memory_bounds_the_images_looked_at(monkeypatch):
+    module, split = nets.build("chain"), _split()
+    slim, readers = _cut(module, "body.0.0", (3,))
+    counts = []
+    monkeypatch.setattr("compress.pruning.repair.Lockstep", lambda *args: counts.append(args[2]) or Lockstep(*args))
+    _refit(slim, module, readers, {}, split)
+    assert [sum(map(len, batches)) for batches in counts] == [64, 64]
+    counts.clear()
+    monkeypatch.setattr("compress.pruning.repair._LIVE_BYTES", 10**6)
+    _refit(slim, module, readers, {}, split)
+    assert 1 <= sum(map(len, counts[0])) < 64
+
+
+def _three_layers() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval(), [torch.randn(2, 4), torch.randn(3, 4)]
+
+
+def test_passes_in_lockstep_see_changes_made_while_they_wait():
+    network, batches = _three_layers()
+    with torch.no_grad(), Lockstep(network, ["0", "2"], batches, "before") as passes:
+        assert all(torch.equal(a, b) for a, b in zip(passes.reach("0"), batches, strict=True))
+        network[0].weight.mul_(2)
+        expected = [network[1](network[0](images)) for images in batches]
+        assert all(torch.equal(a, b) for a, b in zip(passes.reach("2"), expected, strict=True))
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
+
+
+def test_passes_left_early_end_and_errors_come_through():
+    network, batches = _three_layers()
+    threads = threading.active_count()
+
+    def reach(layers: list[str], images: list[Tensor], layer: str) -> None:
+        with Lockstep(network, layers, images, "after") as passes:
+            list(passes.reach(layer))
+            raise KeyError(layer)
+
+    with pytest.raises(KeyError):
+        reach(["0", "2"], batches, "0")
+    with pytest.raises(RuntimeError, match="shapes"):
+        reach(["2"], [torch.randn(2, 5)], "2")
+    with pytest.raises(InternalError, match="to layer '2' next, it came to '0'"):
+        reach(["2", "0"], batches, "2")
+    with pytest.raises(InternalError, match="out of it"):
+        reach(["0", "2"], batches, "2")
+    assert threading.active_count() == threads
+
+
+def test_call_order_is_that_of_the_calls_and_leaves_out_what_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.c(self.b(self.c(x))))
+
+    assert call_order(Twice(), ["a", "b", "c", "d"], torch.zeros(1, 4)) == ["b", "a"]

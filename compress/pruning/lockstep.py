@@ -1,0 +1,201 @@
+"""Forward passes over many images that wait for one another at chosen layers.
+
+A repair that goes from layer to layer needs what every image gives at one layer before any image may go on, because
+the layer changes in between. Passes that wait cost one forward pass for all layers together, where starting again for
+each layer would cost one per layer.
+
+    with Lockstep(network, ["conv1", "conv2"], batches, "before") as passes:
+        inputs = list(passes.reach("conv1"))     # every pass now waits before conv1
+        ...change conv1...
+        inputs = list(passes.reach("conv2"))     # ran through the changed conv1
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import InternalError
+
+
+class _AbandonedError(Exception):
+    """Ends a pass that nobody waits for any more."""
+
+
+class _Pass:
+    """One batch's forward pass, in a thread that runs only while somebody waits for it."""
+
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        self.at: str | None = None
+        self.tensor: Tensor | None = None
+        self.is_abandoned = False
+        self._error: BaseException | None = None
+        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(network, images), daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        """Let the pass run until it waits at its next layer, or ends; `at` says which."""
+        self.at = self.tensor = None
+        self._go.release()
+        self._waits.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def is_here(self) -> bool:
+        """Whether the caller is inside this pass; others may call the network's layers as they like."""
+        return threading.current_thread() is self._thread
+
+    def wait(self, layer: str, tensor: Tensor) -> None:
+        """Called inside the pass: hand over a tensor and wait to be advanced."""
+        self.at, self.tensor = layer, tensor
+        self._waits.release()
+        self._go.acquire()
+        if self.is_abandoned:
+            raise _AbandonedError
+
+    def abandon(self) -> None:
+        """End the pass where it waits."""
+        self.is_abandoned = True
+        self._go.release()
+        self._thread.join()
+
+    def _run(self, network: nn.Module, images: Tensor) -> None:
+        self._go.acquire()
+        try:
+            if not self.is_abandoned:
+                with torch.no_grad():
+                    network(images)
+        except _AbandonedError:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._waits.release()
+
+
+class Lockstep:
+    """Forward passes of one network that wait at given layers.
+
+    Args:
+        network: In eval mode; its weights may be changed while the passes wait.
+        layers: Module paths, in the order in which the network calls them first.
+        batches: The images of each pass, (N, C, H, W).
+        when: Whether a pass waits before a layer, with its input, or after it, with its output.
+
+    Attributes:
+        shift: (outputs,) or None; added to what the layer gave that the passes wait after, once they go on.
+
+    Layers called from outside the passes do not wait. All passes hold their live activations at once; the caller
+    bounds the number of images.
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], when: Literal["before", "after"]
+    ) -> None:
+        self.shift: Tensor | None = None
+        self._layers = iter(layers)
+        self._names = {network.get_submodule(name): name for name in layers}
+        self._running: _Pass | None = None
+        self._passes = [_Pass(network, images) for images in batches]
+        register = "register_forward_pre_hook" if when == "before" else "register_forward_hook"
+        hook = self._before if when == "before" else self._after
+        self._handles = [getattr(layer, register)(hook) for layer in self._names]
+
+    def reach(self, layer: str) -> Iterator[Tensor]:
+        """Advance each pass to the layer and give the tensor that it waits with, one pass after the other.
+
+        Raises:
+            InternalError: A pass comes to another layer, or to its end.
+        """
+        if next(self._layers, None) != layer:
+            raise InternalError(f"Layers must be reached in the order given, '{layer}' is out of it.")
+        for one in self._passes:
+            self._running = one
+            one.advance()
+            if one.at != layer or one.tensor is None:
+                raise InternalError(f"The forward pass should come to layer '{layer}' next, it came to '{one.at}'.")
+            yield one.tensor
+
+    def __enter__(self) -> "Lockstep":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for one in self._passes:
+            one.abandon()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._wait(layer, inputs[0])
+
+    def _after(self, layer: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        self._wait(layer, output)
+        if self.shift is None:
+            return output
+        trailing = 0 if isinstance(layer, nn.Linear) else output.ndim - 2
+        return output + self.shift.reshape(-1, *[1] * trailing)
+
+    def _wait(self, layer: nn.Module, tensor: Tensor) -> None:
+        if self._running is not None and self._running.is_here():
+            self._running.wait(self._names[layer], tensor)
+
+
+def call_order(network: nn.Module, layers: Iterable[str], images: Tensor) -> list[str]:
+    """Return the layers that a forward pass calls exactly once, in the order of the calls.
+
+    Args:
+        network: In eval mode.
+        layers: Module paths.
+        images: (N, C, H, W).
+    """
+    names = {network.get_submodule(name): name for name in layers}
+    called: list[str] = []
+    handles = [
+        layer.register_forward_hook(lambda part, _inputs, _output: called.append(names[part])) for layer in names
+    ]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in called if called.count(name) == 1]
+
+
+def following_norms(network: nn.Module, norms: tuple[type[nn.Module], ...], images: Tensor) -> dict[str, str]:
+    """Return for each layer whose output tensor a norm reads the module path of that norm.
+
+    Args:
+        network: In eval mode.
+        norms: The classes that count as norms.
+        images: (N, C, H, W).
+    """
+    given: dict[int, str] = {}
+    held: list[Tensor] = []  # no id is given out twice while its tensor lives
+    found: dict[str, str] = {}
+
+    def watch(name: str):  # type: ignore[no-untyped-def]
+        def hook(part: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+            if isinstance(part, norms) and inputs and (layer := given.get(id(inputs[0]))) is not None:
+                found[layer] = name
+            if isinstance(output, Tensor):
+                given[id(output)] = name
+                held.append(output)
+
+        return hook
+
+    leaves = [(name, part) for name, part in network.named_modules() if not any(part.children())]
+    handles = [part.register_forward_hook(watch(name)) for name, part in leaves]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -112,6 +112,7 @@ class TorchModel:
         preprocessing: What happens to an image first.
         classes: Class names, or ().
         baseline: The untouched network's figures and files.
+        rewrites: What is rewritten for the runtime whenever the network is exported; the baseline was too.
     """
 
     module: nn.Module
@@ -121,6 +122,7 @@ class TorchModel:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     baseline: Baseline
+    rewrites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

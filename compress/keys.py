@@ -16,7 +16,7 @@ from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
 from compress.config.schema import DeployConfig
-from compress.cost.conditions import present_conditions
+from compress.cost.conditions import TableConditions, present_conditions
 from compress.errors import ArtifactError
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
@@ -71,6 +71,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             fixed["deploy"] = _deploy_component(config.deploy)
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
+            if config.deploy is not None:  # what is rewritten for the runtime is measured there
+                fixed["deploy"] = asdict(_conditions(config.deploy))
         steps.append(Step(index, entry, stage, values, fixed))
     return steps
 
@@ -87,13 +89,16 @@ def needs_latency(stage: Any) -> bool:
 
 def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
     """Return what latencies depend on besides the network: this machine, or the table that stands for another one."""
-    here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
     table = None
     if deploy.table is not None:
         if not Path(deploy.table).is_file():
             raise ArtifactError(f"Latency table '{deploy.table}' does not exist.")
         table = digest_file(Path(deploy.table))
-    return {**asdict(here), "table": table, "accept_foreign_table": deploy.accept_foreign_table}
+    return {**asdict(_conditions(deploy)), "table": table, "accept_foreign_table": deploy.accept_foreign_table}
+
+
+def _conditions(deploy: DeployConfig) -> TableConditions:
+    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
 
 
 def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
         "signature": asdict(model.signature),
         "preprocessing": model.preprocessing.to_dict(),
         "classes": list(model.classes),
+        "rewrites": list(model.rewrites),
     }
     _write_json(folder / "meta.json", meta)
     write_weights(model.module, folder / "weights.safetensors")
@@ -100,6 +101,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
         figures = Figures(**_read_json(folder / "baseline.json"))
     with _well_formed(folder / "meta.json"):
         preprocessing, classes = Preprocessing.from_dict(meta["preprocessing"]), tuple(meta["classes"])
+        rewrites = tuple(meta.get("rewrites", ()))
     return TorchModel(
         module=rebuild(factory, recipe, signature, folder / "weights.safetensors"),
         factory=factory,
@@ -108,6 +110,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
         preprocessing=preprocessing,
         classes=classes,
         baseline=Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors"),
+        rewrites=rewrites,
     )
 
 

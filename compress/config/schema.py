@@ -171,6 +171,9 @@ class LoadConfig(Section):
     stage: Literal["load"]
     model: Model
     weights: str = Field(description="safetensors, or a torch checkpoint that weights_only=True can read")
+    rewrites: Literal["measured", "always", "never"] = Field(
+        "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"
+    )
 
 
 class TargetConfig(Section):

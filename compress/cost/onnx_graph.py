@@ -23,6 +23,7 @@ from compress.errors import ModelError
 __all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
 
 Shape = tuple[int, ...]
+FIXED_WEIGHT = "compress.fixed."  # names constants of convolutions that stand for slicing and padding
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
@@ -135,7 +136,7 @@ class _Graph:
 
     def macs(self, node: NodeProto) -> int:
         """Return the MACs of one node for one image; 0 for operators that are not counted."""
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx") or any(name.startswith(FIXED_WEIGHT) for name in node.input):
             return 0
         if node.op_type in ("Conv", "ConvTranspose"):
             per_position = math.prod(self._shape(node, node.input[1])[1:])
@@ -213,7 +214,7 @@ def _weights(model: ModelProto) -> dict[str, Shape]:
     return {
         name: tuple(tensor.dims)
         for name, tensor in tensors
-        if tensor.data_type in _FLOATS and tensor.dims and name not in statistics
+        if tensor.data_type in _FLOATS and tensor.dims and name not in statistics and not name.startswith(FIXED_WEIGHT)
     }
 
 

@@ -1,4 +1,4 @@
-"""Does onnxslim's graph still compute the same? It is kept only if it does."""
+"""Does a rewritten graph still compute the same? onnxslim's is kept only if it does."""
 
 import warnings
 from pathlib import Path
@@ -39,27 +39,33 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
     del slim.metadata_props[:]
     slim.metadata_props.extend(original.metadata_props)
     slim.producer_name, slim.producer_version = original.producer_name, original.producer_version
-    return (slim, "") if not (note := _difference(path, slim, signature, external)) else (None, note)
-
-
-def _difference(path: Path, slim: onnx.ModelProto, signature: Signature, external: bool) -> str:
-    """Return how the simplified model differs, "" when it does not."""
     slim_path = path.with_name(f"compared-{path.name}")
+    save_onnx(slim, slim_path, external)
+    return (slim, "") if not (note := find_difference(path, slim_path, signature)) else (None, note)
+
+
+def find_difference(path: Path, rewritten: Path, signature: Signature) -> str:
+    """Return how a rewritten model differs from what it was on random input, "" when it does not.
+
+    Args:
+        path: The model as it was.
+        rewritten: The model to compare.
+        signature: Inputs and outputs of both.
+    """
     try:
-        save_onnx(slim, slim_path, external)
-        first, second = (_session(file) for file in (path, slim_path))
+        first, second = (_session(file) for file in (path, rewritten))
         for seed in range(_TRIALS):
             inputs = _random_inputs(signature, seed)
             for spec, a, b in zip(signature.outputs, first.run(None, inputs), second.run(None, inputs), strict=True):
                 scale = float(np.abs(a).max(initial=0.0))
                 if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
-                    return f"output '{spec.name}' of the simplified graph has another shape or is not finite"
+                    return f"output '{spec.name}' of the rewritten graph has another shape or is not finite"
                 if float(np.abs(a - b).max(initial=0.0)) > ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * scale:
-                    return f"output '{spec.name}' of the simplified graph differs by {np.abs(a - b).max():.2g}"
+                    return f"output '{spec.name}' of the rewritten graph differs by {np.abs(a - b).max():.2g}"
     except OSError:  # a full disk says nothing about the graph
         raise
     except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-        return f"the simplified graph could not be run: {first_line(error)}"
+        return f"the rewritten graph could not be run: {first_line(error)}"
     return ""
 
 

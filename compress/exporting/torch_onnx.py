@@ -36,8 +36,9 @@ from compress.cost.onnx_file import (
     save_onnx,
 )
 from compress.data.preprocessing import Preprocessing
-from compress.errors import ExportFailed
-from compress.exporting.simplify import simplify_onnx
+from compress.errors import ExportFailed, InternalError
+from compress.exporting.rewrite import apply_rewrites
+from compress.exporting.simplify import find_difference, simplify_onnx
 
 ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
 _EXPORTER_METADATA = re.compile(r"^(pkg\.|namespace$)")
@@ -57,6 +58,7 @@ class ExportReport:
         size_bytes: All files together.
         files: Their names, the .onnx file first.
         denormals_flushed: Weights too small for a normal float32 that were set to zero.
+        rewrites: Rewrite -> places where it was applied.
     """
 
     nodes_before: int
@@ -67,6 +69,7 @@ class ExportReport:
     size_bytes: int
     files: tuple[str, ...]
     denormals_flushed: int
+    rewrites: dict[str, int]
 
 
 def exported_signature(signature: Signature, dynamic_batch: bool) -> Signature:
@@ -90,6 +93,7 @@ def export_onnx(
     external_data: bool = False,
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] = (),
+    rewrites: tuple[str, ...] = (),
 ) -> ExportReport:
     """Write `module` as an ONNX file; a file that was there is replaced only when the new one passed every check.
 
@@ -103,9 +107,11 @@ def export_onnx(
         external_data: Whether weights go into a second file; above 1.8 GB they do in any case.
         preprocessing: Written into the file's metadata.
         classes: Written into the file's metadata.
+        rewrites: Names in `REWRITES` to be applied wherever they fit.
 
     Raises:
         ExportFailed: torch or ONNX refused, or the file is not what was asked for (opset, names, shapes).
+        InternalError: A rewrite changed what the network computes.
     """
     wanted = exported_signature(signature, dynamic_batch)
     model = _run_exporter(module, wanted, opset)
@@ -126,6 +132,14 @@ def export_onnx(
                 flushed += _flush_denormals(slim)
                 model = slim
                 chosen = _save_checked(slim, Path(folder) / "simplified" / path.name, external)
+        rewritten = ModelProto()
+        rewritten.CopyFrom(model)
+        places = apply_rewrites(rewritten, rewrites)
+        if any(places.values()):
+            plain, chosen = chosen, _save_checked(rewritten, Path(folder) / "rewritten" / path.name, external)
+            if difference := find_difference(plain, chosen, wanted):
+                raise InternalError(f"Rewriting {', '.join(places)} changed the network: {difference}.")
+            model = rewritten
         files = _move_into_place(chosen, path)
     return ExportReport(
         nodes_before=nodes_before,
@@ -136,6 +150,7 @@ def export_onnx(
         size_bytes=sum(file.stat().st_size for file in files),
         files=tuple(file.name for file in files),
         denormals_flushed=flushed,
+        rewrites=places,
     )
 
 

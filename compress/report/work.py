@@ -100,6 +100,23 @@ def _group_by_reason(entries: list[dict[str, Any]], name: str) -> dict[str, list
     return reasons
 
 
+def _render_load(runs: list[Run], index: int) -> str:
+    rows = [
+        (
+            f"<code>{escape(tried.get('rewrite'))}</code>",
+            escape(tried.get("places")),
+            "not measured" if tried.get("speedup") is None else f"{tried['speedup']:.2f}×",
+            "yes" if tried.get("is_kept") else "no",
+        )
+        for tried in runs[index]["record"].get("rewrites") or []
+    ]
+    if not rows:
+        return ""
+    table = render_table(("rewrite", "places", "speed-up of the untouched network", "kept"), rows, numeric=(1, 2))
+    note = "<p>The baseline is rewritten as the slim model is: no speed-up reported elsewhere comes from this.</p>\n"
+    return render_section("Graph rewritten for the runtime", table, note)
+
+
 def _render_prune(runs: list[Run], index: int) -> str:
     record = runs[index]["record"]
     groups = record.get("groups") or []
@@ -240,6 +257,7 @@ def _change(record: dict[str, Any], key: str, form: Any) -> str | None:
 
 
 RENDERERS = {
+    "load": _render_load,
     "prune": _render_prune,
     "low_rank": _render_low_rank,
     "finetune": _render_finetune,

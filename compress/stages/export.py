@@ -33,6 +33,7 @@ class ExportStage:
                 external_data=config.external_data,
                 preprocessing=artifact.preprocessing,
                 classes=artifact.classes,
+                rewrites=artifact.rewrites,
             )
             task.advance()
         if config.simplify and not report.simplified:

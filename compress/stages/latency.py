@@ -26,18 +26,15 @@ from compress.cost.onnx_graph import rows_of
 from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import VariantWriter
 from compress.errors import ArtifactError, InternalError, ModelError
-from compress.exporting.torch_onnx import export_onnx
 from compress.pruning.costs import LayerAxes
 from compress.stages.context import StageContext
-from compress.verification.latency import measure_latency
-from compress.verification.measuring import Conditions, latency_inputs
+from compress.stages.exporting import conditions_of, exported
+from compress.verification.measuring import Conditions, latency_inputs, measure_ratio
 from compress.verification.profiling import profile_models
 from compress.verification.runtimes.base import Runtime
 
 _FEWEST_VARIANTS, _MOST_VARIANTS = 10, 32
 _NOISY = 0.2
-_OPSET = 18
-_WARMUP, _REPEATS, _MOST_REPEATS_MS = 10, 100, 4000.0
 
 Widths = Mapping[str, int]
 
@@ -108,7 +105,7 @@ def model_latency(
     writer = VariantWriter(load_onnx(path, weights=True))
     planned = plan_variants(levels, has_pairs=any(len({*o.slots, *i.slots}) > 1 for o, i in axes.axes.values()))
     _check_variant(writer, axes, planned[1], count_macs)
-    conditions = Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    conditions = conditions_of(deploy)
     timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
     here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
     known, is_foreign = _known_table(deploy, here, writer, ctx)
@@ -202,13 +199,7 @@ class _Timing:
         """Return the latency at the given widths over the untouched network's; medians of calls made in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             variant = next(self._variants([self.axes.sizes(widths)], Path(folder)))
-            with self.conditions.open(self.reference) as reference, self.conditions.open(variant) as slim:
-                sessions = {"reference": reference, "slim": slim}
-                inputs = {label: self._inputs(session) for label, session in sessions.items()}
-                first = measure_latency(sessions, inputs, _WARMUP, 3)
-                calls = int(np.clip(_MOST_REPEATS_MS / sum(s.p50 for s in first.values()), 20, 5 * _REPEATS))
-                samples = measure_latency(sessions, inputs, 0, calls, self.ctx.progress)
-        return samples["slim"].p50 / samples["reference"].p50
+            return measure_ratio(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)
 
     def _variants(self, sizes: Sequence[Mapping[str, tuple[int, int]]], folder: Path) -> Iterator[Path]:
         full = self.axes.sizes({})
@@ -220,17 +211,6 @@ class _Timing:
 
     def _inputs(self, session: Runtime) -> dict[str, np.ndarray]:
         return latency_inputs(session, self.ctx.data.calibration, self.conditions.batch_size)
-
-
-def exported(model: TorchModel, ctx: StageContext) -> Path:
-    """Return an ONNX file of the network as it is now."""
-    if not model.recipe.edits:
-        return model.baseline.onnx_path
-    path = ctx.folder / "present.onnx"
-    with ctx.progress.task("export the present network", 1) as task:
-        export_onnx(model.module, model.signature, path, opset=_OPSET)
-        task.advance()
-    return path
 
 
 def _check_variant(

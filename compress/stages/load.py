@@ -6,20 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.artifacts import Baseline, FactorySpec, Signature, TensorSpec, TorchModel
+from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.building import build_module, load_strict, read_weights, write_weights
 from compress.config.schema import FactoryModel, LoadConfig, Model
-from compress.cost.macs import count_macs, layer_macs
+from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import Split, evaluation_batches
 from compress.errors import DataError, ModelError, NonFinite
-from compress.exporting.torch_onnx import export_onnx
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext
+from compress.stages.exporting import export_present, try_rewrites
 from compress.training.evaluate import check_outputs
 from compress.verification.measuring import Conditions, measure_onnx
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
-BASELINE_OPSET = 18
 
 
 class LoadStage:
@@ -45,15 +44,15 @@ class LoadStage:
         signature = try_network(module, ctx.data.calibration)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
-        baseline = self._measure(module, signature, ctx)
-        model = TorchModel(module, spec, Recipe(), signature, ctx.data.preprocessing, ctx.data.classes, baseline)
-        figures = baseline.figures
+        model, rewrites = self._measure(module, spec, signature, ctx)
+        figures = model.baseline.figures
         record = {
             "macs": figures.macs,
             "params": figures.params,
             "size_bytes": figures.size_bytes,
             "top1": figures.quality["top1"],
             "layers": len(layer_macs(module, _example(signature))),
+            "rewrites": rewrites,
         }
         ctx.progress.note(
             f"baseline: {figures.macs:,} MACs, {figures.params:,} params, top-1 {figures.quality['top1']:.2%} "
@@ -61,30 +60,29 @@ class LoadStage:
         )
         return model, record
 
-    def _measure(self, module: nn.Module, signature: Signature, ctx: StageContext) -> Baseline:
+    def _measure(
+        self, module: nn.Module, spec: FactorySpec, signature: Signature, ctx: StageContext
+    ) -> tuple[TorchModel, list[Record]]:
+        """Export the network as it runs best, measure the file, and return the model and what was tried."""
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
         write_weights(module, weights)
-        with ctx.progress.task("export the baseline", 1) as task:
-            export_onnx(
-                module,
-                signature,
-                path,
-                opset=BASELINE_OPSET,
-                dynamic_batch=True,
-                simplify=True,
-                external_data=False,
-                preprocessing=ctx.data.preprocessing,
-                classes=ctx.data.classes,
-            )
-            task.advance()
+        example = _example(signature)
+        counted = count_macs(module, example)
+        baseline = Baseline(Figures(counted, count_params(module), 0, {}, {}), path, weights)
+        model = TorchModel(module, spec, Recipe(), signature, ctx.data.preprocessing, ctx.data.classes, baseline)
+        export_present(model, path, ctx)
+        tried = try_rewrites(path, signature, self.config.rewrites, ctx)
+        kept = tuple(record["rewrite"] for record in tried if record["is_kept"])
+        if kept:
+            model = replace(model, rewrites=kept)
+            export_present(model, path, ctx)
         figures = measure_onnx(path, ctx.data.evaluation, Conditions(), reference=module, progress=ctx.progress)
-        counted = count_macs(module, _example(signature))
         if counted != figures.macs:
             ctx.progress.warn(
                 f"The network's convolution and linear layers have {counted:,} MACs, its ONNX file {figures.macs:,}: "
                 "the rest is done outside of layers, cannot be cut, and is left out of every budget."
             )
-        return Baseline(replace(figures, macs=counted), path, weights)
+        return replace(model, baseline=replace(baseline, figures=replace(figures, macs=counted))), tried
 
 
 def factory_spec(model: Model) -> FactorySpec:

@@ -29,7 +29,8 @@ from compress.recipe import RemoveBlock, RemoveChannels
 from compress.registry import closest
 from compress.stages.budgets import Targets
 from compress.stages.context import Record, StageContext
-from compress.stages.latency import exported, model_latency
+from compress.stages.exporting import exported
+from compress.stages.latency import model_latency
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record, meet_latency
 from compress.stages.repairing import Repair, apply_repairs, batch_norm_repair

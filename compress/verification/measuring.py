@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # a file alone is measured without torch
 
 _ELEMENTS_AT_ONCE = 2**22
 _IMAGES_AT_ONCE = 256
+_RATIO_MS, _RATIO_CALLS = 4000.0, (20, 500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,30 @@ def measure_onnx(
         sample = measure_latency({"file": session}, inputs, conditions.warmup, conditions.repeats, progress)["file"]
     params = counts.params if reference is None else torch_params(reference)
     return Figures(counts.macs, params, existing_bytes(path), {"top1": quality}, sample.to_figures())
+
+
+def measure_ratio(
+    path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
+) -> float:
+    """Return what a file takes over what another one takes: medians of calls made in turn, for some seconds.
+
+    Args:
+        path: The .onnx file.
+        reference: The file it is compared with.
+        split: Images for the calls.
+        conditions: Where and how; its number of calls is not used.
+        progress: Told about the calls.
+
+    Raises:
+        As `measure_onnx`.
+    """
+    with conditions.open(path) as session, conditions.open(reference) as other:
+        sessions = {"file": session, "reference": other}
+        inputs = {label: latency_inputs(one, split, conditions.batch_size) for label, one in sessions.items()}
+        first = measure_latency(sessions, inputs, conditions.warmup, 3)
+        calls = int(np.clip(_RATIO_MS / sum(sample.p50 for sample in first.values()), *_RATIO_CALLS))
+        samples = measure_latency(sessions, inputs, 0, calls, progress)
+    return samples["file"].p50 / samples["reference"].p50
 
 
 def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:

@@ -183,9 +183,9 @@ def _with_unknown_operator(model):
 @pytest.mark.parametrize(
     ("damage", "wording"),
     [
-        (_with_scaled_weight, "output 'logits' of the simplified graph differs by"),
+        (_with_scaled_weight, "output 'logits' of the rewritten graph differs by"),
         (_with_renamed_output, "onnxslim changed the inputs, outputs or opset"),
-        (_with_unknown_operator, "the simplified graph could not be run: .*NoSuchOperator"),
+        (_with_unknown_operator, "the rewritten graph could not be run: .*NoSuchOperator"),
         (lambda _: 1 / 0, "onnxslim failed: division by zero"),
     ],
 )

@@ -1,0 +1,161 @@
+"""Which parts of a graph can be written in a form that runtimes are faster at, without changing what it computes?
+
+    padded_shortcuts    every n-th row and column (Slice), then zero channels (Pad): the parameter-free shortcut of
+                        CIFAR ResNets, as one convolution with fixed weights. Runtimes keep convolutions in a blocked
+                        layout that each Slice or Pad makes them leave and come back to.
+
+Whether a rewrite is worth having is measured by whoever asks for it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from compress.cost.onnx_graph import FIXED_WEIGHT
+
+Constants = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shortcut:
+    """A zero-padded shortcut.
+
+    Attributes:
+        source: The value it starts from.
+        steps: Rows and columns from one that is kept to the next.
+        before: Zero channels put before.
+        after: Zero channels put behind.
+    """
+
+    source: str
+    steps: tuple[int, ...]
+    before: int
+    after: int
+
+
+def rewrite_padded_shortcuts(model: ModelProto) -> int:
+    """Turn every zero-padded shortcut into a convolution, in place, and return how many there were."""
+    graph = model.graph
+    channels = _channels(model)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) <= 1}
+    producers = {name: node for node in graph.node for name in node.output}
+    nodes, found = [], 0
+    for node in graph.node:
+        shortcut = _match_shortcut(node, producers, constants) if node.op_type == "Pad" else None
+        if shortcut is None or shortcut.source not in channels:
+            nodes.append(node)
+            continue
+        weight = _fixed_weight(shortcut, channels[shortcut.source], f"{FIXED_WEIGHT}{node.output[0]}")
+        graph.initializer.append(weight)
+        shape, name = [1] * len(shortcut.steps), f"fixed_{node.name or node.output[0]}"
+        inputs = [shortcut.source, weight.name]
+        nodes.append(
+            helper.make_node("Conv", inputs, node.output, name=name, kernel_shape=shape, strides=list(shortcut.steps))
+        )
+        found += 1
+    if found:
+        del graph.node[:]
+        graph.node.extend(nodes)
+        _remove_unused(model)
+    return found
+
+
+REWRITES: Mapping[str, Callable[[ModelProto], int]] = {"padded_shortcuts": rewrite_padded_shortcuts}
+
+
+def apply_rewrites(model: ModelProto, names: Iterable[str]) -> dict[str, int]:
+    """Apply rewrites in place and return for each in how many places."""
+    return {name: REWRITES[name](model) for name in names}
+
+
+def _match_shortcut(pad: NodeProto, producers: Mapping[str, NodeProto], constants: Constants) -> _Shortcut | None:
+    """Return the shortcut that ends with a Pad, or None where it is something else."""
+    pads = _channel_pads(pad, constants)
+    if pads is None:
+        return None
+    rank, before, after = pads
+    source, steps = pad.input[0], (1,) * (rank - 2)
+    slicing = producers.get(source)
+    if slicing is not None and slicing.op_type == "Slice":
+        found = _spatial_steps(slicing, rank, constants)
+        if found is None:
+            return None
+        source, steps = slicing.input[0], found
+    return _Shortcut(source, steps, before, after)
+
+
+def _channel_pads(pad: NodeProto, constants: Constants) -> tuple[int, int, int] | None:
+    """Return the rank and the zero channels before and after, where a Pad does nothing but add those."""
+    mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
+    amounts = constants.get(pad.input[1])
+    has_axes = len(pad.input) > 3 and pad.input[3] != ""
+    value = constants.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
+    if mode != b"constant" or amounts is None or has_axes or value is None or np.any(value != 0):
+        return None
+    rank = len(amounts) // 2
+    before, after = (int(amounts[index]) for index in (1, rank + 1))
+    others = np.delete(amounts, [1, rank + 1])
+    is_channels_only = rank >= 3 and not others.any() and min(before, after) >= 0 and before + after > 0
+    return (rank, before, after) if is_channels_only else None
+
+
+def _spatial_steps(slicing: NodeProto, rank: int, constants: Constants) -> tuple[int, ...] | None:
+    """Return the steps along each axis after the channels, where a Slice takes every n-th of all positions."""
+    values = [constants.get(name) for name in slicing.input[1:]]
+    if len(values) < 3 or any(value is None for value in values):
+        return None
+    starts, ends, axes = values[0], values[1], values[2]
+    assert starts is not None
+    assert ends is not None
+    assert axes is not None
+    found = values[3] if len(values) > 3 else np.ones(len(axes), np.int64)
+    assert found is not None
+    axes = axes % rank
+    if starts.any() or (ends < np.iinfo(np.int32).max).any() or (axes < 2).any() or (found < 1).any():
+        return None
+    steps = [1] * rank
+    for axis, step in zip(axes, found, strict=True):
+        steps[axis] *= int(step)
+    return tuple(steps[2:])
+
+
+def _fixed_weight(shortcut: _Shortcut, channels: int, name: str) -> onnx.TensorProto:
+    """Return (outputs, inputs, 1, ...), which passes each channel on to its place."""
+    weight = np.zeros((shortcut.before + channels + shortcut.after, channels), np.float32)
+    weight[shortcut.before + np.arange(channels), np.arange(channels)] = 1
+    return numpy_helper.from_array(weight.reshape(*weight.shape, *[1] * len(shortcut.steps)), name)
+
+
+def _channels(model: ModelProto) -> dict[str, int]:
+    """Return value -> size of its second axis, for float32 values where it is known."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found = {}
+    for value in (*inferred.input, *inferred.value_info):
+        tensor = value.type.tensor_type
+        if tensor.elem_type == onnx.TensorProto.FLOAT and len(tensor.shape.dim) > 2:
+            size = tensor.shape.dim[1]
+            if size.HasField("dim_value"):
+                found[value.name] = int(size.dim_value)
+    return found
+
+
+def _remove_unused(model: ModelProto) -> None:
+    """Remove nodes and constants that nothing reads any more, and what is written about their shapes."""
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | outputs
+        kept = [node for node in graph.node if read.intersection(node.output)]
+        if len(kept) == len(graph.node):
+            break
+        del graph.node[:]
+        graph.node.extend(kept)
+    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+    written = {name for node in graph.node for name in node.output}
+    values = [value for value in graph.value_info if value.name in written]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(tensors)
+    graph.value_info.extend(values)

@@ -1,0 +1,86 @@
+"""How does the network as it is now become a file, and which rewrites of the graph are worth having on the runtime?"""
+
+import tempfile
+from pathlib import Path
+
+from compress.artifacts import Signature, TorchModel
+from compress.config.schema import DeployConfig
+from compress.cost.onnx_file import load_onnx, save_onnx
+from compress.errors import InternalError
+from compress.exporting.rewrite import REWRITES
+from compress.exporting.simplify import find_difference
+from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
+from compress.stages.context import Record, StageContext
+from compress.verification.measuring import Conditions, measure_ratio
+
+OPSET = 18
+
+
+def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
+    """Write the network as it is now, with an open batch axis.
+
+    Raises:
+        ExportFailed: torch or ONNX refused, or the file is not what was asked for.
+    """
+    with ctx.progress.task("export to ONNX", 1) as task:
+        export_onnx(
+            model.module,
+            model.signature,
+            path,
+            opset=OPSET,
+            preprocessing=model.preprocessing,
+            classes=model.classes,
+            rewrites=model.rewrites,
+        )
+        task.advance()
+
+
+def exported(model: TorchModel, ctx: StageContext) -> Path:
+    """Return an ONNX file of the network as it is now."""
+    if not model.recipe.edits:
+        return model.baseline.onnx_path
+    path = ctx.folder / "present.onnx"
+    export_present(model, path, ctx)
+    return path
+
+
+def conditions_of(deploy: DeployConfig | None) -> Conditions:
+    """Return how files are run where the model will be deployed; the usual conditions where the pipeline is silent."""
+    if deploy is None:
+        return Conditions()
+    return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+
+
+def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Record]:
+    """Apply each rewrite to a file and return which fit, where the file got faster, and what is to be kept.
+
+    Args:
+        path: The network as it was exported; it is not changed.
+        signature: Its inputs and outputs.
+        policy: "measured" keeps what runs faster in turn with the file as it was, "always" and "never" do not measure.
+        ctx: Says where the model will run, and has images.
+
+    Returns:
+        One record for each rewrite that fits somewhere: its name, the number of places, the speed-up (None where it
+        was not measured) and whether it is kept.
+    """
+    records = []
+    conditions, split = conditions_of(ctx.deploy), ctx.data.calibration
+    for name, rewrite in REWRITES.items():
+        model = load_onnx(path, weights=True)
+        places = rewrite(model) if policy != "never" else 0
+        if not places:
+            continue
+        speedup = None
+        with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:
+            rewritten = Path(folder) / path.name
+            save_onnx(model, rewritten, model.ByteSize() > ONE_FILE_LIMIT_BYTES)
+            if difference := find_difference(path, rewritten, signature):
+                raise InternalError(f"Rewriting {name} changed the network: {difference}.")
+            if policy == "measured":
+                speedup = 1 / measure_ratio(rewritten, path, split, conditions, ctx.progress)
+                ctx.progress.note(f"{name}: rewritten in {places} places, {speedup:.2f}x as fast on {conditions}")
+        records.append(
+            {"rewrite": name, "places": places, "speedup": speedup, "is_kept": speedup is None or speedup > 1}
+        )
+    return records

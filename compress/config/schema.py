@@ -31,6 +31,12 @@ def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _check_blocks(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("must be a whole number of at least 0, or auto")
+
+
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
 Size = Annotated[tuple[int, int], BeforeValidator(_to_tuple)]
@@ -226,7 +232,9 @@ class PruneConfig(Section):
     multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
     min_width: Count = Field(1, description="channels that every group keeps at least")
     max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="cap of each group")
-    blocks: int = Field(0, ge=0, description="residual blocks to remove first, least damage first")
+    blocks: Annotated[int | Literal["auto"], BeforeValidator(_check_blocks)] = Field(
+        0, description="residual blocks to remove first, least damage first; auto tries how many are best"
+    )
     exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
     score_images: Count = Field(512, description="calibration images that criteria look at")
     repair: Annotated[

@@ -112,6 +112,10 @@ class LatencyTable:
             raise InternalError(f"The latency table has no site '{kind}' with {out} outputs.")
         return self.scale * self.fills[kind].at(out, inp)
 
+    def covers(self, sites: Sequence[Site]) -> bool:
+        """Whether there are times for sites of all these kinds."""
+        return all(site.kind in self.entries for site in sites)
+
     def network_ms(self, sites: Sequence[Site], sizes: Sizes) -> float:
         """Return what the network takes with layers at the given sizes; layers not named are whole."""
         parts = [self.site_ms(site.kind, *sizes.get(site.layer, site.sizes)) for site in sites]

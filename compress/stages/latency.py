@@ -9,7 +9,7 @@ before a kill is not timed again.
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -84,6 +84,7 @@ def model_latency(
     deploy: DeployConfig,
     ctx: StageContext,
     count_macs: Callable[[Widths], float],
+    longer: LatencyModel | None = None,
 ) -> LatencyModel:
     """Time variants of a network, as far as no table holds them, and return its latency as a function of widths.
 
@@ -94,6 +95,7 @@ def model_latency(
         deploy: Where and how it will run.
         ctx: Holds the folder for tables.
         count_macs: Widths -> MACs, to check that a variant has the sizes it should have.
+        longer: Of the same network with more blocks, whose table is taken over where it covers this one.
 
     Raises:
         ArtifactError: The table of `deploy` is of another machine, runtime or network.
@@ -107,6 +109,8 @@ def model_latency(
     _check_variant(writer, axes, planned[1], count_macs)
     conditions = conditions_of(deploy)
     timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
+    if longer is not None and longer.table.covers(writer.sites):
+        return replace(longer, writer=writer, axes=axes, levels=levels, time_ratio=timing.ratio)
     here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
     known, is_foreign = _known_table(deploy, here, writer, ctx)
     if is_foreign and known is not None:

@@ -1,7 +1,8 @@
 """prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import torch
@@ -17,23 +18,22 @@ from compress.cost.table_file import TableFile
 from compress.data.batches import Batch, Split, evaluation_batches
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress, Task
-from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
-from compress.pruning.damage import block_damage
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
 from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
-from compress.pruning.surgery import remove_block, remove_channels
-from compress.recipe import RemoveBlock, RemoveChannels
+from compress.pruning.surgery import remove_channels
+from compress.recipe import RemoveChannels
 from compress.registry import closest
 from compress.stages.budgets import Targets
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import exported
-from compress.stages.latency import model_latency
+from compress.stages.latency import LatencyModel, model_latency
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record, meet_latency
 from compress.stages.repairing import Repair, apply_repairs, batch_norm_repair
+from compress.stages.trunks import Trunk, shorten
 from compress.training.evaluate import evaluate_loss, evaluate_top1
 from compress.verification.measuring import existing_bytes
 
@@ -43,6 +43,7 @@ SCORE_BATCH, SCORE_IMAGES_EACH = 64, 8
 MET_WITHIN = 0.005
 TIMED_LEVELS = 8
 CUT_TOLERANCE = 1e-3
+PATIENCE = 2
 UNITS = {
     "latency": "of the baseline's latency",
     "latency_ms": "ms",
@@ -50,6 +51,31 @@ UNITS = {
     "params": "of the baseline's params",
     "size_mb": "MB",
 }
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A network within the targets.
+
+    Attributes:
+        trunk: What its channels were cut from.
+        model: The slim network.
+        groups: The channel groups of the trunk that may be cut.
+        excluded: The others.
+        targets: What was to be met.
+        selection: The channels chosen.
+        timed: Whole networks that were timed on the way.
+        repairs: What was tried after the cut.
+    """
+
+    trunk: Trunk
+    model: TorchModel
+    groups: dict[str, ChannelGroup]
+    excluded: list[Exclusion]
+    targets: Targets
+    selection: Selection
+    timed: list[TimedChoice]
+    repairs: list[Record]
 
 
 class PruneStage:
@@ -69,38 +95,30 @@ class PruneStage:
             ConfigValueError: `exclude` or `blocks` does not fit the network.
             ArtifactError: The latency table given is of another machine or network.
         """
-        example = example_input(artifact.signature)
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
-        trunk, removed_blocks, repairs = self._remove_blocks(artifact.module, example, ctx)
-        recipe = artifact.recipe.then(*(RemoveBlock(name) for name in removed_blocks))
-        groups, excluded = self._find_groups(trunk, example, ctx.progress)
-        candidates = self._score(trunk, groups, ctx)
-        targets = self._targets(replace(artifact, module=trunk, recipe=recipe), groups, candidates, ctx)
-        selection, timed = self._select(groups, candidates, targets, ctx.progress)
-        if not selection.removed and not removed_blocks:
-            asked, reached = self._asked_and_reached(selection, targets, timed)
+        trunks = shorten(artifact, self.config.score_images, "batch_norm" in self.config.repair, ctx)
+        trials: list[Record] = []
+        if self.config.blocks == "auto":
+            best = self._best_attempt(trunks, trials, ctx)
+        else:
+            best = self._attempt(self._without_blocks(trunks, self.config.blocks), None, ctx)
+        if not best.selection.removed and not best.trunk.removed:
+            asked, reached = self._asked_and_reached(best)
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
             wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
             raise BudgetUnreachable(f"Target {wanted} must remove something, but the network already has {got}.")
-        slim = trunk
-        if selection.removed:
-            edit = RemoveChannels(selection.removed)
-            slim = remove_channels(trunk, edit, example)
-            check_cut(slim, trunk, selection, groups, ctx.data.calibration)
-            recipe = recipe.then(edit)
-        repairs += self._repair(slim, trunk, selection, groups, ctx)
-        slim_model = replace(artifact, module=slim, recipe=recipe)
-        after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
+        after = evaluate_top1(best.model.module, ctx.data.validation, progress=ctx.progress)
         record = {
-            **self._record(artifact, slim_model, selection, groups, targets, timed),
-            "removed_blocks": list(removed_blocks),
-            "repairs": repairs,
-            "excluded": [{"name": item.name, "reason": item.reason} for item in excluded],
+            **self._record(artifact, best),
+            "removed_blocks": list(best.trunk.removed),
+            "block_trials": trials,
+            "repairs": best.trunk.repairs + best.repairs,
+            "excluded": [{"name": item.name, "reason": item.reason} for item in best.excluded],
             "validation_top1_before": before,
             "validation_top1_after": after,
         }
-        self._say(record, selection, groups, ctx.progress)
-        return slim_model, record
+        self._say(record, best, ctx.progress)
+        return best.model, record
 
     def profile(self, artifact: TorchModel, ctx: StageContext) -> TableFile:
         """Return the timed variants that a run would choose widths by, without choosing any.
@@ -108,37 +126,76 @@ class PruneStage:
         Raises:
             As `run`.
         """
-        example = example_input(artifact.signature)
-        trunk, removed_blocks, _ = self._remove_blocks(artifact.module, example, ctx)
-        groups, _ = self._find_groups(trunk, example, ctx.progress)
-        recipe = artifact.recipe.then(*(RemoveBlock(name) for name in removed_blocks))
+        trunks = shorten(artifact, self.config.score_images, "batch_norm" in self.config.repair, ctx)
+        blocks = 0 if self.config.blocks == "auto" else self.config.blocks
+        trunk = self._without_blocks(trunks, blocks).model
+        groups, _ = self._find_groups(trunk.module, example_input(artifact.signature), ctx.progress)
         unscored = {name: torch.zeros(group.width) for name, group in groups.items()}
         candidates = find_candidates(groups, unscored, self.limits, True, TIMED_LEVELS)
-        targets = self._targets(replace(artifact, module=trunk, recipe=recipe), groups, candidates, ctx)
+        targets = self._targets(trunk, groups, candidates, None, ctx)
         if targets.latency is None:
             raise InternalError("A stage without a latency target was asked for a latency table.")
         return targets.latency.file
 
-    def _remove_blocks(
-        self, module: nn.Module, example: Tensor, ctx: StageContext
-    ) -> tuple[nn.Module, tuple[str, ...], list[Record]]:
-        """Remove blocks one by one, each time the one whose absence raises the loss least; repair what follows."""
-        removed: list[str] = []
-        while len(removed) < self.config.blocks:
-            names = find_removable_blocks(module, example)
-            if not names:
-                raise ConfigValueError(
-                    f"blocks must not be more than the residual blocks that can be removed ({len(removed)}), "
-                    f"got {self.config.blocks}."
-                )
-            split = ctx.data.calibration.first(self.config.score_images)
-            damage = block_damage(module, names, lambda network: evaluate_loss(network, split), ctx.progress)  # noqa: B023
-            weakest = min(names, key=lambda name: damage[name])
-            module = remove_block(module, RemoveBlock(weakest))
-            removed.append(weakest)
-            ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
-        repairs = [batch_norm_repair(ctx)] if removed and "batch_norm" in self.config.repair else []
-        return module, tuple(removed), apply_repairs(module, repairs, ctx)
+    def _without_blocks(self, trunks: Iterator[Trunk], count: int) -> Trunk:
+        for trunk in trunks:
+            if len(trunk.removed) == count:
+                return trunk
+        raise ConfigValueError(
+            f"blocks must not be more than the residual blocks that can be removed ({len(trunk.removed)}), got {count}."
+        )
+
+    def _best_attempt(self, trunks: Iterator[Trunk], trials: list[Record], ctx: StageContext) -> Attempt:
+        """Meet the targets without blocks, with one block removed, with two ...; keep the least validation loss.
+
+        It ends when that loss has risen twice in a row, or when the blocks alone are more than was asked for. What was
+        tried is added to `trials`.
+        """
+        best: Attempt | None = None
+        best_loss, rises, latency = math.inf, 0, None
+        unreachable: BudgetUnreachable | None = None
+        for trunk in trunks:
+            try:
+                attempt = self._attempt(trunk, latency, ctx)
+            except BudgetUnreachable as error:
+                trials.append({"blocks": len(trunk.removed), "loss": None, "reason": error.message})
+                unreachable = unreachable or error
+                continue
+            latency = attempt.targets.latency
+            loss = evaluate_loss(attempt.model.module, ctx.data.validation, progress=ctx.progress)
+            trials.append({"blocks": len(trunk.removed), "loss": loss, "reason": None})
+            ctx.progress.note(f"{len(trunk.removed)} blocks removed: validation loss {loss:.4f} within the budget")
+            rises = 0 if loss < best_loss else rises + 1
+            if best is None or loss < best_loss:
+                best, best_loss = attempt, loss
+            if rises == PATIENCE or not attempt.selection.removed:
+                break
+        if best is None:
+            raise unreachable or InternalError("No number of blocks was tried.")
+        return best
+
+    def _attempt(self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext) -> Attempt:
+        """Cut channels until the targets are met, and repair.
+
+        Args:
+            trunk: The network, perhaps without some blocks.
+            latency: Of the same network with more blocks; its table is used where it covers this one.
+            ctx: Surroundings.
+        """
+        example, module = example_input(trunk.model.signature), trunk.model.module
+        groups, excluded = self._find_groups(module, example, ctx.progress)
+        candidates = self._score(module, groups, ctx)
+        targets = self._targets(trunk.model, groups, candidates, latency, ctx)
+        selection, timed = self._select(groups, candidates, targets, ctx.progress)
+        attempt = Attempt(trunk, trunk.model, groups, excluded, targets, selection, timed, [])
+        if not selection.removed:
+            return attempt
+        edit = RemoveChannels(selection.removed)
+        slim = remove_channels(module, edit, example)
+        check_cut(slim, module, selection, groups, ctx.data.calibration)
+        repairs = self._repair(slim, module, selection, groups, ctx)
+        model = replace(trunk.model, module=slim, recipe=trunk.model.recipe.then(edit))
+        return replace(attempt, model=model, repairs=repairs)
 
     def _find_groups(
         self, module: nn.Module, example: Tensor, progress: Progress
@@ -168,7 +225,12 @@ class PruneStage:
         return find_candidates(groups, scores, self.limits, criterion.comparable, levels_at_most)
 
     def _targets(
-        self, trunk: TorchModel, groups: Groups, candidates: Sequence[Candidates], ctx: StageContext
+        self,
+        trunk: TorchModel,
+        groups: Groups,
+        candidates: Sequence[Candidates],
+        latency: LatencyModel | None,
+        ctx: StageContext,
     ) -> Targets:
         """Return the targets, with the network's latency where one of them needs it."""
         target, example = self.config.target, example_input(trunk.signature)
@@ -180,7 +242,8 @@ class PruneStage:
                 raise InternalError("A pipeline with a latency target passed validation without a deploy section.")
             levels = {candidate.name: candidate.levels for candidate in candidates}
             axes = layer_axes(trunk.module, groups)
-            targets.latency = model_latency(trunk, axes, levels, ctx.deploy, ctx, targets.cost("macs").at)
+            count = targets.cost("macs").at
+            targets.latency = model_latency(trunk, axes, levels, ctx.deploy, ctx, count, latency)
         return targets
 
     def _select(
@@ -201,8 +264,6 @@ class PruneStage:
         self, slim: nn.Module, original: nn.Module, selection: Selection, groups: Groups, ctx: StageContext
     ) -> list[Record]:
         """Repair in place, in the order that works: what refits to the original before new statistics."""
-        if not selection.removed:
-            return []
         readers = frozenset(reader.layer for name in selection.removed for reader in groups[name].readers)
         kept = kept_outputs(selection.removed, groups)
 
@@ -216,26 +277,19 @@ class PruneStage:
         ]
         return apply_repairs(slim, [repair for repair in every if repair[0] in self.config.repair], ctx)
 
-    def _record(
-        self,
-        before: TorchModel,
-        after: TorchModel,
-        selection: Selection,
-        groups: Groups,
-        targets: Targets,
-        timed: list[TimedChoice],
-    ) -> Record:
+    def _record(self, before: TorchModel, attempt: Attempt) -> Record:
         example = example_input(before.signature)
+        selection, targets, timed = attempt.selection, attempt.targets, attempt.timed
         figures = {
             f"{unit}_{when}": count
-            for when, model in (("before", before), ("after", after))
+            for when, model in (("before", before), ("after", attempt.model))
             for unit, count in (("macs", count_macs(model.module, example)), ("params", count_params(model.module)))
         }
         for unit in ("macs", "params"):
             predicted = targets.cost(unit).at(selection.widths)
             if figures[f"{unit}_after"] != round(predicted):
                 raise InternalError(f"The cut was predicted to leave {predicted} {unit}, it left another number.")
-        asked, reached = self._asked_and_reached(selection, targets, timed)
+        asked, reached = self._asked_and_reached(attempt)
         latency = targets.latency
         return {
             "target": self.config.target.given(),
@@ -247,7 +301,7 @@ class PruneStage:
             "is_optimal": selection.is_optimal,
             "groups": [
                 {"name": name, "width_before": group.width, "width_after": selection.widths[name]}
-                for name, group in groups.items()
+                for name, group in attempt.groups.items()
             ],
             "shortfall": self._shortfall(asked, reached),
             "latency": None if latency is None else latency_record(latency, selection.widths, timed),
@@ -259,10 +313,9 @@ class PruneStage:
         """The first target, which the report shows."""
         return next(iter(self.config.target.given()))
 
-    def _asked_and_reached(
-        self, selection: Selection, targets: Targets, timed: list[TimedChoice]
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def _asked_and_reached(self, attempt: Attempt) -> tuple[dict[str, float], dict[str, float]]:
         """Return for each target what was asked and what was reached: shares of the baseline, MB or ms."""
+        selection, targets, timed = attempt.selection, attempt.targets, attempt.timed
         asked, reached = self.config.target.given(), targets.reached(selection.widths)
         if targets.latency is not None:
             chosen = [choice.ratio for choice in timed if choice.widths == selection.widths]
@@ -287,12 +340,13 @@ class PruneStage:
             f"{', blocks removed first' if self.config.blocks else ''}) come no nearer"
         )
 
-    def _say(self, record: Record, selection: Selection, groups: Groups, progress: Progress) -> None:
+    def _say(self, record: Record, attempt: Attempt, progress: Progress) -> None:
         if record["shortfall"] is not None:
             progress.note(f"target: {record['shortfall']}")
+        cut, removed = len(attempt.selection.removed), len(attempt.trunk.removed)
         progress.note(
-            f"{len(selection.removed)} of {len(groups)} channel groups cut, {len(record['removed_blocks'])} blocks "
-            f"removed: {record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
+            f"{cut} of {len(attempt.groups)} channel groups cut, {removed} blocks removed: "
+            f"{record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
         )
 
 

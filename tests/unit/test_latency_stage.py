@@ -258,6 +258,18 @@ def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
         assert record["latency"]["predicted_ratio"] == pytest.approx(record["latency"]["measured_ratio"], rel=0.02)
 
 
+def test_a_table_serves_fewer_blocks_too(ctx, tmp_path, monkeypatch):
+    profile_by_macs(monkeypatch)
+    asked = []
+    profile = latency.profile_models
+    monkeypatch.setattr(latency, "profile_models", lambda *args: asked.append(args) or profile(*args))
+    config = PruneConfig(stage="prune", target=TargetConfig(latency=0.5), multiple_of=2, score_images=16, blocks="auto")
+    _, record = PruneStage(config).run(_model("residual", tmp_path), ctx)
+    assert len(record["block_trials"]) > 1
+    assert len(asked) < len(record["block_trials"]), "the table without blocks is needed only where new operators meet"
+    assert record["reached"]["latency"] <= 0.5 * 1.03
+
+
 def test_a_network_timed_as_a_whole_takes_time(ctx):
     model = _latency_model("chain", ctx)
     assert 0 < model.time_ratio({"body.0.0": 8}) < 10

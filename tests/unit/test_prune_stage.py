@@ -213,6 +213,39 @@ def test_removing_blocks_alone_is_enough_and_statistics_are_measured_again(prune
     _hold_replay(slim, "residual")
 
 
+@pytest.mark.parametrize("target", [0.3, 0.55])
+def test_the_number_of_blocks_with_the_least_validation_loss_is_chosen(prune, data, target):
+    slim, record, said = prune("residual", target=TargetConfig(macs=target), blocks="auto", criterion="l1")
+    trials = record["block_trials"]
+    assert [trial["blocks"] for trial in trials] == list(range(len(trials)))
+    assert len(trials) > 1
+    least = min(trials, key=lambda trial: trial["loss"] if trial["loss"] is not None else float("inf"))
+    assert len(record["removed_blocks"]) == least["blocks"]
+    assert evaluate_loss(slim.module, data.validation) == pytest.approx(least["loss"], abs=1e-6)
+    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] <= target * record["macs_before"]
+    for trial in trials:
+        same, again, _ = prune("residual", target=TargetConfig(macs=target), blocks=trial["blocks"], criterion="l1")
+        assert evaluate_loss(same.module, data.validation) == pytest.approx(trial["loss"], abs=1e-5)
+        assert again["block_trials"] == []
+    assert sum("blocks removed: validation loss" in note for note in said.notes) == len(trials)
+    _hold_replay(slim, "residual")
+
+
+def test_blocks_make_targets_reachable_that_channels_alone_do_not_meet(prune):
+    limits = {"max_removed_ratio": 0.1, "criterion": "l1"}
+    with pytest.raises(BudgetUnreachable):
+        prune("residual", target=TargetConfig(macs=0.6), **limits)
+    _, record, _ = prune("residual", target=TargetConfig(macs=0.6), blocks="auto", **limits)
+    assert record["removed_blocks"]
+    first = record["block_trials"][0]
+    assert first["loss"] is None
+    assert first["reason"].startswith("Target 0.600 of the baseline's macs cannot be reached")
+    with pytest.raises(BudgetUnreachable, match=r"Target 0\.010 of the baseline's macs"):
+        prune("residual", target=TargetConfig(macs=0.01), blocks="auto", **limits)
+    with pytest.raises(BudgetUnreachable, match=r"must remove something, but the network already has 1\.000"):
+        prune("residual", target=TargetConfig(macs=1.0), blocks="auto", **limits)
+
+
 @pytest.mark.parametrize(("name", "blocks", "there"), [("residual", 3, 2), ("chain", 1, 0)])
 def test_too_many_blocks_are_an_error(prune, name, blocks, there):
     match = rf"blocks must not be more than the residual blocks that can be removed \({there}\), got {blocks}\."

@@ -131,6 +131,34 @@ def profile(
 
 @app.command()
 @guarded
+def sweep(
+    pipeline: PipelineFile,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="A,B,...", help="Values for the pipeline's target, as in 0.8,0.6,0.5.")
+    ],
+    overrides: Overrides = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Run a pipeline at several budgets and put the results side by side."""
+    values = _parse_budgets(budgets)
+    from compress.config.load import load_pipeline
+
+    load_pipeline(pipeline, overrides or (), seed)
+    from compress.report.sweep import COLUMNS, sweep_rows
+    from compress.sweep import sweep as sweep_pipeline  # imports torch; a wrong pipeline file is refused before that
+
+    console = Console(quiet)
+    outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console)
+    console.print_table(f"Budgets of {outcome.report['quantity']}", COLUMNS, sweep_rows(outcome.report))
+    console.note(f"Report: {outcome.folder / 'sweep.html'}")
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+@guarded
 def validate(
     pipelines: Annotated[list[Path], typer.Argument(metavar="PIPELINE...", help="Pipeline files (YAML).")],
     overrides: Overrides = None,
@@ -264,6 +292,16 @@ def init(
     channels, height, width = _parse_shape(input_shape)
     write_pipeline(path, Scaffold(model, weights, data, target_macs, (channels, height, width)), force)
     Console().say(f"{path} is written; next: compress plan {path}")
+
+
+def _parse_budgets(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise ConfigError(f"--budgets must be numbers above 0, such as 0.8,0.6,0.5, got '{text}'.")
+    return values
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:

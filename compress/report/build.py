@@ -88,11 +88,29 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     Raises:
         ArtifactError: A file cannot be written.
     """
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    # A lone surrogate (an undecodable byte of a file name) has no UTF-8; as "\udc80" it is valid JSON.
-    _write_atomically(folder / "report.json", (text + "\n").encode("utf-8", "backslashreplace"))
+    write_json(report, folder / "report.json")
     if page:
-        _write_atomically(folder / "report.html", render_html(report).encode("utf-8", "replace"))
+        write_page(render_html(report), folder / "report.html")
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write plain values; the file is whole or not there.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate (an undecodable byte of a file name) has no UTF-8; as "\udc80" it is valid JSON.
+    _write_atomically(path, (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def write_page(text: str, path: Path) -> None:
+    """Write a page; the file is whole or not there.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    _write_atomically(path, text.encode("utf-8", "replace"))
 
 
 def _describe_check(check: CheckResult) -> dict[str, Any]:

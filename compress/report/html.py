@@ -26,7 +26,6 @@ def render_html(report: dict[str, Any]) -> str:
     Returns:
         HTML without scripts and without references to anything outside; every value of the report is escaped.
     """
-    name = escape(report.get("name"))
     word = "passed" if (report.get("verdict") or {}).get("passed") else "failed"
     config = report.get("config")
     body = "".join(
@@ -43,18 +42,30 @@ def render_html(report: dict[str, Any]) -> str:
             render_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)) if config else "",
         )
     )
+    return render_page(f"{report.get('name')}: {word}", "compress report", str(report.get("name")), body)
+
+
+def render_page(title: str, kind: str, name: str, body: str) -> str:
+    """Return a page around a body.
+
+    Args:
+        title: Plain text, for the window.
+        kind: Plain text, small above the name.
+        name: Plain text, the heading.
+        body: HTML.
+    """
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{name}: {word}</title>
+<title>{escape(title)}</title>
 <style>{STYLE_SHEET}</style>
 </head>
 <body>
 <main>
-<h1><small>compress report</small>{name}</h1>
+<h1><small>{escape(kind)}</small>{escape(name)}</h1>
 {body}</main>
 </body>
 </html>

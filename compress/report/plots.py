@@ -81,6 +81,34 @@ def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
     return _render(key, title, 0.8 + 0.2 * len(rows), draw)
 
 
+def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]], baseline: float | None) -> str:
+    """Return accuracy over speed-up, the runs that no other betters filled and joined; "" when there is none.
+
+    Args:
+        key: Unique in the page.
+        points: Speed-up, top-1 in [0, 1], label.
+        baseline: Top-1 of the untouched network, in [0, 1].
+    """
+    found = [(x, 100 * y, label) for x, y, label in points if x is not None and y is not None and _are_numbers(x, y)]
+    if not found:
+        return ""
+    front = sorted((x, y) for x, y, _ in found if not any(u >= x and v >= y and (u, v) != (x, y) for u, v, _ in found))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot(*zip(*front, strict=True), color=SLIM, linewidth=1.4)
+        for x, y, label in found:
+            axes.plot([x], [y], "o", color=SLIM, markersize=6, markerfacecolor=SLIM if (x, y) in front else CARD)
+            axes.annotate(label, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        if baseline is not None:
+            axes.plot([1], [100 * baseline], "s", color=BASELINE, markersize=6)
+            axes.annotate("untouched", (1, 100 * baseline), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        axes.margins(0.12)
+        axes.set(xlabel="speed-up, measured in turn with the untouched network", ylabel="top-1 (%)")
+
+    return _render(key, f"Top-1 and speed-up of {len(found)} runs", 3.2, draw)
+
+
 def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None) -> str:
     """Return training loss above validation top-1, the chosen epoch marked; "" when there is no epoch.
 

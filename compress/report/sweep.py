@@ -1,0 +1,132 @@
+"""What came out at several budgets? `sweep.json`, and one page with a picture and a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.report.build import write_json, write_page
+from compress.report.html import render_page
+from compress.report.markup import (
+    escape,
+    format_bytes,
+    format_count,
+    format_share,
+    render_figure,
+    render_section,
+    render_table,
+)
+from compress.report.outcome import find
+from compress.report.plots import plot_front
+
+SWEEP_SCHEMA = 1
+COLUMNS = ("budget", "verdict", "top-1", "change", "MACs", "fewer MACs", "latency p50", "speed-up", "ONNX size")
+
+
+def build_sweep(name: str, quantity: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of `sweep.json`.
+
+    Args:
+        name: Of the pipeline.
+        quantity: What the budgets limit, such as "latency".
+        rows: For each budget {"budget", "run": name of its run folder, "report": its `report.json` or None,
+            "error": why there is none}.
+
+    Returns:
+        Keys schema, name, quantity, baseline (figures, or None), runs. Each run has budget, run, error, passed, macs,
+        params, size_bytes, top1, latency_ms (p50), and speedup and fewer_macs against the baseline of that run.
+    """
+    runs = [_summary(row) for row in rows]
+    baselines = [row["report"]["baseline"] for row in rows if find(row, "report", "baseline")]
+    return {
+        "schema": SWEEP_SCHEMA,
+        "name": name,
+        "quantity": quantity,
+        "baseline": baselines[0] if baselines else None,
+        "runs": runs,
+    }
+
+
+def write_sweep(report: dict[str, Any], folder: Path) -> None:
+    """Write `sweep.json` and `sweep.html`; each file is whole or not there.
+
+    Raises:
+        ArtifactError: A file cannot be written.
+    """
+    write_json(report, folder / "sweep.json")
+    write_page(render_sweep(report), folder / "sweep.html")
+
+
+def render_sweep(report: dict[str, Any]) -> str:
+    """Return the whole page."""
+    runs, baseline = report["runs"], report["baseline"]
+    parts = []
+    if baseline is not None:
+        points = [(run["speedup"], run["top1"], f"{run['budget']:g}") for run in runs]
+        svg = plot_front("front", points, find(baseline, "quality", "top1"))
+        caption = (
+            "Each point is a run, named after its budget. Filled points are the front: no other run is faster and as "
+            "accurate, or as fast and more accurate."
+        )
+        parts.append(render_section("Accuracy and speed", render_figure(svg, caption)))
+    rows = [[escape(cell) for cell in cells] for cells in sweep_rows(report)]
+    for cells, run in zip(rows, runs, strict=True):
+        if run["error"] is None:
+            cells[0] = f'<a href="../{escape(run["run"])}/report.html">{cells[0]}</a>'
+    errors = "".join(
+        f"<p>Budget {run['budget']:g}: {escape(run['error'])}</p>\n" for run in runs if run["error"] is not None
+    )
+    table = render_table(COLUMNS, rows, numeric=range(2, len(COLUMNS)))
+    parts.append(render_section(f"Budgets of {report['quantity']}", table, errors))
+    return render_page(f"{report['name']}: sweep", "compress sweep", report["name"], "".join(parts))
+
+
+def sweep_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of `COLUMNS` for each run, as plain text."""
+    baseline = find(report, "baseline", "quality", "top1")
+    rows = []
+    for run in report["runs"]:
+        budget = f"{run['budget']:g}"
+        if run["error"] is not None:
+            rows.append([budget, "not met", *[""] * (len(COLUMNS) - 2)])
+            continue
+        change = None if None in (run["top1"], baseline) else 100 * (run["top1"] - baseline)
+        rows.append(
+            [
+                budget,
+                "passed" if run["passed"] else "failed",
+                format_share(run["top1"]),
+                "" if change is None else f"{change:+.2f} points",
+                format_count(run["macs"]),
+                _times(run["fewer_macs"]),
+                "" if run["latency_ms"] is None else f"{run['latency_ms']:.3g} ms",
+                _times(run["speedup"]),
+                format_bytes(run["size_bytes"]),
+            ]
+        )
+    return rows
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    report = row["report"] or {}
+    baseline, slim = report.get("baseline"), report.get("slim")
+    return {
+        "budget": row["budget"],
+        "run": row["run"],
+        "error": row["error"],
+        "passed": find(report, "verdict", "passed"),
+        "macs": find(slim, "macs"),
+        "params": find(slim, "params"),
+        "size_bytes": find(slim, "size_bytes"),
+        "top1": find(slim, "quality", "top1"),
+        "latency_ms": find(slim, "latency_ms", "p50"),
+        "speedup": _ratio(find(baseline, "latency_ms", "p50"), find(slim, "latency_ms", "p50")),
+        "fewer_macs": _ratio(find(baseline, "macs"), find(slim, "macs")),
+    }
+
+
+def _ratio(before: float | None, after: float | None) -> float | None:
+    return before / after if before is not None and after else None
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}×"

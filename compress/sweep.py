@@ -1,0 +1,103 @@
+"""What does a pipeline give at several budgets? Runs it once for each and puts the results side by side.
+
+    runs/NAME-sweep/   sweep.json  sweep.html
+    runs/NAME-0.5/     an ordinary run folder for each budget
+
+Every run is an ordinary one, so whatever the budgets have in common (the loaded network, latency tables) is made once,
+and a sweep that was killed goes on where it was. A budget that cannot be met is a row that says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.config.load import Pipeline, load_pipeline
+from compress.errors import VERDICT_FAILED_EXIT_CODE, BudgetUnreachable, ConfigValueError
+from compress.progress import Progress, SilentProgress
+from compress.report.sweep import build_sweep, write_sweep
+from compress.runner import run
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOutcome:
+    """What a sweep came to.
+
+    Attributes:
+        folder: Where `sweep.json` and `sweep.html` lie.
+        report: The content of `sweep.json`.
+        exit_code: 0 when every verdict passed, 1 when one failed, 3 when a budget could not be met.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    exit_code: int
+
+
+def sweep(
+    path: Path,
+    budgets: Sequence[float],
+    runs_dir: Path,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> SweepOutcome:
+    """Run a pipeline at each budget, the largest first.
+
+    Args:
+        path: The pipeline file.
+        budgets: Values for the first target of the first stage that has one.
+        runs_dir: Where run folders are kept.
+        overrides: As after `--set`.
+        seed: Takes the place of the file's seed.
+        progress: Told about each run.
+
+    Raises:
+        ConfigError: The pipeline is wrong at one of the budgets; nothing has run then.
+        CompressError: As `run`, but for budgets that cannot be met.
+    """
+    progress = progress or SilentProgress()
+    name = load_pipeline(path, overrides, seed).config.name
+    pipelines = list(_at_budgets(path, budgets, overrides, seed))
+    folder = runs_dir / f"{name}-sweep"
+    rows: list[dict[str, Any]] = []
+    exit_code = 0
+    for budget, quantity, pipeline in pipelines:
+        progress.note(f"== {quantity} {budget:g} ({len(rows) + 1} of {len(pipelines)})")
+        row: dict[str, Any] = {"budget": budget, "run": pipeline.config.name, "report": None, "error": None}
+        try:
+            outcome = run(pipeline, runs_dir, progress)
+        except BudgetUnreachable as error:
+            row["error"] = error.message
+            progress.warn(error.message)
+            exit_code = BudgetUnreachable.exit_code
+        else:
+            row["report"] = outcome.report
+            if not outcome.verdict.passed:
+                exit_code = exit_code or VERDICT_FAILED_EXIT_CODE
+        rows.append(row)
+        report = build_sweep(name, quantity, rows)
+        write_sweep(report, folder)
+    return SweepOutcome(folder, report, exit_code)
+
+
+def _at_budgets(
+    path: Path, budgets: Sequence[float], overrides: Sequence[str], seed: int | None
+) -> Iterator[tuple[float, str, Pipeline]]:
+    """Yield each budget, the quantity it limits and the pipeline, the largest budget first."""
+    pipeline = load_pipeline(path, overrides, seed)
+    targets = [
+        (index, target.given())
+        for index, stage in enumerate(pipeline.config.stages)
+        if (target := getattr(stage, "target", None)) is not None
+    ]
+    if not targets:
+        raise ConfigValueError(
+            f"'{path}' must have a stage with a target to be swept, it has none.",
+            hint="--set stages.prune.target.macs=0.5",
+        )
+    index, given = targets[0]
+    quantity = next(iter(given))
+    for budget in sorted(set(budgets), reverse=True):
+        changes = [f"stages.{index}.target.{quantity}={budget:g}", f"name={pipeline.config.name}-{budget:g}"]
+        yield budget, quantity, load_pipeline(path, [*overrides, *changes], seed)

@@ -1,7 +1,8 @@
 """How wide does each channel group become under one or several budgets?
 
-Pure arithmetic: scores and costs in, widths out. A width's damage is the sum of the scores of the channels that go;
-the knapsack chooses widths with the least damage in all. Floors and caps always hold, and no budget is exceeded.
+Pure arithmetic: scores and costs in, widths out. A width's damage is the squared sum of the scores of the channels that
+go, so that a group is the dearer to narrow the more of it is gone; the knapsack chooses widths with the least damage
+in all. Floors and caps always hold, and no budget is exceeded.
 """
 
 import math
@@ -40,10 +41,10 @@ class Candidates:
 
     @property
     def damages(self) -> np.ndarray:
-        """(levels,) the summed scores of what goes at each level; 0 at the full width."""
+        """(levels,) the squared sum of the scores of what goes at each level; 0 at the full width."""
         lost = np.append(0.0, np.cumsum(np.sort(self.scores)))
         gone = (self.full - np.asarray(self.levels)) // self.channels_per_unit
-        return np.asarray(np.maximum(lost[gone], 0.0))
+        return np.asarray(np.maximum(lost[gone], 0.0) ** 2)
 
     def removed_units(self, width: int) -> tuple[int, ...]:
         """Return the units that go at `width`: the lowest scores, the later position first among equals."""

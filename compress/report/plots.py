@@ -47,6 +47,7 @@ STYLE = {
 }
 WIDTH_INCHES = 4.8  # narrow, so that text stays readable on a phone
 TAIL_QUANTILE = 0.95
+STAIRS_AT_MOST = 12
 Draw = Callable[[Any], None]
 
 
@@ -79,6 +80,91 @@ def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
 
     title = f"Channels of {len(rows)} channel groups before and after pruning"
     return _render(key, title, 0.8 + 0.2 * len(rows), draw)
+
+
+def plot_stairs(key: str, groups: Sequence[dict[str, Any]]) -> str:
+    """Return what the network takes at each width of each group, the chosen width marked; "" when there is none.
+
+    Args:
+        key: Unique in the page.
+        groups: {"name", "chosen", "steps": [{"width", "ms"}]}; those where the width matters most are drawn.
+    """
+    drawn = sorted(
+        (group for group in groups if len(group.get("steps") or []) > 1),
+        key=lambda group: min(s["ms"] for s in group["steps"]) - max(s["ms"] for s in group["steps"]),
+    )[:STAIRS_AT_MOST]
+    if not drawn:
+        return ""
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for place, axes in enumerate(grid.flat):
+            if place >= len(drawn):
+                axes.set_axis_off()
+                continue
+            group = drawn[place]
+            points = [(step["width"], step["ms"]) for step in group["steps"]]
+            axes.plot(*zip(*points, strict=True), color=BASELINE, linewidth=1.4, marker="o", markersize=3)
+            axes.plot(*zip(*[p for p in points if p[0] == group["chosen"]], strict=True), "o", color=SLIM, markersize=6)
+            axes.set_title(str(group["name"]), fontsize=7.5)
+            axes.tick_params(labelsize=7)
+        figure.supxlabel("channels", fontsize=8.5, color=MUTED)
+        figure.supylabel("network (ms)", fontsize=8.5, color=MUTED)
+
+    return _render(key, f"Latency at each width of {len(drawn)} channel groups", 0.5 + 1.3 * rows, draw)
+
+
+def plot_prediction(key: str, variants: Sequence[dict[str, Any]], rounds: Sequence[tuple[float, float]]) -> str:
+    """Return predicted over measured latency, of variants and of the networks that were chosen; "" without any.
+
+    Args:
+        key: Unique in the page.
+        variants: {"predicted_ms", "measured_ms"}.
+        rounds: Predicted and measured milliseconds of each network that was timed as a whole.
+    """
+    found = [(v["measured_ms"], v["predicted_ms"]) for v in variants if _are_numbers(*v.values())]
+    if not found:
+        return ""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        ends = [min(map(min, found)), max(map(max, found))]
+        axes.plot(ends, ends, color=GRID, linewidth=1.2)
+        axes.plot(*zip(*found, strict=True), "o", color=BASELINE, markersize=4, label="variants in the table")
+        if rounds:
+            chosen = [(measured, predicted) for predicted, measured in rounds]
+            axes.plot(*zip(*chosen, strict=True), "o", color=SLIM, markersize=6, label="networks chosen")
+        axes.set(xlabel="measured (ms)", ylabel="predicted (ms)")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _render(key, f"Predicted and measured latency of {len(found)} variants", 3.0, draw)
+
+
+def plot_layers(key: str, layers: Sequence[dict[str, Any]]) -> str:
+    """Return what each layer takes before and after; "" when there is none.
+
+    Args:
+        key: Unique in the page.
+        layers: {"layer", "ms_before", "ms_after"}, in the order of the graph.
+    """
+    rows = [row for row in layers if _are_numbers(row.get("ms_before"), row.get("ms_after"))]
+    if not rows:
+        return ""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        places = range(len(rows))
+        axes.barh(places, [row["ms_before"] for row in rows], 0.66, color=BASELINE, alpha=0.35, label="whole")
+        axes.barh(places, [row["ms_after"] for row in rows], 0.4, color=SLIM, label="slim")
+        axes.set_yticks(places, labels=[str(row["layer"]) for row in rows], color=INK, fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="milliseconds, by the table")
+        axes.grid(visible=False, axis="y")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _render(key, f"Latency of {len(rows)} layers before and after", 0.8 + 0.2 * len(rows), draw)
 
 
 def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]], baseline: float | None) -> str:

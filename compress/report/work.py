@@ -18,7 +18,7 @@ from compress.report.markup import (
     render_split,
     render_table,
 )
-from compress.report.plots import plot_training, plot_widths
+from compress.report.plots import plot_layers, plot_prediction, plot_stairs, plot_training, plot_widths
 
 Run = dict[str, Any]
 _UNITS = {"latency_ms": "milliseconds a call", "size_mb": "size of the file (MB)"}
@@ -134,16 +134,59 @@ def _render_prune(runs: list[Run], index: int) -> str:
             f"<code>{escape(group.get('name'))}</code>",
             escape(group.get("width_before")),
             escape(group.get("width_after")),
+            escape(format_number(group.get("damage"))),
         )
         for group in groups
     ]
-    table = render_table(("channel group", "before", "after"), rows, numeric=(1, 2))
+    table = render_table(("channel group", "before", "after", "estimated damage"), rows, numeric=(1, 2, 3))
     return render_section(
         _title("Pruning: widths of the channel groups", runs, index),
         render_split(render_facts(facts), render_figure(plot_widths(f"widths-{index}", groups))),
         f"<p>Residual blocks removed: {blocks}.</p>\n" if blocks else "",
         render_details("widths as a table", table) if rows else "",
+        _render_trials(record),
+        _render_timing(record.get("latency") or {}, index),
     )
+
+
+def _render_trials(record: dict[str, Any]) -> str:
+    """Return the numbers of blocks and the repairs that were tried."""
+    parts = []
+    if trials := record.get("block_trials"):
+        rows = [
+            (escape(trial.get("blocks")), escape(trial.get("reason") or format_number(trial.get("loss"))))
+            for trial in trials
+        ]
+        parts.append(render_table(("blocks removed", "validation loss within the budget"), rows, numeric=(0,)))
+    if repairs := record.get("repairs"):
+        tries = [
+            (
+                escape(tried.get("repair")),
+                escape(_change(tried, "loss", format_number)),
+                "yes" if tried.get("is_kept") else "no",
+            )
+            for tried in repairs
+        ]
+        parts.append(render_table(("repair", "validation loss", "kept"), tries, numeric=(1,)))
+    return "".join(parts)
+
+
+def _render_timing(latency: dict[str, Any], index: int) -> str:
+    """Return the pictures of a budget in milliseconds."""
+    reference = latency.get("reference_ms") or 0.0
+    rounds = [(r["predicted"] * reference, r["measured"] * reference) for r in latency.get("rounds") or []]
+    pictures = (
+        (
+            plot_stairs(f"stairs-{index}", latency.get("stairs") or []),
+            "What the network takes at each width of one group, the others as chosen; by the table.",
+        ),
+        (
+            plot_prediction(f"prediction-{index}", latency.get("variants") or [], rounds),
+            "What the table says and what was measured.",
+        ),
+        (plot_layers(f"layers-{index}", latency.get("layers") or []), "What each layer takes, by the table."),
+    )
+    return "".join(render_figure(svg, caption) for svg, caption in pictures if svg)
 
 
 def _list_targets(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:

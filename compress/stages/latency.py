@@ -51,6 +51,7 @@ class LatencyModel:
         file: The timed variants that the table is made of.
         reference_ms: What the untouched network takes, on the scale of the table.
         is_measured_here: Whether widths can be timed; a table from another machine cannot be checked on this one.
+        variants: For each variant timed what the table says it takes and what it took, in milliseconds.
         time_ratio: Widths -> latency over the untouched network's, both timed in turn as whole networks.
     """
 
@@ -61,6 +62,7 @@ class LatencyModel:
     file: TableFile
     reference_ms: float
     is_measured_here: bool
+    variants: tuple[tuple[float, float], ...]
     time_ratio: Callable[[Widths], float]
 
     def predict_ratio(self, widths: Widths) -> float:
@@ -71,6 +73,26 @@ class LatencyModel:
     def cost(self) -> TableCost:
         """The latency in milliseconds, as tables over the widths allowed."""
         return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels)
+
+    def stairs(self, widths: Widths) -> dict[str, list[tuple[int, float]]]:
+        """Return for each group what the network takes, in ms, at each width allowed, the other groups as chosen."""
+        chosen = {name: list(levels).index(widths[name]) for name, levels in self.levels.items()}
+        return {
+            name: [(width, self.cost.at({**chosen, name: option})) for option, width in enumerate(levels)]
+            for name, levels in self.levels.items()
+        }
+
+    def layers(self, widths: Widths) -> dict[str, tuple[float, float]]:
+        """Return for each layer the milliseconds it takes when whole and at the given widths, by the table."""
+        times: dict[str, tuple[float, float]] = {}
+        sizes = self.axes.sizes(widths)
+        for site in self.writer.sites:
+            whole, slim = (
+                self.table.site_ms(site.kind, *pair) for pair in (site.sizes, sizes.get(site.layer, site.sizes))
+            )
+            before = times.get(site.layer, (0.0, 0.0))
+            times[site.layer] = (before[0] + whole, before[1] + slim)
+        return times
 
     def budget(self, ratio: float) -> Budget:
         """Return the budget of a share of the untouched network's latency."""
@@ -128,7 +150,8 @@ def model_latency(
             f"This machine is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
             f"{built.spread:.0%} of their median. Stop other work on it."
         )
-    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, timing.ratio)
+    variants = tuple((built.network_ms(writer.sites, one.sizes), one.total_ms) for one in table.samples)
+    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.ratio)
 
 
 def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool) -> list[dict[str, int]]:

@@ -98,6 +98,15 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
         "table_error": model.table.error,
         "scatter": model.table.spread,
         "rounds": [{"predicted": choice.predicted, "measured": choice.ratio} for choice in timed],
+        "variants": [{"predicted_ms": predicted, "measured_ms": took} for predicted, took in model.variants],
+        "stairs": [
+            {"name": name, "chosen": widths[name], "steps": [{"width": w, "ms": ms} for w, ms in steps]}
+            for name, steps in model.stairs(widths).items()
+        ],
+        "layers": [
+            {"layer": layer, "ms_before": before, "ms_after": after}
+            for layer, (before, after) in model.layers(widths).items()
+        ],
     }
 
 

@@ -66,6 +66,7 @@ class Attempt:
         selection: The channels chosen.
         timed: Whole networks that were timed on the way.
         repairs: What was tried after the cut.
+        damage: Group -> the estimated damage of its width.
     """
 
     trunk: Trunk
@@ -76,6 +77,7 @@ class Attempt:
     selection: Selection
     timed: list[TimedChoice]
     repairs: list[Record]
+    damage: dict[str, float]
 
 
 class PruneStage:
@@ -187,7 +189,10 @@ class PruneStage:
         candidates = self._score(module, groups, ctx)
         targets = self._targets(trunk.model, groups, candidates, latency, ctx)
         selection, timed = self._select(groups, candidates, targets, ctx.progress)
-        attempt = Attempt(trunk, trunk.model, groups, excluded, targets, selection, timed, [])
+        damage = {
+            one.name: float(one.damages[list(one.levels).index(selection.widths[one.name])]) for one in candidates
+        }
+        attempt = Attempt(trunk, trunk.model, groups, excluded, targets, selection, timed, [], damage)
         if not selection.removed:
             return attempt
         edit = RemoveChannels(selection.removed)
@@ -300,7 +305,12 @@ class PruneStage:
             "criterion": self.config.criterion,
             "is_optimal": selection.is_optimal,
             "groups": [
-                {"name": name, "width_before": group.width, "width_after": selection.widths[name]}
+                {
+                    "name": name,
+                    "width_before": group.width,
+                    "width_after": selection.widths[name],
+                    "damage": attempt.damage[name],
+                }
                 for name, group in attempt.groups.items()
             ],
             "shortfall": self._shortfall(asked, reached),

@@ -283,3 +283,41 @@ def test_a_budget_in_milliseconds_says_what_was_predicted_and_what_was_measured(
         assert text in page
     record["latency"] |= {"measured_ratio": None, "rounds": []}
     assert "not timed here" in render_html(report_of(passing_verdict(), stages))
+
+
+def test_a_budget_in_milliseconds_is_drawn() -> None:
+    steps = [{"width": 8, "ms": 0.8}, {"width": 16, "ms": 1.0}]
+    latency = {
+        "reference_ms": 2.0,
+        "rounds": [{"predicted": 0.5, "measured": 0.55}],
+        "variants": [{"predicted_ms": 1.0, "measured_ms": 1.1}, {"predicted_ms": 2.0, "measured_ms": 1.9}],
+        "stairs": [{"name": "a<b", "chosen": 8, "steps": steps}, {"name": "whole", "chosen": 16, "steps": steps[1:]}],
+        "layers": [{"layer": "conv<1>", "ms_before": 0.2, "ms_after": 0.1}],
+    }
+    record = {"groups": [{"name": "a<b", "width_before": 16, "width_after": 8, "damage": 0.125}], "latency": latency}
+    html = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record)]))
+    page = Page(html)
+    assert page.plots() == ["widths-0", "stairs-0", "prediction-0", "layers-0", "latency"]
+    assert "0.125" in page.text
+    assert "networks chosen" in html
+    assert "a<b" not in html.replace("<b>", "")
+    assert ">whole<" in html, "a legend, and no stair of one step"
+    for empty in ({}, {"stairs": [], "variants": [], "layers": []}):
+        bare = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record | {"latency": empty})]))
+        assert Page(bare).plots() == ["widths-0", "latency"]
+
+
+def test_what_was_tried_is_told() -> None:
+    record = {
+        "groups": [{"name": "a", "width_before": 16, "width_after": 8}],
+        "block_trials": [
+            {"blocks": 0, "loss": None, "reason": "Target cannot be reached."},
+            {"blocks": 1, "loss": 0.625, "reason": None},
+        ],
+        "repairs": [{"repair": "least_squares", "loss_before": 2.5, "loss_after": 0.5, "is_kept": True}],
+    }
+    tried = {"rewrites": [{"rewrite": "padded_shortcuts", "places": 2, "speedup": 1.07, "is_kept": True}]}
+    stages = [StageRun("load", "ran", 1.0, tried), StageRun("prune", "ran", 1.0, record)]
+    text = Page(render_html(report_of(passing_verdict(), stages))).text
+    for phrase in ("Target cannot be reached.", "0.625", "least_squares", "2.5 → 0.5", "padded_shortcuts", "1.07×"):
+        assert phrase in text

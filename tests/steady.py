@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 
 import compress.stages.latency as latency
+import compress.stages.rank_latency as rank_latency
 from compress.cost.onnx_graph import rows_of
 from compress.verification.profiling import Profile
 from compress.verification.runtimes.onnxruntime import NodeTimes
@@ -45,3 +46,7 @@ def profile_by_macs(monkeypatch) -> None:
     """Let the stages fill tables by MACs too."""
     time_by_macs(monkeypatch)
     monkeypatch.setattr(latency, "profile_models", _profile_models)
+    monkeypatch.setattr(rank_latency, "profile_models", _profile_models)
+    monkeypatch.setattr(
+        rank_latency, "measure_ratio", lambda path, reference, *_others: _total_ms(path) / _total_ms(reference)
+    )

@@ -7,6 +7,7 @@ file unless they are absolute.
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from typing_extensions import Self  # in typing from Python 3.11 on
 
 from compress.catalog import CRITERIA, RUNTIMES, SOURCES
 from compress.registry import Registry
@@ -182,19 +183,18 @@ class LoadConfig(Section):
     )
 
 
-class TargetConfig(Section):
-    """What must not be exceeded: shares are of the baseline. At least one; all that are given hold."""
+class RankTargetConfig(Section):
+    """What must not be exceeded: a share kept of the baseline, or milliseconds. Exactly one."""
 
     latency: KeptRatio | None = Field(None, description="kept share of the baseline's latency, where `deploy` says")
     latency_ms: float | None = Field(None, gt=0, description="milliseconds a call, where `deploy` says")
     macs: KeptRatio | None = Field(None, description="kept share of the baseline's MACs")
     params: KeptRatio | None = Field(None, description="kept share of the baseline's params")
-    size_mb: float | None = Field(None, gt=0, description="size of the ONNX file, in 10^6 bytes")
 
     @model_validator(mode="after")
-    def _check_some(self) -> "TargetConfig":
-        if not self.given():
-            raise ValueError("must hold at least one of latency, latency_ms, macs, params, size_mb")
+    def _check_number(self) -> Self:
+        if len(self.given()) != 1:
+            raise ValueError(f"must hold exactly one of {', '.join(type(self).model_fields)}")
         return self
 
     def given(self) -> dict[str, float]:
@@ -207,16 +207,15 @@ class TargetConfig(Section):
         return self.latency is not None or self.latency_ms is not None
 
 
-class RankTargetConfig(Section):
-    """What must not be exceeded, as the share kept of the baseline. Exactly one."""
+class TargetConfig(RankTargetConfig):
+    """What must not be exceeded: shares are of the baseline. At least one; all that are given hold."""
 
-    macs: KeptRatio | None = Field(None, description="kept share of the baseline's MACs")
-    params: KeptRatio | None = Field(None, description="kept share of the baseline's params")
+    size_mb: float | None = Field(None, gt=0, description="size of the ONNX file, in 10^6 bytes")
 
     @model_validator(mode="after")
-    def _check_one(self) -> "RankTargetConfig":
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("must hold exactly one of macs, params")
+    def _check_number(self) -> Self:
+        if not self.given():
+            raise ValueError(f"must hold at least one of {', '.join(type(self).model_fields)}")
         return self
 
 

@@ -7,6 +7,7 @@ the layer's own weight. The layer may sit in any parent.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def apply_factorize(module: nn.Module, edit: Factorize) -> nn.Module:
     changed = copy.deepcopy(module)
     factorize_layer(changed, edit)
     return changed
+
+
+def factorized_copy(module: nn.Module, edits: Sequence[Factorize]) -> tuple[nn.Module, dict[str, float]]:
+    """Return a copy of `module` with layers factorised, and the relative error of each; errors as `apply_factorize`."""
+    changed = copy.deepcopy(module)
+    return changed, {edit.layer: factorize_layer(changed, edit) for edit in edits}
 
 
 def factorize_layer(module: nn.Module, edit: Factorize) -> float:

@@ -4,7 +4,6 @@ Ranks come from one relative error that all layers share, given or solved from a
 re-estimated on calibration images afterwards.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -16,14 +15,16 @@ from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.config.schema import LowRankConfig
 from compress.cost.macs import count_params, layer_macs
-from compress.errors import InternalError, StageError
+from compress.errors import ConfigValueError, InternalError, StageError
 from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
-from compress.lowrank.surgery import factorize_layer
+from compress.lowrank.surgery import factorized_copy
 from compress.progress import Progress
 from compress.recipe import Factorize
 from compress.registry import closest
 from compress.stages.context import Record, StageContext
+from compress.stages.meeting import meet_latency
+from compress.stages.rank_latency import rank_latency
 from compress.stages.repairing import apply_repairs, batch_norm_repair
 from compress.training.evaluate import evaluate_top1
 
@@ -55,11 +56,19 @@ class LowRankStage:
         spectra = self._measure_spectra(artifact.module, found, ctx.progress)
         macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
         total = sum(macs_before.values()) if self.metric == "macs" else params_before
-        shared_error = self._shared_error(artifact, spectra, total)
-        choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
-        self._check_any(choices, spectra, shared_error)
+        latency: Record | None = None
+        shared_error: float | None = None
+        if self.config.target is not None and self.config.target.needs_latency:
+            choices, latency = self._meet_latency(artifact, spectra, ctx)
+        else:
+            shared_error = self._shared_error(artifact, spectra, total)
+            choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
+            self._check_any(choices, spectra, shared_error)
         top1_before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
-        slim, edits, errors = _factorize(artifact.module, choices, ctx.progress)
+        edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
+        with ctx.progress.task("factorise", 1) as task:
+            slim, errors = factorized_copy(artifact.module, edits)
+            task.advance()
         slim.eval()
         repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
         top1_after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
@@ -75,6 +84,7 @@ class LowRankStage:
             "validation_top1_after": top1_after,
             "shared_relative_error": shared_error,
             "repairs": repairs,
+            "latency": latency,
         }
         self._state_result(artifact, record, ctx.progress)
         return replace(artifact, module=slim, recipe=artifact.recipe.then(*edits)), record
@@ -106,6 +116,44 @@ class LowRankStage:
                 spectra.append(layer_spectra(name, layer, places, self.config.schemes))
                 task.advance(1)
         return spectra
+
+    def _meet_latency(
+        self, artifact: TorchModel, spectra: Sequence[LayerSpectra], ctx: StageContext
+    ) -> tuple[tuple[RankChoice, ...], Record]:
+        """Choose by measured latency, and time the choice until the target is met."""
+        target = self.config.target
+        assert target is not None
+        if ctx.deploy is None:
+            raise InternalError("A pipeline with a latency target passed validation without a deploy section.")
+        if ctx.deploy.accept_foreign_table:
+            raise ConfigValueError(
+                "low_rank must measure on this machine to meet a latency target; a table of another one does not know "
+                "factorised layers.",
+                hint="Use a target of macs or params there.",
+            )
+        model = rank_latency(artifact, spectra, self.config.multiple_of, ctx.deploy, ctx)
+        asked = target.latency if target.latency is not None else (target.latency_ms or 0.0) / model.reference_ms
+        selection, timed = meet_latency(
+            lambda correction: model.select(asked * correction * model.reference_ms), model, asked, ctx.progress
+        )
+        choices = model.chosen(selection.widths)
+        if not any(choice.scheme for choice in choices):
+            raise StageError(
+                f"The target must be below what the network takes: it takes {timed[-1].ratio:.3f} of the baseline's "
+                f"latency already, the target is {asked:.3f}; there is nothing to factorise.",
+                hint="Lower the target, or leave the stage out.",
+            )
+        free = {choice.layer: choice for choice in choices}
+        dense = {s.layer: RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra}
+        record = {
+            "asked_ratio": asked,
+            "reference_ms": model.reference_ms,
+            "predicted_ratio": model.predict_ratio(selection.widths),
+            "measured_ratio": [choice.ratio for choice in timed if choice.widths == selection.widths][-1],
+            "rounds": [{"predicted": choice.predicted, "measured": choice.ratio} for choice in timed],
+            "is_optimal": selection.is_optimal,
+        }
+        return tuple((dense | free).values()), record
 
     def _shared_error(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> float:
         if self.config.relative_error is not None:
@@ -158,7 +206,7 @@ class LowRankStage:
         return [{"layer": name, "reason": reasons[name]} for name in macs if name in reasons]
 
     def _state_result(self, artifact: TorchModel, record: Record, progress: Progress) -> None:
-        if self.config.target is not None:
+        if self.config.target is not None and not self.config.target.needs_latency:
             kept, baseline = self._target(artifact)
             reached = record[f"{self.metric}_after"]
             if reached > kept * baseline:
@@ -169,23 +217,6 @@ class LowRankStage:
             f"{record['macs_before']:,} -> {record['macs_after']:,}, validation top-1 "
             f"{record['validation_top1_before']:.2%} -> {record['validation_top1_after']:.2%} before fine-tuning"
         )
-
-
-def _factorize(
-    module: nn.Module, choices: Sequence[RankChoice], progress: Progress
-) -> tuple[nn.Module, list[Factorize], dict[str, float]]:
-    """Return a factorised copy, the edits, and the relative error of each layer."""
-    slim = copy.deepcopy(module)
-    edits: list[Factorize] = []
-    errors: dict[str, float] = {}
-    with progress.task("factorise", len(choices)) as task:
-        for choice in choices:
-            if choice.scheme is not None:
-                edit = Factorize(choice.layer, choice.scheme, choice.ranks)
-                errors[choice.layer] = factorize_layer(slim, edit)
-                edits.append(edit)
-            task.advance(1)
-    return slim, edits, errors
 
 
 def _layer_records(

@@ -4,13 +4,12 @@ The table's sum is some per cent off for the one network that is chosen; a netwo
 the limit is moved by that much. It ends when the latency is met, or when the widths come no nearer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from compress.errors import BudgetUnreachable, InternalError
+from compress.errors import BudgetUnreachable
 from compress.progress import Progress
-from compress.pruning.selection import Selection
-from compress.stages.budgets import Targets
 from compress.stages.context import Record
 from compress.stages.latency import LatencyModel, Widths
 
@@ -23,7 +22,7 @@ class TimedChoice:
     """A choice of widths that was timed as a whole network.
 
     Attributes:
-        widths: Group name -> width.
+        widths: What was chosen: group name -> width.
         predicted: Share of the baseline's latency, by the table.
         ratio: The same, measured.
     """
@@ -33,36 +32,65 @@ class TimedChoice:
     ratio: float
 
 
+class Chosen(Protocol):
+    """Anything that is chosen by a budget; `widths` says what, and is equal for equal choices."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What was chosen, by name."""
+        ...
+
+
+class Timed(Protocol):
+    """What predicts the latency of a choice, and measures it."""
+
+    @property
+    def reference_ms(self) -> float:
+        """What the untouched network takes."""
+        ...
+
+    def predict_ratio(self, widths: Widths, /) -> float:
+        """Return the predicted share of the untouched network's latency."""
+        ...
+
+    @property
+    def time_ratio(self) -> Callable[[Mapping[str, int]], float]:
+        """Choice -> the same share, measured."""
+        ...
+
+
+C = TypeVar("C", bound=Chosen)
+
+
 def meet_latency(
-    select: Callable[[], Selection], targets: Targets, progress: Progress
-) -> tuple[Selection, list[TimedChoice]]:
+    select: Callable[[float], C], model: Timed, asked: float, progress: Progress
+) -> tuple[C, list[TimedChoice]]:
     """Return the choice whose measured latency comes nearest to the target from below, within 3 % of it if any does.
 
     Args:
-        select: Chooses widths under the targets as they are corrected.
-        targets: Its `correction` is changed.
+        select: Chooses with the limit of the latency multiplied by a factor.
+        model: Predicts and measures.
+        asked: Share of the baseline's latency.
         progress: Told about each round.
 
     Returns:
         The choice, and everything that was timed, in order.
 
     Raises:
-        BudgetUnreachable: No widths are within the latency as it is measured.
+        BudgetUnreachable: No choice is within the latency as it is measured.
     """
-    model, asked = targets.latency, targets.latency_ratio
-    if model is None or asked is None:
-        raise InternalError("A latency is to be met that nothing asks for.")
+    correction = 1.0
     timed: list[TimedChoice] = []
-    choices: list[Selection] = []
+    choices: list[C] = []
     for number in range(ROUNDS):
         try:
-            selection = select()
+            selection = select(correction)
         except BudgetUnreachable as error:
             if not timed or error.best is None:
                 raise
             # by the table nothing is fast enough any more; what it says is fastest remains to be timed
-            targets.correction = error.best * (1 + 1e-6) / (asked * model.reference_ms)
-            selection = select()
+            correction = error.best * (1 + 1e-6) / (asked * model.reference_ms)
+            selection = select(correction)
         if any(choice.widths == selection.widths for choice in timed):
             break
         choice = TimedChoice(
@@ -76,11 +104,11 @@ def meet_latency(
         )
         if abs(choice.ratio / asked - 1) <= WITHIN:
             break
-        targets.correction *= asked / choice.ratio
+        correction *= asked / choice.ratio
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
         raise BudgetUnreachable(
-            f"Target {asked:.3f} of the baseline's latency cannot be reached: the fastest widths found take "
+            f"Target {asked:.3f} of the baseline's latency cannot be reached: the fastest choice found takes "
             f"{timed[best].ratio:.3f} of it, measured.",
             best=timed[best].ratio,
         )

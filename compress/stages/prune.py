@@ -257,13 +257,15 @@ class PruneStage:
         """Choose widths; with a latency target, time them and choose again until the time is met."""
         levels = {candidate.name: candidate.levels for candidate in candidates}
 
-        def select() -> Selection:
+        def select(correction: float = 1.0) -> Selection:
+            targets.correction = correction
             budgets = targets.budgets(levels)
             return select_channels(groups, candidates, budgets, self.limits, self.config.allocation)
 
-        if targets.latency is None or not targets.latency.is_measured_here:
+        asked = targets.latency_ratio
+        if targets.latency is None or asked is None or not targets.latency.is_measured_here:
             return select(), []
-        return meet_latency(select, targets, progress)
+        return meet_latency(select, targets.latency, asked, progress)
 
     def _repair(
         self, slim: nn.Module, original: nn.Module, selection: Selection, groups: Groups, ctx: StageContext

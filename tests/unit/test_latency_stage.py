@@ -6,23 +6,37 @@ from dataclasses import replace
 
 import nets
 import numpy as np
+import onnx
 import pytest
+import steady
 from exported import SIGNATURE, exported
 from steady import profile_by_macs
 
 import compress.stages.latency as latency
+import compress.stages.rank_latency as rank_latency
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
     DeployConfig,
+    LowRankConfig,
     PreprocessingConfig,
     PruneConfig,
+    RankTargetConfig,
     TargetConfig,
 )
-from compress.cost.macs import count_macs, count_params
+from compress.cost.macs import count_macs, count_params, layer_macs
+from compress.cost.onnx_graph import rows_of
 from compress.data.opening import Splits
-from compress.errors import ArtifactError, BudgetUnreachable, ConfigValueError, ModelError, RuntimeUnavailable
+from compress.errors import (
+    ArtifactError,
+    BudgetUnreachable,
+    ConfigValueError,
+    ModelError,
+    RuntimeUnavailable,
+    StageError,
+)
+from compress.lowrank.layers import find_layers
 from compress.progress import SilentProgress
 from compress.pruning.costs import build_cost, layer_axes
 from compress.pruning.graph import find_cuttable
@@ -30,6 +44,7 @@ from compress.pruning.selection import Selection
 from compress.recipe import Recipe
 from compress.stages.budgets import Targets
 from compress.stages.context import StageContext
+from compress.stages.low_rank import LowRankStage
 from compress.stages.meeting import meet_latency
 from compress.stages.prune import PruneStage
 from compress.verification import profiling
@@ -202,19 +217,17 @@ class _Model:
 
 
 def _meet(bias: float, asked: float = 0.5, steps: int = 1):
-    target = TargetConfig(latency=asked)
     model = _Model(bias)
-    targets = Targets(target, None, None, None, {}, 0, model)  # type: ignore[arg-type]
 
-    def select() -> Selection:
-        limit = asked * targets.correction
+    def select(correction: float) -> Selection:
+        limit = asked * correction
         fitting = [w for w in range(10, 101, steps) if model.predict_ratio({"a": w}) <= limit]
         if not fitting:
             raise BudgetUnreachable("nothing fits", best=model.predict_ratio({"a": 10}) * model.reference_ms)
         return Selection({"a": max(fitting)}, {"a": (0,)}, True)
 
     listener = _Listener()
-    return *meet_latency(select, targets, listener), listener
+    return *meet_latency(select, model, asked, listener), listener
 
 
 @pytest.mark.parametrize("bias", [0.7, 0.95, 1.0, 1.05, 1.4])
@@ -232,7 +245,7 @@ def test_widths_too_coarse_give_the_nearest_below():
 
 
 def test_a_network_that_is_never_fast_enough_is_refused_with_the_fastest_there_is():
-    with pytest.raises(BudgetUnreachable, match=r"fastest widths found take 0\.100 of it, measured"):
+    with pytest.raises(BudgetUnreachable, match=r"fastest choice found takes 0\.100 of it, measured"):
         _meet(0.3, asked=0.05)
     with pytest.raises(BudgetUnreachable, match="nothing fits"):
         _meet(1.0, asked=0.05)
@@ -285,3 +298,66 @@ def test_a_latency_in_milliseconds_is_a_share_of_the_baseline(ctx, tmp_path):
     targets = Targets(TargetConfig(latency=0.5), None, None, None, {}, 0, slow)  # type: ignore[arg-type]
     with pytest.raises(BudgetUnreachable, match=r"what no channel group changes alone takes 0\.99\d of the baseline"):
         targets.budgets(model.levels)
+
+
+def _low_rank(model: TorchModel, ctx: StageContext, **config):
+    return LowRankStage(LowRankConfig(stage="low_rank", multiple_of=1, **config)).run(model, ctx)
+
+
+def test_ranks_meet_a_latency_target(ctx, tmp_path, monkeypatch):
+    profile_by_macs(monkeypatch)
+    model = _model("residual", tmp_path)
+    slim, record = _low_rank(model, ctx, target=RankTargetConfig(latency=0.7))
+    timing = record["latency"]
+    assert timing["measured_ratio"] <= 0.7 * 1.03
+    assert timing["predicted_ratio"] == pytest.approx(timing["measured_ratio"], rel=0.05)
+    assert record["layers"]
+    assert {entry["layer"] for entry in record["layers"]} == {edit.layer for edit in slim.recipe.edits}
+    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
+    listed = {entry["layer"] for entry in record["layers"]} | {entry["layer"] for entry in record["dense"]}
+    assert listed == set(layer_macs(model.module, nets.EXAMPLE))
+
+
+def test_a_factorisation_that_is_slower_than_its_layer_is_never_chosen(ctx, tmp_path, monkeypatch):
+    profile_by_macs(monkeypatch)
+    true = steady._node_ms
+    slow = "body.1.conv1"
+
+    def with_one_slow(path):
+        names, ms = true(path)
+        layers = [row.name for row in rows_of(onnx.load(path))]
+        return names, np.array(
+            [m * (50 if name.startswith(f"{slow}.") else 1) for m, name in zip(ms, layers, strict=True)]
+        )
+
+    monkeypatch.setattr(steady, "_node_ms", with_one_slow)
+    _, record = _low_rank(_model("residual", tmp_path), ctx, target=RankTargetConfig(latency=0.75))
+    assert slow not in {entry["layer"] for entry in record["layers"]}
+    assert slow in {entry["layer"] for entry in record["dense"]}
+
+
+def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
+    profile_by_macs(monkeypatch)
+    model = _model("residual", tmp_path)
+    with pytest.raises(
+        BudgetUnreachable, match=r"Target 0\.010 of the baseline's latency cannot be reached; the best is"
+    ):
+        _low_rank(model, ctx, target=RankTargetConfig(latency=0.01))
+    with pytest.raises(StageError, match="there is nothing to factorise"):
+        _low_rank(model, ctx, target=RankTargetConfig(latency=1.0))
+    foreign = replace(ctx, deploy=replace_config(table="device.json", accept_foreign_table=True))
+    with pytest.raises(ConfigValueError, match="must measure on this machine"):
+        _low_rank(model, foreign, target=RankTargetConfig(latency=0.7))
+
+
+def test_ranks_are_timed_for_real(ctx, tmp_path):
+    model = _model("chain", tmp_path)
+    spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
+        model.module, find_layers(model.module, nets.EXAMPLE)[0], SilentProgress()
+    )
+    timed = rank_latency.rank_latency(model, spectra, 1, DEPLOY, ctx)
+    assert timed.reference_ms > 0
+    assert timed.fixed_ms > 0
+    for layer, found in timed.options.items():
+        assert found[-1].scheme is None
+        assert (timed.option_ms[layer][:-1] < timed.option_ms[layer][-1]).all()

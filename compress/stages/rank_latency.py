@@ -1,0 +1,206 @@
+"""Which layers should be factorised, and how far, when what counts is milliseconds?
+
+    factorise all layers at several shared errors -> time each layer in each of those networks
+    -> each layer stays dense or takes one of those factorisations: a knapsack, the least damage within the budget
+    -> the choice is timed as a whole, and chosen again until the budget is met
+
+A factorisation that is no faster than its dense layer, as measured, is never chosen.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from compress.allocation.knapsack import allocate
+from compress.allocation.problem import Budget, Decision, Factor, TableCost
+from compress.artifacts import TorchModel
+from compress.config.schema import DeployConfig
+from compress.cost.latency import BEFORE, QUANTILE, Sample
+from compress.cost.onnx_file import load_onnx, save_onnx
+from compress.cost.variants import VariantWriter
+from compress.errors import BudgetUnreachable
+from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES
+from compress.lowrank.ranks import LayerSpectra, RankChoice, choose_ranks, solve_relative_error
+from compress.lowrank.surgery import factorized_copy
+from compress.recipe import Factorize
+from compress.stages.context import StageContext
+from compress.stages.exporting import conditions_of, export_present
+from compress.verification.measuring import latency_inputs, measure_ratio
+from compress.verification.profiling import profile_models
+
+ERRORS, LARGEST_ERROR = 7, 0.95
+
+
+@dataclass(frozen=True)
+class RankSelection:
+    """A choice for each layer.
+
+    Attributes:
+        widths: Layer -> number of its option.
+        is_optimal: Whether it is proved that no choice within the budget does less damage.
+    """
+
+    widths: dict[str, int]
+    is_optimal: bool
+
+
+@dataclass(frozen=True)
+class RankLatency:
+    """The latency of a network as a function of what its layers become.
+
+    Attributes:
+        model: The network.
+        ctx: Has the folder, the images and the deployment.
+        options: Layer -> what it may become, staying dense last.
+        option_ms: Layer -> (options,) what each takes.
+        fixed_ms: What everything else takes.
+        reference_ms: What the untouched network takes.
+    """
+
+    model: TorchModel
+    ctx: StageContext
+    options: Mapping[str, tuple[RankChoice, ...]]
+    option_ms: Mapping[str, np.ndarray]
+    fixed_ms: float
+    reference_ms: float
+
+    def chosen(self, widths: Mapping[str, int]) -> tuple[RankChoice, ...]:
+        """Return what each layer becomes."""
+        return tuple(self.options[layer][option] for layer, option in widths.items())
+
+    def predict_ratio(self, widths: Mapping[str, int]) -> float:
+        """Return the sum over the layers, over the untouched network's latency."""
+        return self.cost.at(dict(widths)) / self.reference_ms
+
+    def time_ratio(self, widths: Mapping[str, int]) -> float:
+        """Return the latency of the factorised network over the untouched network's, timed in turn."""
+        with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
+            path = Path(folder) / "factorised.onnx"
+            export_present(factorised(self.model, self.chosen(widths)), path, self.ctx)
+            conditions, reference = conditions_of(self.ctx.deploy), self.model.baseline.onnx_path
+            return measure_ratio(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
+
+    def select(self, limit_ms: float) -> RankSelection:
+        """Return the choice with the least damage within a latency.
+
+        Raises:
+            BudgetUnreachable: The fastest choices together take longer.
+        """
+        budget = Budget("ms", self.cost, limit_ms, self.reference_ms, "the baseline's latency")
+        decisions = [
+            Decision(layer, np.asarray([choice.error_bound**2 for choice in found]))
+            for layer, found in self.options.items()
+        ]
+        if not decisions:
+            raise BudgetUnreachable("No factorisation of any layer is faster than the layer itself, as measured.")
+        found = allocate(decisions, [budget], f", with the factorisations of {len(decisions)} layers that are faster")
+        return RankSelection(dict(found.choice), found.is_optimal)
+
+    @cached_property
+    def cost(self) -> TableCost:
+        """The latency as a table for each layer."""
+        return TableCost(self.fixed_ms, tuple(Factor((layer,), ms) for layer, ms in self.option_ms.items()))
+
+
+def factorised(model: TorchModel, choices: Sequence[RankChoice]) -> TorchModel:
+    """Return the network with the layers that do not stay dense factorised."""
+    edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
+    module, _ = factorized_copy(model.module, edits)
+    return replace(model, module=module, recipe=model.recipe.then(*edits))
+
+
+def rank_latency(
+    model: TorchModel, spectra: Sequence[LayerSpectra], multiple_of: int, deploy: DeployConfig, ctx: StageContext
+) -> RankLatency:
+    """Time the layers of a network dense and at several shared relative errors.
+
+    Args:
+        model: The network.
+        spectra: Its layers that can be factorised.
+        multiple_of: Ranks are multiples of this.
+        deploy: Where it will run.
+        ctx: Surroundings.
+
+    Raises:
+        BudgetUnreachable: No layer gets cheaper at any error.
+        ModelError, RuntimeUnavailable: The network cannot be timed.
+    """
+    dense_macs = sum(layer.macs for layer in spectra)
+    least = solve_relative_error(spectra, 0, dense_macs - 1, multiple_of)
+    errors = np.linspace(least, max(least, LARGEST_ERROR), ERRORS)
+    trials = [tuple(RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra)]
+    trials += [choose_ranks(spectra, float(error), multiple_of) for error in errors]
+    times: dict[RankChoice, list[float]] = {}
+    rests, scales, reference_ms = [], [], 0.0
+    for choices, (layer_ms, total_ms, beside_ms) in zip(trials, _time(model, trials, deploy, ctx), strict=True):
+        reference_ms = reference_ms or beside_ms
+        slowness = beside_ms / reference_ms
+        known = {choice.layer: layer_ms.get(choice.layer, 0.0) / slowness for choice in choices}
+        for choice in choices:
+            times.setdefault(choice, []).append(known[choice.layer])
+        rests.append(sum(layer_ms.values()) / slowness - sum(known.values()))
+        scales.append(total_ms / sum(layer_ms.values()))
+    scale = float(np.median(scales))
+    mean_ms = {choice: scale * float(np.mean(found)) for choice, found in times.items()}
+    options = _faster_options(trials[0], mean_ms)
+    option_ms = {layer: np.asarray([mean_ms[choice] for choice in found]) for layer, found in options.items()}
+    rest = scale * float(np.median(rests)) + sum(mean_ms[dense] for dense in trials[0] if dense.layer not in options)
+    ctx.progress.note(
+        f"{len(options)} of {len(spectra)} layers have a factorisation that is faster than they are, as measured"
+    )
+    return RankLatency(model, ctx, options, option_ms, rest, reference_ms)
+
+
+def _faster_options(dense: Sequence[RankChoice], ms: Mapping[RankChoice, float]) -> dict[str, tuple[RankChoice, ...]]:
+    """Return the layers with a factorisation faster than they are: what each may become, staying dense last."""
+    options: dict[str, tuple[RankChoice, ...]] = {}
+    for whole in dense:
+        faster = [c for c in ms if c.layer == whole.layer and c.scheme is not None and ms[c] < ms[whole]]
+        if faster:
+            options[whole.layer] = (*sorted(faster, key=lambda choice: -choice.error_bound), whole)
+    return options
+
+
+def _time(
+    model: TorchModel, trials: Sequence[Sequence[RankChoice]], deploy: DeployConfig, ctx: StageContext
+) -> Iterator[tuple[dict[str, float], float, float]]:
+    """Yield for each trial the milliseconds of each layer ("" for the rest), of the whole, and of the baseline."""
+    conditions = conditions_of(deploy)
+    sites: list[list[str]] = []
+    with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:
+
+        def write() -> Iterator[Path]:
+            for number, choices in enumerate(trials):
+                path = Path(folder) / f"trial{number}.onnx"
+                export_present(factorised(model, choices), path, ctx)
+                writer = VariantWriter(load_onnx(path, weights=True))
+                sites.append([site.layer for site in writer.sites])
+                variant = writer.write({}, {})
+                save_onnx(variant, path, variant.ByteSize() > ONE_FILE_LIMIT_BYTES)
+                yield path
+
+        profiles = profile_models(
+            write(),
+            len(trials),
+            model.baseline.onnx_path,
+            lambda session: latency_inputs(session, ctx.data.calibration, conditions.batch_size),
+            conditions,
+            ctx.progress,
+        )
+        for number, profile in enumerate(profiles):
+            sample = Sample.of({}, profile.nodes.names, profile.nodes.milliseconds, profile.total_ms)
+            layer_ms = {"": 0.0}
+            for site, ms in sample.site_ms.items():
+                layer = "" if site == BEFORE else _owner(sites[number][site], trials[number])
+                layer_ms[layer] = layer_ms.get(layer, 0.0) + ms
+            yield layer_ms, sample.total_ms, float(np.quantile(profile.reference_ms, QUANTILE))
+
+
+def _owner(name: str, choices: Sequence[RankChoice]) -> str:
+    """Return the layer that a site belongs to, itself or a part of its factorisation; "" for none of them."""
+    found = [choice.layer for choice in choices if name == choice.layer or name.startswith(f"{choice.layer}.")]
+    return max(found, key=len, default="")

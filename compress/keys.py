@@ -71,7 +71,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             fixed["deploy"] = _deploy_component(config.deploy)
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
-            if config.deploy is not None:  # what is rewritten for the runtime is measured there
+            if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
                 fixed["deploy"] = asdict(_conditions(config.deploy))
         steps.append(Step(index, entry, stage, values, fixed))
     return steps

@@ -99,5 +99,5 @@ def _at_budgets(
     index, given = targets[0]
     quantity = next(iter(given))
     for budget in sorted(set(budgets), reverse=True):
-        changes = [f"stages.{index}.target.{quantity}={budget:g}", f"name={pipeline.config.name}-{budget:g}"]
+        changes = [f"stages.{index}.target.{quantity}={budget:.12g}", f"name={pipeline.config.name}-{budget:.12g}"]
         yield budget, quantity, load_pipeline(path, [*overrides, *changes], seed)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.errors import InternalError
 
 
-class _AbandonedError(Exception):
+class _AbandonedError(BaseException):  # a network's own `except Exception` must not swallow it
     """Ends a pass that nobody waits for any more."""
 
 
@@ -51,6 +51,8 @@ class _Pass:
 
     def wait(self, layer: str, tensor: Tensor) -> None:
         """Called inside the pass: hand over a tensor and wait to be advanced."""
+        if self.is_abandoned:
+            raise _AbandonedError
         self.at, self.tensor = layer, tensor
         self._waits.release()
         self._go.acquire()
@@ -169,23 +171,27 @@ def call_order(network: nn.Module, layers: Iterable[str], images: Tensor) -> lis
 
 
 def following_norms(network: nn.Module, norms: tuple[type[nn.Module], ...], images: Tensor) -> dict[str, str]:
-    """Return for each layer whose output tensor a norm reads the module path of that norm.
+    """Return for each layer whose output tensor a norm reads, and no other module, the module path of that norm.
 
     Args:
         network: In eval mode.
         norms: The classes that count as norms.
         images: (N, C, H, W).
     """
-    given: dict[int, str] = {}
+    given: dict[int, tuple[str, int]] = {}
     held: list[Tensor] = []  # no id is given out twice while its tensor lives
-    found: dict[str, str] = {}
+    readers: dict[str, list[str]] = {}
 
     def watch(name: str):  # type: ignore[no-untyped-def]
         def hook(part: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-            if isinstance(part, norms) and inputs and (layer := given.get(id(inputs[0]))) is not None:
-                found[layer] = name
+            for value in inputs:
+                layer, version = given.get(id(value), (None, 0))
+                if layer is not None:
+                    # changed in place since the layer gave it: something lies between
+                    is_norm = isinstance(part, norms) and isinstance(value, Tensor) and value._version == version
+                    readers.setdefault(layer, []).append(name if is_norm else "")
             if isinstance(output, Tensor):
-                given[id(output)] = name
+                given[id(output)] = name, output._version
                 held.append(output)
 
         return hook
@@ -198,4 +204,4 @@ def following_norms(network: nn.Module, norms: tuple[type[nn.Module], ...], imag
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {layer: found[0] for layer, found in readers.items() if len(found) == 1 and found[0]}

@@ -30,8 +30,8 @@ _ROWS_PER_UNKNOWN, _FEWEST_POSITIONS = 4, 32
 _RIDGE = 1e-4
 
 
-def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> None:
-    """Measure the running mean and variance of every batch norm again, in place.
+def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
+    """Measure the running mean and variance of every batch norm again, in place, and return their module paths.
 
     Args:
         module: The network; training flags are restored. Without batch norms nothing happens.
@@ -41,9 +41,14 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
     Raises:
         DataError: There is one image only, which has no variance.
     """
-    norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
+    found = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, BATCH_NORMS) and part.track_running_stats
+    }
+    norms = tuple(found.values())
     if not norms:
-        return
+        return ()
     if len(split) < 2:
         raise DataError(
             f"Batch-norm statistics need at least 2 images, '{split.name}' has {len(split)}.",
@@ -64,6 +69,7 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -211,9 +217,8 @@ def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
         layer, norm, moved = slim.get_submodule(name), None, torch.zeros(1)
         kept = comparison.kept_outputs.get(name)
         if kept is None:
-            weight = original.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            kept = torch.arange(weight.shape[0])
+            whole = original.get_submodule(name)
+            kept = torch.arange(int(getattr(whole, "out_features", 0) or getattr(whole, "out_channels", 0)))
         if name in norms and isinstance(mean := slim.get_submodule(norms[name]).running_mean, Tensor):
             norm = slim.get_submodule(norms[name])
             moved = mean - original.get_submodule(norms[name]).running_mean[kept]  # type: ignore[index]
@@ -264,8 +269,9 @@ def _refit(reader: _Reader, pairs: Iterable[tuple[Tensor, Tensor]], images: int)
         cross += (x.T @ reader.wanted(y)).double()
     ridge = _RIDGE * gram.diagonal().mean()
     regularised = gram + ridge * torch.eye(unknowns, dtype=torch.float64)
-    solution = torch.linalg.solve(regularised, cross + ridge * old.double()).float()
-    if not solution.isfinite().all():
+    result, info = torch.linalg.solve_ex(regularised, cross + ridge * old.double())
+    solution = result.float()
+    if int(info) != 0 or not solution.isfinite().all():  # nothing but zeros comes in
         return
     if reader.has_intercept:
         reader.shift(solution[-1] - old[-1])

@@ -232,8 +232,11 @@ def _render_low_rank(runs: list[Run], index: int) -> str:
         ("MACs", _change(record, "macs", format_count)),
         ("layers factorised", len(rows)),
         ("layers left dense", dense or None),
+        *_list_timing(record.get("latency") or {}),
     ]
-    return render_section(_title("Low-rank factorisation", runs, index), render_facts(facts), table)
+    return render_section(
+        _title("Low-rank factorisation", runs, index), render_facts(facts), table, _render_trials(record)
+    )
 
 
 def _render_finetune(runs: list[Run], index: int) -> str:

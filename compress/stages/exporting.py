@@ -6,7 +6,7 @@ from pathlib import Path
 from compress.artifacts import Signature, TorchModel
 from compress.config.schema import DeployConfig
 from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.errors import InternalError
+from compress.errors import ConfigValueError, InternalError
 from compress.exporting.rewrite import REWRITES
 from compress.exporting.simplify import find_difference
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
@@ -14,6 +14,7 @@ from compress.stages.context import Record, StageContext
 from compress.verification.measuring import Conditions, measure_ratio
 
 OPSET = 18
+WORTH_IT = 1.02  # less is within the noise of one measurement
 
 
 def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
@@ -78,9 +79,20 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
             if difference := find_difference(path, rewritten, signature):
                 raise InternalError(f"Rewriting {name} changed the network: {difference}.")
             if policy == "measured":
+                _require_here(ctx.deploy, name)
                 speedup = 1 / measure_ratio(rewritten, path, split, conditions, ctx.progress)
                 ctx.progress.note(f"{name}: rewritten in {places} places, {speedup:.2f}x as fast on {conditions}")
         records.append(
-            {"rewrite": name, "places": places, "speedup": speedup, "is_kept": speedup is None or speedup > 1}
+            {"rewrite": name, "places": places, "speedup": speedup, "is_kept": speedup is None or speedup > WORTH_IT}
         )
     return records
+
+
+def _require_here(deploy: DeployConfig | None, name: str) -> None:
+    """Raise ConfigValueError where the model will run on another machine, so that nothing is to be measured here."""
+    if deploy is not None and deploy.accept_foreign_table:
+        raise ConfigValueError(
+            f"rewrites must be always or never with a table of another machine: '{name}' fits, and whether it is "
+            "faster there cannot be measured here.",
+            hint="Set what load chose on the machine that made the table: --set stages.load.rewrites=always",
+        )

@@ -25,7 +25,7 @@ from compress.cost.onnx_file import load_onnx, save_onnx
 from compress.cost.onnx_graph import rows_of
 from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import VariantWriter
-from compress.errors import ArtifactError, InternalError, ModelError
+from compress.errors import ArtifactError, BudgetUnreachable, InternalError, ModelError
 from compress.pruning.costs import LayerAxes
 from compress.stages.context import StageContext
 from compress.stages.exporting import conditions_of, exported
@@ -121,6 +121,7 @@ def model_latency(
 
     Raises:
         ArtifactError: The table of `deploy` is of another machine, runtime or network.
+        BudgetUnreachable: The table of `deploy` does not cover the network without blocks.
         ConfigValueError: The runtime cannot time single nodes.
         ModelError: The network's file cannot be made smaller as its layers say.
         RuntimeUnavailable: The provider is not there.
@@ -133,6 +134,8 @@ def model_latency(
     timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
     if longer is not None and longer.table.covers(writer.sites):
         return replace(longer, writer=writer, axes=axes, levels=levels, time_ratio=timing.ratio)
+    if longer is not None and deploy.table is not None:
+        raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
     here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
     known, is_foreign = _known_table(deploy, here, writer, ctx)
     if is_foreign and known is not None:

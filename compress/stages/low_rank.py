@@ -15,7 +15,7 @@ from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.config.schema import LowRankConfig
 from compress.cost.macs import count_params, layer_macs
-from compress.errors import ConfigValueError, InternalError, StageError
+from compress.errors import BudgetUnreachable, ConfigValueError, InternalError, StageError
 from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
@@ -137,9 +137,10 @@ class LowRankStage:
             lambda correction: model.select(asked * correction * model.reference_ms), model, asked, ctx.progress
         )
         choices = model.chosen(selection.widths)
+        ratio = next(choice.ratio for choice in reversed(timed) if choice.widths == selection.widths)
         if not any(choice.scheme for choice in choices):
-            raise StageError(
-                f"The target must be below what the network takes: it takes {timed[-1].ratio:.3f} of the baseline's "
+            raise BudgetUnreachable(
+                f"The target must be below what the network takes: it takes {ratio:.3f} of the baseline's "
                 f"latency already, the target is {asked:.3f}; there is nothing to factorise.",
                 hint="Lower the target, or leave the stage out.",
             )
@@ -149,7 +150,7 @@ class LowRankStage:
             "asked_ratio": asked,
             "reference_ms": model.reference_ms,
             "predicted_ratio": model.predict_ratio(selection.widths),
-            "measured_ratio": [choice.ratio for choice in timed if choice.widths == selection.widths][-1],
+            "measured_ratio": ratio,
             "rounds": [{"predicted": choice.predicted, "measured": choice.ratio} for choice in timed],
             "is_optimal": selection.is_optimal,
         }
@@ -160,7 +161,7 @@ class LowRankStage:
             return self.config.relative_error
         kept, baseline = self._target(artifact)
         if total <= kept * baseline:
-            raise StageError(
+            raise BudgetUnreachable(
                 f"The target must be below what the network has: it is at {total / baseline:.3f} of baseline "
                 f"{_LABELS[self.metric]} already, the target is {kept:.3f}; there is nothing to factorise.",
                 hint="Lower the target, or leave the stage out.",
@@ -198,10 +199,10 @@ class LowRankStage:
     def _dense_records(
         self, choices: Sequence[RankChoice], reasons: dict[str, str], macs: dict[str, int]
     ) -> list[dict[str, str]]:
-        label = _LABELS[self.metric]
-        costly = {
-            choice.layer: f"has no scheme with fewer {label} at this error" for choice in choices if not choice.scheme
-        }
+        reason = f"has no scheme with fewer {_LABELS[self.metric]} at this error"
+        if self.config.target is not None and self.config.target.needs_latency:
+            reason = "need not be factorised for the budget, or has no factorisation that is faster"
+        costly = {choice.layer: reason for choice in choices if not choice.scheme}
         reasons = {**reasons, **costly}
         return [{"layer": name, "reason": reasons[name]} for name in macs if name in reasons]
 

@@ -54,30 +54,48 @@ UNITS = {
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A network about to be cut.
+
+    Attributes:
+        trunk: What channels are cut from.
+        groups: Its channel groups that may be cut.
+        excluded: The others.
+        candidates: The groups with their scores and allowed widths.
+        targets: What is to be met.
+    """
+
+    trunk: Trunk
+    groups: dict[str, ChannelGroup]
+    excluded: list[Exclusion]
+    candidates: list[Candidates]
+    targets: Targets
+
+
+@dataclass(frozen=True)
 class Attempt:
     """A network within the targets.
 
     Attributes:
-        trunk: What its channels were cut from.
+        prepared: What it was cut from.
         model: The slim network.
-        groups: The channel groups of the trunk that may be cut.
-        excluded: The others.
-        targets: What was to be met.
         selection: The channels chosen.
         timed: Whole networks that were timed on the way.
         repairs: What was tried after the cut.
         damage: Group -> the estimated damage of its width.
     """
 
-    trunk: Trunk
+    prepared: Prepared
     model: TorchModel
-    groups: dict[str, ChannelGroup]
-    excluded: list[Exclusion]
-    targets: Targets
     selection: Selection
     timed: list[TimedChoice]
     repairs: list[Record]
     damage: dict[str, float]
+
+    @property
+    def removed_blocks(self) -> tuple[str, ...]:
+        """The blocks that are gone."""
+        return self.prepared.trunk.removed
 
 
 class PruneStage:
@@ -103,8 +121,9 @@ class PruneStage:
         if self.config.blocks == "auto":
             best = self._best_attempt(trunks, trials, ctx)
         else:
-            best = self._attempt(self._without_blocks(trunks, self.config.blocks), None, ctx)
-        if not best.selection.removed and not best.trunk.removed:
+            trunk = self._without_blocks(trunks, self.config.blocks)
+            best = self._attempt(self._prepare(trunk, None, ctx), ctx)
+        if not best.selection.removed and not best.removed_blocks:
             asked, reached = self._asked_and_reached(best)
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
             wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
@@ -112,10 +131,10 @@ class PruneStage:
         after = evaluate_top1(best.model.module, ctx.data.validation, progress=ctx.progress)
         record = {
             **self._record(artifact, best),
-            "removed_blocks": list(best.trunk.removed),
+            "removed_blocks": list(best.removed_blocks),
             "block_trials": trials,
-            "repairs": best.trunk.repairs + best.repairs,
-            "excluded": [{"name": item.name, "reason": item.reason} for item in best.excluded],
+            "repairs": best.prepared.trunk.repairs + best.repairs,
+            "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.excluded],
             "validation_top1_before": before,
             "validation_top1_after": after,
         }
@@ -158,17 +177,19 @@ class PruneStage:
         unreachable: BudgetUnreachable | None = None
         for trunk in trunks:
             try:
-                attempt = self._attempt(trunk, latency, ctx)
+                prepared = self._prepare(trunk, latency, ctx)
+                latency = prepared.targets.latency
+                attempt = self._attempt(prepared, ctx)
             except BudgetUnreachable as error:
                 trials.append({"blocks": len(trunk.removed), "loss": None, "reason": error.message})
                 unreachable = unreachable or error
                 continue
-            latency = attempt.targets.latency
             loss = evaluate_loss(attempt.model.module, ctx.data.validation, progress=ctx.progress)
             trials.append({"blocks": len(trunk.removed), "loss": loss, "reason": None})
             ctx.progress.note(f"{len(trunk.removed)} blocks removed: validation loss {loss:.4f} within the budget")
-            rises = 0 if loss < best_loss else rises + 1
-            if best is None or loss < best_loss:
+            is_better = best is None or loss < best_loss or (math.isnan(best_loss) and not math.isnan(loss))
+            rises = 0 if is_better else rises + 1
+            if is_better:
                 best, best_loss = attempt, loss
             if rises == PATIENCE or not attempt.selection.removed:
                 break
@@ -176,23 +197,29 @@ class PruneStage:
             raise unreachable or InternalError("No number of blocks was tried.")
         return best
 
-    def _attempt(self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext) -> Attempt:
-        """Cut channels until the targets are met, and repair.
+    def _prepare(self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext) -> Prepared:
+        """Find what can be cut and what it costs.
 
         Args:
             trunk: The network, perhaps without some blocks.
             latency: Of the same network with more blocks; its table is used where it covers this one.
             ctx: Surroundings.
         """
-        example, module = example_input(trunk.model.signature), trunk.model.module
-        groups, excluded = self._find_groups(module, example, ctx.progress)
+        module = trunk.model.module
+        groups, excluded = self._find_groups(module, example_input(trunk.model.signature), ctx.progress)
         candidates = self._score(module, groups, ctx)
         targets = self._targets(trunk.model, groups, candidates, latency, ctx)
-        selection, timed = self._select(groups, candidates, targets, ctx.progress)
+        return Prepared(trunk, groups, excluded, candidates, targets)
+
+    def _attempt(self, prepared: Prepared, ctx: StageContext) -> Attempt:
+        """Cut channels until the targets are met, and repair."""
+        trunk, groups, candidates = prepared.trunk, prepared.groups, prepared.candidates
+        example, module = example_input(trunk.model.signature), trunk.model.module
+        selection, timed = self._select(groups, candidates, prepared.targets, ctx.progress)
         damage = {
             one.name: float(one.damages[list(one.levels).index(selection.widths[one.name])]) for one in candidates
         }
-        attempt = Attempt(trunk, trunk.model, groups, excluded, targets, selection, timed, [], damage)
+        attempt = Attempt(prepared, trunk.model, selection, timed, [], damage)
         if not selection.removed:
             return attempt
         edit = RemoveChannels(selection.removed)
@@ -286,7 +313,7 @@ class PruneStage:
 
     def _record(self, before: TorchModel, attempt: Attempt) -> Record:
         example = example_input(before.signature)
-        selection, targets, timed = attempt.selection, attempt.targets, attempt.timed
+        selection, targets, timed = attempt.selection, attempt.prepared.targets, attempt.timed
         figures = {
             f"{unit}_{when}": count
             for when, model in (("before", before), ("after", attempt.model))
@@ -313,9 +340,9 @@ class PruneStage:
                     "width_after": selection.widths[name],
                     "damage": attempt.damage[name],
                 }
-                for name, group in attempt.groups.items()
+                for name, group in attempt.prepared.groups.items()
             ],
-            "shortfall": self._shortfall(asked, reached),
+            "shortfall": self._shortfall(asked, reached, bool(attempt.removed_blocks)),
             "latency": None if latency is None else latency_record(latency, selection.widths, timed),
             **figures,
         }
@@ -327,7 +354,7 @@ class PruneStage:
 
     def _asked_and_reached(self, attempt: Attempt) -> tuple[dict[str, float], dict[str, float]]:
         """Return for each target what was asked and what was reached: shares of the baseline, MB or ms."""
-        selection, targets, timed = attempt.selection, attempt.targets, attempt.timed
+        selection, targets, timed = attempt.selection, attempt.prepared.targets, attempt.timed
         asked, reached = self.config.target.given(), targets.reached(selection.widths)
         if targets.latency is not None:
             chosen = [choice.ratio for choice in timed if choice.widths == selection.widths]
@@ -337,7 +364,7 @@ class PruneStage:
             reached["size_mb"] = targets.size_mb(selection.widths)
         return asked, {name: reached[name] for name in asked}
 
-    def _shortfall(self, asked: Mapping[str, float], reached: Mapping[str, float]) -> str | None:
+    def _shortfall(self, asked: Mapping[str, float], reached: Mapping[str, float], has_removed: bool) -> str | None:
         """Say so when no target is used up as nearly as it should be; None when one is and none is exceeded."""
         misses = {name: reached[name] / asked[name] - 1 for name in asked}
         tolerance = {name: LATENCY_WITHIN if name.startswith("latency") else MET_WITHIN for name in asked}
@@ -349,15 +376,15 @@ class PruneStage:
         return (
             f"asked for {asked[name]:.4f} {UNITS[name]}, reached {reached[name]:.4f}: the widths that the "
             f"ranking and the limits allow (multiples of {self.config.multiple_of} where groups are wide enough"
-            f"{', blocks removed first' if self.config.blocks else ''}) come no nearer"
+            f"{', blocks removed first' if has_removed else ''}) come no nearer"
         )
 
     def _say(self, record: Record, attempt: Attempt, progress: Progress) -> None:
         if record["shortfall"] is not None:
             progress.note(f"target: {record['shortfall']}")
-        cut, removed = len(attempt.selection.removed), len(attempt.trunk.removed)
+        cut, removed = len(attempt.selection.removed), len(attempt.removed_blocks)
         progress.note(
-            f"{cut} of {len(attempt.groups)} channel groups cut, {removed} blocks removed: "
+            f"{cut} of {len(attempt.prepared.groups)} channel groups cut, {removed} blocks removed: "
             f"{record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
         )
 

@@ -129,6 +129,11 @@ def rank_latency(
         BudgetUnreachable: No layer gets cheaper at any error.
         ModelError, RuntimeUnavailable: The network cannot be timed.
     """
+    if not any(choice.scheme for choice in choose_ranks(spectra, 1.0, multiple_of)):
+        raise BudgetUnreachable(
+            f"At least one layer must get cheaper by factorisation, none of {len(spectra)} does at any rank.",
+            hint="Lower multiple_of, allow more schemes, exclude fewer layers, or leave the stage out.",
+        )
     dense_macs = sum(layer.macs for layer in spectra)
     least = solve_relative_error(spectra, 0, dense_macs - 1, multiple_of)
     errors = np.linspace(least, max(least, LARGEST_ERROR), ERRORS)

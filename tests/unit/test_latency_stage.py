@@ -283,6 +283,18 @@ def test_a_table_serves_fewer_blocks_too(ctx, tmp_path, monkeypatch):
     assert record["reached"]["latency"] <= 0.5 * 1.03
 
 
+def test_blocks_that_are_tried_share_a_table_even_after_a_target_was_missed(ctx, tmp_path, monkeypatch):
+    profile_by_macs(monkeypatch)
+    asked = []
+    profile = latency.profile_models
+    monkeypatch.setattr(latency, "profile_models", lambda *args: asked.append(args) or profile(*args))
+    limits = {"multiple_of": 2, "score_images": 16, "max_removed_ratio": 0.1, "blocks": "auto"}
+    config = PruneConfig(stage="prune", target=TargetConfig(latency=0.75), **limits)
+    _, record = PruneStage(config).run(_model("residual", tmp_path), ctx)
+    assert record["block_trials"][0]["loss"] is None, "channels alone do not meet it"
+    assert len(asked) < len(record["block_trials"])
+
+
 def test_a_network_timed_as_a_whole_takes_time(ctx):
     model = _latency_model("chain", ctx)
     assert 0 < model.time_ratio({"body.0.0": 8}) < 10
@@ -345,6 +357,8 @@ def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
         _low_rank(model, ctx, target=RankTargetConfig(latency=0.01))
     with pytest.raises(StageError, match="there is nothing to factorise"):
         _low_rank(model, ctx, target=RankTargetConfig(latency=1.0))
+    with pytest.raises(BudgetUnreachable, match="none of 0 does at any rank"):
+        rank_latency.rank_latency(model, [], 1, DEPLOY, ctx)
     foreign = replace(ctx, deploy=replace_config(table="device.json", accept_foreign_table=True))
     with pytest.raises(ConfigValueError, match="must measure on this machine"):
         _low_rank(model, foreign, target=RankTargetConfig(latency=0.7))

@@ -330,3 +330,80 @@ def test_call_order_is_that_of_the_calls_and_leaves_out_what_is_called_twice():
             return self.a(self.c(self.b(self.c(x))))
 
     assert call_order(Twice(), ["a", "b", "c", "d"], torch.zeros(1, 4)) == ["b", "a"]
+
+
+def test_a_reader_that_gets_nothing_but_zeros_is_left_alone():
+    torch.manual_seed(0)
+    module = _Dead().eval()
+    slim, readers = _cut(module, "a", (0, 1))
+    before = copy.deepcopy(slim.state_dict())
+    assert _refit(slim, module, readers, {}, _split()) == ("b",)
+    assert all(torch.equal(value, before[name]) for name, value in slim.state_dict().items())
+
+
+class _Dead(nn.Module):
+    """A branch that gives zeros on every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.a.weight.zero_()
+            self.a.bias.fill_(-1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.b(torch.relu(self.a(x))) + self.c(x)).mean((2, 3)))
+
+
+def test_bias_folding_knows_the_outputs_of_a_transposed_convolution():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2), nn.Flatten(), nn.Linear(8 * 225, 4)
+    ).eval()
+    slim, readers = _cut(module, "0", (0, 5))
+    assert fold_means(Comparison(slim, module, frozenset(readers), {}, _split()), SILENT) == ("2",)
+    images = _all_images(_split())
+    assert torch.allclose(
+        _channel_means(_outputs(slim, "2", images)), _channel_means(_outputs(module, "2", images)), atol=1e-5
+    )
+
+
+class _PreActivation(nn.Module):
+    """Norms that read sums, a norm beside another reader, and one that reads a layer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 3, 1, 1) for _ in range(4))
+        self.of_sum, self.beside, self.alone = (nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(x)
+        y += x
+        z = self.a(self.of_sum(y))
+        z = self.c(z) + self.beside(z)
+        return self.alone(self.d(z))
+
+
+def test_a_norm_follows_a_layer_only_where_nothing_else_reads_it():
+    network = _PreActivation().eval()
+    assert following_norms(network, BATCH_NORMS, torch.randn(1, 4, 5, 5)) == {"d": "alone"}
+
+
+def test_a_network_that_catches_exceptions_does_not_hold_up_the_end():
+    class Catching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                x = self.first(x)
+            except Exception:
+                x = x + 1
+            return self.second(x)
+
+    threads = threading.active_count()
+    with Lockstep(Catching(), ["first", "second"], [torch.zeros(1, 4)], "after") as passes:
+        list(passes.reach("first"))
+    assert threading.active_count() == threads

@@ -1,5 +1,7 @@
 """Zero-padded shortcuts become convolutions that compute the same; what only looks like one is left alone."""
 
+from dataclasses import replace
+
 import nets
 import numpy as np
 import onnx
@@ -12,12 +14,13 @@ from torch import Tensor, nn
 
 import compress.exporting.rewrite as rewrite
 import compress.stages.exporting as exporting
+from compress.config.schema import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.onnx_graph import count_onnx
 from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
-from compress.errors import InternalError
+from compress.errors import ConfigValueError, InternalError
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import SilentProgress
 from compress.stages.context import StageContext
@@ -163,7 +166,7 @@ def ctx(tmp_path):
     return StageContext(tmp_path, 0, type("Data", (), {"calibration": split}), SilentProgress())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("ratio", "is_kept"), [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize(("ratio", "is_kept"), [(0.9, True), (0.99, False), (1.1, False)])
 def test_a_rewrite_is_kept_where_it_measures_faster(network, tmp_path, ctx, monkeypatch, ratio, is_kept):
     path = tmp_path / "baseline.onnx"
     export_onnx(network, SIGNATURE, path, opset=18)
@@ -195,4 +198,13 @@ def test_real_calls_give_a_ratio(network, tmp_path, ctx):
     export_onnx(network, SIGNATURE, path, opset=18)
     (record,) = exporting.try_rewrites(path, SIGNATURE, "measured", ctx)
     assert 0.01 < record["speedup"] < 100
-    assert record["is_kept"] == (record["speedup"] > 1)
+    assert record["is_kept"] == (record["speedup"] > exporting.WORTH_IT)
+
+
+def test_nothing_is_measured_for_another_machine(network, tmp_path, ctx):
+    path = tmp_path / "baseline.onnx"
+    export_onnx(network, SIGNATURE, path, opset=18)
+    foreign = replace(ctx, deploy=DeployConfig(table="device.json", accept_foreign_table=True))
+    with pytest.raises(ConfigValueError, match="rewrites must be always or never with a table of another machine"):
+        exporting.try_rewrites(path, SIGNATURE, "measured", foreign)
+    assert exporting.try_rewrites(path, SIGNATURE, "always", foreign)[0]["is_kept"]

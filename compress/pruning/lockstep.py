@@ -11,7 +11,7 @@ each layer would cost one per layer.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -148,6 +148,23 @@ class Lockstep:
             self._running.wait(self._names[layer], tensor)
 
 
+def run_watched(network: nn.Module, images: Tensor, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+    """Run a network once without gradients, each of its parts given watched by a forward hook.
+
+    Args:
+        network: In eval mode.
+        images: (N, C, H, W).
+        hooks: Part -> what is called with the part, its inputs and its output.
+    """
+    handles = [part.register_forward_hook(hook) for part, hook in hooks.items()]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def call_order(network: nn.Module, layers: Iterable[str], images: Tensor) -> list[str]:
     """Return the layers that a forward pass calls exactly once, in the order of the calls.
 
@@ -158,15 +175,7 @@ def call_order(network: nn.Module, layers: Iterable[str], images: Tensor) -> lis
     """
     names = {network.get_submodule(name): name for name in layers}
     called: list[str] = []
-    handles = [
-        layer.register_forward_hook(lambda part, _inputs, _output: called.append(names[part])) for layer in names
-    ]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(network, images, {part: lambda part, *_: called.append(names[part]) for part in names})
     return [name for name in called if called.count(name) == 1]
 
 
@@ -196,12 +205,6 @@ def following_norms(network: nn.Module, norms: tuple[type[nn.Module], ...], imag
 
         return hook
 
-    leaves = [(name, part) for name, part in network.named_modules() if not any(part.children())]
-    handles = [part.register_forward_hook(watch(name)) for name, part in leaves]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    leaves = {part: watch(name) for name, part in network.named_modules() if not any(part.children())}
+    run_watched(network, images, leaves)
     return {layer: found[0] for layer, found in readers.items() if len(found) == 1 and found[0]}

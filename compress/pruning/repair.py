@@ -20,7 +20,7 @@ from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
 from compress.errors import DataError
 from compress.progress import Progress
-from compress.pruning.lockstep import Lockstep, call_order, following_norms
+from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _BATCH = 128
@@ -235,12 +235,7 @@ def _live_bytes(network: nn.Module, example: Tensor) -> int:
         tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
         most = max(most, 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
-    handles = [part.register_forward_hook(watch) for part in network.modules() if not any(part.children())]
-    try:
-        network(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(network, example, {part: watch for part in network.modules() if not any(part.children())})
     return max(most, 1)
 
 

@@ -1,6 +1,6 @@
 """What does each node of several models take, and each model as a whole, next to one reference?
 
-Models are timed a few at a time, in turn with the reference, node by node and (in another session, without the clock
+Models are timed TOGETHER at a time, in turn with the reference, node by node and (in another session, without the clock
 inside) as a whole. What the reference took in the same rounds says how fast the machine was just then.
 """
 

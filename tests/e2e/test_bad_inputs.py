@@ -319,7 +319,7 @@ def test_a_second_prune_with_the_same_target(plain: World) -> None:
         plain,
         values,
         3,
-        "Stage 'prune' (3 of 5): Target macs 0.6 must remove something, but the network already has 0.5",
+        "Stage 'prune' (3 of 5): Target macs 0.6 must remove something, but the network already has 0.592",
     )
 
 

@@ -33,7 +33,7 @@ from compress.pruning.graph import find_cuttable
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.latency import model_latency
-from compress.stages.prune import TIMED_LEVELS
+from compress.stages.prune import MEASURED_LEVELS
 
 CIFAR = f"{Path(__file__).parents[1] / 'models' / 'cifar_resnet' / 'model.py'}:resnet"
 NETWORKS = {
@@ -73,7 +73,8 @@ def measure(name: str, variants: int, seed: int, folder: Path, progress: Progres
 
     groups, _ = find_cuttable(module, example)
     levels = {
-        group: width_levels(one.width, one.parts, Limits(multiple_of=8), TIMED_LEVELS) for group, one in groups.items()
+        name: width_levels(group.width, group.parts, Limits(multiple_of=8), MEASURED_LEVELS)
+        for name, group in groups.items()
     }
     started = time.perf_counter()
     macs = build_cost(module, example, groups, "macs").at

@@ -36,7 +36,7 @@ STAGES: dict[str, StageEntry] = {
     for entry in (
         StageEntry("load", "compress.stages.load:LoadStage", 2, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
-        StageEntry("prune", "compress.stages.prune:PruneStage", 2, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("prune", "compress.stages.prune:PruneStage", 3, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 2, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
@@ -66,6 +66,11 @@ CRITERIA.declare(
 )
 CRITERIA.declare(
     "taylor", "compress.pruning.criteria.taylor:Taylor", "estimated change of the loss when a channel is gated off"
+)
+CRITERIA.declare(
+    "reconstruction",
+    "compress.pruning.criteria.reconstruction:Reconstruction",
+    "taylor for the widths; the channels that refitted readers miss least go first",
 )
 CRITERIA.declare("random", "compress.pruning.criteria.random:Random", "seeded random numbers, to compare with")
 

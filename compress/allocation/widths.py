@@ -1,8 +1,8 @@
 """How wide does each channel group become under one or several budgets?
 
-Pure arithmetic: scores and costs in, widths out. A width's damage is the squared sum of the scores of the channels that
-go, so that a group is the dearer to narrow the more of it is gone; the knapsack chooses widths with the least damage
-in all. Floors and caps always hold, and no budget is exceeded.
+Pure arithmetic: scores and costs in, widths out. A width's damage, unless it was measured, is the squared sum of the
+lowest scores, as many as channels go, so that a group is the dearer to narrow the more of it is gone; the knapsack
+chooses widths with the least damage in all. Floors and caps always hold, and no budget is exceeded.
 """
 
 import math
@@ -27,12 +27,16 @@ class Candidates:
         scores: (U,) float64, one for each unit that can be removed; larger = keep.
         channels_per_unit: Channels that go with each unit.
         levels: Allowed widths in channels, ascending; the last is the full width.
+        order: (U,) int64, units in the order in which they go; None for the lowest scores first.
+        measured: (levels,) float64 >= 0, the damage of each width where it was measured.
     """
 
     name: str
     scores: np.ndarray
     channels_per_unit: int
     levels: tuple[int, ...]
+    order: np.ndarray | None = None
+    measured: np.ndarray | None = None
 
     @property
     def full(self) -> int:
@@ -41,15 +45,19 @@ class Candidates:
 
     @property
     def damages(self) -> np.ndarray:
-        """(levels,) the squared sum of the scores of what goes at each level; 0 at the full width."""
+        """(levels,) as measured, or the squared sum of as many of the lowest scores as go; 0 at the full width."""
+        if self.measured is not None:
+            return self.measured
         lost = np.append(0.0, np.cumsum(np.sort(self.scores)))
         gone = (self.full - np.asarray(self.levels)) // self.channels_per_unit
         return np.asarray(np.maximum(lost[gone], 0.0) ** 2)
 
     def removed_units(self, width: int) -> tuple[int, ...]:
-        """Return the units that go at `width`: the lowest scores, the later position first among equals."""
+        """Return the units that go at `width`; by scores the lowest, the later position first among equals."""
         gone = (self.full - width) // self.channels_per_unit
-        order = np.lexsort((-np.arange(len(self.scores)), self.scores))
+        order = self.order
+        if order is None:
+            order = np.lexsort((-np.arange(len(self.scores)), self.scores))
         return tuple(sorted(int(unit) for unit in order[:gone]))
 
 

@@ -224,7 +224,10 @@ class PruneConfig(Section):
 
     stage: Literal["prune"]
     target: TargetConfig
-    criterion: Annotated[str, _registered(CRITERIA)] = Field("taylor", description="how channels are scored")
+    criterion: Annotated[str, _registered(CRITERIA)] = Field("reconstruction", description="how channels are ranked")
+    damage: Literal["scores", "sensitivity"] = Field(
+        "scores", description="what narrowing a group costs: by its scores, or the loss measured at each width"
+    )
     allocation: Literal["global", "uniform"] = Field(
         "global", description="one ranking over all groups, or the same removed share in each"
     )

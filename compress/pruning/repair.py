@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
@@ -21,13 +20,12 @@ from compress.data.batches import Split, evaluation_batches
 from compress.errors import DataError
 from compress.progress import Progress
 from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
+from compress.pruning.regression import RIDGE, is_refittable, positions_needed, regression_rows
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _BATCH = 128
 _PASS_BATCH, _REFIT_IMAGES = 32, 512
 _LIVE_BYTES = 2 * 10**9
-_ROWS_PER_UNKNOWN, _FEWEST_POSITIONS = 4, 32
-_RIDGE = 1e-4
 
 
 def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
@@ -112,7 +110,7 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
     slim, original = comparison.slim, comparison.original
     with torch.no_grad(), eval_mode(slim), eval_mode(original):
         batches = _batches(comparison)
-        readers = [reader for reader in _readers(comparison, batches[0][:1]) if _is_refittable(reader.layer)]
+        readers = [reader for reader in _readers(comparison, batches[0][:1]) if is_refittable(reader.layer)]
         names = tuple(reader.name for reader in readers)
         with (
             progress.task("least squares", len(readers)) as task,
@@ -124,6 +122,14 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
                 _refit(reader, pairs, sum(map(len, batches)))
                 task.advance()
     return names
+
+
+def add_constant(layer: nn.Module, norm: nn.Module | None, constant: Tensor) -> None:
+    """Add a constant, (outputs,), to what a layer gives: to its bias, or off the mean the norm behind subtracts."""
+    if isinstance(getattr(layer, "bias", None), Tensor):
+        layer.bias.add_(constant)  # type: ignore[union-attr,operator]
+    elif norm is not None:
+        norm.running_mean.sub_(constant)  # type: ignore[union-attr,operator]
 
 
 def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
@@ -192,11 +198,8 @@ class _Reader:
         return outputs[:, self.kept] + self.moved
 
     def shift(self, constant: Tensor) -> None:
-        """Add a constant, (outputs,), to what is left of the layer: to its bias, or off the mean the norm subtracts."""
-        if self.has_bias:
-            self.layer.bias.add_(constant)  # type: ignore[union-attr,operator]
-        elif self.norm is not None:
-            self.norm.running_mean.sub_(constant)  # type: ignore[union-attr,operator]
+        """Add a constant, (outputs,), to what the layer gives."""
+        add_constant(self.layer, self.norm, constant)
 
 
 def _batches(comparison: Comparison) -> list[Tensor]:
@@ -239,12 +242,6 @@ def _live_bytes(network: nn.Module, example: Tensor) -> int:
     return max(most, 1)
 
 
-def _is_refittable(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
-
-
 def _refit(reader: _Reader, pairs: Iterable[tuple[Tensor, Tensor]], images: int) -> None:
     layer = reader.layer
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
@@ -253,16 +250,16 @@ def _refit(reader: _Reader, pairs: Iterable[tuple[Tensor, Tensor]], images: int)
     if reader.has_intercept:
         old = torch.cat([old, torch.zeros(1, len(reader.kept)) if layer.bias is None else layer.bias[None]])
     unknowns, outputs = old.shape
-    positions = max(_FEWEST_POSITIONS, -(-_ROWS_PER_UNKNOWN * unknowns // images))
+    positions = positions_needed(unknowns, images)
     gram = torch.zeros(unknowns, unknowns, dtype=torch.float64)
     cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
     for inputs, target in pairs:
-        x, y = _regression_rows(layer, inputs, target, positions, generator)
+        x, y = regression_rows(layer, inputs, target, positions, generator)
         if reader.has_intercept:
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
         gram += (x.T @ x).double()
         cross += (x.T @ reader.wanted(y)).double()
-    ridge = _RIDGE * gram.diagonal().mean()
+    ridge = RIDGE * gram.diagonal().mean()
     regularised = gram + ridge * torch.eye(unknowns, dtype=torch.float64)
     result, info = torch.linalg.solve_ex(regularised, cross + ridge * old.double())
     solution = result.float()
@@ -272,28 +269,6 @@ def _refit(reader: _Reader, pairs: Iterable[tuple[Tensor, Tensor]], images: int)
         reader.shift(solution[-1] - old[-1])
         solution = solution[:-1]
     layer.weight.copy_(solution.T.reshape(layer.weight.shape))
-
-
-def _regression_rows(
-    layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, positions: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return (rows, inputs * kernel) and (rows, outputs), at the same places in every image."""
-    if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
-    width = outputs.shape[3]
-    chosen = torch.randperm(outputs.shape[2] * width, generator=generator)[:positions]
-    rows, columns = chosen // width, chosen % width
-    return _patches(layer, inputs, rows, columns), outputs[:, :, rows, columns].transpose(1, 2).flatten(0, 1)
-
-
-def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return what a convolution reads for the outputs at (rows, columns): (N * positions, inputs * kernel)."""
-    vertical, horizontal = (int(padding) for padding in layer.padding)
-    padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical))
-    offsets = [torch.arange(size) * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
-    down = (rows[:, None] * layer.stride[0] + offsets[0])[:, :, None]
-    across = (columns[:, None] * layer.stride[1] + offsets[1])[:, None, :]
-    return padded[:, :, down, across].transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _mean_output(layer: nn.Module, outputs: Iterable[Tensor]) -> Tensor:

@@ -13,16 +13,18 @@ from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.catalog import CRITERIA
 from compress.config.schema import PruneConfig
-from compress.cost.macs import count_macs, count_params
+from compress.cost.macs import count_macs, count_params, eval_mode
 from compress.cost.table_file import TableFile
 from compress.data.batches import Batch, Split, evaluation_batches
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress, Task
 from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
+from compress.pruning.elimination import reader_statistics, removal_order
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
 from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
+from compress.pruning.sensitivity import Sensitivity, damages
 from compress.pruning.surgery import remove_channels
 from compress.recipe import RemoveChannels
 from compress.registry import closest
@@ -34,14 +36,15 @@ from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record, meet_latency
 from compress.stages.repairing import Repair, apply_repairs, batch_norm_repair
 from compress.stages.trunks import Trunk, shorten
-from compress.training.evaluate import evaluate_loss, evaluate_top1
+from compress.training.evaluate import evaluate_loss, evaluate_top1, image_losses
 from compress.verification.measuring import existing_bytes
 
 Groups = Mapping[str, ChannelGroup]
 
 SCORE_BATCH, SCORE_IMAGES_EACH = 64, 8
+SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
-TIMED_LEVELS = 8
+MEASURED_LEVELS = 8
 CUT_TOLERANCE = 1e-3
 PATIENCE = 2
 UNITS = {
@@ -152,7 +155,7 @@ class PruneStage:
         trunk = self._without_blocks(trunks, blocks).model
         groups, _ = self._find_groups(trunk.module, example_input(artifact.signature), ctx.progress)
         unscored = {name: torch.zeros(group.width) for name, group in groups.items()}
-        candidates = find_candidates(groups, unscored, self.limits, True, TIMED_LEVELS)
+        candidates = find_candidates(groups, unscored, self.limits, True, MEASURED_LEVELS)
         targets = self._targets(trunk, groups, candidates, None, ctx)
         if targets.latency is None:
             raise InternalError("A stage without a latency target was asked for a latency table.")
@@ -207,7 +210,7 @@ class PruneStage:
         """
         module = trunk.model.module
         groups, excluded = self._find_groups(module, example_input(trunk.model.signature), ctx.progress)
-        candidates = self._score(module, groups, ctx)
+        candidates = self._score(trunk, groups, ctx)
         targets = self._targets(trunk.model, groups, candidates, latency, ctx)
         return Prepared(trunk, groups, excluded, candidates, targets)
 
@@ -242,9 +245,9 @@ class PruneStage:
         excluded += [Exclusion(name, "excluded by the pipeline file", expected=True) for name in chosen]
         return {name: group for name, group in groups.items() if name not in chosen}, excluded
 
-    def _score(self, module: nn.Module, groups: Groups, ctx: StageContext) -> list[Candidates]:
+    def _score(self, trunk: Trunk, groups: Groups, ctx: StageContext) -> list[Candidates]:
         """Return the groups with their scores and allowed widths."""
-        config = self.config
+        config, module = self.config, trunk.model.module
         criterion = CRITERIA.get(config.criterion)(seed=ctx.seed)
         stats = None
         if criterion.needs_gradients:
@@ -253,8 +256,60 @@ class PruneStage:
                 batches = _counted(evaluation_batches(split, SCORE_BATCH), task)
                 stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH)
         scores = score_groups(groups, criterion, stats)
-        levels_at_most = TIMED_LEVELS if config.target.needs_latency else None
-        return find_candidates(groups, scores, self.limits, criterion.comparable, levels_at_most)
+        is_measured = config.target.needs_latency or config.damage == "sensitivity"
+        found = find_candidates(
+            groups, scores, self.limits, criterion.comparable, MEASURED_LEVELS if is_measured else None
+        )
+        by_name = {one.name: one for one in found}
+        orders_by_refit = getattr(criterion, "orders_by_refit", False)
+        if orders_by_refit or config.damage == "sensitivity":
+            by_name |= self._look_closer(trunk, groups, by_name, orders_by_refit, ctx)
+        return list(by_name.values())
+
+    def _look_closer(
+        self,
+        trunk: Trunk,
+        groups: Groups,
+        candidates: Mapping[str, Candidates],
+        orders_by_refit: bool,
+        ctx: StageContext,
+    ) -> dict[str, Candidates]:
+        """Return groups with the order in which their channels go, and the measured damage where that is asked for."""
+        module, found = trunk.model.module, dict(candidates)
+        split = ctx.data.calibration.first(self.config.score_images)
+        sensitivity = self._sensitivity(trunk, ctx) if self.config.damage == "sensitivity" else None
+        refits = orders_by_refit or "least_squares" in self.config.repair
+        for names, stats in reader_statistics(module, groups, split, ctx.progress) if refits else ():
+            with ctx.progress.task("order of channels", len(names)) as task:
+                for name in names:
+                    one = found[name]
+                    if orders_by_refit:
+                        order = removal_order(groups[name], stats, (one.full - one.levels[0]) // one.channels_per_unit)
+                        found[name] = one = replace(one, order=order)
+                    if sensitivity is not None:
+                        found[name] = replace(one, measured=damages(sensitivity.rises(groups[name], one, stats)))
+                    task.advance()
+        for name, one in found.items():
+            if sensitivity is not None and one.measured is None:
+                found[name] = replace(one, measured=damages(sensitivity.rises(groups[name], one, None)))
+        return found
+
+    def _sensitivity(self, trunk: Trunk, ctx: StageContext) -> Sensitivity:
+        """Return what measures damages, on images of the validation split."""
+        module, example = trunk.model.module, example_input(trunk.model.signature)
+        split = ctx.data.validation.first(self.config.score_images)
+        with torch.no_grad(), eval_mode(module):
+            classes = module(example).shape[1]
+        return Sensitivity(
+            module,
+            lambda network: image_losses(network, split),
+            math.log(classes),
+            batch_norm_repair(ctx)[1],
+            example,
+            ctx.folder / SENSITIVITY_FILE,
+            "+".join(trunk.removed),
+            ctx.progress,
+        )
 
     def _targets(
         self,

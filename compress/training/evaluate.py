@@ -30,7 +30,6 @@ def evaluate_top1(module: nn.Module, split: Split, batch_size: int = 256, progre
     return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs) / len(split)
 
 
-@torch.no_grad()
 def evaluate_loss(module: nn.Module, split: Split, batch_size: int = 256, progress: Progress | None = None) -> float:
     """Return the mean cross-entropy in nats.
 
@@ -43,8 +42,24 @@ def evaluate_loss(module: nn.Module, split: Split, batch_size: int = 256, progre
     Raises:
         As `evaluate_top1`.
     """
+    return float(image_losses(module, split, batch_size, progress).mean())
+
+
+@torch.no_grad()
+def image_losses(module: nn.Module, split: Split, batch_size: int = 256, progress: Progress | None = None) -> Tensor:
+    """Return (N,) float64 the cross-entropy of each image, in nats.
+
+    Args:
+        module: Classifier with (N, K) outputs; its training flags are restored.
+        split: At least one image.
+        batch_size: Images at once.
+        progress: Told about each batch.
+
+    Raises:
+        As `evaluate_top1`.
+    """
     outputs = _outputs(module, split, batch_size, progress, "loss")
-    return sum(float(F.cross_entropy(logits, labels, reduction="sum")) for logits, labels in outputs) / len(split)
+    return torch.cat([F.cross_entropy(logits.double(), labels, reduction="none") for logits, labels in outputs])
 
 
 def _outputs(

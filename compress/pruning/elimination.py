@@ -1,0 +1,216 @@
+"""In which order should a group's channels go, when the layers that read them are refitted afterwards?
+
+    statistics   one pass over images: for each reading layer the Gram matrix of what it reads
+    elimination  take away the channel whose loss the readers, refitted, make up for best; update; repeat
+    refit        the same matrices give the readers' best weights for any set of channels that is left
+
+A score of its own for each channel cannot know that one channel can be rebuilt from the others; this does.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.data.batches import Split, evaluation_batches
+from compress.progress import Progress
+from compress.pruning.graph import ChannelGroup, Member
+from compress.pruning.lockstep import call_order, run_watched
+from compress.pruning.regression import RIDGE, is_refittable, positions_needed, regression_rows
+
+_BATCH = 64
+_MOST_UNKNOWNS = 5000
+_GRAM_BYTES = 2 * 10**9
+_ROUNDS = 64
+
+
+@dataclass(frozen=True)
+class ReaderStats:
+    """A layer that reads channels, and what it reads.
+
+    Attributes:
+        layer: Module path.
+        gram: (n + 1, n + 1) float64, second moments of what it reads, an always-1 last.
+        weight: (outputs, n + 1) float64, its weights, its bias last.
+        energy: Mean square of its outputs, summed over them, their means taken off.
+    """
+
+    layer: str
+    gram: Tensor
+    weight: Tensor
+    energy: float
+
+    def refit(self, gone: Tensor) -> Tensor:
+        """Return the (outputs, n + 1) weights that, zero at inputs `gone`, come nearest to the old outputs."""
+        left = torch.ones(len(self.gram), dtype=torch.bool)
+        left[gone] = False
+        found = torch.linalg.solve(self.gram[left][:, left], self.gram[left] @ self.weight.T)
+        weight = torch.zeros_like(self.weight)
+        weight[:, left] = found.T
+        return weight
+
+
+Bulk = tuple[list[str], dict[str, ReaderStats]]
+
+
+def reader_statistics(
+    module: nn.Module, groups: Mapping[str, ChannelGroup], split: Split, progress: Progress
+) -> Iterator[Bulk]:
+    """Give groups whose readers can all be refitted, with the statistics of those readers, as many as memory allows.
+
+    Args:
+        module: The network the groups belong to.
+        groups: Groups that may be cut; those that another kind of layer reads are left out.
+        split: Images to look at; labels are not used.
+        progress: Told about each batch.
+    """
+    example = next(evaluation_batches(split.first(1), 1))[0]
+    names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
+    with eval_mode(module):
+        once = set(call_order(module, names, example))
+    eligible = {n: g for n, g in groups.items() if g.readers and all(r.layer in once for r in g.readers)}
+    for bulk in _bulks(eligible):
+        readers = {reader.layer: reader.module for name in bulk for reader in eligible[name].readers}
+        yield bulk, _collect(module, readers, split, progress)
+
+
+def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> np.ndarray:
+    """Return the units of a group, first to go first.
+
+    Args:
+        group: C channels in `parts` equal parts; a unit is one channel of each part.
+        stats: For each of its readers.
+        most: Units that may go; the order of the others is arbitrary.
+
+    Returns:
+        (C / parts,) int64.
+
+    Source: removal with update by the inverse Hessian (Hassibi and Stork 1992, "Optimal Brain Surgeon"), with whole
+        columns of a layer as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089, section 3.1; summed over all layers
+        that read a channel, each relative to the energy of its outputs.
+    """
+    count = group.width // group.parts
+    readers = [_Eliminated(stats[reader.layer], unit_inputs(group, reader)) for reader in group.readers]
+    order: list[int] = []
+    alive = np.ones(count, dtype=bool)
+    at_once = max(1, most // _ROUNDS)
+    while len(order) < most:
+        losses = sum((reader.losses() for reader in readers), start=torch.zeros(count, dtype=torch.float64)).numpy()
+        losses[~alive] = np.inf
+        chosen = np.argsort(losses, kind="stable")[: min(at_once, most - len(order))]
+        for reader in readers:
+            reader.remove(torch.from_numpy(chosen))
+        alive[chosen] = False
+        order += chosen.tolist()
+    return np.asarray(order + np.flatnonzero(alive).tolist(), dtype=np.int64)
+
+
+def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:
+    """Return (units, n) which of a reader's unknowns belong to each unit of a group."""
+    layer = reader.module
+    cells = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
+    stride = group.width // group.parts
+    slots = torch.stack([reader.slots[reader.channels % stride == unit] for unit in range(stride)])
+    return (slots[:, :, None] * cells + torch.arange(cells)).flatten(1)
+
+
+class _Eliminated:
+    """One reader while channels are taken away from it.
+
+    Args:
+        stats: Its statistics.
+        inputs: (units, n) unknowns of each unit.
+    """
+
+    def __init__(self, stats: ReaderStats, inputs: Tensor) -> None:
+        self.inputs = inputs
+        self.inverse = torch.linalg.inv(stats.gram)
+        self.weight = stats.weight.clone()
+        self.energy = max(stats.energy, 1e-12)
+
+    def losses(self) -> Tensor:
+        """Return (units,) what taking away each unit adds to the squared error of the outputs, over their energy."""
+        blocks = self.inverse[self.inputs[:, :, None], self.inputs[:, None, :]]
+        columns = self.weight[:, self.inputs].permute(1, 2, 0)  # units, n, outputs
+        solved = torch.linalg.solve(blocks, columns)
+        losses: Tensor = (columns * solved).sum((1, 2)) / self.energy
+        return losses
+
+    def remove(self, units: Tensor) -> None:
+        """Take units away: the rest takes over what it can."""
+        gone = self.inputs[units].flatten()
+        factor = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
+        self.weight -= self.weight[:, gone] @ factor
+        self.inverse -= self.inverse[:, gone] @ factor
+        self.weight[:, gone] = 0.0
+        self.inverse[gone] = 0.0
+        self.inverse[:, gone] = 0.0
+        self.inverse[gone, gone] = 1.0
+
+
+def _is_eligible(group: ChannelGroup, reader: Member) -> bool:
+    """Whether a reader can be refitted at a bearable cost and sees all units of the group alike."""
+    if not is_refittable(reader.module) or _unknowns(reader.module) > _MOST_UNKNOWNS:
+        return False
+    seen = torch.bincount(reader.channels % (group.width // group.parts), minlength=group.width // group.parts)
+    return bool((seen == seen[0]).all())
+
+
+def _unknowns(layer: nn.Module) -> int:
+    """Return the inputs of each output of a layer, and one for the intercept."""
+    return int(layer.weight[0].numel()) + 1  # type: ignore[index,union-attr,operator]
+
+
+def _bulks(groups: Mapping[str, ChannelGroup]) -> Iterator[list[str]]:
+    """Part groups so that the Gram matrices of each part's readers fit into memory."""
+    bulk: list[str] = []
+    sizes: dict[str, int] = {}
+    for name, group in groups.items():
+        needed = {reader.layer: 8 * _unknowns(reader.module) ** 2 for reader in group.readers}
+        if bulk and sum((sizes | needed).values()) > _GRAM_BYTES:
+            yield bulk
+            bulk, sizes = [], {}
+        bulk.append(name)
+        sizes |= needed
+    if bulk:
+        yield bulk
+
+
+def _collect(
+    module: nn.Module, readers: Mapping[str, nn.Module], split: Split, progress: Progress
+) -> dict[str, ReaderStats]:
+    """Run images through the network and return what each reader reads."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {name: _unknowns(layer) for name, layer in readers.items()}
+    grams = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
+    rows = dict.fromkeys(readers, 0)
+
+    def watch(name: str):  # type: ignore[no-untyped-def]
+        def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            positions = positions_needed(sizes[name], len(split))
+            x, _ = regression_rows(layer, inputs[0], output, positions, generator)
+            x = torch.cat([x, torch.ones(len(x), 1)], 1)
+            grams[name] += (x.T @ x).double()
+            rows[name] += len(x)
+
+        return hook
+
+    with eval_mode(module), progress.task("what layers read", len(split)) as task:
+        for images, labels in evaluation_batches(split, _BATCH):
+            run_watched(module, images, {module.get_submodule(name): watch(name) for name in readers})
+            task.advance(len(labels))
+    return {name: _finished(name, readers[name], grams[name] / rows[name]) for name in readers}
+
+
+def _finished(name: str, layer: nn.Module, gram: Tensor) -> ReaderStats:
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    outputs = len(layer.weight)
+    bias = torch.zeros(outputs) if layer.bias is None else layer.bias.detach()
+    weight = torch.cat([layer.weight.detach().flatten(1), bias[:, None]], 1).double()
+    mean = weight @ gram[-1]
+    energy = float(((weight @ gram) * weight).sum() - (mean**2).sum())
+    ridge = RIDGE * gram.diagonal().mean()
+    return ReaderStats(name, gram + ridge * torch.eye(len(gram), dtype=torch.float64), weight, energy)

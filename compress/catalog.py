@@ -38,6 +38,8 @@ STAGES: dict[str, StageEntry] = {
                    "build the network, load its weights, measure the baseline"),
         StageEntry("prune", "compress.stages.prune:PruneStage", 3, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
+        StageEntry("slim", "compress.stages.slim:SlimStage", 1, TORCH_MODEL, TORCH_MODEL, True,
+                   "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 2, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
         StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 1, TORCH_MODEL, TORCH_MODEL, True,

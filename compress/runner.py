@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # imports torch
 
 LOCK_SCHEMA = 1
 WAIT_S = 0.2
-PROFILED = "prune"  # the stage whose latency table can be saved and used elsewhere
+PROFILED = ("prune", "slim")  # the stages whose latency table can be saved and used elsewhere
 T = TypeVar("T")
 
 
@@ -102,22 +102,22 @@ def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) ->
 
 
 def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
-    """Time the variants that the first prune stage with a latency target chooses by; stages before it run as in `run`.
+    """Time the variants that the first stage with a latency target chooses by; stages before it run as in `run`.
 
     Returns:
         The `TableFile`.
 
     Raises:
-        ConfigValueError: No prune stage has a latency target.
+        ConfigValueError: No such stage has a latency target.
         CompressError: As `run`.
     """
     progress = progress or SilentProgress()
     steps = build_steps(pipeline)
-    index = next((step.index for step in steps if step.entry.name == PROFILED and needs_latency(step.config)), None)
+    index = next((step.index for step in steps if step.entry.name in PROFILED and needs_latency(step.config)), None)
     if index is None:
         raise ConfigValueError(
-            f"'{pipeline.path}' must have a {PROFILED} stage with a target of latency or latency_ms to be profiled, it "
-            "has none.",
+            f"'{pipeline.path}' must have a {' or '.join(PROFILED)} stage with a target of latency or latency_ms to be "
+            "profiled, it has none.",
             hint="--set stages.prune.target.latency=0.5",
         )
     folder = runs_dir / pipeline.config.name

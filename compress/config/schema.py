@@ -219,10 +219,9 @@ class TargetConfig(RankTargetConfig):
         return self
 
 
-class PruneConfig(Section):
-    """Remove channels, and residual blocks, down to a budget; then re-estimate batch-norm statistics."""
+class CutConfig(Section):
+    """How channels are chosen and cut down to a budget, and what is repaired afterwards."""
 
-    stage: Literal["prune"]
     target: TargetConfig
     criterion: Annotated[str, _registered(CRITERIA)] = Field("reconstruction", description="how channels are ranked")
     damage: Literal["scores", "sensitivity"] = Field(
@@ -234,9 +233,6 @@ class PruneConfig(Section):
     multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
     min_width: Count = Field(1, description="channels that every group keeps at least")
     max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="cap of each group")
-    blocks: Annotated[int | Literal["auto"], BeforeValidator(_check_blocks)] = Field(
-        0, description="residual blocks to remove first, least damage first; auto tries how many are best"
-    )
     exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
     score_images: Count = Field(512, description="calibration images that criteria look at")
     repair: Annotated[
@@ -247,6 +243,23 @@ class PruneConfig(Section):
     )
 
 
+class PruneConfig(CutConfig):
+    """Remove channels, and residual blocks, down to a budget; then repair without training."""
+
+    stage: Literal["prune"]
+    blocks: Annotated[int | Literal["auto"], BeforeValidator(_check_blocks)] = Field(
+        0, description="residual blocks to remove first, least damage first; auto tries how many are best"
+    )
+
+
+Schemes = Annotated[
+    tuple[Literal["nc", "vh", "tucker2", "svd"], ...],
+    BeforeValidator(_to_tuple),
+    Field(min_length=1, description="schemes to choose from, cheapest wins"),
+]
+SCHEMES: Schemes = ("nc", "vh", "tucker2", "svd")
+
+
 class LowRankConfig(Section):
     """Replace kernels by products of smaller ones (NC, VH, Tucker-2, SVD), where that is cheaper."""
 
@@ -255,9 +268,7 @@ class LowRankConfig(Section):
         None, description="shared bound of the relative kernel error of every layer"
     )
     target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
-    schemes: Annotated[tuple[Literal["nc", "vh", "tucker2", "svd"], ...], BeforeValidator(_to_tuple)] = Field(
-        ("nc", "vh", "tucker2", "svd"), min_length=1, description="schemes to choose from, cheapest wins"
-    )
+    schemes: Schemes = SCHEMES
     multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")
     exclude: Names = Field((), description="layers that stay dense; * matches any text")
 
@@ -276,16 +287,18 @@ class AugmentationConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Learning from the outputs of the untouched network."""
+    """Learning from the outputs of the untouched network, and from its feature maps."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="share of the loss")
     temperature: float = Field(4.0, gt=0, description="divides the logits")
+    features: float = Field(
+        0.0, ge=0, description="weight of the difference between feature maps of the same shape; 0 is off"
+    )
 
 
-class FinetuneConfig(Section):
-    """Train the slim network: SGD with Nesterov momentum, linear warm-up, cosine to zero."""
+class TrainingConfig(Section):
+    """SGD with Nesterov momentum, linear warm-up, cosine to zero."""
 
-    stage: Literal["finetune"]
     epochs: float | None = Field(None, gt=0, description="passes over the training split")
     steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
     batch_size: Count = 128
@@ -298,9 +311,40 @@ class FinetuneConfig(Section):
     distillation: DistillationConfig | None = None
 
     @model_validator(mode="after")
-    def _check_one(self) -> "FinetuneConfig":
+    def _check_one(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("must hold exactly one of epochs, steps")
+        return self
+
+
+class FinetuneConfig(TrainingConfig):
+    """Train the slim network."""
+
+    stage: Literal["finetune"]
+
+
+class SlimConfig(CutConfig):
+    """Remove channels and residual blocks and factorise layers under one budget, in one step or in several."""
+
+    stage: Literal["slim"]
+    moves: Annotated[tuple[Literal["channels", "blocks", "ranks"], ...], BeforeValidator(_to_tuple)] = Field(
+        ("channels", "blocks", "ranks"), description="what may be done; channels always"
+    )
+    schemes: Schemes = SCHEMES
+    steps: Count = Field(1, description="times the network is slimmed, each time nearer to the target")
+    between: TrainingConfig | None = Field(None, description="training after each step but the last")
+
+    @model_validator(mode="after")
+    def _check_moves(self) -> Self:
+        if "channels" not in self.moves:
+            raise ValueError("moves must hold channels; for ranks alone there is the stage low_rank")
+        given = list(self.target.given())
+        if "ranks" in self.moves and (len(given) > 1 or "size_mb" in given):
+            raise ValueError("target must be one of latency, latency_ms, macs, params while moves hold ranks")
+        if self.steps > 1 and not set(given) <= {"latency", "macs", "params"}:
+            raise ValueError("target must be in shares (latency, macs, params) while steps is above 1")
+        if (self.steps > 1) != (self.between is not None):
+            raise ValueError("between must be given when steps is above 1, and only then")
         return self
 
 
@@ -339,7 +383,7 @@ class VerifyConfig(Section):
 
 
 StageConfig = Annotated[
-    LoadConfig | PruneConfig | LowRankConfig | FinetuneConfig | ExportConfig | VerifyConfig,
+    LoadConfig | PruneConfig | SlimConfig | LowRankConfig | FinetuneConfig | ExportConfig | VerifyConfig,
     Field(discriminator="stage"),
 ]
 

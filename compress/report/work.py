@@ -25,14 +25,25 @@ _UNITS = {"latency_ms": "milliseconds a call", "size_mb": "size of the file (MB)
 
 
 def render_stages(report: dict[str, Any]) -> str:
-    """Return one section for each prune, low_rank, finetune and export stage, in the order they ran."""
-    runs: list[Run] = report.get("stages") or []
+    """Return one section for each prune, slim, low_rank, finetune and export stage, in the order they ran."""
+    runs = _runs(report)
     parts = []
     for index, run in enumerate(runs):
         render = RENDERERS.get(run.get("stage", ""))
         if render is not None and run.get("record"):
             parts.append(render(runs, index))
     return "".join(parts)
+
+
+def _runs(report: dict[str, Any]) -> list[Run]:
+    """Return the stages; after a slim stage those that it is made of, as if they had run by themselves."""
+    runs: list[Run] = []
+    for place, run in enumerate(report.get("stages") or [], start=1):
+        runs.append({**run, "place": place})
+        for step in (run.get("record") or {}).get("steps") or [] if run.get("stage") == "slim" else []:
+            records = {"prune": step.get("prune"), "low_rank": step.get("low_rank"), "finetune": step.get("training")}
+            runs += [{"stage": name, "record": record, "place": place} for name, record in records.items() if record]
+    return runs
 
 
 def render_times(report: dict[str, Any]) -> str:
@@ -78,8 +89,8 @@ def render_notes(report: dict[str, Any]) -> str:
 
 def _list_notes(report: dict[str, Any]) -> Iterator[str]:
     """Yield notes as HTML."""
-    for number, run in enumerate(report.get("stages") or [], start=1):
-        record, where = run.get("record") or {}, f"Stage {number} <code>{escape(run.get('stage'))}</code>: "
+    for run in _runs(report):
+        record, where = run.get("record") or {}, f"Stage {run['place']} <code>{escape(run.get('stage'))}</code>: "
         if record.get("shortfall"):
             yield f"{where}{escape(record['shortfall'])}"
         for key, label, verb in (("excluded", "name", "left whole"), ("dense", "layer", "left dense")):
@@ -213,6 +224,32 @@ def _list_timing(latency: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "scatter of single calls", _share(latency.get("scatter"))
 
 
+def _render_slim(runs: list[Run], index: int) -> str:
+    record = runs[index]["record"]
+    facts = [
+        ("moves", ", ".join(record.get("moves") or [])),
+        ("MACs", _change(record, "macs", format_count)),
+        ("parameters", _change(record, "params", format_count)),
+        ("validation top-1", _change(record, "validation_top1", format_share)),
+    ]
+    rows = [
+        (
+            escape(number),
+            escape(format_share(trial.get("share"))),
+            escape(trial.get("reason") or format_number(trial.get("loss"))),
+        )
+        for number, step in enumerate(record.get("steps") or [], start=1)
+        for trial in step.get("trials") or []
+    ]
+    head = ("step", "of the way by ranks", "validation loss within the budget")
+    return render_section(
+        _title("Slimming: channels, blocks and ranks under one budget", runs, index),
+        render_facts(facts),
+        render_table(head, rows, numeric=(0, 1)),
+        "<p>The least validation loss was kept; the sections that follow say how it came about.</p>\n",
+    )
+
+
 def _render_low_rank(runs: list[Run], index: int) -> str:
     record = runs[index]["record"]
     rows = [
@@ -305,6 +342,7 @@ def _change(record: dict[str, Any], key: str, form: Any) -> str | None:
 RENDERERS = {
     "load": _render_load,
     "prune": _render_prune,
+    "slim": _render_slim,
     "low_rank": _render_low_rank,
     "finetune": _render_finetune,
     "export": _render_export,

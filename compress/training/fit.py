@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,25 @@ from compress.data.batches import (
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.evaluate import check_outputs, evaluate_top1
+from compress.training.feature_maps import MapPairs
 
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """Learning from the outputs of another network (Hinton et al. 2015, arXiv:1503.02531).
+    """Learning from another network: its outputs (Hinton et al. 2015, arXiv:1503.02531) and its feature maps.
 
     Attributes:
         teacher: Network in eval mode with the same classes.
-        weight: Share of the loss, in [0, 1], that comes from the teacher.
+        weight: Share of the loss, in [0, 1], that comes from the teacher's outputs.
         temperature: Divides both logits before the softmax.
+        features: Weight of the mean relative squared difference of feature maps, where both networks have one of the
+            same name and shape (as the hints of Romero et al. 2015, arXiv:1412.6550, without their regressor).
     """
 
     teacher: nn.Module
     weight: float
     temperature: float
+    features: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ def fit(
     run = _Run(module, train, validation, settings, distillation, progress or SilentProgress())
     if state_path is not None and state_path.is_file():
         run.restore(state_path)
-    with flushed_denormals():
+    with flushed_denormals(), run.watched_maps():
         while run.step < run.total_steps:
             run.train_epoch()
             if state_path is not None and run.step < run.total_steps:
@@ -183,6 +187,7 @@ class _Run:
             weight_decay=settings.weight_decay,
             nesterov=settings.momentum > 0,
         )
+        self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
         self.step = 0
         self.records: list[EpochRecord] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
@@ -208,6 +213,10 @@ class _Run:
                 self._advance(task, losses, images_seen / (time.perf_counter() - started))
         speed = images_seen / (time.perf_counter() - started)
         self._close_epoch(epoch + 1, sum(losses) / len(losses), speed)
+
+    def watched_maps(self) -> AbstractContextManager[object]:
+        """Keep the feature maps of every forward pass for the loss, while it lasts, if they are wanted."""
+        return nullcontext() if self.maps is None else self.maps
 
     @property
     def total_epochs(self) -> int:
@@ -305,7 +314,8 @@ class _Run:
             wanted = F.log_softmax(self.distillation.teacher(images) / temperature, 1)
         got = F.log_softmax(outputs / temperature, 1)
         soft = F.kl_div(got, wanted, reduction="batchmean", log_target=True) * temperature**2
-        return (1 - weight) * hard + weight * soft
+        loss = (1 - weight) * hard + weight * soft
+        return loss if self.maps is None else loss + self.distillation.features * self.maps.difference()
 
     def _set_learning_rate(self) -> None:
         scale = schedule(self.step, self.total_steps, self.settings.warmup_ratio)

@@ -1,0 +1,212 @@
+"""slim: TorchModel -> TorchModel with fewer channels, fewer blocks and factorised layers, under one budget.
+
+    channels (and blocks)   alone down to the budget
+    ranks                   take a third, two thirds, all of the way; channels the rest
+    -> each network is cut, repaired, and timed where milliseconds count; the least validation loss wins
+
+Estimates of damage of channels and of ranks have no common scale, so whole networks are compared, not estimates. With
+several steps the budget is approached in equal ratios, with some training in between.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from compress.artifacts import TorchModel
+from compress.building import example_input
+from compress.config.schema import CutConfig, LowRankConfig, PruneConfig, RankTargetConfig, SlimConfig, TargetConfig
+from compress.cost.macs import count_macs, count_params
+from compress.cost.table_file import TableFile
+from compress.errors import BudgetUnreachable, StageError
+from compress.persist import load_torch_model, save_torch_model
+from compress.stages.context import Record, StageContext
+from compress.stages.finetune import train
+from compress.stages.low_rank import LowRankStage
+from compress.stages.prune import PruneStage
+from compress.training.evaluate import evaluate_loss, evaluate_top1
+
+RANK_SHARES = (1 / 3, 2 / 3, 1.0)
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """A network within the budget.
+
+    Attributes:
+        model: The network.
+        cut: What `prune` says of it; None where only ranks were chosen.
+        factorised: What `low_rank` says of it; None where only channels and blocks were.
+        loss: On the validation split.
+    """
+
+    model: TorchModel
+    cut: Record | None
+    factorised: Record | None
+    loss: float
+
+
+class SlimStage:
+    """Try ways to share the budget between the moves, keep the best; perhaps in several steps."""
+
+    def __init__(self, config: SlimConfig) -> None:
+        self.config = config
+
+    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+        """Return the slim network; a run that was killed goes on after the last step that was done.
+
+        Raises:
+            BudgetUnreachable: No way to share the budget meets it.
+            As `PruneStage.run`.
+        """
+        example = example_input(artifact.signature)
+        before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+        model, steps = artifact, []
+        for number in range(1, self.config.steps + 1):
+            if self.config.steps > 1:
+                ctx.progress.note(f"step {number} of {self.config.steps}")
+            model, step = self._step(model, number, ctx)
+            steps.append(step)
+        record = {
+            "target": self.config.target.given(),
+            "moves": list(self.config.moves),
+            "steps": steps,
+            "macs_before": count_macs(artifact.module, example),
+            "macs_after": count_macs(model.module, example),
+            "params_before": count_params(artifact.module),
+            "params_after": count_params(model.module),
+            "validation_top1_before": before,
+            "validation_top1_after": evaluate_top1(model.module, ctx.data.validation, progress=ctx.progress),
+        }
+        return model, record
+
+    def profile(self, artifact: TorchModel, ctx: StageContext) -> TableFile:
+        """Return the timed variants that channels would be chosen by, without choosing any.
+
+        Raises:
+            As `PruneStage.profile`.
+        """
+        return PruneStage(self._cut_config(1.0)).profile(artifact, ctx)
+
+    def _step(self, model: TorchModel, number: int, ctx: StageContext) -> tuple[TorchModel, Record]:
+        """Slim once and train, or read what a killed run has left of the two."""
+        is_last = number == self.config.steps
+        cut = _Saved(ctx.folder / f"step{number}", model)
+        found = cut.read()
+        if found is None:
+            found = self._slim(model, number / self.config.steps, is_last, ctx)
+            if not is_last:
+                cut.write(*found)
+        if is_last or self.config.between is None:
+            return found
+        trained = _Saved(ctx.folder / f"step{number}_trained", model)
+        after = trained.read()
+        if after is None:
+            slim, record = found
+            slim, training = train(slim, self.config.between, ctx, f"step{number}.pt")
+            after = slim, {**record, "training": training}
+            trained.write(*after)
+        return after
+
+    def _slim(
+        self, model: TorchModel, progress_made: float, is_last: bool, ctx: StageContext
+    ) -> tuple[TorchModel, Record]:
+        """Return the best network within a budget that is `progress_made` of the way to the target."""
+        trials: list[Record] = []
+        found: list[Slimmed] = []
+        unreachable: list[BudgetUnreachable] = []
+        has_ranks = is_last and "ranks" in self.config.moves
+        for share in (0.0, *(RANK_SHARES if has_ranks else ())):
+            try:
+                one = self._with_share(model, progress_made, share, found[0].cut if found else None, ctx)
+            except (BudgetUnreachable, StageError) as error:
+                trials.append({"share": share, "loss": None, "reason": error.message})
+                if isinstance(error, BudgetUnreachable):
+                    unreachable.append(error)
+                continue
+            found.append(one)
+            trials.append({"share": share, "loss": one.loss, "reason": None})
+            if has_ranks:
+                ctx.progress.note(f"ranks for {share:.0%} of the way: validation loss {one.loss:.4f} within the budget")
+        if not found:
+            raise unreachable[0]
+        best = min(found, key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
+        return best.model, {"trials": trials, "prune": best.cut, "low_rank": best.factorised, "training": None}
+
+    def _with_share(
+        self, model: TorchModel, progress_made: float, share: float, alone: Record | None, ctx: StageContext
+    ) -> Slimmed:
+        """Let ranks take a share of the way to the budget, and channels and blocks the rest.
+
+        Args:
+            model: The network.
+            progress_made: How far this step goes: the budget is the target to this power.
+            share: In [0, 1].
+            alone: What channels and blocks did alone; as many blocks go here. None to find out how many.
+            ctx: Surroundings.
+
+        Raises:
+            BudgetUnreachable: This share leads nowhere.
+            StageError: No layer can be factorised.
+        """
+        cut: Record | None = None
+        factorised: Record | None = None
+        if share < 1:
+            config_of_cut = self._cut_config(progress_made * (1 - share), alone)
+            model, cut = PruneStage(config_of_cut).run(model, ctx)
+        if share > 0:
+            target = RankTargetConfig(**self._target(progress_made))
+            config = LowRankConfig(
+                stage="low_rank", target=target, schemes=self.config.schemes, multiple_of=self.config.multiple_of
+            )
+            model, factorised = LowRankStage(config).run(model, ctx)
+        loss = evaluate_loss(model.module, ctx.data.validation, progress=ctx.progress)
+        return Slimmed(model, cut, factorised, loss)
+
+    def _cut_config(self, way: float, alone: Record | None = None) -> PruneConfig:
+        """Return the settings of `prune` for a budget that is some of the way to the target."""
+        shared = {name: getattr(self.config, name) for name in CutConfig.model_fields}
+        blocks: int | Literal["auto"] = 0
+        if "blocks" in self.config.moves:
+            blocks = "auto" if alone is None else len(alone["removed_blocks"])
+        target = TargetConfig(**self._target(way, alone))
+        return PruneConfig(stage="prune", **shared | {"target": target, "blocks": blocks})
+
+    def _target(self, way: float, alone: Record | None = None) -> dict[str, float]:
+        """Return the budget some of the way from the whole baseline to the target: a power of its share."""
+        given = self.config.target.given()
+        if way == 1:
+            return given
+        if "latency_ms" in given:
+            if alone is None:
+                raise BudgetUnreachable("The baseline's milliseconds are not known: channels alone led nowhere.")
+            given = {"latency": min(given["latency_ms"] / alone["latency"]["reference_ms"], 1.0)}
+        return {name: value**way for name, value in given.items()}
+
+
+class _Saved:
+    """What one part of a step came to, in a folder that a kill leaves whole or not at all.
+
+    Args:
+        folder: Where it is, or will be.
+        like: The model that the stage began with; knows the factory.
+    """
+
+    def __init__(self, folder: Path, like: TorchModel) -> None:
+        self.folder, self.factory = folder, like.factory
+
+    def read(self) -> tuple[TorchModel, Record] | None:
+        if not self.folder.is_dir():
+            return None
+        record: Record = json.loads((self.folder / "record.json").read_text(encoding="utf-8"))
+        return load_torch_model(self.folder, self.factory), record
+
+    def write(self, model: TorchModel, record: Record) -> None:
+        part = self.folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_torch_model(model, part)
+        (part / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        part.rename(self.folder)

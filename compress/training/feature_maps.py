@@ -1,0 +1,95 @@
+"""Which feature maps do two networks have in common, and how far apart are they?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.cost.macs import CONVOLUTIONS, eval_mode
+from compress.data.batches import Split, evaluation_batches
+from compress.errors import ModelError
+
+
+class MapPairs:
+    """Watches two networks, while entered, and compares their feature maps after each pair of forward passes.
+
+    A map is what a part with convolutions inside gives; it is compared when the part of that name in the other network
+    gives one of the same shape. Of parts that give the same tensor the outermost counts.
+
+    Args:
+        student: Network that learns.
+        teacher: Network it is compared with.
+        split: At least one image, to find the maps with.
+
+    Raises:
+        ModelError: The networks have no such map.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, split: Split) -> None:
+        images, _ = next(evaluation_batches(split.first(1), 1))
+        shapes = [_maps(network, images) for network in (student, teacher)]
+        self.names = tuple(name for name, shape in shapes[0].items() if shapes[1].get(name) == shape)
+        if not self.names:
+            raise ModelError(
+                "The slim network must have a feature map of the same name and shape as the baseline's for "
+                "distillation.features, it has none.",
+                hint="Set distillation.features to 0.",
+            )
+        self._networks = (student, teacher)
+        self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._handles: list[Any] = []
+
+    def difference(self) -> Tensor:
+        """Return the mean over maps of the squared difference, in shares of the teacher's mean square."""
+        ours, theirs = self._kept
+        differences = [
+            F.mse_loss(ours[name], theirs[name]) / theirs[name].square().mean().clamp_min(1e-12) for name in self.names
+        ]
+        ours.clear()
+        theirs.clear()
+        return torch.stack(differences).mean()
+
+    def __enter__(self) -> "MapPairs":
+        for network, kept in zip(self._networks, self._kept, strict=True):
+            self._handles += [network.get_submodule(n).register_forward_hook(_keep(kept, n)) for n in self.names]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(_part: nn.Module, _inputs: object, output: Tensor) -> None:
+        kept[name] = output.clone()  # what follows may change it in place
+
+    return hook
+
+
+def _maps(network: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what parts with convolutions inside give, for one image; outermost of equal ones."""
+    found: dict[int, tuple[str, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_part: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                found[id(output)] = name, output  # an outer part comes after those inside it
+
+        return hook
+
+    parts = [
+        (name, part)
+        for name, part in network.named_modules()
+        if name and any(isinstance(child, CONVOLUTIONS) for child in part.modules() if child is not part)
+    ]
+    handles = [part.register_forward_hook(watch(name)) for name, part in parts]
+    try:
+        with torch.no_grad(), eval_mode(network):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tuple(output.shape) for name, output in found.values()}

@@ -25,6 +25,7 @@ _BATCH = 64
 _MOST_UNKNOWNS = 5000
 _GRAM_BYTES = 2 * 10**9
 _ROUNDS = 64
+_COMPACT = 0.25
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,19 @@ def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: i
         columns of a layer as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089, section 3.1; summed over all layers
         that read a channel, each relative to the energy of its outputs.
     """
-    count = group.width // group.parts
     readers = [_Eliminated(stats[reader.layer], unit_inputs(group, reader)) for reader in group.readers]
+    alive = np.arange(group.width // group.parts)
     order: list[int] = []
-    alive = np.ones(count, dtype=bool)
     at_once = max(1, most // _ROUNDS)
     while len(order) < most:
-        losses = sum((reader.losses() for reader in readers), start=torch.zeros(count, dtype=torch.float64)).numpy()
-        losses[~alive] = np.inf
-        chosen = np.argsort(losses, kind="stable")[: min(at_once, most - len(order))]
+        losses = sum((reader.losses() for reader in readers), start=torch.zeros(len(alive), dtype=torch.float64))
+        chosen = np.argsort(losses.numpy(), kind="stable")[: min(at_once, most - len(order))]
+        order += alive[chosen].tolist()
+        left = np.setdiff1d(np.arange(len(alive)), chosen)
         for reader in readers:
-            reader.remove(torch.from_numpy(chosen))
-        alive[chosen] = False
-        order += chosen.tolist()
-    return np.asarray(order + np.flatnonzero(alive).tolist(), dtype=np.int64)
+            reader.keep(torch.from_numpy(left))
+        alive = alive[left]
+    return np.asarray([*order, *alive], dtype=np.int64)
 
 
 def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:
@@ -118,7 +118,7 @@ def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:
 
 
 class _Eliminated:
-    """One reader while channels are taken away from it.
+    """One reader while units are taken away from it.
 
     Args:
         stats: Its statistics.
@@ -127,28 +127,40 @@ class _Eliminated:
 
     def __init__(self, stats: ReaderStats, inputs: Tensor) -> None:
         self.inputs = inputs
-        self.inverse = torch.linalg.inv(stats.gram)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(stats.gram))
         self.weight = stats.weight.clone()
+        self.gone = torch.zeros(0, dtype=torch.int64)
         self.energy = max(stats.energy, 1e-12)
 
     def losses(self) -> Tensor:
-        """Return (units,) what taking away each unit adds to the squared error of the outputs, over their energy."""
+        """Return (units left,) what taking each away adds to the squared error of the outputs, over their energy."""
         blocks = self.inverse[self.inputs[:, :, None], self.inputs[:, None, :]]
         columns = self.weight[:, self.inputs].permute(1, 2, 0)  # units, n, outputs
-        solved = torch.linalg.solve(blocks, columns)
-        losses: Tensor = (columns * solved).sum((1, 2)) / self.energy
+        losses: Tensor = (torch.linalg.inv(blocks) * (columns @ columns.mT)).sum((1, 2)) / self.energy
         return losses
 
-    def remove(self, units: Tensor) -> None:
-        """Take units away: the rest takes over what it can."""
-        gone = self.inputs[units].flatten()
-        factor = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
-        self.weight -= self.weight[:, gone] @ factor
-        self.inverse -= self.inverse[:, gone] @ factor
-        self.weight[:, gone] = 0.0
-        self.inverse[gone] = 0.0
-        self.inverse[:, gone] = 0.0
-        self.inverse[gone, gone] = 1.0
+    def keep(self, units: Tensor) -> None:
+        """Take all other units away: those left take over what they can."""
+        leaves = torch.ones(len(self.inputs), dtype=torch.bool)
+        leaves[units] = False
+        gone = self.inputs[leaves].flatten()
+        across = self.inverse[gone]
+        factor = torch.linalg.solve(across[:, gone], across)
+        self.weight.addmm_(self.weight[:, gone], factor, alpha=-1)
+        self.inverse.addmm_(across.T, factor, alpha=-1)  # what is gone becomes 0, and is not looked at any more
+        self.inputs = self.inputs[units]
+        self.gone = torch.cat([self.gone, gone])
+        if len(self.gone) > _COMPACT * len(self.inverse):
+            self._compact()
+
+    def _compact(self) -> None:
+        stays = torch.ones(len(self.inverse), dtype=torch.bool)
+        stays[self.gone] = False
+        left = stays.nonzero().flatten()
+        self.weight = self.weight.index_select(1, left)
+        self.inverse = self.inverse.index_select(0, left).index_select(1, left)
+        self.inputs = (torch.cumsum(stays, 0) - 1)[self.inputs]
+        self.gone = self.gone[:0]
 
 
 def _is_eligible(group: ChannelGroup, reader: Member) -> bool:

@@ -32,7 +32,7 @@ stages:
   - stage: prune       # remove channels down to a budget
     target:
       macs: {target}        # kept share of the baseline's MACs
-    criterion: taylor  # `compress list criteria` shows all
+    # criterion: reconstruction    # the default; `compress list criteria` shows all
 
   - stage: finetune    # train the slim network; the best epoch is chosen on validation images
     epochs: 2

@@ -106,7 +106,7 @@ def meet_latency(
         )
         if abs(choice.ratio / asked - 1) <= WITHIN:
             break
-        correction *= asked / choice.ratio
+        correction = choice.predicted / choice.ratio  
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
         raise BudgetUnreachable(

@@ -1,7 +1,7 @@
 """Does the network take as long as the table says? Times a choice as a whole and chooses again until the budget is met.
 
 The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
-the limit is moved by that much. It ends when the latency is met, or when the widths come no nearer.
+the next is chosen with the limit moved by that much. It ends when the latency is met, or when the widths come no nearer.
 """
 
 import statistics
@@ -106,7 +106,7 @@ def meet_latency(
         )
         if abs(choice.ratio / asked - 1) <= WITHIN:
             break
-        correction = choice.predicted / choice.ratio  
+        correction = choice.predicted / choice.ratio  # so much off is the table near this choice
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
         raise BudgetUnreachable(

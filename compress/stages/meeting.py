@@ -1,7 +1,7 @@
 """Does the network take as long as the table says? Times a choice as a whole and chooses again until the budget is met.
 
 The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
-the next is chosen with the limit moved by that much. It ends when the latency is met, or when the widths come no nearer.
+the next is chosen with the limit moved by that much. It ends when the latency is met, or when widths come no nearer.
 """
 
 import statistics

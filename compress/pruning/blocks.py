@@ -9,8 +9,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import CONVOLUTIONS, eval_mode
+from compress.cost.macs import CONVOLUTIONS, COUNTED, eval_mode
 from compress.pruning.graph import NORMS
+from compress.pruning.lockstep import call_order, following_norms
 
 
 def find_removable_blocks(module: nn.Module, example: Tensor) -> tuple[str, ...]:
@@ -57,11 +58,62 @@ def _same_shape_parts(module: nn.Module, example: Tensor) -> dict[str, tuple[int
 
 @torch.no_grad()
 def _passes_input_when_silent(block: nn.Module, shape: tuple[int, ...]) -> bool:
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return torch.equal(_silenced(block)(x), x)
+
+
+def _silenced(block: nn.Module) -> nn.Module:
+    """Return a copy with everything learned in it set to zero."""
     silent = copy.deepcopy(block).eval()
     for part in silent.modules():
         for parameter in part.parameters(recurse=False):
             parameter.zero_()
         if isinstance(part, NORMS) and isinstance(getattr(part, "running_mean", None), Tensor):
             part.running_mean.zero_()  # type: ignore[union-attr,operator]
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    return torch.equal(silent(x), x)
+    return silent
+
+
+def closing_layers(module: nn.Module, example: Tensor) -> dict[str, str]:
+    """Return the layers whose outputs, behind their batch norm, are added to what a residual block was given.
+
+    Args:
+        module: Any network; left as it is.
+        example: One input, (1, C, H, W).
+
+    Returns:
+        Layer -> its block, for the removable blocks that pass on the sum of the two (or its positive part).
+    """
+    with eval_mode(module):
+        norms = following_norms(module, NORMS, example)
+        shapes = _same_shape_parts(module, example)
+        found: dict[str, str] = {}
+        for block in find_removable_blocks(module, example):
+            inside = [
+                f"{block}.{name}"
+                for name, part in module.get_submodule(block).named_modules()
+                if isinstance(part, COUNTED)
+            ]
+            order = call_order(module, inside, example)
+            if not order:
+                continue
+            last = norms.get(order[-1], order[-1])
+            if last.startswith(f"{block}.") and _adds_up(
+                module.get_submodule(block), last[len(block) + 1 :], shapes[block]
+            ):
+                found[order[-1]] = block
+    return found
+
+
+@torch.no_grad()
+def _adds_up(block: nn.Module, part: str, shape: tuple[int, ...]) -> bool:
+    """Whether a block returns the sum of a non-negative input and of what the part inside gives."""
+    silent = _silenced(block)
+    generator = torch.Generator().manual_seed(0)
+    x, added = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
+    handle = silent.get_submodule(part).register_forward_hook(lambda _part, _inputs, output: output + added)
+    try:
+        return torch.allclose(silent(x), x + added)
+    except RuntimeError:  # of another shape: something lies between it and the sum
+        return False
+    finally:
+        handle.remove()

@@ -19,7 +19,7 @@ from compress.data.batches import Split, evaluation_batches
 from compress.progress import Progress
 from compress.pruning.graph import ChannelGroup, Member
 from compress.pruning.lockstep import call_order, run_watched
-from compress.pruning.regression import RIDGE, is_refittable, positions_needed, regression_rows
+from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
 
 _BATCH = 64
 _MOST_UNKNOWNS = 5000
@@ -195,15 +195,15 @@ def _collect(
     module: nn.Module, readers: Mapping[str, nn.Module], split: Split, progress: Progress
 ) -> dict[str, ReaderStats]:
     """Run images through the network and return what each reader reads."""
-    generator = torch.Generator().manual_seed(0)
     sizes = {name: _unknowns(layer) for name, layer in readers.items()}
     grams = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
     rows = dict.fromkeys(readers, 0)
+    number = 0
 
     def watch(name: str):  # type: ignore[no-untyped-def]
         def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            positions = positions_needed(sizes[name], len(split))
-            x, _ = regression_rows(layer, inputs[0], output, positions, generator)
+            places = Places(positions_needed(sizes[name], len(split)), number)
+            x, _ = regression_rows(layer, inputs[0], output, places)
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
             grams[name] += (x.T @ x).double()
             rows[name] += len(x)
@@ -211,7 +211,7 @@ def _collect(
         return hook
 
     with eval_mode(module), progress.task("what layers read", len(split)) as task:
-        for images, labels in evaluation_batches(split, _BATCH):
+        for number, (images, labels) in enumerate(evaluation_batches(split, _BATCH)):  # noqa: B007 - read by the hooks
             run_watched(module, images, {module.get_submodule(name): watch(name) for name in readers})
             task.advance(len(labels))
     return {name: _finished(name, readers[name], grams[name] / rows[name]) for name in readers}

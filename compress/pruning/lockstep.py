@@ -165,17 +165,23 @@ def run_watched(network: nn.Module, images: Tensor, hooks: Mapping[nn.Module, Ca
             handle.remove()
 
 
-def call_order(network: nn.Module, layers: Iterable[str], images: Tensor) -> list[str]:
-    """Return the layers that a forward pass calls exactly once, in the order of the calls.
+def call_order(network: nn.Module, parts: Iterable[str], images: Tensor) -> list[str]:
+    """Return the parts that a forward pass calls exactly once, in the order in which it enters them.
 
     Args:
         network: In eval mode.
-        layers: Module paths.
+        parts: Module paths.
         images: (N, C, H, W).
     """
-    names = {network.get_submodule(name): name for name in layers}
+    names = {network.get_submodule(name): name for name in parts}
     called: list[str] = []
-    run_watched(network, images, {part: lambda part, *_: called.append(names[part]) for part in names})
+    handles = [part.register_forward_pre_hook(lambda part, _: called.append(names[part])) for part in names]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
     return [name for name in called if called.count(name) == 1]
 
 

@@ -1,5 +1,7 @@
 """What does a layer read for what it gives? Rows of a linear regression, for layers that can be refitted."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,16 +22,39 @@ def positions_needed(unknowns: int, images: int) -> int:
     return max(_FEWEST_POSITIONS, -(-_ROWS_PER_UNKNOWN * unknowns // images))
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which outputs of each image are looked at.
+
+    Attributes:
+        count: How many; of smaller maps all.
+        seed: Decides which ones, for one batch.
+    """
+
+    count: int
+    seed: int
+
+    def rows_of(self, maps: Tensor) -> Tensor:
+        """Return (rows, C) of (N, C, H, W) maps, or of (N, ..., C) features all."""
+        if maps.ndim != 4:
+            return maps.reshape(-1, maps.shape[-1])
+        down, across = self.inside(*maps.shape[2:])
+        return maps[:, :, down, across].transpose(1, 2).flatten(0, 1)
+
+    def inside(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return the rows and the columns of the places in a map."""
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(height * width, generator=generator)[: self.count]
+        return chosen // width, chosen % width
+
+
 def regression_rows(
-    layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, positions: int, generator: torch.Generator
+    layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, places: Places
 ) -> tuple[Tensor, Tensor]:
-    """Return (rows, inputs * kernel) and (rows, outputs), at the same places in every image."""
+    """Return (rows, inputs * kernel) and (rows, outputs) at the same places in every image."""
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
-    width = outputs.shape[3]
-    chosen = torch.randperm(outputs.shape[2] * width, generator=generator)[:positions]
-    rows, columns = chosen // width, chosen % width
-    return _patches(layer, inputs, rows, columns), outputs[:, :, rows, columns].transpose(1, 2).flatten(0, 1)
+        return inputs.reshape(-1, inputs.shape[-1]), places.rows_of(outputs)
+    return _patches(layer, inputs, *places.inside(*outputs.shape[2:])), places.rows_of(outputs)
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What brings back accuracy after a cut without training?
 
-least squares   refit each layer that lost inputs so that it gives, from what is left, what it gave before
-bias folding    move the mean of what a layer lost into its bias, or into the batch norm behind it
+least squares   refit each layer whose inputs changed so that it gives, from what is left, what it gave before
+bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
 batch norm      measure mean and variance again on images, as a cumulative average
 
 The first two go through the network in the order of its calls, so that each layer makes up for what the ones before it
@@ -9,8 +9,8 @@ still lack.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from compress.data.batches import Split, evaluation_batches
 from compress.errors import DataError
 from compress.progress import Progress
 from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
-from compress.pruning.regression import RIDGE, is_refittable, positions_needed, regression_rows
+from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _BATCH = 128
 _PASS_BATCH, _REFIT_IMAGES = 32, 512
 _LIVE_BYTES = 2 * 10**9
+_CLOSED = 0.05
 
 
 def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
@@ -77,9 +78,11 @@ class Comparison:
     Attributes:
         slim: The cut network; repairs change it in place.
         original: The network before the cut, with the same layer names.
-        readers: Layers that lost inputs.
+        readers: Layers whose inputs are not what they were.
         kept_outputs: Layer that lost outputs too -> (n,) the output channels of `original` that are left.
         split: Images to compare on; labels are not used.
+        closing: Layer -> the residual block that adds what it gives, behind its norm, to the block's input. Such a
+            layer makes up for what the input of its block lacks, too.
     """
 
     slim: nn.Module
@@ -87,15 +90,17 @@ class Comparison:
     readers: frozenset[str]
     kept_outputs: Mapping[str, Tensor]
     split: Split
+    closing: Mapping[str, str] = field(default_factory=dict)
 
 
 def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
-    """Refit the layers that lost inputs, in place and in the order of their calls.
+    """Refit the layers whose inputs changed, in place and in the order of their calls.
 
     Each layer's weights become the ridge least-squares solution of "original output from slim input" on positions
-    sampled from the images; what is constant in it goes to the bias, or to the batch norm behind the layer. Memory is
-    bounded: patches are taken for one batch of images at a time, and of many images only as many are looked at as the
-    activations of both networks leave room for.
+    sampled from the images; what is constant in it goes to the bias, or to the batch norm behind the layer. A layer
+    that closes a residual block is asked for the block's original sum. Memory is bounded: patches are taken for one
+    batch of images at a time, and of many images only as many are looked at as the activations of both networks leave
+    room for.
 
     Args:
         comparison: Convolutions without groups and linear layers in it are refitted.
@@ -105,23 +110,36 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
         The layers that were refitted.
 
     Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv:1707.06168, section
-        3.1, the reconstruction step.
+        3.1, the reconstruction step, and 3.3 for residual blocks.
     """
     slim, original = comparison.slim, comparison.original
     with torch.no_grad(), eval_mode(slim), eval_mode(original):
         batches = _batches(comparison)
-        readers = [reader for reader in _readers(comparison, batches[0][:1]) if is_refittable(reader.layer)]
-        names = tuple(reader.name for reader in readers)
+        readers = {r.name: r for r in _readers(comparison, batches[0][:1]) if is_refittable(r.layer)}
+        blocks = {comparison.closing[name]: readers[name] for name in readers if name in comparison.closing}
+        stops = call_order(slim, [*readers, *blocks], batches[0][:1])
+        missing: dict[str, list[Tensor]] = {}
+        refitted = []
         with (
             progress.task("least squares", len(readers)) as task,
-            Lockstep(slim, names, batches, "before") as inputs,
-            Lockstep(original, names, batches, "after") as outputs,
+            Lockstep(slim, stops, batches, "before") as ours,
+            Lockstep(original, stops, batches, "before") as theirs,
         ):
-            for reader in readers:
-                pairs = zip(inputs.reach(reader.name), outputs.reach(reader.name), strict=True)
-                _refit(reader, pairs, sum(map(len, batches)))
+            for stop in stops:
+                pairs = zip(ours.reach(stop), theirs.reach(stop), strict=True)
+                if stop in blocks:
+                    reader = blocks[stop]
+                    places = _places(reader, len(batches), sum(map(len, batches)))
+                    missing[reader.name] = [
+                        place.rows_of(wanted[:, reader.kept] - got)
+                        for place, (got, wanted) in zip(places, pairs, strict=True)
+                    ]
+                    continue
+                reader, whole = readers[stop], original.get_submodule(stop)
+                if _refit(reader, whole, pairs, missing.pop(stop, None), len(batches), sum(map(len, batches))):
+                    refitted.append(stop)
                 task.advance()
-    return names
+    return tuple(refitted)
 
 
 def add_constant(layer: nn.Module, norm: nn.Module | None, constant: Tensor) -> None:
@@ -174,13 +192,15 @@ class _Reader:
         layer: The layer in the cut network.
         norm: The batch norm behind it there, if any.
         kept: (outputs,) the original's outputs that are left.
-        moved: (outputs,) what the mean of the norm was moved by, compared with the original's.
+        stretch: (outputs,) the deviation in the norm's statistics over the original's.
+        moved: (outputs,) what the mean of the norm was moved by from the original's, stretched.
     """
 
     name: str
     layer: nn.Module
     norm: nn.Module | None
     kept: Tensor
+    stretch: Tensor
     moved: Tensor
 
     @property
@@ -193,9 +213,18 @@ class _Reader:
         """Whether a constant can be added to what the layer gives."""
         return self.has_bias or self.norm is not None
 
+    @property
+    def scale(self) -> Tensor:
+        """(outputs,) what the layer must give for 1 more behind its norm; 0 where the norm lets nearly nothing pass."""
+        if self.norm is None or not isinstance(self.norm.weight, Tensor):
+            return torch.ones(1)
+        gain = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()  # type: ignore[operator]
+        is_open = gain.abs() > _CLOSED * gain.abs().max()
+        return torch.where(is_open, 1 / torch.where(is_open, gain, torch.ones_like(gain)), torch.zeros_like(gain))
+
     def wanted(self, outputs: Tensor) -> Tensor:
         """Return what the layer should give where the original gave `outputs`, both (rows, outputs)."""
-        return outputs[:, self.kept] + self.moved
+        return outputs[:, self.kept] * self.stretch + self.moved
 
     def shift(self, constant: Tensor) -> None:
         """Add a constant, (outputs,), to what the layer gives."""
@@ -217,15 +246,17 @@ def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
     norms = following_norms(slim, BATCH_NORMS, example)
     found = []
     for name in call_order(slim, comparison.readers, example):
-        layer, norm, moved = slim.get_submodule(name), None, torch.zeros(1)
+        layer, norm, stretch, moved = slim.get_submodule(name), None, torch.ones(1), torch.zeros(1)
         kept = comparison.kept_outputs.get(name)
         if kept is None:
             whole = original.get_submodule(name)
             kept = torch.arange(int(getattr(whole, "out_features", 0) or getattr(whole, "out_channels", 0)))
         if name in norms and isinstance(mean := slim.get_submodule(norms[name]).running_mean, Tensor):
-            norm = slim.get_submodule(norms[name])
-            moved = mean - original.get_submodule(norms[name]).running_mean[kept]  # type: ignore[index]
-        found.append(_Reader(name, layer, norm, kept, moved))
+            norm, before = slim.get_submodule(norms[name]), original.get_submodule(norms[name])
+            variances = norm.running_var, before.running_var[kept]  # type: ignore[index]
+            stretch = ((variances[0] + norm.eps) / (variances[1] + before.eps)).sqrt()  # type: ignore[operator]
+            moved = mean - stretch * before.running_mean[kept]  # type: ignore[index]
+        found.append(_Reader(name, layer, norm, kept, stretch, moved))
     return found
 
 
@@ -242,33 +273,63 @@ def _live_bytes(network: nn.Module, example: Tensor) -> int:
     return max(most, 1)
 
 
-def _refit(reader: _Reader, pairs: Iterable[tuple[Tensor, Tensor]], images: int) -> None:
+def _places(reader: _Reader, batches: int, images: int) -> list[Places]:
+    """Return the places to look at in each batch."""
+    unknowns = reader.layer.weight[0].numel() + reader.has_intercept  # type: ignore[union-attr,index,operator]
+    return [Places(positions_needed(unknowns, images), number) for number in range(batches)]
+
+
+def _refit(
+    reader: _Reader,
+    whole: nn.Module,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    missing: Sequence[Tensor] | None,
+    batches: int,
+    images: int,
+) -> bool:
+    """Refit one layer, and say whether there was reason to.
+
+    Args:
+        reader: The layer.
+        whole: The same layer of the original.
+        pairs: What the two read, batch by batch.
+        missing: For each batch (rows, outputs) what the sum that this layer closes lacks; None where it closes none.
+        batches: Their number.
+        images: In all of them.
+    """
     layer = reader.layer
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
-    generator = torch.Generator().manual_seed(0)
     old = layer.weight.flatten(1).T
     if reader.has_intercept:
         old = torch.cat([old, torch.zeros(1, len(reader.kept)) if layer.bias is None else layer.bias[None]])
     unknowns, outputs = old.shape
-    positions = positions_needed(unknowns, images)
     gram = torch.zeros(unknowns, unknowns, dtype=torch.float64)
     cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
-    for inputs, target in pairs:
-        x, y = regression_rows(layer, inputs, target, positions, generator)
+    has_changed = False
+    for number, (places, (inputs, before)) in enumerate(zip(_places(reader, batches, images), pairs, strict=True)):
+        has_changed |= inputs.shape != before.shape or not torch.equal(inputs, before)
+        x, y = regression_rows(layer, inputs, whole(before), places)
         if reader.has_intercept:
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
+        wanted = reader.wanted(y)
+        if missing is not None:
+            has_changed |= bool(missing[number].any())
+            wanted = wanted + missing[number] * reader.scale
         gram += (x.T @ x).double()
-        cross += (x.T @ reader.wanted(y)).double()
+        cross += (x.T @ wanted).double()
+    if not has_changed:
+        return False
     ridge = RIDGE * gram.diagonal().mean()
     regularised = gram + ridge * torch.eye(unknowns, dtype=torch.float64)
     result, info = torch.linalg.solve_ex(regularised, cross + ridge * old.double())
     solution = result.float()
     if int(info) != 0 or not solution.isfinite().all():  # nothing but zeros comes in
-        return
+        return False
     if reader.has_intercept:
         reader.shift(solution[-1] - old[-1])
         solution = solution[:-1]
     layer.weight.copy_(solution.T.reshape(layer.weight.shape))
+    return True
 
 
 def _mean_output(layer: nn.Module, outputs: Iterable[Tensor]) -> Tensor:

@@ -22,7 +22,6 @@ from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.elimination import reader_statistics, removal_order
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
-from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
 from compress.pruning.sensitivity import Sensitivity, damages
 from compress.pruning.surgery import remove_channels
@@ -34,7 +33,7 @@ from compress.stages.exporting import exported
 from compress.stages.latency import LatencyModel, model_latency
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record, meet_latency
-from compress.stages.repairing import Repair, apply_repairs, batch_norm_repair
+from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
 from compress.stages.trunks import Trunk, shorten
 from compress.training.evaluate import evaluate_loss, evaluate_top1, image_losses
 from compress.verification.measuring import existing_bytes
@@ -119,7 +118,7 @@ class PruneStage:
             ArtifactError: The latency table given is of another machine or network.
         """
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
-        trunks = shorten(artifact, self.config.score_images, "batch_norm" in self.config.repair, ctx)
+        trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
         trials: list[Record] = []
         if self.config.blocks == "auto":
             best = self._best_attempt(trunks, trials, ctx)
@@ -150,7 +149,7 @@ class PruneStage:
         Raises:
             As `run`.
         """
-        trunks = shorten(artifact, self.config.score_images, "batch_norm" in self.config.repair, ctx)
+        trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
         blocks = 0 if self.config.blocks == "auto" else self.config.blocks
         trunk = self._without_blocks(trunks, blocks).model
         groups, _ = self._find_groups(trunk.module, example_input(artifact.signature), ctx.progress)
@@ -228,7 +227,9 @@ class PruneStage:
         edit = RemoveChannels(selection.removed)
         slim = remove_channels(module, edit, example)
         check_cut(slim, module, selection, groups, ctx.data.calibration)
-        repairs = self._repair(slim, module, selection, groups, ctx)
+        kept = kept_outputs(selection.removed, groups)
+        wanted = repairs_towards(trunk.whole, slim, kept, self.config.repair, example, ctx)
+        repairs = apply_repairs(slim, wanted, ctx)
         model = replace(trunk.model, module=slim, recipe=trunk.model.recipe.then(edit))
         return replace(attempt, model=model, repairs=repairs)
 
@@ -348,23 +349,6 @@ class PruneStage:
         if targets.latency is None or asked is None or not targets.latency.is_measured_here:
             return select(), []
         return meet_latency(select, targets.latency, asked, progress)
-
-    def _repair(
-        self, slim: nn.Module, original: nn.Module, selection: Selection, groups: Groups, ctx: StageContext
-    ) -> list[Record]:
-        """Repair in place, in the order that works: what refits to the original before new statistics."""
-        readers = frozenset(reader.layer for name in selection.removed for reader in groups[name].readers)
-        kept = kept_outputs(selection.removed, groups)
-
-        def comparison(module: nn.Module) -> Comparison:
-            return Comparison(module, original, readers, kept, ctx.data.calibration)
-
-        every: list[Repair] = [
-            ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
-            ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
-            batch_norm_repair(ctx),
-        ]
-        return apply_repairs(slim, [repair for repair in every if repair[0] in self.config.repair], ctx)
 
     def _record(self, before: TorchModel, attempt: Attempt) -> Record:
         example = example_input(before.signature)

@@ -2,11 +2,13 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
 
-from torch import nn
+from torch import Tensor, nn
 
-from compress.pruning.repair import reestimate_batch_norm
+from compress.cost.macs import COUNTED
+from compress.pruning.blocks import closing_layers
+from compress.pruning.repair import Comparison, fold_means, reestimate_batch_norm, refit_readers
 from compress.stages.context import Record, StageContext
 from compress.training.evaluate import evaluate_loss
 
@@ -16,6 +18,38 @@ Repair = tuple[str, Callable[[nn.Module], Sized]]
 def batch_norm_repair(ctx: StageContext) -> Repair:
     """Return the repair that measures batch-norm statistics again on the calibration split."""
     return "batch_norm", lambda module: reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
+
+
+def repairs_towards(
+    original: nn.Module,
+    slim: nn.Module,
+    kept_outputs: Mapping[str, Tensor],
+    names: Container[str],
+    example: Tensor,
+    ctx: StageContext,
+) -> list[Repair]:
+    """Return the repairs that are asked for, in the order that works: what refits before new statistics.
+
+    Args:
+        original: What the network was cut from.
+        slim: The network; says which layers are left.
+        kept_outputs: As in `Comparison`.
+        names: Repairs asked for.
+        example: One input, (1, C, H, W).
+        ctx: Has the images.
+    """
+    layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
+    closing = closing_layers(original, example) if "least_squares" in names else {}
+
+    def comparison(module: nn.Module) -> Comparison:
+        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing)
+
+    every: list[Repair] = [
+        ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
+        ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
+        batch_norm_repair(ctx),
+    ]
+    return [repair for repair in every if repair[0] in names]
 
 
 def apply_repairs(module: nn.Module, repairs: Sequence[Repair], ctx: StageContext) -> list[Record]:

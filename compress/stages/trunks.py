@@ -25,12 +25,14 @@ class Trunk:
         removed: Blocks that are gone, in the order in which they went.
         repairs: What was tried after the last one went.
         whole: The network with all its blocks.
+        blocks: How many of those can be removed.
     """
 
     model: TorchModel
     removed: tuple[str, ...]
     repairs: list[Record]
     whole: nn.Module
+    blocks: int
 
 
 def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext) -> Iterator[Trunk]:
@@ -43,7 +45,8 @@ def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: 
         ctx: Has the splits.
     """
     whole, example = model.module, example_input(model.signature)
-    yield Trunk(model, (), [], whole)
+    blocks = len(find_removable_blocks(whole, example))
+    yield Trunk(model, (), [], whole, blocks)
     removed: tuple[str, ...] = ()
     split = ctx.data.calibration.first(score_images)
     while names := find_removable_blocks(model.module, example):
@@ -54,4 +57,4 @@ def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: 
         removed = (*removed, weakest)
         ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
         tried = apply_repairs(model.module, repairs_towards(whole, model.module, {}, repairs, example, ctx), ctx)
-        yield Trunk(model, removed, tried, whole)
+        yield Trunk(model, removed, tried, whole, blocks)

@@ -1,6 +1,8 @@
 """The prune stage reaches its target or says why not, never removes in silence, and leaves its input alone."""
 
 import copy
+import json
+import math
 import re
 from contextlib import contextmanager
 
@@ -14,9 +16,13 @@ from compress.artifacts import Baseline, FactorySpec, Figures, Signature, Tensor
 from compress.building import apply_edits
 from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
+from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
 from compress.progress import SilentProgress
+from compress.pruning.elimination import reader_statistics, removal_order
+from compress.pruning.graph import find_cuttable
+from compress.pruning.sensitivity import Sensitivity
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
 from compress.stages.prune import PruneStage
@@ -102,6 +108,118 @@ def test_target_is_met_on_every_tiny_network(prune, name):
     assert [entry for entry in record["groups"] if entry["width_after"] < entry["width_before"]]
     assert 0 <= record["validation_top1_after"] <= 1
     _hold_replay(slim, name)
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+@pytest.mark.parametrize("criterion", ["reconstruction", "taylor"])
+@pytest.mark.parametrize("damage", ["scores", "sensitivity"])
+def test_target_is_met_whatever_says_which_channels_go_and_how_many(prune, name, criterion, damage):
+    target = TargetConfig(macs=0.5)
+    slim, record, _ = prune(name, target=target, criterion=criterion, damage=damage, score_images=32)
+    assert record["criterion"] == criterion
+    assert record["macs_after"] == count_macs(slim.module, nets.EXAMPLE) <= 0.5 * record["macs_before"]
+    assert record["reached_ratio"] > 0.3
+    damages = [entry["damage"] for entry in record["groups"]]
+    assert all(math.isfinite(value) and value >= 0 for value in damages)
+    for entry in record["groups"]:
+        if entry["width_after"] == entry["width_before"]:
+            assert entry["damage"] == 0
+    again, _, _ = prune(name, target=target, criterion=criterion, damage=damage, score_images=32)
+    assert again.recipe == slim.recipe
+    _hold_replay(slim, name)
+
+
+def _removed(slim: TorchModel) -> dict[str, tuple[int, ...]]:
+    (edit,) = slim.recipe.edits
+    assert isinstance(edit, RemoveChannels)
+    return dict(edit.removed)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "concat", "linear_head"])
+def test_reconstruction_takes_widths_from_scores_and_channels_from_their_readers(prune, data, name):
+    by_score, first, _ = prune(name, criterion="taylor", score_images=32)
+    by_refit, second, _ = prune(name, criterion="reconstruction", score_images=32)
+    assert first["groups"] == second["groups"], "the same widths at the same estimated damage"
+    module = nets.build(name)
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    ((_, stats),) = reader_statistics(module, groups, data.calibration.first(32), SilentProgress())
+    for group, channels in _removed(by_refit).items():
+        order = removal_order(groups[group], stats, groups[group].width - 1)
+        assert channels == tuple(sorted(order[: len(channels)].tolist()))
+    assert _removed(by_score) != _removed(by_refit)
+
+
+def test_layers_that_cannot_be_refitted_leave_the_channels_to_the_scores(prune):
+    removed = [
+        _removed(prune("grouped", criterion=criterion, score_images=32)[0])
+        for criterion in ("taylor", "reconstruction")
+    ]
+    assert removed[0]["body.0.0"] == removed[1]["body.0.0"], "a grouped convolution reads it"
+    assert removed[0]["body.1.0"] != removed[1]["body.1.0"]
+
+
+def test_measured_damage_is_that_of_the_file_it_was_written_to(prune, tmp_path):
+    _, record, _ = prune("residual", damage="sensitivity", score_images=32)
+    measured = json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8"))
+    narrowed = [entry for entry in record["groups"] if entry["width_after"] < entry["width_before"]]
+    assert narrowed
+    for entry in narrowed:
+        known = {
+            int(key.rpartition("/")[2]): mean for key, (mean, _) in measured.items() if f"/{entry['name']}/" in key
+        }
+        wider = [mean for width, mean in known.items() if width >= entry["width_after"]]
+        if entry["width_after"] in known:
+            assert entry["damage"] == pytest.approx(max(0.0, *wider))
+        else:
+            assert entry["damage"] >= 2 * max(wider), "not measured, because a wider one was hopeless"
+
+
+def test_a_killed_measurement_goes_on_and_gives_the_same_network(prune, monkeypatch, tmp_path):
+    config = {"damage": "sensitivity", "score_images": 32}
+    expected, _, _ = prune("chain", **config)
+    saved = tmp_path / "sensitivity.json"
+    whole = json.loads(saved.read_text(encoding="utf-8"))
+    saved.unlink()
+    calls: list[int] = []
+    narrow = Sensitivity._narrowed
+
+    def dies(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return narrow(self, *args)
+
+    monkeypatch.setattr(Sensitivity, "_narrowed", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune("chain", **config)
+    assert len(json.loads(saved.read_text(encoding="utf-8"))) == 3
+    slim, _, _ = prune("chain", **config)
+    assert len(calls) == 4 + len(whole) - 3
+    assert slim.recipe == expected.recipe
+
+
+def test_each_number_of_blocks_has_damages_of_its_own(prune, tmp_path):
+    target = TargetConfig(macs=0.3)
+    _, record, _ = prune("residual", target=target, blocks="auto", damage="sensitivity", score_images=32)
+    measured = json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8"))
+    removed = {key.partition("/")[0] for key in measured}
+    assert "" in removed
+    assert len(removed) > 1
+    assert all(set(key.split("+")) <= {"", "body.1", "body.2"} for key in removed)
+    assert len(record["block_trials"]) >= len(removed)
+
+
+def test_after_a_refit_reconstruction_is_no_worse_than_chance(prune, data):
+    def loss(criterion: str, **config) -> float:
+        repair = ("least_squares", "bias_folding", "batch_norm")
+        slim, _, _ = prune("chain", criterion=criterion, repair=repair, target=TargetConfig(macs=0.5), **config)
+        with torch.no_grad():
+            return float((slim.module(images) - wanted).square().mean())
+
+    images = torch.cat([images for images, _ in evaluation_batches(data.validation, 16)])
+    with torch.no_grad():
+        wanted = nets.build("chain")(images)
+    assert loss("reconstruction") <= loss("random")
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2", "bn_scale", "taylor", "random"])

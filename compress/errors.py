@@ -104,6 +104,10 @@ class BudgetUnreachable(StageError):
         self.best = best
 
 
+class AlreadyWithin(BudgetUnreachable):
+    """The network is within the target as it is: nothing would be removed."""
+
+
 class NonFinite(StageError):
     """A weight, an output or a loss is NaN or infinite."""
 

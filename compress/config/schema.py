@@ -340,11 +340,13 @@ class SlimConfig(CutConfig):
             raise ValueError("moves must hold channels; for ranks alone there is the stage low_rank")
         given = list(self.target.given())
         if "ranks" in self.moves and (len(given) > 1 or "size_mb" in given):
-            raise ValueError("target must be one of latency, latency_ms, macs, params while moves hold ranks")
+            raise ValueError("target must hold latency, latency_ms, macs or params alone while moves hold ranks")
         if self.steps > 1 and not set(given) <= {"latency", "macs", "params"}:
             raise ValueError("target must be in shares (latency, macs, params) while steps is above 1")
-        if (self.steps > 1) != (self.between is not None):
-            raise ValueError("between must be given when steps is above 1, and only then")
+        if self.steps > 1 and self.between is None:
+            raise ValueError("steps must be 1 without between, which says how to train from step to step")
+        if self.steps == 1 and self.between is not None:
+            raise ValueError("between must be left out while steps is 1")
         return self
 
 

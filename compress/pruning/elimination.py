@@ -7,7 +7,7 @@
 A score of its own for each channel cannot know that one channel can be rebuilt from the others; this does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
 from compress.progress import Progress
-from compress.pruning.graph import ChannelGroup, Member
-from compress.pruning.lockstep import call_order, run_watched
+from compress.pruning.graph import BATCH_NORMS, ChannelGroup, Member
+from compress.pruning.lockstep import call_order, following_norms, run_watched
 from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
 
 _BATCH = 64
@@ -34,18 +34,20 @@ class ReaderStats:
 
     Attributes:
         layer: Module path.
-        gram: (n + 1, n + 1) float64, second moments of what it reads, an always-1 last.
-        weight: (outputs, n + 1) float64, its weights, its bias last.
+        gram: (n, n) float64, second moments of what it reads; where it has an intercept an always-1 last.
+        weight: (outputs, n) float64, its weights; where it has an intercept that last.
         energy: Mean square of its outputs, summed over them, their means taken off.
+        has_intercept: Whether a constant can be added to its outputs, in its bias or in the batch norm behind it.
     """
 
     layer: str
     gram: Tensor
     weight: Tensor
     energy: float
+    has_intercept: bool = True
 
     def refit(self, gone: Tensor) -> Tensor:
-        """Return the (outputs, n + 1) weights that, zero at inputs `gone`, come nearest to the old outputs."""
+        """Return the (outputs, n) weights that, zero at inputs `gone`, come nearest to the old outputs."""
         left = torch.ones(len(self.gram), dtype=torch.bool)
         left[gone] = False
         found = torch.linalg.solve(self.gram[left][:, left], self.gram[left] @ self.weight.T)
@@ -72,10 +74,11 @@ def reader_statistics(
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
     with eval_mode(module):
         once = set(call_order(module, names, example))
+        norms = following_norms(module, BATCH_NORMS, example)
     eligible = {n: g for n, g in groups.items() if g.readers and all(r.layer in once for r in g.readers)}
     for bulk in _bulks(eligible):
         readers = {reader.layer: reader.module for name in bulk for reader in eligible[name].readers}
-        yield bulk, _collect(module, readers, split, progress)
+        yield bulk, _collect(module, readers, norms, split, progress)
 
 
 def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> np.ndarray:
@@ -192,7 +195,7 @@ def _bulks(groups: Mapping[str, ChannelGroup]) -> Iterator[list[str]]:
 
 
 def _collect(
-    module: nn.Module, readers: Mapping[str, nn.Module], split: Split, progress: Progress
+    module: nn.Module, readers: Mapping[str, nn.Module], norms: Container[str], split: Split, progress: Progress
 ) -> dict[str, ReaderStats]:
     """Run images through the network and return what each reader reads."""
     sizes = {name: _unknowns(layer) for name, layer in readers.items()}
@@ -214,10 +217,10 @@ def _collect(
         for number, (images, labels) in enumerate(evaluation_batches(split, _BATCH)):  # noqa: B007 - read by the hooks
             run_watched(module, images, {module.get_submodule(name): watch(name) for name in readers})
             task.advance(len(labels))
-    return {name: _finished(name, readers[name], grams[name] / rows[name]) for name in readers}
+    return {name: _finished(name, readers[name], grams[name] / rows[name], name in norms) for name in readers}
 
 
-def _finished(name: str, layer: nn.Module, gram: Tensor) -> ReaderStats:
+def _finished(name: str, layer: nn.Module, gram: Tensor, has_norm: bool) -> ReaderStats:
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     outputs = len(layer.weight)
     bias = torch.zeros(outputs) if layer.bias is None else layer.bias.detach()
@@ -225,4 +228,7 @@ def _finished(name: str, layer: nn.Module, gram: Tensor) -> ReaderStats:
     mean = weight @ gram[-1]
     energy = float(((weight @ gram) * weight).sum() - (mean**2).sum())
     ridge = RIDGE * gram.diagonal().mean()
-    return ReaderStats(name, gram + ridge * torch.eye(len(gram), dtype=torch.float64), weight, energy)
+    has_intercept = has_norm or layer.bias is not None
+    if not has_intercept:
+        gram, weight = gram[:-1, :-1], weight[:, :-1]
+    return ReaderStats(name, gram + ridge * torch.eye(len(gram), dtype=torch.float64), weight, energy, has_intercept)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from compress.cost.macs import COUNTED, eval_mode
 from compress.errors import InternalError, UnsupportedLayer, UntraceableModel
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3
 
@@ -268,10 +269,12 @@ def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, Chan
     gone: dict[str, list[Tensor]] = {}
     sizes: dict[str, int] = {}
     for name, indices in removed.items():
-        for producer in groups[name].producers:
-            slots = producer.slots[torch.isin(producer.channels, torch.tensor(sorted(indices)))]
-            gone.setdefault(producer.layer, []).append(slots)
-            sizes[producer.layer] = _out_channels(producer.module)
+        for member in groups[name].members:
+            if member.axis != "out" or not isinstance(member.module, COUNTED):
+                continue
+            slots = member.slots[torch.isin(member.channels, torch.tensor(sorted(indices)))]
+            gone.setdefault(member.layer, []).append(slots)
+            sizes[member.layer] = _out_channels(member.module)
     everything = {layer: torch.arange(size) for layer, size in sizes.items()}
     return {layer: slots[~torch.isin(slots, torch.cat(gone[layer]))] for layer, slots in everything.items()}
 

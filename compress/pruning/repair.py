@@ -19,10 +19,10 @@ from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
 from compress.errors import DataError
 from compress.progress import Progress
+from compress.pruning.graph import BATCH_NORMS
 from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
 from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _BATCH = 128
 _PASS_BATCH, _REFIT_IMAGES = 32, 512
 _LIVE_BYTES = 2 * 10**9

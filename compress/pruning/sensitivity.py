@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
+from compress.cost.macs import eval_mode
 from compress.progress import Progress
 from compress.pruning.elimination import ReaderStats, unit_inputs
-from compress.pruning.graph import ChannelGroup, silenced_copy
+from compress.pruning.graph import BATCH_NORMS, ChannelGroup, silenced_copy
 from compress.pruning.lockstep import following_norms
-from compress.pruning.repair import BATCH_NORMS, add_constant
+from compress.pruning.repair import add_constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Sensitivity:
         self.module = module
         self.losses_of, self.guess, self.reestimate = losses_of, guess, reestimate
         self.saved, self.key, self.progress = saved, key, progress
-        self.norms = following_norms(module, BATCH_NORMS, example)
+        with eval_mode(module):
+            self.norms = following_norms(module, BATCH_NORMS, example)
         self.known = _read(saved)
         self.intact: Tensor | None = None
 
@@ -130,10 +132,12 @@ class Sensitivity:
                 layer: Any = refitted.get_submodule(reader.layer)
                 of_layer = stats[reader.layer]
                 weight = of_layer.refit(unit_inputs(group, reader)[list(units)].flatten())
-                layer.weight.copy_(weight[:, :-1].reshape(layer.weight.shape))
-                norm = self.norms.get(reader.layer)
-                shift = (weight - of_layer.weight)[:, -1].float()
-                add_constant(layer, None if norm is None else refitted.get_submodule(norm), shift)
+                if of_layer.has_intercept:
+                    norm = self.norms.get(reader.layer)
+                    shift = (weight - of_layer.weight)[:, -1].float()
+                    add_constant(layer, None if norm is None else refitted.get_submodule(norm), shift)
+                    weight = weight[:, :-1]
+                layer.weight.copy_(weight.reshape(layer.weight.shape))
         return refitted
 
 

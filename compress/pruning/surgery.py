@@ -37,5 +37,5 @@ def remove_block(module: nn.Module, edit: RemoveBlock) -> nn.Module:
         parent.get_submodule(name)
     except AttributeError as error:
         raise UnsupportedLayer(f"The network must have a block '{edit.block}' to remove, it has none.") from error
-    setattr(parent, name, nn.Identity())
+    setattr(parent, name, nn.Identity().train(parent.training))
     return slim

@@ -106,7 +106,7 @@ def meet_latency(
         )
         if abs(choice.ratio / asked - 1) <= WITHIN:
             break
-        correction = choice.predicted / choice.ratio  # so much off is the table near this choice
+        correction = _following(correction, choice, asked)
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
         raise BudgetUnreachable(
@@ -138,6 +138,12 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
             for layer, (before, after) in model.layers(widths).items()
         ],
     }
+
+
+def _following(correction: float, choice: TimedChoice, asked: float) -> float:
+    """Return what to multiply the limit by next: as far off as this choice was, and past its own predicted latency."""
+    scaled, past_it = correction * asked / choice.ratio, choice.predicted / choice.ratio
+    return min(scaled, past_it) if choice.ratio > asked else max(scaled, past_it)
 
 
 def _timed_well(widths: Widths, expected: float, model: Timed, progress: Progress) -> float:

@@ -16,7 +16,7 @@ from compress.config.schema import PruneConfig
 from compress.cost.macs import count_macs, count_params, eval_mode
 from compress.cost.table_file import TableFile
 from compress.data.batches import Batch, Split, evaluation_batches
-from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
+from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress, Task
 from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
@@ -129,7 +129,7 @@ class PruneStage:
             asked, reached = self._asked_and_reached(best)
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
             wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
-            raise BudgetUnreachable(f"Target {wanted} must remove something, but the network already has {got}.")
+            raise AlreadyWithin(f"Target {wanted} must remove something, but the network already has {got}.")
         after = evaluate_top1(best.model.module, ctx.data.validation, progress=ctx.progress)
         record = {
             **self._record(artifact, best),

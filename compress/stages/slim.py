@@ -11,7 +11,7 @@ several steps the budget is approached in equal ratios, with some training in be
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from compress.building import example_input
 from compress.config.schema import CutConfig, LowRankConfig, PruneConfig, RankTargetConfig, SlimConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
-from compress.errors import BudgetUnreachable, StageError
+from compress.errors import AlreadyWithin, BudgetUnreachable, StageError
 from compress.persist import load_torch_model, save_torch_model
 from compress.stages.context import Record, StageContext
 from compress.stages.finetune import train
@@ -93,10 +93,18 @@ class SlimStage:
     def _step(self, model: TorchModel, number: int, ctx: StageContext) -> tuple[TorchModel, Record]:
         """Slim once and train, or read what a killed run has left of the two."""
         is_last = number == self.config.steps
+        files = ctx.folder / f"step{number}_files"  # what was measured of one network is not true of the next
+        files.mkdir(exist_ok=True)
         cut = _Saved(ctx.folder / f"step{number}", model)
         found = cut.read()
         if found is None:
-            found = self._slim(model, number / self.config.steps, is_last, ctx)
+            try:
+                found = self._slim(model, number / self.config.steps, is_last, replace(ctx, folder=files))
+            except AlreadyWithin as error:  # the step before, or a stage before, came this far
+                if is_last and number == 1:
+                    raise
+                ctx.progress.note(f"step {number}: nothing to do. {error.message}")
+                return model, {"trials": [], "prune": None, "low_rank": None, "training": None}
             if not is_last:
                 cut.write(*found)
         if is_last or self.config.between is None:
@@ -116,15 +124,17 @@ class SlimStage:
         """Return the best network within a budget that is `progress_made` of the way to the target."""
         trials: list[Record] = []
         found: list[Slimmed] = []
-        unreachable: list[BudgetUnreachable] = []
+        unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
         for share in (0.0, *(RANK_SHARES if has_ranks else ())):
             try:
                 one = self._with_share(model, progress_made, share, found[0].cut if found else None, ctx)
-            except (BudgetUnreachable, StageError) as error:
+            except StageError as error:
+                may_ranks_help = isinstance(error, BudgetUnreachable) and not isinstance(error, AlreadyWithin)
+                if share == 0 and not (has_ranks and may_ranks_help):
+                    raise
                 trials.append({"share": share, "loss": None, "reason": error.message})
-                if isinstance(error, BudgetUnreachable):
-                    unreachable.append(error)
+                unreachable.append(error)
                 continue
             found.append(one)
             trials.append({"share": share, "loss": one.loss, "reason": None})

@@ -150,12 +150,13 @@ def test_reconstruction_takes_widths_from_scores_and_channels_from_their_readers
 
 
 def test_layers_that_cannot_be_refitted_leave_the_channels_to_the_scores(prune):
+    target = TargetConfig(macs=0.2)
     removed = [
-        _removed(prune("grouped", criterion=criterion, score_images=32)[0])
+        _removed(prune("grouped", criterion=criterion, target=target, score_images=32)[0])
         for criterion in ("taylor", "reconstruction")
     ]
     assert removed[0]["body.0.0"] == removed[1]["body.0.0"], "a grouped convolution reads it"
-    assert removed[0]["body.1.0"] != removed[1]["body.1.0"]
+    assert removed[0] != removed[1]
 
 
 def test_measured_damage_is_that_of_the_file_it_was_written_to(prune, tmp_path):
@@ -326,7 +327,7 @@ def test_removing_blocks_alone_is_enough_and_statistics_are_measured_again(prune
     assert sorted(record["removed_blocks"]) == ["body.1", "body.2"]
     assert [type(edit) for edit in slim.recipe.edits] == [RemoveBlock, RemoveBlock]
     before = nets.build("residual").body[0][1].running_mean
-    (tried,) = record["repairs"]
+    tried = record["repairs"][-1]  # the others change no running mean of the first norm
     assert tried["repair"] == "batch_norm"
     assert torch.equal(slim.module.body[0][1].running_mean, before) != tried["is_kept"]
     _hold_replay(slim, "residual")

@@ -367,12 +367,7 @@ class _PreActivation(nn.Module):
     "has_bias",
     [
         True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                reason="ReaderStats.refit counts on a constant, which a reader without bias or norm cannot take up"
-            ),
-        ),
+        False,
     ],
 )
 def test_readers_are_refitted_with_what_they_have(tmp_path, has_bias):

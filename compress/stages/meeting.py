@@ -85,16 +85,13 @@ def meet_latency(
     timed: list[TimedChoice] = []
     choices: list[C] = []
     for number in range(ROUNDS):
-        try:
-            selection = select(correction)
-        except BudgetUnreachable as error:
-            if not timed or error.best is None:
-                raise
-            # by the table nothing is fast enough any more; what it says is fastest remains to be timed
-            correction = error.best * (1 + 1e-6) / (asked * model.reference_ms)
-            selection = select(correction)
-        if any(choice.widths == selection.widths for choice in timed):
-            break
+        selection = _select(select, correction, asked, timed, model)
+        if _is_timed(selection, timed):
+            # a limit that moves by less than the gap to the next choice: ask for one past the last
+            correction = timed[-1].predicted / timed[-1].ratio
+            selection = _select(select, correction, asked, timed, model)
+            if _is_timed(selection, timed):
+                break
         predicted = model.predict_ratio(selection.widths)
         expected = predicted * (timed[-1].ratio / timed[-1].predicted if timed else 1.0)
         choice = TimedChoice(selection.widths, predicted, _timed_well(selection.widths, expected, model, progress))
@@ -106,7 +103,7 @@ def meet_latency(
         )
         if abs(choice.ratio / asked - 1) <= WITHIN:
             break
-        correction = _following(correction, choice, asked)
+        correction *= asked / choice.ratio
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
         raise BudgetUnreachable(
@@ -140,10 +137,18 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
     }
 
 
-def _following(correction: float, choice: TimedChoice, asked: float) -> float:
-    """Return what to multiply the limit by next: as far off as this choice was, and past its own predicted latency."""
-    scaled, past_it = correction * asked / choice.ratio, choice.predicted / choice.ratio
-    return min(scaled, past_it) if choice.ratio > asked else max(scaled, past_it)
+def _select(select: Callable[[float], C], correction: float, asked: float, timed: list[TimedChoice], model: Timed) -> C:
+    """Choose with the limit multiplied by `correction`; what the table says is fastest when nothing is within it."""
+    try:
+        return select(correction)
+    except BudgetUnreachable as error:
+        if not timed or error.best is None:
+            raise
+        return select(error.best * (1 + 1e-6) / (asked * model.reference_ms))
+
+
+def _is_timed(selection: Chosen, timed: list[TimedChoice]) -> bool:
+    return any(choice.widths == selection.widths for choice in timed)
 
 
 def _timed_well(widths: Widths, expected: float, model: Timed, progress: Progress) -> float:

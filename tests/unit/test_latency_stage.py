@@ -346,7 +346,10 @@ def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
         assert record["reached"]["size_mb"] <= 0.02
         assert record["latency"] is None
     else:
-        assert record["latency"]["measured_ratio"] == record["latency"]["rounds"][-1]["measured"]
+        within = [
+            tried["measured"] for tried in record["latency"]["rounds"] if tried["measured"] <= target["latency"] * 1.03
+        ]
+        assert record["latency"]["measured_ratio"] == max(within)
         assert record["reached"]["latency"] == pytest.approx(target["latency"], rel=0.03) or "macs" in target
         assert record["latency"]["predicted_ratio"] == pytest.approx(record["latency"]["measured_ratio"], rel=0.02)
 

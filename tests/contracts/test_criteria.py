@@ -8,6 +8,7 @@ from compress.catalog import CRITERIA
 from compress.pruning.criteria.bn_scale import BnScale
 from compress.pruning.criteria.magnitude import L1, L2
 from compress.pruning.criteria.random import Random
+from compress.pruning.criteria.reconstruction import Reconstruction
 from compress.pruning.criteria.taylor import Taylor
 from compress.testing import CriterionCase, CriterionContract
 
@@ -33,11 +34,15 @@ class TestTaylor(CriterionContract):
     criterion_class = Taylor
 
 
+class TestReconstruction(CriterionContract):
+    criterion_class = Reconstruction
+
+
 class TestRandom(CriterionContract):
     criterion_class = Random
 
 
-SUITES = (TestL1, TestL2, TestBnScale, TestTaylor, TestRandom)
+SUITES = (TestL1, TestL2, TestBnScale, TestTaylor, TestReconstruction, TestRandom)
 
 
 def test_every_registered_criterion_has_a_contract_class():

@@ -175,7 +175,8 @@ def test_bad_input_shape_is_refused(shape: str) -> None:
 
 def test_list_shows_names_of_one_kind_or_of_all() -> None:
     done = call("list", "criteria")
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["bn_scale", "l1", "l2", "random", "taylor"]
+    names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert names == ["bn_scale", "l1", "l2", "random", "reconstruction", "taylor"]
     assert all(len(line.split()) > 2 for line in done.stdout.splitlines()[2:])  # each says what it does
     for title in ("criteria:", "stages:", "datasets:", "runtimes:"):
         assert title in call("list").stdout

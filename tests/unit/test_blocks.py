@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.artifacts import FactorySpec
 from compress.building import build_module
 from compress.errors import UnsupportedLayer
-from compress.pruning.blocks import find_removable_blocks
+from compress.pruning.blocks import closing_layers, find_removable_blocks
 from compress.pruning.damage import _skipped
 from compress.pruning.surgery import remove_block
 from compress.recipe import RemoveBlock
@@ -86,3 +86,34 @@ def test_projection_blocks_of_the_shipped_networks_stay():
 def test_removal_of_a_block_that_is_not_there_is_refused(name):
     with pytest.raises(UnsupportedLayer, match=f"must have a block '{name}' to remove"):
         remove_block(nets.build("residual"), RemoveBlock(name))
+
+
+class _Scaled(nets.ResidualBlock):
+    """Adds half of what its last norm gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + 0.5 * self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class _Bare(nn.Module):
+    """A residual block that ends in a convolution without a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(width, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def test_layers_that_close_a_block_are_those_whose_outputs_are_added_as_they_are():
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nets.ResidualBlock(8), _Bare(8), _Scaled(8), _Projected(8)
+    ).eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert closing_layers(module, nets.EXAMPLE) == {"2.conv2": "2", "3.inner.2": "3"}
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_network_without_residual_blocks_has_no_closing_layer():
+    assert closing_layers(nets.build("chain"), nets.EXAMPLE) == {}

@@ -14,9 +14,13 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.errors import DataError, InternalError
 from compress.progress import SilentProgress
-from compress.pruning.graph import cut_copy, find_cuttable
+from compress.pruning.blocks import closing_layers
+from compress.pruning.graph import BATCH_NORMS, cut_copy, find_cuttable
 from compress.pruning.lockstep import Lockstep, call_order, following_norms
-from compress.pruning.repair import BATCH_NORMS, Comparison, fold_means, reestimate_batch_norm, refit_readers
+from compress.pruning.regression import Places
+from compress.pruning.repair import Comparison, fold_means, reestimate_batch_norm, refit_readers
+from compress.pruning.surgery import remove_block
+from compress.recipe import RemoveBlock
 
 SILENT = SilentProgress()
 
@@ -407,3 +411,65 @@ def test_a_network_that_catches_exceptions_does_not_hold_up_the_end():
     with Lockstep(Catching(), ["first", "second"], [torch.zeros(1, 4)], "after") as passes:
         list(passes.reach("first"))
     assert threading.active_count() == threads
+
+
+def _error(slim: nn.Module, module: nn.Module, part: str, split: Split) -> float:
+    """Return the mean squared error of what a part gives."""
+    images = _all_images(split)
+    return float((_outputs(slim, part, images) - _outputs(module, part, images)).square().mean())
+
+
+@pytest.mark.parametrize("without", ["channels", "block"])
+def test_a_layer_that_closes_a_block_makes_up_for_what_the_shortcut_lacks(without):
+    module, split = nets.build("residual"), _split()
+    if without == "channels":
+        slim, _ = _cut(module, "body.1.conv1", tuple(range(12)))
+    else:
+        slim = remove_block(module, RemoveBlock("body.1"))
+    layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+    closing = closing_layers(module, nets.EXAMPLE)
+    assert closing == {"body.1.conv2": "body.1", "body.2.conv2": "body.2"}
+    errors = []
+    for known in ({}, closing):
+        fitted = copy.deepcopy(slim)
+        kept = {"body.1.conv1": torch.arange(12, 16)} if without == "channels" else {}
+        refit_readers(Comparison(fitted, module, layers, kept, split, known), SILENT)
+        errors.append(_error(fitted, module, "body.2", split))
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[0] < _error(slim, module, "body.2", split)
+
+
+def test_a_network_that_lost_nothing_is_refitted_nowhere():
+    module, split = nets.build("residual"), _split()
+    same = copy.deepcopy(module)
+    layers = frozenset(name for name, part in same.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+    closing = closing_layers(module, nets.EXAMPLE)
+    assert refit_readers(Comparison(same, module, layers, {}, split, closing), SILENT) == ()
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in same.state_dict().items())
+
+
+def test_a_layer_behind_new_statistics_is_refitted_to_what_they_make_of_it():
+    """The norm behind a refitted layer may have other statistics than the original's: its output counts."""
+    module, split = nets.build("chain"), _split()
+    plain, readers = _cut(module, "body.0.0", (0, 1, 2, 3))
+    other = copy.deepcopy(plain)
+    other.body[1][1].running_var *= 4
+    other.body[1][1].running_mean += 1
+    before = _error(plain, module, "body.1.1", split)
+    assert _error(other, module, "body.1.1", split) > before
+    for slim in (plain, other):
+        assert _refit(slim, module, readers, {}, split) == ("body.1.0",)
+    fitted = _error(plain, module, "body.1.1", split)
+    assert fitted < 0.9 * before
+    assert _error(other, module, "body.1.1", split) == pytest.approx(fitted, rel=0.02)
+
+
+def test_places_are_the_same_for_one_seed_and_cover_small_maps_whole():
+    maps = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    rows = Places(7, 3).rows_of(maps)
+    assert rows.shape == (14, 3)
+    assert torch.equal(rows, Places(7, 3).rows_of(maps))
+    assert not torch.equal(rows, Places(7, 4).rows_of(maps))
+    whole = Places(100, 0).rows_of(maps)
+    assert whole.shape == (40, 3)
+    assert torch.equal(whole.sort(0).values, maps.transpose(0, 1).flatten(1).T.sort(0).values)

@@ -13,6 +13,7 @@ streams cannot be cut by torch-pruning where shortcuts are zero-padded, so it ge
 
 import argparse
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from compress.artifacts import Signature, TensorSpec, TorchModel
 from compress.building import example_input
+from compress.config.digest import digest_value
 from compress.config.load import Pipeline, load_pipeline
 from compress.config.schema import CutConfig, FinetuneConfig, LoadConfig
 from compress.console import Console
@@ -99,6 +101,10 @@ def theirs(model: TorchModel, budget: float, config: FinetuneConfig, ctx: StageC
         for multiple in (8, None):
             name = f"torch-pruning ({criterion}, {'multiples of 8' if multiple else 'unaligned'})"
             path = ctx.folder / f"{criterion}-{multiple}.onnx"
+            done = path.with_suffix(".json")
+            if done.is_file():  # a benchmark that was stopped goes on
+                yield Row(name, path, model.baseline.onnx_path, **json.loads(done.read_text(encoding="utf-8")))
+                continue
             for ratio in RATIOS:
                 slim = replace(model, module=cut(model, criterion, multiple, float(ratio), ctx.data.calibration))
                 export_present(slim, path, ctx)
@@ -112,14 +118,14 @@ def theirs(model: TorchModel, budget: float, config: FinetuneConfig, ctx: StageC
             trained, record = train(slim, config, ctx, f"{criterion}-{multiple}.pt")
             export_present(trained, path, ctx)
             figures = measure_onnx(path, ctx.data.evaluation, conditions, progress=ctx.progress)
-            yield Row(
-                name,
-                path,
-                model.baseline.onnx_path,
-                model.baseline.figures.macs / count_macs(trained.module, example_input(model.signature)),
-                record["validation_top1_before"],
-                figures.quality["top1"],
-            )
+            figures_of_row = {
+                "macs": model.baseline.figures.macs / count_macs(trained.module, example_input(model.signature)),
+                "before": record["validation_top1_before"],
+                "top1": figures.quality["top1"],
+            }
+            done.write_text(json.dumps(figures_of_row), encoding="utf-8")
+            ctx.progress.note(f"{name}: top-1 {figures.quality['top1']:.2%}")
+            yield Row(name, path, model.baseline.onnx_path, **figures_of_row)
 
 
 def cut(model: TorchModel, criterion: str, multiple: int | None, ratio: float, split: Split) -> nn.Module:
@@ -259,7 +265,8 @@ def main() -> None:
     finetune = next((stage for stage in stages if isinstance(stage, FinetuneConfig)), None)
     if budget is None or finetune is None or not isinstance(stages[0], LoadConfig):
         parser.error("the pipeline must have a prune or slim stage with a target of latency, and a finetune stage")
-    folder = arguments.runs_dir / f"{pipeline.config.name}-against-torch-pruning"
+    key = digest_value(pipeline.to_yaml())[:12]
+    folder = arguments.runs_dir / f"{pipeline.config.name}-against-torch-pruning-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     ctx = context(pipeline, folder, console)
     model, _ = LoadStage(stages[0]).run(None, ctx)

@@ -233,14 +233,13 @@ def draw(rows: Sequence[Row], times_faster: Sequence[float], path: Path) -> None
     """Draw top-1 over measured speed-up."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for row, speedup in zip(rows, times_faster, strict=True):
-        axes.scatter(speedup, 100 * row.top1, s=60)
-        axes.annotate(row.name, (speedup, 100 * row.top1), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        axes.scatter(speedup, 100 * row.top1, s=60, label=row.name)
     axes.set_xlabel("times as fast as its baseline, measured")
     axes.set_ylabel("top-1 on the ONNX file (%)")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.35, y=0.15)
-    figure.tight_layout()
-    figure.savefig(path)
+    axes.margins(0.1)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -40,7 +40,7 @@ from compress.verification.measuring import existing_bytes
 
 Groups = Mapping[str, ChannelGroup]
 
-SCORE_BATCH, SCORE_IMAGES_EACH = 64, 8
+SCORE_BATCH, SCORE_IMAGES_EACH, SCORE_PIXELS = 64, 8, 2**18
 SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
 MEASURED_LEVELS = 8
@@ -256,7 +256,7 @@ class PruneStage:
         if criterion.needs_gradients:
             split = ctx.data.calibration.first(config.score_images)
             with ctx.progress.task("score channels", len(split)) as task:
-                batches = _counted(evaluation_batches(split, SCORE_BATCH), task)
+                batches = _counted(evaluation_batches(split, _score_batch(trunk.model)), task)
                 stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH)
         scores = score_groups(groups, criterion, stats)
         is_measured = config.target.needs_latency or config.damage == "sensitivity"
@@ -465,6 +465,12 @@ def check_cut(slim: nn.Module, original: nn.Module, selection: Selection, groups
     difference = float((slim(images) - expected).abs().max())
     if not difference <= CUT_TOLERANCE * (1 + float(expected.abs().max())):
         raise InternalError(f"The cut network differs from the silenced original by {difference:.2g}.")
+
+
+def _score_batch(model: TorchModel) -> int:
+    """Return how many images to score at once: many small ones, few large ones, whose activations all are kept."""
+    pixels = math.prod(int(size) for size in model.signature.inputs[0].shape[2:])
+    return max(SCORE_IMAGES_EACH, min(SCORE_BATCH, SCORE_PIXELS // max(1, pixels)))
 
 
 def _counted(batches: Iterator[Batch], task: Task) -> Iterator[Batch]:

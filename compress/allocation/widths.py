@@ -29,6 +29,7 @@ class Candidates:
         levels: Allowed widths in channels, ascending; the last is the full width.
         order: (U,) int64, units in the order in which they go; None for the lowest scores first.
         measured: (levels,) float64 >= 0, the damage of each width where it was measured.
+        errors: (levels,) float64, the standard errors of those.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Candidates:
     levels: tuple[int, ...]
     order: np.ndarray | None = None
     measured: np.ndarray | None = None
+    errors: np.ndarray | None = None
 
     @property
     def full(self) -> int:

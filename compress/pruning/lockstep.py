@@ -148,15 +148,19 @@ class Lockstep:
             self._running.wait(self._names[layer], tensor)
 
 
-def run_watched(network: nn.Module, images: Tensor, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-    """Run a network once without gradients, each of its parts given watched by a forward hook.
+def run_watched(
+    network: nn.Module, images: Tensor, hooks: Mapping[nn.Module, Callable[..., None]], before: bool = False
+) -> None:
+    """Run a network once without gradients, each of its parts given watched by a hook.
 
     Args:
         network: In eval mode.
         images: (N, C, H, W).
         hooks: Part -> what is called with the part, its inputs and its output.
+        before: Whether it is called as the part is entered, without the output.
     """
-    handles = [part.register_forward_hook(hook) for part, hook in hooks.items()]
+    register = "register_forward_pre_hook" if before else "register_forward_hook"
+    handles = [getattr(part, register)(hook) for part, hook in hooks.items()]
     try:
         with torch.no_grad():
             network(images)
@@ -175,13 +179,7 @@ def call_order(network: nn.Module, parts: Iterable[str], images: Tensor) -> list
     """
     names = {network.get_submodule(name): name for name in parts}
     called: list[str] = []
-    handles = [part.register_forward_pre_hook(lambda part, _: called.append(names[part])) for part in names]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(network, images, {part: lambda part, _: called.append(names[part]) for part in names}, before=True)
     return [name for name in called if called.count(name) == 1]
 
 

@@ -151,7 +151,7 @@ def add_constant(layer: nn.Module, norm: nn.Module | None, constant: Tensor) -> 
 
 
 def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
-    """Give each layer that lost inputs the mean output it had, through its bias or the batch norm behind it, in place.
+    """Give each layer whose inputs changed the mean output it had, in its bias or the batch norm behind it, in place.
 
     A removed channel that was constant is made up for in full where the layer does not pad; at padded borders, where
     the channel was not constant to the layer, on average only.
@@ -185,7 +185,7 @@ def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A layer that lost inputs.
+    """A layer whose inputs are not what they were.
 
     Attributes:
         name: Module path.
@@ -241,7 +241,7 @@ def _batches(comparison: Comparison) -> list[Tensor]:
 
 
 def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
-    """Return the layers that lost inputs, in the order of their calls."""
+    """Return the layers to adjust, in the order of their calls."""
     slim, original = comparison.slim, comparison.original
     norms = following_norms(slim, BATCH_NORMS, example)
     found = []

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ def _write(path: Path, content: Mapping[str, Sequence[float]]) -> None:
     os.replace(part, path)
 
 
-def damages(rises: Sequence[Rise]) -> np.ndarray:
-    """Return (levels,) float64 damages for the allocation."""
-    return np.asarray([rise.mean for rise in rises], dtype=np.float64)
+def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:
+    """Return candidates whose damages are measured rises of the loss."""
+    means, errors = (np.asarray([getattr(rise, name) for rise in rises]) for name in ("mean", "error"))
+    return replace(candidates, measured=means, errors=errors)

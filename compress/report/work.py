@@ -145,11 +145,12 @@ def _render_prune(runs: list[Run], index: int) -> str:
             f"<code>{escape(group.get('name'))}</code>",
             escape(group.get("width_before")),
             escape(group.get("width_after")),
-            escape(format_number(group.get("damage"))),
+            escape(_damage(group)),
         )
         for group in groups
     ]
-    table = render_table(("channel group", "before", "after", "estimated damage"), rows, numeric=(1, 2, 3))
+    head = "rise of the loss, measured" if record.get("damage") == "sensitivity" else "estimated damage"
+    table = render_table(("channel group", "before", "after", head), rows, numeric=(1, 2, 3))
     return render_section(
         _title("Pruning: widths of the channel groups", runs, index),
         render_split(render_facts(facts), render_figure(plot_widths(f"widths-{index}", groups))),
@@ -158,6 +159,12 @@ def _render_prune(runs: list[Run], index: int) -> str:
         _render_trials(record),
         _render_timing(record.get("latency") or {}, index),
     )
+
+
+def _damage(group: dict[str, Any]) -> str | None:
+    """Return what narrowing a group does, with its standard error where it was measured."""
+    damage, error = format_number(group.get("damage")), group.get("damage_error")
+    return damage if error is None else f"{damage} ± {format_number(error)}"
 
 
 def _render_trials(record: dict[str, Any]) -> str:

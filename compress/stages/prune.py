@@ -23,7 +23,7 @@ from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.elimination import reader_statistics, removal_order
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
 from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
-from compress.pruning.sensitivity import Sensitivity, damages
+from compress.pruning.sensitivity import Sensitivity, with_rises
 from compress.pruning.surgery import remove_channels
 from compress.recipe import RemoveChannels
 from compress.registry import closest
@@ -84,7 +84,6 @@ class Attempt:
         selection: The channels chosen.
         timed: Whole networks that were timed on the way.
         repairs: What was tried after the cut.
-        damage: Group -> the estimated damage of its width.
     """
 
     prepared: Prepared
@@ -92,7 +91,6 @@ class Attempt:
     selection: Selection
     timed: list[TimedChoice]
     repairs: list[Record]
-    damage: dict[str, float]
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:
@@ -220,10 +218,7 @@ class PruneStage:
         trunk, groups, candidates = prepared.trunk, prepared.groups, prepared.candidates
         example, module = example_input(trunk.model.signature), trunk.model.module
         selection, timed = self._select(groups, candidates, prepared.targets, ctx.progress)
-        damage = {
-            one.name: float(one.damages[list(one.levels).index(selection.widths[one.name])]) for one in candidates
-        }
-        attempt = Attempt(prepared, trunk.model, selection, timed, [], damage)
+        attempt = Attempt(prepared, trunk.model, selection, timed, [])
         if not selection.removed:
             return attempt
         edit = RemoveChannels(selection.removed)
@@ -290,11 +285,11 @@ class PruneStage:
                         order = removal_order(groups[name], stats, (one.full - one.levels[0]) // one.channels_per_unit)
                         found[name] = one = replace(one, order=order)
                     if sensitivity is not None:
-                        found[name] = replace(one, measured=damages(sensitivity.rises(groups[name], one, stats)))
+                        found[name] = with_rises(one, sensitivity.rises(groups[name], one, stats))
                     task.advance()
         for name, one in found.items():
             if sensitivity is not None and one.measured is None:
-                found[name] = replace(one, measured=damages(sensitivity.rises(groups[name], one, None)))
+                found[name] = with_rises(one, sensitivity.rises(groups[name], one, None))
         return found
 
     def _sensitivity(self, trunk: Trunk, ctx: StageContext) -> Sensitivity:
@@ -374,15 +369,8 @@ class PruneStage:
             "reached": reached,
             "criterion": self.config.criterion,
             "is_optimal": selection.is_optimal,
-            "groups": [
-                {
-                    "name": name,
-                    "width_before": group.width,
-                    "width_after": selection.widths[name],
-                    "damage": attempt.damage[name],
-                }
-                for name, group in attempt.prepared.groups.items()
-            ],
+            "damage": self.config.damage,
+            "groups": [_group_record(one, selection.widths[one.name]) for one in attempt.prepared.candidates],
             "shortfall": self._shortfall(asked, reached, bool(attempt.removed_blocks)),
             "latency": None if latency is None else latency_record(latency, selection.widths, timed),
             **figures,
@@ -465,6 +453,17 @@ def check_cut(slim: nn.Module, original: nn.Module, selection: Selection, groups
     difference = float((slim(images) - expected).abs().max())
     if not difference <= CUT_TOLERANCE * (1 + float(expected.abs().max())):
         raise InternalError(f"The cut network differs from the silenced original by {difference:.2g}.")
+
+
+def _group_record(one: Candidates, width: int) -> Record:
+    level = one.levels.index(width)
+    return {
+        "name": one.name,
+        "width_before": one.full,
+        "width_after": width,
+        "damage": float(one.damages[level]),
+        "damage_error": None if one.errors is None else float(one.errors[level]),
+    }
 
 
 def _score_batch(model: TorchModel) -> int:

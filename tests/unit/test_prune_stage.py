@@ -5,6 +5,7 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import nets
 import numpy as np
@@ -25,7 +26,7 @@ from compress.pruning.graph import find_cuttable
 from compress.pruning.sensitivity import Sensitivity
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
-from compress.stages.prune import PruneStage
+from compress.stages.prune import PruneStage, _score_batch
 from compress.stages.repairing import apply_repairs
 from compress.training.evaluate import evaluate_loss
 
@@ -467,3 +468,22 @@ def test_groups_that_cannot_be_cut_are_a_named_warning(prune, tmp_path):
     for name in whole:
         assert any(text.startswith(f"Channel group '{name}' stays whole: ") for text in said.warnings)
     assert len(said.warnings) == len(whole)
+
+
+@pytest.mark.parametrize(("side", "images"), [(32, 64), (64, 64), (128, 16), (224, 8), (1024, 8)])
+def test_few_large_images_are_scored_at_once_and_many_small_ones(tmp_path, side, images):
+    model = _artifact(nets.build("chain"), tmp_path)
+    signature = Signature((TensorSpec("images", ("batch", 3, side, side)),), SIGNATURE.outputs)
+    assert _score_batch(replace(model, signature=signature)) == images
+
+
+@pytest.mark.parametrize("damage", ["scores", "sensitivity"])
+def test_measured_damages_are_recorded_with_their_errors(prune, damage):
+    _, record, _ = prune("residual", damage=damage, score_images=16)
+    assert record["damage"] == damage
+    cut = [group for group in record["groups"] if group["width_after"] < group["width_before"]]
+    assert cut
+    for group in cut:
+        assert (group["damage_error"] is None) == (damage == "scores")
+    if damage == "sensitivity":
+        assert any(group["damage_error"] > 0 for group in cut)

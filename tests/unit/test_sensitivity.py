@@ -22,7 +22,7 @@ from compress.progress import SilentProgress
 from compress.pruning.elimination import ReaderStats, reader_statistics
 from compress.pruning.graph import ChannelGroup, find_cuttable, silenced_copy
 from compress.pruning.repair import reestimate_batch_norm
-from compress.pruning.sensitivity import Rise, Sensitivity, damages
+from compress.pruning.sensitivity import Rise, Sensitivity, with_rises
 from compress.training.evaluate import image_losses
 
 SILENT = SilentProgress()
@@ -200,8 +200,10 @@ def test_the_whole_width_costs_nothing_and_no_narrower_one_less_than_a_wider(tmp
     found = sensitivity.rises(group, _candidates(group, levels), None)
     assert [rise.mean for rise in found] == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.0, 0.0])
     assert found[-1] == Rise(0.0, 0.0)
-    assert damages(found) == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.0, 0.0])
-    assert damages(found).dtype == np.float64
+    damaged = with_rises(_candidates(group, levels), found)
+    assert damaged.damages == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.0, 0.0])
+    assert damaged.damages.dtype == np.float64
+    assert damaged.errors == pytest.approx([rise.error for rise in found])
     assert all(narrow.mean >= wide.mean for narrow, wide in pairwise(found))
 
 

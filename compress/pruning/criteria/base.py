@@ -36,6 +36,9 @@ class Criterion(Protocol):
         comparable: Whether scores of different groups may be ranked together as they are; if not, each group's are
             divided by their mean first.
         treats_equals_equally: Whether equal channels get equal scores (all but random).
+
+    A criterion may also say `orders_by_refit = True`: its scores then decide widths only, and channels go in the order
+    of `compress.pruning.elimination`.
     """
 
     name: ClassVar[str]

@@ -113,6 +113,7 @@ class TorchModel:
         classes: Class names, or ().
         baseline: The untouched network's figures and files.
         rewrites: What is rewritten for the runtime whenever the network is exported; the baseline was too.
+        precision: "fp32" or "fp16": that of the files, the baseline's too; the module is float32.
     """
 
     module: nn.Module
@@ -123,6 +124,7 @@ class TorchModel:
     classes: tuple[str, ...]
     baseline: Baseline
     rewrites: tuple[str, ...] = ()
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)

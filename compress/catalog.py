@@ -34,17 +34,17 @@ class StageEntry:
 STAGES: dict[str, StageEntry] = {
     entry.name: entry
     for entry in (
-        StageEntry("load", "compress.stages.load:LoadStage", 2, NOTHING, TORCH_MODEL, True,
+        StageEntry("load", "compress.stages.load:LoadStage", 3, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
-        StageEntry("prune", "compress.stages.prune:PruneStage", 3, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("prune", "compress.stages.prune:PruneStage", 4, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
-        StageEntry("slim", "compress.stages.slim:SlimStage", 1, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("slim", "compress.stages.slim:SlimStage", 2, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 2, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
         StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 1, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),
-        StageEntry("export", "compress.stages.export:ExportStage", 2, TORCH_MODEL, ONNX_MODEL, True,
+        StageEntry("export", "compress.stages.export:ExportStage", 3, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),
         StageEntry("verify", "compress.stages.verify:VerifyStage", 1, ONNX_MODEL, VERDICT, True,
                    "measure the file in its runtime and hold it to the gates"),

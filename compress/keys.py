@@ -71,6 +71,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             fixed["deploy"] = _deploy_component(config.deploy)
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
+            if config.deploy is not None:
+                fixed["precision"] = config.deploy.precision
             if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
                 fixed["deploy"] = asdict(_conditions(config.deploy))
         steps.append(Step(index, entry, stage, values, fixed))
@@ -98,7 +100,7 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
 
 
 def _conditions(deploy: DeployConfig) -> TableConditions:
-    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
 
 
 def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

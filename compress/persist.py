@@ -82,6 +82,7 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
         "preprocessing": model.preprocessing.to_dict(),
         "classes": list(model.classes),
         "rewrites": list(model.rewrites),
+        "precision": model.precision,
     }
     _write_json(folder / "meta.json", meta)
     write_weights(model.module, folder / "weights.safetensors")
@@ -101,7 +102,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
         figures = Figures(**_read_json(folder / "baseline.json"))
     with _well_formed(folder / "meta.json"):
         preprocessing, classes = Preprocessing.from_dict(meta["preprocessing"]), tuple(meta["classes"])
-        rewrites = tuple(meta.get("rewrites", ()))
+        rewrites, precision = tuple(meta.get("rewrites", ())), str(meta.get("precision", "fp32"))
     return TorchModel(
         module=rebuild(factory, recipe, signature, folder / "weights.safetensors"),
         factory=factory,
@@ -111,6 +112,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
         classes=classes,
         baseline=Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors"),
         rewrites=rewrites,
+        precision=precision,
     )
 
 

@@ -9,20 +9,27 @@ from compress.config.problems import KeyPath, Problem, format_path
 
 TIMED_RUNTIME = "onnxruntime"
 _SHARED = ("runtime", "provider", "threads", "batch_size")
+NO_HALF = ("CPUExecutionProvider",)  # where float16 is cast to float32 and back around every operator
 _LATENCY = ("latency", "latency_ms")
 
 
 def check_deploy(document: Document) -> list[Problem]:
-    """Return one problem for each latency target of a pipeline that does not say where it will run."""
+    """Return what does not fit: latency targets without a place to run, and places that cannot do what is asked."""
     targets = list(_latency_targets(document.value))
     deploy = document.value.get("deploy")
     if deploy is None:
         return [_without_deploy(document, path) for path in targets]
-    runtime = deploy.get("runtime") if isinstance(deploy, dict) else None
+    given = deploy if isinstance(deploy, dict) else {}
+    runtime, provider = given.get("runtime"), given.get("provider", NO_HALF[0])
+    problems = []
+    if given.get("precision") == "fp16" and provider in NO_HALF:
+        text = f"deploy.precision fp16 must be on a provider that computes in it, got {provider}."
+        hint = "fp32 is faster there; CUDAExecutionProvider and TensorrtExecutionProvider have fp16"
+        problems.append(Problem(document.origin(("deploy", "precision")), text, hint))
     if targets and runtime in RUNTIMES and runtime != TIMED_RUNTIME:
         text = f"deploy.runtime must be {TIMED_RUNTIME} for a latency target, got {runtime}, which cannot time nodes."
-        return [Problem(document.origin(("deploy", "runtime")), text)]
-    return []
+        problems.append(Problem(document.origin(("deploy", "runtime")), text))
+    return problems
 
 
 def _latency_targets(value: Any) -> Iterator[KeyPath]:

@@ -397,6 +397,7 @@ class DeployConfig(Section):
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
     batch_size: Count = Field(1, description="images a call")
+    precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
     table: str | None = Field(None, description="latency table that `compress profile` wrote; measured here by default")
     accept_foreign_table: bool = Field(False, description="use a table of another machine as it is")
 

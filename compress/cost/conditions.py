@@ -29,6 +29,7 @@ class TableConditions:
         provider: Execution provider.
         threads: Inside one operator.
         batch_size: Images a call.
+        precision: Of weights and activations.
     """
 
     machine: str
@@ -38,6 +39,7 @@ class TableConditions:
     provider: str
     threads: int
     batch_size: int
+    precision: str = "fp32"
 
     def differences(self, other: TableConditions) -> list[str]:
         """Return what differs, in words: "threads 1 here, 4 in the table"."""
@@ -53,7 +55,9 @@ class TableConditions:
         return digest_value(asdict(self))
 
 
-def present_conditions(runtime: str, provider: str, threads: int, batch_size: int) -> TableConditions:
+def present_conditions(
+    runtime: str, provider: str, threads: int, batch_size: int, precision: str = "fp32"
+) -> TableConditions:
     """Return the conditions of this machine."""
     return TableConditions(
         machine=_read_cpu_info("model name") or platform.processor() or platform.machine(),
@@ -63,6 +67,7 @@ def present_conditions(runtime: str, provider: str, threads: int, batch_size: in
         provider=provider,
         threads=threads,
         batch_size=batch_size,
+        precision=precision,
     )
 
 

@@ -48,7 +48,7 @@ def rewrite_padded_shortcuts(model: ModelProto) -> int:
         if shortcut is None or shortcut.source not in channels:
             nodes.append(node)
             continue
-        weight = _fixed_weight(shortcut, channels[shortcut.source], f"{FIXED_WEIGHT}{node.output[0]}")
+        weight = _fixed_weight(shortcut, *channels[shortcut.source], f"{FIXED_WEIGHT}{node.output[0]}")
         graph.initializer.append(weight)
         shape, name = [1] * len(shortcut.steps), f"fixed_{node.name or node.output[0]}"
         inputs = [shortcut.source, weight.name]
@@ -122,23 +122,24 @@ def _spatial_steps(slicing: NodeProto, rank: int, constants: Constants) -> tuple
     return tuple(steps[2:])
 
 
-def _fixed_weight(shortcut: _Shortcut, channels: int, name: str) -> onnx.TensorProto:
+def _fixed_weight(shortcut: _Shortcut, channels: int, dtype: np.dtype, name: str) -> onnx.TensorProto:
     """Return (outputs, inputs, 1, ...), which passes each channel on to its place."""
-    weight = np.zeros((shortcut.before + channels + shortcut.after, channels), np.float32)
+    weight = np.zeros((shortcut.before + channels + shortcut.after, channels), dtype)
     weight[shortcut.before + np.arange(channels), np.arange(channels)] = 1
     return numpy_helper.from_array(weight.reshape(*weight.shape, *[1] * len(shortcut.steps)), name)
 
 
-def _channels(model: ModelProto) -> dict[str, int]:
-    """Return value -> size of its second axis, for float32 values where it is known."""
+def _channels(model: ModelProto) -> dict[str, tuple[int, np.dtype]]:
+    """Return value -> size of its second axis, where it is known, and type, for floating-point values."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     found = {}
     for value in (*inferred.input, *inferred.value_info):
         tensor = value.type.tensor_type
-        if tensor.elem_type == onnx.TensorProto.FLOAT and len(tensor.shape.dim) > 2:
+        if tensor.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16) and len(tensor.shape.dim) > 2:
             size = tensor.shape.dim[1]
             if size.HasField("dim_value"):
-                found[value.name] = int(size.dim_value)
+                dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+                found[value.name] = int(size.dim_value), dtype
     return found
 
 

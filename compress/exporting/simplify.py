@@ -44,13 +44,16 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
     return (slim, "") if not (note := find_difference(path, slim_path, signature)) else (None, note)
 
 
-def find_difference(path: Path, rewritten: Path, signature: Signature) -> str:
+def find_difference(
+    path: Path, rewritten: Path, signature: Signature, tolerance: float = RELATIVE_TOLERANCE
+) -> str:
     """Return how a rewritten model differs from what it was on random input, "" when it does not.
 
     Args:
         path: The model as it was.
         rewritten: The model to compare.
         signature: Inputs and outputs of both.
+        tolerance: How far an output may be off, over the largest.
     """
     try:
         first, second = (_session(file) for file in (path, rewritten))
@@ -60,7 +63,7 @@ def find_difference(path: Path, rewritten: Path, signature: Signature) -> str:
                 scale = float(np.abs(a).max(initial=0.0))
                 if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
                     return f"output '{spec.name}' of the rewritten graph has another shape or is not finite"
-                if float(np.abs(a - b).max(initial=0.0)) > ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * scale:
+                if float(np.abs(a - b).max(initial=0.0)) > ABSOLUTE_TOLERANCE + tolerance * scale:
                     return f"output '{spec.name}' of the rewritten graph differs by {np.abs(a - b).max():.2g}"
     except OSError:  # a full disk says nothing about the graph
         raise

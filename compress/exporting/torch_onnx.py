@@ -37,6 +37,7 @@ from compress.cost.onnx_file import (
 )
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ExportFailed, InternalError
+from compress.exporting.precision import HALF_TOLERANCE, in_half_precision
 from compress.exporting.rewrite import apply_rewrites
 from compress.exporting.simplify import find_difference, simplify_onnx
 
@@ -94,6 +95,7 @@ def export_onnx(
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] = (),
     rewrites: tuple[str, ...] = (),
+    precision: str = "fp32",
 ) -> ExportReport:
     """Write `module` as an ONNX file; a file that was there is replaced only when the new one passed every check.
 
@@ -108,9 +110,11 @@ def export_onnx(
         preprocessing: Written into the file's metadata.
         classes: Written into the file's metadata.
         rewrites: Names in `REWRITES` to be applied wherever they fit.
+        precision: "fp32", or "fp16" for weights and activations in half precision between float32 inputs and outputs.
 
     Raises:
-        ExportFailed: torch or ONNX refused, or the file is not what was asked for (opset, names, shapes).
+        ExportFailed: torch or ONNX refused, the file is not what was asked for (opset, names, shapes), or the network
+            does not bear half precision.
         InternalError: A rewrite changed what the network computes.
     """
     wanted = exported_signature(signature, dynamic_batch)
@@ -140,6 +144,14 @@ def export_onnx(
             if difference := find_difference(plain, chosen, wanted):
                 raise InternalError(f"Rewriting {', '.join(places)} changed the network: {difference}.")
             model = rewritten
+        if precision == "fp16":
+            full, model = chosen, in_half_precision(model)
+            chosen = _save_checked(model, Path(folder) / "half" / path.name, external)
+            if difference := find_difference(full, chosen, wanted, HALF_TOLERANCE):
+                raise ExportFailed(
+                    f"The network must compute nearly the same in fp16: {difference}.",
+                    hint="Set deploy.precision: fp32.",
+                )
         files = _move_into_place(chosen, path)
     return ExportReport(
         nodes_before=nodes_before,

@@ -34,6 +34,7 @@ class ExportStage:
                 preprocessing=artifact.preprocessing,
                 classes=artifact.classes,
                 rewrites=artifact.rewrites,
+                precision=artifact.precision,
             )
             task.advance()
         if config.simplify and not report.simplified:

@@ -32,6 +32,7 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
             preprocessing=model.preprocessing,
             classes=model.classes,
             rewrites=model.rewrites,
+            precision=model.precision,
         )
         task.advance()
 

@@ -136,7 +136,7 @@ def model_latency(
         return replace(longer, writer=writer, axes=axes, levels=levels, time_ratio=timing.ratio)
     if longer is not None and deploy.table is not None:
         raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
-    here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
     known, is_foreign = _known_table(deploy, here, writer, ctx)
     if is_foreign and known is not None:
         table = known

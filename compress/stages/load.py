@@ -69,7 +69,10 @@ class LoadStage:
         example = _example(signature)
         counted = count_macs(module, example)
         baseline = Baseline(Figures(counted, count_params(module), 0, {}, {}), path, weights)
-        model = TorchModel(module, spec, Recipe(), signature, ctx.data.preprocessing, ctx.data.classes, baseline)
+        precision = "fp32" if ctx.deploy is None else ctx.deploy.precision
+        model = TorchModel(
+            module, spec, Recipe(), signature, ctx.data.preprocessing, ctx.data.classes, baseline, precision=precision
+        )
         export_present(model, path, ctx)
         tried = try_rewrites(path, signature, self.config.rewrites, ctx)
         kept = tuple(record["rewrite"] for record in tried if record["is_kept"])

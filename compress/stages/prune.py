@@ -98,6 +98,21 @@ class Attempt:
         return self.prepared.trunk.removed
 
 
+@dataclass(frozen=True)
+class Trial:
+    """An attempt with a number of blocks removed.
+
+    Attributes:
+        blocks: That number.
+        attempt: What came of it.
+        loss: On the validation split; infinite where it is no number.
+    """
+
+    blocks: int
+    attempt: Attempt
+    loss: float
+
+
 class PruneStage:
     """Choose, cut, repair; say what was asked and what was reached."""
 
@@ -169,35 +184,52 @@ class PruneStage:
     def _best_attempt(self, trunks: Iterator[Trunk], trials: list[Record], ctx: StageContext) -> Attempt:
         """Meet the targets with no block removed, with one, with two ...; keep the least validation loss.
 
-        In a network of many blocks several go between one trial and the next. It ends when that loss has risen twice in
-        a row, or when the blocks alone are more than was asked for. What was tried is added to `trials`.
+        In a network of many blocks several go between one trial and the next, and the numbers around the best are tried
+        in the end. More blocks are not tried when that loss has risen twice in a row, or when the blocks alone are more
+        than was asked for. What was tried is added to `trials`.
         """
-        best: Attempt | None = None
-        best_loss, rises, latency = math.inf, 0, None
+        best: Trial | None = None
         unreachable: BudgetUnreachable | None = None
-        for trunk in trunks:
-            if len(trunk.removed) % max(1, math.ceil(trunk.blocks / TRIALS)):
-                continue
+        latency: LatencyModel | None = None
+        rises = 0
+        between: dict[int, Trunk] = {}  # near the best, not tried
+
+        def attempt(trunk: Trunk) -> Trial | None:
+            nonlocal latency, unreachable
+            count = len(trunk.removed)
             try:
                 prepared = self._prepare(trunk, latency, ctx)
                 latency = prepared.targets.latency
-                attempt = self._attempt(prepared, ctx)
+                found = self._attempt(prepared, ctx)
             except BudgetUnreachable as error:
-                trials.append({"blocks": len(trunk.removed), "loss": None, "reason": error.message})
+                trials.append({"blocks": count, "loss": None, "reason": error.message})
                 unreachable = unreachable or error
+                return None
+            loss = evaluate_loss(found.model.module, ctx.data.validation, progress=ctx.progress)
+            trials.append({"blocks": count, "loss": loss, "reason": None})
+            ctx.progress.note(f"{count} blocks removed: validation loss {loss:.4f} within the budget")
+            return Trial(count, found, math.inf if math.isnan(loss) else loss)
+
+        for trunk in trunks:
+            step, count = math.ceil(trunk.blocks / TRIALS) or 1, len(trunk.removed)
+            if count % step:
+                between[count] = trunk
                 continue
-            loss = evaluate_loss(attempt.model.module, ctx.data.validation, progress=ctx.progress)
-            trials.append({"blocks": len(trunk.removed), "loss": loss, "reason": None})
-            ctx.progress.note(f"{len(trunk.removed)} blocks removed: validation loss {loss:.4f} within the budget")
-            is_better = best is None or loss < best_loss or (math.isnan(best_loss) and not math.isnan(loss))
+            trial = attempt(trunk)
+            if trial is None:
+                continue
+            is_better = best is None or trial.loss < best.loss
             rises = 0 if is_better else rises + 1
-            if is_better:
-                best, best_loss = attempt, loss
-            if rises == PATIENCE or not attempt.selection.removed:
+            best = trial if is_better else best
+            if rises == PATIENCE or not trial.attempt.selection.removed:
                 break
+            between = {other: kept for other, kept in between.items() if best is not None and other > best.blocks - step}
+        while best is not None and (near := between.keys() & {best.blocks - 1, best.blocks + 1}):
+            trial = attempt(between.pop(min(near)))
+            best = trial if trial is not None and trial.loss < best.loss else best
         if best is None:
             raise unreachable or InternalError("No number of blocks was tried.")
-        return best
+        return best.attempt
 
     def _prepare(self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext) -> Prepared:
         """Find what can be cut and what it costs.

@@ -357,7 +357,7 @@ def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
     ctx = StageContext(tmp_path, 0, data, _Listener())
     before = copy.deepcopy(network.state_dict())
 
-    def spoil(module: nn.Module) -> tuple[str]:
+    def spoil(module: nn.Module, kept: object = ()) -> tuple[str]:
         with torch.no_grad():
             next(module.parameters()).fill_(float("nan"))
         return ("weight",)
@@ -365,7 +365,7 @@ def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
     (record,) = apply_repairs(network, [("spoil", spoil)], ctx)
     assert not record["is_kept"]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert apply_repairs(network, [("nothing", lambda module: ())], ctx) == []
+    assert apply_repairs(network, [("nothing", lambda module, kept: ())], ctx) == []
 
 
 def test_blocks_make_targets_reachable_that_channels_alone_do_not_meet(prune):

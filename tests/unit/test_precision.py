@@ -1,0 +1,150 @@
+"""Half precision: what the file holds, what it computes, what refuses it, and where it is kept in mind."""
+
+from dataclasses import replace
+
+import nets
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exported import PREPROCESSING, SIGNATURE, exported
+from onnx import TensorProto
+
+from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.building import write_weights
+from compress.config.schema import DeployConfig, ExportConfig
+from compress.cost.conditions import TableConditions, present_conditions
+from compress.cost.onnx_file import load_onnx, read_metadata, read_signature
+from compress.cost.onnx_graph import count_onnx
+from compress.cost.variants import VariantWriter
+from compress.errors import ExportFailed
+from compress.exporting.rewrite import apply_rewrites
+from compress.exporting.torch_onnx import export_onnx
+from compress.persist import load_torch_model, save_torch_model
+from compress.progress import SilentProgress
+from compress.recipe import Recipe
+from compress.stages.context import StageContext
+from compress.stages.export import ExportStage
+
+
+def _run(path) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": nets.images().numpy()})[0]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    path = tmp_path_factory.mktemp("half") / "half.onnx"
+    export_onnx(nets.build("residual"), SIGNATURE, path, opset=18, preprocessing=PREPROCESSING, precision="fp16")
+    return path
+
+
+def test_weights_are_half_and_inputs_and_outputs_are_not(half):
+    model = load_onnx(half)
+    floats = [t.data_type for t in model.graph.initializer if t.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)]
+    assert floats
+    assert set(floats) == {TensorProto.FLOAT16}
+    assert read_signature(model) == SIGNATURE
+    assert read_metadata(model).preprocessing == PREPROCESSING
+    assert half.stat().st_size < 0.75 * exported("residual").stat().st_size
+
+
+def test_computes_nearly_the_same_but_not_the_same(half):
+    full, rounded = _run(exported("residual")), _run(half)
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(full - rounded).max() < 0.01 * np.abs(full).max()
+
+
+def test_costs_are_those_of_the_whole_precision(half):
+    whole = count_onnx(exported("residual"))
+    counts = count_onnx(half)
+    assert (counts.macs, counts.params) == (whole.macs, whole.params)
+
+
+def test_variants_of_a_half_file_are_half_and_run(half, tmp_path):
+    writer = VariantWriter(load_onnx(half, weights=True))
+    assert [site.sizes for site in writer.sites] == [
+        site.sizes for site in VariantWriter(load_onnx(exported("residual"), weights=True)).sites
+    ]
+    variant = writer.write({}, {})
+    onnx.save_model(variant, tmp_path / "variant.onnx")
+    assert np.isfinite(_run(tmp_path / "variant.onnx")).all()
+    assert TensorProto.FLOAT16 in {tensor.data_type for tensor in variant.graph.initializer}
+
+
+def test_weights_that_float16_cannot_hold_are_refused(tmp_path):
+    module = nets.build("chain")
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] = 1e5
+    with pytest.raises(ExportFailed, match=r"at most 65504 for fp16, 'body.0.0.weight' has \d") as caught:
+        export_onnx(module, SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
+    assert "fp32" in caught.value.hint
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_conversion_that_changes_the_network_is_refused(tmp_path, monkeypatch):
+    def wrong(model, **_):
+        weight = next(t for t in model.graph.initializer if t.name == "head.weight")
+        weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+        return model
+
+    monkeypatch.setattr("compress.exporting.precision.convert_float_to_float16", wrong)
+    with pytest.raises(ExportFailed, match="nearly the same in fp16: output 'logits' .* differs by") as caught:
+        export_onnx(nets.build("residual"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
+    assert "fp32" in caught.value.hint
+
+
+def test_a_conversion_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    def fails(model, **_):
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr("compress.exporting.precision.convert_float_to_float16", fails)
+    with pytest.raises(ExportFailed, match="could not be written in fp16: no such operator"):
+        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
+
+
+def test_zero_padded_shortcuts_of_a_half_file_are_rewritten_too(tmp_path):
+    class Padded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = torch.nn.Conv2d(3, 8, 3, 1, 1), torch.nn.Conv2d(8, 16, 3, 2, 1)
+            self.head = torch.nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            x = torch.relu(self.down(x) + torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    path = tmp_path / "m.onnx"
+    export_onnx(Padded().eval(), SIGNATURE, path, opset=18, precision="fp16")
+    model = load_onnx(path, weights=True)
+    assert apply_rewrites(model, ["padded_shortcuts"]) == {"padded_shortcuts": 1}
+    onnx.save_model(model, tmp_path / "rewritten.onnx")
+    assert np.abs(_run(path) - _run(tmp_path / "rewritten.onnx")).max() < 1e-3
+
+
+def test_a_model_keeps_its_precision_when_stored_and_exported(tmp_path):
+    module = nets.build("chain")
+    write_weights(module, tmp_path / "baseline.safetensors")
+    baseline = Baseline(Figures(1, 1, 1, {}, {}), exported("chain"), tmp_path / "baseline.safetensors")
+    factory = FactorySpec("factory", f"{nets.__file__}:build", {"name": "chain"})
+    model = TorchModel(module, factory, Recipe(), SIGNATURE, PREPROCESSING, (), baseline, precision="fp16")
+    (tmp_path / "stored").mkdir()
+    save_torch_model(model, tmp_path / "stored")
+    again = load_torch_model(tmp_path / "stored")
+    assert again.precision == "fp16"
+    ctx = StageContext(tmp_path, 0, None, SilentProgress())
+    written, _ = ExportStage(ExportConfig(stage="export")).run(again, ctx)
+    types = {tensor.data_type for tensor in load_onnx(written.path).graph.initializer}
+    assert TensorProto.FLOAT16 in types
+    assert TensorProto.FLOAT not in types
+
+
+def test_tables_of_another_precision_are_told_apart():
+    here = present_conditions("onnxruntime", "CUDAExecutionProvider", 1, 1, DeployConfig(precision="fp16").precision)
+    other = replace(here, precision="fp32")
+    assert here.key != other.key
+    assert here.differences(other) == ["precision fp16 here, fp32 in the table"]
+    assert TableConditions("cpu", 2, "avx2", "onnxruntime 1.31", "CPUExecutionProvider", 1, 1).precision == "fp32"

@@ -44,9 +44,7 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
     return (slim, "") if not (note := find_difference(path, slim_path, signature)) else (None, note)
 
 
-def find_difference(
-    path: Path, rewritten: Path, signature: Signature, tolerance: float = RELATIVE_TOLERANCE
-) -> str:
+def find_difference(path: Path, rewritten: Path, signature: Signature, tolerance: float = RELATIVE_TOLERANCE) -> str:
     """Return how a rewritten model differs from what it was on random input, "" when it does not.
 
     Args:

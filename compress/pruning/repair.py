@@ -168,8 +168,6 @@ def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
         batches = _batches(comparison)
         readers = [reader for reader in _readers(comparison, batches[0][:1]) if reader.has_intercept]
         names = tuple(reader.name for reader in readers)
-        if not names:
-            return ()
         with (
             progress.task("bias folding", len(readers)) as task,
             Lockstep(slim, names, batches, "after") as ours,

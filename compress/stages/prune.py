@@ -223,7 +223,9 @@ class PruneStage:
             best = trial if is_better else best
             if rises == PATIENCE or not trial.attempt.selection.removed:
                 break
-            between = {other: kept for other, kept in between.items() if best is not None and other > best.blocks - step}
+            between = {
+                other: kept for other, kept in between.items() if best is not None and other > best.blocks - step
+            }
         while best is not None and (near := between.keys() & {best.blocks - 1, best.blocks + 1}):
             trial = attempt(between.pop(min(near)))
             best = trial if trial is not None and trial.loss < best.loss else best

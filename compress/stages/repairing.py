@@ -2,31 +2,22 @@
 
 import copy
 import math
-from collections.abc import Collection, Container, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
 
 from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
 from compress.pruning.blocks import closing_layers
 from compress.pruning.repair import Comparison, fold_means, reestimate_batch_norm, refit_readers
-from compress.pruning.regression import is_refittable
 from compress.stages.context import Record, StageContext
 from compress.training.evaluate import evaluate_loss
 
-
-class Repairing(Protocol):
-    """Repairs a network in place, knowing which repairs were kept before, and returns the layers it changed."""
-
-    def __call__(self, module: nn.Module, kept: Container[str] = ()) -> Collection[str]: ...
-
-
-Repair = tuple[str, Repairing]
+Repair = tuple[str, Callable[[nn.Module], Sized]]
 
 
 def batch_norm_repair(ctx: StageContext) -> Repair:
     """Return the repair that measures batch-norm statistics again on the calibration split."""
-    return "batch_norm", lambda module, kept=(): reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
+    return "batch_norm", lambda module: reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
 
 
 def repairs_towards(
@@ -50,33 +41,27 @@ def repairs_towards(
     layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
     closing = closing_layers(original, example) if "least_squares" in names else {}
 
-    def compare(module: nn.Module, names: frozenset[str]) -> Comparison:
-        return Comparison(module, original, names, kept_outputs, ctx.data.calibration, closing)
-
-    def least_squares(module: nn.Module, kept: Container[str] = ()) -> Collection[str]:
-        return refit_readers(compare(module, layers), ctx.progress)
-
-    def bias_folding(module: nn.Module, kept: Container[str] = ()) -> Collection[str]:
-        if "least_squares" not in kept:
-            return fold_means(compare(module, layers), ctx.progress)
-        others = {name for name in layers if not is_refittable(module.get_submodule(name))}  # the rest has its means
-        return fold_means(compare(module, frozenset(others)), ctx.progress)
+    def comparison(module: nn.Module) -> Comparison:
+        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing)
 
     every: list[Repair] = [
-        ("least_squares", least_squares),
-        ("bias_folding", bias_folding),
+        ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
+        ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
         batch_norm_repair(ctx),
     ]
     return [repair for repair in every if repair[0] in names]
 
 
-def apply_repairs(module: nn.Module, repairs: Sequence[Repair], ctx: StageContext) -> list[Record]:
+def apply_repairs(
+    module: nn.Module, repairs: Sequence[Repair], ctx: StageContext, enough: Container[str] = ()
+) -> list[Record]:
     """Apply repairs in turn and in place, each kept only if it lowers the validation loss.
 
     Args:
         module: The network after a cut.
-        repairs: Names, and what is to be done.
+        repairs: Names, and functions that change the network in place and return what they changed.
         ctx: Has the validation split.
+        enough: After one of these was kept no other is tried.
 
     Returns:
         For each repair that found something to change its name, the loss before and after, and whether it was kept.
@@ -84,11 +69,10 @@ def apply_repairs(module: nn.Module, repairs: Sequence[Repair], ctx: StageContex
     if not repairs:
         return []
     validation, records = ctx.data.validation, []
-    kept: list[str] = []
     loss = evaluate_loss(module, validation, progress=ctx.progress)
     for name, repair in repairs:
         state = copy.deepcopy(module.state_dict())
-        if not repair(module, kept):
+        if not repair(module):
             continue
         after = evaluate_loss(module, validation, progress=ctx.progress)
         is_kept = after < loss or (math.isnan(loss) and not math.isnan(after))
@@ -96,7 +80,8 @@ def apply_repairs(module: nn.Module, repairs: Sequence[Repair], ctx: StageContex
         ctx.progress.note(f"{name}: validation loss {loss:.4f} -> {after:.4f}{'' if is_kept else ', taken back'}")
         if is_kept:
             loss = after
-            kept.append(name)
+            if name in enough:
+                break
         else:
             module.load_state_dict(state)
     return records

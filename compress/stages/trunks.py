@@ -56,5 +56,6 @@ def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: 
         model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))
         removed = (*removed, weakest)
         ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
-        tried = apply_repairs(model.module, repairs_towards(whole, model.module, {}, repairs, example, ctx), ctx)
+        wanted = repairs_towards(whole, model.module, {}, repairs, example, ctx)
+        tried = apply_repairs(model.module, wanted, ctx, enough=("least_squares",))  # more blocks or a cut may follow
         yield Trunk(model, removed, tried, whole, blocks)

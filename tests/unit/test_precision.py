@@ -90,7 +90,7 @@ def test_a_conversion_that_changes_the_network_is_refused(tmp_path, monkeypatch)
         return model
 
     monkeypatch.setattr("compress.exporting.precision.convert_float_to_float16", wrong)
-    with pytest.raises(ExportFailed, match="nearly the same in fp16: output 'logits' .* differs by") as caught:
+    with pytest.raises(ExportFailed, match=r"nearly the same in fp16: output 'logits' .* differs by") as caught:
         export_onnx(nets.build("residual"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
     assert "fp32" in caught.value.hint
 

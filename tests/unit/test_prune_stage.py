@@ -6,6 +6,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nets
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import compress.stages.prune as prune_module
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.building import apply_edits
 from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
@@ -352,12 +354,41 @@ def test_the_number_of_blocks_with_the_least_validation_loss_is_chosen(prune, da
     _hold_replay(slim, "residual")
 
 
+@pytest.mark.parametrize(
+    ("losses", "tried"),
+    [
+        ({6: 0.2, 9: 0.3, 5: 0.25, 7: 0.1, 8: 0.05}, [0, 3, 6, 9, 12, 5, 7, 8]),  # 8 has no untried neighbour
+        ({6: 0.2, 5: 0.1, 4: 0.05}, [0, 3, 6, 9, 12, 5, 4]),
+        ({6: 0.2}, [0, 3, 6, 9, 12, 5, 7]),
+        ({0: 0.1, 1: 0.05, 2: 0.2}, [0, 3, 6, 1, 2]),
+        ({9: math.nan, 6: 0.2, 7: math.nan}, [0, 3, 6, 9, 12, 5, 7]),
+    ],
+)
+def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(monkeypatch, losses, tried):
+    stage = PruneStage(PruneConfig(stage="prune", target=TargetConfig(macs=0.5), blocks="auto"))
+    prepared = SimpleNamespace(targets=SimpleNamespace(latency=None))
+    monkeypatch.setattr(
+        stage, "_prepare", lambda trunk, *_: SimpleNamespace(**vars(prepared), count=len(trunk.removed))
+    )
+    cut = SimpleNamespace(removed={"conv": (0,)})
+    monkeypatch.setattr(
+        stage, "_attempt", lambda got, _: SimpleNamespace(model=SimpleNamespace(module=got.count), selection=cut)
+    )
+    monkeypatch.setattr(prune_module, "evaluate_loss", lambda count, *_, **__: losses.get(count, 0.5 + count / 100))
+    trunks = (SimpleNamespace(removed=("block",) * count, blocks=27) for count in range(28))
+    trials: list[dict] = []
+    ctx = SimpleNamespace(progress=_Listener(), data=SimpleNamespace(validation=None))
+    best = stage._best_attempt(trunks, trials, ctx)
+    assert [trial["blocks"] for trial in trials] == tried
+    assert best.model.module == min(losses, key=lambda count: (math.isnan(losses[count]), losses[count]))
+
+
 def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
     network = nets.build("chain")
     ctx = StageContext(tmp_path, 0, data, _Listener())
     before = copy.deepcopy(network.state_dict())
 
-    def spoil(module: nn.Module, kept: object = ()) -> tuple[str]:
+    def spoil(module: nn.Module) -> tuple[str]:
         with torch.no_grad():
             next(module.parameters()).fill_(float("nan"))
         return ("weight",)
@@ -365,7 +396,7 @@ def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
     (record,) = apply_repairs(network, [("spoil", spoil)], ctx)
     assert not record["is_kept"]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert apply_repairs(network, [("nothing", lambda module, kept: ())], ctx) == []
+    assert apply_repairs(network, [("nothing", lambda module: ())], ctx) == []
 
 
 def test_blocks_make_targets_reachable_that_channels_alone_do_not_meet(prune):

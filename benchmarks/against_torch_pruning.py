@@ -3,6 +3,7 @@
     python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml
     ... --set stages.load.weights=FILE --set data.array_folder=FOLDER      as for compress run
     ... --published FILE       also times torch-pruning's published ResNet-56 (a state dict), as it is
+    ... --also RUN             also times the network of a finished run, next to that run's own baseline
 
 The pipeline must have a finetune stage and a stage with a target of `latency`. It is run as it is. torch-pruning
 (magnitude and Taylor, widths in multiples of 8 and as they come) cuts the same network: of the ratios tried the
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -77,21 +79,30 @@ class Row:
     top1: float
 
 
-def ours(pipeline: Pipeline, runs: Path, console: Console) -> Row:
+def ours(pipeline: Pipeline, runs: Path, reference: Path, console: Console) -> Row:
     """Run the pipeline."""
     outcome = run(pipeline, runs, console)
-    report = outcome.report
+    slimmed = next(stage["stage"] for stage in outcome.report["stages"] if stage["stage"] in ("prune", "slim"))
+    return _row(f"compress ({slimmed})", outcome.report, outcome.folder / "model.onnx", reference)
+
+
+def finished(run_folder: Path, folder: Path, console: Console) -> Row:
+    """Return the network of a run that ended before, and its baseline."""
+    pipeline = load_pipeline(run_folder / "pipeline.yaml", [])
+    folder = folder / run_folder.name
+    folder.mkdir(exist_ok=True)
+    load = pipeline.config.stages[0]
+    assert isinstance(load, LoadConfig)
+    model, _ = LoadStage(load).run(None, context(pipeline, folder, console))
+    report = json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
+    return _row(f"compress, {run_folder.name}", report, run_folder / "model.onnx", model.baseline.onnx_path)
+
+
+def _row(name: str, report: dict[str, Any], path: Path, reference: Path) -> Row:
     before, after = report["baseline"], report["slim"]
     finetune = next(stage["record"] for stage in report["stages"] if stage["stage"] == "finetune")
-    slimmed = next(stage["stage"] for stage in report["stages"] if stage["stage"] in ("prune", "slim"))
-    return Row(
-        f"compress ({slimmed})",
-        outcome.folder / "model.onnx",
-        Path(),
-        before["macs"] / after["macs"],
-        finetune["validation_top1_before"],
-        after["quality"]["top1"],
-    )
+    top1_before = finetune["validation_top1_before"]
+    return Row(name, path, reference, before["macs"] / after["macs"], top1_before, after["quality"]["top1"])
 
 
 def theirs(model: TorchModel, budget: float, config: FinetuneConfig, ctx: StageContext) -> Iterator[Row]:
@@ -256,6 +267,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--published", type=Path, metavar="FILE")
+    parser.add_argument("--also", type=Path, action="append", default=[], metavar="RUN")
     parser.add_argument("--picture", type=Path, default=Path("against_torch_pruning.svg"))
     arguments = parser.parse_args()
     pipeline, console = load_pipeline(arguments.pipeline, arguments.overrides), Console()
@@ -269,7 +281,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ctx = context(pipeline, folder, console)
     model, _ = LoadStage(stages[0]).run(None, ctx)
-    rows = [replace(ours(pipeline, arguments.runs_dir, console), reference=model.baseline.onnx_path)]
+    rows = [ours(pipeline, arguments.runs_dir, model.baseline.onnx_path, console)]
+    rows += [finished(run_folder, folder, console) for run_folder in arguments.also]
     rows += theirs(model, budget, finetune, ctx)
     if arguments.published is not None:
         rows.append(published(arguments.published, ctx.data, ctx))

@@ -96,7 +96,12 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
         if not Path(deploy.table).is_file():
             raise ArtifactError(f"Latency table '{deploy.table}' does not exist.")
         table = digest_file(Path(deploy.table))
-    return {**asdict(_conditions(deploy)), "table": table, "accept_foreign_table": deploy.accept_foreign_table}
+    return {
+        **asdict(_conditions(deploy)),
+        "table": table,
+        "accept_foreign_table": deploy.accept_foreign_table,
+        "repeats": deploy.repeats,
+    }
 
 
 def _conditions(deploy: DeployConfig) -> TableConditions:

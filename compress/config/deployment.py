@@ -8,7 +8,7 @@ from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path
 
 TIMED_RUNTIME = "onnxruntime"
-_SHARED = ("runtime", "provider", "threads", "batch_size")
+_SHARED = ("runtime", "provider", "threads", "batch_size", "repeats")
 NO_HALF = ("CPUExecutionProvider",)  # where float16 is cast to float32 and back around every operator
 _LATENCY = ("latency", "latency_ms")
 

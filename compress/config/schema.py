@@ -265,10 +265,14 @@ class LowRankConfig(Section):
 
     stage: Literal["low_rank"]
     relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="shared bound of the relative kernel error of every layer"
+        None, description="shared bound of the relative error of every layer"
     )
     target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
     schemes: Schemes = SCHEMES
+    error_of: Literal["outputs", "kernels"] = Field(
+        "outputs", description="whether errors are those of outputs on calibration images, or of the kernels alone"
+    )
+    score_images: Count = Field(256, description="calibration images that outputs are looked at on")
     multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")
     exclude: Names = Field((), description="layers that stay dense; * matches any text")
 
@@ -397,6 +401,7 @@ class DeployConfig(Section):
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
     batch_size: Count = Field(1, description="images a call")
+    repeats: Count = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
     precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
     table: str | None = Field(None, description="latency table that `compress profile` wrote; measured here by default")
     accept_foreign_table: bool = Field(False, description="use a table of another machine as it is")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.errors import NonFinite
-from compress.lowrank.factorize import applicable_schemes, singular_values
+from compress.lowrank.factorize import Moments, applicable_schemes, singular_values
 from compress.lowrank.ranks import Cost, LayerSpectra, SchemeSpectra
 from compress.lowrank.surgery import unsupported_reason
 
@@ -51,7 +51,9 @@ def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, Positions
     return found, {name: reasons[name] for name in names if name in reasons}
 
 
-def layer_spectra(name: str, layer: nn.Module, places: Positions, schemes: tuple[str, ...]) -> LayerSpectra:
+def layer_spectra(
+    name: str, layer: nn.Module, places: Positions, schemes: tuple[str, ...], moments: Moments | None = None
+) -> LayerSpectra:
     """Return singular values and costs of every scheme in `schemes` that applies to a layer.
 
     Args:
@@ -59,6 +61,7 @@ def layer_spectra(name: str, layer: nn.Module, places: Positions, schemes: tuple
         layer: Conv2d or Linear.
         places: What it runs over.
         schemes: Names to choose from.
+        moments: Of what it reads; None measures errors on the kernel.
 
     Raises:
         NonFinite: The weight is not finite.
@@ -74,7 +77,7 @@ def layer_spectra(name: str, layer: nn.Module, places: Positions, schemes: tuple
         if scheme in schemes:
             macs, params = _costs(shape, scheme, places)
             frozen_params = Cost(params.first * trained, params.joint * trained, params.second * trained)
-            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme), macs, frozen_params))
+            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme, moments), macs, frozen_params))
     return LayerSpectra(name, weight.numel() * places.outputs, weight.numel() * trained, tuple(spectra))
 
 

@@ -7,14 +7,14 @@ the layer's own weight. The layer may sit in any parent.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from compress.errors import NonFinite, UnsupportedLayer
-from compress.lowrank.factorize import check_ranks, factorize
+from compress.lowrank.factorize import Moments, check_ranks, factorize
 from compress.recipe import Factorize
 
 Layer = nn.Conv2d | nn.Linear
@@ -37,18 +37,26 @@ def apply_factorize(module: nn.Module, edit: Factorize) -> nn.Module:
     return changed
 
 
-def factorized_copy(module: nn.Module, edits: Sequence[Factorize]) -> tuple[nn.Module, dict[str, float]]:
-    """Return a copy of `module` with layers factorised, and the relative error of each; errors as `apply_factorize`."""
+def factorized_copy(
+    module: nn.Module, edits: Sequence[Factorize], moments: Mapping[str, Moments] | None = None
+) -> tuple[nn.Module, dict[str, float]]:
+    """Return a copy of `module` with layers factorised, and the relative error of each; errors as `apply_factorize`.
+
+    Args:
+        module: Any network.
+        edits: What becomes of its layers.
+        moments: Layer -> moments of what it reads, for the layers whose outputs are to be kept.
+    """
     changed = copy.deepcopy(module)
-    return changed, {edit.layer: factorize_layer(changed, edit) for edit in edits}
+    return changed, {edit.layer: factorize_layer(changed, edit, (moments or {}).get(edit.layer)) for edit in edits}
 
 
-def factorize_layer(module: nn.Module, edit: Factorize) -> float:
+def factorize_layer(module: nn.Module, edit: Factorize, moments: Moments | None = None) -> float:
     """Factorise one layer in place and return the relative error; arguments and errors as in `apply_factorize`."""
     layer = _find(module, edit)
     if not bool(torch.isfinite(layer.weight).all()):
         raise NonFinite(f"The weight of layer '{edit.layer}' must be finite to be factorised.")
-    factors = factorize(layer.weight, edit.scheme, edit.ranks)
+    factors = factorize(layer.weight, edit.scheme, edit.ranks, moments)
     parts = replace_structure(module, edit)
     with torch.no_grad():
         for part, weight in zip(parts, factors.weights, strict=True):

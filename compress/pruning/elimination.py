@@ -7,7 +7,7 @@
 A score of its own for each channel cannot know that one channel can be rebuilt from the others; this does.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,15 +70,29 @@ def reader_statistics(
         split: Images to look at; labels are not used.
         progress: Told about each batch.
     """
-    example = next(evaluation_batches(split.first(1), 1))[0]
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
-    with eval_mode(module):
-        once = set(call_order(module, names, example))
-        norms = following_norms(module, BATCH_NORMS, example)
+    once, norms = _called_once(module, names, split)
     eligible = {n: g for n, g in groups.items() if g.readers and all(r.layer in once for r in g.readers)}
-    for bulk in _bulks(eligible):
+    for bulk in _bulks({name: [reader.module for reader in group.readers] for name, group in eligible.items()}):
         readers = {reader.layer: reader.module for name in bulk for reader in eligible[name].readers}
         yield bulk, _collect(module, readers, norms, split, progress)
+
+
+def layer_statistics(
+    module: nn.Module, names: Iterable[str], split: Split, progress: Progress
+) -> Iterator[dict[str, ReaderStats]]:
+    """Give the statistics of layers, as many at a time as memory allows; of those that can be refitted.
+
+    Args:
+        module: The network.
+        names: Module paths of convolutions and linear layers.
+        split: Images to look at; labels are not used.
+        progress: Told about each batch.
+    """
+    able = {name: layer for name in names if _is_affordable(layer := module.get_submodule(name))}
+    once, norms = _called_once(module, able, split)
+    for bulk in _bulks({name: [layer] for name, layer in able.items() if name in once}):
+        yield _collect(module, {name: able[name] for name in bulk}, norms, split, progress)
 
 
 def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> np.ndarray:
@@ -168,10 +182,21 @@ class _Eliminated:
 
 def _is_eligible(group: ChannelGroup, reader: Member) -> bool:
     """Whether a reader can be refitted at a bearable cost and sees all units of the group alike."""
-    if not is_refittable(reader.module) or _unknowns(reader.module) > _MOST_UNKNOWNS:
+    if not _is_affordable(reader.module):
         return False
     seen = torch.bincount(reader.channels % (group.width // group.parts), minlength=group.width // group.parts)
     return bool((seen == seen[0]).all())
+
+
+def _is_affordable(layer: nn.Module) -> bool:
+    return is_refittable(layer) and _unknowns(layer) <= _MOST_UNKNOWNS
+
+
+def _called_once(module: nn.Module, names: Iterable[str], split: Split) -> tuple[set[str], dict[str, str]]:
+    """Return the layers that one forward pass calls exactly once, and the batch norms behind layers."""
+    example = next(evaluation_batches(split.first(1), 1))[0]
+    with eval_mode(module):
+        return set(call_order(module, names, example)), following_norms(module, BATCH_NORMS, example)
 
 
 def _unknowns(layer: nn.Module) -> int:
@@ -179,12 +204,12 @@ def _unknowns(layer: nn.Module) -> int:
     return int(layer.weight[0].numel()) + 1  # type: ignore[index,union-attr,operator]
 
 
-def _bulks(groups: Mapping[str, ChannelGroup]) -> Iterator[list[str]]:
-    """Part groups so that the Gram matrices of each part's readers fit into memory."""
+def _bulks(readers: Mapping[str, Sequence[nn.Module]]) -> Iterator[list[str]]:
+    """Part names so that the Gram matrices of the layers that each stands for fit into memory."""
     bulk: list[str] = []
-    sizes: dict[str, int] = {}
-    for name, group in groups.items():
-        needed = {reader.layer: 8 * _unknowns(reader.module) ** 2 for reader in group.readers}
+    sizes: dict[nn.Module, int] = {}
+    for name, layers in readers.items():
+        needed = {layer: 8 * _unknowns(layer) ** 2 for layer in layers}
         if bulk and sum((sizes | needed).values()) > _GRAM_BYTES:
             yield bulk
             bulk, sizes = [], {}

@@ -50,7 +50,7 @@ def conditions_of(deploy: DeployConfig | None) -> Conditions:
     """Return how files are run where the model will be deployed; the usual conditions where the pipeline is silent."""
     if deploy is None:
         return Conditions()
-    return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size)
+    return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, repeats=deploy.repeats)
 
 
 def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Record]:

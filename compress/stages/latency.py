@@ -142,7 +142,7 @@ def model_latency(
         table = known
         _check_covers(table, planned, axes)
     else:
-        table = timing.complete(known, planned, here, _table_path(ctx, here, writer))
+        table = timing.complete(known, planned, here, _table_path(ctx, here, writer, deploy.repeats))
     built = build_table(writer.sites, table.samples)
     ctx.progress.note(
         f"latency table: {len(table.samples)} variants timed, {sum(map(len, built.entries.values()))} entries, "
@@ -151,7 +151,8 @@ def model_latency(
     if built.spread > _NOISY:
         ctx.progress.warn(
             f"This machine is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
-            f"{built.spread:.0%} of their median. Stop other work on it."
+            f"{built.spread:.0%} of their median. Stop other work on it, or raise deploy.repeats "
+            f"({deploy.repeats} now)."
         )
     variants = tuple((built.network_ms(writer.sites, one.sizes), one.total_ms) for one in table.samples)
     return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.ratio)
@@ -275,7 +276,7 @@ def _known_table(
         ArtifactError: The table given is of another network, or of other conditions and that was not accepted.
     """
     if deploy.table is None:
-        path = _table_path(ctx, here, writer)
+        path = _table_path(ctx, here, writer, deploy.repeats)
         return (TableFile.read(path) if path.is_file() else None), False
     table = TableFile.read(Path(deploy.table))
     if table.network != network_digest(writer.sites):
@@ -299,5 +300,6 @@ def _check_covers(table: TableFile, planned: Sequence[Widths], axes: LayerAxes) 
         )
 
 
-def _table_path(ctx: StageContext, here: TableConditions, writer: VariantWriter) -> Path:
-    return ctx.latency_tables / f"{network_digest(writer.sites)[:16]}-{here.key[:16]}.json"
+def _table_path(ctx: StageContext, here: TableConditions, writer: VariantWriter, repeats: int) -> Path:
+    """Return where a table is kept; who asks for more repeats wants it timed again."""
+    return ctx.latency_tables / f"{network_digest(writer.sites)[:16]}-{here.key[:16]}-{repeats}.json"

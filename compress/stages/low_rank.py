@@ -4,22 +4,24 @@ Ranks come from one relative error that all layers share, given or solved from a
 re-estimated on calibration images afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.config.schema import LowRankConfig
 from compress.cost.macs import count_params, layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError, StageError
+from compress.lowrank.factorize import Moments
 from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
 from compress.progress import Progress
+from compress.pruning.elimination import layer_statistics
 from compress.recipe import Factorize
 from compress.registry import closest
 from compress.stages.context import Record, StageContext
@@ -53,13 +55,14 @@ class LowRankStage:
         example = example_input(artifact.signature)
         found, reasons = find_layers(artifact.module, example)
         found, reasons = self._exclude(found, reasons)
-        spectra = self._measure_spectra(artifact.module, found, ctx.progress)
+        moments = self._measure_moments(artifact.module, found, ctx)
+        spectra = self._measure_spectra(artifact.module, found, moments, ctx.progress)
         macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
         total = sum(macs_before.values()) if self.metric == "macs" else params_before
         latency: Record | None = None
         shared_error: float | None = None
         if self.config.target is not None and self.config.target.needs_latency:
-            choices, latency = self._meet_latency(artifact, spectra, ctx)
+            choices, latency = self._meet_latency(artifact, spectra, moments, ctx)
         else:
             shared_error = self._shared_error(artifact, spectra, total)
             choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
@@ -67,7 +70,7 @@ class LowRankStage:
         top1_before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
         edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
         with ctx.progress.task("factorise", 1) as task:
-            slim, errors = factorized_copy(artifact.module, edits)
+            slim, errors = factorized_copy(artifact.module, edits, moments)
             task.advance()
         slim.eval()
         repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
@@ -106,19 +109,38 @@ class LowRankStage:
             reasons.update((name, f"is excluded by '{pattern}'") for name in matches)
         return {name: places for name, places in found.items() if name not in excluded}, reasons
 
+    def _measure_moments(self, module: nn.Module, found: Container[str], ctx: StageContext) -> dict[str, Moments]:
+        """Return what layers read on calibration images, for those whose error is to be that of their outputs."""
+        if self.config.error_of == "kernels":
+            return {}
+        names = [name for name, _ in module.named_modules() if name in found]
+        split = ctx.data.calibration.first(self.config.score_images)
+        moments: dict[str, Moments] = {}
+        for stats in layer_statistics(module, names, split, ctx.progress):
+            for name, one in stats.items():
+                weight = module.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                inputs = weight[0].numel()
+                moments[name] = Moments(one.gram[:inputs, :inputs].float(), tuple(weight.shape[1:]))
+        return moments
+
     def _measure_spectra(
-        self, module: nn.Module, found: dict[str, Positions], progress: Progress
+        self, module: nn.Module, found: dict[str, Positions], moments: Mapping[str, Moments], progress: Progress
     ) -> list[LayerSpectra]:
         spectra = []
         with progress.task("singular values", max(1, len(found))) as task:
             for name, places in found.items():
                 layer = module.get_submodule(name)
-                spectra.append(layer_spectra(name, layer, places, self.config.schemes))
+                spectra.append(layer_spectra(name, layer, places, self.config.schemes, moments.get(name)))
                 task.advance(1)
         return spectra
 
     def _meet_latency(
-        self, artifact: TorchModel, spectra: Sequence[LayerSpectra], ctx: StageContext
+        self,
+        artifact: TorchModel,
+        spectra: Sequence[LayerSpectra],
+        moments: Mapping[str, Moments],
+        ctx: StageContext,
     ) -> tuple[tuple[RankChoice, ...], Record]:
         """Choose by measured latency, and time the choice until the target is met."""
         target = self.config.target
@@ -131,7 +153,7 @@ class LowRankStage:
                 "factorised layers.",
                 hint="Use a target of macs or params there.",
             )
-        model = rank_latency(artifact, spectra, self.config.multiple_of, ctx.deploy, ctx)
+        model = rank_latency(artifact, spectra, moments, self.config.multiple_of, ctx.deploy, ctx)
         asked = target.latency if target.latency is not None else (target.latency_ms or 0.0) / model.reference_ms
         selection, timed = meet_latency(
             lambda correction: model.select(asked * correction * model.reference_ms), model, asked, ctx.progress

@@ -24,6 +24,7 @@ from compress.cost.onnx_file import load_onnx, save_onnx
 from compress.cost.variants import VariantWriter
 from compress.errors import BudgetUnreachable
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES
+from compress.lowrank.factorize import Moments
 from compress.lowrank.ranks import LayerSpectra, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
 from compress.recipe import Factorize
@@ -59,6 +60,7 @@ class RankLatency:
         option_ms: Layer -> (options,) what each takes.
         fixed_ms: What everything else takes.
         reference_ms: What the untouched network takes.
+        moments: Layer -> moments of what it reads, as `factorized_copy` takes them.
     """
 
     model: TorchModel
@@ -67,6 +69,7 @@ class RankLatency:
     option_ms: Mapping[str, np.ndarray]
     fixed_ms: float
     reference_ms: float
+    moments: Mapping[str, Moments]
 
     def chosen(self, widths: Mapping[str, int]) -> tuple[RankChoice, ...]:
         """Return what each layer becomes."""
@@ -80,7 +83,7 @@ class RankLatency:
         """Return the latency of the factorised network over the untouched network's, timed in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             path = Path(folder) / "factorised.onnx"
-            export_present(factorised(self.model, self.chosen(widths)), path, self.ctx)
+            export_present(factorised(self.model, self.chosen(widths), self.moments), path, self.ctx)
             conditions, reference = conditions_of(self.ctx.deploy), self.model.baseline.onnx_path
             return measure_ratio(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
 
@@ -106,21 +109,27 @@ class RankLatency:
         return TableCost(self.fixed_ms, tuple(Factor((layer,), ms) for layer, ms in self.option_ms.items()))
 
 
-def factorised(model: TorchModel, choices: Sequence[RankChoice]) -> TorchModel:
+def factorised(model: TorchModel, choices: Sequence[RankChoice], moments: Mapping[str, Moments]) -> TorchModel:
     """Return the network with the layers that do not stay dense factorised."""
     edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
-    module, _ = factorized_copy(model.module, edits)
+    module, _ = factorized_copy(model.module, edits, moments)
     return replace(model, module=module, recipe=model.recipe.then(*edits))
 
 
 def rank_latency(
-    model: TorchModel, spectra: Sequence[LayerSpectra], multiple_of: int, deploy: DeployConfig, ctx: StageContext
+    model: TorchModel,
+    spectra: Sequence[LayerSpectra],
+    moments: Mapping[str, Moments],
+    multiple_of: int,
+    deploy: DeployConfig,
+    ctx: StageContext,
 ) -> RankLatency:
     """Time the layers of a network dense and at several shared relative errors.
 
     Args:
         model: The network.
         spectra: Its layers that can be factorised.
+        moments: Of what they read, as far as they are known.
         multiple_of: Ranks are multiples of this.
         deploy: Where it will run.
         ctx: Surroundings.
@@ -141,7 +150,9 @@ def rank_latency(
     trials += [choose_ranks(spectra, float(error), multiple_of) for error in errors]
     times: dict[RankChoice, list[float]] = {}
     rests, scales, reference_ms = [], [], 0.0
-    for choices, (layer_ms, total_ms, beside_ms) in zip(trials, _time(model, trials, deploy, ctx), strict=True):
+    for choices, (layer_ms, total_ms, beside_ms) in zip(
+        trials, _time(model, trials, moments, deploy, ctx), strict=True
+    ):
         reference_ms = reference_ms or beside_ms
         slowness = beside_ms / reference_ms
         known = {choice.layer: layer_ms.get(choice.layer, 0.0) / slowness for choice in choices}
@@ -157,7 +168,7 @@ def rank_latency(
     ctx.progress.note(
         f"{len(options)} of {len(spectra)} layers have a factorisation that is faster than they are, as measured"
     )
-    return RankLatency(model, ctx, options, option_ms, rest, reference_ms)
+    return RankLatency(model, ctx, options, option_ms, rest, reference_ms, moments)
 
 
 def _faster_options(dense: Sequence[RankChoice], ms: Mapping[RankChoice, float]) -> dict[str, tuple[RankChoice, ...]]:
@@ -171,7 +182,11 @@ def _faster_options(dense: Sequence[RankChoice], ms: Mapping[RankChoice, float])
 
 
 def _time(
-    model: TorchModel, trials: Sequence[Sequence[RankChoice]], deploy: DeployConfig, ctx: StageContext
+    model: TorchModel,
+    trials: Sequence[Sequence[RankChoice]],
+    moments: Mapping[str, Moments],
+    deploy: DeployConfig,
+    ctx: StageContext,
 ) -> Iterator[tuple[dict[str, float], float, float]]:
     """Yield for each trial the milliseconds of each layer ("" for the rest), of the whole, and of the baseline."""
     conditions = conditions_of(deploy)
@@ -181,7 +196,7 @@ def _time(
         def write() -> Iterator[Path]:
             for number, choices in enumerate(trials):
                 path = Path(folder) / f"trial{number}.onnx"
-                export_present(factorised(model, choices), path, ctx)
+                export_present(factorised(model, choices, moments), path, ctx)
                 writer = VariantWriter(load_onnx(path, weights=True))
                 sites.append([site.layer for site in writer.sites])
                 variant = writer.write({}, {})

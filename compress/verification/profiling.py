@@ -23,7 +23,7 @@ from compress.verification.runtimes.onnxruntime import NodeTimes, OnnxRuntime
 
 TOGETHER = 1  # more of them push one another out of the caches, the large more than the small
 WARMUP = 3
-_MS_EACH, _FEWEST_CALLS, _MOST_CALLS = 400.0, 10, 100
+_MS_EACH, _FEWEST_CALLS = 4.0, 0.1  # for each of the repeats asked for
 
 Inputs = Callable[[OnnxRuntime], Mapping[str, np.ndarray]]
 
@@ -92,7 +92,7 @@ def _profile_together(paths: list[Path], reference: Path, inputs: Inputs, condit
         feeds = {label: inputs(session) for label, session in labels.items()}
         first = measure_latency(labels, feeds, WARMUP, 1)
         slowest = max(sample.p50 for sample in first.values())
-        repeats = int(np.clip(_MS_EACH / slowest, _FEWEST_CALLS, _MOST_CALLS))
+        repeats = max(2, round(conditions.repeats * float(np.clip(_MS_EACH / slowest, _FEWEST_CALLS, 1.0))))
         samples = measure_latency(labels, feeds, 0, repeats)
         reference_ms = np.asarray(samples["plain 0"].milliseconds)
         for number in profiled:

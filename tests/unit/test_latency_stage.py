@@ -144,6 +144,22 @@ def test_what_was_timed_before_a_kill_is_not_timed_again(ctx, monkeypatch):
     assert again.table == model.table, "a table from a file is the table that was measured"
 
 
+def test_who_asks_for_more_repeats_gets_a_table_of_its_own(ctx, monkeypatch):
+    timed = []
+    original = profiling._profile_together
+
+    def watched(paths, reference, inputs, conditions):
+        timed.append(conditions.repeats)
+        yield from original(paths, reference, inputs, conditions)
+
+    monkeypatch.setattr(profiling, "_profile_together", watched)
+    few, some = (_latency_model("chain", ctx, replace_config(repeats=repeats)) for repeats in (4, 8))
+    assert timed == [4] * len(few.file.samples) + [8] * len(some.file.samples)
+    assert _latency_model("chain", ctx, replace_config(repeats=4)).file == few.file
+    assert len(timed) == len(few.file.samples) + len(some.file.samples), "the first is still there"
+    assert len(list(ctx.latency_tables.iterdir())) == 2
+
+
 def test_a_table_given_is_used_and_one_of_another_machine_is_refused(ctx, tmp_path):
     _latency_model("chain", ctx)
     (path,) = ctx.latency_tables.iterdir()
@@ -441,7 +457,7 @@ def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
     with pytest.raises(StageError, match="there is nothing to factorise"):
         _low_rank(model, ctx, target=RankTargetConfig(latency=1.0))
     with pytest.raises(BudgetUnreachable, match="none of 0 does at any rank"):
-        rank_latency.rank_latency(model, [], 1, DEPLOY, ctx)
+        rank_latency.rank_latency(model, [], {}, 1, DEPLOY, ctx)
     foreign = replace(ctx, deploy=replace_config(table="device.json", accept_foreign_table=True))
     with pytest.raises(ConfigValueError, match="must measure on this machine"):
         _low_rank(model, foreign, target=RankTargetConfig(latency=0.7))
@@ -450,9 +466,9 @@ def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
 def test_ranks_are_timed_for_real(ctx, tmp_path):
     model = _model("chain", tmp_path)
     spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
-        model.module, find_layers(model.module, nets.EXAMPLE)[0], SilentProgress()
+        model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, SilentProgress()
     )
-    timed = rank_latency.rank_latency(model, spectra, 1, DEPLOY, ctx)
+    timed = rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx)
     assert timed.reference_ms > 0
     assert timed.fixed_ms > 0
     for layer, found in timed.options.items():

@@ -1,6 +1,7 @@
 """Factors multiply back to the kernel, surgery keeps what the layer computes, the stage keeps its target."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.errors import BudgetUnreachable, NonFinite, StageError, UnsupportedLayer
-from compress.lowrank.factorize import applicable_schemes, factorize, full_ranks, multiply, singular_values
+from compress.lowrank.factorize import Moments, applicable_schemes, factorize, full_ranks, multiply, singular_values
 from compress.lowrank.layers import find_layers, layer_spectra
 from compress.lowrank.ranks import choose_ranks
 from compress.lowrank.surgery import apply_factorize, factorize_layer, replace_structure
@@ -104,6 +105,64 @@ def test_tucker_error_is_between_the_larger_tail_and_the_sum_of_tails() -> None:
     tails = [float((values[4:] ** 2).sum() / (values**2).sum()) for values in (inputs, outputs)]
     error = factorize(weight, "tucker2", (4, 4)).relative_error ** 2
     assert max(tails) - 1e-12 <= error <= sum(tails) + 1e-12
+
+
+def _read(kernel: tuple[int, ...]) -> tuple[Tensor, Moments]:
+    """What a layer reads, (rows, n), some directions of it far stronger than others; and its moments."""
+    size = math.prod(kernel)
+    rows = _random((2000, size)) @ _random((size, size)) * torch.linspace(0.1, 2, size, dtype=torch.float64)
+    return rows, Moments(rows.T @ rows / len(rows), kernel)
+
+
+def _output_error(weight: Tensor, scheme: str, weights: tuple[Tensor, ...], rows: Tensor) -> float:
+    missed = (multiply(weights, scheme) - weight).flatten(1)
+    return float(torch.linalg.vector_norm(rows @ missed.T) / torch.linalg.vector_norm(rows @ weight.flatten(1).T))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme", "ranks"),
+    [
+        ((16, 12, 3, 3), "nc", (8,)),
+        ((16, 12, 3, 3), "vh", (8,)),
+        ((16, 12, 3, 3), "tucker2", (8, 10)),
+        ((16, 12, 5, 1), "tucker2", (3, 16)),
+        ((16, 12, 1, 1), "svd", (8,)),
+        ((16, 12), "svd", (8,)),
+    ],
+)
+def test_with_moments_the_factors_keep_the_outputs_and_not_the_kernel(
+    shape: tuple[int, ...], scheme: str, ranks: tuple[int, ...]
+) -> None:
+    weight, (rows, moments) = _random(shape), _read(shape[1:])
+    by_kernel, by_outputs = factorize(weight, scheme, ranks), factorize(weight, scheme, ranks, moments)
+    of_kernel, of_outputs = (_output_error(weight, scheme, one.weights, rows) for one in (by_kernel, by_outputs))
+    assert by_outputs.relative_error == pytest.approx(of_outputs, rel=1e-3), "the error said is that of the outputs"
+    assert of_outputs < 0.9 * of_kernel
+    kernel_errors = [
+        float(torch.linalg.vector_norm(multiply(one.weights, scheme) - weight)) for one in (by_kernel, by_outputs)
+    ]
+    assert kernel_errors[0] < kernel_errors[1], "which the kernel pays for"
+    assert factorize(weight, scheme, full_ranks(shape, scheme), moments).relative_error < 1e-6
+
+
+@pytest.mark.parametrize(("scheme", "exact"), [("nc", True), ("vh", False), ("tucker2", False)])
+def test_spectra_with_moments_tell_the_error_of_the_outputs(scheme: str, exact: bool) -> None:
+    weight, (_, moments) = _random((16, 12, 3, 3)), _read((12, 3, 3))
+    for rank in (2, 5, 9):
+        ranks = (rank, rank) if scheme == "tucker2" else (rank,)
+        error = factorize(weight, scheme, ranks, moments).relative_error
+        spectra = singular_values(weight, scheme, moments)
+        told = math.sqrt(sum(float((values[rank:] ** 2).sum() / (values**2).sum()) for values in spectra))
+        assert error == pytest.approx(told, rel=1e-3 if exact else 0.25)
+
+
+def test_moments_of_nothing_but_zeros_are_no_reason_to_fail() -> None:
+    weight, nothing = _random((8, 6, 3, 3)), Moments(torch.zeros(54, 54), (6, 3, 3))
+    for scheme, ranks in (("nc", (4,)), ("vh", (4,)), ("tucker2", (4, 4))):
+        same = zip(
+            factorize(weight, scheme, ranks).weights, factorize(weight, scheme, ranks, nothing).weights, strict=True
+        )
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in same), "nothing is read: the kernel is all there is"
 
 
 def test_factors_are_balanced() -> None:

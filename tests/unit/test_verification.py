@@ -1,5 +1,7 @@
 """Verification of a file: runtimes, parity, top-1, latency, gates, verdict."""
 
+import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ import torch
 from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import helper, numpy_helper
 
+import compress.verification.measuring as measuring
 from compress.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signature, TensorSpec, TorchModel
 from compress.config.schema import GatesConfig, VerifyConfig
 from compress.cost.macs import count_params
@@ -569,3 +572,48 @@ def test_verifying_a_file_alone_does_not_import_torch():
 def test_more_threads_than_cores_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigValueError, match=r"threads must be at most the cores of this machine"):
         Conditions(threads=available_cores() + 1).open(tmp_path / "any.onnx")
+
+
+def _timed_with_noise(monkeypatch, noise: float) -> list[int]:
+    """Let each call of the first file take 2 ms and of the second 4 ms, times a random factor for each block."""
+    random = np.random.default_rng(0)
+    asked: list[int] = []
+
+    def times(sessions, _inputs, _warmup, repeats, _progress=None):
+        asked.append(repeats)
+        slow = 1 + noise * random.standard_normal(2)
+        labels = zip(sessions, (2.0, 4.0), slow, strict=True)
+        return {label: LatencySample((ms * factor,) * repeats) for label, ms, factor in labels}
+
+    monkeypatch.setattr(measuring, "measure_latency", times)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("noise", "blocks", "warns"), [(0.0, 8, False), (0.015, 8, False), (0.03, 16, False), (0.2, 24, True)]
+)
+def test_a_ratio_is_measured_longer_on_a_noisy_machine_which_is_said_where_it_does_not_help(
+    monkeypatch, split, noise, blocks, warns
+):
+    asked = _timed_with_noise(monkeypatch, noise)
+    progress, warnings = SilentProgress(), []
+    monkeypatch.setattr(progress, "warn", warnings.append)
+    path = exported("chain")
+    ratio = measuring.measure_ratio(path, path, split, Conditions(), progress)
+    assert ratio == pytest.approx(0.5, rel=max(noise, 1e-9))
+    assert len(asked) == 1 + blocks, "one look at the order of size, then the blocks"
+    assert bool(warnings) == warns
+    if warns:
+        (said,) = warnings
+        assert re.search(r"known to within \d+\.\d% of it only, after \d+ calls", said)
+        assert "raise deploy.repeats (100 now)" in said
+
+
+def test_calls_follow_the_repeats_asked_for(monkeypatch, split):
+    asked = _timed_with_noise(monkeypatch, 0.0)
+    path = exported("chain")
+    for repeats in (100, 300):
+        measuring.measure_ratio(path, path, split, Conditions(repeats=repeats))
+    once, more = asked[1], asked[-1]
+    assert once == math.ceil(5.0 * 100 / 8), "files this fast are timed five times as often"
+    assert more == math.ceil(5.0 * 300 / 8)

@@ -16,7 +16,7 @@ from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
 from compress.config.schema import DeployConfig
-from compress.cost.conditions import TableConditions, present_conditions
+from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
@@ -74,7 +74,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             if config.deploy is not None:
                 fixed["precision"] = config.deploy.precision
             if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
-                fixed["deploy"] = asdict(_conditions(config.deploy))
+                fixed["deploy"] = asdict(deploy_conditions(config.deploy))
         steps.append(Step(index, entry, stage, values, fixed))
     return steps
 
@@ -97,15 +97,11 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
             raise ArtifactError(f"Latency table '{deploy.table}' does not exist.")
         table = digest_file(Path(deploy.table))
     return {
-        **asdict(_conditions(deploy)),
+        **asdict(deploy_conditions(deploy)),
         "table": table,
         "accept_foreign_table": deploy.accept_foreign_table,
         "repeats": deploy.repeats,
     }
-
-
-def _conditions(deploy: DeployConfig) -> TableConditions:
-    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
 
 
 def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

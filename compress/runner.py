@@ -10,7 +10,6 @@ Nothing here imports torch unless a stage has to run.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from compress.catalog import NOTHING, VERDICT
 from compress.config.digest import digest_value
 from compress.config.load import Pipeline
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
+from compress.files import write_whole
 from compress.keys import Step, build_steps, explain, needs_latency
 from compress.locking import hold
 from compress.persist import VOLATILE, load_artifact, save_artifact
@@ -311,10 +311,8 @@ def _read_lock(folder: Path) -> list[dict[str, Any]]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text)
     except OSError as error:
         raise ArtifactError(
             f"'{path}' must be writable: {error.strerror or error}.",

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from compress.config.digest import digest_value
+from compress.config.schema import DeployConfig
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")
@@ -69,6 +70,11 @@ def present_conditions(
         batch_size=batch_size,
         precision=precision,
     )
+
+
+def deploy_conditions(deploy: DeployConfig) -> TableConditions:
+    """Return the conditions of this machine for what a `deploy` section says."""
+    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
 
 
 def _flags() -> frozenset[str]:

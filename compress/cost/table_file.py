@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from compress.cost.conditions import TableConditions
 from compress.cost.latency import Sample
 from compress.cost.variants import Site
 from compress.errors import ArtifactError
+from compress.files import write_whole
 
 KIND = "compress latency table"
 SCHEMA = 1
@@ -53,10 +53,7 @@ class TableFile:
             "reference_ms": self.reference_ms,
             "samples": [_plain(sample) for sample in self.samples],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(content, indent=1), is_shared=True)
 
     @classmethod
     def read(cls, path: Path) -> TableFile:

@@ -6,7 +6,6 @@ Each rise is measured on images, with a standard error, and written to a file at
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
 from compress.cost.macs import eval_mode
+from compress.files import write_whole
 from compress.progress import Progress
 from compress.pruning.elimination import ReaderStats, unit_inputs
 from compress.pruning.graph import BATCH_NORMS, ChannelGroup, silenced_copy
@@ -109,7 +109,7 @@ class Sensitivity:
             rises = self.losses_of(narrowed) - self._intact()
             mean, error = float(rises.mean()), float(rises.std(unbiased=False)) / math.sqrt(len(rises))
             self.known[name] = [mean, error] if math.isfinite(mean) else [2 * hopeless + 1, 0.0]
-            _write(self.saved, self.known)
+            write_whole(self.saved, json.dumps(self.known))
         mean, error = self.known[name]
         return Rise(max(mean, wider[-1].mean), error)
 
@@ -148,12 +148,6 @@ def _read(path: Path) -> dict[str, list[float]]:
         return {str(name): [float(mean), float(error)] for name, (mean, error) in content.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _write(path: Path, content: Mapping[str, Sequence[float]]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(part, path)
 
 
 def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:

@@ -5,7 +5,6 @@ Numbers that are NaN or infinite have no JSON spelling: they become null and are
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from compress.artifacts import CheckResult, Verdict
 from compress.errors import ArtifactError, InternalError
+from compress.files import write_whole
 from compress.report.html import render_html
 
 REPORT_SCHEMA = 1
@@ -144,14 +144,8 @@ def _to_plain(value: Any, place: str, non_finite: list[str]) -> Any:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a kill leaves no growing heap
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(

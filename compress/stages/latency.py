@@ -19,12 +19,12 @@ import onnx
 from compress.allocation.problem import Budget, TableCost
 from compress.artifacts import TorchModel
 from compress.config.schema import DeployConfig
-from compress.cost.conditions import TableConditions, present_conditions
+from compress.cost.conditions import TableConditions, deploy_conditions
 from compress.cost.latency import QUANTILE, LatencyTable, Sample, build_table, latency_cost
 from compress.cost.onnx_file import load_onnx, save_onnx
 from compress.cost.onnx_graph import rows_of
 from compress.cost.table_file import TableFile, network_digest
-from compress.cost.variants import VariantWriter
+from compress.cost.variants import Site, VariantWriter
 from compress.errors import ArtifactError, BudgetUnreachable, InternalError, ModelError
 from compress.pruning.costs import LayerAxes
 from compress.stages.context import StageContext
@@ -136,13 +136,13 @@ def model_latency(
         return replace(longer, writer=writer, axes=axes, levels=levels, time_ratio=timing.ratio)
     if longer is not None and deploy.table is not None:
         raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
-    here = present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
+    here = deploy_conditions(deploy)
     known, is_foreign = _known_table(deploy, here, writer, ctx)
     if is_foreign and known is not None:
         table = known
         _check_covers(table, planned, axes)
     else:
-        table = timing.complete(known, planned, here, _table_path(ctx, here, writer, deploy.repeats))
+        table = timing.complete(known, planned, here, table_path(ctx, here, writer.sites, deploy.repeats))
     built = build_table(writer.sites, table.samples)
     ctx.progress.note(
         f"latency table: {len(table.samples)} variants timed, {sum(map(len, built.entries.values()))} entries, "
@@ -276,7 +276,7 @@ def _known_table(
         ArtifactError: The table given is of another network, or of other conditions and that was not accepted.
     """
     if deploy.table is None:
-        path = _table_path(ctx, here, writer, deploy.repeats)
+        path = table_path(ctx, here, writer.sites, deploy.repeats)
         return (TableFile.read(path) if path.is_file() else None), False
     table = TableFile.read(Path(deploy.table))
     if table.network != network_digest(writer.sites):
@@ -300,6 +300,6 @@ def _check_covers(table: TableFile, planned: Sequence[Widths], axes: LayerAxes) 
         )
 
 
-def _table_path(ctx: StageContext, here: TableConditions, writer: VariantWriter, repeats: int) -> Path:
-    """Return where a table is kept; who asks for more repeats wants it timed again."""
-    return ctx.latency_tables / f"{network_digest(writer.sites)[:16]}-{here.key[:16]}-{repeats}.json"
+def table_path(ctx: StageContext, here: TableConditions, sites: Sequence[Site], repeats: int, suffix: str = "") -> Path:
+    """Return where the table of a network is kept; who asks for more repeats wants it timed again."""
+    return ctx.latency_tables / f"{network_digest(sites)[:16]}-{here.key[:16]}-{repeats}{suffix}.json"

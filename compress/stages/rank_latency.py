@@ -19,9 +19,11 @@ from compress.allocation.knapsack import allocate
 from compress.allocation.problem import Budget, Decision, Factor, TableCost
 from compress.artifacts import TorchModel
 from compress.config.schema import DeployConfig
+from compress.cost.conditions import deploy_conditions
 from compress.cost.latency import BEFORE, QUANTILE, Sample
 from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.cost.variants import VariantWriter
+from compress.cost.table_file import TableFile, network_digest
+from compress.cost.variants import Site, VariantWriter
 from compress.errors import BudgetUnreachable
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES
 from compress.lowrank.factorize import Moments
@@ -30,6 +32,7 @@ from compress.lowrank.surgery import factorized_copy
 from compress.recipe import Factorize
 from compress.stages.context import StageContext
 from compress.stages.exporting import conditions_of, export_present
+from compress.stages.latency import table_path
 from compress.verification.measuring import latency_inputs, measure_ratio
 from compress.verification.profiling import profile_models
 
@@ -189,35 +192,44 @@ def _time(
     ctx: StageContext,
 ) -> Iterator[tuple[dict[str, float], float, float]]:
     """Yield for each trial the milliseconds of each layer ("" for the rest), of the whole, and of the baseline."""
-    conditions = conditions_of(deploy)
-    sites: list[list[str]] = []
     with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:
-
-        def write() -> Iterator[Path]:
-            for number, choices in enumerate(trials):
-                path = Path(folder) / f"trial{number}.onnx"
-                export_present(factorised(model, choices, moments), path, ctx)
-                writer = VariantWriter(load_onnx(path, weights=True))
-                sites.append([site.layer for site in writer.sites])
-                variant = writer.write({}, {})
-                save_onnx(variant, path, variant.ByteSize() > ONE_FILE_LIMIT_BYTES)
-                yield path
-
-        profiles = profile_models(
-            write(),
-            len(trials),
-            model.baseline.onnx_path,
-            lambda session: latency_inputs(session, ctx.data.calibration, conditions.batch_size),
-            conditions,
-            ctx.progress,
-        )
-        for number, profile in enumerate(profiles):
-            sample = Sample.of({}, profile.nodes.names, profile.nodes.milliseconds, profile.total_ms)
+        written = []
+        for number, choices in enumerate(trials):
+            path = Path(folder) / f"trial{number}.onnx"
+            export_present(factorised(model, choices, moments), path, ctx)
+            writer = VariantWriter(load_onnx(path, weights=True))
+            variant = writer.write({}, {})
+            save_onnx(variant, path, variant.ByteSize() > ONE_FILE_LIMIT_BYTES)
+            written.append((path, writer.sites))
+        for choices, (_, sites), table in zip(trials, written, _tables(model, written, deploy, ctx), strict=True):
+            (sample,) = table.samples
             layer_ms = {"": 0.0}
             for site, ms in sample.site_ms.items():
-                layer = "" if site == BEFORE else _owner(sites[number][site], trials[number])
+                layer = "" if site == BEFORE else _owner(sites[site].layer, choices)
                 layer_ms[layer] = layer_ms.get(layer, 0.0) + ms
-            yield layer_ms, sample.total_ms, float(np.quantile(profile.reference_ms, QUANTILE))
+            yield layer_ms, sample.total_ms, table.reference_ms
+
+
+def _tables(
+    model: TorchModel, written: Sequence[tuple[Path, Sequence[Site]]], deploy: DeployConfig, ctx: StageContext
+) -> list[TableFile]:
+    """Return a table of one sample for each file; those that an earlier process timed are not timed again."""
+    conditions, here = conditions_of(deploy), deploy_conditions(deploy)
+    places = [table_path(ctx, here, sites, deploy.repeats, "-whole") for _, sites in written]
+    missing = [index for index, place in enumerate(places) if not place.is_file()]
+    profiles = profile_models(
+        (written[index][0] for index in missing),
+        len(missing),
+        model.baseline.onnx_path,
+        lambda session: latency_inputs(session, ctx.data.calibration, conditions.batch_size),
+        conditions,
+        ctx.progress,
+    )
+    for index, profile in zip(missing, profiles, strict=True):
+        sample = Sample.of({}, profile.nodes.names, profile.nodes.milliseconds, profile.total_ms)
+        beside_ms = float(np.quantile(profile.reference_ms, QUANTILE))
+        TableFile(here, network_digest(written[index][1]), beside_ms, (sample,)).write(places[index])
+    return [TableFile.read(place) for place in places]
 
 
 def _owner(name: str, choices: Sequence[RankChoice]) -> str:

@@ -8,7 +8,6 @@ the same weights as an undisturbed one (same thread count, CPU).
 import copy
 import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +29,7 @@ from compress.data.batches import (
     training_batches,
 )
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
+from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs
@@ -243,12 +243,9 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
         torch.save(state, content)
-        part.write_bytes(content.getbuffer())
-        os.replace(part, path)
+        write_whole(path, content.getbuffer())
 
     def restore(self, path: Path) -> None:
         """Go on from a saved state; a state of another run is refused by what differs."""

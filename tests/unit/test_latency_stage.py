@@ -463,6 +463,31 @@ def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
         _low_rank(model, foreign, target=RankTargetConfig(latency=0.7))
 
 
+def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, tmp_path, monkeypatch):
+    model, timed = _model("chain", tmp_path), []
+    spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
+        model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, SilentProgress()
+    )
+    original = profiling._profile_together
+
+    def watched(paths, *others):
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        timed.extend(paths)
+        yield from original(paths, *others)
+
+    monkeypatch.setattr(profiling, "_profile_together", watched)
+    with pytest.raises(KeyboardInterrupt):
+        rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx)
+    assert len(list(ctx.latency_tables.iterdir())) == 3
+    timed.append(None)  # from now on nothing dies
+    found = rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx)
+    count = len(timed)
+    assert 4 < count <= 1 + rank_latency.ERRORS + 1
+    assert rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx).option_ms.keys() == found.option_ms.keys()
+    assert len(timed) == count
+
+
 def test_ranks_are_timed_for_real(ctx, tmp_path):
     model = _model("chain", tmp_path)
     spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(

@@ -137,7 +137,7 @@ def test_with_moments_the_factors_keep_the_outputs_and_not_the_kernel(
     by_kernel, by_outputs = factorize(weight, scheme, ranks), factorize(weight, scheme, ranks, moments)
     of_kernel, of_outputs = (_output_error(weight, scheme, one.weights, rows) for one in (by_kernel, by_outputs))
     assert by_outputs.relative_error == pytest.approx(of_outputs, rel=1e-3), "the error said is that of the outputs"
-    assert of_outputs < 0.9 * of_kernel
+    assert of_outputs < 0.95 * of_kernel
     kernel_errors = [
         float(torch.linalg.vector_norm(multiply(one.weights, scheme) - weight)) for one in (by_kernel, by_outputs)
     ]

@@ -590,7 +590,7 @@ def _timed_with_noise(monkeypatch, noise: float) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("noise", "blocks", "warns"), [(0.0, 8, False), (0.015, 8, False), (0.03, 16, False), (0.2, 24, True)]
+    ("noise", "blocks", "warns"), [(0.0, 8, False), (0.03, 8, False), (0.04, 16, False), (0.2, 24, True)]
 )
 def test_a_ratio_is_measured_longer_on_a_noisy_machine_which_is_said_where_it_does_not_help(
     monkeypatch, split, noise, blocks, warns

@@ -288,6 +288,7 @@ class AugmentationConfig(Section):
 
     crop_padding: int = Field(0, ge=0, description="pixels of padding before a random crop back to the size")
     flip: bool = Field(False, description="mirror half of the images left to right")
+    mixup: float = Field(0.0, ge=0, description="alpha of the shares in which pairs of images are mixed; 0 is off")
 
 
 class DistillationConfig(Section):

@@ -274,10 +274,11 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if images.ndim == 4:
             images = images.contiguous(memory_format=self.memory_format)
+        images, share = self._mixed(images)
         outputs = self._outputs(images)
         if self.step == 0:
             check_outputs(outputs, int(self.train.labels.max()))
-        loss = self._loss(outputs, images, labels)
+        loss = self._loss(outputs, images, labels, share)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFinite(
@@ -289,6 +290,18 @@ class _Run:
         self.optimizer.step()
         self.step += 1
         return value
+
+    def _mixed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix each image with its neighbour in the batch, and return the neighbours' shares, (N,), too.
+
+        Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, with a share for each
+            pair.
+        """
+        alpha = self.settings.augmentation.mixup
+        if not alpha:
+            return images, torch.zeros(len(images))
+        share = torch.distributions.Beta(alpha, alpha).sample((len(images),))
+        return images.lerp(images.roll(1, 0), share.reshape(-1, *[1] * (images.ndim - 1))), share
 
     def _outputs(self, images: Tensor) -> Tensor:
         try:
@@ -302,8 +315,16 @@ class _Run:
                 hint="Raise batch_size.",
             ) from error
 
-    def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        hard = F.cross_entropy(outputs, labels, label_smoothing=self.settings.label_smoothing)
+    def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        """Return the loss of a batch; `share`, (N,), of each image is its neighbour's, with its label."""
+        smoothing = self.settings.label_smoothing
+        hard = F.cross_entropy(outputs, labels, label_smoothing=smoothing)
+        if share.any():
+            own, other = (
+                F.cross_entropy(outputs, wanted, label_smoothing=smoothing, reduction="none")
+                for wanted in (labels, labels.roll(1, 0))
+            )
+            hard = own.lerp(other, share).mean()
         if self.distillation is None:
             return hard
         weight, temperature = self.distillation.weight, self.distillation.temperature

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import Augmentation, Split
+from compress.data.batches import Augmentation, Split, epoch_seed
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
@@ -143,7 +143,8 @@ def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
 @pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 1), (3, 4)])
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, epoch: int, step: int, keep: str) -> None:
-    settings, state = replace(SETTINGS, keep=keep), tmp_path / "deep" / "state.pt"
+    varied = Augmentation(1, True, 0.4 if keep == "last" else 0.0)
+    settings, state = replace(SETTINGS, keep=keep, augmentation=varied), tmp_path / "deep" / "state.pt"
     undisturbed = _network()
     expected = fit(undisturbed, *_splits(), settings)
     with pytest.raises(Killed):
@@ -282,6 +283,32 @@ def test_loss_mixes_labels_and_softened_teacher() -> None:
     settings = replace(SETTINGS, steps=1, batch_size=len(train), augmentation=Augmentation())
     result = fit(student, train, validation, settings, Distillation(teacher, 0.3, 2.0))
     assert result.epochs[0].loss == pytest.approx(float(0.7 * hard + 0.3 * soft), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixup_mixes_pairs_of_images_and_asks_for_both_labels(smoothing: float) -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    start, seen = copy.deepcopy(student), []
+    handle = student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    train, validation = _splits()
+    settings = replace(
+        SETTINGS, steps=1, batch_size=len(train), label_smoothing=smoothing, augmentation=Augmentation(mixup=1.0)
+    )
+    result = fit(student, train, validation, settings)
+    handle.remove()
+    mixed = next(images for images in seen if len(images) == len(train)).flatten(1)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch_seed(0, 0)))
+    images = torch.from_numpy(train.preprocessing.normalize(train.read(order.numpy()))).flatten(1)
+    labels, apart = torch.from_numpy(train.labels)[order], images.roll(1, 0) - images
+    share = ((mixed - images) * apart).sum(1) / apart.square().sum(1)
+    assert torch.allclose(mixed, images + share[:, None] * apart, atol=1e-5)
+    assert share.min() >= 0
+    assert share.max() <= 1
+    assert share.std() > 0.2, "every pair has a share of its own"
+    wanted = torch.eye(3)[labels] * (1 - share[:, None]) + torch.eye(3)[labels.roll(1, 0)] * share[:, None]
+    expected = nn.functional.cross_entropy(start(mixed), wanted, label_smoothing=smoothing)
+    assert result.epochs[0].loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_distillation_with_the_teacher_itself_has_no_loss() -> None:

@@ -415,7 +415,7 @@ def full(*_: object, **__: object) -> None:
         ),
         ("compress.training.fit.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
         ("compress.runfolder.write_slim", "Run folder "),
-        ("compress.runner.os.replace", "pipeline.yaml' must be writable: "),
+        ("compress.runner.write_whole", "pipeline.yaml' must be writable: "),
     ],
 )
 def test_a_full_disk_keeps_what_is_done(world: World, monkeypatch: pytest.MonkeyPatch, place: str, text: str) -> None:

@@ -21,7 +21,7 @@ from report_samples import (
 
 from compress.artifacts import Figures, Verdict
 from compress.errors import ArtifactError, InternalError
-from compress.report import build, environment
+from compress.report import environment
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.environment import describe_environment
 
@@ -125,7 +125,7 @@ def test_interrupted_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pyt
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build.os, "replace", refuse)
+    monkeypatch.setattr("compress.files.os.replace", refuse)
     with pytest.raises(ArtifactError, match=r"must be written to .*report\.json, got: No space left on device"):
         write_report(report_of(passing_verdict(), []), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -308,7 +308,7 @@ def test_mixup_mixes_pairs_of_images_and_asks_for_both_labels(smoothing: float) 
     assert share.std() > 0.2, "every pair has a share of its own"
     wanted = torch.eye(3)[labels] * (1 - share[:, None]) + torch.eye(3)[labels.roll(1, 0)] * share[:, None]
     expected = nn.functional.cross_entropy(start(mixed), wanted, label_smoothing=smoothing)
-    assert result.epochs[0].loss == pytest.approx(float(expected), rel=1e-5)
+    assert result.epochs[0].loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_distillation_with_the_teacher_itself_has_no_loss() -> None:

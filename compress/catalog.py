@@ -40,7 +40,7 @@ STAGES: dict[str, StageEntry] = {
                    "remove channels and residual blocks down to a budget"),
         StageEntry("slim", "compress.stages.slim:SlimStage", 2, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
-        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 2, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 3, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
         StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 1, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),

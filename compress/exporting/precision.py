@@ -11,7 +11,6 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from compress.cost.onnx_file import first_line
 from compress.errors import ExportFailed
 
-PRECISIONS = ("fp32", "fp16")
 HALF_TOLERANCE = 0.05  # of the largest output; ten layers of rounding to 11 bits give some thousandths
 
 _LARGEST = float(np.finfo(np.float16).max)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.config.schema import LowRankConfig, RankTargetConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
-from compress.data.batches import Split
+from compress.data.batches import Split, evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.errors import BudgetUnreachable, NonFinite, StageError, UnsupportedLayer
@@ -487,3 +487,41 @@ def test_choice_respects_both_costs() -> None:
     (choice,) = choose_ranks([spectra], 0.99, 1, "params")
     assert choice.macs <= spectra.macs
     assert choice.params < spectra.params
+
+
+def test_the_stage_looks_at_what_layers_read_on_calibration_images(tmp_path: Path) -> None:
+    network = nets.build("residual")
+    stage = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5, score_images=1))
+    ctx = StageContext(tmp_path, 0, _Data(), SilentProgress())  # type: ignore[arg-type]
+    found, _ = find_layers(network, nets.EXAMPLE)
+    moments = stage._measure_moments(network, found, ctx)  # of one image every place is looked at
+    assert moments.keys() == found.keys()
+    images = torch.cat([batch for batch, _ in evaluation_batches(_Data().calibration.first(1), 1)])
+    read: list[Tensor] = []
+    layer = network.get_submodule("body.1.conv1")
+    assert isinstance(layer, nn.Conv2d)
+    handle = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        network(images)
+    handle.remove()
+    patches = nn.functional.unfold(read[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    rows = patches.transpose(1, 2).flatten(0, 1)
+    expected = rows.T @ rows / len(rows)
+    got = moments["body.1.conv1"]
+    assert got.kernel == tuple(layer.weight.shape[1:])
+    assert (got.matrix - expected).abs().max() < 1e-3 * expected.abs().max()
+    by_kernels = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5, error_of="kernels"))
+    assert by_kernels._measure_moments(network, found, ctx) == {}
+
+
+def test_the_error_told_is_that_of_outputs_unless_kernels_are_asked_for(tmp_path: Path) -> None:
+    shared: dict[str, object] = {"target": RankTargetConfig(macs=0.5), "multiple_of": 1}
+    for folder in ("outputs", "kernels"):
+        (tmp_path / folder).mkdir()
+    (slim, outputs, _), (_, kernels, _) = (
+        _run(nets.build("residual"), tmp_path / error_of, error_of=error_of, **shared)
+        for error_of in ("outputs", "kernels")
+    )
+    assert outputs["layers"] != kernels["layers"]
+    assert outputs["shared_relative_error"] < kernels["shared_relative_error"]  # type: ignore[operator]
+    assert count_macs(slim.module, nets.EXAMPLE) == outputs["macs_after"]

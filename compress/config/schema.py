@@ -270,7 +270,7 @@ class LowRankConfig(Section):
     target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
     schemes: Schemes = SCHEMES
     error_of: Literal["outputs", "kernels"] = Field(
-        "outputs", description="whether errors are those of outputs on calibration images, or of the kernels alone"
+        "kernels", description="kernels; or outputs on calibration images, better where no training follows"
     )
     score_images: Count = Field(256, description="calibration images that outputs are looked at on")
     multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")

@@ -491,7 +491,7 @@ def test_choice_respects_both_costs() -> None:
 
 def test_the_stage_looks_at_what_layers_read_on_calibration_images(tmp_path: Path) -> None:
     network = nets.build("residual")
-    stage = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5, score_images=1))
+    stage = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5, error_of="outputs", score_images=1))
     ctx = StageContext(tmp_path, 0, _Data(), SilentProgress())  # type: ignore[arg-type]
     found, _ = find_layers(network, nets.EXAMPLE)
     moments = stage._measure_moments(network, found, ctx)  # of one image every place is looked at
@@ -510,7 +510,7 @@ def test_the_stage_looks_at_what_layers_read_on_calibration_images(tmp_path: Pat
     got = moments["body.1.conv1"]
     assert got.kernel == tuple(layer.weight.shape[1:])
     assert (got.matrix - expected).abs().max() < 1e-3 * expected.abs().max()
-    by_kernels = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5, error_of="kernels"))
+    by_kernels = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))
     assert by_kernels._measure_moments(network, found, ctx) == {}
 
 

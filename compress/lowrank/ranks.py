@@ -82,7 +82,8 @@ class RankChoice:
         layer: Module path.
         scheme: None when it stays dense.
         ranks: () when it stays dense.
-        error_bound: Upper bound of the relative error; exact for a scheme with one rank.
+        error_bound: Upper bound of the relative error; exact for a scheme with one rank, but of outputs an estimate
+            where `singular_values` gives one.
         macs: Afterwards.
         params: Afterwards, without the bias.
     """

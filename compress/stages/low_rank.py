@@ -121,7 +121,7 @@ class LowRankStage:
                 weight = module.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
                 inputs = weight[0].numel()
-                moments[name] = Moments(one.gram[:inputs, :inputs].float(), tuple(weight.shape[1:]))
+                moments[name] = Moments(one.gram[:inputs, :inputs], tuple(weight.shape[1:]))
         return moments
 
     def _measure_spectra(

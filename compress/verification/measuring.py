@@ -172,7 +172,7 @@ def measure_ratio(
     if error > _TOO_NOISY:
         progress.warn(
             f"A latency of {ratio:.3f} of another's is known to within {error:.1%} of it only, after "
-            f"{calls * len(times['file'])} calls: this machine is too noisy for a budget to be met within 3 %. "
+            f"{calls * len(times['file'])} calls: this machine is too noisy to tell 3 % apart. "
             f"Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
         )
     return ratio

@@ -57,6 +57,7 @@ def test_latency_target_needs_deploy_also_when_it_is_an_override(tiny: Path) -> 
     assert text.startswith("--set stages.prune.target.latency: stages[1].target.latency needs a deploy section")
     pipeline = load_pipeline(tiny, ["stages.prune.target.latency=0.5", "deploy={threads: 2}"], environ={})
     assert pipeline.config.stages[-1].threads == 2, "verify measures where the model will run"
+    assert load_pipeline(tiny, ["deploy={repeats: 7}"], environ={}).config.stages[-1].repeats == 7
     told = load_pipeline(tiny, ["deploy={threads: 2}", "stages.verify.threads=1"], environ={})
     assert told.config.stages[-1].threads == 1
 

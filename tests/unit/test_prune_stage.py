@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import compress.stages.prune as prune_module
+import compress.stages.repairing as repairing
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.building import apply_edits
 from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
@@ -30,6 +31,7 @@ from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
 from compress.stages.prune import PruneStage, _score_batch
 from compress.stages.repairing import apply_repairs
+from compress.stages.trunks import shorten
 from compress.training.evaluate import evaluate_loss
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
@@ -322,6 +324,20 @@ def test_blocks_are_removed_and_the_rest_is_cut(prune, repair):
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.3 * record["macs_before"]
     assert any(note.startswith(f"block {block} removed (loss ") for note in said.notes)
     _hold_replay(slim, "residual")
+
+
+@pytest.mark.parametrize(("losses", "tried"), [([3.0, 2.0], 1), ([3.0, 4.0, 5.0, 2.0], 3)])
+def test_between_one_block_and_the_next_a_refit_that_helps_is_enough(data, tmp_path, monkeypatch, losses, tried):
+    every = ("least_squares", "bias_folding", "batch_norm")
+    network = nets.build("residual")
+    figures = Figures(count_macs(network, nets.EXAMPLE), count_params(network), 0, {}, {})
+    baseline = Baseline(figures, tmp_path, tmp_path)
+    model = TorchModel(network, FactorySpec("factory", "nets:build"), Recipe(), SIGNATURE, None, (), baseline)
+    trunks = shorten(model, 16, every, StageContext(tmp_path, 0, data, _Listener()))
+    assert next(trunks).repairs == []
+    told = iter(losses)
+    monkeypatch.setattr(repairing, "evaluate_loss", lambda *_, **__: next(told))
+    assert [one["repair"] for one in next(trunks).repairs] == list(every[:tried])
 
 
 @pytest.mark.parametrize("repair", [("batch_norm",), ("least_squares", "batch_norm")])

@@ -21,7 +21,7 @@ from compress.pruning.graph import BATCH_NORMS, ChannelGroup, Member
 from compress.pruning.lockstep import call_order, following_norms, run_watched
 from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
 
-_BATCH = 64
+_BATCH = 32
 _MOST_UNKNOWNS = 5000
 _GRAM_BYTES = 2 * 10**9
 _ROUNDS = 64

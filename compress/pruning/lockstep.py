@@ -4,16 +4,16 @@ A repair that goes from layer to layer needs what every image gives at one layer
 the layer changes in between. Passes that wait cost one forward pass for all layers together, where starting again for
 each layer would cost one per layer.
 
-    with Lockstep(network, ["conv1", "conv2"], batches, "before") as passes:
+    with Lockstep(network, ["conv1", "conv2"], batches) as passes:
         inputs = list(passes.reach("conv1"))     # every pass now waits before conv1
         ...change conv1...
         inputs = list(passes.reach("conv2"))     # ran through the changed conv1
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class _Pass:
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.at: str | None = None
-        self.tensor: Tensor | None = None
+        self.seen: tuple[Tensor, ...] = ()
         self.is_abandoned = False
         self._error: BaseException | None = None
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
@@ -39,7 +39,7 @@ class _Pass:
 
     def advance(self) -> None:
         """Let the pass run until it waits at its next layer, or ends; `at` says which."""
-        self.at = self.tensor = None
+        self.at, self.seen = None, ()
         self._go.release()
         self._waits.acquire()
         if self._error is not None:
@@ -49,11 +49,11 @@ class _Pass:
         """Whether the caller is inside this pass; others may call the network's layers as they like."""
         return threading.current_thread() is self._thread
 
-    def wait(self, layer: str, tensor: Tensor) -> None:
-        """Called inside the pass: hand over a tensor and wait to be advanced."""
+    def wait(self, layer: str, seen: tuple[Tensor, ...]) -> None:
+        """Called inside the pass: hand over what is seen there and wait to be advanced."""
         if self.is_abandoned:
             raise _AbandonedError
-        self.at, self.tensor = layer, tensor
+        self.at, self.seen = layer, seen
         self._waits.release()
         self._go.acquire()
         if self.is_abandoned:
@@ -86,7 +86,7 @@ class Lockstep:
         network: In eval mode; its weights may be changed while the passes wait.
         layers: Module paths, in the order in which the network calls them first.
         batches: The images of each pass, (N, C, H, W).
-        when: Whether a pass waits before a layer, with its input, or after it, with its output.
+        after: The layers that a pass waits behind, with their input and output; before the others, with their input.
 
     Attributes:
         shift: (outputs,) or None; added to what the layer gave that the passes wait after, once they go on.
@@ -96,19 +96,20 @@ class Lockstep:
     """
 
     def __init__(
-        self, network: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], when: Literal["before", "after"]
+        self, network: nn.Module, layers: Sequence[str], batches: Iterable[Tensor], after: Container[str] = ()
     ) -> None:
         self.shift: Tensor | None = None
         self._layers = iter(layers)
         self._names = {network.get_submodule(name): name for name in layers}
         self._running: _Pass | None = None
         self._passes = [_Pass(network, images) for images in batches]
-        register = "register_forward_pre_hook" if when == "before" else "register_forward_hook"
-        hook = self._before if when == "before" else self._after
-        self._handles = [getattr(layer, register)(hook) for layer in self._names]
+        self._handles = [
+            layer.register_forward_hook(self._after) if name in after else layer.register_forward_pre_hook(self._before)
+            for layer, name in self._names.items()
+        ]
 
-    def reach(self, layer: str) -> Iterator[Tensor]:
-        """Advance each pass to the layer and give the tensor that it waits with, one pass after the other.
+    def reach(self, layer: str) -> Iterator[tuple[Tensor, ...]]:
+        """Advance each pass to the layer and give what it waits with, one pass after the other.
 
         Raises:
             InternalError: A pass comes to another layer, or to its end.
@@ -118,9 +119,9 @@ class Lockstep:
         for one in self._passes:
             self._running = one
             one.advance()
-            if one.at != layer or one.tensor is None:
+            if one.at != layer:
                 raise InternalError(f"The forward pass should come to layer '{layer}' next, it came to '{one.at}'.")
-            yield one.tensor
+            yield one.seen
 
     def __enter__(self) -> "Lockstep":
         return self
@@ -136,16 +137,16 @@ class Lockstep:
     def _before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._wait(layer, inputs[0])
 
-    def _after(self, layer: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        self._wait(layer, output)
+    def _after(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        self._wait(layer, inputs[0], output)
         if self.shift is None:
             return output
         trailing = 0 if isinstance(layer, nn.Linear) else output.ndim - 2
         return output + self.shift.reshape(-1, *[1] * trailing)
 
-    def _wait(self, layer: nn.Module, tensor: Tensor) -> None:
+    def _wait(self, layer: nn.Module, *seen: Tensor) -> None:
         if self._running is not None and self._running.is_here():
-            self._running.wait(self._names[layer], tensor)
+            self._running.wait(self._names[layer], seen)
 
 
 def run_watched(

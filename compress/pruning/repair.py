@@ -9,7 +9,8 @@ still lack.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +84,7 @@ class Comparison:
         split: Images to compare on; labels are not used.
         closing: Layer -> the residual block that adds what it gives, behind its norm, to the block's input. Such a
             layer makes up for what the input of its block lacks, too.
+        means: Layer -> (n,) the mean of each of its outputs in `original`, as far as a repair has come by it.
     """
 
     slim: nn.Module
@@ -91,6 +93,7 @@ class Comparison:
     kept_outputs: Mapping[str, Tensor]
     split: Split
     closing: Mapping[str, str] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
 
 
 def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
@@ -115,15 +118,17 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
     slim, original = comparison.slim, comparison.original
     with torch.no_grad(), eval_mode(slim), eval_mode(original):
         batches = _batches(comparison)
-        readers = {r.name: r for r in _readers(comparison, batches[0][:1]) if is_refittable(r.layer)}
+        every = _readers(comparison, batches[0][:1])
+        readers = {reader.name: reader for reader in every if is_refittable(reader.layer)}
         blocks = {comparison.closing[name]: readers[name] for name in readers if name in comparison.closing}
         stops = call_order(slim, [*readers, *blocks], batches[0][:1])
         missing: dict[str, list[Tensor]] = {}
         refitted = []
         with (
             progress.task("least squares", len(readers)) as task,
-            Lockstep(slim, stops, batches, "before") as ours,
-            Lockstep(original, stops, batches, "before") as theirs,
+            _known_means(comparison, [reader.name for reader in every], batches),
+            Lockstep(slim, stops, batches) as ours,
+            Lockstep(original, stops, batches, after=readers) as theirs,
         ):
             for stop in stops:
                 pairs = zip(ours.reach(stop), theirs.reach(stop), strict=True)
@@ -132,11 +137,10 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
                     places = _places(reader, len(batches), sum(map(len, batches)))
                     missing[reader.name] = [
                         place.rows_of(wanted[:, reader.kept] - got)
-                        for place, (got, wanted) in zip(places, pairs, strict=True)
+                        for place, ((got,), (wanted,)) in zip(places, pairs, strict=True)
                     ]
                     continue
-                reader, whole = readers[stop], original.get_submodule(stop)
-                if _refit(reader, whole, pairs, missing.pop(stop, None), len(batches), sum(map(len, batches))):
+                if _refit(readers[stop], pairs, missing.pop(stop, None), len(batches), sum(map(len, batches))):
                     refitted.append(stop)
                 task.advance()
     return tuple(refitted)
@@ -168,14 +172,20 @@ def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
         batches = _batches(comparison)
         readers = [reader for reader in _readers(comparison, batches[0][:1]) if reader.has_intercept]
         names = tuple(reader.name for reader in readers)
+        if not comparison.means.keys() >= set(names):
+            with _known_means(comparison, names, batches), progress.task("mean outputs", len(batches)) as task:
+                for images in batches:
+                    original(images)
+                    task.advance()
         with (
             progress.task("bias folding", len(readers)) as task,
-            Lockstep(slim, names, batches, "after") as ours,
-            Lockstep(original, names, batches, "after") as theirs,
+            Lockstep(slim, names, batches, after=names) as ours,
         ):
             for reader in readers:
-                mean, wanted = (_mean_output(reader.layer, passes.reach(reader.name)) for passes in (ours, theirs))
-                shift = reader.wanted(wanted[None])[0] - mean
+                mean = _Mean(reader.layer)
+                for _, output in ours.reach(reader.name):
+                    mean.add(output)
+                shift = reader.wanted(comparison.means[reader.name][None])[0] - mean.value
                 reader.shift(shift)
                 # the outputs that the passes wait with were computed before the bias changed; a norm comes after them
                 ours.shift = shift if reader.has_bias else None
@@ -281,8 +291,7 @@ def _places(reader: _Reader, batches: int, images: int) -> list[Places]:
 
 def _refit(
     reader: _Reader,
-    whole: nn.Module,
-    pairs: Iterable[tuple[Tensor, Tensor]],
+    pairs: Iterable[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
     missing: Sequence[Tensor] | None,
     batches: int,
     images: int,
@@ -291,8 +300,7 @@ def _refit(
 
     Args:
         reader: The layer.
-        whole: The same layer of the original.
-        pairs: What the two read, batch by batch.
+        pairs: What it reads, and what the original's layer reads and gives, batch by batch.
         missing: For each batch (rows, outputs) what the sum that this layer closes lacks; None where it closes none.
         batches: Their number.
         images: In all of them.
@@ -306,9 +314,10 @@ def _refit(
     gram = torch.zeros(unknowns, unknowns, dtype=torch.float64)
     cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
     has_changed = False
-    for number, (places, (inputs, before)) in enumerate(zip(_places(reader, batches, images), pairs, strict=True)):
+    every_place = _places(reader, batches, images)
+    for number, (places, ((inputs,), (before, outputs_before))) in enumerate(zip(every_place, pairs, strict=True)):
         has_changed |= inputs.shape != before.shape or not torch.equal(inputs, before)
-        x, y = regression_rows(layer, inputs, whole(before), places)
+        x, y = regression_rows(layer, inputs, outputs_before, places)
         if reader.has_intercept:
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
         wanted = reader.wanted(y)
@@ -332,11 +341,43 @@ def _refit(
     return True
 
 
-def _mean_output(layer: nn.Module, outputs: Iterable[Tensor]) -> Tensor:
-    """Return the mean of each output over all images and positions, (outputs,)."""
-    total, count = torch.zeros(1, dtype=torch.float64), 0
-    for output in outputs:
-        channels_last = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
-        rows = channels_last.reshape(-1, channels_last.shape[-1])
-        total, count = total + rows.double().sum(0), count + len(rows)
-    return (total / count).float()
+class _Mean:
+    """The mean of each output of a layer over all images and positions, added up batch by batch."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._is_linear = isinstance(layer, nn.Linear)
+        self._total, self._count = torch.zeros(1, dtype=torch.float64), 0
+        self.images = 0
+
+    def add(self, output: Tensor) -> None:
+        """Add what the layer gives for a batch."""
+        channels = output.ndim - 1 if self._is_linear else 1
+        others = [axis for axis in range(output.ndim) if axis != channels]
+        self._total = self._total + output.sum(others, dtype=torch.float64)
+        self._count += output.numel() // output.shape[channels]
+        self.images += len(output)
+
+    @property
+    def value(self) -> Tensor:
+        """(outputs,) float32."""
+        return (self._total / self._count).float()
+
+
+@contextmanager
+def _known_means(comparison: Comparison, names: Iterable[str], batches: Iterable[Tensor]) -> Iterator[None]:
+    """Fill in the means of the original's layers that see all of the images while it lasts, each once."""
+    means = {name: _Mean(comparison.original.get_submodule(name)) for name in names}
+
+    def watch(mean: _Mean):  # type: ignore[no-untyped-def]
+        return lambda _layer, _inputs, output: mean.add(output)
+
+    handles = [
+        comparison.original.get_submodule(name).register_forward_hook(watch(mean)) for name, mean in means.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    images = sum(map(len, batches))
+    comparison.means.update({name: mean.value for name, mean in means.items() if mean.images == images})

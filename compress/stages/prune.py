@@ -36,6 +36,7 @@ from compress.stages.meeting import TimedChoice, latency_record, meet_latency
 from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
 from compress.stages.trunks import Trunk, shorten
 from compress.training.evaluate import evaluate_loss, evaluate_top1, image_losses
+from compress.training.memory_format import in_fastest_memory_format
 from compress.verification.measuring import existing_bytes
 
 Groups = Mapping[str, ChannelGroup]
@@ -119,6 +120,7 @@ class PruneStage:
     def __init__(self, config: PruneConfig) -> None:
         self.config = config
         self.limits = Limits(config.min_width, config.max_removed_ratio, config.multiple_of)
+        self.memory_format = torch.contiguous_format
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
         """Return the slim network.
@@ -130,6 +132,13 @@ class PruneStage:
             ConfigValueError: `exclude` or `blocks` does not fit the network.
             ArtifactError: The latency table given is of another machine or network.
         """
+        with in_fastest_memory_format(artifact.module, ctx.data.validation) as memory_format:
+            self.memory_format = memory_format
+            model, record = self._run(artifact, ctx)
+        model.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return model, record
+
+    def _run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
         trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
         trials: list[Record] = []
@@ -256,7 +265,7 @@ class PruneStage:
         if not selection.removed:
             return attempt
         edit = RemoveChannels(selection.removed)
-        slim = remove_channels(module, edit, example)
+        slim = remove_channels(module, edit, example).to(memory_format=self.memory_format)  # type: ignore[call-overload]
         check_cut(slim, module, selection, groups, ctx.data.calibration)
         kept = kept_outputs(selection.removed, groups)
         wanted = repairs_towards(trunk.whole, slim, kept, self.config.repair, example, ctx)

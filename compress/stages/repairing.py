@@ -40,9 +40,10 @@ def repairs_towards(
     """
     layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
     closing = closing_layers(original, example) if "least_squares" in names else {}
+    means: dict[str, Tensor] = {}
 
     def comparison(module: nn.Module) -> Comparison:
-        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing)
+        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing, means)
 
     every: list[Repair] = [
         ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),

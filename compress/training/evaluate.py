@@ -7,19 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import Split, evaluation_batches, fast_batch_size
 from compress.errors import DataError, ModelError
 from compress.progress import Progress, SilentProgress
 
 
 @torch.no_grad()
-def evaluate_top1(module: nn.Module, split: Split, batch_size: int = 256, progress: Progress | None = None) -> float:
+def evaluate_top1(
+    module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
+) -> float:
     """Return the share of images, in [0, 1], whose largest output is their label.
 
     Args:
         module: Classifier with (N, K) outputs; its training flags are restored.
         split: At least one image.
-        batch_size: Images at once.
+        batch_size: Images at once; None for as many as are fast.
         progress: Told about each batch.
 
     Raises:
@@ -30,13 +32,15 @@ def evaluate_top1(module: nn.Module, split: Split, batch_size: int = 256, progre
     return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs) / len(split)
 
 
-def evaluate_loss(module: nn.Module, split: Split, batch_size: int = 256, progress: Progress | None = None) -> float:
+def evaluate_loss(
+    module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
+) -> float:
     """Return the mean cross-entropy in nats.
 
     Args:
         module: Classifier with (N, K) outputs; its training flags are restored.
         split: At least one image.
-        batch_size: Images at once.
+        batch_size: Images at once; None for as many as are fast.
         progress: Told about each batch.
 
     Raises:
@@ -46,13 +50,15 @@ def evaluate_loss(module: nn.Module, split: Split, batch_size: int = 256, progre
 
 
 @torch.no_grad()
-def image_losses(module: nn.Module, split: Split, batch_size: int = 256, progress: Progress | None = None) -> Tensor:
+def image_losses(
+    module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
+) -> Tensor:
     """Return (N,) float64 the cross-entropy of each image, in nats.
 
     Args:
         module: Classifier with (N, K) outputs; its training flags are restored.
         split: At least one image.
-        batch_size: Images at once.
+        batch_size: Images at once; None for as many as are fast.
         progress: Told about each batch.
 
     Raises:
@@ -63,13 +69,13 @@ def image_losses(module: nn.Module, split: Split, batch_size: int = 256, progres
 
 
 def _outputs(
-    module: nn.Module, split: Split, batch_size: int, progress: Progress | None, what: str
+    module: nn.Module, split: Split, batch_size: int | None, progress: Progress | None, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Give checked outputs, (N, K), and labels, batch by batch."""
     if len(split) == 0:
         raise DataError(f"Split '{split.name}' must hold at least one image to measure {what} on, it holds none.")
     with eval_mode(module), (progress or SilentProgress()).task(f"{what} on {split.name}", len(split)) as task:
-        for images, labels in evaluation_batches(split, batch_size):
+        for images, labels in evaluation_batches(split, batch_size or fast_batch_size(split)):
             logits = module(images)
             check_outputs(logits, int(labels.max()))
             yield logits, labels

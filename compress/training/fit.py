@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.batches import (
     Augmentation,
     Split,
     batches_per_epoch,
     epoch_seed,
-    evaluation_batches,
     training_batches,
 )
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
@@ -33,6 +31,7 @@ from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs
+from compress.training.memory_format import fastest_memory_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,22 +373,6 @@ def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
-
-
-def fastest_memory_format(module: nn.Module, train: Split) -> torch.memory_format:
-    """Return channels-last where the network runs on it (a `.view` of a feature map does not), else contiguous."""
-    images, _ = next(evaluation_batches(train.first(2), 2))
-    if images.ndim != 4:
-        return torch.contiguous_format
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        with torch.no_grad(), eval_mode(module):
-            module(images.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        return torch.contiguous_format
-    finally:
-        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return torch.channels_last
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from compress.data.batches import (
     batches_per_epoch,
     epoch_seed,
     evaluation_batches,
+    fast_batch_size,
     training_batches,
 )
 from compress.data.preprocessing import Preprocessing
@@ -45,6 +46,13 @@ def test_evaluation_reads_every_image_once_in_order() -> None:
     assert batches[0][1].dtype == torch.int64
     assert batches[0][0].shape == (4, 3, 4, 6)
     assert list(evaluation_batches(_split(0), 4)) == []
+
+
+@pytest.mark.parametrize(("side", "expected"), [(8, 256), (32, 128), (224, 4), (1000, 4)])
+def test_few_large_images_make_a_fast_batch_and_many_small_ones(side: int, expected: int) -> None:
+    images = np.zeros((2, side, side, 3), np.uint8)
+    assert fast_batch_size(Split("validation", ArraySource(images, np.arange(2)), np.arange(2), PLAIN)) == expected
+    assert fast_batch_size(_split(0)) == 256
 
 
 def test_training_leaves_the_remainder_out_and_keeps_labels_with_images() -> None:

@@ -22,11 +22,11 @@ from compress.training.fit import (
     Distillation,
     FitResult,
     FitSettings,
-    fastest_memory_format,
     fit,
     flushed_denormals,
     schedule,
 )
+from compress.training.memory_format import fastest_memory_format, in_fastest_memory_format
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True), label_smoothing=0.05
@@ -373,6 +373,17 @@ def test_a_network_that_views_its_features_is_trained_in_contiguous_memory() -> 
     assert fastest_memory_format(_Viewing(), train) is torch.contiguous_format
     assert fastest_memory_format(_network(), train) is torch.channels_last
     assert len(fit(_Viewing(), train, validation, FitSettings(steps=2, batch_size=16)).epochs) == 1
+
+
+def test_a_network_is_in_its_fastest_memory_format_for_a_while() -> None:
+    train, _ = _splits()
+    network = _network()
+    weight = next(part.weight for part in network.modules() if isinstance(part, nn.Conv2d))
+    with in_fastest_memory_format(network, train) as found:
+        assert found is torch.channels_last
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+    assert weight.is_contiguous()
 
 
 def test_batches_too_small_for_batch_norm_are_refused() -> None:

@@ -99,6 +99,13 @@ def _hold_replay(slim: TorchModel, name: str) -> None:
     assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
 
 
+def test_weights_end_as_they_came_in_memory(prune):
+    """The stage works in channels-last memory, where that is fastest; what it gives back others save and export."""
+    for blocks in (0, 1):
+        slim, _, _ = prune("residual", blocks=blocks)
+        assert all(parameter.is_contiguous() for parameter in slim.module.parameters())
+
+
 @pytest.mark.parametrize("name", nets.NAMES)
 def test_target_is_met_on_every_tiny_network(prune, name):
     slim, record, _ = prune(name, target=TargetConfig(macs=0.5))

@@ -280,7 +280,9 @@ def test_memory_bounds_the_images_looked_at(monkeypatch):
     module, split = nets.build("chain"), _split()
     slim, readers = _cut(module, "body.0.0", (3,))
     counts = []
-    monkeypatch.setattr("compress.pruning.repair.Lockstep", lambda *args: counts.append(args[2]) or Lockstep(*args))
+    monkeypatch.setattr(
+        "compress.pruning.repair.Lockstep", lambda *args, **named: counts.append(args[2]) or Lockstep(*args, **named)
+    )
     _refit(slim, module, readers, {}, split)
     assert [sum(map(len, batches)) for batches in counts] == [64, 64]
     counts.clear()
@@ -296,11 +298,11 @@ def _three_layers() -> tuple[nn.Module, list[Tensor]]:
 
 def test_passes_in_lockstep_see_changes_made_while_they_wait():
     network, batches = _three_layers()
-    with torch.no_grad(), Lockstep(network, ["0", "2"], batches, "before") as passes:
-        assert all(torch.equal(a, b) for a, b in zip(passes.reach("0"), batches, strict=True))
+    with torch.no_grad(), Lockstep(network, ["0", "2"], batches) as passes:
+        assert all(torch.equal(a, b) for (a,), b in zip(passes.reach("0"), batches, strict=True))
         network[0].weight.mul_(2)
         expected = [network[1](network[0](images)) for images in batches]
-        assert all(torch.equal(a, b) for a, b in zip(passes.reach("2"), expected, strict=True))
+        assert all(torch.equal(a, b) for (a,), b in zip(passes.reach("2"), expected, strict=True))
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
 
 
@@ -309,7 +311,7 @@ def test_passes_left_early_end_and_errors_come_through():
     threads = threading.active_count()
 
     def reach(layers: list[str], images: list[Tensor], layer: str) -> None:
-        with Lockstep(network, layers, images, "after") as passes:
+        with Lockstep(network, layers, images, after=layers) as passes:
             list(passes.reach(layer))
             raise KeyError(layer)
 
@@ -408,7 +410,7 @@ def test_a_network_that_catches_exceptions_does_not_hold_up_the_end():
             return self.second(x)
 
     threads = threading.active_count()
-    with Lockstep(Catching(), ["first", "second"], [torch.zeros(1, 4)], "after") as passes:
+    with Lockstep(Catching(), ["first", "second"], [torch.zeros(1, 4)], after=["first", "second"]) as passes:
         list(passes.reach("first"))
     assert threading.active_count() == threads
 

@@ -19,7 +19,7 @@ from compress.data.batches import Split, evaluation_batches
 from compress.progress import Progress
 from compress.pruning.graph import BATCH_NORMS, ChannelGroup, Member
 from compress.pruning.lockstep import call_order, following_norms, run_watched
-from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
+from compress.pruning.regression import RIDGE, GramSum, Places, is_refittable, positions_needed, regression_rows
 
 _BATCH = 32
 _MOST_UNKNOWNS = 5000
@@ -145,15 +145,15 @@ class _Eliminated:
     def __init__(self, stats: ReaderStats, inputs: Tensor) -> None:
         self.inputs = inputs
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(stats.gram))
-        self.weight = stats.weight.clone()
+        self.weight = stats.weight.T.contiguous()  # (n, outputs)
         self.gone = torch.zeros(0, dtype=torch.int64)
         self.energy = max(stats.energy, 1e-12)
 
     def losses(self) -> Tensor:
         """Return (units left,) what taking each away adds to the squared error of the outputs, over their energy."""
         blocks = self.inverse[self.inputs[:, :, None], self.inputs[:, None, :]]
-        columns = self.weight[:, self.inputs].permute(1, 2, 0)  # units, n, outputs
-        losses: Tensor = (torch.linalg.inv(blocks) * (columns @ columns.mT)).sum((1, 2)) / self.energy
+        rows = self.weight[self.inputs]  # units, n, outputs
+        losses: Tensor = (torch.linalg.inv(blocks) * (rows @ rows.mT)).sum((1, 2)) / self.energy
         return losses
 
     def keep(self, units: Tensor) -> None:
@@ -163,7 +163,7 @@ class _Eliminated:
         gone = self.inputs[leaves].flatten()
         across = self.inverse[gone]
         factor = torch.linalg.solve(across[:, gone], across)
-        self.weight.addmm_(self.weight[:, gone], factor, alpha=-1)
+        self.weight.addmm_(factor.T, self.weight[gone], alpha=-1)
         self.inverse.addmm_(across.T, factor, alpha=-1)  # what is gone becomes 0, and is not looked at any more
         self.inputs = self.inputs[units]
         self.gone = torch.cat([self.gone, gone])
@@ -174,7 +174,7 @@ class _Eliminated:
         stays = torch.ones(len(self.inverse), dtype=torch.bool)
         stays[self.gone] = False
         left = stays.nonzero().flatten()
-        self.weight = self.weight.index_select(1, left)
+        self.weight = self.weight.index_select(0, left)
         self.inverse = self.inverse.index_select(0, left).index_select(1, left)
         self.inputs = (torch.cumsum(stays, 0) - 1)[self.inputs]
         self.gone = self.gone[:0]
@@ -224,7 +224,7 @@ def _collect(
 ) -> dict[str, ReaderStats]:
     """Run images through the network and return what each reader reads."""
     sizes = {name: _unknowns(layer) for name, layer in readers.items()}
-    grams = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
+    grams = {name: GramSum(size) for name, size in sizes.items()}
     rows = dict.fromkeys(readers, 0)
     number = 0
 
@@ -233,7 +233,7 @@ def _collect(
             places = Places(positions_needed(sizes[name], len(split)), number)
             x, _ = regression_rows(layer, inputs[0], output, places)
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
-            grams[name] += (x.T @ x).double()
+            grams[name].add(x)
             rows[name] += len(x)
 
         return hook
@@ -242,7 +242,10 @@ def _collect(
         for number, (images, labels) in enumerate(evaluation_batches(split, _BATCH)):  # noqa: B007 - read by the hooks
             run_watched(module, images, {module.get_submodule(name): watch(name) for name in readers})
             task.advance(len(labels))
-    return {name: _finished(name, readers[name], grams[name] / rows[name], name in norms) for name in readers}
+    return {
+        name: _finished(name, reader, grams[name].matrix().div_(rows[name]), name in norms)
+        for name, reader in readers.items()
+    }
 
 
 def _finished(name: str, layer: nn.Module, gram: Tensor, has_norm: bool) -> ReaderStats:
@@ -256,4 +259,5 @@ def _finished(name: str, layer: nn.Module, gram: Tensor, has_norm: bool) -> Read
     has_intercept = has_norm or layer.bias is not None
     if not has_intercept:
         gram, weight = gram[:-1, :-1], weight[:, :-1]
-    return ReaderStats(name, gram + ridge * torch.eye(len(gram), dtype=torch.float64), weight, energy, has_intercept)
+    gram.diagonal().add_(ridge)
+    return ReaderStats(name, gram, weight, energy, has_intercept)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 RIDGE = 1e-4
 _ROWS_PER_UNKNOWN, _FEWEST_POSITIONS = 4, 32
+_BLOCK = 512
 
 
 def is_refittable(layer: nn.Module) -> bool:
@@ -65,3 +66,29 @@ def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) ->
     down = (rows[:, None] * layer.stride[0] + offsets[0])[:, :, None]
     across = (columns[:, None] * layer.stride[1] + offsets[1])[:, None, :]
     return padded[:, :, down, across].transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class GramSum:
+    """The Gram matrix of rows, added up batch by batch in float64.
+
+    It is symmetric: of each batch only the blocks on and above the diagonal are computed.
+
+    Args:
+        size: Entries of a row.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._sum = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add (count, size) rows."""
+        for start in range(0, len(self._sum), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            self._sum[block, start:] += rows[:, block].T @ rows[:, start:]
+
+    def matrix(self) -> Tensor:
+        """Return the (size, size) matrix itself, not a copy."""
+        for start in range(0, len(self._sum), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            self._sum[start + _BLOCK :, block] = self._sum[block, start + _BLOCK :].T
+        return self._sum

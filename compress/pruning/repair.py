@@ -22,7 +22,7 @@ from compress.errors import DataError
 from compress.progress import Progress
 from compress.pruning.graph import BATCH_NORMS
 from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
-from compress.pruning.regression import RIDGE, Places, is_refittable, positions_needed, regression_rows
+from compress.pruning.regression import RIDGE, GramSum, Places, is_refittable, positions_needed, regression_rows
 
 _BATCH = 128
 _PASS_BATCH, _REFIT_IMAGES = 32, 512
@@ -311,7 +311,7 @@ def _refit(
     if reader.has_intercept:
         old = torch.cat([old, torch.zeros(1, len(reader.kept)) if layer.bias is None else layer.bias[None]])
     unknowns, outputs = old.shape
-    gram = torch.zeros(unknowns, unknowns, dtype=torch.float64)
+    grams = GramSum(unknowns)
     cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
     has_changed = False
     every_place = _places(reader, batches, images)
@@ -324,13 +324,14 @@ def _refit(
         if missing is not None:
             has_changed |= bool(missing[number].any())
             wanted = wanted + missing[number] * reader.scale
-        gram += (x.T @ x).double()
-        cross += (x.T @ wanted).double()
+        grams.add(x)
+        cross += x.T @ wanted
     if not has_changed:
         return False
+    gram = grams.matrix()
     ridge = RIDGE * gram.diagonal().mean()
-    regularised = gram + ridge * torch.eye(unknowns, dtype=torch.float64)
-    result, info = torch.linalg.solve_ex(regularised, cross + ridge * old.double())
+    gram.diagonal().add_(ridge)
+    result, info = torch.linalg.solve_ex(gram, cross + ridge * old.double())
     solution = result.float()
     if int(info) != 0 or not solution.isfinite().all():  # nothing but zeros comes in
         return False

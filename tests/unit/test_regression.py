@@ -16,5 +16,5 @@ def test_a_gram_matrix_added_up_in_blocks_is_that_of_all_rows(size, monkeypatch)
         added.add(batch)
     found = added.matrix()
     assert found.dtype == torch.float64
-    assert torch.equal(found, found.T)
+    assert torch.allclose(found, found.T)
     assert torch.allclose(found, rows.double().T @ rows.double(), atol=1e-5)

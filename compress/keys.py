@@ -74,7 +74,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             if config.deploy is not None:
                 fixed["precision"] = config.deploy.precision
             if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
-                fixed["deploy"] = asdict(deploy_conditions(config.deploy))
+                fixed["deploy"] = {**asdict(deploy_conditions(config.deploy)), "repeats": config.deploy.repeats}
         steps.append(Step(index, entry, stage, values, fixed))
     return steps
 

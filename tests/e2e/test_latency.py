@@ -8,6 +8,7 @@ from smallrun import MIDDLE, World, statuses
 from steady import time_by_macs
 
 from compress.cost.onnx_graph import count_onnx
+from compress.keys import build_steps
 
 PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_images": 32}
 
@@ -104,3 +105,14 @@ def test_a_provider_that_is_not_there_is_refused_before_anything_is_cut(world: W
     assert done.exit_code == 5
     assert not any(path.is_dir() and not path.name.startswith(".") for path in world.store.glob("*"))
     assert "Section 'verify': Runtime 'onnxruntime': provider must be one of" in done.stderr
+
+
+def test_rewrites_are_measured_again_for_more_repeats(world: World) -> None:
+    def key(rewrites: str, repeats: int):
+        values = _values(world, repeats=repeats)
+        values["stages"][0]["rewrites"] = rewrites
+        return build_steps(world.load(values))[0].fixed
+
+    assert key("measured", 100) == key("measured", 100)
+    assert key("measured", 100) != key("measured", 200)
+    assert key("never", 100) == key("never", 200)

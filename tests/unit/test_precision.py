@@ -13,11 +13,19 @@ from onnx import TensorProto
 
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.building import write_weights
-from compress.config.schema import DeployConfig, ExportConfig
+from compress.config.schema import (
+    ArraysSource,
+    DataConfig,
+    DeployConfig,
+    ExportConfig,
+    LoadConfig,
+    PreprocessingConfig,
+)
 from compress.cost.conditions import TableConditions, present_conditions
 from compress.cost.onnx_file import load_onnx, read_metadata, read_signature
 from compress.cost.onnx_graph import count_onnx
 from compress.cost.variants import VariantWriter
+from compress.data.opening import Splits
 from compress.errors import ExportFailed
 from compress.exporting.rewrite import apply_rewrites
 from compress.exporting.torch_onnx import export_onnx
@@ -26,6 +34,7 @@ from compress.progress import SilentProgress
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.export import ExportStage
+from compress.stages.load import LoadStage
 
 
 def _run(path) -> np.ndarray:
@@ -140,6 +149,30 @@ def test_a_model_keeps_its_precision_when_stored_and_exported(tmp_path):
     types = {tensor.data_type for tensor in load_onnx(written.path).graph.initializer}
     assert TensorProto.FLOAT16 in types
     assert TensorProto.FLOAT not in types
+
+
+def test_the_baseline_is_loaded_in_the_precision_of_the_deployment(tmp_path):
+    np.savez(tmp_path / "images.npz", x=np.zeros((40, 16, 16, 3), np.uint8), y=np.arange(40) % 4)
+    source, preprocessing = (
+        ArraysSource(arrays=str(tmp_path / "images.npz")),
+        PreprocessingConfig(mean=(0.5,), std=(0.25,)),
+    )
+    data = Splits(DataConfig(train=source, evaluation=source, calibration=8, validation=8, preprocessing=preprocessing))
+    write_weights(nets.build("chain"), tmp_path / "weights.safetensors")
+    load = LoadConfig(
+        stage="load",
+        model={"factory": f"{nets.__file__}:build", "kwargs": {"name": "chain"}},
+        weights=str(tmp_path / "weights.safetensors"),
+        rewrites="never",
+    )
+    for deploy, expected in (
+        (None, "fp32"),
+        (DeployConfig(provider="CUDAExecutionProvider", precision="fp16"), "fp16"),
+    ):
+        model, _ = LoadStage(load).run(None, StageContext(tmp_path, 0, data, SilentProgress(), deploy))
+        assert model.precision == expected
+        types = {tensor.data_type for tensor in load_onnx(model.baseline.onnx_path).graph.initializer}
+        assert (TensorProto.FLOAT16 in types) == (expected == "fp16")
 
 
 def test_tables_of_another_precision_are_told_apart():

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import nets
 import numpy as np
@@ -15,7 +16,7 @@ from compress.data.sources import ArraySource
 from compress.errors import DataError, InternalError
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers
-from compress.pruning.graph import BATCH_NORMS, cut_copy, find_cuttable
+from compress.pruning.graph import BATCH_NORMS, cut_copy, find_cuttable, kept_outputs
 from compress.pruning.lockstep import Lockstep, call_order, following_norms
 from compress.pruning.regression import Places
 from compress.pruning.repair import Comparison, fold_means, reestimate_batch_norm, refit_readers
@@ -274,6 +275,40 @@ def test_bias_folding_after_least_squares_counts_no_constant_twice():
     refitted = norm.running_mean.clone()
     fold_means(Comparison(slim, module, frozenset(readers), {}, split), SILENT)
     assert (norm.running_mean - refitted).abs().max() < 0.1 * (refitted - before).abs().max()
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "linear_head"])
+def test_bias_folding_knows_from_the_refit_what_the_original_gives(name):
+    """Layers that cannot be refitted are seen on the way, too; the original is not run for its means again."""
+    module, split = nets.build(name), _split()
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    group = next(name for name, group in groups.items() if group.readers)
+    slim, _ = _cut(module, group, (0, 1))
+    layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+    comparison = Comparison(slim, module, layers, kept_outputs({group: (0, 1)}, groups), split)
+    refit_readers(comparison, SILENT)
+    known = dict(comparison.means)
+    alone = replace(comparison, slim=copy.deepcopy(slim), means={})
+    labels = _Labels()
+    assert fold_means(comparison, labels) != ()
+    assert "mean outputs" not in labels.seen
+    assert all(comparison.means[name] is mean for name, mean in known.items())
+    fold_means(alone, labels)
+    assert "mean outputs" in labels.seen
+    for name, mean in alone.means.items():
+        assert torch.allclose(mean, known[name], atol=1e-6)
+    assert torch.allclose(alone.slim(nets.images()), slim(nets.images()), atol=1e-5)
+
+
+class _Labels(SilentProgress):
+    """Keeps the labels of the tasks it is told about."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def task(self, label: str, total: int):
+        self.seen.append(label)
+        return super().task(label, total)
 
 
 def test_memory_bounds_the_images_looked_at(monkeypatch):

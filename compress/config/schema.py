@@ -289,6 +289,7 @@ class AugmentationConfig(Section):
     crop_padding: int = Field(0, ge=0, description="pixels of padding before a random crop back to the size")
     flip: bool = Field(False, description="mirror half of the images left to right")
     mixup: float = Field(0.0, ge=0, description="alpha of the shares in which pairs of images are mixed; 0 is off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of the share of a rectangle out of another image; 0 is off")
 
 
 class DistillationConfig(Section):
@@ -302,7 +303,7 @@ class DistillationConfig(Section):
 
 
 class TrainingConfig(Section):
-    """SGD with Nesterov momentum, linear warm-up, cosine to zero."""
+    """How to train: SGD with Nesterov momentum or AdamW, a warm-up, a schedule down from the peak rate."""
 
     epochs: float | None = Field(None, gt=0, description="passes over the training split")
     steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
@@ -311,6 +312,13 @@ class TrainingConfig(Section):
     momentum: Share = 0.9
     weight_decay: float = Field(1e-4, ge=0)
     warmup_ratio: Share = Field(0.05, description="share of the steps with a rising rate")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov momentum, or adamw")
+    schedule: Literal["cosine", "one_cycle", "step"] = Field("cosine", description="of the learning rate")
+    gradient_clip: float | None = Field(None, gt=0, description="largest norm of all gradients together")
+    accumulation: Count = Field(1, description="batches a step, where memory holds no larger one")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="decay of the average of the weights that is measured and kept; 0 is off"
+    )
     label_smoothing: Share = 0.0
     augmentation: AugmentationConfig = AugmentationConfig()
     distillation: DistillationConfig | None = None

@@ -68,11 +68,13 @@ class Augmentation:
         crop_padding: Pixels of zero padding on each side before a random crop back to the size; 0 is off.
         flip: Whether half of the images are mirrored left to right.
         mixup: Alpha of the Beta distribution of the shares in which pairs of images are mixed; 0 is off.
+        cutmix: Alpha of that of the share of a rectangle of its neighbour in each image; 0 is off.
     """
 
     crop_padding: int = 0
     flip: bool = False
     mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:

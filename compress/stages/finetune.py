@@ -74,6 +74,11 @@ def _settings(config: TrainingConfig, seed: int) -> FitSettings:
         warmup_ratio=config.warmup_ratio,
         label_smoothing=config.label_smoothing,
         augmentation=Augmentation(**config.augmentation.model_dump()),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        gradient_clip=config.gradient_clip,
+        accumulation=config.accumulation,
+        ema=config.ema,
         seed=seed,
     )
 

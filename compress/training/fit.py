@@ -9,9 +9,10 @@ import copy
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import (
     Augmentation,
+    Batch,
     Split,
     batches_per_epoch,
     epoch_seed,
@@ -29,9 +31,12 @@ from compress.data.batches import (
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
+from compress.training.averaging import MovingAverage
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs
 from compress.training.memory_format import fastest_memory_format
+from compress.training.mixing import mixed
+from compress.training.schedule import schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,18 @@ class FitSettings:
         batch_size: Images a step.
         learning_rate: Peak of the schedule.
         momentum: Of SGD with Nesterov's correction.
-        weight_decay: L2 factor on every parameter.
-        warmup_ratio: Share of the steps, in [0, 1), over which the rate rises linearly; a cosine to 0 follows.
+        weight_decay: L2 factor on every parameter; with "adamw" decoupled from the gradient.
+        warmup_ratio: Share of the steps, in [0, 1), over which the rate rises.
         label_smoothing: In [0, 1).
         augmentation: What is varied.
         seed: Decides order and augmentation.
         keep: "best" returns the epoch with the highest validation top-1, "last" the final one.
         compiled: Whether the forward pass goes through `torch.compile` (needs a C++ compiler).
+        optimizer: "sgd" with Nesterov momentum, or "adamw".
+        schedule: As `compress.training.schedule.schedule` calls it.
+        gradient_clip: Largest norm of all gradients together; None is off.
+        accumulation: Batches a step; their gradients are averaged. Batch norm sees one batch at a time.
+        ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
     """
 
     epochs: float = 1.0
@@ -83,6 +93,11 @@ class FitSettings:
     seed: int = 0
     keep: str = "best"
     compiled: bool = False
+    optimizer: str = "sgd"
+    schedule: str = "cosine"
+    gradient_clip: float | None = None
+    accumulation: int = 1
+    ema: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +192,10 @@ class _Run:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(module) if settings.compiled else module
         self.train, self.validation = train, validation
         self.settings, self.distillation, self.progress = settings, distillation, progress
-        self.steps_per_epoch = batches_per_epoch(train, settings.batch_size)
+        self.steps_per_epoch = max(1, batches_per_epoch(train, settings.batch_size) // settings.accumulation)
         self.total_steps = settings.steps or max(1, round(settings.epochs * self.steps_per_epoch))
-        self.optimizer = torch.optim.SGD(
-            module.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.momentum > 0,
-        )
+        self.optimizer = _optimizer(module, settings)
+        self.average = MovingAverage(module, settings.ema) if settings.ema else None
         self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
         self.step = 0
         self.records: list[EpochRecord] = []
@@ -206,9 +216,9 @@ class _Run:
             self.progress.task(f"epoch {epoch + 1} of {self.total_epochs}", steps) as task,
         ):
             torch.manual_seed(epoch_seed(self.settings.seed, epoch))  # dropout draws the same after a resume
-            for images, labels in _take(batches, steps):
-                losses.append(self._train_step(images, labels))
-                images_seen += len(labels)
+            for several in _grouped(batches, self.settings.accumulation, steps):
+                losses.append(self._train_step(several))
+                images_seen += sum(len(labels) for _, labels in several)
                 self._advance(task, losses, images_seen / (time.perf_counter() - started))
         speed = images_seen / (time.perf_counter() - started)
         self._close_epoch(epoch + 1, sum(losses) / len(losses), speed)
@@ -216,6 +226,11 @@ class _Run:
     def watched_maps(self) -> AbstractContextManager[object]:
         """Keep the feature maps of every forward pass for the loss, while it lasts, if they are wanted."""
         return nullcontext() if self.maps is None else self.maps
+
+    @property
+    def measured(self) -> nn.Module:
+        """The network that is measured and returned: the average, if there is one."""
+        return self.module if self.average is None else self.average.module
 
     @property
     def total_epochs(self) -> int:
@@ -229,6 +244,7 @@ class _Run:
             chosen = self.best[0]
         else:
             chosen = len(self.records)
+            self.module.load_state_dict(self.measured.state_dict())
         self.module.to(memory_format=torch.contiguous_format).eval()
         return chosen
 
@@ -240,6 +256,7 @@ class _Run:
             "records": [asdict(record) for record in self.records],
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
         }
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
@@ -262,45 +279,45 @@ class _Run:
             )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.step = state["step"]
         self.records = [EpochRecord(**record) for record in state["records"]]
         if state["best"] is not None:
             self.best = (state["best"]["epoch"], state["best"]["weights"])
         self.progress.note(f"Training goes on after epoch {len(self.records)} of {self.total_epochs}.")
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> float:
+    def _train_step(self, batches: Sequence[Batch]) -> float:
+        """Take one step on what one batch says, or several on average, and return the loss."""
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=self.memory_format)
-        images, share = self._mixed(images)
-        outputs = self._outputs(images)
-        if self.step == 0:
-            check_outputs(outputs, int(self.train.labels.max()))
-        loss = self._loss(outputs, images, labels, share)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFinite(
-                f"The training loss must be finite, got {value} at step {self.step + 1} of {self.total_steps} "
-                f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
-                hint="Lower learning_rate, or check the images and weights for NaN.",
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = 0.0
+        for images, labels in batches:
+            loss = self._batch_loss(images, labels) / len(batches)
+            value += float(loss.detach())
+            if not math.isfinite(value):
+                raise NonFinite(
+                    f"The training loss must be finite, got {value} at step {self.step + 1} of {self.total_steps} "
+                    f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
+                    hint="Lower learning_rate, or check the images and weights for NaN.",
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+        if self.settings.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.module)
         self.step += 1
         return value
 
-    def _mixed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix each image with its neighbour in the batch, and return the neighbours' shares, (N,), too.
-
-        Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, with a share for each
-            pair.
-        """
-        alpha = self.settings.augmentation.mixup
-        if not alpha:
-            return images, torch.zeros(len(images))
-        share = torch.distributions.Beta(alpha, alpha).sample((len(images),))
-        return images.lerp(images.roll(1, 0), share.reshape(-1, *[1] * (images.ndim - 1))), share
+    def _batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=self.memory_format)
+        images, share = mixed(images, self.settings.augmentation, self.train.preprocessing.layout)
+        outputs = self._outputs(images)
+        if self.step == 0:
+            check_outputs(outputs, int(self.train.labels.max()))
+        return self._loss(outputs, images, labels, share)
 
     def _outputs(self, images: Tensor) -> Tensor:
         try:
@@ -335,7 +352,7 @@ class _Run:
         return loss if self.maps is None else loss + self.distillation.features * self.maps.difference()
 
     def _set_learning_rate(self) -> None:
-        scale = schedule(self.step, self.total_steps, self.settings.warmup_ratio)
+        scale = schedule(self.step, self.total_steps, self.settings.warmup_ratio, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * scale
 
@@ -344,12 +361,12 @@ class _Run:
         task.advance(1, loss=f"{sum(recent) / len(recent):.3f}", speed=f"{speed:.0f} images/s")
 
     def _close_epoch(self, number: int, loss: float, speed: float) -> None:
-        top1 = evaluate_top1(self.module, self.validation, progress=self.progress)
+        top1 = evaluate_top1(self.measured, self.validation, progress=self.progress)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
         best_before = max((record.validation_top1 for record in self.records[:-1]), default=-1.0)
         if self.settings.keep == "best" and top1 >= best_before:
-            self.best = (number, copy.deepcopy(self.module.state_dict()))
+            self.best = (number, copy.deepcopy(self.measured.state_dict()))
         self.progress.note(
             f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation top-1 {top1:.2%}, {speed:.0f} images/s"
         )
@@ -361,18 +378,6 @@ class _Run:
             "total steps": self.total_steps,
             "shapes": {name: list(value.shape) for name, value in self.module.state_dict().items()},
         }
-
-
-def schedule(step: int, total_steps: int, warmup_ratio: float) -> float:
-    """Return the learning rate at `step` as a share of its peak: linear warm-up, then a cosine to 0.
-
-    >>> [round(schedule(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.04]
-    """
-    warmup = round(total_steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
 @contextmanager
@@ -389,7 +394,16 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(were_flushed)
 
 
-def _take(batches, count: int):  # type: ignore[no-untyped-def]
-    """Yield the first `count` batches and close the source."""
-    for _, batch in zip(range(count), batches, strict=False):
-        yield batch
+def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=decay)
+    momentum = settings.momentum
+    return torch.optim.SGD(module.parameters(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+
+
+def _grouped(batches: Iterator[Batch], each: int, count: int) -> Iterator[list[Batch]]:
+    """Yield `count` lists of `each` batches, or of as many as are left, and close the source."""
+    for _ in range(count):
+        if several := list(islice(batches, each)):
+            yield several

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,9 @@ from compress.training.fit import (
     FitSettings,
     fit,
     flushed_denormals,
-    schedule,
 )
 from compress.training.memory_format import fastest_memory_format, in_fastest_memory_format
+from compress.training.schedule import schedule
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True), label_smoothing=0.05
@@ -141,10 +140,18 @@ def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 1), (3, 4)])
-@pytest.mark.parametrize("keep", ["best", "last"])
-def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, epoch: int, step: int, keep: str) -> None:
-    varied = Augmentation(1, True, 0.4 if keep == "last" else 0.0)
-    settings, state = replace(SETTINGS, keep=keep, augmentation=varied), tmp_path / "deep" / "state.pt"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"keep": "last", "augmentation": Augmentation(1, True, 0.4, 0.5)},
+        {"optimizer": "adamw", "learning_rate": 0.01, "ema": 0.9, "schedule": "one_cycle"},
+        {"batch_size": 8, "accumulation": 2, "ema": 0.9, "keep": "last", "gradient_clip": 0.5, "schedule": "step"},
+    ],
+    ids=["sgd", "mixed", "adamw", "accumulated"],
+)
+def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, epoch: int, step: int, changes) -> None:
+    settings, state = replace(SETTINGS, **changes), tmp_path / "deep" / "state.pt"
     undisturbed = _network()
     expected = fit(undisturbed, *_splits(), settings)
     with pytest.raises(Killed):
@@ -158,6 +165,61 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, epoch: int, s
     assert result.chosen_epoch == expected.chosen_epoch
     assert any(f"goes on after epoch {epoch - 1} of 3" in note for note in progress.notes) == (epoch > 1)
     assert list(state.parent.glob("*")) == []
+
+
+def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(fit_module, "evaluate_top1", lambda module, *_, **__: float(not seen.append(_weights(module))))
+    averaged, plain = _network(), _network()
+    fit(averaged, *_splits(), replace(SETTINGS, ema=0.9, keep="last"))
+    assert _equal(seen[-1], _weights(averaged))
+    fit(plain, *_splits(), replace(SETTINGS, keep="last"))
+    assert not torch.allclose(plain[6].weight, averaged[6].weight, atol=1e-4)
+    apart = (_network()[6].weight - plain[6].weight).norm()
+    assert (averaged[6].weight - plain[6].weight).norm() < 0.5 * apart, "of the last steps, not of the first"
+
+
+def test_several_batches_a_step_are_one_large_batch() -> None:
+    """Without batch norm and dropout, which see one batch at a time."""
+    weights = []
+    for batch_size, accumulation in ((32, 1), (8, 4)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+        settings = replace(SETTINGS, augmentation=Augmentation(), batch_size=batch_size, accumulation=accumulation)
+        result = fit(network, *_splits(), settings)
+        assert result.steps == 6
+        weights.append(network[1].weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_more_batches_a_step_than_an_epoch_has_are_one_step_of_all() -> None:
+    result = fit(_network(), *_splits(), replace(SETTINGS, epochs=2, accumulation=100))
+    assert result.steps == len(result.epochs) == 2
+
+
+def test_gradients_are_clipped_together() -> None:
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    steps = {}
+    for clip in (None, 0.1, 1e9):
+        network = copy.deepcopy(start)
+        settings = replace(SETTINGS, steps=1, gradient_clip=clip, weight_decay=0.0, momentum=0.0, warmup_ratio=0.0)
+        fit(network, *_splits(), settings)
+        moved = [a - b for a, b in zip(network.parameters(), start.parameters(), strict=True)]
+        steps[clip] = torch.cat([part.flatten() for part in moved]).detach().norm()
+    assert float(steps[0.1]) == pytest.approx(0.1 * SETTINGS.learning_rate, rel=1e-3)
+    assert steps[None] == steps[1e9] > 2 * steps[0.1]
+
+
+def test_adamw_decays_weights_apart_from_the_gradient() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(108, 3), nn.ReLU(), nn.Linear(3, 3))
+    with torch.no_grad():
+        network[1].weight.zero_()
+        network[1].bias.fill_(-1.0)  # nothing passes: no gradient comes to the first layer
+    settings = replace(SETTINGS, steps=1, optimizer="adamw", learning_rate=0.1, weight_decay=0.5, warmup_ratio=0.0)
+    fit(network, *_splits(), settings)
+    assert torch.allclose(network[1].bias, torch.full((3,), -1 + 0.1 * 0.5))
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -332,16 +394,6 @@ def test_labels_and_splits_that_do_not_fit_are_refused() -> None:
         with pytest.raises(DataError, match=f"Split '{name}' must hold at least one image"):
             fit(network, *empty, SETTINGS)
         assert _equal(_weights(network), _weights(_network()))
-
-
-def test_schedule_rises_linearly_then_falls_to_nothing() -> None:
-    rates = [schedule(step, 100, 0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert max(rates) == 1.0
-    assert all(a >= b for a, b in pairwise(rates[9:]))
-    assert 0 < rates[-1] < 0.001
-    assert schedule(0, 1, 0.0) == 1.0
-    assert all(0 < schedule(step, steps, 0.99) <= 1 for steps in (1, 2, 3) for step in range(steps))
 
 
 def test_denormals_are_flushed_while_it_lasts_and_not_after() -> None:

@@ -1,0 +1,51 @@
+"""How are images of a batch mixed in pairs, each with its neighbour?"""
+
+import torch
+from torch import Tensor
+
+from compress.data.batches import Augmentation
+
+
+def mixed(images: Tensor, augmentation: Augmentation, layout: str = "NCHW") -> tuple[Tensor, Tensor]:
+    """Mix each image with its neighbour in the batch; where both ways are asked for, a coin decides for the batch.
+
+    Args:
+        images: (N, C, H, W) or (N, H, W, C).
+        augmentation: With the alphas of `mixup` and `cutmix`; 0 is off.
+        layout: Which of the two.
+
+    Returns:
+        The images, and (N,) the shares of the neighbours in them, all 0 where nothing is mixed.
+
+    Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, with a share for each
+        pair; Yun et al. 2019, "CutMix", arXiv:1905.04899.
+    """
+    alphas = {"mixup": augmentation.mixup, "cutmix": augmentation.cutmix}
+    ways = [name for name, alpha in alphas.items() if alpha]
+    if not ways:
+        return images, torch.zeros(len(images))
+    way = ways[0] if len(ways) == 1 else ways[int(torch.randint(2, ()))]
+    shares = torch.distributions.Beta(alphas[way], alphas[way])
+    if way == "mixup":
+        share = shares.sample((len(images),))
+        return images.lerp(images.roll(1, 0), share.reshape(-1, *[1] * (images.ndim - 1))), share
+    return _with_rectangles(images, float(shares.sample()), 2 if layout == "NCHW" else 1)
+
+
+def _with_rectangles(images: Tensor, area: float, down: int) -> tuple[Tensor, Tensor]:
+    """Put a rectangle of the neighbour into each image, at the same place in all of a batch.
+
+    Args:
+        images: The batch.
+        area: Share of the image that the rectangle has before it is cut off at the borders.
+        down: The axis of the height; that of the width follows.
+    """
+    where, share = [slice(None)] * images.ndim, 1.0
+    for axis in (down, down + 1):
+        size = images.shape[axis]
+        half, centre = round(area**0.5 * size) // 2, int(torch.randint(size, ()))
+        where[axis] = slice(max(0, centre - half), min(size, centre + half))
+        share *= (where[axis].stop - where[axis].start) / size
+    result = images.clone()
+    result[tuple(where)] = images.roll(1, 0)[tuple(where)]
+    return result, torch.full((len(images),), share)

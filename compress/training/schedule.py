@@ -1,0 +1,37 @@
+"""What is the learning rate at each step, as a share of its peak?"""
+
+import math
+
+_ONE_CYCLE_START = 1 / 25
+_STEP_FACTOR, _STEP_MILESTONES = 0.1, (0.5, 0.75)
+
+
+def schedule(step: int, total_steps: int, warmup_ratio: float, name: str = "cosine") -> float:
+    """Return the learning rate at `step` as a share of its peak.
+
+    Args:
+        step: Counted from 0.
+        total_steps: Of the run.
+        warmup_ratio: Share of them over which the rate rises.
+        name: "cosine": a line up, a cosine down to 0. "one_cycle": a cosine up from 1/25 of the peak and one down to 0.
+            "step": a line up, then a tenth from half of the steps on and a hundredth from three quarters.
+
+    Source: Loshchilov and Hutter 2017, "SGDR", arXiv:1608.03983 (cosine); Smith and Topin 2019, "Super-Convergence",
+        arXiv:1708.07120 (one cycle, with cosines as in fastai and torch, and momentum constant); He et al. 2016,
+        arXiv:1512.03385, section 4.2 (step).
+
+    >>> [round(schedule(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    warmup = round(total_steps * warmup_ratio)
+    if step < warmup:
+        made = (step + 1) / warmup
+        return made if name != "one_cycle" else _ONE_CYCLE_START + (1 - _ONE_CYCLE_START) * _rise(made)
+    if name == "step":
+        return _STEP_FACTOR ** sum(step >= share * total_steps for share in _STEP_MILESTONES)
+    return 1 - _rise((step - warmup) / max(1, total_steps - warmup))
+
+
+def _rise(made: float) -> float:
+    """Return a cosine from 0 to 1."""
+    return 0.5 * (1 - math.cos(math.pi * made))

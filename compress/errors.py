@@ -112,6 +112,10 @@ class NonFinite(StageError):
     """A weight, an output or a loss is NaN or infinite."""
 
 
+class OutOfMemory(StageError):
+    """A batch does not fit into memory."""
+
+
 class ExportFailed(StageError):
     """torch or ONNX refused the export, or the file is not what was asked for."""
 

@@ -59,7 +59,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
         fixed = {
             "stage": entry.name,
             "version": entry.version,
-            "config": _without_paths(entry.name, values),
+            "config": _what_counts(entry.name, values),
             "seed": config.seed,
             "threads": config.threads,
             "libraries": libraries,
@@ -104,12 +104,18 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
     }
 
 
-def _without_paths(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage's settings; the files that `load` names count by content, not by place."""
+def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's settings that its results depend on; the files that `load` names count by content, not by place.
+
+    How often training saves its state is no such setting.
+    """
+    counting = {key: value for key, value in values.items() if key != "save_minutes"}
+    if isinstance(between := values.get("between"), Mapping):
+        counting["between"] = _what_counts("finetune", between)
     if stage != "load":
-        return dict(values)
+        return counting
     model = {key: value for key, value in values["model"].items() if key != "factory"}
-    return {**values, "weights": None, "model": model}
+    return {**counting, "weights": None, "model": model}
 
 
 def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:

@@ -320,6 +320,9 @@ class TrainingConfig(Section):
         0.0, description="decay of the average of the weights that is measured and kept; 0 is off"
     )
     label_smoothing: Share = 0.0
+    save_minutes: float = Field(
+        5.0, ge=0, description="between saves of the state; after each epoch there is one anyway"
+    )
     augmentation: AugmentationConfig = AugmentationConfig()
     distillation: DistillationConfig | None = None
 

@@ -1,14 +1,15 @@
 """How are images turned into batches of tensors?
 
 uint8 images stay uint8 until they are a batch; shuffling, cropping, flipping and normalising then run on the whole
-batch at once. Order and augmentation of an epoch depend on (seed, epoch) alone, so a resumed run sees the same
-batches as an undisturbed one.
+batch at once. The order of an epoch depends on (seed, epoch) alone and the augmentation of a batch on (seed, epoch,
+batch), so a run that is resumed at any batch sees the same as an undisturbed one.
 """
 
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ImageSource
 
 Batch = tuple[Tensor, Tensor]
+RandomPurpose = Literal["order", "augmentation", "step"]
 
 _PIXELS, _FEWEST_IMAGES, _MOST_IMAGES = 2**17, 4, 256
 
@@ -95,7 +97,7 @@ def fast_batch_size(split: Split) -> int:
 
 
 def training_batches(
-    split: Split, batch_size: int, augmentation: Augmentation, seed: int, epoch: int
+    split: Split, batch_size: int, augmentation: Augmentation, seed: int, epoch: int, start: int = 0
 ) -> Iterator[Batch]:
     """Yield one epoch of shuffled, augmented batches of equal size; a remainder smaller than a batch is left out.
 
@@ -105,19 +107,31 @@ def training_batches(
         augmentation: What is varied.
         seed: Together with `epoch` decides order and augmentation.
         epoch: Counted from 0.
+        start: Batches to leave out at the beginning; those behind them are the same as without.
     """
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-    order = torch.randperm(len(split), generator=generator).numpy()
+    order = torch.randperm(len(split), generator=_generator(seed, "order", epoch)).numpy()
     labels = split.labels
-    positions = (order[i * batch_size : (i + 1) * batch_size] for i in range(batches_per_epoch(split, batch_size)))
-    for chosen, images in _read_ahead(split, positions):
-        augmented = augment(torch.from_numpy(images), augmentation, generator)
+    numbers = range(start, batches_per_epoch(split, batch_size))
+    positions = (order[number * batch_size : (number + 1) * batch_size] for number in numbers)
+    for number, (chosen, images) in zip(numbers, _read_ahead(split, positions), strict=True):
+        augmented = augment(torch.from_numpy(images), augmentation, _generator(seed, "augmentation", epoch, number))
         yield _to_input(split, augmented), torch.from_numpy(labels[chosen])
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return what seeds everything random in one epoch of a run, in [0, 2^63)."""
-    return (seed * 1_000_003 + epoch) % 2**63
+def random_seed(seed: int, purpose: RandomPurpose, *parts: int) -> int:
+    """Return what seeds everything random in one part of a run, in [0, 2^63).
+
+    Args:
+        seed: Of the run.
+        purpose: What is drawn.
+        parts: Which part of the run: epoch, batch, step.
+    """
+    entropy = [seed % 2**63, get_args(RandomPurpose).index(purpose), *parts]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _generator(seed: int, purpose: RandomPurpose, *parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(random_seed(seed, purpose, *parts))
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:

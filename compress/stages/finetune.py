@@ -23,10 +23,10 @@ class FinetuneStage:
         self.config = config
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the trained network; a run that was killed goes on from its last epoch.
+        """Return the trained network; a run that was killed goes on from its last state.
 
         Raises:
-            NonFinite: The loss became NaN or infinite.
+            As `compress.training.fit.fit`.
         """
         return train(artifact, self.config, ctx, STATE_FILE)
 
@@ -37,7 +37,7 @@ def train(
     """Return the network trained, and what was done; goes on from `state_file` in the stage's folder, if it is there.
 
     Raises:
-        NonFinite: The loss became NaN or infinite.
+        As `compress.training.fit.fit`.
     """
     settings = _settings(config, ctx.seed)
     module = copy.deepcopy(artifact.module)
@@ -79,6 +79,7 @@ def _settings(config: TrainingConfig, seed: int) -> FitSettings:
         gradient_clip=config.gradient_clip,
         accumulation=config.accumulation,
         ema=config.ema,
+        save_minutes=config.save_minutes,
         seed=seed,
     )
 

@@ -1,7 +1,8 @@
 """The one training loop: seeded, resumable, with the best epoch chosen on validation.
 
 One call of `fit` is a run of `steps` optimiser steps, split into epochs; after each epoch validation top-1 is
-measured and the whole state is saved atomically. A run that was killed goes on from its last epoch and ends with
+measured. The whole state is saved atomically after each epoch, every few minutes and on Ctrl-C. Everything random
+depends on the seed, the epoch and the step alone, so a run that was killed goes on from the last state and ends with
 the same weights as an undisturbed one (same thread count, CPU).
 """
 
@@ -25,15 +26,16 @@ from compress.data.batches import (
     Batch,
     Split,
     batches_per_epoch,
-    epoch_seed,
+    random_seed,
     training_batches,
 )
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.averaging import MovingAverage
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs
+from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format
 from compress.training.mixing import mixed
 from compress.training.schedule import schedule
@@ -79,6 +81,7 @@ class FitSettings:
         gradient_clip: Largest norm of all gradients together; None is off.
         accumulation: Batches a step; their gradients are averaged. Batch norm sees one batch at a time.
         ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
+        save_minutes: How long after one save of the state another one follows; after each epoch there is one anyway.
     """
 
     epochs: float = 1.0
@@ -98,6 +101,7 @@ class FitSettings:
     gradient_clip: float | None = None
     accumulation: int = 1
     ema: float = 0.0
+    save_minutes: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +149,13 @@ def fit(
         validation: What the epoch is chosen on; never the evaluation split.
         settings: How.
         distillation: Teacher, or None.
-        state_path: Where the state is kept between epochs; the file is removed at the end. None: not resumable.
+        state_path: Where the state is kept; the file is removed at the end. None: not resumable.
         progress: Told about every step and epoch.
 
     Raises:
-        NonFinite: The loss is NaN or infinite; names the step.
+        NonFinite: The loss is NaN or infinite; names the step. The last state that was saved stays.
+        OutOfMemory: A batch does not fit into memory.
+        KeyboardInterrupt: As asked for, after the step under way was made and the state saved.
         DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
         ModelError: No parameter requires a gradient.
         ArtifactError: The saved state belongs to another run.
@@ -159,17 +165,12 @@ def fit(
             raise DataError(f"Split '{split.name}' must hold at least one image to train, it holds none.")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
-    run = _Run(module, train, validation, settings, distillation, progress or SilentProgress())
-    if state_path is not None and state_path.is_file():
-        run.restore(state_path)
-    with flushed_denormals(), run.watched_maps():
-        while run.step < run.total_steps:
-            run.train_epoch()
-            if state_path is not None and run.step < run.total_steps:
-                run.save(state_path)
+    run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress())
+    run.restore()
+    with flushed_denormals(), run.watched_maps(), deferred_interrupts() as is_interrupted:
+        while len(run.records) < run.total_epochs:
+            run.train_epoch(is_interrupted)
     chosen = run.finish()
-    if state_path is not None:
-        state_path.unlink(missing_ok=True)
     return FitResult(tuple(run.records), chosen, run.step)
 
 
@@ -183,6 +184,7 @@ class _Run:
         validation: Split,
         settings: FitSettings,
         distillation: Distillation | None,
+        state_path: Path | None,
         progress: Progress,
     ) -> None:
         self.module = module
@@ -197,31 +199,53 @@ class _Run:
         self.optimizer = _optimizer(module, settings)
         self.average = MovingAverage(module, settings.ema) if settings.ema else None
         self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
+        self.state_path, self.saved_at = state_path, time.monotonic()
         self.step = 0
+        self.losses: list[float] = []  # of the epoch under way
         self.records: list[EpochRecord] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
 
-    def train_epoch(self) -> None:
-        """Run one epoch (or what is left of the steps), then measure validation top-1."""
+    def train_epoch(self, is_interrupted: Callable[[], bool]) -> None:
+        """Run one epoch (or what is left of it, or of the steps), then measure validation top-1."""
         self.module.train()
-        epoch = len(self.records)
-        steps = min(self.steps_per_epoch, self.total_steps - self.step)
+        settings, epoch = self.settings, len(self.records)
+        first = epoch * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.total_steps - first)
+        done = self.step - first
         batches = training_batches(
-            self.train, self.settings.batch_size, self.settings.augmentation, self.settings.seed, epoch
+            self.train, settings.batch_size, settings.augmentation, settings.seed, epoch, done * settings.accumulation
         )
-        losses: list[float] = []
         images_seen, started = 0, time.perf_counter()
         with (
             torch.random.fork_rng(devices=[]),
             self.progress.task(f"epoch {epoch + 1} of {self.total_epochs}", steps) as task,
         ):
-            torch.manual_seed(epoch_seed(self.settings.seed, epoch))  # dropout draws the same after a resume
-            for several in _grouped(batches, self.settings.accumulation, steps):
-                losses.append(self._train_step(several))
+            if done:
+                task.advance(done)
+            for several in _grouped(batches, settings.accumulation, steps - done):
+                torch.manual_seed(
+                    random_seed(settings.seed, "step", self.step)
+                )  # dropout draws the same after a resume
+                self.losses.append(self._train_step(several))
                 images_seen += sum(len(labels) for _, labels in several)
-                self._advance(task, losses, images_seen / (time.perf_counter() - started))
+                self._advance(task, images_seen / (time.perf_counter() - started))
+                self._keep_state(is_interrupted())
         speed = images_seen / (time.perf_counter() - started)
-        self._close_epoch(epoch + 1, sum(losses) / len(losses), speed)
+        self._close_epoch(epoch + 1, speed)
+        self._keep_state(is_interrupted(), is_due=True)
+
+    def _keep_state(self, is_interrupted: bool, is_due: bool = False) -> None:
+        """Save the state when it is time to; end the run when that was asked for."""
+        is_done = len(self.records) == self.total_epochs
+        is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
+        if self.state_path is not None and not is_done and (is_due or is_interrupted):
+            self.save(self.state_path)
+        if is_interrupted and not is_done:
+            if self.state_path is not None:
+                self.progress.note(
+                    f"Training stopped after step {self.step} of {self.total_steps}; it can go on there."
+                )
+            raise KeyboardInterrupt
 
     def watched_maps(self) -> AbstractContextManager[object]:
         """Keep the feature maps of every forward pass for the loss, while it lasts, if they are wanted."""
@@ -238,7 +262,9 @@ class _Run:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def finish(self) -> int:
-        """Load the chosen weights, leave them contiguous and in eval mode, and return which epoch they are from."""
+        """Load the chosen weights, leave them contiguous and in eval mode, and say which epoch they are from."""
+        if self.state_path is not None:
+            self.state_path.unlink(missing_ok=True)
         if self.settings.keep == "best" and self.best is not None:
             self.module.load_state_dict(self.best[1])
             chosen = self.best[0]
@@ -253,6 +279,7 @@ class _Run:
         state = {
             "identity": self._identity(),
             "step": self.step,
+            "losses": self.losses,
             "records": [asdict(record) for record in self.records],
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -262,9 +289,13 @@ class _Run:
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
         torch.save(state, content)
         write_whole(path, content.getbuffer())
+        self.saved_at = time.monotonic()
 
-    def restore(self, path: Path) -> None:
-        """Go on from a saved state; a state of another run is refused by what differs."""
+    def restore(self) -> None:
+        """Go on from a saved state, if there is one; a state of another run is refused by what differs."""
+        path = self.state_path
+        if path is None or not path.is_file():
+            return
         try:
             state = torch.load(path, weights_only=True)
             saved = state["identity"]
@@ -281,11 +312,14 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.step = state["step"]
+        self.step, self.losses = state["step"], state["losses"]
         self.records = [EpochRecord(**record) for record in state["records"]]
         if state["best"] is not None:
             self.best = (state["best"]["epoch"], state["best"]["weights"])
-        self.progress.note(f"Training goes on after epoch {len(self.records)} of {self.total_epochs}.")
+        reached = f"epoch {len(self.records)} of {self.total_epochs}"
+        if self.losses:
+            reached = f"step {self.step} of {self.total_steps}"
+        self.progress.note(f"Training goes on after {reached}.")
 
     def _train_step(self, batches: Sequence[Batch]) -> float:
         """Take one step on what one batch says, or several on average, and return the loss."""
@@ -293,7 +327,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for images, labels in batches:
-            loss = self._batch_loss(images, labels) / len(batches)
+            with _memory_explained(self.settings.batch_size):
+                loss = self._batch_loss(images, labels) / len(batches)
             value += float(loss.detach())
             if not math.isfinite(value):
                 raise NonFinite(
@@ -301,7 +336,8 @@ class _Run:
                     f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
                     hint="Lower learning_rate, or check the images and weights for NaN.",
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            with _memory_explained(self.settings.batch_size):
+                loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
@@ -356,11 +392,13 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * scale
 
-    def _advance(self, task: Task, losses: list[float], speed: float) -> None:
-        recent = losses[-20:]
+    def _advance(self, task: Task, speed: float) -> None:
+        recent = self.losses[-20:]
         task.advance(1, loss=f"{sum(recent) / len(recent):.3f}", speed=f"{speed:.0f} images/s")
 
-    def _close_epoch(self, number: int, loss: float, speed: float) -> None:
+    def _close_epoch(self, number: int, speed: float) -> None:
+        loss = sum(self.losses) / len(self.losses)
+        self.losses = []
         top1 = evaluate_top1(self.measured, self.validation, progress=self.progress)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
@@ -372,7 +410,8 @@ class _Run:
         )
 
     def _identity(self) -> dict[str, Any]:
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "compiled"}
+        free = ("compiled", "save_minutes")  # what may change from one start to the next
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
         return {
             "settings": settings,
             "total steps": self.total_steps,
@@ -392,6 +431,21 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(were_flushed)
+
+
+@contextmanager
+def _memory_explained(batch_size: int) -> Iterator[None]:
+    """Say what to do where torch finds no memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not is_full:
+            raise
+        raise OutOfMemory(
+            f"A training step must fit into memory, batch_size {batch_size} does not.",
+            hint="Lower batch_size and raise accumulation by as much: the steps stay as large.",
+        ) from error
 
 
 def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:

@@ -12,9 +12,9 @@ from compress.data.batches import (
     Split,
     augment,
     batches_per_epoch,
-    epoch_seed,
     evaluation_batches,
     fast_batch_size,
+    random_seed,
     training_batches,
 )
 from compress.data.preprocessing import Preprocessing
@@ -63,6 +63,23 @@ def test_training_leaves_the_remainder_out_and_keeps_labels_with_images() -> Non
     assert [label for _, labels in batches for label in labels.tolist()] == [10 * index for index in seen]
 
 
+def test_an_epoch_can_be_entered_at_any_batch() -> None:
+    varied = Augmentation(2, True)
+    whole = list(training_batches(_split(), 2, varied, seed=3, epoch=1))
+    assert len(whole) == 5
+    for start in range(6):
+        rest = list(training_batches(_split(), 2, varied, 3, 1, start))
+        assert len(rest) == 5 - start
+        for (images, labels), (same, same_labels) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(labels, same_labels)
+
+
+def test_what_is_drawn_for_one_purpose_says_nothing_of_another() -> None:
+    parts = [("order", 0), ("order", 1), ("augmentation", 0, 0), ("augmentation", 0, 1), ("step", 0), ("step", 1)]
+    assert len({random_seed(seed, *part) for seed in (0, 1) for part in parts}) == 12
+
+
 def test_a_split_smaller_than_a_batch_is_one_batch() -> None:
     batches = list(training_batches(_split(3), 8, Augmentation(), seed=0, epoch=0))
     assert [sorted(ids) for ids in _ids(batches)] == [[0, 2, 4]]
@@ -92,7 +109,7 @@ def test_augmentation_of_an_epoch_is_the_same_again() -> None:
 
 def test_large_seeds_work() -> None:
     assert len(list(training_batches(_split(), 4, Augmentation(), seed=2**62, epoch=3))) == 2
-    assert 0 <= epoch_seed(2**80, 5) < 2**63
+    assert 0 <= random_seed(2**80, "order", 5) < 2**63
 
 
 def test_crop_moves_whole_images_by_at_most_the_padding() -> None:

@@ -23,6 +23,7 @@ GIVEN = {
     "gradient_clip": 0.8,
     "accumulation": 2,
     "ema": 0.9,
+    "save_minutes": 1.5,
 }
 
 

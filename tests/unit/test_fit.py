@@ -1,7 +1,9 @@
 """The training loop learns, resumes to the same bits, keeps the best epoch, and refuses what it cannot use."""
 
 import copy
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import Augmentation, Split, epoch_seed
+from compress.data.batches import Augmentation, Split, training_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
 from compress.progress import SilentProgress, SilentTask
 from compress.training import fit as fit_module
 from compress.training.fit import (
@@ -24,6 +26,7 @@ from compress.training.fit import (
     fit,
     flushed_denormals,
 )
+from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format, in_fastest_memory_format
 from compress.training.schedule import schedule
 
@@ -150,21 +153,100 @@ def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
     ],
     ids=["sgd", "mixed", "adamw", "accumulated"],
 )
-def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, epoch: int, step: int, changes) -> None:
-    settings, state = replace(SETTINGS, **changes), tmp_path / "deep" / "state.pt"
+@pytest.mark.parametrize("save_minutes", [0.0, 5.0])
+def test_a_killed_run_ends_like_an_undisturbed_one(
+    tmp_path: Path, epoch: int, step: int, changes, save_minutes: float
+) -> None:
+    settings, state = replace(SETTINGS, save_minutes=save_minutes, **changes), tmp_path / "deep" / "state.pt"
     undisturbed = _network()
     expected = fit(undisturbed, *_splits(), settings)
     with pytest.raises(Killed):
         fit(_network(), *_splits(), settings, state_path=state, progress=_KillsIn(epoch, step))
-    assert state.is_file() == (epoch > 1)
+    steps_saved = 4 * (epoch - 1) + (0 if save_minutes else step - 1)
+    assert state.is_file() == (steps_saved > 0)
     resumed, progress = _network(), _KillsIn(99, 0)
     torch.manual_seed(12345)
     result = fit(resumed, *_splits(), settings, state_path=state, progress=progress)
     assert _equal(_weights(undisturbed), _weights(resumed))
     assert _records(result) == _records(expected)
     assert result.chosen_epoch == expected.chosen_epoch
-    assert any(f"goes on after epoch {epoch - 1} of 3" in note for note in progress.notes) == (epoch > 1)
+    reached = f"step {steps_saved} of 12" if steps_saved % 4 else f"epoch {epoch - 1} of 3"
+    assert any(f"goes on after {reached}." in note for note in progress.notes) == (steps_saved > 0)
     assert list(state.parent.glob("*")) == []
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_an_interrupted_run_makes_its_step_saves_and_goes_on_from_there(tmp_path: Path, step: int) -> None:
+    class Interrupting(_KillsIn):
+        def train_step(self) -> None:
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == step:
+                signal.raise_signal(signal.SIGINT)
+
+    undisturbed, interrupted, state = _network(), _network(), tmp_path / "state.pt"
+    expected = fit(undisturbed, *_splits(), SETTINGS)
+    progress = Interrupting(99, 0)
+    interrupted[0].register_forward_hook(lambda part, *_: progress.train_step() if part.training else None)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, *_splits(), SETTINGS, state_path=state, progress=progress)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert progress.notes[-1] == f"Training stopped after step {step} of 12; it can go on there."
+    resumed, again = _network(), _KillsIn(99, 0)
+    result = fit(resumed, *_splits(), SETTINGS, state_path=state, progress=again)
+    assert any(f"goes on after step {step} of 12" in note or "after epoch 1 of 3" in note for note in again.notes)
+    assert _equal(_weights(undisturbed), _weights(resumed))
+    assert _records(result) == _records(expected)
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with deferred_interrupts() as is_interrupted:
+        assert not is_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert is_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupts_are_not_deferred_outside_of_the_main_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fit, _network(), *_splits(), replace(SETTINGS, epochs=1)).result().steps == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_a_step_that_does_not_fit_into_memory_says_what_to_do(error: Exception) -> None:
+    network = _network()
+
+    def fail(part: nn.Module, *_: object) -> None:
+        if part.training:
+            raise error
+
+    network[6].register_forward_hook(fail)
+    with pytest.raises(OutOfMemory, match=r"batch_size 16 does not\.\nHint: Lower batch_size and raise accumulation"):
+        fit(network, *_splits(), SETTINGS)
+
+
+def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
+    network, state = _network(), tmp_path / "state.pt"
+
+    def break_down(part: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        calls.append(part.training)
+        return output * float("nan") if sum(calls) == 6 else output
+
+    calls: list[bool] = []
+    network[6].register_forward_hook(break_down)
+    with pytest.raises(NonFinite, match="at step 6 of 12"):
+        fit(network, *_splits(), replace(SETTINGS, save_minutes=0), state_path=state)
+    kept = torch.load(state, weights_only=True)
+    assert kept["step"] == 5
+    assert all(value.isfinite().all() for value in kept["module"].values())
 
 
 def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,9 +442,9 @@ def test_mixup_mixes_pairs_of_images_and_asks_for_both_labels(smoothing: float) 
     result = fit(student, train, validation, settings)
     handle.remove()
     mixed = next(images for images in seen if len(images) == len(train)).flatten(1)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch_seed(0, 0)))
-    images = torch.from_numpy(train.preprocessing.normalize(train.read(order.numpy()))).flatten(1)
-    labels, apart = torch.from_numpy(train.labels)[order], images.roll(1, 0) - images
+    images, labels = next(training_batches(train, len(train), Augmentation(), 0, 0))
+    images = images.flatten(1)
+    apart = images.roll(1, 0) - images
     share = ((mixed - images) * apart).sum(1) / apart.square().sum(1)
     assert torch.allclose(mixed, images + share[:, None] * apart, atol=1e-5)
     assert share.min() >= 0

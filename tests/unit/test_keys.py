@@ -1,0 +1,18 @@
+"""What a stage's result depends on, and what it does not."""
+
+import smallrun
+
+from compress.config.load import load_pipeline
+from compress.keys import build_steps
+
+QUICKSTART = smallrun.ROOT / "pipelines" / "quickstart.yaml"
+
+
+def _fixed(stage: str, *overrides: str) -> dict:
+    steps = build_steps(load_pipeline(QUICKSTART, list(overrides), environ={}))
+    return next(step.fixed for step in steps if step.entry.name == stage)
+
+
+def test_how_often_training_saves_its_state_changes_no_result() -> None:
+    assert _fixed("finetune") == _fixed("finetune", "stages.finetune.save_minutes=1")
+    assert _fixed("finetune") != _fixed("finetune", "stages.finetune.learning_rate=0.123")

@@ -302,13 +302,26 @@ class DistillationConfig(Section):
     )
 
 
+class OriginalTrainingConfig(Section):
+    """How the network was trained before: the peak rate to fine-tune with follows from it."""
+
+    learning_rate: float = Field(gt=0, description="its peak")
+    epochs: float = Field(gt=0, description="its length")
+
+
 class TrainingConfig(Section):
     """How to train: SGD with Nesterov momentum or AdamW, a warm-up, a schedule down from the peak rate."""
 
     epochs: float | None = Field(None, gt=0, description="passes over the training split")
     steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
     batch_size: Count = 128
-    learning_rate: float = Field(0.02, gt=0, description="peak of the schedule")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak of the schedule; without it what follows from original, or 0.02"
+    )
+    original: OriginalTrainingConfig | None = Field(None, description="how the network was trained before")
+    probe: bool = Field(
+        False, description="train an epoch at 0.1, 0.3 and 1 times the peak first; the best on validation is taken"
+    )
     momentum: Share = 0.9
     weight_decay: float = Field(1e-4, ge=0)
     warmup_ratio: Share = Field(0.05, description="share of the steps with a rising rate")
@@ -318,6 +331,9 @@ class TrainingConfig(Section):
     accumulation: Count = Field(1, description="batches a step, where memory holds no larger one")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="decay of the average of the weights that is measured and kept; 0 is off"
+    )
+    average_ratio: Share = Field(
+        0.0, description="share of the steps, at the end, whose average is one more candidate; 0 is off"
     )
     label_smoothing: Share = 0.0
     save_minutes: float = Field(
@@ -330,6 +346,8 @@ class TrainingConfig(Section):
     def _check_one(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("must hold exactly one of epochs, steps")
+        if self.learning_rate is not None and self.original is not None:
+            raise ValueError("must hold at most one of learning_rate, original")
         return self
 
 

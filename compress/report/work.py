@@ -295,7 +295,9 @@ def _render_finetune(runs: list[Run], index: int) -> str:
         ("chosen epoch", f"{chosen} of {len(epochs)}" if chosen is not None and epochs else chosen),
         ("validation top-1 before training", _share(start)),
         ("validation top-1 of the chosen epoch", _share(reached)),
+        ("validation top-1 of the average of the last steps", _say_average(record)),
         ("peak learning rate", None if peak is None else format_number(peak)),
+        ("learning rates tried", ", ".join(map(_say_probe, record.get("probed_learning_rates") or [])) or None),
         ("final learning rate", format_number(rates[-1]) if rates else None),
         ("batch size", record.get("batch_size")),
         ("steps", format_whole(record.get("steps"))),
@@ -316,6 +318,16 @@ def _render_finetune(runs: list[Run], index: int) -> str:
         render_split(render_facts(facts), render_figure(plot_training(f"training-{index}", epochs, chosen))),
         render_details("epochs as a table", render_table(head, rows, numeric=(1, 2, 3, 4))) if rows else "",
     )
+
+
+def _say_average(record: dict[str, Any]) -> str | None:
+    top1 = _share(record.get("averaged_top1"))
+    return None if top1 is None else f"{top1}, {'taken' if record.get('is_averaged') else 'not taken'}"
+
+
+def _say_probe(probe: dict[str, Any]) -> str:
+    top1 = probe.get("validation_top1")
+    return f"{format_number(probe.get('learning_rate'))}: {'diverged' if top1 is None else format_share(top1)}"
 
 
 def _render_export(runs: list[Run], index: int) -> str:

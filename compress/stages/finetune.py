@@ -1,19 +1,26 @@
 """finetune: TorchModel -> TorchModel with the same structure and better weights."""
 
 import copy
+import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
-import torch
+from torch import nn
 
 from compress.artifacts import TorchModel
 from compress.building import build_module, load_strict, read_weights
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
-from compress.data.batches import Augmentation
+from compress.data.batches import Augmentation, batches_per_epoch
+from compress.errors import NonFinite
+from compress.files import write_whole
 from compress.stages.context import Record, StageContext
 from compress.training.evaluate import evaluate_top1
-from compress.training.fit import Distillation, FitSettings, fit
+from compress.training.fit import Distillation, FitResult, FitSettings, fit
+from compress.training.schedule import peak_from_original
 
 STATE_FILE = "training_state.pt"
+LEARNING_RATE = 0.02
+PROBED = (0.1, 0.3, 1.0)
 
 
 class FinetuneStage:
@@ -39,23 +46,28 @@ def train(
     Raises:
         As `compress.training.fit.fit`.
     """
-    settings = _settings(config, ctx.seed)
-    module = copy.deepcopy(artifact.module)
-    before = evaluate_top1(module, ctx.data.validation, progress=ctx.progress)
-    result = fit(
-        module,
-        ctx.data.train,
-        ctx.data.validation,
-        settings,
-        distillation=_distillation(config.distillation, artifact),
-        state_path=ctx.folder / state_file,
-        progress=ctx.progress,
-    )
-    module.to(memory_format=torch.contiguous_format)
+    settings = _settings(config, ctx.seed, len(ctx.data.train))
+    distillation = _distillation(config.distillation, artifact)
+    before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+
+    def trained(settings: FitSettings, state_file: str) -> tuple[nn.Module, FitResult]:
+        module, path = copy.deepcopy(artifact.module), ctx.folder / state_file
+        return module, fit(module, ctx.data.train, ctx.data.validation, settings, distillation, path, ctx.progress)
+
+    probed: list[Record] = []
+    if config.probe:
+        probed = _probe(settings, ctx, state_file, lambda tried: trained(tried, f"{state_file}-probe")[1])
+        best = max(probed, key=lambda one: -1.0 if one["validation_top1"] is None else one["validation_top1"])
+        settings = replace(settings, learning_rate=best["learning_rate"])
+    ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
+    module, result = trained(settings, state_file)
     record = {
         "epochs": [asdict(epoch) for epoch in result.epochs],
         "chosen_epoch": result.chosen_epoch,
+        "averaged_top1": result.averaged_top1,
+        "is_averaged": result.is_averaged,
         "peak_learning_rate": settings.learning_rate,
+        "probed_learning_rates": probed,
         "batch_size": settings.batch_size,
         "steps": result.steps,
         "validation_top1_before": before,
@@ -63,12 +75,55 @@ def train(
     return replace(artifact, module=module), record
 
 
-def _settings(config: TrainingConfig, seed: int) -> FitSettings:
+def _probe(
+    settings: FitSettings, ctx: StageContext, state_file: str, trained: Callable[[FitSettings], FitResult]
+) -> list[Record]:
+    """Train for an epoch at each of several rates, smallest first, and say what each came to.
+
+    What was tried is kept in a file, so that a run that was killed does not try it again.
+
+    Raises:
+        NonFinite: At every rate the loss became NaN or infinite.
+    """
+    path = ctx.folder / f"{state_file}-probed.json"
+    probed: list[Record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    one_epoch = max(1, batches_per_epoch(ctx.data.train, settings.batch_size) // settings.accumulation)
+    steps = min(one_epoch, settings.steps or max(1, round(settings.epochs * one_epoch)))
+    rates = [factor * settings.learning_rate for factor in PROBED]
+    if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
+        probed = []
+    for rate in rates[len(probed) :]:
+        try:
+            result = trained(replace(settings, learning_rate=rate, steps=steps))
+            top1, said = result.epochs[-1].validation_top1, f"{result.epochs[-1].validation_top1:.2%}"
+        except NonFinite:
+            if rate == rates[-1] and all(one["validation_top1"] is None for one in probed):
+                raise
+            top1, said = None, "the loss became NaN or infinite"
+            (ctx.folder / f"{state_file}-probe").unlink(missing_ok=True)
+        probed.append({"learning_rate": rate, "validation_top1": top1})
+        write_whole(path, json.dumps(probed).encode())
+        ctx.progress.note(f"probe of learning rate {rate:g}: validation top-1 {said}")
+    return probed
+
+
+def _settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
+    """Return the settings of the loop.
+
+    Args:
+        config: As in the pipeline file.
+        seed: Of the run.
+        images: In the training split.
+    """
+    rate, original = config.learning_rate or LEARNING_RATE, config.original
+    if original is not None:
+        epochs = config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
+        rate = peak_from_original(original.learning_rate, original.epochs, epochs)
     return FitSettings(
         epochs=config.epochs or 0.0,
         steps=config.steps,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         warmup_ratio=config.warmup_ratio,
@@ -79,6 +134,7 @@ def _settings(config: TrainingConfig, seed: int) -> FitSettings:
         gradient_clip=config.gradient_clip,
         accumulation=config.accumulation,
         ema=config.ema,
+        average_ratio=config.average_ratio,
         save_minutes=config.save_minutes,
         seed=seed,
     )

@@ -26,19 +26,22 @@ from compress.data.batches import (
     Batch,
     Split,
     batches_per_epoch,
+    evaluation_batches,
     random_seed,
     training_batches,
 )
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
-from compress.training.averaging import MovingAverage
+from compress.training.averaging import WeightAverage
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs
 from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format
 from compress.training.mixing import mixed
 from compress.training.schedule import schedule
+
+_STATISTICS_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class FitSettings:
         gradient_clip: Largest norm of all gradients together; None is off.
         accumulation: Batches a step; their gradients are averaged. Batch norm sees one batch at a time.
         ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
+        average_ratio: Share of the steps, at the end, whose weights are averaged; with batch-norm statistics measured
+            again, that average is one more candidate. 0 is off.
         save_minutes: How long after one save of the state another one follows; after each epoch there is one anyway.
     """
 
@@ -101,6 +106,7 @@ class FitSettings:
     gradient_clip: float | None = None
     accumulation: int = 1
     ema: float = 0.0
+    average_ratio: float = 0.0
     save_minutes: float = 5.0
 
 
@@ -125,11 +131,21 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What a run did: one record an epoch, which epoch's weights the module now holds, and the optimiser steps."""
+    """What a run did.
+
+    Attributes:
+        epochs: One record each.
+        chosen_epoch: Whose weights the module now holds; the last one where it holds the average.
+        steps: Optimiser steps.
+        averaged_top1: Validation top-1, in [0, 1], of the average of the last steps; None without one.
+        is_averaged: Whether the module holds that average.
+    """
 
     epochs: tuple[EpochRecord, ...]
     chosen_epoch: int
     steps: int
+    averaged_top1: float | None = None
+    is_averaged: bool = False
 
 
 def fit(
@@ -170,8 +186,7 @@ def fit(
     with flushed_denormals(), run.watched_maps(), deferred_interrupts() as is_interrupted:
         while len(run.records) < run.total_epochs:
             run.train_epoch(is_interrupted)
-    chosen = run.finish()
-    return FitResult(tuple(run.records), chosen, run.step)
+    return run.finish()
 
 
 class _Run:
@@ -197,7 +212,8 @@ class _Run:
         self.steps_per_epoch = max(1, batches_per_epoch(train, settings.batch_size) // settings.accumulation)
         self.total_steps = settings.steps or max(1, round(settings.epochs * self.steps_per_epoch))
         self.optimizer = _optimizer(module, settings)
-        self.average = MovingAverage(module, settings.ema) if settings.ema else None
+        self.average = WeightAverage(module, settings.ema) if settings.ema else None
+        self.tail = WeightAverage(module, None) if settings.average_ratio else None
         self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
         self.state_path, self.saved_at = state_path, time.monotonic()
         self.step = 0
@@ -257,22 +273,47 @@ class _Run:
         return self.module if self.average is None else self.average.module
 
     @property
+    def averages(self) -> list[WeightAverage]:
+        """Those that there are."""
+        return [average for average in (self.average, self.tail) if average is not None]
+
+    @property
+    def tail_steps(self) -> int:
+        """Steps at the end whose weights are averaged."""
+        return max(1, round(self.settings.average_ratio * self.total_steps))
+
+    @property
     def total_epochs(self) -> int:
         """Epochs in the run; the last may be shorter."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
-    def finish(self) -> int:
-        """Load the chosen weights, leave them contiguous and in eval mode, and say which epoch they are from."""
+    def finish(self) -> FitResult:
+        """Load the chosen weights, leave them contiguous and in eval mode, and say what was done."""
+        chosen, top1, is_averaged = len(self.records), None, False
+        weights = self.measured.state_dict()
+        if self.settings.keep == "best" and self.best is not None:
+            chosen, weights = self.best
+        if self.tail is not None:
+            top1 = self._measure_tail(self.tail.module)
+            is_averaged = self.settings.keep == "last" or top1 > self.records[chosen - 1].validation_top1
+            if is_averaged:
+                chosen, weights = len(self.records), self.tail.module.state_dict()
+        self.module.load_state_dict(weights)
+        self.module.to(memory_format=torch.contiguous_format).eval()
         if self.state_path is not None:
             self.state_path.unlink(missing_ok=True)
-        if self.settings.keep == "best" and self.best is not None:
-            self.module.load_state_dict(self.best[1])
-            chosen = self.best[0]
-        else:
-            chosen = len(self.records)
-            self.module.load_state_dict(self.measured.state_dict())
-        self.module.to(memory_format=torch.contiguous_format).eval()
-        return chosen
+        return FitResult(tuple(self.records), chosen, self.step, top1, is_averaged)
+
+    def _measure_tail(self, module: nn.Module) -> float:
+        """Give the average of the last steps batch-norm statistics of its own, and return its validation top-1."""
+        size = self.settings.batch_size
+        images = (images for images, _ in evaluation_batches(self.train.first(_STATISTICS_BATCHES * size), size))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed(self.settings.seed, "step", self.total_steps))
+            torch.optim.swa_utils.update_bn(images, module)
+        top1 = evaluate_top1(module, self.validation, progress=self.progress)
+        self.progress.note(f"average of the last {self.tail_steps} steps: validation top-1 {top1:.2%}")
+        return top1
 
     def save(self, path: Path) -> None:
         """Write everything a later process needs, so that the file is whole or absent."""
@@ -283,7 +324,7 @@ class _Run:
             "records": [asdict(record) for record in self.records],
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "averages": [average.state_dict() for average in self.averages],
             "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
         }
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
@@ -310,8 +351,8 @@ class _Run:
             )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.load_state_dict(saved)
         self.step, self.losses = state["step"], state["losses"]
         self.records = [EpochRecord(**record) for record in state["records"]]
         if state["best"] is not None:
@@ -344,6 +385,8 @@ class _Run:
         if self.average is not None:
             self.average.update(self.module)
         self.step += 1
+        if self.tail is not None and self.step > self.total_steps - self.tail_steps:
+            self.tail.update(self.module)
         return value
 
     def _batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:

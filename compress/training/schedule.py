@@ -3,6 +3,7 @@
 import math
 
 _ONE_CYCLE_START = 1 / 25
+_LONG, _SHORT_FACTOR = 0.3, 0.3
 _STEP_FACTOR, _STEP_MILESTONES = 0.1, (0.5, 0.75)
 
 
@@ -30,6 +31,20 @@ def schedule(step: int, total_steps: int, warmup_ratio: float, name: str = "cosi
     if name == "step":
         return _STEP_FACTOR ** sum(step >= share * total_steps for share in _STEP_MILESTONES)
     return 1 - _rise((step - warmup) / max(1, total_steps - warmup))
+
+
+def peak_from_original(learning_rate: float, original_epochs: float, epochs: float) -> float:
+    """Return the peak to fine-tune with: that of the original training, 0.3 of it where there is little time.
+
+    Args:
+        learning_rate: Peak of the original training.
+        original_epochs: How long that was.
+        epochs: How long the fine-tuning is; from 30 % of the original on it is not short.
+
+    Source: Renda et al. 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv:2003.02389: the
+        original rates bring back more than the small one that a training ended with. The share for short runs is ours.
+    """
+    return learning_rate * (1.0 if epochs >= _LONG * original_epochs else _SHORT_FACTOR)
 
 
 def _rise(made: float) -> float:

@@ -1,13 +1,32 @@
 """What a pipeline file says about training is what the loop is told."""
 
-from dataclasses import asdict, fields
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
+import nets
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from compress.config.schema import AugmentationConfig, DistillationConfig, FinetuneConfig
+from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.config.schema import (
+    ArraysSource,
+    AugmentationConfig,
+    DataConfig,
+    DistillationConfig,
+    FinetuneConfig,
+    OriginalTrainingConfig,
+    PreprocessingConfig,
+)
 from compress.data.batches import Augmentation
-from compress.stages.finetune import _settings
+from compress.data.opening import Splits
+from compress.errors import NonFinite
+from compress.progress import SilentProgress
+from compress.recipe import Recipe
+from compress.stages import finetune
+from compress.stages.context import StageContext
+from compress.stages.finetune import FinetuneStage, _settings
 from compress.training.fit import FitSettings
 
 GIVEN = {
@@ -23,6 +42,7 @@ GIVEN = {
     "gradient_clip": 0.8,
     "accumulation": 2,
     "ema": 0.9,
+    "average_ratio": 0.25,
     "save_minutes": 1.5,
 }
 
@@ -30,8 +50,9 @@ GIVEN = {
 def test_every_setting_reaches_the_loop() -> None:
     varied = {"crop_padding": 1, "flip": True, "mixup": 0.2, "cutmix": 0.4}
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
-    assert set(FinetuneConfig.model_fields) == {*GIVEN, "stage", "epochs", "augmentation", "distillation"}
-    settings = asdict(_settings(config, 9))
+    apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe"}
+    assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart}
+    settings = asdict(_settings(config, 9, 100))
     assert {name: settings[name] for name in GIVEN} == GIVEN
     assert settings["seed"] == 9
     assert settings["augmentation"] == varied
@@ -41,9 +62,22 @@ def test_every_setting_reaches_the_loop() -> None:
 
 
 def test_defaults_are_the_same_in_both_places() -> None:
-    settings = _settings(FinetuneConfig(stage="finetune", epochs=1), 0)
+    settings = _settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100)
     assert settings == FitSettings()
     assert DistillationConfig().features == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [({"epochs": 30}, 0.1), ({"epochs": 29}, 0.03), ({"steps": 150, "batch_size": 10, "accumulation": 2}, 0.1),
+     ({"steps": 149, "batch_size": 10, "accumulation": 2}, 0.03)],
+)  # fmt: skip
+def test_the_peak_follows_from_the_original_training(length: dict, expected: float) -> None:
+    original = OriginalTrainingConfig(learning_rate=0.1, epochs=100)
+    config = FinetuneConfig(stage="finetune", original=original, **length)
+    assert _settings(config, 0, 100).learning_rate == pytest.approx(expected)
+    with pytest.raises(ValidationError, match="at most one of learning_rate, original"):
+        FinetuneConfig(stage="finetune", epochs=1, learning_rate=0.1, original=original)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +87,92 @@ def test_defaults_are_the_same_in_both_places() -> None:
 def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         FinetuneConfig(stage="finetune", epochs=1, **{name: value})
+
+
+class _Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the stage keeps its state."""
+    return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Run the stage on a tiny network."""
+    random = np.random.default_rng(0)
+    labels = np.arange(96) % 4
+    images = random.integers(0, 100, (96, 16, 16, 3), np.uint8)
+    images[np.arange(96), :, :, labels % 3] += (100 + 50 * (labels // 3))[:, None, None].astype(np.uint8)
+    np.savez(tmp_path / "images.npz", x=images, y=labels)
+    source = ArraysSource(arrays=str(tmp_path / "images.npz"))
+    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
+    data = Splits(
+        DataConfig(train=source, evaluation=source, calibration=16, validation=16, preprocessing=preprocessing)
+    )
+    baseline = Baseline(Figures(1, 1, 1, {}, {}), tmp_path / "b.onnx", tmp_path / "b.safetensors")
+    spec = FactorySpec("factory", "nets:build", {"name": "chain"})
+
+    def call(**config):
+        artifact = TorchModel(nets.build("chain"), spec, Recipe(), None, None, (), baseline)
+        stage = FinetuneStage(FinetuneConfig(stage="finetune", batch_size=16, **config))
+        notes = _Notes()
+        model, record = stage.run(artifact, StageContext(tmp_path, 0, data, notes))
+        return model, record, notes.notes
+
+    return call
+
+
+def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
+    rates: list[tuple[float, int]] = []
+
+    def fit(module, train, validation, settings, *rest):
+        rates.append((settings.learning_rate, settings.steps))
+        done = real(module, train, validation, settings, *rest)
+        told = {0.02: 0.5, 0.06: 0.9}.get(round(settings.learning_rate, 3), 0.7)
+        return replace(done, epochs=(*done.epochs[:-1], replace(done.epochs[-1], validation_top1=told)))
+
+    real = finetune.fit
+    monkeypatch.setattr(finetune, "fit", fit)
+    _, record, notes = run(epochs=2, learning_rate=0.2, probe=True)
+    assert [(pytest.approx(rate), steps) for rate, steps in rates] == [(0.02, 4), (0.06, 4), (0.2, 4), (0.06, None)]
+    assert record["peak_learning_rate"] == pytest.approx(0.06)
+    assert [one["validation_top1"] for one in record["probed_learning_rates"]] == [0.5, 0.9, 0.7]
+    assert "probe of learning rate 0.06: validation top-1 90.00%" in notes
+    assert notes[-1].startswith("epoch 2 of 2")
+    assert "peak learning rate 0.06" in notes
+    rates.clear()
+    run(epochs=2, learning_rate=0.2, probe=True)
+    assert [steps for _, steps in rates] == [None], "what was probed is not probed again"
+
+
+def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, folder, monkeypatch) -> None:
+    def fit(module, train, validation, settings, *rest):
+        if settings.learning_rate > limit:
+            raise NonFinite("The training loss must be finite, got nan.")
+        return real(module, train, validation, settings, *rest)
+
+    real, limit = finetune.fit, 0.1
+    monkeypatch.setattr(finetune, "fit", fit)
+    _, record, notes = run(steps=3, learning_rate=0.2, probe=True)
+    assert record["probed_learning_rates"][-1] == {"learning_rate": 0.2, "validation_top1": None}
+    assert record["peak_learning_rate"] < 0.1
+    assert "probe of learning rate 0.2: validation top-1 the loss became NaN or infinite" in notes
+    limit = 0.0
+    with pytest.raises(NonFinite):
+        run(steps=3, learning_rate=0.3, probe=True)
+    probed = json.loads(next(folder.glob("*probed.json")).read_text(encoding="utf-8"))
+    assert [one["learning_rate"] for one in probed] == [pytest.approx(0.03), pytest.approx(0.09)], "not those of before"
+
+
+def test_without_a_probe_nothing_is_tried(run) -> None:
+    model, record, notes = run(epochs=1)
+    assert record["probed_learning_rates"] == []
+    assert "peak learning rate 0.02" in notes
+    assert not any(part.training for part in model.module.modules())

@@ -148,7 +148,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
     [
         {},
         {"keep": "last", "augmentation": Augmentation(1, True, 0.4, 0.5)},
-        {"optimizer": "adamw", "learning_rate": 0.01, "ema": 0.9, "schedule": "one_cycle"},
+        {"optimizer": "adamw", "learning_rate": 0.01, "ema": 0.9, "average_ratio": 0.6},
         {"batch_size": 8, "accumulation": 2, "ema": 0.9, "keep": "last", "gradient_clip": 0.5, "schedule": "step"},
     ],
     ids=["sgd", "mixed", "adamw", "accumulated"],
@@ -259,6 +259,33 @@ def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest
     assert not torch.allclose(plain[6].weight, averaged[6].weight, atol=1e-4)
     apart = (_network()[6].weight - plain[6].weight).norm()
     assert (averaged[6].weight - plain[6].weight).norm() < 0.5 * apart, "of the last steps, not of the first"
+
+
+@pytest.mark.parametrize(("keep", "told", "is_taken"), [("best", 0.9, True), ("best", 0.8, False), ("last", 0.1, True)])
+def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: str, told: float, is_taken) -> None:
+    seen: list[dict[str, Tensor]] = []
+    tops = iter((0.3, 0.85, 0.5, told))
+
+    def measure(module: nn.Module, *_: object, **__: object) -> float:
+        seen.append(_weights(module))
+        return next(tops)
+
+    monkeypatch.setattr(fit_module, "evaluate_top1", measure)
+    after_each: list[Tensor] = []
+    network = _network()
+
+    def keep_weight(part: nn.Module, _inputs: object) -> None:
+        if part is network:  # not a copy of it
+            after_each.append(network[6].weight.detach().clone())
+
+    network.register_forward_pre_hook(keep_weight)
+    result = fit(network, *_splits(), replace(SETTINGS, average_ratio=0.25, keep=keep))
+    assert (result.averaged_top1, result.is_averaged) == (told, is_taken)
+    assert result.chosen_epoch == (3 if is_taken else 2)
+    assert _equal(seen[3 if is_taken else 1], _weights(network))
+    last = torch.stack([*after_each[-2:], seen[2]["6.weight"]])  # before steps 11 and 12 is after 10 and 11
+    assert torch.allclose(seen[3]["6.weight"], last.mean(0), atol=1e-6)
+    assert not torch.allclose(seen[3]["1.running_mean"], seen[2]["1.running_mean"], atol=1e-6)
 
 
 def test_several_batches_a_step_are_one_large_batch() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from compress.data.batches import Augmentation
-from compress.training.averaging import MovingAverage
+from compress.training.averaging import WeightAverage
 from compress.training.mixing import mixed
 from compress.training.schedule import schedule
 
@@ -79,7 +79,7 @@ def test_nothing_is_mixed_unless_asked_for_and_a_coin_decides_between_two_ways()
 def test_the_moving_average_is_that_of_its_definition() -> None:
     network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     network[0].weight.data.fill_(8.0)
-    average = MovingAverage(network, 0.2)
+    average = WeightAverage(network, 0.2)
     expected, seen = 8.0, []
     for step, (value, kept) in enumerate([(2.0, 0.1), (4.0, 2 / 11), (1.0, 0.2), (5.0, 0.2)], start=1):
         network[0].weight.data.fill_(value)
@@ -94,3 +94,17 @@ def test_the_moving_average_is_that_of_its_definition() -> None:
     assert network[0].weight.item() == 5.0
     assert not any(parameter.requires_grad for parameter in average.module.parameters())
     assert not average.module.training
+
+
+def test_an_average_of_all_weighs_all_alike() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = WeightAverage(network, None)
+    for value in (2.0, 4.0, 9.0):
+        network.weight.data.fill_(value)
+        average.update(network)
+    assert average.module.weight.item() == pytest.approx(5.0)
+    again = WeightAverage(network, None)
+    again.load_state_dict(average.state_dict())
+    network.weight.data.fill_(1.0)
+    again.update(network)
+    assert again.module.weight.item() == pytest.approx(4.0)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,19 +22,20 @@ if sys.platform == "win32":
     pytest.skip("processes are killed and interrupted by POSIX signals", allow_module_level=True)
 
 TIMEOUT_S = 120
+INTERRUPTED = "Interrupted; the stages that were completed are kept, the same command goes on from there.\n"
 
-# Stops in the middle of an epoch, for ever; so that no test has to be quick.
+# Stops in the middle of an epoch until a file is there; so that no test has to be quick.
 HANGING = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from compress.training import fit
 train_step = fit._Run._train_step
-def step(run, images, labels):
+def step(run, batches):
     if run.step == {step}:
         print("hanging", flush=True)
-    while run.step == {step}:
+    while run.step == {step} and not os.path.exists({release!r}):
         time.sleep(0.01)
-    return train_step(run, images, labels)
+    return train_step(run, batches)
 fit._Run._train_step = step
 from compress.cli import app
 app({arguments!r})
@@ -47,14 +49,25 @@ def values(world: World) -> dict[str, Any]:
     return changed
 
 
+def release(world: World) -> Path:
+    """The file that lets a run go on."""
+    return world.folder / "go_on"
+
+
 @contextmanager
-def hanging(world: World, step: int) -> Iterator["subprocess.Popen[str]"]:
-    """Start a run that stops at a step of finetune; it is there when the block starts."""
+def hanging(world: World, step: int, said: list[str] | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """Start a run that stops at a step of finetune; it is there when the block starts, what it said until then too."""
     arguments = ["run", str(world.write(values(world))), "--runs-dir", str(world.runs)]
-    with smallrun.start(code=HANGING.format(step=step, arguments=arguments)) as process:
+    code = HANGING.format(step=step, arguments=arguments, release=str(release(world)))
+    lines = [] if said is None else said
+    with smallrun.start(code=code) as process:
         try:
             assert process.stdout is not None
-            assert "hanging\n" in iter(process.stdout.readline, ""), process.communicate(timeout=TIMEOUT_S)
+            for line in iter(process.stdout.readline, ""):
+                lines.append(line)
+                if line == "hanging\n":
+                    break
+            assert lines[-1:] == ["hanging\n"], process.communicate(timeout=TIMEOUT_S)
             assert list(world.store.glob(".work/*/training_state.pt"))
             yield process
         finally:
@@ -75,10 +88,22 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_an_undisturbed_one(world:
         with pytest.raises(RunLocked, match=f"process {process.pid} "):
             world.run(values(world))
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=TIMEOUT_S)
+        release(world).touch()
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        release(world).unlink()
         assert process.returncode == 130
-        wanted = "Interrupted; the stages that were completed are kept, the same command goes on from there.\n"
-        assert stderr == wanted
+        assert "Training stopped after step 9 of 24; it can go on there.\n" in stdout
+        assert stderr == INTERRUPTED
+
+    said: list[str] = []
+    with hanging(world, 11, said) as process:
+        assert "Training goes on after step 9 of 24.\n" in said
+        for _ in range(2):  # a second one does not wait for the step to end
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        assert (process.returncode, stderr) == (130, INTERRUPTED)
+        assert "Training stopped" not in stdout
 
     with hanging(world, 20) as process:  # in the fourth epoch; the first was not repeated
         process.send_signal(signal.SIGKILL)

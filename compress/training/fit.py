@@ -69,14 +69,14 @@ class FitSettings:
     Attributes:
         epochs: Passes over the training split; may be a fraction. Ignored when `steps` is given.
         steps: Optimiser steps; None counts them from `epochs`.
-        batch_size: Images a step.
+        batch_size: Images a batch, of which a step takes `accumulation`.
         learning_rate: Peak of the schedule.
         momentum: Of SGD with Nesterov's correction.
         weight_decay: L2 factor on every parameter; with "adamw" decoupled from the gradient.
         warmup_ratio: Share of the steps, in [0, 1), over which the rate rises.
         label_smoothing: In [0, 1).
         augmentation: What is varied.
-        seed: Decides order and augmentation.
+        seed: Decides order, augmentation and what the network draws.
         keep: "best" returns the epoch with the highest validation top-1, "last" the final one.
         compiled: Whether the forward pass goes through `torch.compile` (needs a C++ compiler).
         optimizer: "sgd" with Nesterov momentum, or "adamw".
@@ -239,9 +239,8 @@ class _Run:
             if done:
                 task.advance(done)
             for several in _grouped(batches, settings.accumulation, steps - done):
-                torch.manual_seed(
-                    random_seed(settings.seed, "step", self.step)
-                )  # dropout draws the same after a resume
+                # dropout and mixing draw the same after a resume
+                torch.manual_seed(random_seed(settings.seed, "step", self.step))
                 self.losses.append(self._train_step(several))
                 images_seen += sum(len(labels) for _, labels in several)
                 self._advance(task, images_seen / (time.perf_counter() - started))
@@ -252,11 +251,11 @@ class _Run:
 
     def _keep_state(self, is_interrupted: bool, is_due: bool = False) -> None:
         """Save the state when it is time to; end the run when that was asked for."""
-        is_done = len(self.records) == self.total_epochs
         is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
-        if self.state_path is not None and not is_done and (is_due or is_interrupted):
+        has_more = len(self.records) < self.total_epochs
+        if self.state_path is not None and (is_interrupted or (is_due and has_more)):
             self.save(self.state_path)
-        if is_interrupted and not is_done:
+        if is_interrupted:
             if self.state_path is not None:
                 self.progress.note(
                     f"Training stopped after step {self.step} of {self.total_steps}; it can go on there."

@@ -19,6 +19,7 @@ from compress.data.sources import ArraySource
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
 from compress.progress import SilentProgress, SilentTask
 from compress.training import fit as fit_module
+from compress.training.evaluate import evaluate_top1
 from compress.training.fit import (
     Distillation,
     FitResult,
@@ -197,6 +198,30 @@ def test_an_interrupted_run_makes_its_step_saves_and_goes_on_from_there(tmp_path
     assert any(f"goes on after step {step} of 12" in note or "after epoch 1 of 3" in note for note in again.notes)
     assert _equal(_weights(undisturbed), _weights(resumed))
     assert _records(result) == _records(expected)
+
+
+def test_an_interrupt_in_the_last_validation_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, interrupted, state = _network(), _network(), tmp_path / "state.pt"
+    expected, measured = fit(undisturbed, *_splits(), SETTINGS), []
+
+    def measure(*args: object, **named: object) -> float:
+        if len(measured) == 2:
+            signal.raise_signal(signal.SIGINT)
+        measured.append(evaluate_top1(*args, **named))
+        return measured[-1]
+
+    monkeypatch.setattr(fit_module, "evaluate_top1", measure)
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, *_splits(), SETTINGS, state_path=state)
+    resumed = _network()
+    trained: list[nn.Module] = []
+    resumed.register_forward_hook(lambda part, *_: trained.append(part) if part.training else None)
+    result = fit(resumed, *_splits(), SETTINGS, state_path=state)
+    assert trained == []
+    assert result.steps == 12
+    assert _equal(_weights(undisturbed), _weights(resumed))
+    assert _records(result) == _records(expected)
+    assert not state.exists()
 
 
 def test_a_second_interrupt_does_not_wait() -> None:

@@ -499,7 +499,7 @@ def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimize
 
 
 def _grouped(batches: Iterator[Batch], each: int, count: int) -> Iterator[list[Batch]]:
-    """Yield `count` lists of `each` batches, or of as many as are left, and close the source."""
+    """Yield `count` lists of `each` batches; the last has as many as are left, and there are fewer where none is."""
     for _ in range(count):
         if several := list(islice(batches, each)):
             yield several

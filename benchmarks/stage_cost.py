@@ -138,9 +138,10 @@ def measure(name: str, folder: Path, latency: float) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         _, record = prune.PruneStage(config).run(model, ctx)
-        reached = f"{record['latency']['measured_ratio']:.3f}"
+        ratio, fewer = record["latency"]["measured_ratio"], record["macs_before"] / record["macs_after"]
+        reached = f"{ratio:.3f} | {fewer:.2f}x | {1 / ratio / fewer:.2f}"
     except CompressError as error:
-        reached = error.message
+        reached = f"{error.message} | |"
     seconds = time.perf_counter() - started
     parts = {
         part: sum(took for label, took in watch.seconds.items() if label.startswith(labels))
@@ -178,8 +179,11 @@ def main() -> None:
                     f"| {name}, {table} | {parts} | {found['seconds']:.0f} | {found['peak'] / 1e9:.1f} | "
                     f"{found['reached']} |"
                 )
-    print(f"\n| seconds | {' | '.join(PARTS)} | rest | in all | peak memory (GB) | share of the latency reached |")
-    print(f"|{'---|' * (len(PARTS) + 5)}")
+    print(
+        f"\n| seconds | {' | '.join(PARTS)} | rest | in all | peak memory (GB) | share of the latency reached | "
+        "fewer MACs | speed-up / fewer MACs |"
+    )
+    print(f"|{'---|' * (len(PARTS) + 7)}")
     print("\n".join(rows))
 
 

@@ -33,7 +33,7 @@ from compress.pruning.graph import find_cuttable
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.latency import model_latency
-from compress.stages.prune import MEASURED_LEVELS
+from compress.stages.surveying import MEASURED_LEVELS
 
 CIFAR = f"{Path(__file__).parents[1] / 'models' / 'cifar_resnet' / 'model.py'}:resnet"
 NETWORKS = {

@@ -17,7 +17,6 @@ from compress.console import Console
 from compress.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEADER = (
     "| pipeline | MACs | params | file | top-1 | latency p50 | verdict |",
     "|---|---|---|---|---|---|---|",
@@ -48,12 +47,11 @@ def conditions(report: dict[str, Any]) -> str:
     )
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the markers of a Markdown file."""
-    page = path.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+def write_between_markers(path: Path, text: str, name: str = "results") -> None:
+    """Replace what stands between the markers of that name in a Markdown file."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main() -> None:

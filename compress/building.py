@@ -4,6 +4,7 @@ Only what `model.factory` names is ever imported, and weights are read as data: 
 that `weights_only=True` accepts.
 """
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -63,6 +64,31 @@ def call_factory(make: Callable[..., Any], spec: FactorySpec) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"Factory '{spec.reference}' must return a torch.nn.Module, got {type(module).__name__}.")
     return module.eval()
+
+
+def reinitialized(module: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a network whose layers have drawn their weights anew, as torch does by default.
+
+    Args:
+        module: Any network.
+        seed: Decides what is drawn; the global random state is left as it is.
+
+    Raises:
+        ModelError: A parameter belongs to a part that cannot draw it anew; says which.
+    """
+    fresh = copy.deepcopy(module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, part in fresh.named_modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif own := [key for key, _ in part.named_parameters(recurse=False)]:
+                raise ModelError(
+                    f"Every parameter must belong to a layer that can draw it anew (reset_parameters), "
+                    f"'{name}' ({type(part).__name__}) cannot: {', '.join(own)}."
+                )
+    return fresh
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

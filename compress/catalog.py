@@ -76,6 +76,19 @@ CRITERIA.declare(
 )
 CRITERIA.declare("random", "compress.pruning.criteria.random:Random", "seeded random numbers, to compare with")
 
+METHODS: Registry[Any] = Registry("method")
+METHODS.declare(
+    "gsm", "compress.pruning.methods.gsm:Gsm", "train on the channels that matter most, the others decay by themselves"
+)
+METHODS.declare(
+    "gates", "compress.pruning.methods.gates:Gates", "learn how many channels of each group go, and which blocks"
+)
+METHODS.declare("greg", "compress.pruning.methods.greg:Greg", "a penalty on what goes that grows step by step")
+METHODS.declare(
+    "increg", "compress.pruning.methods.increg:IncReg", "penalties that rise and fall with a channel's rank"
+)
+METHODS.declare("csgd", "compress.pruning.methods.csgd:Csgd", "draw alike channels together until they can be merged")
+
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare(
     "onnxruntime",

@@ -229,17 +229,19 @@ def inspect(
 @guarded
 def list_names(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[criteria|stages|datasets|runtimes]", help="What to list; all by default.")
+        str | None,
+        typer.Argument(metavar="[criteria|methods|stages|datasets|runtimes]", help="What to list; all by default."),
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""
-    from compress.catalog import CRITERIA, RUNTIMES, SOURCES, STAGES
+    from compress.catalog import CRITERIA, METHODS, RUNTIMES, SOURCES, STAGES
     from compress.registry import closest
 
     summary = ("name", "what it does")
     stages = [(entry.name, entry.consumes, entry.produces, entry.summary) for entry in STAGES.values()]
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         "criteria": (summary, [(name, CRITERIA.summary(name)) for name in CRITERIA]),
+        "methods": (summary, [(name, METHODS.summary(name)) for name in METHODS]),
         "stages": (("name", "needs", "yields", "what it does"), stages),
         "datasets": (("key", "what it reads"), list(SOURCES.items())),
         "runtimes": (summary, [(name, RUNTIMES.summary(name)) for name in RUNTIMES]),

@@ -110,8 +110,9 @@ def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     How often training saves its state is no such setting.
     """
     counting = {key: value for key, value in values.items() if key != "save_minutes"}
-    if isinstance(between := values.get("between"), Mapping):
-        counting["between"] = _what_counts("finetune", between)
+    for name in ("between", "training"):
+        if isinstance(training := values.get(name), Mapping):
+            counting[name] = _what_counts("finetune", training)
     if stage != "load":
         return counting
     model = {key: value for key, value in values["model"].items() if key != "factory"}

@@ -40,11 +40,13 @@ class Term:
         factor: Cost of one output channel reading one input channel.
         out: Output channels.
         inp: Input channels; ONE where they do not matter.
+        layer: Module path of the layer whose cost this is.
     """
 
     factor: float
     out: Axis
     inp: Axis = ONE
+    layer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

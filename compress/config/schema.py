@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self  # in typing from Python 3.11 on
 
-from compress.catalog import CRITERIA, RUNTIMES, SOURCES
+from compress.catalog import CRITERIA, METHODS, RUNTIMES, SOURCES
 from compress.registry import Registry
 
 
@@ -224,6 +224,9 @@ class CutConfig(Section):
 
     target: TargetConfig
     criterion: Annotated[str, _registered(CRITERIA)] = Field("reconstruction", description="how channels are ranked")
+    order: Literal["criterion", "random"] = Field(
+        "criterion", description="which channels of a group go first; random to compare with, at the same widths"
+    )
     damage: Literal["scores", "sensitivity"] = Field(
         "scores", description="what narrowing a group costs: by its scores, or the loss measured at each width"
     )
@@ -241,46 +244,6 @@ class CutConfig(Section):
         ("least_squares", "bias_folding", "batch_norm"),
         description="after the cut, each kept only if it lowers the validation loss; [] for none",
     )
-
-
-class PruneConfig(CutConfig):
-    """Remove channels, and residual blocks, down to a budget; then repair without training."""
-
-    stage: Literal["prune"]
-    blocks: Annotated[int | Literal["auto"], BeforeValidator(_check_blocks)] = Field(
-        0, description="residual blocks to remove first, least damage first; auto tries how many are best"
-    )
-
-
-Schemes = Annotated[
-    tuple[Literal["nc", "vh", "tucker2", "svd"], ...],
-    BeforeValidator(_to_tuple),
-    Field(min_length=1, description="schemes to choose from, cheapest wins"),
-]
-SCHEMES: Schemes = ("nc", "vh", "tucker2", "svd")
-
-
-class LowRankConfig(Section):
-    """Replace kernels by products of smaller ones (NC, VH, Tucker-2, SVD), where that is cheaper."""
-
-    stage: Literal["low_rank"]
-    relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="shared bound of the relative error of every layer"
-    )
-    target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
-    schemes: Schemes = SCHEMES
-    error_of: Literal["outputs", "kernels"] = Field(
-        "kernels", description="kernels; or outputs on calibration images, better where no training follows"
-    )
-    score_images: Count = Field(256, description="calibration images that outputs are looked at on")
-    multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")
-    exclude: Names = Field((), description="layers that stay dense; * matches any text")
-
-    @model_validator(mode="after")
-    def _check_one(self) -> "LowRankConfig":
-        if (self.relative_error is None) == (self.target is None):
-            raise ValueError("must hold exactly one of relative_error, target")
-        return self
 
 
 class AugmentationConfig(Section):
@@ -336,6 +299,9 @@ class TrainingConfig(Section):
         0.0, description="share of the steps, at the end, whose average is one more candidate; 0 is off"
     )
     label_smoothing: Share = 0.0
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of convolutions and linear layers while training; weights stay fp32"
+    )
     save_minutes: float = Field(
         5.0, ge=0, description="between saves of the state; after each epoch there is one anyway"
     )
@@ -351,10 +317,167 @@ class TrainingConfig(Section):
         return self
 
 
+class GsmConfig(Section):
+    """Settings of the method gsm."""
+
+    frozen_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of the steps, at the end, in which the choice stands"
+    )
+    interval: Count = Field(20, description="steps from one choice to the next before that")
+    passive_decay: float | None = Field(
+        None, gt=0, description="L2 factor of what gets no gradient; by default sized for the run"
+    )
+
+
+class GatesMethodConfig(Section):
+    """Settings of the method gates."""
+
+    frozen_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.34, description="share of the steps, at the end, in which the gates are fixed"
+    )
+    gate_rate: float | None = Field(None, gt=0, description="learning rate of the gates; by default sized for the run")
+    multiplier_rate: float | None = Field(
+        None, gt=0, description="how fast the price rises while the budget is exceeded; by default sized for the run"
+    )
+
+
+class GregConfig(Section):
+    """Settings of the method greg."""
+
+    variant: Literal[1, 2] = Field(
+        2, description="1 chooses early by scores; 2 first lets the penalty of all channels grow alike"
+    )
+    interval: Count = Field(5, description="steps from one increase of the penalties to the next")
+    ceiling: float = Field(1.0, gt=0, description="of the penalty of what goes")
+    picked_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="share of the steps before the choice")
+    full_at: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.75, description="share of the steps after which the penalty has reached its ceiling"
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.picked_at >= self.full_at:
+            raise ValueError(f"picked_at must be below full_at ({self.full_at:g})")
+        return self
+
+
+class IncRegConfig(Section):
+    """Settings of the method increg."""
+
+    frozen_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.4, description="share of the steps, at the end, in which the choice stands"
+    )
+    interval: Count = Field(10, description="steps from one change of the penalties to the next")
+    ceiling: float = Field(1.0, gt=0, description="of a penalty; a channel that reaches it goes")
+
+
+class CsgdConfig(Section):
+    """Settings of the method csgd."""
+
+    pull: float | None = Field(
+        None, gt=0, description="factor that draws channels to the mean of their cluster; by default sized for the run"
+    )
+
+
+def _check_training(method: str | None, training: TrainingConfig | None) -> None:
+    """Check that a method has its training, and that training nothing that would undo what it does by the last step."""
+    if (method is None) != (training is None):
+        missing, given = ("training", "method") if training is None else ("method", "training")
+        raise ValueError(f"{missing} must be given where {given} is")
+    for name in ("ema", "average_ratio", "probe"):
+        if training is not None and getattr(training, name):
+            raise ValueError(f"training must not hold {name} where a method is at work")
+
+
+class PruneConfig(CutConfig):
+    """Remove channels, and residual blocks, down to a budget; then repair without training."""
+
+    stage: Literal["prune"]
+    blocks: Annotated[int | Literal["auto"], BeforeValidator(_check_blocks)] = Field(
+        0,
+        description="residual blocks to remove first, least damage first; auto tries how many are best, or lets the "
+        "method decide",
+    )
+    method: Annotated[str, _registered(METHODS)] | None = Field(
+        None, description="what decides, while the network trains, which channels go; by default scores do at once"
+    )
+    training: TrainingConfig | None = Field(None, description="how the network trains while the method decides")
+    gsm: GsmConfig | None = Field(None, description="settings of that method")
+    gates: GatesMethodConfig | None = Field(None, description="settings of that method")
+    greg: GregConfig | None = Field(None, description="settings of that method")
+    increg: IncRegConfig | None = Field(None, description="settings of that method")
+    csgd: CsgdConfig | None = Field(None, description="settings of that method")
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        _check_training(self.method, self.training)
+        for name in METHOD_SETTINGS:
+            if getattr(self, name) is not None and self.method != name:
+                raise ValueError(f"{name} must be left out unless it is the method")
+        if self.method not in (None, "gates") and self.blocks == "auto":
+            raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
+        if self.training is not None and self.training.optimizer != "sgd":
+            raise ValueError("training must hold optimizer sgd where a method decides: decays are sized for it")
+        return self
+
+
+METHOD_SETTINGS = ("gsm", "gates", "greg", "increg", "csgd")
+
+Schemes = Annotated[
+    tuple[Literal["nc", "vh", "tucker2", "svd"], ...],
+    BeforeValidator(_to_tuple),
+    Field(min_length=1, description="schemes to choose from, cheapest wins"),
+]
+SCHEMES: Schemes = ("nc", "vh", "tucker2", "svd")
+
+
+class TrpConfig(Section):
+    """Settings of the method trp."""
+
+    interval: Count = Field(20, description="steps from one cut to low rank to the next")
+    strength: float = Field(3e-4, ge=0, description="of the pull towards lower ranks in the steps of a cut")
+
+
+class LowRankConfig(Section):
+    """Replace kernels by products of smaller ones (NC, VH, Tucker-2, SVD), where that is cheaper."""
+
+    stage: Literal["low_rank"]
+    relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="shared bound of the relative error of every layer"
+    )
+    target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
+    schemes: Schemes = SCHEMES
+    error_of: Literal["outputs", "kernels"] = Field(
+        "kernels", description="kernels; or outputs on calibration images, better where no training follows"
+    )
+    score_images: Count = Field(256, description="calibration images that outputs are looked at on")
+    multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")
+    exclude: Names = Field((), description="layers that stay dense; * matches any text")
+    method: Literal["trp"] | None = Field(
+        None, description="trp cuts kernels to low rank again and again while the network trains; by default once"
+    )
+    training: TrainingConfig | None = Field(None, description="how the network trains with that method")
+    trp: TrpConfig | None = Field(None, description="settings of that method")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "LowRankConfig":
+        if (self.relative_error is None) == (self.target is None):
+            raise ValueError("must hold exactly one of relative_error, target")
+        _check_training(self.method, self.training)
+        if self.trp is not None and self.method is None:
+            raise ValueError("trp must be left out unless it is the method")
+        if self.method is not None and self.error_of == "outputs":
+            raise ValueError("error_of must be kernels where a method cuts kernels while training")
+        return self
+
+
 class FinetuneConfig(TrainingConfig):
     """Train the slim network."""
 
     stage: Literal["finetune"]
+    weights: Literal["inherited", "random"] = Field(
+        "inherited", description="what training starts from; random to compare with, at the same structure"
+    )
 
 
 class SlimConfig(CutConfig):

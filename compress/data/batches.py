@@ -20,7 +20,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ImageSource
 
 Batch = tuple[Tensor, Tensor]
-RandomPurpose = Literal["order", "augmentation", "step"]
+RandomPurpose = Literal["order", "augmentation", "step", "weights"]
 
 _PIXELS, _FEWEST_IMAGES, _MOST_IMAGES = 2**17, 4, 256
 

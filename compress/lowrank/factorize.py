@@ -183,6 +183,29 @@ def multiply(weights: tuple[Tensor, ...], scheme: str) -> Tensor:
     return product.reshape(parts[1].shape[0], *parts[0].shape[1:])
 
 
+def main_directions(weight: Tensor, scheme: str, ranks: tuple[int, ...]) -> Tensor:
+    """Return a sub-gradient of the nuclear norm of a kernel that has the ranks given, in its shape, float64.
+
+    It is U V^T of the leading singular vectors; for "tucker2" the sum of those of both unfoldings.
+    """
+    kernel = weight.detach().double()
+
+    def directions(matrix: Tensor, rank: int) -> Tensor:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        product: Tensor = left[:, :rank] @ right[:rank]
+        return product
+
+    if scheme == "vh":
+        outputs, inputs, height, width = kernel.shape
+        folded = directions(_to_columns(kernel), ranks[0]).reshape(inputs, height, outputs, width)
+        return folded.permute(2, 0, 1, 3)
+    by_outputs = directions(kernel.flatten(1), ranks[-1]).reshape(kernel.shape)
+    if scheme != "tucker2":
+        return by_outputs
+    by_inputs = directions(_unfold_inputs(kernel), ranks[0])
+    return by_outputs + by_inputs.reshape(kernel.transpose(0, 1).shape).transpose(0, 1)
+
+
 def _truncate(kernel: Tensor, scheme: str, rank: int, moments: Moments | None) -> tuple[Tensor, ...]:
     if scheme == "vh":
         outputs, inputs, height, width = kernel.shape

@@ -1,7 +1,7 @@
 """How do MACs, params and the sizes of layers depend on the widths of the channel groups of a torch network?"""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,56 @@ def build_cost(module: nn.Module, example: Tensor, groups: Mapping[str, ChannelG
         if not out and not inp:
             continue
         if isinstance(layer, COUNTED):
-            terms += (
-                _macs_terms(layer, macs[name], out, inp) if unit == "macs" else _params_terms(layer, out, inp, unit)
-            )
+            found = _macs_terms(layer, macs[name], out, inp) if unit == "macs" else _params_terms(layer, out, inp, unit)
+            terms += [replace(term, layer=name) for term in found]
         elif unit == "params":
-            terms += [Term(1.0, Axis(p.numel(), out)) for p in layer.parameters(recurse=False) if p.requires_grad]
+            learned = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+            terms += [Term(1.0, Axis(p.numel(), out), layer=name) for p in learned]
     total = count_macs(module, example) if unit == "macs" else count_params(module)
     widths = {name: group.width for name, group in groups.items()}
     counted = CoupledCost(tuple(terms), 0.0, widths)
     return CoupledCost(tuple(terms), total - counted.full, widths)
+
+
+class ExpectedCost:
+    """The cost of a network whose channels and blocks are there by chance, as a differentiable function of the chances.
+
+    Args:
+        cost: As a function of widths.
+        whole: What it is divided by.
+        blocks: Module paths of residual blocks; what lies in one costs nothing where it is not there. No block lies in
+            another.
+    """
+
+    def __init__(self, cost: CoupledCost, whole: float, blocks: Sequence[str] = ()) -> None:
+        self._names, self._blocks = list(cost.widths), list(blocks)
+        self._full = torch.tensor([float(width) for width in cost.widths.values()])
+        self._factors = torch.tensor([term.factor for term in cost.terms], dtype=torch.float64) / whole
+        self._fixed = cost.fixed / whole
+        self._axes = [self._matrix([getattr(term, side) for term in cost.terms]) for side in ("out", "inp")]
+        inside = [[term.layer.startswith(f"{block}.") for block in self._blocks] for term in cost.terms]
+        self._inside = torch.tensor(inside, dtype=torch.bool).reshape(len(cost.terms), len(self._blocks))
+
+    def __call__(self, widths: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+        """Return the cost over the whole, a scalar.
+
+        Args:
+            widths: Group name -> expected width, a scalar.
+            kept: Block -> the chance that it is there, (1,).
+        """
+        removed = (self._full - torch.stack([widths[name] for name in self._names])).double()
+        out, inp = (size - slots @ removed for size, slots in self._axes)
+        products = self._factors * out * inp
+        if self._blocks:
+            chances = torch.cat([kept[name] for name in self._blocks]).double()
+            products = products * torch.where(self._inside, chances, torch.ones_like(chances)).prod(1)
+        return self._fixed + products.sum()
+
+    def _matrix(self, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+        """Return (terms,) full sizes and (terms, groups) slots for each channel."""
+        sizes = torch.tensor([axis.size for axis in axes], dtype=torch.float64)
+        slots = torch.tensor([[axis.slots.get(name, 0.0) for name in self._names] for axis in axes])
+        return sizes, slots.double().reshape(len(axes), len(self._names))
 
 
 @dataclass(frozen=True, slots=True)

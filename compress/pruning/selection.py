@@ -7,10 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from compress.allocation.problem import Budget
-from compress.allocation.widths import Candidates, Limits, allocate_widths, width_levels
+from compress.allocation.widths import Candidates, Limits, allocate_widths
 from compress.errors import NonFinite
 from compress.pruning.criteria.base import Criterion, GradientStats
 from compress.pruning.graph import ChannelGroup
+
+Groups = Mapping[str, ChannelGroup]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,7 @@ class Selection:
     is_optimal: bool
 
 
-def score_groups(
-    groups: Mapping[str, ChannelGroup], criterion: Criterion, stats: GradientStats | None
-) -> dict[str, Tensor]:
+def score_groups(groups: Groups, criterion: Criterion, stats: GradientStats | None) -> dict[str, Tensor]:
     """Return (C,) scores for every group.
 
     Raises:
@@ -47,30 +47,24 @@ def score_groups(
 
 
 def find_candidates(
-    groups: Mapping[str, ChannelGroup],
-    scores: Mapping[str, Tensor],
-    limits: Limits,
-    comparable: bool,
-    levels_at_most: int | None = None,
+    groups: Groups, scores: Mapping[str, Tensor], levels: Mapping[str, tuple[int, ...]], comparable: bool
 ) -> list[Candidates]:
     """Return the groups as the allocation sees them.
 
     Args:
         groups: Groups that may be cut.
         scores: (C,) for each group; larger = keep.
-        limits: Floors, caps and multiples.
+        levels: For each group the widths it may have, ascending; the last is the full width.
         comparable: Whether scores of different groups have one scale; else each group's are divided by their mean.
-        levels_at_most: Widths that a group may have, when each of them has to be timed.
     """
-    found = []
-    for name, group in groups.items():
-        levels = width_levels(group.width, group.parts, limits, levels_at_most)
-        found.append(Candidates(name, _unit_scores(group, scores[name], comparable), group.parts, levels))
-    return found
+    return [
+        Candidates(name, _unit_scores(group, scores[name], comparable), group.parts, levels[name])
+        for name, group in groups.items()
+    ]
 
 
 def select_channels(
-    groups: Mapping[str, ChannelGroup],
+    groups: Groups,
     candidates: Sequence[Candidates],
     budgets: Sequence[Budget],
     limits: Limits,

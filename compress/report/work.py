@@ -21,6 +21,13 @@ from compress.report.markup import (
 from compress.report.plots import plot_layers, plot_prediction, plot_stairs, plot_training, plot_widths
 
 Run = dict[str, Any]
+FIGURES = {
+    "reactivated": "channels that came back after they had been chosen to go",
+    "left_ratio": "strength that what went had left before the cut",
+    "multiplier": "price of the budget at the end",
+    "channels_closed_ratio": "channel gates that closed by themselves",
+    "blocks_closed_ratio": "block gates that closed",
+}
 _UNITS = {"latency_ms": "milliseconds a call", "size_mb": "size of the file (MB)"}
 
 
@@ -43,6 +50,8 @@ def _runs(report: dict[str, Any]) -> list[Run]:
         for step in (run.get("record") or {}).get("steps") or [] if run.get("stage") == "slim" else []:
             records = {"prune": step.get("prune"), "low_rank": step.get("low_rank"), "finetune": step.get("training")}
             runs += [{"stage": name, "record": record, "place": place} for name, record in records.items() if record]
+        if run.get("stage") in ("prune", "low_rank") and (learned := (run.get("record") or {}).get("method")):
+            runs.append({"stage": "finetune", "record": learned, "place": place})
     return runs
 
 
@@ -137,7 +146,8 @@ def _render_prune(runs: list[Run], index: int) -> str:
         *_list_timing(record.get("latency") or {}),
         ("MACs", _change(record, "macs", format_count)),
         ("parameters", _change(record, "params", format_count)),
-        ("validation top-1, before and after the cut", _change(record, "validation_top1", format_share)),
+        ("validation top-1, before and after this stage", _change(record, "validation_top1", format_share)),
+        *_list_method(record.get("method") or {}),
     ]
     blocks = ", ".join(f"<code>{escape(block)}</code>" for block in record.get("removed_blocks") or [])
     rows = [
@@ -159,6 +169,21 @@ def _render_prune(runs: list[Run], index: int) -> str:
         _render_trials(record),
         _render_timing(record.get("latency") or {}, index),
     )
+
+
+def _list_method(learned: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what a training-time method did."""
+    if not learned:
+        return
+    yield "method that decided while the network trained", learned.get("name")
+    for unit, form in (("loss", format_number), ("top1", format_share)):
+        figures = [learned.get(f"{unit}_{when}_cut") for when in ("before", "after")]
+        if all(figure is not None for figure in figures):
+            label = "validation top-1" if unit == "top1" else f"validation {unit}"
+            yield f"{label}, trained network before and after the cut", " → ".join(map(form, figures))
+    for name, value in (learned.get("figures") or {}).items():
+        label = FIGURES.get(name, name)
+        yield label, format_share(value) if name.endswith("_ratio") else format_number(value)
 
 
 def _damage(group: dict[str, Any]) -> str | None:
@@ -276,6 +301,7 @@ def _render_low_rank(runs: list[Run], index: int) -> str:
         ("MACs", _change(record, "macs", format_count)),
         ("layers factorised", len(rows)),
         ("layers left dense", dense or None),
+        *_list_method(record.get("method") or {}),
         *_list_timing(record.get("latency") or {}),
     ]
     return render_section(
@@ -286,8 +312,8 @@ def _render_low_rank(runs: list[Run], index: int) -> str:
 def _render_finetune(runs: list[Run], index: int) -> str:
     record = runs[index]["record"]
     epochs, chosen = record.get("epochs") or [], record.get("chosen_epoch")
-    before = runs[index - 1] if index else {}
-    start = (before.get("record") or {}).get("validation_top1_after")
+    before = (runs[index - 1] if index else {}).get("record") or {}
+    start = record.get("validation_top1_before", before.get("validation_top1_after"))
     reached = {epoch.get("epoch"): epoch.get("validation_top1") for epoch in epochs}.get(chosen)
     rates = [epoch["learning_rate"] for epoch in epochs if epoch.get("learning_rate") is not None]
     peak = record.get("peak_learning_rate")

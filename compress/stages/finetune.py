@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from torch import nn
 
 from compress.artifacts import TorchModel
-from compress.building import build_module, load_strict, read_weights
+from compress.building import build_module, load_strict, read_weights, reinitialized
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
-from compress.data.batches import Augmentation, batches_per_epoch
+from compress.data.batches import Augmentation, batches_per_epoch, random_seed
 from compress.errors import NonFinite
 from compress.files import write_whole
 from compress.stages.context import Record, StageContext
@@ -33,8 +33,11 @@ class FinetuneStage:
         """Return the trained network; a run that was killed goes on from its last state.
 
         Raises:
+            ModelError: `weights` is random, and a parameter cannot be drawn anew.
             As `compress.training.fit.fit`.
         """
+        if self.config.weights == "random":
+            artifact = replace(artifact, module=reinitialized(artifact.module, random_seed(ctx.seed, "weights")))
         return train(artifact, self.config, ctx, STATE_FILE)
 
 
@@ -46,8 +49,8 @@ def train(
     Raises:
         As `compress.training.fit.fit`.
     """
-    settings = _settings(config, ctx.seed, len(ctx.data.train))
-    distillation = _distillation(config.distillation, artifact)
+    settings = fit_settings(config, ctx.seed, len(ctx.data.train))
+    distillation = distillation_from(config.distillation, artifact)
     before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
 
     def trained(settings: FitSettings, state_file: str) -> tuple[nn.Module, FitResult]:
@@ -107,7 +110,7 @@ def _probe(
     return probed
 
 
-def _settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
+def fit_settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
     """Return the settings of the loop.
 
     Args:
@@ -135,12 +138,13 @@ def _settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
         accumulation=config.accumulation,
         ema=config.ema,
         average_ratio=config.average_ratio,
+        precision=config.precision,
         save_minutes=config.save_minutes,
         seed=seed,
     )
 
 
-def _distillation(config: DistillationConfig | None, artifact: TorchModel) -> Distillation | None:
+def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -> Distillation | None:
     """Return the untouched network as the teacher, if one is asked for."""
     if config is None:
         return None

@@ -4,8 +4,9 @@ Ranks come from one relative error that all layers share, given or solved from a
 re-estimated on calibration images afterwards.
 """
 
+import copy
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,24 +14,49 @@ from torch import Tensor, nn
 
 from compress.artifacts import TorchModel
 from compress.building import example_input
-from compress.config.schema import LowRankConfig
+from compress.config.schema import LowRankConfig, TrpConfig
 from compress.cost.macs import count_params, layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError, StageError
 from compress.lowrank.factorize import Moments
 from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
-from compress.progress import Progress
+from compress.lowrank.trp import TrainedRank
+from compress.progress import Progress, SilentProgress
 from compress.pruning.elimination import layer_statistics
 from compress.recipe import Factorize
 from compress.registry import closest
 from compress.stages.context import Record, StageContext
+from compress.stages.hooked import loss_and_top1, say_cut, train_with_hooks
 from compress.stages.meeting import meet_latency
 from compress.stages.rank_latency import rank_latency
 from compress.stages.repairing import apply_repairs, batch_norm_repair
 from compress.training.evaluate import evaluate_top1
 
+STATE_FILE = "method.pt"
 _LABELS: dict[Metric, str] = {"macs": "MACs", "params": "params"}
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What the layers become.
+
+    Attributes:
+        choices: One for each layer that can be factorised.
+        moments: Layer -> what it reads, where errors are of outputs.
+        shared_error: The relative error that all layers share, where ranks follow from one.
+        latency: What the report tells of the timing, where they follow from that.
+    """
+
+    choices: tuple[RankChoice, ...]
+    moments: dict[str, Moments]
+    shared_error: float | None
+    latency: Record | None
+
+    @property
+    def edits(self) -> list[Factorize]:
+        """What is done to the network."""
+        return [Factorize(c.layer, c.scheme, c.ranks) for c in self.choices if c.scheme is not None]
 
 
 class LowRankStage:
@@ -55,24 +81,21 @@ class LowRankStage:
         example = example_input(artifact.signature)
         found, reasons = find_layers(artifact.module, example)
         found, reasons = self._exclude(found, reasons)
-        moments = self._measure_moments(artifact.module, found, ctx)
-        spectra = self._measure_spectra(artifact.module, found, moments, ctx.progress)
         macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
         total = sum(macs_before.values()) if self.metric == "macs" else params_before
-        latency: Record | None = None
-        shared_error: float | None = None
-        if self.config.target is not None and self.config.target.needs_latency:
-            choices, latency = self._meet_latency(artifact, spectra, moments, ctx)
-        else:
-            shared_error = self._shared_error(artifact, spectra, total)
-            choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
-            self._check_any(choices, spectra, shared_error)
+        decision, learned = self._decide(artifact, found, total, ctx), None
+        if self.config.method is not None:
+            artifact, decision, learned = self._train(artifact, decision, found, total, ctx)
+        choices = decision.choices
         top1_before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
-        edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
+        edits = decision.edits
         with ctx.progress.task("factorise", 1) as task:
-            slim, errors = factorized_copy(artifact.module, edits, moments)
+            slim, errors = factorized_copy(artifact.module, edits, decision.moments)
             task.advance()
         slim.eval()
+        if learned is not None:
+            learned |= loss_and_top1(slim, "after_cut", ctx)
+            say_cut(learned, ctx.progress)
         repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
         top1_after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
         macs_after = layer_macs(slim, example)
@@ -85,12 +108,53 @@ class LowRankStage:
             "params_after": count_params(slim),
             "validation_top1_before": top1_before,
             "validation_top1_after": top1_after,
-            "shared_relative_error": shared_error,
+            "shared_relative_error": decision.shared_error,
             "repairs": repairs,
-            "latency": latency,
+            "latency": decision.latency,
+            "method": learned,
         }
         self._state_result(artifact, record, ctx.progress)
         return replace(artifact, module=slim, recipe=artifact.recipe.then(*edits)), record
+
+    def _decide(self, artifact: TorchModel, found: dict[str, Positions], total: int, ctx: StageContext) -> "_Decision":
+        """Choose what each layer becomes by its weights, within the target.
+
+        Args:
+            artifact: The network.
+            found: Its layers that can be factorised.
+            total: What it costs, in the unit of the target.
+            ctx: Surroundings.
+        """
+        moments = self._measure_moments(artifact.module, found, ctx)
+        spectra = self._measure_spectra(artifact.module, found, moments, ctx.progress)
+        if self.config.target is not None and self.config.target.needs_latency:
+            choices, latency = self._meet_latency(artifact, spectra, moments, ctx)
+            return _Decision(choices, moments, None, latency)
+        shared_error = self._shared_error(artifact, spectra, total)
+        choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
+        self._check_any(choices, spectra, shared_error)
+        return _Decision(choices, moments, shared_error, None)
+
+    def _train(
+        self, artifact: TorchModel, first: "_Decision", found: dict[str, Positions], total: int, ctx: StageContext
+    ) -> tuple[TorchModel, "_Decision", Record]:
+        """Train the network towards low rank; return it, what its layers become, and what the report tells.
+
+        Ranks that a latency decides are those of before the training; others follow the weights.
+        """
+        training, options = self.config.training, self.config.trp or TrpConfig()
+        if training is None:
+            raise InternalError("A pipeline with a method but no training passed validation.")
+        trained = replace(artifact, module=copy.deepcopy(artifact.module))
+        quiet = replace(ctx, progress=SilentProgress())
+
+        def decide() -> _Decision:
+            return first if first.latency is not None else self._decide(trained, found, total, quiet)
+
+        hooks = TrainedRank(trained.module, lambda: decide().edits, options.interval, options.strength)
+        record = train_with_hooks(trained.module, artifact, training, hooks, ctx.folder / STATE_FILE, ctx)
+        hooks.finish()
+        return trained, decide(), {"name": hooks.name, "figures": {}, **record}
 
     def _exclude(
         self, found: dict[str, Positions], reasons: dict[str, str]

@@ -1,14 +1,14 @@
 """prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.allocation.widths import Candidates, Limits
+from compress.allocation.widths import Candidates
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.catalog import CRITERIA
@@ -18,33 +18,28 @@ from compress.cost.table_file import TableFile
 from compress.data.batches import Batch, Split, evaluation_batches
 from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress, Task
-from compress.pruning.costs import layer_axes
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.elimination import reader_statistics, removal_order
-from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable, kept_outputs, silenced_copy
-from compress.pruning.selection import Selection, find_candidates, score_groups, select_channels
+from compress.pruning.graph import kept_outputs, silenced_copy
+from compress.pruning.selection import Groups, Selection, find_candidates, score_groups
 from compress.pruning.sensitivity import Sensitivity, with_rises
 from compress.pruning.surgery import remove_channels
 from compress.recipe import RemoveChannels
-from compress.registry import closest
-from compress.stages.budgets import Targets
 from compress.stages.context import Record, StageContext
-from compress.stages.exporting import exported
-from compress.stages.latency import LatencyModel, model_latency
+from compress.stages.hooked import loss_and_top1, say_cut
+from compress.stages.latency import LatencyModel
+from compress.stages.learned import learn
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
-from compress.stages.meeting import TimedChoice, latency_record, meet_latency
+from compress.stages.meeting import TimedChoice, latency_record
 from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
+from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import Trunk, shorten
 from compress.training.evaluate import evaluate_loss, evaluate_top1, image_losses
 from compress.training.memory_format import in_fastest_memory_format
-from compress.verification.measuring import existing_bytes
-
-Groups = Mapping[str, ChannelGroup]
 
 SCORE_BATCH, SCORE_IMAGES_EACH, SCORE_PIXELS = 64, 8, 2**18
 SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
-MEASURED_LEVELS = 8
 CUT_TOLERANCE = 1e-3
 PATIENCE, TRIALS = 2, 9
 UNITS = {
@@ -62,17 +57,13 @@ class Prepared:
 
     Attributes:
         trunk: What channels are cut from.
-        groups: Its channel groups that may be cut.
-        excluded: The others.
+        surveyed: What of it can be cut, and what is to be met.
         candidates: The groups with their scores and allowed widths.
-        targets: What is to be met.
     """
 
     trunk: Trunk
-    groups: dict[str, ChannelGroup]
-    excluded: list[Exclusion]
+    surveyed: Survey
     candidates: list[Candidates]
-    targets: Targets
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,6 @@ class PruneStage:
 
     def __init__(self, config: PruneConfig) -> None:
         self.config = config
-        self.limits = Limits(config.min_width, config.max_removed_ratio, config.multiple_of)
         self.memory_format = torch.contiguous_format
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
@@ -142,7 +132,11 @@ class PruneStage:
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
         trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
         trials: list[Record] = []
-        if self.config.blocks == "auto":
+        learned: Record | None = None
+        if self.config.method is not None:
+            trunk = self._without_blocks(trunks, 0 if self.config.blocks == "auto" else self.config.blocks)
+            best, learned = self._learn(trunk, ctx)
+        elif self.config.blocks == "auto":
             best = self._best_attempt(trunks, trials, ctx)
         else:
             trunk = self._without_blocks(trunks, self.config.blocks)
@@ -157,8 +151,9 @@ class PruneStage:
             **self._record(artifact, best),
             "removed_blocks": list(best.removed_blocks),
             "block_trials": trials,
+            "method": learned,
             "repairs": best.prepared.trunk.repairs + best.repairs,
-            "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.excluded],
+            "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
             "validation_top1_before": before,
             "validation_top1_after": after,
         }
@@ -174,13 +169,10 @@ class PruneStage:
         trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
         blocks = 0 if self.config.blocks == "auto" else self.config.blocks
         trunk = self._without_blocks(trunks, blocks).model
-        groups, _ = self._find_groups(trunk.module, example_input(artifact.signature), ctx.progress)
-        unscored = {name: torch.zeros(group.width) for name, group in groups.items()}
-        candidates = find_candidates(groups, unscored, self.limits, True, MEASURED_LEVELS)
-        targets = self._targets(trunk, groups, candidates, None, ctx)
-        if targets.latency is None:
+        latency = survey(trunk, self.config, None, ctx).targets.latency
+        if latency is None:
             raise InternalError("A stage without a latency target was asked for a latency table.")
-        return targets.latency.file
+        return latency.file
 
     def _without_blocks(self, trunks: Iterator[Trunk], count: int) -> Trunk:
         for trunk in trunks:
@@ -208,7 +200,7 @@ class PruneStage:
             count = len(trunk.removed)
             try:
                 prepared = self._prepare(trunk, latency, ctx)
-                latency = prepared.targets.latency
+                latency = prepared.surveyed.targets.latency
                 found = self._attempt(prepared, ctx)
             except BudgetUnreachable as error:
                 trials.append({"blocks": count, "loss": None, "reason": error.message})
@@ -250,45 +242,49 @@ class PruneStage:
             latency: Of the same network with more blocks; its table is used where it covers this one.
             ctx: Surroundings.
         """
-        module = trunk.model.module
-        groups, excluded = self._find_groups(module, example_input(trunk.model.signature), ctx.progress)
-        candidates = self._score(trunk, groups, ctx)
-        targets = self._targets(trunk.model, groups, candidates, latency, ctx)
-        return Prepared(trunk, groups, excluded, candidates, targets)
+        surveyed = survey(trunk.model, self.config, latency, ctx)
+        return Prepared(trunk, surveyed, self._score(trunk, surveyed, ctx))
 
     def _attempt(self, prepared: Prepared, ctx: StageContext) -> Attempt:
         """Cut channels until the targets are met, and repair."""
-        trunk, groups, candidates = prepared.trunk, prepared.groups, prepared.candidates
-        example, module = example_input(trunk.model.signature), trunk.model.module
-        selection, timed = self._select(groups, candidates, prepared.targets, ctx.progress)
-        attempt = Attempt(prepared, trunk.model, selection, timed, [])
+        selection, timed = prepared.surveyed.choose_timed(prepared.candidates, ctx.progress)
+        return self._repair(self._cut(Attempt(prepared, prepared.trunk.model, selection, timed, []), ctx), ctx)
+
+    def _learn(self, trunk: Trunk, ctx: StageContext) -> tuple[Attempt, Record]:
+        """Train while a method chooses what goes, cut that, and repair; say what the cut alone did to the loss."""
+        learned = learn(trunk.model, self.config, ctx)
+        model = learned.surveyed.model
+        slim_trunk = Trunk(model, trunk.removed + learned.removed_blocks, trunk.repairs, model.module, trunk.blocks)
+        prepared = Prepared(slim_trunk, learned.surveyed, learned.candidates)
+        cut = self._cut(Attempt(prepared, model, learned.selection, learned.timed, []), ctx)
+        record = {**learned.record, **loss_and_top1(cut.model.module, "after_cut", ctx)}
+        say_cut(record, ctx.progress)
+        return self._repair(cut, ctx), record
+
+    def _cut(self, attempt: Attempt, ctx: StageContext) -> Attempt:
+        """Cut the channels that an attempt has chosen."""
+        selection, trunk, groups = attempt.selection, attempt.prepared.trunk, attempt.prepared.surveyed.groups
         if not selection.removed:
             return attempt
-        edit = RemoveChannels(selection.removed)
-        slim = remove_channels(module, edit, example).to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        edit, module = RemoveChannels(selection.removed), trunk.model.module
+        slim = remove_channels(module, edit, example_input(trunk.model.signature))
+        slim = slim.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         check_cut(slim, module, selection, groups, ctx.data.calibration)
-        kept = kept_outputs(selection.removed, groups)
+        return replace(attempt, model=replace(trunk.model, module=slim, recipe=trunk.model.recipe.then(edit)))
+
+    def _repair(self, attempt: Attempt, ctx: StageContext) -> Attempt:
+        """Repair a network that was cut, in place."""
+        selection, trunk, slim = attempt.selection, attempt.prepared.trunk, attempt.model.module
+        if not selection.removed:
+            return attempt
+        example = example_input(attempt.model.signature)
+        kept = kept_outputs(selection.removed, attempt.prepared.surveyed.groups)
         wanted = repairs_towards(trunk.whole, slim, kept, self.config.repair, example, ctx)
-        repairs = apply_repairs(slim, wanted, ctx)
-        model = replace(trunk.model, module=slim, recipe=trunk.model.recipe.then(edit))
-        return replace(attempt, model=model, repairs=repairs)
+        return replace(attempt, repairs=apply_repairs(slim, wanted, ctx))
 
-    def _find_groups(
-        self, module: nn.Module, example: Tensor, progress: Progress
-    ) -> tuple[dict[str, ChannelGroup], list[Exclusion]]:
-        with progress.task("find and try channel groups", 1) as task:
-            groups, excluded = find_cuttable(module, example)
-            task.advance()
-        for exclusion in excluded:
-            if not exclusion.expected:
-                progress.warn(f"Channel group '{exclusion.name}' stays whole: {exclusion.reason}.")
-        chosen = excluded_by_patterns(groups, self.config.exclude)
-        excluded += [Exclusion(name, "excluded by the pipeline file", expected=True) for name in chosen]
-        return {name: group for name, group in groups.items() if name not in chosen}, excluded
-
-    def _score(self, trunk: Trunk, groups: Groups, ctx: StageContext) -> list[Candidates]:
+    def _score(self, trunk: Trunk, surveyed: Survey, ctx: StageContext) -> list[Candidates]:
         """Return the groups with their scores and allowed widths."""
-        config, module = self.config, trunk.model.module
+        config, module, groups = self.config, trunk.model.module, surveyed.groups
         criterion = CRITERIA.get(config.criterion)(seed=ctx.seed)
         stats = None
         if criterion.needs_gradients:
@@ -297,12 +293,13 @@ class PruneStage:
                 batches = _counted(evaluation_batches(split, _score_batch(trunk.model)), task)
                 stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH)
         scores = score_groups(groups, criterion, stats)
-        is_measured = config.target.needs_latency or config.damage == "sensitivity"
-        found = find_candidates(
-            groups, scores, self.limits, criterion.comparable, MEASURED_LEVELS if is_measured else None
-        )
+        found = find_candidates(groups, scores, surveyed.levels, criterion.comparable)
         by_name = {one.name: one for one in found}
-        orders_by_refit = getattr(criterion, "orders_by_refit", False)
+        orders_by_refit = config.order == "criterion" and getattr(criterion, "orders_by_refit", False)
+        if config.order == "random":
+            by_name = {
+                name: replace(one, order=_any_order(len(one.scores), ctx.seed, name)) for name, one in by_name.items()
+            }
         if orders_by_refit or config.damage == "sensitivity":
             by_name |= self._look_closer(trunk, groups, by_name, orders_by_refit, ctx)
         return list(by_name.values())
@@ -352,47 +349,9 @@ class PruneStage:
             ctx.progress,
         )
 
-    def _targets(
-        self,
-        trunk: TorchModel,
-        groups: Groups,
-        candidates: Sequence[Candidates],
-        latency: LatencyModel | None,
-        ctx: StageContext,
-    ) -> Targets:
-        """Return the targets, with the network's latency where one of them needs it."""
-        target, example = self.config.target, example_input(trunk.signature)
-        figures = trunk.baseline.figures
-        size = existing_bytes(exported(trunk, ctx)) if target.size_mb is not None else 0
-        targets = Targets(target, figures, trunk.module, example, groups, size)
-        if target.needs_latency:
-            if ctx.deploy is None:
-                raise InternalError("A pipeline with a latency target passed validation without a deploy section.")
-            levels = {candidate.name: candidate.levels for candidate in candidates}
-            axes = layer_axes(trunk.module, groups)
-            count = targets.cost("macs").at
-            targets.latency = model_latency(trunk, axes, levels, ctx.deploy, ctx, count, latency)
-        return targets
-
-    def _select(
-        self, groups: Groups, candidates: Sequence[Candidates], targets: Targets, progress: Progress
-    ) -> tuple[Selection, list[TimedChoice]]:
-        """Choose widths; with a latency target, time them and choose again until the time is met."""
-        levels = {candidate.name: candidate.levels for candidate in candidates}
-
-        def select(correction: float = 1.0) -> Selection:
-            targets.correction = correction
-            budgets = targets.budgets(levels)
-            return select_channels(groups, candidates, budgets, self.limits, self.config.allocation)
-
-        asked = targets.latency_ratio
-        if targets.latency is None or asked is None or not targets.latency.is_measured_here:
-            return select(), []
-        return meet_latency(select, targets.latency, asked, progress)
-
     def _record(self, before: TorchModel, attempt: Attempt) -> Record:
         example = example_input(before.signature)
-        selection, targets, timed = attempt.selection, attempt.prepared.targets, attempt.timed
+        selection, targets, timed = attempt.selection, attempt.prepared.surveyed.targets, attempt.timed
         figures = {
             f"{unit}_{when}": count
             for when, model in (("before", before), ("after", attempt.model))
@@ -426,7 +385,7 @@ class PruneStage:
 
     def _asked_and_reached(self, attempt: Attempt) -> tuple[dict[str, float], dict[str, float]]:
         """Return for each target what was asked and what was reached: shares of the baseline, MB or ms."""
-        selection, targets, timed = attempt.selection, attempt.prepared.targets, attempt.timed
+        selection, targets, timed = attempt.selection, attempt.prepared.surveyed.targets, attempt.timed
         asked, reached = self.config.target.given(), targets.reached(selection.widths)
         if targets.latency is not None:
             chosen = [choice.ratio for choice in timed if choice.widths == selection.widths]
@@ -456,32 +415,9 @@ class PruneStage:
             progress.note(f"target: {record['shortfall']}")
         cut, removed = len(attempt.selection.removed), len(attempt.removed_blocks)
         progress.note(
-            f"{cut} of {len(attempt.prepared.groups)} channel groups cut, {removed} blocks removed: "
+            f"{cut} of {len(attempt.prepared.surveyed.groups)} channel groups cut, {removed} blocks removed: "
             f"{record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
         )
-
-
-def excluded_by_patterns(groups: Groups, patterns: tuple[str, ...]) -> set[str]:
-    """Return the groups with a producer that one of the patterns names.
-
-    Raises:
-        ConfigValueError: A pattern names none.
-    """
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matching = {
-            name
-            for name, group in groups.items()
-            if any(fnmatch(producer.layer, pattern) for producer in group.producers)
-        }
-        if not matching:
-            layers = [producer.layer for group in groups.values() for producer in group.producers]
-            raise ConfigValueError(
-                f"exclude must name layers whose channels can be cut, '{pattern}' names none.",
-                hint=closest(pattern, layers) or f"They are {', '.join(layers[:8])} ...",
-            )
-        chosen |= matching
-    return chosen
 
 
 @torch.no_grad()
@@ -507,6 +443,11 @@ def _group_record(one: Candidates, width: int) -> Record:
         "damage": float(one.damages[level]),
         "damage_error": None if one.errors is None else float(one.errors[level]),
     }
+
+
+def _any_order(units: int, seed: int, group: str) -> np.ndarray:
+    """Return the units of a group in an order that the seed and its name decide."""
+    return np.random.default_rng([seed, *group.encode()]).permutation(units)
 
 
 def _score_batch(model: TorchModel) -> int:

@@ -62,9 +62,14 @@ class MapPairs:
         self._handles.clear()
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values of less than 32 bits as float32, others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_part: nn.Module, _inputs: object, output: Tensor) -> None:
-        kept[name] = output.clone()  # what follows may change it in place
+        kept[name] = at_least_float32(output.clone())  # what follows may change it in place
 
     return hook
 

@@ -30,12 +30,13 @@ from compress.data.batches import (
     random_seed,
     training_batches,
 )
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.averaging import WeightAverage
 from compress.training.evaluate import check_outputs, evaluate_top1
-from compress.training.feature_maps import MapPairs
+from compress.training.feature_maps import MapPairs, at_least_float32
+from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format
 from compress.training.mixing import mixed
@@ -86,6 +87,7 @@ class FitSettings:
         ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
         average_ratio: Share of the steps, at the end, whose weights are averaged; with batch-norm statistics measured
             again, that average is one more candidate. 0 is off.
+        precision: "fp32", or "bf16": convolutions and linear layers compute in bfloat16, weights stay float32.
         save_minutes: How long after one save of the state another one follows; after each epoch there is one anyway.
     """
 
@@ -107,6 +109,7 @@ class FitSettings:
     accumulation: int = 1
     ema: float = 0.0
     average_ratio: float = 0.0
+    precision: str = "fp32"
     save_minutes: float = 5.0
 
 
@@ -156,6 +159,8 @@ def fit(
     distillation: Distillation | None = None,
     state_path: Path | None = None,
     progress: Progress | None = None,
+    hooks: TrainingHooks | None = None,
+    keeps_state: bool = False,
 ) -> FitResult:
     """Train `module` in place and leave it in eval mode.
 
@@ -165,8 +170,11 @@ def fit(
         validation: What the epoch is chosen on; never the evaluation split.
         settings: How.
         distillation: Teacher, or None.
-        state_path: Where the state is kept; the file is removed at the end. None: not resumable.
+        state_path: Where the state is kept. None: not resumable.
         progress: Told about every step and epoch.
+        hooks: What else is done in each step.
+        keeps_state: Whether the file stays when all is done, for a caller with more to do: called again, the run is
+            then at its end at once. Else it is removed.
 
     Raises:
         NonFinite: The loss is NaN or infinite; names the step. The last state that was saved stays.
@@ -174,6 +182,7 @@ def fit(
         KeyboardInterrupt: As asked for, after the step under way was made and the state saved.
         DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
         ModelError: No parameter requires a gradient.
+        StageError: The precision is one that this CPU has no instructions for.
         ArtifactError: The saved state belongs to another run.
     """
     for split in (train, validation):
@@ -181,12 +190,34 @@ def fit(
             raise DataError(f"Split '{split.name}' must hold at least one image to train, it holds none.")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
-    run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress())
+    if settings.precision == "bf16" and not has_bf16():
+        raise StageError(
+            f"precision bf16 must be one that this CPU has instructions for, it has "
+            f"{torch.backends.cpu.get_cpu_capability()}.",
+            hint="Leave precision out: on this CPU bf16 would be slower than fp32.",
+        )
+    run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
     run.restore()
     with flushed_denormals(), run.watched_maps(), deferred_interrupts() as is_interrupted:
         while len(run.records) < run.total_epochs:
             run.train_epoch(is_interrupted)
-    return run.finish()
+    if state_path is not None and keeps_state:
+        run.save(state_path)
+    result = run.finish()
+    if state_path is not None and not keeps_state:
+        state_path.unlink(missing_ok=True)
+    return result
+
+
+def planned_steps(train: Split, settings: FitSettings) -> tuple[int, int]:
+    """Return how many optimiser steps an epoch has, and the whole run."""
+    per_epoch = max(1, batches_per_epoch(train, settings.batch_size) // settings.accumulation)
+    return per_epoch, settings.steps or max(1, round(settings.epochs * per_epoch))
+
+
+def learning_rate(settings: FitSettings, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    return settings.learning_rate * schedule(step, total_steps, settings.warmup_ratio, settings.schedule)
 
 
 class _Run:
@@ -201,16 +232,16 @@ class _Run:
         distillation: Distillation | None,
         state_path: Path | None,
         progress: Progress,
+        hooks: TrainingHooks | None = None,
     ) -> None:
-        self.module = module
+        self.module, self.hooks = module, hooks
         self.memory_format = fastest_memory_format(module, train)
         for network in (module, distillation.teacher if distillation is not None else module):
             network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.forward: Callable[[Tensor], Tensor] = torch.compile(module) if settings.compiled else module
         self.train, self.validation = train, validation
         self.settings, self.distillation, self.progress = settings, distillation, progress
-        self.steps_per_epoch = max(1, batches_per_epoch(train, settings.batch_size) // settings.accumulation)
-        self.total_steps = settings.steps or max(1, round(settings.epochs * self.steps_per_epoch))
+        self.steps_per_epoch, self.total_steps = planned_steps(train, settings)
         self.optimizer = _optimizer(module, settings)
         self.average = WeightAverage(module, settings.ema) if settings.ema else None
         self.tail = WeightAverage(module, None) if settings.average_ratio else None
@@ -299,8 +330,6 @@ class _Run:
                 chosen, weights = len(self.records), self.tail.module.state_dict()
         self.module.load_state_dict(weights)
         self.module.to(memory_format=torch.contiguous_format).eval()
-        if self.state_path is not None:
-            self.state_path.unlink(missing_ok=True)
         return FitResult(tuple(self.records), chosen, self.step, top1, is_averaged)
 
     def _measure_tail(self, module: nn.Module) -> float:
@@ -324,6 +353,7 @@ class _Run:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averages": [average.state_dict() for average in self.averages],
+            "hooks": None if self.hooks is None else self.hooks.state_dict(),
             "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
         }
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
@@ -352,6 +382,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.load_state_dict(saved)
+        if self.hooks is not None:
+            self.hooks.load_state_dict(state["hooks"])
         self.step, self.losses = state["step"], state["losses"]
         self.records = [EpochRecord(**record) for record in state["records"]]
         if state["best"] is not None:
@@ -365,6 +397,8 @@ class _Run:
         """Take one step on what one batch says, or several on average, and return the loss."""
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.hooks is not None:
+            self.hooks.on_step_begin(self.step)
         value = 0.0
         for images, labels in batches:
             with _memory_explained(self.settings.batch_size):
@@ -380,7 +414,11 @@ class _Run:
                 loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
+        if self.hooks is not None:
+            self.hooks.on_gradients(self.step)
         self.optimizer.step()
+        if self.hooks is not None:
+            self.hooks.on_step_end(self.step)
         if self.average is not None:
             self.average.update(self.module)
         self.step += 1
@@ -395,11 +433,12 @@ class _Run:
         outputs = self._outputs(images)
         if self.step == 0:
             check_outputs(outputs, int(self.train.labels.max()))
-        return self._loss(outputs, images, labels, share)
+        return self._loss(at_least_float32(outputs), images, labels, share)
 
     def _outputs(self, images: Tensor) -> Tensor:
         try:
-            return self.forward(images)
+            with self._autocast():
+                return self.forward(images)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -408,6 +447,9 @@ class _Run:
                 f"{len(images)} does not.",
                 hint="Raise batch_size.",
             ) from error
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         """Return the loss of a batch; `share`, (N,), of each image is its neighbour's, with its label."""
@@ -422,17 +464,18 @@ class _Run:
         if self.distillation is None:
             return hard
         weight, temperature = self.distillation.weight, self.distillation.temperature
-        with torch.no_grad():
-            wanted = F.log_softmax(self.distillation.teacher(images) / temperature, 1)
+        with torch.no_grad(), self._autocast():
+            taught = self.distillation.teacher(images)
+        wanted = F.log_softmax(at_least_float32(taught) / temperature, 1)
         got = F.log_softmax(outputs / temperature, 1)
         soft = F.kl_div(got, wanted, reduction="batchmean", log_target=True) * temperature**2
         loss = (1 - weight) * hard + weight * soft
         return loss if self.maps is None else loss + self.distillation.features * self.maps.difference()
 
     def _set_learning_rate(self) -> None:
-        scale = schedule(self.step, self.total_steps, self.settings.warmup_ratio, self.settings.schedule)
+        rate = learning_rate(self.settings, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * scale
+            group["lr"] = rate
 
     def _advance(self, task: Task, speed: float) -> None:
         recent = self.losses[-20:]
@@ -459,6 +502,11 @@ class _Run:
             "total steps": self.total_steps,
             "shapes": {name: list(value.shape) for name, value in self.module.state_dict().items()},
         }
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress.artifacts import FactorySpec
-from compress.building import build_module, load_strict, read_weights, write_weights
+from compress.building import build_module, load_strict, read_weights, reinitialized, write_weights
 from compress.errors import ArtifactError, CompressError, ModelError, NonFinite
 
 FACTORY = """
@@ -308,3 +308,31 @@ def test_sparse_tensors_are_refused(tmp_path):
     torch.save({"weight": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
     with pytest.raises(ArtifactError, match="must be dense, weight is not"):
         read_weights(tmp_path / "sparse.pt")
+
+
+class _WithOwnParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.conv(x) * self.scale
+
+
+def test_weights_drawn_anew_depend_on_the_seed_alone():
+    module = nets.build("chain")
+    before = torch.random.get_rng_state()
+    first, again, other = (reinitialized(module, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    kept = nets.build("chain").state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    weight = "body.0.0.weight"
+    assert not torch.equal(first[weight], other[weight])
+    assert not torch.equal(first[weight], kept[weight])
+    assert float(first["body.0.1.running_mean"].abs().max()) == 0
+
+
+def test_a_parameter_that_cannot_be_drawn_anew_is_named():
+    with pytest.raises(ModelError, match=r"'' \(_WithOwnParameter\) cannot: scale"):
+        reinitialized(_WithOwnParameter(), 0)

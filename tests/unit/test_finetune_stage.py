@@ -7,6 +7,7 @@ from pathlib import Path
 import nets
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
@@ -26,8 +27,8 @@ from compress.progress import SilentProgress
 from compress.recipe import Recipe
 from compress.stages import finetune
 from compress.stages.context import StageContext
-from compress.stages.finetune import FinetuneStage, _settings
-from compress.training.fit import FitSettings
+from compress.stages.finetune import FinetuneStage, fit_settings
+from compress.training.fit import EpochRecord, FitResult, FitSettings
 
 GIVEN = {
     "steps": 7,
@@ -52,7 +53,7 @@ def test_every_setting_reaches_the_loop() -> None:
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
     apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe"}
     assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart}
-    settings = asdict(_settings(config, 9, 100))
+    settings = asdict(fit_settings(config, 9, 100))
     assert {name: settings[name] for name in GIVEN} == GIVEN
     assert settings["seed"] == 9
     assert settings["augmentation"] == varied
@@ -62,7 +63,7 @@ def test_every_setting_reaches_the_loop() -> None:
 
 
 def test_defaults_are_the_same_in_both_places() -> None:
-    settings = _settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100)
+    settings = fit_settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100)
     assert settings == FitSettings()
     assert DistillationConfig().features == 0
 
@@ -75,7 +76,7 @@ def test_defaults_are_the_same_in_both_places() -> None:
 def test_the_peak_follows_from_the_original_training(length: dict, expected: float) -> None:
     original = OriginalTrainingConfig(learning_rate=0.1, epochs=100)
     config = FinetuneConfig(stage="finetune", original=original, **length)
-    assert _settings(config, 0, 100).learning_rate == pytest.approx(expected)
+    assert fit_settings(config, 0, 100).learning_rate == pytest.approx(expected)
     with pytest.raises(ValidationError, match="at most one of learning_rate, original"):
         FinetuneConfig(stage="finetune", epochs=1, learning_rate=0.1, original=original)
 
@@ -176,3 +177,22 @@ def test_without_a_probe_nothing_is_tried(run) -> None:
     assert record["probed_learning_rates"] == []
     assert "peak learning rate 0.02" in notes
     assert not any(part.training for part in model.module.modules())
+
+
+def test_training_may_start_from_random_weights(run, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        finetune,
+        "fit",
+        lambda module, *_: seen.append(module) or FitResult((EpochRecord(1, 1.0, 0.5, 0.1, 1.0),), 1, 1),
+    )
+    run(epochs=1)
+    for _ in range(2):
+        run(epochs=1, weights="random")
+    inherited, first, second = (module.state_dict() for module in seen)
+    assert all(torch.equal(inherited[name], value) for name, value in nets.build("chain").state_dict().items())
+    assert {name: value.shape for name, value in first.items()} == {n: v.shape for n, v in inherited.items()}
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+        if name.endswith("weight") and value.ndim > 1:
+            assert not torch.allclose(value, inherited[name], atol=0.01)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.data.batches import Augmentation, Split, training_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.progress import SilentProgress, SilentTask
 from compress.training import fit as fit_module
 from compress.training.evaluate import evaluate_top1
@@ -583,3 +583,72 @@ def test_a_frozen_network_is_refused() -> None:
     train, validation = _splits()
     with pytest.raises(ModelError, match="must have a parameter that requires a gradient"):
         fit(_network().requires_grad_(False), train, validation, SETTINGS)
+
+
+def test_half_precision_needs_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "has_bf16", lambda: False)
+    with pytest.raises(StageError, match="precision bf16 must be one that this CPU has instructions for, it has"):
+        fit(_network(), *_splits(), replace(SETTINGS, precision="bf16"))
+
+
+def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "has_bf16", lambda: True)
+    seen: list[torch.dtype] = []
+    module, plain = _network(), _network()
+    module[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
+    teacher = Distillation(_network(1).eval(), 0.5, 2.0, 1.0)
+    result = fit(module, *_splits(), replace(SETTINGS, precision="bf16"), teacher)
+    full = fit(plain, *_splits(), SETTINGS, teacher)
+    assert torch.bfloat16 in seen[:3]
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert result.epochs[-1].loss == pytest.approx(full.epochs[-1].loss, rel=0.05)
+    assert result.epochs[-1].loss != full.epochs[-1].loss
+
+
+class _Recorder:
+    """Hooks that note when they are called and what the loop had done by then, and take the last layer's gradient."""
+
+    def __init__(self, layer: nn.Linear, dies_after: int | None = None) -> None:
+        self.layer, self.dies_after = layer, dies_after
+        self.calls: list[tuple[str, int, bool]] = []
+        self.weight = layer.weight.detach().clone()
+        self.restored: dict[str, int] | None = None
+
+    def on_step_begin(self, step: int) -> None:
+        self.calls.append(("begin", step, self.layer.weight.grad is None))
+
+    def on_gradients(self, step: int) -> None:
+        assert self.layer.weight.grad is not None
+        self.calls.append(("gradients", step, bool(self.layer.weight.grad.any())))
+        self.layer.weight.grad.zero_()
+
+    def on_step_end(self, step: int) -> None:
+        self.calls.append(("end", step, torch.equal(self.layer.weight, self.weight)))
+        if step == self.dies_after:
+            raise Killed
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": len(self.calls)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.restored = state
+
+
+def test_hooks_are_called_in_every_step_in_order_and_may_change_gradients() -> None:
+    module = _network()
+    hooks = _Recorder(module[-1])
+    fit(module, *_splits(), replace(SETTINGS, steps=3, weight_decay=0.0), hooks=hooks)
+    # without its gradient and without decay the layer stays as it was
+    assert hooks.calls == [(when, step, True) for step in range(3) for when in ("begin", "gradients", "end")]
+
+
+def test_what_hooks_remember_goes_into_the_state_and_back(tmp_path: Path) -> None:
+    settings, state = replace(SETTINGS, steps=4, save_minutes=0.0), tmp_path / "state.pt"
+    module = _network()
+    with pytest.raises(Killed):
+        fit(module, *_splits(), settings, state_path=state, hooks=_Recorder(module[-1], dies_after=2))
+    again = _network()
+    hooks = _Recorder(again[-1])
+    fit(again, *_splits(), settings, state_path=state, hooks=hooks)
+    assert hooks.restored == {"calls": 6}  # the state is that after the second step
+    assert hooks.calls[0][:2] == ("begin", 2)

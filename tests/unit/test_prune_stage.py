@@ -541,3 +541,13 @@ def test_measured_damages_are_recorded_with_their_errors(prune, damage):
         assert (group["damage_error"] is None) == (damage == "scores")
     if damage == "sensitivity":
         assert any(group["damage_error"] > 0 for group in cut)
+
+
+def test_channels_at_random_have_the_widths_of_the_criterion(prune):
+    chosen, record, _ = prune("chain", score_images=32)
+    at_random, other, _ = prune("chain", score_images=32, order="random")
+    widths = [[(entry["name"], entry["width_after"]) for entry in one["groups"]] for one in (record, other)]
+    assert widths[0] == widths[1]
+    assert _removed(chosen) != _removed(at_random)
+    again, _, _ = prune("chain", score_images=32, order="random")
+    assert again.recipe == at_random.recipe

@@ -1,0 +1,177 @@
+"""What are the methods worth, at the same budget and the same epochs of training in all?
+
+    python benchmarks/methods.py                                   the quickstart network, 6 epochs each
+    python benchmarks/methods.py pipelines/resnet20_cifar10.yaml --set data.array_folder=FOLDER --epochs 6
+    ... --only gsm gates      some of them       --write docs/methods/README.md      puts the table between its markers
+    ... --seeds 0 1 2         mean of several
+
+The pipeline must have one prune and one finetune stage. Methods that train get two thirds of the epochs, with the
+settings of finetune, and finetune the rest; the others finetune for all of them. Rows with `random` are there to
+compare with: channels at random at the widths of the first row, and its structure trained from scratch. Finished runs
+are not repeated.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from results import write_between_markers
+
+from compress.config.load import load_pipeline
+from compress.console import Console
+from compress.errors import StageError
+from compress.runner import run
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = (
+    "| what decides | MACs | params | blocks gone | validation top-1, cut | top-1 of the file | time |",
+    "|---|---|---|---|---|---|---|",
+)
+AT_ONCE = {
+    "scores (default)": {},
+    "scores, taylor alone": {"prune.criterion": "taylor"},
+    "filter norms (l2)": {"prune.criterion": "l2"},
+    "the same share of each group": {"prune.allocation": "uniform"},
+    "channels at random": {"prune.order": "random"},
+    "random weights, trained from scratch": {"finetune.weights": "random"},
+    "blocks: auto": {"prune.blocks": "auto"},
+}
+TRAINED = {
+    "gsm": {},
+    "gates": {},
+    "gates, blocks: auto": {"blocks": "auto"},
+    "greg, variant 1": {"greg": {"variant": 1}},
+    "greg, variant 2": {},
+    "increg": {},
+    "csgd": {},
+}
+RANKS = ("low_rank", "trp")
+NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to decide.
+
+    Attributes:
+        name: In the table.
+        overrides: As after `--set`.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The name as a run's."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.name).strip("-")
+
+
+def rows(values: dict[str, Any], epochs: int) -> list[Row]:
+    """Return every way to decide, for a pipeline whose values are given."""
+    stages = {stage["stage"]: stage for stage in values["stages"]}
+    learning = max(1, round(epochs * 2 / 3))
+    training = {key: value for key, value in stages["finetune"].items() if key not in NOT_WHILE_LEARNING and value}
+    whole, rest = f"stages.finetune.epochs={epochs}", f"stages.finetune.epochs={epochs - learning}"
+    trained = _flow({**training, "epochs": learning})
+    found = [
+        Row(name, (whole, *(f"stages.{key}={value}" for key, value in changes.items())))
+        for name, changes in AT_ONCE.items()
+    ]
+    for name, changes in TRAINED.items():
+        settings = {"method": name.partition(",")[0], **changes}
+        overrides = [f"stages.prune.{key}={_flow(value)}" for key, value in settings.items()]
+        found.append(Row(name, (rest, f"stages.prune.training={trained}", *overrides)))
+    target = stages["prune"]["target"]
+    if set(target) <= {"macs", "params"} and len(target) == 1:
+        place = next(index for index, stage in enumerate(values["stages"]) if stage["stage"] == "prune")
+        plain = {"stage": "low_rank", "target": target}
+        learned = {**plain, "method": "trp", "training": {**training, "epochs": learning}}
+        found.append(Row(RANKS[0], (f"stages.{place}={_flow(plain)}", whole)))
+        found.append(Row(RANKS[1], (f"stages.{place}={_flow(learned)}", rest)))
+    return found
+
+
+def measure(pipeline: Path, row: Row, overrides: Sequence[str], seed: int, runs_dir: Path, console: Console) -> Any:
+    """Run a pipeline one way and return its report, or the message where it cannot be run."""
+    name = f"methods-{pipeline.stem}-{row.slug}-{seed}"
+    loaded = load_pipeline(pipeline, [*overrides, *row.overrides, f"name={name}"], seed)
+    console.note(f"\n{row.name}, seed {seed}")
+    try:
+        run(loaded, runs_dir, console)
+    except StageError as error:
+        return error.message
+    return json.loads((runs_dir / name / "report.json").read_text(encoding="utf-8"))
+
+
+def line(row: Row, reports: Sequence[Any]) -> str:
+    """Return one row of the table: means over seeds."""
+    if refused := [report for report in reports if isinstance(report, str)]:
+        return f"| {row.name} | {refused[0]} | | | | | |"
+    fewer = [statistics.mean(one["baseline"][key] / one["slim"][key] for one in reports) for key in ("macs", "params")]
+    cut = [
+        next(stage["record"] for stage in one["stages"] if stage["stage"] in ("prune", "low_rank")) for one in reports
+    ]
+    blocks = statistics.mean(len(one.get("removed_blocks") or []) for one in cut)
+    before, after = (statistics.mean(_around(one)[when] for one in cut) for when in (0, 1))
+    top1 = [one["slim"]["quality"]["top1"] for one in reports]
+    spread = f" ± {100 * statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+    seconds = statistics.mean(sum(stage["seconds"] for stage in one["stages"]) for one in reports)
+    return (
+        f"| {row.name} | {fewer[0]:.2f}× fewer | {fewer[1]:.2f}× fewer | {blocks:g} | {before:.2%} → {after:.2%} | "
+        f"{100 * statistics.mean(top1):.2f}{spread} % | {seconds:.0f} s |"
+    )
+
+
+def _around(record: dict[str, Any]) -> tuple[float, float]:
+    """Return validation top-1 just before and just after the cut; of scores that is with the repair."""
+    learned = record.get("method")
+    if learned:
+        return learned["top1_before_cut"], learned["top1_after_cut"]
+    return record["validation_top1_before"], record["validation_top1_after"]
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def main() -> None:
+    """Parse the command line, run what is missing, print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", nargs="?", type=Path, default=ROOT / "pipelines" / "quickstart.yaml")
+    parser.add_argument("--epochs", type=int, default=6, help="of training in all, at least 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
+    arguments = parser.parse_args()
+    if arguments.epochs < 2:
+        parser.error(f"--epochs must be at least 2, got {arguments.epochs}")
+    values = load_pipeline(arguments.pipeline, arguments.overrides).resolved
+    every = rows(values, arguments.epochs)
+    if unknown := set(arguments.only or ()) - {row.name for row in every}:
+        parser.error(f"rows are {', '.join(row.name for row in every)}; got {', '.join(sorted(unknown))}")
+    console, lines = Console(), list(HEADER)
+    for row in every:
+        if arguments.only and row.name not in arguments.only:
+            continue
+        reports = [
+            measure(arguments.pipeline, row, arguments.overrides, seed, arguments.runs_dir, console)
+            for seed in arguments.seeds
+        ]
+        lines.append(line(row, reports))
+        console.note(lines[-1])
+    text = "\n".join(lines)
+    if arguments.write is not None:
+        write_between_markers(arguments.write, text, "comparison")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

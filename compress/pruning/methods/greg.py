@@ -1,0 +1,74 @@
+"""Growing regularisation: what goes is penalised a little more every few steps, until nothing of it is left."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.config.schema import GregConfig
+from compress.pruning.methods.base import Scored, Setting
+
+_ALIKE = 0.01
+_RECOVERY = -1e-4
+
+
+class Greg(Scored):
+    """The L2 penalty of the channels that go grows step by step up to a ceiling; then it holds.
+
+        variant 1   they are chosen early, by their scores
+        variant 2   first the penalty of all grows alike: channels that the loss holds on to resist, the others shrink,
+                    and scores tell them apart better; those that stay then get a small negative penalty
+
+    Args:
+        setting: What to work with.
+        options: See `GregConfig`.
+
+    Raises:
+        StageError: The run is too short for the penalty to bring the channels down; says how many steps would do.
+
+    Source: Wang et al. 2021, "Neural Pruning via Growing Regularization", ICLR, arXiv:2012.09243. One ranking of all
+        channels under a budget in place of ratios by hand, penalties on the batch norms too, and a schedule in shares
+        of the run are adaptations.
+    """
+
+    name: ClassVar[str] = "greg"
+
+    def __init__(self, setting: Setting, options: GregConfig | None = None) -> None:
+        self.options = options = options or GregConfig()
+        picked, self.full = round(setting.steps * options.picked_at), round(setting.steps * options.full_at)
+        super().__init__(setting, picked, options.interval, first=picked)
+        self.penalties = {name: torch.zeros(group.width) for name, group in setting.groups.items()}
+        increases = max(1, (self.full - picked) // options.interval)
+        self.increase = options.ceiling / increases
+        self.increase_alike = _ALIKE / max(1, picked // options.interval)
+        after = np.arange(setting.steps - picked) // options.interval + 1
+        factors = np.minimum(after * self.increase, options.ceiling)
+        setting.require_decay(picked, factors, f"a penalty that grows to {options.ceiling:g}")
+
+    def on_gradients(self, step: int) -> None:
+        """Raise the penalties when it is time to, and add them to the gradients."""
+        self.observe(step)
+        if step % self.interval == 0:
+            for name, penalties in self.penalties.items():
+                self._raise(penalties, self.goes(name), step)
+        for name, penalties in self.penalties.items():
+            self.tensors[name].decay(penalties, with_filters=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values from which `load_state_dict` goes on."""
+        return {**super().state_dict(), "penalties": self.penalties}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state)
+        self.penalties = state["penalties"]
+
+    def _raise(self, penalties: Tensor, goes: Tensor, step: int) -> None:
+        is_second = self.options.variant == 2
+        if step < self.frozen:
+            if is_second:
+                penalties.add_(self.increase_alike)
+            return
+        raised = (penalties + self.increase).clamp_max(self.options.ceiling)
+        penalties.copy_(torch.where(goes, raised, torch.full_like(raised, _RECOVERY if is_second else 0.0)))

@@ -1,0 +1,116 @@
+"""Incremental regularisation: penalties rise for channels that rank low and fall again for those that climb."""
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.config.schema import IncRegConfig
+from compress.pruning.methods.base import Scored, Setting
+
+_MIDDLE = 0.25
+
+
+class IncReg(Scored):
+    """Every few steps each channel's L2 penalty changes by an amount that its average rank decides.
+
+    The change is +A for the weakest channel, 0 where the budget draws the line, and negative beyond; a penalty is
+    never below 0. A channel whose penalty has reached the ceiling goes for good. Once the choice stands, what goes has
+    the ceiling and all else no penalty.
+
+    Args:
+        setting: What to work with.
+        options: See `IncRegConfig`.
+
+    Raises:
+        StageError: The run is too short for the penalties to bring the channels down; says how many steps would do.
+
+    Source: Wang et al. 2018, "Structured Pruning for Efficient ConvNets via Incremental Regularization",
+        arXiv:1804.09461. One ranking of all channels under a budget in place of ratios by layer, penalties on the batch
+        norms too, and a schedule in shares of the run are adaptations.
+    """
+
+    name: ClassVar[str] = "increg"
+
+    def __init__(self, setting: Setting, options: IncRegConfig | None = None) -> None:
+        self.options = options = options or IncRegConfig()
+        super().__init__(setting, round(setting.steps * (1 - options.frozen_ratio)), options.interval)
+        self.penalties = {name: torch.zeros(group.width) for name, group in setting.groups.items()}
+        self.ranks = {name: torch.zeros(group.width) for name, group in setting.groups.items()}
+        self.rankings = 0
+        # the weakest reach the ceiling halfway to where the choice stands
+        self.most = 2 * options.ceiling * options.interval / max(1, self.frozen)
+        setting.require_decay(self.frozen, options.ceiling, f"a penalty of {options.ceiling:g}")
+
+    def on_gradients(self, step: int) -> None:
+        """Rank, change the penalties when it is time to, and add them to the gradients."""
+        self.observe(step)
+        if step < self.frozen and step % self.interval == 0:
+            self._change()
+        for name, penalties in self.penalties.items():
+            self.tensors[name].decay(penalties, with_filters=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values from which `load_state_dict` goes on."""
+        own = {"penalties": self.penalties, "ranks": self.ranks, "rankings": self.rankings}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state)
+        self.penalties, self.ranks, self.rankings = state["penalties"], state["ranks"], state["rankings"]
+
+    def _choose(self, is_final: bool) -> None:
+        """Let the present ranks into their averages, and choose by those."""
+        every = torch.cat(list(self.scores.values()))
+        present = torch.empty(len(every)).scatter_(0, every.argsort(stable=True), torch.arange(float(len(every))))
+        self.rankings += 1
+        for name, ranks in self._parted(present).items():
+            self.ranks[name].lerp_(ranks + 1, 1 / self.rankings)  # no rank is 0, so that none goes for nothing
+        gone = {name: self.penalties[name] >= self.options.ceiling for name in self.ranks}
+        wanted = {name: torch.where(gone[name], torch.zeros_like(ranks), ranks) for name, ranks in self.ranks.items()}
+        before, self.scores = self.scores, wanted
+        try:
+            super()._choose(is_final)
+        finally:
+            self.scores = before
+        if is_final:
+            for name, penalties in self.penalties.items():
+                penalties.copy_(self.goes(name) * self.options.ceiling)
+
+    def _change(self) -> None:
+        """Change every penalty by where its channel stands: those that go first, each part by average rank."""
+        ranks = torch.cat([self.ranks[name] for name in self.penalties])
+        goes = torch.cat([self.goes(name) for name in self.penalties])
+        order = torch.from_numpy(np.lexsort((ranks.numpy(), ~goes.numpy())))
+        places = torch.empty(len(order), dtype=torch.int64).scatter_(0, order, torch.arange(len(order)))
+        changes = self._parted(increments(len(order), int(goes.sum()), self.most)[places])
+        for name, penalties in self.penalties.items():
+            changed = (penalties + changes[name]).clamp(0, self.options.ceiling)
+            penalties.copy_(torch.where(penalties >= self.options.ceiling, penalties, changed))
+
+    def _parted(self, every: Tensor) -> dict[str, Tensor]:
+        """Part a row of all channels by group."""
+        parts = torch.split(every, [len(penalties) for penalties in self.penalties.values()])
+        return dict(zip(self.penalties, parts, strict=True))
+
+
+def increments(count: int, going: int, most: float) -> Tensor:
+    """Return (count,) by how much the penalty of each channel changes, weakest channel first.
+
+    A curve that falls from `most`, is 0 at the place `going`, and is the same turned around its middle; never below
+    -`most`.
+
+    >>> [round(float(value), 3) for value in increments(9, 4, 1.0)]
+    [1.0, 0.595, 0.354, 0.189, 0.0, -0.319, -0.855, -1.0, -1.0]
+    """
+    if going == 0:
+        return torch.full((count,), -most)
+    places = torch.arange(count, dtype=torch.float64)
+    rate = math.log(2 / _MIDDLE) / going
+    middle = -math.log(_MIDDLE) / rate
+    falling = torch.exp(-rate * places)
+    beyond = 2 * _MIDDLE - torch.exp((-rate * (2 * middle - places)).clamp_max(1.0))
+    return (most * torch.where(places < middle, falling, beyond).clamp_min(-1.0)).float()

@@ -1,0 +1,87 @@
+"""Training with the hooks of a method at work, and what the cut or the factorisation after it changes."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+
+from compress.artifacts import TorchModel
+from compress.config.schema import TrainingConfig
+from compress.progress import Progress
+from compress.stages.context import Record, StageContext
+from compress.stages.finetune import distillation_from, fit_settings
+from compress.training.evaluate import evaluate_loss, evaluate_top1
+from compress.training.fit import FitSettings, fit
+from compress.training.hooks import TrainingHooks
+
+CUT_JUMP = 0.02
+
+
+def hooked_settings(config: TrainingConfig, ctx: StageContext) -> FitSettings:
+    """Return the settings of a run that ends with its last step: what the hooks have done by then is what counts."""
+    return replace(fit_settings(config, ctx.seed, len(ctx.data.train)), keep="last")
+
+
+def train_with_hooks(
+    module: nn.Module,
+    artifact: TorchModel,
+    config: TrainingConfig,
+    hooks: TrainingHooks,
+    state: Path,
+    ctx: StageContext,
+) -> Record:
+    """Train a network in place and return what the report tells; goes on from `state`, if it is there.
+
+    Args:
+        module: The network; hooks may be on it already.
+        artifact: Knows the untouched network, which may be the teacher.
+        config: How.
+        hooks: Called in every step.
+        state: File of the state.
+        ctx: Surroundings.
+
+    Raises:
+        As `compress.training.fit.fit`.
+    """
+    settings, validation = hooked_settings(config, ctx), ctx.data.validation
+    before = evaluate_top1(module, validation, progress=ctx.progress)
+    teacher = distillation_from(config.distillation, artifact)
+    result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
+    return {
+        "validation_top1_before": before,
+        "epochs": [asdict(epoch) for epoch in result.epochs],
+        "chosen_epoch": result.chosen_epoch,
+        "steps": result.steps,
+        "peak_learning_rate": settings.learning_rate,
+        "batch_size": settings.batch_size,
+        **loss_and_top1(module, "before_cut", ctx),
+    }
+
+
+def loss_and_top1(module: nn.Module, when: str, ctx: StageContext) -> Record:
+    """Return loss and top-1 on the validation split, under names that end with `when`."""
+    return {
+        f"loss_{when}": evaluate_loss(module, ctx.data.validation, progress=ctx.progress),
+        f"top1_{when}": evaluate_top1(module, ctx.data.validation, progress=ctx.progress),
+    }
+
+
+def say_cut(record: Record, progress: Progress) -> None:
+    """Say what the cut did to a network that was trained for it, and warn where that is more than next to nothing.
+
+    Args:
+        record: With the figures of both `loss_and_top1`, and the name and the figures of the method.
+        progress: Told.
+    """
+    before, after = record["loss_before_cut"], record["loss_after_cut"]
+    progress.note(
+        f"{record['name']}: validation loss {before:.4f} before the cut, {after:.4f} after it; top-1 "
+        f"{record['top1_before_cut']:.2%}, {record['top1_after_cut']:.2%}"
+    )
+    if not after - before <= CUT_JUMP:
+        left = record["figures"].get("left_ratio")
+        cause = "" if left is None else f": what went had {left:.2%} of its strength left"
+        progress.warn(
+            f"The cut after '{record['name']}' must change next to nothing, it raised the validation loss by "
+            f"{after - before:.3f}, above {CUT_JUMP:g}{cause}. More steps after the choice stands would help."
+        )

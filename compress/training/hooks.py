@@ -1,0 +1,31 @@
+"""What may be done in each step of the one training loop, besides the step itself?"""
+
+from typing import Any, Protocol
+
+
+class TrainingHooks(Protocol):
+    """Called by `compress.training.fit.fit` in every step, in this order; steps are counted from 0.
+
+    What a hook draws at random follows from the global generator, which the loop seeds for every step before
+    `on_step_begin`; all else that it remembers from one step to the next is in its state.
+    """
+
+    def on_step_begin(self, step: int) -> None:
+        """Before the forward pass."""
+        ...
+
+    def on_gradients(self, step: int) -> None:
+        """After the backward pass; gradients may be changed. Those of weight decay are added later."""
+        ...
+
+    def on_step_end(self, step: int) -> None:
+        """After the weights have changed."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values from which `load_state_dict` goes on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        ...

@@ -1,0 +1,102 @@
+"""Every registered training-time method keeps the method contract on each of the tiny networks."""
+
+import nets
+import pytest
+import torch
+
+from compress.catalog import METHODS
+from compress.config.schema import GregConfig, IncRegConfig
+from compress.pruning.methods.csgd import Csgd
+from compress.pruning.methods.gates import Gates
+from compress.pruning.methods.greg import Greg
+from compress.pruning.methods.gsm import Gsm
+from compress.pruning.methods.increg import IncReg
+from compress.testing import MethodCase, MethodContract
+
+
+@pytest.fixture(params=nets.NAMES, scope="module")
+def method_case(request):
+    return MethodCase(request.param, nets.build(request.param), nets.images(16), torch.arange(16) % 4)
+
+
+class TestGsm(MethodContract):
+    method_class = Gsm
+
+
+class TestGates(MethodContract):
+    method_class = Gates
+
+
+class TestGreg(MethodContract):
+    method_class = Greg
+    options = GregConfig(ceiling=10.0)  # the run is short
+
+
+class TestIncReg(MethodContract):
+    method_class = IncReg
+    options = IncRegConfig(ceiling=10.0)
+
+
+class TestCsgd(MethodContract):
+    method_class = Csgd
+
+
+SUITES = (TestGsm, TestGates, TestGreg, TestIncReg, TestCsgd)
+
+
+def test_every_registered_method_has_a_contract_class():
+    assert {METHODS.get(name) for name in METHODS} == {suite.method_class for suite in SUITES}
+    assert [METHODS.get(name).name for name in METHODS] == list(METHODS)
+    assert len(SUITES) >= 5
+
+
+def test_the_contract_has_its_size():
+    promises = [name for name in dir(MethodContract) if name.startswith("test_")]
+    assert len(promises) >= 7
+    assert len(nets.NAMES) == 6
+
+
+class _LeavesWhatGoes(Gsm):
+    """Breaks the contract: what goes is not brought down."""
+
+    def on_gradients(self, step):
+        self.observe(step)
+
+
+class _ForgetsWhatGoes(Gsm):
+    """Breaks the contract: its state is not all of it."""
+
+    def load_state_dict(self, state):
+        super().load_state_dict({**state, "chosen": {}})
+
+
+class _LeavesAHook(Gates):
+    """Breaks the contract: a hook stays."""
+
+    def finish(self):
+        self._handles.pop()
+        super().finish()
+
+
+class _ChoosesForItself(Gsm):
+    """Breaks the contract: less goes than was chosen."""
+
+    @property
+    def removed(self):
+        return dict(list(self.chosen.items())[:1])
+
+
+@pytest.mark.parametrize(
+    ("method", "promise", "match"),
+    [
+        (_LeavesWhatGoes, "test_the_cut_changes_next_to_nothing", "outputs move by"),
+        (_ForgetsWhatGoes, "test_a_run_goes_on_from_its_state", "differs|other channels"),
+        (_LeavesAHook, "test_hooks_are_taken_off", "a hook is left"),
+        (_ChoosesForItself, "test_what_goes_is_what_was_chosen_last", "channels go by"),
+    ],
+)
+def test_the_contract_catches_a_method_that_breaks_it(method, promise, match):
+    suite = type("Broken", (MethodContract,), {"method_class": method})()
+    case = MethodCase("chain", nets.build("chain"), nets.images(16), torch.arange(16) % 4)
+    with pytest.raises(AssertionError, match=match):
+        getattr(suite, promise)(case)

@@ -1,0 +1,162 @@
+"""`prune` with a method: what goes is learned under the budget, and the cut changes next to nothing."""
+
+import json
+
+import bright
+import nets
+import pytest
+import torch
+
+import compress.stages.hooked as hooked
+from compress.building import apply_edits
+from compress.catalog import METHODS
+from compress.config.schema import (
+    GsmConfig,
+    PruneConfig,
+    TargetConfig,
+    TrainingConfig,
+)
+from compress.cost.macs import count_macs, count_params
+from compress.errors import AlreadyWithin, BudgetUnreachable, StageError
+from compress.pruning.methods.gates import Gates
+from compress.pruning.methods.gsm import Gsm
+from compress.recipe import RemoveBlock, RemoveChannels
+from compress.stages.prune import PruneStage
+
+TRAINING = TrainingConfig(steps=90, batch_size=16, learning_rate=0.05, momentum=0.5, warmup_ratio=0.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return bright.splits(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def learn(data, tmp_path):
+    """Run `prune` with a method on a tiny network; give the slim model, the record and what was said."""
+
+    def call(name, folder="stage", **config):
+        artifact, (ctx, listener) = bright.artifact(name, tmp_path), bright.context(tmp_path / folder, data)
+        settings = {"target": TargetConfig(macs=0.5), "multiple_of": 1, "training": TRAINING} | config
+        stage = PruneStage(PruneConfig(stage="prune", **settings))
+        slim, record = stage.run(artifact, ctx)
+        return slim, record, listener
+
+    return call
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", ["residual", "depthwise", "linear_head"])
+def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, method):
+    slim, record, said = learn(name, method=method, repair=())
+    before = count_macs(nets.build(name), nets.EXAMPLE)
+    assert record["macs_after"] == count_macs(slim.module, nets.EXAMPLE) <= 0.5 * before
+    assert record["reached_ratio"] > 0.3
+    learned = record["method"]
+    assert learned["name"] == method
+    assert learned["steps"] == 90
+    assert len(learned["epochs"]) == learned["chosen_epoch"]
+    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=hooked.CUT_JUMP)
+    assert said.warnings == []
+    assert any(note.startswith(f"{method}: validation loss") for note in said.notes)
+    replayed = apply_edits(nets.build(name, seed=3), slim.recipe, nets.EXAMPLE)
+    replayed.load_state_dict(slim.module.state_dict(), strict=True)
+    assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
+    json.dumps(record)
+
+
+def test_the_network_is_trained_while_the_method_decides(learn):
+    slim, record, _ = learn("chain", method="gsm")
+    assert record["method"]["validation_top1_before"] < record["method"]["top1_before_cut"] == 1.0
+    assert record["validation_top1_after"] == 1.0
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in slim.module.modules())
+
+
+def test_a_cut_that_changes_more_is_warned_about_with_its_cause(learn, monkeypatch):
+    monkeypatch.setattr(Gsm, "on_gradients", lambda self, step: self.observe(step))  # nothing decays
+    monkeypatch.setattr(hooked, "CUT_JUMP", -1.0)
+    _, record, said = learn("chain", method="gsm")
+    (warning,) = [text for text in said.warnings if "must change next to nothing" in text]
+    assert "what went had" in warning
+    assert f"{record['method']['loss_after_cut'] - record['method']['loss_before_cut']:.3f}" in warning
+
+
+def test_gates_remove_a_block_where_that_is_cheaper(learn, monkeypatch):
+    draw = Gates.on_step_begin
+
+    def closed(self, step):
+        if step == self.frozen:
+            with torch.no_grad():
+                self.blocks["body.2"].fill_(-1.0)
+        draw(self, step)
+
+    monkeypatch.setattr(Gates, "on_step_begin", closed)
+    slim, record, _ = learn("residual", method="gates", blocks="auto", target=TargetConfig(params=0.4))
+    assert record["removed_blocks"] == ["body.2"]
+    assert isinstance(slim.recipe.edits[0], RemoveBlock)
+    assert isinstance(slim.recipe.edits[1], RemoveChannels)
+    assert record["params_after"] == count_params(slim.module) <= 0.4 * record["params_before"]
+    learned = record["method"]
+    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=1e-4)
+    assert learned["figures"]["blocks_closed_ratio"] == 0.5
+
+
+def test_gates_leave_blocks_alone_unless_asked(learn):
+    _, record, _ = learn("residual", method="gates")
+    assert record["removed_blocks"] == []
+    assert record["method"]["figures"]["blocks_closed_ratio"] == 0.0
+
+
+def test_a_stage_that_was_killed_goes_on_and_ends_the_same(learn, monkeypatch):
+    whole, record, _ = learn("chain", "whole", method="gsm")
+    gradients = Gsm.on_gradients
+
+    def dying(self, step):
+        if step == 60:
+            raise SystemExit("killed")
+        gradients(self, step)
+
+    monkeypatch.setattr(Gsm, "on_gradients", dying)
+    with pytest.raises(SystemExit):
+        learn("chain", "killed", method="gsm")
+    monkeypatch.setattr(Gsm, "on_gradients", gradients)
+    again, repeated, said = learn("chain", "killed", method="gsm")
+    assert any(note.startswith("Training goes on after") for note in said.notes)
+    assert again.recipe == whole.recipe
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, again.module.state_dict()[name]), name
+    assert repeated["method"]["figures"] == record["method"]["figures"]
+
+
+def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):
+    whole, record, _ = learn("chain", "whole", method="gsm")
+    cut = PruneStage._cut
+    monkeypatch.setattr(PruneStage, "_cut", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+    with pytest.raises(SystemExit):
+        learn("chain", "killed", method="gsm")
+    monkeypatch.setattr(PruneStage, "_cut", cut)
+    monkeypatch.setattr(Gsm, "on_step_begin", lambda *_: pytest.fail("it was trained again"))
+    again, repeated, _ = learn("chain", "killed", method="gsm")
+    assert again.recipe == whole.recipe
+    assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in whole.module.state_dict().items())
+    assert repeated["method"]["epochs"] == record["method"]["epochs"]
+
+
+def test_what_cannot_come_to_an_end_is_refused_before_the_training(learn, monkeypatch):
+    monkeypatch.setattr("compress.stages.hooked.fit", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(BudgetUnreachable, match="cannot be reached"):
+        learn("chain", method="gsm", target=TargetConfig(macs=0.01))
+    with pytest.raises(AlreadyWithin, match=r"Target macs 1\.0 must remove something"):
+        learn("chain", method="gsm", target=TargetConfig(macs=1.0))
+    short = TRAINING.model_copy(update={"steps": 30})
+    with pytest.raises(StageError, match=r"at momentum 0\.5 that takes 24 steps, and of 30 steps the choice leaves 15"):
+        learn("chain", method="gsm", training=short)
+    with pytest.raises(StageError, match=r"gsm\.passive_decay 0\.001 brings them to"):
+        learn("chain", method="gsm", gsm=GsmConfig(passive_decay=0.001))
+
+
+def test_groups_that_a_method_cannot_cut_stay_whole_and_are_named(learn):
+    _, record, said = learn("grouped", method="csgd", target=TargetConfig(macs=0.8))
+    reasons = {entry["name"]: entry["reason"] for entry in record["excluded"]}
+    assert "a grouped convolution computes or reads it" in reasons.values()
+    assert any("a grouped convolution" in warning for warning in said.warnings)

@@ -1,0 +1,454 @@
+"""Each training-time method does in a tiny case what a hand can compute."""
+
+import copy
+import math
+
+import nets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compress.allocation.costs import Axis, CoupledCost, Term
+from compress.config.schema import CsgdConfig, GatesMethodConfig, GregConfig, GsmConfig, IncRegConfig
+from compress.cost.macs import count_macs
+from compress.errors import StageError
+from compress.pruning.costs import ExpectedCost, build_cost
+from compress.pruning.criteria.base import collect_gradients
+from compress.pruning.graph import cut_copy, find_cuttable, silenced_copy
+from compress.pruning.methods.base import DECAYED, GroupTensors, Setting, rows_of
+from compress.pruning.methods.csgd import Csgd, channel_features, clustering
+from compress.pruning.methods.gates import Gates
+from compress.pruning.methods.greg import Greg
+from compress.pruning.methods.gsm import Gsm
+from compress.pruning.methods.increg import IncReg, increments
+
+
+class Pair(nn.Module):
+    """A convolution of two channels with a batch norm, read by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(2)
+        self.head = nn.Linear(2, 4)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.tensor([0.5, 2.0]))
+            self.norm.bias.copy_(torch.tensor([0.25, -1.0]))
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+class Chosen:
+    """Lets go what it is told to, and remembers how it was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.calls = list(answers), []
+
+    def __call__(self, scores, damages=None, closed=(), is_final=False):
+        self.calls.append(({name: values.clone() for name, values in scores.items()}, damages, closed, is_final))
+        return self.answers[min(len(self.calls), len(self.answers)) - 1]
+
+
+def setting(module, choose, rates, momentum=0.5, weight_decay=0.0, cost=None, kept=0.5, blocks=None, levels=None):
+    groups, _ = find_cuttable(module, torch.zeros(1, 3, 16, 16))
+    cost = cost or ExpectedCost(build_cost(module, nets.EXAMPLE, groups, "macs"), count_macs(module, nets.EXAMPLE))
+    levels = levels or {name: tuple(range(1, group.width + 1)) for name, group in groups.items()}
+    rates = np.asarray(rates, dtype=np.float64)
+    return Setting(module, groups, choose, levels, rates, momentum, weight_decay, 0, cost, kept, blocks or {})
+
+
+def train(module, method, rates, momentum=0.5, weight_decay=0.0, seed=0):
+    """Train as the loop does, on random images."""
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum, weight_decay=weight_decay)
+    module.train()
+    for step, rate in enumerate(rates):
+        torch.manual_seed(1000 * seed + step)
+        images, labels = torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
+        optimizer.param_groups[0]["lr"] = float(rate)
+        optimizer.zero_grad(set_to_none=True)
+        method.on_step_begin(step)
+        F.cross_entropy(module(images), labels).backward()
+        method.on_gradients(step)
+        optimizer.step()
+        method.on_step_end(step)
+    return module.eval()
+
+
+# what all share
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_derivatives_by_gates_follow_from_the_gradients_of_the_parameters(name):
+    module, images, labels = nets.build(name), nets.images(8), torch.arange(8) % 4
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    (wanted,) = collect_gradients(module, groups.values(), [(images, labels)]).batches
+    F.cross_entropy(module(images), labels).backward()
+    assert groups
+    for group in groups.values():
+        expected = torch.zeros(group.width)
+        for gate in group.gates:
+            expected.index_add_(0, gate.channels, wanted[gate.layer][gate.slots])
+        assert torch.allclose(GroupTensors(group).derivatives(), expected, rtol=1e-3, atol=1e-6)
+        assert expected.abs().max() > 1e-5
+
+
+def test_a_decay_sized_for_the_run_brings_a_parameter_to_e_to_the_minus_8():
+    rates = 0.1 * 0.5 * (1 + np.cos(np.linspace(0, math.pi, 400)))
+    one = setting(Pair(), Chosen({}), rates, momentum=0.9)
+    decay = one.sized_decay(100)
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], 0.1, 0.9, weight_decay=decay)
+    for rate in rates[100:]:
+        optimizer.param_groups[0]["lr"] = rate
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert math.log(float(parameter.detach().abs())) == pytest.approx(-DECAYED, abs=2.0)
+
+
+def test_too_few_steps_for_momentum_to_forget_are_refused_with_the_number_that_would_do():
+    # sqrt(0.5)^n = e^-8 after 23.08 steps
+    assert setting(Pair(), Chosen({}), [0.1] * 48).sized_decay(24) > 0
+    match = "at momentum 0.5 that takes 24 steps, and of 46 steps the choice leaves 23"
+    with pytest.raises(StageError, match=match) as caught:
+        setting(Pair(), Chosen({}), [0.1] * 46).sized_decay(23)
+    assert caught.value.hint == "Train for at least 48 steps."
+    with pytest.raises(StageError, match="of 30 steps none is left"):
+        setting(Pair(), Chosen({}), [0.1] * 30).sized_decay(30)
+
+
+def test_a_given_decay_that_is_too_weak_is_refused_with_the_number_of_steps_that_would_do():
+    # 50 steps * 0.1 * 0.4 / (1 - 0.5) = 4, half of what is needed
+    with pytest.raises(StageError, match=r"gsm.passive_decay 0.4 brings them to e\^-4 in 100 steps") as caught:
+        Gsm(setting(Pair(), Chosen({}), [0.1] * 100), GsmConfig(passive_decay=0.4))
+    assert caught.value.hint is not None
+    assert "at least 200 steps" in caught.value.hint
+    Gsm(setting(Pair(), Chosen({}), [0.1] * 200), GsmConfig(passive_decay=0.4))
+
+
+# gsm
+
+
+def test_gsm_lets_passive_channels_decay_by_formula_and_trains_the_others():
+    module = Pair()
+    rates, chosen = [0.1] * 100, Chosen({"conv": (0,)})
+    method = Gsm(setting(module, chosen, rates), GsmConfig(interval=10))
+    assert method.passive_decay == pytest.approx(8 * 0.5 / (0.1 * 50))
+    before = copy.deepcopy(module.state_dict())
+    train(module, method, rates)
+    # w <- w - 0.1 v with v <- 0.5 v + 0.8 w, from w = 1, v = 0
+    weight, velocity = 1.0, 0.0
+    for _ in rates:
+        velocity = 0.5 * velocity + method.passive_decay * weight
+        weight -= 0.1 * velocity
+    assert module.norm.weight[0].item() == pytest.approx(0.5 * weight, rel=1e-3, abs=1e-9)
+    assert module.norm.bias[0].item() == pytest.approx(0.25 * weight, rel=1e-3, abs=1e-9)
+    assert torch.equal(module.conv.weight[0], before["conv.weight"][0])  # its own decay is the optimiser's: 0 here
+    assert not torch.allclose(module.conv.weight[1], before["conv.weight"][1])
+    assert not torch.allclose(module.norm.weight[1], before["norm.weight"][1])
+    assert [is_final for *_, is_final in chosen.calls] == [False] * 5 + [True]
+    assert method.figures()["left_ratio"] < 1e-4
+
+
+def test_gsm_scores_are_a_moving_average_of_absolute_derivatives():
+    module = Pair()
+    method = Gsm(setting(module, Chosen({}), [0.1] * 100))
+    expected = torch.zeros(2)
+    for step in range(3):
+        images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+        module.zero_grad()
+        F.cross_entropy(module(images), torch.arange(8) % 4).backward()
+        norm = module.norm
+        now = (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach().abs()
+        expected = 0.9 * expected + 0.1 * now
+        method.on_gradients(step)
+    assert torch.allclose(method.scores["conv"], expected, rtol=1e-4)
+
+
+def test_gsm_counts_channels_that_come_back():
+    module, rates = Pair(), [0.1] * 100
+    method = Gsm(setting(module, Chosen({"conv": (0,)}, {"conv": (1,)}), rates), GsmConfig(interval=25))
+    train(module, method, rates)
+    assert method.removed == {"conv": (1,)}
+    assert method.figures()["reactivated"] == 1
+
+
+# greg
+
+
+def test_greg_1_raises_the_penalty_of_what_goes_up_to_its_ceiling():
+    module, rates = Pair(), [0.1] * 100
+    options = GregConfig(variant=1, interval=5, ceiling=0.8, picked_at=0.1, full_at=0.5)
+    method = Greg(setting(module, Chosen({"conv": (0,)}), rates), options)
+    seen = []
+    method.on_step_end = lambda step: seen.append(method.penalties["conv"].tolist())
+    train(module, method, rates)
+    assert method.increase == pytest.approx(0.8 / 8)
+    assert seen[9] == [0, 0]
+    assert seen[10] == pytest.approx([0.1, 0])
+    assert seen[14] == pytest.approx([0.1, 0])
+    assert seen[15] == pytest.approx([0.2, 0])
+    assert seen[99] == pytest.approx([0.8, 0])
+    assert module.norm.weight[0].item() < 0.5 * 1e-3
+    assert float(module.conv.weight[0].detach().norm()) < 1e-3  # the penalty is on the filters too
+
+
+def test_greg_2_lets_all_penalties_grow_first_and_then_frees_what_stays():
+    module, rates = Pair(), [0.1] * 100
+    options = GregConfig(variant=2, interval=5, picked_at=0.4, full_at=0.7)
+    chosen = Chosen({"conv": (0,)})
+    method = Greg(setting(module, chosen, rates), options)
+    seen = []
+    method.on_step_end = lambda step: seen.append(method.penalties["conv"].tolist())
+    train(module, method, rates)
+    assert seen[39] == pytest.approx([0.01, 0.01])
+    assert seen[40][1] == pytest.approx(-1e-4)
+    assert seen[40][0] == pytest.approx(0.01 + 1 / 6)
+    assert seen[99] == pytest.approx([1, -1e-4])
+    assert [is_final for *_, is_final in chosen.calls] == [True]
+
+
+def test_greg_refuses_a_run_too_short_for_its_penalty():
+    with pytest.raises(StageError, match=r"a penalty that grows to 0\.001 brings them to"):
+        Greg(setting(Pair(), Chosen({}), [0.01] * 200), GregConfig(ceiling=0.001))
+
+
+# increg
+
+
+def test_increments_fall_from_the_most_to_zero_where_the_budget_draws_the_line():
+    for count, going in ((40, 10), (7, 3), (100, 90)):
+        values = increments(count, going, 2.0)
+        assert float(values[0]) == 2.0
+        assert float(values[going]) == pytest.approx(0, abs=1e-6)
+        assert bool((values[:-1] >= values[1:]).all())
+        assert float(values.min()) >= -2.0
+    assert increments(3, 0, 2.0).tolist() == [-2, -2, -2]
+
+
+def test_increg_raises_penalties_of_weak_channels_and_lowers_them_when_they_climb():
+    module, rates = nets.build("chain"), [0.1] * 120
+    one = setting(module, Chosen({"body.0.0": (0, 1)}), rates)
+    method = IncReg(one, IncRegConfig(interval=10, ceiling=5.0))
+    method.scores["body.0.0"] = torch.arange(8.0)
+    method._choose(is_final=False)
+    method._change()
+    penalties = method.penalties["body.0.0"]
+    assert float(penalties[0]) == pytest.approx(method.most)  # first of what goes
+    assert 0 < float(penalties[1]) < method.most
+    assert penalties[2:].tolist() == [0] * 6  # never below 0
+    method.setting.choose.answers = [{"body.0.0": (1, 2)}]
+    method._choose(is_final=False)
+    method._change()
+    assert float(penalties[0]) < method.most
+    assert float(penalties[1]) > float(penalties[2]) > 0
+
+
+def test_increg_ranks_all_channels_of_all_groups_together():
+    module, rates = nets.build("chain"), [0.1] * 120
+    chosen = Chosen({})
+    method = IncReg(setting(module, chosen, rates), IncRegConfig())
+    for number, scores in enumerate(method.scores.values()):
+        scores.copy_(torch.arange(float(len(scores))) + 100 * number)
+    method._choose(is_final=False)
+    ranks = torch.cat(list(method.ranks.values()))
+    assert ranks.tolist() == list(range(1, len(ranks) + 1))
+    assert torch.equal(torch.cat(list(chosen.calls[0][0].values())), ranks)
+
+
+def test_increg_lets_a_channel_at_the_ceiling_go_for_good():
+    module, rates = nets.build("chain"), [0.1] * 120
+    chosen = Chosen({"body.0.0": (3,)})
+    method = IncReg(setting(module, chosen, rates), IncRegConfig(ceiling=1.0))
+    for scores in method.scores.values():
+        scores.copy_(1 + torch.arange(float(len(scores))))
+    method.penalties["body.0.0"][3] = 1.0
+    method._choose(is_final=False)
+    asked = chosen.calls[0][0]["body.0.0"]
+    assert float(asked[3]) == 0
+    assert bool((asked[[0, 1, 2, 4]] > 0).all())
+    method._change()
+    assert float(method.penalties["body.0.0"][3]) == 1.0
+    method._choose(is_final=True)
+    assert method.penalties["body.0.0"].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+# csgd
+
+
+def test_csgd_gives_a_cluster_its_mean_gradient_and_a_pull_to_its_mean():
+    module = Pair()
+    method = Csgd(setting(module, Chosen({"conv": (1,)}), [0.1] * 100), CsgdConfig(pull=4.0))
+    method.on_step_begin(0)
+    assert method.clusters is not None
+    assert method.clusters["conv"].tolist() == [0, 0]
+    assert method.removed == {"conv": (1,)}
+    module(torch.randn(8, 3, 16, 16)).square().sum().backward()
+    before = module.norm.weight.grad.clone()
+    method.on_gradients(0)
+    # the mean gradient, and 4 * (0.5 - 1.25), 4 * (2 - 1.25)
+    wanted = before.mean() + torch.tensor([-3.0, 3.0])
+    assert torch.allclose(module.norm.weight.grad, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "concat", "linear_head"])
+def test_csgd_merges_equal_channels_without_a_change(name):
+    module = nets.build(name)
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    (group_name, group), *_ = groups.items()
+    clusters = torch.arange(group.width)
+    clusters[-1] = 0  # the last channel becomes like the first
+    with torch.no_grad():
+        for rows in GroupTensors(group).every():
+            values = rows.values
+            values[rows.channels == group.width - 1] = values[rows.channels == 0]
+            rows.set_values(values)
+        for norm in group.norms:
+            for buffer in (norm.module.running_mean, norm.module.running_var):
+                buffer[norm.slots[norm.channels == group.width - 1]] = buffer[norm.slots[norm.channels == 0]]
+    expected = module(nets.images())
+    method = Csgd(setting(module, Chosen({}), [0.1] * 100))
+    method.clusters = {name: torch.arange(one.width) for name, one in groups.items()} | {group_name: clusters}
+    method.finish()
+    assert method.removed == {group_name: (group.width - 1,)}
+    slim = cut_copy(module, method.removed, nets.EXAMPLE)
+    assert torch.allclose(slim(nets.images()), expected, atol=1e-5)
+    assert not torch.allclose(
+        cut_copy(nets.build(name), method.removed, nets.EXAMPLE)(nets.images()), expected, atol=1e-3
+    )
+
+
+def test_csgd_draws_channels_together_while_training():
+    module, rates = nets.build("chain"), [0.05] * 120
+    method = Csgd(setting(module, Chosen({"body.1.0": tuple(range(8))}), rates))
+    train(module, method, rates)
+    before = module(nets.images())
+    method.finish()
+    assert method.figures()["left_ratio"] < 0.01
+    slim = cut_copy(module, method.removed, nets.EXAMPLE)
+    assert len(method.removed["body.1.0"]) == 8
+    assert torch.allclose(slim(nets.images()), before, atol=0.01 * before.abs().max().item())
+
+
+def test_clusters_are_as_many_as_asked_and_none_is_empty():
+    features = np.repeat(np.eye(3), 4, 0)
+    for count in range(1, 13):
+        found = clustering(features, count, seed=0)
+        assert sorted(set(found.labels.tolist())) == list(range(count))
+        if count >= 3:
+            assert found.distortion == pytest.approx(0, abs=1e-12)
+    assert clustering(features, 1, 0).distortion == pytest.approx(1)
+    assert clustering(np.ones((5, 2)), 3, 0).distortion == 0
+
+
+def test_channel_features_do_not_depend_on_the_size_of_a_filter_before_its_norm():
+    module = nets.build("chain")
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    before = channel_features(groups["body.1.0"])
+    with torch.no_grad():
+        module.body[1][0].weight.mul_(3)
+    assert np.allclose(channel_features(groups["body.1.0"]), before, atol=1e-6)
+    assert np.allclose(np.linalg.norm(before, axis=1), 1)
+
+
+# gates
+
+
+def test_expected_cost_is_the_cost_where_chances_are_certain():
+    module = nets.build("residual")
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    cost = build_cost(module, nets.EXAMPLE, groups, "macs")
+    expected = ExpectedCost(cost, 1.0, ["body.1", "body.2"])
+    widths = {name: 3 + number for number, name in enumerate(groups)}
+    chances = {name: torch.tensor(float(width)) for name, width in widths.items()}
+    here = torch.ones(1)
+    assert float(expected(chances, {"body.1": here, "body.2": here})) == pytest.approx(cost.at(widths))
+    inside = [term for term in cost.terms if term.layer.startswith("body.1.")]
+    removed = {name: groups[name].width - width for name, width in widths.items()}
+    block = sum(term.factor * term.out.at(removed) * term.inp.at(removed) for term in inside)
+    assert block > 0
+    without = expected(chances, {"body.1": 0 * here, "body.2": here})
+    assert float(without) == pytest.approx(cost.at(widths) - block)
+
+
+def test_the_price_of_a_channel_falls_with_the_width_of_its_neighbour():
+    cost = ExpectedCost(CoupledCost((Term(2.0, Axis(8, {"a": 1}), Axis(4, {"b": 1})),), 0.0, {"a": 8, "b": 4}), 64.0)
+    a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    cost({"a": a, "b": b}, {}).backward()
+    assert float(a.grad) == pytest.approx(2 * 3 / 64)
+    assert float(b.grad) == pytest.approx(2 * 6 / 64)
+
+
+def test_gates_pass_the_gradient_of_their_chance():
+    module = Pair()
+    method = Gates(setting(module, Chosen({}), [0.1] * 100))
+    module.train()
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 16, 16)
+    module(images).sum().backward()
+    torch.manual_seed(0)
+    torch.randn(8, 3, 16, 16)
+    noise = torch.rand(8, 2).clamp(1e-6, 1 - 1e-6)
+    chance = torch.sigmoid(method.channels["conv"].detach() + noise.log() - (1 - noise).log())
+    normed = F.batch_norm(module.conv(images), None, None, module.norm.weight, module.norm.bias, training=True)
+    is_open = (chance > 0.5).float()
+    passed = (normed * is_open[:, :, None, None] > 0).float() * normed  # derivative of the sum of relu by the gate
+    wanted = (passed.mean((2, 3)) * module.head.weight.sum(0) * chance * (1 - chance)).sum(0)
+    assert torch.allclose(method.channels["conv"].grad, wanted.detach(), rtol=1e-3, atol=1e-7)
+
+
+def test_gates_close_what_the_budget_does_not_pay_for_and_then_stand():
+    module, rates = nets.build("chain"), [0.02] * 150
+    chosen = Chosen({"body.1.0": (0, 1, 2)})
+    method = Gates(setting(module, chosen, rates, kept=0.3), GatesMethodConfig())
+    train(module, method, rates[: method.frozen])
+    assert float(method._cost()) < 0.6  # on the way to 0.3, from 0.99
+    train(module, method, rates)
+    assert method.removed == {"body.1.0": (0, 1, 2)}
+    assert [is_final for *_, is_final in chosen.calls] == [True]
+    before = module(nets.images())
+    method.finish()
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    assert torch.allclose(silenced_copy(module, method.removed, groups)(nets.images()), before, atol=1e-6)
+    assert not torch.allclose(module(nets.images()), before, atol=1e-3)  # the gates are off
+
+
+def test_a_block_whose_gate_is_closed_passes_on_what_it_is_given():
+    module, rates = nets.build("residual"), [0.02] * 150
+    method = Gates(setting(module, Chosen({}), rates, blocks={"body.1": "body.1.bn2"}))
+    with torch.no_grad():
+        method.blocks["body.1"].fill_(-1.0)
+    method.on_step_begin(method.frozen)
+    assert method.closed == ("body.1",)
+    got = module(nets.images())
+    method.finish()
+    module.body[1] = nn.Identity()
+    assert torch.allclose(got, module(nets.images()), atol=1e-6)
+
+
+def test_gates_are_drawn_anew_for_each_image_and_all_open_when_measured():
+    module = nets.build("chain")
+    expected = module(nets.images())
+    method = Gates(setting(module, Chosen({}), [0.1] * 100))
+    assert torch.equal(module(nets.images()), expected)
+    with torch.no_grad():
+        method.channels["body.0.0"].zero_()
+    module.train()
+    module(nets.images(64))
+    drawn = method._drawn["body.0.0"].detach()
+    assert drawn.shape == (64, 8)
+    assert 0.35 < float(drawn.mean()) < 0.65
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_rows_of_a_transposed_convolution_lie_on_its_second_axis():
+    layer = nn.ConvTranspose2d(3, 5, 2)
+    module = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(5, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    groups, _ = find_cuttable(module, torch.zeros(1, 3, 8, 8))
+    (member,) = [m for m in groups["0"].members if m.layer == "0"]
+    rows = {rows.parameter.ndim: rows for rows in rows_of(member)}
+    assert rows[4].values.shape == (5, 3, 2, 2)
+    assert torch.equal(rows[4].values, layer.weight.detach().transpose(0, 1))
+    assert rows[1].values.shape == (5,)

@@ -254,6 +254,8 @@ class PruneStage:
         """Train while a method chooses what goes, cut that, and repair; say what the cut alone did to the loss."""
         learned = learn(trunk.model, self.config, ctx)
         model = learned.surveyed.model
+        if learned.removed_blocks:
+            ctx.progress.note(f"residual blocks removed: {', '.join(learned.removed_blocks)}")
         slim_trunk = Trunk(model, trunk.removed + learned.removed_blocks, trunk.repairs, model.module, trunk.blocks)
         prepared = Prepared(slim_trunk, learned.surveyed, learned.candidates)
         cut = self._cut(Attempt(prepared, model, learned.selection, learned.timed, []), ctx)

@@ -44,6 +44,7 @@ GIVEN = {
     "accumulation": 2,
     "ema": 0.9,
     "average_ratio": 0.25,
+    "precision": "bf16",
     "save_minutes": 1.5,
 }
 
@@ -51,7 +52,7 @@ GIVEN = {
 def test_every_setting_reaches_the_loop() -> None:
     varied = {"crop_padding": 1, "flip": True, "mixup": 0.2, "cutmix": 0.4}
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
-    apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe"}
+    apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights"}
     assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart}
     settings = asdict(fit_settings(config, 9, 100))
     assert {name: settings[name] for name in GIVEN} == GIVEN

@@ -596,7 +596,7 @@ def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.Mon
     seen: list[torch.dtype] = []
     module, plain = _network(), _network()
     module[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
-    teacher = Distillation(_network(1).eval(), 0.5, 2.0, 1.0)
+    teacher = Distillation(_network(1).eval(), 0.5, 2.0)
     result = fit(module, *_splits(), replace(SETTINGS, precision="bf16"), teacher)
     full = fit(plain, *_splits(), SETTINGS, teacher)
     assert torch.bfloat16 in seen[:3]

@@ -11,7 +11,9 @@ import compress.stages.hooked as hooked
 from compress.building import apply_edits
 from compress.catalog import METHODS
 from compress.config.schema import (
+    GregConfig,
     GsmConfig,
+    IncRegConfig,
     PruneConfig,
     TargetConfig,
     TrainingConfig,
@@ -23,6 +25,7 @@ from compress.pruning.methods.gsm import Gsm
 from compress.recipe import RemoveBlock, RemoveChannels
 from compress.stages.prune import PruneStage
 
+FOR_FEW_STEPS = {"greg": {"greg": GregConfig(ceiling=20.0)}, "increg": {"increg": IncRegConfig(ceiling=20.0)}}
 TRAINING = TrainingConfig(steps=90, batch_size=16, learning_rate=0.05, momentum=0.5, warmup_ratio=0.0)
 
 
@@ -48,7 +51,7 @@ def learn(data, tmp_path):
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("name", ["residual", "depthwise", "linear_head"])
 def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, method):
-    slim, record, said = learn(name, method=method, repair=())
+    slim, record, said = learn(name, method=method, repair=(), **FOR_FEW_STEPS.get(method, {}))
     before = count_macs(nets.build(name), nets.EXAMPLE)
     assert record["macs_after"] == count_macs(slim.module, nets.EXAMPLE) <= 0.5 * before
     assert record["reached_ratio"] > 0.3
@@ -81,12 +84,13 @@ def test_a_cut_that_changes_more_is_warned_about_with_its_cause(learn, monkeypat
     assert f"{record['method']['loss_after_cut'] - record['method']['loss_before_cut']:.3f}" in warning
 
 
-def test_gates_remove_a_block_where_that_is_cheaper(learn, monkeypatch):
+def test_a_block_whose_gate_closed_is_removed(learn, monkeypatch):
     draw = Gates.on_step_begin
 
     def closed(self, step):
         if step == self.frozen:
             with torch.no_grad():
+                self.blocks["body.1"].fill_(1.0)
                 self.blocks["body.2"].fill_(-1.0)
         draw(self, step)
 
@@ -99,6 +103,13 @@ def test_gates_remove_a_block_where_that_is_cheaper(learn, monkeypatch):
     learned = record["method"]
     assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=1e-4)
     assert learned["figures"]["blocks_closed_ratio"] == 0.5
+
+
+def test_gates_close_blocks_by_themselves_where_the_budget_is_small(learn):
+    _, record, said = learn("residual", method="gates", blocks="auto", target=TargetConfig(params=0.4))
+    assert record["removed_blocks"]
+    assert record["params_after"] <= 0.4 * record["params_before"]
+    assert any("residual block" in note for note in said.notes)
 
 
 def test_gates_leave_blocks_alone_unless_asked(learn):
@@ -139,7 +150,8 @@ def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):
     again, repeated, _ = learn("chain", "killed", method="gsm")
     assert again.recipe == whole.recipe
     assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in whole.module.state_dict().items())
-    assert repeated["method"]["epochs"] == record["method"]["epochs"]
+    losses = [[epoch["loss"] for epoch in one["method"]["epochs"]] for one in (record, repeated)]
+    assert losses[0] == losses[1]
 
 
 def test_what_cannot_come_to_an_end_is_refused_before_the_training(learn, monkeypatch):
@@ -156,7 +168,7 @@ def test_what_cannot_come_to_an_end_is_refused_before_the_training(learn, monkey
 
 
 def test_groups_that_a_method_cannot_cut_stay_whole_and_are_named(learn):
-    _, record, said = learn("grouped", method="csgd", target=TargetConfig(macs=0.8))
+    _, record, said = learn("grouped", method="csgd", target=TargetConfig(macs=0.9))
     reasons = {entry["name"]: entry["reason"] for entry in record["excluded"]}
     assert "a grouped convolution computes or reads it" in reasons.values()
     assert any("a grouped convolution" in warning for warning in said.warnings)

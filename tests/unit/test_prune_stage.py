@@ -389,7 +389,7 @@ def test_the_number_of_blocks_with_the_least_validation_loss_is_chosen(prune, da
 )
 def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(monkeypatch, losses, tried):
     stage = PruneStage(PruneConfig(stage="prune", target=TargetConfig(macs=0.5), blocks="auto"))
-    prepared = SimpleNamespace(targets=SimpleNamespace(latency=None))
+    prepared = SimpleNamespace(surveyed=SimpleNamespace(targets=SimpleNamespace(latency=None)))
     monkeypatch.setattr(
         stage, "_prepare", lambda trunk, *_: SimpleNamespace(**vars(prepared), count=len(trunk.removed))
     )

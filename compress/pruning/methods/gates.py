@@ -80,7 +80,7 @@ class Gates:
     def on_step_begin(self, step: int) -> None:
         """Fix the gates when it is time to."""
         if step >= self.frozen and self.chosen is None:
-            self._closed = tuple(name for name, gate in self.blocks.items() if float(gate) < 0)
+            self._closed = tuple(name for name, gate in self.blocks.items() if gate.item() < 0)
             scores = {name: torch.sigmoid(gate.detach()) for name, gate in self.channels.items()}
             self.chosen = self.setting.choose(scores, closed=self._closed, is_final=True)
 

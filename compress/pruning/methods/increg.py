@@ -104,7 +104,7 @@ def increments(count: int, going: int, most: float) -> Tensor:
     -`most`.
 
     >>> [round(float(value), 3) for value in increments(9, 4, 1.0)]
-    [1.0, 0.595, 0.354, 0.189, 0.0, -0.319, -0.855, -1.0, -1.0]
+    [1.0, 0.595, 0.354, 0.203, 0.0, -0.341, -0.914, -1.0, -1.0]
     """
     if going == 0:
         return torch.full((count,), -most)

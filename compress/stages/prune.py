@@ -1,7 +1,7 @@
 """prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -112,8 +112,15 @@ class PruneStage:
         self.config = config
         self.memory_format = torch.contiguous_format
 
-    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def run(
+        self, artifact: TorchModel, ctx: StageContext, trunks: Iterable[Trunk] | None = None
+    ) -> tuple[TorchModel, Record]:
         """Return the slim network.
+
+        Args:
+            artifact: The network.
+            ctx: Surroundings.
+            trunks: What `shorten` gives of it, where a caller that runs several stages on it has that.
 
         Raises:
             BudgetUnreachable: The target cannot be met, or nothing would be removed.
@@ -124,13 +131,15 @@ class PruneStage:
         """
         with in_fastest_memory_format(artifact.module, ctx.data.validation) as memory_format:
             self.memory_format = memory_format
-            model, record = self._run(artifact, ctx)
+            model, record = self._run(artifact, self._shorten(artifact, ctx) if trunks is None else trunks, ctx)
         model.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return model, record
 
-    def _run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def _shorten(self, artifact: TorchModel, ctx: StageContext) -> Iterator[Trunk]:
+        return shorten(artifact, self.config.score_images, self.config.repair, ctx)
+
+    def _run(self, artifact: TorchModel, trunks: Iterable[Trunk], ctx: StageContext) -> tuple[TorchModel, Record]:
         before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
-        trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
         trials: list[Record] = []
         learned: Record | None = None
         if self.config.method is not None:
@@ -166,7 +175,7 @@ class PruneStage:
         Raises:
             As `run`.
         """
-        trunks = shorten(artifact, self.config.score_images, self.config.repair, ctx)
+        trunks = self._shorten(artifact, ctx)
         blocks = 0 if self.config.blocks == "auto" else self.config.blocks
         trunk = self._without_blocks(trunks, blocks).model
         latency = survey(trunk, self.config, None, ctx).targets.latency
@@ -174,7 +183,7 @@ class PruneStage:
             raise InternalError("A stage without a latency target was asked for a latency table.")
         return latency.file
 
-    def _without_blocks(self, trunks: Iterator[Trunk], count: int) -> Trunk:
+    def _without_blocks(self, trunks: Iterable[Trunk], count: int) -> Trunk:
         for trunk in trunks:
             if len(trunk.removed) == count:
                 return trunk
@@ -182,7 +191,7 @@ class PruneStage:
             f"blocks must not be more than the residual blocks that can be removed ({len(trunk.removed)}), got {count}."
         )
 
-    def _best_attempt(self, trunks: Iterator[Trunk], trials: list[Record], ctx: StageContext) -> Attempt:
+    def _best_attempt(self, trunks: Iterable[Trunk], trials: list[Record], ctx: StageContext) -> Attempt:
         """Meet the targets with no block removed, with one, with two ...; keep the least validation loss.
 
         In a network of many blocks several go between one trial and the next, and the numbers around the best are tried

@@ -26,6 +26,7 @@ from compress.stages.context import Record, StageContext
 from compress.stages.finetune import train
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
+from compress.stages.trunks import Remembered, shorten
 from compress.training.evaluate import evaluate_loss, evaluate_top1
 
 RANK_SHARES = (1 / 3, 2 / 3, 1.0)
@@ -126,9 +127,10 @@ class SlimStage:
         found: list[Slimmed] = []
         unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
+        trunks = Remembered(shorten(model, self.config.score_images, self.config.repair, ctx))
         for share in (0.0, *(RANK_SHARES if has_ranks else ())):
             try:
-                one = self._with_share(model, progress_made, share, found[0].cut if found else None, ctx)
+                one = self._with_share(model, trunks, progress_made, share, found[0].cut if found else None, ctx)
             except StageError as error:
                 may_ranks_help = isinstance(error, BudgetUnreachable) and not isinstance(error, AlreadyWithin)
                 if share == 0 and not (has_ranks and may_ranks_help):
@@ -146,12 +148,19 @@ class SlimStage:
         return best.model, {"trials": trials, "prune": best.cut, "low_rank": best.factorised, "training": None}
 
     def _with_share(
-        self, model: TorchModel, progress_made: float, share: float, alone: Record | None, ctx: StageContext
+        self,
+        model: TorchModel,
+        trunks: Remembered,
+        progress_made: float,
+        share: float,
+        alone: Record | None,
+        ctx: StageContext,
     ) -> Slimmed:
         """Let ranks take a share of the way to the budget, and channels and blocks the rest.
 
         Args:
             model: The network.
+            trunks: It without some of its blocks.
             progress_made: How far this step goes: the budget is the target to this power.
             share: In [0, 1].
             alone: What channels and blocks did alone; as many blocks go here. None to find out how many.
@@ -165,7 +174,7 @@ class SlimStage:
         factorised: Record | None = None
         if share < 1:
             config_of_cut = self._cut_config(progress_made * (1 - share), alone)
-            model, cut = PruneStage(config_of_cut).run(model, ctx)
+            model, cut = PruneStage(config_of_cut).run(model, ctx, trunks)
         if share > 0:
             target = RankTargetConfig(**self._target(progress_made))
             config = LowRankConfig(

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 from torch import nn
 
@@ -33,6 +34,23 @@ class Trunk:
     repairs: list[Record]
     whole: nn.Module
     blocks: int
+
+
+class Remembered:
+    """What `shorten` gives, worked out once however often it is gone through."""
+
+    def __init__(self, trunks: Iterator[Trunk]) -> None:
+        self._rest = trunks
+        self._known: list[Trunk] = []
+
+    def __iter__(self) -> Iterator[Trunk]:
+        for index in count():
+            if index == len(self._known):
+                following = next(self._rest, None)
+                if following is None:
+                    return
+                self._known.append(following)
+            yield self._known[index]
 
 
 def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext) -> Iterator[Trunk]:

@@ -10,6 +10,7 @@ from report_samples import (
     check,
     failing_verdict,
     finetune_record,
+    low_rank_record,
     passing_verdict,
     prune_record,
     sample_stages,
@@ -321,3 +322,23 @@ def test_what_was_tried_is_told() -> None:
     text = Page(render_html(report_of(passing_verdict(), stages))).text
     for phrase in ("Target cannot be reached.", "0.625", "least_squares", "2.5 → 0.5", "padded_shortcuts", "1.07×"):
         assert phrase in text
+
+
+@pytest.mark.parametrize("stage", ["prune", "low_rank"])
+def test_what_a_method_learned_is_told_and_its_training_is_drawn(stage: str) -> None:
+    learned = {
+        "name": "gates",
+        "figures": {"reactivated": 7, "left_ratio": 0.0125, "own_figure": 3.5},
+        "loss_before_cut": 0.25,
+        "loss_after_cut": 0.26,
+        "top1_before_cut": 0.915,
+        "top1_after_cut": 0.9125,
+        "validation_top1_before": 0.8775,
+        **finetune_record(),
+    }
+    record = {"prune": prune_record, "low_rank": low_rank_record}[stage]() | {"method": learned}
+    page = Page(render_html(report_of(passing_verdict(), [StageRun(stage, "ran", 1.0, record)])))
+    told = ("gates", "0.25 → 0.26", "91.50 % → 91.25 %", "1.25 %", "own_figure", "87.75 %", "5 of 6")
+    for phrase in told:
+        assert phrase in page.text, phrase
+    assert "training-1" in page.plots()

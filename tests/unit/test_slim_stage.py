@@ -168,12 +168,20 @@ def test_channels_alone_are_what_prune_does_and_ranks_alone_what_low_rank_does(r
     assert by_slim["steps"][0]["prune"]["block_trials"] == by_prune["block_trials"]
 
 
+def test_blocks_are_taken_out_once_for_all_shares(run):
+    listener = _Listener()
+    run("residual", progress=listener, moves=("channels", "blocks", "ranks"), target=TargetConfig(macs=0.3))
+    removed = [note.split()[1] for note in listener.notes if note.startswith("block ")]
+    assert removed
+    assert len(removed) == len(set(removed))
+
+
 def test_with_ranks_as_many_blocks_go_as_without_them(run, monkeypatch):
     asked = []
     cut = PruneStage.run
 
-    def watched(stage, model, ctx):
-        slim, record = cut(stage, model, ctx)
+    def watched(stage, model, ctx, trunks):
+        slim, record = cut(stage, model, ctx, trunks)
         asked.append((stage.config.blocks, stage.config.target.macs, len(record["removed_blocks"])))
         return slim, record
 
@@ -451,8 +459,8 @@ def test_milliseconds_become_shares_for_channels_that_go_part_of_the_way_to_rank
     model, asked, measured = _model("residual", tmp_path / "baseline"), [], []
     for stage in (PruneStage, LowRankStage):
 
-        def watched(self, artifact, ctx, original=stage.run):
-            slim, record = original(self, artifact, ctx)
+        def watched(self, artifact, ctx, *trunks, original=stage.run):
+            slim, record = original(self, artifact, ctx, *trunks)
             asked.append((type(self), self.config.target.given()))
             measured.append(record["latency"]["measured_ratio"])
             return slim, record

@@ -78,10 +78,12 @@ def run(
 
     accepted = ["deploy.accept_foreign_table=true"] if accept_foreign_table else []
     loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted], seed)
-    from compress.runner import run as run_pipeline  # imports torch; a wrong pipeline file is refused before that
+    from compress.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
 
     console = Console(quiet)
-    outcome = run_pipeline(loaded, runs_dir, console)
+    outcome = run_with_others(loaded, runs_dir, console)
+    if outcome is None:  # another process runs the pipeline, this one has helped
+        return
     console.print_verdict(outcome.verdict)
     for label, name in (("ONNX file", "model.onnx"), ("Report", "report.html")):
         path = outcome.folder / name

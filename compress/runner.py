@@ -22,6 +22,7 @@ from compress.artifacts import FactorySpec, Verdict
 from compress.catalog import NOTHING, VERDICT
 from compress.config.digest import digest_value
 from compress.config.load import Pipeline
+from compress.crew import Crew, crew
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
 from compress.files import write_whole
 from compress.keys import Step, build_steps, explain, needs_latency
@@ -95,10 +96,27 @@ def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) ->
         CompressError: A stage could not do its work; the message names it. Stages that are done stay.
         RunLocked: Another process runs in this folder.
     """
-    progress = progress or SilentProgress()
+    return _run(pipeline, runs_dir, progress or SilentProgress(), Crew())
+
+
+def run_with_others(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> RunOutcome | None:
+    """Run a pipeline as `run`, along with the other processes that `torchrun` has started, if there are any.
+
+    Returns:
+        What it came to; None in a process that helped another one.
+
+    Raises:
+        As `run`.
+    """
+    helper = _Run(pipeline, runs_dir, runs_dir / pipeline.config.name, SilentProgress(), Crew())
+    with crew(helper.follow) as present:
+        return None if present is None else _run(pipeline, runs_dir, progress or SilentProgress(), present)
+
+
+def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, crew: Crew) -> RunOutcome:
     folder = runs_dir / pipeline.config.name
     with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress).execute()
+        return _Run(pipeline, runs_dir, folder, progress, crew).execute()
 
 
 def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
@@ -122,14 +140,15 @@ def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None
         )
     folder = runs_dir / pipeline.config.name
     with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress).profile(steps, index)
+        return _Run(pipeline, runs_dir, folder, progress, Crew()).profile(steps, index)
 
 
 class _Run:
     """One execution of a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, runs_dir: Path, folder: Path, progress: Progress) -> None:
+    def __init__(self, pipeline: Pipeline, runs_dir: Path, folder: Path, progress: Progress, crew: Crew) -> None:
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
+        self.crew = crew
         self.factory = _factory(pipeline.resolved["stages"][0]["model"])
         self.store = Store(runs_dir / ".store", progress.warn)
         self.previous = _read_lock(folder)
@@ -249,7 +268,9 @@ class _Run:
         started = time.perf_counter()
         work = self.store.work_folder(key)
         try:
-            artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))
+            source = self.entries[-1].folder if self.entries else None
+            with self.crew.call(step, key, source):
+                artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))
             meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
             entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
         except CompressError as error:
@@ -263,6 +284,12 @@ class _Run:
             ) from error
         self.artifact = self._load(step.entry.produces, entry)
         return entry
+
+    def follow(self, index: int, key: str, source: Path) -> None:
+        """Run one stage along with the process that runs the pipeline, and keep nothing of it."""
+        step = build_steps(self.pipeline)[index]
+        self.artifact = load_artifact(step.entry.consumes, source, self.factory)
+        self._with_stage(step, self.store.work_folder(key), lambda stage, ctx: stage.run(self.artifact, ctx))
 
     def _load(self, kind: str, entry: Entry) -> Any:
         return load_artifact(kind, entry.folder, self.factory)

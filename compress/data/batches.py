@@ -61,6 +61,10 @@ class Split:
         chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
         return Split(self.name, self.source, self.indices[chosen], self.preprocessing)
 
+    def part(self, rank: int, size: int) -> "Split":
+        """Return each size-th image, from the rank-th on."""
+        return Split(self.name, self.source, self.indices[rank::size], self.preprocessing)
+
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
@@ -97,7 +101,13 @@ def fast_batch_size(split: Split) -> int:
 
 
 def training_batches(
-    split: Split, batch_size: int, augmentation: Augmentation, seed: int, epoch: int, start: int = 0
+    split: Split,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Yield one epoch of shuffled, augmented batches of equal size; a remainder smaller than a batch is left out.
 
@@ -108,13 +118,17 @@ def training_batches(
         seed: Together with `epoch` decides order and augmentation.
         epoch: Counted from 0.
         start: Batches to leave out at the beginning; those behind them are the same as without.
+        part: (rank, size): of every batch only each size-th image, from the rank-th on, varied as in the whole batch.
     """
+    rank, size = part
     order = torch.randperm(len(split), generator=_generator(seed, "order", epoch)).numpy()
     labels = split.labels
     numbers = range(start, batches_per_epoch(split, batch_size))
-    positions = (order[number * batch_size : (number + 1) * batch_size] for number in numbers)
+    whole = min(batch_size, len(split))
+    positions = (order[number * batch_size : (number + 1) * batch_size][rank::size] for number in numbers)
     for number, (chosen, images) in zip(numbers, _read_ahead(split, positions), strict=True):
-        augmented = augment(torch.from_numpy(images), augmentation, _generator(seed, "augmentation", epoch, number))
+        generator = _generator(seed, "augmentation", epoch, number)
+        augmented = augment(torch.from_numpy(images), augmentation, generator, whole, slice(rank, None, size))
         yield _to_input(split, augmented), torch.from_numpy(labels[chosen])
 
 
@@ -139,19 +153,34 @@ def batches_per_epoch(split: Split, batch_size: int) -> int:
     return max(1, len(split) // batch_size)
 
 
-def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Vary a batch of uint8 (N, H, W, C) images; the shape stays."""
+def augment(
+    images: Tensor,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    whole: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
+    """Vary a batch of uint8 (N, H, W, C) images; the shape stays.
+
+    Args:
+        images: The batch, or a part of one.
+        augmentation: What is varied.
+        generator: Draws for the whole batch.
+        whole: How many images that has; None where `images` is all of it.
+        part: Which of them `images` are.
+    """
     count, height, width, _ = images.shape
+    drawn = count if whole is None else whole
     if augmentation.crop_padding:
         pad = augmentation.crop_padding
         padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-        top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-        left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+        top = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
+        left = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
         rows = (top + torch.arange(height))[:, :, None]
         columns = (left + torch.arange(width))[:, None, :]
         images = padded[torch.arange(count)[:, None, None], rows, columns]
     if augmentation.flip:
-        mirrored = torch.rand(count, generator=generator) < 0.5
+        mirrored = torch.rand(drawn, generator=generator)[part] < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
     return images
 

@@ -41,6 +41,7 @@ from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format
 from compress.training.mixing import mixed
 from compress.training.schedule import schedule
+from compress.training.team import present_team
 
 _STATISTICS_BATCHES = 16
 
@@ -188,6 +189,12 @@ def fit(
     for split in (train, validation):
         if len(split) == 0:
             raise DataError(f"Split '{split.name}' must hold at least one image to train, it holds none.")
+    team = present_team()
+    if min(settings.batch_size, len(train)) % team.size or len(validation) < team.size:
+        raise DataError(
+            f"batch_size must be divisible by the number of processes ({team.size}) and each must have an image to "
+            f"validate on, got batches of {min(settings.batch_size, len(train))} and {len(validation)} images."
+        )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
     if settings.precision == "bf16" and not has_bf16():
@@ -197,6 +204,8 @@ def fit(
             hint="Leave precision out: on this CPU bf16 would be slower than fp32.",
         )
     run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
+    if team.size > 1:
+        run.progress.note(f"{team.size} processes train together, each on its part of every batch")
     run.restore()
     with flushed_denormals(), run.watched_maps(), deferred_interrupts() as is_interrupted:
         while len(run.records) < run.total_epochs:
@@ -204,7 +213,7 @@ def fit(
     if state_path is not None and keeps_state:
         run.save(state_path)
     result = run.finish()
-    if state_path is not None and not keeps_state:
+    if state_path is not None and not keeps_state and run.team.rank == 0:
         state_path.unlink(missing_ok=True)
     return result
 
@@ -234,7 +243,7 @@ class _Run:
         progress: Progress,
         hooks: TrainingHooks | None = None,
     ) -> None:
-        self.module, self.hooks = module, hooks
+        self.module, self.hooks, self.team = module, hooks, present_team()
         self.memory_format = fastest_memory_format(module, train)
         for network in (module, distillation.teacher if distillation is not None else module):
             network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -260,7 +269,13 @@ class _Run:
         steps = min(self.steps_per_epoch, self.total_steps - first)
         done = self.step - first
         batches = training_batches(
-            self.train, settings.batch_size, settings.augmentation, settings.seed, epoch, done * settings.accumulation
+            self.train,
+            settings.batch_size,
+            settings.augmentation,
+            settings.seed,
+            epoch,
+            done * settings.accumulation,
+            (self.team.rank, self.team.size),
         )
         images_seen, started = 0, time.perf_counter()
         with (
@@ -271,9 +286,9 @@ class _Run:
                 task.advance(done)
             for several in _grouped(batches, settings.accumulation, steps - done):
                 # dropout and mixing draw the same after a resume
-                torch.manual_seed(random_seed(settings.seed, "step", self.step))
+                torch.manual_seed(random_seed(settings.seed, "step", self.step, *self._own_part))
                 self.losses.append(self._train_step(several))
-                images_seen += sum(len(labels) for _, labels in several)
+                images_seen += self.team.size * sum(len(labels) for _, labels in several)
                 self._advance(task, images_seen / (time.perf_counter() - started))
                 self._keep_state(is_interrupted())
         speed = images_seen / (time.perf_counter() - started)
@@ -281,7 +296,8 @@ class _Run:
         self._keep_state(is_interrupted(), is_due=True)
 
     def _keep_state(self, is_interrupted: bool, is_due: bool = False) -> None:
-        """Save the state when it is time to; end the run when that was asked for."""
+        """Save the state when it is time to; end the run when that was asked for, of any process."""
+        is_interrupted = self.team.any(is_interrupted)
         is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
         has_more = len(self.records) < self.total_epochs
         if self.state_path is not None and (is_interrupted or (is_due and has_more)):
@@ -292,6 +308,11 @@ class _Run:
                     f"Training stopped after step {self.step} of {self.total_steps}; it can go on there."
                 )
             raise KeyboardInterrupt
+
+    @property
+    def _own_part(self) -> tuple[int, ...]:
+        """What parts the random numbers of this process from those of the others."""
+        return (self.team.rank,) if self.team.size > 1 else ()
 
     def watched_maps(self) -> AbstractContextManager[object]:
         """Keep the feature maps of every forward pass for the loss, while it lasts, if they are wanted."""
@@ -339,12 +360,20 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed(self.settings.seed, "step", self.total_steps))
             torch.optim.swa_utils.update_bn(images, module)
-        top1 = evaluate_top1(module, self.validation, progress=self.progress)
+        top1 = self._measure(module)
         self.progress.note(f"average of the last {self.tail_steps} steps: validation top-1 {top1:.2%}")
         return top1
 
+    def _measure(self, module: nn.Module) -> float:
+        """Return validation top-1; each process looks at its part."""
+        part = self.validation.part(self.team.rank, self.team.size)
+        right = evaluate_top1(module, part, progress=self.progress) * len(part)
+        return round(self.team.total([right])[0]) / len(self.validation)
+
     def save(self, path: Path) -> None:
-        """Write everything a later process needs, so that the file is whole or absent."""
+        """Write everything a later process needs, so that the file is whole or absent; one process does it for all."""
+        if self.team.rank != 0:
+            return
         state = {
             "identity": self._identity(),
             "step": self.step,
@@ -403,7 +432,7 @@ class _Run:
         for images, labels in batches:
             with _memory_explained(self.settings.batch_size):
                 loss = self._batch_loss(images, labels) / len(batches)
-            value += float(loss.detach())
+            value += self.team.total([float(loss.detach())])[0] / self.team.size
             if not math.isfinite(value):
                 raise NonFinite(
                     f"The training loss must be finite, got {value} at step {self.step + 1} of {self.total_steps} "
@@ -412,6 +441,7 @@ class _Run:
                 )
             with _memory_explained(self.settings.batch_size):
                 loss.backward()  # type: ignore[no-untyped-call]
+        self.team.average(p.grad for p in self.module.parameters() if p.grad is not None)
         if self.settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
         if self.hooks is not None:
@@ -484,7 +514,8 @@ class _Run:
     def _close_epoch(self, number: int, speed: float) -> None:
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
-        top1 = evaluate_top1(self.measured, self.validation, progress=self.progress)
+        self.team.average(value for value in _buffers(self.module, *(one.module for one in self.averages)))
+        top1 = self._measure(self.measured)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
         best_before = max((record.validation_top1 for record in self.records[:-1]), default=-1.0)
@@ -544,6 +575,12 @@ def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimize
         return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=decay)
     momentum = settings.momentum
     return torch.optim.SGD(module.parameters(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+
+
+def _buffers(*networks: nn.Module) -> Iterator[Tensor]:
+    """Yield what networks keep besides parameters and counts: the statistics of batch norms."""
+    for network in networks:
+        yield from (buffer for buffer in network.buffers() if buffer.is_floating_point())
 
 
 def _grouped(batches: Iterator[Batch], each: int, count: int) -> Iterator[list[Batch]]:

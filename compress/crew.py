@@ -1,0 +1,84 @@
+"""A run by several processes: one runs the pipeline, the others come in wherever a network is trained.
+
+    torchrun --nproc-per-node=4 -m compress run pipeline.yaml
+
+The process of rank 0 does all that a single one would. Before a stage that trains it tells the others which one, and
+where its input lies; they run that stage as well, each on its part of every batch, and write nothing. All must see the
+same run folder.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager as Context
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from compress.keys import Step, needs_latency
+
+_END = "end"
+
+
+class Crew:
+    """The processes of one run, as the one of rank 0 sees them; of a single one, nothing happens."""
+
+    def call(self, step: Step, key: str, source: Path | None) -> Context[Any]:
+        """Return what to run a stage in; where it trains, call the others to it.
+
+        Args:
+            step: The stage.
+            key: Of its result.
+            source: Folder of its input.
+        """
+        return nullcontext()
+
+
+class _Several(Crew):
+    """Several processes."""
+
+    def call(self, step: Step, key: str, source: Path | None) -> Context[Any]:
+        from compress.training.team import tell, together
+
+        if not trains_together(step) or source is None:
+            return nullcontext()
+        tell(json.dumps({"index": step.index, "key": key, "source": str(source.resolve())}))
+        return together()
+
+
+Follow = Callable[[int, str, Path], None]
+
+
+@contextmanager
+def crew(follow: Follow) -> Iterator[Crew | None]:
+    """Give the crew to the process that runs the pipeline; the others follow it to its end, and get None.
+
+    Args:
+        follow: Runs a stage by its place, the key of its result and the folder of its input, and keeps nothing.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        yield Crew()
+        return
+    from compress.training.team import close_group, open_group, tell, together  # imports torch
+
+    team = open_group()
+    try:
+        if team.rank > 0:
+            while (said := tell()) != _END:
+                order = json.loads(said)
+                with together():
+                    follow(order["index"], order["key"], Path(order["source"]))
+            yield None
+        else:
+            try:
+                yield _Several()
+            finally:
+                tell(_END)
+    finally:
+        close_group()
+
+
+def trains_together(step: Step) -> bool:
+    """Whether a stage trains, and does nothing that must not be done by several at once: timing networks."""
+    trains = step.entry.name == "finetune" or getattr(step.config, "method", None) is not None
+    return trains and not needs_latency(step.config)

@@ -1,0 +1,99 @@
+"""Several processes that train one network together: each sees its part of every batch, all take the same steps.
+
+Who they are is what `torchrun` says. Only what runs inside `together` is done by all; anywhere else, and in a process
+of its own, a team is one, for which nothing here does anything.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes of one training.
+
+    Attributes:
+        rank: Which of them this is; 0 writes files.
+        size: How many they are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their means over the processes, in place; all give the same ones in the same order."""
+        if self.size == 1:
+            return
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for several in by_type.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in several])
+            dist.all_reduce(flat)
+            flat /= self.size
+            parts = torch.split(flat, [tensor.numel() for tensor in several])
+            for tensor, part in zip(several, parts, strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of numbers over the processes."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums)
+        found: list[float] = sums.tolist()
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any of the processes says so."""
+        return self.total([float(flag)])[0] > 0
+
+
+_is_together = False
+
+
+def open_group() -> Team:
+    """Meet the other processes that `torchrun` has started, and return who they are and who this is."""
+    # one that has nothing to do waits as long as it takes
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+def close_group() -> None:
+    """Part."""
+    dist.destroy_process_group()
+
+
+def tell(text: str | None = None) -> str:
+    """Return to all processes what the one of rank 0 says."""
+    content = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    dist.broadcast(size, 0)
+    if dist.get_rank() > 0:
+        content = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What runs in here is run by all processes."""
+    global _is_together
+    _is_together = True
+    try:
+        yield
+    finally:
+        _is_together = False
+
+
+def present_team() -> Team:
+    """Return who trains: the processes that met, inside `together`; else a team of one."""
+    if not (_is_together and dist.is_initialized()):
+        return Team()
+    return Team(dist.get_rank(), dist.get_world_size())

@@ -1,0 +1,94 @@
+"""`torchrun -m compress run`: several processes train together, one runs the pipeline, and a kill costs little."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from smallrun import ROOT, make_world
+
+TOGETHER = "2 processes train together"
+PRUNE = {
+    "stage": "prune",
+    "target": {"macs": 0.6},
+    "multiple_of": 1,
+    "method": "gsm",
+    "training": {"steps": 60, "batch_size": 32, "learning_rate": 0.02, "momentum": 0.5},
+}
+FINETUNE = {"stage": "finetune", "steps": 12, "batch_size": 32, "learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("torchrun") / "world", "linear_head")
+
+
+def start(world, values, runs, processes=2):
+    """Start a run by torchrun, in a group of processes of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "compress", "run", str(world.write(values)), "--runs-dir", str(world.folder / runs)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=400)
+    return process.returncode, said
+
+
+def result(world, values, runs):
+    """Return the report of a run and the weights of its slim network."""
+    folder = world.folder / runs / values["name"]
+    return json.loads((folder / "report.json").read_text()), load_file(folder / "slim" / "weights.safetensors")
+
+
+def test_two_processes_come_to_the_same_network_as_one(world):
+    values = world.values("linear_head", (PRUNE, FINETUNE))
+    codes = {}
+    for processes in (1, 2):
+        codes[processes], said = finish(start(world, values, f"runs{processes}", processes))
+        assert (TOGETHER in said) == (processes == 2), said
+        assert said.count("PASSED") == 1, said
+    assert codes == {1: 0, 2: 0}
+    (one, _), (two, _) = (result(world, values, f"runs{processes}") for processes in (1, 2))
+    assert one["slim"]["macs"] == two["slim"]["macs"]
+    losses = [report["stages"][1]["record"]["method"]["loss_before_cut"] for report in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.15)
+    assert abs(one["slim"]["quality"]["top1"] - two["slim"]["quality"]["top1"]) <= 0.1
+    code, said = finish(start(world, values, "runs2"))
+    assert code == 0
+    assert "Nothing to do: every stage is unchanged." in said
+
+
+def test_processes_that_were_killed_go_on_from_the_saved_state(world):
+    training = {"steps": 400, "batch_size": 32, "learning_rate": 0.02, "save_minutes": 0}
+    values = world.values("linear_head", ({"stage": "finetune", **training},))
+    undisturbed = start(world, values, "whole")
+    assert finish(undisturbed)[0] == 0
+    process, deadline = start(world, values, "killed"), time.monotonic() + 300
+    while not (states := list((world.folder / "killed" / ".store").rglob("training_state.pt"))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(worker), signal.SIGKILL)
+    assert finish(process)[0] != 0
+    assert states[0].is_file()
+    code, said = finish(start(world, values, "killed"))
+    assert code == 0, said
+    assert "Training goes on after" in said
+    whole, again = (result(world, values, runs)[1] for runs in ("whole", "killed"))
+    assert all((value == again[name]).all() for name, value in whole.items())
+
+
+def test_an_error_in_a_stage_ends_all_processes_with_its_exit_code_said_once(world):
+    values = world.values("linear_head", (FINETUNE | {"batch_size": 33},))
+    code, said = finish(start(world, values, "wrong"))
+    assert code != 0
+    assert "batch_size must be divisible by the number of processes (2)" in said

@@ -1,0 +1,77 @@
+"""One process of a team: trains a small network and writes what came of it. Run by tests/unit/test_team.py."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from compress.data.batches import Augmentation, Split
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ArraySource
+from compress.training.fit import Distillation, FitSettings, fit
+from compress.training.team import present_team, tell, together
+
+SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
+KINDS = ("plain", "norm", "averaged", "accumulated")
+
+
+def network(kind: str, seed: int = 0) -> nn.Module:
+    """A network without anything that looks at several images at once, but for the kind "norm"."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        norm = nn.BatchNorm2d(8) if kind == "norm" else nn.Identity()
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
+        )
+
+
+def splits() -> tuple[Split, Split]:
+    """Images that are brightest in the colour that their label says; 25 to validate on, which no 2 processes share."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 105)
+    images = random.integers(0, 120, (105, 6, 6, 3), np.uint8)
+    images[np.arange(105), :, :, labels] += 100
+    source, wanted = ArraySource(images, labels), Preprocessing(mean=(0.4,), std=(0.3,))
+    return Split("train", source, np.arange(80), wanted), Split("validation", source, np.arange(80, 105), wanted)
+
+
+def settings(kind: str) -> FitSettings:
+    """How each kind is trained."""
+    if kind == "averaged":
+        return replace(SETTINGS, ema=0.9, average_ratio=0.4, gradient_clip=0.5)
+    return replace(SETTINGS, accumulation=2) if kind == "accumulated" else SETTINGS
+
+
+def train(kind: str, state: Path | None = None) -> tuple[nn.Module, list[float], list[float]]:
+    """Return the network, the loss of each epoch and the top-1 of each."""
+    module = network(kind)
+    teacher = Distillation(network(kind, 1).eval(), 0.5, 2.0)
+    result = fit(module, *splits(), settings(kind), teacher, state)
+    return module, [one.loss for one in result.epochs], [one.validation_top1 for one in result.epochs]
+
+
+def main() -> None:
+    """Train every kind as one of a team."""
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    figures: dict[str, object] = {"apart": present_team().size, "told": tell("wörd" if rank == 0 else None)}
+    with together():
+        for kind in KINDS:
+            module, losses, top1 = train(kind, folder / f"{kind}.pt")
+            torch.save(module.state_dict(), folder / f"{kind}-{rank}.weights")
+            figures[kind] = [losses, top1]
+        team = present_team()
+        figures["sums"] = team.total([1.0, float(rank)])
+        figures["any"] = [team.any(rank == 1), team.any(False)]
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

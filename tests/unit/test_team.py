@@ -1,0 +1,92 @@
+"""Two processes that train together end as one process does, at the same batches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import team_run
+import torch
+
+from compress.errors import DataError
+from compress.training import fit as fit_module
+from compress.training.fit import fit
+from compress.training.team import Team, present_team
+
+SIZE = 2
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """What a team of two has written."""
+    folder = tmp_path_factory.mktemp("team")
+    command = [sys.executable, team_run.__file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(SIZE), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(SIZE)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    return folder
+
+
+def _weights(folder: Path, kind: str, rank: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{kind}-{rank}.weights", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", team_run.KINDS)
+def test_all_processes_end_with_the_same_weights_and_figures(together, kind):
+    first, second = (_weights(together, kind, rank) for rank in range(SIZE))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    figures = [json.loads((together / f"{rank}.json").read_text())[kind] for rank in range(SIZE)]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "averaged", "accumulated"])
+def test_two_processes_end_as_one_does(together, kind):
+    module, losses, top1 = team_run.train(kind)
+    got, figures = _weights(together, kind, 0), json.loads((together / "0.json").read_text())[kind]
+    for name, value in module.state_dict().items():
+        assert torch.allclose(got[name], value, atol=2e-5), name
+    assert figures[0] == pytest.approx(losses, rel=1e-4)
+    assert figures[1] == top1
+    untrained = team_run.network(kind).state_dict()
+    assert not torch.allclose(got["0.weight"], untrained["0.weight"], atol=1e-2)
+
+
+def test_batch_norm_sees_its_part_of_a_batch_and_statistics_are_averaged(together):
+    module, losses, _ = team_run.train("norm")
+    got, figures = _weights(together, "norm", 0), json.loads((together / "0.json").read_text())["norm"]
+    assert figures[0] == pytest.approx(losses, rel=0.1)
+    assert torch.allclose(got["1.running_mean"], module.state_dict()["1.running_mean"], atol=0.1)
+
+
+def test_sums_and_flags_are_of_all(together):
+    for rank in range(SIZE):
+        figures = json.loads((together / f"{rank}.json").read_text())
+        assert figures["sums"] == [2.0, 1.0]
+        assert figures["any"] == [True, False]
+        assert figures["told"] == "wörd"
+        assert figures["apart"] == 1  # outside of `together` each is on its own
+
+
+def test_one_process_writes_the_state_and_none_is_left(together):
+    assert not list(together.glob("*.pt"))
+
+
+def test_a_process_of_its_own_is_a_team_of_one():
+    team = present_team()
+    assert team == Team(0, 1)
+    values = [torch.tensor([1.0, 2.0])]
+    team.average(values)
+    assert values[0].tolist() == [1.0, 2.0]
+    assert team.total([3.0]) == [3.0]
+    assert (team.any(True), team.any(False)) == (True, False)
+
+
+def test_batches_that_cannot_be_parted_are_refused(monkeypatch):
+    monkeypatch.setattr(fit_module, "present_team", lambda: Team(0, 3))
+    with pytest.raises(DataError, match=r"batch_size must be divisible by the number of processes \(3\)"):
+        fit(team_run.network("plain"), *team_run.splits(), team_run.SETTINGS)

@@ -55,6 +55,32 @@ def train(kind: str, state: Path | None = None) -> tuple[nn.Module, list[float],
     return module, [one.loss for one in result.epochs], [one.validation_top1 for one in result.epochs]
 
 
+class Gate:
+    """Hooks that learn a number of their own, whose gradient is 1 in the first process and 2 in the second."""
+
+    def __init__(self, rank: int) -> None:
+        self.number, self.rank, self.seen = nn.Parameter(torch.zeros(1)), rank, 0.0
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.number]
+
+    def on_step_begin(self, step: int) -> None:
+        self.number.grad = torch.full((1,), self.rank + 1.0)
+
+    def on_gradients(self, step: int) -> None:
+        assert self.number.grad is not None
+        self.seen = self.number.grad.item()
+
+    def on_step_end(self, step: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        pass
+
+
 def main() -> None:
     """Train every kind as one of a team."""
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -66,6 +92,9 @@ def main() -> None:
             module, losses, top1 = train(kind, folder / f"{kind}.pt")
             torch.save(module.state_dict(), folder / f"{kind}-{rank}.weights")
             figures[kind] = [losses, top1]
+        gate = Gate(rank)
+        fit(network("plain"), *splits(), replace(SETTINGS, steps=2), hooks=gate)
+        figures["gate"] = gate.seen
         team = present_team()
         figures["sums"] = team.total([1.0, float(rank)])
         figures["any"] = [team.any(rank == 1), team.any(False)]

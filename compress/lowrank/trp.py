@@ -1,6 +1,6 @@
 """Trained rank pruning: kernels are cut to the ranks of the budget again and again while the network trains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,10 @@ class TrainedRank:
     ) -> None:
         self.module, self.choose, self.interval, self.strength = module, choose, interval, strength
         self._present: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return nothing: all that is learned is the network."""
+        return ()
 
     def on_step_begin(self, step: int) -> None:
         """Cut the kernels to low rank when it is time to."""

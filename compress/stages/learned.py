@@ -104,7 +104,7 @@ class _Hooks:
     def __init__(self, method: Method, chooser: "_Chooser") -> None:
         self._method, self._chooser = method, chooser
         self.on_step_begin, self.on_gradients = method.on_step_begin, method.on_gradients
-        self.on_step_end = method.on_step_end
+        self.on_step_end, self.parameters = method.on_step_end, method.parameters
 
     def state_dict(self) -> dict[str, Any]:
         return {"method": self._method.state_dict(), "choice": self._chooser.state_dict()}

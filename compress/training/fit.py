@@ -441,7 +441,8 @@ class _Run:
                 )
             with _memory_explained(self.settings.batch_size):
                 loss.backward()  # type: ignore[no-untyped-call]
-        self.team.average(p.grad for p in self.module.parameters() if p.grad is not None)
+        learned = [*self.module.parameters(), *(self.hooks.parameters() if self.hooks is not None else ())]
+        self.team.average(parameter.grad for parameter in learned if parameter.grad is not None)
         if self.settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
         if self.hooks is not None:

@@ -1,6 +1,9 @@
 """What may be done in each step of the one training loop, besides the step itself?"""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
+
+from torch import Tensor
 
 
 class TrainingHooks(Protocol):
@@ -9,6 +12,10 @@ class TrainingHooks(Protocol):
     What a hook draws at random follows from the global generator, which the loop seeds for every step before
     `on_step_begin`; all else that it remembers from one step to the next is in its state.
     """
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return what is learned besides the network; of several processes the gradients are averaged, too."""
+        ...
 
     def on_step_begin(self, step: int) -> None:
         """Before the forward pass."""

@@ -614,6 +614,9 @@ class _Recorder:
         self.weight = layer.weight.detach().clone()
         self.restored: dict[str, int] | None = None
 
+    def parameters(self) -> tuple[()]:
+        return ()
+
     def on_step_begin(self, step: int) -> None:
         self.calls.append(("begin", step, self.layer.weight.grad is None))
 

@@ -68,6 +68,7 @@ def test_sums_and_flags_are_of_all(together):
         figures = json.loads((together / f"{rank}.json").read_text())
         assert figures["sums"] == [2.0, 1.0]
         assert figures["any"] == [True, False]
+        assert figures["gate"] == 1.5
         assert figures["told"] == "wörd"
         assert figures["apart"] == 1  # outside of `together` each is on its own
 

@@ -12,7 +12,7 @@ weights before it; only where no batch norm follows do the weights themselves de
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -149,6 +149,10 @@ class Method(Protocol):
     @staticmethod
     def unfit(group: ChannelGroup) -> str | None:
         """Say why a group cannot be cut by this method, or None."""
+        ...
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return what it learns besides the network."""
         ...
 
     def on_step_begin(self, step: int) -> None:
@@ -320,6 +324,10 @@ class Scored:
     @property
     def closed(self) -> tuple[str, ...]:
         """No residual block goes."""
+        return ()
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return nothing: all that is learned is the network."""
         return ()
 
     def on_step_begin(self, step: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +70,10 @@ class Csgd:
     @property
     def closed(self) -> tuple[str, ...]:
         """No residual block goes."""
+        return ()
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return nothing: all that is learned is the network."""
         return ()
 
     def on_step_begin(self, step: int) -> None:

@@ -46,7 +46,7 @@ class Gates:
         self.blocks = {name: nn.Parameter(torch.full((1,), start)) for name in setting.blocks}
         # Adam moves by about its rate in a step: from open to closed in a quarter of the steps
         rate = self.options.gate_rate or 4 * start / max(1, self.frozen)
-        self.optimizer = torch.optim.Adam([*self.channels.values(), *self.blocks.values()], lr=rate)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=rate)
         self.multiplier_rate = self.options.multiplier_rate or 30 / max(1, self.frozen)
         self.multiplier = 0.0
         self.chosen: Removed | None = None
@@ -76,6 +76,10 @@ class Gates:
     def closed(self) -> tuple[str, ...]:
         """The residual blocks whose gates are closed."""
         return self._closed
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the gates."""
+        return [*self.channels.values(), *self.blocks.values()]
 
     def on_step_begin(self, step: int) -> None:
         """Fix the gates when it is time to."""

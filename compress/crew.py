@@ -35,15 +35,28 @@ class Crew:
 
 
 class _Several(Crew):
-    """Several processes."""
+    """Several processes.
+
+    Attributes:
+        is_at_work: Whether the others are in a stage; they then meet what ends it by themselves.
+    """
+
+    is_at_work = False
 
     def call(self, step: Step, key: str, source: Path | None) -> Context[Any]:
-        from compress.training.team import tell, together
-
         if not trains_together(step) or source is None:
             return nullcontext()
-        tell(json.dumps({"index": step.index, "key": key, "source": str(source.resolve())}))
-        return together()
+        return self._with_all({"index": step.index, "key": key, "source": str(source.resolve())})
+
+    @contextmanager
+    def _with_all(self, order: dict[str, Any]) -> Iterator[None]:
+        from compress.training.team import tell, together
+
+        tell(json.dumps(order))
+        self.is_at_work = True
+        with together():
+            yield
+        self.is_at_work = False
 
 
 Follow = Callable[[int, str, Path], None]
@@ -70,10 +83,12 @@ def crew(follow: Follow) -> Iterator[Crew | None]:
                     follow(order["index"], order["key"], Path(order["source"]))
             yield None
         else:
+            several = _Several()
             try:
-                yield _Several()
+                yield several
             finally:
-                tell(_END)
+                if not several.is_at_work:
+                    tell(_END)
     finally:
         close_group()
 

@@ -87,8 +87,16 @@ def test_processes_that_were_killed_go_on_from_the_saved_state(world):
     assert all((value == again[name]).all() for name, value in whole.items())
 
 
-def test_an_error_in_a_stage_ends_all_processes_with_its_exit_code_said_once(world):
-    values = world.values("linear_head", (FINETUNE | {"batch_size": 33},))
-    code, said = finish(start(world, values, "wrong"))
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        ((FINETUNE | {"batch_size": 33},), "batch_size must be divisible by the number of processes (2)"),
+        (({"stage": "prune", "target": {"macs": 0.001}},), "cannot be reached"),
+    ],
+    ids=["in all processes", "in one"],
+)
+def test_an_error_in_a_stage_ends_all_processes(world, middle, message):
+    code, said = finish(start(world, world.values("linear_head", middle), "wrong"))
     assert code != 0
-    assert "batch_size must be divisible by the number of processes (2)" in said
+    assert message in said
+    assert "a fault of its own" not in said

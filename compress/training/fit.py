@@ -366,6 +366,8 @@ class _Run:
 
     def _measure(self, module: nn.Module) -> float:
         """Return validation top-1; each process looks at its part."""
+        if self.team.size == 1:
+            return evaluate_top1(module, self.validation, progress=self.progress)
         part = self.validation.part(self.team.rank, self.team.size)
         right = evaluate_top1(module, part, progress=self.progress) * len(part)
         return round(self.team.total([right])[0]) / len(self.validation)

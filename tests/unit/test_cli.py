@@ -119,7 +119,7 @@ def test_run_passes_everything_on_and_says_where_the_results_are(
             (tmp_path / name).write_bytes(b"")
         return Outcome(PASSED, tmp_path, {})
 
-    provide(monkeypatch, "compress.runner", run=run)
+    provide(monkeypatch, "compress.runner", run_with_others=run)
     done = call("run", GOOD, "--set", "name=other", "--seed", 3, "--runs-dir", tmp_path)
     assert done.exit_code == 0
     assert done.stdout.splitlines()[-3:] == [
@@ -133,7 +133,7 @@ def test_run_passes_everything_on_and_says_where_the_results_are(
 
 
 def test_failed_verdict_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    provide(monkeypatch, "compress.runner", run=lambda *_: Outcome(FAILED, tmp_path, {}))
+    provide(monkeypatch, "compress.runner", run_with_others=lambda *_: Outcome(FAILED, tmp_path, {}))
     provide(monkeypatch, "compress.standalone", verify_file=lambda *_: FAILED)
     assert call("run", GOOD).exit_code == 1
     done = call("verify", "model.onnx", "--pipeline", GOOD)
@@ -275,7 +275,7 @@ def test_init_refuses_options_that_make_no_pipeline(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str) -> None:
-    provide(monkeypatch, "compress.runner", run=raising(error))
+    provide(monkeypatch, "compress.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     assert (done.exit_code, done.stderr, done.stdout) == (code, text, "")
 
@@ -285,7 +285,7 @@ def test_fault_of_our_own_is_a_paragraph_and_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    provide(monkeypatch, "compress.runner", run=raising(error))
+    provide(monkeypatch, "compress.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     [crash] = tmp_path.glob("compress-crash-*.txt")
     assert done.exit_code == 70

@@ -408,6 +408,11 @@ class PruneConfig(CutConfig):
     increg: IncRegConfig | None = Field(None, description="settings of that method")
     csgd: CsgdConfig | None = Field(None, description="settings of that method")
 
+    @property
+    def method_settings(self) -> Section | None:
+        """The section of the method, if it is given; a plug-in's method has none."""
+        return getattr(self, self.method) if self.method in METHOD_SETTINGS else None
+
     @model_validator(mode="after")
     def _check_method(self) -> Self:
         _check_training(self.method, self.training)

@@ -17,6 +17,7 @@ from compress.stages.context import Record, StageContext
 from compress.training.evaluate import evaluate_top1
 from compress.training.fit import Distillation, FitResult, FitSettings, fit
 from compress.training.schedule import peak_from_original
+from compress.training.team import present_team
 
 STATE_FILE = "training_state.pt"
 LEARNING_RATE = 0.02
@@ -105,7 +106,8 @@ def _probe(
             top1, said = None, "the loss became NaN or infinite"
             (ctx.folder / f"{state_file}-probe").unlink(missing_ok=True)
         probed.append({"learning_rate": rate, "validation_top1": top1})
-        write_whole(path, json.dumps(probed).encode())
+        if present_team().rank == 0:
+            write_whole(path, json.dumps(probed).encode())
         ctx.progress.note(f"probe of learning rate {rate:g}: validation top-1 {said}")
     return probed
 

@@ -79,7 +79,7 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     module, chooser = copy.deepcopy(model.module), _Chooser(surveyed, ctx)
     setting = _setting(surveyed, module, chooser, hooked_settings(config.training, ctx), ctx)
     _require_work(chooser, surveyed)
-    method: Method = method_class(setting, getattr(config, config.method, None))
+    method: Method = method_class(setting, config.method_settings)
     record = train_with_hooks(module, model, config.training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
     method.finish()
     record = {"name": config.method, "figures": method.figures(), **record}

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from bright import Listener as _Listener
 from torch import nn
 
 import compress.stages.prune as prune_module
@@ -35,25 +35,6 @@ from compress.stages.trunks import shorten
 from compress.training.evaluate import evaluate_loss
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
-
-
-class _Listener(SilentProgress):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    @contextmanager
-    def task(self, label, total):
-        with super().task(label, total) as task:
-            yield task
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture(scope="module")

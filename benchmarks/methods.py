@@ -12,20 +12,16 @@ are not repeated.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from results import write_between_markers
+from rows import Row, flow, measure
 
 from compress.config.load import load_pipeline
 from compress.console import Console
-from compress.errors import StageError
-from compress.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
@@ -54,59 +50,29 @@ RANKS = ("low_rank", "trp")
 NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to decide.
-
-    Attributes:
-        name: In the table.
-        overrides: As after `--set`.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-
-    @property
-    def slug(self) -> str:
-        """The name as a run's."""
-        return "".join(letter if letter.isalnum() else "-" for letter in self.name).strip("-")
-
-
 def rows(values: dict[str, Any], epochs: int) -> list[Row]:
     """Return every way to decide, for a pipeline whose values are given."""
     stages = {stage["stage"]: stage for stage in values["stages"]}
     learning = max(1, round(epochs * 2 / 3))
     training = {key: value for key, value in stages["finetune"].items() if key not in NOT_WHILE_LEARNING and value}
     whole, rest = f"stages.finetune.epochs={epochs}", f"stages.finetune.epochs={epochs - learning}"
-    trained = _flow({**training, "epochs": learning})
+    trained = flow({**training, "epochs": learning})
     found = [
         Row(name, (whole, *(f"stages.{key}={value}" for key, value in changes.items())))
         for name, changes in AT_ONCE.items()
     ]
     for name, changes in TRAINED.items():
         settings = {"method": name.partition(",")[0], **changes}
-        overrides = [f"stages.prune.{key}={_flow(value)}" for key, value in settings.items()]
+        overrides = [f"stages.prune.{key}={flow(value)}" for key, value in settings.items()]
         found.append(Row(name, (rest, f"stages.prune.training={trained}", *overrides)))
     target = stages["prune"]["target"]
     if set(target) <= {"macs", "params"} and len(target) == 1:
         place = next(index for index, stage in enumerate(values["stages"]) if stage["stage"] == "prune")
         plain = {"stage": "low_rank", "target": target}
         learned = {**plain, "method": "trp", "training": {**training, "epochs": learning}}
-        found.append(Row(RANKS[0], (f"stages.{place}={_flow(plain)}", whole)))
-        found.append(Row(RANKS[1], (f"stages.{place}={_flow(learned)}", rest)))
+        found.append(Row(RANKS[0], (f"stages.{place}={flow(plain)}", whole)))
+        found.append(Row(RANKS[1], (f"stages.{place}={flow(learned)}", rest)))
     return found
-
-
-def measure(pipeline: Path, row: Row, overrides: Sequence[str], seed: int, runs_dir: Path, console: Console) -> Any:
-    """Run a pipeline one way and return its report, or the message where it cannot be run."""
-    name = f"methods-{pipeline.stem}-{row.slug}-{seed}"
-    loaded = load_pipeline(pipeline, [*overrides, *row.overrides, f"name={name}"], seed)
-    console.note(f"\n{row.name}, seed {seed}")
-    try:
-        run(loaded, runs_dir, console)
-    except StageError as error:
-        return error.message
-    return json.loads((runs_dir / name / "report.json").read_text(encoding="utf-8"))
 
 
 def line(row: Row, reports: Sequence[Any]) -> str:
@@ -136,10 +102,6 @@ def _around(record: dict[str, Any]) -> tuple[float, float]:
     return record["validation_top1_before"], record["validation_top1_after"]
 
 
-def _flow(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-
-
 def main() -> None:
     """Parse the command line, run what is missing, print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,7 +124,7 @@ def main() -> None:
         if arguments.only and row.name not in arguments.only:
             continue
         reports = [
-            measure(arguments.pipeline, row, arguments.overrides, seed, arguments.runs_dir, console)
+            measure("methods", arguments.pipeline, row, arguments.overrides, seed, arguments.runs_dir, console)
             for seed in arguments.seeds
         ]
         lines.append(line(row, reports))

@@ -1,0 +1,54 @@
+"""One row of a table: a pipeline run with something changed, once for each seed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.config.load import load_pipeline
+from compress.console import Console
+from compress.errors import StageError
+from compress.runner import run
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is changed.
+
+    Attributes:
+        name: In the table.
+        overrides: As after `--set`.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a run's."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.name).strip("-")
+
+
+def measure(
+    table: str, pipeline: Path, row: Row, overrides: Sequence[str], seed: int, runs_dir: Path, console: Console
+) -> Any:
+    """Run a pipeline as a row has it and return its report, or the message where it cannot be run.
+
+    A run that is finished is not repeated.
+    """
+    name = f"{table}-{pipeline.stem}-{row.slug}-{seed}"
+    loaded = load_pipeline(pipeline, [*overrides, *row.overrides, f"name={name}"], seed)
+    console.note(f"\n{row.name}, seed {seed}")
+    try:
+        run(loaded, runs_dir, console)
+    except StageError as error:
+        return error.message
+    return json.loads((runs_dir / name / "report.json").read_text(encoding="utf-8"))
+
+
+def flow(value: Any) -> str:
+    """Return a value as YAML on one line, for `--set`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

@@ -131,24 +131,26 @@ def test_a_given_decay_that_is_too_weak_is_refused_with_the_number_of_steps_that
 # gsm
 
 
-def test_gsm_lets_passive_channels_decay_by_formula_and_trains_the_others():
+def test_gsm_lets_passive_channels_decay_by_formula_and_trains_the_others(monkeypatch):
     module = Pair()
     rates, chosen = [0.1] * 100, Chosen({"conv": (0,)})
-    method = Gsm(setting(module, chosen, rates), GsmConfig(interval=10))
-    assert method.passive_decay == pytest.approx(8 * 0.5 / (0.1 * 50))
-    before = copy.deepcopy(module.state_dict())
-    train(module, method, rates)
-    # w <- w - 0.1 v with v <- 0.5 v + 0.8 w, from w = 1, v = 0
-    weight, velocity = 1.0, 0.0
-    for _ in rates:
-        velocity = 0.5 * velocity + method.passive_decay * weight
-        weight -= 0.1 * velocity
-    assert module.norm.weight[0].item() == pytest.approx(0.5 * weight, rel=1e-3, abs=1e-9)
-    assert module.norm.bias[0].item() == pytest.approx(0.25 * weight, rel=1e-3, abs=1e-9)
-    assert torch.equal(module.conv.weight[0], before["conv.weight"][0])  # its own decay is the optimiser's: 0 here
-    assert not torch.allclose(module.conv.weight[1], before["conv.weight"][1])
-    assert not torch.allclose(module.norm.weight[1], before["norm.weight"][1])
-    assert [is_final for *_, is_final in chosen.calls] == [False] * 5 + [True]
+    method = Gsm(setting(module, chosen, rates, momentum=0.0), GsmConfig(interval=10))
+    # nothing goes for 10 steps, then to e^-2 in 40 while the choice is open, then to e^-8 in 50
+    assert method.decays[10:] == pytest.approx([2 / (0.1 * 40)] * 40 + [8 / (0.1 * 50)] * 50)
+    at_choice = {}
+    monkeypatch.setattr(
+        method,
+        "on_step_begin",
+        lambda step: at_choice.update(copy.deepcopy(module.state_dict())) if step == 10 else None,
+    )
+    train(module, method, rates, momentum=0.0)
+    left = (1 - 0.1 * 0.5) ** 40 * (1 - 0.1 * 1.6) ** 50
+    for after, name in ((module.norm.weight, "norm.weight"), (module.norm.bias, "norm.bias")):
+        assert after[0].item() == pytest.approx(left * at_choice[name][0].item(), rel=1e-3, abs=1e-9)
+        assert not torch.allclose(after[1], at_choice[name][1])
+    assert torch.equal(module.conv.weight[0], at_choice["conv.weight"][0])  # its own decay is the optimiser's: 0 here
+    assert not torch.allclose(module.conv.weight[1], at_choice["conv.weight"][1])
+    assert [is_final for *_, is_final in chosen.calls] == [False] * 4 + [True]
     assert method.figures()["left_ratio"] < 1e-4
 
 

@@ -94,12 +94,17 @@ class Setting:
 
         Raises:
             StageError: The steps are too few for any factor: momentum alone forgets too slowly.
+        """
+        self.require_steps(first)
+        return self.factor(DECAYED, first)
+
+    def factor(self, exponent: float, first: int, last: int | None = None) -> float:
+        """Return the L2 factor that, from step `first` to before `last`, decays what gets no gradient to e^-exponent.
 
         Source: Ding et al. 2019, "Global Sparse Momentum SGD", arXiv:1909.12778: what gets no gradient decays as
             exp(-sum of the rates * factor / (1 - momentum)). The factor follows from that here.
         """
-        self.require_steps(first)
-        return DECAYED * (1 - self.momentum) / float(self.rates[first:].sum())
+        return exponent * (1 - self.momentum) / float(self.rates[first:last].sum())
 
     def require_decay(self, first: int, factors: np.ndarray | float, what: str) -> None:
         """Check that given L2 factors of the steps from `first` on let a parameter without gradient decay to e^-8.

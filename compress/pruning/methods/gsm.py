@@ -2,15 +2,20 @@
 
 from typing import ClassVar
 
+import numpy as np
+
 from compress.config.schema import GsmConfig
 from compress.pruning.methods.base import Scored, Setting
+
+_DECAYED_WHILE_OPEN = 2.0
 
 
 class Gsm(Scored):
     """In each step the channels that do not fit into the budget get no gradient, only decay.
 
     A channel whose score rises again while the choice is open takes part again. What goes decays by a factor of its
-    own, sized so that it comes to e^-8 within the steps after the choice stands.
+    own: while the choice is open, so weak that a channel which goes all the time comes to e^-2, for what has decayed
+    does not come back; after that so strong that the rest is e^-8.
 
     Args:
         setting: What to work with.
@@ -27,10 +32,15 @@ class Gsm(Scored):
 
     def __init__(self, setting: Setting, options: GsmConfig | None = None) -> None:
         options = options or GsmConfig()
-        super().__init__(setting, round(setting.steps * (1 - options.frozen_ratio)), options.interval)
-        self.passive_decay = options.passive_decay or setting.sized_decay(self.frozen)
+        frozen = round(setting.steps * (1 - options.frozen_ratio))
+        super().__init__(setting, frozen, options.interval, first=min(options.interval, frozen))
         if options.passive_decay is not None:
-            setting.require_decay(self.frozen, options.passive_decay, f"gsm.passive_decay {options.passive_decay:g}")
+            setting.require_decay(frozen, options.passive_decay, f"gsm.passive_decay {options.passive_decay:g}")
+            self.decays = np.full(setting.steps, options.passive_decay)
+        else:
+            self.decays = np.full(setting.steps, setting.sized_decay(frozen))
+            if frozen > self.first:
+                self.decays[:frozen] = setting.factor(_DECAYED_WHILE_OPEN, self.first, frozen)
 
     def on_gradients(self, step: int) -> None:
         """Take the gradient from what goes, and let it decay."""
@@ -38,4 +48,4 @@ class Gsm(Scored):
         for name in self.chosen:
             goes = self.goes(name)
             self.tensors[name].stop(goes)
-            self.tensors[name].decay(goes * (self.passive_decay - self.setting.weight_decay))
+            self.tensors[name].decay(goes * (float(self.decays[step]) - self.setting.weight_decay))

@@ -17,14 +17,14 @@ from compress.training.fit import Distillation, FitSettings, fit
 from compress.training.team import present_team, tell, together
 
 SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
-KINDS = ("plain", "norm", "averaged", "accumulated")
+KINDS = ("plain", "norm", "synced", "averaged", "accumulated")
 
 
 def network(kind: str, seed: int = 0) -> nn.Module:
-    """A network without anything that looks at several images at once, but for the kind "norm"."""
+    """A network without anything that looks at several images at once, but for the kinds "norm" and "synced"."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        norm = nn.BatchNorm2d(8) if kind == "norm" else nn.Identity()
+        norm = nn.BatchNorm2d(8) if kind in ("norm", "synced") else nn.Identity()
         return nn.Sequential(
             nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
         )
@@ -44,6 +44,8 @@ def settings(kind: str) -> FitSettings:
     """How each kind is trained."""
     if kind == "averaged":
         return replace(SETTINGS, ema=0.9, average_ratio=0.4, gradient_clip=0.5)
+    if kind == "synced":
+        return replace(SETTINGS, sync_batch_norm=True)
     return replace(SETTINGS, accumulation=2) if kind == "accumulated" else SETTINGS
 
 

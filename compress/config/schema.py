@@ -299,8 +299,15 @@ class TrainingConfig(Section):
         0.0, description="share of the steps, at the end, whose average is one more candidate; 0 is off"
     )
     label_smoothing: Share = 0.0
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of convolutions and linear layers while training; weights stay fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the network trains; auto takes the GPU where there is one"
+    )
+    compiled: bool = Field(False, description="train through torch.compile; needs a C++ compiler")
+    sync_batch_norm: bool = Field(
+        False, description="batch norms of several processes use the statistics of the whole batch"
     )
     save_minutes: float = Field(
         5.0, ge=0, description="between saves of the state; after each epoch there is one anyway"
@@ -387,6 +394,8 @@ def _check_training(method: str | None, training: TrainingConfig | None) -> None
     for name in ("ema", "average_ratio", "probe"):
         if training is not None and getattr(training, name):
             raise ValueError(f"training must not hold {name} where a method is at work")
+    if training is not None and training.precision == "fp16":
+        raise ValueError("training must not hold precision fp16 where a method is at work: it works on gradients")
 
 
 class PruneConfig(CutConfig):

@@ -8,7 +8,7 @@ batch), so a run that is resumed at any batch sees the same as an undisturbed on
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,6 +22,7 @@ from compress.data.sources import ImageSource
 Batch = tuple[Tensor, Tensor]
 RandomPurpose = Literal["order", "augmentation", "step", "weights"]
 
+CPU = torch.device("cpu")
 _PIXELS, _FEWEST_IMAGES, _MOST_IMAGES = 2**17, 4, 256
 
 
@@ -34,12 +35,16 @@ class Split:
         source: Where the images are.
         indices: Which of them belong here.
         preprocessing: What the network needs.
+        device: Where batches are made.
+        resident: All images of the source, uint8 (N, H, W, C), on that device; None where they are read each time.
     """
 
     name: str
     source: ImageSource
     indices: np.ndarray
     preprocessing: Preprocessing
+    device: torch.device = CPU
+    resident: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -54,16 +59,22 @@ class Split:
         """Return uint8 (n, H, W, C) images by their positions in this split."""
         return self.source.read(self.indices[positions])
 
+    def read_tensor(self, positions: np.ndarray) -> Tensor:
+        """Return uint8 (n, H, W, C) images by their positions in this split, on its device."""
+        if self.resident is not None:
+            return self.resident[torch.from_numpy(self.indices[positions]).to(self.device)]
+        return torch.from_numpy(self.read(positions)).to(self.device)
+
     def first(self, count: int) -> "Split":
         """Return a split of `count` images spread evenly over this one (all of it when it has fewer)."""
         if count >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
-        return Split(self.name, self.source, self.indices[chosen], self.preprocessing)
+        return replace(self, indices=self.indices[chosen])
 
     def part(self, rank: int, size: int) -> "Split":
         """Return each size-th image, from the rank-th on."""
-        return Split(self.name, self.source, self.indices[rank::size], self.preprocessing)
+        return replace(self, indices=self.indices[rank::size])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +100,12 @@ def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
     labels = split.labels
     for chosen, images in _read_ahead(split, positions):
-        yield _to_input(split, torch.from_numpy(images)), torch.from_numpy(labels[chosen])
+        yield _to_input(split, images), torch.from_numpy(labels[chosen]).to(split.device)
 
 
 def fast_batch_size(split: Split) -> int:
-    """Return how many images a CPU runs fastest at once: few large ones, whose feature maps stay in its caches."""
-    if len(split) == 0:
+    """Return how many images run fastest at once: on a CPU few large ones, whose feature maps stay in its caches."""
+    if len(split) == 0 or split.device.type != "cpu":
         return _MOST_IMAGES
     pixels = math.prod(split.read(np.zeros(1, np.int64)).shape[1:-1])
     return min(max(_FEWEST_IMAGES, _PIXELS // pixels), _MOST_IMAGES)
@@ -128,8 +139,8 @@ def training_batches(
     positions = (order[number * batch_size : (number + 1) * batch_size][rank::size] for number in numbers)
     for number, (chosen, images) in zip(numbers, _read_ahead(split, positions), strict=True):
         generator = _generator(seed, "augmentation", epoch, number)
-        augmented = augment(torch.from_numpy(images), augmentation, generator, whole, slice(rank, None, size))
-        yield _to_input(split, augmented), torch.from_numpy(labels[chosen])
+        augmented = augment(images, augmentation, generator, whole, slice(rank, None, size))
+        yield _to_input(split, augmented), torch.from_numpy(labels[chosen]).to(split.device)
 
 
 def random_seed(seed: int, purpose: RandomPurpose, *parts: int) -> int:
@@ -165,32 +176,33 @@ def augment(
     Args:
         images: The batch, or a part of one.
         augmentation: What is varied.
-        generator: Draws for the whole batch.
+        generator: Draws for the whole batch, on the CPU.
         whole: How many images that has; None where `images` is all of it.
         part: Which of them `images` are.
     """
     count, height, width, _ = images.shape
+    device = images.device
     drawn = count if whole is None else whole
     if augmentation.crop_padding:
         pad = augmentation.crop_padding
         padded = F.pad(images, (0, 0, pad, pad, pad, pad))
         top = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
         left = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
-        rows = (top + torch.arange(height))[:, :, None]
-        columns = (left + torch.arange(width))[:, None, :]
-        images = padded[torch.arange(count)[:, None, None], rows, columns]
+        rows = (top + torch.arange(height))[:, :, None].to(device)
+        columns = (left + torch.arange(width))[:, None, :].to(device)
+        images = padded[torch.arange(count, device=device)[:, None, None], rows, columns]
     if augmentation.flip:
-        mirrored = torch.rand(drawn, generator=generator)[part] < 0.5
+        mirrored = (torch.rand(drawn, generator=generator)[part] < 0.5).to(device)
         images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
     return images
 
 
-def _read_ahead(split: Split, positions: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _read_ahead(split: Split, positions: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Read the next batch in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1) as reader:
         pending = None
         for chosen in positions:
-            following = (chosen, reader.submit(split.read, chosen))
+            following = (chosen, reader.submit(split.read_tensor, chosen))
             if pending is not None:
                 yield pending[0], pending[1].result()
             pending = following
@@ -204,5 +216,5 @@ def _to_input(split: Split, images: Tensor) -> Tensor:
     if wanted.channels == "BGR":
         images = images.flip(-1)
     x = images.to(torch.float32) * wanted.scale
-    x = (x - torch.tensor(wanted.mean)) / torch.tensor(wanted.std)
+    x = (x - torch.tensor(wanted.mean, device=x.device)) / torch.tensor(wanted.std, device=x.device)
     return x.permute(0, 3, 1, 2).contiguous() if wanted.layout == "NCHW" else x

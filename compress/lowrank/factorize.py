@@ -148,7 +148,7 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
         matrices = (_weighed(_to_columns(kernel), moments.columns if moments else None),)
     else:
         matrices = (_seen(kernel.flatten(1), moments),)
-    return tuple(torch.linalg.svdvals(matrix).numpy() for matrix in matrices)
+    return tuple(torch.linalg.svdvals(matrix).cpu().numpy() for matrix in matrices)
 
 
 def factorize(weight: Tensor, scheme: str, ranks: tuple[int, ...], moments: Moments | None = None) -> Factors:

@@ -50,7 +50,7 @@ class TrainedRank:
         for layer, (scheme, ranks) in self._present.items():
             weight = self._weight(layer)
             if weight.grad is not None:
-                weight.grad.add_(main_directions(weight, scheme, ranks).to(weight.dtype), alpha=self.strength)
+                weight.grad.add_(main_directions(weight.cpu(), scheme, ranks).to(weight), alpha=self.strength)
 
     def on_step_end(self, step: int) -> None:
         """Nothing is done."""
@@ -65,7 +65,7 @@ class TrainedRank:
         self._present = {edit.layer: (edit.scheme, edit.ranks) for edit in self.choose()}
         for layer, (scheme, ranks) in self._present.items():
             weight = self._weight(layer)
-            weight.copy_(multiply(factorize(weight, scheme, ranks).weights, scheme))
+            weight.copy_(multiply(factorize(weight.cpu(), scheme, ranks).weights, scheme))
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values from which `load_state_dict` goes on."""

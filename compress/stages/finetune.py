@@ -141,6 +141,9 @@ def fit_settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
         ema=config.ema,
         average_ratio=config.average_ratio,
         precision=config.precision,
+        device=config.device,
+        compiled=config.compiled,
+        sync_batch_norm=config.sync_batch_norm,
         save_minutes=config.save_minutes,
         seed=seed,
     )

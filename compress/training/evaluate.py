@@ -65,7 +65,7 @@ def image_losses(
         As `evaluate_top1`.
     """
     outputs = _outputs(module, split, batch_size, progress, "loss")
-    return torch.cat([F.cross_entropy(logits.double(), labels, reduction="none") for logits, labels in outputs])
+    return torch.cat([F.cross_entropy(logits.double(), labels, reduction="none").cpu() for logits, labels in outputs])
 
 
 def _outputs(

@@ -30,10 +30,12 @@ from compress.data.batches import (
     random_seed,
     training_batches,
 )
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.averaging import WeightAverage
+from compress.training.batch_norm import synced_batch_norms
+from compress.training.device import moved, placed, require_precision, training_device
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.hooks import TrainingHooks
@@ -44,6 +46,7 @@ from compress.training.schedule import schedule
 from compress.training.team import present_team
 
 _STATISTICS_BATCHES = 16
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,9 @@ class FitSettings:
         ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
         average_ratio: Share of the steps, at the end, whose weights are averaged; with batch-norm statistics measured
             again, that average is one more candidate. 0 is off.
-        precision: "fp32", or "bf16": convolutions and linear layers compute in bfloat16, weights stay float32.
+        precision: "fp32"; or "bf16", "fp16": convolutions and linear layers compute in it, weights stay float32.
+        device: "cpu", "cuda", or "auto" for the GPU where there is one.
+        sync_batch_norm: Whether several processes normalise by the statistics of the whole batch, not of their parts.
         save_minutes: How long after one save of the state another one follows; after each epoch there is one anyway.
     """
 
@@ -111,6 +116,8 @@ class FitSettings:
     ema: float = 0.0
     average_ratio: float = 0.0
     precision: str = "fp32"
+    device: str = "cpu"
+    sync_batch_norm: bool = False
     save_minutes: float = 5.0
 
 
@@ -166,7 +173,7 @@ def fit(
     """Train `module` in place and leave it in eval mode.
 
     Args:
-        module: Classifier on the CPU.
+        module: Classifier on the CPU; it comes back there.
         train: What is learned from.
         validation: What the epoch is chosen on; never the evaluation split.
         settings: How.
@@ -183,7 +190,7 @@ def fit(
         KeyboardInterrupt: As asked for, after the step under way was made and the state saved.
         DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
         ModelError: No parameter requires a gradient.
-        StageError: The precision is one that this CPU has no instructions for.
+        StageError: The device is not there, or the precision is one that it has no instructions for.
         ArtifactError: The saved state belongs to another run.
     """
     for split in (train, validation):
@@ -197,22 +204,18 @@ def fit(
         )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
-    if settings.precision == "bf16" and not has_bf16():
-        raise StageError(
-            f"precision bf16 must be one that this CPU has instructions for, it has "
-            f"{torch.backends.cpu.get_cpu_capability()}.",
-            hint="Leave precision out: on this CPU bf16 would be slower than fp32.",
-        )
+    require_precision(settings.precision, training_device(settings.device))
     run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
     if team.size > 1:
         run.progress.note(f"{team.size} processes train together, each on its part of every batch")
-    run.restore()
-    with flushed_denormals(), run.watched_maps(), deferred_interrupts() as is_interrupted:
-        while len(run.records) < run.total_epochs:
-            run.train_epoch(is_interrupted)
-    if state_path is not None and keeps_state:
-        run.save(state_path)
-    result = run.finish()
+    with moved(run.networks, run.device):
+        run.restore()
+        with flushed_denormals(), run.surroundings(), deferred_interrupts() as is_interrupted:
+            while len(run.records) < run.total_epochs:
+                run.train_epoch(is_interrupted)
+        if state_path is not None and keeps_state:
+            run.save(state_path)
+        result = run.finish()
     if state_path is not None and not keeps_state and run.team.rank == 0:
         state_path.unlink(missing_ok=True)
     return result
@@ -244,20 +247,24 @@ class _Run:
         hooks: TrainingHooks | None = None,
     ) -> None:
         self.module, self.hooks, self.team = module, hooks, present_team()
+        self.device = training_device(settings.device)
         self.memory_format = fastest_memory_format(module, train)
         for network in (module, distillation.teacher if distillation is not None else module):
             network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.forward: Callable[[Tensor], Tensor] = torch.compile(module) if settings.compiled else module
-        self.train, self.validation = train, validation
+        self.train, self.validation = placed((train, validation), self.device)
         self.settings, self.distillation, self.progress = settings, distillation, progress
         self.steps_per_epoch, self.total_steps = planned_steps(train, settings)
         self.optimizer = _optimizer(module, settings)
         self.average = WeightAverage(module, settings.ema) if settings.ema else None
         self.tail = WeightAverage(module, None) if settings.average_ratio else None
         self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.state_path, self.saved_at = state_path, time.monotonic()
         self.step = 0
         self.losses: list[float] = []  # of the epoch under way
+        self.unread: list[Tensor] = []  # those of the last steps
+        self.read_together = steps_read_together(self.device)
         self.records: list[EpochRecord] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
 
@@ -279,7 +286,7 @@ class _Run:
         )
         images_seen, started = 0, time.perf_counter()
         with (
-            torch.random.fork_rng(devices=[]),
+            self._own_random_state(),
             self.progress.task(f"epoch {epoch + 1} of {self.total_epochs}", steps) as task,
         ):
             if done:
@@ -287,10 +294,11 @@ class _Run:
             for several in _grouped(batches, settings.accumulation, steps - done):
                 # dropout and mixing draw the same after a resume
                 torch.manual_seed(random_seed(settings.seed, "step", self.step, *self._own_part))
-                self.losses.append(self._train_step(several))
+                self._train_step(several)
                 images_seen += self.team.size * sum(len(labels) for _, labels in several)
                 self._advance(task, images_seen / (time.perf_counter() - started))
                 self._keep_state(is_interrupted())
+            self._read_losses()
         speed = images_seen / (time.perf_counter() - started)
         self._close_epoch(epoch + 1, speed)
         self._keep_state(is_interrupted(), is_due=True)
@@ -314,9 +322,23 @@ class _Run:
         """What parts the random numbers of this process from those of the others."""
         return (self.team.rank,) if self.team.size > 1 else ()
 
-    def watched_maps(self) -> AbstractContextManager[object]:
-        """Keep the feature maps of every forward pass for the loss, while it lasts, if they are wanted."""
-        return nullcontext() if self.maps is None else self.maps
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Keep feature maps for the loss, and let batch norms of several processes agree, while it lasts, if wanted."""
+        is_synced = self.settings.sync_batch_norm and self.team.size > 1
+        synced = synced_batch_norms(self.module, self.team) if is_synced else nullcontext()
+        with synced, nullcontext() if self.maps is None else self.maps:
+            yield
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All that computes."""
+        teachers = [] if self.distillation is None else [self.distillation.teacher]
+        return [self.module, *teachers, *(average.module for average in self.averages)]
+
+    def _own_random_state(self) -> AbstractContextManager[None]:
+        """Leave the global random state as it was."""
+        return torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device])
 
     @property
     def measured(self) -> nn.Module:
@@ -357,7 +379,7 @@ class _Run:
         """Give the average of the last steps batch-norm statistics of its own, and return its validation top-1."""
         size = self.settings.batch_size
         images = (images for images, _ in evaluation_batches(self.train.first(_STATISTICS_BATCHES * size), size))
-        with torch.random.fork_rng(devices=[]):
+        with self._own_random_state():
             torch.manual_seed(random_seed(self.settings.seed, "step", self.total_steps))
             torch.optim.swa_utils.update_bn(images, module)
         top1 = self._measure(module)
@@ -374,6 +396,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write everything a later process needs, so that the file is whole or absent; one process does it for all."""
+        self._read_losses()
         if self.team.rank != 0:
             return
         state = {
@@ -383,6 +406,7 @@ class _Run:
             "records": [asdict(record) for record in self.records],
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "averages": [average.state_dict() for average in self.averages],
             "hooks": None if self.hooks is None else self.hooks.state_dict(),
             "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
@@ -398,19 +422,19 @@ class _Run:
         if path is None or not path.is_file():
             return
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location="cpu")
             saved = state["identity"]
         except Exception as error:  # torch raises a dozen types for a damaged file
             self.progress.warn(f"The saved training state is unreadable, training starts again: {error}")
             return
-        differing = [key for key, value in self._identity().items() if saved.get(key) != value]
-        if differing:
+        if differing := _differences(saved, self._identity()):
             raise ArtifactError(
-                f"The training state in '{path}' belongs to a run with other {', '.join(differing)}.",
+                f"The training state in '{path}' must be of this run, it is of one with {', '.join(differing)}.",
                 hint="Remove the file to start again.",
             )
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.load_state_dict(saved)
         if self.hooks is not None:
@@ -424,32 +448,30 @@ class _Run:
             reached = f"step {self.step} of {self.total_steps}"
         self.progress.note(f"Training goes on after {reached}.")
 
-    def _train_step(self, batches: Sequence[Batch]) -> float:
-        """Take one step on what one batch says, or several on average, and return the loss."""
+    def _train_step(self, batches: Sequence[Batch]) -> None:
+        """Take one step on what one batch says, or several on average."""
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         if self.hooks is not None:
             self.hooks.on_step_begin(self.step)
-        value = 0.0
+        value = torch.zeros((), device=self.device)
         for images, labels in batches:
             with _memory_explained(self.settings.batch_size):
                 loss = self._batch_loss(images, labels) / len(batches)
-            value += self.team.total([float(loss.detach())])[0] / self.team.size
-            if not math.isfinite(value):
-                raise NonFinite(
-                    f"The training loss must be finite, got {value} at step {self.step + 1} of {self.total_steps} "
-                    f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
-                    hint="Lower learning_rate, or check the images and weights for NaN.",
-                )
+            value = value + loss.detach()
+            if self.read_together == 1:
+                self._require_finite(self._mean_over_team([value.item()]))
             with _memory_explained(self.settings.batch_size):
-                loss.backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         learned = [*self.module.parameters(), *(self.hooks.parameters() if self.hooks is not None else ())]
         self.team.average(parameter.grad for parameter in learned if parameter.grad is not None)
         if self.settings.gradient_clip is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
         if self.hooks is not None:
             self.hooks.on_gradients(self.step)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.hooks is not None:
             self.hooks.on_step_end(self.step)
         if self.average is not None:
@@ -457,7 +479,31 @@ class _Run:
         self.step += 1
         if self.tail is not None and self.step > self.total_steps - self.tail_steps:
             self.tail.update(self.module)
-        return value
+        self.unread.append(value)
+        if len(self.unread) == self.read_together:
+            self._read_losses()
+
+    def _read_losses(self) -> None:
+        """Read and check the losses of the last steps."""
+        if not self.unread:
+            return
+        values = self._mean_over_team(torch.stack(self.unread).tolist())
+        self._require_finite(values)
+        self.unread.clear()
+        self.losses += values
+
+    def _mean_over_team(self, values: list[float]) -> list[float]:
+        return [value / self.team.size for value in self.team.total(values)]
+
+    def _require_finite(self, values: Sequence[float]) -> None:
+        """Check the losses of the last steps, the one under way among them if it is not over."""
+        for value, step in zip(values, range(self.step - len(self.unread) + 1, self.total_steps + 1), strict=False):
+            if not math.isfinite(value):
+                raise NonFinite(
+                    f"The training loss must be finite, got {value} at step {step} of {self.total_steps} "
+                    f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
+                    hint="Lower learning_rate, or check the images and weights for NaN.",
+                )
 
     def _batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         if images.ndim == 4:
@@ -482,10 +528,11 @@ class _Run:
             ) from error
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16")
+        precision = self.settings.precision
+        return torch.autocast(self.device.type, _DTYPES[precision], enabled=precision != "fp32")
 
     def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-        """Return the loss of a batch; `share`, (N,), of each image is its neighbour's, with its label."""
+        """Return the loss of a batch; `share`, (N,) on the CPU, of each image is its neighbour's, with its label."""
         smoothing = self.settings.label_smoothing
         hard = F.cross_entropy(outputs, labels, label_smoothing=smoothing)
         if share.any():
@@ -493,12 +540,17 @@ class _Run:
                 F.cross_entropy(outputs, wanted, label_smoothing=smoothing, reduction="none")
                 for wanted in (labels, labels.roll(1, 0))
             )
-            hard = own.lerp(other, share).mean()
+            hard = own.lerp(other, share.to(own.device)).mean()
         if self.distillation is None:
             return hard
         weight, temperature = self.distillation.weight, self.distillation.temperature
         with torch.no_grad(), self._autocast():
             taught = self.distillation.teacher(images)
+        if taught.shape != outputs.shape:
+            raise ModelError(
+                f"The teacher must have as many classes as the network it teaches ({outputs.shape[1]}), "
+                f"it has {taught.shape[1]}."
+            )
         wanted = F.log_softmax(at_least_float32(taught) / temperature, 1)
         got = F.log_softmax(outputs / temperature, 1)
         soft = F.kl_div(got, wanted, reduction="batchmean", log_target=True) * temperature**2
@@ -512,7 +564,8 @@ class _Run:
 
     def _advance(self, task: Task, speed: float) -> None:
         recent = self.losses[-20:]
-        task.advance(1, loss=f"{sum(recent) / len(recent):.3f}", speed=f"{speed:.0f} images/s")
+        shown = {"loss": f"{sum(recent) / len(recent):.3f}"} if recent else {}
+        task.advance(1, **shown, speed=f"{speed:.0f} images/s")
 
     def _close_epoch(self, number: int, speed: float) -> None:
         loss = sum(self.losses) / len(self.losses)
@@ -529,7 +582,7 @@ class _Run:
         )
 
     def _identity(self) -> dict[str, Any]:
-        free = ("compiled", "save_minutes")  # what may change from one start to the next
+        free = ("compiled", "device", "save_minutes")  # what may change from one start to the next
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
         return {
             "settings": settings,
@@ -538,9 +591,9 @@ class _Run:
         }
 
 
-def has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def steps_read_together(device: torch.device) -> int:
+    """Return of how many steps the loss is read at once: to read it from a GPU means to wait until it is done."""
+    return 1 if device.type == "cpu" else 20
 
 
 @contextmanager
@@ -578,6 +631,17 @@ def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimize
         return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=decay)
     momentum = settings.momentum
     return torch.optim.SGD(module.parameters(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+
+
+def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Name what a saved run was with, where it was not with the same."""
+    flat, wanted = (
+        {**one["settings"], "total steps": one["total steps"], **{f"shape of {k}": v for k, v in one["shapes"].items()}}
+        for one in (saved, own)
+    )
+    names = [name for name in {**wanted, **flat} if flat.get(name) != wanted.get(name)]
+    named = [f"{name} {flat.get(name)} instead of {wanted.get(name)}" for name in names[:4]]
+    return [*named, f"{len(names) - 4} more"] if len(names) > 4 else named
 
 
 def _buffers(*networks: nn.Module) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ def mixed(images: Tensor, augmentation: Augmentation, layout: str = "NCHW") -> t
         layout: Which of the two.
 
     Returns:
-        The images, and (N,) the shares of the neighbours in them, all 0 where nothing is mixed.
+        The images, and (N,) the shares of the neighbours in them, on the CPU; all 0 where nothing is mixed.
 
     Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, with a share for each
         pair; Yun et al. 2019, "CutMix", arXiv:1905.04899.
@@ -28,7 +28,8 @@ def mixed(images: Tensor, augmentation: Augmentation, layout: str = "NCHW") -> t
     shares = torch.distributions.Beta(alphas[way], alphas[way])
     if way == "mixup":
         share = shares.sample((len(images),))
-        return images.lerp(images.roll(1, 0), share.reshape(-1, *[1] * (images.ndim - 1))), share
+        weights = share.reshape(-1, *[1] * (images.ndim - 1)).to(images.device)
+        return images.lerp(images.roll(1, 0), weights), share
     return _with_rectangles(images, float(shares.sample()), 2 if layout == "NCHW" else 1)
 
 

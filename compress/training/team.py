@@ -30,9 +30,9 @@ class Team:
         """Replace tensors by their means over the processes, in place; all give the same ones in the same order."""
         if self.size == 1:
             return
-        by_type: dict[torch.dtype, list[Tensor]] = {}
+        by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            by_type.setdefault(tensor.dtype, []).append(tensor)
+            by_type.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for several in by_type.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in several])
             dist.all_reduce(flat)
@@ -61,7 +61,8 @@ _is_together = False
 def open_group() -> Team:
     """Meet the other processes that `torchrun` has started, and return who they are and who this is."""
     # one that has nothing to do waits as long as it takes
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=30))
     return Team(dist.get_rank(), dist.get_world_size())
 
 

@@ -18,6 +18,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.progress import SilentProgress, SilentTask
+from compress.training import device as device_module
 from compress.training import fit as fit_module
 from compress.training.evaluate import evaluate_top1
 from compress.training.fit import (
@@ -360,11 +361,11 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
     with pytest.raises(Killed):
         fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
-    with pytest.raises(ArtifactError, match=r"belongs to a run with other settings\.\nHint: Remove the file"):
+    with pytest.raises(ArtifactError, match=r"it is of one with learning_rate 0\.05 instead of 0\.01\.\nHint: Remove"):
         fit(_network(), *_splits(), replace(SETTINGS, learning_rate=0.01), state_path=state)
     wider = _network()
     wider[6] = nn.Linear(32, 4)
-    with pytest.raises(ArtifactError, match="a run with other shapes"):
+    with pytest.raises(ArtifactError, match=r"of one with shape of 6\.weight \[3, 32\] instead of \[4, 32\]"):
         fit(wider, *_splits(), SETTINGS, state_path=state)
     assert state.is_file()
 
@@ -579,6 +580,13 @@ def test_batches_too_small_for_batch_norm_are_refused() -> None:
         fit(network, train, validation, FitSettings(steps=2, batch_size=1))
 
 
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    teacher = _network()
+    teacher[6] = nn.Linear(32, 5)
+    with pytest.raises(ModelError, match=r"as many classes as the network it teaches \(3\), it has 5"):
+        fit(_network(), *_splits(), SETTINGS, Distillation(teacher.eval(), 0.5, 2.0))
+
+
 def test_a_frozen_network_is_refused() -> None:
     train, validation = _splits()
     with pytest.raises(ModelError, match="must have a parameter that requires a gradient"):
@@ -586,13 +594,13 @@ def test_a_frozen_network_is_refused() -> None:
 
 
 def test_half_precision_needs_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "has_bf16", lambda: False)
+    monkeypatch.setattr(device_module, "has_bf16", lambda: False)
     with pytest.raises(StageError, match="precision bf16 must be one that this CPU has instructions for, it has"):
         fit(_network(), *_splits(), replace(SETTINGS, precision="bf16"))
 
 
 def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "has_bf16", lambda: True)
+    monkeypatch.setattr(device_module, "has_bf16", lambda: True)
     seen: list[torch.dtype] = []
     module, plain = _network(), _network()
     module[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
@@ -603,6 +611,54 @@ def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.Mon
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert result.epochs[-1].loss == pytest.approx(full.epochs[-1].loss, rel=0.05)
     assert result.epochs[-1].loss != full.epochs[-1].loss
+
+
+def test_losses_read_for_several_steps_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain, late, resumed = _network(), _network(), _network()
+    wanted = fit(plain, *_splits(), SETTINGS)
+    monkeypatch.setattr(fit_module, "steps_read_together", lambda _device: 3)  # of 4 steps an epoch
+    got = fit(late, *_splits(), SETTINGS)
+    assert _records(got) == _records(wanted)
+    assert _equal(_weights(late), _weights(plain))
+    state = tmp_path / "state.pt"
+    settings = replace(SETTINGS, save_minutes=0.0)
+    with pytest.raises(Killed):
+        fit(_network(), *_splits(), settings, state_path=state, progress=_KillsIn(2, 3))
+    assert _records(fit(resumed, *_splits(), settings, state_path=state)) == _records(wanted)
+    assert _equal(_weights(resumed), _weights(plain))
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_broken_loss_is_named_by_its_step_however_late_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr(fit_module, "steps_read_together", lambda _device: together)
+    module, steps = _network(), []
+
+    def broken(_layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        steps.append(module.training)
+        return output * float("nan") if sum(steps) >= 5 else output
+
+    module.register_forward_hook(broken)
+    with pytest.raises(NonFinite, match="got nan at step 5 of 12"):
+        fit(module, *_splits(), SETTINGS)
+
+
+def test_fp16_scales_the_loss_and_learns_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fit_module, "require_precision", lambda *_: None)  # which refuses it on the CPU
+    settings = replace(SETTINGS, precision="fp16", gradient_clip=5.0)
+    half, plain = _network(), _network()
+    result = fit(half, *_splits(), settings)
+    full = fit(plain, *_splits(), replace(SETTINGS, gradient_clip=5.0))
+    assert result.epochs[-1].loss == pytest.approx(full.epochs[-1].loss, rel=0.1)
+    assert result.epochs[-1].loss != full.epochs[-1].loss
+    state, resumed = tmp_path / "state.pt", _network()
+    with pytest.raises(Killed):
+        fit(_network(), *_splits(), replace(settings, save_minutes=0.0), state_path=state, progress=_KillsIn(2, 3))
+    scale = torch.load(state, weights_only=True)["scaler"]["scale"]
+    assert scale > 1
+    fit(resumed, *_splits(), settings, state_path=state)
+    assert _equal(_weights(resumed), _weights(half))
 
 
 class _Recorder:

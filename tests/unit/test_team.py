@@ -44,7 +44,7 @@ def test_all_processes_end_with_the_same_weights_and_figures(together, kind):
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("kind", ["plain", "averaged", "accumulated"])
+@pytest.mark.parametrize("kind", ["plain", "synced", "averaged", "accumulated"])
 def test_two_processes_end_as_one_does(together, kind):
     module, losses, top1 = team_run.train(kind)
     got, figures = _weights(together, kind, 0), json.loads((together / "0.json").read_text())[kind]

@@ -238,11 +238,13 @@ class Rows:
 
     def spread(self, factors: Tensor) -> Tensor:
         """Return (n, 1, ...) the factors, (C,), of the channels the slots belong to."""
-        return factors[self.channels].reshape(-1, *[1] * (self.parameter.ndim - 1))
+        return factors[self.channels].reshape(-1, *[1] * (self.parameter.ndim - 1)).to(self.parameter.device)
 
 
 class GroupTensors:
     """The parameters that compute and normalise the channels of a group.
+
+    What is by channel comes and goes on the CPU, wherever the parameters are.
 
     Attributes:
         gates: For each place where multiplying a channel by 0 is the same as removing it, the parameters that are
@@ -271,7 +273,8 @@ class GroupTensors:
         total = torch.zeros(self.width)
         for gate in self.gates:
             for rows in gate:
-                total.index_add_(0, rows.channels, (rows.values * rows.gradient).reshape(len(rows.slots), -1).sum(1))
+                products = (rows.values * rows.gradient).reshape(len(rows.slots), -1).sum(1)
+                total.index_add_(0, rows.channels, products.cpu())
         return total
 
     def stop(self, channels: Tensor) -> None:
@@ -289,7 +292,8 @@ class GroupTensors:
         """Return (C,) the root of the sum of squares of what decays in each channel."""
         total = torch.zeros(self.width)
         for rows in self.decaying:
-            total.index_add_(0, rows.channels, rows.values.reshape(len(rows.slots), -1).square().sum(1))
+            squares = rows.values.reshape(len(rows.slots), -1).square().sum(1)
+            total.index_add_(0, rows.channels, squares.cpu())
         return total.sqrt()
 
     def every(self) -> list[Rows]:

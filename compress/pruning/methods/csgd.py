@@ -196,9 +196,9 @@ def channel_features(group: ChannelGroup) -> np.ndarray:
         norm = gate.module
         if isinstance(norm, BATCH_NORMS) and isinstance(norm.weight, Tensor) and isinstance(norm.running_var, Tensor):
             deviations = (norm.running_var + norm.eps).sqrt()
-            scale[gate.channels] = (norm.weight.detach() / deviations)[gate.slots]
+            scale[gate.channels] = (norm.weight.detach() / deviations)[gate.slots].cpu()
         filters = torch.zeros(group.width, rows.values[0].numel())
-        filters[rows.channels] = rows.values.flatten(1) * scale[rows.channels, None]
+        filters[rows.channels] = rows.values.cpu().flatten(1) * scale[rows.channels, None]
         parts.append(filters)
     features = torch.cat(parts, 1)
     lengths = features.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -208,9 +208,9 @@ def channel_features(group: ChannelGroup) -> np.ndarray:
 def _means(values: Tensor, rows: Rows, clusters: Tensor) -> Tensor:
     """Return for each slot the mean over the slots of its cluster."""
     label = clusters[rows.channels]
-    count = int(clusters.max()) + 1
-    sums = torch.zeros((count, *values.shape[1:])).index_add_(0, label, values)
-    counts = torch.bincount(label, minlength=count).clamp_min(1).reshape(-1, *[1] * (values.ndim - 1))
+    counts = torch.bincount(label, minlength=int(clusters.max()) + 1).clamp_min(1)
+    label, counts = label.to(values.device), counts.reshape(-1, *[1] * (values.ndim - 1)).to(values.device)
+    sums = values.new_zeros((len(counts), *values.shape[1:])).index_add_(0, label, values)
     return (sums / counts)[label]
 
 

@@ -190,4 +190,4 @@ def _aligned(factors: Tensor, output: Tensor, axis: int) -> Tensor:
     """Return (N, C) factors, or (1, C), in the shape that multiplies an output with channels on an axis."""
     shape = [1] * output.ndim
     shape[0], shape[axis] = factors.shape
-    return factors.reshape(shape)
+    return factors.reshape(shape).to(output.device)

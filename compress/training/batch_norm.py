@@ -1,0 +1,81 @@
+"""Batch norms of several processes that normalise by the statistics of the whole batch, each having a part of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compress.training.team import Team
+
+
+@contextmanager
+def synced_batch_norms(module: nn.Module, team: Team) -> Iterator[None]:
+    """Let the batch norms of a network agree on their statistics with those of the other processes, while it lasts.
+
+    In training mode only; on any device (torch's own SyncBatchNorm needs a GPU). All processes must run the same
+    layers in the same order.
+
+    Args:
+        module: The network; its batch norms stay what they are.
+        team: The processes.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    for norm in norms:
+        norm.forward = partial(_forward, norm, norm.forward, team)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward  # the one of the class is behind it
+
+
+def _forward(norm: _BatchNorm, alone: Any, team: Team, x: Tensor) -> Tensor:
+    """Normalise (N, C, ...) by mean and variance over the whole batch, and let them into the running statistics."""
+    if not norm.training:
+        return alone(x)  # type: ignore[no-any-return]
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    wide = x.float()
+    mean = _mean(wide.mean(axes), team)
+    variance = _mean((wide - mean.reshape(shape)).square().mean(axes), team)
+    count = team.size * x.numel() / x.shape[1]
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, share)
+            norm.running_var.lerp_(variance * count / (count - 1), share)
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return (wide * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
+
+
+def _mean(values: Tensor, team: Team) -> Tensor:
+    """Return the mean over the processes, whose parts are equally large."""
+    total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    return total / team.size
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes; what each gets as gradient is summed as well."""
+
+    @staticmethod
+    def forward(_ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total

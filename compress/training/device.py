@@ -1,0 +1,115 @@
+"""On which device does a network train, and how do the images get there?
+
+Everything outside the training loop runs on the CPU: a network comes from there and goes back. Numbers drawn at random
+are drawn on the CPU, so that order and augmentation are the same on every device.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.data.batches import CPU, Split
+from compress.data.sources import ArraySource, ImageSource
+from compress.errors import StageError
+
+_MOST_OF_MEMORY = 0.4
+
+
+def training_device(name: str) -> torch.device:
+    """Return the device of a name: "cpu", "cuda", or "auto" for the GPU where there is one.
+
+    Of several processes on one machine each takes the GPU of its number.
+
+    Raises:
+        StageError: A GPU is asked for, and torch sees none, or fewer than there are processes.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return CPU
+    if not torch.cuda.is_available():
+        raise StageError(
+            "device cuda needs a GPU that torch can use, it sees none.",
+            hint="Set device: cpu, or install a torch that was built for this GPU's driver.",
+        )
+    own, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= count:
+        raise StageError(
+            f"Each process on a machine must have a GPU of its own, torch sees {count}, this is process {own + 1}.",
+            hint="Start as many processes as there are GPUs, or set device: cpu.",
+        )
+    return torch.device("cuda", own)
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Check that a device has instructions for a precision.
+
+    Raises:
+        StageError: It has not.
+    """
+    if device.type == "cpu":
+        if precision == "bf16" and not has_bf16():
+            raise StageError(
+                f"precision bf16 must be one that this CPU has instructions for, it has "
+                f"{torch.backends.cpu.get_cpu_capability()}.",
+                hint="Leave precision out: on this CPU bf16 would be slower than fp32.",
+            )
+        if precision == "fp16":
+            raise StageError(
+                "precision fp16 needs a GPU, the network trains on the CPU.",
+                hint="Leave precision out, or set device: cuda.",
+            )
+    elif precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise StageError(
+            f"precision bf16 must be one that this GPU has instructions for, {torch.cuda.get_device_name(device)} "
+            "has none.",
+            hint="Set precision: fp16.",
+        )
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def placed(splits: Sequence[Split], device: torch.device) -> list[Split]:
+    """Return splits whose batches are made on a device; images in memory go there once, if there is room for them.
+
+    Args:
+        splits: Those of one source share what lies there.
+        device: On the CPU images lie in memory already.
+    """
+    if device.type == "cpu":
+        return list(splits)
+    whole: dict[int, Tensor | None] = {}
+    for split in splits:
+        if id(split.source) not in whole:
+            whole[id(split.source)] = resident(split.source, device)
+    return [replace(split, device=device, resident=whole[id(split.source)]) for split in splits]
+
+
+def resident(source: ImageSource, device: torch.device) -> Tensor | None:
+    """Return all images of a source on a device, (N, H, W, C) uint8; None where they do not lie in memory as they are.
+
+    Of the GPU memory that is free they may take two fifths.
+    """
+    if not isinstance(source, ArraySource) or source.fit_image is not None:
+        return None
+    if device.type == "cuda" and source.images.nbytes > _MOST_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
+        return None
+    return torch.from_numpy(np.ascontiguousarray(source.images)).to(device)
+
+
+@contextmanager
+def moved(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Keep networks on a device while it lasts, then bring them back to the CPU."""
+    for network in networks:
+        network.to(device)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.to(CPU)

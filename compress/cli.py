@@ -72,6 +72,9 @@ def run(
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
     accept_foreign_table: ForeignTable = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write training curves to the run folder, for TensorBoard to draw.")
+    ] = False,
 ) -> None:
     """Run a pipeline; what is done already is not repeated."""
     from compress.config.load import load_pipeline
@@ -81,7 +84,7 @@ def run(
     from compress.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
 
     console = Console(quiet)
-    outcome = run_with_others(loaded, runs_dir, console)
+    outcome = run_with_others(loaded, runs_dir, console, tensorboard)
     if outcome is None:  # another process runs the pipeline, this one has helped
         return
     console.print_verdict(outcome.verdict)

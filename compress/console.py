@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -75,6 +75,9 @@ class Console:
     def warn(self, text: str) -> None:
         """Say one sentence on stderr, also when quiet."""
         self._write(self._err, f"Warning: {text}", "yellow")
+
+    def curve(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: what a curve shows is beside the bar."""
 
     # -- results -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Library code takes a `Progress` and opens a task for anything that can take long
 draws it on a terminal or prints plain lines; `SilentProgress` ignores it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -30,6 +30,9 @@ class Progress(Protocol):
     def warn(self, text: str) -> None:
         """Say one sentence that the user must not miss."""
 
+    def curve(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Give the values that curves, by name, have at a step of a training; `name` says of which."""
+
 
 class SilentTask:
     """A task that nobody watches."""
@@ -50,4 +53,7 @@ class SilentProgress:
         """Do nothing."""
 
     def warn(self, text: str) -> None:
+        """Do nothing."""
+
+    def curve(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Do nothing."""

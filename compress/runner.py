@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,6 +23,7 @@ from compress.catalog import NOTHING, VERDICT
 from compress.config.digest import digest_value
 from compress.config.load import Pipeline
 from compress.crew import Crew, crew
+from compress.curves import require_tensorboard, written_curves
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
 from compress.files import write_whole
 from compress.keys import Step, build_steps, explain, needs_latency
@@ -96,27 +97,40 @@ def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) ->
         CompressError: A stage could not do its work; the message names it. Stages that are done stay.
         RunLocked: Another process runs in this folder.
     """
-    return _run(pipeline, runs_dir, progress or SilentProgress(), Crew())
+    return _run(pipeline, runs_dir, progress or SilentProgress(), Crew(), False)
 
 
-def run_with_others(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> RunOutcome | None:
+def run_with_others(
+    pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, writes_curves: bool = False
+) -> RunOutcome | None:
     """Run a pipeline as `run`, along with the other processes that `torchrun` has started, if there are any.
+
+    Args:
+        pipeline: What to run.
+        runs_dir: Where run folders are kept.
+        progress: Told about anything that takes long.
+        writes_curves: Whether training curves go to event files, in the folder `tensorboard` of the run.
 
     Returns:
         What it came to; None in a process that helped another one.
 
     Raises:
         As `run`.
+        StageError: Curves are to be written, and the package for that is missing.
     """
+    if writes_curves:
+        require_tensorboard()
     helper = _Run(pipeline, runs_dir, runs_dir / pipeline.config.name, SilentProgress(), Crew())
     with crew(helper.follow) as present:
-        return None if present is None else _run(pipeline, runs_dir, progress or SilentProgress(), present)
+        return (
+            None if present is None else _run(pipeline, runs_dir, progress or SilentProgress(), present, writes_curves)
+        )
 
 
-def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, crew: Crew) -> RunOutcome:
+def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, crew: Crew, writes_curves: bool) -> RunOutcome:
     folder = runs_dir / pipeline.config.name
     with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress, crew).execute()
+        return _Run(pipeline, runs_dir, folder, progress, crew, writes_curves).execute()
 
 
 def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
@@ -146,9 +160,17 @@ def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None
 class _Run:
     """One execution of a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, runs_dir: Path, folder: Path, progress: Progress, crew: Crew) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        runs_dir: Path,
+        folder: Path,
+        progress: Progress,
+        crew: Crew,
+        writes_curves: bool = False,
+    ) -> None:
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
-        self.crew = crew
+        self.crew, self.writes_curves = crew, writes_curves
         self.factory = _factory(pipeline.resolved["stages"][0]["model"])
         self.store = Store(runs_dir / ".store", progress.warn)
         self.previous = _read_lock(folder)
@@ -313,7 +335,14 @@ class _Run:
         if self.artifact is None and step.entry.consumes != NOTHING:
             self.artifact = self._load(step.entry.consumes, self.entries[-1])
         tables = self.store.root / ".latency"
-        return call(stage, StageContext(work, config.seed, self.data, self.progress, config.deploy, tables))
+        with self._listener(step) as listener:
+            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables))
+
+    def _listener(self, step: Step) -> AbstractContextManager[Progress]:
+        """Return who is told what a stage does."""
+        if not self.writes_curves:
+            return nullcontext(self.progress)
+        return written_curves(self.progress, self.folder / "tensorboard" / f"{step.index + 1}-{step.entry.name}")
 
     def _write_lock(self, count: int) -> None:
         """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""

@@ -1,7 +1,10 @@
-"""What every test file starts from: `import nets` works, and torch keeps to one thread (tiny networks gain nothing)."""
+"""What every test file starts from: `import nets` works, torch keeps to one thread (tiny networks gain nothing)."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is the same to the bit on a CPU is not on a GPU
 
 import torch
 

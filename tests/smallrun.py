@@ -53,6 +53,9 @@ class Notes:
     def warn(self, text: str) -> None:
         self.warnings.append(text)
 
+    def curve(self, name: str, step: int, values: Any) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class World:

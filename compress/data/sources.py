@@ -5,9 +5,12 @@ Small sets are arrays in memory; folders and large torchvision sets are decoded 
 """
 
 import gzip
+import os
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,6 +75,7 @@ class LazySource:
         classes: Class names or ().
         fit_image: Geometric preprocessing of one image.
         grey: Whether images are read with one channel instead of three.
+        is_threadsafe: Whether several may be opened at once; they are then, on all cores.
     """
 
     open_image: Callable[[int], Image.Image]
@@ -79,6 +83,7 @@ class LazySource:
     classes: tuple[str, ...]
     fit_image: FitImage
     grey: bool = False
+    is_threadsafe: bool = False
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices`: uint8 (n, H, W, C).
@@ -86,7 +91,8 @@ class LazySource:
         Raises:
             DataError: The images do not all have one shape.
         """
-        images = [self._read_one(int(index)) for index in indices]
+        several = _readers().map if self.is_threadsafe else map
+        images = list(several(self._read_one, indices.tolist()))
         shapes = {image.shape for image in images}
         if len(shapes) > 1:
             raise DataError(
@@ -98,6 +104,12 @@ class LazySource:
     def _read_one(self, index: int) -> np.ndarray:
         picture = np.asarray(self.open_image(index).convert("L" if self.grey else "RGB"))
         return self.fit_image(picture[..., None] if self.grey else picture)
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Return threads that decode pictures, one for each core; decoders let go of the interpreter while they work."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
 
 
 def read_arrays(
@@ -167,7 +179,9 @@ def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
     empty = [name for label, name in enumerate(classes) if label not in set(labels)]
     if empty:
         raise ArtifactError(f"Every class folder in '{root}' must hold an image, none in {', '.join(empty[:6])}.")
-    return LazySource(lambda index: _open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey)
+    return LazySource(
+        lambda index: _open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey, True
+    )
 
 
 def read_torchvision(
@@ -200,7 +214,8 @@ def read_torchvision(
         coloured = array.ndim == 4 and array.shape[-1] == 3
         if array.dtype == np.uint8 and (array.ndim == 3 or coloured) and not (grey and coloured):
             return _checked(array, labels, classes, root, fit_image)
-    return LazySource(lambda index: dataset[index][0], labels, classes, fit_image, grey)
+    is_folder = isinstance(dataset, datasets.DatasetFolder)  # others may share a file between images
+    return LazySource(lambda index: dataset[index][0], labels, classes, fit_image, grey, is_folder)
 
 
 def _open_torchvision(factory: Callable[..., object], root: Path, train: bool, download: bool) -> Any:

@@ -60,7 +60,9 @@ def train(
 
     probed: list[Record] = []
     if config.probe:
-        probed = _probe(settings, ctx, state_file, lambda tried: trained(tried, f"{state_file}-probe")[1])
+        probed = _probe(
+            settings, ctx, state_file, lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate))[1]
+        )
         best = max(probed, key=lambda one: -1.0 if one["validation_top1"] is None else one["validation_top1"])
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
@@ -104,12 +106,17 @@ def _probe(
             if rate == rates[-1] and all(one["validation_top1"] is None for one in probed):
                 raise
             top1, said = None, "the loss became NaN or infinite"
-            (ctx.folder / f"{state_file}-probe").unlink(missing_ok=True)
+            (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
         probed.append({"learning_rate": rate, "validation_top1": top1})
         if present_team().rank == 0:
             write_whole(path, json.dumps(probed).encode())
         ctx.progress.note(f"probe of learning rate {rate:g}: validation top-1 {said}")
     return probed
+
+
+def _probe_file(state_file: str, rate: float) -> str:
+    """Return the name of the file of the state while a rate is tried."""
+    return f"probe-of-{rate:.3g}-{state_file}"
 
 
 def fit_settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:

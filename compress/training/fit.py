@@ -116,7 +116,7 @@ class FitSettings:
     ema: float = 0.0
     average_ratio: float = 0.0
     precision: str = "fp32"
-    device: str = "cpu"
+    device: str = "auto"
     sync_batch_norm: bool = False
     save_minutes: float = 5.0
 
@@ -261,6 +261,7 @@ class _Run:
         self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.state_path, self.saved_at = state_path, time.monotonic()
+        self.name = "training" if state_path is None else state_path.stem
         self.step = 0
         self.losses: list[float] = []  # of the epoch under way
         self.unread: list[Tensor] = []  # those of the last steps
@@ -489,6 +490,9 @@ class _Run:
             return
         values = self._mean_over_team(torch.stack(self.unread).tolist())
         self._require_finite(values)
+        for value, step in zip(values, range(self.step - len(values) + 1, self.step + 1), strict=True):
+            rate = learning_rate(self.settings, step - 1, self.total_steps)
+            self.progress.curve(self.name, step, {"loss": value, "learning_rate": rate})
         self.unread.clear()
         self.losses += values
 
@@ -574,6 +578,7 @@ class _Run:
         top1 = self._measure(self.measured)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
+        self.progress.curve(self.name, self.step, {"validation_top1": top1, "images_per_second": speed})
         best_before = max((record.validation_top1 for record in self.records[:-1]), default=-1.0)
         if self.settings.keep == "best" and top1 >= best_before:
             self.best = (number, copy.deepcopy(self.measured.state_dict()))

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,19 @@ def test_folder_classes_follow_the_sorted_names(folder: Path) -> None:
     assert source.classes == ("ant", "cow", "zebra")
     assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.array_equal(source.read(np.arange(6)), _images()[[1, 4, 2, 5, 0, 3]])
+
+
+def test_pictures_of_a_folder_are_decoded_by_threads_in_order(folder: Path) -> None:
+    seen: list[str] = []
+
+    def fit_image(image: np.ndarray) -> np.ndarray:
+        seen.append(threading.current_thread().name)
+        return image
+
+    read = read_folder(folder, fit_image, grey=False).read(np.tile(np.arange(6), 20))
+    assert np.array_equal(read, np.tile(_images()[[1, 4, 2, 5, 0, 3]], (20, 1, 1, 1)))
+    assert len(seen) == 120
+    assert all(name.startswith("pictures") for name in seen)
 
 
 def test_folder_can_be_read_grey(folder: Path) -> None:

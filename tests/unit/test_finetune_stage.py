@@ -45,6 +45,9 @@ GIVEN = {
     "ema": 0.9,
     "average_ratio": 0.25,
     "precision": "bf16",
+    "device": "cpu",
+    "compiled": True,
+    "sync_batch_norm": True,
     "save_minutes": 1.5,
 }
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import nn
 from compress.data.batches import Augmentation, Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.progress import Progress, SilentProgress, SilentTask
 from compress.training.fit import Distillation, FitSettings, fit
 from compress.training.team import present_team, tell, together
 
@@ -49,12 +52,24 @@ def settings(kind: str) -> FitSettings:
     return replace(SETTINGS, accumulation=2) if kind == "accumulated" else SETTINGS
 
 
-def train(kind: str, state: Path | None = None) -> tuple[nn.Module, list[float], list[float]]:
+def train(
+    kind: str, state: Path | None = None, progress: Progress | None = None
+) -> tuple[nn.Module, list[float], list[float]]:
     """Return the network, the loss of each epoch and the top-1 of each."""
     module = network(kind)
     teacher = Distillation(network(kind, 1).eval(), 0.5, 2.0)
-    result = fit(module, *splits(), settings(kind), teacher, state)
+    result = fit(module, *splits(), settings(kind), teacher, state, progress)
     return module, [one.loss for one in result.epochs], [one.validation_top1 for one in result.epochs]
+
+
+class Ends(SilentProgress):
+    """Ends the training where its second epoch begins; the state is saved by then."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[SilentTask]:
+        if label.startswith("epoch 2"):
+            raise InterruptedError
+        yield SilentTask()
 
 
 class Gate:
@@ -94,6 +109,8 @@ def main() -> None:
             module, losses, top1 = train(kind, folder / f"{kind}.pt")
             torch.save(module.state_dict(), folder / f"{kind}-{rank}.weights")
             figures[kind] = [losses, top1]
+        with suppress(InterruptedError):
+            train("plain", folder / "left.pt", Ends())
         gate = Gate(rank)
         fit(network("plain"), *splits(), replace(SETTINGS, steps=2), hooks=gate)
         figures["gate"] = gate.seen

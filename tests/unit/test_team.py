@@ -1,6 +1,7 @@
 """Two processes that train together end as one process does, at the same batches."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import team_run
 import torch
 
 from compress.errors import DataError
+from compress.progress import SilentProgress
 from compress.training import fit as fit_module
 from compress.training.fit import fit
 from compress.training.team import Team, present_team
@@ -56,6 +58,20 @@ def test_two_processes_end_as_one_does(together, kind):
     assert not torch.allclose(got["0.weight"], untrained["0.weight"], atol=1e-2)
 
 
+def test_one_process_goes_on_from_where_two_were(together, tmp_path):
+    state = tmp_path / "left.pt"
+    shutil.copyfile(together / "left.pt", state)
+    notes = []
+    listener = SilentProgress()
+    listener.note = notes.append
+    module, losses, _ = team_run.train("plain", state, listener)
+    assert "Training goes on after epoch 1 of 3." in notes
+    undisturbed, wanted, _ = team_run.train("plain")
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    for name, value in undisturbed.state_dict().items():
+        assert torch.allclose(module.state_dict()[name], value, atol=2e-5), name
+
+
 def test_batch_norm_sees_its_part_of_a_batch_and_statistics_are_averaged(together):
     module, losses, _ = team_run.train("norm")
     got, figures = _weights(together, "norm", 0), json.loads((together / "0.json").read_text())["norm"]
@@ -74,7 +90,7 @@ def test_sums_and_flags_are_of_all(together):
 
 
 def test_one_process_writes_the_state_and_none_is_left(together):
-    assert not list(together.glob("*.pt"))
+    assert [path.name for path in together.glob("*.pt")] == ["left.pt"]  # of a training that did not end
 
 
 def test_a_process_of_its_own_is_a_team_of_one():

@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.training.team import Team
+from compress.training.team import Team, add_up
 
 
 @contextmanager
@@ -71,11 +70,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, values: Tensor) -> Tensor:
         total = values.clone()
-        dist.all_reduce(total)
+        add_up(total)
         return total
 
     @staticmethod
     def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         total = gradient.clone()
-        dist.all_reduce(total)
+        add_up(total)
         return total

@@ -4,6 +4,8 @@ Who they are is what `torchrun` says. Only what runs inside `together` is done b
 of its own, a team is one, for which nothing here does anything.
 """
 
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from compress.errors import StageError
+
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class Team:
             by_type.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for several in by_type.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in several])
-            dist.all_reduce(flat)
+            add_up(flat)
             flat /= self.size
             parts = torch.split(flat, [tensor.numel() for tensor in several])
             for tensor, part in zip(several, parts, strict=True):
@@ -46,7 +54,7 @@ class Team:
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums)
+        add_up(sums)
         found: list[float] = sums.tolist()
         return found
 
@@ -60,10 +68,48 @@ _is_together = False
 
 def open_group() -> Team:
     """Meet the other processes that `torchrun` has started, and return who they are and who this is."""
-    # one that has nothing to do waits as long as it takes
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=30))
-    return Team(dist.get_rank(), dist.get_world_size())
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(_agreed_name(store, rank, size), store)
+    # one that has nothing to do waits as long as it takes
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=30))
+    return Team(rank, size)
+
+
+def _agreed_name(store: Store, rank: int, size: int) -> str:
+    """Return a name that only the processes of this start know.
+
+    After a restart the store still has what the processes before have left in it, such as their addresses. So each
+    says a word of its own, and the first one answers it until all have taken the name from their answer.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        name: str = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/knows/{rank}", "")
+        return name
+    others = range(1, size)
+    while not all(store.check([f"{own}/knows/{other}"]) for other in others):
+        for other in others:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        time.sleep(_POLL_S)
+    return own
+
+
+def add_up(values: Tensor) -> None:
+    """Replace a tensor by its sum over the processes, in place.
+
+    Raises:
+        StageError: Another process has ended.
+    """
+    try:
+        dist.all_reduce(values)
+    except RuntimeError as error:
+        raise StageError(
+            f"All processes must stay until the training is done, another one has ended: {str(error).splitlines()[0]}",
+            hint="Its own message says why. The same command goes on from the saved state.",
+        ) from error
 
 
 def close_group() -> None:

@@ -1,6 +1,6 @@
 """What are the methods worth, at the same budget and the same epochs of training in all?
 
-    python benchmarks/methods.py                                   the quickstart network, 6 epochs each
+    python benchmarks/methods.py                                   the quickstart network, 4 epochs each
     python benchmarks/methods.py pipelines/resnet20_cifar10.yaml --set data.array_folder=FOLDER --epochs 6
     ... --only gsm gates      some of them       --write docs/methods/README.md      puts the table between its markers
     ... --seeds 0 1 2         mean of several
@@ -106,7 +106,7 @@ def main() -> None:
     """Parse the command line, run what is missing, print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", nargs="?", type=Path, default=ROOT / "pipelines" / "quickstart.yaml")
-    parser.add_argument("--epochs", type=int, default=6, help="of training in all, at least 2")
+    parser.add_argument("--epochs", type=int, default=4, help="of training in all, at least 2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")

@@ -1,6 +1,7 @@
 """How fast does the training loop train, next to a bare PyTorch loop that has nothing else to do?
 
     python benchmarks/training_speed.py pipelines/resnet20_cifar10.yaml --set data.array_folder=FOLDER
+    ... --device cuda              on the GPU; the ratio is the share of the time in which the GPU need not wait
     ... --steps 30 --rounds 7      batches in each part, and how often both loops take their turn
 
 The bare loop steps over batches that lie in memory, augmented and normalised before the clock runs: forward, loss,
@@ -28,6 +29,7 @@ from compress.console import Console
 from compress.data.batches import Augmentation, training_batches
 from compress.data.opening import Splits
 from compress.stages.load import factory_spec
+from compress.training.device import training_device
 from compress.training.fit import FitSettings, fit, flushed_denormals
 from compress.training.memory_format import fastest_memory_format
 
@@ -37,7 +39,7 @@ HEADER = (
 )
 
 
-def measure(pipeline: Path, overrides: Sequence[str], steps: int, rounds: int, batch_size: int) -> str:
+def measure(pipeline: Path, overrides: Sequence[str], steps: int, rounds: int, batch_size: int, device: str) -> str:
     """Return one row of the table."""
     loaded = load_pipeline(pipeline, overrides)
     load = loaded.config.stages[0]
@@ -47,12 +49,12 @@ def measure(pipeline: Path, overrides: Sequence[str], steps: int, rounds: int, b
     module = build_module(factory_spec(load.model))
     load_strict(module, read_weights(Path(load.weights)), load.weights)
     data = Splits(loaded.config.data)
-    settings = FitSettings(
-        steps=steps, batch_size=batch_size, augmentation=Augmentation(crop_padding=4, flip=True), keep="last"
-    )
+    augmentation = Augmentation(crop_padding=4, flip=True)
+    settings = FitSettings(steps=steps, batch_size=batch_size, augmentation=augmentation, keep="last", device=device)
+    there = training_device(device)
     memory_format = fastest_memory_format(module, data.train)
     batches = [
-        (images.contiguous(memory_format=memory_format), labels)
+        (images.contiguous(memory_format=memory_format).to(there), labels.to(there))
         for (images, labels), _ in zip(
             training_batches(data.train, batch_size, settings.augmentation, 0, 0), range(steps), strict=False
         )
@@ -64,7 +66,7 @@ def measure(pipeline: Path, overrides: Sequence[str], steps: int, rounds: int, b
         for name in ("bare", "ours") if number % 2 else ("ours", "bare"):
             network = copy.deepcopy(module)
             if name == "bare":
-                speeds[name] = bare_loop(network.to(memory_format=memory_format), batches, settings)
+                speeds[name] = bare_loop(network.to(there, memory_format=memory_format), batches, settings)
             else:
                 result = fit(network, data.train, data.validation.first(1), settings)
                 speeds[name] = result.epochs[-1].images_per_second
@@ -93,6 +95,8 @@ def bare_loop(module: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], setti
             optimizer.zero_grad()
             F.cross_entropy(module(images), labels).backward()
             optimizer.step()
+        if batches[0][0].is_cuda:
+            torch.cuda.synchronize()
     return sum(len(labels) for _, labels in batches) / (time.perf_counter() - started)
 
 
@@ -104,9 +108,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     lines = [
-        measure(pipeline, arguments.overrides, arguments.steps, arguments.rounds, arguments.batch_size)
+        measure(
+            pipeline, arguments.overrides, arguments.steps, arguments.rounds, arguments.batch_size, arguments.device
+        )
         for pipeline in arguments.pipelines
     ]
     print("\n".join([*HEADER, *lines]))

@@ -30,7 +30,7 @@ from compress.data.batches import (
     random_seed,
     training_batches,
 )
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.averaging import WeightAverage
@@ -190,7 +190,8 @@ def fit(
         KeyboardInterrupt: As asked for, after the step under way was made and the state saved.
         DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
         ModelError: No parameter requires a gradient.
-        StageError: The device is not there, or the precision is one that it has no instructions for.
+        StageError: The device is not there, the precision is one that it has no instructions for, or the network cannot
+            be compiled.
         ArtifactError: The saved state belongs to another run.
     """
     for split in (train, validation):
@@ -457,12 +458,12 @@ class _Run:
             self.hooks.on_step_begin(self.step)
         value = torch.zeros((), device=self.device)
         for images, labels in batches:
-            with _memory_explained(self.settings.batch_size):
+            with _explained(self.settings.batch_size):
                 loss = self._batch_loss(images, labels) / len(batches)
             value = value + loss.detach()
             if self.read_together == 1:
                 self._require_finite(self._mean_over_team([value.item()]))
-            with _memory_explained(self.settings.batch_size):
+            with _explained(self.settings.batch_size):
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         learned = [*self.module.parameters(), *(self.hooks.parameters() if self.hooks is not None else ())]
         self.team.average(parameter.grad for parameter in learned if parameter.grad is not None)
@@ -616,11 +617,16 @@ def flushed_denormals() -> Iterator[None]:
 
 
 @contextmanager
-def _memory_explained(batch_size: int) -> Iterator[None]:
-    """Say what to do where torch finds no memory."""
+def _explained(batch_size: int) -> Iterator[None]:
+    """Say what to do where torch finds no memory, or cannot compile the network."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise StageError(
+                f"torch.compile must be able to compile the network, it is not: {str(error).strip().splitlines()[0]}",
+                hint="Leave compiled out, or see that a C++ compiler is there.",
+            ) from error
         is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not is_full:
             raise

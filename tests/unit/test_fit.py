@@ -1,6 +1,7 @@
 """The training loop learns, resumes to the same bits, keeps the best epoch, and refuses what it cannot use."""
 
 import copy
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from compress.data.batches import Augmentation, Split, training_batches
 from compress.data.preprocessing import Preprocessing
@@ -578,6 +580,29 @@ def test_batches_too_small_for_batch_norm_are_refused() -> None:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
     with pytest.raises(DataError, match="more than one value for each channel, batch_size 1 does not"):
         fit(network, train, validation, FitSettings(steps=2, batch_size=1))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler, there is none")
+def test_a_compiled_network_learns_the_same() -> None:
+    compiled, plain = _network(), _network()
+    compiled[3] = plain[3] = nn.Identity()  # what dropout draws is another thing when compiled
+    settings = replace(SETTINGS, steps=6)
+    got = fit(compiled, *_splits(), replace(settings, compiled=True))
+    wanted = fit(plain, *_splits(), settings)
+    assert [one.loss for one in got.epochs] == pytest.approx([one.loss for one in wanted.epochs], rel=1e-3)
+    assert type(compiled) is type(plain)
+
+
+def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(module: nn.Module) -> object:
+        def forward(_images: Tensor) -> Tensor:
+            raise TorchDynamoException("no compiler here")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(StageError, match=r"torch\.compile must be able to compile the network, it is not: no compiler"):
+        fit(_network(), *_splits(), replace(SETTINGS, compiled=True))
 
 
 def test_a_teacher_of_other_classes_is_refused() -> None:

@@ -115,7 +115,7 @@ def test_too_few_steps_for_momentum_to_forget_are_refused_with_the_number_that_w
     with pytest.raises(StageError, match=match) as caught:
         setting(Pair(), Chosen({}), [0.1] * 46).sized_decay(23)
     assert caught.value.hint == "Train for at least 48 steps."
-    with pytest.raises(StageError, match="of 30 steps none is left"):
+    with pytest.raises(StageError, match="of 30 steps none is left after it"):
         setting(Pair(), Chosen({}), [0.1] * 30).sized_decay(30)
 
 

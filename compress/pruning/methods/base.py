@@ -122,14 +122,25 @@ class Setting:
                 hint=f"At this learning rate train for at least {needed} steps, or raise it.",
             )
 
+    def require_left(self, first: int) -> None:
+        """Check that steps are left from `first` on.
+
+        Raises:
+            StageError: None is.
+        """
+        if not self.rates[first:].any():
+            raise StageError(
+                f"The choice must stand before the last step; of {self.steps} steps none is left after it.",
+                hint="Train for longer.",
+            )
+
     def require_steps(self, first: int) -> None:
         """Check that the steps from `first` on are enough for momentum to forget: it keeps sqrt(momentum) a step.
 
         Raises:
             StageError: They are not.
         """
-        if not self.rates[first:].any():
-            raise StageError(f"Channels that go need steps to decay in; of {self.steps} steps none is left for that.")
+        self.require_left(first)
         least = math.ceil(2 * DECAYED / -math.log(self.momentum)) if self.momentum > 0 else 1
         left = self.steps - first
         if left < least:

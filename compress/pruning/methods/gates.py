@@ -30,6 +30,9 @@ class Gates:
         setting: What to work with.
         options: See `GatesMethodConfig`.
 
+    Raises:
+        StageError: No step is left in which the gates are fixed.
+
     Source: Passov et al. 2022, "Gator", arXiv:2205.15404 (gates, prices by present widths); Haider and Taj 2020,
         "Comprehensive Online Network Pruning via Learnable Scaling Factors", arXiv:2010.02623 (blocks next to
         channels). The budget by dual ascent and a schedule in shares of the run are adaptations.
@@ -40,7 +43,7 @@ class Gates:
     def __init__(self, setting: Setting, options: GatesMethodConfig | None = None) -> None:
         self.setting, self.options = setting, options or GatesMethodConfig()
         self.frozen = round(setting.steps * (1 - self.options.frozen_ratio))
-        setting.require_steps(self.frozen)
+        setting.require_left(self.frozen)
         start = math.log(_OPEN / (1 - _OPEN))
         self.channels = {name: nn.Parameter(torch.full((g.width,), start)) for name, g in setting.groups.items()}
         self.blocks = {name: nn.Parameter(torch.full((1,), start)) for name in setting.blocks}

@@ -74,7 +74,7 @@ def crew(follow: Follow) -> Iterator[Crew | None]:
         return
     from compress.training.team import close_group, open_group, tell, together  # imports torch
 
-    team = open_group()
+    team, is_done = open_group(), False
     try:
         if team.rank > 0:
             while (said := tell()) != _END:
@@ -89,8 +89,9 @@ def crew(follow: Follow) -> Iterator[Crew | None]:
             finally:
                 if not several.is_at_work:
                     tell(_END)
+        is_done = True
     finally:
-        close_group()
+        close_group(is_done)
 
 
 def trains_together(step: Step) -> bool:

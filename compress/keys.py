@@ -107,9 +107,9 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
 def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's settings that its results depend on; the files that `load` names count by content, not by place.
 
-    How often training saves its state is no such setting.
+    How training is done, and how often it saves its state, are no such settings.
     """
-    counting = {key: value for key, value in values.items() if key != "save_minutes"}
+    counting = {key: value for key, value in values.items() if key not in ("save_minutes", "device", "compiled")}
     for name in ("between", "training"):
         if isinstance(training := values.get(name), Mapping):
             counting[name] = _what_counts("finetune", training)

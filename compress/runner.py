@@ -335,14 +335,17 @@ class _Run:
         if self.artifact is None and step.entry.consumes != NOTHING:
             self.artifact = self._load(step.entry.consumes, self.entries[-1])
         tables = self.store.root / ".latency"
-        with self._listener(step) as listener:
+        with self._listener(step, work) as listener:
             return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables))
 
-    def _listener(self, step: Step) -> AbstractContextManager[Progress]:
-        """Return who is told what a stage does."""
+    def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
+        """Return who is told what a stage does; a stage that starts anew draws its curves anew."""
         if not self.writes_curves:
             return nullcontext(self.progress)
-        return written_curves(self.progress, self.folder / "tensorboard" / f"{step.index + 1}-{step.entry.name}")
+        folder = self.folder / "tensorboard" / f"{step.index + 1}-{step.entry.name}"
+        if not any(work.glob("*.pt")):
+            shutil.rmtree(folder, ignore_errors=True)
+        return written_curves(self.progress, folder)
 
     def _write_lock(self, count: int) -> None:
         """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""

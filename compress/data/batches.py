@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -62,8 +63,12 @@ class Split:
     def read_tensor(self, positions: np.ndarray) -> Tensor:
         """Return uint8 (n, H, W, C) images by their positions in this split, on its device."""
         if self.resident is not None:
-            return self.resident[torch.from_numpy(self.indices[positions]).to(self.device)]
-        return torch.from_numpy(self.read(positions)).to(self.device)
+            return self.resident[self.there(self.indices[positions])]
+        return self.there(self.read(positions))
+
+    def there(self, values: np.ndarray) -> Tensor:
+        """Return an array as a tensor on the device; nothing waits for it to arrive."""
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def first(self, count: int) -> "Split":
         """Return a split of `count` images spread evenly over this one (all of it when it has fewer)."""
@@ -100,7 +105,7 @@ def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
     labels = split.labels
     for chosen, images in _read_ahead(split, positions):
-        yield _to_input(split, images), torch.from_numpy(labels[chosen]).to(split.device)
+        yield _to_input(split, images), split.there(labels[chosen])
 
 
 def fast_batch_size(split: Split) -> int:
@@ -140,7 +145,7 @@ def training_batches(
     for number, (chosen, images) in zip(numbers, _read_ahead(split, positions), strict=True):
         generator = _generator(seed, "augmentation", epoch, number)
         augmented = augment(images, augmentation, generator, whole, slice(rank, None, size))
-        yield _to_input(split, augmented), torch.from_numpy(labels[chosen]).to(split.device)
+        yield _to_input(split, augmented), split.there(labels[chosen])
 
 
 def random_seed(seed: int, purpose: RandomPurpose, *parts: int) -> int:
@@ -188,11 +193,11 @@ def augment(
         padded = F.pad(images, (0, 0, pad, pad, pad, pad))
         top = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
         left = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
-        rows = (top + torch.arange(height))[:, :, None].to(device)
-        columns = (left + torch.arange(width))[:, None, :].to(device)
+        rows = (top + torch.arange(height))[:, :, None].to(device, non_blocking=True)
+        columns = (left + torch.arange(width))[:, None, :].to(device, non_blocking=True)
         images = padded[torch.arange(count, device=device)[:, None, None], rows, columns]
     if augmentation.flip:
-        mirrored = (torch.rand(drawn, generator=generator)[part] < 0.5).to(device)
+        mirrored = (torch.rand(drawn, generator=generator)[part] < 0.5).to(device, non_blocking=True)
         images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
     return images
 
@@ -216,5 +221,10 @@ def _to_input(split: Split, images: Tensor) -> Tensor:
     if wanted.channels == "BGR":
         images = images.flip(-1)
     x = images.to(torch.float32) * wanted.scale
-    x = (x - torch.tensor(wanted.mean, device=x.device)) / torch.tensor(wanted.std, device=x.device)
+    x = (x - _constants(wanted.mean, x.device)) / _constants(wanted.std, x.device)
     return x.permute(0, 3, 1, 2).contiguous() if wanted.layout == "NCHW" else x
+
+
+@cache
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

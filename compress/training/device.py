@@ -106,9 +106,9 @@ def resident(source: ImageSource, device: torch.device) -> Tensor | None:
 @contextmanager
 def moved(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Keep networks on a device while it lasts, then bring them back to the CPU."""
-    for network in networks:
-        network.to(device)
     try:
+        for network in networks:
+            network.to(device)
         yield
     finally:
         for network in networks:

@@ -206,10 +206,28 @@ def fit(
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
     require_precision(settings.precision, training_device(settings.device))
+    try:
+        return _fit(module, train, validation, settings, distillation, state_path, progress, hooks, keeps_state)
+    finally:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()  # the runtime that times the file wants memory as well
+
+
+def _fit(
+    module: nn.Module,
+    train: Split,
+    validation: Split,
+    settings: FitSettings,
+    distillation: Distillation | None,
+    state_path: Path | None,
+    progress: Progress | None,
+    hooks: TrainingHooks | None,
+    keeps_state: bool,
+) -> FitResult:
     run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
-    if team.size > 1:
-        run.progress.note(f"{team.size} processes train together, each on its part of every batch")
-    with moved(run.networks, run.device):
+    if run.team.size > 1:
+        run.progress.note(f"{run.team.size} processes train together, each on its part of every batch")
+    with _explained(settings.batch_size), moved(run.networks, run.device):
         run.restore()
         with flushed_denormals(), run.surroundings(), deferred_interrupts() as is_interrupted:
             while len(run.records) < run.total_epochs:
@@ -266,7 +284,7 @@ class _Run:
         self.step = 0
         self.losses: list[float] = []  # of the epoch under way
         self.unread: list[Tensor] = []  # those of the last steps
-        self.read_together = steps_read_together(self.device)
+        self.read_together = 1 if hooks is not None else steps_read_together(self.device)
         self.records: list[EpochRecord] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
 
@@ -307,8 +325,8 @@ class _Run:
 
     def _keep_state(self, is_interrupted: bool, is_due: bool = False) -> None:
         """Save the state when it is time to; end the run when that was asked for, of any process."""
-        is_interrupted = self.team.any(is_interrupted)
         is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
+        is_interrupted, is_due = (votes > 0 for votes in self.team.total([float(is_interrupted), float(is_due)]))
         has_more = len(self.records) < self.total_epochs
         if self.state_path is not None and (is_interrupted or (is_due and has_more)):
             self.save(self.state_path)
@@ -390,15 +408,17 @@ class _Run:
 
     def _measure(self, module: nn.Module) -> float:
         """Return validation top-1; each process looks at its part."""
+        size = None if self.device.type == "cpu" else self.settings.batch_size  # what is known to fit there
         if self.team.size == 1:
-            return evaluate_top1(module, self.validation, progress=self.progress)
+            return evaluate_top1(module, self.validation, size, self.progress)
         part = self.validation.part(self.team.rank, self.team.size)
-        right = evaluate_top1(module, part, progress=self.progress) * len(part)
+        right = evaluate_top1(module, part, size, self.progress) * len(part)
         return round(self.team.total([right])[0]) / len(self.validation)
 
     def save(self, path: Path) -> None:
         """Write everything a later process needs, so that the file is whole or absent; one process does it for all."""
         self._read_losses()
+        self.saved_at = time.monotonic()
         if self.team.rank != 0:
             return
         state = {
@@ -416,10 +436,19 @@ class _Run:
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
         torch.save(state, content)
         write_whole(path, content.getbuffer())
-        self.saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Go on from a saved state, if there is one; a state of another run is refused by what differs."""
+        self._restore()
+        others = self.team.total([self.step])[0] - self.step
+        if self.team.any(others != (self.team.size - 1) * self.step):
+            raise ArtifactError(
+                f"All processes must read the same training state, this one goes on after step {self.step}, others "
+                "elsewhere.",
+                hint="Keep the run folder on a file system that all machines see alike.",
+            )
+
+    def _restore(self) -> None:
         path = self.state_path
         if path is None or not path.is_file():
             return
@@ -458,15 +487,14 @@ class _Run:
             self.hooks.on_step_begin(self.step)
         value = torch.zeros((), device=self.device)
         for images, labels in batches:
-            with _explained(self.settings.batch_size):
-                loss = self._batch_loss(images, labels) / len(batches)
+            loss = self._batch_loss(images, labels) / len(batches)
             value = value + loss.detach()
             if self.read_together == 1:
                 self._require_finite(self._mean_over_team([value.item()]))
-            with _explained(self.settings.batch_size):
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         learned = [*self.module.parameters(), *(self.hooks.parameters() if self.hooks is not None else ())]
-        self.team.average(parameter.grad for parameter in learned if parameter.grad is not None)
+        gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
+        self.team.average([*gradients, *_statistics(self.module)])
         if self.settings.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.gradient_clip)
@@ -545,7 +573,7 @@ class _Run:
                 F.cross_entropy(outputs, wanted, label_smoothing=smoothing, reduction="none")
                 for wanted in (labels, labels.roll(1, 0))
             )
-            hard = own.lerp(other, share.to(own.device)).mean()
+            hard = own.lerp(other, share.to(own.device, non_blocking=True)).mean()
         if self.distillation is None:
             return hard
         weight, temperature = self.distillation.weight, self.distillation.temperature
@@ -575,7 +603,6 @@ class _Run:
     def _close_epoch(self, number: int, speed: float) -> None:
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
-        self.team.average(value for value in _buffers(self.module, *(one.module for one in self.averages)))
         top1 = self._measure(self.measured)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
@@ -655,10 +682,9 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     return [*named, f"{len(names) - 4} more"] if len(names) > 4 else named
 
 
-def _buffers(*networks: nn.Module) -> Iterator[Tensor]:
-    """Yield what networks keep besides parameters and counts: the statistics of batch norms."""
-    for network in networks:
-        yield from (buffer for buffer in network.buffers() if buffer.is_floating_point())
+def _statistics(network: nn.Module) -> Iterator[Tensor]:
+    """Yield what a network keeps besides parameters and counts: the statistics of batch norms."""
+    yield from (buffer for buffer in network.buffers() if buffer.is_floating_point())
 
 
 def _grouped(batches: Iterator[Batch], each: int, count: int) -> Iterator[list[Batch]]:

@@ -28,7 +28,7 @@ def mixed(images: Tensor, augmentation: Augmentation, layout: str = "NCHW") -> t
     shares = torch.distributions.Beta(alphas[way], alphas[way])
     if way == "mixup":
         share = shares.sample((len(images),))
-        weights = share.reshape(-1, *[1] * (images.ndim - 1)).to(images.device)
+        weights = share.reshape(-1, *[1] * (images.ndim - 1)).to(images.device, non_blocking=True)
         return images.lerp(images.roll(1, 0), weights), share
     return _with_rectangles(images, float(shares.sample()), 2 if layout == "NCHW" else 1)
 

@@ -103,28 +103,41 @@ def add_up(values: Tensor) -> None:
     Raises:
         StageError: Another process has ended.
     """
-    try:
+    with _with_others():
         dist.all_reduce(values)
+
+
+@contextmanager
+def _with_others() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise StageError(
-            f"All processes must stay until the training is done, another one has ended: {str(error).splitlines()[0]}",
+            f"All processes must stay until the run is done, another one has ended: {str(error).splitlines()[0]}",
             hint="Its own message says why. The same command goes on from the saved state.",
         ) from error
 
 
-def close_group() -> None:
-    """Part."""
-    dist.destroy_process_group()
+def close_group(is_done: bool) -> None:
+    """Part.
+
+    Args:
+        is_done: Whether all processes have come to the end; GPUs wait for one another here, so that one which has
+            failed must not.
+    """
+    if is_done or not torch.cuda.is_available():
+        dist.destroy_process_group()
 
 
 def tell(text: str | None = None) -> str:
     """Return to all processes what the one of rank 0 says."""
     content = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
     size = torch.tensor([len(content)])
-    dist.broadcast(size, 0)
-    if dist.get_rank() > 0:
-        content = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, 0)
+    with _with_others():
+        dist.broadcast(size, 0)
+        if dist.get_rank() > 0:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(content, 0)
     return bytes(content.tolist()).decode()
 
 

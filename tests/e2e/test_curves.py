@@ -43,6 +43,9 @@ def test_a_run_writes_the_curves_of_each_stage(world: World):
     record = next(stage for stage in outcome.report["stages"] if stage["stage"] == "finetune")["record"]
     wanted = [epoch["validation_top1"] for epoch in record["epochs"]]
     assert [value for _, value in curves["training_state/validation_top1"]] == pytest.approx(wanted)
+    run_with_others(world.load(world.values(), "stages.finetune.steps=7"), world.runs, writes_curves=True)
+    again = _read(outcome.folder / "tensorboard" / "3-finetune")["training_state/loss"]
+    assert [step for step, _ in again] == list(range(1, 8))  # nothing is left of the curve before
 
 
 def test_a_missing_package_is_named_before_anything_runs(monkeypatch, world: World):

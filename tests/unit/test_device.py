@@ -1,11 +1,11 @@
 """Training elsewhere than on the CPU. No GPU is needed: what must not mix is found with tensors that hold no values."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,12 +13,15 @@ from compress.data.batches import Augmentation, Split, evaluation_batches, fast_
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.errors import StageError
+from compress.progress import SilentProgress
 from compress.pruning.graph import ChannelGroup, Member
 from compress.pruning.methods.base import GroupTensors, rows_of
 from compress.pruning.methods.csgd import _means
+from compress.training import device as device_module
+from compress.training import fit as fit_module
 from compress.training.averaging import WeightAverage
 from compress.training.device import CPU, moved, placed, require_precision, resident, training_device
-from compress.training.fit import _buffers
+from compress.training.fit import Distillation, FitSettings
 from compress.training.mixing import mixed
 
 ALL = Augmentation(crop_padding=1, flip=True)
@@ -133,11 +136,12 @@ def test_means_of_clusters_are_where_the_parameters_are():
 
 
 def test_averages_follow_their_network():
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to("meta")
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     average = WeightAverage(module, 0.9)
+    for network in (module, average.module):
+        network.to("meta")
     average.update(module)
     assert {value.device.type for value in average.module.state_dict().values()} == {"meta"}
-    assert all(value.device.type == "meta" for value in _buffers(average.module))
 
 
 def test_networks_come_back_to_the_cpu(monkeypatch):
@@ -149,12 +153,37 @@ def test_networks_come_back_to_the_cpu(monkeypatch):
     assert wanted == [torch.device("cuda", 1), CPU]
 
 
-def test_a_step_can_be_made_elsewhere():
-    """Forward, loss and backward on tensors without values: whatever mixes devices raises."""
-    (split,) = placed((_split(),), torch.device("meta"))
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).to("meta")
-    images, labels = next(training_batches(split, 8, ALL, 0, 0))
-    images, share = mixed(images, Augmentation(mixup=0.2))
-    own = F.cross_entropy(module(images), labels, reduction="none")
-    own.lerp(own, share.to(own.device)).mean().backward()
-    assert all(parameter.grad is not None for parameter in module.parameters())
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_steps_can_be_made_elsewhere(monkeypatch, is_resident):
+    """The loop's own steps on tensors without values, with all that it can do: what mixes devices raises."""
+    there = torch.device("meta")
+    monkeypatch.setattr(fit_module, "training_device", lambda _name: there)
+    if not is_resident:
+        monkeypatch.setattr(device_module, "resident", lambda *_: None)
+    settings = FitSettings(
+        batch_size=8, augmentation=Augmentation(1, True, mixup=0.2), ema=0.9, average_ratio=0.9, steps=6
+    )
+    networks = [
+        nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+        for _ in range(2)
+    ]
+    distillation = Distillation(networks[1].eval(), 0.5, 2.0, features=1.0)
+    split = _split(52)
+    run = fit_module._Run(networks[0].train(), split, split, settings, distillation, None, SilentProgress())
+    monkeypatch.setattr(run, "_autocast", nullcontext)  # which knows real devices only
+    for network in run.networks:
+        network.to(there)
+    run.optimizer = fit_module._optimizer(run.module, settings)  # parameters stay the same on their way to a GPU only
+    with run.surroundings():
+        for batch in training_batches(run.train, 8, settings.augmentation, 0, 0):
+            run._train_step([batch])
+    assert run.step == len(run.unread) == 6
+    assert {value.device for value in run.networks[0].state_dict().values()} == {there}
+    assert {value.device for values in run.optimizer.state.values() for value in values.values()} == {there}
+
+
+def test_where_hooks_wait_for_the_gpu_anyway_each_loss_is_read(monkeypatch):
+    monkeypatch.setattr(fit_module, "training_device", lambda _name: torch.device("meta"))
+    arguments = (nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), _split(), _split(), FitSettings(), None, None)
+    assert fit_module._Run(*arguments, SilentProgress(), None).read_together == 20
+    assert fit_module._Run(*arguments, SilentProgress(), object()).read_together == 1

@@ -4,17 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import team_run
 import torch
+from torch.distributed import HashStore
 
 from compress.errors import DataError
 from compress.progress import SilentProgress
 from compress.training import fit as fit_module
 from compress.training.fit import fit
-from compress.training.team import Team, present_team
+from compress.training.team import Team, _agreed_name, present_team
 
 SIZE = 2
 
@@ -46,7 +48,7 @@ def test_all_processes_end_with_the_same_weights_and_figures(together, kind):
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("kind", ["plain", "synced", "averaged", "accumulated"])
+@pytest.mark.parametrize("kind", ["plain", "synced", "averaged", "accumulated", "late"])
 def test_two_processes_end_as_one_does(together, kind):
     module, losses, top1 = team_run.train(kind)
     got, figures = _weights(together, kind, 0), json.loads((together / "0.json").read_text())[kind]
@@ -87,6 +89,21 @@ def test_sums_and_flags_are_of_all(together):
         assert figures["gate"] == 1.5
         assert figures["told"] == "wörd"
         assert figures["apart"] == 1  # outside of `together` each is on its own
+
+
+def test_a_process_that_is_left_alone_says_so(together):
+    message = json.loads((together / "0.json").read_text())["left alone"]
+    assert message.startswith("All processes must stay until the run is done, another one has ended: ")
+
+
+def test_processes_agree_on_a_name_whatever_others_have_left():
+    store = HashStore()
+    for key, value in (("asks/1", "gone"), ("answer/gone", "old"), ("old/knows/1", ""), ("asks/2", "gone")):
+        store.set(key, value)
+    with ThreadPoolExecutor(3) as threads:
+        names = list(threads.map(lambda rank: _agreed_name(store, rank, 3), range(3)))
+    assert len(set(names)) == 1
+    assert names[0] != "old"
 
 
 def test_one_process_writes_the_state_and_none_is_left(together):

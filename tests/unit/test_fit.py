@@ -399,7 +399,7 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
 def test_the_epoch_with_the_best_validation_is_kept(monkeypatch: pytest.MonkeyPatch, keep: str, chosen: int) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def measure(module: nn.Module, split: Split, **_: object) -> float:
+    def measure(module: nn.Module, split: Split, *_: object) -> float:
         assert split.name == "validation"
         seen.append(_weights(module))
         return (0.3, 0.9, 0.5)[len(seen) - 1]

@@ -14,5 +14,6 @@ def _fixed(stage: str, *overrides: str) -> dict:
 
 
 def test_how_often_training_saves_its_state_changes_no_result() -> None:
-    assert _fixed("finetune") == _fixed("finetune", "stages.finetune.save_minutes=1")
+    for setting in ("save_minutes=1", "device=cpu", "compiled=true"):
+        assert _fixed("finetune") == _fixed("finetune", f"stages.finetune.{setting}")
     assert _fixed("finetune") != _fixed("finetune", "stages.finetune.learning_rate=0.123")

@@ -13,7 +13,7 @@ def _fixed(stage: str, *overrides: str) -> dict:
     return next(step.fixed for step in steps if step.entry.name == stage)
 
 
-def test_how_often_training_saves_its_state_changes_no_result() -> None:
+def test_how_training_is_done_and_saved_changes_no_result() -> None:
     for setting in ("save_minutes=1", "device=cpu", "compiled=true"):
         assert _fixed("finetune") == _fixed("finetune", f"stages.finetune.{setting}")
     assert _fixed("finetune") != _fixed("finetune", "stages.finetune.learning_rate=0.123")

@@ -21,8 +21,8 @@ setup: $(READY) ## make the environment in .venv (about 6 GB, some minutes)
 demo: $(READY) ## compress the embedded MNIST network and verify the result
 	$(BIN)/compress run pipelines/quickstart.yaml
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)  ## ruff and the import contracts
 	$(BIN)/ruff check .

@@ -62,7 +62,6 @@ def train(
 ) -> tuple[nn.Module, list[float], list[float]]:
     """Return the network, the loss of each epoch and the top-1 of each."""
     module = network(kind)
-    fit_module.steps_read_together = lambda _device: 3 if kind == "late" else 1  # as on a GPU
     teacher = Distillation(network(kind, 1).eval(), 0.5, 2.0)
     result = fit(module, *splits(), settings(kind), teacher, state, progress)
     return module, [one.loss for one in result.epochs], [one.validation_top1 for one in result.epochs]
@@ -112,6 +111,7 @@ def main() -> None:
     figures: dict[str, object] = {"apart": present_team().size, "told": tell("wörd" if rank == 0 else None)}
     with together():
         for kind in KINDS:
+            fit_module.steps_read_together = lambda _device, kind=kind: 3 if kind == "late" else 1  # as on a GPU
             module, losses, top1 = train(kind, folder / f"{kind}.pt")
             torch.save(module.state_dict(), folder / f"{kind}-{rank}.weights")
             figures[kind] = [losses, top1]

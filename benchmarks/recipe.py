@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from results import write_between_markers
 from rows import Row, flow, measure
 
 from compress.console import Console
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
     arguments = parser.parse_args()
     if unknown := set(arguments.only or ()) - {row.name for row in ROWS}:
         parser.error(f"rows are {', '.join(row.name for row in ROWS)}; got {', '.join(sorted(unknown))}")
@@ -95,7 +97,10 @@ def main() -> None:
         first = mean if first is None else first
         lines.append(text)
         console.note(text)
-    print("\n".join(lines))
+    text = "\n".join(lines)
+    if arguments.write is not None:
+        write_between_markers(arguments.write, text, "recipe")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results import write_between_markers
 from torch import Tensor, nn
 
 from compress.building import build_module, load_strict, read_weights
@@ -105,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipelines", nargs="+", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -116,7 +118,10 @@ def main() -> None:
         )
         for pipeline in arguments.pipelines
     ]
-    print("\n".join([*HEADER, *lines]))
+    text = "\n".join([*HEADER, *lines])
+    if arguments.write is not None:
+        write_between_markers(arguments.write, text, "speed")
+    print(text)
 
 
 if __name__ == "__main__":

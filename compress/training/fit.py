@@ -206,28 +206,21 @@ def fit(
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
     require_precision(settings.precision, training_device(settings.device))
+    run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
     try:
-        return _fit(module, train, validation, settings, distillation, state_path, progress, hooks, keeps_state)
+        return _trained(run, keeps_state)
     finally:
+        del run
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # the runtime that times the file wants memory as well
 
 
-def _fit(
-    module: nn.Module,
-    train: Split,
-    validation: Split,
-    settings: FitSettings,
-    distillation: Distillation | None,
-    state_path: Path | None,
-    progress: Progress | None,
-    hooks: TrainingHooks | None,
-    keeps_state: bool,
-) -> FitResult:
-    run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
+def _trained(run: "_Run", keeps_state: bool) -> FitResult:
+    """Go on from the saved state, train to the end and return what was done."""
+    state_path = run.state_path
     if run.team.size > 1:
         run.progress.note(f"{run.team.size} processes train together, each on its part of every batch")
-    with _explained(settings.batch_size), moved(run.networks, run.device):
+    with _explained(run.settings.batch_size), moved(run.networks, run.device):
         run.restore()
         with flushed_denormals(), run.surroundings(), deferred_interrupts() as is_interrupted:
             while len(run.records) < run.total_epochs:

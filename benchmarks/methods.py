@@ -11,19 +11,16 @@ compare with: channels at random at the widths of the first row, and its structu
 are not repeated.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from results import write_between_markers
-from rows import Row, flow, measure
+from rows import ROOT, Row, flow, measure, named, row_parser
 
 from compress.config.load import load_pipeline
 from compress.console import Console
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
     "| what decides | MACs | params | blocks gone | validation top-1, cut | top-1 of the file | time |",
     "|---|---|---|---|---|---|---|",
@@ -104,25 +101,15 @@ def _around(record: dict[str, Any]) -> tuple[float, float]:
 
 def main() -> None:
     """Parse the command line, run what is missing, print or write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", nargs="?", type=Path, default=ROOT / "pipelines" / "quickstart.yaml")
+    parser = row_parser(__doc__, ROOT / "pipelines" / "quickstart.yaml")
     parser.add_argument("--epochs", type=int, default=4, help="of training in all, at least 2")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", help="names of rows")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
-    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
     arguments = parser.parse_args()
     if arguments.epochs < 2:
         parser.error(f"--epochs must be at least 2, got {arguments.epochs}")
     values = load_pipeline(arguments.pipeline, arguments.overrides).resolved
     every = rows(values, arguments.epochs)
-    if unknown := set(arguments.only or ()) - {row.name for row in every}:
-        parser.error(f"rows are {', '.join(row.name for row in every)}; got {', '.join(sorted(unknown))}")
     console, lines = Console(), list(HEADER)
-    for row in every:
-        if arguments.only and row.name not in arguments.only:
-            continue
+    for row in named(every, arguments.only, parser):
         reports = [
             measure("methods", arguments.pipeline, row, arguments.overrides, seed, arguments.runs_dir, console)
             for seed in arguments.seeds

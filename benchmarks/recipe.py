@@ -10,18 +10,15 @@ every row but "without repair". Validation top-1 is what a recipe may be chosen 
 the evaluation split. Finished runs are not repeated.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from results import write_between_markers
-from rows import Row, flow, measure
+from rows import ROOT, Row, flow, measure, named, row_parser
 
 from compress.console import Console
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
     "| recipe | MACs | validation top-1 | top-1 of the file | next to the first row |",
     "|---|---|---|---|---|",
@@ -70,25 +67,15 @@ def _chosen_top1(report: dict[str, Any]) -> float:
 
 def main() -> None:
     """Parse the command line, run what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", nargs="?", type=Path, default=ROOT / "pipelines" / "resnet20_cifar10.yaml")
+    parser = row_parser(__doc__, ROOT / "pipelines" / "resnet20_cifar10.yaml")
     parser.add_argument("--epochs", type=float, help="of fine-tuning; by default as in the pipeline")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", help="names of rows")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
-    parser.add_argument("--write", type=Path, help="Markdown file with the markers")
     arguments = parser.parse_args()
-    if unknown := set(arguments.only or ()) - {row.name for row in ROWS}:
-        parser.error(f"rows are {', '.join(row.name for row in ROWS)}; got {', '.join(sorted(unknown))}")
     table, overrides = "recipe", list(arguments.overrides)
     if arguments.epochs is not None:
         table = f"recipe-{arguments.epochs:g}"
         overrides.append(f"stages.finetune.epochs={arguments.epochs}")
     console, lines, first = Console(), list(HEADER), None
-    for row in ROWS:
-        if arguments.only and row.name not in arguments.only:
-            continue
+    for row in named(ROWS, arguments.only, parser):
         reports = [
             measure(table, arguments.pipeline, row, overrides, seed, arguments.runs_dir, console)
             for seed in arguments.seeds

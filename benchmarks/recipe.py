@@ -5,9 +5,9 @@
     ... --only default "plain SGD"    some rows             --epochs 20        longer
 
 The pipeline must have one prune and one finetune stage. Each row changes one thing of its recipe; "plain SGD" is what
-one would do without it: one-cycle to 0.05, weight decay 5e-4, no teacher. The cut is made once for each
-seed and is the same in every row but "without repair". Validation top-1 is what a recipe may be chosen by; top-1 is of the file over
-the evaluation split. Finished runs are not repeated.
+one would do without it: one-cycle to 0.05, weight decay 5e-4, no teacher. The cut is made once for each seed and is
+the same in every row but "without repair". Validation top-1 is what a recipe may be chosen by; top-1 is of the file
+over the evaluation split. Finished runs are not repeated.
 """
 
 import statistics

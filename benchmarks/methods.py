@@ -51,7 +51,9 @@ def rows(values: dict[str, Any], epochs: int) -> list[Row]:
     """Return every way to decide, for a pipeline whose values are given."""
     stages = {stage["stage"]: stage for stage in values["stages"]}
     learning = max(1, round(epochs * 2 / 3))
-    training = {key: value for key, value in stages["finetune"].items() if key not in NOT_WHILE_LEARNING and value}
+    training = {
+        key: value for key, value in stages["finetune"].items() if key not in NOT_WHILE_LEARNING and value is not None
+    }
     whole, rest = f"stages.finetune.epochs={epochs}", f"stages.finetune.epochs={epochs - learning}"
     trained = flow({**training, "epochs": learning})
     found = [
@@ -62,7 +64,7 @@ def rows(values: dict[str, Any], epochs: int) -> list[Row]:
         settings = {"method": name.partition(",")[0], **changes}
         overrides = [f"stages.prune.{key}={flow(value)}" for key, value in settings.items()]
         found.append(Row(name, (rest, f"stages.prune.training={trained}", *overrides)))
-    target = stages["prune"]["target"]
+    target = {name: value for name, value in stages["prune"]["target"].items() if value is not None}
     if set(target) <= {"macs", "params"} and len(target) == 1:
         place = next(index for index, stage in enumerate(values["stages"]) if stage["stage"] == "prune")
         plain = {"stage": "low_rank", "target": target}

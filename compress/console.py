@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
 from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, verdict_sentence
@@ -192,17 +193,28 @@ class _LoggedTask:
     def __init__(self, console: Console, label: str, total: int) -> None:
         self._console, self._label, self._total = console, label, total
         self._done = 0
+        self._first: tuple[int, float] | None = None  # what was done, and when, after the first step
         self._spoke = console._clock()
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         """Count, and write a line when the last one is old."""
         self._done += amount
         now = self._console._clock()
+        if self._first is None:
+            self._first = self._done, now
         if now - self._spoke >= LINE_INTERVAL_S and self._done < self._total:
             self._spoke = now
             extra = "".join(f", {name} {value}" for name, value in fields.items())
             share = 100 * self._done // max(self._total, 1)
-            self._console.note(f"{self._label}: {self._done}/{self._total} ({share} %){extra}")
+            self._console.note(f"{self._label}: {self._done}/{self._total} ({share} %){extra}{self._left(now)}")
+
+    def _left(self, now: float) -> str:
+        """Return how long what is left takes at the speed since the first step, in words; nothing before that."""
+        if self._first is None or self._done == self._first[0]:
+            return ""
+        done, since = self._first
+        seconds = (now - since) / (self._done - done) * (self._total - self._done)
+        return f", {timedelta(seconds=round(seconds))} left"
 
 
 class _Bars:

@@ -279,7 +279,7 @@ class TrainingConfig(Section):
     steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
     batch_size: Count = 128
     learning_rate: float | None = Field(
-        None, gt=0, description="peak of the schedule; without it what follows from original, or 0.02"
+        None, gt=0, description="peak of the schedule; without it what follows from original, or 0.02; of adamw 0.001"
     )
     original: OriginalTrainingConfig | None = Field(None, description="how the network was trained before")
     probe: bool = Field(
@@ -355,7 +355,9 @@ class GregConfig(Section):
         2, description="1 chooses early by scores; 2 first lets the penalty of all channels grow alike"
     )
     interval: Count = Field(5, description="steps from one increase of the penalties to the next")
-    ceiling: float = Field(1.0, gt=0, description="of the penalty of what goes")
+    ceiling: float | None = Field(
+        None, gt=0, description="of the penalty of what goes; by default 1, or more where the run is too short for that"
+    )
     picked_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="share of the steps before the choice")
     full_at: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.75, description="share of the steps after which the penalty has reached its ceiling"
@@ -375,7 +377,12 @@ class IncRegConfig(Section):
         0.4, description="share of the steps, at the end, in which the choice stands"
     )
     interval: Count = Field(10, description="steps from one change of the penalties to the next")
-    ceiling: float = Field(1.0, gt=0, description="of a penalty; a channel that reaches it goes")
+    ceiling: float | None = Field(
+        None,
+        gt=0,
+        description="of a penalty; a channel that reaches it is the first to go; by default 1, or more where the run "
+        "is too short for that",
+    )
 
 
 class CsgdConfig(Section):
@@ -428,6 +435,9 @@ class PruneConfig(CutConfig):
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and self.method != name:
                 raise ValueError(f"{name} must be left out unless it is the method")
+        ignored = [name for name in ("criterion", "order", "damage") if name in self.model_fields_set]
+        if self.method is not None and ignored:
+            raise ValueError(f"{ignored[0]} must be left out where a method decides by scores of its own")
         if self.method not in (None, "gates") and self.blocks == "auto":
             raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
         if self.training is not None and self.training.optimizer != "sgd":

@@ -81,6 +81,10 @@ class Split:
         """Return each size-th image, from the rank-th on."""
         return replace(self, indices=self.indices[rank::size])
 
+    def interleaved(self, count: int) -> "Split":
+        """Return the same images in another order: each count-th one, from the first on, from the second on, ..."""
+        return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
+
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:

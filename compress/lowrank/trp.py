@@ -22,6 +22,8 @@ class TrainedRank:
         interval: Steps from one cut to the next.
         strength: Factor of the sub-gradient of the nuclear norm, in the steps that begin with a cut.
 
+    The kernels are whole after the last step; the factorisation that follows cuts them once.
+
     Source: Xu et al. 2020, "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", IJCAI, arXiv:2004.14566.
         Ranks by a budget in place of a share of the energy are an adaptation.
     """
@@ -54,10 +56,6 @@ class TrainedRank:
 
     def on_step_end(self, step: int) -> None:
         """Nothing is done."""
-
-    def finish(self) -> None:
-        """Cut the kernels for the last time."""
-        self.cut()
 
     @torch.no_grad()
     def cut(self) -> None:

@@ -72,6 +72,7 @@ class ChannelGroup:
         parts: The channels form this many equal ranges that must lose the same positions.
         members: Every layer touched, in trace order.
         gates: For each producer the member to silence or score it at: its batch norm, or itself.
+        bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ChannelGroup:
     parts: int
     members: tuple[Member, ...]
     gates: tuple[Member, ...]
+    bare: tuple[Member, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -171,7 +173,14 @@ class ChannelGraph:
             covered.update(member.module for member in members if member.axis == "out")
             if is_depthwise(root) or not any(member.module is root for member in members):
                 continue
-            yield ChannelGroup(name, width, _parts(members), members, tuple(self._gates(members)))
+            behind = self._norms_behind(members)
+            gates = tuple(behind.get(member.layer, member) for member in members if member.is_producer)
+            bare = tuple(
+                member
+                for member in members
+                if member.axis == "out" and isinstance(member.module, COUNTED) and member.layer not in behind
+            )
+            yield ChannelGroup(name, width, _parts(members), members, gates, bare)
 
     def _members(self, raw: Any) -> Iterable[Member]:
         for item in raw:
@@ -185,13 +194,14 @@ class ChannelGraph:
             channels = torch.tensor(item.root_idxs, dtype=torch.int64)
             yield Member(self._names[module], module, axis, slots, channels)
 
-    def _gates(self, members: Sequence[Member]) -> Iterable[Member]:
-        norms = {member.module: member for member in members if member.is_norm}
+    def _norms_behind(self, members: Sequence[Member]) -> dict[str, Member]:
+        """Return for each layer that a norm of the group follows at once that norm."""
+        norms, behind = {member.module: member for member in members if member.is_norm}, {}
         for member in members:
-            if not member.is_producer:
-                continue
             following = [node.module for node in self._graph.module2node[member.module].outputs]
-            yield next((norms[module] for module in following if module in norms), member)
+            if found := next((norms[module] for module in following if module in norms), None):
+                behind[member.layer] = found
+        return behind
 
 
 def find_cuttable(

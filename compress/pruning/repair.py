@@ -2,13 +2,11 @@
 
 least squares   refit each layer whose inputs changed so that it gives, from what is left, what it gave before
 bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
-batch norm      measure mean and variance again on images, as a cumulative average
 
-The first two go through the network in the order of its calls, so that each layer makes up for what the ones before it
-still lack.
+Both go through the network in the order of its calls, so that each layer makes up for what the ones before it still
+lack. The third repair, batch norm, is `compress.training.batch_norm.reestimate_batch_norm`.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.data.batches import Split, evaluation_batches
-from compress.errors import DataError
 from compress.progress import Progress
 from compress.pruning.graph import BATCH_NORMS
 from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
@@ -28,48 +25,6 @@ _BATCH = 128
 _PASS_BATCH, _REFIT_IMAGES = 32, 512
 _LIVE_BYTES = 2 * 10**9
 _CLOSED = 0.05
-
-
-def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
-    """Measure the running mean and variance of every batch norm again, in place, and return their module paths.
-
-    Args:
-        module: The network; training flags are restored. Without batch norms nothing happens.
-        split: At least two images to look at; labels are not used.
-        progress: Told about each batch.
-
-    Raises:
-        DataError: There is one image only, which has no variance.
-    """
-    found = {
-        name: part
-        for name, part in module.named_modules()
-        if isinstance(part, BATCH_NORMS) and part.track_running_stats
-    }
-    norms = tuple(found.values())
-    if not norms:
-        return ()
-    if len(split) < 2:
-        raise DataError(
-            f"Batch-norm statistics need at least 2 images, '{split.name}' has {len(split)}.",
-            hint="Raise data.calibration.",
-        )
-    momenta = [norm.momentum for norm in norms]
-    # batches count alike in the average, so they must be of (almost) one size
-    batch_size = math.ceil(len(split) / math.ceil(len(split) / _BATCH))
-    try:
-        with torch.no_grad(), eval_mode(module), progress.task("batch-norm statistics", len(split)) as task:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # None makes torch average over all batches alike
-                norm.train()
-            for images, labels in evaluation_batches(split, batch_size):
-                module(images)
-                task.advance(len(labels))
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
         task.advance()
 
 
-def exported(model: TorchModel, ctx: StageContext) -> Path:
-    """Return an ONNX file of the network as it is now."""
+def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
+    """Return an ONNX file of the network as it is now, in a folder if there is none yet."""
     if not model.recipe.edits:
         return model.baseline.onnx_path
-    path = ctx.folder / "present.onnx"
+    path = folder / "present.onnx"
     export_present(model, path, ctx)
     return path
 

@@ -10,17 +10,17 @@ from torch import nn
 from compress.artifacts import TorchModel
 from compress.building import build_module, load_strict, read_weights, reinitialized
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
-from compress.data.batches import Augmentation, batches_per_epoch, random_seed
+from compress.data.batches import Augmentation, random_seed
 from compress.errors import NonFinite
 from compress.files import write_whole
 from compress.stages.context import Record, StageContext
 from compress.training.evaluate import evaluate_top1
-from compress.training.fit import Distillation, FitResult, FitSettings, fit
+from compress.training.fit import Distillation, FitResult, FitSettings, fit, planned_steps
 from compress.training.schedule import peak_from_original
 from compress.training.team import present_team
 
 STATE_FILE = "training_state.pt"
-LEARNING_RATE = 0.02
+LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
 PROBED = (0.1, 0.3, 1.0)
 
 
@@ -54,19 +54,25 @@ def train(
     distillation = distillation_from(config.distillation, artifact)
     before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
 
-    def trained(settings: FitSettings, state_file: str) -> tuple[nn.Module, FitResult]:
-        module, path = copy.deepcopy(artifact.module), ctx.folder / state_file
-        return module, fit(module, ctx.data.train, ctx.data.validation, settings, distillation, path, ctx.progress)
+    def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
+        module, path, data = copy.deepcopy(artifact.module), ctx.folder / state_file, ctx.data
+        result = fit(
+            module, data.train, data.validation, settings, distillation, path, ctx.progress, keeps_state=keeps_state
+        )
+        return module, result
 
     probed: list[Record] = []
     if config.probe:
         probed = _probe(
-            settings, ctx, state_file, lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate))[1]
+            settings,
+            ctx,
+            state_file,
+            lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate), keeps_state=False)[1],
         )
         best = max(probed, key=lambda one: -1.0 if one["validation_top1"] is None else one["validation_top1"])
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
-    module, result = trained(settings, state_file)
+    module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     record = {
         "epochs": [asdict(epoch) for epoch in result.epochs],
         "chosen_epoch": result.chosen_epoch,
@@ -93,8 +99,7 @@ def _probe(
     """
     path = ctx.folder / f"{state_file}-probed.json"
     probed: list[Record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    one_epoch = max(1, batches_per_epoch(ctx.data.train, settings.batch_size) // settings.accumulation)
-    steps = min(one_epoch, settings.steps or max(1, round(settings.epochs * one_epoch)))
+    steps = min(planned_steps(ctx.data.train, settings))
     rates = [factor * settings.learning_rate for factor in PROBED]
     if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
         probed = []
@@ -127,7 +132,7 @@ def fit_settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
         seed: Of the run.
         images: In the training split.
     """
-    rate, original = config.learning_rate or LEARNING_RATE, config.original
+    rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
     if original is not None:
         epochs = config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
         rate = peak_from_original(original.learning_rate, original.epochs, epochs)

@@ -46,6 +46,7 @@ def train_with_hooks(
     settings, validation = hooked_settings(config, ctx), ctx.data.validation
     before = evaluate_top1(module, validation, progress=ctx.progress)
     teacher = distillation_from(config.distillation, artifact)
+    ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
     result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
     return {
         "validation_top1_before": before,
@@ -70,7 +71,7 @@ def say_cut(record: Record, progress: Progress) -> None:
     """Say what the cut did to a network that was trained for it, and warn where that is more than next to nothing.
 
     Args:
-        record: With the figures of both `loss_and_top1`, and the name and the figures of the method.
+        record: With the figures of both `loss_and_top1`, and the name and the cause that the method states.
         progress: Told.
     """
     before, after = record["loss_before_cut"], record["loss_after_cut"]
@@ -79,9 +80,7 @@ def say_cut(record: Record, progress: Progress) -> None:
         f"{record['top1_before_cut']:.2%}, {record['top1_after_cut']:.2%}"
     )
     if not after - before <= CUT_JUMP:
-        left = record["figures"].get("left_ratio")
-        cause = "" if left is None else f": what went had {left:.2%} of its strength left"
         progress.warn(
             f"The cut after '{record['name']}' must change next to nothing, it raised the validation loss by "
-            f"{after - before:.3f}, above {CUT_JUMP:g}{cause}. More steps after the choice stands would help."
+            f"{after - before:.3f}, above {CUT_JUMP:g}. {record['cause']}"
         )

@@ -126,7 +126,7 @@ def model_latency(
         ModelError: The network's file cannot be made smaller as its layers say.
         RuntimeUnavailable: The provider is not there.
     """
-    path = exported(model, ctx)
+    path = exported(model, ctx.folder, ctx)
     writer = VariantWriter(load_onnx(path, weights=True))
     planned = plan_variants(levels, has_pairs=any(len({*o.slots, *i.slots}) > 1 for o, i in axes.axes.values()))
     _check_variant(writer, axes, planned[1], count_macs)

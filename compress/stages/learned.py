@@ -82,7 +82,7 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     method: Method = method_class(setting, config.method_settings)
     record = train_with_hooks(module, model, config.training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
     method.finish()
-    record = {"name": config.method, "figures": method.figures(), **record}
+    record = {"name": config.method, "figures": method.figures(), "cause": method.cause(), **record}
     return chooser.result(replace(model, module=module), method, record)
 
 
@@ -251,11 +251,11 @@ def _setting(
 
 def _of(module: nn.Module, group: ChannelGroup) -> ChannelGroup:
     """Return a group as that of a copy of its network."""
-    members, gates = (
+    members, gates, bare = (
         tuple(replace(member, module=module.get_submodule(member.layer)) for member in several)
-        for several in (group.members, group.gates)
+        for several in (group.members, group.gates, group.bare)
     )
-    return replace(group, members=members, gates=gates)
+    return replace(group, members=members, gates=gates, bare=bare)
 
 
 def _unit_and_kept(surveyed: Survey) -> tuple[str, float]:

@@ -94,7 +94,9 @@ class LowRankStage:
             task.advance()
         slim.eval()
         if learned is not None:
-            learned |= loss_and_top1(slim, "after_cut", ctx)
+            layer, error = max(errors.items(), key=lambda item: item[1])
+            cause = f"Kernels were up to {error:.1%} away from their rank ('{layer}'); more steps, or more trp.strength"
+            learned |= {"cause": f"{cause}, would help.", **loss_and_top1(slim, "after_cut", ctx)}
             say_cut(learned, ctx.progress)
         repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
         top1_after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
@@ -153,7 +155,6 @@ class LowRankStage:
 
         hooks = TrainedRank(trained.module, lambda: decide().edits, options.interval, options.strength)
         record = train_with_hooks(trained.module, artifact, training, hooks, ctx.folder / STATE_FILE, ctx)
-        hooks.finish()
         return trained, decide(), {"name": hooks.name, "figures": {}, **record}
 
     def _exclude(

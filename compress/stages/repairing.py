@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
 from compress.pruning.blocks import closing_layers
-from compress.pruning.repair import Comparison, fold_means, reestimate_batch_norm, refit_readers
+from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.stages.context import Record, StageContext
+from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import evaluate_loss
 
 Repair = tuple[str, Callable[[nn.Module], Sized]]

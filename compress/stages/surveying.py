@@ -1,8 +1,10 @@
 """What of a network can be cut, to which widths, and which budgets do they have to keep?"""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -159,7 +161,10 @@ def _find_targets(
 ) -> Targets:
     """Return the targets, with the network's latency where one of them needs it."""
     target, example = config.target, example_input(model.signature)
-    size = existing_bytes(exported(model, ctx)) if target.size_mb is not None else 0
+    size = 0
+    if target.size_mb is not None:
+        with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:  # of this process alone
+            size = existing_bytes(exported(model, Path(folder), ctx))
     targets = Targets(target, model.baseline.figures, model.module, example, groups, size)
     if target.needs_latency:
         if ctx.deploy is None:

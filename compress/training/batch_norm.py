@@ -1,5 +1,6 @@
-"""Batch norms of several processes that normalise by the statistics of the whole batch, each having a part of it."""
+"""The statistics of batch norms: measured again as they should have been, and those of several processes together."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,7 +10,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compress.cost.macs import eval_mode
+from compress.data.batches import Split, evaluation_batches
+from compress.errors import DataError
+from compress.progress import Progress
 from compress.training.team import Team, add_up
+
+_BATCH = 128
+
+
+def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
+    """Measure the running mean and variance of every batch norm again, in place, and return their module paths.
+
+    Both are averages over batches of (almost) one size, each with images from all over the split: one that is sorted
+    by class gives the same as one that is not.
+
+    Args:
+        module: The network; training flags are restored. Without batch norms nothing happens.
+        split: At least two images to look at; labels are not used.
+        progress: Told about each batch.
+
+    Raises:
+        DataError: There is one image only, which has no variance.
+    """
+    found = {
+        name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats
+    }
+    norms = tuple(found.values())
+    if not norms:
+        return ()
+    if len(split) < 2:
+        raise DataError(
+            f"Batch-norm statistics need at least 2 images, '{split.name}' has {len(split)}.",
+            hint="Raise data.calibration.",
+        )
+    momenta = [norm.momentum for norm in norms]
+    count = math.ceil(len(split) / _BATCH)
+    try:
+        with torch.no_grad(), eval_mode(module), progress.task("batch-norm statistics", len(split)) as task:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # None makes torch average over all batches alike
+                norm.train()
+            for images, labels in evaluation_batches(split.interleaved(count), math.ceil(len(split) / count)):
+                module(images)
+                task.advance(len(labels))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return tuple(found)
 
 
 @contextmanager

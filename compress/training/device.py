@@ -5,11 +5,11 @@ are drawn on the CPU, so that order and augmentation are the same on every devic
 """
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +41,7 @@ def training_device(name: str) -> torch.device:
             f"Each process on a machine must have a GPU of its own, torch sees {count}, this is process {own + 1}.",
             hint="Start as many processes as there are GPUs, or set device: cpu.",
         )
+    torch.cuda.set_device(own)  # what is asked about "the" GPU is asked about this one
     return torch.device("cuda", own)
 
 
@@ -72,6 +73,8 @@ def require_precision(precision: str, device: torch.device) -> None:
 
 def has_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
+    if platform.machine() in ("x86_64", "AMD64"):  # where the library says yes to any AVX-512, and emulates
+        return bool(torch.cpu.get_capabilities()["avx512_bf16"])
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -100,7 +103,7 @@ def resident(source: ImageSource, device: torch.device) -> Tensor | None:
         return None
     if device.type == "cuda" and source.images.nbytes > _MOST_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
         return None
-    return torch.from_numpy(np.ascontiguousarray(source.images)).to(device)
+    return torch.tensor(source.images).to(device)  # a copy first: torch dislikes arrays that must not be written to
 
 
 @contextmanager

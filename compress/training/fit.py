@@ -26,7 +26,6 @@ from compress.data.batches import (
     Batch,
     Split,
     batches_per_epoch,
-    evaluation_batches,
     random_seed,
     training_batches,
 )
@@ -34,7 +33,7 @@ from compress.errors import ArtifactError, DataError, ModelError, NonFinite, Out
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.training.averaging import WeightAverage
-from compress.training.batch_norm import synced_batch_norms
+from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import moved, placed, require_precision, training_device
 from compress.training.evaluate import check_outputs, evaluate_top1
 from compress.training.feature_maps import MapPairs, at_least_float32
@@ -45,7 +44,7 @@ from compress.training.mixing import mixed
 from compress.training.schedule import schedule
 from compress.training.team import present_team
 
-_STATISTICS_BATCHES = 16
+_STATISTICS_IMAGES = 2048
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -206,9 +205,12 @@ def fit(
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
     require_precision(settings.precision, training_device(settings.device))
-    run = _Run(module, train, validation, settings, distillation, state_path, progress or SilentProgress(), hooks)
+    run = None
     try:
-        return _trained(run, keeps_state)
+        with _explained(settings.batch_size):
+            said = progress or SilentProgress()
+            run = _Run(module, train, validation, settings, distillation, state_path, said, hooks)
+            return _trained(run, keeps_state)
     finally:
         del run
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -220,13 +222,11 @@ def _trained(run: "_Run", keeps_state: bool) -> FitResult:
     state_path = run.state_path
     if run.team.size > 1:
         run.progress.note(f"{run.team.size} processes train together, each on its part of every batch")
-    with _explained(run.settings.batch_size), moved(run.networks, run.device):
+    with moved(run.networks, run.device):
         run.restore()
         with flushed_denormals(), run.surroundings(), deferred_interrupts() as is_interrupted:
             while len(run.records) < run.total_epochs:
                 run.train_epoch(is_interrupted)
-        if state_path is not None and keeps_state:
-            run.save(state_path)
         result = run.finish()
     if state_path is not None and not keeps_state and run.team.rank == 0:
         state_path.unlink(missing_ok=True)
@@ -320,8 +320,7 @@ class _Run:
         """Save the state when it is time to; end the run when that was asked for, of any process."""
         is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
         is_interrupted, is_due = (votes > 0 for votes in self.team.total([float(is_interrupted), float(is_due)]))
-        has_more = len(self.records) < self.total_epochs
-        if self.state_path is not None and (is_interrupted or (is_due and has_more)):
+        if self.state_path is not None and (is_interrupted or is_due):
             self.save(self.state_path)
         if is_interrupted:
             if self.state_path is not None:
@@ -390,11 +389,7 @@ class _Run:
 
     def _measure_tail(self, module: nn.Module) -> float:
         """Give the average of the last steps batch-norm statistics of its own, and return its validation top-1."""
-        size = self.settings.batch_size
-        images = (images for images, _ in evaluation_batches(self.train.first(_STATISTICS_BATCHES * size), size))
-        with self._own_random_state():
-            torch.manual_seed(random_seed(self.settings.seed, "step", self.total_steps))
-            torch.optim.swa_utils.update_bn(images, module)
+        reestimate_batch_norm(module, self.train.first(_STATISTICS_IMAGES), self.progress)
         top1 = self._measure(module)
         self.progress.note(f"average of the last {self.tail_steps} steps: validation top-1 {top1:.2%}")
         return top1
@@ -411,6 +406,7 @@ class _Run:
     def save(self, path: Path) -> None:
         """Write everything a later process needs, so that the file is whole or absent; one process does it for all."""
         self._read_losses()
+        self._require_finite_weights()
         self.saved_at = time.monotonic()
         if self.team.rank != 0:
             return
@@ -531,6 +527,16 @@ class _Run:
                     hint="Lower learning_rate, or check the images and weights for NaN.",
                 )
 
+    def _require_finite_weights(self) -> None:
+        """Check what the last step made of the network, so that no broken one is saved over a good one."""
+        for name, value in self.module.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise NonFinite(
+                    f"Weights must be finite, '{name}' is not after step {self.step} of {self.total_steps} "
+                    f"(learning rate {self.optimizer.param_groups[0]['lr']:.4g}).",
+                    hint="Lower learning_rate.",
+                )
+
     def _batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         if images.ndim == 4:
             images = images.contiguous(memory_format=self.memory_format)
@@ -596,6 +602,7 @@ class _Run:
     def _close_epoch(self, number: int, speed: float) -> None:
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
+        self._require_finite_weights()
         top1 = self._measure(self.measured)
         rate = self.optimizer.param_groups[0]["lr"]
         self.records.append(EpochRecord(number, loss, top1, rate, speed))
@@ -610,10 +617,15 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         free = ("compiled", "device", "save_minutes")  # what may change from one start to the next
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
+        teacher = self.distillation
         return {
-            "settings": settings,
+            **settings,
             "total steps": self.total_steps,
-            "shapes": {name: list(value.shape) for name, value in self.module.state_dict().items()},
+            "training images": len(self.train),
+            "validation images": len(self.validation),
+            "distillation": None if teacher is None else [teacher.weight, teacher.temperature, teacher.features],
+            "hooks": None if self.hooks is None else type(self.hooks).__name__,
+            **{f"shape of {name}": list(value.shape) for name, value in self.module.state_dict().items()},
         }
 
 
@@ -647,7 +659,9 @@ def _explained(batch_size: int) -> Iterator[None]:
                 f"torch.compile must be able to compile the network, it is not: {str(error).strip().splitlines()[0]}",
                 hint="Leave compiled out, or see that a C++ compiler is there.",
             ) from error
-        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+            said in str(error) for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+        )
         if not is_full:
             raise
         raise OutOfMemory(
@@ -666,12 +680,8 @@ def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimize
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """Name what a saved run was with, where it was not with the same."""
-    flat, wanted = (
-        {**one["settings"], "total steps": one["total steps"], **{f"shape of {k}": v for k, v in one["shapes"].items()}}
-        for one in (saved, own)
-    )
-    names = [name for name in {**wanted, **flat} if flat.get(name) != wanted.get(name)]
-    named = [f"{name} {flat.get(name)} instead of {wanted.get(name)}" for name in names[:4]]
+    names = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
+    named = [f"{name} {saved.get(name)} instead of {own.get(name)}" for name in names[:4]]
     return [*named, f"{len(names) - 4} more"] if len(names) > 4 else named
 
 

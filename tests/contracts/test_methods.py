@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from compress.catalog import METHODS
-from compress.config.schema import GregConfig, IncRegConfig
 from compress.pruning.methods.csgd import Csgd
 from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.greg import Greg
@@ -29,12 +28,10 @@ class TestGates(MethodContract):
 
 class TestGreg(MethodContract):
     method_class = Greg
-    options = GregConfig(ceiling=10.0)  # the run is short
 
 
 class TestIncReg(MethodContract):
     method_class = IncReg
-    options = IncRegConfig(ceiling=10.0)
 
 
 class TestCsgd(MethodContract):

@@ -121,7 +121,8 @@ def _group() -> tuple[GroupTensors, nn.Module]:
 def test_methods_work_on_parameters_that_lie_elsewhere():
     tensors, module = _group()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert tensors.derivatives().device == tensors.strength().device == CPU
+        assert tensors.derivatives().device.type == "cuda"
+        assert tensors.strength().device == CPU
         tensors.stop(torch.tensor([True, False, False, True]))
         tensors.decay(torch.ones(4), with_filters=True)
         for rows in tensors.every():

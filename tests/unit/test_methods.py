@@ -77,7 +77,39 @@ def train(module, method, rates, momentum=0.5, weight_decay=0.0, seed=0):
     return module.eval()
 
 
+class Bare(nn.Module):
+    """A convolution and a depthwise one, both with a bias and without a batch norm, read by a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.head = nn.Conv2d(4, 4, 1)
+        nn.init.constant_(self.depthwise.bias, 1.0)
+
+    def forward(self, x):
+        return self.head(F.relu(self.depthwise(F.relu(self.conv(x))))).mean((2, 3))
+
+
 # what all share
+
+
+@pytest.mark.parametrize("method_class", [Gsm, Gates])  # against penalties alone the loss holds a little
+def test_a_layer_that_no_norm_follows_falls_silent_too(method_class):
+    module, gone = Bare(), {"conv": (2,)}
+    one = setting(module, Chosen(gone), [0.1] * 200)
+    assert [member.layer for member in one.groups["conv"].bare] == ["conv", "depthwise"]
+    method = method_class(one)
+    train(module, method, [0.1] * 200)
+    before = module(nets.images(8))
+    method.finish()
+    after = cut_copy(module, gone, nets.EXAMPLE)(nets.images(8))
+    assert torch.allclose(before, after, atol=1e-3)
+
+
+def test_no_layer_is_bare_where_norms_follow():
+    groups, _ = find_cuttable(Pair(), nets.EXAMPLE)
+    assert groups["conv"].bare == ()
 
 
 @pytest.mark.parametrize("name", nets.NAMES)
@@ -217,6 +249,19 @@ def test_greg_refuses_a_run_too_short_for_its_penalty():
         Greg(setting(Pair(), Chosen({}), [0.01] * 200), GregConfig(ceiling=0.001))
 
 
+@pytest.mark.parametrize("method_class", [Greg, IncReg])
+def test_a_ceiling_is_that_of_the_paper_unless_the_run_is_too_short_for_it(method_class):
+    def begun(rate):
+        module = Pair()
+        return module, method_class(setting(module, Chosen({"conv": (0,)}), [rate] * 200))
+
+    assert begun(0.5)[1].ceiling == 1.0
+    module, method = begun(0.01)
+    assert method.ceiling > 1.0
+    train(module, method, [0.01] * 200)
+    assert method.figures()["left_ratio"] < 0.1
+
+
 # increg
 
 
@@ -260,7 +305,7 @@ def test_increg_ranks_all_channels_of_all_groups_together():
     assert torch.equal(torch.cat(list(chosen.calls[0][0].values())), ranks)
 
 
-def test_increg_lets_a_channel_at_the_ceiling_go_for_good():
+def test_increg_asks_for_a_channel_at_the_ceiling_first_and_keeps_its_penalty():
     module, rates = nets.build("chain"), [0.1] * 120
     chosen = Chosen({"body.0.0": (3,)})
     method = IncReg(setting(module, chosen, rates), IncRegConfig(ceiling=1.0))

@@ -14,6 +14,7 @@ from compress.errors import BudgetUnreachable
 from compress.lowrank.factorize import factorize, main_directions, multiply
 from compress.lowrank.trp import TrainedRank
 from compress.recipe import Factorize
+from compress.stages.hooked import CUT_JUMP
 from compress.stages.low_rank import LowRankStage
 
 TRAINING = TrainingConfig(steps=40, batch_size=16, learning_rate=0.05)
@@ -67,8 +68,7 @@ def test_kernels_are_cut_every_so_many_steps_and_pulled_in_those_alone():
         with torch.no_grad():
             layer.weight.add_(torch.randn_like(layer.weight), alpha=0.1)
         hooks.on_step_end(step)
-    hooks.finish()
-    assert rank() == 3
+    assert rank() == 8  # what comes after the training cuts once
 
 
 def test_a_kernel_of_the_ranks_asked_for_is_left_as_it_is():
@@ -87,13 +87,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run(data, tmp_path):
-    """Run the stage on a tiny network; give what went in, the slim model and the record."""
+    """Run the stage on a tiny network; give what went in, the slim model, the record and what was said."""
 
-    def call(name, **config):
-        artifact, (ctx, _) = bright.artifact(name, tmp_path), bright.context(tmp_path / "stage", data)
+    def call(name, folder="stage", **config):
+        artifact, (ctx, said) = bright.artifact(name, tmp_path), bright.context(tmp_path / folder, data)
         settings = {"target": RankTargetConfig(macs=0.6), "multiple_of": 1} | config
         slim, record = LowRankStage(LowRankConfig(stage="low_rank", **settings)).run(artifact, ctx)
-        return SimpleNamespace(artifact=artifact, slim=slim, record=record)
+        return SimpleNamespace(artifact=artifact, slim=slim, record=record, notes=said.notes, warnings=said.warnings)
 
     return call
 
@@ -106,18 +106,64 @@ def test_the_target_is_met_and_the_factorisation_changes_next_to_nothing(run, na
     learned = done.record["method"]
     assert learned["name"] == "trp"
     assert learned["steps"] == 40
-    assert all(layer["relative_error"] < 1e-3 for layer in done.record["layers"])
     assert learned["top1_before_cut"] > learned["validation_top1_before"]
-    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=0.5)
+    assert learned["loss_after_cut"] < learned["loss_before_cut"] + CUT_JUMP
     weights = nets.build(name).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in done.artifact.module.state_dict().items())
 
 
-def test_trained_ranks_lose_less_than_those_of_the_untrained_kernels(run):
-    plain, trained = run("chain"), run("chain", method="trp", training=TRAINING)
-    lost = max(layer["relative_error"] for layer in plain.record["layers"])
-    assert lost > 0.1
-    assert max(layer["relative_error"] for layer in trained.record["layers"]) < 0.01 * lost
+def test_kernels_that_were_cut_while_training_lose_less_than_those_that_were_only_trained(run, monkeypatch):
+    def lost(done):
+        return max(layer["relative_error"] for layer in done.record["layers"])
+
+    trained = run("chain", method="trp", training=TRAINING)
+    monkeypatch.setattr(TrainedRank, "cut", lambda self: None)
+    monkeypatch.setattr(TrainedRank, "on_gradients", lambda self, step: None)
+    only_trained = run("chain", "without", method="trp", training=TRAINING)
+    assert 0 < lost(trained) < 0.3 * lost(only_trained)
+    rise, rise_without = (
+        done.record["method"]["loss_after_cut"] - done.record["method"]["loss_before_cut"]
+        for done in (trained, only_trained)
+    )
+    assert rise < 0.3 * rise_without
+
+
+def test_a_shared_error_is_kept_once(run):
+    """Kernels are cut by the error asked for once, not once more after the last step."""
+    done = run("chain", method="trp", training=TRAINING, target=None, relative_error=0.3)
+    errors = [layer["relative_error"] for layer in done.record["layers"]]
+    assert errors
+    assert max(errors) < 0.3
+    assert done.record["shared_relative_error"] == 0.3
+
+
+def test_a_rise_of_the_loss_is_explained(run, monkeypatch):
+    monkeypatch.setattr("compress.stages.hooked.CUT_JUMP", -1.0)
+    done = run("chain", method="trp", training=TRAINING)
+    (warning,) = [text for text in done.warnings if "must change next to nothing" in text]
+    worst = max(done.record["layers"], key=lambda layer: layer["relative_error"])
+    assert f"up to {worst['relative_error']:.1%} away from their rank ('{worst['layer']}')" in warning
+
+
+def test_a_stage_that_was_killed_goes_on_and_ends_the_same(run, monkeypatch):
+    whole = run("chain", "whole", method="trp", training=TRAINING)
+    gradients = TrainedRank.on_gradients
+
+    def dying(self, step):
+        if step == 27:
+            raise SystemExit("killed")
+        gradients(self, step)
+
+    settings = TRAINING.model_copy(update={"save_minutes": 0.0})
+    monkeypatch.setattr(TrainedRank, "on_gradients", dying)
+    with pytest.raises(SystemExit):
+        run("chain", "killed", method="trp", training=settings)
+    monkeypatch.setattr(TrainedRank, "on_gradients", gradients)
+    again = run("chain", "killed", method="trp", training=settings)
+    assert any("goes on after step 27 of 40" in note for note in again.notes)
+    assert again.slim.recipe == whole.slim.recipe
+    for name, value in whole.slim.module.state_dict().items():
+        assert torch.equal(value, again.slim.module.state_dict()[name]), name
 
 
 def test_a_target_out_of_reach_is_refused_before_the_training(run, monkeypatch):

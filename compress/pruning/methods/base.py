@@ -98,6 +98,19 @@ class Setting:
         self.require_steps(first)
         return self.factor(DECAYED, first)
 
+    def sized_ceiling(self, first: int, shape: np.ndarray | float) -> float:
+        """Return the ceiling of a penalty on weights: 1, or what is needed for them to decay to e^-8.
+
+        Args:
+            first: The step with which the penalty begins.
+            shape: (steps from there,) the share of the ceiling that the penalty has; 1 is all the time.
+
+        Raises:
+            StageError: The steps are too few for any penalty.
+        """
+        self.require_steps(first)
+        return max(1.0, DECAYED / self._reached(first, shape))
+
     def factor(self, exponent: float, first: int, last: int | None = None) -> float:
         """Return the L2 factor that, from step `first` to before `last`, decays what gets no gradient to e^-exponent.
 
@@ -113,7 +126,7 @@ class Setting:
             StageError: They do not; says how many steps would do.
         """
         self.require_steps(first)
-        reached = float((self.rates[first:] * factors).sum()) / (1 - self.momentum)
+        reached = self._reached(first, factors)
         if reached < DECAYED:
             needed = math.ceil(self.steps * DECAYED / reached) if reached > 0 else math.inf
             raise StageError(
@@ -121,6 +134,10 @@ class Setting:
                 f"to e^-{reached:.2g} in {self.steps} steps.",
                 hint=f"At this learning rate train for at least {needed} steps, or raise it.",
             )
+
+    def _reached(self, first: int, factors: np.ndarray | float) -> float:
+        """Return x, where L2 factors of the steps from `first` on let what gets no gradient decay to e^-x."""
+        return float((self.rates[first:] * factors).sum()) / (1 - self.momentum)
 
     def require_left(self, first: int) -> None:
         """Check that steps are left from `first` on.
@@ -201,6 +218,10 @@ class Method(Protocol):
         """Return what the report tells of the run."""
         ...
 
+    def cause(self) -> str:
+        """Say what it would come from, were the loss higher after the cut, and what would help; after `finish`."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` goes on."""
         ...
@@ -255,7 +276,7 @@ class Rows:
 class GroupTensors:
     """The parameters that compute and normalise the channels of a group.
 
-    What is by channel comes and goes on the CPU, wherever the parameters are.
+    What is by channel comes on the CPU, wherever the parameters are.
 
     Attributes:
         gates: For each place where multiplying a channel by 0 is the same as removing it, the parameters that are
@@ -272,20 +293,21 @@ class GroupTensors:
             rows for member in group.members if member.axis == "out" and not member.is_norm for rows in rows_of(member)
         ]
         norms = [rows for member in group.norms for rows in rows_of(member)]
-        bare = [rows for gate in group.gates if not gate.is_norm for rows in rows_of(gate)]
-        self.decaying = norms + bare
+        self.decaying = norms + [rows for member in group.bare for rows in rows_of(member)]
 
     def derivatives(self) -> Tensor:
         """Return (C,) the derivative of the loss by a factor 1 at each channel, from the gradients of the parameters.
 
+        It is where the parameters are, so that nobody waits for a GPU.
+
         What such a factor multiplies is linear in the parameters of the gate, so the derivative is the sum over them
         of parameter * gradient; over all gates of a channel it is added up before anybody takes an absolute value.
         """
-        total = torch.zeros(self.width)
+        total = torch.zeros(self.width, device=self.gates[0][0].parameter.device)
         for gate in self.gates:
             for rows in gate:
                 products = (rows.values * rows.gradient).reshape(len(rows.slots), -1).sum(1)
-                total.index_add_(0, rows.channels, products.cpu())
+                total.index_add_(0, rows.channels.to(total.device), products)
         return total
 
     def stop(self, channels: Tensor) -> None:
@@ -361,8 +383,10 @@ class Scored:
 
     def observe(self, step: int) -> None:
         """Let the gradients of this step into the scores, and choose when it is time to."""
-        for name, tensors in self.tensors.items():
-            self.scores[name].mul_(_REMEMBERED).add_(tensors.derivatives().abs(), alpha=1 - _REMEMBERED)
+        derivatives = torch.cat([tensors.derivatives() for tensors in self.tensors.values()]).cpu()
+        widths = [len(scores) for scores in self.scores.values()]
+        for scores, present in zip(self.scores.values(), torch.split(derivatives, widths), strict=True):
+            scores.mul_(_REMEMBERED).add_(present.abs(), alpha=1 - _REMEMBERED)
         is_due = self.first <= step < self.frozen and (step - self.first) % self.interval == 0
         if is_due or step == self.frozen:
             self._choose(step == self.frozen)
@@ -381,6 +405,11 @@ class Scored:
         ]
         every = torch.cat(left) if left else torch.zeros(0)
         return {"reactivated": self.reactivated, "left_ratio": float(every.mean()) if len(every) else 0.0}
+
+    def cause(self) -> str:
+        """Say what it would come from, were the loss higher after the cut, and what would help."""
+        left = self.figures()["left_ratio"]
+        return f"What went had {left:.2%} of its strength left; more steps after the choice stands would help."
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` goes on."""

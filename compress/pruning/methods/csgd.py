@@ -110,6 +110,11 @@ class Csgd:
         """Return the share that is left of the distance of the channels to the means of their clusters."""
         return {"left_ratio": self._left / self._apart if self._apart else 0.0}
 
+    def cause(self) -> str:
+        """Say what it would come from, were the loss higher after the cut, and what would help."""
+        left = self.figures()["left_ratio"]
+        return f"Channels kept {left:.2%} of their distance from those they merge with; more steps would help."
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` goes on."""
         return {"clusters": self.clusters, "apart": self._apart}

@@ -57,9 +57,9 @@ class Gates:
         self._drawn: dict[str, Tensor] = {}
         self._handles = [setting.module.register_forward_pre_hook(self._draw)]
         for name, group in setting.groups.items():
-            gates = {gate.layer for gate in group.gates}
+            gates, bare = ({member.layer for member in several} for several in (group.gates, group.bare))
             for member in group.members:
-                if member.axis == "out" and (member.is_norm or member.layer in gates):
+                if member.is_norm or member.layer in bare:
                     hook = self._gated(name, member, member.layer in gates)
                     self._handles.append(member.module.register_forward_hook(hook))
         for name, part in setting.blocks.items():
@@ -119,6 +119,10 @@ class Gates:
             "channels_closed_ratio": float((gates < 0).float().mean()),
             "blocks_closed_ratio": len(self._closed) / max(1, len(self.blocks)),
         }
+
+    def cause(self) -> str:
+        """Say what it would come from, were the loss higher after the cut, and what would help."""
+        return "All gates of what went were closed; layers behind them turn nothing into something."
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` goes on."""

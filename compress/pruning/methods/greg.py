@@ -40,11 +40,15 @@ class Greg(Scored):
         super().__init__(setting, picked, options.interval, first=picked)
         self.penalties = {name: torch.zeros(group.width) for name, group in setting.groups.items()}
         increases = max(1, (self.full - picked) // options.interval)
-        self.increase = options.ceiling / increases
         self.increase_alike = _ALIKE / max(1, picked // options.interval)
         after = np.arange(setting.steps - picked) // options.interval + 1
-        factors = np.minimum(after * self.increase, options.ceiling)
-        setting.require_decay(picked, factors, f"a penalty that grows to {options.ceiling:g}")
+        shape = np.minimum(after / increases, 1.0)
+        if options.ceiling is None:
+            self.ceiling = setting.sized_ceiling(picked, shape)
+        else:
+            self.ceiling = options.ceiling
+            setting.require_decay(picked, shape * self.ceiling, f"a penalty that grows to {self.ceiling:g}")
+        self.increase = self.ceiling / increases
 
     def on_gradients(self, step: int) -> None:
         """Raise the penalties when it is time to, and add them to the gradients."""
@@ -70,5 +74,5 @@ class Greg(Scored):
             if is_second:
                 penalties.add_(self.increase_alike)
             return
-        raised = (penalties + self.increase).clamp_max(self.options.ceiling)
+        raised = (penalties + self.increase).clamp_max(self.ceiling)
         penalties.copy_(torch.where(goes, raised, torch.full_like(raised, _RECOVERY if is_second else 0.0)))

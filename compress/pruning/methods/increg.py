@@ -17,8 +17,8 @@ class IncReg(Scored):
     """Every few steps each channel's L2 penalty changes by an amount that its average rank decides.
 
     The change is +A for the weakest channel, 0 where the budget draws the line, and negative beyond; a penalty is
-    never below 0. A channel whose penalty has reached the ceiling goes for good. Once the choice stands, what goes has
-    the ceiling and all else no penalty.
+    never below 0. A channel whose penalty has reached the ceiling keeps it, and is the first to go. Once the choice
+    stands, what goes has the ceiling and all else no penalty.
 
     Args:
         setting: What to work with.
@@ -35,14 +35,18 @@ class IncReg(Scored):
     name: ClassVar[str] = "increg"
 
     def __init__(self, setting: Setting, options: IncRegConfig | None = None) -> None:
-        self.options = options = options or IncRegConfig()
+        options = options or IncRegConfig()
         super().__init__(setting, round(setting.steps * (1 - options.frozen_ratio)), options.interval)
         self.penalties = {name: torch.zeros(group.width) for name, group in setting.groups.items()}
         self.ranks = {name: torch.zeros(group.width) for name, group in setting.groups.items()}
         self.rankings = 0
+        if options.ceiling is None:
+            self.ceiling = setting.sized_ceiling(self.frozen, 1.0)
+        else:
+            self.ceiling = options.ceiling
+            setting.require_decay(self.frozen, self.ceiling, f"a penalty of {self.ceiling:g}")
         # the weakest reach the ceiling halfway to where the choice stands
-        self.most = 2 * options.ceiling * options.interval / max(1, self.frozen)
-        setting.require_decay(self.frozen, options.ceiling, f"a penalty of {options.ceiling:g}")
+        self.most = 2 * self.ceiling * options.interval / max(1, self.frozen)
 
     def on_gradients(self, step: int) -> None:
         """Rank, change the penalties when it is time to, and add them to the gradients."""
@@ -69,7 +73,7 @@ class IncReg(Scored):
         self.rankings += 1
         for name, ranks in self._parted(present).items():
             self.ranks[name].lerp_(ranks + 1, 1 / self.rankings)  # no rank is 0, so that none goes for nothing
-        gone = {name: self.penalties[name] >= self.options.ceiling for name in self.ranks}
+        gone = {name: self.penalties[name] >= self.ceiling for name in self.ranks}
         wanted = {name: torch.where(gone[name], torch.zeros_like(ranks), ranks) for name, ranks in self.ranks.items()}
         before, self.scores = self.scores, wanted
         try:
@@ -78,7 +82,7 @@ class IncReg(Scored):
             self.scores = before
         if is_final:
             for name, penalties in self.penalties.items():
-                penalties.copy_(self.goes(name) * self.options.ceiling)
+                penalties.copy_(self.goes(name) * self.ceiling)
 
     def _change(self) -> None:
         """Change every penalty by where its channel stands: those that go first, each part by average rank."""
@@ -88,8 +92,8 @@ class IncReg(Scored):
         places = torch.empty(len(order), dtype=torch.int64).scatter_(0, order, torch.arange(len(order)))
         changes = self._parted(increments(len(order), int(goes.sum()), self.most)[places])
         for name, penalties in self.penalties.items():
-            changed = (penalties + changes[name]).clamp(0, self.options.ceiling)
-            penalties.copy_(torch.where(penalties >= self.options.ceiling, penalties, changed))
+            changed = (penalties + changes[name]).clamp(0, self.ceiling)
+            penalties.copy_(torch.where(penalties >= self.ceiling, penalties, changed))
 
     def _parted(self, every: Tensor) -> dict[str, Tensor]:
         """Part a row of all channels by group."""

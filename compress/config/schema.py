@@ -435,9 +435,9 @@ class PruneConfig(CutConfig):
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and self.method != name:
                 raise ValueError(f"{name} must be left out unless it is the method")
-        ignored = [name for name in ("criterion", "order", "damage") if name in self.model_fields_set]
-        if self.method is not None and ignored:
-            raise ValueError(f"{ignored[0]} must be left out where a method decides by scores of its own")
+        for name in ("criterion", "order", "damage"):
+            if self.method is not None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} must be left out where a method decides by scores of its own")
         if self.method not in (None, "gates") and self.blocks == "auto":
             raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
         if self.training is not None and self.training.optimizer != "sgd":

@@ -157,6 +157,27 @@ def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: Wor
     assert not list(world.store.glob(".partial/*"))
 
 
+def test_no_epoch_is_trained_again_when_the_result_was_not_stored(world: World) -> None:
+    code = (
+        "import os\nfrom compress import runner\nfrom compress.cli import app\n"
+        "save = runner.save_artifact\n"
+        "def dying(artifact, folder):\n"
+        "    os.kill(os.getpid(), 9) if list(folder.parent.parent.glob('.work/*/training_state.pt')) else None\n"
+        "    save(artifact, folder)\n"
+        "runner.save_artifact = dying\n"
+        f"app(['run', {str(world.write(values(world)))!r}, '--runs-dir', {str(world.runs)!r}])\n"
+    )
+    with smallrun.start(code=code) as process:
+        process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == -signal.SIGKILL
+    progress = smallrun.Notes()
+    outcome = world.run(values(world), progress=progress)
+    assert statuses(outcome)[2] == "finetune ran"
+    assert "Training goes on after epoch 4 of 4." in progress.notes
+    assert not [note for note in progress.notes if note.startswith("epoch ")]
+    assert not list(world.store.glob(".work/*"))
+
+
 def test_two_runs_of_other_names_do_not_make_the_same_result_twice(world: World) -> None:
     """The second waits for the stage that the first is at; here the first dies, and the second goes on with it."""
     with hanging(world, 8) as first:

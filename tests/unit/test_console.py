@@ -61,11 +61,21 @@ def test_plain_task_writes_a_line_every_five_seconds_and_a_closing_one() -> None
             screen.clock.now += 2.0
             task.advance(1, loss=f"0.{9 - step}")
     assert screen.lines == [
-        "finetune: 3/10 (30 %), loss 0.7",
-        "finetune: 6/10 (60 %), loss 0.4",
-        "finetune: 9/10 (90 %), loss 0.1",
+        "finetune: 3/10 (30 %), loss 0.7, 0:00:14 left",
+        "finetune: 6/10 (60 %), loss 0.4, 0:00:08 left",
+        "finetune: 9/10 (90 %), loss 0.1, 0:00:02 left",
         "finetune: done in 20.0 s",
     ]
+
+
+def test_what_was_done_before_a_resume_does_not_count_as_speed() -> None:
+    screen = Screen()
+    with screen.console.task("finetune", 100) as task:
+        task.advance(80)
+        for _ in range(4):
+            screen.clock.now += 6.0
+            task.advance(1)
+    assert screen.lines[:2] == ["finetune: 81/100 (81 %), 0:01:54 left", "finetune: 82/100 (82 %), 0:01:48 left"]
 
 
 def test_plain_task_of_no_units_and_of_quick_ones_is_one_line() -> None:

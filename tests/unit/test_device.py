@@ -34,16 +34,19 @@ def _split(count: int = 20, **changes: object) -> Split:
 
 
 def test_a_device_is_found_by_name(monkeypatch):
+    taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert training_device("cpu") == training_device("auto") == CPU
     with pytest.raises(StageError, match="device cuda needs a GPU that torch can use, it sees none"):
         training_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert training_device("cpu") == CPU
     assert training_device("auto") == training_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert training_device("cuda") == torch.device("cuda", 1)
+    assert taken == [0, 0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(StageError, match="torch sees 2, this is process 3"):
         training_device("cuda")

@@ -66,6 +66,14 @@ def test_every_setting_reaches_the_loop() -> None:
     assert all(settings[name] != defaults[name] for name in GIVEN)
 
 
+def test_adamw_has_a_rate_of_its_own_by_default() -> None:
+    rates = [
+        fit_settings(FinetuneConfig(stage="finetune", epochs=1, optimizer=name), 0, 100).learning_rate
+        for name in ("sgd", "adamw")
+    ]
+    assert rates == [0.02, 0.001]
+
+
 def test_defaults_are_the_same_in_both_places() -> None:
     settings = fit_settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100)
     assert settings == FitSettings()
@@ -137,9 +145,9 @@ def run(tmp_path: Path):
 def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
     rates: list[tuple[float, int]] = []
 
-    def fit(module, train, validation, settings, *rest):
+    def fit(module, train, validation, settings, *rest, **more):
         rates.append((settings.learning_rate, settings.steps))
-        done = real(module, train, validation, settings, *rest)
+        done = real(module, train, validation, settings, *rest, **more)
         told = {0.02: 0.5, 0.06: 0.9}.get(round(settings.learning_rate, 3), 0.7)
         return replace(done, epochs=(*done.epochs[:-1], replace(done.epochs[-1], validation_top1=told)))
 
@@ -158,10 +166,10 @@ def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
 
 
 def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, folder, monkeypatch) -> None:
-    def fit(module, train, validation, settings, *rest):
+    def fit(module, train, validation, settings, *rest, **more):
         if settings.learning_rate > limit:
             raise NonFinite("The training loss must be finite, got nan.")
-        return real(module, train, validation, settings, *rest)
+        return real(module, train, validation, settings, *rest, **more)
 
     real, limit = finetune.fit, 0.1
     monkeypatch.setattr(finetune, "fit", fit)
@@ -188,7 +196,7 @@ def test_training_may_start_from_random_weights(run, monkeypatch) -> None:
     monkeypatch.setattr(
         finetune,
         "fit",
-        lambda module, *_: seen.append(module) or FitResult((EpochRecord(1, 1.0, 0.5, 0.1, 1.0),), 1, 1),
+        lambda module, *_, **__: seen.append(module) or FitResult((EpochRecord(1, 1.0, 0.5, 0.1, 1.0),), 1, 1),
     )
     run(epochs=1)
     for _ in range(2):

@@ -246,6 +246,8 @@ def test_interrupts_are_not_deferred_outside_of_the_main_thread() -> None:
     [
         torch.OutOfMemoryError("CUDA"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         MemoryError(),
     ],
 )
@@ -259,6 +261,33 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_do(error: Exception) 
     network[6].register_forward_hook(fail)
     with pytest.raises(OutOfMemory, match=r"batch_size 16 does not\.\nHint: Lower batch_size and raise accumulation"):
         fit(network, *_splits(), SETTINGS)
+
+
+def test_images_that_do_not_fit_onto_a_device_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(fit_module, "placed", full)
+    with pytest.raises(OutOfMemory, match="Lower batch_size"):
+        fit(_network(), *_splits(), SETTINGS)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_weights_that_a_step_broke_are_neither_saved_nor_returned(tmp_path: Path, keep: str) -> None:
+    """The loss of the sixth step is finite, and what follows from it is not."""
+    network, state = _network(), tmp_path / "state.pt"
+    settings = replace(SETTINGS, save_minutes=0.0, keep=keep)
+    with pytest.raises(NonFinite, match=r"Weights must be finite, '6\.weight' is not after step 6 of 12"):
+        fit(network, *_splits(), settings, state_path=state, hooks=_Breaks(network[6], 5, "inf"))
+    saved = torch.load(state, weights_only=True)
+    assert saved["step"] == 5
+    assert all(bool(value.isfinite().all()) for value in saved["module"].values())
+
+
+def test_a_broken_last_step_is_an_error_without_a_state_too() -> None:
+    network = _network()
+    with pytest.raises(NonFinite, match="after step 12 of 12"):
+        fit(network, *_splits(), replace(SETTINGS, keep="last"), hooks=_Breaks(network[6], 11, "nan"))
 
 
 def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
@@ -314,6 +343,20 @@ def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: 
     last = torch.stack([*after_each[-2:], seen[2]["6.weight"]])  # before steps 11 and 12 is after 10 and 11
     assert torch.allclose(seen[3]["6.weight"], last.mean(0), atol=1e-6)
     assert not torch.allclose(seen[3]["1.running_mean"], seen[2]["1.running_mean"], atol=1e-6)
+
+
+def test_statistics_of_the_average_are_of_batches_of_one_size_from_all_over_the_split() -> None:
+    """Images that are sorted by class, and one more than fits into a batch."""
+    torch.manual_seed(0)
+    images = np.concatenate([np.full((65, 6, 6, 3), 40), np.full((64, 6, 6, 3), 200)]).astype(np.uint8)
+    source = ArraySource(images, np.repeat([0, 1], [65, 64]), ("a", "b"))
+    split = Split("train", source, np.arange(129), Preprocessing((0.5,) * 3, (0.25,) * 3))
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 2))
+    settings = FitSettings(steps=2, batch_size=64, average_ratio=1.0, keep="last")
+    assert fit(network, split, split, settings).is_averaged
+    values = (np.array([40, 200]) / 255 - 0.5) / 0.25
+    assert float(network[0].running_mean[0]) == pytest.approx(values.mean(), abs=0.05)
+    assert float(network[0].running_var[0]) == pytest.approx(values.var(), rel=0.05)
 
 
 def test_several_batches_a_step_are_one_large_batch() -> None:
@@ -620,6 +663,16 @@ def test_a_frozen_network_is_refused() -> None:
         fit(_network().requires_grad_(False), train, validation, SETTINGS)
 
 
+def test_bfloat16_that_is_emulated_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = torch.cpu.get_capabilities()
+    for there in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {**known, "avx512_bf16": there})
+        monkeypatch.setattr(device_module.platform, "machine", lambda: "x86_64")
+        assert device_module.has_bf16() is there
+    monkeypatch.setattr(device_module.platform, "machine", lambda: "aarch64")
+    assert device_module.has_bf16() == bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def test_half_precision_needs_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "has_bf16", lambda: False)
     with pytest.raises(StageError, match="precision bf16 must be one that this CPU has instructions for, it has"):
@@ -686,6 +739,19 @@ def test_fp16_scales_the_loss_and_learns_as_well(monkeypatch: pytest.MonkeyPatch
     assert scale > 1
     fit(resumed, *_splits(), settings, state_path=state)
     assert _equal(_weights(resumed), _weights(half))
+
+
+class _Breaks:
+    """Hooks that set one weight of a layer at the end of a step."""
+
+    def __init__(self, layer: nn.Linear, last: int, value: str) -> None:
+        self.layer, self.last, self.value = layer, last, float(value)
+        self.on_step_begin = self.on_gradients = lambda step: None
+        self.parameters = self.state_dict = self.load_state_dict = lambda *_: {}
+
+    def on_step_end(self, step: int) -> None:
+        if step == self.last:
+            self.layer.weight.data[0, 0] = self.value
 
 
 class _Recorder:

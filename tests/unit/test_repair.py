@@ -19,9 +19,10 @@ from compress.pruning.blocks import closing_layers
 from compress.pruning.graph import BATCH_NORMS, cut_copy, find_cuttable, kept_outputs
 from compress.pruning.lockstep import Lockstep, call_order, following_norms
 from compress.pruning.regression import Places
-from compress.pruning.repair import Comparison, fold_means, reestimate_batch_norm, refit_readers
+from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.pruning.surgery import remove_block
 from compress.recipe import RemoveBlock
+from compress.training.batch_norm import reestimate_batch_norm
 
 SILENT = SilentProgress()
 

@@ -544,7 +544,19 @@ class ExportConfig(Section):
 class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
-    max_drop: dict[Literal["top1"], float] | None = Field(None, description="largest loss of quality, as a share")
+    max_drop: dict[Literal["top1", "top5", "worst_class"], float] = Field(
+        {}, description="largest loss against the baseline, as a share (0.01 is one point)"
+    )
+    max_rise: dict[Literal["calibration_error"], float] = Field({}, description="largest gain against the baseline")
+    min: dict[Literal["top1", "top5", "worst_class"], KeptRatio] = Field({}, description="smallest share")
+    max: dict[Literal["calibration_error", "churn", "softmax_distance"], float] = Field(
+        {}, description="largest value; churn is the share of predictions that are not the baseline's"
+    )
+    judge_by: Literal["estimate", "bound"] = Field(
+        "estimate",
+        description="what of a figure must keep its limit: itself, or the worse end of its 95 % interval, so that "
+        "noise cannot let it pass",
+    )
     min_speedup: float | None = Field(None, gt=0, description="baseline latency / slim latency, medians")
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")
     max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")

@@ -1,5 +1,8 @@
 """verify: OnnxModel -> Verdict."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from compress.artifacts import OnnxModel, Verdict
 from compress.config.schema import VerifyConfig
 from compress.stages.context import Record, StageContext
@@ -56,8 +59,16 @@ def gates_of(config: VerifyConfig) -> Gates:
     gates = config.gates
     return Gates(
         parity=gates.parity,
-        max_drop_top1=(gates.max_drop or {}).get("top1"),
+        max_drop=_plain(gates.max_drop),
+        max_rise=_plain(gates.max_rise),
+        minimum=_plain(gates.min),
+        maximum=_plain(gates.max),
+        by_bound=gates.judge_by == "bound",
         min_speedup=gates.min_speedup,
         max_latency_ms=gates.max_latency_ms,
         max_size_mb=gates.max_size_mb,
     )
+
+
+def _plain(limits: Mapping[Any, float]) -> dict[str, float]:
+    return {str(name): limit for name, limit in limits.items()}

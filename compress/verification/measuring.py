@@ -19,7 +19,7 @@ from compress.cost.onnx_graph import count_onnx
 from compress.errors import ConfigValueError
 from compress.progress import Progress, SilentProgress
 from compress.verification.latency import measure_latency
-from compress.verification.quality import check_not_empty, image_input, top1
+from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is measured without torch
@@ -126,12 +126,12 @@ def measure_onnx(
     counts = count_onnx(path)
     with conditions.open(path, all_cores=True) as session:
         check_batch_size(session, conditions)
-        quality = top1(session, split, evaluation_batch(image_input(session)), progress)
+        hits = predict(session, split, evaluation_batch(image_input(session)), progress).hits
     with conditions.open(path) as session:
         inputs = {"file": latency_inputs(session, split, conditions.batch_size)}
         sample = measure_latency({"file": session}, inputs, conditions.warmup, conditions.repeats, progress)["file"]
     params = counts.params if reference is None else torch_params(reference)
-    return Figures(counts.macs, params, existing_bytes(path), {"top1": quality}, sample.to_figures())
+    return Figures(counts.macs, params, existing_bytes(path), {"top1": float(hits.mean())}, sample.to_figures())
 
 
 def measure_ratio(

@@ -1,4 +1,4 @@
-"""How good is the file? Top-1 in its runtime, over real images, without torch."""
+"""What does the file say? Its outputs in its runtime, over real images, without torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from compress.artifacts import TensorSpec
 from compress.errors import DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
+from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # the module imports torch, which a check of a file alone does not need
     from compress.data.batches import Split
 
 
-def top1(runtime: Runtime, split: Split, batch_size: int = 64, progress: Progress | None = None) -> float:
-    """Return the share of images, in [0, 1], whose largest output is their label.
+def predict(runtime: Runtime, split: Split, batch_size: int = 64, progress: Progress | None = None) -> Predictions:
+    """Return the outputs for all images of a split.
 
     Args:
         runtime: Open; one image input and one (N, K) output. With a fixed batch axis, that size is used instead.
@@ -34,13 +35,13 @@ def top1(runtime: Runtime, split: Split, batch_size: int = 64, progress: Progres
     check_not_empty(split)
     classes = classifier_width(runtime)
     check_labels(split, classes)
-    correct = 0
-    with (progress or SilentProgress()).task(f"top-1 on {split.name}", len(split)) as task:
+    outputs, done = np.empty((len(split), classes), np.float32), 0
+    with (progress or SilentProgress()).task(f"predictions on {split.name}", len(split)) as task:
         for images, labels in image_batches(split, batch_size_of(runtime, batch_size)):
-            outputs = classify(runtime, images)
-            correct += int((outputs.argmax(1) == labels).sum())
+            outputs[done : done + len(labels)] = classify(runtime, images)
+            done += len(labels)
             task.advance(len(labels))
-    return correct / len(split)
+    return Predictions(outputs, split.labels)
 
 
 def image_batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -112,7 +113,7 @@ def batch_size_of(runtime: Runtime, wanted: int) -> int:
 def check_not_empty(split: Split) -> None:
     """Raise DataError when there is nothing to measure on."""
     if len(split) == 0:
-        raise DataError(f"Split '{split.name}' must hold at least one image to measure top-1 on, it holds none.")
+        raise DataError(f"Split '{split.name}' must hold at least one image to measure on, it holds none.")
 
 
 def check_labels(split: Split, classes: int) -> None:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from compress.artifacts import CheckResult, Figures, Signature, Verdict
 from compress.cost.onnx_file import load_onnx, read_signature
 from compress.cost.onnx_graph import OnnxCounts, count_onnx
@@ -25,7 +27,8 @@ from compress.verification.measuring import (
     latency_inputs,
     torch_params,
 )
-from compress.verification.quality import check_not_empty, image_input, top1
+from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
+from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
@@ -63,8 +66,9 @@ def verify_onnx(
         opset: Operator set the file must have; None takes what it has.
         reference: The torch network that the file must equal; without one, parity and the comparison of MACs are
             skipped and not required.
-        baseline_onnx: The untouched network's export; its latency is measured again, interleaved with the file's.
-        baseline_figures: The untouched network's top-1, size and MACs; measured on `baseline_onnx` when None.
+        baseline_onnx: The untouched network's export; it runs on the same images, and its latency is measured
+            interleaved with the file's.
+        baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
         progress: Told about each part.
 
     Raises:
@@ -75,8 +79,9 @@ def verify_onnx(
     """
     run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress())
     run.check_file(signature, opset, reference)
-    if baseline_onnx is not None and baseline_figures is None:
-        baseline_figures = run.measure_baseline(baseline_onnx)
+    if baseline_onnx is not None:
+        run.measure_baseline(baseline_onnx)
+        baseline_figures = baseline_figures or run.count_baseline(baseline_onnx)
     if run.check_session(baseline_onnx):
         run.check_outputs(reference, signature, parity_samples)
         run.measure(baseline_onnx)
@@ -97,7 +102,8 @@ class _Verification:
     progress: Progress
     checks: list[CheckResult] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    quality: dict[str, float] = field(default_factory=dict)
+    before: Predictions | None = None
+    after: Predictions | None = None
     samples: dict[str, LatencySample] = field(default_factory=dict)
     counts: OnnxCounts | None = None
 
@@ -117,13 +123,15 @@ class _Verification:
             counted = self.counts.macs if self.counts is not None else failure
             self.checks.append(check_macs(counted, reference, signature or read_signature(model)))
 
-    def measure_baseline(self, path: Path) -> Figures:
-        """Measure size and top-1 of a baseline that comes as a file only."""
-        counts = count_onnx(path)
+    def measure_baseline(self, path: Path) -> None:
+        """Let the baseline predict what the file predicts."""
         with self.conditions.open(path, all_cores=True) as session:
-            batch = evaluation_batch(image_input(session))
-            quality = {"top1": top1(session, self.evaluation, batch, self.progress)}
-        return Figures(counts.macs, counts.params, existing_bytes(path), quality, {})
+            self.before = predict(session, self.evaluation, evaluation_batch(image_input(session)), self.progress)
+
+    def count_baseline(self, path: Path) -> Figures:
+        """Return size and MACs of a baseline that comes as a file only."""
+        counts = count_onnx(path)
+        return Figures(counts.macs, counts.params, existing_bytes(path), {}, {})
 
     def check_session(self, baseline_onnx: Path | None) -> bool:
         """Open every file once, before any long work; returns whether the file can be run."""
@@ -148,12 +156,12 @@ class _Verification:
                 self._check_parity(session, reference, signature or session.signature, samples)
             try:
                 batch = evaluation_batch(image_input(session))
-                self.quality["top1"] = top1(session, self.evaluation, batch, self.progress)
+                self.after = predict(session, self.evaluation, batch, self.progress)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
                 return
         self.details["evaluation"] = {"images": len(self.evaluation)}
-        self.checks.append(check_evaluation(len(self.evaluation), self.quality["top1"]))
+        self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
 
     def measure(self, baseline_onnx: Path | None) -> None:
         """Measure latency of the file and the baseline in one interleaved run."""
@@ -176,8 +184,10 @@ class _Verification:
 
     def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
         """Apply the gates and put everything together."""
-        slim = self._figures(reference)
+        own, changes = self._judge_quality()
+        slim = self._figures(reference, own)
         baseline = self._baseline(baseline_figures)
+        self.checks += self.gates.check_quality(own, changes)
         self.checks += check_gates(self.gates, slim, baseline, str(self.conditions))
         always = ("structure", "provider", "evaluation")
         compared = ("macs_agree", "parity") if reference is not None else ()
@@ -197,17 +207,51 @@ class _Verification:
         agreement = None if math.isnan(result.top1_agreement) else result.top1_agreement
         self.details["parity"] = {**asdict(result), "top1_agreement": agreement}
 
-    def _figures(self, reference: nn.Module | None) -> Figures:
+    def _judge_quality(self) -> tuple[dict[str, Estimate] | None, dict[str, Estimate] | None]:
+        """Return how good the file is, and what changed against the baseline; put both into the details."""
+        names, before, after = self.evaluation.source.classes, self.before, self.after
+        own = estimate_quality(after, names) if after is not None else None
+        changes = estimate_changes(before, after, names) if before is not None and after is not None else None
+        whole = estimate_quality(before, names) if before is not None else None
+        classes = max(len(names), *(one.classes for one in (before, after) if one is not None), 0)
+        self.details["quality"] = {
+            "classes": list(names),
+            "images_by_class": np.bincount(self.evaluation.labels, minlength=classes).tolist(),
+            "slim": _plain(own),
+            "slim_by_class": _by_class(after),
+            "baseline": _plain(whole),
+            "baseline_by_class": _by_class(before),
+            "changes": _plain(changes),
+        }
+        return own, changes
+
+    def _figures(self, reference: nn.Module | None, own: dict[str, Estimate] | None) -> Figures:
         macs = self.counts.macs if self.counts is not None else 0
         params = self.counts.params if self.counts is not None else 0
         if reference is not None:
             params = torch_params(reference)
         latency = self.samples["slim"].to_figures() if "slim" in self.samples else {}
-        return Figures(macs, params, existing_bytes(self.path), self.quality, latency)
+        return Figures(macs, params, existing_bytes(self.path), _values(own), latency)
 
     def _baseline(self, given: Figures | None) -> Figures | None:
         """Return the baseline with the latency of this run; without one, no latency is taken from elsewhere."""
         if given is None:
             return None
         latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
-        return Figures(given.macs, given.params, given.size_bytes, given.quality, latency)
+        quality = _values(estimate_quality(self.before)) if self.before is not None else {}
+        return Figures(given.macs, given.params, given.size_bytes, quality, latency)
+
+
+def _plain(estimates: dict[str, Estimate] | None) -> dict[str, Any] | None:
+    return None if estimates is None else {name: asdict(one) for name, one in estimates.items()}
+
+
+def _by_class(predictions: Predictions | None) -> list[float | None] | None:
+    """Return top-1 of each class, None for one without images; None without predictions."""
+    if predictions is None:
+        return None
+    return [None if math.isnan(share) else share for share in class_accuracy(predictions)[0].tolist()]
+
+
+def _values(estimates: dict[str, Estimate] | None) -> dict[str, float]:
+    return {name: estimate.value for name, estimate in (estimates or {}).items()}

@@ -39,7 +39,8 @@ from compress.verification.compare import parity
 from compress.verification.gates import Gates, check_gates
 from compress.verification.latency import LatencySample, measure_latency
 from compress.verification.measuring import Conditions, available_cores, measure_onnx
-from compress.verification.quality import top1
+from compress.verification.metrics import Estimate
+from compress.verification.quality import predict
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
@@ -178,7 +179,7 @@ def test_missing_output_is_an_error():
 def test_top1_equals_that_of_torch():
     split = make_split(50)
     with OnnxRuntime(exported("residual")) as runtime:
-        assert top1(runtime, split, batch_size=16) == evaluate_top1(nets.build("residual"), split)
+        assert predict(runtime, split, batch_size=16).hits.mean() == evaluate_top1(nets.build("residual"), split)
 
 
 def test_top1_counts_every_image_once_with_open_and_fixed_batches():
@@ -188,7 +189,7 @@ def test_top1_counts_every_image_once_with_open_and_fixed_batches():
     for signature, batches in ((SIGNATURE, [4, 4, 2]), (fixed_batch(SIGNATURE, 1), [1] * 10),
                                (fixed_batch(SIGNATURE, 4), [4, 4, 4])):  # fmt: skip
         with FakeRuntime(scores_of, signature) as runtime:
-            assert top1(runtime, split, batch_size=4) == 0.7
+            assert predict(runtime, split, batch_size=4).hits.mean() == 0.7
             assert runtime.batches == batches
 
 
@@ -206,7 +207,7 @@ def test_top1_counts_every_image_once_with_open_and_fixed_batches():
 )
 def test_top1_refuses_what_it_cannot_measure(split, function, error, wording):
     with FakeRuntime(function) as runtime, pytest.raises(error, match=wording):
-        top1(runtime, split)
+        predict(runtime, split)
 
 
 def test_top1_needs_a_classifier():
@@ -215,10 +216,10 @@ def test_top1_needs_a_classifier():
         FakeRuntime(scores_of, two) as runtime,
         pytest.raises(ModelError, match="one input and one output, got 1 and 2"),
     ):
-        top1(runtime, make_split(2))
+        predict(runtime, make_split(2))
     dense = Signature(SIGNATURE.inputs, (TensorSpec("logits", ("batch", 4, 16, 16)),))
     with FakeRuntime(scores_of, dense) as runtime, pytest.raises(ModelError, match="the model declares"):
-        top1(runtime, make_split(2))
+        predict(runtime, make_split(2))
 
 
 # parity
@@ -320,8 +321,6 @@ BASE = Figures(2, 2, 4_000_000, {"top1": 0.9173}, {"p50": 1.5})
 @pytest.mark.parametrize(
     ("gates", "status", "value"),
     [
-        (Gates(max_drop_top1=0.01), "pass", 0.01),  # 0.010000000000000009 in floating point
-        (Gates(max_drop_top1=0.0099), "fail", 0.01),
         (Gates(min_speedup=1.5), "pass", 1.5),
         (Gates(min_speedup=1.51), "fail", 1.5),
         (Gates(max_latency_ms=1.0), "pass", 1.0),
@@ -337,12 +336,70 @@ def test_each_gate_holds_its_own_figure_to_its_limit(gates, status, value):
 
 
 def test_gates_that_cannot_be_measured_are_skipped():
-    gates = Gates(max_drop_top1=0.01, min_speedup=1.0, max_latency_ms=1.0)
-    assert {c.status for c in check_gates(gates, SLIM, None, "")[:2]} == {"skipped"}
-    unmeasured = replace(SLIM, quality={}, latency_ms={})
+    gates = Gates(min_speedup=1.0, max_latency_ms=1.0)
+    assert check_gates(gates, SLIM, None, "")[0].status == "skipped"
+    unmeasured = replace(SLIM, latency_ms={})
     assert {c.status for c in check_gates(gates, unmeasured, BASE, "")} == {"skipped"}
-    nan = replace(SLIM, quality={"top1": float("nan")})
-    assert check_gates(Gates(max_drop_top1=0.5), nan, BASE, "")[0].status == "fail"
+
+
+OWN = {
+    "top1": Estimate(0.9, 0.88, 0.92, "900 of 1,000 images"),
+    "worst_class": Estimate(0.7),
+    "calibration_error": Estimate(0.04),
+}
+CHANGES = {
+    "drop.top1": Estimate(0.9173 - 0.9073, 0.002, 0.018, "12 images lost"),  # 0.010000000000000009
+    "rise.calibration_error": Estimate(0.02),
+    "churn": Estimate(0.05, 0.04, 0.065),
+}
+
+
+@pytest.mark.parametrize(
+    ("gates", "name", "status"),
+    [
+        (Gates(max_drop={"top1": 0.01}), "max_drop.top1", "pass"),
+        (Gates(max_drop={"top1": 0.0099}), "max_drop.top1", "fail"),
+        (Gates(max_drop={"top1": 0.01}, by_bound=True), "max_drop.top1", "fail"),
+        (Gates(max_drop={"top1": 0.018}, by_bound=True), "max_drop.top1", "pass"),
+        (Gates(max_rise={"calibration_error": 0.02}), "max_rise.calibration_error", "pass"),
+        (Gates(max_rise={"calibration_error": 0.019}), "max_rise.calibration_error", "fail"),
+        (Gates(minimum={"top1": 0.9}), "min.top1", "pass"),
+        (Gates(minimum={"top1": 0.91}), "min.top1", "fail"),
+        (Gates(minimum={"top1": 0.9}, by_bound=True), "min.top1", "fail"),
+        (Gates(minimum={"top1": 0.88}, by_bound=True), "min.top1", "pass"),
+        (Gates(minimum={"worst_class": 0.7}, by_bound=True), "min.worst_class", "pass"),
+        (Gates(maximum={"churn": 0.05}), "max.churn", "pass"),
+        (Gates(maximum={"churn": 0.05}, by_bound=True), "max.churn", "fail"),
+        (Gates(maximum={"calibration_error": 0.039}), "max.calibration_error", "fail"),
+    ],
+)
+def test_each_gate_of_quality_holds_its_own_figure_to_its_limit(gates, name, status):
+    (check,) = gates.check_quality(OWN, CHANGES)
+    assert (check.name,) == gates.asked == (name,)
+    kind, _, figure = name.partition(".")
+    estimate = {**OWN, **CHANGES}[{"max_drop": "drop.", "max_rise": "rise."}.get(kind, "") + figure]
+    assert (check.status, check.value) == (status, estimate.value)
+
+
+def test_a_limit_within_the_noise_is_said_to_be():
+    (close,), (far,) = (Gates(max_drop={"top1": limit}).check_quality(OWN, CHANGES) for limit in (0.015, 0.03))
+    assert close.detail == (
+        "12 images lost; with 95 % confidence from 0.0020 to 0.0180, on both sides of the limit: noise may have decided"
+    )
+    assert far.detail == "12 images lost; with 95 % confidence from 0.0020 to 0.0180"
+
+
+def test_quality_that_cannot_be_measured_is_skipped():
+    gates = Gates(max_drop={"top1": 0.01}, minimum={"top1": 0.5, "top5": 0.5}, maximum={"churn": 0.1})
+    by_name = {check.name: check for check in gates.check_quality(OWN, None)}
+    assert [by_name[name].status for name in ("max_drop.top1", "min.top5", "max.churn")] == ["skipped"] * 3
+    assert by_name["min.top1"].status == "pass"
+    assert by_name["max.churn"].detail == "no baseline file to compare with"
+    assert by_name["min.top5"].detail == "the network has no more than five classes"
+    assert {check.status for check in gates.check_quality(None, None)} == {"skipped"}
+    nan = {"top1": Estimate(float("nan"), float("nan"), float("nan"))}
+    for gate in (Gates(minimum={"top1": 0.5}), Gates(minimum={"top1": 0.5}, by_bound=True)):
+        assert gate.check_quality(nan, None)[0].status == "fail"
 
 
 # verdict
@@ -362,20 +419,30 @@ def test_good_file_passes_every_check(split):
     verdict = verify_onnx(
         exported("chain"), evaluation=split, conditions=QUICK, parity_samples=16, signature=SIGNATURE, opset=18,
         reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_figures=baseline,
-        gates=Gates(max_drop_top1=0.06, min_speedup=0.001, max_latency_ms=1000, max_size_mb=1),
+        gates=Gates(
+            max_drop={"top1": 0.06}, maximum={"churn": 1.0}, min_speedup=0.001, max_latency_ms=1000, max_size_mb=1
+        ),
     )  # fmt: skip
     assert verdict.passed, verdict.checks
     assert list(checks_of(verdict)) == [
         "structure", "macs_agree", "provider", "parity", "evaluation",
-        "max_drop.top1", "min_speedup", "max_latency_ms", "max_size_mb",
+        "max_drop.top1", "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
     assert set(verdict.required) == set(checks_of(verdict))
-    assert verdict.slim.quality == {"top1": 0.9}
-    assert checks_of(verdict)["max_drop.top1"].value == pytest.approx(0.05)
+    assert verdict.slim.quality["top1"] == 0.9
+    assert set(verdict.slim.quality) == {"top1", "worst_class", "calibration_error"}
+    before = evaluate_top1(nets.build("residual"), split)
+    assert checks_of(verdict)["max_drop.top1"].value == pytest.approx(before - 0.9)
     assert verdict.slim.macs == 276544
     assert verdict.slim.params == count_params(nets.build("chain"))
     assert verdict.slim.size_bytes == exported("chain").stat().st_size
-    assert (verdict.baseline.macs, verdict.baseline.quality) == (7, {"top1": 0.95})
+    assert (verdict.baseline.macs, verdict.baseline.quality["top1"]) == (7, before)
+    quality = verdict.details["quality"]
+    assert sum(quality["images_by_class"]) == 40
+    pairs = zip(quality["slim_by_class"], quality["images_by_class"], strict=True)
+    assert sum(share * count for share, count in pairs if count) == pytest.approx(36)
+    assert quality["slim"]["top1"]["low"] < 0.9 < quality["slim"]["top1"]["high"]
+    assert quality["changes"]["churn"]["value"] == checks_of(verdict)["max.churn"].value > 0
     assert 0 < verdict.baseline.latency_ms["p50"] < 99
     latency, compared = verdict.details["latency"], verdict.details["parity"]
     assert len(latency["baseline_ms"]) == len(latency["slim_ms"]) == 20
@@ -401,7 +468,7 @@ def test_gate_without_baseline_fails_the_verdict(split):
 
 def test_baseline_that_is_only_a_file_is_measured(split):
     verdict = verify_onnx(
-        exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_drop_top1=1.0),
+        exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_drop={"top1": 1.0}),
         baseline_onnx=exported("residual"),
     )  # fmt: skip
     assert verdict.passed
@@ -435,7 +502,7 @@ def test_another_network_than_the_reference_fails_macs_and_parity(split):
 def test_nan_weights_fail_evaluation(split, tmp_path):
     path = changed(tmp_path, lambda model: set_weight(model, "head.weight", lambda w: w * np.nan))
     verdict = verify_onnx(
-        path, evaluation=split, conditions=QUICK, gates=Gates(max_drop_top1=1.0), reference=nets.build("chain")
+        path, evaluation=split, conditions=QUICK, gates=Gates(max_drop={"top1": 1.0}), reference=nets.build("chain")
     )
     checks = checks_of(verdict)
     assert (checks["evaluation"].status, checks["parity"].status) == ("fail", "fail")
@@ -527,7 +594,7 @@ def test_batch_size_must_fit_a_fixed_batch(split, tmp_path):
     ):
         verify_onnx(path, conditions=replace(QUICK, batch_size=2), **arguments)
     verdict = verify_onnx(path, conditions=QUICK, **arguments)
-    assert verdict.slim.quality == {"top1": 0.9}
+    assert verdict.slim.quality["top1"] == 0.9
 
 
 def test_measure_onnx_gives_the_baselines_figures(split):
@@ -548,14 +615,19 @@ def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_pat
     )  # fmt: skip
     config = VerifyConfig(
         stage="verify", warmup=1, repeats=20, parity_samples=8, threads=2, batch_size=2,
-        gates=GatesConfig(max_drop={"top1": 0.04}, max_size_mb=3.0),
+        gates=GatesConfig(
+            max_drop={"top1": 1.0}, max_rise={"calibration_error": 1.0}, min={"top1": 0.95}, max={"churn": 0.9},
+            max_size_mb=3.0,
+        ),
     )  # fmt: skip
     model = OnnxModel(exported("chain"), 18, SIGNATURE, torch_model)
     verdict, record = VerifyStage(config).run(model, StageContext(tmp_path, 0, Data(), SilentProgress()))
     checks = checks_of(verdict)
     assert record == {}
-    assert [name for name, check in checks.items() if check.status == "fail"] == ["max_drop.top1"]
-    assert (checks["max_drop.top1"].value, checks["max_drop.top1"].limit) == (pytest.approx(0.05), 0.04)
+    assert [name for name, check in checks.items() if check.status == "fail"] == ["min.top1"]
+    assert (checks["min.top1"].value, checks["min.top1"].limit) == (0.9, 0.95)
+    limits = {"max_drop.top1": 1.0, "max_rise.calibration_error": 1.0, "max.churn": 0.9}
+    assert {name: checks[name].limit for name in limits} == limits
     assert checks["max_size_mb"].limit == 3.0
     assert (verdict.details["latency"]["threads"], verdict.details["latency"]["batch_size"]) == (2, 2)
     assert verdict.details["parity"]["samples"] == 8

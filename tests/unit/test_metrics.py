@@ -1,0 +1,157 @@
+"""Figures about predictions are those of small cases counted by hand, and intervals hold what they promise."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from compress.errors import DataError
+from compress.verification.metrics import (
+    Predictions,
+    calibration_error,
+    class_accuracy,
+    estimate_changes,
+    estimate_quality,
+    paired_drop,
+    share_interval,
+    softmax_distance,
+)
+
+
+def predictions(outputs, labels):
+    return Predictions(np.asarray(outputs, np.float32), np.asarray(labels, np.int64))
+
+
+FOUR = predictions([[3, 1, 0], [0, 2, 5], [1, 1, 0], [0, 0, 4]], [0, 1, 1, 2])
+
+
+def test_hits_and_top_counts_by_hand():
+    assert FOUR.chosen.tolist() == [0, 2, 0, 2]
+    assert FOUR.hits.tolist() == [True, False, False, True]
+    assert [FOUR.top(count) for count in (1, 2, 3)] == [0.5, 1.0, 1.0]
+
+
+def test_of_equal_outputs_the_first_count():
+    equal = predictions([[1, 1, 1, 1]] * 4, [0, 1, 2, 3])
+    assert [equal.top(count) for count in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert equal.hits.tolist() == [True, False, False, False]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_top_is_that_of_sorted_outputs(seed, count):
+    random = np.random.default_rng(seed)
+    some = predictions(random.integers(0, 4, (50, 7)), random.integers(0, 7, 50))
+    order = np.argsort(-some.outputs, axis=1, kind="stable")[:, :count]
+    assert some.top(count) == pytest.approx((order == some.labels[:, None]).any(1).mean())
+
+
+def test_many_images_are_looked_at_in_parts():
+    random = np.random.default_rng(0)
+    some = predictions(random.normal(size=(9000, 3)), random.integers(0, 3, 9000))
+    assert some.top(1) == some.hits.mean()
+
+
+def test_accuracy_of_each_class_and_of_one_without_images():
+    accuracy, counts = class_accuracy(predictions([[3, 1, 0], [0, 2, 5], [1, 1, 0]], [0, 1, 1]))
+    assert counts.tolist() == [1, 2, 0]
+    assert accuracy[:2].tolist() == [1.0, 0.0]
+    assert np.isnan(accuracy[2])
+
+
+def test_probabilities_are_left_as_they_are():
+    given_ones = predictions([[0.25, 0.75], [1.0, 0.0]], [0, 1])
+    assert given_ones.probabilities.tolist() == [[0.25, 0.75], [1.0, 0.0]]
+    logits = predictions([[0.0, np.log(3)], [1000.0, 0.0]], [0, 1])
+    assert logits.probabilities == pytest.approx(np.array([[0.25, 0.75], [1.0, 0.0]]))
+
+
+def test_calibration_error_by_hand():
+    """Two bins: of three images with confidence 0.9 two are right, of one with 0.6 none is."""
+    outputs = [[0.9, 0.1]] * 3 + [[0.6, 0.4]]
+    wanted = (abs(2 - 3 * 0.9) + abs(0 - 0.6)) / 4
+    assert calibration_error(predictions(outputs, [0, 0, 1, 1])) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_network_that_is_as_sure_as_it_is_right_is_calibrated():
+    assert calibration_error(predictions([[1.0, 0.0], [0.0, 1.0]], [0, 1])) == 0.0
+    assert calibration_error(predictions([[1.0, 0.0], [0.0, 1.0]], [1, 0])) == 1.0
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 10), (10, 10), (95, 100), (9173, 10000), (1, 2)])
+def test_interval_of_a_share_is_that_of_a_library(successes, count):
+    wanted = binomtest(successes, count).proportion_ci(0.95, method="wilson")
+    assert share_interval(successes, count) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
+
+
+def test_a_drop_is_counted_image_by_image():
+    before = np.array([True] * 8 + [False] * 2)
+    after = np.array([True] * 5 + [False] * 3 + [True] + [False])
+    drop = paired_drop(before, after)
+    assert (drop.only_before, drop.only_after) == (3, 1)
+    assert drop.drop == pytest.approx(0.2)
+    assert drop.p_value == pytest.approx(10 / 16)  # 4 images: 3 or more of one kind
+    assert drop.interval[0] < 0.2 < drop.interval[1]
+
+
+def test_two_networks_that_are_alike_differ_by_nothing():
+    hits = np.array([True, False] * 50)
+    drop = paired_drop(hits, hits.copy())
+    assert (drop.drop, drop.p_value) == (0.0, 1.0)
+    assert drop.interval == pytest.approx((-drop.interval[1], drop.interval[1]))
+    assert 0 < drop.interval[1] < 0.03
+
+
+def test_the_interval_of_a_drop_holds_the_truth_about_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        kind = random.choice(4, size=500, p=[0.86, 0.05, 0.03, 0.06])
+        before, after = np.isin(kind, (0, 1)), np.isin(kind, (0, 2))
+        low, high = paired_drop(before, after).interval
+        held += low <= 0.02 <= high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(("before", "after"), [([], []), ([True], [True, False])])
+def test_images_that_are_not_the_same_cannot_be_compared(before, after):
+    with pytest.raises(DataError, match="on the same images"):
+        paired_drop(np.array(before, bool), np.array(after, bool))
+
+
+def test_distance_by_hand():
+    assert softmax_distance(FOUR, FOUR) == 0.0
+    sure, other_way = predictions([[1.0, 0.0]], [0]), predictions([[0.0, 1.0]], [0])
+    assert softmax_distance(sure, other_way) == pytest.approx(2**0.5)
+
+
+def test_quality_by_hand():
+    found = estimate_quality(FOUR, ("ant", "bee", "cat"))
+    assert set(found) == {"top1", "worst_class", "calibration_error"}
+    assert (found["top1"].value, found["top1"].detail) == (0.5, "2 of 4 images")
+    assert (found["top1"].low, found["top1"].high) == share_interval(2, 4)
+    assert (found["worst_class"].value, found["worst_class"].detail) == (0.0, "class 1 ('bee'), 0 of 2 images")
+    assert found["calibration_error"].value == calibration_error(FOUR)
+    seven = predictions(np.eye(7)[::-1], np.arange(7))
+    assert estimate_quality(seven)["top5"].value == pytest.approx(seven.top(5))
+
+
+def test_changes_by_hand():
+    other = predictions([[3, 1, 0], [0, 5, 2], [1, 1, 0], [4, 0, 0]], [0, 1, 1, 2])
+    found = estimate_changes(FOUR, other, ("ant", "bee", "cat"))
+    assert found["drop.top1"].value == 0.0
+    assert found["drop.top1"].detail == "1 images lost, 1 won; p = 1 that both are as good"
+    assert (found["churn"].value, found["churn"].detail) == (0.5, "2 of 4 predictions are others")
+    assert found["drop.worst_class"].value == 1.0
+    assert found["drop.worst_class"].detail.startswith("class 2 ('cat'); 1 images lost, 0 won")
+    assert found["rise.calibration_error"].value == calibration_error(other) - calibration_error(FOUR)
+    assert found["softmax_distance"].value == softmax_distance(FOUR, other)
+    same = estimate_changes(FOUR, FOUR)
+    assert {name: one.value for name, one in same.items()} == dict.fromkeys(found, 0.0)
+
+
+def test_other_images_or_classes_cannot_be_compared():
+    for other in (predictions(FOUR.outputs, [0, 1, 1, 1]), predictions(FOUR.outputs[:, :2], [0, 1, 1, 1])):
+        with pytest.raises(DataError, match="on the same images and classes"):
+            estimate_changes(FOUR, other)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from compress.artifacts import CheckResult, Figures, Status
+from compress.artifacts import CheckResult
+from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
 
 _SLACK = 1e-9  # 0.9173 - 0.9073 is 0.010000000000000009 in floating point and must keep a limit of 0.01
@@ -79,7 +81,45 @@ class Gates:
                     checks.append(self._check(f"{kind}.{name}", estimate, limit, is_least=kind == "min"))
         return checks
 
-    def _check(self, name: str, estimate: Estimate, limit: float, *, is_least: bool) -> CheckResult:
+    def check_speed(
+        self, sample: LatencySample | None, ratio: LatencyRatio | None, conditions: str
+    ) -> list[CheckResult]:
+        """Return one check for each limit of speed; one that cannot be measured is "skipped" and says why.
+
+        Args:
+            sample: The timed calls of the file; None where it could not be timed.
+            ratio: What it takes over what the baseline takes; None without a baseline.
+            conditions: How they were measured, for the sentences: "onnxruntime, 1 thread, batch 1".
+        """
+        checks = []
+        if self.min_speedup is not None:
+            if ratio is None:
+                why = "latency of the file could not be measured" if sample is None else "no baseline file to time"
+                checks.append(skipped("min_speedup", why, self.min_speedup, "x"))
+            else:
+                low = 1 / ratio.high
+                high = 1 / ratio.low if ratio.low > 0 else math.inf
+                speedup = Estimate(1 / ratio.value, low, high, f"medians of calls in turn ({conditions})")
+                checks.append(self._check("min_speedup", speedup, self.min_speedup, is_least=True, unit="x"))
+        if self.max_latency_ms is not None:
+            if sample is None:
+                why = "latency of the file could not be measured"
+                checks.append(skipped("max_latency_ms", why, self.max_latency_ms, "ms"))
+            else:
+                median = Estimate(sample.p50, *sample.p50_interval, f"median ({conditions})")
+                checks.append(self._check("max_latency_ms", median, self.max_latency_ms, is_least=False, unit="ms"))
+        return checks
+
+    def check_size(self, size_bytes: int) -> list[CheckResult]:
+        """Return the check of the size of all files of the model, if there is a limit."""
+        if self.max_size_mb is None:
+            return []
+        size = Estimate(size_bytes / 1e6, detail=f"{size_bytes:,} bytes in all files")
+        return [self._check("max_size_mb", size, self.max_size_mb, is_least=False, unit="MB")]
+
+    def _check(
+        self, name: str, estimate: Estimate, limit: float, *, is_least: bool, unit: str = "share"
+    ) -> CheckResult:
         """Hold an estimate to its limit, and say so where noise may have decided."""
         sign = -1 if is_least else 1  # a least value is a largest one of the opposite
         worse = estimate.low if is_least else estimate.high
@@ -90,53 +130,9 @@ class Gates:
             detail += f"; with 95 % confidence from {estimate.low:.4f} to {estimate.high:.4f}"
             if estimate.low < limit < estimate.high:
                 detail += ", on both sides of the limit" + ("" if self.by_bound else ": noise may have decided")
-        return CheckResult(name, "pass" if is_kept else "fail", estimate.value, limit, "share", detail)
-
-
-def check_gates(gates: Gates, slim: Figures, baseline: Figures | None, conditions: str) -> list[CheckResult]:
-    """Return one check for each limit of speed and size; one that cannot be measured is "skipped" and says why.
-
-    Args:
-        gates: The limits.
-        slim: Figures of the file; latency may be missing.
-        baseline: Figures of the untouched network, None when there is none.
-        conditions: How latency was measured, for the sentences: "onnxruntime, 1 thread, batch 1".
-    """
-    checks = []
-    if gates.min_speedup is not None:
-        checks.append(_speedup(gates.min_speedup, slim, baseline, conditions))
-    if gates.max_latency_ms is not None:
-        checks.append(_latency(gates.max_latency_ms, slim, conditions))
-    if gates.max_size_mb is not None:
-        megabytes = slim.size_bytes / 1e6
-        detail = f"{slim.size_bytes:,} bytes in all files"
-        checks.append(_at_most("max_size_mb", megabytes, gates.max_size_mb, "MB", detail))
-    return checks
+        return CheckResult(name, "pass" if is_kept else "fail", estimate.value, limit, unit, detail)
 
 
 def skipped(name: str, detail: str, limit: float | None = None, unit: str = "") -> CheckResult:
     """Return a check that could not be made."""
     return CheckResult(name, "skipped", None, limit, unit, detail)
-
-
-def _speedup(limit: float, slim: Figures, baseline: Figures | None, conditions: str) -> CheckResult:
-    if baseline is None or "p50" not in baseline.latency_ms:
-        return skipped("min_speedup", "no baseline file to measure against", limit, "x")
-    if "p50" not in slim.latency_ms:
-        return skipped("min_speedup", "latency of the file could not be measured", limit, "x")
-    before, after = baseline.latency_ms["p50"], slim.latency_ms["p50"]
-    detail = f"median {before:.3f} ms -> {after:.3f} ms, interleaved ({conditions})"
-    speedup = before / after
-    status: Status = "pass" if speedup >= limit - _SLACK else "fail"
-    return CheckResult("min_speedup", status, speedup, limit, "x", detail)
-
-
-def _latency(limit: float, slim: Figures, conditions: str) -> CheckResult:
-    if "p50" not in slim.latency_ms:
-        return skipped("max_latency_ms", "latency of the file could not be measured", limit, "ms")
-    median = slim.latency_ms["p50"]
-    return _at_most("max_latency_ms", median, limit, "ms", f"median {median:.3f} ms ({conditions})")
-
-
-def _at_most(name: str, value: float, limit: float, unit: str, detail: str) -> CheckResult:
-    return CheckResult(name, "pass" if value <= limit + _SLACK else "fail", value, limit, unit, detail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from compress.errors import DataError
 from compress.progress import Progress, SilentProgress
 from compress.verification.runtimes.base import Runtime
 
-FEWEST_FOR_P95 = 20
+FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer say nothing about it
+_BLOCK_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter for each of the repeats asked for
+_BLOCKS, _MORE_TIMES = 8, 3
+_PRECISE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +36,39 @@ class LatencySample:
         return float(np.quantile(self.milliseconds, 0.5))
 
     @property
-    def p95(self) -> float | None:
-        """95th percentile; None below 20 calls, which say nothing about it."""
-        return float(np.quantile(self.milliseconds, 0.95)) if len(self.milliseconds) >= FEWEST_FOR_P95 else None
+    def p50_interval(self) -> tuple[float, float]:
+        """Where the median lies with 95 % confidence, by the ranks of the calls; all of them where they are few."""
+        from scipy.stats import binom  # scipy takes a second to import
+
+        count = len(self.milliseconds)
+        below = int(binom.ppf(0.025, count, 0.5))
+        ordered = np.sort(self.milliseconds)
+        return float(ordered[max(0, below - 1)]), float(ordered[min(count - 1, count - below)])
 
     def to_figures(self) -> dict[str, float]:
-        """Return {"p50", "p95"}, without p95 where there are too few calls."""
-        figures = {"p50": self.p50}
-        if self.p95 is not None:
-            figures["p95"] = self.p95
-        return figures
+        """Return {"p50", "p90", "p95", "p99"}, as far as there are calls enough to know them."""
+        return {
+            name: float(np.quantile(self.milliseconds, int(name[1:]) / 100))
+            for name, fewest in FEWEST_CALLS.items()
+            if len(self.milliseconds) >= fewest
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRatio:
+    """What one model takes, over what another one takes.
+
+    Attributes:
+        value: Ratio of the medians.
+        low: Lower end of the interval in which it lies with 95 % confidence.
+        high: Upper end.
+        error: Its standard error, as a share of it: by how much the blocks of calls differ.
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
 
 
 def measure_latency(
@@ -87,6 +114,58 @@ def measure_latency(
             if collecting:
                 gc.enable()
     return {label: LatencySample(tuple(values)) for label, values in times.items()}
+
+
+def compare_latency(
+    sessions: Mapping[str, Runtime],
+    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    warmup: int,
+    repeats: int,
+    progress: Progress | None = None,
+) -> tuple[LatencyRatio, dict[str, LatencySample]]:
+    """Time two models in turn until their ratio is known to 1 %, or there is an end to that.
+
+    The calls are made in blocks, and how far these differ says how precise the ratio is; the shorter a call, the more
+    are made.
+
+    Args:
+        sessions: Label -> open runtime; the first is compared with the second.
+        inputs: Label -> inputs of that runtime.
+        warmup: Untimed calls of each.
+        repeats: Timed calls of each, more or less; at least 1.
+        progress: Told about each block.
+
+    Returns:
+        The ratio, and label -> its calls.
+
+    Raises:
+        As `measure_latency`.
+    """
+    first = measure_latency(sessions, inputs, warmup, 3)
+    share = np.clip(_BLOCK_MS / sum(sample.p50 for sample in first.values()), *_CALLS)
+    calls = max(2, math.ceil(share * repeats / _BLOCKS))
+    times: dict[str, list[np.ndarray]] = {label: [] for label in sessions}
+    for _ in range(_MORE_TIMES):
+        with (progress or SilentProgress()).task("latency", _BLOCKS) as task:
+            for _ in range(_BLOCKS):
+                for label, sample in measure_latency(sessions, inputs, 0, calls).items():
+                    times[label].append(np.asarray(sample.milliseconds))
+                task.advance()
+        ratio = _ratio(*times.values())
+        if ratio.error <= _PRECISE:
+            break
+    return ratio, {label: LatencySample(tuple(np.concatenate(blocks).tolist())) for label, blocks in times.items()}
+
+
+def _ratio(blocks: list[np.ndarray], reference: list[np.ndarray]) -> LatencyRatio:
+    """Return the ratio of two medians; how sure it is follows from the ratios of the blocks."""
+    from scipy.stats import t
+
+    value = float(np.median(np.concatenate(blocks)) / np.median(np.concatenate(reference)))
+    each = [float(np.median(a) / np.median(b)) for a, b in zip(blocks, reference, strict=True)]
+    error = float(np.std(each, ddof=1)) / math.sqrt(len(each)) / value
+    half = float(t.ppf(0.975, len(each) - 1)) * error * value
+    return LatencyRatio(value, value - half, value + half, error)
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ from compress.cost.onnx_file import model_files
 from compress.cost.onnx_graph import count_onnx
 from compress.errors import ConfigValueError
 from compress.progress import Progress, SilentProgress
-from compress.verification.latency import measure_latency
+from compress.verification.latency import compare_latency, measure_latency
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
@@ -29,9 +29,7 @@ if TYPE_CHECKING:  # a file alone is measured without torch
 
 _ELEMENTS_AT_ONCE = 2**22
 _IMAGES_AT_ONCE = 256
-_RATIO_MS, _RATIO_CALLS = 40.0, (0.2, 5.0)  # for each of the repeats asked for
-_BLOCKS, _MORE_TIMES = 8, 3
-_PRECISE, _TOO_NOISY = 0.01, 0.015  # half of the 3 % that a budget may be missed by
+_TOO_NOISY = 0.015  # half of the 3 % that a budget may be missed by
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +137,8 @@ def measure_ratio(
 ) -> float:
     """Return what a file takes over what another one takes: medians of calls made in turn, for some seconds.
 
-    The calls are made in blocks. How far these differ says how precise the ratio is; while that is not precise enough
-    more blocks are timed, and when there is an end to that, a warning says how noisy the machine is.
+    Where it cannot be known to half of the 3 % by which a budget may be missed, a warning says how noisy the machine
+    is.
 
     Args:
         path: The .onnx file.
@@ -156,33 +154,14 @@ def measure_ratio(
     with conditions.open(path) as session, conditions.open(reference) as other:
         sessions = {"file": session, "reference": other}
         inputs = {label: latency_inputs(one, split, conditions.batch_size) for label, one in sessions.items()}
-        first = measure_latency(sessions, inputs, conditions.warmup, 3)
-        share = np.clip(_RATIO_MS / sum(sample.p50 for sample in first.values()), *_RATIO_CALLS)
-        calls = max(2, math.ceil(share * conditions.repeats / _BLOCKS))
-        times: dict[str, list[np.ndarray]] = {label: [] for label in sessions}
-        for _ in range(_MORE_TIMES):
-            with progress.task("latency", _BLOCKS) as task:
-                for _ in range(_BLOCKS):
-                    for label, sample in measure_latency(sessions, inputs, 0, calls).items():
-                        times[label].append(np.asarray(sample.milliseconds))
-                    task.advance()
-            ratio, error = _ratio(times["file"], times["reference"])
-            if error <= _PRECISE:
-                break
-    if error > _TOO_NOISY:
+        ratio, samples = compare_latency(sessions, inputs, conditions.warmup, conditions.repeats, progress)
+    if ratio.error > _TOO_NOISY:
         progress.warn(
-            f"A latency of {ratio:.3f} of another's is known to within {error:.1%} of it only, after "
-            f"{calls * len(times['file'])} calls: this machine is too noisy to tell 3 % apart. "
+            f"A latency of {ratio.value:.3f} of another's is known to within {ratio.error:.1%} of it only, after "
+            f"{len(samples['file'].milliseconds)} calls: this machine is too noisy to tell 3 % apart. "
             f"Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
         )
-    return ratio
-
-
-def _ratio(blocks: list[np.ndarray], reference: list[np.ndarray]) -> tuple[float, float]:
-    """Return the ratio of two medians, and how far it may be off: the standard error of the blocks' own ratios."""
-    ratio = float(np.median(np.concatenate(blocks)) / np.median(np.concatenate(reference)))
-    each = [float(np.median(a) / np.median(b)) for a, b in zip(blocks, reference, strict=True)]
-    return ratio, float(np.std(each, ddof=1)) / math.sqrt(len(each)) / ratio
+    return ratio.value
 
 
 def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:

@@ -17,8 +17,8 @@ from compress.errors import ArtifactError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import check_evaluation, check_macs, check_parity, check_provider, check_structure
 from compress.verification.compare import parity
-from compress.verification.gates import Gates, check_gates, skipped
-from compress.verification.latency import LatencySample, measure_latency
+from compress.verification.gates import Gates, skipped
+from compress.verification.latency import LatencyRatio, LatencySample, compare_latency, measure_latency
 from compress.verification.measuring import (
     Conditions,
     check_batch_size,
@@ -105,6 +105,7 @@ class _Verification:
     before: Predictions | None = None
     after: Predictions | None = None
     samples: dict[str, LatencySample] = field(default_factory=dict)
+    ratio: LatencyRatio | None = None
     counts: OnnxCounts | None = None
 
     def check_file(self, signature: Signature | None, opset: int | None, reference: nn.Module | None) -> None:
@@ -164,8 +165,8 @@ class _Verification:
         self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
 
     def measure(self, baseline_onnx: Path | None) -> None:
-        """Measure latency of the file and the baseline in one interleaved run."""
-        files = {"slim": self.path} if baseline_onnx is None else {"baseline": baseline_onnx, "slim": self.path}
+        """Measure latency of the file, and of the baseline in turn with it."""
+        files = {"slim": self.path} if baseline_onnx is None else {"slim": self.path, "baseline": baseline_onnx}
         wanted = self.conditions
         try:
             with ExitStack() as stack:
@@ -174,13 +175,18 @@ class _Verification:
                     label: latency_inputs(session, self.evaluation, wanted.batch_size)
                     for label, session in sessions.items()
                 }
-                self.samples = measure_latency(sessions, inputs, wanted.warmup, wanted.repeats, self.progress)
+                timing = sessions, inputs, wanted.warmup, wanted.repeats, self.progress
+                if baseline_onnx is None:
+                    self.samples = measure_latency(*timing)
+                else:
+                    self.ratio, self.samples = compare_latency(*timing)
         except ModelError as error:
             self.checks.append(CheckResult("latency", "fail", None, None, "ms", error.message))
             return
         series = {f"{label}_ms": list(sample.milliseconds) for label, sample in self.samples.items()}
         stated = {key: value for key, value in asdict(wanted).items() if key != "repeats"}
-        self.details["latency"] = {"baseline_ms": [], **series, **stated}
+        ratio = None if self.ratio is None else asdict(self.ratio)
+        self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated}
 
     def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
         """Apply the gates and put everything together."""
@@ -188,7 +194,8 @@ class _Verification:
         slim = self._figures(reference, own)
         baseline = self._baseline(baseline_figures)
         self.checks += self.gates.check_quality(own, changes)
-        self.checks += check_gates(self.gates, slim, baseline, str(self.conditions))
+        self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
+        self.checks += self.gates.check_size(slim.size_bytes)
         always = ("structure", "provider", "evaluation")
         compared = ("macs_agree", "parity") if reference is not None else ()
         return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)

@@ -4,7 +4,7 @@ MACs are those of convolution and linear layers for one image: no bias, no norma
 `cost/onnx_graph.py` counts the same from an ONNX file by other means; the two must agree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,11 +32,28 @@ def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
         module: Any network; its training flags and buffers are left as they are.
         example: One input, (1, C, H, W).
     """
+    return _count_calls(module, example, _call_macs)
+
+
+def count_layer_weights(module: nn.Module, example: Tensor) -> int:
+    """Return the scalars that one image is multiplied by: kernels without biases; a layer used twice counts twice.
+
+    Args:
+        module: Any network; its training flags and buffers are left as they are.
+        example: One input, (1, C, H, W).
+    """
+    return sum(_count_calls(module, example, lambda layer, *_: layer.weight.numel()).values())  # type: ignore[operator,union-attr]
+
+
+def _count_calls(
+    module: nn.Module, example: Tensor, of_call: Callable[[nn.Module, Tensor, Tensor], int]
+) -> dict[str, int]:
+    """Return by layer name the sum of what one call of the layer comes to, over its calls for one input."""
     names: dict[nn.Module, str] = {part: name for name, part in module.named_modules() if isinstance(part, COUNTED)}
-    macs = dict.fromkeys(names.values(), 0)
+    counts = dict.fromkeys(names.values(), 0)
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        macs[names[layer]] += _call_macs(layer, inputs[0], output)
+        counts[names[layer]] += of_call(layer, inputs[0], output)
 
     handles = [layer.register_forward_hook(count) for layer in names]
     try:
@@ -45,7 +62,7 @@ def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    return macs
+    return counts
 
 
 def count_params(module: nn.Module) -> int:

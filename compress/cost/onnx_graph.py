@@ -35,12 +35,15 @@ class OnnxCounts:
     Attributes:
         macs: Multiply-accumulates for one image.
         params: Scalars of floating-point constants, without batch-norm statistics.
+        layer_weights: Scalars that one image is multiplied by in the nodes with MACs; a constant used twice counts
+            twice.
         nodes: Nodes in the graph.
         initializer_bytes: Bytes of all initializers.
     """
 
     macs: int
     params: int
+    layer_weights: int
     nodes: int
     initializer_bytes: int
 
@@ -80,6 +83,7 @@ def count_onnx(path: Path) -> OnnxCounts:
     return OnnxCounts(
         macs=sum(graph.macs(node) for node in graph.nodes),
         params=sum(math.prod(shape) for shape in graph.weights.values()),
+        layer_weights=sum(graph.layer_weights(node) for node in graph.nodes),
         nodes=len(graph.nodes),
         initializer_bytes=sum(_tensor_bytes(tensor) for tensor in graph.model.graph.initializer),
     )
@@ -150,6 +154,13 @@ class _Graph:
             shared = self._shape(node, node.input[0])[-1]
             return math.prod(self._shape(node, node.output[0])) * shared // self.batch
         return 0
+
+    def layer_weights(self, node: NodeProto) -> int:
+        """Return the scalars of the constant by which a node multiplies; 0 for operators without MACs."""
+        if not self.macs(node):
+            return 0
+        weight = next(name for name in node.input[1::-1] if name in self.constants)
+        return math.prod(self._shape(node, weight))
 
     def _has_weight(self, node: NodeProto) -> bool:
         return any(name in self.constants for name in node.input[:2])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto
 
 from compress.artifacts import CheckResult, Signature, TensorSpec
-from compress.cost.onnx_file import default_opset, external_files, first_line, read_signature
+from compress.cost.onnx_file import default_opset, external_files, first_line, load_onnx, read_signature
 from compress.verification.compare import ParityResult
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def check_structure(model: ModelProto, path: Path, signature: Signature | None, opset: int | None) -> CheckResult:
@@ -38,8 +40,13 @@ def check_structure(model: ModelProto, path: Path, signature: Signature | None, 
     problems += [f"node '{node.name}' ({node.op_type}) is in training mode" for node in _training_nodes(model)]
     if problems:
         return CheckResult("structure", "fail", None, None, "", "; ".join(problems))
-    nodes = len(model.graph.node)
-    return CheckResult("structure", "pass", None, None, "", f"valid ONNX, opset {got_opset}, {nodes} nodes")
+    batch = [dim for dim in (value.type.tensor_type.shape.dim[:1] for value in model.graph.input[:1]) if dim]
+    is_open = any(not axis.HasField("dim_value") for dims in batch for axis in dims)
+    detail = (
+        f"valid ONNX, IR version {model.ir_version}, opset {got_opset}, {len(model.graph.node)} nodes, batch axis "
+        f"{'open' if is_open else 'fixed'}"
+    )
+    return CheckResult("structure", "pass", None, None, "", detail)
 
 
 def check_macs(counted: int | str, reference: nn.Module, signature: Signature) -> CheckResult:
@@ -50,23 +57,50 @@ def check_macs(counted: int | str, reference: nn.Module, signature: Signature) -
         reference: The torch network.
         signature: Its inputs.
     """
-    expected = torch_macs(reference, signature)
+    from compress.cost.macs import count_macs  # torch, only where there is a torch reference
+
+    return _check_count("macs_agree", "MACs", counted, count_macs(reference, _example(signature)))
+
+
+def check_weights(counted: int | str, reference: nn.Module, signature: Signature) -> CheckResult:
+    """Check that the graph multiplies by as many weights as the torch network, biases and norms left out.
+
+    Args:
+        counted: Weights of the graph's layers, or why they could not be counted.
+        reference: The torch network.
+        signature: Its inputs.
+    """
+    from compress.cost.macs import count_layer_weights
+
+    return _check_count("weights_agree", "weights", counted, count_layer_weights(reference, _example(signature)))
+
+
+def check_denormals(path: Path) -> CheckResult:
+    """Check that no weight is a denormal number, with which a CPU computes many times more slowly."""
+    denormal, tiny = 0, np.finfo(np.float32).tiny
+    for tensor in load_onnx(path, weights=True).graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = np.abs(onnx.numpy_helper.to_array(tensor))
+            denormal += int(((values != 0) & (values < tiny)).sum())
+    detail = (
+        f"{denormal:,} weights are denormal numbers, which make a CPU slow" if denormal else "none among the weights"
+    )
+    return CheckResult("denormals", "fail" if denormal else "pass", float(denormal), 0.0, "weights", detail)
+
+
+def _check_count(name: str, unit: str, counted: int | str, expected: int) -> CheckResult:
     if isinstance(counted, str):
-        return CheckResult("macs_agree", "fail", None, float(expected), "MACs", counted)
+        return CheckResult(name, "fail", None, float(expected), unit, counted)
     detail = f"ONNX graph {counted:,}, torch {expected:,}"
-    status = "pass" if counted == expected else "fail"
-    return CheckResult("macs_agree", status, float(counted), float(expected), "MACs", detail)  # type: ignore[arg-type]
+    return CheckResult(name, "pass" if counted == expected else "fail", float(counted), float(expected), unit, detail)
 
 
-def torch_macs(reference: nn.Module, signature: Signature) -> int:
-    """Return the MACs of a torch network for one image."""
+def _example(signature: Signature) -> Tensor:
+    """Return an input of zeros for one image."""
     import torch  # only where there is a torch reference
 
-    from compress.cost.macs import count_macs
-
-    spec = signature.inputs[0]
-    sizes = [size if isinstance(size, int) else 1 for size in spec.shape[1:]]
-    return count_macs(reference, torch.zeros(1, *sizes))
+    sizes = [size if isinstance(size, int) else 1 for size in signature.inputs[0].shape[1:]]
+    return torch.zeros(1, *sizes)
 
 
 def check_provider(runtime: Runtime) -> CheckResult:
@@ -86,6 +120,18 @@ def check_parity(result: ParityResult, asked: int, limit: float) -> CheckResult:
     )
     status = "pass" if result.max_abs <= limit else "fail"
     return CheckResult("parity", status, result.max_abs, limit, "", detail)  # type: ignore[arg-type]
+
+
+def check_edges(differences: Mapping[str, float], limit: float) -> CheckResult:
+    """Check the largest difference to torch on unusual inputs.
+
+    Args:
+        differences: What was put in -> the largest absolute difference.
+        limit: That of `check_parity`.
+    """
+    largest = max(differences.values())
+    detail = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
+    return CheckResult("parity_edges", "pass" if largest <= limit else "fail", largest, limit, "", detail)
 
 
 def check_evaluation(images: int, top1: float) -> CheckResult:

@@ -80,6 +80,39 @@ def parity(
     return _summary(len(chosen), np.concatenate(differences), agreeing)
 
 
+def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int) -> dict[str, float]:
+    """Compare two open runtimes on inputs that are unusual: a black and a white image, one image, three, many.
+
+    Args:
+        runtime: What is checked; batches are of its fixed size where it has one.
+        reference: What it must equal.
+        split: At least one image; repeated where it has too few.
+        largest: Images in the largest batch.
+
+    Returns:
+        What was put in -> the largest absolute difference of any output value.
+
+    Raises:
+        As `parity`.
+    """
+    check_not_empty(split)
+    spec = image_input(runtime)
+    shape = split.source.read(split.indices[:1]).shape
+    cases = {
+        name: split.preprocessing.normalize(np.full(shape, value, np.uint8))
+        for name, value in (("black image", 0), ("white image", 255))
+    }
+    for count in (1, 3, largest) if not isinstance(spec.shape[0], int) else ():
+        positions = np.arange(count) % len(split)
+        cases[f"batch {count}"] = split.preprocessing.normalize(split.source.read(split.indices[positions]))
+    found = {}
+    for name, images in cases.items():
+        fed = fill_batch(images, spec)
+        got, wanted = runtime.run({spec.name: fed}), reference.run({image_input(reference).name: fed})
+        found[name] = max(float(np.abs(a - b).max()) for a, b in _paired(got, wanted, len(images)))
+    return found
+
+
 def _paired(
     got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], count: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -15,8 +15,17 @@ from compress.cost.onnx_file import load_onnx, read_signature
 from compress.cost.onnx_graph import OnnxCounts, count_onnx
 from compress.errors import ArtifactError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
-from compress.verification.checks import check_evaluation, check_macs, check_parity, check_provider, check_structure
-from compress.verification.compare import parity
+from compress.verification.checks import (
+    check_denormals,
+    check_edges,
+    check_evaluation,
+    check_macs,
+    check_parity,
+    check_provider,
+    check_structure,
+    check_weights,
+)
+from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates, skipped
 from compress.verification.latency import LatencyRatio, LatencySample, compare_latency, measure_latency
 from compress.verification.measuring import (
@@ -35,6 +44,9 @@ if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import nn
 
     from compress.data.batches import Split
+
+
+_PARITY = ("parity", "parity_edges")
 
 
 def verify_onnx(
@@ -86,7 +98,7 @@ def verify_onnx(
         run.check_outputs(reference, signature, parity_samples)
         run.measure(baseline_onnx)
     else:
-        for name in ("parity", "evaluation") if reference is not None else ("evaluation",):
+        for name in (*_PARITY, "evaluation") if reference is not None else ("evaluation",):
             run.checks.append(skipped(name, "the file cannot be run"))
     return run.verdict(reference, baseline_figures)
 
@@ -118,11 +130,15 @@ class _Verification:
             self.counts = count_onnx(self.path)
         except ModelError as error:
             failure = error.message
+        is_valid = self.checks[0].status == "pass"
+        self.checks.append(check_denormals(self.path) if is_valid else skipped("denormals", "the file is not valid"))
         if reference is None:
-            self.checks.append(skipped("macs_agree", failure or "no torch network to compare with"))
+            why = failure or "no torch network to compare with"
+            self.checks += [skipped("macs_agree", why), skipped("weights_agree", why)]
         else:
-            counted = self.counts.macs if self.counts is not None else failure
-            self.checks.append(check_macs(counted, reference, signature or read_signature(model)))
+            counts, wanted = self.counts, signature or read_signature(model)
+            self.checks.append(check_macs(counts.macs if counts else failure, reference, wanted))
+            self.checks.append(check_weights(counts.layer_weights if counts else failure, reference, wanted))
 
     def measure_baseline(self, path: Path) -> None:
         """Let the baseline predict what the file predicts."""
@@ -152,7 +168,7 @@ class _Verification:
         """Check parity and top-1, on all cores."""
         with self.conditions.open(self.path, all_cores=True) as session:
             if reference is None:
-                self.checks.append(skipped("parity", "no torch network to compare with"))
+                self.checks += [skipped(name, "no torch network to compare with") for name in _PARITY]
             else:
                 self._check_parity(session, reference, signature or session.signature, samples)
             try:
@@ -196,8 +212,8 @@ class _Verification:
         self.checks += self.gates.check_quality(own, changes)
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim.size_bytes)
-        always = ("structure", "provider", "evaluation")
-        compared = ("macs_agree", "parity") if reference is not None else ()
+        always = ("structure", "denormals", "provider", "evaluation")
+        compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
         return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)
 
     def _check_parity(self, session: Runtime, reference: nn.Module, signature: Signature, samples: int) -> None:
@@ -207,10 +223,11 @@ class _Verification:
         try:
             with TorchEager(reference, signature) as torch_runtime:
                 result = parity(session, torch_runtime, self.evaluation, samples, progress=self.progress)
+                edges = edge_parity(session, torch_runtime, self.evaluation, _largest(session))
         except (ModelError, NonFinite) as error:
-            self.checks.append(CheckResult("parity", "fail", None, limit, "", error.message))
+            self.checks += [CheckResult(name, "fail", None, limit, "", error.message) for name in _PARITY]
             return
-        self.checks.append(check_parity(result, samples, limit))
+        self.checks += [check_parity(result, samples, limit), check_edges(edges, limit)]
         agreement = None if math.isnan(result.top1_agreement) else result.top1_agreement
         self.details["parity"] = {**asdict(result), "top1_agreement": agreement}
 
@@ -247,6 +264,10 @@ class _Verification:
         latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
         quality = _values(estimate_quality(self.before)) if self.before is not None else {}
         return Figures(given.macs, given.params, given.size_bytes, quality, latency)
+
+
+def _largest(session: Runtime) -> int:
+    return evaluation_batch(image_input(session))
 
 
 def _plain(estimates: dict[str, Estimate] | None) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ def test_gates_that_compare_are_measured_against_a_baseline(world: smallrun.Worl
     result = verify(world, values, "trained.onnx", "trained.onnx")
     assert result["passed"]
     assert result["max_drop.top1"].value == 0
-    assert set(result["verdict"].baseline.latency_ms) == {"p50", "p95"}
+    assert set(result["verdict"].baseline.latency_ms) >= {"p50", "p95"}
 
 
 def test_a_file_that_is_worse_than_its_baseline_fails(world: smallrun.World) -> None:

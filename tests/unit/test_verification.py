@@ -36,7 +36,8 @@ from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.verify import VerifyStage
 from compress.training.evaluate import evaluate_top1
-from compress.verification.compare import parity
+from compress.verification.checks import check_edges
+from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample, measure_latency
 from compress.verification.measuring import Conditions, available_cores, measure_onnx
@@ -441,7 +442,7 @@ def test_good_file_passes_every_check(split):
     )  # fmt: skip
     assert verdict.passed, verdict.checks
     assert list(checks_of(verdict)) == [
-        "structure", "macs_agree", "provider", "parity", "evaluation",
+        "structure", "denormals", "macs_agree", "weights_agree", "provider", "parity", "parity_edges", "evaluation",
         "max_drop.top1", "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
     assert set(verdict.required) == set(checks_of(verdict))
@@ -513,7 +514,7 @@ def test_another_network_than_the_reference_fails_macs_and_parity(split):
         exported("residual"), evaluation=split, conditions=QUICK, gates=Gates(), reference=nets.build("chain")
     )
     checks = checks_of(verdict)
-    assert (checks["macs_agree"].status, checks["parity"].status) == ("fail", "fail")
+    assert {checks[name].status for name in ("macs_agree", "weights_agree", "parity", "parity_edges")} == {"fail"}
     assert "ONNX graph 2,469,952, torch 276,544" in checks["macs_agree"].detail
 
 
@@ -527,6 +528,47 @@ def test_nan_weights_fail_evaluation(split, tmp_path):
     assert checks["max_drop.top1"].status == "skipped"
     assert "must be finite" in checks["evaluation"].detail
     assert not verdict.passed
+
+
+def test_unusual_inputs_are_compared_one_by_one():
+    """A network that is wrong for a white image, and one that is wrong in large batches."""
+
+    def wrong_when_bright(images):
+        return {"logits": scores_of(images)["logits"] + (images.min() > 0)}
+
+    def wrong_when_many(images):
+        return {"logits": scores_of(images)["logits"] + 2.0 * (len(images) == 8)}
+
+    split = make_split(5)
+    for function, broken in ((wrong_when_bright, "white image"), (wrong_when_many, "batch 8")):
+        with FakeRuntime(function) as runtime, FakeRuntime(scores_of) as reference:
+            found = edge_parity(runtime, reference, split, 8)
+        assert list(found) == ["black image", "white image", "batch 1", "batch 3", "batch 8"]
+        assert found.pop(broken) >= 1.0
+        assert set(found.values()) == {0.0}
+    assert (check_edges({"a": 0.5, "b": 0.1}, 0.4).status, check_edges({"a": 0.5}, 0.5).status) == ("fail", "pass")
+    assert check_edges({"a": 0.5, "b": 0.125}, 0.4).detail == "a 0.5, b 0.12"
+    with FakeRuntime(scores_of, fixed_batch(SIGNATURE, 2)) as fixed, FakeRuntime(scores_of) as reference:
+        assert list(edge_parity(fixed, reference, split, 8)) == ["black image", "white image"]
+        assert fixed.batches == [2, 2]
+
+
+def test_denormal_weights_are_counted(split, tmp_path):
+    def shrink(model):
+        set_weight(model, "head.weight", lambda w: np.where(np.arange(w.size).reshape(w.shape) < 3, 1e-40, w))
+
+    verdict = verify_onnx(changed(tmp_path, shrink), evaluation=split, conditions=QUICK, gates=Gates())
+    check = checks_of(verdict)["denormals"]
+    assert (check.status, check.value, check.limit) == ("fail", 3.0, 0.0)
+    assert not verdict.passed
+
+
+def test_weights_that_are_not_multiplied_by_are_told_from_those_that_are(split):
+    reference = nets.build("chain")
+    verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(), reference=reference)
+    check = checks_of(verdict)["weights_agree"]
+    kernels = [part.weight for part in reference.modules() if isinstance(part, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert (check.status, check.value) == ("pass", sum(weight.numel() for weight in kernels))
 
 
 def _wrong_opset(model):

@@ -36,20 +36,32 @@ STAGES: dict[str, StageEntry] = {
     for entry in (
         StageEntry("load", "compress.stages.load:LoadStage", 3, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
-        StageEntry("prune", "compress.stages.prune:PruneStage", 5, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("prune", "compress.stages.prune:PruneStage", 6, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
-        StageEntry("slim", "compress.stages.slim:SlimStage", 3, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("slim", "compress.stages.slim:SlimStage", 4, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
-        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 4, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 5, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
-        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 2, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 3, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),
         StageEntry("export", "compress.stages.export:ExportStage", 3, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),
-        StageEntry("verify", "compress.stages.verify:VerifyStage", 1, ONNX_MODEL, VERDICT, True,
+        StageEntry("verify", "compress.stages.verify:VerifyStage", 2, ONNX_MODEL, VERDICT, True,
                    "measure the file in its runtime and hold it to the gates"),
     )
 }  # fmt: skip
+
+CORRUPTIONS = (
+    "gaussian_noise",
+    "impulse_noise",
+    "gaussian_blur",
+    "brightness",
+    "contrast",
+    "jpeg",
+    "pixelate",
+    "elastic",
+    "fog",
+)
 
 SOURCES: dict[str, str] = {
     "arrays": ".npz or .npy arrays: uint8 (N, H, W, C) images, integer labels",

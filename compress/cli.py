@@ -37,6 +37,11 @@ RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="FOLDER", help="Whe
 ForeignTable = Annotated[
     bool, typer.Option("--accept-foreign-table", help="Use deploy.table although another machine made it.")
 ]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write the checks as JUnit XML.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the verdict as JSON.")]
+Summary = Annotated[
+    bool, typer.Option("--github-summary", help="Add the verdict to the summary of a GitHub Actions job.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the verdict.")]
 
 
@@ -75,12 +80,18 @@ def run(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write training curves to the run folder, for TensorBoard to draw.")
     ] = False,
+    junit: Junit = None,
+    json_file: JsonFile = None,
+    github_summary: Summary = False,
 ) -> None:
     """Run a pipeline; what is done already is not repeated."""
     from compress.config.load import load_pipeline
 
     accepted = ["deploy.accept_foreign_table=true"] if accept_foreign_table else []
     loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted], seed)
+    from compress.report.ci import require_places, write_for_ci
+
+    require_places(junit, json_file, github_summary)
     from compress.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
 
     console = Console(quiet)
@@ -88,6 +99,7 @@ def run(
     if outcome is None:  # another process runs the pipeline, this one has helped
         return
     console.print_verdict(outcome.verdict)
+    write_for_ci(outcome.verdict, loaded.config.name, junit, json_file, github_summary)
     for label, name in (("ONNX file", "model.onnx"), ("Report", "report.html")):
         path = outcome.folder / name
         if path.exists():
@@ -198,16 +210,23 @@ def verify(
     ] = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
+    junit: Junit = None,
+    json_file: JsonFile = None,
+    github_summary: Summary = False,
 ) -> None:
     """Hold an ONNX file to the gates of a pipeline."""
     from compress.config.load import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides or ())
+    from compress.report.ci import require_places, write_for_ci
+
+    require_places(junit, json_file, github_summary)
     from compress.standalone import verify_file  # imports torch and ONNX Runtime
 
     console = Console(quiet)
     verdict = verify_file(model, loaded, against, console)
     console.print_verdict(verdict)
+    write_for_ci(verdict, model.name, junit, json_file, github_summary)
     if not verdict.passed:
         raise typer.Exit(VERDICT_FAILED_EXIT_CODE)
 

@@ -8,7 +8,7 @@ from compress.config.schema import VerifyConfig
 from compress.data.opening import Splits
 from compress.errors import ArtifactError, InternalError
 from compress.progress import Progress
-from compress.stages.verify import conditions_of, gates_of
+from compress.stages.verify import conditions_of, gates_of, robustness_of
 from compress.verification.verdict import verify_onnx
 
 
@@ -38,5 +38,6 @@ def verify_file(path: Path, pipeline: Pipeline, against: Path | None, progress: 
         gates=gates_of(config),
         parity_samples=config.parity_samples,
         baseline_onnx=against,
+        robustness=robustness_of(config, pipeline.config.seed),
         progress=progress,
     )

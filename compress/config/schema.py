@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self  # in typing from Python 3.11 on
 
-from compress.catalog import CRITERIA, METHODS, RUNTIMES, SOURCES
+from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, RUNTIMES, SOURCES
 from compress.registry import Registry
 
 
@@ -544,11 +544,15 @@ class ExportConfig(Section):
 class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
-    max_drop: dict[Literal["top1", "top5", "worst_class"], float] = Field(
+    max_drop: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions", "worst_distribution"], float] = Field(
         {}, description="largest loss against the baseline, as a share (0.01 is one point)"
     )
-    max_rise: dict[Literal["calibration_error"], float] = Field({}, description="largest gain against the baseline")
-    min: dict[Literal["top1", "top5", "worst_class"], KeptRatio] = Field({}, description="smallest share")
+    max_rise: dict[Literal["calibration_error", "excess_error"], float] = Field(
+        {}, description="largest gain against the baseline; excess_error is what corruptions cost more than it"
+    )
+    min: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions"], KeptRatio] = Field(
+        {}, description="smallest share"
+    )
     max: dict[Literal["calibration_error", "churn", "softmax_distance"], float] = Field(
         {}, description="largest value; churn is the share of predictions that are not the baseline's"
     )
@@ -563,6 +567,29 @@ class GatesConfig(Section):
     parity: float = Field(1e-3, gt=0, description="largest absolute difference to torch on real samples")
 
 
+class RobustnessConfig(Section):
+    """Noise and corruptions under which the file is compared with the baseline."""
+
+    images: Count = Field(1000, description="of the evaluation split, spread evenly")
+    noise: Literal["uniform", "gaussian"] = Field("uniform", description="added to what goes into the network")
+    noise_levels: Floats = Field((0.1, 0.2, 0.3, 0.4, 0.5), description="in units of the network's input; [] for none")
+    corruptions: Names = Field(CORRUPTIONS, description=f"of {', '.join(CORRUPTIONS)}; [] for none")
+    severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], BeforeValidator(_to_tuple)] = Field(
+        (3,), min_length=1, description="1 to 5"
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in self.corruptions:
+            if name not in CORRUPTIONS:
+                raise ValueError(f"corruptions must be of {', '.join(CORRUPTIONS)}; '{name}' is not")
+        if any(level <= 0 for level in self.noise_levels):
+            raise ValueError("noise_levels must be above 0")
+        if not self.noise_levels and not self.corruptions:
+            raise ValueError("must hold noise_levels or corruptions")
+        return self
+
+
 class VerifyConfig(Section):
     """Measure the file in the runtime that ships it."""
 
@@ -574,6 +601,7 @@ class VerifyConfig(Section):
     warmup: Count = Field(10, description="calls before the measurement")
     repeats: Count = Field(100, description="timed calls of each model, interleaved")
     parity_samples: int = Field(64, ge=1, description="real images compared with torch")
+    robustness: RobustnessConfig | None = Field(None, description="noise and corruptions to look at; by default none")
     gates: GatesConfig = GatesConfig()
 
 

@@ -60,6 +60,34 @@ def build_report(
     report: dict[str, Any] = {
         "schema": REPORT_SCHEMA,
         "name": name,
+        **_describe(verdict),
+        "stages": [asdict(run) for run in stages],
+        "environment": environment,
+        "config": config,
+    }
+    plain: dict[str, Any] = _to_plain(report, "", non_finite)
+    plain["non_finite"] = non_finite
+    return plain
+
+
+def describe_verdict(name: str, verdict: Verdict) -> dict[str, Any]:
+    """Return that part of `build_report` that follows from the verdict alone.
+
+    Args:
+        name: Of the run or the file.
+        verdict: Outcome of the verification.
+
+    Raises:
+        InternalError: A value is not plain; names its place.
+    """
+    non_finite: list[str] = []
+    plain: dict[str, Any] = _to_plain({"name": name, **_describe(verdict)}, "", non_finite)
+    plain["non_finite"] = non_finite
+    return plain
+
+
+def _describe(verdict: Verdict) -> dict[str, Any]:
+    return {
         "verdict": {
             "passed": verdict.passed,
             "required": verdict.required,
@@ -67,14 +95,8 @@ def build_report(
         },
         "baseline": None if verdict.baseline is None else verdict.baseline.to_dict(),
         "slim": None if verdict.slim is None else verdict.slim.to_dict(),
-        "stages": [asdict(run) for run in stages],
-        "environment": environment,
-        "config": config,
         "details": verdict.details,
     }
-    plain: dict[str, Any] = _to_plain(report, "", non_finite)
-    plain["non_finite"] = non_finite
-    return plain
 
 
 def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> None:

@@ -8,6 +8,7 @@ from compress.config.schema import VerifyConfig
 from compress.stages.context import Record, StageContext
 from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
+from compress.verification.robustness import Robustness
 from compress.verification.verdict import verify_onnx
 
 
@@ -37,6 +38,7 @@ class VerifyStage:
             reference=reference.module,
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
+            robustness=robustness_of(config, ctx.seed),
             progress=ctx.progress,
         )
         return verdict, {}
@@ -52,6 +54,12 @@ def conditions_of(config: VerifyConfig) -> Conditions:
         warmup=config.warmup,
         repeats=config.repeats,
     )
+
+
+def robustness_of(config: VerifyConfig, seed: int) -> Robustness | None:
+    """Return the noise and the corruptions to look at, out of the `verify` section."""
+    wanted = config.robustness
+    return None if wanted is None else Robustness(**wanted.model_dump(), seed=seed)
 
 
 def gates_of(config: VerifyConfig) -> Gates:

@@ -12,6 +12,13 @@ from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
 
 _SLACK = 1e-9  # 0.9173 - 0.9073 is 0.010000000000000009 in floating point and must keep a limit of 0.01
+_WHY = {
+    "top5": "the network has no more than five classes",
+    "noise": "the pipeline asks for no noise, or there is no baseline file",
+    "corruptions": "the pipeline asks for no corruptions, or there is no baseline file",
+    "worst_distribution": "the pipeline asks for no robustness, or there is no baseline file",
+    "excess_error": "the pipeline asks for no corruptions, or there is no baseline file",
+}
 _NONE: Mapping[str, float] = MappingProxyType({})
 
 
@@ -21,9 +28,10 @@ class Gates:
 
     Attributes:
         parity: Largest absolute difference to torch on real samples.
-        max_drop: "top1", "top5", "worst_class" -> largest loss against the baseline, as a share (0.01 is one point).
-        max_rise: "calibration_error" -> largest gain against the baseline.
-        minimum: "top1", "top5", "worst_class" -> smallest share.
+        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "worst_distribution" -> largest loss against
+            the baseline, as a share (0.01 is one point).
+        max_rise: "calibration_error", "excess_error" -> largest gain against the baseline.
+        minimum: "top1", "top5", "worst_class", "noise", "corruptions" -> smallest share.
         maximum: "calibration_error", "churn", "softmax_distance" -> largest value.
         by_bound: Whether a figure with an interval keeps a limit only when the worse end of the interval does.
         min_speedup: Baseline latency / slim latency, medians.
@@ -75,8 +83,7 @@ class Gates:
             for name, limit in wanted.items():
                 estimate = found.get(prefix + name)
                 if estimate is None:
-                    few = "the network has no more than five classes"
-                    checks.append(skipped(f"{kind}.{name}", few if name == "top5" and own else why, limit, "share"))
+                    checks.append(skipped(f"{kind}.{name}", _WHY.get(name, why) if own else why, limit, "share"))
                 else:
                     checks.append(self._check(f"{kind}.{name}", estimate, limit, is_least=kind == "min"))
         return checks

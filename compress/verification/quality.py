@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,18 @@ from compress.verification.runtimes.base import Runtime
 if TYPE_CHECKING:  # the module imports torch, which a check of a file alone does not need
     from compress.data.batches import Split
 
+Change = Callable[[np.ndarray, int], np.ndarray]
 
-def predict(runtime: Runtime, split: Split, batch_size: int = 64, progress: Progress | None = None) -> Predictions:
+
+def predict(
+    runtime: Runtime,
+    split: Split,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    *,
+    spoil: Change | None = None,
+    disturb: Change | None = None,
+) -> Predictions:
     """Return the outputs for all images of a split.
 
     Args:
@@ -26,6 +36,8 @@ def predict(runtime: Runtime, split: Split, batch_size: int = 64, progress: Prog
         split: At least one image.
         batch_size: Images at once where the batch axis is open.
         progress: Told about each batch.
+        spoil: Changes the uint8 images of a batch, given the place of its first image in the split.
+        disturb: Changes what goes into the network, in the same way.
 
     Raises:
         DataError: The split is empty, a label is K or more, or the data set has another number of classes.
@@ -37,20 +49,25 @@ def predict(runtime: Runtime, split: Split, batch_size: int = 64, progress: Prog
     check_labels(split, classes)
     outputs, done = np.empty((len(split), classes), np.float32), 0
     with (progress or SilentProgress()).task(f"predictions on {split.name}", len(split)) as task:
-        for images, labels in image_batches(split, batch_size_of(runtime, batch_size)):
+        for images, labels in image_batches(split, batch_size_of(runtime, batch_size), spoil):
+            if disturb is not None:
+                images = disturb(images, done)
             outputs[done : done + len(labels)] = classify(runtime, images)
             done += len(labels)
             task.advance(len(labels))
     return Predictions(outputs, split.labels)
 
 
-def image_batches(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def image_batches(
+    split: Split, batch_size: int, spoil: Change | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (network input, labels) in order, every image once; the next batch is read while this one is used."""
     chunks = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
     labels = split.labels
 
     def read(positions: np.ndarray) -> np.ndarray:
-        return split.preprocessing.normalize(split.source.read(split.indices[positions]))
+        images = split.source.read(split.indices[positions])
+        return split.preprocessing.normalize(images if spoil is None else spoil(images, int(positions[0])))
 
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read, chunks[0]) if chunks else None

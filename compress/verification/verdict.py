@@ -38,6 +38,7 @@ from compress.verification.measuring import (
 )
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
 from compress.verification.quality import check_not_empty, image_input, predict
+from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
@@ -61,6 +62,7 @@ def verify_onnx(
     reference: nn.Module | None = None,
     baseline_onnx: Path | None = None,
     baseline_figures: Figures | None = None,
+    robustness: Robustness | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check a file and hold it to its gates.
@@ -81,6 +83,7 @@ def verify_onnx(
         baseline_onnx: The untouched network's export; it runs on the same images, and its latency is measured
             interleaved with the file's.
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
+        robustness: Which noise and which corruptions are looked at; None for none.
         progress: Told about each part.
 
     Raises:
@@ -96,6 +99,8 @@ def verify_onnx(
         baseline_figures = baseline_figures or run.count_baseline(baseline_onnx)
     if run.check_session(baseline_onnx):
         run.check_outputs(reference, signature, parity_samples)
+        if robustness is not None:
+            run.measure_robustness(robustness, baseline_onnx)
         run.measure(baseline_onnx)
     else:
         for name in (*_PARITY, "evaluation") if reference is not None else ("evaluation",):
@@ -118,6 +123,7 @@ class _Verification:
     after: Predictions | None = None
     samples: dict[str, LatencySample] = field(default_factory=dict)
     ratio: LatencyRatio | None = None
+    standings: list[Standing] = field(default_factory=list)
     counts: OnnxCounts | None = None
 
     def check_file(self, signature: Signature | None, opset: int | None, reference: nn.Module | None) -> None:
@@ -179,6 +185,21 @@ class _Verification:
                 return
         self.details["evaluation"] = {"images": len(self.evaluation)}
         self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+
+    def measure_robustness(self, wanted: Robustness, baseline_onnx: Path | None) -> None:
+        """Look at noise and corruptions, on all cores; a file that fails there has failed the evaluation already."""
+        if self.after is None:
+            return
+        with ExitStack() as stack:
+            session, *others = (
+                stack.enter_context(self.conditions.open(file, all_cores=True))
+                for file in (self.path, baseline_onnx)
+                if file is not None
+            )
+            batch = evaluation_batch(image_input(session))
+            baseline = others[0] if others else None
+            self.standings = standings(session, baseline, self.evaluation, wanted, batch, self.progress)
+        self.details["robustness"] = {"wanted": asdict(wanted), "distributions": stated(self.standings)}
 
     def measure(self, baseline_onnx: Path | None) -> None:
         """Measure latency of the file, and of the baseline in turn with it."""
@@ -247,6 +268,9 @@ class _Verification:
             "baseline_by_class": _by_class(before),
             "changes": _plain(changes),
         }
+        if self.standings:
+            harder, lost = summarize(self.standings)
+            own, changes = {**(own or {}), **harder}, {**(changes or {}), **lost}
         return own, changes
 
     def _figures(self, reference: nn.Module | None, own: dict[str, Estimate] | None) -> Figures:

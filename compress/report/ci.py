@@ -1,0 +1,128 @@
+"""How does a CI system get to know a verdict? As JUnit XML, as JSON, and as a summary in Markdown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from compress.errors import ArtifactError, ConfigError
+from compress.files import write_whole
+from compress.report.build import describe_verdict, write_json
+from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, verdict_sentence
+
+if TYPE_CHECKING:  # the artifacts import numpy
+    from compress.artifacts import Verdict
+
+GITHUB_SUMMARY = "GITHUB_STEP_SUMMARY"
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def to_junit(verdict: Verdict, name: str) -> bytes:
+    """Return a JUnit report with one test case a check; one that was required and skipped is a failure.
+
+    Args:
+        verdict: The outcome.
+        name: Of the test suite, such as the run's or the file's.
+    """
+    cases = ElementTree.Element("testsuite", name=_clean(name))
+    failures = skips = 0
+    for check in verdict.checks:
+        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=check.name)
+        said = _clean(f"{check.detail} (value {check.value}, limit {check.limit}, unit {check.unit or '-'})")
+        if check.status == "fail" or (check.status == "skipped" and check.name in verdict.required):
+            kind = "failure" if check.status == "fail" else "required but skipped"
+            ElementTree.SubElement(case, "failure", message=_clean(check.detail), type=kind).text = said
+            failures += 1
+        elif check.status == "skipped":
+            ElementTree.SubElement(case, "skipped", message=_clean(check.detail))
+            skips += 1
+        else:
+            ElementTree.SubElement(case, "system-out").text = said
+    made = {check.name for check in verdict.checks}
+    for missing in (name for name in verdict.required if name not in made):
+        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=missing)
+        ElementTree.SubElement(case, "failure", message="required, but not made", type="not made")
+        failures += 1
+    if not len(cases):
+        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name="checks")
+        ElementTree.SubElement(case, "failure", message="nothing was checked", type="not made")
+        failures += 1
+    counts = {"tests": len(cases), "failures": failures, "errors": 0, "skipped": skips}
+    cases.attrib |= {key: str(value) for key, value in counts.items()}
+    suites = ElementTree.Element("testsuites", {key: str(value) for key, value in counts.items()})
+    suites.append(cases)
+    ElementTree.indent(suites)
+    content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
+    return content
+
+
+def to_markdown(verdict: Verdict, name: str) -> str:
+    """Return a verdict as a heading, a sentence and tables."""
+    parts = [f"## {_cell(name)}", verdict_sentence(verdict), _table(CHECK_COLUMNS, check_rows(verdict))]
+    if figures := figure_rows(verdict):
+        parts.append(_table(FIGURE_COLUMNS, figures))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_for_ci(verdict: Verdict, name: str, junit: Path | None, json_file: Path | None, summary: bool) -> None:
+    """Write what was asked for.
+
+    Args:
+        verdict: The outcome.
+        name: Of the run or the file.
+        junit: Where JUnit XML goes; None for nowhere.
+        json_file: Where JSON goes.
+        summary: Whether Markdown is added to the file that GitHub Actions names in GITHUB_STEP_SUMMARY.
+
+    Raises:
+        ArtifactError: A file cannot be written.
+    """
+    if junit is not None:
+        try:
+            write_whole(junit, to_junit(verdict, name))
+        except OSError as error:
+            raise ArtifactError(f"'{junit}' cannot be written: {error.strerror}.") from error
+    if json_file is not None:
+        write_json(describe_verdict(name, verdict), json_file)
+    if summary:
+        place = Path(os.environ[GITHUB_SUMMARY])
+        try:
+            with place.open("a", encoding="utf-8") as file:
+                file.write(to_markdown(verdict, name))
+        except OSError as error:
+            raise ArtifactError(f"'{place}' cannot be written: {error.strerror}.") from error
+
+
+def require_places(junit: Path | None, json_file: Path | None, summary: bool) -> None:
+    """Check before any long work that what is asked for can be written.
+
+    Raises:
+        ConfigError: A path is a folder or in none, or no file for the summary is named.
+    """
+    for option, path in (("--junit", junit), ("--json", json_file)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+            raise ConfigError(f"{option} must be a file to write, '{path}' {kind}.")
+    if summary and not os.environ.get(GITHUB_SUMMARY):
+        raise ConfigError(
+            f"--github-summary needs the environment variable {GITHUB_SUMMARY}, it is not set.",
+            hint="GitHub Actions sets it; elsewhere use --junit or --json.",
+        )
+
+
+def _clean(text: str) -> str:
+    """Return text without characters that XML cannot hold."""
+    return _NOT_IN_XML.sub("?", text)
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -50,7 +50,8 @@ def test_a_verdict_that_passed_has_no_failure(tmp_path):
 
 def test_markdown_has_the_sentence_and_both_tables():
     text = to_markdown(VERDICT, "run")
-    assert text.startswith("## run\n\nFAILED: min_speedup failed and max.churn, never_made not made, of 2 checks made.\n")
+    sentence = "FAILED: min_speedup failed and max.churn, never_made not made, of 2 checks made."
+    assert text.startswith(f"## run\n\n{sentence}\n")
     assert "| min_speedup | fail | 1.1 | 1.3 | x | too slow \\| <by far>\x00 |" in text
     assert "| MACs | 200 | 100 | 2.00x fewer |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]

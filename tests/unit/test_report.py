@@ -86,8 +86,8 @@ def test_numbers_without_a_json_spelling_become_null_and_are_told() -> None:
         "verdict.checks[0].value: nan",
         "slim.quality.top1: nan",
         "slim.latency_ms.p50: inf",
-        "stages[0].record.epochs[0].loss: nan",
         "details.a[1]: -inf",
+        "stages[0].record.epochs[0].loss: nan",
     ]
 
 

@@ -144,6 +144,21 @@ def test_failed_verdict_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert done.stdout.endswith("FAILED: parity failed, of 1 check made.\n")
 
 
+def test_verdicts_are_written_for_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    provide(monkeypatch, "compress.runner", run_with_others=lambda *_: Outcome(FAILED, tmp_path, {}))
+    provide(monkeypatch, "compress.standalone", verify_file=lambda *_: PASSED)
+    junit, summary = tmp_path / "out.xml", tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert call("run", GOOD, "--junit", junit, "--json", tmp_path / "out.json", "--github-summary").exit_code == 1
+    assert '<failure message="" type="failure">' in junit.read_text()
+    assert json.loads((tmp_path / "out.json").read_text())["verdict"]["passed"] is False
+    assert summary.read_text().startswith("## minimal\n\nFAILED")
+    assert call("verify", "model.onnx", "--pipeline", GOOD, "--junit", junit).exit_code == 0
+    assert 'failures="0"' in junit.read_text()
+    refused = call("run", GOOD, "--junit", tmp_path)
+    assert (refused.exit_code, "--junit must be a file to write" in refused.stderr) == (2, True)
+
+
 def test_plan_shows_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row("load", "unchanged", ()), Row("export", "run", ("opset changed", "input changed"))]
     provide(monkeypatch, "compress.runner", plan=lambda *_: rows)

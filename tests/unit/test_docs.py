@@ -4,18 +4,22 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compress.catalog import METHODS
 from compress.config.schema import (
     CsgdConfig,
+    GatesConfig,
     GatesMethodConfig,
     GregConfig,
     GsmConfig,
     IncRegConfig,
     PruneConfig,
     TrpConfig,
+    VerifyConfig,
 )
 
+ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 SETTINGS = {
     "gsm": GsmConfig,
@@ -48,3 +52,38 @@ def test_a_page_has_every_setting_with_its_default_and_the_source(name):
 
 def test_settings_of_methods_are_keys_of_the_stage():
     assert {name for name in SETTINGS if name != "trp"} <= set(PruneConfig.model_fields)
+
+
+def test_the_page_on_verification_names_every_gate_and_loads():
+    text = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
+    gates = GatesConfig.model_json_schema()["properties"]
+    for name in ("max_drop", "max_rise", "min", "max"):
+        for figure in gates[name]["propertyNames"].get("enum") or [gates[name]["propertyNames"]["const"]]:
+            assert re.search(rf"^\| [^|]*`{figure}`[^|]*\| [^|]*`{name}`", text, re.MULTILINE), (name, figure)
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (stage,) = yaml.safe_load(example)
+    config = VerifyConfig.model_validate(stage)
+    assert config.robustness is not None
+    assert set(config.gates.model_fields_set) == set(gates) - {"parity"}
+
+
+def test_the_workflow_to_copy_gives_commands_that_there_are():
+    from typer.testing import CliRunner
+
+    from compress.cli import app
+
+    path = ROOT / "docs" / "examples" / "github-actions.yml"
+    steps = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]["compress"]["steps"]
+    commands = [step["run"].split() for step in steps if step.get("run", "").startswith("compress ")]
+    assert [command[1] for command in commands] == ["validate", "run"]
+    for _, name, *arguments in commands:
+        said = CliRunner().invoke(app, [name, "--help"], prog_name="compress").stdout
+        for option in (argument for argument in arguments if argument.startswith("--")):
+            assert option in said
+
+
+def test_the_hook_for_pre_commit_validates():
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert hook["entry"] == "compress validate"
+    for path in (ROOT / "pipelines").glob("*.yaml"):
+        assert re.search(hook["files"], path.relative_to(ROOT).as_posix())

@@ -27,7 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     "plain SGD": {"learning_rate": 0.05, "weight_decay": 5e-4, "schedule": "one_cycle", "distillation": None},
     "without distillation": {"distillation": None},
-    "with feature maps": {"distillation.features": 15.0},
+    "without feature maps": {"distillation.features": 0.0},
     "peak 0.05": {"learning_rate": 0.05},
     "peak 0.005": {"learning_rate": 0.005},
     "one-cycle": {"schedule": "one_cycle"},

@@ -39,9 +39,10 @@ from compress.config.load import Pipeline, load_pipeline
 from compress.config.schema import CutConfig, FinetuneConfig, LoadConfig
 from compress.console import Console
 from compress.cost.macs import COUNTED, count_macs
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
 from compress.data.preprocessing import Preprocessing
+from compress.data.splits import Split
 from compress.exporting.torch_onnx import export_onnx
 from compress.pruning.graph import find_cuttable
 from compress.runner import run

@@ -23,9 +23,9 @@ from compress.building import build_module
 from compress.config.schema import DeployConfig
 from compress.console import Console
 from compress.cost.macs import count_macs, count_params
-from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import Progress
 from compress.pruning.costs import build_cost, layer_axes

@@ -31,9 +31,9 @@ from compress.building import build_module
 from compress.config.schema import DeployConfig, PruneConfig, TargetConfig
 from compress.console import Console
 from compress.cost.macs import count_macs, count_params
-from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import CompressError
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import SilentProgress, Task

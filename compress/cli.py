@@ -89,7 +89,7 @@ def run(
 
     accepted = ["deploy.accept_foreign_table=true"] if accept_foreign_table else []
     loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted], seed)
-    from compress.report.ci import require_places, write_for_ci
+    from compress.ci import require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
     from compress.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
@@ -218,10 +218,10 @@ def verify(
     from compress.config.load import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides or ())
-    from compress.report.ci import require_places, write_for_ci
+    from compress.ci import require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
-    from compress.standalone import verify_file  # imports torch and ONNX Runtime
+    from compress.standalone import verify_file  # imports ONNX Runtime
 
     console = Console(quiet)
     verdict = verify_file(model, loaded, against, console)

@@ -18,10 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from compress.data.batches import Augmentation, Split
+from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource, read_arrays, read_idx
-from compress.data.splits import carve
+from compress.data.splits import Split, carve
 from compress.progress import SilentProgress
 from compress.training.fit import FitSettings, fit
 

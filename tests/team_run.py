@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from compress.data.batches import Augmentation, Split
+from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import Progress, SilentProgress, SilentTask
 from compress.training import fit as fit_module

@@ -8,7 +8,7 @@ batch), so a run that is resumed at any batch sees the same as an undisturbed on
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ImageSource
+from compress.data.splits import Split
 
 Batch = tuple[Tensor, Tensor]
 RandomPurpose = Literal["order", "augmentation", "step", "weights"]
@@ -28,62 +27,16 @@ _PIXELS, _FEWEST_IMAGES, _MOST_IMAGES = 2**17, 4, 256
 
 
 @dataclass(frozen=True)
-class Split:
-    """Some images of a source, with the preprocessing the network needs.
+class PlacedSplit(Split):
+    """A split whose batches are made on some device.
 
     Attributes:
-        name: "train", "calibration", "validation" or "evaluation".
-        source: Where the images are.
-        indices: Which of them belong here.
-        preprocessing: What the network needs.
         device: Where batches are made.
         resident: All images of the source, uint8 (N, H, W, C), on that device; None where they are read each time.
     """
 
-    name: str
-    source: ImageSource
-    indices: np.ndarray
-    preprocessing: Preprocessing
     device: torch.device = CPU
     resident: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(N,) int64 class indices."""
-        chosen: np.ndarray = self.source.labels[self.indices]
-        return chosen
-
-    def read(self, positions: np.ndarray) -> np.ndarray:
-        """Return uint8 (n, H, W, C) images by their positions in this split."""
-        return self.source.read(self.indices[positions])
-
-    def read_tensor(self, positions: np.ndarray) -> Tensor:
-        """Return uint8 (n, H, W, C) images by their positions in this split, on its device."""
-        if self.resident is not None:
-            return self.resident[self.there(self.indices[positions])]
-        return self.there(self.read(positions))
-
-    def there(self, values: np.ndarray) -> Tensor:
-        """Return an array as a tensor on the device; nothing waits for it to arrive."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
-
-    def first(self, count: int) -> "Split":
-        """Return a split of `count` images spread evenly over this one (all of it when it has fewer)."""
-        if count >= len(self):
-            return self
-        chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
-        return replace(self, indices=self.indices[chosen])
-
-    def part(self, rank: int, size: int) -> "Split":
-        """Return each size-th image, from the rank-th on."""
-        return replace(self, indices=self.indices[rank::size])
-
-    def interleaved(self, count: int) -> "Split":
-        """Return the same images in another order: each count-th one, from the first on, from the second on, ..."""
-        return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +62,12 @@ def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
     labels = split.labels
     for chosen, images in _read_ahead(split, positions):
-        yield _to_input(split, images), split.there(labels[chosen])
+        yield _to_input(split, images), _there(split, labels[chosen])
 
 
 def fast_batch_size(split: Split) -> int:
     """Return how many images run fastest at once: on a CPU few large ones, whose feature maps stay in its caches."""
-    if len(split) == 0 or split.device.type != "cpu":
+    if len(split) == 0 or _device(split) != CPU:
         return _MOST_IMAGES
     pixels = math.prod(split.read(np.zeros(1, np.int64)).shape[1:-1])
     return min(max(_FEWEST_IMAGES, _PIXELS // pixels), _MOST_IMAGES)
@@ -149,7 +102,7 @@ def training_batches(
     for number, (chosen, images) in zip(numbers, _read_ahead(split, positions), strict=True):
         generator = _generator(seed, "augmentation", epoch, number)
         augmented = augment(images, augmentation, generator, whole, slice(rank, None, size))
-        yield _to_input(split, augmented), split.there(labels[chosen])
+        yield _to_input(split, augmented), _there(split, labels[chosen])
 
 
 def random_seed(seed: int, purpose: RandomPurpose, *parts: int) -> int:
@@ -211,12 +164,28 @@ def _read_ahead(split: Split, positions: Iterator[np.ndarray]) -> Iterator[tuple
     with ThreadPoolExecutor(1) as reader:
         pending = None
         for chosen in positions:
-            following = (chosen, reader.submit(split.read_tensor, chosen))
+            following = (chosen, reader.submit(_read_tensor, split, chosen))
             if pending is not None:
                 yield pending[0], pending[1].result()
             pending = following
         if pending is not None:
             yield pending[0], pending[1].result()
+
+
+def _read_tensor(split: Split, positions: np.ndarray) -> Tensor:
+    """Return uint8 (n, H, W, C) images by their positions in a split, on its device."""
+    if isinstance(split, PlacedSplit) and split.resident is not None:
+        return split.resident[_there(split, split.indices[positions])]
+    return _there(split, split.read(positions))
+
+
+def _there(split: Split, values: np.ndarray) -> Tensor:
+    """Return an array as a tensor on a split's device; nothing waits for it to arrive."""
+    return torch.from_numpy(values).to(_device(split), non_blocking=True)
+
+
+def _device(split: Split) -> torch.device:
+    return split.device if isinstance(split, PlacedSplit) else CPU
 
 
 def _to_input(split: Split, images: Tensor) -> Tensor:

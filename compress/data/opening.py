@@ -13,10 +13,9 @@ from compress.config.schema import (
     Source,
     TorchvisionSource,
 )
-from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ImageSource, read_arrays, read_folder, read_idx, read_torchvision
-from compress.data.splits import carve
+from compress.data.splits import Split, carve
 from compress.errors import DataError
 
 

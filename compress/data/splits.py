@@ -9,9 +9,58 @@ Calibration and validation are carved out of the training source once, by a seed
 ever in two splits and a change of the training seed does not move the borders.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ImageSource
 from compress.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a source, with the preprocessing the network needs.
+
+    Attributes:
+        name: "train", "calibration", "validation" or "evaluation".
+        source: Where the images are.
+        indices: Which of them belong here.
+        preprocessing: What the network needs.
+    """
+
+    name: str
+    source: ImageSource
+    indices: np.ndarray
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 class indices."""
+        chosen: np.ndarray = self.source.labels[self.indices]
+        return chosen
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """Return uint8 (n, H, W, C) images by their positions in this split."""
+        return self.source.read(self.indices[positions])
+
+    def first(self, count: int) -> "Split":
+        """Return a split of `count` images spread evenly over this one (all of it when it has fewer)."""
+        if count >= len(self):
+            return self
+        chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
+        return replace(self, indices=self.indices[chosen])
+
+    def part(self, rank: int, size: int) -> "Split":
+        """Return each size-th image, from the rank-th on."""
+        return replace(self, indices=self.indices[rank::size])
+
+    def interleaved(self, count: int) -> "Split":
+        """Return the same images in another order: each count-th one, from the first on, from the second on, ..."""
+        return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
 
 
 def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
+from compress.data.splits import Split
 from compress.progress import Progress
 from compress.pruning.graph import BATCH_NORMS
 from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched

@@ -10,7 +10,8 @@ from compress.artifacts import Baseline, FactorySpec, Figures, Signature, Tensor
 from compress.building import build_module, load_strict, read_weights, write_weights
 from compress.config.schema import FactoryModel, LoadConfig, Model
 from compress.cost.macs import count_macs, count_params, layer_macs
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
+from compress.data.splits import Split
 from compress.errors import DataError, ModelError, NonFinite
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext

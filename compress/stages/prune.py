@@ -15,7 +15,8 @@ from compress.catalog import CRITERIA
 from compress.config.schema import PruneConfig
 from compress.cost.macs import count_macs, count_params, eval_mode
 from compress.cost.table_file import TableFile
-from compress.data.batches import Batch, Split, evaluation_batches
+from compress.data.batches import Batch, evaluation_batches
+from compress.data.splits import Split
 from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress, Task
 from compress.pruning.criteria.base import collect_gradients

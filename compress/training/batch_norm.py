@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.cost.macs import eval_mode
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
+from compress.data.splits import Split
 from compress.errors import DataError
 from compress.progress import Progress
 from compress.training.team import Team, add_up

@@ -8,13 +8,13 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import CPU, Split
+from compress.data.batches import CPU, PlacedSplit
 from compress.data.sources import ArraySource, ImageSource
+from compress.data.splits import Split
 from compress.errors import StageError
 
 _MOST_OF_MEMORY = 0.4
@@ -91,7 +91,10 @@ def placed(splits: Sequence[Split], device: torch.device) -> list[Split]:
     for split in splits:
         if id(split.source) not in whole:
             whole[id(split.source)] = resident(split.source, device)
-    return [replace(split, device=device, resident=whole[id(split.source)]) for split in splits]
+    return [
+        PlacedSplit(one.name, one.source, one.indices, one.preprocessing, device, whole[id(one.source)])
+        for one in splits
+    ]
 
 
 def resident(source: ImageSource, device: torch.device) -> Tensor | None:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
-from compress.data.batches import Split, evaluation_batches, fast_batch_size
+from compress.data.batches import evaluation_batches, fast_batch_size
+from compress.data.splits import Split
 from compress.errors import DataError, ModelError
 from compress.progress import Progress, SilentProgress
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, eval_mode
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
+from compress.data.splits import Split
 from compress.errors import ModelError
 
 

@@ -21,14 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.data.batches import (
-    Augmentation,
-    Batch,
-    Split,
-    batches_per_epoch,
-    random_seed,
-    training_batches,
-)
+from compress.data.batches import Augmentation, Batch, batches_per_epoch, random_seed, training_batches
+from compress.data.splits import Split
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from compress.cost.macs import eval_mode
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
+from compress.data.splits import Split
 
 
 def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_format:

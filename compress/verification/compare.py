@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compress.data.splits import Split
 from compress.errors import ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.quality import batch_size_of, check_not_empty, fill_batch, image_batches, image_input
 from compress.verification.runtimes.base import Runtime
-
-if TYPE_CHECKING:  # the module imports torch
-    from compress.data.batches import Split
 
 
 @dataclass(frozen=True, slots=True)

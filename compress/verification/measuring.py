@@ -16,6 +16,7 @@ from compress.artifacts import Figures, TensorSpec
 from compress.catalog import RUNTIMES
 from compress.cost.onnx_file import model_files
 from compress.cost.onnx_graph import count_onnx
+from compress.data.splits import Split
 from compress.errors import ConfigValueError
 from compress.progress import Progress, SilentProgress
 from compress.verification.latency import compare_latency, measure_latency
@@ -24,8 +25,6 @@ from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is measured without torch
     from torch import nn
-
-    from compress.data.batches import Split
 
 _ELEMENTS_AT_ONCE = 2**22
 _IMAGES_AT_ONCE = 256

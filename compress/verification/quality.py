@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.artifacts import TensorSpec
+from compress.data.splits import Split
 from compress.errors import DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
-
-if TYPE_CHECKING:  # the module imports torch, which a check of a file alone does not need
-    from compress.data.batches import Split
 
 Change = Callable[[np.ndarray, int], np.ndarray]
 

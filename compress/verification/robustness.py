@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from compress.catalog import CORRUPTIONS
+from compress.data.splits import Split
 from compress.progress import Progress, SilentProgress
 from compress.verification.corruptions import add_noise, corrupt
 from compress.verification.metrics import Estimate, Predictions, estimate_changes
 from compress.verification.quality import Change, predict
 from compress.verification.runtimes.base import Runtime
-
-if TYPE_CHECKING:  # the module imports torch
-    from compress.data.batches import Split
 
 NOMINAL = "nominal"
 

@@ -13,6 +13,7 @@ import numpy as np
 from compress.artifacts import CheckResult, Figures, Signature, Verdict
 from compress.cost.onnx_file import load_onnx, read_signature
 from compress.cost.onnx_graph import OnnxCounts, count_onnx
+from compress.data.splits import Split
 from compress.errors import ArtifactError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import (
@@ -43,8 +44,6 @@ from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import nn
-
-    from compress.data.batches import Split
 
 
 _PARITY = ("parity", "parity_edges")

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from compress.data.batches import (
     Augmentation,
-    Split,
     augment,
     batches_per_epoch,
     evaluation_batches,
@@ -19,6 +18,7 @@ from compress.data.batches import (
 )
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import DataError
 
 PLAIN = Preprocessing(scale=1.0)

@@ -6,8 +6,8 @@ import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
 from compress.artifacts import CheckResult, Figures, Verdict
+from compress.ci import require_places, to_junit, to_markdown, write_for_ci
 from compress.errors import ArtifactError, ConfigError
-from compress.report.ci import require_places, to_junit, to_markdown, write_for_ci
 
 CHECKS = (
     CheckResult("parity", "pass", 1e-6, 1e-3, "", "64 images"),

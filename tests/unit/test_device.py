@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compress.data.batches import Augmentation, Split, evaluation_batches, fast_batch_size, training_batches
+from compress.data.batches import Augmentation, evaluation_batches, fast_batch_size, training_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import SilentProgress
 from compress.pruning.graph import ChannelGroup, Member

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import compress.pruning.elimination as elimination
 from compress.cost.macs import eval_mode
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.criteria.taylor import Taylor

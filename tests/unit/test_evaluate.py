@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import DataError, ModelError
 from compress.progress import SilentProgress
 from compress.training.evaluate import check_outputs, evaluate_top1

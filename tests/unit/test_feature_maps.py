@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import Augmentation, Split
+from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import ModelError
 from compress.lowrank.surgery import factorized_copy
 from compress.progress import SilentProgress, SilentTask

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from compress.data.batches import Augmentation, Split, training_batches
+from compress.data.batches import Augmentation, training_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.progress import SilentProgress, SilentTask
 from compress.training import device as device_module

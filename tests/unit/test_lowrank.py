@@ -15,9 +15,10 @@ from torch.nn.utils import parametrizations
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.config.schema import LowRankConfig, RankTargetConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import BudgetUnreachable, NonFinite, StageError, UnsupportedLayer
 from compress.lowrank.factorize import Moments, applicable_schemes, factorize, full_ranks, multiply, singular_values
 from compress.lowrank.layers import find_layers, layer_spectra

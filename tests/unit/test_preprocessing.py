@@ -11,9 +11,10 @@ from PIL import Image
 from torchvision.transforms import functional as reference
 
 from compress.config.schema import PreprocessingConfig
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 
 SIDES = st.integers(1, 40)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import DataError, InternalError
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers

@@ -17,9 +17,9 @@ import compress.stages.exporting as exporting
 from compress.config.schema import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.onnx_graph import count_onnx
-from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import SilentProgress

@@ -6,9 +6,9 @@ import pytest
 from compress.artifacts import Signature, TensorSpec
 from compress.catalog import CORRUPTIONS
 from compress.config.schema import RobustnessConfig
-from compress.data.batches import Split
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.verification.metrics import Estimate
 from compress.verification.robustness import (
     NOMINAL,

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
-from compress.data.batches import Split, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.elimination import ReaderStats, reader_statistics
 from compress.pruning.graph import ChannelGroup, find_cuttable, silenced_copy

@@ -1,5 +1,7 @@
 """A file that no run made is held to a pipeline's gates, alone and against a baseline."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,18 @@ def test_the_command_needs_neither_weights_nor_training_images(world: smallrun.W
     done = smallrun.call("verify", untrained, "--pipeline", pipeline, "--against", trained)
     assert done.exit_code == 1
     assert "FAILED: max_drop.top1 failed, of " in done.stdout
+
+
+def test_a_file_is_verified_where_torch_is_not_installed(world: smallrun.World) -> None:
+    values = with_gates(world, max_drop={"top1": 0.1}, min_speedup=0.01)
+    values["stages"][-1]["robustness"] = {"images": 8, "noise_levels": [0.1], "corruptions": ["jpeg", "elastic"]}
+    file, junit = world.folder / "trained.onnx", world.folder / "out.xml"
+    arguments = [file, "--pipeline", world.write(values), "--against", file, "--junit", junit]
+    code = (
+        "import sys\nsys.modules.update(dict.fromkeys(('torch', 'torchvision', 'torch_pruning', 'onnxscript')))\n"
+        f"from compress.cli import app\napp(['verify', *{[str(one) for one in arguments]!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "PASSED" in done.stdout
+    assert 'failures="0"' in junit.read_text(encoding="utf-8")

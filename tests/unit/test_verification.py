@@ -20,8 +20,8 @@ from compress.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signat
 from compress.config.schema import GatesConfig, VerifyConfig
 from compress.cost.macs import count_params
 from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.data.batches import Split
 from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import (
     ArtifactError,
     ConfigValueError,

@@ -13,6 +13,7 @@ from compress.report.outcome import (
     render_parity,
     render_verdict,
 )
+from compress.report.quality import render_quality, render_robustness
 from compress.report.style import STYLE_SHEET
 from compress.report.work import render_environment, render_notes, render_stages, render_times
 
@@ -35,6 +36,8 @@ def render_html(report: dict[str, Any]) -> str:
             render_checks(report),
             render_notes(report),
             render_stages(report),
+            render_quality(report),
+            render_robustness(report),
             render_latency(report),
             render_parity(report),
             render_times(report),

@@ -110,8 +110,17 @@ def render_latency(report: dict[str, Any]) -> str:
         ("images a call", latency.get("batch_size")),
         ("warm-up calls", latency.get("warmup")),
         ("timed calls, baseline and slim", f"{len(baseline)} and {len(slim)}"),
+        *_list_ratio(latency.get("ratio")),
     ]
     return render_section("Latency", render_split(render_facts(facts), figure)) if figure else ""
+
+
+def _list_ratio(ratio: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    """Return the speed-up with its interval as a fact; none where it was not measured."""
+    value, low, high = (find(ratio, key) for key in ("value", "low", "high"))
+    if not value or not low or not high:
+        return []
+    return [("speed-up, with 95 % confidence", f"{1 / value:.3f}× ({1 / high:.3f} to {1 / low:.3f})")]
 
 
 def render_parity(report: dict[str, Any]) -> str:
@@ -188,7 +197,7 @@ def _compare(
 def _compare_quality(report: dict[str, Any], metric: str) -> tuple[str, ...]:
     before, after = find(report, "baseline", "quality", metric), find(report, "slim", "quality", metric)
     change = "–" if before is None or after is None else _describe_points(before, after)
-    name = "Top-1" if metric == "top1" else metric
+    name = metric.replace("top", "Top-") if metric.startswith("top") else metric.replace("_", " ").capitalize()
     return escape(name), format_share(before), format_share(after), escape(change), ""
 
 

@@ -227,6 +227,36 @@ def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None
     return _render(key, "Training loss and validation top-1 of each epoch", 3.4, draw)
 
 
+def plot_noise(
+    key: str, levels: Sequence[float], baseline: Sequence[float | None], slim: Sequence[float | None]
+) -> str:
+    """Return top-1 of both networks over the level of noise; "" when there is no noise.
+
+    Args:
+        key: Unique in the page.
+        levels: Of the noise, 0 first.
+        baseline: Top-1 at each level, in [0, 1]; entries may be missing.
+        slim: The same of the slim network.
+    """
+    series = [
+        (label, color, [(x, 100 * (y or 0)) for x, y in zip(levels, values, strict=False) if _are_numbers(x, y)])
+        for label, color, values in (("baseline", BASELINE, baseline), ("slim", SLIM, slim))
+    ]
+    drawn = [one for one in series if len(one[2]) > 1]
+    if not drawn:
+        return ""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for label, color, points in drawn:
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker="o", markersize=4, label=label)
+        axes.set(xlabel="level of the noise", ylabel="top-1 (%)")
+        axes.set_ylim(0, 100)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _render(key, "Top-1 over the level of noise", 2.4, draw)
+
+
 def plot_latency(key: str, baseline_ms: Sequence[float | None], slim_ms: Sequence[float | None]) -> str:
     """Return histograms of both networks' latency with their medians; "" when neither was measured.
 

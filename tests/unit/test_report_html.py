@@ -182,10 +182,10 @@ def test_hostile_text_is_escaped_everywhere() -> None:
 
 
 def test_pictures_are_there_for_every_stage_that_has_data(html: str) -> None:
-    assert Page(html).plots() == ["widths-1", "training-2", "latency"]
+    assert Page(html).plots() == ["widths-1", "training-2", "noise", "latency"]
     twice = [StageRun("prune", "ran", 1.0, prune_record()), StageRun("finetune", "ran", 1.0, finetune_record())] * 2
     page = Page(render_html(report_of(passing_verdict(), twice)))
-    assert page.plots() == ["widths-0", "training-1", "widths-2", "training-3", "latency"]
+    assert page.plots() == ["widths-0", "training-1", "widths-2", "training-3", "noise", "latency"]
     assert "widths of the channel groups (stage 3 of 4)" in page.text
 
 
@@ -298,14 +298,14 @@ def test_a_budget_in_milliseconds_is_drawn() -> None:
     record = {"groups": [{"name": "a<b", "width_before": 16, "width_after": 8, "damage": 0.125}], "latency": latency}
     html = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record)]))
     page = Page(html)
-    assert page.plots() == ["widths-0", "stairs-0", "prediction-0", "layers-0", "latency"]
+    assert page.plots() == ["widths-0", "stairs-0", "prediction-0", "layers-0", "noise", "latency"]
     assert "0.125" in page.text
     assert "networks chosen" in html
     assert "a<b" not in html.replace("<b>", "")
     assert ">whole<" in html, "a legend, and no stair of one step"
     for empty in ({}, {"stairs": [], "variants": [], "layers": []}):
         bare = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record | {"latency": empty})]))
-        assert Page(bare).plots() == ["widths-0", "latency"]
+        assert Page(bare).plots() == ["widths-0", "noise", "latency"]
 
 
 def test_what_was_tried_is_told() -> None:
@@ -342,3 +342,35 @@ def test_what_a_method_learned_is_told_and_its_training_is_drawn(stage: str) -> 
     for phrase in told:
         assert phrase in page.text, phrase
     assert "training-1" in page.plots()
+
+
+def test_quality_shows_what_changed_and_the_classes_that_lost_most() -> None:
+    page = Page(render_html(report_of(passing_verdict())))
+    assert "91.04 % (90.48 to 91.60)" in page.text
+    assert "312 images lost, 243 won" in page.text
+    assert page.text.index("class <10>") < page.text.index("class <9>") < page.text.index("class <1>")
+    assert "1 more classes" in page.text
+    assert "class <11>" not in page.text, "it has no images"
+
+
+def test_robustness_shows_the_largest_loss_first() -> None:
+    page = Page(render_html(report_of(passing_verdict())))
+    names = ["uniform noise 0.3", "uniform noise 0.2", "jpeg 3", "uniform noise 0.1", "nominal", "brightness 3"]
+    places = [page.text.index(name) for name in names]
+    assert places[:2] == sorted(places[:2])
+    assert places[-2:] == sorted(places[-2:])
+    assert "−0.20 % (−1.20 to 0.80)" in page.text
+    assert "noise" in page.plots()
+
+
+def test_quality_without_a_baseline_is_of_the_file_alone() -> None:
+    report = report_of(passing_verdict())
+    quality = report["details"]["quality"]
+    quality |= {"changes": None, "baseline": None, "baseline_by_class": None}
+    for one in report["details"]["robustness"]["distributions"]:
+        one |= {"baseline_top1": None, "changes": {}}
+    page = Page(render_html(report))
+    assert "91.04 % (90.48 to 91.60)" in page.text
+    assert "images lost" not in page.text
+    del report["details"]["quality"], report["details"]["robustness"]
+    assert "noise" not in Page(render_html(report)).plots()

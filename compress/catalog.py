@@ -51,6 +51,7 @@ STAGES: dict[str, StageEntry] = {
     )
 }  # fmt: skip
 
+NOMINAL = "nominal"  # images as they are
 CORRUPTIONS = (
     "gaussian_noise",
     "impulse_noise",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.catalog import NOMINAL
 from compress.report.build import write_json, write_page
 from compress.report.html import render_page
 from compress.report.markup import (
@@ -19,6 +20,8 @@ from compress.report.outcome import find
 from compress.report.plots import plot_front
 
 SWEEP_SCHEMA = 1
+DELTA = 0.005
+POTENTIAL_COLUMNS = ("images", "MACs that can go")
 COLUMNS = ("budget", "verdict", "top-1", "change", "MACs", "fewer MACs", "latency p50", "speed-up", "ONNX size")
 
 
@@ -32,10 +35,12 @@ def build_sweep(name: str, quantity: str, rows: Sequence[dict[str, Any]]) -> dic
             "error": why there is none}.
 
     Returns:
-        Keys schema, name, quantity, baseline (figures, or None), runs. Each run has budget, run, error, passed, macs,
-        params, size_bytes, top1, latency_ms (p50), and speedup and fewer_macs against the baseline of that run.
+        Keys schema, name, quantity, baseline (figures, or None), runs, prune_potential (or None). Each run has budget,
+        run, error, passed, macs, params, size_bytes, top1, latency_ms (p50), and speedup and fewer_macs against the
+        baseline of that run.
     """
     runs = [_summary(row) for row in rows]
+    reports = [row["report"] for row in rows if row["report"] is not None]
     baselines = [row["report"]["baseline"] for row in rows if find(row, "report", "baseline")]
     return {
         "schema": SWEEP_SCHEMA,
@@ -43,7 +48,63 @@ def build_sweep(name: str, quantity: str, rows: Sequence[dict[str, Any]]) -> dic
         "quantity": quantity,
         "baseline": baselines[0] if baselines else None,
         "runs": runs,
+        "prune_potential": prune_potential(reports),
     }
+
+
+def prune_potential(reports: Sequence[dict[str, Any]], delta: float = DELTA) -> dict[str, Any] | None:
+    """Return how much could be removed at no more than a given loss, on each distribution that was looked at.
+
+    Args:
+        reports: `report.json` of runs that are alike but for their budgets.
+        delta: Largest loss of top-1 against the baseline, as a share.
+
+    Returns:
+        "delta"; "distributions": name -> largest share of MACs that a run removed without losing more there, 0 where
+        every run does; "nominal": that of the images as they are; "average" and "minimum" over the others, and
+        "worst": where that is. None where no run looked at noise or corruptions next to a baseline.
+
+    Source: Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.
+    """
+    potential: dict[str, float] = {}
+    for report in reports:
+        before, after = find(report, "baseline", "macs"), find(report, "slim", "macs")
+        for one in find(report, "details", "robustness", "distributions") or []:
+            drop = find(one, "changes", "drop.top1", "value")
+            if not before or after is None or drop is None:
+                continue
+            removed = 1 - after / before if drop <= delta + 1e-9 else 0.0
+            potential[one["name"]] = max(potential.get(one["name"], 0.0), removed)
+    others = {name: share for name, share in potential.items() if name != NOMINAL}
+    if not others or NOMINAL not in potential:
+        return None
+    worst = min(others, key=lambda name: others[name])
+    return {
+        "delta": delta,
+        "nominal": potential[NOMINAL],
+        "average": sum(others.values()) / len(others),
+        "minimum": others[worst],
+        "worst": worst,
+        "distributions": potential,
+    }
+
+
+def potential_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of `POTENTIAL_COLUMNS`, the smallest potential first; [] where none is known."""
+    found = find(report, "prune_potential", "distributions") or {}
+    return [[name, format_share(share)] for name, share in sorted(found.items(), key=lambda item: item[1])]
+
+
+def describe_potential(report: dict[str, Any]) -> str:
+    """Return the prune potential in a sentence; "" where none is known."""
+    found = find(report, "prune_potential")
+    if found is None:
+        return ""
+    return (
+        f"Prune potential at {100 * found['delta']:g} points of loss: {format_share(found['nominal'])} of the MACs on "
+        f"the images as they are, {format_share(found['average'])} on average over noise and corruptions, "
+        f"{format_share(found['minimum'])} on {found['worst']}."
+    )
 
 
 def write_sweep(report: dict[str, Any], folder: Path) -> None:
@@ -77,6 +138,10 @@ def render_sweep(report: dict[str, Any]) -> str:
     )
     table = render_table(COLUMNS, rows, numeric=range(2, len(COLUMNS)))
     parts.append(render_section(f"Budgets of {report['quantity']}", table, errors))
+    if potentials := potential_rows(report):
+        shown = [[escape(cell) for cell in row] for row in potentials]
+        sentence = f"<p>{escape(describe_potential(report))}</p>\n"
+        parts.append(render_section("Prune potential", sentence, render_table(POTENTIAL_COLUMNS, shown, numeric=(1,))))
     return render_page(f"{report['name']}: sweep", "compress sweep", report["name"], "".join(parts))
 
 

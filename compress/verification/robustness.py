@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from compress.catalog import CORRUPTIONS
+from compress.catalog import CORRUPTIONS, NOMINAL
 from compress.data.splits import Split
 from compress.progress import Progress, SilentProgress
 from compress.verification.corruptions import add_noise, corrupt
 from compress.verification.metrics import Estimate, Predictions, estimate_changes
 from compress.verification.quality import Change, predict
 from compress.verification.runtimes.base import Runtime
-
-NOMINAL = "nominal"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,9 @@ def _sweep(world: World, budgets: str, *arguments: str, **changes: object):
 
 
 def test_budgets_stand_side_by_side(world: World) -> None:
-    done, report, folder = _sweep(world, "0.5,0.8,0.001,0.8")
+    *stages, last = world.values()["stages"]
+    last["robustness"] = {"images": 16, "noise_levels": [0.1], "corruptions": ["jpeg"]}
+    done, report, folder = _sweep(world, "0.5,0.8,0.001,0.8", stages=[*stages, last])
     assert done.exit_code == 3, "a budget was not met"
     assert [run["budget"] for run in report["runs"]] == [0.8, 0.5, 0.001]
     assert report["quantity"] == "macs"
@@ -37,6 +39,9 @@ def test_budgets_stand_side_by_side(world: World) -> None:
     assert re.search(r"0\.001 +not met", done.stdout)
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert page.count('href="../chain-') == 2
+    assert set(report["prune_potential"]["distributions"]) == {"nominal", "uniform noise 0.1", "jpeg 3"}
+    assert "Prune potential at 0.5 points of loss" in done.stdout
+    assert "Prune potential" in page
     assert "cannot be reached" in page
     assert page.count("<svg") == 1
 

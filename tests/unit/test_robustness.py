@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from compress.artifacts import Signature, TensorSpec
-from compress.catalog import CORRUPTIONS
+from compress.catalog import CORRUPTIONS, NOMINAL
 from compress.config.schema import RobustnessConfig
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.verification.metrics import Estimate
 from compress.verification.robustness import (
-    NOMINAL,
     Robustness,
     Standing,
     distributions,

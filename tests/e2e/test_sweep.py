@@ -45,7 +45,7 @@ def test_budgets_stand_side_by_side(world: World) -> None:
     assert "cannot be reached" in page
     assert page.count("<svg") == 1
 
-    again, same, _ = _sweep(world, "0.8,0.5")
+    again, same, _ = _sweep(world, "0.8,0.5", stages=[*stages, last])
     assert again.exit_code == 0
     assert same["runs"] == report["runs"][:2]
     assert "done in" not in re.sub(r"(?m)^(?!\[).*$", "", again.stdout), "no stage ran again"

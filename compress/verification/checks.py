@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,23 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from compress.artifacts import CheckResult, Signature, TensorSpec
-from compress.cost.onnx_file import default_opset, external_files, first_line, load_onnx, read_signature
+from compress.cost.onnx_file import (
+    default_opset,
+    external_files,
+    first_line,
+    load_onnx,
+    read_metadata,
+    read_signature,
+)
+from compress.data.splits import Split
+from compress.errors import ArtifactError
 from compress.verification.compare import ParityResult
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import Tensor, nn
+
+BASELINE_WITHIN = 0.002  # another runtime may decide otherwise where two classes are as likely
 
 
 def check_structure(model: ModelProto, path: Path, signature: Signature | None, opset: int | None) -> CheckResult:
@@ -73,6 +85,42 @@ def check_weights(counted: int | str, reference: nn.Module, signature: Signature
     from compress.cost.macs import count_layer_weights
 
     return _check_count("weights_agree", "weights", counted, count_layer_weights(reference, _example(signature)))
+
+
+def check_preprocessing(model: ModelProto, split: Split) -> CheckResult:
+    """Check that images are prepared here as the file says they must be, and that classes have the same names.
+
+    Args:
+        model: The file; one that says nothing is not held to anything.
+        split: What it is verified on.
+    """
+    try:
+        said = read_metadata(model)
+    except ArtifactError as error:
+        return CheckResult("preprocessing", "fail", None, None, "", error.message)
+    names = split.source.classes
+    if said.preprocessing is None:
+        return CheckResult("preprocessing", "skipped", None, None, "", "the file does not say how images are prepared")
+    given, wanted = asdict(split.preprocessing), asdict(said.preprocessing)
+    problems = [f"{key} must be {value}, got {given[key]}" for key, value in wanted.items() if value != given[key]]
+    if said.classes and names and said.classes != names:
+        problems.append(f"classes must be {', '.join(said.classes[:6])} ..., got {', '.join(names[:6])} ...")
+    detail = "; ".join(problems) or "as the file says"
+    return CheckResult("preprocessing", "fail" if problems else "pass", None, None, "", detail)
+
+
+def check_baseline(recorded: float, measured: float, images: int) -> CheckResult:
+    """Check that the baseline's file is as good as when it was recorded: else the images or the file are others now.
+
+    Args:
+        recorded: Top-1 when the baseline was made.
+        measured: Top-1 now.
+        images: That it is measured on.
+    """
+    limit = max(BASELINE_WITHIN, 1.5 / images)
+    apart = abs(measured - recorded)
+    detail = f"top-1 {recorded:.2%} when it was made, {measured:.2%} now"
+    return CheckResult("baseline_agrees", "pass" if apart <= limit else "fail", apart, limit, "share", detail)
 
 
 def check_denormals(path: Path) -> CheckResult:

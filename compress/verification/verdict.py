@@ -17,11 +17,13 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import (
+    check_baseline,
     check_denormals,
     check_edges,
     check_evaluation,
     check_macs,
     check_parity,
+    check_preprocessing,
     check_provider,
     check_structure,
     check_weights,
@@ -135,6 +137,7 @@ class _Verification:
             self.counts = count_onnx(self.path)
         except ModelError as error:
             failure = error.message
+        self.checks.append(check_preprocessing(model, self.evaluation))
         is_valid = self.checks[0].status == "pass"
         self.checks.append(check_denormals(self.path) if is_valid else skipped("denormals", "the file is not valid"))
         if reference is None:
@@ -229,6 +232,10 @@ class _Verification:
         own, changes = self._judge_quality()
         slim = self._figures(reference, own)
         baseline = self._baseline(baseline_figures)
+        recorded = None if baseline_figures is None else baseline_figures.quality.get("top1")
+        if recorded is not None and self.before is not None:
+            now = float(self.before.hits.mean())
+            self.checks.append(check_baseline(recorded, now, len(self.before)))
         self.checks += self.gates.check_quality(own, changes)
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim.size_bytes)

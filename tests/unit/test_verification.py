@@ -432,7 +432,8 @@ def split():
 
 
 def test_good_file_passes_every_check(split):
-    baseline = Figures(7, 8, 9, {"top1": 0.95}, {"p50": 99.0})
+    before = evaluate_top1(nets.build("residual"), split)
+    baseline = Figures(7, 8, 9, {"top1": before}, {"p50": 99.0})
     verdict = verify_onnx(
         exported("chain"), evaluation=split, conditions=QUICK, parity_samples=16, signature=SIGNATURE, opset=18,
         reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_figures=baseline,
@@ -442,13 +443,12 @@ def test_good_file_passes_every_check(split):
     )  # fmt: skip
     assert verdict.passed, verdict.checks
     assert list(checks_of(verdict)) == [
-        "structure", "denormals", "macs_agree", "weights_agree", "provider", "parity", "parity_edges", "evaluation",
-        "max_drop.top1", "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
+        "structure", "preprocessing", "denormals", "macs_agree", "weights_agree", "provider", "parity", "parity_edges",
+        "evaluation", "baseline_agrees", "max_drop.top1", "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
-    assert set(verdict.required) == set(checks_of(verdict))
+    assert set(verdict.required) == set(checks_of(verdict)) - {"preprocessing", "baseline_agrees"}
     assert verdict.slim.quality["top1"] == 0.9
     assert set(verdict.slim.quality) == {"top1", "worst_class", "calibration_error"}
-    before = evaluate_top1(nets.build("residual"), split)
     assert checks_of(verdict)["max_drop.top1"].value == pytest.approx(before - 0.9)
     assert verdict.slim.macs == 276544
     assert verdict.slim.params == count_params(nets.build("chain"))
@@ -668,7 +668,8 @@ def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_pat
     class Data:
         evaluation = split
 
-    figures = Figures(2469952, 9876, 42312, {"top1": 0.95}, {"p50": 1.0})
+    before = evaluate_top1(nets.build("residual"), split)
+    figures = Figures(2469952, 9876, 42312, {"top1": before}, {"p50": 1.0})
     torch_model = TorchModel(
         nets.build("chain"), FactorySpec("factory", "nets:chain"), Recipe(), SIGNATURE, PREPROCESSING, (),
         Baseline(figures, exported("residual"), tmp_path),

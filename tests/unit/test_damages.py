@@ -1,0 +1,208 @@
+"""A file that is broken on purpose fails the check that is there for it, and the baseline itself passes every gate."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nets
+import numpy as np
+import onnx
+import pytest
+from exported import PREPROCESSING, SIGNATURE, exported
+from onnx import TensorProto, helper, numpy_helper
+
+from compress.artifacts import Figures
+from compress.cost.onnx_file import load_onnx, save_onnx
+from compress.data.sources import ArraySource
+from compress.data.splits import Split
+from compress.verification.gates import Gates
+from compress.verification.measuring import Conditions
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
+from compress.verification.verdict import verify_onnx
+
+GATES = Gates(
+    max_drop={"top1": 0.0, "worst_class": 0.0},
+    max_rise={"calibration_error": 0.0},
+    minimum={"top1": 0.8},
+    maximum={"churn": 0.0, "softmax_distance": 0.0},
+    max_size_mb=1.0,
+)
+
+
+def make_split(preprocessing=PREPROCESSING, shift=0):
+    """Images whose labels are what the network says, but for the last four."""
+    images = np.random.default_rng(3).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    with OnnxRuntime(exported("chain")) as runtime:
+        labels = runtime.run({"image": PREPROCESSING.normalize(images)})["logits"].argmax(1)
+    labels[36:] = (labels[36:] + 1) % 4
+    source = ArraySource(images, (labels + shift) % 4, ("cat", "dog", "naïve", "ship"))
+    return Split("evaluation", source, np.arange(40), preprocessing)
+
+
+SPLIT = make_split()
+
+
+def verify(path, split=SPLIT, **changes):
+    arguments = {
+        "evaluation": split,
+        "conditions": Conditions(warmup=1, repeats=4),
+        "gates": GATES,
+        "signature": SIGNATURE,
+        "opset": 18,
+        "reference": nets.build("chain"),
+        "baseline_onnx": exported("chain"),
+        "baseline_figures": Figures(276544, 3820, 1, {"top1": 0.9}, {}),
+    }
+    return verify_onnx(path, **(arguments | changes))
+
+
+def failing(verdict):
+    return {check.name for check in verdict.checks if check.status == "fail"}
+
+
+def test_the_baseline_against_itself_passes_every_gate():
+    verdict = verify(exported("chain"))
+    assert verdict.passed, failing(verdict)
+    assert {check.status for check in verdict.checks} == {"pass"}
+    assert len(verdict.checks) >= 16
+
+
+def weight(model, name):
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def kernels(model):
+    """The weights of convolutions, in order."""
+    names = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
+    return [weight(model, name) for name in names]
+
+
+def put(tensor, values):
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, dtype=np.float32), tensor.name))
+
+
+def permuted_channels(model):
+    values = numpy_helper.to_array(kernels(model)[0])
+    put(kernels(model)[0], values[::-1])
+
+
+def zeroed_filter(model):
+    values = numpy_helper.to_array(kernels(model)[-1]).copy()
+    values[int(np.abs(values).sum((1, 2, 3)).argmax())] = 0
+    put(kernels(model)[-1], values)
+
+
+def scaled_head(model):
+    put(weight(model, "head.weight"), numpy_helper.to_array(weight(model, "head.weight")) * 1.01)
+
+
+def nan_weight(model):
+    values = numpy_helper.to_array(kernels(model)[0]).copy()
+    values.flat[0] = np.nan
+    put(kernels(model)[0], values)
+
+
+def overflow(model):
+    """As in half precision: what is above 65504 is infinite."""
+    put(kernels(model)[0], numpy_helper.to_array(kernels(model)[0]) * 1e38)
+    put(kernels(model)[1], numpy_helper.to_array(kernels(model)[1]) * 1e38)
+
+
+def denormal_weights(model):
+    values = numpy_helper.to_array(kernels(model)[0]).copy()
+    values.flat[:5] = 1e-40
+    put(kernels(model)[0], values)
+
+
+def wrong_opset(model):
+    model.opset_import[0].version = 19
+
+
+def missing_output(model):
+    inner = model.graph.output[0].name
+    model.graph.output[0].name = "scores"
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == inner:
+                node.output[index] = "scores"
+
+
+def second_input(model):
+    model.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch", 1]))
+
+
+def fixed_batch(model):
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def training_mode(model):
+    last = [node for node in model.graph.node if node.op_type == "Relu"][-1]
+    inner, last.output[0] = last.output[0], "before_dropout"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "is_training"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "ratio"))
+    dropout = helper.make_node("Dropout", ["before_dropout", "ratio", "is_training"], [inner], name="drop")
+    model.graph.node.insert(list(model.graph.node).index(last) + 1, dropout)
+
+
+def narrower_layer(model):
+    """One filter fewer, with everything that reads it: a network that runs, and is not the one it should be."""
+    first, second = kernels(model)[:2]
+    put(first, numpy_helper.to_array(first)[:-1])
+    bias = next(node.input[2] for node in model.graph.node if node.op_type == "Conv" and node.input[1] == first.name)
+    put(weight(model, bias), numpy_helper.to_array(weight(model, bias))[:-1])
+    put(second, numpy_helper.to_array(second)[:, :-1])
+    del model.graph.value_info[:]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is done to the file, or around it, and a check that must fail."""
+
+    name: str
+    check: str
+    change: object = None
+    split: Split = SPLIT
+
+
+DAMAGES = (
+    Damage("permuted channels", "parity", permuted_channels),
+    Damage("one filter zeroed", "parity", zeroed_filter),
+    Damage("head scaled by 1 %", "softmax_distance", scaled_head),
+    Damage("a NaN weight", "evaluation", nan_weight),
+    Damage("overflow", "evaluation", overflow),
+    Damage("denormal weights", "denormals", denormal_weights),
+    Damage("wrong opset", "structure", wrong_opset),
+    Damage("missing output", "structure", missing_output),
+    Damage("a second input", "structure", second_input),
+    Damage("fixed batch", "structure", fixed_batch),
+    Damage("dropout that drops", "structure", training_mode),
+    Damage("a narrower layer", "macs_agree", narrower_layer),
+    Damage("swapped mean and std", "preprocessing", split=make_split(
+        replace(PREPROCESSING, mean=PREPROCESSING.std, std=PREPROCESSING.mean))),
+    Damage("shifted labels", "baseline_agrees", split=make_split(shift=1)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_a_damaged_file_fails_the_check_that_is_there_for_it(damage, tmp_path: Path):
+    path = exported("chain")
+    if damage.change is not None:
+        model = load_onnx(path, weights=True)
+        damage.change(model)
+        path = tmp_path / "damaged.onnx"
+        onnx.save(model, path)
+    verdict = verify(path, damage.split)
+    assert not verdict.passed
+    assert any(name.rpartition(".")[2] == damage.check for name in failing(verdict)), failing(verdict)
+
+
+def test_missing_weights_and_half_a_file_are_found(tmp_path):
+    path = tmp_path / "external.onnx"
+    save_onnx(load_onnx(exported("chain"), weights=True), path, external=True)
+    (tmp_path / "external.onnx.data").unlink()
+    assert "structure" in failing(verify(path))
+
+
+def test_shifted_labels_fail_without_a_recorded_baseline_too():
+    verdict = verify(exported("chain"), make_split(shift=1), baseline_figures=None)
+    assert failing(verdict) == {"min.top1"}

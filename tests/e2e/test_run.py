@@ -79,8 +79,8 @@ def test_the_report_has_its_public_keys(finished: Finished) -> None:
         assert check["status"] == "pass"
     for side in ("baseline", "slim"):
         assert set(report[side]) == FIGURES
-        assert set(report[side]["quality"]) == {"top1"}
-        assert set(report[side]["latency_ms"]) == {"p50", "p95"}
+        assert set(report[side]["quality"]) == {"top1", "worst_class", "calibration_error"}
+        assert set(report[side]["latency_ms"]) == {"p50", "p90", "p95", "p99"}
     for stage in report["stages"]:
         assert {"stage", "status", "seconds"} <= set(stage)
     assert report["non_finite"] == []
@@ -313,7 +313,7 @@ def test_the_command_line_runs_a_pipeline_in_a_process_of_its_own(world: World) 
     assert "[1/5] load: unchanged\n" in stdout  # the store is shared by all runs
     assert "[3/5] finetune: runs for the first time\n" in stdout
     assert f"ONNX file: {world.runs / 'other' / 'model.onnx'}\n" in stdout
-    assert "PASSED: 6 checks made, none failed.\n" in stdout
+    assert "PASSED: 11 checks made, none failed.\n" in stdout
     check_slim_equals_file(world, "other")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compress.data.batches import Augmentation, evaluation_batches, fast_batch_size, training_batches
+from compress.data.batches import Augmentation, PlacedSplit, evaluation_batches, fast_batch_size, training_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
@@ -69,7 +69,7 @@ def test_images_that_lie_on_the_device_give_the_same_batches():
     plain = _split()
     whole = resident(plain.source, CPU)
     assert whole is not None
-    there = replace(plain, resident=whole)
+    there = PlacedSplit(plain.name, plain.source, plain.indices, plain.preprocessing, CPU, whole)
     for one, other in zip(training_batches(plain, 8, ALL, 1, 2), training_batches(there, 8, ALL, 1, 2), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])

@@ -16,6 +16,7 @@ from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
+from compress.verification.robustness import Robustness
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.verdict import verify_onnx
 
@@ -201,6 +202,33 @@ def test_missing_weights_and_half_a_file_are_found(tmp_path):
     save_onnx(load_onnx(exported("chain"), weights=True), path, external=True)
     (tmp_path / "external.onnx.data").unlink()
     assert "structure" in failing(verify(path))
+
+
+def test_a_file_that_gives_nan_where_it_is_bright_fails_robustness_alone(tmp_path):
+    """The square root of what is left up to a brightness that no image as it is reaches."""
+    model = load_onnx(exported("chain"), weights=True)
+    first = model.graph.node[0].input[0]
+    top = float(PREPROCESSING.normalize(np.full((1, 1, 1, 3), 255, np.uint8)).max()) + 0.25
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == first:
+                node.input[index] = "checked"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(top, np.float32), "top"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "nothing"))
+    for position, (kind, inputs, output) in enumerate(
+        (
+            ("Sub", ["top", first], "room"),
+            ("Sqrt", ["room"], "root"),
+            ("Mul", ["root", "nothing"], "zero"),
+            ("Add", [first, "zero"], "checked"),
+        )
+    ):
+        model.graph.node.insert(position, helper.make_node(kind, inputs, [output]))
+    path = tmp_path / "bright.onnx"
+    onnx.save(model, path)
+    assert verify(path).passed
+    verdict = verify(path, robustness=Robustness(images=8, noise_levels=(0.1, 2.0), corruptions=()))
+    assert failing(verdict) == {"robustness"}
 
 
 def test_shifted_labels_fail_without_a_recorded_baseline_too():

@@ -81,11 +81,12 @@ class Gates:
         for kind, wanted in self._of_quality.items():
             prefix = {"max_drop": "drop.", "max_rise": "rise."}.get(kind, "")
             for name, limit in wanted.items():
+                unit = "" if name == "softmax_distance" else "share"
                 estimate = found.get(prefix + name)
                 if estimate is None:
-                    checks.append(skipped(f"{kind}.{name}", _WHY.get(name, why) if own else why, limit, "share"))
+                    checks.append(skipped(f"{kind}.{name}", _WHY.get(name, why) if own else why, limit, unit))
                 else:
-                    checks.append(self._check(f"{kind}.{name}", estimate, limit, is_least=kind == "min"))
+                    checks.append(self._check(f"{kind}.{name}", estimate, limit, is_least=kind == "min", unit=unit))
         return checks
 
     def check_speed(

@@ -395,7 +395,13 @@ def test_each_gate_of_quality_holds_its_own_figure_to_its_limit(gates, name, sta
     assert (check.name,) == gates.asked == (name,)
     kind, _, figure = name.partition(".")
     estimate = {**OWN, **CHANGES}[{"max_drop": "drop.", "max_rise": "rise."}.get(kind, "") + figure]
-    assert (check.status, check.value) == (status, estimate.value)
+    assert (check.status, check.value, check.unit) == (status, estimate.value, "share")
+
+
+def test_a_distance_is_no_share():
+    gates = Gates(maximum={"softmax_distance": 0.1})
+    for changes in ({"softmax_distance": Estimate(0.07)}, None):
+        assert gates.check_quality(OWN, changes)[0].unit == ""
 
 
 def test_a_limit_within_the_noise_is_said_to_be():

@@ -46,7 +46,7 @@ STAGES: dict[str, StageEntry] = {
                    "train the slim network, best epoch chosen on validation"),
         StageEntry("export", "compress.stages.export:ExportStage", 3, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),
-        StageEntry("verify", "compress.stages.verify:VerifyStage", 2, ONNX_MODEL, VERDICT, True,
+        StageEntry("verify", "compress.stages.verify:VerifyStage", 3, ONNX_MODEL, VERDICT, True,
                    "measure the file in its runtime and hold it to the gates"),
     )
 }  # fmt: skip

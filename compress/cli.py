@@ -205,8 +205,17 @@ def validate(
 def verify(
     model: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to check.")],
     pipeline: Annotated[
-        Path, typer.Option("--pipeline", metavar="PIPELINE", help="Says data, preprocessing, runtime and gates.")
-    ],
+        Path | None,
+        typer.Option("--pipeline", metavar="PIPELINE", help="Says data, preprocessing, runtime and gates."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DATA", help="Images and labels: an .npz with x and y, or a folder of classes."),
+    ] = None,
+    gates: Annotated[
+        Path | None,
+        typer.Option("--gates", metavar="GATES.yaml", help="Gates, conditions and preprocessing, with --data."),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option("--against", metavar="BASELINE.onnx", help="Baseline for drop and speed-up.")
     ] = None,
@@ -216,17 +225,25 @@ def verify(
     json_file: JsonFile = None,
     github_summary: Summary = False,
 ) -> None:
-    """Hold an ONNX file to the gates of a pipeline."""
+    """Hold any ONNX classifier to gates: those of a pipeline, or of a file of their own."""
+    if (pipeline is None) == (data is None and gates is None):
+        raise ConfigError(
+            "verify takes either --pipeline, or --data and --gates, which say on what the file is measured.",
+            hint="compress verify model.onnx --against baseline.onnx --data test.npz --gates gates.yaml",
+        )
+    from compress.config.gates_file import load_gates
     from compress.config.load import load_pipeline
 
-    loaded = load_pipeline(pipeline, overrides or ())
+    settings = (
+        load_gates(gates, data, overrides or ()) if pipeline is None else load_pipeline(pipeline, overrides or ())
+    )
     from compress.ci import require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
     from compress.standalone import verify_file  # imports ONNX Runtime
 
     console = Console(quiet)
-    verdict = verify_file(model, loaded, against, console)
+    verdict = verify_file(model, settings, against, console)
     console.print_verdict(verdict)
     write_for_ci(verdict, model.name, junit, json_file, github_summary)
     if not verdict.passed:

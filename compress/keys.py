@@ -113,6 +113,10 @@ def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("between", "training"):
         if isinstance(training := values.get(name), Mapping):
             counting[name] = _what_counts("finetune", training)
+    if stage == "verify" and counting["robustness"] is not None:
+        sources = counting["robustness"]["shifted"]
+        digests = {name: digest_data(source) for name, source in sources.items()}
+        counting["robustness"] = {**counting["robustness"], "shifted": digests}
     if stage != "load":
         return counting
     model = {key: value for key, value in values["model"].items() if key != "factory"}

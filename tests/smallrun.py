@@ -31,7 +31,13 @@ MIDDLE = (
 )
 END = (
     {"stage": "export"},
-    {"stage": "verify", "warmup": 2, "repeats": 20, "gates": {"max_drop": {"top1": 0.5}, "parity": 0.001}},
+    {
+        "stage": "verify",
+        "warmup": 2,
+        "repeats": 20,
+        "resources": None,
+        "gates": {"max_drop": {"top1": 0.5}, "parity": 0.001},
+    },
 )
 
 

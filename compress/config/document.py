@@ -18,6 +18,8 @@ from compress.registry import closest
 
 MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
+PIPELINE, GATES = "pipeline", "gates"
+_HINTS = {PIPELINE: "compress init writes one to start from.", GATES: "such as gates: {max_drop: {top1: 0.01}}"}
 _KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
 
 
@@ -32,6 +34,7 @@ class Document:
         key_origins: Where the key of each value begins.
         problems: What is wrong so far.
         broken: Paths whose value was refused already and must not be complained about twice.
+        noun: What the file is called in messages: "pipeline" or "gates".
     """
 
     shown: str
@@ -40,6 +43,7 @@ class Document:
     key_origins: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     broken: set[KeyPath] = field(default_factory=set)
+    noun: str = PIPELINE
 
     def origin(self, path: KeyPath) -> Origin:
         """Return where the value at `path` stands, or else the closest thing around it."""
@@ -74,19 +78,19 @@ class Document:
         self.origins[path] = self.key_origins[path] = origin
 
 
-def read_document(path: Path) -> Document:
-    """Read a pipeline file.
+def read_document(path: Path, noun: str = PIPELINE) -> Document:
+    """Read a pipeline file, or a file of gates.
 
     Raises:
         ConfigError: There is no such file, or it cannot be opened.
         ConfigSyntaxError: It is no UTF-8 text, too large, empty, or no YAML mapping. Lesser faults are left in
             `Document.problems`.
     """
-    return parse_document(_read_text(path), str(path))
+    return parse_document(_read_text(path, noun), str(path), noun)
 
 
-def parse_document(text: str, shown: str) -> Document:
-    """Parse the text of a pipeline file; `shown` is its name in messages.
+def parse_document(text: str, shown: str, noun: str = PIPELINE) -> Document:
+    """Parse the text of such a file; `shown` is its name in messages.
 
     Raises:
         ConfigSyntaxError: The text is empty or no YAML mapping.
@@ -94,9 +98,9 @@ def parse_document(text: str, shown: str) -> Document:
     node = compose(text, shown)
     if node is None:
         raise ConfigSyntaxError(
-            f"{shown}: the file must hold a pipeline, it is empty.", hint="compress init writes one to start from."
+            f"{shown}: the file must hold {'gates' if noun == GATES else 'a pipeline'}, it is empty.", hint=_HINTS[noun]
         )
-    document = Document(shown)
+    document = Document(shown, noun=noun)
     document.value = _Reader(document).read(node, (), 0)
     if not isinstance(document.value, dict) and not document.problems:
         where = document.origins[()].text
@@ -118,25 +122,25 @@ def parse_value(text: str) -> Any:
     return value
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, noun: str) -> str:
     if not path.exists():
         siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: the pipeline file does not exist.", hint=closest(path.name, siblings))
+        raise ConfigError(f"{path}: the {noun} file does not exist.", hint=closest(path.name, siblings))
     if not path.is_file():
-        raise ConfigError(f"{path}: the pipeline must be a file, got a {'folder' if path.is_dir() else 'device'}.")
+        raise ConfigError(f"{path}: the {noun} must be a file, got a {'folder' if path.is_dir() else 'device'}.")
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: the pipeline file cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{path}: the {noun} file cannot be read: {error.strerror}.") from error
     if len(data) > MAX_BYTES:
-        raise ConfigSyntaxError(f"{path}: the pipeline file must be at most {MAX_BYTES} bytes, it is larger.")
+        raise ConfigSyntaxError(f"{path}: the {noun} file must be at most {MAX_BYTES} bytes, it is larger.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
         raise ConfigSyntaxError(
-            f"{path}:{line}:{error.start - start + 1}: the pipeline file must be UTF-8 text, "
+            f"{path}:{line}:{error.start - start + 1}: the {noun} file must be UTF-8 text, "
             f"got the byte 0x{data[error.start]:02x}."
         ) from error
 

@@ -5,7 +5,7 @@ to the current folder, as everywhere on a command line.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,17 @@ def resolve_paths(values: dict[str, Any], document: Document, folder: Path) -> N
         document: Tells which values came from the command line.
         folder: Of the pipeline file.
     """
-    for path, container, key in _path_values(values):
+    _resolve(_path_values(values), document, folder)
+
+
+def resolve_gate_paths(values: dict[str, Any], document: Document, folder: Path) -> None:
+    """Do the same for the plain values of a checked file of gates."""
+    evaluation = values["evaluation"] or {}
+    _resolve([*_source_paths(("evaluation",), evaluation), *_shifted_paths((), values)], document, folder)
+
+
+def _resolve(found: Iterable[tuple[KeyPath, dict[str, Any], str]], document: Document, folder: Path) -> None:
+    for path, container, key in found:
         base = folder if document.origin(path).in_file else Path()
         container[key] = _absolute(base, container[key])
 
@@ -61,10 +71,7 @@ def use_array_folder(values: dict[str, Any], document: Document, folder: Path, e
 def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], str]]:
     """Yield key path, container and key of every value that is a path."""
     for half in _HALVES:
-        source = values["data"][half]
-        for key in _SOURCE_KEYS:
-            if source.get(key) is not None:
-                yield ("data", half, key), source, key
+        yield from _source_paths(("data", half), values["data"][half])
     if (values["deploy"] or {}).get("table") is not None:
         yield ("deploy", "table"), values["deploy"], "table"
     for index, stage in enumerate(values["stages"]):
@@ -72,6 +79,19 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
             yield ("stages", index, "weights"), stage, "weights"
             if stage["model"].get("factory", "").rpartition(":")[0].endswith(".py"):
                 yield ("stages", index, "model", "factory"), stage["model"], "factory"
+        if stage["stage"] == "verify":
+            yield from _shifted_paths(("stages", index), stage)
+
+
+def _shifted_paths(path: KeyPath, verify: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], str]]:
+    for name, source in ((verify["robustness"] or {}).get("shifted") or {}).items():
+        yield from _source_paths((*path, "robustness", "shifted", name), source)
+
+
+def _source_paths(path: KeyPath, source: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], str]]:
+    for key in _SOURCE_KEYS:
+        if source.get(key) is not None:
+            yield (*path, key), source, key
 
 
 def _absolute(base: Path, text: str) -> str:

@@ -42,20 +42,25 @@ _RATIO_HINTS = {
 _SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
-def translate(error: ErrorDetails, document: Document) -> Problem | None:
+def translate(error: ErrorDetails, document: Document, root: type[BaseModel] = PipelineConfig) -> Problem | None:
     """Return the problem that a pydantic error stands for.
+
+    Args:
+        error: As pydantic lists it.
+        document: Where the values stand.
+        root: What the document was checked against.
 
     Returns:
         None when the error only follows from another one.
     """
-    path, place = strip_tags(error["loc"])
+    path, place = strip_tags(error["loc"], root)
     kind = error["type"]
     if document.is_broken(path) or (kind == "value_error" and document.holds_broken(path)):
         return None
     if kind == "missing":
-        return _missing(path, error, document)
+        return _missing(path, error, document, root)
     if kind == "extra_forbidden":
-        return _unknown_key(path, allowed_keys(strip_tags(error["loc"][:-1])[1]), document)
+        return _unknown_key(path, allowed_keys(strip_tags(error["loc"][:-1], root)[1]), document)
     if path[-1:] == ("[key]",):
         return _unknown_key(path[:-1], _choices(error), document)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -69,7 +74,7 @@ def translate(error: ErrorDetails, document: Document) -> Problem | None:
     return _plain(path, error, document)
 
 
-def strip_tags(loc: tuple[int | str, ...]) -> tuple[KeyPath, Any]:
+def strip_tags(loc: tuple[int | str, ...], root: type[BaseModel] = PipelineConfig) -> tuple[KeyPath, Any]:
     """Return the user's key path, without the union tags that pydantic puts in, and the annotation of what is there.
 
     >>> strip_tags(("stages", 0, "prune", "target", "macs"))[0]
@@ -78,7 +83,7 @@ def strip_tags(loc: tuple[int | str, ...]) -> tuple[KeyPath, Any]:
     ('data', 'train', 'arrays')
     """
     path: list[str | int] = []
-    here: Any = PipelineConfig
+    here: Any = root
     for part in loc:
         variants = _variants(here)
         if part in variants:
@@ -131,16 +136,16 @@ def _child(annotation: Any, part: str | int) -> Any:
     return get_args(members[0])[0] if len(members) == 1 and get_origin(members[0]) is tuple else None
 
 
-def _missing(path: KeyPath, error: ErrorDetails, document: Document) -> Problem:
+def _missing(path: KeyPath, error: ErrorDetails, document: Document, root: type[BaseModel]) -> Problem:
     if isinstance(path[-1], int):  # a tuple of fixed length is too short
         count = len(error["input"])
-        text = f"{format_path(path[:-1])} must have {_fixed_length(error)} values, got {count}."
+        text = f"{format_path(path[:-1])} must have {_fixed_length(error, root)} values, got {count}."
         return Problem(document.origin(path[:-1]), text)
     return Problem(document.origin(path[:-1]), f"{format_path(path)} is missing.")
 
 
-def _fixed_length(error: ErrorDetails) -> int:
-    annotation = strip_tags(error["loc"][:-1])[1]
+def _fixed_length(error: ErrorDetails, root: type[BaseModel]) -> int:
+    annotation = strip_tags(error["loc"][:-1], root)[1]
     return len(get_args(_members(annotation)[0]))
 
 

@@ -544,13 +544,13 @@ class ExportConfig(Section):
 class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
-    max_drop: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions", "worst_distribution"], float] = Field(
-        {}, description="largest loss against the baseline, as a share (0.01 is one point)"
-    )
+    max_drop: dict[
+        Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution"], float
+    ] = Field({}, description="largest loss against the baseline, as a share (0.01 is one point)")
     max_rise: dict[Literal["calibration_error", "excess_error"], float] = Field(
         {}, description="largest gain against the baseline; excess_error is what corruptions cost more than it"
     )
-    min: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions"], KeptRatio] = Field(
+    min: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted"], KeptRatio] = Field(
         {}, description="smallest share"
     )
     max: dict[Literal["calibration_error", "churn", "softmax_distance"], float] = Field(
@@ -563,12 +563,15 @@ class GatesConfig(Section):
     )
     min_speedup: float | None = Field(None, gt=0, description="baseline latency / slim latency, medians")
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")
+    max_cold_start_ms: float | None = Field(None, gt=0, description="until a session is there, in a new process")
+    max_memory_mb: float | None = Field(None, gt=0, description="growth of memory with the session, in 10^6 bytes")
+    min_images_per_second: float | None = Field(None, gt=0, description="at the batch size where they are most")
     max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")
     parity: float = Field(1e-3, gt=0, description="largest absolute difference to torch on real samples")
 
 
 class RobustnessConfig(Section):
-    """Noise and corruptions under which the file is compared with the baseline."""
+    """Noise, corruptions and other data sets under which the file is compared with the baseline."""
 
     images: Count = Field(1000, description="of the evaluation split, spread evenly")
     noise: Literal["uniform", "gaussian"] = Field("uniform", description="added to what goes into the network")
@@ -576,6 +579,9 @@ class RobustnessConfig(Section):
     corruptions: Names = Field(CORRUPTIONS, description=f"of {', '.join(CORRUPTIONS)}; [] for none")
     severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], BeforeValidator(_to_tuple)] = Field(
         (3,), min_length=1, description="1 to 5"
+    )
+    shifted: dict[str, Source] = Field(
+        {}, description="data sets from elsewhere with the same classes, each by a name of yours"
     )
 
     @model_validator(mode="after")
@@ -585,9 +591,17 @@ class RobustnessConfig(Section):
                 raise ValueError(f"corruptions must be of {', '.join(CORRUPTIONS)}; '{name}' is not")
         if any(level <= 0 for level in self.noise_levels):
             raise ValueError("noise_levels must be above 0")
-        if not self.noise_levels and not self.corruptions:
-            raise ValueError("must hold noise_levels or corruptions")
+        if not self.noise_levels and not self.corruptions and not self.shifted:
+            raise ValueError("must hold noise_levels, corruptions or shifted")
         return self
+
+
+class ResourcesConfig(Section):
+    """What a file takes besides the time of a call: to start, in memory, and at other batch sizes."""
+
+    batch_sizes: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple)] = Field(
+        (1, 8, 32), min_length=1, description="images a call for the throughput"
+    )
 
 
 class VerifyConfig(Section):
@@ -602,6 +616,9 @@ class VerifyConfig(Section):
     repeats: Count = Field(100, description="timed calls of each model, interleaved")
     parity_samples: int = Field(64, ge=1, description="real images compared with torch")
     robustness: RobustnessConfig | None = Field(None, description="noise and corruptions to look at; by default none")
+    resources: ResourcesConfig | None = Field(
+        ResourcesConfig(), description="start, memory and throughput; null leaves them out"
+    )
     gates: GatesConfig = GatesConfig()
 
 
@@ -609,6 +626,17 @@ StageConfig = Annotated[
     LoadConfig | PruneConfig | SlimConfig | LowRankConfig | FinetuneConfig | ExportConfig | VerifyConfig,
     Field(discriminator="stage"),
 ]
+
+
+class GatesFile(VerifyConfig):
+    """What `compress verify --gates` reads: the settings of a `verify` stage, and on what to measure."""
+
+    stage: Literal["verify"] = "verify"
+    seed: int = Field(0, ge=0, lt=2**63, description="decides noise and corruptions")
+    evaluation: Source | None = Field(None, description="images and labels; --data goes before it")
+    preprocessing: PreprocessingConfig | None = Field(
+        None, description="what happens to an image first; by default what the file says about itself"
+    )
 
 
 class DeployConfig(Section):

@@ -102,5 +102,5 @@ def _hint(problem: str) -> str | None:
     if "expected <block end>" in problem:
         return "lines of one mapping or list must begin in the same column."
     if "another document" in problem:
-        return "a pipeline file holds one document, without '---' in the middle."
+        return "the file holds one document, without '---' in the middle."
     return None

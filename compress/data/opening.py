@@ -1,5 +1,6 @@
-"""How do the `data:` lines of a pipeline file become the four splits?"""
+"""How do the `data:` lines of a pipeline file become splits?"""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -48,8 +49,7 @@ class Splits:
     @cached_property
     def evaluation(self) -> Split:
         """What the verdict is measured on; nothing is chosen by it."""
-        source = self._open(self.config.evaluation, train=False)
-        return Split("evaluation", source, np.arange(len(source.labels)), self.preprocessing)
+        return open_split("evaluation", self.config.evaluation, self.preprocessing)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class Splits:
 
     @cached_property
     def _train_source(self) -> ImageSource:
-        return self._open(self.config.train, train=True)
+        return _open_source(self.config.train, self.preprocessing, train=True)
 
     @cached_property
     def _parts(self) -> dict[str, np.ndarray]:
@@ -79,17 +79,47 @@ class Splits:
     def _part(self, name: str) -> Split:
         return Split(name, self._train_source, self._parts[name], self.preprocessing)
 
-    def _open(self, source: Source, train: bool) -> ImageSource:
-        opened = _open_source(source, self.preprocessing, train)
-        channels = opened.read(np.zeros(1, np.int64)).shape[-1]
-        if self.preprocessing.channels == "L" and channels != 1:
-            raise DataError(f"preprocessing.channels L needs images with one channel, got images with {channels}.")
-        if int(opened.labels.min()) < 0:
-            raise DataError(f"Labels must be 0 or more, got {int(opened.labels.min())}.")
-        return opened
+
+def open_split(name: str, source: Source, preprocessing: Preprocessing) -> Split:
+    """Return all images of a source that nothing is trained on.
+
+    Raises:
+        DataError: The images or labels cannot be used.
+        ArtifactError: A file is missing.
+    """
+    opened = _open_source(source, preprocessing, train=False)
+    return Split(name, opened, np.arange(len(opened.labels)), preprocessing)
+
+
+def open_shifted(sources: Mapping[str, Source], evaluation: Split) -> dict[str, Split]:
+    """Return the user's data sets from elsewhere, prepared as the evaluation images are.
+
+    Raises:
+        DataError: As `open_split`, or one names other classes than the evaluation split.
+        ArtifactError: A file is missing.
+    """
+    found = {name: open_split(name, source, evaluation.preprocessing) for name, source in sources.items()}
+    for name, split in found.items():
+        names, wanted = split.source.classes, evaluation.source.classes
+        if names and wanted and names != wanted:
+            raise DataError(
+                f"Shifted data set '{name}' must have the classes of the evaluation split in their order "
+                f"({', '.join(wanted[:6])}), got {', '.join(names[:6])}."
+            )
+    return found
 
 
 def _open_source(source: Source, preprocessing: Preprocessing, train: bool) -> ImageSource:
+    opened = _read_source(source, preprocessing, train)
+    channels = opened.read(np.zeros(1, np.int64)).shape[-1]
+    if preprocessing.channels == "L" and channels != 1:
+        raise DataError(f"preprocessing.channels L needs images with one channel, got images with {channels}.")
+    if int(opened.labels.min()) < 0:
+        raise DataError(f"Labels must be 0 or more, got {int(opened.labels.min())}.")
+    return opened
+
+
+def _read_source(source: Source, preprocessing: Preprocessing, train: bool) -> ImageSource:
     geometric = preprocessing.resize is not None or preprocessing.crop is not None
     fit_image = preprocessing.fit_image if geometric else None
     grey = preprocessing.channels == "L"

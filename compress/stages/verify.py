@@ -5,6 +5,8 @@ from typing import Any
 
 from compress.artifacts import OnnxModel, Verdict
 from compress.config.schema import VerifyConfig
+from compress.data.opening import open_shifted
+from compress.data.splits import Split
 from compress.stages.context import Record, StageContext
 from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
@@ -39,6 +41,8 @@ class VerifyStage:
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
             robustness=robustness_of(config, ctx.seed),
+            shifted=shifted_of(config, ctx.data.evaluation),
+            batch_sizes=batch_sizes_of(config),
             progress=ctx.progress,
         )
         return verdict, {}
@@ -59,7 +63,17 @@ def conditions_of(config: VerifyConfig) -> Conditions:
 def robustness_of(config: VerifyConfig, seed: int) -> Robustness | None:
     """Return the noise and the corruptions to look at, out of the `verify` section."""
     wanted = config.robustness
-    return None if wanted is None else Robustness(**wanted.model_dump(), seed=seed)
+    return None if wanted is None else Robustness(**wanted.model_dump(exclude={"shifted"}), seed=seed)
+
+
+def shifted_of(config: VerifyConfig, evaluation: Split) -> dict[str, Split]:
+    """Return the user's data sets from elsewhere, out of the `verify` section."""
+    return {} if config.robustness is None else open_shifted(config.robustness.shifted, evaluation)
+
+
+def batch_sizes_of(config: VerifyConfig) -> tuple[int, ...]:
+    """Return the batch sizes of the throughput; () where resources are not looked at."""
+    return () if config.resources is None else config.resources.batch_sizes
 
 
 def gates_of(config: VerifyConfig) -> Gates:
@@ -75,6 +89,9 @@ def gates_of(config: VerifyConfig) -> Gates:
         min_speedup=gates.min_speedup,
         max_latency_ms=gates.max_latency_ms,
         max_size_mb=gates.max_size_mb,
+        max_cold_start_ms=gates.max_cold_start_ms,
+        max_memory_mb=gates.max_memory_mb,
+        min_images_per_second=gates.min_images_per_second,
     )
 
 

@@ -10,15 +10,18 @@ from types import MappingProxyType
 from compress.artifacts import CheckResult
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
+from compress.verification.resources import Resources
 
 _SLACK = 1e-9  # 0.9173 - 0.9073 is 0.010000000000000009 in floating point and must keep a limit of 0.01
 _WHY = {
     "top5": "the network has no more than five classes",
     "noise": "the pipeline asks for no noise, or there is no baseline file",
     "corruptions": "the pipeline asks for no corruptions, or there is no baseline file",
+    "shifted": "the pipeline names no shifted data sets, or there is no baseline file",
     "worst_distribution": "the pipeline asks for no robustness, or there is no baseline file",
     "excess_error": "the pipeline asks for no corruptions, or there is no baseline file",
 }
+_OF_RESOURCES = {"max_cold_start_ms": "ms", "max_memory_mb": "MB", "min_images_per_second": "images/s"}
 _NONE: Mapping[str, float] = MappingProxyType({})
 
 
@@ -28,15 +31,18 @@ class Gates:
 
     Attributes:
         parity: Largest absolute difference to torch on real samples.
-        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "worst_distribution" -> largest loss against
-            the baseline, as a share (0.01 is one point).
+        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution" -> largest
+            loss against the baseline, as a share (0.01 is one point).
         max_rise: "calibration_error", "excess_error" -> largest gain against the baseline.
-        minimum: "top1", "top5", "worst_class", "noise", "corruptions" -> smallest share.
+        minimum: "top1", "top5", "worst_class", "noise", "corruptions", "shifted" -> smallest share.
         maximum: "calibration_error", "churn", "softmax_distance" -> largest value.
         by_bound: Whether a figure with an interval keeps a limit only when the worse end of the interval does.
         min_speedup: Baseline latency / slim latency, medians.
         max_latency_ms: Median latency.
         max_size_mb: All files of the model, in 10^6 bytes.
+        max_cold_start_ms: Until a session is there, in a new process.
+        max_memory_mb: By how much memory grows with the session, in 10^6 bytes.
+        min_images_per_second: At the batch size where they are most.
     """
 
     parity: float = 1e-3
@@ -48,18 +54,17 @@ class Gates:
     min_speedup: float | None = None
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
+    max_cold_start_ms: float | None = None
+    max_memory_mb: float | None = None
+    min_images_per_second: float | None = None
 
     @property
     def asked(self) -> tuple[str, ...]:
         """Names of the checks that the limits ask for, without parity."""
-        limits = {
-            "min_speedup": self.min_speedup,
-            "max_latency_ms": self.max_latency_ms,
-            "max_size_mb": self.max_size_mb,
-        }
+        single = ("min_speedup", "max_latency_ms", "max_size_mb", *_OF_RESOURCES)
         return (
             *(f"{kind}.{name}" for kind, wanted in self._of_quality.items() for name in wanted),
-            *(name for name, limit in limits.items() if limit is not None),
+            *(name for name in single if getattr(self, name) is not None),
         )
 
     @property
@@ -125,6 +130,26 @@ class Gates:
         size = Estimate(size_bytes / 1e6, detail=f"{size_bytes:,} bytes in all files")
         return [self._check("max_size_mb", size, self.max_size_mb, is_least=False, unit="MB")]
 
+    def check_resources(self, found: Resources | None, label: str) -> list[CheckResult]:
+        """Return one check for each limit of start, memory and throughput; "skipped" where that was not measured.
+
+        Args:
+            found: What was measured; None where resources were not looked at.
+            label: Of the file among them.
+        """
+        checks = []
+        for name, unit in _OF_RESOURCES.items():
+            limit: float | None = getattr(self, name)
+            if limit is None:
+                continue
+            estimate = None if found is None else _of_resource(found, name, label)
+            if estimate is None:
+                why = "resources are not looked at" if found is None else "; ".join(found.missing.values())
+                checks.append(skipped(name, why or "it could not be measured", limit, unit))
+            else:
+                checks.append(self._check(name, estimate, limit, is_least=name.startswith("min"), unit=unit))
+        return checks
+
     def _check(
         self, name: str, estimate: Estimate, limit: float, *, is_least: bool, unit: str = "share"
     ) -> CheckResult:
@@ -139,6 +164,17 @@ class Gates:
             if estimate.low < limit < estimate.high:
                 detail += ", on both sides of the limit" + ("" if self.by_bound else ": noise may have decided")
         return CheckResult(name, "pass" if is_kept else "fail", estimate.value, limit, unit, detail)
+
+
+def _of_resource(found: Resources, name: str, label: str) -> Estimate | None:
+    """Return what a limit of resources is held against; None where it was not measured."""
+    if name == "max_cold_start_ms" and label in found.cold_start_ms:
+        return Estimate(found.cold_start_ms[label], detail="until a session is there, in a new process, median")
+    if name == "max_memory_mb" and label in found.peak_memory_bytes:
+        grown = found.peak_memory_bytes[label]
+        return Estimate(grown / 1e6, detail=f"a new process grew by {grown:,} bytes with the session")
+    best = found.best_throughput(label) if name == "min_images_per_second" else None
+    return None if best is None else Estimate(best, detail="at the batch size where they are most")
 
 
 def skipped(name: str, detail: str, limit: float | None = None, unit: str = "") -> CheckResult:

@@ -49,19 +49,21 @@ class Distribution:
 
     Attributes:
         name: Such as "uniform noise 0.1" or "jpeg 3".
-        kind: "nominal", "noise" or "corruption".
+        kind: "nominal", "noise", "corruption" or "shifted".
         spoil: Changes uint8 images, given the place of the first one in the split; None leaves them.
         disturb: The same for network inputs.
+        split: Whose images; None for the evaluation split.
     """
 
     name: str
     kind: str
     spoil: Change | None = None
     disturb: Change | None = None
+    split: Split | None = None
 
 
-def distributions(wanted: Robustness) -> list[Distribution]:
-    """Return what is looked at, the images as they are first."""
+def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None) -> list[Distribution]:
+    """Return what is looked at, the images as they are first, the user's own data sets last."""
     found = [Distribution(NOMINAL, NOMINAL)]
     for level in wanted.noise_levels:
         disturb = partial(_disturb, wanted.noise, level, wanted.seed)
@@ -70,7 +72,7 @@ def distributions(wanted: Robustness) -> list[Distribution]:
         for severity in wanted.severities:
             spoil = partial(_spoil, name, severity, wanted.seed)
             found.append(Distribution(f"{name} {severity}", "corruption", spoil=spoil))
-    return found
+    return found + [Distribution(name, "shifted", split=split) for name, split in (shifted or {}).items()]
 
 
 def _disturb(kind: str, level: float, seed: int, inputs: np.ndarray, start: int) -> np.ndarray:
@@ -111,6 +113,7 @@ def standings(
     wanted: Robustness,
     batch_size: int,
     progress: Progress | None = None,
+    shifted: Mapping[str, Split] | None = None,
 ) -> list[Standing]:
     """Let a file and its baseline predict on every distribution.
 
@@ -121,14 +124,15 @@ def standings(
         wanted: What is looked at.
         batch_size: Images at once where the batch axis is open.
         progress: Told about each distribution.
+        shifted: Data sets from elsewhere by their names.
 
     Raises:
         As `compress.verification.quality.predict`.
     """
-    chosen, found = split.first(wanted.images), []
-    every = distributions(wanted)
+    found, every = [], distributions(wanted, shifted)
     with (progress or SilentProgress()).task("robustness", len(every)) as task:
         for one in every:
+            chosen = (one.split or split).first(wanted.images)
             after = predict(session, chosen, batch_size, spoil=one.spoil, disturb=one.disturb)
             before = None
             if baseline is not None:
@@ -151,12 +155,12 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
     """Return what gates are held to: of the file alone, and against the baseline.
 
     Returns:
-        "noise" and "corruptions": mean top-1 there. Against the baseline "drop.noise" and "drop.corruptions": mean loss
+        "noise", "corruptions" and "shifted": mean top-1 there. Against the baseline "drop.noise" and so on: mean loss
         of top-1; "drop.worst_distribution": the largest loss; "rise.excess_error": by how much more the file loses from
         the nominal images to the corrupted ones than the baseline does.
     """
     own, changes = {}, {}
-    kinds = {"noise": "noise", "corruptions": "corruption"}
+    kinds = {"noise": "noise", "corruptions": "corruption", "shifted": "shifted"}
     for name, kind in kinds.items():
         those = [one for one in found if one.kind == kind]
         if not those:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from compress.verification.measuring import (
 )
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
 from compress.verification.quality import check_not_empty, image_input, predict
+from compress.verification.resources import Resources, measure_resources
 from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
 
@@ -64,6 +66,8 @@ def verify_onnx(
     baseline_onnx: Path | None = None,
     baseline_figures: Figures | None = None,
     robustness: Robustness | None = None,
+    shifted: Mapping[str, Split] | None = None,
+    batch_sizes: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Verdict:
     """Check a file and hold it to its gates.
@@ -85,6 +89,8 @@ def verify_onnx(
             interleaved with the file's.
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
         robustness: Which noise and which corruptions are looked at; None for none.
+        shifted: Data sets from elsewhere that are looked at with them, by their names.
+        batch_sizes: At which throughput is measured; without any, start and memory are not looked at either.
         progress: Told about each part.
 
     Raises:
@@ -101,8 +107,10 @@ def verify_onnx(
     if run.check_session(baseline_onnx):
         run.check_outputs(reference, signature, parity_samples)
         if robustness is not None:
-            run.measure_robustness(robustness, baseline_onnx)
+            run.measure_robustness(robustness, shifted, baseline_onnx)
         run.measure(baseline_onnx)
+        if batch_sizes:
+            run.measure_resources(baseline_onnx, batch_sizes)
     else:
         for name in (*_PARITY, "evaluation") if reference is not None else ("evaluation",):
             run.checks.append(skipped(name, "the file cannot be run"))
@@ -125,6 +133,7 @@ class _Verification:
     samples: dict[str, LatencySample] = field(default_factory=dict)
     ratio: LatencyRatio | None = None
     standings: list[Standing] = field(default_factory=list)
+    resources: Resources | None = None
     counts: OnnxCounts | None = None
 
     def check_file(self, signature: Signature | None, opset: int | None, reference: nn.Module | None) -> None:
@@ -188,8 +197,10 @@ class _Verification:
         self.details["evaluation"] = {"images": len(self.evaluation)}
         self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
 
-    def measure_robustness(self, wanted: Robustness, baseline_onnx: Path | None) -> None:
-        """Look at noise and corruptions, on all cores."""
+    def measure_robustness(
+        self, wanted: Robustness, shifted: Mapping[str, Split] | None, baseline_onnx: Path | None
+    ) -> None:
+        """Look at noise, corruptions and data sets from elsewhere, on all cores."""
         if self.after is None:
             return
         with ExitStack() as stack:
@@ -201,7 +212,7 @@ class _Verification:
             batch = evaluation_batch(image_input(session))
             baseline = others[0] if others else None
             try:
-                self.standings = standings(session, baseline, self.evaluation, wanted, batch, self.progress)
+                self.standings = standings(session, baseline, self.evaluation, wanted, batch, self.progress, shifted)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("robustness", "fail", None, None, "", error.message))
                 return
@@ -209,8 +220,7 @@ class _Verification:
 
     def measure(self, baseline_onnx: Path | None) -> None:
         """Measure latency of the file, and of the baseline in turn with it."""
-        files = {"slim": self.path} if baseline_onnx is None else {"slim": self.path, "baseline": baseline_onnx}
-        wanted = self.conditions
+        files, wanted = self._files(baseline_onnx), self.conditions
         try:
             with ExitStack() as stack:
                 sessions = {label: stack.enter_context(wanted.open(file)) for label, file in files.items()}
@@ -231,6 +241,19 @@ class _Verification:
         ratio = None if self.ratio is None else asdict(self.ratio)
         self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated}
 
+    def measure_resources(self, baseline_onnx: Path | None, batch_sizes: Sequence[int]) -> None:
+        """Measure start, memory and throughput of the file and of the baseline."""
+        files = self._files(baseline_onnx)
+        try:
+            self.resources = measure_resources(files, self.evaluation, self.conditions, batch_sizes, self.progress)
+        except ModelError as error:
+            self.checks.append(CheckResult("resources", "fail", None, None, "", error.message))
+            return
+        self.details["runtime"] = asdict(self.resources)
+
+    def _files(self, baseline_onnx: Path | None) -> dict[str, Path]:
+        return {"slim": self.path} if baseline_onnx is None else {"slim": self.path, "baseline": baseline_onnx}
+
     def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
         """Apply the gates and put everything together."""
         own, changes = self._judge_quality()
@@ -243,6 +266,7 @@ class _Verification:
         self.checks += self.gates.check_quality(own, changes)
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim.size_bytes)
+        self.checks += self.gates.check_resources(self.resources, "slim")
         always = ("structure", "denormals", "provider", "evaluation")
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
         return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)

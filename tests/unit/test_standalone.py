@@ -139,3 +139,94 @@ def test_a_file_is_verified_where_torch_is_not_installed(world: smallrun.World) 
     assert done.returncode == 0
     assert "PASSED" in done.stdout
     assert 'failures="0"' in junit.read_text(encoding="utf-8")
+
+
+def gates_file(world: smallrun.World, text: str) -> str:
+    (world.folder / "gates.yaml").write_text(text, encoding="utf-8")
+    return str(world.folder / "gates.yaml")
+
+
+NO_RESOURCES = "warmup: 2\nrepeats: 20\nresources: null\n"
+
+
+def test_gates_of_their_own_need_no_pipeline(world: smallrun.World) -> None:
+    gates = gates_file(
+        world, NO_RESOURCES + "preprocessing: {mean: [0.5], std: [0.25]}\ngates: {max_drop: {top1: 0.1}}"
+    )
+    trained, untrained = (str(world.folder / name) for name in ("trained.onnx", "untrained.onnx"))
+    rest = ("--against", trained, "--data", str(world.folder / "test.npz"), "--gates", gates)
+    assert smallrun.call("verify", trained, *rest).exit_code == 0
+    done = smallrun.call("verify", untrained, *rest)
+    assert done.exit_code == 1
+    assert "FAILED: max_drop.top1 failed, of " in done.stdout
+
+
+def test_a_file_that_says_how_images_are_prepared_needs_no_more(world: smallrun.World) -> None:
+    from compress.data.preprocessing import Preprocessing
+
+    module = nets.chain()
+    module.load_state_dict(load_file(world.folder / "chain.safetensors"))
+    said = world.folder / "said.onnx"
+    export_onnx(module, SIGNATURE, said, opset=18, preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)))
+    arguments = ("--data", str(world.folder / "test.npz"), "--set", "resources=null", "--set", "repeats=10")
+    assert smallrun.call("verify", str(said), *arguments).exit_code == 0
+    done = smallrun.call("verify", str(world.folder / "trained.onnx"), *arguments)
+    assert done.exit_code == 2
+    assert "preprocessing must be given: " in done.stderr
+    assert "Hint: in the file of gates" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--pipeline", "a.yaml", "--data", "test.npz")])
+def test_either_a_pipeline_or_gates_are_to_be_given(world: smallrun.World, arguments: tuple[str, ...]) -> None:
+    done = smallrun.call("verify", str(world.folder / "trained.onnx"), *arguments)
+    assert done.exit_code == 2
+    assert "verify takes either --pipeline, or --data and --gates" in done.stderr
+
+
+def test_shifted_data_sets_are_looked_at_and_held_to_gates(world: smallrun.World) -> None:
+    import numpy as np
+
+    arrays = smallrun.pictures(64, seed=5)
+    np.savez(world.folder / "dark.npz", x=arrays["x"] // 4, y=arrays["y"])
+    values = with_gates(world, max_drop={"shifted": 0.5, "worst_distribution": 0.5}, min={"shifted": 0.01})
+    shifted = {"dark": {"arrays": "dark.npz"}}
+    values["stages"][-1]["robustness"] = {"noise_levels": [], "corruptions": [], "shifted": shifted}
+    result = verify(world, values, "trained.onnx", "trained.onnx")
+    assert result["passed"]
+    found = result["verdict"].details["robustness"]["distributions"]
+    assert [(one["name"], one["kind"]) for one in found] == [("nominal", "nominal"), ("dark", "shifted")]
+    assert result["min.shifted"].value == pytest.approx(found[1]["top1"])
+    assert found[1]["top1"] < found[0]["top1"]
+    assert result["max_drop.shifted"].value == 0
+
+
+def test_a_shifted_data_set_with_other_classes_is_told(world: smallrun.World) -> None:
+    import numpy as np
+
+    for name, classes in (("named", ["a", "b", "c", "d"]), ("others", ["a", "b", "d", "c"])):
+        np.savez(world.folder / f"{name}.npz", **smallrun.pictures(8, seed=5), classes=np.array(classes))
+    values = world.values()
+    values["data"]["evaluation"] = {"arrays": "named.npz"}
+    values["stages"][-1]["robustness"] = {"images": 8, "shifted": {"web": {"arrays": "others.npz"}}}
+    with pytest.raises(DataError, match=r"Shifted data set 'web' must have the classes of the evaluation split"):
+        verify(world, values, "trained.onnx")
+
+
+def test_start_memory_and_throughput_are_measured_and_held_to_gates(world: smallrun.World) -> None:
+    limits = {"max_cold_start_ms": 60_000, "max_memory_mb": 1e-6, "min_images_per_second": 1}
+    values = with_gates(world, **limits)
+    values["stages"][-1]["resources"] = {"batch_sizes": [4, 1]}
+    result = verify(world, values, "trained.onnx", "trained.onnx")
+    found = result["verdict"].details["runtime"]
+    assert set(found["cold_start_ms"]) == set(found["peak_memory_bytes"]) == {"slim", "baseline"}
+    assert [entry["batch_size"] for entry in found["throughput"]] == [1, 4]
+    assert result["max_cold_start_ms"].status == "pass"
+    assert result["max_memory_mb"].status == "fail"
+    assert result["max_memory_mb"].value == found["peak_memory_bytes"]["slim"] / 1e6 > 0
+    assert result["min_images_per_second"].value == max(entry["slim"] for entry in found["throughput"])
+
+
+def test_limits_on_what_is_not_looked_at_fail(world: smallrun.World) -> None:
+    result = verify(world, with_gates(world, max_memory_mb=100.0), "trained.onnx")
+    assert (result["max_memory_mb"].status, result["passed"]) == ("skipped", False)
+    assert result["max_memory_mb"].detail == "resources are not looked at"

@@ -31,6 +31,7 @@ class Runtime(ABC):
         name: As in `catalog.RUNTIMES`.
         reads_onnx: Whether `from_file` works.
         provider: Execution provider asked for.
+        start_ms: Until the open runtime could compute; None where that was not measured.
     """
 
     name: ClassVar[str]
@@ -38,6 +39,7 @@ class Runtime(ABC):
 
     def __init__(self, provider: str) -> None:
         self.provider = provider
+        self.start_ms: float | None = None
         self._signature: Signature | None = None
 
     @classmethod

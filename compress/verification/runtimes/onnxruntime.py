@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,10 +78,11 @@ class OnnxRuntime(Runtime):
         return str(self._session.get_providers()[0])
 
     def _open(self) -> Signature:
-        model = load_onnx(self.path)
-        signature = read_signature(model)
+        signature = read_signature(load_onnx(self.path))
         self._check_provider_is_built_in()
+        started = time.perf_counter()
         self._session = self._create_session()
+        self.start_ms = (time.perf_counter() - started) * 1e3
         if self.provider_in_use != self.provider:
             got = self.provider_in_use
             self._session = None

@@ -1,0 +1,161 @@
+"""What does a file take besides time per call: to start, in memory, in energy, and how does time fall with the batch?
+
+Start and memory are taken in a process of its own for each file, so that nothing of the other file, of torch or of the
+images is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from compress.data.splits import Split
+from compress.progress import Progress, SilentProgress
+from compress.verification.energy import EnergyMeter
+from compress.verification.latency import measure_latency
+from compress.verification.measuring import Conditions, latency_inputs
+from compress.verification.quality import image_input
+from compress.verification.runtimes.base import Runtime
+
+STARTS = 3
+_CALLS, _LONGEST_MS = 7, 3000.0  # for one batch size
+_PATIENCE_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What each file takes; a label is "slim" or "baseline".
+
+    Attributes:
+        cold_start_ms: Label -> until a session is there, in a new process; median.
+        peak_memory_bytes: Label -> by how much memory grew at most, from before the session until after some calls.
+        throughput: One entry a batch size: {"batch_size": n, label: images per second}.
+        energy_joules: Label -> of one call, all of the processor's packages together; empty where it cannot be read.
+        missing: What could not be measured, and why.
+    """
+
+    cold_start_ms: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    throughput: list[dict[str, float]] = field(default_factory=list)
+    energy_joules: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def best_throughput(self, label: str) -> float | None:
+        """Return images per second at the batch size at which they are most; None where it was not measured."""
+        return max((entry[label] for entry in self.throughput if label in entry), default=None)
+
+
+def measure_resources(
+    files: Mapping[str, Path],
+    split: Split,
+    conditions: Conditions,
+    batch_sizes: Sequence[int],
+    progress: Progress | None = None,
+) -> Resources:
+    """Measure everything but the time of a call; the files take turns.
+
+    Args:
+        files: Label -> .onnx file.
+        split: At least one image.
+        conditions: Where and how; the batch size counts for start, memory and energy.
+        batch_sizes: For the throughput; a file with a fixed batch axis is measured at that size alone.
+        progress: Told about each part.
+
+    Raises:
+        ModelError: A network fails on a batch.
+        RuntimeUnavailable: The provider is not there.
+    """
+    found = Resources()
+    progress = progress or SilentProgress()
+    with progress.task("start and memory", STARTS * len(files)) as task:
+        try:
+            for label, seen in _starts(files, conditions):
+                found.cold_start_ms[label] = median([*_taken(seen, "start_ms")])
+                found.peak_memory_bytes[label] = int(median([*_taken(seen, "memory_bytes")]))
+                task.advance(STARTS)
+        except _Failed as failure:
+            found.missing["start and memory"] = str(failure)
+    with ExitStack() as stack:
+        sessions = {label: stack.enter_context(conditions.open(file)) for label, file in files.items()}
+        found.throughput.extend(_throughput(sessions, split, batch_sizes, progress))
+        found.energy_joules.update(_energy(sessions, split, conditions, found.missing))
+    return found
+
+
+class _Failed(Exception):
+    """A process that was to measure ended otherwise."""
+
+
+def _starts(files: Mapping[str, Path], conditions: Conditions) -> Iterator[tuple[str, list[dict[str, float]]]]:
+    """Yield for each file what new processes measured; the files take turns."""
+    seen: dict[str, list[dict[str, float]]] = {label: [] for label in files}
+    for _ in range(STARTS):
+        for label, file in files.items():
+            seen[label].append(_probe(file, conditions))
+    yield from seen.items()
+
+
+def _probe(path: Path, conditions: Conditions) -> dict[str, float]:
+    """Start a process that opens a file, calls it, and says what that took."""
+    request = json.dumps({"path": str(path.absolute()), "conditions": asdict(conditions)})
+    command = [sys.executable, "-m", "compress.verification.probe", request]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _Failed(f"a new process could not be measured: {error}") from error
+    if done.returncode != 0:
+        raise _Failed(f"a new process could not open the file: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    said: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return said
+
+
+def _taken(seen: Sequence[Mapping[str, float | None]], key: str) -> Iterator[float]:
+    for one in seen:
+        value = one[key]
+        if value is None:
+            raise _Failed(f"{key.rpartition('_')[0]} cannot be read on this system")
+        yield value
+
+
+def _throughput(
+    sessions: Mapping[str, Runtime], split: Split, batch_sizes: Sequence[int], progress: Progress
+) -> list[dict[str, float]]:
+    fixed = {size for one in sessions.values() if isinstance(size := image_input(one).shape[0], int)}
+    sizes = sorted(fixed) if fixed else sorted(set(batch_sizes))
+    entries: list[dict[str, float]] = []
+    with progress.task("throughput", len(sizes)) as task:
+        for size in sizes:
+            fitting = {label: one for label, one in sessions.items() if image_input(one).shape[0] in (size, "batch")}
+            inputs = {label: latency_inputs(session, split, size) for label, session in fitting.items()}
+            if fitting:
+                first = measure_latency(fitting, inputs, 1, 1)
+                calls = int(np.clip(_LONGEST_MS / sum(sample.p50 for sample in first.values()), 1, _CALLS))
+                samples = measure_latency(fitting, inputs, 0, calls)
+                speeds = {label: size * 1e3 / sample.p50 for label, sample in samples.items()}
+                entries.append({"batch_size": size, **speeds})
+            task.advance()
+    return entries
+
+
+def _energy(
+    sessions: Mapping[str, Runtime], split: Split, conditions: Conditions, missing: dict[str, str]
+) -> dict[str, float]:
+    """Return joules of one call of each session, in turn; nothing where no meter can be read."""
+    meter = EnergyMeter.find()
+    if meter is None:
+        missing["energy"] = "no energy counter can be read here"
+        return {}
+    calls = {label: one.bind(latency_inputs(one, split, conditions.batch_size)) for label, one in sessions.items()}
+    taken: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(STARTS):
+        for label, call in calls.items():
+            taken[label].append(meter.joules_of(call))
+    return {label: float(np.median(values)) for label, values in taken.items()}

@@ -8,6 +8,8 @@ running mean and variance of BatchNormalization, which are buffers. Export folds
 before it (its scale and bias become one bias a channel), so this number is smaller than the torch network's.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +20,14 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
 from compress.cost.onnx_file import file_bytes, first_line, load_onnx
+from compress.cost.onnx_shapes import observe_shapes
 from compress.errors import ModelError
 
 __all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
 
 Shape = tuple[int, ...]
 FIXED_WEIGHT = "compress.fixed."  # names constants of convolutions that stand for slicing and padding
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
@@ -73,13 +77,13 @@ def count_onnx(path: Path) -> OnnxCounts:
     """Count MACs, weights, nodes and bytes of an ONNX file.
 
     Args:
-        path: The .onnx file; external data is not read.
+        path: The .onnx file; external data is read only where shapes have to be seen by running the graph.
 
     Raises:
         ArtifactError: The file is missing or no ONNX model.
-        ModelError: The shape of a counted node cannot be inferred.
+        ModelError: The shape of a counted node is not known, and the graph cannot be run.
     """
-    graph = _Graph(load_onnx(path))
+    graph = _Graph(load_onnx(path), path)
     return OnnxCounts(
         macs=sum(graph.macs(node) for node in graph.nodes),
         params=sum(math.prod(shape) for shape in graph.weights.values()),
@@ -96,7 +100,7 @@ def layer_rows(path: Path) -> list[LayerRow]:
         ArtifactError: The file is missing or no ONNX model.
         ModelError: The shape of a counted node cannot be inferred.
     """
-    return rows_of(load_onnx(path))
+    return _rows(_Graph(load_onnx(path), path))
 
 
 def rows_of(model: ModelProto) -> list[LayerRow]:
@@ -107,14 +111,23 @@ def rows_of(model: ModelProto) -> list[LayerRow]:
     """
     copy = ModelProto()
     copy.CopyFrom(model)
-    graph = _Graph(copy)
+    return _rows(_Graph(copy))
+
+
+def _rows(graph: _Graph) -> list[LayerRow]:
     return [graph.row(node) for node in graph.nodes]
 
 
 class _Graph:
-    """A model at batch 1 with all its shapes inferred."""
+    """A model at batch 1 with its shapes, inferred or, where that ends early, seen.
 
-    def __init__(self, model: ModelProto) -> None:
+    Args:
+        model: Without external data; changed.
+        path: Where it was read from; None for a model that is all in memory.
+    """
+
+    def __init__(self, model: ModelProto, path: Path | None = None) -> None:
+        self.path, self.has_observed = path, False
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
         batch = _fix_batch(model)
@@ -129,13 +142,14 @@ class _Graph:
         self.weights = _weights(self.model)
 
     def row(self, node: NodeProto) -> LayerRow:
+        macs = self.macs(node)  # first: counting may be what makes shapes known
         return LayerRow(
             name=self._layer_name(node),
             op=node.op_type,
             input_shape=self.shapes.get(node.input[0]) if node.input else None,
             output_shape=self.shapes.get(node.output[0]),
             weights=sum(math.prod(self.weights[name]) for name in set(node.input) if name in self.weights),
-            macs=self.macs(node),
+            macs=macs,
         )
 
     def macs(self, node: NodeProto) -> int:
@@ -166,13 +180,37 @@ class _Graph:
         return any(name in self.constants for name in node.input[:2])
 
     def _shape(self, node: NodeProto, name: str) -> Shape:
-        shape = self.shapes.get(name)
-        if shape is None:
+        if name not in self.shapes and not self.has_observed:
+            self._observe(node, name)
+        return self.shapes[name]
+
+    def _observe(self, node: NodeProto, name: str) -> None:
+        """Run the graph for the shapes of all its layers; `name` is the value that made it necessary."""
+        self.has_observed = True
+        missing = {
+            value
+            for other in self.nodes
+            if other.op_type in _LAYERS
+            for value in (*other.input, *other.output)
+            if value and value not in self.shapes
+        }
+        try:
+            self.shapes |= observe_shapes(self._with_weights(), missing)
+        except ModelError as error:
             raise ModelError(
-                f"The shape of '{name}' must be known to count the MACs of {node.op_type} node '{node.name}'.",
+                f"The shape of '{name}' must be known to count the MACs of {node.op_type} node '{node.name}'. "
+                f"{error.message}",
                 hint="Export with fixed height and width; only the batch axis may stay open.",
-            )
-        return shape
+            ) from error
+
+    def _with_weights(self) -> ModelProto:
+        if self.path is None:
+            return self.model
+        model = load_onnx(self.path, weights=True)
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        _fix_batch(model)
+        return model
 
     def _layer_name(self, node: NodeProto) -> str:
         for name in node.input[1:2]:

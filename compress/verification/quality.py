@@ -118,6 +118,24 @@ def classifier_width(runtime: Runtime) -> int:
     return shape[1]
 
 
+def check_image_shape(runtime: Runtime, split: Split) -> None:
+    """Raise ModelError when the images of a split, prepared, do not fit the input of an open network."""
+    spec = image_input(runtime)
+    image = split.preprocessing.normalize(split.read(np.zeros(1, np.int64)))
+    wanted = spec.shape
+    if len(wanted) != image.ndim:
+        raise ModelError(
+            f"A classifier must take a batch of images, 4 axes, the model's input '{spec.name}' has {len(wanted)}."
+        )
+    if any(isinstance(want, int) and want != size for want, size in zip(wanted[1:], image.shape[1:], strict=True)):
+        sizes = " x ".join(str(size) for size in wanted[1:])
+        raise ModelError(
+            f"Images of split '{split.name}' must be {sizes} after preprocessing for the input '{spec.name}', got "
+            f"{' x '.join(str(size) for size in image.shape[1:])}.",
+            hint="preprocessing has resize, crop, layout and channels",
+        )
+
+
 def batch_size_of(runtime: Runtime, wanted: int) -> int:
     """Return `wanted` where the batch axis is open, else the fixed size."""
     batch = image_input(runtime).shape[0]

@@ -15,7 +15,7 @@ from compress.artifacts import CheckResult, Figures, Signature, Verdict
 from compress.cost.onnx_file import load_onnx, read_signature
 from compress.cost.onnx_graph import OnnxCounts, count_onnx
 from compress.data.splits import Split
-from compress.errors import ArtifactError, ModelError, NonFinite
+from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import (
     check_baseline,
@@ -41,7 +41,14 @@ from compress.verification.measuring import (
     torch_params,
 )
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
-from compress.verification.quality import check_not_empty, image_input, predict
+from compress.verification.quality import (
+    check_image_shape,
+    check_labels,
+    check_not_empty,
+    classifier_width,
+    image_input,
+    predict,
+)
 from compress.verification.resources import Resources, measure_resources
 from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
@@ -101,10 +108,11 @@ def verify_onnx(
     """
     run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress())
     run.check_file(signature, opset, reference)
+    can_run = run.check_session(baseline_onnx)
     if baseline_onnx is not None:
         run.measure_baseline(baseline_onnx)
         baseline_figures = baseline_figures or run.count_baseline(baseline_onnx)
-    if run.check_session(baseline_onnx):
+    if can_run:
         run.check_outputs(reference, signature, parity_samples)
         if robustness is not None:
             run.measure_robustness(robustness, shifted, baseline_onnx)
@@ -113,7 +121,7 @@ def verify_onnx(
             run.measure_resources(baseline_onnx, batch_sizes)
     else:
         for name in (*_PARITY, "evaluation") if reference is not None else ("evaluation",):
-            run.checks.append(skipped(name, "the file cannot be run"))
+            run.checks.append(skipped(name, "the file cannot be run as a classifier of these images"))
     return run.verdict(reference, baseline_figures)
 
 
@@ -163,23 +171,48 @@ class _Verification:
             self.before = predict(session, self.evaluation, evaluation_batch(image_input(session)), self.progress)
 
     def count_baseline(self, path: Path) -> Figures:
-        """Return size and MACs of a baseline that comes as a file only."""
-        counts = count_onnx(path)
+        """Return size and MACs of a baseline that comes as a file only; 0 where they cannot be counted."""
+        try:
+            counts = count_onnx(path)
+        except ModelError as error:
+            self.progress.warn(f"MACs of '{path}' are not counted. {error.message}")
+            return Figures(0, 0, existing_bytes(path), {}, {})
         return Figures(counts.macs, counts.params, existing_bytes(path), {}, {})
 
     def check_session(self, baseline_onnx: Path | None) -> bool:
         """Open every file once, before any long work; returns whether the file can be run."""
+        width = None
         if baseline_onnx is not None:
             with self.conditions.open(baseline_onnx) as baseline:
-                check_batch_size(baseline, self.conditions)
+                width = self._check_classifier(baseline)
         try:
             with self.conditions.open(self.path) as session:
                 self.checks.append(check_provider(session))
-                check_batch_size(session, self.conditions)
-        except (ArtifactError, ModelError) as error:
+                try:
+                    own = self._check_classifier(session)
+                except ModelError as error:
+                    self.checks.append(CheckResult("classifier", "fail", None, None, "", _with_hint(error)))
+                    return False
+                detail = f"{own} classes, images of {' x '.join(map(str, image_input(session).shape[1:]))}"
+                self.checks.append(CheckResult("classifier", "pass", None, None, "", detail))
+        except ArtifactError as error:
             self.checks.append(CheckResult("provider", "fail", None, None, "", error.message))
+            self.checks.append(skipped("classifier", "the file cannot be opened"))
             return False
+        if width is not None and own != width:
+            raise DataError(
+                f"File and baseline must tell apart the same classes, got {own} and {width}.",
+                hint="--against takes a file with the classes of the one that is verified.",
+            )
         return True
+
+    def _check_classifier(self, session: Runtime) -> int:
+        """Check that an open file takes the images and knows the labels; return the number of its classes."""
+        width = classifier_width(session)
+        check_image_shape(session, self.evaluation)
+        check_labels(self.evaluation, width)
+        check_batch_size(session, self.conditions)
+        return width
 
     def check_outputs(self, reference: nn.Module | None, signature: Signature | None, samples: int) -> None:
         """Check parity and top-1, on all cores."""
@@ -267,7 +300,7 @@ class _Verification:
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim.size_bytes)
         self.checks += self.gates.check_resources(self.resources, "slim")
-        always = ("structure", "denormals", "provider", "evaluation")
+        always = ("structure", "denormals", "provider", "classifier", "evaluation")
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
         return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)
 
@@ -322,6 +355,10 @@ class _Verification:
         latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
         quality = _values(estimate_quality(self.before)) if self.before is not None else {}
         return Figures(given.macs, given.params, given.size_bytes, quality, latency)
+
+
+def _with_hint(error: ModelError) -> str:
+    return error.message if error.hint is None else f"{error.message} Hint: {error.hint}."
 
 
 def _largest(session: Runtime) -> int:

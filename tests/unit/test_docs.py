@@ -10,11 +10,13 @@ from compress.catalog import METHODS
 from compress.config.schema import (
     CsgdConfig,
     GatesConfig,
+    GatesFile,
     GatesMethodConfig,
     GregConfig,
     GsmConfig,
     IncRegConfig,
     PruneConfig,
+    RobustnessConfig,
     TrpConfig,
     VerifyConfig,
 )
@@ -60,8 +62,10 @@ def test_the_page_on_verification_names_every_gate_and_loads():
     for name in ("max_drop", "max_rise", "min", "max"):
         for figure in gates[name]["propertyNames"].get("enum") or [gates[name]["propertyNames"]["const"]]:
             assert re.search(rf"^\| [^|]*`{figure}`[^|]*\| [^|]*`{name}`", text, re.MULTILINE), (name, figure)
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    (stage,) = yaml.safe_load(example)
+    of_their_own, in_a_pipeline, shifted = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert GatesFile.model_validate(yaml.safe_load(of_their_own)).gates.max_drop == {"top1": 0.01}
+    assert set(RobustnessConfig.model_validate(yaml.safe_load(shifted)["robustness"]).shifted) == {"web", "jpeg75"}
+    (stage,) = yaml.safe_load(in_a_pipeline)
     config = VerifyConfig.model_validate(stage)
     assert config.robustness is not None
     assert set(config.gates.model_fields_set) == set(gates) - {"parity"}

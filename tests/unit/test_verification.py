@@ -449,8 +449,9 @@ def test_good_file_passes_every_check(split):
     )  # fmt: skip
     assert verdict.passed, verdict.checks
     assert list(checks_of(verdict)) == [
-        "structure", "preprocessing", "denormals", "macs_agree", "weights_agree", "provider", "parity", "parity_edges",
-        "evaluation", "baseline_agrees", "max_drop.top1", "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
+        "structure", "preprocessing", "denormals", "macs_agree", "weights_agree", "provider", "classifier",
+        "parity", "parity_edges", "evaluation", "baseline_agrees", "max_drop.top1", "max.churn", "min_speedup",
+        "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
     assert set(verdict.required) == set(checks_of(verdict)) - {"preprocessing", "baseline_agrees"}
     assert verdict.slim.quality["top1"] == 0.9

@@ -103,15 +103,20 @@ def require_places(junit: Path | None, json_file: Path | None, summary: bool) ->
     Raises:
         ConfigError: A path is a folder or in none, or no file for the summary is named.
     """
-    for option, path in (("--junit", junit), ("--json", json_file)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-            raise ConfigError(f"{option} must be a file to write, '{path}' {kind}.")
+    require_place("--junit", junit)
+    require_place("--json", json_file)
     if summary and not os.environ.get(GITHUB_SUMMARY):
         raise ConfigError(
             f"--github-summary needs the environment variable {GITHUB_SUMMARY}, it is not set.",
             hint="GitHub Actions sets it; elsewhere use --junit or --json.",
         )
+
+
+def require_place(option: str, path: Path | None) -> None:
+    """Raise ConfigError when the path of an option is a folder or in none."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ConfigError(f"{option} must be a file to write, '{path}' {kind}.")
 
 
 def _clean(text: str) -> str:

@@ -221,6 +221,9 @@ def verify(
     ] = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page on what was found.")
+    ] = None,
     junit: Junit = None,
     json_file: JsonFile = None,
     github_summary: Summary = False,
@@ -237,15 +240,20 @@ def verify(
     settings = (
         load_gates(gates, data, overrides or ()) if pipeline is None else load_pipeline(pipeline, overrides or ())
     )
-    from compress.ci import require_places, write_for_ci
+    from compress.ci import require_place, require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
+    require_place("--report", report)
     from compress.standalone import verify_file  # imports ONNX Runtime
 
     console = Console(quiet)
     verdict = verify_file(model, settings, against, console)
     console.print_verdict(verdict)
     write_for_ci(verdict, model.name, junit, json_file, github_summary)
+    if report is not None:
+        from compress.report.build import write_verdict_page  # imports matplotlib
+
+        write_verdict_page(model.name, verdict, report)
     if not verdict.passed:
         raise typer.Exit(VERDICT_FAILED_EXIT_CODE)
 

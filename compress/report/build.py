@@ -115,6 +115,15 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
         write_page(render_html(report), folder / "report.html")
 
 
+def write_verdict_page(name: str, verdict: Verdict, path: Path) -> None:
+    """Write a page on a verdict alone, without a run around it.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
+    write_page(render_html(describe_verdict(name, verdict)), path)
+
+
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write plain values; the file is whole or not there.
 

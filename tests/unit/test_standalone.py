@@ -156,9 +156,14 @@ def test_gates_of_their_own_need_no_pipeline(world: smallrun.World) -> None:
     trained, untrained = (str(world.folder / name) for name in ("trained.onnx", "untrained.onnx"))
     rest = ("--against", trained, "--data", str(world.folder / "test.npz"), "--gates", gates)
     assert smallrun.call("verify", trained, *rest).exit_code == 0
-    done = smallrun.call("verify", untrained, *rest)
+    page = world.folder / "page.html"
+    done = smallrun.call("verify", untrained, *rest, "--report", str(page))
     assert done.exit_code == 1
     assert "FAILED: max_drop.top1 failed, of " in done.stdout
+    assert "max_drop.top1" in page.read_text("utf-8")
+    done = smallrun.call("verify", untrained, *rest, "--report", str(world.folder))
+    assert done.exit_code == 2
+    assert "--report must be a file to write" in done.stderr
 
 
 def test_a_file_that_says_how_images_are_prepared_needs_no_more(world: smallrun.World) -> None:

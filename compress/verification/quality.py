@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -41,18 +41,47 @@ def predict(
         ModelError: The network is no classifier, or images do not fit its input.
         NonFinite: An output is NaN or infinite.
     """
+    (found,) = predict_each((runtime,), split, batch_size, progress, spoil=spoil, disturb=disturb)
+    return found
+
+
+def predict_each(
+    runtimes: Sequence[Runtime],
+    split: Split,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    *,
+    spoil: Change | None = None,
+    disturb: Change | None = None,
+) -> list[Predictions]:
+    """Return the outputs of several networks for all images of a split, which are read and changed once.
+
+    Args:
+        runtimes: Open, as for `predict`; fixed batch axes are of one size.
+        split: As there, and so are the others.
+        batch_size: Images at once where every batch axis is open.
+        progress: Told about each batch.
+        spoil: Changes the uint8 images of a batch.
+        disturb: Changes what goes into the networks.
+
+    Raises:
+        As `predict`.
+    """
     check_not_empty(split)
-    classes = classifier_width(runtime)
-    check_labels(split, classes)
-    outputs, done = np.empty((len(split), classes), np.float32), 0
+    widths = [classifier_width(runtime) for runtime in runtimes]
+    for width in widths:
+        check_labels(split, width)
+    found, done = [np.empty((len(split), width), np.float32) for width in widths], 0
+    size = min(batch_size_of(runtime, batch_size) for runtime in runtimes)
     with (progress or SilentProgress()).task(f"predictions on {split.name}", len(split)) as task:
-        for images, labels in image_batches(split, batch_size_of(runtime, batch_size), spoil):
+        for images, labels in image_batches(split, size, spoil):
             if disturb is not None:
                 images = disturb(images, done)
-            outputs[done : done + len(labels)] = classify(runtime, images)
+            for runtime, outputs in zip(runtimes, found, strict=True):
+                outputs[done : done + len(labels)] = classify(runtime, images)
             done += len(labels)
             task.advance(len(labels))
-    return Predictions(outputs, split.labels)
+    return [Predictions(outputs, split.labels) for outputs in found]
 
 
 def image_batches(

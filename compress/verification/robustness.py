@@ -18,7 +18,7 @@ from compress.data.splits import Split
 from compress.progress import Progress, SilentProgress
 from compress.verification.corruptions import add_noise, corrupt
 from compress.verification.metrics import Estimate, Predictions, estimate_changes
-from compress.verification.quality import Change, predict
+from compress.verification.quality import Change, predict_each
 from compress.verification.runtimes.base import Runtime
 
 
@@ -133,11 +133,9 @@ def standings(
     with (progress or SilentProgress()).task("robustness", len(every)) as task:
         for one in every:
             chosen = (one.split or split).first(wanted.images)
-            after = predict(session, chosen, batch_size, spoil=one.spoil, disturb=one.disturb)
-            before = None
-            if baseline is not None:
-                before = predict(baseline, chosen, batch_size, spoil=one.spoil, disturb=one.disturb)
-            found.append(_standing(one, before, after))
+            sessions = (session,) if baseline is None else (session, baseline)
+            after, *before = predict_each(sessions, chosen, batch_size, spoil=one.spoil, disturb=one.disturb)
+            found.append(_standing(one, before[0] if before else None, after))
             task.advance()
     return found
 

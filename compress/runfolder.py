@@ -13,9 +13,10 @@ from compress.persist import write_slim
 from compress.store import Entry
 
 MODEL_FILE = "model.onnx"
+RECIPE_FILE = "slim/recipe.json"
 
 
-def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factory: FactorySpec) -> None:
+def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factory: FactorySpec) -> dict[str, Path]:
     """Copy the result of the last export into the run folder; files that are the same already stay.
 
     Args:
@@ -23,6 +24,9 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         entries: One for each stage.
         kinds: What each stage produced.
         factory: How the untouched network is built.
+
+    Returns:
+        Name in the run folder -> file, of the ONNX model's files and the recipe.
 
     Raises:
         ArtifactError: The file system refused.
@@ -32,8 +36,9 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         raise InternalError("A pipeline was run that exports nothing.")
     source = exported[-1].folder
     try:
-        for file in source.glob(f"{MODEL_FILE}*"):
-            copy_if_other(file, folder / file.name)
+        names = sorted(file.name for file in source.glob(f"{MODEL_FILE}*"))
+        for name in names:
+            copy_if_other(source / name, folder / name)
         part = folder / ".slim.part"
         shutil.rmtree(part, ignore_errors=True)
         write_slim(source / "reference", part, factory)
@@ -41,6 +46,7 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         os.rename(part, folder / "slim")
     except OSError as error:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
+    return {name: folder / name for name in (*names, RECIPE_FILE)}
 
 
 def copy_if_other(source: Path, target: Path) -> None:

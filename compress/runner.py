@@ -32,6 +32,7 @@ from compress.persist import VOLATILE, load_artifact, save_artifact
 from compress.progress import Progress, SilentProgress
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.environment import describe_environment
+from compress.report.provenance import describe_provenance
 from compress.runfolder import publish
 from compress.store import Entry, Store
 
@@ -195,10 +196,11 @@ class _Run:
         verdict = self._load(VERDICT, self.entries[-1])
         if not isinstance(verdict, Verdict):
             raise InternalError("The last stage yielded no verdict.")
+        published = publish(self.folder, self.entries, [step.entry.produces for step in steps], self.factory)
+        provenance = describe_provenance(self.pipeline, steps[0].fixed, published, self.progress.warn)
         report = build_report(
-            self.pipeline.config.name, verdict, self.stages, self.pipeline.resolved, describe_environment()
+            self.pipeline.config.name, verdict, self.stages, self.pipeline.resolved, describe_environment(), provenance
         )
-        publish(self.folder, self.entries, [step.entry.produces for step in steps], self.factory)
         is_same = [stage["key"] for stage in self.locked] == [stage.get("key") for stage in self.previous]
         nothing_ran = all(stage.status == "unchanged" for stage in self.stages)
         write_report(

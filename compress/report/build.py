@@ -37,7 +37,12 @@ class StageRun:
 
 
 def build_report(
-    name: str, verdict: Verdict, stages: Sequence[StageRun], config: dict[str, Any], environment: dict[str, Any]
+    name: str,
+    verdict: Verdict,
+    stages: Sequence[StageRun],
+    config: dict[str, Any],
+    environment: dict[str, Any],
+    provenance: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the content of `report.json`: plain values only, safe for `json.dumps(allow_nan=False)`.
 
@@ -47,11 +52,12 @@ def build_report(
         stages: In the order they were run.
         config: The resolved pipeline file.
         environment: As from `describe_environment`.
+        provenance: As from `describe_provenance`.
 
     Returns:
-        Keys schema, name, verdict, baseline, slim, stages, environment, config, details, non_finite. `baseline` and
-        `slim` are None where verify could not measure. Every number that was NaN or infinite is None, and its
-        place is in `non_finite` ("details.parity.max_abs: nan").
+        Keys schema, name, verdict, baseline, slim, stages, environment, config, provenance, details, non_finite.
+        `baseline` and `slim` are None where verify could not measure. Every number that was NaN or infinite is None,
+        and its place is in `non_finite` ("details.parity.max_abs: nan").
 
     Raises:
         InternalError: A value is not plain (numbers, text, paths, lists, dicts); names its place.
@@ -64,6 +70,7 @@ def build_report(
         "stages": [asdict(run) for run in stages],
         "environment": environment,
         "config": config,
+        "provenance": provenance,
     }
     plain: dict[str, Any] = _to_plain(report, "", non_finite)
     plain["non_finite"] = non_finite

@@ -1,0 +1,104 @@
+"""Where does the result of a run come from? Digests of what went in and came out, commits, licences; no paths.
+
+A run writes this down rather than whoever hands its result on later: what lies beside a run folder may change, the
+report of a run does not.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.config.digest import digest_file
+from compress.config.load import Pipeline
+
+CARD_FILE = "card.yaml"
+_GIT_SECONDS = 20  # a repository on a slow disk; without git's answer a run goes on
+
+
+def describe_provenance(
+    pipeline: Pipeline,
+    components: Mapping[str, Any],
+    published: Mapping[str, Path],
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return what a run was made of.
+
+    Args:
+        pipeline: What ran.
+        components: What the result of its first stage depends on, with digests of data, weights and factory.
+        published: Name in the run folder -> file, for each file that others must be able to recognise.
+        warn: Told about a card that cannot be read.
+
+    Returns:
+        Keys files (name -> sha256), data (train, evaluation: digest), weights, factory (digest; None for torchvision),
+        git (pipeline, model: commit and modified, or None), licence (model, data, data_name: text or None).
+    """
+    source = pipeline.resolved["stages"][0]["model"].get("factory", "").rpartition(":")[0]
+    model = Path(source).parent if source.endswith(".py") else None
+    files, data = components.get("files", {}), components.get("data", {})
+    return {
+        "files": {name: digest_file(path) for name, path in published.items()},
+        "data": {half: data.get(half) for half in ("train", "evaluation")},
+        "weights": files.get("weights"),
+        "factory": files["factory"].partition(":")[0] if "factory" in files else None,
+        "git": {
+            "pipeline": find_commit(pipeline.path.absolute().parent),
+            "model": None if model is None else find_commit(model),
+        },
+        "licence": read_licences(model, warn),
+    }
+
+
+def find_commit(folder: Path) -> dict[str, Any] | None:
+    """Return the commit that a folder is at, and whether tracked files in it differ; None outside of a repository."""
+    commit = _ask_git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _ask_git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return {"commit": commit, "modified": changed != ""}
+
+
+def read_licences(folder: Path | None, warn: Callable[[str], None]) -> dict[str, str | None]:
+    """Return the licences that the card beside a model's factory states.
+
+    Args:
+        folder: Where the card would be; None for none.
+        warn: Told about a card that cannot be read.
+
+    Returns:
+        Keys model, data, data_name; None where the card does not say.
+    """
+    card: Any = None
+    if folder is not None and (folder / CARD_FILE).is_file():
+        try:
+            card = yaml.safe_load((folder / CARD_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            warn(f"'{folder / CARD_FILE}' cannot be read, so that the report states no licence: {reason}")
+    card = card if isinstance(card, dict) else {}
+    data = card.get("data") if isinstance(card.get("data"), dict) else {}
+    stated = {"model": card.get("licence"), "data": data.get("licence"), "data_name": data.get("name")}
+    return {key: value if isinstance(value, str) else None for key, value in stated.items()}
+
+
+def _ask_git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints; None when there is no git, no repository, or no answer."""
+    # a hook or another tool may have set variables that point git to a repository of its own
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            timeout=_GIT_SECONDS,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", "replace").strip()

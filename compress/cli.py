@@ -260,6 +260,51 @@ def verify(
 
 @app.command()
 @guarded
+def bundle(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder, such as runs/NAME.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE.zip", help="What to write; by default NAME.zip here.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, max=10_000, help="Evaluation images that go with it.")
+    ] = 16,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the manifest with this Ed25519 key.")
+    ] = None,
+    allow_failed: Annotated[
+        bool,
+        typer.Option("--allow-failed", help="Bundle a run that did not pass its verification; model.json says so."),
+    ] = False,
+    license_text: Annotated[
+        str | None, typer.Option("--license", metavar="TEXT", help="Licence of the model, such as Apache-2.0.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Pack a run's model with what proves it on the device: samples, figures, digests, a check."""
+    from compress.handoff.bundle import write_bundle  # imports ONNX Runtime
+
+    path = write_bundle(
+        folder, out, samples=samples, key_file=sign, allows_failed=allow_failed, licence=license_text, force=force
+    )
+    Console().say(f"{path} is written, {path.stat().st_size:,} bytes; next: compress check {path}")
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+@guarded
+def check(context: typer.Context) -> None:
+    """Check a bundle, a .zip or its folder: whole, right, and fast enough here."""
+    from compress.handoff.check import main as check_bundle  # the program that lies in every bundle
+
+    code = check_bundle(context.args, "compress check")
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+@guarded
 def inspect(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="FILE.onnx, a pipeline file, or file.py:callable.")],
     input_shape: Annotated[

@@ -1,0 +1,821 @@
+"""Is this bundle whole, and does its model do here what was promised? Needs Python, numpy and onnxruntime, no more.
+
+    python check.py [FOLDER or model.zip]        in the bundle itself, or anywhere
+    compress check model.zip                     the same code
+
+Each check prints a line: pass, fail or skipped. Nothing of a bundle is looked into, let alone run, before all of its
+bytes are known to be those that were written.
+
+    integrity   every file is there with the sha256 that the manifest states, and no other file; the manifest and a
+                .zip are, byte for byte, what would be written for this content
+    signature   with --public-key: the manifest was signed with the private half of that key
+    provider    ONNX Runtime computes on the execution provider asked for and has not fallen back to another
+    parity      the outputs on real images are those that were recorded, and so are the classes
+    latency     the median call keeps the promise in milliseconds
+
+    exit code   0 all checks that could be made passed      1 a check failed         2 the command line is wrong
+                4 no bundle, damaged or unreadable          5 provider, onnxruntime or another package is missing
+
+One file, and longer than others of its project, because a bundle carries it to machines that have nothing else of it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    sys.path.pop(0)  # the bundle's own folder: a file added to it must not pass for a module before it was found
+
+import argparse
+import gc
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import stat
+import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+KIND = "compress bundle"
+SCHEMA = 1
+MODEL, DESCRIPTION, SAMPLES = "model.onnx", "model.json", "samples.npz"
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+PASSED, FAILED, USAGE, DAMAGED, UNAVAILABLE, BUG, INTERRUPTED = 0, 1, 2, 4, 5, 70, 130
+MAX_FILES, MAX_BYTES = 64, 2**31 - 1
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SIGNATURE_FORM = re.compile(rb"(ed25519 ([0-9a-f]{128})\n)sha256 ([0-9a-f]{64})\n")
+_WARMUP, _REPEATS = 10, 50
+
+
+class Stop(Exception):
+    """A check cannot pass, and nothing after it can be made.
+
+    Args:
+        check: Its name.
+        detail: What must hold, and what was got.
+        exit_code: What the program ends with.
+    """
+
+    def __init__(self, check: str, detail: str, exit_code: int) -> None:
+        super().__init__(detail)
+        self.check, self.detail, self.exit_code = check, detail, exit_code
+
+
+def damaged(detail: str) -> Stop:
+    """Return the end of a bundle that is not whole, or none."""
+    return Stop("integrity", detail, DAMAGED)
+
+
+# -- archives: stored, in one fixed form ------------------------------------------------------------------------------
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_NEEDED, _MADE_BY = 20, (3 << 8) | 20  # version 2.0, on Unix
+_DATE = (1 << 5) | 1  # 1980-01-01, the first that there is
+_REGULAR_FILE = (stat.S_IFREG | 0o644) << 16
+
+
+def archive_pieces(files: Mapping[str, bytes]) -> Iterator[bytes]:
+    """Yield the one archive of some files: sorted, not compressed, no dates, the same on every machine.
+
+    Args:
+        files: Name -> content; together less than 2 GiB.
+    """
+    directory, offset = [], 0
+    for name in sorted(files):
+        content, text = files[name], name.encode("ascii")
+        about = (_NEEDED, 0, 0, 0, _DATE, zlib.crc32(content), len(content), len(content), len(text), 0)
+        header = _LOCAL.pack(b"PK\x03\x04", *about) + text
+        directory.append(_CENTRAL.pack(b"PK\x01\x02", _MADE_BY, *about, 0, 0, 0, _REGULAR_FILE, offset) + text)
+        yield header
+        yield content
+        offset += len(header) + len(content)
+    size = sum(map(len, directory))
+    yield from directory
+    yield _END.pack(b"PK\x05\x06", 0, 0, len(directory), len(directory), size, offset, 0)
+
+
+def read_archive(data: bytes, what: str) -> dict[str, bytes]:
+    """Return name -> content of an archive that `archive_pieces` would write, and of no other.
+
+    Args:
+        data: The archive.
+        what: Its name, for messages.
+
+    Raises:
+        Stop: It is no archive, another one, or damaged anywhere.
+    """
+    files: dict[str, bytes] = {}
+    for name, start, size in _read_directory(data, what):
+        if name in files:
+            raise damaged(f"{what} holds '{name}' twice")
+        files[name] = data[start : start + size]
+    place = 0
+    for piece in archive_pieces(files):
+        if data[place : place + len(piece)] != piece:
+            wrong = next(i for i, byte in enumerate(piece) if data[place + i : place + i + 1] != bytes([byte]))
+            raise damaged(f"{what} is damaged, or was not written by compress: byte {place + wrong} is another one")
+        place += len(piece)
+    if place != len(data):
+        raise damaged(f"{what} holds {len(data) - place} bytes more than its files take")
+    return files
+
+
+def _read_directory(data: bytes, what: str) -> Iterator[tuple[str, int, int]]:
+    """Yield name, first byte and size of each file that an archive lists."""
+    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\x05\x06" or data[-2:] != b"\0\0":
+        if not data.startswith(b"PK") and b"PK\x05\x06" not in data:
+            raise damaged(f"{what} is no zip archive")
+        raise damaged(f"{what} does not end with its directory: it was cut off, changed, or has data after it")
+    _, _, _, _, count, size, place, _ = _END.unpack(data[-_END.size :])
+    if count > MAX_FILES:
+        raise damaged(f"{what} lists {count} files, a bundle has at most {MAX_FILES}")
+    if place + size + _END.size != len(data):
+        raise damaged(f"{what} has data before its files, after its directory, or a size that is not true")
+    total = 0
+    for _ in range(count):
+        if place + _CENTRAL.size > len(data):
+            raise damaged(f"{what} has a directory that ends too early")
+        _, _, _, flags, method, _, _, _, packed, size, length, extra, note, _, _, kind, start = _CENTRAL.unpack_from(
+            data, place
+        )
+        text = data[place + _CENTRAL.size : place + _CENTRAL.size + length]
+        place += _CENTRAL.size + length + extra + note
+        name = text.decode("ascii", "replace")
+        require_plain_name(name, what)
+        if flags & 1:
+            raise damaged(f"{what} holds '{name}' encrypted, a bundle is not")
+        if stat.S_ISLNK(kind >> 16):
+            raise damaged(f"{what} holds '{name}' as a link, a bundle has files only")
+        if method != 0:
+            raise damaged(f"{what} holds '{name}' compressed, a bundle does not: nothing was unpacked")
+        start, total = start + _LOCAL.size + length, total + size
+        if packed != size or start + size > len(data) or total > len(data):  # files may not lie over each other
+            raise damaged(f"{what} states {size} bytes for '{name}', which it does not hold")
+        yield name, start, size
+
+
+def require_plain_name(name: str, what: str) -> None:
+    """Refuse a name that could lead out of a folder, or is another file on another system."""
+    if not _PLAIN_NAME.fullmatch(name) or name.endswith("."):
+        raise damaged(f"{what} holds {name!a}, which is no plain file name: nothing was unpacked")
+
+
+# -- content: read once, then only these bytes are used ---------------------------------------------------------------
+
+
+def read_content(path: Path) -> dict[str, bytes]:
+    """Return name -> content of a bundle, a folder or a .zip.
+
+    Raises:
+        Stop: It is missing or unreadable, or could not be a bundle.
+    """
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.exists():
+            raise damaged(f"'{path}' does not exist")
+        if not path.is_file():
+            raise damaged(f"'{path}' is neither a folder nor a file")
+        _require_size(path.stat().st_size, path)
+        return read_archive(path.read_bytes(), f"'{path.name}'")
+    except OSError as error:
+        raise damaged(f"'{error.filename or path}' cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise damaged(f"'{path}' does not fit into this machine's memory") from error
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if MANIFEST not in {entry.name for entry in entries}:
+        raise damaged(f"'{folder}' is no bundle: it has no {MANIFEST}")
+    if len(entries) > MAX_FILES:
+        raise damaged(f"'{folder}' holds {len(entries)} files, a bundle has at most {MAX_FILES}")
+    total = 0
+    for entry in entries:
+        if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
+            raise damaged(f"'{folder}' holds {entry.name!a}, which is no regular file and not in the bundle")
+        require_plain_name(entry.name, f"'{folder}'")
+        total += entry.stat(follow_symlinks=False).st_size
+    _require_size(total, folder)
+    return {entry.name: Path(entry.path).read_bytes() for entry in entries}
+
+
+def _require_size(count: int, path: Path) -> None:
+    if count > MAX_BYTES:
+        raise damaged(f"'{path}' has {count:,} bytes, a bundle has at most {MAX_BYTES:,}: nothing was read")
+
+
+# -- integrity --------------------------------------------------------------------------------------------------------
+
+
+def build_manifest(files: Mapping[str, bytes]) -> bytes:
+    """Return the manifest of some files, in its one form; its last line but one is the digest of the rest."""
+    listed = {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in files.items()}
+    return _manifest_text({"files": listed, "kind": KIND, "schema": SCHEMA})
+
+
+def _manifest_text(values: Mapping[str, Any]) -> bytes:
+    digest = _sha256(_canonical(values))
+    return _canonical({**values, "sha256": digest})
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def build_signature(signature: bytes) -> bytes:
+    """Return the content of `manifest.sig`: the signature of the manifest's bytes, and a digest of that line."""
+    line = b"ed25519 " + signature.hex().encode("ascii") + b"\n"
+    return line + b"sha256 " + _sha256(line).encode("ascii") + b"\n"
+
+
+def check_integrity(content: Mapping[str, bytes]) -> str:
+    """Compare every file with the manifest; return what was compared.
+
+    Raises:
+        Stop: Something is missing, added or changed; all of it is named.
+    """
+    if MANIFEST not in content:
+        raise damaged(f"this is no bundle: it has no {MANIFEST}")
+    listed = _read_manifest(content[MANIFEST])
+    found = set(content) - {MANIFEST, SIGNATURE}
+    wrong = [f"{_text(name)} is missing" for name in sorted(set(listed) - found)]
+    wrong += [f"{name} was added" for name in sorted(found - set(listed))]
+    for name in sorted(found & set(listed)):
+        digest = _sha256(content[name])
+        if digest != listed[name]["sha256"] or len(content[name]) != listed[name]["bytes"]:
+            wrong.append(f"{name} must have sha256 {listed[name]['sha256'][:16]}..., got {digest[:16]}...")
+    if SIGNATURE in content and not _read_signature(content[SIGNATURE]):
+        wrong.append(f"{SIGNATURE} is damaged")
+    wrong += [f"{name} is not in the manifest" for name in (MODEL, DESCRIPTION, SAMPLES) if name not in listed]
+    if wrong:
+        raise damaged("; ".join(wrong))
+    return f"{len(listed)} files, {sum(map(len, content.values())):,} bytes, each as the manifest states"
+
+
+def _read_manifest(data: bytes) -> dict[str, dict[str, Any]]:
+    """Return name -> bytes and sha256 of a manifest that is exactly as it would be written."""
+    try:
+        values = json.loads(data.decode("ascii"))
+        if not isinstance(values, dict) or values.get("kind") != KIND:
+            raise damaged(f"{MANIFEST} is not that of a bundle, or damaged")
+        schema = values.get("schema")
+        if _manifest_text({key: value for key, value in values.items() if key != "sha256"}) != data:
+            raise damaged(f"{MANIFEST} is damaged: it is not, byte for byte, as it was written")
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"{MANIFEST} is damaged: it is no JSON") from error
+    if schema != SCHEMA:
+        raise damaged(f"{MANIFEST} has schema {schema!a}, this program reads {SCHEMA}: use the check.py beside it")
+    files: Any = values.get("files")
+    well_formed = isinstance(files, dict) and all(
+        isinstance(one, dict) and type(one.get("bytes")) is int and isinstance(one.get("sha256"), str)
+        for one in files.values()
+    )
+    if not well_formed:
+        raise damaged(f"{MANIFEST} does not list bytes and sha256 of every file")
+    listed: dict[str, dict[str, Any]] = files
+    return listed
+
+
+def _read_signature(data: bytes) -> bytes | None:
+    """Return the signature in `manifest.sig`; None when the file is not as it was written."""
+    parts = _SIGNATURE_FORM.fullmatch(data)
+    if parts is None or _sha256(parts[1]).encode("ascii") != parts[3]:
+        return None
+    return bytes.fromhex(parts[2].decode("ascii"))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_signature(content: Mapping[str, bytes], key_file: Path) -> str:
+    """Verify the manifest's signature; return whose it is.
+
+    Raises:
+        Stop: It is missing or another key's, the key cannot be used, or the package `cryptography` is missing.
+    """
+    key, fingerprint = _load_public_key(key_file)
+    signature = _read_signature(content.get(SIGNATURE, b""))
+    if signature is None:
+        raise Stop("signature", f"the bundle must be signed, it has no {SIGNATURE}", FAILED)
+    try:
+        key.verify(signature, content[MANIFEST])
+    except Exception as error:  # InvalidSignature, which cannot be named where the package may be missing
+        raise Stop("signature", f"the bundle must be signed with the key of '{key_file}', it is not", FAILED) from error
+    return f"signed with the key of '{key_file}', sha256 {fingerprint[:16]}..."
+
+
+def _load_public_key(path: Path) -> tuple[Any, str]:
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+    except ImportError as error:
+        why = "--public-key needs the package cryptography, which is not installed: pip install 'cryptography>=43'"
+        raise Stop("signature", why, UNAVAILABLE) from error
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except OSError as error:
+        raise Stop("signature", f"public key '{path}' cannot be read: {error.strerror or error}", DAMAGED) from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        why = f"'{path}' must hold a public key in PEM form; openssl pkey -in KEY.pem -pubout makes one"
+        raise Stop("signature", why, DAMAGED) from error
+    if not isinstance(key, Ed25519PublicKey):
+        kind = type(key).__name__.strip("_").replace("PublicKey", "")
+        raise Stop("signature", f"'{path}' must hold an Ed25519 public key, it is a key of {kind}", DAMAGED)
+    return key, _sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw))
+
+
+# -- what the model promises ------------------------------------------------------------------------------------------
+
+
+class Promises:
+    """What `model.json` says of the model that concerns a check; every value is looked at before it is used.
+
+    Attributes:
+        input: Name of the one input.
+        output: Name of the one output.
+        batch: Fixed batch size of the file, None where it is open.
+        tolerance: Largest difference of an output from the recorded one.
+        limit_ms: Median latency that was promised; None without such a promise.
+        measured_ms: Median latency where the model was verified; None where it was not measured.
+        provider, threads, batch_size: How it was measured.
+        where: The same in words.
+        failed: Names of the checks that failed when the model was verified.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            values = json.loads(data.decode("utf-8"))
+            if values["schema"] != SCHEMA:
+                raise damaged(f"{DESCRIPTION} must have schema {SCHEMA}, got {values['schema']!a}")
+            (source,), (target,) = values["signature"]["inputs"], values["signature"]["outputs"]
+            self.input, self.output = _text(source["name"]), _text(target["name"])
+            self.batch = source["shape"][0] if type(source["shape"][0]) is int else None
+            promises, measured = values["promises"], values["measured"]
+            self.tolerance = _number(promises["tolerance"])
+            self.limit_ms = None if promises["max_latency_ms"] is None else _number(promises["max_latency_ms"])
+            self.measured_ms = None if measured["latency_ms"] is None else _number(measured["latency_ms"])
+            self.provider, self.machine = _text(measured["provider"]), _text(measured["machine"])
+            self.threads, self.batch_size = _whole(measured["threads"]), _whole(measured["batch_size"])
+            self.failed = [_text(one["name"]) for one in values["verdict"]["checks"] if one["status"] == "fail"]
+            self.passed = bool(values["verdict"]["passed"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+            raise damaged(f"{DESCRIPTION} lacks a value, or has one of another kind: {ascii(error)[:200]}") from error
+        if self.batch is not None and not 1 <= self.batch <= 2**16:
+            raise damaged(f"{DESCRIPTION} states a batch of {self.batch}")
+        self.where = f"{self.machine}, {self.provider}, {_count(self.threads, 'thread')}"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value if value.isprintable() else ascii(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise TypeError(f"{value!r} is no number of at least 0")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 2**16:
+        raise TypeError(f"{value!r} is no count")
+    return value
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def read_samples(data: bytes) -> dict[str, Any]:
+    """Return the arrays of `samples.npz`; inputs and expected outputs fit each other.
+
+    Raises:
+        Stop: The file is not as `compress bundle` writes it.
+    """
+    numpy = _require_numpy()
+    arrays: dict[str, Any] = {}
+    for name, content in read_archive(data, SAMPLES).items():
+        try:
+            stream = io.BytesIO(content)
+            numpy.lib.format.read_magic(stream)
+            shape, is_fortran, dtype = numpy.lib.format.read_array_header_1_0(stream)
+            if (
+                is_fortran
+                or dtype.kind not in "fiu"
+                or math.prod(shape) * dtype.itemsize != len(content) - stream.tell()
+            ):
+                raise ValueError("its header does not fit its content")
+            arrays[name.partition(".")[0]] = numpy.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
+        except Exception as error:  # numpy's reader raises types of every kind on a foreign header
+            raise damaged(f"{SAMPLES} holds '{name}', which is no array of numbers: {ascii(error)[:100]}") from error
+    for name in ("inputs", "expected"):
+        if name not in arrays or arrays[name].ndim < 2 or len(arrays[name]) == 0:
+            raise damaged(f"{SAMPLES} must hold an array '{name}' with a batch axis")
+    if len(arrays["inputs"]) != len(arrays["expected"]):
+        raise damaged(f"{SAMPLES} must hold as many outputs as inputs")
+    return arrays
+
+
+def _require_numpy() -> Any:
+    try:
+        import numpy
+    except ImportError as error:
+        raise Stop("provider", "numpy is not installed: pip install numpy", UNAVAILABLE) from error
+    return numpy
+
+
+# -- which files a model would read: protocol buffers, as far as that is needed ---------------------------------------
+
+_INSIDE = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+_DEEPEST = 100
+
+
+def external_names(model: bytes) -> set[str]:
+    """Return the names of files that hold weights of an ONNX model, wherever in its graphs they are named.
+
+    Raises:
+        ValueError: This is no ONNX model.
+    """
+    return {
+        entry.get(2, b"").decode("utf-8", "replace")
+        for entry in _entries(memoryview(model), "model", 0)
+        if entry.get(1) == b"location"
+    }
+
+
+def _entries(data: memoryview, kind: str, depth: int) -> Iterator[dict[int, bytes]]:
+    """Yield key (1) and value (2) of every entry about external data in a message and those inside of it."""
+    if depth > _DEEPEST:
+        raise ValueError("its graphs lie in each other too deep")
+    if kind == "entry":
+        yield {number: bytes(value) for number, value in _fields(data)}
+        return
+    for number, value in _fields(data):
+        inside = _INSIDE[kind].get(number)
+        if inside is not None:
+            yield from _entries(value, inside, depth + 1)
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and content of the fields of a message that have a length; the others are passed over."""
+    place = 0
+    while place < len(data):
+        tag, place = _varint(data, place)
+        wire = tag & 7
+        if wire == 0:
+            _, place = _varint(data, place)
+        elif wire in (1, 5):
+            place += 8 if wire == 1 else 4
+        elif wire == 2:
+            length, place = _varint(data, place)
+            if place + length > len(data):
+                raise ValueError("a field is longer than its message")
+            yield tag >> 3, data[place : place + length]
+            place += length
+        else:
+            raise ValueError(f"a field is of kind {wire}")
+    if place != len(data):
+        raise ValueError("a field is longer than its message")
+
+
+def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(data):
+            raise ValueError("it ends within a number")
+        value |= (data[place] & 127) << shift
+        place += 1
+        if data[place - 1] < 128:
+            return value, place
+    raise ValueError("a number is too long")
+
+
+# -- the model at work ------------------------------------------------------------------------------------------------
+
+Call = Callable[[Any], Any]
+
+
+def open_session(
+    content: Mapping[str, bytes], promises: Promises, provider: str, threads: int, stack: ExitStack
+) -> Any:
+    """Return a session of the bundle's model on a provider, and on no other.
+
+    Args:
+        content: Of the bundle, known to be whole.
+        promises: Says which input and output the model has.
+        provider: Execution provider.
+        threads: Inside one operator.
+        stack: Removes, when it ends, what had to be written for the session.
+
+    Raises:
+        Stop: ONNX Runtime or the provider is missing, or the model cannot be opened.
+    """
+    _require_numpy()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Stop("provider", "onnxruntime is not installed: pip install onnxruntime", UNAVAILABLE) from error
+    onnxruntime.set_default_logger_severity(4)
+    present = onnxruntime.get_available_providers()
+    if provider not in present:
+        why = f"{provider} was asked for, but onnxruntime {onnxruntime.__version__} offers {', '.join(present)} here"
+        raise Stop("provider", why, UNAVAILABLE)
+    model = _loadable(content, stack)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    if provider.startswith(("CUDA", "Tensorrt", "NvTensorRT")) and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
+        raise _unopened(onnxruntime, model, provider, error) from error
+    used = session.get_providers()[0]
+    if used != provider:
+        raise Stop("provider", f"{provider} was asked for, ONNX Runtime fell back to {used}", UNAVAILABLE)
+    for kind, name, given in (
+        ("input", promises.input, [one.name for one in session.get_inputs()]),
+        ("output", promises.output, [one.name for one in session.get_outputs()]),
+    ):
+        if given != [name]:
+            raise Stop("provider", f"{MODEL} must have the {kind} '{name}', it has {', '.join(given)}", DAMAGED)
+    return session
+
+
+def _unopened(onnxruntime: Any, model: bytes | str, provider: str, error: Exception) -> Stop:
+    """Return why a session could not be made: the provider's fault where the model opens without it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if provider != "CPUExecutionProvider":
+        try:
+            onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        except Exception:  # see open_session; the model is at fault, not the provider
+            return Stop("provider", f"{MODEL} must be a model that ONNX Runtime can open: {lines[0][:300]}", DAMAGED)
+        return Stop("provider", f"{provider} cannot start on this machine: {lines[0][:300]}", UNAVAILABLE)
+    return Stop("provider", f"{MODEL} must be a model that ONNX Runtime can open: {lines[0][:300]}", DAMAGED)
+
+
+def _loadable(content: Mapping[str, bytes], stack: ExitStack) -> bytes | str:
+    """Return what ONNX Runtime is given: the bytes, or a path where weights lie in other files of the bundle."""
+    try:
+        names = external_names(content[MODEL])
+    except ValueError as error:
+        raise damaged(f"{MODEL} is no ONNX model: {error}") from error
+    for name in sorted(names):
+        if name not in content:
+            raise damaged(f"{MODEL} keeps weights in {name!a}, which is no file of the bundle: it was not opened")
+    if not names:
+        return content[MODEL]
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-check-"))
+    for name in (MODEL, *sorted(names)):
+        Path(folder, name).write_bytes(content[name])
+    return os.path.join(folder, MODEL)
+
+
+def check_parity(run: Call, samples: Mapping[str, Any], batch: int | None, tolerance: float) -> tuple[bool, str, float]:
+    """Compare the outputs with the recorded ones; return whether they agree, a sentence, the largest difference."""
+    numpy = _require_numpy()
+    inputs, expected = samples["inputs"], samples["expected"]
+    step = batch or len(inputs)
+    got = []
+    for start in range(0, len(inputs), step):
+        chunk = inputs[numpy.arange(start, start + step) % len(inputs)]
+        got.append(run(chunk)[: len(inputs) - start])
+    outputs = numpy.concatenate(got)
+    if outputs.shape != expected.shape:
+        return False, f"outputs must have shape {expected.shape}, got {outputs.shape}", math.inf
+    difference = float(numpy.abs(outputs.astype(numpy.float64) - expected.astype(numpy.float64)).max())
+    same = int((outputs.reshape(len(outputs), -1).argmax(1) == expected.reshape(len(expected), -1).argmax(1)).sum())
+    told = f"largest difference {difference:.3g} (tolerance {tolerance:g}), top-1 the same on {same} of {len(inputs)}"
+    return difference <= tolerance and same == len(inputs), told, difference  # NaN is not within any tolerance
+
+
+def measure_latency(run: Call, inputs: Any, repeats: int) -> float:
+    """Return the median time of a call in milliseconds, after some that are not counted."""
+    for _ in range(_WARMUP):
+        run(inputs)
+    times, collecting = [], gc.isenabled()
+    gc.disable()  # a collection in the middle of a call would be counted as its time
+    try:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run(inputs)
+            times.append((time.perf_counter() - start) * 1e3)
+    finally:
+        if collecting:
+            gc.enable()
+    ordered = sorted(times)
+    return (ordered[(repeats - 1) // 2] + ordered[repeats // 2]) / 2
+
+
+# -- all checks in turn -----------------------------------------------------------------------------------------------
+
+
+class Outcome:
+    """The checks that were made so far; each is told at once.
+
+    Args:
+        say: Takes a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.checks: list[dict[str, Any]] = []
+        self.exit_code = PASSED
+
+    def add(self, name: str, status: str, detail: str, value: float | None = None, limit: float | None = None) -> None:
+        """Record a check: pass, fail or skipped."""
+        value = value if value is not None and math.isfinite(value) else None
+        self.checks.append({"name": name, "status": status, "value": value, "limit": limit, "detail": detail})
+        self.say(f"{status:8} {name:10} {detail}")
+        if status == "fail" and self.exit_code == PASSED:
+            self.exit_code = FAILED
+
+    def sentence(self) -> str:
+        """Return the outcome in words."""
+        made = [one for one in self.checks if one["status"] != "skipped"]
+        failed = [one["name"] for one in made if one["status"] == "fail"]
+        count = f"{len(made)} {'check' if len(made) == 1 else 'checks'} made"
+        return f"FAILED: {', '.join(failed)} failed, of {count}." if failed else f"PASSED: {count}, none failed."
+
+
+def run_checks(options: argparse.Namespace, outcome: Outcome) -> None:
+    """Make every check that the options ask for.
+
+    Raises:
+        Stop: A check cannot pass, and nothing after it can be made.
+    """
+    content = read_content(options.bundle)
+    outcome.add("integrity", "pass", check_integrity(content))
+    if options.public_key is not None:
+        outcome.add("signature", "pass", check_signature(content, options.public_key))
+    promises = Promises(content[DESCRIPTION])
+    samples = read_samples(content[SAMPLES])
+    if not promises.passed:
+        named = ", ".join(promises.failed) or "a check that was required was not made"
+        outcome.say(f"Warning: this model did not pass its verification: {named}. It was bundled all the same.")
+    provider, threads = options.provider or promises.provider, options.threads or promises.threads
+    with ExitStack() as stack:
+        session = open_session(content, promises, provider, threads, stack)
+        outcome.add("provider", "pass", f"{provider} was asked for and is in use, {_count(threads, 'thread')}")
+        _check_outputs(session, promises, samples, options, outcome)
+
+
+def _check_outputs(
+    session: Any, promises: Promises, samples: Mapping[str, Any], options: argparse.Namespace, outcome: Outcome
+) -> None:
+    def run(inputs: Any) -> Any:
+        return session.run([promises.output], {promises.input: inputs})[0]
+
+    tolerance = promises.tolerance if options.tolerance is None else options.tolerance
+    try:
+        is_same, told, difference = check_parity(run, samples, promises.batch, tolerance)
+    except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise Stop("parity", f"{MODEL} must run on its samples, ONNX Runtime says: {lines[0][:300]}", FAILED) from error
+    outcome.add("parity", "pass" if is_same else "fail", told, difference, tolerance)
+    inputs = samples["inputs"]
+    size = promises.batch or promises.batch_size
+    here = measure_latency(run, inputs[_require_numpy().arange(size) % len(inputs)], options.repeats)
+    there = "not measured" if promises.measured_ms is None else f"{promises.measured_ms:.4g} ms"
+    told = f"measured {here:.4g} ms here, {there} where it was verified ({promises.where})"
+    limit = promises.limit_ms if options.max_latency_ms is None else options.max_latency_ms
+    if limit is None:
+        outcome.add("latency", "skipped", f"no promise in milliseconds was made; {told}", here)
+    else:
+        told = f"median of {_count(options.repeats, 'call')}, at most {limit:g} ms was promised; {told}"
+        outcome.add("latency", "pass" if here <= limit else "fail", told, here, limit)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "check.py", default: Path | None = None) -> int:
+    """Check a bundle, print what was found and return the exit code.
+
+    Args:
+        arguments: Of the command line; by default those of this process.
+        program: Its name, for help.
+        default: The bundle that is checked when none is named; None to ask for one.
+    """
+    options = _parse(arguments, program, default)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character gets "?", not a crash
+            stream.reconfigure(errors="replace")
+    outcome = Outcome(print)
+    try:
+        _run_all(options, outcome)
+        print(outcome.sentence())
+        if options.json is not None:
+            _write_json(options.json, outcome)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own last flush
+        return outcome.exit_code or FAILED
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    return outcome.exit_code
+
+
+def _run_all(options: argparse.Namespace, outcome: Outcome) -> None:
+    """Make the checks; whatever ends them becomes a failed check and an exit code."""
+    try:
+        run_checks(options, outcome)
+    except Stop as stop:
+        outcome.add(stop.check, "fail", stop.detail)
+        outcome.exit_code = stop.exit_code
+    except (BrokenPipeError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the last place that can turn a traceback into a sentence
+        outcome.add("program", "fail", f"a fault of check.py itself, please report it: {error!r}"[:500])
+        outcome.exit_code = BUG
+
+
+def _write_json(path: Path, outcome: Outcome) -> None:
+    values = {"schema": SCHEMA, "passed": outcome.exit_code == PASSED, "exit_code": outcome.exit_code}
+    machine = {"platform": platform.platform(), "python": platform.python_version(), "processor": platform.processor()}
+    text = json.dumps({**values, "checks": outcome.checks, "machine": machine}, indent=1, allow_nan=False)
+    try:
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        print(f"'{path}' cannot be written: {error.strerror or error}.", file=sys.stderr)
+        outcome.exit_code = outcome.exit_code or DAMAGED
+
+
+def _parse(arguments: Sequence[str] | None, program: str, default: Path | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Check that a bundle is whole and that its model does here what was promised.",
+        epilog="Exit code: 0 passed, 1 a check failed, 2 wrong command line, 4 no bundle or a damaged one, "
+        "5 provider or package missing.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("bundle", nargs="?" if default else None, type=Path, default=default, help="its folder, or the .zip itself")
+    add("--provider", metavar="NAME", help="execution provider, such as CPUExecutionProvider; by default that with "
+        "which the model was verified")  # fmt: skip
+    add("--threads", type=_at_least_one, metavar="N", help="threads inside one operator; by default as verified")
+    add("--max-latency-ms", type=_above_zero, metavar="X", help="largest median latency; by default as promised")
+    add("--repeats", type=_at_least_one, metavar="N", default=_REPEATS, help="calls that are timed (%(default)s)")
+    add("--tolerance", type=_above_zero, metavar="X", help="largest difference of an output; by default as promised")
+    add("--public-key", type=Path, metavar="PEM", help="the bundle must be signed with this Ed25519 key")
+    add("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
+    options = parser.parse_args(arguments)
+    if options.json is not None:
+        _require_place(parser.error, options.json, options.bundle)
+    return options
+
+
+def _require_place(refuse: Callable[[str], NoReturn], path: Path, bundle: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        refuse(f"--json must be a file to write, '{path}' {kind}")
+    if path.resolve() == bundle.resolve() or path.resolve().parent == bundle.resolve():
+        refuse(f"--json must lie outside of the bundle, which '{path}' would change")
+
+
+def _at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 2**16):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**16}, got '{text}'")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(default=Path(__file__).parent))

@@ -53,7 +53,7 @@ def write_bundle(
         _require_place(out, force)
     run = read_run(folder)
     if out is None:
-        out = Path(f"{run.name}.zip")
+        out = Path(f"{Path(run.name).name}.zip")
         _require_place(out, force)
     if not run.has_passed and not allows_failed:
         failed = ", ".join(run.failed) or "a required check was not made"

@@ -1,4 +1,4 @@
-"""Is this bundle whole, and does its model do here what was promised? Needs Python, numpy and onnxruntime, no more.
+"""Is this bundle whole, and does its model do here what was promised? Needs numpy and onnxruntime, no more.
 
     python check.py [FOLDER or model.zip]        in the bundle itself, or anywhere
     compress check model.zip                     the same code
@@ -153,7 +153,8 @@ def _read_directory(data: bytes, what: str) -> Iterator[tuple[str, int, int]]:
         text = data[place + _CENTRAL.size : place + _CENTRAL.size + length]
         place += _CENTRAL.size + length + extra + note
         name = text.decode("ascii", "replace")
-        require_plain_name(name, what)
+        if not _is_plain(name):
+            raise damaged(f"{what} holds {name!a}, which is no plain file name: nothing was unpacked")
         if flags & 1:
             raise damaged(f"{what} holds '{name}' encrypted, a bundle is not")
         if stat.S_ISLNK(kind >> 16):
@@ -166,10 +167,9 @@ def _read_directory(data: bytes, what: str) -> Iterator[tuple[str, int, int]]:
         yield name, start, size
 
 
-def require_plain_name(name: str, what: str) -> None:
-    """Refuse a name that could lead out of a folder, or is another file on another system."""
-    if not _PLAIN_NAME.fullmatch(name) or name.endswith("."):
-        raise damaged(f"{what} holds {name!a}, which is no plain file name: nothing was unpacked")
+def _is_plain(name: str) -> bool:
+    """Whether a name can neither lead out of a folder nor be another file on another system."""
+    return _PLAIN_NAME.fullmatch(name) is not None and not name.endswith(".")
 
 
 # -- content: read once, then only these bytes are used ---------------------------------------------------------------
@@ -204,9 +204,8 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
         raise damaged(f"'{folder}' holds {len(entries)} files, a bundle has at most {MAX_FILES}")
     total = 0
     for entry in entries:
-        if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
-            raise damaged(f"'{folder}' holds {entry.name!a}, which is no regular file and not in the bundle")
-        require_plain_name(entry.name, f"'{folder}'")
+        if entry.is_symlink() or not entry.is_file(follow_symlinks=False) or not _is_plain(entry.name):
+            raise damaged(f"'{folder}' holds {entry.name!a}, which is no file of a bundle")
         total += entry.stat(follow_symlinks=False).st_size
     _require_size(total, folder)
     return {entry.name: Path(entry.path).read_bytes() for entry in entries}

@@ -27,9 +27,7 @@ def render_readme(run: FinishedRun, model: dict[str, Any], files: list[str]) -> 
     parts = [
         f"# {run.name}",
         _introduction(run, model),
-        _figures(run.report),
-        f"Latency was measured on {model['measured']['machine']}, {model['measured']['provider']}, threads: "
-        f"{model['measured']['threads']}, batch: {model['measured']['batch_size']}.",
+        _figures(run.report, model["measured"]),
         "## Use",
         f"```python\n{example(model)}```",
         f"Needs numpy and onnxruntime. `images` are pixels as they come out of a decoder, "
@@ -81,7 +79,7 @@ def _introduction(run: FinishedRun, model: dict[str, Any]) -> str:
     return f"An image classifier in ONNX, made smaller by compress. Input `{source['name']}`: {shape}. {outcome}"
 
 
-def _figures(report: dict[str, Any]) -> str:
+def _figures(report: dict[str, Any], measured: dict[str, Any]) -> str:
     before, after = report["baseline"], report["slim"]
     if before is None or after is None:
         return "Figures were not measured."
@@ -98,7 +96,9 @@ def _figures(report: dict[str, Any]) -> str:
             old, new = before["latency_ms"][name], after["latency_ms"][name]
             rows.append((f"latency {name} (ms)", f"{old:.3f}", f"{new:.3f}"))
     table = ["| | untouched network | this one |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(table)
+    where = f"{measured['machine']}, {measured['provider']}"
+    how = f"threads: {measured['threads']}, batch: {measured['batch_size']}"
+    return "\n".join(table) + f"\n\nIn brackets are 95 % intervals. Latency was measured on {where}, {how}."
 
 
 def _interval(report: dict[str, Any], name: str) -> str:

@@ -126,9 +126,10 @@ def test_licences_come_from_the_card_or_the_command_line(world: World, tmp_path:
     folder = world.run(values).folder
     stated = {"model": "MIT", "data": "CC0", "data_name": "Gratings"}
     assert described(write_bundle(folder, tmp_path / "one.zip"))["licence"] == stated
-    path = write_bundle(folder, tmp_path / "two.zip", licence="Apache-2.0")
-    assert described(path)["licence"] == stated | {"model": "Apache-2.0"}
-    assert b"Licence of the model: Apache-2.0. Of the data (Gratings): CC0." in check.read_content(path)["README.md"]
+    path = write_bundle(folder, tmp_path / "two.zip", licence="Licence Ouverte 2.0, Étalab")
+    assert described(path)["licence"] == stated | {"model": "Licence Ouverte 2.0, Étalab"}
+    text = check.read_content(path)["README.md"].decode("utf-8")
+    assert "Licence of the model: Licence Ouverte 2.0, Étalab. Of the data (Gratings): CC0." in text
 
 
 # -- by itself --------------------------------------------------------------------------------------------------------

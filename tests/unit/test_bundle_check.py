@@ -222,7 +222,7 @@ def test_nothing_is_unpacked_of_what_is_no_bundle(tmp_path: Path, say: Say, data
 def test_a_folder_holds_plain_files_only(content: Content, tmp_path: Path, say: Say) -> None:
     folder = write_folder(content, tmp_path / "it")
     (folder / "inside").mkdir()
-    message = f"fail     integrity  '{folder}' holds 'inside', which is no regular file and not in the bundle"
+    message = f"fail     integrity  '{folder}' holds 'inside', which is no file of a bundle"
     assert say(folder) == (4, [message, "FAILED: integrity failed, of 1 check made."])
     (folder / "inside").rmdir()
     (folder / "README.md").unlink()
@@ -230,12 +230,12 @@ def test_a_folder_holds_plain_files_only(content: Content, tmp_path: Path, say: 
     (folder / "README.md").symlink_to(tmp_path / "other.md")
     code, lines = say(folder)
     assert code == 4
-    assert lines[0].endswith("holds 'README.md', which is no regular file and not in the bundle")
+    assert lines[0].endswith("holds 'README.md', which is no file of a bundle")
     (folder / "README.md").unlink()
     (folder / "read\nme").write_bytes(b"")
     code, lines = say(folder)
     assert code == 4
-    assert lines[0].endswith("holds 'read\\nme', which is no plain file name: nothing was unpacked")
+    assert lines[0].endswith("holds 'read\\nme', which is no file of a bundle")
 
 
 def test_a_folder_of_many_files_is_no_bundle(content: Content, tmp_path: Path, say: Say) -> None:

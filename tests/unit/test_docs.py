@@ -91,3 +91,35 @@ def test_the_hook_for_pre_commit_validates():
     assert hook["entry"] == "compress validate"
     for path in (ROOT / "pipelines").glob("*.yaml"):
         assert re.search(hook["files"], path.relative_to(ROOT).as_posix())
+
+
+def test_the_page_on_bundles_names_every_option_check_and_exit_code(capsys):
+    from compress.handoff import check
+
+    text = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="0"):
+        check.main(["--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("| "))
+    assert options == set(re.findall(r"--[a-z-]+", rows)) - {"--samples"}
+    assert {int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)} == {
+        check.PASSED,
+        check.FAILED,
+        check.USAGE,
+        check.DAMAGED,
+        check.UNAVAILABLE,
+    }
+    for name in ("integrity", "signature", "provider", "parity", "latency"):
+        assert f"| `{name}` |" in text
+
+
+def test_the_commands_on_bundles_have_the_options_shown():
+    from typer.testing import CliRunner
+
+    from compress.cli import app
+
+    text = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^compress bundle .*?(--[a-z]+)", text, re.MULTILINE)) | {"--allow-failed", "--license"}
+    assert "--sign" in shown
+    said = CliRunner().invoke(app, ["bundle", "--help"], prog_name="compress").stdout
+    assert shown <= set(re.findall(r"--[a-z-]+", said))

@@ -706,7 +706,8 @@ def _check_outputs(
     if limit is None:
         outcome.add("latency", "skipped", f"no promise in milliseconds was made; {told}", here)
     else:
-        told = f"median of {_count(options.repeats, 'call')}, at most {limit:g} ms was promised; {told}"
+        said = "promised" if options.max_latency_ms is None else "asked for"
+        told = f"median of {_count(options.repeats, 'call')}, at most {limit:g} ms was {said}; {told}"
         outcome.add("latency", "pass" if here <= limit else "fail", told, here, limit)
 
 

@@ -1,5 +1,6 @@
 """A run is handed over as one file, and that file proves itself where nothing of this project is installed."""
 
+import errno
 import json
 import random
 import re
@@ -306,6 +307,24 @@ def test_a_place_that_cannot_be_written_is_refused(finished: Finished, tmp_path:
     done = call(finished.outcome.folder, "-o", str(tmp_path))
     assert (done.exit_code, done.stderr) == (2, f"-o must be a file to write, '{tmp_path}' is a folder.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "it.zip").write_text("mine", encoding="utf-8")
+
+    def refuse(self: Path, data: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    done = call(finished.outcome.folder, "-o", str(tmp_path / "it.zip"), "--force")
+    message = f"'{tmp_path / 'it.zip'}' cannot be written: No space left on device.\n"
+    assert (done.exit_code, done.stderr) == (4, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["it.zip"]
+    assert (tmp_path / "it.zip").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_wrong_number_of_samples_is_refused(finished: Finished, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_promise_that_is_not_kept_fails(tmp_path: Path, say: Say) -> None:
 
 def test_the_command_line_goes_before_what_was_promised(content: Content, tmp_path: Path, say: Say) -> None:
     path = write_zip(content, tmp_path / "it.zip")
-    assert say(path, "--max-latency-ms", "1e-6")[0] == 1
+    code, lines = say(path, "--max-latency-ms", "1e-6")
+    assert (code, "at most 1e-06 ms was asked for; " in lines[3]) == (1, True)
     code, lines = say(path, "--max-latency-ms", "1e6", "--threads", 2, "--tolerance", "0.5", "--provider", CPU)
     assert code == 0
     assert lines[1].endswith("is in use, 2 threads")

@@ -38,7 +38,6 @@ def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndar
     """
     with OnnxRuntime(path) as runtime:
         spec = image_input(runtime)
-        classifier_width(runtime)
         check_labels(evaluation, classifier_width(runtime))
         fixed = spec.shape[0] if isinstance(spec.shape[0], int) else None
         split = evaluation.first(count)

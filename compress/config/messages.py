@@ -39,6 +39,7 @@ _RATIO_HINTS = {
     "target.macs": "0.5 keeps half of the baseline's MACs.",
     "target.params": "0.5 keeps half of the baseline's params.",
 }
+_SHARES = ("max_drop", "max_rise", "min", "max")
 _SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
@@ -200,7 +201,7 @@ def _plain(path: KeyPath, error: ErrorDetails, document: Document) -> Problem:
         rule, hint = f"must be {_TYPES[kind]}", _type_hint(kind, value)
     elif kind in _BOUNDS:
         word, key = _BOUNDS[kind]
-        rule, hint = f"must be {word} {ctx[key]:g}", _RATIO_HINTS.get(format_path(path[-2:]))
+        rule, hint = f"must be {word} {ctx[key]:g}", _bound_hint(path)
     elif kind == "literal_error":
         choices = _choices(error)
         rule = f"must be one of {', '.join(choices)}"
@@ -218,6 +219,12 @@ def _plain(path: KeyPath, error: ErrorDetails, document: Document) -> Problem:
     else:
         rule = f"is not valid ({error['msg']})"
     return _problem(document.origin(path), path, rule, show(value), hint)
+
+
+def _bound_hint(path: KeyPath) -> str | None:
+    if len(path) > 1 and path[-2] in _SHARES and "gates" in path:
+        return "shares are not in percent: 0.01 is one point."
+    return _RATIO_HINTS.get(format_path(path[-2:]))
 
 
 def _type_hint(kind: str, value: Any) -> str | None:

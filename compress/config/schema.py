@@ -44,6 +44,8 @@ Size = Annotated[tuple[int, int], BeforeValidator(_to_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Change = Annotated[float, Field(ge=-1, le=1)]
+Distance = Annotated[float, Field(ge=0, le=1.5)]  # of shares up to 1, of probabilities up to the root of 2
 Count = Annotated[int, Field(ge=1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
@@ -545,15 +547,15 @@ class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
     max_drop: dict[
-        Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution"], float
+        Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution"], Change
     ] = Field({}, description="largest loss against the baseline, as a share (0.01 is one point)")
-    max_rise: dict[Literal["calibration_error", "excess_error"], float] = Field(
+    max_rise: dict[Literal["calibration_error", "excess_error"], Change] = Field(
         {}, description="largest gain against the baseline; excess_error is what corruptions cost more than it"
     )
     min: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted"], KeptRatio] = Field(
         {}, description="smallest share"
     )
-    max: dict[Literal["calibration_error", "churn", "softmax_distance"], float] = Field(
+    max: dict[Literal["calibration_error", "churn", "softmax_distance"], Distance] = Field(
         {}, description="largest value; churn is the share of predictions that are not the baseline's"
     )
     judge_by: Literal["estimate", "bound"] = Field(

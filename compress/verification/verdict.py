@@ -41,6 +41,7 @@ from compress.verification.measuring import (
     torch_params,
 )
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
+from compress.verification.pictures import worst_images
 from compress.verification.quality import (
     check_image_shape,
     check_labels,
@@ -334,6 +335,7 @@ class _Verification:
             "baseline": _plain(whole),
             "baseline_by_class": _by_class(before),
             "changes": _plain(changes),
+            "worst_images": worst_images(before, after, self.evaluation),
         }
         if self.standings:
             harder, lost = summarize(self.standings)

@@ -475,12 +475,18 @@ def test_good_file_passes_every_check(split):
     assert (latency["threads"], latency["batch_size"], latency["warmup"]) == (1, 1, 1)
     assert (compared["samples"], compared["top1_agreement"]) == (16, 1.0)
     assert verdict.details["evaluation"] == {"images": 40}
+    images = quality["worst_images"]
+    assert all(one["label"] != one["predicted"] for one in images)
+    shares = (np.array(quality[f"{network}_by_class"], float) for network in ("baseline", "slim"))
+    losses = np.subtract(*shares)
+    assert {one["class"] for one in images} <= set(np.flatnonzero(losses > 0).tolist())
 
 
 def test_file_alone_is_verified_without_reference(split):
     verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_size_mb=1))
     checks = checks_of(verdict)
     assert verdict.passed
+    assert {one["index"] for one in verdict.details["quality"]["worst_images"]} == {36, 37, 38, 39}
     assert (checks["parity"].status, checks["macs_agree"].status) == ("skipped", "skipped")
     assert verdict.baseline is None
     assert verdict.slim.params == 3780

@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 
+from compress.report.images import render_worst_images
 from compress.report.markup import escape
 from compress.report.outcome import (
     render_checks,
@@ -13,9 +14,13 @@ from compress.report.outcome import (
     render_parity,
     render_verdict,
 )
-from compress.report.quality import render_quality, render_robustness
+from compress.report.quality import render_quality
+from compress.report.robustness import render_robustness
+from compress.report.runtime import render_runtime
 from compress.report.style import STYLE_SHEET
 from compress.report.work import render_environment, render_notes, render_stages, render_times
+
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -37,8 +42,10 @@ def render_html(report: dict[str, Any]) -> str:
             render_notes(report),
             render_stages(report),
             render_quality(report),
+            render_worst_images(report),
             render_robustness(report),
             render_latency(report),
+            render_runtime(report),
             render_parity(report),
             render_times(report),
             render_environment(report),
@@ -62,7 +69,7 @@ def render_page(title: str, kind: str, name: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
 <title>{escape(title)}</title>
 <style>{STYLE_SHEET}</style>
 </head>

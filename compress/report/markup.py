@@ -112,6 +112,33 @@ def format_share(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2%}".replace("%", " %")
 
 
+def format_interval(estimate: Any) -> str | None:
+    """Return a share with its 95 % interval, in percent; None where it is not known.
+
+    Args:
+        estimate: {"value", "low", "high"}; anything may be missing.
+
+    >>> format_interval({"value": -0.002, "low": -0.012, "high": 0.008})
+    '−0.20 % (−1.20 to 0.80)'
+    """
+    values = estimate if isinstance(estimate, dict) else {}
+    value, low, high = (values.get(key) for key in ("value", "low", "high"))
+    if value is None:
+        return None
+    interval = "" if low is None or high is None else f" ({100 * low:.2f} to {100 * high:.2f})"
+    return f"{format_share(value)}{interval}".replace("-", "−")
+
+
+def format_known_share(value: float | None) -> str | None:
+    """Return a share in percent; None stays None."""
+    return None if value is None else format_share(value)
+
+
+def format_known(value: float | None) -> str | None:
+    """Return a number with four significant digits; None stays None."""
+    return None if value is None else format_number(value)
+
+
 def format_ms(value: float | None) -> str:
     """Return milliseconds with three digits.
 

@@ -1,8 +1,16 @@
 """What came out? The sections on the verdict, the two networks' figures, the checks and what was measured."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
+from compress.report.changes import (
+    CHANGE_COLUMNS,
+    CHANGE_KIND,
+    compare_figures,
+    compare_shares,
+    describe_points,
+    describe_ratio,
+)
+from compress.report.fronts import Panel, Point, plot_fronts
 from compress.report.markup import (
     escape,
     format_bytes,
@@ -20,6 +28,7 @@ from compress.report.markup import (
     render_table,
 )
 from compress.report.plots import count_beyond_edge, plot_latency
+from compress.report.svg import are_numbers
 
 NO_BREAK = "\u00a0"
 STATUS_WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
@@ -41,16 +50,16 @@ def render_verdict(report: dict[str, Any]) -> str:
     checks = find(report, "verdict", "checks") or []
     passed = bool(find(report, "verdict", "passed"))
     made = [check for check in checks if check.get("status") != "skipped"]
-    broken = [check for check in checks if _is_broken(check, report)]
+    broken = [check for check in checks if is_broken(check, report)]
     if passed:
         skipped = len(checks) - len(made)
         text = f"All {len(made)} checks hold" if len(made) > 1 else "The one check made holds"
         reason = f"<p>{text}{f'; {skipped} skipped' if skipped else ''}.</p>"
     elif broken:
-        reason = f"<ul>{''.join(f'<li>{_describe_broken(check)}</li>' for check in broken)}</ul>"
+        reason = f"<ul>{''.join(f'<li>{describe_broken(check)}</li>' for check in broken)}</ul>"
     else:
         reason = "<p>Nothing was checked, or a required check was not made, so nothing is known to hold.</p>"
-    gist = ", ".join(f'<span class="whole">{escape(change)}</span>' for change in _list_changes(report))
+    gist = ", ".join(f'<span class="whole">{escape(change)}</span>' for change in list_changes(report))
     tone, word = ("pass", "Passed") if passed else ("fail", "Failed")
     gist = f"<p>{gist}.</p>" if gist else ""
     return f'<div class="verdict {tone}" role="status"><h2>{word}</h2>\n{reason}{gist}</div>\n'
@@ -59,42 +68,48 @@ def render_verdict(report: dict[str, Any]) -> str:
 def render_comparison(report: dict[str, Any]) -> str:
     """Return the table of the baseline's and the slim network's figures."""
     rows = [
-        _compare("MACs", report, ("macs",), format_count, "fewer", "more"),
-        _compare("Parameters", report, ("params",), format_count, "fewer", "more"),
-        _compare("ONNX size", report, ("size_bytes",), format_bytes, "smaller", "larger"),
-        *(_compare_quality(report, metric) for metric in _list_metrics(report)),
-        _compare("Latency p50", report, ("latency_ms", "p50"), format_ms, "faster", "slower"),
-        _compare("Latency p95", report, ("latency_ms", "p95"), format_ms, "faster", "slower"),
+        compare_figures("MACs", *_both(report, "macs"), format_count, "fewer", "more"),
+        compare_figures("Parameters", *_both(report, "params"), format_count, "fewer", "more"),
+        compare_figures("ONNX size", *_both(report, "size_bytes"), format_bytes, "smaller", "larger"),
+        *(compare_shares(name_metric(key), *_both(report, "quality", key)) for key in list_keys(report, "quality")),
+        *(
+            compare_figures(f"Latency {key}", *_both(report, "latency_ms", key), format_ms, "faster", "slower")
+            for key in list_keys(report, "latency_ms")
+        ),
     ]
     shown = [row for row in rows if row]
     if not shown:
         return render_section("Before and after", "<p>Verification measured neither network.</p>\n")
-    table = render_table(
-        ("", "baseline", "slim", "change", "slim / baseline"), shown, numeric=(1, 2, 3), kind="comparison"
-    )
+    table = render_table(CHANGE_COLUMNS, shown, numeric=(1, 2, 3), kind=CHANGE_KIND)
     images = find(report, "details", "evaluation", "images")
     notes = [
         f"Top-1 over {escape(format_whole(images))} evaluation images, on the ONNX files." if images else "",
         _describe_runtime(report),
         "MACs: multiply–accumulates of convolution and linear layers for one image.",
     ]
-    return render_section("Before and after", table, f'<p class="muted">{" ".join(filter(None, notes))}</p>\n')
+    figure = render_figure(plot_fronts("change", _list_panels(report)), "Top-1 against what the network costs.")
+    note = f'<p class="muted">{" ".join(filter(None, notes))}</p>\n'
+    return render_section("Before and after", table, note, figure)
 
 
 def render_checks(report: dict[str, Any]) -> str:
     """Return the table of everything that was checked, what failed first."""
-    checks = sorted(find(report, "verdict", "checks") or [], key=lambda check: not _is_broken(check, report))
+    checks = sorted(find(report, "verdict", "checks") or [], key=lambda check: not is_broken(check, report))
     rows = [
         (
             f"<code>{escape(check.get('name'))}</code>",
-            _render_badge(check.get("status", "skipped")),
+            render_badge(check.get("status", "skipped")),
             escape(format_measure(check.get("value"), check.get("unit") or "")),
             escape(format_measure(check.get("limit"), check.get("unit") or "")),
             f'<div class="text">{escape(check.get("detail"))}</div>',
         )
         for check in checks
     ]
-    table = render_table(("check", "result", "value", "limit", "detail"), rows, numeric=(2, 3)) if rows else ""
+    table = (
+        render_table(("check", "result", "value", "limit", "detail"), rows, numeric=(2, 3), kind="stacked checks")
+        if rows
+        else ""
+    )
     return render_section("Checks", table)
 
 
@@ -151,12 +166,14 @@ def render_config(text: str) -> str:
     return render_section("Pipeline", render_details("resolved configuration", f"<pre>{escape(text)}</pre>\n"))
 
 
-def _is_broken(check: dict[str, Any], report: dict[str, Any]) -> bool:
+def is_broken(check: dict[str, Any], report: dict[str, Any]) -> bool:
+    """Whether a check is why a verdict failed."""
     required = find(report, "verdict", "required") or []
     return check.get("status") == "fail" or (check.get("status") == "skipped" and check.get("name") in required)
 
 
-def _describe_broken(check: dict[str, Any]) -> str:
+def describe_broken(check: dict[str, Any]) -> str:
+    """Return why a check failed, as HTML."""
     unit = check.get("unit") or ""
     skipped = " was required, but skipped" if check.get("status") == "skipped" else ""
     figures = [
@@ -169,46 +186,47 @@ def _describe_broken(check: dict[str, Any]) -> str:
     return f"<strong><code>{escape(check.get('name'))}</code></strong>{skipped}{': ' if text else ''}{escape(text)}"
 
 
-def _render_badge(status: str) -> str:
+def render_badge(status: str) -> str:
+    """Return the status of a check in words and colour."""
     tone = status if status in STATUS_WORDS else "skipped"
     return f'<span class="badge {tone}">{escape(STATUS_WORDS.get(status, status))}</span>'
 
 
-def _compare(
-    label: str,
-    report: dict[str, Any],
-    keys: tuple[str, ...],
-    form: Callable[[float | None], str],
-    less: str,
-    more: str,
-) -> tuple[str, ...]:
-    """Return one row of the comparison for a figure that is better when smaller; () when neither is known."""
-    before, after = find(report, "baseline", *keys), find(report, "slim", *keys)
-    if before is None and after is None:
-        return ()
-    change, bar = "–", ""
-    if before and after:
-        text = _describe_ratio(before, after, less, more)
-        change = f'<span class="{"gain" if after < before else "loss" if after > before else ""}">{escape(text)}</span>'
-        bar = _render_bar(after / before)
-    return label, escape(form(before)), escape(form(after)), change, bar
+def _both(report: dict[str, Any], *keys: str) -> tuple[Any, Any]:
+    return find(report, "baseline", *keys), find(report, "slim", *keys)
 
 
-def _compare_quality(report: dict[str, Any], metric: str) -> tuple[str, ...]:
-    before, after = find(report, "baseline", "quality", metric), find(report, "slim", "quality", metric)
-    change = "–" if before is None or after is None else _describe_points(before, after)
-    name = metric.replace("top", "Top-") if metric.startswith("top") else metric.replace("_", " ").capitalize()
-    return escape(name), format_share(before), format_share(after), escape(change), ""
+def list_keys(report: dict[str, Any], group: str) -> list[str]:
+    """Return what is known of either network in a group of figures, such as "quality", in the order met."""
+    return list(dict.fromkeys(key for network in ("baseline", "slim") for key in (find(report, network, group) or {})))
 
 
-def _list_metrics(report: dict[str, Any]) -> Iterable[str]:
-    return dict.fromkeys(
-        metric for network in ("baseline", "slim") for metric in (find(report, network, "quality") or {})
-    )
+def name_metric(metric: str) -> str:
+    """Return a metric as people say it.
+
+    >>> name_metric("top1"), name_metric("worst_class")
+    ('Top-1', 'Worst class')
+    """
+    return metric.replace("top", "Top-") if metric.startswith("top") else metric.replace("_", " ").capitalize()
 
 
-def _list_changes(report: dict[str, Any]) -> list[str]:
-    """Return the changes that the banner names, in words."""
+def _list_panels(report: dict[str, Any]) -> list[Panel]:
+    """Return top-1 over latency and over MACs, from the baseline to the slim network."""
+    panels = []
+    for title, form, keys in (("latency p50 (ms)", 1.0, ("latency_ms", "p50")), ("MACs (millions)", 1e6, ("macs",))):
+        points = []
+        for label in ("baseline", "slim"):
+            cost, top1 = find(report, label, *keys), find(report, label, "quality", "top1")
+            if are_numbers(cost, top1):
+                interval = find(report, "details", "quality", label, "top1")
+                points.append(Point.of(cost / form, top1, interval, label, is_baseline=label == "baseline"))
+        if len(points) == 2:
+            panels.append(Panel(title, points, is_joined=True))
+    return panels
+
+
+def list_changes(report: dict[str, Any]) -> list[str]:
+    """Return the changes that matter most, in words."""
     changes = []
     for keys, less, more in (
         (("macs",), "fewer MACs", "more MACs"),
@@ -217,30 +235,11 @@ def _list_changes(report: dict[str, Any]) -> list[str]:
     ):
         before, after = find(report, "baseline", *keys), find(report, "slim", *keys)
         if before and after:
-            changes.append(_describe_ratio(before, after, less, more))
+            changes.append(describe_ratio(before, after, less, more))
     before, after = find(report, "baseline", "quality", "top1"), find(report, "slim", "quality", "top1")
     if before is not None and after is not None:
-        changes.append(f"top-1 {format_share(after)} ({_describe_points(before, after)})")
+        changes.append(f"top-1 {format_share(after)} ({describe_points(before, after)})")
     return changes
-
-
-def _describe_ratio(before: float, after: float, less: str, more: str) -> str:
-    ratio = before / after
-    if f"{ratio:.2f}" == "1.00":
-        return "about the same" if before != after else "the same"
-    return f"{ratio:.2f}× {less}" if ratio > 1 else f"{1 / ratio:.2f}× {more}"
-
-
-def _describe_points(before: float, after: float) -> str:
-    points = 100 * (after - before)
-    return "no change" if f"{points:.2f}" in ("0.00", "-0.00") else f"{points:+.2f} points".replace("-", "−")
-
-
-def _render_bar(share: float) -> str:
-    return (
-        f'<svg class="share" role="img" aria-label="{share:.0%}"><rect width="100%" height="100%" rx="3"/>'
-        f'<rect width="{min(1.0, share):.1%}" height="100%" rx="3"/></svg>'
-    )
 
 
 def _describe_runtime(report: dict[str, Any]) -> str:

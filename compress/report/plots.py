@@ -1,54 +1,15 @@
-"""Which pictures does a report hold? Inline SVG that takes its colours and fonts from the page.
+"""Which pictures does a report hold? Widths, stairs of latency, layers, training, noise and latency."""
 
-matplotlib draws with stand-in colours (PAPER); `_to_inline` replaces them by the CSS variables of `style.py`, so one
-picture is right on light, dark and paper. Text stays text: it can be searched, copied and read aloud.
-"""
-
-import io
 import math
-import re
 import statistics
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from compress.report.markup import escape, format_ms, format_share
+from compress.report.markup import format_ms, format_share
+from compress.report.svg import BASELINE, CARD, GRID, INK, MARK, MUTED, SLIM, are_numbers, render_svg
 
-INK, MUTED, GRID, BASELINE, SLIM, MARK, CARD = (f"#0102{number:02x}" for number in range(1, 8))
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--line",
-    BASELINE: "--baseline",
-    SLIM: "--slim",
-    MARK: "--mark",
-    CARD: "--card",
-}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "compress-report",  # else element ids differ from run to run
-    "text.parse_math": False,  # a layer may be called "$x$"
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 8.5,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
-WIDTH_INCHES = 4.8  # narrow, so that text stays readable on a phone
 TAIL_QUANTILE = 0.95
 STAIRS_AT_MOST = 12
-Draw = Callable[[Any], None]
 
 
 def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
@@ -58,7 +19,7 @@ def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
         key: Unique in the page; prefix of the picture's ids.
         groups: {"name", "width_before", "width_after"}, in definition order.
     """
-    rows = [g for g in groups if _are_numbers(g.get("width_before"), g.get("width_after"))]
+    rows = [g for g in groups if are_numbers(g.get("width_before"), g.get("width_after"))]
     if not rows:
         return ""
     widest = max(row["width_before"] for row in rows)
@@ -79,7 +40,7 @@ def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
         figure.legend(loc="outside upper left", ncols=2)
 
     title = f"Channels of {len(rows)} channel groups before and after pruning"
-    return _render(key, title, 0.8 + 0.2 * len(rows), draw)
+    return render_svg(key, title, 0.8 + 0.2 * len(rows), draw)
 
 
 def plot_stairs(key: str, groups: Sequence[dict[str, Any]]) -> str:
@@ -113,7 +74,7 @@ def plot_stairs(key: str, groups: Sequence[dict[str, Any]]) -> str:
         figure.supxlabel("channels", fontsize=8.5, color=MUTED)
         figure.supylabel("network (ms)", fontsize=8.5, color=MUTED)
 
-    return _render(key, f"Latency at each width of {len(drawn)} channel groups", 0.5 + 1.3 * rows, draw)
+    return render_svg(key, f"Latency at each width of {len(drawn)} channel groups", 0.5 + 1.3 * rows, draw)
 
 
 def plot_prediction(key: str, variants: Sequence[dict[str, Any]], rounds: Sequence[tuple[float, float]]) -> str:
@@ -124,7 +85,7 @@ def plot_prediction(key: str, variants: Sequence[dict[str, Any]], rounds: Sequen
         variants: {"predicted_ms", "measured_ms"}.
         rounds: Predicted and measured milliseconds of each network that was timed as a whole.
     """
-    found = [(v["measured_ms"], v["predicted_ms"]) for v in variants if _are_numbers(*v.values())]
+    found = [(v["measured_ms"], v["predicted_ms"]) for v in variants if are_numbers(*v.values())]
     if not found:
         return ""
 
@@ -139,7 +100,7 @@ def plot_prediction(key: str, variants: Sequence[dict[str, Any]], rounds: Sequen
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)")
         figure.legend(loc="outside upper left", ncols=2)
 
-    return _render(key, f"Predicted and measured latency of {len(found)} variants", 3.0, draw)
+    return render_svg(key, f"Predicted and measured latency of {len(found)} variants", 3.0, draw)
 
 
 def plot_layers(key: str, layers: Sequence[dict[str, Any]]) -> str:
@@ -149,7 +110,7 @@ def plot_layers(key: str, layers: Sequence[dict[str, Any]]) -> str:
         key: Unique in the page.
         layers: {"layer", "ms_before", "ms_after"}, in the order of the graph.
     """
-    rows = [row for row in layers if _are_numbers(row.get("ms_before"), row.get("ms_after"))]
+    rows = [row for row in layers if are_numbers(row.get("ms_before"), row.get("ms_after"))]
     if not rows:
         return ""
 
@@ -164,7 +125,7 @@ def plot_layers(key: str, layers: Sequence[dict[str, Any]]) -> str:
         axes.grid(visible=False, axis="y")
         figure.legend(loc="outside upper left", ncols=2)
 
-    return _render(key, f"Latency of {len(rows)} layers before and after", 0.8 + 0.2 * len(rows), draw)
+    return render_svg(key, f"Latency of {len(rows)} layers before and after", 0.8 + 0.2 * len(rows), draw)
 
 
 def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]], baseline: float | None) -> str:
@@ -175,7 +136,7 @@ def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]
         points: Speed-up, top-1 in [0, 1], label.
         baseline: Top-1 of the untouched network, in [0, 1].
     """
-    found = [(x, 100 * y, label) for x, y, label in points if x is not None and y is not None and _are_numbers(x, y)]
+    found = [(x, 100 * y, label) for x, y, label in points if x is not None and y is not None and are_numbers(x, y)]
     if not found:
         return ""
     front = sorted((x, y) for x, y, _ in found if not any(u >= x and v >= y and (u, v) != (x, y) for u, v, _ in found))
@@ -192,7 +153,7 @@ def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]
         axes.margins(0.12)
         axes.set(xlabel="speed-up, measured in turn with the untouched network", ylabel="top-1 (%)")
 
-    return _render(key, f"Top-1 and speed-up of {len(found)} runs", 3.2, draw)
+    return render_svg(key, f"Top-1 and speed-up of {len(found)} runs", 3.2, draw)
 
 
 def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None) -> str:
@@ -203,11 +164,11 @@ def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None
         epochs: {"epoch", "loss", "validation_top1"}, counted from 1.
         chosen: The epoch whose weights were kept.
     """
-    losses = [(e["epoch"], e["loss"]) for e in epochs if _are_numbers(e.get("epoch"), e.get("loss"))]
+    losses = [(e["epoch"], e["loss"]) for e in epochs if are_numbers(e.get("epoch"), e.get("loss"))]
     top1 = [
         (e["epoch"], 100 * e["validation_top1"])
         for e in epochs
-        if _are_numbers(e.get("epoch"), e.get("validation_top1"))
+        if are_numbers(e.get("epoch"), e.get("validation_top1"))
     ]
     if not losses and not top1:
         return ""
@@ -224,7 +185,7 @@ def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None
         lower.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _mark_chosen(upper, lower, dict(top1), chosen)
 
-    return _render(key, "Training loss and validation top-1 of each epoch", 3.4, draw)
+    return render_svg(key, "Training loss and validation top-1 of each epoch", 3.4, draw)
 
 
 def plot_noise(
@@ -239,7 +200,7 @@ def plot_noise(
         slim: The same of the slim network.
     """
     series = [
-        (label, color, [(x, 100 * (y or 0)) for x, y in zip(levels, values, strict=False) if _are_numbers(x, y)])
+        (label, color, [(x, 100 * (y or 0)) for x, y in zip(levels, values, strict=False) if are_numbers(x, y)])
         for label, color, values in (("baseline", BASELINE, baseline), ("slim", SLIM, slim))
     ]
     drawn = [one for one in series if len(one[2]) > 1]
@@ -254,7 +215,7 @@ def plot_noise(
         axes.set_ylim(0, 100)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return _render(key, "Top-1 over the level of noise", 2.4, draw)
+    return render_svg(key, "Top-1 over the level of noise", 2.4, draw)
 
 
 def plot_latency(key: str, baseline_ms: Sequence[float | None], slim_ms: Sequence[float | None]) -> str:
@@ -290,7 +251,7 @@ def plot_latency(key: str, baseline_ms: Sequence[float | None], slim_ms: Sequenc
         axes.grid(visible=False, axis="x")
         figure.legend(loc="outside upper left", ncols=2)
 
-    return _render(key, "Distribution of latency, baseline and slim network", 2.6, draw)
+    return render_svg(key, "Distribution of latency, baseline and slim network", 2.6, draw)
 
 
 def count_beyond_edge(baseline_ms: Sequence[float | None], slim_ms: Sequence[float | None]) -> int:
@@ -325,40 +286,4 @@ def _latency_range(series: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def _keep_numbers(values: Sequence[float | None]) -> list[float]:
-    return sorted(value for value in values if value is not None and _are_numbers(value))
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-
-
-def _render(key: str, title: str, height_inches: float, draw: Draw) -> str:
-    # Imported here: matplotlib takes a second to import, and neither the command line nor a run that finds everything
-    # unchanged draws anything. `Figure` without pyplot keeps no global state and needs no display.
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # The browser draws the text, so a glyph that matplotlib's font lacks is no loss.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        draw(figure)
-        figure.savefig(buffer, format="svg", transparent=True)
-    return _to_inline(buffer.getvalue(), key, title)
-
-
-def _to_inline(text: str, key: str, title: str) -> str:
-    """Turn matplotlib's SVG file into an element of the page: its colours, its fonts, ids of its own, a title."""
-    size = re.search(r'viewBox="([^"]+)"', text)
-    body = text[text.index("<g id=") :]
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    body = re.sub(r'(<(?:path|clipPath)\b[^>]*?\bid=")', rf"\g<1>{key}-", body)
-    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", body)
-    body = re.sub(r"'DejaVu Sans'[^\";]*", "system-ui, sans-serif", body)
-    for color, variable in VARIABLES.items():
-        body = re.sub(rf"(fill|stroke): {color}", rf"\g<1>: var({variable})", body)
-    return (
-        f'<svg class="plot" viewBox="{size.group(1) if size else ""}" role="img" aria-labelledby="{key}-title">'
-        f'<title id="{key}-title">{escape(title)}</title>\n{body}'
-    )
+    return sorted(value for value in values if value is not None and are_numbers(value))

@@ -3,14 +3,16 @@
 STYLE_SHEET = """
 :root {
   color-scheme: light dark;
-  --page: #f5f6f8; --card: #ffffff; --ink: #1b2330; --muted: #5a6475; --line: #e1e5ea;
+  --page: #f5f6f8; --card: #ffffff; --ink: #1b2330; --muted: #5a6475; --line: #e1e5ea; --edge: #1b233033;
   --baseline: #8592a6; --slim: #0f766e; --mark: #c2410c;
+  --run-1: #0f766e; --run-2: #c2410c; --run-3: #2563eb; --run-4: #7c3aed; --run-5: #be185d; --run-6: #4d7c0f;
   --pass: #15803d; --pass-soft: #e7f6ec; --fail: #b42318; --fail-soft: #fdecea; --skip: #6b7280; --skip-soft: #eef0f3;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
-    --page: #10141a; --card: #181e27; --ink: #e6eaf0; --muted: #9aa6b8; --line: #2b3441;
+    --page: #10141a; --card: #181e27; --ink: #e6eaf0; --muted: #9aa6b8; --line: #2b3441; --edge: #000000aa;
     --baseline: #8593a8; --slim: #2dd4bf; --mark: #fb923c;
+    --run-1: #2dd4bf; --run-2: #fb923c; --run-3: #60a5fa; --run-4: #a78bfa; --run-5: #f472b6; --run-6: #a3e635;
     --pass: #4ade80; --pass-soft: #12291b; --fail: #f98b81; --fail-soft: #34181a; --skip: #a3adbb; --skip-soft: #232b36;
   }
 }
@@ -35,6 +37,7 @@ section, .verdict {
 .verdict p { margin: 0.25rem 0 0; }
 .verdict ul, .notes { margin: 0.5rem 0 0; padding-left: 1.2rem; }
 .verdict li, .notes li { margin: 0.2rem 0; overflow-wrap: anywhere; }
+.warn { --tone: var(--mark); --soft: var(--card); }
 .pass { --tone: var(--pass); --soft: var(--pass-soft); }
 .fail { --tone: var(--fail); --soft: var(--fail-soft); }
 .skipped { --tone: var(--skip); --soft: var(--skip-soft); }
@@ -43,7 +46,14 @@ section, .verdict {
   font-size: 0.8rem; font-weight: 600; color: var(--tone); background: var(--soft); border: 1px solid var(--tone);
 }
 .muted, figcaption { color: var(--muted); font-size: 0.88rem; }
-.scroll { overflow-x: auto; max-width: 100%; }
+.scroll {
+  overflow-x: auto; max-width: 100%;
+  background: linear-gradient(to right, var(--card) 30%, transparent) left / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--card) 30%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--edge), transparent) left / 0.8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--edge), transparent) right / 0.8rem 100% no-repeat scroll;
+}
+:is(.scroll, figure, h3) + .scroll { margin-top: 0.9rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.42rem 1.25rem 0.42rem 0; text-align: left; vertical-align: top; }
 th, td { border-bottom: 1px solid var(--line); }
@@ -54,6 +64,10 @@ tbody tr:last-child > * { border-bottom: 0; }
 .whole { white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
 .text { min-width: 14rem; }
+.runs :is(th, td) { min-width: 6rem; white-space: normal; overflow-wrap: break-word; }
+.runs small { white-space: nowrap; }
+.runs :is(th, td):first-child { position: sticky; left: 0; background: var(--card); min-width: 7rem; }
+.verdicts ul { margin: 0.25rem 0 0; padding-left: 1.1rem; }
 .gain { color: var(--pass); font-weight: 600; }
 .loss { color: var(--fail); font-weight: 600; }
 .share { display: block; width: 100%; min-width: 6rem; height: 0.6rem; margin-top: 0.45rem; }
@@ -69,6 +83,14 @@ figure { margin: 0.5rem 0 0; }
   .split figure { grid-area: 1 / 1; margin-top: 0; }
   .split .facts { grid-area: 1 / 2; flex-direction: column; }
 }
+h3 { font-size: 0.98rem; margin: 1rem 0 0.5rem; }
+small.muted { font-weight: 400; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: 0.9rem 0.75rem; }
+.images figure { margin: 0; }
+.images img { display: block; width: 5rem; height: 5rem; object-fit: contain; image-rendering: pixelated; }
+.images img { background: var(--page); border: 1px solid var(--line); border-radius: 6px; }
+.images figcaption { font-size: 0.78rem; line-height: 1.35; overflow-wrap: anywhere; }
+.images figcaption .muted { display: block; font-size: inherit; }
 figcaption { margin-top: 0.25rem; }
 .plot { display: block; width: 100%; max-width: 36rem; height: auto; }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -82,6 +104,16 @@ pre { border: 1px solid var(--line); border-radius: 6px; }
   section, .verdict { padding: 0.85rem 0.8rem; }
   table { font-size: 0.86rem; }
   th, td { padding-right: 0.7rem; }
+  tbody th { white-space: normal; overflow-wrap: break-word; min-width: 5.5rem; }
+  .stacked thead { display: none; }
+  .stacked tr { display: grid; grid-template-columns: auto 1fr; gap: 0.15rem 1rem; padding: 0.5rem 0; }
+  .stacked tr { border-bottom: 1px solid var(--line); }
+  .stacked tr:last-child { border-bottom: 0; }
+  .stacked tr > * { border: 0; padding: 0; text-align: left; }
+  .stacked tr > :nth-child(2) { justify-self: end; }
+  .stacked tr > :last-child { grid-column: 1 / -1; }
+  .checks tr > :nth-child(3)::before { content: "value "; color: var(--muted); }
+  .checks tr > :nth-child(4)::before { content: "limit "; color: var(--muted); }
   .comparison :is(th, td):nth-child(4) { padding-right: 0; white-space: normal; }
   .comparison :is(th, td):nth-child(5) { display: none; }
 }
@@ -89,8 +121,8 @@ pre { border: 1px solid var(--line); border-radius: 6px; }
   body { background: none; padding: 0; max-width: none; font-size: 11pt; }
   section, .verdict { border-color: #bbb; print-color-adjust: exact; }
   .verdict, figure, tr, li, dl { break-inside: avoid; }
-  h2 { break-after: avoid; }
-  .scroll, pre { overflow: visible; }
+  h2, h3 { break-after: avoid; }
+  .scroll, pre { overflow: visible; background: none; }
   pre { white-space: pre-wrap; }
   details:has(pre)::details-content { content-visibility: visible; display: block; height: auto; }
 }

@@ -1,4 +1,6 @@
+import base64
 import copy
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -14,15 +16,19 @@ from report_samples import (
     passing_verdict,
     prune_record,
     sample_stages,
+    worst_images,
 )
 
 from compress.artifacts import Verdict
-from compress.report import plots
+from compress.report import fronts, lines, plots
 from compress.report.build import StageRun, build_report
 from compress.report.html import render_html
-from compress.report.plots import VARIABLES, count_beyond_edge, plot_latency, plot_training, plot_widths
+from compress.report.plots import count_beyond_edge, plot_latency, plot_training, plot_widths
+from compress.report.robustness import list_severities
+from compress.report.svg import VARIABLES
 
-VOID = {"meta", "br", "link", "img", "hr", "input"}
+MEASURED = ["noise", "severities", "latency", "throughput"]
+VOID = {"meta", "wbr", "br", "link", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
@@ -136,7 +142,8 @@ def test_worse_figures_are_not_called_better() -> None:
 
 def test_page_needs_nothing_from_outside(html: str) -> None:
     for tag, values in Page(html).elements:
-        assert tag not in ("script", "link", "img", "iframe", "base")
+        assert tag not in ("script", "link", "iframe", "base")
+        assert tag != "img" or (values.pop("src") or "").startswith("data:image/png;base64,")
         for key in ("src", "href", "xlink:href", "action", "data"):
             assert (values.get(key) or "#").startswith("#"), (tag, values)
         assert not any(key.startswith("on") for key in values)
@@ -182,10 +189,11 @@ def test_hostile_text_is_escaped_everywhere() -> None:
 
 
 def test_pictures_are_there_for_every_stage_that_has_data(html: str) -> None:
-    assert Page(html).plots() == ["widths-1", "training-2", "noise", "latency"]
+    assert Page(html).plots() == ["change", "widths-1", "training-2", *MEASURED]
     twice = [StageRun("prune", "ran", 1.0, prune_record()), StageRun("finetune", "ran", 1.0, finetune_record())] * 2
     page = Page(render_html(report_of(passing_verdict(), twice)))
-    assert page.plots() == ["widths-0", "training-1", "widths-2", "training-3", "noise", "latency"]
+    staged = ["widths-0", "training-1", "widths-2", "training-3"]
+    assert page.plots() == ["change", *staged, *MEASURED]
     assert "widths of the channel groups (stage 3 of 4)" in page.text
 
 
@@ -206,7 +214,8 @@ def test_page_degrades_when_records_are_empty_or_missing() -> None:
 
 
 def test_page_survives_the_loss_of_any_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_render", lambda key, title, height_inches, draw: "<svg></svg>")  # for speed
+    for module in (fronts, lines, plots):  # for speed
+        monkeypatch.setattr(module, "render_svg", lambda key, title, height_inches, draw: "<svg></svg>")
     whole = report_of(passing_verdict())
     for stage in range(len(whole["stages"])):
         for key in whole["stages"][stage]["record"]:
@@ -298,14 +307,14 @@ def test_a_budget_in_milliseconds_is_drawn() -> None:
     record = {"groups": [{"name": "a<b", "width_before": 16, "width_after": 8, "damage": 0.125}], "latency": latency}
     html = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record)]))
     page = Page(html)
-    assert page.plots() == ["widths-0", "stairs-0", "prediction-0", "layers-0", "noise", "latency"]
+    assert page.plots() == ["change", "widths-0", "stairs-0", "prediction-0", "layers-0", *MEASURED]
     assert "0.125" in page.text
     assert "networks chosen" in html
     assert "a<b" not in html.replace("<b>", "")
     assert ">whole<" in html, "a legend, and no stair of one step"
     for empty in ({}, {"stairs": [], "variants": [], "layers": []}):
         bare = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record | {"latency": empty})]))
-        assert Page(bare).plots() == ["widths-0", "noise", "latency"]
+        assert Page(bare).plots() == ["change", "widths-0", *MEASURED]
 
 
 def test_what_was_tried_is_told() -> None:
@@ -374,3 +383,168 @@ def test_quality_without_a_baseline_is_of_the_file_alone() -> None:
     assert "images lost" not in page.text
     del report["details"]["quality"], report["details"]["robustness"]
     assert "noise" not in Page(render_html(report)).plots()
+
+
+def test_images_of_the_worst_classes_have_captions() -> None:
+    html = render_html(report_of(passing_verdict()))
+    page = Page(html)
+    images = [values for tag, values in page.elements if tag == "img"]
+    assert len(images) == 8
+    assert images[1]["alt"] == "class <10> → class <1>"
+    assert "class <10> → class <1> no. 97" in page.text
+    assert "class <10> top-1 92.00 % → 81.00 %, −11.00 points" in page.text
+    assert "img-src data:" in html
+    assert "that the baseline gets right and the file gets wrong" in page.text
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        7,
+        "",
+        "no base64",
+        '"><script>alert(1)</script>',
+        base64.b64encode(b"GIF89a").decode(),
+        base64.b64encode(b"<svg onload='alert(1)'>").decode(),
+        base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(100_000)).decode(),
+        "é" * 8,
+    ],
+)
+def test_what_is_no_small_png_is_left_out(image: Any) -> None:
+    report = report_of(passing_verdict(), [])
+    report["details"]["quality"]["worst_images"] = [
+        {"class": 1, "label": 1, "predicted": 2, "index": 3, "image": image}
+    ]
+    html = render_html(report)
+    assert "<img" not in html
+    assert "Images of the worst classes" not in html
+    assert "<script" not in html
+
+
+def test_images_without_names_or_baseline_have_numbers() -> None:
+    report = report_of(passing_verdict(), [])
+    quality = report["details"]["quality"]
+    quality |= {"classes": [], "baseline": None, "baseline_by_class": None}
+    quality["worst_images"] = worst_images(40, 8)
+    page = Page(render_html(report))
+    assert "class 10 → class 3" in page.text
+    assert "class 10 top-1 81.00 %" in page.text
+    assert "that the file gets wrong, of the classes with the lowest top-1" in page.text
+    assert sum(tag == "img" for tag, _ in page.elements) == 32, "no more, whatever the file holds"
+
+
+def test_what_a_call_costs_besides_time_is_told() -> None:
+    page = Page(render_html(report_of(passing_verdict(), [])))
+    for text in (
+        "Cold start33.9 ms21.4 ms1.58× faster",
+        "Peak memory44.90 MB41.20 MB1.09× less",
+        "Energy of a call0.0119 J0.0071 J1.68× less",
+        "Images per second, batch 89111,580",
+        "1.73× more",
+        "58 on CUDAExecutionProvider, 3 on CPUExecutionProvider. CUDAExecutionProvider was asked for. Fell back to "
+        "another one: Shape /flatten/Shape,",
+    ):
+        assert text in page.text
+    gains = [values for tag, values in page.elements if tag == "span" and values.get("class") == "loss"]
+    assert not gains, "more images per second is no loss"
+
+
+def test_what_was_not_measured_at_run_time_is_left_out() -> None:
+    report = report_of(passing_verdict(), [])
+    report["details"]["runtime"] = {"cold_start_ms": {"slim": 3.0}, "throughput": [{"batch_size": 1, "slim": 9.0}]}
+    report["details"]["providers"] = {"asked": "CPUExecutionProvider", "nodes": {"CPUExecutionProvider": 9}}
+    page = Page(render_html(report))
+    assert "Cold start–3.00 ms" in page.text
+    assert "Peak memory" not in page.text
+    assert "throughput" not in page.plots()
+    assert "None fell back to another one." in page.text
+    report["details"]["providers"]["fell_back"] = [f"Conv conv{number}" for number in range(50)]
+    assert "Conv conv19 and 30 more." in Page(render_html(report)).text
+    del report["details"]["runtime"], report["details"]["providers"]
+    assert "At run time" not in render_html(report)
+
+
+def test_every_percentile_that_was_measured_is_a_row() -> None:
+    report = report_of(passing_verdict(), [])
+    text = Page(render_html(report)).text
+    for name, change in (("p50", "1.62"), ("p90", "1.61"), ("p95", "1.60"), ("p99", "1.30")):
+        assert re.search(rf"Latency {name}[\d.]+ ms[\d.]+ ms{change}× faster", text)
+    del report["baseline"]["latency_ms"]["p99"], report["slim"]["latency_ms"]["p99"]
+    assert "p99" not in Page(render_html(report)).text.partition("Checks")[0]
+
+
+def test_the_picture_of_the_change_needs_both_networks() -> None:
+    report = report_of(passing_verdict(), [])
+    assert "change" in Page(render_html(report)).plots()
+    for key in ("latency_ms", "macs"):
+        report["baseline"][key] = None
+    assert "change" not in Page(render_html(report)).plots()
+    report["baseline"] = None
+    assert "change" not in Page(render_html(report)).plots()
+
+
+def test_a_corruption_at_several_severities_is_a_curve_and_shifted_data_are_named() -> None:
+    report = report_of(passing_verdict(), [])
+    found = report["details"]["robustness"]["distributions"]
+    assert list_severities(found) == {"fog": ([(0, 0.917), (1, 0.894), (5, 0.722)], [(0, 0.91), (1, 0.89), (5, 0.71)])}
+    page = Page(render_html(report))
+    assert "Noise, corruptions and shifted data" in page.text
+    assert "night shots shifted data" in page.text
+    assert "Corruptions, mean of 483.12 %82.00 %−1.12 points" in page.text
+    report["details"]["robustness"]["distributions"] = [one for one in found if one["kind"] in ("nominal", "shifted")]
+    page = Page(render_html(report))
+    assert {"noise", "severities"}.isdisjoint(page.plots())
+    assert "night shots" in page.text
+
+
+def test_many_distributions_are_folded() -> None:
+    report = report_of(passing_verdict(), [])
+    report["details"]["robustness"]["distributions"] = [
+        {"name": f"blur_{place} 3", "kind": "corruption", "top1": 0.5, "baseline_top1": 0.6} for place in range(45)
+    ]
+    page = Page(render_html(report))
+    assert "33 more, which lost less" in page.text
+    assert "blur_44 3" in page.text
+
+
+def test_a_report_of_before_there_were_pictures_and_run_time_still_renders() -> None:
+    report = report_of(passing_verdict())
+    details = report["details"]
+    for key in ("runtime", "providers"):
+        del details[key]
+    del details["quality"]["worst_images"], report["data"]
+    page = Page(render_html(report))
+    assert "91.04 %" in page.text
+    assert "img" not in [tag for tag, _ in page.elements]
+    del details["quality"], details["robustness"]
+    assert "Quality" not in render_html(report)
+
+
+def test_a_page_of_everything_is_small() -> None:
+    verdict = passing_verdict()
+    quality, robustness = verdict.details["quality"], verdict.details["robustness"]
+    count = 1000
+    quality |= {
+        "classes": [f"a long name of a class, number {number}" for number in range(count)],
+        "images_by_class": [50] * count,
+        "slim_by_class": [0.7 + number / 10_000 for number in range(count)],
+        "baseline_by_class": [0.8] * count,
+        "worst_images": worst_images(4, 8, 64),
+    }
+    example = robustness["distributions"][-1]
+    corruptions = [f"corruption_{place}" for place in range(9)]
+    robustness["distributions"] = [
+        {**example, "name": "nominal", "kind": "nominal"},
+        *(
+            {**example, "name": f"{name} {severity}", "kind": "corruption"}
+            for name in corruptions
+            for severity in range(1, 6)
+        ),
+    ]
+    report = report_of(verdict)
+    html = render_html(report)
+    assert Page(html).plots().count("severities") == 1
+    assert html.count("<img") == 32
+    assert len(html.encode()) < 3_000_000
+    assert len(json.dumps(report, indent=1)) < 3_000_000

@@ -1,0 +1,118 @@
+"""Which network gives how much top-1 at which cost? Pictures in which the best lie in the upper left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.report.svg import BASELINE, CARD, MUTED, SLIM, are_numbers, render_svg
+
+HEIGHT_INCHES = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One network.
+
+    Attributes:
+        cost: In the unit of the panel.
+        top1: In percent.
+        label: Short.
+        low: Lower end of the interval of top-1, in percent; None where it is not known.
+        high: Upper end.
+        is_baseline: Whether it is the untouched network.
+    """
+
+    cost: float
+    top1: float
+    label: str
+    low: float | None = None
+    high: float | None = None
+    is_baseline: bool = False
+
+    @classmethod
+    def of(cls, cost: float, top1: float, interval: Any, label: str, is_baseline: bool = False) -> Point:
+        """Return a point from shares in [0, 1]; `interval` is {"low", "high"} or anything else for none."""
+        low, high = (interval.get(end) if isinstance(interval, dict) else None for end in ("low", "high"))
+        if low is None or high is None or not are_numbers(low, high):
+            return cls(cost, 100 * top1, label, is_baseline=is_baseline)
+        return cls(cost, 100 * top1, label, 100 * low, 100 * high, is_baseline)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Top-1 over one cost.
+
+    Attributes:
+        title: Of the axis of cost.
+        points: The networks.
+        is_joined: Whether an arrow leads from the first to the last, in place of a line along the front.
+    """
+
+    title: str
+    points: Sequence[Point]
+    is_joined: bool = False
+
+
+def list_front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other betters, the cheapest first."""
+    front = [
+        one
+        for one in points
+        if not any(
+            other.cost <= one.cost and other.top1 >= one.top1 and (other.cost, other.top1) != (one.cost, one.top1)
+            for other in points
+        )
+    ]
+    return sorted(front, key=lambda one: (one.cost, one.top1))
+
+
+def plot_fronts(key: str, panels: Sequence[Panel]) -> str:
+    """Return top-1 over each cost, one panel beside the other; "" when no panel has a point.
+
+    Args:
+        key: Unique in the page.
+        panels: One or two.
+    """
+    drawn = [panel for panel in panels if panel.points]
+    if not drawn:
+        return ""
+
+    def draw(figure: Any) -> None:
+        every = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+        for axes, panel in zip(every, drawn, strict=True):
+            _draw_panel(axes, panel)
+        every[0].set_ylabel("top-1 (%)")
+
+    costs = " and over ".join(panel.title for panel in drawn)
+    return render_svg(key, f"Top-1 over {costs} of {len(drawn[0].points)} networks", HEIGHT_INCHES, draw)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    if panel.is_joined:
+        first, last = panel.points[0], panel.points[-1]
+        arrow = {"arrowstyle": "->", "color": MUTED, "shrinkA": 6, "shrinkB": 6}
+        axes.annotate("", (last.cost, last.top1), xytext=(first.cost, first.top1), arrowprops=arrow)
+        front = list(panel.points)
+    else:
+        front = list_front(panel.points)
+        axes.plot([one.cost for one in front], [one.top1 for one in front], color=SLIM, linewidth=1.4)
+    largest = max(one.cost for one in panel.points)
+    labels: dict[tuple[float, float, bool], list[str]] = {}
+    for one in panel.points:
+        color = BASELINE if one.is_baseline else SLIM
+        if one.low is not None and one.high is not None:
+            axes.plot([one.cost] * 2, [one.low, one.high], color=color, linewidth=1.1)
+        fill = color if one.is_baseline or one in front else CARD
+        shape = "s" if one.is_baseline else "o"
+        axes.plot([one.cost], [one.top1], shape, color=color, markersize=6, markerfacecolor=fill)
+        labels.setdefault((one.cost, one.top1, one.is_baseline), []).append(one.label)
+    for (cost, top1, is_baseline), names in labels.items():
+        align, shift = ("right", -6) if cost > 0.6 * largest else ("left", 6)
+        is_below = is_baseline != panel.is_joined  # the arrow comes from above; the front ends beside the baseline
+        place = {"textcoords": "offset points", "xytext": (shift, -12 if is_below else 5), "ha": align}
+        axes.annotate(", ".join(names), (cost, top1), fontsize=8, **place)
+    axes.margins(0.14)
+    axes.set_xlim(0, largest * 1.08)
+    axes.set_xlabel(panel.title)

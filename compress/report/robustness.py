@@ -1,0 +1,131 @@
+"""Does the network stand as much as before? The section on noise, corruptions and shifted data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from compress.report.changes import CHANGE_COLUMNS, compare_shares
+from compress.report.lines import plot_severities
+from compress.report.markup import (
+    escape,
+    format_interval,
+    format_known,
+    format_known_share,
+    format_share,
+    format_whole,
+    render_details,
+    render_facts,
+    render_figure,
+    render_section,
+    render_split,
+    render_table,
+)
+from compress.report.outcome import find
+from compress.report.plots import plot_noise
+
+SHOWN = 12
+KINDS = {"noise": "Noise", "corruption": "Corruptions", "shifted": "Shifted data"}
+Distributions = Sequence[dict[str, Any]]
+
+
+def render_robustness(report: dict[str, Any]) -> str:
+    """Return top-1 under noise and by severity as pictures, and on every distribution, the largest loss first."""
+    robustness = find(report, "details", "robustness") or {}
+    found = robustness.get("distributions") or []
+    if not found:
+        return ""
+    wanted = robustness.get("wanted") or {}
+    facts = render_facts(
+        [("images of each", format_whole(wanted.get("images"))), *((key, wanted.get(key)) for key in ("noise", "seed"))]
+    )
+    levels, before, after = noise_curves(robustness)
+    noise = render_figure(plot_noise("noise", levels, before, after))
+    severities = render_figure(plot_severities("severities", list_severities(found)))
+    return render_section(
+        describe_kinds(found),
+        render_split(facts, noise) if noise else facts,
+        severities,
+        _render_means(found),
+        _render_distributions(found),
+    )
+
+
+def noise_curves(robustness: dict[str, Any]) -> tuple[list[float], list[float | None], list[float | None]]:
+    """Return the levels of noise, 0 first, and top-1 of baseline and slim network at each; empty without noise."""
+    found = robustness.get("distributions") or []
+    noisy = [one for one in found if one.get("kind") == "noise"]
+    if not noisy:
+        return [], [], []
+    those = [_nominal(found), *noisy]
+    levels = [0.0, *((robustness.get("wanted") or {}).get("noise_levels") or [])]
+    return levels, [one.get("baseline_top1") for one in those], [one.get("top1") for one in those]
+
+
+def list_severities(found: Distributions) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Return the curves of every corruption that was looked at at several severities, for `plot_severities`."""
+    each: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for one in found:
+        name, _, severity = str(one.get("name")).rpartition(" ")
+        if one.get("kind") == "corruption" and name and severity.isdecimal():
+            each.setdefault(name, []).append((int(severity), one))
+    curves = {}
+    for name, those in each.items():
+        if len(those) > 1:
+            steps = [(0, _nominal(found)), *sorted(those, key=lambda step: step[0])]
+            curves[name] = (
+                [(severity, one.get("baseline_top1")) for severity, one in steps],
+                [(severity, one.get("top1")) for severity, one in steps],
+            )
+    return curves
+
+
+def _nominal(found: Distributions) -> dict[str, Any]:
+    return next((one for one in found if one.get("kind") == "nominal"), {})
+
+
+def describe_kinds(found: Distributions) -> str:
+    """Return a title that names the kinds of images looked at."""
+    names = ["noise", "corruptions"] + ["shifted data"] * any(one.get("kind") == "shifted" for one in found)
+    return f"{', '.join(names[:-1])} and {names[-1]}".capitalize()
+
+
+def _render_means(found: Distributions) -> str:
+    """Return mean top-1 over the distributions of each kind, where there are several of any."""
+    rows = []
+    for kind, label in KINDS.items():
+        those = [one for one in found if one.get("kind") == kind]
+        if len(those) > 1:
+            means = (_mean([one.get(key) for one in those]) for key in ("baseline_top1", "top1"))
+            rows.append(compare_shares(f"{label}, mean of {len(those)}", *means))
+    return render_table(CHANGE_COLUMNS[:-1], [row[:-1] for row in rows], numeric=(1, 2, 3)) if rows else ""
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _render_distributions(found: Distributions) -> str:
+    rows = [
+        (
+            _render_name(one),
+            format_share(one.get("baseline_top1")),
+            format_share(one.get("top1")),
+            escape(format_interval(find(one, "changes", "drop.top1"))),
+            escape(format_known_share(find(one, "changes", "churn", "value"))),
+            escape(format_known(find(one, "changes", "softmax_distance", "value"))),
+        )
+        for one in sorted(found, key=lambda one: -(find(one, "changes", "drop.top1", "value") or 0.0))
+    ]
+    head, numeric = ("images", "baseline", "slim", "top-1 lost", "other class", "distance"), (1, 2, 3, 4, 5)
+    shown = render_table(head, rows[:SHOWN], numeric=numeric)
+    if len(rows) <= SHOWN:
+        return shown
+    return shown + render_details(
+        f"{len(rows) - SHOWN} more, which lost less", render_table(head, rows[SHOWN:], numeric=numeric)
+    )
+
+
+def _render_name(one: dict[str, Any]) -> str:
+    """Return a distribution's name; what a name does not say of its kind stands beside it."""
+    is_shifted = one.get("kind") == "shifted"
+    return escape(one.get("name")) + (' <small class="muted">shifted data</small>' if is_shifted else "")

@@ -305,6 +305,21 @@ def check(context: typer.Context) -> None:
 
 @app.command()
 @guarded
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their report.json files.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER|FILE.html", help="Where the page goes."),
+    ] = None,
+) -> None:
+    """Compare runs side by side on one page, comparison.html; of one run, write its report.html anew."""
+    from compress.report.pages import write_pages
+
+    write_pages(runs, out, Console())
+
+
+@app.command()
+@guarded
 def inspect(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="FILE.onnx, a pipeline file, or file.py:callable.")],
     input_shape: Annotated[

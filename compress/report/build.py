@@ -188,5 +188,5 @@ def _write_atomically(path: Path, content: bytes) -> None:
         reason = error.strerror or str(error)
         raise ArtifactError(
             f"The report must be written to {path}, got: {reason}.",
-            hint="free some space or make the run folder writable; finished stages are kept.",
+            hint="free some space or make the folder writable; finished stages are kept.",
         ) from error

@@ -2,10 +2,10 @@ import base64
 import copy
 import json
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from page import Page
 from report_samples import (
     CONFIG,
     ENVIRONMENT,
@@ -28,43 +28,6 @@ from compress.report.robustness import list_severities
 from compress.report.svg import VARIABLES
 
 MEASURED = ["noise", "severities", "latency", "throughput"]
-VOID = {"meta", "wbr", "br", "link", "img", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed, and gathers elements, attributes and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.words))
-
-    def plots(self) -> list[str]:
-        labels = (values.get("aria-labelledby") for tag, values in self.elements if tag == "svg")
-        return [label.removesuffix("-title") for label in labels if label]
 
 
 def report_of(verdict: Verdict, stages: list[StageRun] | None = None, name: str = "demo") -> dict[str, Any]:
@@ -74,6 +37,17 @@ def report_of(verdict: Verdict, stages: list[StageRun] | None = None, name: str 
 @pytest.fixture(scope="module")
 def html() -> str:
     return render_html(report_of(passing_verdict()))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are there but empty, for speed."""
+    for module in (fronts, lines, plots):
+        monkeypatch.setattr(
+            module,
+            "render_svg",
+            lambda key, *_: f'<svg aria-labelledby="{key}-title"><title id="{key}-title">x</title></svg>',
+        )
 
 
 def test_page_says_what_was_measured(html: str) -> None:
@@ -107,6 +81,7 @@ def test_verdict_comes_before_everything_else(html: str) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failed_verdict_names_the_check_and_sorts_it_first() -> None:
     page = render_html(report_of(failing_verdict(), []))
     text = Page(page).text.replace("\xa0", " ")
@@ -131,6 +106,7 @@ def test_verdict_that_checked_too_little_says_so(checks: tuple[Any, ...], words:
     assert words in Page(render_html(report_of(Verdict(checks, ("parity",), None, None), []))).text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_worse_figures_are_not_called_better() -> None:
     report = report_of(passing_verdict(), [])
     report["baseline"], report["slim"] = report["slim"], report["baseline"]
@@ -160,6 +136,7 @@ def test_ids_are_unique_and_every_reference_is_met(html: str) -> None:
     assert used <= set(ids)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_hostile_text_is_escaped_everywhere() -> None:
     evil = "<script>alert('x')</script>\"&"
     verdict = Verdict((check(evil, "fail", 1.0, 2.0, evil, evil),), (evil,), None, None, {"latency": {"runtime": evil}})
@@ -213,9 +190,8 @@ def test_page_degrades_when_records_are_empty_or_missing() -> None:
     assert "Failed" in Page(render_html({"verdict": None})).text
 
 
-def test_page_survives_the_loss_of_any_single_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fronts, lines, plots):  # for speed
-        monkeypatch.setattr(module, "render_svg", lambda key, title, height_inches, draw: "<svg></svg>")
+@pytest.mark.usefixtures("undrawn")
+def test_page_survives_the_loss_of_any_single_value() -> None:
     whole = report_of(passing_verdict())
     for stage in range(len(whole["stages"])):
         for key in whole["stages"][stage]["record"]:
@@ -317,6 +293,7 @@ def test_a_budget_in_milliseconds_is_drawn() -> None:
         assert Page(bare).plots() == ["change", "widths-0", *MEASURED]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_tried_is_told() -> None:
     record = {
         "groups": [{"name": "a", "width_before": 16, "width_after": 8}],
@@ -362,6 +339,7 @@ def test_quality_shows_what_changed_and_the_classes_that_lost_most() -> None:
     assert "class <11>" not in page.text, "it has no images"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_robustness_shows_the_largest_loss_first() -> None:
     page = Page(render_html(report_of(passing_verdict())))
     names = ["uniform noise 0.3", "uniform noise 0.2", "jpeg 3", "uniform noise 0.1", "nominal", "brightness 3"]
@@ -372,6 +350,7 @@ def test_robustness_shows_the_largest_loss_first() -> None:
     assert "noise" in page.plots()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_quality_without_a_baseline_is_of_the_file_alone() -> None:
     report = report_of(passing_verdict())
     quality = report["details"]["quality"]
@@ -397,6 +376,7 @@ def test_images_of_the_worst_classes_have_captions() -> None:
     assert "that the baseline gets right and the file gets wrong" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "image",
     [
@@ -422,6 +402,7 @@ def test_what_is_no_small_png_is_left_out(image: Any) -> None:
     assert "<script" not in html
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_without_names_or_baseline_have_numbers() -> None:
     report = report_of(passing_verdict(), [])
     quality = report["details"]["quality"]
@@ -434,6 +415,7 @@ def test_images_without_names_or_baseline_have_numbers() -> None:
     assert sum(tag == "img" for tag, _ in page.elements) == 32, "no more, whatever the file holds"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_call_costs_besides_time_is_told() -> None:
     page = Page(render_html(report_of(passing_verdict(), [])))
     for text in (
@@ -450,6 +432,7 @@ def test_what_a_call_costs_besides_time_is_told() -> None:
     assert not gains, "more images per second is no loss"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_not_measured_at_run_time_is_left_out() -> None:
     report = report_of(passing_verdict(), [])
     report["details"]["runtime"] = {"cold_start_ms": {"slim": 3.0}, "throughput": [{"batch_size": 1, "slim": 9.0}]}
@@ -465,6 +448,7 @@ def test_what_was_not_measured_at_run_time_is_left_out() -> None:
     assert "At run time" not in render_html(report)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_percentile_that_was_measured_is_a_row() -> None:
     report = report_of(passing_verdict(), [])
     text = Page(render_html(report)).text
@@ -474,6 +458,7 @@ def test_every_percentile_that_was_measured_is_a_row() -> None:
     assert "p99" not in Page(render_html(report)).text.partition("Checks")[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_picture_of_the_change_needs_both_networks() -> None:
     report = report_of(passing_verdict(), [])
     assert "change" in Page(render_html(report)).plots()
@@ -484,6 +469,7 @@ def test_the_picture_of_the_change_needs_both_networks() -> None:
     assert "change" not in Page(render_html(report)).plots()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_corruption_at_several_severities_is_a_curve_and_shifted_data_are_named() -> None:
     report = report_of(passing_verdict(), [])
     found = report["details"]["robustness"]["distributions"]
@@ -498,6 +484,7 @@ def test_a_corruption_at_several_severities_is_a_curve_and_shifted_data_are_name
     assert "night shots" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_many_distributions_are_folded() -> None:
     report = report_of(passing_verdict(), [])
     report["details"]["robustness"]["distributions"] = [
@@ -508,6 +495,7 @@ def test_many_distributions_are_folded() -> None:
     assert "blur_44 3" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_of_before_there_were_pictures_and_run_time_still_renders() -> None:
     report = report_of(passing_verdict())
     details = report["details"]

@@ -1,0 +1,150 @@
+"""Which figures of several runs stand side by side? One row for each figure, one cell for each run."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from compress.report.changes import describe_ratio
+from compress.report.markup import (
+    MISSING,
+    format_bytes,
+    format_count,
+    format_interval,
+    format_ms,
+    format_seconds,
+    format_share,
+)
+from compress.report.outcome import find, is_broken, list_keys, name_metric
+from compress.report.runtime import format_joules
+
+Report = dict[str, Any]
+_COSTS = (
+    ("MACs", ("macs",), format_count, "fewer", "more"),
+    ("Parameters", ("params",), format_count, "fewer", "more"),
+    ("ONNX size", ("size_bytes",), format_bytes, "smaller", "larger"),
+)
+_RUNTIME = (
+    ("Cold start", "cold_start_ms", format_ms),
+    ("Peak memory", "peak_memory_bytes", format_bytes),
+    ("Energy of a call", "energy_joules", format_joules),
+)
+
+
+class Cell(NamedTuple):
+    """A figure, and what is to be said of it in small print; both plain text."""
+
+    text: str = MISSING
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """A figure of the baseline and of each run."""
+
+    label: str
+    baseline: Cell
+    runs: list[Cell]
+
+
+def letters_of(count: int) -> list[str]:
+    """Return what so many runs are called in pictures.
+
+    >>> letters_of(3), letters_of(27)[-1]
+    (['A', 'B', 'C'], '27')
+    """
+    return [string.ascii_uppercase[number] if number < 26 else str(number + 1) for number in range(count)]
+
+
+def figure_rows(reports: Sequence[Report]) -> list[Row]:
+    """Return the figures of runs, those left out that none of them knows; the baseline's are those of the first run."""
+    rows = [_verdict_row(reports)]
+    for label, keys, form, less, more in _COSTS:
+        rows.append(_row(label, reports, _at(*keys), form, _ratio(keys, less, more)))
+    for metric in _union(reports, "quality"):
+        rows.append(_quality_row(metric, reports))
+    for label, key in (("Top-1 lost", "drop.top1"), ("Other predictions", "churn")):
+        estimates = [find(report, "details", "quality", "changes", key) for report in reports]
+        rows.append(Row(label, Cell(), [_interval_cell(estimate) for estimate in estimates]))
+    for name in _union(reports, "latency_ms"):
+        note = _ratio(("latency_ms", name), "faster", "slower")
+        rows.append(_row(f"Latency {name}", reports, _at("latency_ms", name), format_ms, note))
+    rows.append(Row("Speed-up", Cell(), [_speedup_cell(report) for report in reports]))
+    for label, key, form in _RUNTIME:
+        rows.append(_row(label, reports, _measured_at(key), form))
+    rows.append(Row("Time of the stages", Cell(), [_time_cell(report) for report in reports]))
+    return [row for row in rows if any(cell.text != MISSING for cell in row.runs)]
+
+
+def _verdict_row(reports: Sequence[Report]) -> Row:
+    cells = []
+    for report in reports:
+        broken = [check for check in find(report, "verdict", "checks") or [] if is_broken(check, report)]
+        is_passed = bool(find(report, "verdict", "passed"))
+        cells.append(Cell("passed" if is_passed else "failed", f"{len(broken)} failed" if broken else ""))
+    return Row("Verdict", Cell(), cells)
+
+
+def _row(
+    label: str,
+    reports: Sequence[Report],
+    value: Callable[[Report, str], Any],
+    form: Callable[[Any], str],
+    note: Callable[[Report], str] = lambda report: "",
+) -> Row:
+    """Return a row of values, `value` being given a report and "baseline" or "slim"."""
+    cells = [Cell(form(value(report, "slim")), note(report)) for report in reports]
+    return Row(label, Cell(form(value(reports[0], "baseline"))), cells)
+
+
+def _at(*keys: str) -> Callable[[Report, str], Any]:
+    return lambda report, network: find(report, network, *keys)
+
+
+def _measured_at(key: str) -> Callable[[Report, str], Any]:
+    return lambda report, network: find(report, "details", "runtime", key, network)
+
+
+def _ratio(keys: tuple[str, ...], less: str, more: str) -> Callable[[Report], str]:
+    def describe(report: Report) -> str:
+        before, after = find(report, "baseline", *keys), find(report, "slim", *keys)
+        return describe_ratio(before, after, less, more) if before and after else ""
+
+    return describe
+
+
+def _quality_row(metric: str, reports: Sequence[Report]) -> Row:
+    cells = []
+    for report in reports:
+        value = find(report, "slim", "quality", metric)
+        estimate = find(report, "details", "quality", "slim", metric)
+        cells.append(Cell(format_share(value), _interval_cell(estimate).note))
+    return Row(name_metric(metric), Cell(format_share(find(reports[0], "baseline", "quality", metric))), cells)
+
+
+def _interval_cell(estimate: Any) -> Cell:
+    """Return a share, and its interval as the note."""
+    text = format_interval(estimate)
+    if text is None:
+        return Cell()
+    value, _, interval = text.partition(" (")
+    return Cell(value, interval.removesuffix(")"))
+
+
+def _speedup_cell(report: Report) -> Cell:
+    ratio = find(report, "details", "latency", "ratio")
+    value, low, high = (find(ratio, key) for key in ("value", "low", "high"))
+    if value and low and high:
+        return Cell(f"{1 / value:.2f}×", f"{1 / high:.2f} to {1 / low:.2f}")
+    before, after = (find(report, network, "latency_ms", "p50") for network in ("baseline", "slim"))
+    return Cell(f"{before / after:.2f}×") if before and after else Cell()
+
+
+def _time_cell(report: Report) -> Cell:
+    seconds = [stage.get("seconds") for stage in report.get("stages") or []]
+    known = [value for value in seconds if value is not None]
+    return Cell(format_seconds(sum(known))) if known else Cell()
+
+
+def _union(reports: Sequence[Report], group: str) -> list[str]:
+    return list(dict.fromkeys(key for report in reports for key in list_keys(report, group)))

@@ -153,7 +153,7 @@ def _list_points(reports: Sequence[Report], letters: Sequence[str], costs: Seque
             is_baseline = network == "baseline"
             if not are_numbers(cost, top1) or (is_baseline and is_shared and number):
                 continue
-            label = letter if not is_baseline else "baseline" if is_shared else f"baseline of {letter}"
+            label = "" if is_baseline and is_shared else letter
             interval = find(report, "details", "quality", network, "top1")
             points.append(Point.of(cost, top1, interval, label, is_baseline))
     return points

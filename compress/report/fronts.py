@@ -9,6 +9,7 @@ from typing import Any
 from compress.report.svg import BASELINE, CARD, MUTED, SLIM, are_numbers, render_svg
 
 HEIGHT_INCHES = 2.5
+LABELS_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Point:
     Attributes:
         cost: In the unit of the panel.
         top1: In percent.
-        label: Short.
+        label: Short; of a baseline the runs that it belongs to, or "" for all of them.
         low: Lower end of the interval of top-1, in percent; None where it is not known.
         high: Upper end.
         is_baseline: Whether it is the untouched network.
@@ -112,7 +113,17 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         align, shift = ("right", -6) if cost > 0.6 * largest else ("left", 6)
         is_below = is_baseline != panel.is_joined  # the arrow comes from above; the front ends beside the baseline
         place = {"textcoords": "offset points", "xytext": (shift, -12 if is_below else 5), "ha": align}
-        axes.annotate(", ".join(names), (cost, top1), fontsize=8, **place)
+        axes.annotate(_join(names, is_baseline), (cost, top1), fontsize=8, **place)
     axes.margins(0.14)
     axes.set_xlim(0, largest * 1.08)
     axes.set_xlabel(panel.title)
+
+
+def _join(labels: Sequence[str], is_baseline: bool) -> str:
+    """Return one label for the networks that lie on one point; a picture has room for a few.
+
+    >>> _join(["A", "B"], False), _join(["A", "B", "C", "D", "E"], True), _join([""], True)
+    ('A, B', 'baseline of A, B, C …', 'baseline')
+    """
+    text = ", ".join(labels[:LABELS_SHOWN]) + (" …" if len(labels) > LABELS_SHOWN else "")
+    return " of ".join(filter(None, ("baseline", text))) if is_baseline else text

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.report.svg import BASELINE, MUTED, RUNS, SLIM, are_numbers, render_svg
+from compress.report.svg import BASELINE, MUTED, RUNS, SLIM, are_numbers, render_svg, shorten
 
 COLUMNS = 3
 Curve = Sequence[tuple[float, float | None]]
@@ -34,7 +34,7 @@ def plot_severities(key: str, curves: Mapping[str, tuple[Curve, Curve]]) -> str:
             for label, color, curve in zip(("baseline", "slim"), (BASELINE, SLIM), drawn[names[place]], strict=True):
                 if curve:
                     axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.5, label=label if not place else None)
-            axes.set_title(names[place].replace("_", " "), fontsize=7.5)
+            axes.set_title(shorten(names[place].replace("_", " "), 22), fontsize=7.5)
             axes.tick_params(labelsize=7)
             axes.set_ylim(0, 100)
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -219,7 +219,9 @@ def _list_panels(report: dict[str, Any]) -> list[Panel]:
             cost, top1 = find(report, label, *keys), find(report, label, "quality", "top1")
             if are_numbers(cost, top1):
                 interval = find(report, "details", "quality", label, "top1")
-                points.append(Point.of(cost / form, top1, interval, label, is_baseline=label == "baseline"))
+                points.append(
+                    Point.of(cost / form, top1, interval, "" if label == "baseline" else label, label == "baseline")
+                )
         if len(points) == 2:
             panels.append(Panel(title, points, is_joined=True))
     return panels

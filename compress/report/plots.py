@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress.report.markup import format_ms, format_share
-from compress.report.svg import BASELINE, CARD, GRID, INK, MARK, MUTED, SLIM, are_numbers, render_svg
+from compress.report.svg import BASELINE, CARD, GRID, INK, MARK, MUTED, SLIM, are_numbers, render_svg, shorten
 
 TAIL_QUANTILE = 0.95
 STAIRS_AT_MOST = 12
@@ -32,7 +32,7 @@ def plot_widths(key: str, groups: Sequence[dict[str, Any]]) -> str:
         for place, row in zip(places, rows, strict=True):
             text = f"{row['width_before']:g} → {row['width_after']:g}"
             axes.text(row["width_before"] + widest * 0.015, place, text, va="center", fontsize=8)
-        axes.set_yticks(places, labels=[str(row.get("name")) for row in rows], color=INK, fontsize=8)
+        axes.set_yticks(places, labels=[shorten(row.get("name")) for row in rows], color=INK, fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(0, widest * 1.2), ylim=(len(rows) - 0.4, -0.6), xlabel="channels")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -69,7 +69,7 @@ def plot_stairs(key: str, groups: Sequence[dict[str, Any]]) -> str:
             points = [(step["width"], step["ms"]) for step in group["steps"]]
             axes.plot(*zip(*points, strict=True), color=BASELINE, linewidth=1.4, marker="o", markersize=3)
             axes.plot(*zip(*[p for p in points if p[0] == group["chosen"]], strict=True), "o", color=SLIM, markersize=6)
-            axes.set_title(str(group["name"]), fontsize=7.5)
+            axes.set_title(shorten(group["name"], 22), fontsize=7.5)
             axes.tick_params(labelsize=7)
         figure.supxlabel("channels", fontsize=8.5, color=MUTED)
         figure.supylabel("network (ms)", fontsize=8.5, color=MUTED)
@@ -119,7 +119,7 @@ def plot_layers(key: str, layers: Sequence[dict[str, Any]]) -> str:
         places = range(len(rows))
         axes.barh(places, [row["ms_before"] for row in rows], 0.66, color=BASELINE, alpha=0.35, label="whole")
         axes.barh(places, [row["ms_after"] for row in rows], 0.4, color=SLIM, label="slim")
-        axes.set_yticks(places, labels=[str(row["layer"]) for row in rows], color=INK, fontsize=8)
+        axes.set_yticks(places, labels=[shorten(row["layer"]) for row in rows], color=INK, fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="milliseconds, by the table")
         axes.grid(visible=False, axis="y")

@@ -6,7 +6,7 @@ STYLE_SHEET = """
   --page: #f5f6f8; --card: #ffffff; --ink: #1b2330; --muted: #5a6475; --line: #e1e5ea; --edge: #1b233033;
   --baseline: #8592a6; --slim: #0f766e; --mark: #c2410c;
   --run-1: #0f766e; --run-2: #c2410c; --run-3: #2563eb; --run-4: #7c3aed; --run-5: #be185d; --run-6: #4d7c0f;
-  --pass: #15803d; --pass-soft: #e7f6ec; --fail: #b42318; --fail-soft: #fdecea; --skip: #6b7280; --skip-soft: #eef0f3;
+  --pass: #14763a; --pass-soft: #e7f6ec; --fail: #b42318; --fail-soft: #fdecea; --skip: #5b6270; --skip-soft: #eef0f3;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
@@ -24,8 +24,8 @@ body {
 }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h1 small { display: block; font-size: 0.85rem; font-weight: 500; color: var(--muted); letter-spacing: 0.02em; }
-h2 { font-size: 1.12rem; margin: 0 0 0.75rem; }
-p { margin: 0.5rem 0; max-width: 48rem; }
+h2 { font-size: 1.12rem; margin: 0 0 0.75rem; overflow-wrap: anywhere; }
+p { margin: 0.5rem 0; max-width: 48rem; overflow-wrap: anywhere; }
 code, pre { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { overflow-wrap: anywhere; }
 section, .verdict {
@@ -83,7 +83,7 @@ figure { margin: 0.5rem 0 0; }
   .split figure { grid-area: 1 / 1; margin-top: 0; }
   .split .facts { grid-area: 1 / 2; flex-direction: column; }
 }
-h3 { font-size: 0.98rem; margin: 1rem 0 0.5rem; }
+h3 { font-size: 0.98rem; margin: 1rem 0 0.5rem; overflow-wrap: anywhere; }
 small.muted { font-weight: 400; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: 0.9rem 0.75rem; }
 .images figure { margin: 0; }

@@ -90,6 +90,16 @@ def _to_inline(text: str, key: str, title: str) -> str:
     )
 
 
+def shorten(name: Any, longest: int = 32) -> str:
+    """Return a name that leaves room for the picture: of a module's path the end says most.
+
+    >>> shorten("layer1.0.conv1"), shorten("a.very.long.path.of.modules.conv1", 14)
+    ('layer1.0.conv1', '…modules.conv1')
+    """
+    text = str(name)
+    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+
+
 def are_numbers(*values: Any) -> bool:
     """Whether all values are finite numbers."""
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from compress.report.markup import MISSING, format_whole
+from compress.report.markup import MISSING, format_ms, format_whole
 from compress.report.outcome import find
 
+DRIFT = 1.05  # by how much the baseline's latency may differ between runs
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -42,6 +43,11 @@ def list_latency_caveats(reports: Sequence[dict[str, Any]], letters: Sequence[st
     conditions = _describe_differences(reports, letters, _conditions)
     if conditions:
         found.append(f"Latency was measured under different conditions ({conditions}): it is not comparable.")
+    if not found and (speeds := _describe_drift(reports, letters)):
+        found.append(
+            f"The same baseline took {speeds}: the machine was not equally fast. Milliseconds of one run are not to be "
+            "compared with those of another, speed-ups are."
+        )
     return found
 
 
@@ -49,6 +55,17 @@ def share_baseline(reports: Sequence[dict[str, Any]]) -> bool:
     """Whether all runs started from the same network, as far as MACs, params, size and top-1 tell."""
     known = [_baseline(report) for report in reports]
     return None not in known and len(set(known)) == 1
+
+
+def _describe_drift(reports: Sequence[dict[str, Any]], letters: Sequence[str]) -> str:
+    """Return the fastest and the slowest latency of one baseline, where they are too far apart; else ""."""
+    times = [
+        (find(report, "baseline", "latency_ms", "p50"), letter) for report, letter in zip(reports, letters, strict=True)
+    ]
+    known = [(time, letter) for time, letter in times if time]
+    if len(known) < 2 or not share_baseline(reports) or max(known)[0] <= DRIFT * min(known)[0]:
+        return ""
+    return " and ".join(f"{format_ms(time)} ({letter})" for time, letter in (min(known), max(known)))
 
 
 def _list_data_caveats(reports: Sequence[dict[str, Any]], letters: Sequence[str]) -> list[str]:

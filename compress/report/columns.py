@@ -16,7 +16,7 @@ from compress.report.markup import (
     format_seconds,
     format_share,
 )
-from compress.report.outcome import find, is_broken, list_keys, name_metric
+from compress.report.outcome import find, find_quality, is_broken, list_keys, name_metric
 from compress.report.runtime import format_joules
 
 Report = dict[str, Any]
@@ -119,7 +119,7 @@ def _quality_row(metric: str, reports: Sequence[Report]) -> Row:
         value = find(report, "slim", "quality", metric)
         estimate = find(report, "details", "quality", "slim", metric)
         cells.append(Cell(format_share(value), _interval_cell(estimate).note))
-    return Row(name_metric(metric), Cell(format_share(find(reports[0], "baseline", "quality", metric))), cells)
+    return Row(name_metric(metric), Cell(format_share(find_quality(reports[0], "baseline", metric))), cells)
 
 
 def _interval_cell(estimate: Any) -> Cell:

@@ -173,7 +173,7 @@ def _render_robustness(reports: Sequence[Report], heads: Sequence[str], letters:
     table = render_table(columns, rows[:SHOWN], numeric=numeric, kind=KIND)
     if len(rows) > SHOWN:
         rest = render_table(columns, rows[SHOWN:], numeric=numeric, kind=KIND)
-        table += render_details(f"{len(rows) - SHOWN} more, on which every run lost less", rest)
+        table += render_details(f"{len(rows) - SHOWN} more, where no run lost more", rest)
     note = '<p class="muted">Top-1 of each run; in small print what it lost against its baseline there.</p>\n'
     return render_section(describe_kinds(every), _render_noise(reports, letters), table, note)
 

@@ -55,7 +55,8 @@ def _render_image(one: dict[str, Any], names: Sequence[str]) -> str:
     content = one.get("image")
     if not isinstance(content, str) or not _is_png(content):
         return ""
-    words = f"{_name(one.get('label'), names)} → {_name(one.get('predicted'), names)}"
+    label, predicted = (_pick(names, one.get(key)) or one.get(key) for key in ("label", "predicted"))
+    words = f"{label} → {predicted}"
     number = "" if one.get("index") is None else f'<span class="muted"> no. {escape(one["index"])}</span>'
     return (
         f'<figure><img src="data:image/png;base64,{content}" alt="{escape(words)}">'

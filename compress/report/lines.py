@@ -6,6 +6,7 @@ from typing import Any
 from compress.report.svg import BASELINE, MUTED, RUNS, SLIM, are_numbers, render_svg, shorten
 
 COLUMNS = 3
+TOP = 104  # percent: room for a marker at 100
 Curve = Sequence[tuple[float, float | None]]
 
 
@@ -36,7 +37,7 @@ def plot_severities(key: str, curves: Mapping[str, tuple[Curve, Curve]]) -> str:
                     axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.5, label=label if not place else None)
             axes.set_title(shorten(names[place].replace("_", " "), 22), fontsize=7.5)
             axes.tick_params(labelsize=7)
-            axes.set_ylim(0, 100)
+            axes.set_ylim(0, TOP)
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.supxlabel("severity, 0: images as they are", fontsize=8.5, color=MUTED)
         figure.supylabel("top-1 (%)", fontsize=8.5, color=MUTED)
@@ -95,7 +96,7 @@ def plot_runs(key: str, curves: Mapping[str, Curve], baseline: Curve, scale: str
             style = {"color": RUNS[place % len(RUNS)], "linestyle": ("-", ":", "-.")[place // len(RUNS) % 3]}
             axes.plot(*zip(*points, strict=True), linewidth=1.8, marker="o", markersize=4, label=label, **style)
         axes.set(xlabel=scale, ylabel="top-1 (%)")
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, TOP)
         figure.legend(loc="outside upper left", ncols=6)
 
     return render_svg(key, f"Top-1 of {len(drawn)} runs over the {scale}", 2.8, draw)

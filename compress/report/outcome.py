@@ -31,6 +31,7 @@ from compress.report.plots import count_beyond_edge, plot_latency
 from compress.report.svg import are_numbers
 
 NO_BREAK = "\u00a0"
+_KINDS = {"noise": "noise", "corruptions": "corruption"}
 STATUS_WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
 
 
@@ -71,7 +72,10 @@ def render_comparison(report: dict[str, Any]) -> str:
         compare_figures("MACs", *_both(report, "macs"), format_count, "fewer", "more"),
         compare_figures("Parameters", *_both(report, "params"), format_count, "fewer", "more"),
         compare_figures("ONNX size", *_both(report, "size_bytes"), format_bytes, "smaller", "larger"),
-        *(compare_shares(name_metric(key), *_both(report, "quality", key)) for key in list_keys(report, "quality")),
+        *(
+            compare_shares(name_metric(key), *(find_quality(report, network, key) for network in ("baseline", "slim")))
+            for key in list_keys(report, "quality")
+        ),
         *(
             compare_figures(f"Latency {key}", *_both(report, "latency_ms", key), format_ms, "faster", "slower")
             for key in list_keys(report, "latency_ms")
@@ -199,6 +203,16 @@ def _both(report: dict[str, Any], *keys: str) -> tuple[Any, Any]:
 def list_keys(report: dict[str, Any], group: str) -> list[str]:
     """Return what is known of either network in a group of figures, such as "quality", in the order met."""
     return list(dict.fromkeys(key for network in ("baseline", "slim") for key in (find(report, network, group) or {})))
+
+
+def find_quality(report: dict[str, Any], network: str, metric: str) -> float | None:
+    """Return a metric of "baseline" or "slim"; the baseline's mean over noise or corruptions from each of them."""
+    value: float | None = find(report, network, "quality", metric)
+    if value is not None or network != "baseline" or metric not in _KINDS:
+        return value
+    found = find(report, "details", "robustness", "distributions") or []
+    each = [one.get("baseline_top1") for one in found if one.get("kind") == _KINDS[metric]]
+    return sum(each) / len(each) if each and None not in each else None
 
 
 def name_metric(metric: str) -> str:

@@ -121,7 +121,7 @@ def _render_distributions(found: Distributions) -> str:
     if len(rows) <= SHOWN:
         return shown
     return shown + render_details(
-        f"{len(rows) - SHOWN} more, which lost less", render_table(head, rows[SHOWN:], numeric=numeric)
+        f"{len(rows) - SHOWN} more, where no more was lost", render_table(head, rows[SHOWN:], numeric=numeric)
     )
 
 

@@ -76,6 +76,17 @@ def test_the_terminal_gets_the_same_figures() -> None:
     assert all(len(row) == len(columns) for row in rows)
 
 
+def test_a_baseline_under_noise_is_the_mean_of_its_distributions() -> None:
+    reports = make_reports()
+    for report in reports:
+        report["slim"]["quality"] |= {"noise": 0.5, "corruptions": 0.4}
+    rows = {row.label: row for row in figure_rows(reports)}
+    assert (rows["Noise"].baseline.text, rows["Noise"].runs[0].text) == ("75.00 %", "50.00 %")
+    assert rows["Corruptions"].baseline.text == "83.12 %"
+    reports[0]["details"]["robustness"]["distributions"][1]["baseline_top1"] = None
+    assert {row.label: row for row in figure_rows(reports)}["Noise"].baseline.text == "–"
+
+
 def test_figures_that_no_run_knows_are_left_out() -> None:
     reports = make_reports()
     for report in reports:
@@ -136,6 +147,10 @@ def change_runtime(report: Report) -> None:
     report["environment"] = {**ENVIRONMENT, "versions": {"onnxruntime": "1.20.0"}}
 
 
+def change_speed(report: Report) -> None:
+    report["baseline"]["latency_ms"]["p50"] *= 1.06
+
+
 def change_noise(report: Report) -> None:
     report["details"]["robustness"]["wanted"]["seed"] = 3
 
@@ -151,6 +166,7 @@ def change_noise(report: Report) -> None:
         (change_machine, "different machines (A: Imaginary Processor 9000 @ 2.90GHz, 2 cores, Linux", True),
         (change_threads, "under different conditions (A: onnxruntime 1.31.1, CPUExecutionProvider, threads 1", True),
         (change_runtime, "under different conditions", True),
+        (change_speed, "The same baseline took 1.31 ms (A) and 1.39 ms (B): the machine was not equally fast", True),
         (change_noise, "looked at in different ways (A: 1000 images, uniform noise, seed 0; B: ", False),
     ],
 )

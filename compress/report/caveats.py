@@ -71,7 +71,9 @@ def _describe_drift(reports: Sequence[dict[str, Any]], letters: Sequence[str]) -
 def _list_data_caveats(reports: Sequence[dict[str, Any]], letters: Sequence[str]) -> list[str]:
     found = []
     images = _describe_differences(reports, letters, _images)
-    digests = _describe_differences(reports, letters, lambda report: _shorten(find(report, "provenance", "data", "evaluation")))
+    digests = _describe_differences(
+        reports, letters, lambda report: _shorten(find(report, "provenance", "data", "evaluation"))
+    )
     what = "top-1 and all else that follows from predictions"
     if images:
         found.append(f"The runs were evaluated on different images ({images}): {what} are not comparable.")

@@ -20,8 +20,8 @@ def test_two_budgets_are_compared(world: World) -> None:
     reports = [
         json.loads((world.runs / name / "report.json").read_text(encoding="utf-8")) for name in ("chain", "other")
     ]
-    assert len({report["data"]["evaluation"] for report in reports}) == 1
-    assert reports[0]["data"]["evaluation"] != reports[0]["data"]["train"]
+    assert len({report["provenance"]["data"]["evaluation"] for report in reports}) == 1
+    assert reports[0]["provenance"]["data"]["evaluation"] != reports[0]["provenance"]["data"]["train"]
     for report in reports:
         wrong = report["details"]["quality"]["worst_images"]
         assert len(wrong) <= 32

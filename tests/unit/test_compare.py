@@ -21,9 +21,11 @@ Report = dict[str, Any]
 
 
 def make_reports() -> list[Report]:
-    digests = {"train": "1" * 64, "evaluation": "2" * 64}
+    provenance = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
     reports = [
-        build_report(name, verdict, sample_stages(), copy.deepcopy(CONFIG), dict(ENVIRONMENT), digests)
+        build_report(
+            name, verdict, sample_stages(), copy.deepcopy(CONFIG), dict(ENVIRONMENT), copy.deepcopy(provenance)
+        )
         for name, verdict in zip(NAMES, (passing_verdict(), failing_verdict()), strict=True)
     ]
     reports[1]["slim"]["macs"] = 12_000_000
@@ -123,11 +125,11 @@ def change_classes(report: Report) -> None:
 
 
 def change_digest(report: Report) -> None:
-    report["data"]["evaluation"] = "3" * 64
+    report["provenance"]["data"]["evaluation"] = "3" * 64
 
 
 def change_source(report: Report) -> None:
-    report["data"] = {}
+    report["provenance"] = None
     report["config"]["data"] = {"evaluation": {"arrays": "/elsewhere/test.npz"}}
 
 

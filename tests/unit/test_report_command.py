@@ -17,7 +17,8 @@ from compress.cli import app
 from compress.report import fronts, lines, plots
 from compress.report.build import build_report, write_report
 
-REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT)
+PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
+REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT, PROVENANCE)
 OTHER = build_report("harder", failing_verdict(), sample_stages(), CONFIG, ENVIRONMENT)
 
 
@@ -215,7 +216,9 @@ def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
         yield from places_in(entry, (*path, key))
 
 
-@pytest.mark.parametrize("part", ["verdict", "baseline", "slim", "stages", "environment", "config", "details", "data"])
+@pytest.mark.parametrize(
+    "part", ["verdict", "baseline", "slim", "stages", "environment", "config", "details", "provenance"]
+)
 def test_a_value_of_another_kind_is_shown_or_refused_but_no_crash(runs: Path, part: str) -> None:
     places = [place for place in places_in(REPORT) if place[0] == part]
     assert places

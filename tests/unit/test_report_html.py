@@ -501,7 +501,7 @@ def test_a_report_of_before_there_were_pictures_and_run_time_still_renders() -> 
     details = report["details"]
     for key in ("runtime", "providers"):
         del details[key]
-    del details["quality"]["worst_images"], report["data"]
+    del details["quality"]["worst_images"], report["provenance"]
     page = Page(render_html(report))
     assert "91.04 %" in page.text
     assert "img" not in [tag for tag, _ in page.elements]

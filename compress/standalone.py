@@ -8,7 +8,7 @@ from compress.config.schema import VerifyConfig
 from compress.data.opening import Splits
 from compress.errors import ArtifactError, InternalError
 from compress.progress import Progress
-from compress.stages.verify import conditions_of, gates_of, robustness_of
+from compress.stages.verify import also_of, conditions_of, gates_of, robustness_of
 from compress.verification.verdict import verify_onnx
 
 
@@ -39,5 +39,7 @@ def verify_file(path: Path, pipeline: Pipeline, against: Path | None, progress: 
         parity_samples=config.parity_samples,
         baseline_onnx=against,
         robustness=robustness_of(config, pipeline.config.seed),
+        second_opinion=config.second_opinion,
+        also=also_of(config),
         progress=progress,
     )

@@ -565,6 +565,9 @@ class GatesConfig(Section):
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")
     max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")
     parity: float = Field(1e-3, gt=0, description="largest absolute difference to torch on real samples")
+    max_fallback_nodes: int | None = Field(
+        None, ge=0, description="nodes that another execution provider than the one asked for computes"
+    )
 
 
 class RobustnessConfig(Section):
@@ -590,6 +593,21 @@ class RobustnessConfig(Section):
         return self
 
 
+class AlsoConfig(Section):
+    """One more place where the same file is opened, compared with the one that ships it, and timed beside it."""
+
+    runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
+    provider: str = Field("CPUExecutionProvider", description="execution provider")
+    threads: Threads | None = Field(None, description="intra-op threads; those of verify by default")
+    required: bool = Field(False, description="whether the verdict fails where this cannot be had")
+
+    @property
+    def label(self) -> str:
+        """What tells it from others in the names of checks."""
+        name = self.provider if self.runtime == "onnxruntime" else self.runtime
+        return name if self.threads is None else f"{name}.{self.threads}"
+
+
 class VerifyConfig(Section):
     """Measure the file in the runtime that ships it."""
 
@@ -602,7 +620,21 @@ class VerifyConfig(Section):
     repeats: Count = Field(100, description="timed calls of each model, interleaved")
     parity_samples: int = Field(64, ge=1, description="real images compared with torch")
     robustness: RobustnessConfig | None = Field(None, description="noise and corruptions to look at; by default none")
+    second_opinion: bool = Field(
+        False, description="whether the ONNX reference evaluator must have agreed; asked for tiny networks in any case"
+    )
+    also: Annotated[tuple[AlsoConfig, ...], BeforeValidator(_to_tuple)] = Field(
+        (), description="more runtimes and providers to compare and to time the file on"
+    )
     gates: GatesConfig = GatesConfig()
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        labels = [one.label for one in self.also]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"also must name each place once; {label} stands there {labels.count(label)} times")
+        return self
 
 
 StageConfig = Annotated[

@@ -13,6 +13,7 @@ from compress.report.outcome import (
     render_parity,
     render_verdict,
 )
+from compress.report.places import render_places
 from compress.report.quality import render_quality, render_robustness
 from compress.report.style import STYLE_SHEET
 from compress.report.work import render_environment, render_notes, render_stages, render_times
@@ -39,6 +40,7 @@ def render_html(report: dict[str, Any]) -> str:
             render_quality(report),
             render_robustness(report),
             render_latency(report),
+            render_places(report),
             render_parity(report),
             render_times(report),
             render_environment(report),

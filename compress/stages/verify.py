@@ -8,6 +8,7 @@ from compress.config.schema import VerifyConfig
 from compress.stages.context import Record, StageContext
 from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
+from compress.verification.opinions import Also
 from compress.verification.robustness import Robustness
 from compress.verification.verdict import verify_onnx
 
@@ -39,6 +40,8 @@ class VerifyStage:
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
             robustness=robustness_of(config, ctx.seed),
+            second_opinion=config.second_opinion,
+            also=also_of(config),
             progress=ctx.progress,
         )
         return verdict, {}
@@ -54,6 +57,11 @@ def conditions_of(config: VerifyConfig) -> Conditions:
         warmup=config.warmup,
         repeats=config.repeats,
     )
+
+
+def also_of(config: VerifyConfig) -> tuple[Also, ...]:
+    """Return where else a file is opened, out of the `verify` section."""
+    return tuple(Also(one.label, one.runtime, one.provider, one.threads, one.required) for one in config.also)
 
 
 def robustness_of(config: VerifyConfig, seed: int) -> Robustness | None:
@@ -75,6 +83,7 @@ def gates_of(config: VerifyConfig) -> Gates:
         min_speedup=gates.min_speedup,
         max_latency_ms=gates.max_latency_ms,
         max_size_mb=gates.max_size_mb,
+        max_fallback_nodes=gates.max_fallback_nodes,
     )
 
 

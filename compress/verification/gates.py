@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -37,6 +37,7 @@ class Gates:
         min_speedup: Baseline latency / slim latency, medians.
         max_latency_ms: Median latency.
         max_size_mb: All files of the model, in 10^6 bytes.
+        max_fallback_nodes: Nodes that another provider than the one asked for computes.
     """
 
     parity: float = 1e-3
@@ -48,6 +49,7 @@ class Gates:
     min_speedup: float | None = None
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
+    max_fallback_nodes: int | None = None
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -56,6 +58,7 @@ class Gates:
             "min_speedup": self.min_speedup,
             "max_latency_ms": self.max_latency_ms,
             "max_size_mb": self.max_size_mb,
+            "max_fallback_nodes": self.max_fallback_nodes,
         }
         return (
             *(f"{kind}.{name}" for kind, wanted in self._of_quality.items() for name in wanted),
@@ -124,6 +127,20 @@ class Gates:
             return []
         size = Estimate(size_bytes / 1e6, detail=f"{size_bytes:,} bytes in all files")
         return [self._check("max_size_mb", size, self.max_size_mb, is_least=False, unit="MB")]
+
+    def check_fallback(self, fell_back: Sequence[str] | None) -> list[CheckResult]:
+        """Return the check of how many nodes fell back, if there is a limit.
+
+        Args:
+            fell_back: The nodes that another provider computes; None where that is not known.
+        """
+        limit = self.max_fallback_nodes
+        if limit is None:
+            return []
+        if fell_back is None:
+            return [skipped("max_fallback_nodes", "the runtime does not say where nodes are computed", limit, "nodes")]
+        count = Estimate(len(fell_back), detail=", ".join(fell_back) or "every node is computed where it was asked for")
+        return [self._check("max_fallback_nodes", count, limit, is_least=False, unit="nodes")]
 
     def _check(
         self, name: str, estimate: Estimate, limit: float, *, is_least: bool, unit: str = "share"

@@ -40,8 +40,10 @@ def predict(
         DataError: The split is empty, a label is K or more, or the data set has another number of classes.
         ModelError: The network is no classifier, or images do not fit its input.
         NonFinite: An output is NaN or infinite.
+        ConfigValueError: The runtime is made for less.
     """
     check_not_empty(split)
+    runtime.check_work(len(split))
     classes = classifier_width(runtime)
     check_labels(split, classes)
     outputs, done = np.empty((len(split), classes), np.float32), 0
@@ -84,7 +86,7 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
         NonFinite: An output is NaN or infinite.
     """
     spec = image_input(runtime)
-    (outputs,) = runtime.run({spec.name: fill_batch(images, spec)}).values()
+    (outputs,) = runtime.run({spec.name: as_input(fill_batch(images, spec), spec)}).values()
     outputs = outputs[: len(images)]
     if outputs.ndim != 2 or len(outputs) != len(images):
         raise ModelError(
@@ -99,6 +101,20 @@ def fill_batch(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """Repeat the last image until a fixed batch is full: the last batch of a split may be smaller."""
     missing = spec.shape[0] - len(images) if isinstance(spec.shape[0], int) else 0
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
+
+
+def as_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Return prepared images in the precision that an input has.
+
+    Raises:
+        ModelError: The input takes no floating-point numbers.
+    """
+    if spec.dtype == "bfloat16" or not spec.dtype.startswith("float"):
+        raise ModelError(
+            f"Input '{spec.name}' must take prepared images as floating-point numbers, it takes {spec.dtype}.",
+            hint="Export the network with float32 inputs.",
+        )
+    return images.astype(spec.dtype, copy=False)
 
 
 def image_input(runtime: Runtime) -> TensorSpec:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from compress.verification.checks import (
     check_provider,
     check_structure,
     check_weights,
+    list_fell_back,
 )
 from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates, skipped
@@ -40,6 +42,7 @@ from compress.verification.measuring import (
     torch_params,
 )
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
+from compress.verification.opinions import EVALUATOR, Also, check_also, check_evaluator
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
@@ -64,6 +67,8 @@ def verify_onnx(
     baseline_onnx: Path | None = None,
     baseline_figures: Figures | None = None,
     robustness: Robustness | None = None,
+    second_opinion: bool = False,
+    also: Sequence[Also] = (),
     progress: Progress | None = None,
 ) -> Verdict:
     """Check a file and hold it to its gates.
@@ -85,6 +90,8 @@ def verify_onnx(
             interleaved with the file's.
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
         robustness: Which noise and which corruptions are looked at; None for none.
+        second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
+        also: More places to open the file in.
         progress: Told about each part.
 
     Raises:
@@ -103,10 +110,12 @@ def verify_onnx(
         if robustness is not None:
             run.measure_robustness(robustness, baseline_onnx)
         run.measure(baseline_onnx)
+        run.ask_others(also)
     else:
-        for name in (*_PARITY, "evaluation") if reference is not None else ("evaluation",):
-            run.checks.append(skipped(name, "the file cannot be run"))
-    return run.verdict(reference, baseline_figures)
+        names = (*(_PARITY if reference is not None else ()), "evaluation", EVALUATOR, *(one.check for one in also))
+        run.checks += [skipped(name, "the file cannot be run") for name in names]
+    asked = (*([EVALUATOR] if second_opinion else []), *(one.check for one in also if one.is_required))
+    return run.verdict(reference, baseline_figures, asked)
 
 
 @dataclass
@@ -126,6 +135,7 @@ class _Verification:
     ratio: LatencyRatio | None = None
     standings: list[Standing] = field(default_factory=list)
     counts: OnnxCounts | None = None
+    fell_back: list[str] | None = None
 
     def check_file(self, signature: Signature | None, opset: int | None, reference: nn.Module | None) -> None:
         """Check what can be seen without running the file."""
@@ -165,8 +175,9 @@ class _Verification:
                 check_batch_size(baseline, self.conditions)
         try:
             with self.conditions.open(self.path) as session:
-                self.checks.append(check_provider(session))
                 check_batch_size(session, self.conditions)
+                session.check_work(len(self.evaluation))
+                self._check_provider(session)
         except (ArtifactError, ModelError) as error:
             self.checks.append(CheckResult("provider", "fail", None, None, "", error.message))
             return False
@@ -229,9 +240,25 @@ class _Verification:
         series = {f"{label}_ms": list(sample.milliseconds) for label, sample in self.samples.items()}
         stated = {key: value for key, value in asdict(wanted).items() if key != "repeats"}
         ratio = None if self.ratio is None else asdict(self.ratio)
-        self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated}
+        binding = sessions["slim"].io_binding
+        self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding}
 
-    def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
+    def ask_others(self, also: Sequence[Also]) -> None:
+        """Ask the reference evaluator, and open the file wherever else it is wanted."""
+        limit = self.gates.parity
+        with self.conditions.open(self.path, all_cores=True) as session:
+            self.checks.append(check_evaluator(session, self.path, self.evaluation, limit, self.progress))
+        stated = []
+        for one in also:
+            check, values = check_also(one, self.path, self.evaluation, self.conditions, limit, self.progress)
+            self.checks.append(check)
+            stated.append(values)
+        if stated:
+            self.details["also"] = stated
+
+    def verdict(
+        self, reference: nn.Module | None, baseline_figures: Figures | None, asked: Sequence[str] = ()
+    ) -> Verdict:
         """Apply the gates and put everything together."""
         own, changes = self._judge_quality()
         slim = self._figures(reference, own)
@@ -243,9 +270,27 @@ class _Verification:
         self.checks += self.gates.check_quality(own, changes)
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim.size_bytes)
+        self.checks += self.gates.check_fallback(self.fell_back)
         always = ("structure", "denormals", "provider", "evaluation")
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
-        return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)
+        return Verdict(
+            tuple(self.checks), (*always, *compared, *asked, *self.gates.asked), slim, baseline, self.details
+        )
+
+    def _check_provider(self, session: Runtime) -> None:
+        """Check the provider in use, and find out which nodes it left to others."""
+        placements = None
+        with suppress(ModelError):  # a file that fails on its input is reported by the checks of its outputs
+            placements = session.placements(latency_inputs(session, self.evaluation, self.conditions.batch_size))
+        self.checks.append(check_provider(session, placements))
+        if placements is None:
+            return
+        self.fell_back = list_fell_back(session.provider, placements)
+        self.details["providers"] = {
+            "asked": session.provider,
+            "nodes": {provider: len(nodes) for provider, nodes in placements.items()},
+            "fell_back": self.fell_back,
+        }
 
     def _check_parity(self, session: Runtime, reference: nn.Module, signature: Signature, samples: int) -> None:
         from compress.verification.runtimes.torch_eager import TorchEager  # torch, only where there is a reference

@@ -541,6 +541,29 @@ class ExportConfig(Section):
     external_data: bool = Field(False, description="weights in a second file; forced above 1.8 GB")
 
 
+class QuantizeConfig(Section):
+    """Round the exported file to INT8; the float file is kept to compare with."""
+
+    stage: Literal["quantize"]
+    images: int = Field(256, ge=8, description="calibration images whose activations decide the ranges")
+    method: Literal["minmax", "entropy", "percentile"] = Field(
+        "minmax", description="what of the activations a range keeps: all, what loses least, all but the outermost"
+    )
+    per_channel: bool = Field(True, description="whether each output channel of a weight has a scale of its own")
+    reduce_range: bool = Field(False, description="7 bits for weights, for processors without VNNI")
+    activation_type: Literal["uint8", "int8"] = Field("uint8", description="of activations; int8 for TensorRT and ARM")
+    weight_type: Literal["int8", "uint8"] = Field("int8", description="of weights")
+    exclude: Names = Field((), description="layers or nodes that stay float; * matches any text")
+
+    @model_validator(mode="after")
+    def _check_types(self) -> Self:
+        if (self.activation_type, self.weight_type) == ("int8", "uint8"):
+            raise ValueError(
+                "weight_type must be int8 where activation_type is: no runtime has kernels for uint8 there"
+            )
+        return self
+
+
 class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
@@ -638,7 +661,14 @@ class VerifyConfig(Section):
 
 
 StageConfig = Annotated[
-    LoadConfig | PruneConfig | SlimConfig | LowRankConfig | FinetuneConfig | ExportConfig | VerifyConfig,
+    LoadConfig
+    | PruneConfig
+    | SlimConfig
+    | LowRankConfig
+    | FinetuneConfig
+    | ExportConfig
+    | QuantizeConfig
+    | VerifyConfig,
     Field(discriminator="stage"),
 ]
 

@@ -15,6 +15,7 @@ from compress.report.outcome import (
 )
 from compress.report.places import render_places
 from compress.report.quality import render_quality, render_robustness
+from compress.report.shares import render_shares
 from compress.report.style import STYLE_SHEET
 from compress.report.work import render_environment, render_notes, render_stages, render_times
 
@@ -37,6 +38,7 @@ def render_html(report: dict[str, Any]) -> str:
             render_checks(report),
             render_notes(report),
             render_stages(report),
+            render_shares(report),
             render_quality(report),
             render_robustness(report),
             render_latency(report),

@@ -39,6 +39,7 @@ class VerifyStage:
             reference=reference.module,
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
+            float_onnx=artifact.float_path,
             robustness=robustness_of(config, ctx.seed),
             second_opinion=config.second_opinion,
             also=also_of(config),

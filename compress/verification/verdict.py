@@ -44,6 +44,7 @@ from compress.verification.measuring import (
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
 from compress.verification.opinions import EVALUATOR, Also, check_also, check_evaluator
 from compress.verification.quality import check_not_empty, image_input, predict
+from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
 from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
 
@@ -66,6 +67,7 @@ def verify_onnx(
     reference: nn.Module | None = None,
     baseline_onnx: Path | None = None,
     baseline_figures: Figures | None = None,
+    float_onnx: Path | None = None,
     robustness: Robustness | None = None,
     second_opinion: bool = False,
     also: Sequence[Also] = (),
@@ -89,6 +91,8 @@ def verify_onnx(
         baseline_onnx: The untouched network's export; it runs on the same images, and its latency is measured
             interleaved with the file's.
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
+        float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
+            place, and the two are compared.
         robustness: Which noise and which corruptions are looked at; None for none.
         second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
         also: More places to open the file in.
@@ -100,7 +104,7 @@ def verify_onnx(
         DataError: The evaluation split is empty, or its labels do not fit.
         ConfigValueError: The batch size is not the file's fixed one.
     """
-    run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress())
+    run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress(), float_onnx)
     run.check_file(signature, opset, reference)
     if baseline_onnx is not None:
         run.measure_baseline(baseline_onnx)
@@ -112,7 +116,9 @@ def verify_onnx(
         run.measure(baseline_onnx)
         run.ask_others(also)
     else:
-        names = (*(_PARITY if reference is not None else ()), "evaluation", EVALUATOR, *(one.check for one in also))
+        quantized = (AGREEMENT,) if float_onnx is not None else ()
+        compared = _PARITY if reference is not None else ()
+        names = (*compared, "evaluation", *quantized, EVALUATOR, *(one.check for one in also))
         run.checks += [skipped(name, "the file cannot be run") for name in names]
     asked = (*([EVALUATOR] if second_opinion else []), *(one.check for one in also if one.is_required))
     return run.verdict(reference, baseline_figures, asked)
@@ -127,10 +133,12 @@ class _Verification:
     conditions: Conditions
     gates: Gates
     progress: Progress
+    float_path: Path | None = None
     checks: list[CheckResult] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     before: Predictions | None = None
     after: Predictions | None = None
+    whole: Predictions | None = None
     samples: dict[str, LatencySample] = field(default_factory=dict)
     ratio: LatencyRatio | None = None
     standings: list[Standing] = field(default_factory=list)
@@ -142,11 +150,7 @@ class _Verification:
         check_not_empty(self.evaluation)
         model = load_onnx(self.path)
         self.checks.append(check_structure(model, self.path, signature, opset))
-        failure = ""
-        try:
-            self.counts = count_onnx(self.path)
-        except ModelError as error:
-            failure = error.message
+        self.counts, failure = _count(self.path)
         self.checks.append(check_preprocessing(model, self.evaluation))
         is_valid = self.checks[0].status == "pass"
         self.checks.append(check_denormals(self.path) if is_valid else skipped("denormals", "the file is not valid"))
@@ -155,8 +159,11 @@ class _Verification:
             self.checks += [skipped("macs_agree", why), skipped("weights_agree", why)]
         else:
             counts, wanted = self.counts, signature or read_signature(model)
-            self.checks.append(check_macs(counts.macs if counts else failure, reference, wanted))
-            self.checks.append(check_weights(counts.layer_weights if counts else failure, reference, wanted))
+            if self.float_path is not None:
+                counts, failure = _count(self.float_path)
+            macs = check_macs(counts.macs if counts else failure, reference, wanted)
+            weights = check_weights(counts.layer_weights if counts else failure, reference, wanted)
+            self.checks += [macs, weights] if self.float_path is None else [of_float(macs), of_float(weights)]
 
     def measure_baseline(self, path: Path) -> None:
         """Let the baseline predict what the file predicts."""
@@ -188,16 +195,35 @@ class _Verification:
         with self.conditions.open(self.path, all_cores=True) as session:
             if reference is None:
                 self.checks += [skipped(name, "no torch network to compare with") for name in _PARITY]
+            elif self.float_path is None:
+                self.checks += self._check_parity(session, reference, signature or session.signature, samples)
             else:
-                self._check_parity(session, reference, signature or session.signature, samples)
+                with self.conditions.open(self.float_path, all_cores=True) as whole:
+                    found = self._check_parity(whole, reference, signature or whole.signature, samples)
+                self.checks += [of_float(check) for check in found]
             try:
                 batch = evaluation_batch(image_input(session))
                 self.after = predict(session, self.evaluation, batch, self.progress)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
-                return
-        self.details["evaluation"] = {"images": len(self.evaluation)}
-        self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+        if self.after is not None:
+            self.details["evaluation"] = {"images": len(self.evaluation)}
+            self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+        if self.float_path is not None:
+            self._compare_with_float(self.float_path)
+
+    def _compare_with_float(self, path: Path) -> None:
+        """Let the float file predict what the quantised one predicts."""
+        if self.after is None:
+            self.checks.append(skipped(AGREEMENT, "quality of the file could not be measured"))
+            return
+        try:
+            with self.conditions.open(path, all_cores=True) as whole:
+                self.whole = predict(whole, self.evaluation, evaluation_batch(image_input(whole)), self.progress)
+        except (ModelError, NonFinite) as error:
+            self.checks.append(CheckResult(AGREEMENT, "fail", None, None, "share", error.message))
+            return
+        self.checks.append(check_agreement(self.whole, self.after))
 
     def measure_robustness(self, wanted: Robustness, baseline_onnx: Path | None) -> None:
         """Look at noise and corruptions, on all cores."""
@@ -273,8 +299,14 @@ class _Verification:
         self.checks += self.gates.check_fallback(self.fell_back)
         always = ("structure", "denormals", "provider", "evaluation")
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
+        quantized = (AGREEMENT,) if self.float_path is not None else ()
+        self.details["shares"] = drop_shares(self.before, self.whole, self.after)
         return Verdict(
-            tuple(self.checks), (*always, *compared, *asked, *self.gates.asked), slim, baseline, self.details
+            tuple(self.checks),
+            (*always, *compared, *quantized, *asked, *self.gates.asked),
+            slim,
+            baseline,
+            self.details,
         )
 
     def _check_provider(self, session: Runtime) -> None:
@@ -292,7 +324,9 @@ class _Verification:
             "fell_back": self.fell_back,
         }
 
-    def _check_parity(self, session: Runtime, reference: nn.Module, signature: Signature, samples: int) -> None:
+    def _check_parity(
+        self, session: Runtime, reference: nn.Module, signature: Signature, samples: int
+    ) -> list[CheckResult]:
         from compress.verification.runtimes.torch_eager import TorchEager  # torch, only where there is a reference
 
         limit = self.gates.parity
@@ -301,11 +335,10 @@ class _Verification:
                 result = parity(session, torch_runtime, self.evaluation, samples, progress=self.progress)
                 edges = edge_parity(session, torch_runtime, self.evaluation, _largest(session))
         except (ModelError, NonFinite) as error:
-            self.checks += [CheckResult(name, "fail", None, limit, "", error.message) for name in _PARITY]
-            return
-        self.checks += [check_parity(result, samples, limit), check_edges(edges, limit)]
+            return [CheckResult(name, "fail", None, limit, "", error.message) for name in _PARITY]
         agreement = None if math.isnan(result.top1_agreement) else result.top1_agreement
         self.details["parity"] = {**asdict(result), "top1_agreement": agreement}
+        return [check_parity(result, samples, limit), check_edges(edges, limit)]
 
     def _judge_quality(self) -> tuple[dict[str, Estimate] | None, dict[str, Estimate] | None]:
         """Return how good the file is, and what changed against the baseline; put both into the details."""
@@ -343,6 +376,14 @@ class _Verification:
         latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
         quality = _values(estimate_quality(self.before)) if self.before is not None else {}
         return Figures(given.macs, given.params, given.size_bytes, quality, latency)
+
+
+def _count(path: Path) -> tuple[OnnxCounts | None, str]:
+    """Return the counts of a graph, or None and why it cannot be counted."""
+    try:
+        return count_onnx(path), ""
+    except ModelError as error:
+        return None, error.message
 
 
 def _largest(session: Runtime) -> int:

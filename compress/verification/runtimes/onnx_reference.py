@@ -13,12 +13,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compress.artifacts import Signature
-from compress.cost.onnx_file import external_files, first_line, load_onnx, read_signature
+from compress.cost.onnx_file import (
+    default_opset,
+    external_files,
+    first_line,
+    is_quantized,
+    load_onnx,
+    read_signature,
+)
 from compress.cost.onnx_graph import count_onnx
 from compress.errors import ArtifactError, ConfigValueError, ModelError, RuntimeUnavailable
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPU"
+_QUANTIZED_OPSET = 19  # the evaluator has no older DequantizeLinear; what it computes is the same
 LARGEST_WORK = 20_000_000_000  # MACs x images: half a minute for wide convolutions, some minutes for depthwise ones
 
 
@@ -101,10 +109,14 @@ def _evaluator(path: Path) -> Any:
     Raises:
         ModelError: It does not know an operator.
     """
+    from onnx import version_converter
     from onnx.reference import ReferenceEvaluator  # its operators are a quarter of a second to import
 
+    model = load_onnx(path, weights=True)
     try:
-        return ReferenceEvaluator(load_onnx(path, weights=True))
+        if is_quantized(model) and (default_opset(model) or 0) < _QUANTIZED_OPSET:
+            model = version_converter.convert_version(model, _QUANTIZED_OPSET)
+        return ReferenceEvaluator(model)
     except Exception as error:  # unknown operators and domains are errors of several types
         raise ModelError(
             f"Runtime 'onnx_reference' must know every operator of '{path}', it does not: {first_line(error)}",

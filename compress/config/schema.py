@@ -551,7 +551,9 @@ class QuantizeConfig(Section):
     )
     per_channel: bool = Field(True, description="whether each output channel of a weight has a scale of its own")
     reduce_range: bool = Field(False, description="7 bits for weights, for processors without VNNI")
-    activation_type: Literal["uint8", "int8"] = Field("uint8", description="of activations; int8 for TensorRT and ARM")
+    activation_type: Literal["uint8", "int8"] = Field(
+        "uint8", description="of activations; int8, with its zero point at 0, for TensorRT and ARM"
+    )
     weight_type: Literal["int8", "uint8"] = Field("int8", description="of weights")
     exclude: Names = Field((), description="layers or nodes that stay float; * matches any text")
 

@@ -59,7 +59,7 @@ class Quantization:
         method: What of them is kept: everything, what loses least information, or all but the outermost values.
         per_channel: Whether each output channel of a weight has a scale of its own.
         reduce_range: Whether weights have 7 bits, so that sums do not saturate on processors without VNNI.
-        activation_type: Of activations.
+        activation_type: Of activations; "int8" has its zero point at 0.
         weight_type: Of weights.
         exclude: Patterns of layers or nodes that stay float; * matches any text.
     """
@@ -297,7 +297,7 @@ def _quantize(
                 nodes_to_quantize=[],
                 nodes_to_exclude=excluded,
                 op_types_to_quantize=operators,
-                extra_options={},
+                extra_options={"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()

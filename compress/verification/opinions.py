@@ -71,7 +71,7 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
         with _EVALUATOR.open(path) as evaluator:
             result = parity(session, evaluator, split, images, progress=progress)
     except (ArtifactError, ModelError, NonFinite) as error:
-        return skipped(EVALUATOR, f"there is nothing to compare: {error.message}")
+        return skipped(EVALUATOR, f"it cannot be had: {error.message}")
     return _judge(EVALUATOR, result, _limit(path, limit, result), "the ONNX reference evaluator")
 
 

@@ -8,7 +8,7 @@ import pytest
 import smallrun
 import torch
 from exported import PREPROCESSING, exported
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 import compress.verification.opinions as opinions
 from compress.cost.onnx_file import load_onnx
@@ -82,7 +82,18 @@ def test_nothing_is_compared_where_the_file_gives_nan(tmp_path: Path):
     onnx.save(model, tmp_path / "nan.onnx")
     check = check_of(verify(tmp_path / "nan.onnx"), "reference_evaluator")
     assert check.status == "skipped"
-    assert check.detail.startswith("there is nothing to compare: Output 'logits' of the file must be finite")
+    assert check.detail.startswith("it cannot be had: Output 'logits' of the file must be finite")
+
+
+def test_an_operator_that_the_evaluator_does_not_know_is_no_failure(tmp_path: Path):
+    model = load_onnx(exported("chain"), weights=True)
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type, relu.domain = "QuickGelu", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "gelu.onnx")
+    check = check_of(verify(tmp_path / "gelu.onnx"), "reference_evaluator")
+    assert check.status == "skipped"
+    assert check.detail.startswith("it cannot be had: ")
 
 
 def test_another_runtime_is_compared_and_timed_beside():

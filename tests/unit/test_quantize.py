@@ -125,6 +125,10 @@ def test_every_setting_changes_the_file_and_gives_a_good_one(tmp_path, rounded, 
     assert activation == (TensorProto.INT8 if "activation_type" in settings else TensorProto.UINT8)
     weight = next(tensor for name, tensor in constants.items() if name.endswith("head.weight_quantized"))
     assert weight.data_type == (TensorProto.UINT8 if "weight_type" in settings else TensorProto.INT8)
+    if "activation_type" in settings:
+        points = [tensor for name, tensor in constants.items() if name.endswith("_zero_point") and not tensor.dims]
+        assert points
+        assert all(int(numpy_helper.to_array(point)) == 0 for point in points)
     if "per_channel" in settings:
         assert all(not tensor.dims for name, tensor in constants.items() if name.endswith("weight_scale"))
     if "reduce_range" in settings:

@@ -7,13 +7,16 @@ the CPU too; only the profile of a call tells which.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +25,8 @@ import numpy as np
 from onnx import ModelProto
 
 from compress.artifacts import Signature
-from compress.cost.onnx_file import first_line, is_half, is_quantized, load_onnx, read_signature
+from compress.config.digest import digest_file, digest_value
+from compress.cost.onnx_file import first_line, is_half, is_quantized, load_onnx, model_files, read_signature
 from compress.errors import ArtifactError, InternalError, ModelError, RuntimeUnavailable
 from compress.registry import closest
 from compress.verification.runtimes.base import Arrays, Runtime
@@ -64,7 +68,6 @@ class OnnxRuntime(Runtime):
         super().__init__(provider)
         self.path, self.threads, self.profile_folder = path, threads, profile_folder
         self._session: Any = None
-        self._engines: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def from_file(cls, path: Path, *, provider: str, threads: int) -> OnnxRuntime:
@@ -108,23 +111,23 @@ class OnnxRuntime(Runtime):
         model = load_onnx(self.path)
         signature = read_signature(model)
         self._check_provider_is_built_in()
-        try:
-            self._session = self._create_session(self._provider_options(model))
-            if self.provider_in_use != self.provider:
-                raise self._unavailable(f"the session fell back to {self.provider_in_use}")
-        except BaseException:
-            self._close()
-            raise
+        self._session = self._create_session(self._provider_options(model))
+        if self.provider_in_use != self.provider:
+            got = self.provider_in_use
+            self._session = None
+            raise self._unavailable(f"the session fell back to {got}")
         return signature
 
     def _provider_options(self, model: ModelProto) -> dict[str, str]:
-        """Return what TensorRT is to be told: precision as in the file, and engines that are built once a session."""
+        """Return what TensorRT is to be told: precision as in the file, and engines that are built once a process."""
         if self.provider != _TENSORRT:
             return {}
-        self._engines = tempfile.TemporaryDirectory(prefix="compress-engines-")
+        # TensorRT knows engines by the names in a graph, so that files with other weights must not share a folder
+        folder = _engines() / digest_value([digest_file(file) for file in model_files(self.path)])
+        folder.mkdir(exist_ok=True)
         return {
             "trt_engine_cache_enable": "True",
-            "trt_engine_cache_path": self._engines.name,
+            "trt_engine_cache_path": str(folder),
             "trt_fp16_enable": str(is_half(model)),
             "trt_int8_enable": str(is_quantized(model)),
         }
@@ -160,9 +163,6 @@ class OnnxRuntime(Runtime):
 
     def _close(self) -> None:
         self._session = None
-        if self._engines is not None:
-            self._engines.cleanup()
-            self._engines = None
 
     def read_profile(self) -> NodeTimes:
         """Return what every node took in every call so far, and stop taking times.
@@ -254,6 +254,14 @@ def _nodes_of(events: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
     for event in events:
         if event.get("cat") == "Node" and str(event["name"]).endswith(_KERNEL):
             yield event
+
+
+@cache
+def _engines() -> Path:
+    """Return a folder for what TensorRT builds, which takes minutes; it goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="compress-engines-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @contextlib.contextmanager

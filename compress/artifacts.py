@@ -135,13 +135,15 @@ class OnnxModel:
         path: The .onnx file; external data lies beside it.
         opset: Version of the default operator set.
         signature: Inputs and outputs.
-        reference: The torch network that the file must equal.
+        reference: The torch network that the file must equal; that `float_path` must, where the file is quantised.
+        float_path: The float file that a quantised one was made from; None where the file is float itself.
     """
 
     path: Path
     opset: int
     signature: Signature
     reference: TorchModel
+    float_path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

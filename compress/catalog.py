@@ -46,6 +46,8 @@ STAGES: dict[str, StageEntry] = {
                    "train the slim network, best epoch chosen on validation"),
         StageEntry("export", "compress.stages.export:ExportStage", 3, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),
+        StageEntry("quantize", "compress.stages.quantize:QuantizeStage", 1, ONNX_MODEL, ONNX_MODEL, True,
+                   "round the ONNX file to INT8, ranges from calibration images"),
         StageEntry("verify", "compress.stages.verify:VerifyStage", 3, ONNX_MODEL, VERDICT, True,
                    "measure the file in its runtime and hold it to the gates"),
     )
@@ -107,6 +109,11 @@ RUNTIMES.declare(
     "onnxruntime",
     "compress.verification.runtimes.onnxruntime:OnnxRuntime",
     "ONNX Runtime with any of its execution providers",
+)
+RUNTIMES.declare(
+    "onnx_reference",
+    "compress.verification.runtimes.onnx_reference:OnnxReference",
+    "the ONNX standard's own evaluator on the CPU, slow: a second opinion on tiny networks",
 )
 RUNTIMES.declare(
     "torch_eager", "compress.verification.runtimes.torch_eager:TorchEager", "torch on the CPU, to compare with"

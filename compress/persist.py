@@ -1,7 +1,7 @@
 """How is an artifact laid out on disk, and read back?
 
     TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
-    OnnxModel    model.onnx [model.onnx.data]  onnx.json  reference/ (a TorchModel)
+    OnnxModel    model.onnx [model.onnx.data]  [float.onnx [float.onnx.data]]  onnx.json  reference/ (a TorchModel)
     Verdict      verdict.json
 
 Data only: nothing in these files is ever executed. The network's code comes from the factory.
@@ -176,10 +176,13 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]
 
 
 def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
-    for file in model.path.parent.glob(f"{model.path.name}*"):
-        if file.resolve().parent != folder.resolve():
-            shutil.copyfile(file, folder / file.name)
+    for path in (model.path, *([model.float_path] if model.float_path is not None else [])):
+        for file in path.parent.glob(f"{path.name}*"):
+            if file.resolve().parent != folder.resolve():
+                shutil.copyfile(file, folder / file.name)
     values = {"file": model.path.name, "opset": model.opset, "signature": asdict(model.signature)}
+    if model.float_path is not None:
+        values["float_file"] = model.float_path.name
     _write_json(folder / "onnx.json", values)
     (folder / "reference").mkdir(exist_ok=True)
     save_torch_model(model.reference, folder / "reference")
@@ -192,6 +195,7 @@ def _load_onnx_model(folder: Path, factory: FactorySpec | None) -> OnnxModel:
         opset=values["opset"],
         signature=Signature.from_dict(values["signature"]),
         reference=load_torch_model(folder / "reference", factory),
+        float_path=folder / values["float_file"] if "float_file" in values else None,
     )
 
 

@@ -150,6 +150,23 @@ class RuntimeContract:
         with self.open(case) as runtime:
             _hold(runtime.provider_in_use == runtime.provider == self.provider, f"{runtime.provider_in_use} in use")
 
+    def test_nodes_are_placed_where_the_runtime_computes(self, case: RuntimeCase) -> None:
+        """A runtime that can tell where its nodes are names at least one, on the provider asked for."""
+        with self.open(case) as runtime:
+            placements = runtime.placements(_inputs(case.signature, 1))
+        _hold(placements is None or bool(placements.get(self.provider)), f"nodes are placed as {placements}")
+
+    def test_a_bound_call_can_be_made_again_and_again(self, case: RuntimeCase) -> None:
+        """What is timed computes each time it is called, and leaves the runtime usable."""
+        inputs = _inputs(case.signature, 2)
+        with self.open(case) as runtime:
+            call, before = runtime.bind(inputs), runtime.run(inputs)
+            for _ in range(3):
+                call()
+            after = runtime.run(inputs)
+        for name, values in before.items():
+            _hold(np.array_equal(values, after[name]), f"output '{name}' changed")
+
     def test_absent_provider_is_unavailable(self, case: RuntimeCase) -> None:
         """A provider that is not there is an error that names it, never another provider in silence."""
         try:

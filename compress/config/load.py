@@ -23,6 +23,7 @@ from compress.config.messages import translate
 from compress.config.order import check_order
 from compress.config.overrides import apply_overrides
 from compress.config.problems import Origin, Problem, as_error, show
+from compress.config.quantization import check_quantize
 from compress.config.schema import PipelineConfig
 from compress.config.yaml_core import dump_document
 from compress.errors import CompressError
@@ -99,7 +100,7 @@ def _check(
 
 def _validate(document: Document) -> PipelineConfig:
     """Return the checked configuration, or raise everything that is wrong with it."""
-    document.problems += check_order(document) + check_deploy(document)
+    document.problems += check_order(document) + check_deploy(document) + check_quantize(document)
     try:
         config = PipelineConfig.model_validate(document.value)
     except ValidationError as error:

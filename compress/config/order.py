@@ -60,9 +60,12 @@ def _check_place(index: int, name: str | None, names: list[str | None]) -> tuple
             f"stages[{index}] '{name}' must be the first stage, but {_label(names, index - 1)} comes before it.",
             None,
         )
+    if name == "quantize" and name in names[:index]:
+        first = names.index(name)
+        return f"stages[{index}] 'quantize' needs a float file, but stages[{first}] 'quantize' quantises it.", None
     if before is None or STAGES[before].produces == wanted:
         return None, None
     yields = _ARTICLES[STAGES[before].produces]
     place = f"stages[{index}] '{name}' needs {_ARTICLES[wanted]}"
-    hint = "put export before verify." if name == "verify" else None
+    hint = f"put export before {name}." if name in ("quantize", "verify") else None
     return f"{place}, but stages[{index - 1}] '{before}' yields {yields}.", hint

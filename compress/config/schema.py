@@ -543,6 +543,31 @@ class ExportConfig(Section):
     external_data: bool = Field(False, description="weights in a second file; forced above 1.8 GB")
 
 
+class QuantizeConfig(Section):
+    """Round the exported file to INT8; the float file is kept to compare with."""
+
+    stage: Literal["quantize"]
+    images: int = Field(256, ge=8, description="calibration images whose activations decide the ranges")
+    method: Literal["minmax", "entropy", "percentile"] = Field(
+        "minmax", description="what of the activations a range keeps: all, what loses least, all but the outermost"
+    )
+    per_channel: bool = Field(True, description="whether each output channel of a weight has a scale of its own")
+    reduce_range: bool = Field(False, description="7 bits for weights, for processors without VNNI")
+    activation_type: Literal["uint8", "int8"] = Field(
+        "uint8", description="of activations; int8, with its zero point at 0, for TensorRT and ARM"
+    )
+    weight_type: Literal["int8", "uint8"] = Field("int8", description="of weights")
+    exclude: Names = Field((), description="layers or nodes that stay float; * matches any text")
+
+    @model_validator(mode="after")
+    def _check_types(self) -> Self:
+        if (self.activation_type, self.weight_type) == ("int8", "uint8"):
+            raise ValueError(
+                "weight_type must be int8 where activation_type is: no runtime has kernels for uint8 there"
+            )
+        return self
+
+
 class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
@@ -570,6 +595,9 @@ class GatesConfig(Section):
     min_images_per_second: float | None = Field(None, gt=0, description="at the batch size where they are most")
     max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")
     parity: float = Field(1e-3, gt=0, description="largest absolute difference to torch on real samples")
+    max_fallback_nodes: int | None = Field(
+        None, ge=0, description="nodes that another execution provider than the one asked for computes"
+    )
 
 
 class RobustnessConfig(Section):
@@ -606,6 +634,21 @@ class ResourcesConfig(Section):
     )
 
 
+class AlsoConfig(Section):
+    """One more place where the same file is opened, compared with the one that ships it, and timed beside it."""
+
+    runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
+    provider: str = Field("CPUExecutionProvider", description="execution provider")
+    threads: Threads | None = Field(None, description="intra-op threads; those of verify by default")
+    required: bool = Field(False, description="whether the verdict fails where this cannot be had")
+
+    @property
+    def label(self) -> str:
+        """What tells it from others in the names of checks."""
+        name = self.provider if self.runtime == "onnxruntime" else self.runtime
+        return name if self.threads is None else f"{name}.{self.threads}"
+
+
 class VerifyConfig(Section):
     """Measure the file in the runtime that ships it."""
 
@@ -621,11 +664,32 @@ class VerifyConfig(Section):
     resources: ResourcesConfig | None = Field(
         ResourcesConfig(), description="start, memory and throughput; null leaves them out"
     )
+    second_opinion: bool = Field(
+        False, description="whether the ONNX reference evaluator must have agreed; asked for tiny networks in any case"
+    )
+    also: Annotated[tuple[AlsoConfig, ...], BeforeValidator(_to_tuple)] = Field(
+        (), description="more runtimes and providers to compare and to time the file on"
+    )
     gates: GatesConfig = GatesConfig()
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        labels = [one.label for one in self.also]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"also must name each place once; {label} stands there {labels.count(label)} times")
+        return self
 
 
 StageConfig = Annotated[
-    LoadConfig | PruneConfig | SlimConfig | LowRankConfig | FinetuneConfig | ExportConfig | VerifyConfig,
+    LoadConfig
+    | PruneConfig
+    | SlimConfig
+    | LowRankConfig
+    | FinetuneConfig
+    | ExportConfig
+    | QuantizeConfig
+    | VerifyConfig,
     Field(discriminator="stage"),
 ]
 

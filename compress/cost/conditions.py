@@ -16,6 +16,7 @@ from compress.config.schema import DeployConfig
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")
+_VNNI = ("avx512_vnni", "avx_vnni")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,12 @@ def present_conditions(
 def deploy_conditions(deploy: DeployConfig) -> TableConditions:
     """Return the conditions of this machine for what a `deploy` section says."""
     return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
+
+
+def has_vnni() -> bool | None:
+    """Return whether the processor adds products of 8-bit numbers without saturating; None where that is not known."""
+    flags = _flags()
+    return None if "sse2" not in flags else not flags.isdisjoint(_VNNI)
 
 
 def _flags() -> frozenset[str]:

@@ -118,6 +118,16 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
         raise ArtifactError(f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON: {error}") from error
 
 
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Return whether values are rounded to whole numbers anywhere in the graph."""
+    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+
+
+def is_half(model: onnx.ModelProto) -> bool:
+    """Return whether there are weights in half precision."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+
+
 def default_opset(model: onnx.ModelProto) -> int | None:
     """Return the version of the default operator set, None when the model names none."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)

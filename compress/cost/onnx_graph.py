@@ -6,6 +6,9 @@ activations is no layer and counts nothing. `cost/macs.py` counts the same from 
 Weights (`params`) are all scalars of floating-point constants with at least one axis, each constant once, except the
 running mean and variance of BatchNormalization, which are buffers. Export folds batch norm into the convolution
 before it (its scale and bias become one bias a channel), so this number is smaller than the torch network's.
+
+In a quantised graph a weight is a whole-number constant behind DequantizeLinear and counts as such, its scale and zero
+point do not: the counts are those of the float file.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class OnnxCounts:
 
     Attributes:
         macs: Multiply-accumulates for one image.
-        params: Scalars of floating-point constants, without batch-norm statistics.
+        params: Scalars of floating-point constants, rounded or not, without batch-norm statistics.
         layer_weights: Scalars that one image is multiplied by in the nodes with MACs; a constant used twice counts
             twice.
         nodes: Nodes in the graph.
@@ -254,17 +257,26 @@ def _constant_names(model: ModelProto) -> set[str]:
 
 
 def _weights(model: ModelProto) -> dict[str, Shape]:
-    """Return name -> shape of each floating-point constant with at least one axis that is no batch-norm statistic."""
+    """Return name -> shape of each weight: a constant with at least one axis that is no statistic and no scale."""
     statistics = {name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]}
     tensors = [(tensor.name, tensor) for tensor in model.graph.initializer]
     for node in model.graph.node:
         if node.op_type == "Constant":
             tensors += [(node.output[0], a.t) for a in node.attribute if a.type == AttributeProto.TENSOR]
-    return {
-        name: tuple(tensor.dims)
-        for name, tensor in tensors
-        if tensor.data_type in _FLOATS and tensor.dims and name not in statistics and not name.startswith(FIXED_WEIGHT)
+    rounded = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    scales = {
+        name
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for name in node.input[1:]
     }
+    found = {}
+    for name, tensor in tensors:
+        is_weight = tensor.data_type in _FLOATS or name in rounded  # known by the name of the float that it becomes
+        if is_weight and tensor.dims and name not in statistics | scales and not name.startswith(FIXED_WEIGHT):
+            is_float = tensor.data_type in _FLOATS
+            found[name if is_float else rounded[name]] = tuple(tensor.dims)
+    return found
 
 
 def _tensor_bytes(tensor: TensorProto) -> int:

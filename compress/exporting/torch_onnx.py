@@ -128,31 +128,31 @@ def export_onnx(
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
-        chosen = _save_checked(model, Path(folder) / "exported" / path.name, external)
+        chosen = save_checked(model, Path(folder) / "exported" / path.name, external)
         note = "not asked for"
         if simplify:
             slim, note = simplify_onnx(chosen, wanted, external)
             if slim is not None:
                 flushed += _flush_denormals(slim)
                 model = slim
-                chosen = _save_checked(slim, Path(folder) / "simplified" / path.name, external)
+                chosen = save_checked(slim, Path(folder) / "simplified" / path.name, external)
         rewritten = ModelProto()
         rewritten.CopyFrom(model)
         places = apply_rewrites(rewritten, rewrites)
         if any(places.values()):
-            plain, chosen = chosen, _save_checked(rewritten, Path(folder) / "rewritten" / path.name, external)
+            plain, chosen = chosen, save_checked(rewritten, Path(folder) / "rewritten" / path.name, external)
             if difference := find_difference(plain, chosen, wanted):
                 raise InternalError(f"Rewriting {', '.join(places)} changed the network: {difference}.")
             model = rewritten
         if precision == "fp16":
             full, model = chosen, in_half_precision(model)
-            chosen = _save_checked(model, Path(folder) / "half" / path.name, external)
+            chosen = save_checked(model, Path(folder) / "half" / path.name, external)
             if difference := find_difference(full, chosen, wanted, HALF_TOLERANCE):
                 raise ExportFailed(
                     f"The network must compute nearly the same in fp16: {difference}.",
                     hint="Set deploy.precision: fp32.",
                 )
-        files = _move_into_place(chosen, path)
+        files = move_into_place(chosen, path)
     return ExportReport(
         nodes_before=nodes_before,
         nodes_after=len(model.graph.node),
@@ -276,7 +276,7 @@ def _weight_bytes(model: ModelProto) -> int:
     return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
 
 
-def _save_checked(model: ModelProto, path: Path, external: bool) -> Path:
+def save_checked(model: ModelProto, path: Path, external: bool) -> Path:
     """Write a model into a folder of its own and run ONNX's checker over what was written."""
     path.parent.mkdir()
     try:
@@ -289,7 +289,7 @@ def _save_checked(model: ModelProto, path: Path, external: bool) -> Path:
     return path
 
 
-def _move_into_place(source: Path, path: Path) -> tuple[Path, ...]:
+def move_into_place(source: Path, path: Path) -> tuple[Path, ...]:
     """Move a finished model to its place; at no moment does an .onnx file lie beside weights of another one."""
     data = source.with_name(f"{source.name}.data")
     target_data = path.with_name(f"{path.name}.data")

@@ -14,9 +14,11 @@ from compress.report.outcome import (
     render_parity,
     render_verdict,
 )
+from compress.report.places import render_places
 from compress.report.quality import render_quality
 from compress.report.robustness import render_robustness
 from compress.report.runtime import render_runtime
+from compress.report.shares import render_shares
 from compress.report.style import STYLE_SHEET
 from compress.report.work import render_environment, render_notes, render_stages, render_times
 
@@ -41,11 +43,13 @@ def render_html(report: dict[str, Any]) -> str:
             render_checks(report),
             render_notes(report),
             render_stages(report),
+            render_shares(report),
             render_quality(report),
             render_worst_images(report),
             render_robustness(report),
             render_latency(report),
             render_runtime(report),
+            render_places(report),
             render_parity(report),
             render_times(report),
             render_environment(report),

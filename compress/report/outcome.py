@@ -129,6 +129,7 @@ def render_latency(report: dict[str, Any]) -> str:
         ("images a call", latency.get("batch_size")),
         ("warm-up calls", latency.get("warmup")),
         ("timed calls, baseline and slim", f"{len(baseline)} and {len(slim)}"),
+        ("inputs and outputs", "on the device" if latency.get("io_binding") else None),
         *_list_ratio(latency.get("ratio")),
     ]
     return render_section("Latency", render_split(render_facts(facts), figure)) if figure else ""

@@ -369,6 +369,28 @@ def _render_export(runs: list[Run], index: int) -> str:
     return render_section(_title("Export", runs, index), render_facts(facts))
 
 
+def _render_quantize(runs: list[Run], index: int) -> str:
+    record = runs[index]["record"]
+    per_channel = record.get("per_channel")
+    facts = [
+        ("layers in INT8", record.get("layers")),
+        ("layers in float", ", ".join(map(str, record.get("float_layers") or [])) or None),
+        ("ranges", record.get("method")),
+        ("calibration images", format_whole(record.get("images"))),
+        ("a scale for each channel", None if per_channel is None else "yes" if per_channel else "no"),
+        ("weights", _bits(record)),
+        ("activations", record.get("activation_type")),
+        ("same class as the float file, calibration images", _share(record.get("agreement"))),
+        ("size", _change(record, "size_bytes", format_bytes)),
+    ]
+    return render_section(_title("Quantisation to INT8", runs, index), render_facts(facts))
+
+
+def _bits(record: dict[str, Any]) -> str | None:
+    kind = record.get("weight_type")
+    return f"{kind}, 7 bits" if kind and record.get("reduce_range") else kind
+
+
 def _title(text: str, runs: list[Run], index: int) -> str:
     """Return `text`, with the place in the pipeline where a stage occurs more than once."""
     repeated = sum(run.get("stage") == runs[index]["stage"] for run in runs) > 1
@@ -391,4 +413,5 @@ RENDERERS = {
     "low_rank": _render_low_rank,
     "finetune": _render_finetune,
     "export": _render_export,
+    "quantize": _render_quantize,
 }

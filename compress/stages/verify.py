@@ -10,6 +10,7 @@ from compress.data.splits import Split
 from compress.stages.context import Record, StageContext
 from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
+from compress.verification.opinions import Also
 from compress.verification.robustness import Robustness
 from compress.verification.verdict import verify_onnx
 
@@ -40,9 +41,12 @@ class VerifyStage:
             reference=reference.module,
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
+            float_onnx=artifact.float_path,
             robustness=robustness_of(config, ctx.seed),
             shifted=shifted_of(config, ctx.data.evaluation),
             batch_sizes=batch_sizes_of(config),
+            second_opinion=config.second_opinion,
+            also=also_of(config),
             progress=ctx.progress,
         )
         return verdict, {}
@@ -58,6 +62,11 @@ def conditions_of(config: VerifyConfig) -> Conditions:
         warmup=config.warmup,
         repeats=config.repeats,
     )
+
+
+def also_of(config: VerifyConfig) -> tuple[Also, ...]:
+    """Return where else a file is opened, out of the `verify` section."""
+    return tuple(Also(one.label, one.runtime, one.provider, one.threads, one.required) for one in config.also)
 
 
 def robustness_of(config: VerifyConfig, seed: int) -> Robustness | None:
@@ -92,6 +101,7 @@ def gates_of(config: VerifyConfig) -> Gates:
         max_cold_start_ms=gates.max_cold_start_ms,
         max_memory_mb=gates.max_memory_mb,
         min_images_per_second=gates.min_images_per_second,
+        max_fallback_nodes=gates.max_fallback_nodes,
     )
 
 

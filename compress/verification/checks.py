@@ -28,6 +28,7 @@ from compress.verification.runtimes.base import Runtime
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import Tensor, nn
 
+_NAMED = 6
 BASELINE_WITHIN = 0.002  # another runtime may decide otherwise where two classes are as likely
 
 
@@ -151,12 +152,30 @@ def _example(signature: Signature) -> Tensor:
     return torch.zeros(1, *sizes)
 
 
-def check_provider(runtime: Runtime) -> CheckResult:
-    """Check that the open runtime computes on the provider asked for."""
+def check_provider(runtime: Runtime, placements: Mapping[str, tuple[str, ...]] | None = None) -> CheckResult:
+    """Check that the open runtime computes on the provider asked for; nodes that it left to others are listed.
+
+    Args:
+        runtime: Open.
+        placements: Provider -> the nodes it computes; None where they are not known.
+    """
     got = runtime.provider_in_use
     status = "pass" if got == runtime.provider else "fail"
     detail = f"{got} in use, {runtime.provider} asked for"
+    if placements is not None:
+        total, elsewhere = sum(map(len, placements.values())), list_fell_back(runtime.provider, placements)
+        detail += f"; {len(elsewhere)} of its {total} nodes fell back" if elsewhere else f", for all {total} nodes"
+        detail += f": {', '.join(elsewhere[:_NAMED])}{' ...' if len(elsewhere) > _NAMED else ''}" if elsewhere else ""
     return CheckResult("provider", status, None, None, "", detail)  # type: ignore[arg-type]
+
+
+def list_fell_back(asked: str, placements: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return the nodes that other providers than the one asked for compute.
+
+    >>> list_fell_back("GPU", {"GPU": ("Conv a",), "CPU": ("Shape b", "Gather c")})
+    ['Shape b', 'Gather c']
+    """
+    return [node for provider, nodes in placements.items() if provider != asked for node in nodes]
 
 
 def check_parity(result: ParityResult, asked: int, limit: float) -> CheckResult:

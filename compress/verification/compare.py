@@ -11,7 +11,14 @@ import numpy as np
 from compress.data.splits import Split
 from compress.errors import ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
-from compress.verification.quality import batch_size_of, check_not_empty, fill_batch, image_batches, image_input
+from compress.verification.quality import (
+    as_input,
+    batch_size_of,
+    check_not_empty,
+    fill_batch,
+    image_batches,
+    image_input,
+)
 from compress.verification.runtimes.base import Runtime
 
 
@@ -26,6 +33,7 @@ class ParityResult:
         quantiles: {"p50", "p99"} of the absolute differences.
         top1_agreement: Share of images, in [0, 1], with the same largest output; NaN for outputs that are not (N, K).
         smallest_tolerance: Smallest limit that would have passed, rounded up to two digits.
+        largest_output: Largest absolute value of any output of the reference.
     """
 
     samples: int
@@ -34,6 +42,7 @@ class ParityResult:
     quantiles: dict[str, float]
     top1_agreement: float
     smallest_tolerance: float
+    largest_output: float
 
 
 def parity(
@@ -58,23 +67,27 @@ def parity(
         DataError: The split is empty.
         ModelError: Output names or shapes differ, or one of the networks fails.
         NonFinite: An output of either is NaN or infinite.
+        ConfigValueError: A runtime is made for less.
     """
     check_not_empty(split)
     chosen = split.first(samples)
+    for one in (runtime, reference):
+        one.check_work(len(chosen))
     size = batch_size_of(runtime, batch_size)
     differences: list[np.ndarray] = []
     agreeing: list[np.ndarray] = []
+    largest = 0.0
     with (progress or SilentProgress()).task(f"parity on {split.name}", len(chosen)) as task:
         for images, _ in image_batches(chosen, size):
             fed = fill_batch(images, image_input(runtime))
-            got = runtime.run({image_input(runtime).name: fed})
-            wanted = reference.run({image_input(reference).name: fed})
+            got, wanted = _run(runtime, fed), _run(reference, fed)
             for a, b in _paired(got, wanted, len(images)):
                 differences.append(np.abs(a - b).ravel())
+                largest = max(largest, float(np.abs(b).max(initial=0.0)))
                 if a.ndim == 2:
                     agreeing.append(a.argmax(1) == b.argmax(1))
             task.advance(len(images))
-    return _summary(len(chosen), np.concatenate(differences), agreeing)
+    return _summary(len(chosen), np.concatenate(differences), agreeing, largest)
 
 
 def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int) -> dict[str, float]:
@@ -105,9 +118,14 @@ def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int
     found = {}
     for name, images in cases.items():
         fed = fill_batch(images, spec)
-        got, wanted = runtime.run({spec.name: fed}), reference.run({image_input(reference).name: fed})
+        got, wanted = _run(runtime, fed), _run(reference, fed)
         found[name] = max(float(np.abs(a - b).max()) for a, b in _paired(got, wanted, len(images)))
     return found
+
+
+def _run(runtime: Runtime, images: np.ndarray) -> dict[str, np.ndarray]:
+    spec = image_input(runtime)
+    return runtime.run({spec.name: as_input(images, spec)})
 
 
 def _paired(
@@ -129,7 +147,7 @@ def _paired(
     return pairs
 
 
-def _summary(samples: int, differences: np.ndarray, agreeing: list[np.ndarray]) -> ParityResult:
+def _summary(samples: int, differences: np.ndarray, agreeing: list[np.ndarray], largest_output: float) -> ParityResult:
     largest = float(differences.max())
     return ParityResult(
         samples=samples,
@@ -138,6 +156,7 @@ def _summary(samples: int, differences: np.ndarray, agreeing: list[np.ndarray]) 
         quantiles={"p50": float(np.quantile(differences, 0.5)), "p99": float(np.quantile(differences, 0.99))},
         top1_agreement=float(np.concatenate(agreeing).mean()) if agreeing else math.nan,
         smallest_tolerance=round_up(largest),
+        largest_output=largest_output,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -43,6 +43,7 @@ class Gates:
         max_cold_start_ms: Until a session is there, in a new process.
         max_memory_mb: By how much memory grows with the session, in 10^6 bytes.
         min_images_per_second: At the batch size where they are most.
+        max_fallback_nodes: Nodes that another provider than the one asked for computes.
     """
 
     parity: float = 1e-3
@@ -57,11 +58,12 @@ class Gates:
     max_cold_start_ms: float | None = None
     max_memory_mb: float | None = None
     min_images_per_second: float | None = None
+    max_fallback_nodes: int | None = None
 
     @property
     def asked(self) -> tuple[str, ...]:
         """Names of the checks that the limits ask for, without parity."""
-        single = ("min_speedup", "max_latency_ms", "max_size_mb", *_OF_RESOURCES)
+        single = ("min_speedup", "max_latency_ms", "max_size_mb", *_OF_RESOURCES, "max_fallback_nodes")
         return (
             *(f"{kind}.{name}" for kind, wanted in self._of_quality.items() for name in wanted),
             *(name for name in single if getattr(self, name) is not None),
@@ -149,6 +151,20 @@ class Gates:
             else:
                 checks.append(self._check(name, estimate, limit, is_least=name.startswith("min"), unit=unit))
         return checks
+
+    def check_fallback(self, fell_back: Sequence[str] | None) -> list[CheckResult]:
+        """Return the check of how many nodes fell back, if there is a limit.
+
+        Args:
+            fell_back: The nodes that another provider computes; None where that is not known.
+        """
+        limit = self.max_fallback_nodes
+        if limit is None:
+            return []
+        if fell_back is None:
+            return [skipped("max_fallback_nodes", "the runtime does not say where nodes are computed", limit, "nodes")]
+        count = Estimate(len(fell_back), detail=", ".join(fell_back) or "every node is computed where it was asked for")
+        return [self._check("max_fallback_nodes", count, limit, is_least=False, unit="nodes")]
 
     def _check(
         self, name: str, estimate: Estimate, limit: float, *, is_least: bool, unit: str = "share"

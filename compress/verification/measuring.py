@@ -20,7 +20,7 @@ from compress.data.splits import Split
 from compress.errors import ConfigValueError
 from compress.progress import Progress, SilentProgress
 from compress.verification.latency import compare_latency, measure_latency
-from compress.verification.quality import check_not_empty, image_input, predict
+from compress.verification.quality import as_input, check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is measured without torch
@@ -168,7 +168,7 @@ def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str,
     check_not_empty(split)
     positions = np.arange(batch_size) % len(split)
     images = split.preprocessing.normalize(split.source.read(split.indices[positions]))
-    return {image_input(session).name: images}
+    return {image_input(session).name: as_input(images, image_input(session))}
 
 
 def evaluation_batch(spec: TensorSpec) -> int:

@@ -40,6 +40,7 @@ def predict(
         DataError: The split is empty, a label is K or more, or the data set has another number of classes.
         ModelError: The network is no classifier, or images do not fit its input.
         NonFinite: An output is NaN or infinite.
+        ConfigValueError: The runtime is made for less.
     """
     (found,) = predict_each((runtime,), split, batch_size, progress, spoil=spoil, disturb=disturb)
     return found
@@ -68,6 +69,8 @@ def predict_each(
         As `predict`.
     """
     check_not_empty(split)
+    for runtime in runtimes:
+        runtime.check_work(len(split))
     widths = [classifier_width(runtime) for runtime in runtimes]
     for width in widths:
         check_labels(split, width)
@@ -113,7 +116,7 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
         NonFinite: An output is NaN or infinite.
     """
     spec = image_input(runtime)
-    (outputs,) = runtime.run({spec.name: fill_batch(images, spec)}).values()
+    (outputs,) = runtime.run({spec.name: as_input(fill_batch(images, spec), spec)}).values()
     outputs = outputs[: len(images)]
     if outputs.ndim != 2 or len(outputs) != len(images):
         raise ModelError(
@@ -128,6 +131,20 @@ def fill_batch(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """Repeat the last image until a fixed batch is full: the last batch of a split may be smaller."""
     missing = spec.shape[0] - len(images) if isinstance(spec.shape[0], int) else 0
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
+
+
+def as_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Return prepared images in the precision that an input has.
+
+    Raises:
+        ModelError: The input takes no floating-point numbers.
+    """
+    if spec.dtype == "bfloat16" or not spec.dtype.startswith("float"):
+        raise ModelError(
+            f"Input '{spec.name}' must take prepared images as floating-point numbers, it takes {spec.dtype}.",
+            hint="Export the network with float32 inputs.",
+        )
+    return images.astype(spec.dtype, copy=False)
 
 
 def image_input(runtime: Runtime) -> TensorSpec:

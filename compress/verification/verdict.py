@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from compress.verification.checks import (
     check_provider,
     check_structure,
     check_weights,
+    list_fell_back,
 )
 from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates, skipped
@@ -41,6 +42,7 @@ from compress.verification.measuring import (
     torch_params,
 )
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
+from compress.verification.opinions import EVALUATOR, Also, check_also, check_evaluator
 from compress.verification.pictures import worst_images
 from compress.verification.quality import (
     check_image_shape,
@@ -50,6 +52,7 @@ from compress.verification.quality import (
     image_input,
     predict,
 )
+from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
 from compress.verification.resources import Resources, measure_resources
 from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
@@ -73,9 +76,12 @@ def verify_onnx(
     reference: nn.Module | None = None,
     baseline_onnx: Path | None = None,
     baseline_figures: Figures | None = None,
+    float_onnx: Path | None = None,
     robustness: Robustness | None = None,
     shifted: Mapping[str, Split] | None = None,
     batch_sizes: Sequence[int] = (),
+    second_opinion: bool = False,
+    also: Sequence[Also] = (),
     progress: Progress | None = None,
 ) -> Verdict:
     """Check a file and hold it to its gates.
@@ -96,9 +102,13 @@ def verify_onnx(
         baseline_onnx: The untouched network's export; it runs on the same images, and its latency is measured
             interleaved with the file's.
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
+        float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
+            place, and the two are compared.
         robustness: Which noise and which corruptions are looked at; None for none.
         shifted: Data sets from elsewhere that are looked at with them, by their names.
         batch_sizes: At which throughput is measured; without any, start and memory are not looked at either.
+        second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
+        also: More places to open the file in.
         progress: Told about each part.
 
     Raises:
@@ -107,7 +117,7 @@ def verify_onnx(
         DataError: The evaluation split is empty, or its labels do not fit.
         ConfigValueError: The batch size is not the file's fixed one.
     """
-    run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress())
+    run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress(), float_onnx)
     run.check_file(signature, opset, reference)
     can_run = run.check_session(baseline_onnx)
     if baseline_onnx is not None:
@@ -120,10 +130,14 @@ def verify_onnx(
         run.measure(baseline_onnx)
         if batch_sizes:
             run.measure_resources(baseline_onnx, batch_sizes)
+        run.ask_others(also)
     else:
-        for name in (*_PARITY, "evaluation") if reference is not None else ("evaluation",):
-            run.checks.append(skipped(name, "the file cannot be run as a classifier of these images"))
-    return run.verdict(reference, baseline_figures)
+        quantized = (AGREEMENT,) if float_onnx is not None else ()
+        compared = _PARITY if reference is not None else ()
+        names = (*compared, "evaluation", *quantized, EVALUATOR, *(one.check for one in also))
+        run.checks += [skipped(name, "the file cannot be run as a classifier of these images") for name in names]
+    asked = (*([EVALUATOR] if second_opinion else []), *(one.check for one in also if one.is_required))
+    return run.verdict(reference, baseline_figures, asked)
 
 
 @dataclass
@@ -135,26 +149,25 @@ class _Verification:
     conditions: Conditions
     gates: Gates
     progress: Progress
+    float_path: Path | None = None
     checks: list[CheckResult] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     before: Predictions | None = None
     after: Predictions | None = None
+    whole: Predictions | None = None
     samples: dict[str, LatencySample] = field(default_factory=dict)
     ratio: LatencyRatio | None = None
     standings: list[Standing] = field(default_factory=list)
     resources: Resources | None = None
     counts: OnnxCounts | None = None
+    fell_back: list[str] | None = None
 
     def check_file(self, signature: Signature | None, opset: int | None, reference: nn.Module | None) -> None:
         """Check what can be seen without running the file."""
         check_not_empty(self.evaluation)
         model = load_onnx(self.path)
         self.checks.append(check_structure(model, self.path, signature, opset))
-        failure = ""
-        try:
-            self.counts = count_onnx(self.path)
-        except ModelError as error:
-            failure = error.message
+        self.counts, failure = _count(self.path)
         self.checks.append(check_preprocessing(model, self.evaluation))
         is_valid = self.checks[0].status == "pass"
         self.checks.append(check_denormals(self.path) if is_valid else skipped("denormals", "the file is not valid"))
@@ -163,8 +176,11 @@ class _Verification:
             self.checks += [skipped("macs_agree", why), skipped("weights_agree", why)]
         else:
             counts, wanted = self.counts, signature or read_signature(model)
-            self.checks.append(check_macs(counts.macs if counts else failure, reference, wanted))
-            self.checks.append(check_weights(counts.layer_weights if counts else failure, reference, wanted))
+            if self.float_path is not None:
+                counts, failure = _count(self.float_path)
+            macs = check_macs(counts.macs if counts else failure, reference, wanted)
+            weights = check_weights(counts.layer_weights if counts else failure, reference, wanted)
+            self.checks += [macs, weights] if self.float_path is None else [of_float(macs), of_float(weights)]
 
     def measure_baseline(self, path: Path) -> None:
         """Let the baseline predict what the file predicts."""
@@ -188,12 +204,14 @@ class _Verification:
                 width = self._check_classifier(baseline)
         try:
             with self.conditions.open(self.path) as session:
-                self.checks.append(check_provider(session))
                 try:
                     own = self._check_classifier(session)
                 except ModelError as error:
-                    self.checks.append(CheckResult("classifier", "fail", None, None, "", _with_hint(error)))
+                    failed = CheckResult("classifier", "fail", None, None, "", _with_hint(error))
+                    self.checks += [check_provider(session), failed]
                     return False
+                session.check_work(len(self.evaluation))
+                self._check_provider(session)
                 detail = f"{own} classes, images of {' x '.join(map(str, image_input(session).shape[1:]))}"
                 self.checks.append(CheckResult("classifier", "pass", None, None, "", detail))
         except ArtifactError as error:
@@ -220,16 +238,35 @@ class _Verification:
         with self.conditions.open(self.path, all_cores=True) as session:
             if reference is None:
                 self.checks += [skipped(name, "no torch network to compare with") for name in _PARITY]
+            elif self.float_path is None:
+                self.checks += self._check_parity(session, reference, signature or session.signature, samples)
             else:
-                self._check_parity(session, reference, signature or session.signature, samples)
+                with self.conditions.open(self.float_path, all_cores=True) as whole:
+                    found = self._check_parity(whole, reference, signature or whole.signature, samples)
+                self.checks += [of_float(check) for check in found]
             try:
                 batch = evaluation_batch(image_input(session))
                 self.after = predict(session, self.evaluation, batch, self.progress)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
-                return
-        self.details["evaluation"] = {"images": len(self.evaluation)}
-        self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+        if self.after is not None:
+            self.details["evaluation"] = {"images": len(self.evaluation)}
+            self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+        if self.float_path is not None:
+            self._compare_with_float(self.float_path)
+
+    def _compare_with_float(self, path: Path) -> None:
+        """Let the float file predict what the quantised one predicts."""
+        if self.after is None:
+            self.checks.append(skipped(AGREEMENT, "quality of the file could not be measured"))
+            return
+        try:
+            with self.conditions.open(path, all_cores=True) as whole:
+                self.whole = predict(whole, self.evaluation, evaluation_batch(image_input(whole)), self.progress)
+        except (ModelError, NonFinite) as error:
+            self.checks.append(CheckResult(AGREEMENT, "fail", None, None, "share", error.message))
+            return
+        self.checks.append(check_agreement(self.whole, self.after))
 
     def measure_robustness(
         self, wanted: Robustness, shifted: Mapping[str, Split] | None, baseline_onnx: Path | None
@@ -273,7 +310,8 @@ class _Verification:
         series = {f"{label}_ms": list(sample.milliseconds) for label, sample in self.samples.items()}
         stated = {key: value for key, value in asdict(wanted).items() if key != "repeats"}
         ratio = None if self.ratio is None else asdict(self.ratio)
-        self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated}
+        binding = sessions["slim"].io_binding
+        self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding}
 
     def measure_resources(self, baseline_onnx: Path | None, batch_sizes: Sequence[int]) -> None:
         """Measure start, memory and throughput of the file and of the baseline."""
@@ -288,7 +326,22 @@ class _Verification:
     def _files(self, baseline_onnx: Path | None) -> dict[str, Path]:
         return {"slim": self.path} if baseline_onnx is None else {"slim": self.path, "baseline": baseline_onnx}
 
-    def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
+    def ask_others(self, also: Sequence[Also]) -> None:
+        """Ask the reference evaluator, and open the file wherever else it is wanted."""
+        limit = self.gates.parity
+        with self.conditions.open(self.path, all_cores=True) as session:
+            self.checks.append(check_evaluator(session, self.path, self.evaluation, limit, self.progress))
+        stated = []
+        for one in also:
+            check, values = check_also(one, self.path, self.evaluation, self.conditions, limit, self.progress)
+            self.checks.append(check)
+            stated.append(values)
+        if stated:
+            self.details["also"] = stated
+
+    def verdict(
+        self, reference: nn.Module | None, baseline_figures: Figures | None, asked: Sequence[str] = ()
+    ) -> Verdict:
         """Apply the gates and put everything together."""
         own, changes = self._judge_quality()
         slim = self._figures(reference, own)
@@ -301,11 +354,37 @@ class _Verification:
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim.size_bytes)
         self.checks += self.gates.check_resources(self.resources, "slim")
+        self.checks += self.gates.check_fallback(self.fell_back)
         always = ("structure", "denormals", "provider", "classifier", "evaluation")
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
-        return Verdict(tuple(self.checks), (*always, *compared, *self.gates.asked), slim, baseline, self.details)
+        quantized = (AGREEMENT,) if self.float_path is not None else ()
+        self.details["shares"] = drop_shares(self.before, self.whole, self.after)
+        return Verdict(
+            tuple(self.checks),
+            (*always, *compared, *quantized, *asked, *self.gates.asked),
+            slim,
+            baseline,
+            self.details,
+        )
 
-    def _check_parity(self, session: Runtime, reference: nn.Module, signature: Signature, samples: int) -> None:
+    def _check_provider(self, session: Runtime) -> None:
+        """Check the provider in use, and find out which nodes it left to others."""
+        placements = None
+        with suppress(ModelError):  # a file that fails on its input is reported by the checks of its outputs
+            placements = session.placements(latency_inputs(session, self.evaluation, self.conditions.batch_size))
+        self.checks.append(check_provider(session, placements))
+        if placements is None:
+            return
+        self.fell_back = list_fell_back(session.provider, placements)
+        self.details["providers"] = {
+            "asked": session.provider,
+            "nodes": {provider: len(nodes) for provider, nodes in placements.items()},
+            "fell_back": self.fell_back,
+        }
+
+    def _check_parity(
+        self, session: Runtime, reference: nn.Module, signature: Signature, samples: int
+    ) -> list[CheckResult]:
         from compress.verification.runtimes.torch_eager import TorchEager  # torch, only where there is a reference
 
         limit = self.gates.parity
@@ -314,11 +393,10 @@ class _Verification:
                 result = parity(session, torch_runtime, self.evaluation, samples, progress=self.progress)
                 edges = edge_parity(session, torch_runtime, self.evaluation, _largest(session))
         except (ModelError, NonFinite) as error:
-            self.checks += [CheckResult(name, "fail", None, limit, "", error.message) for name in _PARITY]
-            return
-        self.checks += [check_parity(result, samples, limit), check_edges(edges, limit)]
+            return [CheckResult(name, "fail", None, limit, "", error.message) for name in _PARITY]
         agreement = None if math.isnan(result.top1_agreement) else result.top1_agreement
         self.details["parity"] = {**asdict(result), "top1_agreement": agreement}
+        return [check_parity(result, samples, limit), check_edges(edges, limit)]
 
     def _judge_quality(self) -> tuple[dict[str, Estimate] | None, dict[str, Estimate] | None]:
         """Return how good the file is, and what changed against the baseline; put both into the details."""
@@ -361,6 +439,14 @@ class _Verification:
 
 def _with_hint(error: ModelError) -> str:
     return error.message if error.hint is None else f"{error.message} Hint: {error.hint}."
+
+
+def _count(path: Path) -> tuple[OnnxCounts | None, str]:
+    """Return the counts of a graph, or None and why it cannot be counted."""
+    try:
+        return count_onnx(path), ""
+    except ModelError as error:
+        return None, error.message
 
 
 def _largest(session: Runtime) -> int:

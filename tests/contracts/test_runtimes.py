@@ -9,6 +9,7 @@ from exported import SIGNATURE, exported
 from compress.catalog import RUNTIMES
 from compress.testing import RuntimeCase, RuntimeContract
 from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.onnx_reference import OnnxReference
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
 
@@ -22,6 +23,12 @@ class TestOnnxRuntime(RuntimeContract):
     runtime_class = OnnxRuntime
 
 
+class TestOnnxReference(RuntimeContract):
+    runtime_class = OnnxReference
+    provider = "CPU"
+    unavailable_provider = "CUDA"
+
+
 class TestTorchEager(RuntimeContract):
     runtime_class = TorchEager
     provider = "CPU"
@@ -32,12 +39,12 @@ class TestTorchEager(RuntimeContract):
 
 
 def test_every_registered_runtime_has_a_contract_class():
-    covered = {suite.runtime_class for suite in (TestOnnxRuntime, TestTorchEager)}
+    covered = {suite.runtime_class for suite in (TestOnnxReference, TestOnnxRuntime, TestTorchEager)}
     assert {RUNTIMES.get(name) for name in RUNTIMES} == covered
-    assert len(covered) >= 2
+    assert len(covered) >= 3
 
 
 def test_the_contract_has_its_size():
     promises = [name for name in dir(RuntimeContract) if name.startswith("test_")]
-    assert len(promises) >= 10
+    assert len(promises) >= 12
     assert len(nets.NAMES) == 6

@@ -15,6 +15,7 @@ import torch
 from smallrun import MIDDLE, Finished, World, statuses
 
 import compress
+from compress.cost.onnx_file import is_quantized, load_onnx
 from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
@@ -313,7 +314,7 @@ def test_the_command_line_runs_a_pipeline_in_a_process_of_its_own(world: World) 
     assert "[1/5] load: unchanged\n" in stdout  # the store is shared by all runs
     assert "[3/5] finetune: runs for the first time\n" in stdout
     assert f"ONNX file: {world.runs / 'other' / 'model.onnx'}\n" in stdout
-    assert "PASSED: 11 checks made, none failed.\n" in stdout
+    assert "PASSED: 12 checks made, none failed.\n" in stdout
     check_slim_equals_file(world, "other")
 
 
@@ -371,3 +372,18 @@ def test_evaluating_on_the_training_images_is_warned_of(world: World) -> None:
     result = world.call("run", values)
     assert "Training and evaluation are the same images" in result.stderr
     assert "Training and evaluation are the same images" not in world.call("run", world.values()).stderr
+
+
+def test_a_quantised_run_ends_in_the_int8_file_and_is_done_the_second_time(world: smallrun.World) -> None:
+    values = {**world.values(), "name": "int8"}
+    values["stages"].insert(-1, {"stage": "quantize", "images": 32})
+    outcome = world.run(values)
+    assert outcome.verdict.passed
+    assert is_quantized(load_onnx(outcome.folder / "model.onnx"))
+    assert not (outcome.folder / "float.onnx").exists()
+    assert [share["stage"] for share in outcome.report["details"]["shares"]] == ["slimming", "quantize"]
+    assert "Quantisation to INT8" in (outcome.folder / "report.html").read_text(encoding="utf-8")
+    assert {status.rpartition(" ")[2] for status in smallrun.statuses(world.run(values))} == {"unchanged"}
+    again = world.run(values, "stages.quantize.per_channel=false")
+    assert smallrun.statuses(again)[-2:] == ["quantize ran", "verify ran"]
+    assert smallrun.statuses(again)[-3] == "export unchanged"

@@ -16,6 +16,7 @@ from compress.config.schema import (
     GsmConfig,
     IncRegConfig,
     PruneConfig,
+    QuantizeConfig,
     RobustnessConfig,
     TrpConfig,
     VerifyConfig,
@@ -69,6 +70,17 @@ def test_the_page_on_verification_names_every_gate_and_loads():
     config = VerifyConfig.model_validate(stage)
     assert config.robustness is not None
     assert set(config.gates.model_fields_set) == set(gates) - {"parity"}
+
+
+def test_the_page_on_quantisation_names_every_setting():
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "quantization.md").read_text("utf-8"), re.DOTALL)
+    stage = next(stage for stage in yaml.safe_load(example) if stage["stage"] == "quantize")
+    config = QuantizeConfig.model_validate(stage)
+    assert config.model_fields_set == set(QuantizeConfig.model_fields)
+    defaults = QuantizeConfig(stage="quantize").model_dump()
+    assert {name: value for name, value in config.model_dump().items() if name != "exclude"} == {
+        name: value for name, value in defaults.items() if name != "exclude"
+    }
 
 
 def test_the_workflow_to_copy_gives_commands_that_there_are():

@@ -26,6 +26,8 @@ from compress.cost.onnx_file import load_onnx, read_metadata, read_signature
 from compress.cost.onnx_graph import count_onnx
 from compress.cost.variants import VariantWriter
 from compress.data.opening import Splits
+from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import ExportFailed
 from compress.exporting.rewrite import apply_rewrites
 from compress.exporting.torch_onnx import export_onnx
@@ -35,6 +37,9 @@ from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.export import ExportStage
 from compress.stages.load import LoadStage
+from compress.verification.gates import Gates
+from compress.verification.measuring import Conditions
+from compress.verification.verdict import verify_onnx
 
 
 def _run(path) -> np.ndarray:
@@ -173,6 +178,26 @@ def test_the_baseline_is_loaded_in_the_precision_of_the_deployment(tmp_path):
         assert model.precision == expected
         types = {tensor.data_type for tensor in load_onnx(model.baseline.onnx_path).graph.initializer}
         assert (TensorProto.FLOAT16 in types) == (expected == "fp16")
+
+
+def test_verification_reads_half_files_and_says_the_limit_that_they_keep(half):
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    split = Split("evaluation", ArraySource(images, np.arange(24) % 4, ()), np.arange(24), PREPROCESSING)
+
+    def verify(limit):
+        verdict = verify_onnx(
+            half, evaluation=split, conditions=Conditions(warmup=1, repeats=4), gates=Gates(parity=limit),
+            signature=SIGNATURE, opset=18, reference=nets.build("residual"), baseline_onnx=exported("residual"),
+        )  # fmt: skip
+        return verdict, {check.name: check for check in verdict.checks}
+
+    verdict, checks = verify(1e-6)
+    assert {name for name, check in checks.items() if check.status == "fail"} == {"parity", "parity_edges"}
+    assert checks["reference_evaluator"].limit > 0.01  # rounding is allowed for
+    largest = max(checks[name].value for name in ("parity", "parity_edges"))
+    verdict, checks = verify(1.001 * largest)
+    assert verdict.passed, checks
+    assert 1e-6 < largest < 0.05 * verdict.details["parity"]["largest_output"]
 
 
 def test_tables_of_another_precision_are_told_apart():

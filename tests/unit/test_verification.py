@@ -450,10 +450,15 @@ def test_good_file_passes_every_check(split):
     assert verdict.passed, verdict.checks
     assert list(checks_of(verdict)) == [
         "structure", "preprocessing", "denormals", "macs_agree", "weights_agree", "provider", "classifier",
-        "parity", "parity_edges", "evaluation", "baseline_agrees", "max_drop.top1", "max.churn", "min_speedup",
+        "parity", "parity_edges", "evaluation", "reference_evaluator", "baseline_agrees", "max_drop.top1", "max.churn",
+        "min_speedup",
         "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
-    assert set(verdict.required) == set(checks_of(verdict)) - {"preprocessing", "baseline_agrees"}
+    assert set(verdict.required) == set(checks_of(verdict)) - {
+        "preprocessing",
+        "baseline_agrees",
+        "reference_evaluator",
+    }
     assert verdict.slim.quality["top1"] == 0.9
     assert set(verdict.slim.quality) == {"top1", "worst_class", "calibration_error"}
     assert checks_of(verdict)["max_drop.top1"].value == pytest.approx(before - 0.9)

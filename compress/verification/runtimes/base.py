@@ -69,6 +69,27 @@ class Runtime(ABC):
         """The execution provider that computes; equal to `provider` once the runtime is open."""
 
     @property
+    def io_binding(self) -> bool:
+        """Whether what `bind` is given, and what its calls give, lies on the device, so that no copy is timed."""
+        return False
+
+    def placements(self, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]] | None:
+        """Return provider -> the nodes it computes ("Conv conv1"), found by one call; None where nobody can tell.
+
+        Raises:
+            ModelError: A name, shape or dtype does not fit, or the network fails on this input.
+        """
+        return None
+
+    def check_work(self, images: int) -> None:
+        """Refuse, before it begins, work on so many images that it would take this runtime far too long.
+
+        Raises:
+            ConfigValueError: The runtime is made for less.
+        """
+        return
+
+    @property
     def signature(self) -> Signature:
         """Inputs and outputs of the open network."""
         if self._signature is None:
@@ -92,8 +113,10 @@ class Runtime(ABC):
         self._check_outputs(outputs)
         return {spec.name: np.array(outputs[spec.name]) for spec in self.signature.outputs}
 
-    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], Arrays]:
+    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """Check `inputs` once and return a call that computes with no checks or copies; for measuring time.
+
+        The call returns when everything is computed; what it returns is of no use.
 
         Raises:
             ModelError: A name, shape or dtype does not fit.

@@ -1,26 +1,33 @@
 """How is an ONNX file run in ONNX Runtime, on the provider asked for and on no other?
 
 ONNX Runtime falls back to the CPU in silence when a provider cannot start (the GPU build lists CUDA on any machine),
-so the provider of the open session is compared with the one asked for.
+so the provider of the open session is compared with the one asked for. Single nodes that a provider does not know go to
+the CPU too; only the profile of a call tells which.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
+import shutil
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from onnx import ModelProto
 
 from compress.artifacts import Signature
-from compress.cost.onnx_file import first_line, load_onnx, read_signature
+from compress.config.digest import digest_file, digest_value
+from compress.cost.onnx_file import first_line, is_half, is_quantized, load_onnx, model_files, read_signature
 from compress.errors import ArtifactError, InternalError, ModelError, RuntimeUnavailable
 from compress.registry import closest
 from compress.verification.runtimes.base import Arrays, Runtime
@@ -28,7 +35,8 @@ from compress.verification.runtimes.base import Arrays, Runtime
 CPU = "CPUExecutionProvider"
 _SILENT, _WARNING = 4, 2
 _KERNEL = "_kernel_time"
-_NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_TENSORRT = "TensorrtExecutionProvider"
+_NVIDIA = ("CUDAExecutionProvider", _TENSORRT, "NvTensorRTRTXExecutionProvider")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,11 +85,33 @@ class OnnxRuntime(Runtime):
         """The first provider of the open session."""
         return str(self._session.get_providers()[0])
 
+    @property
+    def io_binding(self) -> bool:
+        """True on a GPU."""
+        return self.provider in _NVIDIA
+
+    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """Return a call whose inputs and outputs stay on the device, where that is not the CPU."""
+        if not self.io_binding:
+            return super().bind(inputs)
+        self._check_inputs(inputs)
+        return self._bind_on("cuda", inputs)
+
+    def placements(self, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
+        """Return provider -> the nodes it computes, as the runtime calls them after it rewrote the graph.
+
+        A provider that compiles parts of the graph (TensorRT) counts each of them as one node.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            profiled = OnnxRuntime(self.path, self.provider, self.threads, Path(folder))
+            with profiled:
+                profiled.run(inputs)
+                return placements_in(profiled._take_events())
+
     def _open(self) -> Signature:
-        signature = read_signature(load_onnx(self.path))
-        self._check_provider_is_built_in()
+        signature, options = self._read_file()
         started = time.perf_counter()
-        self._session = self._create_session()
+        self._session = self._create_session(options)
         self.start_ms = (time.perf_counter() - started) * 1e3
         if self.provider_in_use != self.provider:
             got = self.provider_in_use
@@ -89,12 +119,54 @@ class OnnxRuntime(Runtime):
             raise self._unavailable(f"the session fell back to {got}")
         return signature
 
+    def _read_file(self) -> tuple[Signature, dict[str, str]]:
+        """Return what the file says; it is not held in memory while the session is made, which is measured."""
+        model = load_onnx(self.path)
+        self._check_provider_is_built_in()
+        return read_signature(model), self._provider_options(model)
+
+    def _provider_options(self, model: ModelProto) -> dict[str, str]:
+        """Return what TensorRT is to be told: precision as in the file, and engines that are built once a process."""
+        if self.provider != _TENSORRT:
+            return {}
+        # TensorRT knows engines by the names in a graph, so that files with other weights must not share a folder
+        folder = _engines() / digest_value([digest_file(file) for file in model_files(self.path)])
+        folder.mkdir(exist_ok=True)
+        return {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": str(folder),
+            "trt_fp16_enable": str(is_half(model)),
+            "trt_int8_enable": str(is_quantized(model)),
+        }
+
+    def _bind_on(self, device: str, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device, 0))
+        for spec in self.signature.outputs:
+            binding.bind_output(spec.name, device, 0)
+        binding.synchronize_inputs()
+
+        def call() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+                binding.synchronize_outputs()  # a clock stopped before that would time the start of the work
+            except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
+                raise self._failure(error) from error
+
+        return call
+
     def _run(self, inputs: Arrays) -> Arrays:
         names = [spec.name for spec in self.signature.outputs]
         try:
             return dict(zip(names, self._session.run(names, inputs), strict=True))
         except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-            raise ModelError(f"'{self.path}' must run on its input, ONNX Runtime says: {first_line(error)}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> ModelError:
+        return ModelError(f"'{self.path}' must run on its input, ONNX Runtime says: {first_line(error)}")
 
     def _close(self) -> None:
         self._session = None
@@ -106,19 +178,20 @@ class OnnxRuntime(Runtime):
             InternalError: The runtime was not opened with a `profile_folder`.
             ModelError: The nodes were not the same in every call.
         """
-        if self.profile_folder is None:
-            raise InternalError("Only a runtime with a profile_folder can be asked what its nodes took.")
-        file = Path(self._session.end_profiling())
-        events = json.loads(file.read_text(encoding="utf-8"))
-        file.unlink()
         times: dict[str, list[float]] = {}
-        for event in events:
-            name = str(event["name"])
-            if event.get("cat") == "Node" and name.endswith(_KERNEL):
-                times.setdefault(name.removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
+        for event in _nodes_of(self._take_events()):
+            times.setdefault(event["name"].removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
         if len({len(calls) for calls in times.values()}) > 1:
             raise ModelError(f"'{self.path}' must run the same nodes in every call to be profiled, it does not.")
         return NodeTimes(tuple(times), np.asarray(list(times.values())))
+
+    def _take_events(self) -> list[dict[str, Any]]:
+        if self.profile_folder is None:
+            raise InternalError("Only a runtime with a profile_folder can be asked what its nodes took.")
+        file = Path(self._session.end_profiling())
+        events: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        return events
 
     def _check_provider_is_built_in(self) -> None:
         import onnxruntime  # half a second; not needed by those who only name the runtime
@@ -135,7 +208,7 @@ class OnnxRuntime(Runtime):
             f"Runtime '{self.name}': {self.provider} was asked for, but this build offers {', '.join(present)} only."
         )
 
-    def _create_session(self) -> Any:
+    def _create_session(self, provider_options: dict[str, str]) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -151,7 +224,11 @@ class OnnxRuntime(Runtime):
                 if self.provider in _NVIDIA:
                     onnxruntime.preload_dlls()  # CUDA libraries that came as Python packages are not on the path
                 return onnxruntime.InferenceSession(
-                    str(self.path), options, providers=[self.provider], enable_fallback=0
+                    str(self.path),
+                    options,
+                    providers=[self.provider],
+                    provider_options=[provider_options],
+                    enable_fallback=0,
                 )
         except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
             if self.provider != CPU and _runs_on_cpu(self.path, options):
@@ -167,6 +244,31 @@ class OnnxRuntime(Runtime):
             if self.provider in _NVIDIA
             else None,
         )
+
+
+def placements_in(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Return provider -> "operator name" of the nodes it computed, out of the events of a profile, each node once."""
+    found: dict[str, dict[str, None]] = {}
+    for event in _nodes_of(events):
+        said = event.get("args") or {}
+        node = f"{said.get('op_name', '?')} {event['name'].removesuffix(_KERNEL)}"
+        found.setdefault(str(said.get("provider") or "unknown"), {})[node] = None
+    return {provider: tuple(nodes) for provider, nodes in found.items()}
+
+
+def _nodes_of(events: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield the events of a profile that tell of a node's work."""
+    for event in events:
+        if event.get("cat") == "Node" and str(event["name"]).endswith(_KERNEL):
+            yield event
+
+
+@cache
+def _engines() -> Path:
+    """Return a folder for what TensorRT builds, which takes minutes; it goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="compress-engines-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,124 @@
+"""What does an ONNX file compute by the letter of the standard? The evaluator of the package onnx, on the CPU.
+
+It shares no code with ONNX Runtime and rewrites nothing, which makes it a second opinion, and slow: tens to some
+thousands of millions of multiply-accumulates a second, where ONNX Runtime does tens of thousands of millions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from compress.artifacts import Signature
+from compress.cost.onnx_file import (
+    default_opset,
+    external_files,
+    first_line,
+    is_quantized,
+    load_onnx,
+    read_signature,
+)
+from compress.cost.onnx_graph import count_onnx
+from compress.errors import ArtifactError, ConfigValueError, ModelError, RuntimeUnavailable
+from compress.verification.runtimes.base import Arrays, Runtime
+
+CPU = "CPU"
+_QUANTIZED_OPSET = 19  # the evaluator has no older DequantizeLinear; what it computes is the same
+LARGEST_WORK = 20_000_000_000  # MACs x images: half a minute for wide convolutions, some minutes for depthwise ones
+
+
+class OnnxReference(Runtime):
+    """An ONNX file in the evaluator of the package onnx.
+
+    Args:
+        path: The .onnx file; external data lies beside it.
+        provider: Only "CPU".
+        largest_work: MACs x images that one task may come to.
+    """
+
+    name: ClassVar[str] = "onnx_reference"
+    reads_onnx: ClassVar[bool] = True
+
+    def __init__(self, path: Path, provider: str = CPU, largest_work: int = LARGEST_WORK) -> None:
+        super().__init__(provider)
+        self.path, self.largest_work = path, largest_work
+        self._evaluator: Any = None
+        self._macs = 0
+
+    @classmethod
+    def from_file(cls, path: Path, *, provider: str, threads: int) -> OnnxReference:
+        """Return the runtime of an ONNX file, not opened yet; `threads` are NumPy's own."""
+        return cls(path, provider)
+
+    @property
+    def provider_in_use(self) -> str:
+        """Always "CPU"."""
+        return CPU
+
+    def check_work(self, images: int) -> None:
+        """Refuse more multiply-accumulates than can be waited for."""
+        work = self._macs * images
+        if work > self.largest_work:
+            counted = f"{self._macs:,} MACs x {images:,} image{'' if images == 1 else 's'}"
+            raise ConfigValueError(
+                f"Runtime '{self.name}' must have at most {self.largest_work:,} MACs x images to compute, got {work:,} "
+                f"({counted}).",
+                hint="It is for tiny networks and few images; use runtime: onnxruntime.",
+            )
+
+    def _open(self) -> Signature:
+        if self.provider != CPU:
+            raise RuntimeUnavailable(
+                f"Runtime '{self.name}': {self.provider} was asked for, but it offers {CPU} only.",
+                hint=f"Set provider: {CPU}.",
+            )
+        model = load_onnx(self.path)
+        for file in external_files(model, self.path):
+            if not file.is_file():
+                raise ArtifactError(
+                    f"'{self.path}' keeps weights in '{file.name}', which must lie beside it and is missing."
+                )
+        signature = read_signature(model)
+        self._evaluator = _evaluator(self.path)
+        self._macs = count_onnx(self.path).macs
+        return signature
+
+    def _run(self, inputs: Arrays) -> Arrays:
+        self.check_work(len(next(iter(inputs.values()))))
+        names = [spec.name for spec in self.signature.outputs]
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):  # what overflows is seen in the outputs
+                warnings.simplefilter("ignore")
+                outputs = self._evaluator.run(names, inputs)
+        except Exception as error:  # NumPy and the evaluator's operators raise types of their own
+            raise ModelError(
+                f"'{self.path}' must run on its input, the ONNX reference evaluator says: {first_line(error)}"
+            ) from error
+        return dict(zip(names, outputs, strict=True))
+
+    def _close(self) -> None:
+        self._evaluator = None
+
+
+def _evaluator(path: Path) -> Any:
+    """Return the evaluator of a file whose weights are all there.
+
+    Raises:
+        ModelError: It does not know an operator.
+    """
+    from onnx import version_converter
+    from onnx.reference import ReferenceEvaluator  # its operators are a quarter of a second to import
+
+    model = load_onnx(path, weights=True)
+    try:
+        if is_quantized(model) and (default_opset(model) or 0) < _QUANTIZED_OPSET:
+            model = version_converter.convert_version(model, _QUANTIZED_OPSET)
+        return ReferenceEvaluator(model)
+    except Exception as error:  # unknown operators and domains are errors of several types
+        raise ModelError(
+            f"Runtime 'onnx_reference' must know every operator of '{path}', it does not: {first_line(error)}",
+            hint="It knows the operators of the ONNX standard only, none of a runtime's own.",
+        ) from error

@@ -123,7 +123,7 @@ class Browser:
         """End the browser."""
         os.close(self._asks)  # it ends by itself then
         try:
-            self._process.wait(10)
+            self._process.wait(min(10.0, self.patience_s))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

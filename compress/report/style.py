@@ -63,10 +63,12 @@ tbody th { font-weight: 600; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 .whole { white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
-.text { min-width: 14rem; }
+.text { min-width: 14rem; overflow-wrap: anywhere; }
 .runs :is(th, td) { min-width: 6rem; white-space: normal; overflow-wrap: break-word; }
 .runs small { white-space: nowrap; }
-.runs :is(th, td):first-child { position: sticky; left: 0; background: var(--card); min-width: 7rem; }
+.runs :is(th, td):first-child {
+  position: sticky; left: 0; background: var(--card); min-width: 7rem; overflow-wrap: anywhere;
+}
 .verdicts ul { margin: 0.25rem 0 0; padding-left: 1.1rem; }
 .gain { color: var(--pass); font-weight: 600; }
 .loss { color: var(--fail); font-weight: 600; }
@@ -104,7 +106,8 @@ pre { border: 1px solid var(--line); border-radius: 6px; }
   section, .verdict { padding: 0.85rem 0.8rem; }
   table { font-size: 0.86rem; }
   th, td { padding-right: 0.7rem; }
-  tbody th { white-space: normal; overflow-wrap: break-word; min-width: 5.5rem; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.2rem; }
+  .comparison tbody th { overflow-wrap: break-word; min-width: 0; }
   .stacked thead { display: none; }
   .stacked tr { display: grid; grid-template-columns: auto 1fr; gap: 0.15rem 1rem; padding: 0.5rem 0; }
   .stacked tr { border-bottom: 1px solid var(--line); }

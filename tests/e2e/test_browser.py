@@ -136,10 +136,17 @@ def test_a_page_at_fault_would_be_found(browser: Browser, pages: Path, tmp_path:
     assert "https://example.invalid/a.png" in browser.requests()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no descriptors are handed on there")
 def test_a_browser_that_is_not_there_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("browser.find_browser", lambda: None)
     with pytest.raises(BrowserUnavailable, match=r"none of chromium, .* is installed"), Browser(tmp_path):
         pass
     monkeypatch.setattr("browser.find_browser", lambda: sys.executable)  # a program that is no browser
     with pytest.raises(BrowserUnavailable, match="it ended by itself"), Browser(tmp_path):
+        pass
+    silent = tmp_path / "silent"
+    silent.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr("browser.find_browser", lambda: str(silent))
+    with pytest.raises(BrowserUnavailable, match=r"it does not answer within 0\.5 s"), Browser(tmp_path, 0.5):
         pass

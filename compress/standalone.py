@@ -12,7 +12,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, InternalError
 from compress.progress import Progress
-from compress.stages.verify import also_of, batch_sizes_of, conditions_of, gates_of, robustness_of, shifted_of
+from compress.stages.verify import conditions_of, gates_of, scope_of
 from compress.verification.verdict import verify_onnx
 
 
@@ -56,13 +56,8 @@ def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None
         evaluation=terms.evaluation,
         conditions=conditions_of(config),
         gates=gates_of(config),
-        parity_samples=config.parity_samples,
+        scope=scope_of(config, terms.evaluation, terms.seed),
         baseline_onnx=against,
-        robustness=robustness_of(config, terms.seed),
-        shifted=shifted_of(config, terms.evaluation),
-        batch_sizes=batch_sizes_of(config),
-        second_opinion=config.second_opinion,
-        also=also_of(config),
         progress=progress,
     )
 

@@ -12,6 +12,7 @@ from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
 from compress.verification.opinions import Also
 from compress.verification.robustness import Robustness
+from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx
 
 
@@ -35,18 +36,13 @@ class VerifyStage:
             evaluation=ctx.data.evaluation,
             conditions=conditions_of(config),
             gates=gates_of(config),
-            parity_samples=config.parity_samples,
+            scope=scope_of(config, ctx.data.evaluation, ctx.seed),
             signature=artifact.signature,
             opset=artifact.opset,
             reference=reference.module,
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
             float_onnx=artifact.float_path,
-            robustness=robustness_of(config, ctx.seed),
-            shifted=shifted_of(config, ctx.data.evaluation),
-            batch_sizes=batch_sizes_of(config),
-            second_opinion=config.second_opinion,
-            also=also_of(config),
             progress=ctx.progress,
         )
         return verdict, {}
@@ -64,25 +60,21 @@ def conditions_of(config: VerifyConfig) -> Conditions:
     )
 
 
-def also_of(config: VerifyConfig) -> tuple[Also, ...]:
-    """Return where else a file is opened, out of the `verify` section."""
-    return tuple(Also(one.label, one.runtime, one.provider, one.threads, one.required) for one in config.also)
+def scope_of(config: VerifyConfig, evaluation: Split, seed: int) -> Scope:
+    """Return how much is looked at, out of the `verify` section; data sets of the user's own are opened.
 
-
-def robustness_of(config: VerifyConfig, seed: int) -> Robustness | None:
-    """Return the noise and the corruptions to look at, out of the `verify` section."""
-    wanted = config.robustness
-    return None if wanted is None else Robustness(**wanted.model_dump(exclude={"shifted"}), seed=seed)
-
-
-def shifted_of(config: VerifyConfig, evaluation: Split) -> dict[str, Split]:
-    """Return the user's data sets from elsewhere, out of the `verify` section."""
-    return {} if config.robustness is None else open_shifted(config.robustness.shifted, evaluation)
-
-
-def batch_sizes_of(config: VerifyConfig) -> tuple[int, ...]:
-    """Return the batch sizes of the throughput; () where resources are not looked at."""
-    return () if config.resources is None else config.resources.batch_sizes
+    Raises:
+        DataError: One of those data sets cannot be used.
+    """
+    wanted, resources = config.robustness, config.resources
+    return Scope(
+        parity_samples=config.parity_samples,
+        robustness=None if wanted is None else Robustness(**wanted.model_dump(exclude={"shifted"}), seed=seed),
+        shifted={} if wanted is None else open_shifted(wanted.shifted, evaluation),
+        batch_sizes=() if resources is None else resources.batch_sizes,
+        second_opinion=config.second_opinion,
+        also=tuple(Also(one.label, one.runtime, one.provider, one.threads, one.required) for one in config.also),
+    )
 
 
 def gates_of(config: VerifyConfig) -> Gates:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from compress.artifacts import CheckResult, Figures, Signature, Verdict
 from compress.cost.onnx_file import load_onnx, read_signature
@@ -41,9 +38,8 @@ from compress.verification.measuring import (
     latency_inputs,
     torch_params,
 )
-from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
-from compress.verification.opinions import EVALUATOR, Also, check_also, check_evaluator
-from compress.verification.pictures import worst_images
+from compress.verification.metrics import Estimate, Predictions, estimate_quality
+from compress.verification.opinions import check_also, check_evaluator
 from compress.verification.quality import (
     check_image_shape,
     check_labels,
@@ -54,8 +50,10 @@ from compress.verification.quality import (
 )
 from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
 from compress.verification.resources import Resources, measure_resources
-from compress.verification.robustness import Robustness, Standing, standings, stated, summarize
+from compress.verification.robustness import Standing, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
+from compress.verification.scope import Scope
+from compress.verification.summary import summarize_quality, values_of
 
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import nn
@@ -70,18 +68,13 @@ def verify_onnx(
     evaluation: Split,
     conditions: Conditions,
     gates: Gates,
-    parity_samples: int = 64,
+    scope: Scope | None = None,
     signature: Signature | None = None,
     opset: int | None = None,
     reference: nn.Module | None = None,
     baseline_onnx: Path | None = None,
     baseline_figures: Figures | None = None,
     float_onnx: Path | None = None,
-    robustness: Robustness | None = None,
-    shifted: Mapping[str, Split] | None = None,
-    batch_sizes: Sequence[int] = (),
-    second_opinion: bool = False,
-    also: Sequence[Also] = (),
     progress: Progress | None = None,
 ) -> Verdict:
     """Check a file and hold it to its gates.
@@ -94,7 +87,7 @@ def verify_onnx(
         evaluation: The whole of it is used for top-1.
         conditions: Where and how the file is run.
         gates: The limits.
-        parity_samples: Images compared with `reference`.
+        scope: How much is looked at; the defaults by default.
         signature: Inputs and outputs the file must have; None takes what it has.
         opset: Operator set the file must have; None takes what it has.
         reference: The torch network that the file must equal; without one, parity and the comparison of MACs are
@@ -104,11 +97,6 @@ def verify_onnx(
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
         float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
             place, and the two are compared.
-        robustness: Which noise and which corruptions are looked at; None for none.
-        shifted: Data sets from elsewhere that are looked at with them, by their names.
-        batch_sizes: At which throughput is measured; without any, start and memory are not looked at either.
-        second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
-        also: More places to open the file in.
         progress: Told about each part.
 
     Raises:
@@ -117,27 +105,25 @@ def verify_onnx(
         DataError: The evaluation split is empty, or its labels do not fit.
         ConfigValueError: The batch size is not the file's fixed one.
     """
-    run = _Verification(path, evaluation, conditions, gates, progress or SilentProgress(), float_onnx)
+    scope = scope or Scope()
+    run = _Verification(path, evaluation, conditions, gates, scope, progress or SilentProgress(), float_onnx)
     run.check_file(signature, opset, reference)
     can_run = run.check_session(baseline_onnx)
     if baseline_onnx is not None:
         run.measure_baseline(baseline_onnx)
         baseline_figures = baseline_figures or run.count_baseline(baseline_onnx)
     if can_run:
-        run.check_outputs(reference, signature, parity_samples)
-        if robustness is not None:
-            run.measure_robustness(robustness, shifted, baseline_onnx)
+        run.check_outputs(reference, signature)
+        run.measure_robustness(baseline_onnx)
         run.measure(baseline_onnx)
-        if batch_sizes:
-            run.measure_resources(baseline_onnx, batch_sizes)
-        run.ask_others(also)
+        run.measure_resources(baseline_onnx)
+        run.ask_others()
     else:
         quantized = (AGREEMENT,) if float_onnx is not None else ()
         compared = _PARITY if reference is not None else ()
-        names = (*compared, "evaluation", *quantized, EVALUATOR, *(one.check for one in also))
+        names = (*compared, "evaluation", *quantized, *scope.opinions)
         run.checks += [skipped(name, "the file cannot be run as a classifier of these images") for name in names]
-    asked = (*([EVALUATOR] if second_opinion else []), *(one.check for one in also if one.is_required))
-    return run.verdict(reference, baseline_figures, asked)
+    return run.verdict(reference, baseline_figures)
 
 
 @dataclass
@@ -148,6 +134,7 @@ class _Verification:
     evaluation: Split
     conditions: Conditions
     gates: Gates
+    scope: Scope
     progress: Progress
     float_path: Path | None = None
     checks: list[CheckResult] = field(default_factory=list)
@@ -233,16 +220,16 @@ class _Verification:
         check_batch_size(session, self.conditions)
         return width
 
-    def check_outputs(self, reference: nn.Module | None, signature: Signature | None, samples: int) -> None:
+    def check_outputs(self, reference: nn.Module | None, signature: Signature | None) -> None:
         """Check parity and top-1, on all cores."""
         with self.conditions.open(self.path, all_cores=True) as session:
             if reference is None:
                 self.checks += [skipped(name, "no torch network to compare with") for name in _PARITY]
             elif self.float_path is None:
-                self.checks += self._check_parity(session, reference, signature or session.signature, samples)
+                self.checks += self._check_parity(session, reference, signature or session.signature)
             else:
                 with self.conditions.open(self.float_path, all_cores=True) as whole:
-                    found = self._check_parity(whole, reference, signature or whole.signature, samples)
+                    found = self._check_parity(whole, reference, signature or whole.signature)
                 self.checks += [of_float(check) for check in found]
             try:
                 batch = evaluation_batch(image_input(session))
@@ -268,11 +255,10 @@ class _Verification:
             return
         self.checks.append(check_agreement(self.whole, self.after))
 
-    def measure_robustness(
-        self, wanted: Robustness, shifted: Mapping[str, Split] | None, baseline_onnx: Path | None
-    ) -> None:
-        """Look at noise, corruptions and data sets from elsewhere, on all cores."""
-        if self.after is None:
+    def measure_robustness(self, baseline_onnx: Path | None) -> None:
+        """Look at noise, corruptions and data sets from elsewhere, if they are wanted, on all cores."""
+        wanted, shifted = self.scope.robustness, self.scope.shifted
+        if self.after is None or wanted is None:
             return
         with ExitStack() as stack:
             session, *others = (
@@ -313,9 +299,11 @@ class _Verification:
         binding = sessions["slim"].io_binding
         self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding}
 
-    def measure_resources(self, baseline_onnx: Path | None, batch_sizes: Sequence[int]) -> None:
-        """Measure start, memory and throughput of the file and of the baseline."""
-        files = self._files(baseline_onnx)
+    def measure_resources(self, baseline_onnx: Path | None) -> None:
+        """Measure start, memory and throughput of the file and of the baseline, if they are wanted."""
+        files, batch_sizes = self._files(baseline_onnx), self.scope.batch_sizes
+        if not batch_sizes:
+            return
         try:
             self.resources = measure_resources(files, self.evaluation, self.conditions, batch_sizes, self.progress)
         except ModelError as error:
@@ -326,24 +314,27 @@ class _Verification:
     def _files(self, baseline_onnx: Path | None) -> dict[str, Path]:
         return {"slim": self.path} if baseline_onnx is None else {"slim": self.path, "baseline": baseline_onnx}
 
-    def ask_others(self, also: Sequence[Also]) -> None:
+    def ask_others(self) -> None:
         """Ask the reference evaluator, and open the file wherever else it is wanted."""
         limit = self.gates.parity
         with self.conditions.open(self.path, all_cores=True) as session:
             self.checks.append(check_evaluator(session, self.path, self.evaluation, limit, self.progress))
         stated = []
-        for one in also:
+        for one in self.scope.also:
             check, values = check_also(one, self.path, self.evaluation, self.conditions, limit, self.progress)
             self.checks.append(check)
             stated.append(values)
         if stated:
             self.details["also"] = stated
 
-    def verdict(
-        self, reference: nn.Module | None, baseline_figures: Figures | None, asked: Sequence[str] = ()
-    ) -> Verdict:
+    def verdict(self, reference: nn.Module | None, baseline_figures: Figures | None) -> Verdict:
         """Apply the gates and put everything together."""
-        own, changes = self._judge_quality()
+        quality = summarize_quality(self.before, self.after, self.evaluation)
+        self.details["quality"] = quality.details
+        own, changes = quality.own, quality.changes
+        if self.standings:
+            harder, lost = summarize(self.standings)
+            own, changes = {**(own or {}), **harder}, {**(changes or {}), **lost}
         slim = self._figures(reference, own)
         baseline = self._baseline(baseline_figures)
         recorded = None if baseline_figures is None else baseline_figures.quality.get("top1")
@@ -361,7 +352,7 @@ class _Verification:
         self.details["shares"] = drop_shares(self.before, self.whole, self.after)
         return Verdict(
             tuple(self.checks),
-            (*always, *compared, *quantized, *asked, *self.gates.asked),
+            (*always, *compared, *quantized, *self.scope.required, *self.gates.asked),
             slim,
             baseline,
             self.details,
@@ -382,12 +373,10 @@ class _Verification:
             "fell_back": self.fell_back,
         }
 
-    def _check_parity(
-        self, session: Runtime, reference: nn.Module, signature: Signature, samples: int
-    ) -> list[CheckResult]:
+    def _check_parity(self, session: Runtime, reference: nn.Module, signature: Signature) -> list[CheckResult]:
         from compress.verification.runtimes.torch_eager import TorchEager  # torch, only where there is a reference
 
-        limit = self.gates.parity
+        limit, samples = self.gates.parity, self.scope.parity_samples
         try:
             with TorchEager(reference, signature) as torch_runtime:
                 result = parity(session, torch_runtime, self.evaluation, samples, progress=self.progress)
@@ -398,42 +387,20 @@ class _Verification:
         self.details["parity"] = {**asdict(result), "top1_agreement": agreement}
         return [check_parity(result, samples, limit), check_edges(edges, limit)]
 
-    def _judge_quality(self) -> tuple[dict[str, Estimate] | None, dict[str, Estimate] | None]:
-        """Return how good the file is, and what changed against the baseline; put both into the details."""
-        names, before, after = self.evaluation.source.classes, self.before, self.after
-        own = estimate_quality(after, names) if after is not None else None
-        changes = estimate_changes(before, after, names) if before is not None and after is not None else None
-        whole = estimate_quality(before, names) if before is not None else None
-        classes = max(len(names), *(one.classes for one in (before, after) if one is not None), 0)
-        self.details["quality"] = {
-            "classes": list(names),
-            "images_by_class": np.bincount(self.evaluation.labels, minlength=classes).tolist(),
-            "slim": _plain(own),
-            "slim_by_class": _by_class(after),
-            "baseline": _plain(whole),
-            "baseline_by_class": _by_class(before),
-            "changes": _plain(changes),
-            "worst_images": worst_images(before, after, self.evaluation),
-        }
-        if self.standings:
-            harder, lost = summarize(self.standings)
-            own, changes = {**(own or {}), **harder}, {**(changes or {}), **lost}
-        return own, changes
-
     def _figures(self, reference: nn.Module | None, own: dict[str, Estimate] | None) -> Figures:
         macs = self.counts.macs if self.counts is not None else 0
         params = self.counts.params if self.counts is not None else 0
         if reference is not None:
             params = torch_params(reference)
         latency = self.samples["slim"].to_figures() if "slim" in self.samples else {}
-        return Figures(macs, params, existing_bytes(self.path), _values(own), latency)
+        return Figures(macs, params, existing_bytes(self.path), values_of(own), latency)
 
     def _baseline(self, given: Figures | None) -> Figures | None:
         """Return the baseline with the latency of this run; without one, no latency is taken from elsewhere."""
         if given is None:
             return None
         latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
-        quality = _values(estimate_quality(self.before)) if self.before is not None else {}
+        quality = values_of(estimate_quality(self.before)) if self.before is not None else {}
         return Figures(given.macs, given.params, given.size_bytes, quality, latency)
 
 
@@ -451,18 +418,3 @@ def _count(path: Path) -> tuple[OnnxCounts | None, str]:
 
 def _largest(session: Runtime) -> int:
     return evaluation_batch(image_input(session))
-
-
-def _plain(estimates: dict[str, Estimate] | None) -> dict[str, Any] | None:
-    return None if estimates is None else {name: asdict(one) for name, one in estimates.items()}
-
-
-def _by_class(predictions: Predictions | None) -> list[float | None] | None:
-    """Return top-1 of each class, None for one without images; None without predictions."""
-    if predictions is None:
-        return None
-    return [None if math.isnan(share) else share for share in class_accuracy(predictions)[0].tolist()]
-
-
-def _values(estimates: dict[str, Estimate] | None) -> dict[str, float]:
-    return {name: estimate.value for name, estimate in (estimates or {}).items()}

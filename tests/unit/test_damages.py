@@ -18,6 +18,7 @@ from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
 from compress.verification.robustness import Robustness
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
+from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx
 
 GATES = Gates(
@@ -227,7 +228,7 @@ def test_a_file_that_gives_nan_where_it_is_bright_fails_robustness_alone(tmp_pat
     path = tmp_path / "bright.onnx"
     onnx.save(model, path)
     assert verify(path).passed
-    verdict = verify(path, robustness=Robustness(images=8, noise_levels=(0.1, 2.0), corruptions=()))
+    verdict = verify(path, scope=Scope(robustness=Robustness(images=8, noise_levels=(0.1, 2.0), corruptions=())))
     assert failing(verdict) == {"robustness"}
 
 

@@ -19,6 +19,7 @@ from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
 from compress.verification.opinions import Also
 from compress.verification.runtimes.onnx_reference import OnnxReference
+from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx
 
 EVALUATOR = Also("onnx_reference", "onnx_reference", "CPU")
@@ -61,7 +62,7 @@ def test_an_evaluator_that_disagrees_fails_the_verdict(monkeypatch):
 @pytest.mark.parametrize("second_opinion", [False, True])
 def test_a_large_network_is_skipped_and_that_fails_only_where_it_was_asked_for(monkeypatch, second_opinion):
     monkeypatch.setattr(opinions, "_EVALUATOR_WORK", 100_000)
-    verdict = verify(second_opinion=second_opinion)
+    verdict = verify(scope=Scope(second_opinion=second_opinion))
     check = check_of(verdict, "reference_evaluator")
     assert (check.status, check.detail) == (
         "skipped",
@@ -97,7 +98,7 @@ def test_an_operator_that_the_evaluator_does_not_know_is_no_failure(tmp_path: Pa
 
 
 def test_another_runtime_is_compared_and_timed_beside():
-    verdict = verify(also=[EVALUATOR])
+    verdict = verify(scope=Scope(also=(EVALUATOR,)))
     check = check_of(verdict, "also.onnx_reference")
     assert check.status == "pass"
     assert check.detail.startswith("onnx_reference CPU, 1 thread, batch 1: p50 ")
@@ -111,7 +112,7 @@ def test_another_runtime_is_compared_and_timed_beside():
 @pytest.mark.parametrize("is_required", [False, True])
 def test_a_runtime_that_is_not_there_is_skipped_and_that_fails_only_where_it_is_required(is_required):
     wanted = Also(CUDA.label, CUDA.runtime, CUDA.provider, None, is_required)
-    verdict = verify(also=[wanted])
+    verdict = verify(scope=Scope(also=(wanted,)))
     check = check_of(verdict, "also.CUDAExecutionProvider")
     assert check.status == "skipped"
     assert "CUDAExecutionProvider was asked for, but it cannot start on this machine" in check.detail
@@ -121,7 +122,14 @@ def test_a_runtime_that_is_not_there_is_skipped_and_that_fails_only_where_it_is_
 
 
 def test_a_runtime_that_reads_no_files_and_too_many_threads_are_skipped():
-    verdict = verify(also=[Also("torch_eager", "torch_eager", "CPU"), Also("many", "onnxruntime", "CPU", 1024)])
+    verdict = verify(
+        scope=Scope(
+            also=(
+                Also("torch_eager", "torch_eager", "CPU"),
+                Also("many", "onnxruntime", "CPU", 1024),
+            )
+        )
+    )
     assert "must read ONNX files" in check_of(verdict, "also.torch_eager").detail
     assert "threads must be at most the cores" in check_of(verdict, "also.many").detail
     assert verdict.passed
@@ -130,7 +138,7 @@ def test_a_runtime_that_reads_no_files_and_too_many_threads_are_skipped():
 def test_another_runtime_that_computes_otherwise_fails(monkeypatch):
     real = OnnxReference._run
     monkeypatch.setattr(OnnxReference, "_run", lambda self, inputs: {k: v * 3 for k, v in real(self, inputs).items()})
-    check = check_of(verify(also=[EVALUATOR]), "also.onnx_reference")
+    check = check_of(verify(scope=Scope(also=(EVALUATOR,))), "also.onnx_reference")
     assert check.status == "fail"
     assert check.value > check.limit == 1e-3
 
@@ -139,9 +147,9 @@ def test_others_are_not_asked_about_a_file_that_cannot_be_run(tmp_path: Path):
     model = load_onnx(exported("chain"), weights=True)
     model.graph.node[1].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "broken.onnx")
-    verdict = verify(tmp_path / "broken.onnx", also=[EVALUATOR])
+    verdict = verify(tmp_path / "broken.onnx", scope=Scope(also=(EVALUATOR,)))
     for name in ("reference_evaluator", "also.onnx_reference"):
-        assert check_of(verdict, name).detail == "the file cannot be run"
+        assert check_of(verdict, name).detail == "the file cannot be run as a classifier of these images"
 
 
 def test_nodes_and_io_binding_stand_in_the_details():

@@ -46,6 +46,7 @@ from compress.verification.quality import predict
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
+from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx
 
 QUICK = Conditions(warmup=1, repeats=20)
@@ -441,7 +442,8 @@ def test_good_file_passes_every_check(split):
     before = evaluate_top1(nets.build("residual"), split)
     baseline = Figures(7, 8, 9, {"top1": before}, {"p50": 99.0})
     verdict = verify_onnx(
-        exported("chain"), evaluation=split, conditions=QUICK, parity_samples=16, signature=SIGNATURE, opset=18,
+        exported("chain"), evaluation=split, conditions=QUICK, scope=Scope(parity_samples=16),
+        signature=SIGNATURE, opset=18,
         reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_figures=baseline,
         gates=Gates(
             max_drop={"top1": 0.06}, maximum={"churn": 1.0}, min_speedup=0.001, max_latency_ms=1000, max_size_mb=1
@@ -517,7 +519,7 @@ def test_other_weights_than_the_references_fail_parity_and_say_what_would_pass(s
     path = changed(tmp_path, lambda model: set_weight(model, "head.weight", lambda w: w * 1.5))
     verdict = verify_onnx(
         path, evaluation=split, conditions=QUICK, gates=Gates(parity=1e-3), reference=nets.build("chain"),
-        parity_samples=64,
+        scope=Scope(parity_samples=64),
     )  # fmt: skip
     check = checks_of(verdict)["parity"]
     assert (check.status, check.limit) == ("fail", 1e-3)

@@ -1,0 +1,41 @@
+"""How much is looked at, besides what every file is checked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from compress.data.splits import Split
+from compress.verification.opinions import EVALUATOR, Also
+from compress.verification.robustness import Robustness
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a verification looks at.
+
+    Attributes:
+        parity_samples: Images compared with the torch network.
+        robustness: Which noise and which corruptions; None for none.
+        shifted: Data sets from elsewhere that are looked at with them, by their names.
+        batch_sizes: At which throughput is measured; without any, start and memory are not looked at either.
+        second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
+        also: More places to open the file in.
+    """
+
+    parity_samples: int = 64
+    robustness: Robustness | None = None
+    shifted: Mapping[str, Split] = field(default_factory=dict)
+    batch_sizes: tuple[int, ...] = ()
+    second_opinion: bool = False
+    also: tuple[Also, ...] = ()
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the checks that must not be skipped because of it."""
+        return (*([EVALUATOR] if self.second_opinion else []), *(one.check for one in self.also if one.is_required))
+
+    @property
+    def opinions(self) -> tuple[str, ...]:
+        """Names of the checks that other places make."""
+        return (EVALUATOR, *(one.check for one in self.also))

@@ -9,7 +9,6 @@ runtime with integer kernels computes with those.
 import contextlib
 import io
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,8 @@ from compress.cost.onnx_file import (
 )
 from compress.cost.onnx_graph import rows_of
 from compress.data.splits import Split
-from compress.errors import DataError, ExportFailed, NonFinite, StageError
+from compress.errors import ExportFailed, NonFinite, StageError
+from compress.exporting.calibration import Batches, OneBatch
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, move_into_place, save_checked
 from compress.progress import Progress, SilentProgress
 from compress.registry import closest
@@ -47,7 +47,6 @@ _HISTOGRAMS = {
     "percentile": {"num_bins": 2048, "percentile": 99.999, "symmetric": False},
 }
 _TYPES = {"int8": "QInt8", "uint8": "QUInt8"}
-_ELEMENTS_AT_ONCE, _IMAGES_AT_ONCE = 2**19, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ def quantize_onnx(
     model = load_onnx(source, weights=True)
     _check_can_be_quantized(model, source)
     excluded = _excluded(model, wanted.exclude)
-    batches = _Batches(model, split, wanted.images, progress or SilentProgress())
+    batches = Batches(model, split, wanted.images, progress or SilentProgress())
     expected = batches.classes(source, "float file")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
@@ -191,91 +190,8 @@ def _excluded(model: ModelProto, patterns: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-class _Batches:
-    """Calibration images in batches of one size: histograms of activations need that."""
-
-    def __init__(self, model: ModelProto, split: Split, images: int, progress: Progress) -> None:
-        (spec,) = read_signature(model).inputs
-        fixed = spec.shape[0] if isinstance(spec.shape[0], int) else None
-        if len(split) < images:
-            raise DataError(
-                f"Quantisation must have the {images} calibration images that it asks for, the split has {len(split)}.",
-                hint=f"Set data.calibration: {images}, or images: {len(split)} in the quantize stage.",
-            )
-        if fixed and images % fixed:
-            raise DataError(f"images must be a multiple of the file's fixed batch size {fixed}, got {images}.")
-        self.name, self.split, self.progress = spec.name, split.first(images), progress
-        self.size = fixed or _largest_divisor(images, self._largest(spec.shape))
-
-    @staticmethod
-    def _largest(shape: Sequence[int | str]) -> int:
-        elements = math.prod(size for size in shape[1:] if isinstance(size, int))
-        return max(1, min(_IMAGES_AT_ONCE, _ELEMENTS_AT_ONCE // max(1, elements)))
-
-    def __len__(self) -> int:
-        return len(self.split) // self.size
-
-    def read(self, number: int) -> dict[str, np.ndarray]:
-        """Return one batch."""
-        images = self.split.read(np.arange(number * self.size, (number + 1) * self.size))
-        return {self.name: self.split.preprocessing.normalize(images)}
-
-    def classes(self, path: Path, label: str) -> np.ndarray:
-        """Return the class that a file gives to each image.
-
-        Raises:
-            NonFinite: An output is NaN or infinite.
-            ExportFailed: The file does not run.
-        """
-        import onnxruntime
-
-        options, found = onnxruntime.SessionOptions(), []
-        options.log_severity_level = 4
-        with self.progress.task(f"{label} on calibration images", len(self.split)) as task:
-            try:
-                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-                raise ExportFailed(f"The {label} must run in ONNX Runtime, which says: {first_line(error)}") from error
-            for number in range(len(self)):
-                try:
-                    outputs = session.run(None, self.read(number))
-                except Exception as error:
-                    raise ExportFailed(
-                        f"The {label} must run on calibration images, ONNX Runtime says: {first_line(error)}",
-                        hint="Check data.preprocessing (resize, crop, channels, layout).",
-                    ) from error
-                if not all(np.isfinite(array).all() for array in outputs):
-                    raise NonFinite(
-                        f"Outputs of the {label} must be finite on calibration images, got NaN or infinity."
-                    )
-                found.append(outputs[0].reshape(len(outputs[0]), -1).argmax(1))
-                task.advance(self.size)
-        return np.concatenate(found)
-
-
-class _OneBatch:
-    """What ONNX Runtime's calibrator asks for batches, until it gets None."""
-
-    def __init__(self, feed: dict[str, np.ndarray]) -> None:
-        self.feed: dict[str, np.ndarray] | None = feed
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """Return the batch, once."""
-        feed, self.feed = self.feed, None
-        return feed
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor that is not above a limit.
-
-    >>> _largest_divisor(256, 32), _largest_divisor(100, 32), _largest_divisor(31, 30)
-    (32, 25, 1)
-    """
-    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
-
-
 def _quantize(
-    model: ModelProto, folder: Path, batches: _Batches, wanted: Quantization, excluded: list[str]
+    model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, excluded: list[str]
 ) -> ModelProto:
     """Let ONNX Runtime find the ranges and write the graph."""
     from onnxruntime.quantization import QDQQuantizer, QuantType
@@ -309,7 +225,7 @@ def _quantize(
     return rounded
 
 
-def _ranges(model: ModelProto, folder: Path, batches: _Batches, wanted: Quantization, operators: list[str]) -> Any:
+def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, operators: list[str]) -> Any:
     """Return the range of every activation, a batch at a time: else all activations of all images are kept.
 
     `quantize_static` would do the same, but leaves entropy a histogram of as many bins as there are levels, so that
@@ -329,7 +245,7 @@ def _ranges(model: ModelProto, folder: Path, batches: _Batches, wanted: Quantiza
     )
     with batches.progress.task("ranges of activations", len(batches.split)) as task:
         for number in range(len(batches)):
-            calibrator.collect_data(_OneBatch(batches.read(number)))
+            calibrator.collect_data(OneBatch(batches.read(number)))
             task.advance(batches.size)
         return calibrator.compute_data()
 

@@ -387,3 +387,19 @@ def test_a_quantised_run_ends_in_the_int8_file_and_is_done_the_second_time(world
     again = world.run(values, "stages.quantize.per_channel=false")
     assert smallrun.statuses(again)[-2:] == ["quantize ran", "verify ran"]
     assert smallrun.statuses(again)[-3] == "export unchanged"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_place_that_is_not_there_fails_a_run_only_where_it_is_required(world: smallrun.World) -> None:
+    values = {**world.values(), "name": "places"}
+    place = {"provider": "CUDAExecutionProvider"}
+    for is_required in (False, True):
+        values["stages"][-1]["also"] = [
+            {**place, "required": is_required},
+            {"runtime": "onnx_reference", "provider": "CPU"},
+        ]
+        result = world.call("run", values)
+        assert result.exit_code == int(is_required), result.output
+        assert "also.onnx_reference" in result.output
+        assert ("FAILED: also.CUDAExecutionProvider not made" in result.output) is is_required
+    assert "CUDAExecutionProvider was asked for" in (world.runs / "places" / "report.html").read_text(encoding="utf-8")

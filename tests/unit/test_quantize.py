@@ -17,7 +17,7 @@ from compress.cost.onnx_graph import count_onnx, layer_rows
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, ExportFailed, NonFinite, StageError
-from compress.exporting import quantize
+from compress.exporting import calibration, quantize
 from compress.exporting.quantize import Quantization, quantize_onnx
 from compress.exporting.torch_onnx import export_onnx
 from compress.verification.checks import check_denormals, check_structure
@@ -141,7 +141,7 @@ def test_the_same_images_give_the_same_file(tmp_path, rounded):
 
 
 def test_ranges_do_not_depend_on_how_images_are_batched(tmp_path, rounded, monkeypatch):
-    monkeypatch.setattr(quantize, "_IMAGES_AT_ONCE", 5)
+    monkeypatch.setattr(calibration, "_IMAGES_AT_ONCE", 5)
     quantize_onnx(exported("chain"), tmp_path / "few.onnx", make_split(), WANTED)
     few, many = (outputs(path) for path in (tmp_path / "few.onnx", rounded["chain"][0]))
     assert np.abs(few - many).max() < 1e-4
@@ -315,6 +315,15 @@ def test_a_fixed_batch_is_kept(tmp_path):
     export_onnx(module, SIGNATURE, path, opset=18, dynamic_batch=False)
     quantize_onnx(path, tmp_path / "q.onnx", make_split(), WANTED)
     assert read_signature(load_onnx(tmp_path / "q.onnx")).inputs[0].shape == (1, 3, 16, 16)
+
+
+def test_images_that_do_not_fill_a_fixed_batch_are_refused(tmp_path):
+    def change(model):
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 7
+
+    with pytest.raises(DataError, match="images must be a multiple of the file's fixed batch size 7, got 24"):
+        quantize_onnx(changed(tmp_path, change), tmp_path / "q.onnx", make_split(), WANTED)
 
 
 def test_weights_in_a_second_file_are_read(tmp_path):

@@ -101,7 +101,6 @@ def measured() -> dict[str, Any]:
             {"stage": "slimming", "top1_before": 0.9173, "top1_after": 0.9112, "points": -0.61},
             {"stage": "quantize", "top1_before": 0.9112, "top1_after": 0.9104, "points": -0.08},
         ],
-        "providers": {"asked": "GPU", "nodes": {"GPU": 20, "CPU": 1}, "fell_back": ["Shape shape_of"]},
         "also": [
             {"label": "CPU.2", "status": "pass", "p50_ms": 0.7, "shipping_p50_ms": 0.8, "max_abs": 1e-6},
             {"label": "TPU", "status": "skipped", "reason": "no TPU here"},

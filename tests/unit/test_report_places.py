@@ -1,4 +1,4 @@
-"""The report's section on runtimes: there only where something is to be said."""
+"""The report's section on other places: there only where the file was opened in some."""
 
 from compress.report.places import render_places
 
@@ -7,18 +7,10 @@ def report(**details):
     return {"details": details}
 
 
-def test_nothing_is_said_where_everything_ran_where_it_should():
-    fine = {"asked": "CPUExecutionProvider", "nodes": {"CPUExecutionProvider": 9}, "fell_back": []}
-    assert render_places(report(providers=fine)) == ""
+def test_nothing_is_said_where_the_file_was_opened_nowhere_else():
     assert render_places(report()) == ""
+    assert render_places(report(also=[])) == ""
     assert render_places({}) == ""
-
-
-def test_nodes_that_fell_back_are_listed_and_escaped():
-    providers = {"asked": "GPU", "nodes": {"GPU": 7, "CPU": 2}, "fell_back": ["Shape <a>", "Gather b"]}
-    page = render_places(report(providers=providers))
-    assert "Shape &lt;a&gt;, Gather b" in page
-    assert "7 on GPU, 2 on CPU" in page
 
 
 def test_other_places_have_a_row_each_with_times_or_the_reason():

@@ -14,7 +14,7 @@ from compress.verification.resources import Resources
 def test_a_new_process_says_what_a_start_takes() -> None:
     said = probe(exported("residual"), Conditions(batch_size=2))
     assert said["start_ms"] > 0
-    assert said["memory_bytes"] is None or said["memory_bytes"] > 0
+    assert said["memory_bytes"] is None or said["memory_bytes"] >= 0  # in this process there may be room already
 
 
 def test_a_file_that_cannot_be_opened_is_told_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

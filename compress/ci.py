@@ -103,8 +103,8 @@ def require_places(junit: Path | None, json_file: Path | None, summary: bool) ->
     Raises:
         ConfigError: A path is a folder or in none, or no file for the summary is named.
     """
-    require_place("--junit", junit)
-    require_place("--json", json_file)
+    require_place("--junit", junit, ".xml")
+    require_place("--json", json_file, ".json")
     if summary and not os.environ.get(GITHUB_SUMMARY):
         raise ConfigError(
             f"--github-summary needs the environment variable {GITHUB_SUMMARY}, it is not set.",
@@ -112,11 +112,24 @@ def require_places(junit: Path | None, json_file: Path | None, summary: bool) ->
         )
 
 
-def require_place(option: str, path: Path | None) -> None:
-    """Raise ConfigError when the path of an option is a folder or in none."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+def require_place(option: str, path: Path | None, suffix: str) -> None:
+    """Check that the file of an option can be written, and remove an earlier one: it must not pass for this one's.
+
+    Raises:
+        ConfigError: It is a folder or in none, or its name ends otherwise than in `suffix`: it may be a file of worth.
+        ArtifactError: An earlier one cannot be removed.
+    """
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
         kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise ConfigError(f"{option} must be a file to write, '{path}' {kind}.")
+    if path.suffix.lower() != suffix:
+        raise ConfigError(f"{option} must be a file whose name ends in {suffix}, got '{path}'.")
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"'{path}' cannot be replaced: {error.strerror}.") from error
 
 
 def _clean(text: str) -> str:

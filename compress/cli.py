@@ -243,7 +243,7 @@ def verify(
     from compress.ci import require_place, require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
-    require_place("--report", report)
+    require_place("--report", report, ".html")
     from compress.standalone import verify_file  # imports ONNX Runtime
 
     console = Console(quiet)

@@ -83,6 +83,16 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path, mon
         require_places(None, None, True)
 
 
+def test_an_earlier_file_does_not_stay_for_this_verdict_and_others_are_not_touched(tmp_path):
+    (tmp_path / "out.xml").write_text("old", encoding="utf-8")
+    (tmp_path / "model.onnx").write_text("dear", encoding="utf-8")
+    require_places(tmp_path / "out.xml", None, False)
+    assert not (tmp_path / "out.xml").exists()
+    with pytest.raises(ConfigError, match=r"--json must be a file whose name ends in \.json, got '.*model\.onnx'\."):
+        require_places(None, tmp_path / "model.onnx", False)
+    assert (tmp_path / "model.onnx").read_text(encoding="utf-8") == "dear"
+
+
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     with pytest.raises(ArtifactError, match="cannot be written"):

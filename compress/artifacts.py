@@ -66,8 +66,8 @@ class Figures:
     latency_ms: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, in the layout of `report.json`."""
-        return asdict(self)
+        """Return plain values, in the layout of `report.json`; MACs or params that could not be counted are None."""
+        return {**asdict(self), "macs": self.macs or None, "params": self.params or None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ def figure_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
     if before is None or after is None:
         return []
     rows = [
-        ("MACs", f"{before.macs:,}", f"{after.macs:,}", _fewer(before.macs, after.macs)),
-        ("params", f"{before.params:,}", f"{after.params:,}", _fewer(before.params, after.params)),
+        ("MACs", _count(before.macs), _count(after.macs), _fewer(before.macs, after.macs)),
+        ("params", _count(before.params), _count(after.params), _fewer(before.params, after.params)),
         ("size (MB)", _megabytes(before), _megabytes(after), _fewer(before.size_bytes, after.size_bytes, "smaller")),
     ]
     for name in before.quality:
@@ -64,6 +64,10 @@ def format_number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "not counted"
+
+
 def _megabytes(figures: Figures) -> str:
     return f"{figures.size_bytes / 1e6:.3f}"
 
@@ -72,5 +76,7 @@ def _fewer(before: float, after: float, word: str = "fewer") -> str:
     """Return "2.00x fewer"; says so honestly when there is more after than before."""
     if before <= 0 or after <= 0:
         return "-"
+    if f"{before / after:.2f}" == "1.00":
+        return "the same" if before == after else "about the same"
     opposite = {"fewer": "more", "smaller": "larger", "faster": "slower"}[word]
     return f"{before / after:.2f}x {word}" if before >= after else f"{after / before:.2f}x {opposite}"

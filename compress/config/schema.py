@@ -45,6 +45,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Change = Annotated[float, Field(ge=-1, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 Distance = Annotated[float, Field(ge=0, le=1.5)]  # of shares up to 1, of probabilities up to the root of 2
 Count = Annotated[int, Field(ge=1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
@@ -583,6 +584,12 @@ class GatesConfig(Section):
     max: dict[Literal["calibration_error", "churn", "softmax_distance"], Distance] = Field(
         {}, description="largest value; churn is the share of predictions that are not the baseline's"
     )
+    max_drop_on: dict[str, Change] = Field(
+        {}, description="largest loss of top-1 on a distribution by its name, such as jpeg 3 or a shifted data set"
+    )
+    max_ratio: dict[
+        Literal["macs", "params", "size", "p50", "p90", "p95", "p99", "cold_start", "memory", "energy"], Positive
+    ] = Field({}, description="largest share of what the baseline has or takes")
     judge_by: Literal["estimate", "bound"] = Field(
         "estimate",
         description="what of a figure must keep its limit: itself, or the worse end of its 95 % interval, so that "
@@ -590,6 +597,9 @@ class GatesConfig(Section):
     )
     min_speedup: float | None = Field(None, gt=0, description="baseline latency / slim latency, medians")
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")
+    max_quantile_ms: dict[Literal["p90", "p95", "p99"], Positive] = Field({}, description="latency of the slower calls")
+    max_macs: int | None = Field(None, gt=0, description="multiply-accumulates for one image")
+    max_params: int | None = Field(None, gt=0, description="trainable scalars")
     max_cold_start_ms: float | None = Field(None, gt=0, description="until a session is there, in a new process")
     max_memory_mb: float | None = Field(None, gt=0, description="growth of memory with the session, in 10^6 bytes")
     min_images_per_second: float | None = Field(None, gt=0, description="at the batch size where they are most")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from compress.artifacts import CheckResult
+from compress.artifacts import CheckResult, Figures
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
 from compress.verification.resources import Resources
@@ -15,12 +15,15 @@ from compress.verification.resources import Resources
 _SLACK = 1e-9  # 0.9173 - 0.9073 is 0.010000000000000009 in floating point and must keep a limit of 0.01
 _WHY = {
     "top5": "the network has no more than five classes",
-    "noise": "the pipeline asks for no noise, or there is no baseline file",
-    "corruptions": "the pipeline asks for no corruptions, or there is no baseline file",
-    "shifted": "the pipeline names no shifted data sets, or there is no baseline file",
-    "worst_distribution": "the pipeline asks for no robustness, or there is no baseline file",
-    "excess_error": "the pipeline asks for no corruptions, or there is no baseline file",
+    "worst_class": "the evaluation split has no image of some classes",
+    "noise": "no noise is asked for",
+    "corruptions": "no corruptions are asked for",
+    "shifted": "no shifted data sets are named",
+    "worst_distribution": "no robustness is asked for",
+    "excess_error": "no corruptions are asked for",
 }
+_NO_BASELINE = "no baseline file to compare with"
+_OF_SIZE = {"max_size_mb": "MB", "max_macs": "MACs", "max_params": "params"}
 _OF_RESOURCES = {"max_cold_start_ms": "ms", "max_memory_mb": "MB", "min_images_per_second": "images/s"}
 _NONE: Mapping[str, float] = MappingProxyType({})
 
@@ -36,6 +39,12 @@ class Gates:
         max_rise: "calibration_error", "excess_error" -> largest gain against the baseline.
         minimum: "top1", "top5", "worst_class", "noise", "corruptions", "shifted" -> smallest share.
         maximum: "calibration_error", "churn", "softmax_distance" -> largest value.
+        max_drop_on: Name of a distribution -> largest loss of top-1 there.
+        max_ratio: "macs", "params", "size", "p50", "p90", "p95", "p99", "cold_start", "memory", "energy" -> largest
+            share of what the baseline has or takes.
+        max_quantile_ms: "p90", "p95", "p99" -> largest latency.
+        max_macs: For one image.
+        max_params: Trainable scalars.
         by_bound: Whether a figure with an interval keeps a limit only when the worse end of the interval does.
         min_speedup: Baseline latency / slim latency, medians.
         max_latency_ms: Median latency.
@@ -51,6 +60,11 @@ class Gates:
     max_rise: Mapping[str, float] = field(default_factory=lambda: _NONE)
     minimum: Mapping[str, float] = field(default_factory=lambda: _NONE)
     maximum: Mapping[str, float] = field(default_factory=lambda: _NONE)
+    max_drop_on: Mapping[str, float] = field(default_factory=lambda: _NONE)
+    max_ratio: Mapping[str, float] = field(default_factory=lambda: _NONE)
+    max_quantile_ms: Mapping[str, float] = field(default_factory=lambda: _NONE)
+    max_macs: int | None = None
+    max_params: int | None = None
     by_bound: bool = False
     min_speedup: float | None = None
     max_latency_ms: float | None = None
@@ -63,15 +77,22 @@ class Gates:
     @property
     def asked(self) -> tuple[str, ...]:
         """Names of the checks that the limits ask for, without parity."""
-        single = ("min_speedup", "max_latency_ms", "max_size_mb", *_OF_RESOURCES, "max_fallback_nodes")
+        single = ("min_speedup", "max_latency_ms", *_OF_SIZE, *_OF_RESOURCES, "max_fallback_nodes")
+        several = {**self._of_quality, "max_ratio": self.max_ratio, "max_quantile_ms": self.max_quantile_ms}
         return (
-            *(f"{kind}.{name}" for kind, wanted in self._of_quality.items() for name in wanted),
+            *(f"{kind}.{name}" for kind, wanted in several.items() for name in wanted),
             *(name for name in single if getattr(self, name) is not None),
         )
 
     @property
     def _of_quality(self) -> dict[str, Mapping[str, float]]:
-        return {"max_drop": self.max_drop, "max_rise": self.max_rise, "min": self.minimum, "max": self.maximum}
+        return {
+            "max_drop": self.max_drop,
+            "max_drop_on": self.max_drop_on,
+            "max_rise": self.max_rise,
+            "min": self.minimum,
+            "max": self.maximum,
+        }
 
     def check_quality(
         self, own: Mapping[str, Estimate] | None, changes: Mapping[str, Estimate] | None
@@ -82,16 +103,17 @@ class Gates:
             own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
             changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
         """
-        why = "quality of the file could not be measured" if own is None else "no baseline file to compare with"
         found = {**(own or {}), **(changes or {})}
         checks = []
         for kind, wanted in self._of_quality.items():
-            prefix = {"max_drop": "drop.", "max_rise": "rise."}.get(kind, "")
+            prefix = {"max_drop": "drop.", "max_drop_on": "on.", "max_rise": "rise."}.get(kind, "")
             for name, limit in wanted.items():
                 unit = "" if name == "softmax_distance" else "share"
                 estimate = found.get(prefix + name)
                 if estimate is None:
-                    checks.append(skipped(f"{kind}.{name}", _WHY.get(name, why) if own else why, limit, unit))
+                    compares = bool(prefix) or name in ("churn", "softmax_distance")
+                    why = _why_missing(kind, name, own, None if compares and changes is None else found)
+                    checks.append(skipped(f"{kind}.{name}", why, limit, unit))
                 else:
                     checks.append(self._check(f"{kind}.{name}", estimate, limit, is_least=kind == "min", unit=unit))
         return checks
@@ -123,14 +145,47 @@ class Gates:
             else:
                 median = Estimate(sample.p50, *sample.p50_interval, f"median ({conditions})")
                 checks.append(self._check("max_latency_ms", median, self.max_latency_ms, is_least=False, unit="ms"))
+        quantiles = {} if sample is None else sample.to_figures()
+        for name, limit in self.max_quantile_ms.items():
+            if name in quantiles:
+                estimate = Estimate(quantiles[name], detail=conditions)
+                checks.append(self._check(f"max_quantile_ms.{name}", estimate, limit, is_least=False, unit="ms"))
+            else:
+                checks.append(skipped(f"max_quantile_ms.{name}", "there were too few calls to know it", limit, "ms"))
         return checks
 
-    def check_size(self, size_bytes: int) -> list[CheckResult]:
-        """Return the check of the size of all files of the model, if there is a limit."""
-        if self.max_size_mb is None:
-            return []
-        size = Estimate(size_bytes / 1e6, detail=f"{size_bytes:,} bytes in all files")
-        return [self._check("max_size_mb", size, self.max_size_mb, is_least=False, unit="MB")]
+    def check_size(self, slim: Figures) -> list[CheckResult]:
+        """Return one check for each limit of size; "skipped" where MACs or params are not known."""
+        checks = []
+        figures = {"max_size_mb": slim.size_bytes / 1e6, "max_macs": slim.macs, "max_params": slim.params}
+        for name, unit in _OF_SIZE.items():
+            limit = getattr(self, name)
+            if limit is None:
+                continue
+            if not figures[name]:
+                checks.append(skipped(name, "it could not be counted", limit, unit))
+                continue
+            detail = f"{slim.size_bytes:,} bytes in all files" if name == "max_size_mb" else f"{figures[name]:,}"
+            estimate = Estimate(figures[name], figures[name], figures[name], detail)
+            checks.append(self._check(name, estimate, limit, is_least=False, unit=unit))
+        return checks
+
+    def check_ratios(self, slim: Figures, baseline: Figures | None, found: Resources | None) -> list[CheckResult]:
+        """Return one check for each limit on a share of the baseline's; "skipped" where one of the two is not known."""
+        checks = []
+        for name, limit in self.max_ratio.items():
+            own, other = (
+                _figure_of(name, one, found, label) for one, label in ((slim, "slim"), (baseline, "baseline"))
+            )
+            if not own or not other:
+                why = _NO_BASELINE if baseline is None else "it is not known of both files"
+                checks.append(skipped(f"max_ratio.{name}", why, limit, "x"))
+            else:
+                estimate = Estimate(own / other, detail=f"{own:,.4g} against {other:,.4g}")
+                if name in ("macs", "params", "size"):
+                    estimate = replace(estimate, low=own / other, high=own / other)
+                checks.append(self._check(f"max_ratio.{name}", estimate, limit, is_least=False, unit="x"))
+        return checks
 
     def check_resources(self, found: Resources | None, label: str) -> list[CheckResult]:
         """Return one check for each limit of start, memory and throughput; "skipped" where that was not measured.
@@ -146,8 +201,9 @@ class Gates:
                 continue
             estimate = None if found is None else _of_resource(found, name, label)
             if estimate is None:
-                why = "resources are not looked at" if found is None else "; ".join(found.missing.values())
-                checks.append(skipped(name, why or "it could not be measured", limit, unit))
+                missing = {} if found is None else found.missing
+                why = missing.get("start and memory", "it could not be measured")
+                checks.append(skipped(name, "resources are not looked at" if found is None else why, limit, unit))
             else:
                 checks.append(self._check(name, estimate, limit, is_least=name.startswith("min"), unit=unit))
         return checks
@@ -163,7 +219,8 @@ class Gates:
             return []
         if fell_back is None:
             return [skipped("max_fallback_nodes", "the runtime does not say where nodes are computed", limit, "nodes")]
-        count = Estimate(len(fell_back), detail=", ".join(fell_back) or "every node is computed where it was asked for")
+        said = ", ".join(fell_back) or "every node is computed where it was asked for"
+        count = Estimate(len(fell_back), len(fell_back), len(fell_back), said)
         return [self._check("max_fallback_nodes", count, limit, is_least=False, unit="nodes")]
 
     def _check(
@@ -175,11 +232,41 @@ class Gates:
         judged = worse if self.by_bound and worse is not None else estimate.value
         is_kept = sign * judged <= sign * limit + _SLACK
         detail = estimate.detail
-        if estimate.low is not None and estimate.high is not None:
+        if estimate.low is None or estimate.high is None:
+            detail += "; no interval is known, so it is judged by itself" if self.by_bound else ""
+        elif estimate.low < estimate.high:
             detail += f"; with 95 % confidence from {estimate.low:.4f} to {estimate.high:.4f}"
             if estimate.low < limit < estimate.high:
                 detail += ", on both sides of the limit" + ("" if self.by_bound else ": noise may have decided")
         return CheckResult(name, "pass" if is_kept else "fail", estimate.value, limit, unit, detail)
+
+
+def _why_missing(kind: str, name: str, own: Mapping[str, Estimate] | None, found: Mapping[str, Estimate] | None) -> str:
+    """Return why a figure is not known; `found` is None where it compares and there is no baseline."""
+    if own is None:
+        return "quality of the file could not be measured"
+    if found is None:
+        return _NO_BASELINE
+    if kind == "max_drop_on":
+        names = ", ".join(one.removeprefix("on.") for one in found if one.startswith("on."))
+        return f"no such distribution was looked at, only {names}" if names else "no robustness is asked for"
+    return _WHY.get(name, "it could not be measured")
+
+
+def _figure_of(name: str, figures: Figures | None, found: Resources | None, label: str) -> float | None:
+    """Return one figure of a file by its name in `max_ratio`; None where it is not known."""
+    if figures is None:
+        return None
+    if name in ("macs", "params", "size"):
+        return {"macs": figures.macs, "params": figures.params, "size": figures.size_bytes}[name]
+    if found is not None and name in ("cold_start", "memory", "energy"):
+        of: Mapping[str, Mapping[str, float]] = {
+            "cold_start": found.cold_start_ms,
+            "memory": found.peak_memory_bytes,
+            "energy": found.energy_joules,
+        }
+        return of[name].get(label)
+    return figures.latency_ms.get(name)
 
 
 def _of_resource(found: Resources, name: str, label: str) -> Estimate | None:

@@ -6,16 +6,17 @@ Everything is computed from the outputs of networks over a split; nothing is run
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
 from compress.errors import DataError
 
 CONFIDENCE = 0.95
-_Z = 1.959963984540054  # of the normal distribution, for both sides together
 _BINS, _TOP = 15, 5
+_RESAMPLES = 400
 _ROWS_AT_ONCE = 4096
 
 
@@ -51,16 +52,16 @@ class Predictions:
         hits: np.ndarray = self.chosen == self.labels
         return hits
 
-    def top(self, count: int) -> float:
-        """Return the share of images whose label is among the `count` largest outputs; equal ones rank by class."""
-        right = 0
+    def among(self, count: int) -> np.ndarray:
+        """Return (N,) whether the label is among the `count` largest outputs; equal ones rank by class."""
+        right = []
         for start in range(0, len(self), _ROWS_AT_ONCE):
             outputs, labels = self.outputs[start : start + _ROWS_AT_ONCE], self.labels[start : start + _ROWS_AT_ONCE]
             own = np.take_along_axis(outputs, labels[:, None], axis=1)
             is_earlier = np.arange(self.classes)[None] < labels[:, None]
             rank = (outputs > own).sum(1) + ((outputs == own) & is_earlier).sum(1)
-            right += int((rank < count).sum())
-        return right / len(self)
+            right.append(rank < count)
+        return np.concatenate(right)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -74,15 +75,22 @@ class Predictions:
         return outputs
 
 
-def share_interval(successes: int, count: int) -> tuple[float, float]:
+def share_interval(successes: int, count: int, comparisons: int = 1) -> tuple[float, float]:
     """Return the interval in which a share lies with 95 % confidence (Wilson 1927).
+
+    Args:
+        successes: Of `count`.
+        count: At least 1.
+        comparisons: How many shares this one was chosen from as the worst; each then has its part of the 5 %
+            (Bonferroni), so that all of them lie in theirs with 95 % confidence.
 
     >>> [round(bound, 4) for bound in share_interval(95, 100)]
     [0.8882, 0.9785]
     """
     from scipy.stats import binomtest  # scipy takes a second to import
 
-    interval = binomtest(successes, count).proportion_ci(CONFIDENCE, method="wilson")
+    level = 1 - (1 - CONFIDENCE) / comparisons
+    interval = binomtest(successes, count).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -99,10 +107,20 @@ def calibration_error(predictions: Predictions) -> float:
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
     """
+    return _calibration(predictions)(np.arange(len(predictions)))
+
+
+def _calibration(predictions: Predictions) -> Callable[[np.ndarray], float]:
+    """Return the calibration error as a function of which images count."""
     confidence = predictions.probabilities.max(1).astype(np.float64)
     bins = np.clip(np.ceil(confidence * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
-    gaps = np.bincount(bins, weights=predictions.hits - confidence, minlength=_BINS)
-    return float(np.abs(gaps).sum() / len(predictions))
+    gaps = predictions.hits - confidence
+
+    def of(chosen: np.ndarray) -> float:
+        sums = np.bincount(bins[chosen], weights=gaps[chosen], minlength=_BINS)
+        return float(np.abs(sums).sum() / len(chosen))
+
+    return of
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +149,8 @@ class PairedDrop:
         interval: In which it lies with 95 % confidence.
         only_before: Images that only the other network gets right.
         only_after: Images that only this one gets right.
-        p_value: How likely at least such a difference is if both are as good (exact McNemar test, both sides).
+        p_value: How likely at least such a difference is if both are as good (exact McNemar test, both sides; times
+            the number of comparisons).
 
     Sources: McNemar 1947, "Note on the sampling error of the difference between correlated proportions or
         percentages"; the interval: Agresti and Min 2005, "Simple improved confidence intervals for comparing matched
@@ -145,12 +164,13 @@ class PairedDrop:
     p_value: float
 
 
-def paired_drop(before: np.ndarray, after: np.ndarray) -> PairedDrop:
+def paired_drop(before: np.ndarray, after: np.ndarray, comparisons: int = 1) -> PairedDrop:
     """Compare two networks image by image.
 
     Args:
         before: (N,) bool, whether the other network is right.
         after: (N,) bool, whether this one is.
+        comparisons: How many such drops this one was chosen from as the worst (Bonferroni).
 
     Raises:
         DataError: They are not of the same images, or there is none.
@@ -163,17 +183,61 @@ def paired_drop(before: np.ndarray, after: np.ndarray) -> PairedDrop:
     only_before, only_after = int((before & ~after).sum()), int((after & ~before).sum())
     apart = only_before + only_after
     p_value = float(binomtest(only_before, apart).pvalue) if apart else 1.0
-    # half an image more in each of the four cells
-    middle = (only_before - only_after) / (count + 2)
-    variance = (apart + 1 - (only_before - only_after) ** 2 / (count + 2)) / (count + 2) ** 2
-    half = _Z * math.sqrt(variance)
+    interval = mean_loss_interval(before.astype(np.float64) - after, comparisons)
     return PairedDrop(
-        (only_before - only_after) / count,
-        (max(-1.0, middle - half), min(1.0, middle + half)),
-        only_before,
-        only_after,
-        p_value,
+        (only_before - only_after) / count, interval, only_before, only_after, min(1.0, comparisons * p_value)
     )
+
+
+def mean_loss_interval(losses: np.ndarray, comparisons: int = 1) -> tuple[float, float]:
+    """Return the interval in which the mean of losses lies with 95 % confidence.
+
+    For losses of -1, 0 and 1 it is Agresti and Min's: half an image more in each of the four cells, that is one more
+    that is lost and one that is won; the same is done for means over several distributions.
+
+    Args:
+        losses: (N,) in [-1, 1], one an image.
+        comparisons: How many such means this one was chosen from as the worst.
+    """
+    count, total = len(losses) + 2, float(losses.sum())
+    middle = total / count
+    variance = (float((losses**2).sum()) + 1 - total**2 / count) / count**2
+    half = _quantile(comparisons) * math.sqrt(variance)
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def mean_share_interval(shares: np.ndarray) -> tuple[float, float]:
+    """Return the interval in which the mean of shares lies with 95 % confidence, after two more of 0 and two of 1.
+
+    Args:
+        shares: (N,) in [0, 1], one an image, such as its share of right answers over several distributions.
+
+    Source, for shares of 0 and 1: Agresti and Coull 1998, "Approximate is better than exact".
+    """
+    count, total = len(shares) + 4, float(shares.sum()) + 2
+    middle = total / count
+    half = _quantile(1) * math.sqrt((float((shares**2).sum()) + 2 - total**2 / count) / count**2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _quantile(comparisons: int) -> float:
+    """Return by how many standard errors an interval reaches to either side."""
+    return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2 / comparisons)
+
+
+def bootstrap_interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """Return the interval between the outer 2.5 % of a statistic of images that were drawn again and again.
+
+    Args:
+        statistic: Takes (N,) positions of images, some of them several times.
+        count: N.
+
+    Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; percentiles, always the same draws.
+    """
+    random = np.random.default_rng(0)
+    values = [statistic(random.integers(0, count, count)) for _ in range(_RESAMPLES)]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def softmax_distance(before: Predictions, after: Predictions) -> float:
@@ -181,11 +245,18 @@ def softmax_distance(before: Predictions, after: Predictions) -> float:
 
     Source: Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.
     """
-    return float(np.linalg.norm(before.probabilities - after.probabilities, axis=1).mean())
+    return float(_distances(before, after).mean())
+
+
+def _distances(before: Predictions, after: Predictions) -> np.ndarray:
+    distances: np.ndarray = np.linalg.norm(before.probabilities - after.probabilities, axis=1)
+    return distances
 
 
 def estimate_quality(predictions: Predictions, names: Sequence[str] = ()) -> dict[str, Estimate]:
-    """Return how good a network is: "top1", "top5" of more than five classes, "worst_class", "calibration_error".
+    """Return how good a network is: "top1", "top5", "worst_class", "calibration_error".
+
+    There is a "top5" of more than five classes only, and a "worst_class" only where every class has an image.
 
     Args:
         predictions: Over a split.
@@ -194,17 +265,21 @@ def estimate_quality(predictions: Predictions, names: Sequence[str] = ()) -> dic
     count, right = len(predictions), int(predictions.hits.sum())
     found = {"top1": Estimate(right / count, *share_interval(right, count), f"{right:,} of {count:,} images")}
     if predictions.classes > _TOP:
-        among = round(predictions.top(_TOP) * count)
+        among = int(predictions.among(_TOP).sum())
         found["top5"] = Estimate(among / count, *share_interval(among, count), f"{among:,} of {count:,} images")
     accuracy, counts = class_accuracy(predictions)
-    worst = int(np.nanargmin(accuracy))
-    right = round(accuracy[worst] * counts[worst])
-    found["worst_class"] = Estimate(
-        float(accuracy[worst]),
-        *share_interval(right, int(counts[worst])),
-        f"class {class_name(worst, names)}, {right:,} of {counts[worst]:,} images",
+    if counts.all():
+        worst = int(accuracy.argmin())
+        right = round(accuracy[worst] * counts[worst])
+        found["worst_class"] = Estimate(
+            float(accuracy[worst]),
+            *share_interval(right, int(counts[worst]), len(counts)),
+            f"class {class_name(worst, names)} of {len(counts)}, {right:,} of {counts[worst]:,} images",
+        )
+    error = _calibration(predictions)
+    found["calibration_error"] = Estimate(
+        calibration_error(predictions), *bootstrap_interval(error, count), f"{_BINS} bins of confidence"
     )
-    found["calibration_error"] = Estimate(calibration_error(predictions), detail=f"{_BINS} bins of confidence")
     return found
 
 
@@ -217,8 +292,8 @@ def estimate_changes(before: Predictions, after: Predictions, names: Sequence[st
         names: Of the classes, for the details.
 
     Returns:
-        "drop.top1", "drop.top5", "drop.worst_class" (of the class that lost most), "rise.calibration_error", "churn"
-        and "softmax_distance".
+        "drop.top1", "drop.top5", "drop.worst_class" (of the class that lost most, where every class has an image),
+        "rise.calibration_error", "churn" and "softmax_distance".
 
     Raises:
         DataError: They are not of the same images and classes.
@@ -230,21 +305,28 @@ def estimate_changes(before: Predictions, after: Predictions, names: Sequence[st
         )
     count = len(before)
     drop = paired_drop(before.hits, after.hits)
-    found = {"drop.top1": _as_estimate(drop)}
+    found = {"drop.top1": as_estimate(drop)}
     if before.classes > _TOP:
-        found["drop.top5"] = Estimate(before.top(_TOP) - after.top(_TOP))
+        found["drop.top5"] = as_estimate(paired_drop(before.among(_TOP), after.among(_TOP)))
     losses = class_accuracy(before)[0] - class_accuracy(after)[0]
-    worst = int(np.nanargmax(losses))
-    of_class = before.labels == worst
-    lost = _as_estimate(paired_drop(before.hits[of_class], after.hits[of_class]))
-    found["drop.worst_class"] = replace(lost, detail=f"class {class_name(worst, names)}; {lost.detail}")
+    if not np.isnan(losses).any():
+        worst = int(losses.argmax())
+        of_class = before.labels == worst
+        lost = as_estimate(paired_drop(before.hits[of_class], after.hits[of_class], len(losses)))
+        detail = f"class {class_name(worst, names)} of {len(losses)}; {lost.detail}"
+        found["drop.worst_class"] = replace(lost, detail=detail)
+    own, other = _calibration(after), _calibration(before)
     rise = calibration_error(after) - calibration_error(before)
-    found["rise.calibration_error"] = Estimate(rise, detail=f"{_BINS} bins of confidence")
+    interval = bootstrap_interval(lambda chosen: own(chosen) - other(chosen), count)
+    found["rise.calibration_error"] = Estimate(rise, *interval, f"{_BINS} bins of confidence")
     changed = int((before.chosen != after.chosen).sum())
     found["churn"] = Estimate(
         changed / count, *share_interval(changed, count), f"{changed:,} of {count:,} predictions are others"
     )
-    found["softmax_distance"] = Estimate(softmax_distance(before, after), detail="mean l2 norm over images")
+    distances = _distances(before, after)
+    half = _quantile(1) * float(distances.std()) / math.sqrt(count)
+    mean = float(distances.mean())
+    found["softmax_distance"] = Estimate(mean, max(0.0, mean - half), mean + half, "mean l2 norm over images")
     return found
 
 
@@ -257,6 +339,7 @@ def class_name(index: int, names: Sequence[str]) -> str:
     return f"{index} ('{names[index]}')" if names else str(index)
 
 
-def _as_estimate(drop: PairedDrop) -> Estimate:
-    detail = f"{drop.only_before:,} images lost, {drop.only_after:,} won; p = {drop.p_value:.2g} that both are as good"
+def as_estimate(drop: PairedDrop) -> Estimate:
+    """Return a drop as a figure of its own."""
+    detail = f"{drop.only_before:,} images lost, {drop.only_after:,} won; exact McNemar test p = {drop.p_value:.2g}"
     return Estimate(drop.drop, *drop.interval, detail)

@@ -7,7 +7,7 @@ Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,18 @@ import numpy as np
 
 from compress.catalog import CORRUPTIONS, NOMINAL
 from compress.data.splits import Split
+from compress.errors import InternalError
 from compress.progress import Progress, SilentProgress
 from compress.verification.corruptions import add_noise, corrupt
-from compress.verification.metrics import Estimate, Predictions, estimate_changes
+from compress.verification.metrics import (
+    Estimate,
+    Predictions,
+    as_estimate,
+    estimate_changes,
+    mean_loss_interval,
+    mean_share_interval,
+    paired_drop,
+)
 from compress.verification.quality import Change, predict_each
 from compress.verification.runtimes.base import Runtime
 
@@ -97,6 +106,9 @@ class Standing:
         top1: Of the file.
         baseline_top1: Of the baseline; None without one.
         changes: "drop.top1", "churn" and "softmax_distance" against the baseline there; empty without one.
+        hits: (N,) whether the file is right, in the order of the images, which is the same on every distribution of
+            noise and corruptions.
+        baseline_hits: (N,) whether the baseline is; None without one.
     """
 
     name: str
@@ -104,6 +116,16 @@ class Standing:
     top1: float
     baseline_top1: float | None = None
     changes: Mapping[str, Estimate] = field(default_factory=dict)
+    hits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False, compare=False)
+    baseline_hits: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(N,) float: 1 for an image that only the baseline gets right, -1 for one that only the file does."""
+        if self.baseline_hits is None:
+            raise InternalError("Losses were asked for where there is no baseline.")
+        losses: np.ndarray = self.baseline_hits.astype(np.float64) - self.hits
+        return losses
 
 
 def standings(
@@ -143,10 +165,10 @@ def standings(
 def _standing(one: Distribution, before: Predictions | None, after: Predictions) -> Standing:
     top1 = float(after.hits.mean())
     if before is None:
-        return Standing(one.name, one.kind, top1)
+        return Standing(one.name, one.kind, top1, hits=after.hits)
     changes = estimate_changes(before, after)
     kept = {name: changes[name] for name in ("drop.top1", "churn", "softmax_distance")}
-    return Standing(one.name, one.kind, top1, float(before.hits.mean()), kept)
+    return Standing(one.name, one.kind, top1, float(before.hits.mean()), kept, after.hits, before.hits)
 
 
 def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
@@ -155,7 +177,7 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
     Returns:
         "noise", "corruptions" and "shifted": mean top-1 there. Against the baseline "drop.noise" and so on: mean loss
         of top-1; "drop.worst_distribution": the largest loss; "rise.excess_error": by how much more the file loses from
-        the nominal images to the corrupted ones than the baseline does.
+        the nominal images to the corrupted ones than the baseline does; "on.NAME": the loss on each distribution.
     """
     own, changes = {}, {}
     kinds = {"noise": "noise", "corruptions": "corruption", "shifted": "shifted"}
@@ -163,23 +185,67 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
         those = [one for one in found if one.kind == kind]
         if not those:
             continue
-        detail = f"mean over {len(those)} distributions"
-        own[name] = Estimate(float(np.mean([one.top1 for one in those])), detail=detail)
-        drops = [one.changes["drop.top1"].value for one in those if one.changes]
-        if drops:
-            changes[f"drop.{name}"] = Estimate(float(np.mean(drops)), detail=detail)
+        detail = f"mean over {len(those)} distribution{'' if len(those) == 1 else 's'}"
+        own[name] = Estimate(float(np.mean([one.top1 for one in those])), *_share_interval(those), detail)
+        if all(one.changes for one in those):
+            drops = [one.changes["drop.top1"].value for one in those]
+            changes[f"drop.{name}"] = Estimate(float(np.mean(drops)), *_loss_interval(those), detail)
     compared = [one for one in found if one.changes]
     if compared:
-        worst = max(compared, key=lambda one: one.changes["drop.top1"].value)
-        drop = worst.changes["drop.top1"]
-        changes["drop.worst_distribution"] = Estimate(drop.value, drop.low, drop.high, f"{worst.name}; {drop.detail}")
-        nominal = next(one for one in compared if one.kind == NOMINAL)
-        if "drop.corruptions" in changes:
-            excess = changes["drop.corruptions"].value - nominal.changes["drop.top1"].value
-            changes["rise.excess_error"] = Estimate(excess, detail=changes["drop.corruptions"].detail)
+        changes["drop.worst_distribution"] = _worst(compared)
+        changes |= {f"on.{one.name}": one.changes["drop.top1"] for one in compared}
+        corrupted = [one for one in compared if one.kind == "corruption"]
+        if corrupted:
+            changes["rise.excess_error"] = _excess(corrupted, next(one for one in compared if one.kind == NOMINAL))
     return own, changes
+
+
+def _share_interval(those: Sequence[Standing]) -> tuple[float, float]:
+    """Return where the mean of top-1 over distributions lies; of the same images, it is one figure an image."""
+    if those[0].kind == "shifted":
+        return _of_independent([mean_share_interval(one.hits.astype(np.float64)) for one in those])
+    return mean_share_interval(np.mean([one.hits for one in those], axis=0))
+
+
+def _loss_interval(those: Sequence[Standing]) -> tuple[float, float]:
+    """Return where the mean loss over distributions lies."""
+    if those[0].kind == "shifted":
+        return _of_independent([mean_loss_interval(one.losses) for one in those])
+    return mean_loss_interval(np.mean([one.losses for one in those], axis=0))
+
+
+def _of_independent(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the interval of the mean of figures that were measured on different images."""
+    middles, halves = np.mean(intervals, axis=1), np.ptp(intervals, axis=1) / 2
+    middle, half = float(middles.mean()), float(np.sqrt((halves**2).sum()) / len(intervals))
+    return middle - half, middle + half
+
+
+def _worst(compared: Sequence[Standing]) -> Estimate:
+    """Return the largest loss on any distribution, as sure as the largest of so many can be."""
+    worst = max(compared, key=lambda one: one.changes["drop.top1"].value)
+    if worst.baseline_hits is None:
+        raise InternalError("A file was compared without a baseline.")
+    drop = as_estimate(paired_drop(worst.baseline_hits, worst.hits, len(compared)))
+    return replace(drop, detail=f"{worst.name}, of {len(compared)} distributions; {drop.detail}")
+
+
+def _excess(corrupted: Sequence[Standing], nominal: Standing) -> Estimate:
+    """Return by how much more a file loses on corrupted images than on the same ones as they are."""
+    each = np.mean([one.losses for one in corrupted], axis=0) - nominal.losses
+    low, high = mean_loss_interval(each)
+    return Estimate(float(each.mean()), low, high, f"mean over {len(corrupted)} distributions")
 
 
 def stated(found: Sequence[Standing]) -> list[dict[str, Any]]:
     """Return plain values for the report."""
-    return [asdict(one) for one in found]
+    return [
+        {
+            "name": one.name,
+            "kind": one.kind,
+            "top1": one.top1,
+            "baseline_top1": one.baseline_top1,
+            "changes": {name: asdict(estimate) for name, estimate in one.changes.items()},
+        }
+        for one in found
+    ]

@@ -9,10 +9,13 @@ from scipy.stats import binomtest
 from compress.errors import DataError
 from compress.verification.metrics import (
     Predictions,
+    bootstrap_interval,
     calibration_error,
     class_accuracy,
     estimate_changes,
     estimate_quality,
+    mean_loss_interval,
+    mean_share_interval,
     paired_drop,
     share_interval,
     softmax_distance,
@@ -29,12 +32,12 @@ FOUR = predictions([[3, 1, 0], [0, 2, 5], [1, 1, 0], [0, 0, 4]], [0, 1, 1, 2])
 def test_hits_and_top_counts_by_hand():
     assert FOUR.chosen.tolist() == [0, 2, 0, 2]
     assert FOUR.hits.tolist() == [True, False, False, True]
-    assert [FOUR.top(count) for count in (1, 2, 3)] == [0.5, 1.0, 1.0]
+    assert [FOUR.among(count).mean() for count in (1, 2, 3)] == [0.5, 1.0, 1.0]
 
 
 def test_of_equal_outputs_the_first_count():
     equal = predictions([[1, 1, 1, 1]] * 4, [0, 1, 2, 3])
-    assert [equal.top(count) for count in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [equal.among(count).mean() for count in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
     assert equal.hits.tolist() == [True, False, False, False]
 
 
@@ -44,13 +47,13 @@ def test_top_is_that_of_sorted_outputs(seed, count):
     random = np.random.default_rng(seed)
     some = predictions(random.integers(0, 4, (50, 7)), random.integers(0, 7, 50))
     order = np.argsort(-some.outputs, axis=1, kind="stable")[:, :count]
-    assert some.top(count) == pytest.approx((order == some.labels[:, None]).any(1).mean())
+    assert some.among(count).mean() == pytest.approx((order == some.labels[:, None]).any(1).mean())
 
 
 def test_many_images_are_looked_at_in_parts():
     random = np.random.default_rng(0)
     some = predictions(random.normal(size=(9000, 3)), random.integers(0, 3, 9000))
-    assert some.top(1) == some.hits.mean()
+    assert some.among(1).mean() == some.hits.mean()
 
 
 def test_accuracy_of_each_class_and_of_one_without_images():
@@ -131,24 +134,79 @@ def test_quality_by_hand():
     assert set(found) == {"top1", "worst_class", "calibration_error"}
     assert (found["top1"].value, found["top1"].detail) == (0.5, "2 of 4 images")
     assert (found["top1"].low, found["top1"].high) == share_interval(2, 4)
-    assert (found["worst_class"].value, found["worst_class"].detail) == (0.0, "class 1 ('bee'), 0 of 2 images")
+    assert (found["worst_class"].value, found["worst_class"].detail) == (0.0, "class 1 ('bee') of 3, 0 of 2 images")
     assert found["calibration_error"].value == calibration_error(FOUR)
     seven = predictions(np.eye(7)[::-1], np.arange(7))
-    assert estimate_quality(seven)["top5"].value == pytest.approx(seven.top(5))
+    assert estimate_quality(seven)["top5"].value == pytest.approx(seven.among(5).mean())
 
 
 def test_changes_by_hand():
     other = predictions([[3, 1, 0], [0, 5, 2], [1, 1, 0], [4, 0, 0]], [0, 1, 1, 2])
     found = estimate_changes(FOUR, other, ("ant", "bee", "cat"))
     assert found["drop.top1"].value == 0.0
-    assert found["drop.top1"].detail == "1 images lost, 1 won; p = 1 that both are as good"
+    assert found["drop.top1"].detail == "1 images lost, 1 won; exact McNemar test p = 1"
     assert (found["churn"].value, found["churn"].detail) == (0.5, "2 of 4 predictions are others")
     assert found["drop.worst_class"].value == 1.0
-    assert found["drop.worst_class"].detail.startswith("class 2 ('cat'); 1 images lost, 0 won")
+    assert found["drop.worst_class"].detail.startswith("class 2 ('cat') of 3; 1 images lost, 0 won")
     assert found["rise.calibration_error"].value == calibration_error(other) - calibration_error(FOUR)
     assert found["softmax_distance"].value == softmax_distance(FOUR, other)
     same = estimate_changes(FOUR, FOUR)
     assert {name: one.value for name, one in same.items()} == dict.fromkeys(found, 0.0)
+
+
+def test_where_a_class_has_no_image_none_is_the_worst():
+    some = predictions([[3, 1, 0], [0, 2, 5]], [0, 1])
+    assert set(estimate_quality(some)) == {"top1", "calibration_error"}
+    assert "drop.worst_class" not in estimate_changes(some, some)
+
+
+def test_the_worst_of_many_is_less_sure_than_one_alone():
+    for one, many in ((share_interval(90, 100), share_interval(90, 100, 10)),):
+        assert many[0] < one[0] < one[1] < many[1]
+    before, after = np.arange(100) < 95, np.arange(100) < 90
+    one, many = paired_drop(before, after), paired_drop(before, after, 10)
+    assert many.interval[0] < one.interval[0] < one.interval[1] < many.interval[1]
+    assert many.p_value == pytest.approx(10 * one.p_value)
+
+
+def test_the_worst_of_ten_equal_classes_seldom_seems_to_differ():
+    """Two networks that are as good in every class: the interval of the class that lost most holds no drop."""
+    random, found = np.random.default_rng(5), []
+    for _ in range(200):
+        before, after = random.random((2, 10, 200)) < 0.9
+        worst = int((before.mean(1) - after.mean(1)).argmax())
+        low, high = paired_drop(before[worst], after[worst], 10).interval
+        found.append(low <= 0 <= high)
+    assert np.mean(found) >= 0.93
+
+
+def test_intervals_hold_the_true_mean_about_as_often_as_they_say():
+    random, held = np.random.default_rng(6), []
+    for _ in range(400):
+        losses = random.choice([-1, 0, 1], (3, 150), p=[0.05, 0.85, 0.1]).mean(0)
+        low, high = mean_loss_interval(losses)
+        held.append(low <= 0.05 <= high)
+        low, high = mean_share_interval(random.random(60) < 0.8)
+        held.append(low <= 0.8 <= high)
+    assert 0.93 <= np.mean(held) <= 0.985
+
+
+def test_a_bootstrap_interval_is_the_same_again_and_is_wider_for_fewer_images():
+    values = np.random.default_rng(7).normal(size=400)
+    many = bootstrap_interval(lambda chosen: float(values[chosen].mean()), 400)
+    few = bootstrap_interval(lambda chosen: float(values[chosen].mean()), 40)
+    assert many == bootstrap_interval(lambda chosen: float(values[chosen].mean()), 400)
+    assert many[0] < values.mean() < many[1]
+    assert few[1] - few[0] > 2 * (many[1] - many[0])
+
+
+def test_every_figure_of_shares_has_an_interval_that_holds_it():
+    random = np.random.default_rng(8)
+    labels = random.integers(0, 7, 300)
+    outputs = [random.normal(size=(300, 7)) + 2 * np.eye(7)[labels] for _ in range(2)]
+    before, after = (predictions(one, labels) for one in outputs)
+    for name, one in {**estimate_quality(after), **estimate_changes(before, after)}.items():
+        assert one.low <= one.value <= one.high, name
 
 
 def test_other_images_or_classes_cannot_be_compared():

@@ -9,7 +9,7 @@ from compress.config.schema import RobustnessConfig
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
-from compress.verification.metrics import Estimate
+from compress.verification.metrics import Estimate, paired_drop
 from compress.verification.robustness import (
     Robustness,
     Standing,
@@ -86,7 +86,7 @@ def test_what_a_network_loses_in_the_light(split):
     own, changes = summarize([nominal, noise, bright])
     assert own["corruptions"].value == 0.5
     assert changes["drop.corruptions"].value == changes["drop.worst_distribution"].value == 0.5
-    assert changes["drop.worst_distribution"].detail.startswith("brightness 5; ")
+    assert changes["drop.worst_distribution"].detail.startswith("brightness 5, of 3 distributions; ")
     assert changes["rise.excess_error"].value == 1.0
 
 
@@ -101,7 +101,8 @@ def test_without_a_baseline_only_the_file_is_judged(split):
 
 def test_the_summary_is_of_means_and_of_the_worst():
     def standing(name, kind, top1, drop):
-        return Standing(name, kind, top1, top1 + drop, {"drop.top1": Estimate(drop)})
+        hits, before = (np.arange(100) < round(100 * share) for share in (top1, top1 + drop))
+        return Standing(name, kind, top1, top1 + drop, {"drop.top1": Estimate(drop)}, hits, before)
 
     found = [
         standing(NOMINAL, NOMINAL, 0.9, 0.01),
@@ -110,9 +111,17 @@ def test_the_summary_is_of_means_and_of_the_worst():
         standing("c", "corruption", 0.7, 0.04),
     ]
     own, changes = summarize(found)
-    assert own["noise"] == Estimate(pytest.approx(0.7), detail="mean over 2 distributions")
+    assert (own["noise"].value, own["noise"].detail) == (pytest.approx(0.7), "mean over 2 distributions")
     assert changes["drop.noise"].value == pytest.approx(0.06)
-    assert changes["drop.worst_distribution"].value == 0.10
+    for name, value in {"drop.noise": 0.06, "drop.corruptions": 0.04}.items():
+        assert changes[name].low < value < changes[name].high
+    assert own["noise"].low < 0.7 < own["noise"].high
+    worst, alone = changes["drop.worst_distribution"], changes["on.b"]
+    assert worst.value == pytest.approx(0.10)
+    assert worst.detail.startswith("b, of 4 distributions; ")
+    single = paired_drop(found[2].baseline_hits, found[2].hits).interval
+    assert worst.low < single[0] < single[1] < worst.high  # the largest of four is less sure than one alone
+    assert alone.value == 0.10
     assert changes["rise.excess_error"].value == pytest.approx(0.03)
     assert [one["name"] for one in stated(found)] == [NOMINAL, "a", "b", "c"]
 

@@ -43,6 +43,7 @@ from compress.verification.latency import LatencyRatio, LatencySample, measure_l
 from compress.verification.measuring import Conditions, available_cores, measure_onnx
 from compress.verification.metrics import Estimate
 from compress.verification.quality import predict
+from compress.verification.resources import Resources
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
@@ -344,13 +345,17 @@ RATIO = LatencyRatio(1 / 1.5, 1 / 1.55, 1 / 1.45, 0.01)
         (Gates(max_latency_ms=1.0, by_bound=True), "fail", 1.0),
         (Gates(max_size_mb=2.0), "pass", 2.0),
         (Gates(max_size_mb=1.9), "fail", 2.0),
+        (Gates(max_macs=30), "pass", 30),
+        (Gates(max_params=19), "fail", 20),
+        (Gates(max_params=19, by_bound=True), "fail", 20),
     ],
 )
 def test_each_gate_of_speed_and_size_holds_its_own_figure_to_its_limit(gates, status, value):
-    (check,) = gates.check_speed(SAMPLE, RATIO, "onnxruntime, 1 thread") + gates.check_size(2_000_000)
+    size = gates.check_size(Figures(30, 20, 2_000_000, {}, {}))
+    (check,) = gates.check_speed(SAMPLE, RATIO, "onnxruntime, 1 thread") + size
     assert (check.name,) == gates.asked
     assert (check.status, check.value) == (status, pytest.approx(value))
-    assert "onnxruntime, 1 thread" in check.detail or check.name == "max_size_mb"
+    assert "onnxruntime, 1 thread" in check.detail or check.name.startswith(("max_size", "max_macs", "max_params"))
 
 
 def test_gates_that_cannot_be_measured_are_skipped():
@@ -358,6 +363,36 @@ def test_gates_that_cannot_be_measured_are_skipped():
     assert [check.status for check in gates.check_speed(SAMPLE, None, "")] == ["skipped", "pass"]
     assert gates.check_speed(SAMPLE, None, "")[0].detail == "no baseline file to time"
     assert [check.status for check in gates.check_speed(None, None, "")] == ["skipped", "skipped"]
+    (check,) = Gates(max_macs=5).check_size(Figures(0, 0, 9, {}, {}))
+    assert (check.status, check.detail) == ("skipped", "it could not be counted")
+
+
+def test_limits_on_slower_calls_need_enough_of_them():
+    gates = Gates(max_quantile_ms={"p90": 2.0, "p99": 2.0})
+    many = LatencySample(tuple(np.linspace(1, 2, 50)))
+    ninety, slowest = gates.check_speed(many, None, "1 thread")
+    assert (ninety.name, ninety.status, ninety.value) == ("max_quantile_ms.p90", "pass", pytest.approx(1.9))
+    assert (slowest.status, slowest.detail) == ("skipped", "there were too few calls to know it")
+    assert gates.asked == ("max_quantile_ms.p90", "max_quantile_ms.p99")
+
+
+def test_shares_of_the_baseline_are_held_to_their_limits():
+    slim, baseline = Figures(30, 20, 500, {}, {"p95": 1.0}), Figures(60, 80, 1000, {}, {"p95": 4.0})
+    resources = Resources(peak_memory_bytes={"slim": 9, "baseline": 10})
+    limits = {"macs": 0.5, "params": 0.2, "size": 0.5, "p95": 0.3, "memory": 0.8, "energy": 0.9}
+    found = Gates(max_ratio=limits).check_ratios(slim, baseline, resources)
+    assert [check.status for check in found] == ["pass", "fail", "pass", "pass", "fail", "skipped"]
+    assert [check.value for check in found] == [0.5, 0.25, 0.5, 0.25, 0.9, None]
+    assert {check.status for check in Gates(max_ratio=limits).check_ratios(slim, None, resources)} == {"skipped"}
+    judged = Gates(max_ratio={"memory": 1.0}, by_bound=True).check_ratios(slim, baseline, resources)[0]
+    assert (judged.status, judged.detail) == ("pass", "9 against 10; no interval is known, so it is judged by itself")
+
+
+def test_a_loss_on_one_distribution_is_held_to_its_limit():
+    gates = Gates(max_drop_on={"jpeg 3": 0.05, "jpeg 4": 0.05})
+    kept, unknown = gates.check_quality(OWN, {**CHANGES, "on.jpeg 3": Estimate(0.04, 0.02, 0.06)})
+    assert (kept.name, kept.status, kept.value) == ("max_drop_on.jpeg 3", "pass", 0.04)
+    assert (unknown.status, unknown.detail) == ("skipped", "no such distribution was looked at, only jpeg 3")
 
 
 OWN = {
@@ -462,7 +497,7 @@ def test_good_file_passes_every_check(split):
         "reference_evaluator",
     }
     assert verdict.slim.quality["top1"] == 0.9
-    assert set(verdict.slim.quality) == {"top1", "worst_class", "calibration_error"}
+    assert set(verdict.slim.quality) == {"top1", "calibration_error"}  # of one class there is no image
     assert checks_of(verdict)["max_drop.top1"].value == pytest.approx(before - 0.9)
     assert verdict.slim.macs == 276544
     assert verdict.slim.params == count_params(nets.build("chain"))

@@ -228,7 +228,7 @@ def _quality() -> dict[str, Any]:
         "baseline": {"top1": _estimate(0.9173, 0.0054)},
         "baseline_by_class": [0.92] * 11 + [None],
         "changes": {
-            "drop.top1": _estimate(0.0069, 0.0031, "312 images lost, 243 won; p = 0.0039 that both are as good"),
+            "drop.top1": _estimate(0.0069, 0.0031, "312 images lost, 243 won; exact McNemar test p = 0.0039"),
             "churn": _estimate(0.0812, 0.005),
             "softmax_distance": _estimate(0.0731),
         },

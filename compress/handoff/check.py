@@ -10,11 +10,12 @@ bytes are known to be those that were written.
                 .zip are, byte for byte, what would be written for this content
     signature   with --public-key: the manifest was signed with the private half of that key
     provider    ONNX Runtime computes on the execution provider asked for and has not fallen back to another
-    parity      the outputs on real images are those that were recorded, and so are the classes
+    parity      the outputs on real images are those that were recorded, and so are as many classes as was promised
     latency     the median call keeps the promise in milliseconds
 
     exit code   0 all checks that could be made passed      1 a check failed         2 the command line is wrong
-                4 no bundle, damaged or unreadable          5 provider, onnxruntime or another package is missing
+                4 no bundle, damaged or unreadable, and the model was not run; or --json could not be written
+                5 provider, onnxruntime or another package is missing
 
 One file, and longer than others of its project, because a bundle carries it to machines that have nothing else of it.
 """
@@ -45,12 +46,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-KIND = "compress bundle"
+KIND, RUNTIME = "compress bundle", "onnxruntime"
 SCHEMA = 1
 MODEL, DESCRIPTION, SAMPLES = "model.onnx", "model.json", "samples.npz"
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 PASSED, FAILED, USAGE, DAMAGED, UNAVAILABLE, BUG, INTERRUPTED = 0, 1, 2, 4, 5, 70, 130
-MAX_FILES, MAX_BYTES = 64, 2**31 - 1
+MAX_FILES, MAX_BYTES, MAX_COUNT = 64, 2**31 - 1, 2**16
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SIGNATURE_FORM = re.compile(rb"(ed25519 ([0-9a-f]{128})\n)sha256 ([0-9a-f]{64})\n")
@@ -349,10 +350,12 @@ class Promises:
         output: Name of the one output.
         batch: Fixed batch size of the file, None where it is open.
         tolerance: Largest difference of an output from the recorded one.
+        min_agreement: Smallest share of images, in [0, 1], that must get the class that was recorded.
         limit_ms: Median latency that was promised; None without such a promise.
         measured_ms: Median latency where the model was verified; None where it was not measured.
-        provider, threads, batch_size: How it was measured.
-        where: The same in words.
+        provider: On which it must keep what was promised.
+        threads, batch_size: How its latency was measured.
+        where: On what, in words.
         failed: Names of the checks that failed when the model was verified.
     """
 
@@ -366,17 +369,21 @@ class Promises:
             self.batch = source["shape"][0] if type(source["shape"][0]) is int else None
             promises, measured = values["promises"], values["measured"]
             self.tolerance = _number(promises["tolerance"])
+            self.min_agreement = _share(promises.get("min_agreement", 1.0))
             self.limit_ms = None if promises["max_latency_ms"] is None else _number(promises["max_latency_ms"])
             self.measured_ms = None if measured["latency_ms"] is None else _number(measured["latency_ms"])
-            self.provider, self.machine = _text(measured["provider"]), _text(measured["machine"])
+            there, machine = _text(measured["provider"]), _text(measured["machine"])
+            self.provider = _text(promises.get("provider", there))
+            runtime = _text(measured.get("runtime", RUNTIME))
             self.threads, self.batch_size = _whole(measured["threads"]), _whole(measured["batch_size"])
             self.failed = [_text(one["name"]) for one in values["verdict"]["checks"] if one["status"] == "fail"]
             self.passed = bool(values["verdict"]["passed"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
             raise damaged(f"{DESCRIPTION} lacks a value, or has one of another kind: {ascii(error)[:200]}") from error
-        if self.batch is not None and not 1 <= self.batch <= 2**16:
+        if self.batch is not None and not 1 <= self.batch <= MAX_COUNT:
             raise damaged(f"{DESCRIPTION} states a batch of {self.batch}")
-        self.where = f"{self.machine}, {self.provider}, {_count(self.threads, 'thread')}"
+        by = there if runtime == RUNTIME else f"{runtime} on {there}"
+        self.where = f"{machine}, {by}, {_count(self.threads, 'thread')}"
 
 
 def _text(value: Any) -> str:
@@ -391,8 +398,14 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if _number(value) > 1:
+        raise TypeError(f"{value!r} is no share")
+    return float(value)
+
+
 def _whole(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 2**16:
+    if type(value) is not int or not 1 <= value <= MAX_COUNT:
         raise TypeError(f"{value!r} is no count")
     return value
 
@@ -595,7 +608,9 @@ def _loadable(content: Mapping[str, bytes], stack: ExitStack) -> bytes | str:
     return os.path.join(folder, MODEL)
 
 
-def check_parity(run: Call, samples: Mapping[str, Any], batch: int | None, tolerance: float) -> tuple[bool, str, float]:
+def check_parity(
+    run: Call, samples: Mapping[str, Any], batch: int | None, tolerance: float, min_agreement: float = 1.0
+) -> tuple[bool, str, float]:
     """Compare the outputs with the recorded ones; return whether they agree, a sentence, the largest difference."""
     numpy = _require_numpy()
     inputs, expected = samples["inputs"], samples["expected"]
@@ -610,7 +625,9 @@ def check_parity(run: Call, samples: Mapping[str, Any], batch: int | None, toler
     difference = float(numpy.abs(outputs.astype(numpy.float64) - expected.astype(numpy.float64)).max())
     same = int((outputs.reshape(len(outputs), -1).argmax(1) == expected.reshape(len(expected), -1).argmax(1)).sum())
     told = f"largest difference {difference:.3g} (tolerance {tolerance:g}), top-1 the same on {same} of {len(inputs)}"
-    return difference <= tolerance and same == len(inputs), told, difference  # NaN is not within any tolerance
+    if min_agreement < 1:
+        told += f" (at least {100 * min_agreement:g} % must be)"
+    return difference <= tolerance and same / len(inputs) >= min_agreement, told, difference  # NaN is never within
 
 
 def measure_latency(run: Call, inputs: Any, repeats: int) -> float:
@@ -677,22 +694,35 @@ def run_checks(options: argparse.Namespace, outcome: Outcome) -> None:
     if not promises.passed:
         named = ", ".join(promises.failed) or "a check that was required was not made"
         outcome.say(f"Warning: this model did not pass its verification: {named}. It was bundled all the same.")
-    provider, threads = options.provider or promises.provider, options.threads or promises.threads
+    provider, threads = options.provider or promises.provider, options.threads or min(promises.threads, count_cores())
     with ExitStack() as stack:
         session = open_session(content, promises, provider, threads, stack)
-        outcome.add("provider", "pass", f"{provider} was asked for and is in use, {_count(threads, 'thread')}")
-        _check_outputs(session, promises, samples, options, outcome)
+        used = f"{provider} was asked for and is in use, {_count(threads, 'thread')}"
+        if options.threads is None and threads < promises.threads:
+            used += f": verified with {promises.threads:,}, but this machine has no more cores"
+        outcome.add("provider", "pass", used)
+        _check_outputs(session, promises, samples, threads, options, outcome)
+
+
+def count_cores() -> int:
+    """Return how many threads can compute at once here; with more of them a session may never open."""
+    return os.cpu_count() or 1
 
 
 def _check_outputs(
-    session: Any, promises: Promises, samples: Mapping[str, Any], options: argparse.Namespace, outcome: Outcome
+    session: Any,
+    promises: Promises,
+    samples: Mapping[str, Any],
+    threads: int,
+    options: argparse.Namespace,
+    outcome: Outcome,
 ) -> None:
     def run(inputs: Any) -> Any:
         return session.run([promises.output], {promises.input: inputs})[0]
 
     tolerance = promises.tolerance if options.tolerance is None else options.tolerance
     try:
-        is_same, told, difference = check_parity(run, samples, promises.batch, tolerance)
+        is_same, told, difference = check_parity(run, samples, promises.batch, tolerance, promises.min_agreement)
     except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
         lines = str(error).splitlines() or [type(error).__name__]
         raise Stop("parity", f"{MODEL} must run on its samples, ONNX Runtime says: {lines[0][:300]}", FAILED) from error
@@ -702,6 +732,8 @@ def _check_outputs(
     here = measure_latency(run, inputs[_require_numpy().arange(size) % len(inputs)], options.repeats)
     there = "not measured" if promises.measured_ms is None else f"{promises.measured_ms:.4g} ms"
     told = f"measured {here:.4g} ms here, {there} where it was verified ({promises.where})"
+    if threads != promises.threads:
+        told += f"; not comparable, {_count(threads, 'thread')} here"
     limit = promises.limit_ms if options.max_latency_ms is None else options.max_latency_ms
     if limit is None:
         outcome.add("latency", "skipped", f"no promise in milliseconds was made; {told}", here)
@@ -773,21 +805,25 @@ def _parse(arguments: Sequence[str] | None, program: str, default: Path | None) 
     parser = argparse.ArgumentParser(
         prog=program,
         description="Check that a bundle is whole and that its model does here what was promised.",
-        epilog="Exit code: 0 passed, 1 a check failed, 2 wrong command line, 4 no bundle or a damaged one, "
-        "5 provider or package missing.",
+        epilog="Exit code: 0 passed, 1 a check failed, 2 wrong command line, 4 no bundle or a damaged one, or --json "
+        "not written, 5 provider or package missing.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("bundle", nargs="?" if default else None, type=Path, default=default, help="its folder, or the .zip itself")
     add("--provider", metavar="NAME", help="execution provider, such as CPUExecutionProvider; by default that with "
         "which the model was verified")  # fmt: skip
-    add("--threads", type=_at_least_one, metavar="N", help="threads inside one operator; by default as verified")
+    add("--threads", type=_at_least_one, metavar="N", help="threads inside one operator, at most the cores there are; "
+        "by default as verified")  # fmt: skip
     add("--max-latency-ms", type=_above_zero, metavar="X", help="largest median latency; by default as promised")
     add("--repeats", type=_at_least_one, metavar="N", default=_REPEATS, help="calls that are timed (%(default)s)")
     add("--tolerance", type=_above_zero, metavar="X", help="largest difference of an output; by default as promised")
     add("--public-key", type=Path, metavar="PEM", help="the bundle must be signed with this Ed25519 key")
     add("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
     options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads > count_cores():
+        parser.error(f"--threads must be at most the {_count(count_cores(), 'core')} of this machine, "
+                     f"got {options.threads:,}")  # fmt: skip
     if options.json is not None:
         _require_place(parser.error, options.json, options.bundle)
     return options
@@ -802,8 +838,8 @@ def _require_place(refuse: Callable[[str], NoReturn], path: Path, bundle: Path) 
 
 
 def _at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 2**16):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**16}, got '{text}'")
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_COUNT):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_COUNT}, got '{text}'")
     return int(text)
 
 

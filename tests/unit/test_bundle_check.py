@@ -80,7 +80,58 @@ def test_a_promise_that_is_not_kept_fails(tmp_path: Path, say: Say) -> None:
     assert lines[4] == "FAILED: latency failed, of 4 checks made."
 
 
-def test_the_command_line_goes_before_what_was_promised(content: Content, tmp_path: Path, say: Say) -> None:
+@pytest.mark.parametrize("cores", [1, 2, None])
+def test_threads_are_no_more_than_the_cores_there_are(
+    content: Content, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch, cores: int | None
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    measured = json.loads(content["model.json"])["measured"] | {"threads": 65_536}
+    here = "2 threads" if cores == 2 else "1 thread"
+    code, lines = say(write_zip(sealed(described(content, measured=measured)), tmp_path / "it.zip"))
+    assert code == 0
+    assert lines[1] == (
+        f"pass     provider   CPUExecutionProvider was asked for and is in use, {here}: verified with 65,536, but this "
+        "machine has no more cores"
+    )
+    assert lines[3].endswith(f"(Imaginary 9000, CPUExecutionProvider, 65,536 threads); not comparable, {here} here")
+
+
+@pytest.mark.parametrize(("cores", "said"), [(1, "1 core"), (4, "4 cores")])
+def test_more_threads_than_cores_cannot_be_asked_for(
+    content: Content,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    path = write_zip(content, tmp_path / "it.zip")
+    with pytest.raises(SystemExit, match="2"):
+        check.main([str(path), "--threads", "65536"])
+    assert f"--threads must be at most the {said} of this machine, got 65,536" in capsys.readouterr().err
+    assert check.main([str(path), "--threads", str(cores)]) == 0
+
+
+def test_an_outcome_that_cannot_be_written_is_told(
+    content: Content, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    path, out = write_zip(content, tmp_path / "it.zip"), tmp_path / "out.json"
+    assert check.main([str(path), "--json", str(out)]) == 4
+    said = capsys.readouterr()
+    assert said.out.endswith("PASSED: 3 checks made, none failed.\n")
+    assert said.err == f"'{out}' cannot be written: Permission denied.\n"
+    assert check.main([str(path), "--json", str(out), "--max-latency-ms", "1e-6"]) == 1
+
+
+def test_the_command_line_goes_before_what_was_promised(
+    content: Content, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     path = write_zip(content, tmp_path / "it.zip")
     code, lines = say(path, "--max-latency-ms", "1e-6")
     assert (code, "at most 1e-06 ms was asked for; " in lines[3]) == (1, True)
@@ -277,6 +328,23 @@ def test_another_class_fails_parity_however_small_the_difference(content: Conten
     assert lines[2].endswith("(tolerance 100), top-1 the same on 5 of 6")
 
 
+def with_one_class_changed(content: Content) -> Content:
+    """Return content that expects another class for the first of the six images."""
+    arrays = check.read_samples(content["samples.npz"])
+    expected = arrays["expected"].copy()
+    expected[0] = np.roll(expected[0], 1)
+    return sealed(content | {"samples.npz": pack_arrays(arrays | {"expected": expected})})
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.8, 0), (5 / 6, 0), (0.9, 1), (1.0, 1), (None, 1)])
+def test_as_many_classes_as_promised_must_be_the_same(tmp_path: Path, say: Say, share: float | None, code: int) -> None:
+    promised = {} if share is None else {"min_agreement": share}
+    content = with_one_class_changed(make_content(tolerance=100, **promised))
+    found, lines = say(write_zip(content, tmp_path / "it.zip"))
+    said = "" if share in (None, 1.0) else f" (at least {100 * share:g} % must be)"
+    assert (found, lines[2].endswith(f"(tolerance 100), top-1 the same on 5 of 6{said}")) == (code, True)
+
+
 def test_nan_is_within_no_tolerance() -> None:
     samples = {"inputs": np.zeros((2, 1), np.float32), "expected": np.zeros((2, 3), np.float32)}
     is_same, told, difference = check.check_parity(lambda _: np.full((2, 3), np.nan), samples, None, 1e9)
@@ -422,6 +490,10 @@ DESCRIPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a negative promise": (
         {"promises": {"tolerance": -1, "max_latency_ms": None}},
         "model.json lacks a value, or has one of another kind: TypeError('-1 is no number of at least 0')",
+    ),
+    "more than all": (
+        {"promises": {"tolerance": 1, "min_agreement": 1.5, "max_latency_ms": None}},
+        "model.json lacks a value, or has one of another kind: TypeError('1.5 is no share')",
     ),
     "a list": ({"verdict": []}, "model.json lacks a value, or has one of another kind: "),
 }

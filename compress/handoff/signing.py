@@ -24,7 +24,7 @@ def sign(content: bytes, key_file: Path) -> bytes:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as error:
         raise RuntimeUnavailable(
-            "--sign needs the package cryptography, which is not installed.", hint="pip install 'compress[sign]'"
+            "--sign needs the package cryptography, which is not installed.", hint="pip install 'cryptography>=43'"
         ) from error
     try:
         key = load_pem_private_key(key_file.read_bytes(), password=None)

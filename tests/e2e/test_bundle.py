@@ -492,6 +492,6 @@ def test_a_signature_needs_its_package(
     done = call(finished.outcome.folder, "-o", str(tmp_path / "it.zip"), "--sign", str(keys / "key.pem"))
     assert (done.exit_code, done.stderr) == (
         5,
-        "--sign needs the package cryptography, which is not installed.\nHint: pip install 'compress[sign]'\n",
+        "--sign needs the package cryptography, which is not installed.\nHint: pip install 'cryptography>=43'\n",
     )
     assert list(tmp_path.iterdir()) == []

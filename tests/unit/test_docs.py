@@ -98,6 +98,13 @@ def test_the_workflow_to_copy_gives_commands_that_there_are():
             assert option in said
 
 
+def test_the_workflow_to_copy_takes_no_package_of_that_name_from_an_index():
+    job = yaml.safe_load((ROOT / "docs" / "examples" / "github-actions.yml").read_text("utf-8"))["jobs"]["compress"]
+    (install,) = [step["run"] for step in job["steps"] if "pip install" in step.get("run", "")]
+    assert install == 'pip install "$COMPRESS"'
+    assert job["env"]["COMPRESS"].startswith("git+https://")
+
+
 def test_the_hook_for_pre_commit_validates():
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
     assert hook["entry"] == "compress validate"

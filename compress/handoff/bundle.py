@@ -5,7 +5,7 @@ run folder -> read_run (digests) -> samples, model.json, README.md, check.py -> 
 
 from pathlib import Path
 
-from compress.cost.onnx_file import load_onnx, read_metadata, read_signature
+from compress.cost.onnx_file import load_onnx
 from compress.data.opening import Splits
 from compress.errors import ArtifactError, ConfigError, InternalError
 from compress.files import write_whole
@@ -55,6 +55,7 @@ def write_bundle(
     if out is None:
         out = Path(f"{Path(run.name).name}.zip")
         _require_place(out, force)
+    _require_outside(out, folder)
     if not run.has_passed and not allows_failed:
         failed = ", ".join(run.failed) or "a required check was not made"
         raise ConfigError(
@@ -89,7 +90,7 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
     evaluation = Splits(run.data).evaluation
     arrays = make_samples(path, evaluation, samples)
     proto = load_onnx(path)
-    model = describe_model(run, read_signature(proto), read_metadata(proto), len(arrays["inputs"]), licence)
+    model = describe_model(run, proto, arrays["expected"], licence)
     if model["preprocessing"] != evaluation.preprocessing.to_dict():
         raise ArtifactError(f"'{path}' and the pipeline must state the same preprocessing, they do not.")
     content = {name: file.read_bytes() for name, file in run.model_files.items()}
@@ -117,8 +118,19 @@ def _require_place(out: Path, force: bool) -> None:
         raise ConfigError(f"-o must be a file to write, '{out}' is a folder.")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"-o must be a file to write, '{out}' is in a folder that does not exist.")
+    if out.suffix.lower() != ".zip":
+        raise ConfigError(f"-o must be a file to write whose name ends in .zip, got '{out}'.")
     if out.exists() and not force:
         raise ConfigError(f"{out} exists already and must not be overwritten.", hint="--force replaces it.")
+
+
+def _require_outside(out: Path, folder: Path) -> None:
+    """Refuse to write among the files of a run, also through a link."""
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"-o must lie outside of the run folder, '{out}' is inside of '{folder}'.",
+            hint="What is in there is what the run verified; name another place.",
+        )
 
 
 def _require_size(content: dict[str, bytes]) -> None:

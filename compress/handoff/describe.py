@@ -5,49 +5,70 @@ Everything in it follows from the report of the run and from the file itself, so
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
-from compress.artifacts import Signature
-from compress.cost.onnx_file import OnnxMetadata
-from compress.errors import ArtifactError
-from compress.handoff.check import SCHEMA
+import numpy as np
+import onnx
+
+from compress.cost.onnx_file import is_half, is_quantized, read_metadata, read_signature
+from compress.errors import ArtifactError, ConfigError
+from compress.handoff.check import MAX_COUNT, RUNTIME, SCHEMA
 from compress.handoff.finished import FinishedRun
+from compress.verification.opinions import ROUNDED_WITHIN
+
+MIN_AGREEMENT_ROUNDED = 0.9  # one of 16 images, the default, may lie so near to a border that rounding decides
+_PROVIDER = "CPUExecutionProvider"  # there wherever ONNX Runtime is
+_FOLDERS = re.compile(  # of an absolute path: in quotes, where there may be spaces in it, or without them
+    r"""(?<=['"`])(?:[A-Za-z]:)?[\\/][^'"`\n]*[\\/](?=[^'"`\\/\n])"""
+    r"""|(?:(?<![\w./\\'"`-])(?!(?<=:)//)|(?<=file://))(?:[A-Za-z]:)?[\\/]{1,2}(?:[^\s'"`\\/]+[\\/])+(?=[^\s\\/])"""
+)
 
 
 def describe_model(
-    run: FinishedRun, signature: Signature, metadata: OnnxMetadata, samples: int, licence: str | None
+    run: FinishedRun, proto: onnx.ModelProto, expected: np.ndarray, licence: str | None
 ) -> dict[str, Any]:
     """Return the content of `model.json`, plain values.
 
     Args:
         run: What is handed over.
-        signature: Of the file.
-        metadata: Of the file.
-        samples: How many images lie beside it.
+        proto: The file.
+        expected: (N, K), its outputs for the samples that lie beside it.
         licence: Of the model; None for what the run says.
 
     Raises:
         ArtifactError: The file does not say how images become its input.
+        ConfigError: The run was measured in a way that no check can repeat.
     """
+    metadata = read_metadata(proto)
     if metadata.preprocessing is None:
         raise ArtifactError(f"'{run.folder / 'model.onnx'}' must state its preprocessing, it does not.")
+    precision = name_precision(proto)
     stated = dict(run.report["provenance"]["licence"])
     return {
         "schema": SCHEMA,
         "name": run.name,
-        "signature": asdict(signature),
+        "precision": precision,
+        "signature": asdict(read_signature(proto)),
         "preprocessing": metadata.preprocessing.to_dict(),
         "classes": list(metadata.classes),
         "metrics": _metrics(run.report),
-        "verdict": run.report["verdict"],
-        "promises": _promises(run.verify),
+        "verdict": without_folders(run.report["verdict"], is_text=True),
+        "promises": _promises(run.verify, precision != "fp32", float(np.abs(expected).max())),
         "measured": _measured(run),
-        "samples": samples,
+        "samples": len(expected),
         "licence": stated if licence is None else {**stated, "model": licence},
         "provenance": _provenance(run),
     }
+
+
+def name_precision(proto: onnx.ModelProto) -> str:
+    """Return "int8", "fp16" or "fp32": the coarsest in which the file computes."""
+    if is_quantized(proto):
+        return "int8"
+    return "fp16" if is_half(proto) else "fp32"
 
 
 def to_text(values: dict[str, Any]) -> bytes:
@@ -68,15 +89,34 @@ def _metrics(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _promises(verify: dict[str, Any]) -> dict[str, Any]:
-    """Return what the verdict held the file to and another machine can hold it to as well."""
-    return {"tolerance": verify["gates"]["parity"], "max_latency_ms": verify["gates"]["max_latency_ms"]}
+def _promises(verify: dict[str, Any], is_rounded: bool, largest_output: float) -> dict[str, Any]:
+    """Return what the verdict held the file to and another machine can hold it to as well.
+
+    Args:
+        verify: Settings of the stage.
+        is_rounded: Whether the file rounds values; each processor does that in its own way.
+        largest_output: Largest absolute output that is expected.
+    """
+    gates, ships = verify["gates"], verify["runtime"] == RUNTIME
+    rounded = {"tolerance": max(gates["parity"], ROUNDED_WITHIN * largest_output)}
+    return {
+        "tolerance": gates["parity"],
+        **(rounded if is_rounded else {}),
+        "min_agreement": MIN_AGREEMENT_ROUNDED if is_rounded else 1.0,
+        "max_latency_ms": gates["max_latency_ms"] if ships else None,
+        "provider": verify["provider"] if ships else _PROVIDER,
+    }
 
 
 def _measured(run: FinishedRun) -> dict[str, Any]:
     """Return the median latency, and on what it was measured."""
     slim, environment = run.report["slim"] or {}, run.report["environment"]
     conditions = {name: run.verify[name] for name in ("runtime", "provider", "threads", "batch_size")}
+    for name in ("threads", "batch_size"):
+        if conditions[name] > MAX_COUNT:
+            raise ConfigError(
+                f"{name} of verify must be at most {MAX_COUNT:,} for a run to be handed over, got {conditions[name]:,}."
+            )
     return {
         "latency_ms": (slim.get("latency_ms") or {}).get("p50"),
         **conditions,
@@ -91,7 +131,7 @@ def _provenance(run: FinishedRun) -> dict[str, Any]:
     made, environment = run.report["provenance"], run.report["environment"]
     return {
         "recipe": run.recipe,
-        "config": _without_folders(run.report["config"]),
+        "config": without_folders(run.report["config"]),
         "seed": run.report["config"]["seed"],
         "versions": environment["versions"],
         "python": environment["python"],
@@ -99,14 +139,24 @@ def _provenance(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any, *, is_text: bool = False) -> Any:
     """Return values with absolute paths cut to their last part: folders name machines and people, digests the files.
 
-    >>> _without_folders({"weights": "/home/somebody/net.safetensors", "factory": "/home/somebody/model.py:build"})
+    Args:
+        value: Plain, as deep as it likes.
+        is_text: Whether there may be sentences with paths in them; else a text is a path as a whole, or none.
+
+    >>> without_folders({"weights": "/home/somebody/net.safetensors", "factory": "/home/somebody/model.py:build"})
     {'weights': 'net.safetensors', 'factory': 'model.py:build'}
+    >>> without_folders("'/home/some body/net.onnx' must be a file, see https://host/net", is_text=True)
+    "'net.onnx' must be a file, see https://host/net"
     """
     if isinstance(value, dict):
-        return {key: _without_folders(entry) for key, entry in value.items()}
+        return {key: without_folders(entry, is_text=is_text) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_folders(entry) for entry in value]
-    return PurePath(value).name if isinstance(value, str) and os.path.isabs(value) else value
+        return [without_folders(entry, is_text=is_text) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if is_text:
+        return _FOLDERS.sub("", value)
+    return PurePath(value).name if os.path.isabs(value) else value

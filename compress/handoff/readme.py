@@ -4,6 +4,7 @@ from typing import Any
 
 from compress.handoff.check import SAMPLES
 from compress.handoff.finished import FinishedRun
+from compress.verification.quantized import AGREEMENT
 
 _EXIT_CODES = """\
 | exit code | meaning |
@@ -11,9 +12,18 @@ _EXIT_CODES = """\
 | 0 | all checks that could be made passed |
 | 1 | a check failed |
 | 2 | the command line is wrong |
-| 4 | no bundle, damaged or unreadable; nothing was run |
+| 4 | no bundle, damaged or unreadable, and the model was not run; or `--json` could not be written |
 | 5 | the execution provider, onnxruntime or another package is missing |
 """
+_PRECISIONS = {
+    "int8": " It is quantised to INT8: weights and activations are rounded to 8 bits, each processor rounds in its own "
+    "way, and outputs differ more between machines than those of a float file.",
+    "fp16": " It is in half precision (FP16): each processor rounds in its own way, and outputs differ more between "
+    "machines than those of a file in single precision.",
+}
+_OF_FLOAT = ("macs_agree", "weights_agree", "parity", "parity_edges")  # next to a quantised file
+_OF_BASELINE = ("baseline_agrees",)
+_SHARES = {"slimming": "all stages up to the float file", "quantize": "quantisation"}
 
 
 def render_readme(run: FinishedRun, model: dict[str, Any], files: list[str]) -> str:
@@ -28,6 +38,7 @@ def render_readme(run: FinishedRun, model: dict[str, Any], files: list[str]) -> 
         f"# {run.name}",
         _introduction(run, model),
         _figures(run.report, model["measured"]),
+        *_rounding(run.report),
         "## Use",
         f"```python\n{example(model)}```",
         f"Needs numpy and onnxruntime. `images` are pixels as they come out of a decoder, "
@@ -68,15 +79,51 @@ def example(model: dict[str, Any]) -> str:
 def _introduction(run: FinishedRun, model: dict[str, Any]) -> str:
     (source,) = model["signature"]["inputs"]
     shape = " x ".join(str(size) for size in source["shape"])
-    verdict = run.report["verdict"]
-    made = sum(check["status"] != "skipped" for check in verdict["checks"])
     outcome = (
-        f"It passed its verification: {made} checks on this file, none failed."
+        f"It passed its verification: {count_checks(run.report['verdict']['checks'])}; none failed."
         if run.has_passed
         else f"**It did not pass its verification** ({', '.join(run.failed) or 'a required check was not made'}), and "
         "was bundled all the same."
     )
-    return f"An image classifier in ONNX, made smaller by compress. Input `{source['name']}`: {shape}. {outcome}"
+    precision = _PRECISIONS.get(model["precision"], "")
+    about = f"An image classifier in ONNX, made smaller by compress.{precision} Input `{source['name']}`: {shape}."
+    return f"{about} {outcome}"
+
+
+def count_checks(checks: list[dict[str, Any]]) -> str:
+    """Return how many checks were made on which file.
+
+    Args:
+        checks: Of the verdict, as plain values.
+
+    >>> made = ["structure", "parity", "quantized_agreement", "baseline_agrees"]
+    >>> count_checks([{"name": name, "status": "pass"} for name in made])
+    '2 checks on this file, 1 on the float file that it was quantised from, 1 on the untouched network'
+    """
+    made = [check["name"] for check in checks if check["status"] != "skipped"]
+    float_ones = _OF_FLOAT if any(check["name"] == AGREEMENT for check in checks) else ()
+    whole, untouched = (sum(name in names for name in made) for names in (float_ones, _OF_BASELINE))
+    own = len(made) - whole - untouched
+    said = [f"{own} {'check' if own == 1 else 'checks'} on this file"]
+    said += [f"{whole} on the float file that it was quantised from"] if whole else []
+    return ", ".join([*said, *([f"{untouched} on the untouched network"] if untouched else [])])
+
+
+def _rounding(report: dict[str, Any]) -> list[str]:
+    """Return a paragraph on what quantisation did, none where it did nothing or that was not measured."""
+    said = []
+    agreeing = next((one["value"] for one in report["verdict"]["checks"] if one["name"] == AGREEMENT), None)
+    if agreeing is not None:
+        said.append(f"It gives {100 * agreeing:.2f} % of the evaluation images the class that the float file gives.")
+    shares = report["details"].get("shares") or []
+    if any(share["stage"] == "quantize" for share in shares):
+        parts = [
+            f"{_SHARES.get(share['stage'], share['stage'])} {share['points']:+.2f} points, from "
+            f"{100 * share['top1_before']:.2f} % to {100 * share['top1_after']:.2f} %"
+            for share in shares
+        ]
+        said.append(f"What each part did to top-1: {'; '.join(parts)}.")
+    return [" ".join(said)] if said else []
 
 
 def _figures(report: dict[str, Any], measured: dict[str, Any]) -> str:
@@ -96,7 +143,7 @@ def _figures(report: dict[str, Any], measured: dict[str, Any]) -> str:
             old, new = before["latency_ms"][name], after["latency_ms"][name]
             rows.append((f"latency {name} (ms)", f"{old:.3f}", f"{new:.3f}"))
     table = ["| | untouched network | this one |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    where = f"{measured['machine']}, {measured['provider']}"
+    where = f"{measured['machine']}, {measured['runtime']}, {measured['provider']}"
     how = f"threads: {measured['threads']}, batch: {measured['batch_size']}"
     return "\n".join(table) + f"\n\nIn brackets are 95 % intervals. Latency was measured on {where}, {how}."
 

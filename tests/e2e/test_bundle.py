@@ -83,7 +83,9 @@ def test_a_bundle_holds_what_it_should(finished: Finished, packed: Path) -> None
     assert (model["metrics"]["slim"], model["metrics"]["baseline"]) == (report["slim"], report["baseline"])
     assert model["metrics"]["intervals"]["slim"]["top1"].keys() == {"value", "low", "high", "detail"}
     assert model["verdict"] == report["verdict"]
-    assert model["promises"] == {"tolerance": 0.001, "max_latency_ms": None}
+    assert model["precision"] == "fp32"
+    promised = {"tolerance": 0.001, "min_agreement": 1.0, "max_latency_ms": None, "provider": bundles.CPU}
+    assert model["promises"] == promised
     assert model["measured"]["latency_ms"] == report["slim"]["latency_ms"]["p50"]
     assert model["licence"] == {"model": None, "data": None, "data_name": None}
     made = model["provenance"]
@@ -250,6 +252,80 @@ def test_a_run_that_failed_is_handed_over_only_when_asked(
     assert "Warning: this model did not pass its verification: max_size_mb." in capsys.readouterr().out
 
 
+def test_a_rounded_file_promises_what_rounding_allows_and_says_what_it_is(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = bundle_of(world, lambda v: v["stages"].insert(-1, {"stage": "quantize", "images": 32}))
+    model, content = described(path), check.read_content(path)
+    largest = float(np.abs(check.read_samples(content["samples.npz"])["expected"]).max())
+    assert model["precision"] == "int8"
+    kept = {"min_agreement": 0.9, "max_latency_ms": None, "provider": bundles.CPU}
+    assert model["promises"] == {"tolerance": pytest.approx(0.05 * largest), **kept}
+    assert model["promises"]["tolerance"] > 0.01
+    assert check.main([str(path)]) == 0
+    assert "top-1 the same on 16 of 16 (at least 90 % must be)" in capsys.readouterr().out
+    text = content["README.md"].decode("utf-8")
+    assert "It is quantised to INT8" in text
+    status = {one["name"]: one["status"] for one in model["verdict"]["checks"]}
+    own = sum(value != "skipped" for value in status.values()) - 5
+    counted = f"{own} checks on this file, 4 on the float file that it was quantised from, 1 on the untouched network"
+    assert f"It passed its verification: {counted}; none failed." in text
+    (agreeing,) = [one["value"] for one in model["verdict"]["checks"] if one["name"] == "quantized_agreement"]
+    assert f"It gives {100 * agreeing:.2f} % of the evaluation images the class that the float file gives." in text
+    assert re.search(r"What each part did to top-1: all stages .* points, from .*; quantisation [+-]\d", text)
+
+
+def test_a_float_file_is_not_said_to_be_rounded(packed: Path) -> None:
+    text = check.read_content(packed)["README.md"].decode("utf-8")
+    assert "INT8" not in text
+    assert "float file" not in text
+    assert re.search(r"It passed its verification: \d+ checks on this file, 1 on the untouched network; none", text)
+
+
+def test_a_run_verified_in_another_runtime_can_be_handed_over(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = {"runtime": "onnx_reference", "provider": "CPU", "repeats": 2}
+
+    def change(values: dict[str, Any]) -> None:
+        values["stages"][-1].update(elsewhere)
+        values["stages"][-1]["gates"]["max_latency_ms"] = 1e6
+
+    path = bundle_of(world, change)
+    promises = described(path)["promises"]
+    assert (promises["provider"], promises["max_latency_ms"]) == (bundles.CPU, None)
+    assert check.main([str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "pass     provider   CPUExecutionProvider was asked for and is in use" in said
+    assert "skipped  latency    no promise in milliseconds was made" in said
+    assert ", onnx_reference on CPU, 1 thread)" in said
+
+
+@pytest.mark.parametrize("name", ["batch_size", "threads"])
+def test_more_than_a_check_can_repeat_is_refused(world: World, tmp_path: Path, name: str) -> None:
+    folder = world.runs / "chain"
+    rewrite(lambda report: report["config"]["stages"][-1].update({name: 65_537}))(folder)
+    done = call(folder, "-o", str(tmp_path / "it.zip"))
+    message = f"{name} of verify must be at most 65,536 for a run to be handed over, got 65,537.\n"
+    assert (done.exit_code, done.stderr) == (2, message)
+    assert not (tmp_path / "it.zip").exists()
+
+
+def test_what_checks_say_names_no_folder(world: World, tmp_path: Path) -> None:
+    folder = world.runs / "chain"
+
+    def fail(report: dict[str, Any]) -> None:
+        report["verdict"]["passed"] = False
+        report["verdict"]["checks"][0] |= {
+            "status": "fail",
+            "detail": f"'{folder}/of mine/model.onnx' must be an ONNX model, its checker says: No {folder}/net.onnx",
+        }
+
+    rewrite(fail)(folder)
+    path = write_bundle(folder, tmp_path / "it.zip", allows_failed=True)
+    detail = described(path)["verdict"]["checks"][0]["detail"]
+    assert detail == "'model.onnx' must be an ONNX model, its checker says: No net.onnx"
+    assert all(str(world.folder).encode() not in content for content in check.read_content(path).values())
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +383,23 @@ def test_a_place_that_cannot_be_written_is_refused(finished: Finished, tmp_path:
     done = call(finished.outcome.folder, "-o", str(tmp_path))
     assert (done.exit_code, done.stderr) == (2, f"-o must be a file to write, '{tmp_path}' is a folder.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_but_a_zip_is_written_and_never_into_the_run(world: World, tmp_path: Path) -> None:
+    folder = world.runs / "chain"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = call(folder, "-o", str(folder / "model.onnx"), "--force")
+    message = f"-o must be a file to write whose name ends in .zip, got '{folder / 'model.onnx'}'.\n"
+    assert (done.exit_code, done.stderr) == (2, message)
+    (tmp_path / "runs").symlink_to(world.runs)
+    (tmp_path / "linked.zip").symlink_to(folder / "model.onnx")
+    for out in (folder / "it.zip", folder / "slim" / "it.zip", tmp_path / "runs/chain/it.zip", tmp_path / "linked.zip"):
+        done = call(folder, "-o", str(out), "--force")
+        assert done.exit_code == 2
+        assert done.stderr.startswith(
+            f"-o must lie outside of the run folder, '{out}' is inside of '{folder}'.\nHint: "
+        )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_leaves_nothing_half_written(

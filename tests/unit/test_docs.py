@@ -114,6 +114,8 @@ def test_the_hook_for_pre_commit_validates():
 
 def test_the_page_on_bundles_names_every_option_check_and_exit_code(capsys):
     from compress.handoff import check
+    from compress.handoff.describe import MIN_AGREEMENT_ROUNDED
+    from compress.verification.opinions import ROUNDED_WITHIN
 
     text = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="0"):
@@ -130,6 +132,8 @@ def test_the_page_on_bundles_names_every_option_check_and_exit_code(capsys):
     }
     for name in ("integrity", "signature", "provider", "parity", "latency"):
         assert f"| `{name}` |" in text
+    assert f"| 1 | {MIN_AGREEMENT_ROUNDED:g}: " in text
+    assert f", or {100 * ROUNDED_WITHIN:g} % of the largest expected output" in text
 
 
 def test_the_commands_on_bundles_have_the_options_shown():

@@ -54,7 +54,7 @@ def require_tensorboard() -> None:
     except ImportError as error:
         raise StageError(
             "--tensorboard needs the package tensorboard, it cannot be imported.",
-            hint="pip install 'compress[tensorboard]'",
+            hint="pip install tensorboard",
         ) from error
 
 

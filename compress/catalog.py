@@ -48,7 +48,7 @@ STAGES: dict[str, StageEntry] = {
                    "write and check the ONNX file"),
         StageEntry("quantize", "compress.stages.quantize:QuantizeStage", 1, ONNX_MODEL, ONNX_MODEL, True,
                    "round the ONNX file to INT8, ranges from calibration images"),
-        StageEntry("verify", "compress.stages.verify:VerifyStage", 3, ONNX_MODEL, VERDICT, True,
+        StageEntry("verify", "compress.stages.verify:VerifyStage", 4, ONNX_MODEL, VERDICT, True,
                    "measure the file in its runtime and hold it to the gates"),
     )
 }  # fmt: skip

@@ -18,6 +18,7 @@
     ├─ ArtifactError        exit 4   missing, corrupt or foreign file
     │  └─ RunLocked                  another process holds the run folder
     ├─ RuntimeUnavailable   exit 5   provider asked for, providers present
+    │  └─ NoSuchPlace                no machine has such a provider, or the runtime reads no ONNX files
     └─ InternalError        exit 70  our bug: an invariant is broken
 
 A failed verification is no exception: the verdict says so and the exit code is 1.
@@ -138,6 +139,10 @@ class RuntimeUnavailable(CompressError):
     """An execution provider was asked for that is not there."""
 
     exit_code = 5
+
+
+class NoSuchPlace(RuntimeUnavailable):
+    """A file can be run so on no machine: the provider's name is unknown, or the runtime reads no ONNX files."""
 
 
 class InternalError(CompressError):

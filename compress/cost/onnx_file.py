@@ -1,6 +1,7 @@
 """What does an ONNX file say about itself: its files, its inputs and outputs, its preprocessing? No torch."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,11 @@ def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
     if not path.is_file():
         raise ArtifactError(f"ONNX file '{path}' does not exist.")
     try:
-        model = onnx.load(path, load_external_data=weights)
-    except Exception as error:  # protobuf, onnx.checker and the file system each raise types of their own
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf and the file system each raise types of their own
         raise ArtifactError(f"'{path}' must be a readable ONNX model: {first_line(error)}") from error
+    if weights:
+        _load_weights(model, path)
     if not model.graph.node or not model.graph.output:
         raise ArtifactError(f"'{path}' must be an ONNX model with nodes and outputs, it has none.")
     return model
@@ -58,16 +61,66 @@ def save_onnx(model: onnx.ModelProto, path: Path, external: bool) -> None:
     onnx.save_model(copy, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
 
 
+def each_node(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yield every node of a model, those of subgraphs and of local functions too."""
+    yield from _nodes_within(model.graph.node)
+    for function in model.functions:
+        yield from _nodes_within(function.node)
+
+
+def each_tensor(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of a model: initializers and constants, those of subgraphs and local functions too."""
+    nodes = [*each_node(model)]
+    for graph in (model.graph, *(graph for node in nodes for graph in subgraphs(node))):
+        yield from graph.initializer
+        yield from (sparse.values for sparse in graph.sparse_initializer)
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            yield attribute.t
+        elif attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
+            yield attribute.sparse_tensor.values
+        yield from attribute.tensors
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs that a node holds, as If and Loop do."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
 def external_files(model: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
     """Return the files beside `path` that hold weights of `model`, whether they exist or not."""
-    places = {
-        entry.value
-        for tensor in model.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    places = {_external(tensor).get("location", "") for tensor in each_tensor(model) if _is_external(tensor)}
     return tuple(path.parent / place for place in sorted(places))
+
+
+def external_problems(model: onnx.ModelProto, path: Path) -> list[str]:
+    """Return what is wrong with the files beside `path` that hold weights, a clause each; they are not opened."""
+    ends: dict[str, int] = {}
+    for tensor in each_tensor(model):
+        if _is_external(tensor):
+            said = _external(tensor)
+            place = said.get("location", "")
+            end = _whole_number(said.get("offset")) + _whole_number(said.get("length"))
+            ends[place] = max(end, ends.get(place, 0))
+    problems = []
+    for place, end in sorted(ends.items()):
+        file = path.parent / place
+        if not file.exists():
+            problems.append(f"its weights in '{file.name}' are missing")
+        elif not file.is_file():
+            problems.append(f"its weights in '{file.name}' must be a file, it is none")
+        elif file.stat().st_size < end:
+            problems.append(f"its weights in '{file.name}' must be {end:,} bytes, it has {file.stat().st_size:,}")
+    return problems
+
+
+def require_external(model: onnx.ModelProto, path: Path) -> None:
+    """Raise ArtifactError unless the files with weights beside `path` are there and long enough."""
+    if problems := external_problems(model, path):
+        raise ArtifactError(f"'{path}' must have all its weights: {'; '.join(problems)}.")
 
 
 def model_files(path: Path) -> tuple[Path, ...]:
@@ -137,6 +190,33 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error that says something, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+def _load_weights(model: onnx.ModelProto, path: Path) -> None:
+    require_external(model, path)
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # onnx.checker and the file system each raise types of their own
+        raise ArtifactError(f"'{path}' must be a readable ONNX model: {first_line(error)}") from error
+
+
+def _nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for graph in subgraphs(node):
+            yield from _nodes_within(graph.node)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _external(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _whole_number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import AttributeProto, ModelProto
 
 from compress.artifacts import CheckResult, Signature, TensorSpec
 from compress.cost.onnx_file import (
     default_opset,
-    external_files,
+    each_node,
+    each_tensor,
+    external_problems,
     first_line,
     load_onnx,
     read_metadata,
@@ -23,11 +25,13 @@ from compress.cost.onnx_file import (
 from compress.data.splits import Split
 from compress.errors import ArtifactError
 from compress.verification.compare import ParityResult
+from compress.verification.modes import training_nodes
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import Tensor, nn
 
+REPEATABLE = "repeatable"
 _NAMED = 6
 BASELINE_WITHIN = 0.002  # another runtime may decide otherwise where two classes are as likely
 
@@ -41,16 +45,15 @@ def check_structure(model: ModelProto, path: Path, signature: Signature | None, 
         signature: Inputs and outputs it must have; None takes what it has.
         opset: Version of the default operator set it must have; None takes what it has.
     """
-    missing = [file.name for file in external_files(model, path) if not file.is_file()]
-    problems = [f"its weights in '{name}' are missing" for name in missing]
-    if not missing:
-        problems += _invalid(path)
+    problems = external_problems(model, path) or _invalid(path)
     got_opset = default_opset(model)
     if opset is not None and got_opset != opset:
         problems.append(f"opset must be {opset}, got {got_opset}")
     if signature is not None:
         problems += _signature_problems(signature, read_signature(model))
-    problems += [f"node '{node.name}' ({node.op_type}) is in training mode" for node in _training_nodes(model)]
+    problems += [
+        f"node '{node.name}' ({node.op_type}) is in training mode" for node in training_nodes(model, path.parent)
+    ]
     if problems:
         return CheckResult("structure", "fail", None, None, "", "; ".join(problems))
     batch = [dim for dim in (value.type.tensor_type.shape.dim[:1] for value in model.graph.input[:1]) if dim]
@@ -95,19 +98,34 @@ def check_preprocessing(model: ModelProto, split: Split) -> CheckResult:
         model: The file; one that says nothing is not held to anything.
         split: What it is verified on.
     """
+    return _compare_preprocessing("preprocessing", model, split)
+
+
+def check_baseline_preprocessing(model: ModelProto, split: Split) -> list[CheckResult]:
+    """Return the same check of the baseline's file, and none where it says nothing.
+
+    Args:
+        model: The baseline's file, which gets the images that the file itself gets.
+        split: As there.
+    """
+    check = _compare_preprocessing("baseline_preprocessing", model, split)
+    return [] if check.status == "skipped" else [check]
+
+
+def _compare_preprocessing(name: str, model: ModelProto, split: Split) -> CheckResult:
     try:
         said = read_metadata(model)
     except ArtifactError as error:
-        return CheckResult("preprocessing", "fail", None, None, "", error.message)
-    names = split.source.classes
-    if said.preprocessing is None:
-        return CheckResult("preprocessing", "skipped", None, None, "", "the file does not say how images are prepared")
-    given, wanted = asdict(split.preprocessing), asdict(said.preprocessing)
-    problems = [f"{key} must be {value}, got {given[key]}" for key, value in wanted.items() if value != given[key]]
+        return CheckResult(name, "fail", None, None, "", error.message)
+    names, problems = split.source.classes, []
+    if said.preprocessing is not None:
+        given, wanted = asdict(split.preprocessing), asdict(said.preprocessing)
+        problems = [f"{key} must be {value}, got {given[key]}" for key, value in wanted.items() if value != given[key]]
     if said.classes and names and said.classes != names:
         problems.append(f"classes must be {', '.join(said.classes[:6])} ..., got {', '.join(names[:6])} ...")
-    detail = "; ".join(problems) or "as the file says"
-    return CheckResult("preprocessing", "fail" if problems else "pass", None, None, "", detail)
+    if said.preprocessing is None and not (said.classes and names):
+        return CheckResult(name, "skipped", None, None, "", "the file does not say how images are prepared")
+    return CheckResult(name, "fail" if problems else "pass", None, None, "", "; ".join(problems) or "as the file says")
 
 
 def check_baseline(recorded: float, measured: float, images: int) -> CheckResult:
@@ -125,16 +143,37 @@ def check_baseline(recorded: float, measured: float, images: int) -> CheckResult
 
 
 def check_denormals(path: Path) -> CheckResult:
-    """Check that no weight is a denormal number, with which a CPU computes many times more slowly."""
-    denormal, tiny = 0, np.finfo(np.float32).tiny
-    for tensor in load_onnx(path, weights=True).graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            values = np.abs(onnx.numpy_helper.to_array(tensor))
-            denormal += int(((values != 0) & (values < tiny)).sum())
+    """Check that no constant is a denormal number, with which a CPU computes many times more slowly.
+
+    Half precision is widened to float32 before a CPU computes, where its smallest numbers are normal ones.
+    """
+    denormal, constants = 0, 0
+    for values in _floats(load_onnx(path, weights=True)):
+        tiny = np.finfo(values.dtype if values.dtype == np.float64 else np.float32).tiny
+        sizes = np.abs(values.astype(np.promote_types(values.dtype, np.float32), copy=False))
+        constants += 1
+        denormal += int(((sizes != 0) & (sizes < tiny)).sum())
     detail = (
-        f"{denormal:,} weights are denormal numbers, which make a CPU slow" if denormal else "none among the weights"
+        f"{denormal:,} weights are denormal numbers, which make a CPU slow"
+        if denormal
+        else f"none among {constants:,} floating-point constants"
     )
     return CheckResult("denormals", "fail" if denormal else "pass", float(denormal), 0.0, "weights", detail)
+
+
+def _floats(model: ModelProto) -> Iterator[np.ndarray]:
+    """Yield the values of each constant in float16, float32 or float64; there are none smaller in other types."""
+    kinds = (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
+    for tensor in each_tensor(model):
+        if tensor.data_type in kinds:
+            yield onnx.numpy_helper.to_array(tensor)
+    for node in each_node(model):
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.FLOAT:
+                    yield np.array([attribute.f], np.float32)
+                elif attribute.type == AttributeProto.FLOATS:
+                    yield np.array(attribute.floats, np.float32)
 
 
 def _check_count(name: str, unit: str, counted: int | str, expected: int) -> CheckResult:
@@ -208,6 +247,21 @@ def check_evaluation(images: int, top1: float) -> CheckResult:
     return CheckResult("evaluation", status, float(images), None, "images", detail)  # type: ignore[arg-type]
 
 
+def check_repeatable(first: np.ndarray, again: np.ndarray, limit: float) -> CheckResult:
+    """Check that the same images give the same outputs each time.
+
+    Args:
+        first: (N, K) outputs.
+        again: (N, K) outputs of the same images, computed once more.
+        limit: Largest absolute difference of an output.
+    """
+    difference = float(np.abs(first.astype(np.float64) - again).max())
+    is_same = difference <= limit
+    images = f"{len(first)} image{'' if len(first) == 1 else 's'} computed twice"
+    detail = images if is_same else f"the file gives other outputs for the same images ({images})"
+    return CheckResult(REPEATABLE, "pass" if is_same else "fail", difference, limit, "", detail)
+
+
 def _invalid(path: Path) -> list[str]:
     try:
         onnx.checker.check_model(path, full_check=True)
@@ -223,18 +277,3 @@ def _signature_problems(wanted: Signature, got: Signature) -> list[str]:
 
 def _describe(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in specs) or "none"
-
-
-def _training_nodes(model: ModelProto) -> list[NodeProto]:
-    """Return nodes that behave as in training: batch norm on batch statistics, dropout that drops."""
-    truths = {
-        tensor.name
-        for tensor in model.graph.initializer
-        if tensor.data_type == onnx.TensorProto.BOOL and onnx.numpy_helper.to_array(tensor).any()
-    }
-    return [
-        node
-        for node in model.graph.node
-        if (node.op_type == "BatchNormalization" and any(a.name == "training_mode" and a.i for a in node.attribute))
-        or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] in truths)
-    ]

@@ -51,6 +51,11 @@ class Conditions:
     warmup: int = 10
     repeats: int = 100
 
+    @property
+    def timed_images(self) -> int:
+        """Images that the calls of a latency measurement take, those before it included."""
+        return (self.warmup + self.repeats) * self.batch_size
+
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{self.runtime} {self.provider}, {threads}, batch {self.batch_size}"
@@ -184,12 +189,14 @@ def evaluation_batch(spec: TensorSpec) -> int:
 
 
 def check_batch_size(session: Runtime, conditions: Conditions) -> None:
-    """Raise ConfigValueError when the file has a fixed batch size other than the one to measure."""
+    """Raise ConfigValueError when the network has a fixed batch size other than the one to measure."""
     fixed = image_input(session).shape[0]
     if isinstance(fixed, int) and fixed != conditions.batch_size:
+        whose = "baseline" if session.owner else "file"
         raise ConfigValueError(
-            f"verify.batch_size must be {fixed}, the fixed batch size of the file, got {conditions.batch_size}.",
-            hint="Export with dynamic_batch: true to measure other batch sizes.",
+            f"verify.batch_size must be {fixed}, the fixed batch size of the {whose}, got {conditions.batch_size}.",
+            hint=f"batch_size: {fixed} in the file of gates, or in the verify stage of a pipeline (and in deploy); or "
+            "export with dynamic_batch: true to measure other batch sizes.",
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
 from compress.artifacts import TensorSpec
 from compress.data.splits import Split
-from compress.errors import DataError, ModelError, NonFinite
+from compress.errors import CompressError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
@@ -69,11 +70,12 @@ def predict_each(
         As `predict`.
     """
     check_not_empty(split)
+    widths = []
     for runtime in runtimes:
-        runtime.check_work(len(split))
-    widths = [classifier_width(runtime) for runtime in runtimes]
-    for width in widths:
-        check_labels(split, width)
+        with named(runtime):
+            runtime.check_work(len(split))
+            widths.append(classifier_width(runtime))
+            check_labels(split, widths[-1])
     found, done = [np.empty((len(split), width), np.float32) for width in widths], 0
     size = min(batch_size_of(runtime, batch_size) for runtime in runtimes)
     with (progress or SilentProgress()).task(f"predictions on {split.name}", len(split)) as task:
@@ -81,10 +83,27 @@ def predict_each(
             if disturb is not None:
                 images = disturb(images, done)
             for runtime, outputs in zip(runtimes, found, strict=True):
-                outputs[done : done + len(labels)] = classify(runtime, images)
+                with named(runtime):
+                    outputs[done : done + len(labels)] = classify(runtime, images)
             done += len(labels)
             task.advance(len(labels))
     return [Predictions(outputs, split.labels) for outputs in found]
+
+
+@contextmanager
+def named(runtime: Runtime) -> Iterator[None]:
+    """Say in errors whose network it is, where the runtime has an owner."""
+    try:
+        yield
+    except CompressError as error:
+        if runtime.owner:
+            error.message = f"{runtime.owner}: {error.message}"
+        raise
+
+
+def first_images(split: Split, count: int) -> np.ndarray:
+    """Return the first `count` images of a split, prepared; all of a smaller one."""
+    return split.preprocessing.normalize(split.read(np.arange(min(count, len(split)))))
 
 
 def image_batches(

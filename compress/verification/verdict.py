@@ -15,7 +15,9 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import (
+    REPEATABLE,
     check_baseline,
+    check_baseline_preprocessing,
     check_denormals,
     check_edges,
     check_evaluation,
@@ -23,6 +25,7 @@ from compress.verification.checks import (
     check_parity,
     check_preprocessing,
     check_provider,
+    check_repeatable,
     check_structure,
     check_weights,
     list_fell_back,
@@ -41,11 +44,15 @@ from compress.verification.measuring import (
 from compress.verification.metrics import Estimate, Predictions, estimate_quality
 from compress.verification.opinions import check_also, check_evaluator
 from compress.verification.quality import (
+    batch_size_of,
     check_image_shape,
     check_labels,
     check_not_empty,
     classifier_width,
+    classify,
+    first_images,
     image_input,
+    named,
     predict,
 )
 from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
@@ -121,7 +128,7 @@ def verify_onnx(
     else:
         quantized = (AGREEMENT,) if float_onnx is not None else ()
         compared = _PARITY if reference is not None else ()
-        names = (*compared, "evaluation", *quantized, *scope.opinions)
+        names = (*compared, "evaluation", REPEATABLE, *quantized, *scope.opinions)
         run.checks += [skipped(name, "the file cannot be run as a classifier of these images") for name in names]
     return run.verdict(reference, baseline_figures)
 
@@ -171,7 +178,7 @@ class _Verification:
 
     def measure_baseline(self, path: Path) -> None:
         """Let the baseline predict what the file predicts."""
-        with self.conditions.open(path, all_cores=True) as session:
+        with self._open_baseline(path, all_cores=True) as session:
             self.before = predict(session, self.evaluation, evaluation_batch(image_input(session)), self.progress)
 
     def count_baseline(self, path: Path) -> Figures:
@@ -183,11 +190,18 @@ class _Verification:
             return Figures(0, 0, existing_bytes(path), {}, {})
         return Figures(counts.macs, counts.params, existing_bytes(path), {}, {})
 
+    def _open_baseline(self, path: Path, *, all_cores: bool = False) -> Runtime:
+        """Return the baseline's runtime, to be opened by `with`; what goes wrong in it is said to be the baseline's."""
+        runtime = self.conditions.open(path, all_cores=all_cores)
+        runtime.owner = f"Baseline '{path}'"
+        return runtime
+
     def check_session(self, baseline_onnx: Path | None) -> bool:
         """Open every file once, before any long work; returns whether the file can be run."""
         width = None
         if baseline_onnx is not None:
-            with self.conditions.open(baseline_onnx) as baseline:
+            self.checks += check_baseline_preprocessing(load_onnx(baseline_onnx), self.evaluation)
+            with self._open_baseline(baseline_onnx) as baseline, named(baseline):
                 width = self._check_classifier(baseline)
         try:
             with self.conditions.open(self.path) as session:
@@ -197,7 +211,7 @@ class _Verification:
                     failed = CheckResult("classifier", "fail", None, None, "", _with_hint(error))
                     self.checks += [check_provider(session), failed]
                     return False
-                session.check_work(len(self.evaluation))
+                session.check_work(len(self.evaluation) + self.conditions.timed_images)
                 self._check_provider(session)
                 detail = f"{own} classes, images of {' x '.join(map(str, image_input(session).shape[1:]))}"
                 self.checks.append(CheckResult("classifier", "pass", None, None, "", detail))
@@ -236,11 +250,21 @@ class _Verification:
                 self.after = predict(session, self.evaluation, batch, self.progress)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
-        if self.after is not None:
-            self.details["evaluation"] = {"images": len(self.evaluation)}
-            self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+            else:
+                self.details["evaluation"] = {"images": len(self.evaluation)}
+                self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+            self.checks.append(self._check_repeatable(session))
         if self.float_path is not None:
             self._compare_with_float(self.float_path)
+
+    def _check_repeatable(self, session: Runtime) -> CheckResult:
+        """Compute the first images twice: what draws at random gives a different verdict each time."""
+        size = batch_size_of(session, evaluation_batch(image_input(session)))
+        images = first_images(self.evaluation, size)
+        try:
+            return check_repeatable(classify(session, images), classify(session, images), self.gates.parity)
+        except (ModelError, NonFinite) as error:
+            return skipped(REPEATABLE, error.message, self.gates.parity)
 
     def _compare_with_float(self, path: Path) -> None:
         """Let the float file predict what the quantised one predicts."""
@@ -261,13 +285,11 @@ class _Verification:
         if self.after is None or wanted is None:
             return
         with ExitStack() as stack:
-            session, *others = (
-                stack.enter_context(self.conditions.open(file, all_cores=True))
-                for file in (self.path, baseline_onnx)
-                if file is not None
-            )
+            session = stack.enter_context(self.conditions.open(self.path, all_cores=True))
+            baseline = None
+            if baseline_onnx is not None:
+                baseline = stack.enter_context(self._open_baseline(baseline_onnx, all_cores=True))
             batch = evaluation_batch(image_input(session))
-            baseline = others[0] if others else None
             try:
                 self.standings = standings(session, baseline, self.evaluation, wanted, batch, self.progress, shifted)
             except (ModelError, NonFinite) as error:
@@ -347,7 +369,7 @@ class _Verification:
         self.checks += self.gates.check_ratios(slim, baseline, self.resources)
         self.checks += self.gates.check_resources(self.resources, "slim")
         self.checks += self.gates.check_fallback(self.fell_back)
-        always = ("structure", "denormals", "provider", "classifier", "evaluation")
+        always = ("structure", "denormals", "provider", "classifier", "evaluation", REPEATABLE)
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
         quantized = (AGREEMENT,) if self.float_path is not None else ()
         self.details["shares"] = drop_shares(self.before, self.whole, self.after)
@@ -413,7 +435,7 @@ def _count(path: Path) -> tuple[OnnxCounts | None, str]:
     """Return the counts of a graph, or None and why it cannot be counted."""
     try:
         return count_onnx(path), ""
-    except ModelError as error:
+    except (ArtifactError, ModelError) as error:  # weights that are missing fail the check of the structure
         return None, error.message
 
 

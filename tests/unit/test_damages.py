@@ -1,5 +1,7 @@
 """A file that is broken on purpose fails the check that is there for it, and the baseline itself passes every gate."""
 
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -147,6 +149,24 @@ def training_mode(model):
     model.graph.node.insert(list(model.graph.node).index(last) + 1, dropout)
 
 
+def training_mode_by_a_node(model):
+    """The flag comes out of a Constant node, by way of another one."""
+    training_mode(model)
+    (flag,) = (tensor for tensor in model.graph.initializer if tensor.name == "is_training")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["said"], value=flag))
+    model.graph.node.insert(1, helper.make_node("Identity", ["said"], ["is_training"]))
+    model.graph.initializer.remove(flag)
+
+
+def noise_of_its_own(model):
+    last = [node for node in model.graph.node if node.op_type == "Relu"][-1]
+    inner, last.output[0] = last.output[0], "quiet"
+    noise = helper.make_node("RandomNormalLike", ["quiet"], ["noise"], scale=1.0)
+    place = list(model.graph.node).index(last) + 1
+    model.graph.node.insert(place, helper.make_node("Add", ["quiet", "noise"], [inner]))
+    model.graph.node.insert(place, noise)
+
+
 def narrower_layer(model):
     """One filter fewer, with everything that reads it: a network that runs, and is not the one it should be."""
     first, second = kernels(model)[:2]
@@ -179,6 +199,8 @@ DAMAGES = (
     Damage("a second input", "structure", second_input),
     Damage("fixed batch", "structure", fixed_batch),
     Damage("dropout that drops", "structure", training_mode),
+    Damage("dropout by a Constant node", "structure", training_mode_by_a_node),
+    Damage("noise of its own", "repeatable", noise_of_its_own),
     Damage("a narrower layer", "macs_agree", narrower_layer),
     Damage("swapped mean and std", "preprocessing", split=make_split(
         replace(PREPROCESSING, mean=PREPROCESSING.std, std=PREPROCESSING.mean))),
@@ -199,11 +221,56 @@ def test_a_damaged_file_fails_the_check_that_is_there_for_it(damage, tmp_path: P
     assert any(name.rpartition(".")[2] == damage.check for name in failing(verdict)), failing(verdict)
 
 
-def test_missing_weights_and_half_a_file_are_found(tmp_path):
+def a_missing_file(data):
+    data.unlink()
+
+
+def half_a_file(data):
+    data.write_bytes(data.read_bytes()[:1000])
+
+
+def a_folder(data):
+    data.unlink()
+    data.mkdir()
+
+
+def a_pipe(data):
+    data.unlink()
+    os.mkfifo(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (a_missing_file, "its weights in 'external.onnx.data' are missing"),
+        (half_a_file, r"its weights in 'external.onnx.data' must be [\d,]+ bytes, it has 1,000"),
+        (a_folder, "its weights in 'external.onnx.data' must be a file, it is none"),
+        (a_pipe, "its weights in 'external.onnx.data' must be a file, it is none"),
+    ],
+)
+def test_missing_weights_and_half_a_file_are_found(tmp_path, damage, said):
     path = tmp_path / "external.onnx"
-    save_onnx(load_onnx(exported("chain"), weights=True), path, external=True)
-    (tmp_path / "external.onnx.data").unlink()
-    assert "structure" in failing(verify(path))
+    model = load_onnx(exported("chain"), weights=True)
+    size = numpy_helper.from_array(np.array([-1, 3, 16, 16]), "size")
+    model.graph.initializer.append(size)  # a shape that is only seen by running the graph
+    first = model.graph.node[0].input[0]
+    for node in model.graph.node:
+        node.input[:] = ["reshaped" if name == first else name for name in node.input]
+    kept = helper.make_node("NonZero", ["size"], ["kept"])
+    flat = helper.make_node("Squeeze", ["kept"], ["flat"])
+    chosen = helper.make_node("Gather", ["size", "flat"], ["chosen"])
+    reshape = helper.make_node("Reshape", [first, "chosen"], ["reshaped"])
+    for position, node in enumerate((kept, flat, chosen, reshape)):
+        model.graph.node.insert(position, node)
+    save_onnx(model, path, external=True)
+    assert "structure" not in failing(verify(path, signature=None))
+    damage(tmp_path / "external.onnx.data")
+    verdict = verify(path)
+    assert not verdict.passed
+    checks = {check.name: check for check in verdict.checks}
+    assert re.search(said, checks["structure"].detail)
+    assert {checks[name].status for name in ("provider", "macs_agree")} == {"fail"}
+    assert {checks[name].status for name in ("classifier", "evaluation", "repeatable", "denormals")} == {"skipped"}
 
 
 def test_a_file_that_gives_nan_where_it_is_bright_fails_robustness_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Files that no run made: written node by node, as other tools may write them, good and unusable ones."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -80,8 +81,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verify(path: Path, images: Path, *arguments: str) -> tuple[int, dict[str, CheckResult], str]:
     """Return the exit code, the checks by name and what went to stderr."""
-    import json
-
     out = path.with_suffix(".json")
     settings = ("preprocessing.mean=[0.5]", "resources=null", "repeats=4", "warmup=1")
     flags = [flag for setting in settings for flag in ("--set", setting)]
@@ -190,3 +189,90 @@ def test_a_provider_that_is_not_there_is_refused(tmp_path: Path, images: Path) -
     code, _, said = verify(path, images, "--set", "provider=CUDAExecutionProvider")
     assert code == 5
     assert "CUDAExecutionProvider was asked for" in said
+
+
+def said(path: Path, target: Path, **values: object) -> Path:
+    """Write a file again with what it says of itself."""
+    model = onnx.load(path)
+    for key, value in values.items():
+        model.metadata_props.add(key=f"compress.{key}", value=json.dumps(value))
+    onnx.save_model(model, target)
+    return target
+
+
+SAYS: list[tuple[dict[str, object], str | None, str]] = [
+    ({}, None, ""),
+    ({"preprocessing": {"mean": [0.5]}}, "pass", "as the file says"),
+    ({"preprocessing": {"mean": [0.4]}}, "fail", "mean must be (0.4,), got (0.5,)"),
+    ({"classes": ["a", "b", "c", "d"]}, "pass", "as the file says"),
+    ({"classes": ["d", "c", "b", "a"]}, "fail", "classes must be d, c, b, a ..., got a, b, c, d ..."),
+    ({"preprocessing": "none"}, "fail", "The metadata 'compress.preprocessing' and 'compress.classes' must be JSON"),
+]
+
+
+@pytest.mark.parametrize(("says", "status", "detail"), SAYS)
+def test_what_the_baselines_file_says_of_images_must_be_so(
+    says: dict[str, object], status: str | None, detail: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "test.npz", **smallrun.pictures(16, seed=2), classes=np.array(["a", "b", "c", "d"]))
+    path = write(tmp_path / "own.onnx", classifier())
+    baseline = said(path, tmp_path / "baseline.onnx", **says)
+    code, checks, _ = verify(path, tmp_path / "test.npz", "--against", str(baseline))
+    assert code == int(status == "fail")
+    assert checks["preprocessing"].status == "skipped"
+    if status is None:
+        assert "baseline_preprocessing" not in checks
+    else:
+        assert checks["baseline_preprocessing"].status == status
+        assert checks["baseline_preprocessing"].detail.startswith(detail)
+
+
+def broken_head(path: Path) -> Path:
+    """Write a file whose bias is not a number."""
+    model = onnx.load(write(path, classifier()))
+    (bias,) = (tensor for tensor in model.graph.initializer if tensor.name == "b")
+    bias.CopyFrom(numpy_helper.from_array(np.full(CLASSES, np.nan, np.float32), "b"))
+    onnx.save_model(model, path)
+    return path
+
+
+def test_a_baseline_that_gives_nan_is_named(tmp_path: Path, images: Path) -> None:
+    path, baseline = write(tmp_path / "own.onnx", classifier()), broken_head(tmp_path / "base.onnx")
+    code, _, told = verify(path, images, "--against", str(baseline))
+    assert code == 3
+    assert f"Baseline '{baseline}': Outputs of the network must be finite" in told
+    code, checks, told = verify(baseline, images, "--against", str(path))
+    assert (code, checks["evaluation"].status) == (1, "fail")
+    assert "Baseline" not in checks["evaluation"].detail + told
+
+
+def test_a_baseline_that_takes_other_images_is_named(tmp_path: Path, images: Path) -> None:
+    code, _, told = verify(write(tmp_path / "own.onnx", classifier()), images, "--against",
+                           str(other_size(tmp_path / "base.onnx")))  # fmt: skip
+    assert code == 3
+    assert f"Baseline '{tmp_path / 'base.onnx'}': Images of split 'evaluation' must be 3 x 32 x 32" in told
+
+
+@pytest.mark.parametrize("whose", ["file", "baseline"])
+def test_a_fixed_batch_says_whose_it_is_and_how_to_measure_it(whose: str, tmp_path: Path, images: Path) -> None:
+    plain = write(tmp_path / "plain.onnx", classifier())
+    fixed = write(tmp_path / "fixed.onnx", classifier(), inputs={"x": (4, 3, SIZE, SIZE)}, outputs={"y": (4, CLASSES)})
+    path, against = (fixed, plain) if whose == "file" else (plain, fixed)
+    code, _, told = verify(path, images, "--against", str(against))
+    assert code == 2
+    assert f"verify.batch_size must be 4, the fixed batch size of the {whose}, got 1." in told
+    assert "Hint: batch_size: 4 in the file of gates, or in the verify stage of a pipeline" in told
+    assert verify(path, images, "--against", str(against), "--set", "batch_size=4")[0] == 0
+
+
+def test_weights_that_are_cut_short_fail_the_verdict_and_are_told_to_ci(tmp_path: Path, images: Path) -> None:
+    path, junit = write(tmp_path / "own.onnx", computed_padding()), tmp_path / "out.xml"
+    model = onnx.load(path)
+    onnx.save_model(model, path, save_as_external_data=True, location="own.data", size_threshold=0)
+    assert verify(path, images)[0] == 0
+    (tmp_path / "own.data").write_bytes((tmp_path / "own.data").read_bytes()[:100])
+    code, checks, _ = verify(path, images, "--junit", str(junit))
+    assert code == 1
+    assert checks["structure"].status == "fail"
+    assert "its weights in 'own.data' must be" in checks["structure"].detail
+    assert "structure" in junit.read_text("utf-8")

@@ -42,7 +42,7 @@ from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample, measure_latency
 from compress.verification.measuring import Conditions, available_cores, measure_onnx
 from compress.verification.metrics import Estimate
-from compress.verification.quality import predict
+from compress.verification.quality import predict, predict_each
 from compress.verification.resources import Resources
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -212,6 +212,20 @@ def test_top1_counts_every_image_once_with_open_and_fixed_batches():
 def test_top1_refuses_what_it_cannot_measure(split, function, error, wording):
     with FakeRuntime(function) as runtime, pytest.raises(error, match=wording):
         predict(runtime, split)
+
+
+def test_the_network_that_fails_is_named_where_it_has_an_owner():
+    def give_nan(images):
+        return {"logits": np.full((len(images), 4), np.nan, np.float32)}
+
+    for owner, said in (
+        ("Baseline 'base.onnx'", r"^Baseline 'base\.onnx': Outputs of the network"),
+        ("", "^Outputs of"),
+    ):
+        with FakeRuntime(scores_of) as good, FakeRuntime(give_nan) as bad:
+            bad.owner = owner
+            with pytest.raises(NonFinite, match=said):
+                predict_each((good, bad), make_split(4))
 
 
 def test_top1_needs_a_classifier():
@@ -486,13 +500,14 @@ def test_good_file_passes_every_check(split):
     )  # fmt: skip
     assert verdict.passed, verdict.checks
     assert list(checks_of(verdict)) == [
-        "structure", "preprocessing", "denormals", "macs_agree", "weights_agree", "provider", "classifier",
-        "parity", "parity_edges", "evaluation", "reference_evaluator", "baseline_agrees", "max_drop.top1", "max.churn",
-        "min_speedup",
-        "max_latency_ms", "max_size_mb",
+        "structure", "preprocessing", "denormals", "macs_agree", "weights_agree",
+        "baseline_preprocessing", "provider", "classifier",
+        "parity", "parity_edges", "evaluation", "repeatable", "reference_evaluator", "baseline_agrees", "max_drop.top1",
+        "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
     assert set(verdict.required) == set(checks_of(verdict)) - {
         "preprocessing",
+        "baseline_preprocessing",
         "baseline_agrees",
         "reference_evaluator",
     }

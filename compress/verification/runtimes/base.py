@@ -18,7 +18,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from compress.artifacts import Signature, TensorSpec
-from compress.errors import InternalError, ModelError, RuntimeUnavailable
+from compress.errors import InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
 
 Arrays = dict[str, np.ndarray]
 R = TypeVar("R", bound="Runtime")
@@ -32,6 +32,7 @@ class Runtime(ABC):
         reads_onnx: Whether `from_file` works.
         provider: Execution provider asked for.
         start_ms: Until the open runtime could compute; None where that was not measured.
+        owner: Whose network it is, said first in errors of its predictions ("Baseline 'a.onnx'"); "" for nobody's.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Runtime(ABC):
     def __init__(self, provider: str) -> None:
         self.provider = provider
         self.start_ms: float | None = None
+        self.owner = ""
         self._signature: Signature | None = None
 
     @classmethod
@@ -52,9 +54,9 @@ class Runtime(ABC):
             threads: Threads inside one operator.
 
         Raises:
-            RuntimeUnavailable: This runtime cannot read ONNX files.
+            NoSuchPlace: This runtime cannot read ONNX files.
         """
-        raise RuntimeUnavailable(
+        raise NoSuchPlace(
             f"Runtime '{cls.name}' must read ONNX files to verify one; it cannot.", hint="Use runtime: onnxruntime."
         )
 

@@ -15,14 +15,14 @@ import numpy as np
 from compress.artifacts import Signature
 from compress.cost.onnx_file import (
     default_opset,
-    external_files,
     first_line,
     is_quantized,
     load_onnx,
     read_signature,
+    require_external,
 )
 from compress.cost.onnx_graph import count_onnx
-from compress.errors import ArtifactError, ConfigValueError, ModelError, RuntimeUnavailable
+from compress.errors import ConfigValueError, ModelError, NoSuchPlace
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPU"
@@ -71,16 +71,12 @@ class OnnxReference(Runtime):
 
     def _open(self) -> Signature:
         if self.provider != CPU:
-            raise RuntimeUnavailable(
+            raise NoSuchPlace(
                 f"Runtime '{self.name}': {self.provider} was asked for, but it offers {CPU} only.",
                 hint=f"Set provider: {CPU}.",
             )
         model = load_onnx(self.path)
-        for file in external_files(model, self.path):
-            if not file.is_file():
-                raise ArtifactError(
-                    f"'{self.path}' keeps weights in '{file.name}', which must lie beside it and is missing."
-                )
+        require_external(model, self.path)
         signature = read_signature(model)
         self._evaluator = _evaluator(self.path)
         self._macs = count_onnx(self.path).macs

@@ -27,8 +27,16 @@ from onnx import ModelProto
 
 from compress.artifacts import Signature
 from compress.config.digest import digest_file, digest_value
-from compress.cost.onnx_file import first_line, is_half, is_quantized, load_onnx, model_files, read_signature
-from compress.errors import ArtifactError, InternalError, ModelError, RuntimeUnavailable
+from compress.cost.onnx_file import (
+    first_line,
+    is_half,
+    is_quantized,
+    load_onnx,
+    model_files,
+    read_signature,
+    require_external,
+)
+from compress.errors import ArtifactError, InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
 from compress.registry import closest
 from compress.verification.runtimes.base import Arrays, Runtime
 
@@ -122,6 +130,7 @@ class OnnxRuntime(Runtime):
     def _read_file(self) -> tuple[Signature, dict[str, str]]:
         """Return what the file says; it is not held in memory while the session is made, which is measured."""
         model = load_onnx(self.path)
+        require_external(model, self.path)
         self._check_provider_is_built_in()
         return read_signature(model), self._provider_options(model)
 
@@ -200,7 +209,7 @@ class OnnxRuntime(Runtime):
         if self.provider in present:
             return
         if self.provider not in known:
-            raise RuntimeUnavailable(
+            raise NoSuchPlace(
                 f"Runtime '{self.name}': provider must be one of {', '.join(present)}, got '{self.provider}'.",
                 hint=closest(self.provider, present),
             )

@@ -1,4 +1,4 @@
-"""What does it take to start with one file? Run in a new process: `python -m compress.verification.probe REQUEST`.
+"""What does it take to start with one file? Run in a new process, which `resources` starts.
 
 The request is JSON with "path" and "conditions"; so is the answer, with "start_ms" and "memory_bytes" (null where the
 system does not say).
@@ -71,7 +71,3 @@ def _memory(name: str) -> int | None:
     except OSError:
         return None
     return int(found.group(1)) * 1024 if found else None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -28,6 +28,18 @@ from compress.verification.runtimes.base import Runtime
 STARTS = 3
 _CALLS, _LONGEST_MS = 7, 3000.0  # for one batch size
 _PATIENCE_S = 120
+_PACKAGE = Path(__file__).resolve().parents[1]
+_START = """
+import importlib.util, json, sys
+folders, package, request = sys.argv[1:]
+sys.path[:] = json.loads(folders)
+place = package + "/__init__.py"
+spec = importlib.util.spec_from_file_location("compress", place, submodule_search_locations=[package])
+sys.modules["compress"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["compress"])
+from compress.verification.probe import main
+sys.exit(main(request))
+"""  # the package by its place: found by name, the folder that holds it would be searched for every module
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +118,8 @@ def _starts(files: Mapping[str, Path], conditions: Conditions) -> Iterator[tuple
 def _probe(path: Path, conditions: Conditions) -> dict[str, float]:
     """Start a process that opens a file, calls it, and says what that took."""
     request = json.dumps({"path": str(path.absolute()), "conditions": asdict(conditions)})
-    command = [sys.executable, "-m", "compress.verification.probe", request]
     try:
+        command = [sys.executable, "-I", "-c", _START, json.dumps(_search_path()), str(_PACKAGE), request]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _Failed(f"a new process could not be measured: {error}") from error
@@ -115,6 +127,13 @@ def _probe(path: Path, conditions: Conditions) -> dict[str, float]:
         raise _Failed(f"a new process could not open the file: {(done.stderr.strip() or '?').splitlines()[-1]}")
     said: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return said
+
+
+def _search_path() -> list[str]:
+    """Return where modules are looked for: not in the current folder, in which anything may lie."""
+    here = Path.cwd().resolve()
+    folders = [folder for folder in sys.path if folder and Path(folder).is_absolute()]
+    return [folder for folder in folders if Path(folder).resolve() != here]
 
 
 def _taken(seen: Sequence[Mapping[str, float | None]], key: str) -> Iterator[float]:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import nets
@@ -44,6 +45,7 @@ def make_split(preprocessing=PREPROCESSING, shift=0):
 
 
 SPLIT = make_split()
+PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
 
 
 def verify(path, split=SPLIT, **changes):
@@ -208,6 +210,18 @@ DAMAGES = (
 )  # fmt: skip
 
 
+@cache
+def documented():
+    """Return damage -> checks that fail, as the page on verification states them."""
+    rows = re.findall(r"^\| ([^|`]+) \| ((?:`[^`]+`(?:, )?)+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name.strip(): set(re.findall("`([^`]+)`", checks)) for name, checks in rows}
+
+
+def test_the_page_names_every_damage():
+    assert set(documented()) == {damage.name for damage in DAMAGES}
+    assert len(DAMAGES) >= 12
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
 def test_a_damaged_file_fails_the_check_that_is_there_for_it(damage, tmp_path: Path):
     path = exported("chain")
@@ -219,6 +233,7 @@ def test_a_damaged_file_fails_the_check_that_is_there_for_it(damage, tmp_path: P
     verdict = verify(path, damage.split)
     assert not verdict.passed
     assert any(name.rpartition(".")[2] == damage.check for name in failing(verdict)), failing(verdict)
+    assert documented()[damage.name] == failing(verdict)
 
 
 def a_missing_file(data):

@@ -24,7 +24,7 @@ from compress.config.digest import digest_value
 from compress.config.load import Pipeline
 from compress.crew import Crew, crew
 from compress.curves import require_tensorboard, written_curves
-from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
+from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, NoSuchPlace, RunLocked
 from compress.files import write_whole
 from compress.keys import Step, build_steps, explain, needs_latency
 from compress.locking import hold
@@ -255,14 +255,22 @@ class _Run:
         from compress.verification.measuring import Conditions, require_conditions  # imports ONNX Runtime
 
         config = self.pipeline.config
-        sections: list[tuple[str, Any]] = [("verify", config.stages[-1])]
+        verify: Any = config.stages[-1]
+        sections: list[tuple[str, Any]] = [("verify", verify)]
         if config.deploy is not None and not config.deploy.accept_foreign_table:
             sections.append(("deploy", config.deploy))
-        for name, section in sections:
-            wanted = Conditions(section.runtime, section.provider, section.threads, section.batch_size)
+        wanted = {
+            name: (Conditions(one.runtime, one.provider, one.threads, one.batch_size), True) for name, one in sections
+        }
+        for number, one in enumerate(verify.also):
+            place = Conditions(one.runtime, one.provider, one.threads or verify.threads, verify.batch_size)
+            wanted[f"verify.also[{number}]"] = place, one.required
+        for name, (conditions, is_required) in wanted.items():
             try:
-                require_conditions(wanted)
+                require_conditions(conditions)
             except CompressError as error:
+                if not is_required and not isinstance(error, NoSuchPlace):
+                    continue  # that place is skipped
                 error.message = f"Section '{name}': {error.message}"
                 raise
 

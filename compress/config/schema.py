@@ -48,6 +48,7 @@ Change = Annotated[float, Field(ge=-1, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Distance = Annotated[float, Field(ge=0, le=1.5)]  # of shares up to 1, of probabilities up to the root of 2
 Count = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -604,7 +605,11 @@ class GatesConfig(Section):
     max_memory_mb: float | None = Field(None, gt=0, description="growth of memory with the session, in 10^6 bytes")
     min_images_per_second: float | None = Field(None, gt=0, description="at the batch size where they are most")
     max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")
-    parity: float = Field(1e-3, gt=0, description="largest absolute difference to torch on real samples")
+    parity: float = Field(
+        1e-3,
+        gt=0,
+        description="largest absolute difference to torch on real samples; without torch, to itself and other places",
+    )
     max_fallback_nodes: int | None = Field(
         None, ge=0, description="nodes that another execution provider than the one asked for computes"
     )
@@ -639,7 +644,7 @@ class RobustnessConfig(Section):
 class ResourcesConfig(Section):
     """What a file takes besides the time of a call: to start, in memory, and at other batch sizes."""
 
-    batch_sizes: Annotated[tuple[Count, ...], BeforeValidator(_to_tuple)] = Field(
+    batch_sizes: Annotated[tuple[BatchSize, ...], BeforeValidator(_to_tuple)] = Field(
         (1, 8, 32), min_length=1, description="images a call for the throughput"
     )
 
@@ -666,7 +671,7 @@ class VerifyConfig(Section):
     runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
-    batch_size: Count = Field(1, description="images a call in the latency measurement")
+    batch_size: BatchSize = Field(1, description="images a call in the latency measurement")
     warmup: Count = Field(10, description="calls before the measurement")
     repeats: Count = Field(100, description="timed calls of each model, interleaved")
     parity_samples: int = Field(64, ge=1, description="real images compared with torch")
@@ -688,6 +693,12 @@ class VerifyConfig(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"also must name each place once; {label} stands there {labels.count(label)} times")
+        for one in self.also:
+            place = (one.runtime, one.provider, one.threads or self.threads)
+            if place == (self.runtime, self.provider, self.threads):
+                raise ValueError(
+                    f"also must name other places than the one that ships the file; {one.label} is that one"
+                )
         return self
 
 
@@ -721,7 +732,7 @@ class DeployConfig(Section):
     runtime: Annotated[str, _registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
-    batch_size: Count = Field(1, description="images a call")
+    batch_size: BatchSize = Field(1, description="images a call")
     repeats: Count = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
     precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
     table: str | None = Field(None, description="latency table that `compress profile` wrote; measured here by default")

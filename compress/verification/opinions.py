@@ -11,7 +11,7 @@ from compress.artifacts import CheckResult
 from compress.cost.onnx_file import is_half, is_quantized, load_onnx
 from compress.cost.onnx_graph import count_onnx
 from compress.data.splits import Split
-from compress.errors import ArtifactError, ConfigValueError, ModelError, NonFinite, RuntimeUnavailable
+from compress.errors import ArtifactError, ConfigValueError, ModelError, NonFinite, NoSuchPlace, RuntimeUnavailable
 from compress.progress import Progress
 from compress.verification.compare import ParityResult, parity
 from compress.verification.gates import skipped
@@ -61,6 +61,8 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
         limit: Largest absolute difference of an output.
         progress: Told about each batch.
     """
+    if session.name == _EVALUATOR.runtime:
+        return skipped(EVALUATOR, "it is the runtime that ships the file, and would be compared with itself")
     try:
         macs = count_onnx(path).macs
         images = min(_IMAGES, len(split), _EVALUATOR_WORK // max(1, macs))
@@ -89,7 +91,8 @@ def check_also(
         progress: Told about each part.
 
     Returns:
-        The check, skipped where that place is not to be had; and plain values for the report.
+        The check, skipped where that place is not to be had, failed where no machine has it; and plain values for the
+        report.
     """
     threads = wanted.threads or conditions.threads
     there = replace(conditions, runtime=wanted.runtime, provider=wanted.provider, threads=threads)
@@ -105,14 +108,16 @@ def check_also(
             sessions = {
                 name: stack.enter_context(one.open(path)) for name, one in (("there", there), ("shipping", conditions))
             }
+            for session in sessions.values():
+                session.check_work(min(_IMAGES, len(split)) + conditions.timed_images)
             result = parity(sessions["there"], sessions["shipping"], split, _IMAGES, progress=progress)
             inputs = {name: latency_inputs(one, split, conditions.batch_size) for name, one in sessions.items()}
             times = measure_latency(sessions, inputs, conditions.warmup, conditions.repeats, progress)
-    except (RuntimeUnavailable, ConfigValueError) as error:
-        return skipped(wanted.check, error.message), {**stated, "status": "skipped", "reason": error.message}
-    except (ArtifactError, ModelError, NonFinite) as error:
+    except (NoSuchPlace, ArtifactError, ModelError, NonFinite) as error:
         check = CheckResult(wanted.check, "fail", None, None, "", error.message)
         return check, {**stated, "status": "fail", "reason": error.message}
+    except (RuntimeUnavailable, ConfigValueError) as error:
+        return skipped(wanted.check, error.message), {**stated, "status": "skipped", "reason": error.message}
     check = _judge(wanted.check, result, _limit(path, limit, result), str(conditions))
     median, beside = times["there"].p50, times["shipping"].p50
     detail = f"{there}: p50 {median:.3f} ms beside {beside:.3f} ms; {check.detail}"

@@ -14,7 +14,7 @@ import compress.verification.opinions as opinions
 from compress.cost.onnx_file import load_onnx
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
-from compress.errors import ConfigError
+from compress.errors import ConfigError, ConfigValueError
 from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
 from compress.verification.opinions import Also
@@ -121,18 +121,49 @@ def test_a_runtime_that_is_not_there_is_skipped_and_that_fails_only_where_it_is_
     assert verdict.details["also"][0]["reason"] == check.detail
 
 
-def test_a_runtime_that_reads_no_files_and_too_many_threads_are_skipped():
-    verdict = verify(
-        scope=Scope(
-            also=(
-                Also("torch_eager", "torch_eager", "CPU"),
-                Also("many", "onnxruntime", "CPU", 1024),
-            )
-        )
+@pytest.mark.parametrize(
+    ("wanted", "status", "said"),
+    [
+        (Also("a", "torch_eager", "CPU"), "fail", "must read ONNX files"),
+        (Also("a", "onnxruntime", "CPUExecutionprovider"), "fail", "provider must be one of"),
+        (Also("a", "onnx_reference", "CPUExecutionProvider"), "fail", "it offers CPU only"),
+        (Also("a", "onnxruntime", "CPUExecutionProvider", 1024), "skipped", "threads must be at most the cores"),
+    ],
+)
+def test_a_place_that_no_machine_has_fails_and_one_that_this_one_has_not_is_skipped(wanted, status, said):
+    verdict = verify(scope=Scope(also=(wanted,)))
+    check = check_of(verdict, "also.a")
+    assert check.status == status
+    assert said in check.detail
+    assert verdict.details["also"][0]["status"] == status
+    assert verdict.passed is (status == "skipped")
+
+
+@pytest.mark.parametrize(("repeats", "status"), [(4, "pass"), (5, "skipped")])
+def test_timed_calls_of_the_evaluator_count_as_work(monkeypatch, repeats, status):
+    """Eight images are compared; before the timed calls of two images there is one more."""
+    real = OnnxReference.from_file.__func__
+    monkeypatch.setattr(
+        OnnxReference,
+        "from_file",
+        classmethod(lambda cls, *args, **kwargs: _limited(real(cls, *args, **kwargs), (8 + (1 + 4) * 2) * 276_544)),
     )
-    assert "must read ONNX files" in check_of(verdict, "also.torch_eager").detail
-    assert "threads must be at most the cores" in check_of(verdict, "also.many").detail
-    assert verdict.passed
+    conditions = Conditions(warmup=1, repeats=repeats, batch_size=2)
+    verdict = verify(conditions=conditions, scope=Scope(also=(EVALUATOR,)))
+    check = check_of(verdict, "also.onnx_reference")
+    assert check.status == status
+    assert status == "pass" or "20 images" in check.detail
+    shipping = Conditions("onnx_reference", "CPU", warmup=1, repeats=repeats, batch_size=2)
+    if status == "pass":
+        assert check_of(verify(evaluation=make_split(8), conditions=shipping), "evaluation").status == "pass"
+    else:
+        with pytest.raises(ConfigValueError, match="20 images"):
+            verify(evaluation=make_split(8), conditions=shipping)
+
+
+def _limited(runtime, largest_work):
+    runtime.largest_work = largest_work
+    return runtime
 
 
 def test_another_runtime_that_computes_otherwise_fails(monkeypatch):
@@ -169,6 +200,11 @@ def test_the_evaluator_as_the_runtime_that_ships_the_file():
     assert check_of(verdict, "provider").detail == "CPU in use, CPU asked for"
     assert check_of(verdict, "max_fallback_nodes").status == "skipped"
     assert not verdict.passed
+    for second_opinion in (False, True):
+        verdict = verify(conditions=conditions, scope=Scope(second_opinion=second_opinion))
+        check = check_of(verdict, "reference_evaluator")
+        assert (check.status, verdict.passed) == ("skipped", not second_opinion)
+        assert check.detail == "it is the runtime that ships the file, and would be compared with itself"
 
 
 def test_places_are_read_from_the_pipeline_and_named_once(tmp_path: Path):
@@ -178,12 +214,22 @@ def test_places_are_read_from_the_pipeline_and_named_once(tmp_path: Path):
     np.savez(tmp_path / "test.npz", x=np.zeros((1, 2, 2, 3), np.uint8), y=[0])
     values = world.values()
     verify_values = values["stages"][-1]
-    verify_values["also"] = [{"threads": 2}, {"runtime": "onnx_reference", "provider": "CPU", "required": True}, {}]
+    verify_values["also"] = [
+        {"threads": 2},
+        {"runtime": "onnx_reference", "provider": "CPU", "required": True},
+        {"provider": "X"},
+    ]
     config = world.load(values).config.stages[-1]
-    assert [one.label for one in config.also] == ["CPUExecutionProvider.2", "onnx_reference", "CPUExecutionProvider"]
-    verify_values["also"] = [{}, {"provider": "CPUExecutionProvider"}]
-    with pytest.raises(ConfigError, match="also must name each place once; CPUExecutionProvider stands there 2 times"):
+    assert [one.label for one in config.also] == ["CPUExecutionProvider.2", "onnx_reference", "X"]
+    verify_values["also"] = [{"threads": 2}, {"provider": "CPUExecutionProvider", "threads": 2}]
+    with pytest.raises(
+        ConfigError, match=r"also must name each place once; CPUExecutionProvider\.2 stands there 2 times"
+    ):
         world.load(values)
+    for same in ({}, {"threads": 1}, {"provider": "CPUExecutionProvider"}):
+        verify_values["also"] = [{"threads": 2}, same]
+        with pytest.raises(ConfigError, match=r"also must name other places than the one that ships the file; CPUExec"):
+            world.load(values)
     verify_values["also"] = [{"runtime": "tensorflow"}]
     with pytest.raises(ConfigError, match=r"also\[0\].runtime must be one of onnx_reference, onnxruntime, torch_eager"):
         world.load(values)

@@ -114,6 +114,13 @@ def _open_source(source: Source, preprocessing: Preprocessing, train: bool) -> I
     channels = opened.read(np.zeros(1, np.int64)).shape[-1]
     if preprocessing.channels == "L" and channels != 1:
         raise DataError(f"preprocessing.channels L needs images with one channel, got images with {channels}.")
+    mean, std = len(preprocessing.mean), len(preprocessing.std)
+    if not {mean, std} <= {1, channels}:
+        raise DataError(
+            f"preprocessing must have one value of mean and of std, or one for each channel of the images, got {mean} "
+            f"of mean, {std} of std and images with {channels} channel{'' if channels == 1 else 's'}.",
+            hint="the images must be of the kind that the network was trained on",
+        )
     if int(opened.labels.min()) < 0:
         raise DataError(f"Labels must be 0 or more, got {int(opened.labels.min())}.")
     return opened

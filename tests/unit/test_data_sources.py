@@ -371,6 +371,22 @@ def test_classes_of_training_and_evaluation_must_agree(tmp_path: Path) -> None:
         Splits(_config(tmp_path)).check_classes()
 
 
+@pytest.mark.parametrize(
+    ("channels", "values", "said"),
+    [
+        (1, {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}, "got 3 of mean, 3 of std and images with 1 channel"),
+        (1, {"std": [0.2, 0.2, 0.2]}, "got 1 of mean, 3 of std and images with 1 channel"),
+    ],
+)
+def test_a_mean_and_std_for_other_channels_are_refused(
+    channels: int, values: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    for half in ("train", "evaluation"):
+        np.savez(tmp_path / f"{half}.npz", x=np.zeros((9, 8, 8, channels), np.uint8), y=_labels(9))
+    with pytest.raises(DataError, match=said):
+        _ = Splits(_config(tmp_path, preprocessing=values)).evaluation
+
+
 def test_colour_images_for_a_grey_network_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", x=_images(30), y=_labels(30))
     np.savez(tmp_path / "evaluation.npz", x=_images(9), y=_labels(9))

@@ -14,10 +14,11 @@ from typing import ParamSpec
 import typer
 
 from compress.console import Console
-from compress.errors import INTERRUPTED_EXIT_CODE, ArtifactError, CompressError, InternalError
+from compress.errors import INTERRUPTED_EXIT_CODE, ArtifactError, CompressError, InternalError, OutOfMemory
 
 BROKEN_PIPE_EXIT_CODE = 141
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_GOES_ON = ("run", "sweep", "profile")  # commands that keep every stage they complete
 
 P = ParamSpec("P")
 
@@ -37,19 +38,24 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE_EXIT_CODE) from error
         except BaseException as error:  # the last place that can turn a traceback into a sentence
-            raise typer.Exit(_report(error)) from error
+            raise typer.Exit(_report(error, command.__name__ in _GOES_ON)) from error
 
     return run
 
 
-def _report(error: BaseException) -> int:
-    """Print what ended a command and return its exit code."""
+def _report(error: BaseException, goes_on: bool) -> int:
+    """Print what ended a command and return its exit code; `goes_on`: it keeps the stages that it completed."""
     console = Console()
     if isinstance(error, KeyboardInterrupt):
-        console.print_failure(
-            "Interrupted; the stages that were completed are kept, the same command goes on from there."
-        )
+        kept = "the stages that were completed are kept, the same command goes on from there"
+        console.print_failure(f"Interrupted; {kept if goes_on else 'the same command starts anew'}.")
         return INTERRUPTED_EXIT_CODE
+    if isinstance(error, MemoryError):
+        said = str(error).strip().rstrip(".")
+        error = OutOfMemory(
+            f"What was to be computed did not fit into memory{f': {said}' if said else ''}.",
+            hint="Try smaller batch sizes or fewer images.",
+        )
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         where = f" '{error.filename}'" if error.filename else ""
         error = ArtifactError(f"The system refused to write or read{where}: {error.strerror}.")
@@ -61,7 +67,7 @@ def _report(error: BaseException) -> int:
     console.print_failure(
         f"compress has met a fault of its own ({type(error).__name__}: {str(error).strip() or 'no message'}). "
         f"This is a bug, not your mistake: please report it with the file {_write_crash(error)}, which says where it "
-        "happened. The stages that were completed are kept."
+        f"happened.{' The stages that were completed are kept.' if goes_on else ''}"
     )
     return InternalError.exit_code
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import compress
@@ -18,6 +19,7 @@ from compress.artifacts import CheckResult, Verdict
 from compress.cli import app
 from compress.config.load import load_pipeline
 from compress.errors import ArtifactError, InternalError, RuntimeUnavailable, StageError
+from compress.exits import guarded
 
 ROOT = Path(compress.__file__).parents[1]
 GOOD = ROOT / "tests" / "config" / "good" / "minimal.yaml"
@@ -296,6 +298,40 @@ def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseEx
     provide(monkeypatch, "compress.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     assert (done.exit_code, done.stderr, done.stdout) == (code, text, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "What was to be computed did not fit into memory.\n"),
+        (MemoryError("Unable to allocate 9 TiB for an array."),
+         "What was to be computed did not fit into memory: Unable to allocate 9 TiB for an array.\n"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_no_fault_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, error: MemoryError, text: str
+) -> None:
+    provide(monkeypatch, "compress.runner", run_with_others=raising(error))
+    done = call("run", GOOD)
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert done.stderr == text + "Hint: Try smaller batch sizes or fewer images.\n"
+
+
+@pytest.mark.parametrize("name", ["run", "sweep", "profile", "verify", "check", "bundle", "report", "inspect"])
+def test_what_an_interruption_leaves_is_said_of_the_commands_that_keep_stages(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keeps = name in ("run", "sweep", "profile")
+    for error, code in ((KeyboardInterrupt(), 130), (ZeroDivisionError(), 70)):
+        command = raising(error)
+        command.__name__ = name
+        with pytest.raises(typer.Exit, match=str(code)) as caught:
+            guarded(command)()
+        assert caught.value.exit_code == code
+        told = capsys.readouterr().err
+        assert ("stages that were completed are kept" in told) is keeps
+        assert ("the same command starts anew" in told) is (code == 130 and not keeps)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), InternalError("invariant broken")])

@@ -31,7 +31,7 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
     cases = ElementTree.Element("testsuite", name=_clean(name))
     failures = skips = 0
     for check in verdict.checks:
-        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=check.name)
+        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=_clean(check.name))
         said = _clean(f"{check.detail} (value {check.value}, limit {check.limit}, unit {check.unit or '-'})")
         if check.status == "fail" or (check.status == "skipped" and check.name in verdict.required):
             kind = "failure" if check.status == "fail" else "required but skipped"
@@ -44,7 +44,7 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
             ElementTree.SubElement(case, "system-out").text = said
     made = {check.name for check in verdict.checks}
     for missing in (name for name in verdict.required if name not in made):
-        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=missing)
+        case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=_clean(missing))
         ElementTree.SubElement(case, "failure", message="required, but not made", type="not made")
         failures += 1
     if not len(cases):

@@ -38,6 +38,13 @@ def test_each_check_is_a_case_and_what_was_required_but_not_made_fails(tmp_path)
     assert kinds["max.churn"][0].type == "required but skipped"
 
 
+def test_names_that_xml_cannot_hold_are_cleaned(tmp_path):
+    """Data sets and places from elsewhere have names of the user's."""
+    check = CheckResult("also.a\x1bb", "fail", None, None, "", "no")
+    suite = read(Verdict((check,), ("also.c\x00d",), None, None), tmp_path)
+    assert [case.name for case in suite] == ["also.a?b", "also.c?d"]
+
+
 def test_a_verdict_of_nothing_is_a_failure(tmp_path):
     suite = read(Verdict((), (), None, None), tmp_path)
     assert (suite.tests, suite.failures) == (1, 1)

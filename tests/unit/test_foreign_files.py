@@ -276,3 +276,14 @@ def test_weights_that_are_cut_short_fail_the_verdict_and_are_told_to_ci(tmp_path
     assert checks["structure"].status == "fail"
     assert "its weights in 'own.data' must be" in checks["structure"].detail
     assert "structure" in junit.read_text("utf-8")
+
+
+def test_the_limit_of_parity_holds_without_torch_too(tmp_path: Path, images: Path) -> None:
+    """It is what a file may differ by from itself, from the evaluator and from other places."""
+    path = write(tmp_path / "own.onnx", classifier())
+    also = "also=[{runtime: onnx_reference, provider: CPU}]"
+    code, checks, _ = verify(path, images, "--set", "gates.parity=1e-12", "--set", also)
+    assert code == 1
+    assert {checks[name].limit for name in ("repeatable", "reference_evaluator", "also.onnx_reference")} == {1e-12}
+    failed = {name for name, check in checks.items() if check.status == "fail"}
+    assert failed == {"reference_evaluator", "also.onnx_reference"}

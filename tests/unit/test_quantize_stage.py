@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from bright import context, splits
-from exported import SIGNATURE, exported
+from exported import SIGNATURE
 from onnx import numpy_helper
 
 import compress.stages.quantize as stage_module
@@ -46,7 +46,7 @@ def whole(tmp_path_factory, data):
     export_onnx(module, SIGNATURE, folder / "model.onnx", opset=18, preprocessing=preprocessing)
     write_weights(module, folder / "baseline.safetensors")
     figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 1, {}, {})
-    baseline = Baseline(figures, exported("residual"), folder / "baseline.safetensors")
+    baseline = Baseline(figures, folder / "model.onnx", folder / "baseline.safetensors")
     factory = FactorySpec("factory", f"{nets.__file__}:build", {"name": "residual"})
     model = TorchModel(module, factory, Recipe(), SIGNATURE, preprocessing, (), baseline)
     return OnnxModel(folder / "model.onnx", 18, SIGNATURE, model)
@@ -143,7 +143,7 @@ def verify(artifact, data, **changes):
         "signature": artifact.signature,
         "opset": 18,
         "reference": artifact.reference.module,
-        "baseline_onnx": exported("residual"),
+        "baseline_onnx": artifact.reference.baseline.onnx_path,
         "baseline_figures": artifact.reference.baseline.figures,
         "float_onnx": artifact.float_path,
     }

@@ -17,7 +17,7 @@ from compress.catalog import RUNTIMES
 from compress.cost.onnx_file import model_files
 from compress.cost.onnx_graph import count_onnx
 from compress.data.splits import Split
-from compress.errors import ConfigValueError
+from compress.errors import ConfigValueError, RuntimeUnavailable
 from compress.progress import Progress, SilentProgress
 from compress.verification.latency import compare_latency, measure_latency
 from compress.verification.quality import as_input, check_not_empty, image_input, predict
@@ -66,14 +66,18 @@ class Conditions:
         Raises:
             UnknownName: There is no such runtime.
             ConfigValueError: More threads than cores: what would be measured says nothing.
-            RuntimeUnavailable: The runtime cannot read ONNX files.
+            RuntimeUnavailable: The runtime cannot read ONNX files, or what it needs is not installed.
         """
         if self.threads > available_cores():
             raise ConfigValueError(
                 f"threads must be at most the cores of this machine ({available_cores()}), got {self.threads}."
             )
         threads = available_cores() if all_cores else self.threads
-        runtime: Runtime = RUNTIMES.get(self.runtime).from_file(path, provider=self.provider, threads=threads)
+        try:
+            kind = RUNTIMES.get(self.runtime)
+        except ImportError as error:
+            raise RuntimeUnavailable(f"Runtime '{self.runtime}' is not available: {error}.") from error
+        runtime: Runtime = kind.from_file(path, provider=self.provider, threads=threads)
         return runtime
 
 

@@ -11,6 +11,7 @@ from exported import PREPROCESSING, exported
 from onnx import helper, numpy_helper
 
 import compress.verification.opinions as opinions
+from compress.catalog import RUNTIMES
 from compress.cost.onnx_file import load_onnx
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
@@ -137,6 +138,13 @@ def test_a_place_that_no_machine_has_fails_and_one_that_this_one_has_not_is_skip
     assert said in check.detail
     assert verdict.details["also"][0]["status"] == status
     assert verdict.passed is (status == "skipped")
+
+
+def test_a_runtime_whose_package_is_not_installed_is_skipped(monkeypatch):
+    monkeypatch.setitem(RUNTIMES._entries, "gone", "no_such_package:Runtime")
+    check = check_of(verify(scope=Scope(also=(Also("gone", "gone", "CPU"),))), "also.gone")
+    assert check.status == "skipped"
+    assert check.detail == "Runtime 'gone' is not available: No module named 'no_such_package'."
 
 
 @pytest.mark.parametrize(("repeats", "status"), [(4, "pass"), (5, "skipped")])

@@ -22,6 +22,7 @@ _WHY = {
     "worst_distribution": "no robustness is asked for",
     "excess_error": "no corruptions are asked for",
 }
+_CLOSE = 0.15
 _NO_BASELINE = "no baseline file to compare with"
 _OF_SIZE = {"max_size_mb": "MB", "max_macs": "MACs", "max_params": "params"}
 _OF_RESOURCES = {"max_cold_start_ms": "ms", "max_memory_mb": "MB", "min_images_per_second": "images/s"}
@@ -117,6 +118,10 @@ class Gates:
                 else:
                     checks.append(self._check(f"{kind}.{name}", estimate, limit, is_least=kind == "min", unit=unit))
         return checks
+
+    def is_close_to_speed(self, ratio: LatencyRatio) -> bool:
+        """Whether a speed-up is so close to its limit that the state of the machine may decide."""
+        return self.min_speedup is not None and abs(1 / ratio.value / self.min_speedup - 1) < _CLOSE
 
     def check_speed(
         self, sample: LatencySample | None, ratio: LatencyRatio | None, conditions: str

@@ -18,6 +18,7 @@ FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer say nothing
 _BLOCK_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter for each of the repeats asked for
 _BLOCKS, _MORE_TIMES = 8, 3
 _PRECISE = 0.01
+_SITTINGS, _PAUSE_S = 6, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +158,56 @@ def compare_latency(
     return ratio, {label: LatencySample(tuple(np.concatenate(blocks).tolist())) for label, blocks in times.items()}
 
 
+def compare_for_longer(
+    sessions: Mapping[str, Runtime],
+    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    repeats: int,
+    first: tuple[LatencyRatio, Mapping[str, LatencySample]],
+    progress: Progress | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> tuple[LatencyRatio, dict[str, LatencySample]]:
+    """Time two models again and again with pauses, where one sitting may not say what is true of the next one.
+
+    A machine keeps the same speed for seconds at a time, and not all networks change with it alike: within a sitting
+    the ratio is known to 1 %, from sitting to sitting it was seen to differ by 5 %.
+
+    Args:
+        sessions: As for `compare_latency`.
+        inputs: Likewise.
+        repeats: Likewise.
+        first: What one sitting came to.
+        progress: Told about each sitting.
+        wait: Lets a number of seconds pass.
+
+    Returns:
+        The geometric mean of the ratios of all sittings, as sure as they are alike, and label -> all calls.
+
+    Raises:
+        As `measure_latency`.
+    """
+    ratios, calls = [first[0].value], {label: list(sample.milliseconds) for label, sample in first[1].items()}
+    with (progress or SilentProgress()).task("latency in several sittings", _SITTINGS - 1) as task:
+        for _ in range(_SITTINGS - 1):
+            wait(_PAUSE_S)
+            ratio, samples = compare_latency(sessions, inputs, 1, repeats)
+            ratios.append(ratio.value)
+            for label, sample in samples.items():
+                calls[label] += sample.milliseconds
+            task.advance()
+    value = float(np.exp(np.mean(np.log(ratios))))
+    return _as_ratio(value, ratios), {label: LatencySample(tuple(all_)) for label, all_ in calls.items()}
+
+
 def _ratio(blocks: list[np.ndarray], reference: list[np.ndarray]) -> LatencyRatio:
     """Return the ratio of two medians; how sure it is follows from the ratios of the blocks."""
-    from scipy.stats import t
-
     value = float(np.median(np.concatenate(blocks)) / np.median(np.concatenate(reference)))
-    each = [float(np.median(a) / np.median(b)) for a, b in zip(blocks, reference, strict=True)]
+    return _as_ratio(value, [float(np.median(a) / np.median(b)) for a, b in zip(blocks, reference, strict=True)])
+
+
+def _as_ratio(value: float, each: list[float]) -> LatencyRatio:
+    """Return a ratio whose parts say how sure it is."""
+    from scipy.stats import t  # scipy takes a second to import
+
     error = float(np.std(each, ddof=1)) / math.sqrt(len(each)) / value
     half = float(t.ppf(0.975, len(each) - 1)) * error * value
     return LatencyRatio(value, value - half, value + half, error)

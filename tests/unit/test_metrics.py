@@ -135,6 +135,7 @@ def test_quality_by_hand():
     assert (found["top1"].value, found["top1"].detail) == (0.5, "2 of 4 images")
     assert (found["top1"].low, found["top1"].high) == share_interval(2, 4)
     assert (found["worst_class"].value, found["worst_class"].detail) == (0.0, "class 1 ('bee') of 3, 0 of 2 images")
+    assert (found["worst_class"].low, found["worst_class"].high) == share_interval(0, 2, 3)
     assert found["calibration_error"].value == calibration_error(FOUR)
     seven = predictions(np.eye(7)[::-1], np.arange(7))
     assert estimate_quality(seven)["top5"].value == pytest.approx(seven.among(5).mean())
@@ -148,6 +149,9 @@ def test_changes_by_hand():
     assert (found["churn"].value, found["churn"].detail) == (0.5, "2 of 4 predictions are others")
     assert found["drop.worst_class"].value == 1.0
     assert found["drop.worst_class"].detail.startswith("class 2 ('cat') of 3; 1 images lost, 0 won")
+    of_class = FOUR.labels == 2
+    interval = paired_drop(FOUR.hits[of_class], other.hits[of_class], 3).interval
+    assert (found["drop.worst_class"].low, found["drop.worst_class"].high) == interval
     assert found["rise.calibration_error"].value == calibration_error(other) - calibration_error(FOUR)
     assert found["softmax_distance"].value == softmax_distance(FOUR, other)
     same = estimate_changes(FOUR, FOUR)

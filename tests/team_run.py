@@ -134,6 +134,8 @@ def main() -> None:
         except StageError as error:
             figures["left alone"] = error.message
     (folder / f"{rank}.json").write_text(json.dumps(figures))
+    sys.stderr.flush()
+    os._exit(0)  # gloo may still wait for the process that has gone, and an ordinary end then aborts at times
 
 
 if __name__ == "__main__":

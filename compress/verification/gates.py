@@ -24,6 +24,7 @@ _WHY = {
 }
 _CLOSE = 0.15
 _NO_BASELINE = "no baseline file to compare with"
+_MISSING = {"max_cold_start_ms": "start", "max_memory_mb": "memory", "min_images_per_second": "throughput"}
 _OF_SIZE = {"max_size_mb": "MB", "max_macs": "MACs", "max_params": "params"}
 _OF_RESOURCES = {"max_cold_start_ms": "ms", "max_memory_mb": "MB", "min_images_per_second": "images/s"}
 _NONE: Mapping[str, float] = MappingProxyType({})
@@ -207,7 +208,7 @@ class Gates:
             estimate = None if found is None else _of_resource(found, name, label)
             if estimate is None:
                 missing = {} if found is None else found.missing
-                why = missing.get("start and memory", "it could not be measured")
+                why = missing.get(_MISSING[name], "it could not be measured")
                 checks.append(skipped(name, "resources are not looked at" if found is None else why, limit, unit))
             else:
                 checks.append(self._check(name, estimate, limit, is_least=name.startswith("min"), unit=unit))

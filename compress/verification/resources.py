@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +18,14 @@ from statistics import median
 import numpy as np
 
 from compress.data.splits import Split
-from compress.progress import Progress, SilentProgress
+from compress.progress import Progress, SilentProgress, Task
 from compress.verification.energy import EnergyMeter
 from compress.verification.latency import measure_latency
 from compress.verification.measuring import Conditions, latency_inputs
 from compress.verification.quality import image_input
 from compress.verification.runtimes.base import Runtime
 
+Answer = dict[str, float | None]
 STARTS = 3
 _CALLS, _LONGEST_MS = 7, 3000.0  # for one batch size
 _PATIENCE_S = 120
@@ -89,12 +90,13 @@ def measure_resources(
     progress = progress or SilentProgress()
     with progress.task("start and memory", STARTS * len(files)) as task:
         try:
-            for label, seen in _starts(files, conditions):
-                found.cold_start_ms[label] = median([*_taken(seen, "start_ms")])
-                found.peak_memory_bytes[label] = int(median([*_taken(seen, "memory_bytes")]))
-                task.advance(STARTS)
+            seen = _starts(files, conditions, task)
         except _Failed as failure:
-            found.missing["start and memory"] = str(failure)
+            seen = {}
+            found.missing.update(dict.fromkeys(("start", "memory"), str(failure)))
+    found.cold_start_ms.update(_medians(seen, "start_ms", found.missing))
+    memory = _medians(seen, "memory_bytes", found.missing)
+    found.peak_memory_bytes.update({label: int(value) for label, value in memory.items()})
     with ExitStack() as stack:
         sessions = {label: stack.enter_context(conditions.open(file)) for label, file in files.items()}
         found.throughput.extend(_throughput(sessions, split, batch_sizes, progress))
@@ -106,16 +108,17 @@ class _Failed(Exception):
     """A process that was to measure ended otherwise."""
 
 
-def _starts(files: Mapping[str, Path], conditions: Conditions) -> Iterator[tuple[str, list[dict[str, float]]]]:
-    """Yield for each file what new processes measured; the files take turns."""
-    seen: dict[str, list[dict[str, float]]] = {label: [] for label in files}
+def _starts(files: Mapping[str, Path], conditions: Conditions, task: Task) -> dict[str, list[Answer]]:
+    """Return for each file what new processes measured; the files take turns."""
+    seen: dict[str, list[Answer]] = {label: [] for label in files}
     for _ in range(STARTS):
         for label, file in files.items():
             seen[label].append(_probe(file, conditions))
-    yield from seen.items()
+            task.advance()
+    return seen
 
 
-def _probe(path: Path, conditions: Conditions) -> dict[str, float]:
+def _probe(path: Path, conditions: Conditions) -> Answer:
     """Start a process that opens a file, calls it, and says what that took."""
     request = json.dumps({"path": str(path.absolute()), "conditions": asdict(conditions)})
     try:
@@ -125,7 +128,7 @@ def _probe(path: Path, conditions: Conditions) -> dict[str, float]:
         raise _Failed(f"a new process could not be measured: {error}") from error
     if done.returncode != 0:
         raise _Failed(f"a new process could not open the file: {(done.stderr.strip() or '?').splitlines()[-1]}")
-    said: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    said: Answer = json.loads(done.stdout.strip().splitlines()[-1])
     return said
 
 
@@ -136,12 +139,13 @@ def _search_path() -> list[str]:
     return [folder for folder in folders if Path(folder).resolve() != here]
 
 
-def _taken(seen: Sequence[Mapping[str, float | None]], key: str) -> Iterator[float]:
-    for one in seen:
-        value = one[key]
-        if value is None:
-            raise _Failed(f"{key.rpartition('_')[0]} cannot be read on this system")
-        yield value
+def _medians(seen: Mapping[str, Sequence[Answer]], key: str, missing: dict[str, str]) -> dict[str, float]:
+    """Return label -> median of one figure; nothing, and a reason in `missing`, where the system does not say it."""
+    values = {label: [answer[key] for answer in answers] for label, answers in seen.items()}
+    if any(value is None for those in values.values() for value in those):
+        missing[key.rpartition("_")[0]] = "it cannot be read on this system"
+        return {}
+    return {label: median(value for value in those if value is not None) for label, those in values.items()}
 
 
 def _throughput(

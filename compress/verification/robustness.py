@@ -15,7 +15,7 @@ import numpy as np
 
 from compress.catalog import CORRUPTIONS, NOMINAL
 from compress.data.splits import Split
-from compress.errors import InternalError
+from compress.errors import DataError, InternalError
 from compress.progress import Progress, SilentProgress
 from compress.verification.corruptions import add_noise, corrupt
 from compress.verification.metrics import (
@@ -72,7 +72,11 @@ class Distribution:
 
 
 def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None) -> list[Distribution]:
-    """Return what is looked at, the images as they are first, the user's own data sets last."""
+    """Return what is looked at, the images as they are first, the user's own data sets last.
+
+    Raises:
+        DataError: A data set has the name of a distribution.
+    """
     found = [Distribution(NOMINAL, NOMINAL)]
     for level in wanted.noise_levels:
         disturb = partial(_disturb, wanted.noise, level, wanted.seed)
@@ -81,7 +85,12 @@ def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None
         for severity in wanted.severities:
             spoil = partial(_spoil, name, severity, wanted.seed)
             found.append(Distribution(f"{name} {severity}", "corruption", spoil=spoil))
-    return found + [Distribution(name, "shifted", split=split) for name, split in (shifted or {}).items()]
+    names = {one.name for one in found}
+    for name, split in (shifted or {}).items():
+        if name in names:
+            raise DataError(f"Shifted data set '{name}' must have a name of its own, one of the distributions has it.")
+        found.append(Distribution(name, "shifted", split=split))
+    return found
 
 
 def _disturb(kind: str, level: float, seed: int, inputs: np.ndarray, start: int) -> np.ndarray:
@@ -233,7 +242,7 @@ def _worst(compared: Sequence[Standing]) -> Estimate:
 def _excess(corrupted: Sequence[Standing], nominal: Standing) -> Estimate:
     """Return by how much more a file loses on corrupted images than on the same ones as they are."""
     each = np.mean([one.losses for one in corrupted], axis=0) - nominal.losses
-    low, high = mean_loss_interval(each)
+    low, high = (2 * end for end in mean_loss_interval(each / 2))  # a difference of losses reaches from -2 to 2
     return Estimate(float(each.mean()), low, high, f"mean over {len(corrupted)} distributions")
 
 

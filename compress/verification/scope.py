@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from compress.data.splits import Split
 from compress.verification.opinions import EVALUATOR, Also
-from compress.verification.robustness import Robustness
+from compress.verification.robustness import Robustness, distributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,10 @@ class Scope:
     batch_sizes: tuple[int, ...] = ()
     second_opinion: bool = False
     also: tuple[Also, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.robustness is not None:
+            distributions(self.robustness, self.shifted)  # refuses names that are taken, before any work
 
     @property
     def required(self) -> tuple[str, ...]:

@@ -3,11 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from exported import exported
+from exported import PREPROCESSING, exported
 
 import compress
+from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import ArtifactError
+from compress.verification import resources
+from compress.verification.gates import Gates
 from compress.verification.measuring import Conditions
 from compress.verification.probe import main, probe
 from compress.verification.resources import Resources, _probe
@@ -51,6 +56,31 @@ def test_a_file_that_cannot_be_opened_is_told_on_stderr(tmp_path: Path, capsys: 
     request = f'{{"path": "{tmp_path / "text.onnx"}", "conditions": {{}}}}'
     assert main(request) == ArtifactError.exit_code
     assert "must be a readable ONNX model" in capsys.readouterr().err
+
+
+def two_images() -> Split:
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    return Split("evaluation", ArraySource(pixels, np.zeros(2, np.int64), ()), np.arange(2), PREPROCESSING)
+
+
+def test_a_process_that_fails_is_a_reason_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.sys, "executable", "/nowhere/python")
+    found = resources.measure_resources({"slim": exported("chain")}, two_images(), Conditions(), (1, 2))
+    assert found.missing["start"] == found.missing["memory"]
+    assert found.missing["start"].startswith("a new process could not be measured: ")
+    assert (found.cold_start_ms, [entry["batch_size"] for entry in found.throughput]) == ({}, [1, 2])
+
+
+def test_what_the_system_does_not_say_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([{"start_ms": ms, "memory_bytes": None} for ms in (5.0, 9.0, 7.0)])
+    monkeypatch.setattr(resources, "_probe", lambda *_: next(answers))
+    found = resources.measure_resources({"slim": exported("chain")}, two_images(), Conditions(), (1,))
+    assert (found.cold_start_ms, found.peak_memory_bytes) == ({"slim": 7.0}, {})
+    assert found.missing["memory"] == "it cannot be read on this system"
+    assert "start" not in found.missing
+    memory, start = Gates(max_memory_mb=1.0, max_cold_start_ms=7.0).check_resources(found, "slim")[::-1]
+    assert (memory.name, memory.status, memory.detail) == ("max_memory_mb", "skipped", found.missing["memory"])
+    assert (start.name, start.status) == ("max_cold_start_ms", "pass")
 
 
 def test_the_best_batch_size_counts() -> None:

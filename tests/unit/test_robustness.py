@@ -9,6 +9,7 @@ from compress.config.schema import RobustnessConfig
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
+from compress.errors import DataError
 from compress.verification.metrics import Estimate, paired_drop
 from compress.verification.robustness import (
     Robustness,
@@ -19,6 +20,7 @@ from compress.verification.robustness import (
     summarize,
 )
 from compress.verification.runtimes.base import Runtime
+from compress.verification.scope import Scope
 
 ONE = Robustness(noise_levels=(0.5,), corruptions=("brightness",), severities=(5,))
 
@@ -124,6 +126,24 @@ def test_the_summary_is_of_means_and_of_the_worst():
     assert alone.value == 0.10
     assert changes["rise.excess_error"].value == pytest.approx(0.03)
     assert [one["name"] for one in stated(found)] == [NOMINAL, "a", "b", "c"]
+
+
+def test_a_shifted_data_set_has_a_name_of_its_own(split):
+    wanted = Robustness(noise_levels=(), corruptions=("jpeg",))
+    assert [one.name for one in distributions(wanted, {"web": split})] == [NOMINAL, "jpeg 3", "web"]
+    for name in (NOMINAL, "jpeg 3"):
+        with pytest.raises(DataError, match=f"Shifted data set '{name}' must have a name of its own"):
+            Scope(robustness=wanted, shifted={name: split})
+
+
+def test_an_excess_may_be_as_large_as_two():
+    hits, none = np.ones(400, bool), np.zeros(400, bool)
+    change = {"drop.top1": Estimate(0.0)}
+    nominal = Standing(NOMINAL, NOMINAL, 1.0, 0.0, change, hits, none)
+    corrupted = Standing("fog 3", "corruption", 0.0, 1.0, change, none, hits)
+    excess = summarize([nominal, corrupted])[1]["rise.excess_error"]
+    assert excess.value == 2.0
+    assert 1.9 < excess.low < excess.high <= 2.0
 
 
 def test_defaults_are_the_same_in_both_places():

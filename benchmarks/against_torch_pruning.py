@@ -44,7 +44,7 @@ from compress.data.opening import Splits
 from compress.data.preprocessing import Preprocessing
 from compress.data.splits import Split
 from compress.exporting.torch_onnx import export_onnx
-from compress.pruning.graph import find_cuttable
+from compress.pruning.trial import find_cuttable
 from compress.runner import run
 from compress.stages.context import StageContext
 from compress.stages.exporting import OPSET, conditions_of, export_present

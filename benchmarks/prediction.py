@@ -29,7 +29,7 @@ from compress.data.splits import Split
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import Progress
 from compress.pruning.costs import build_cost, layer_axes
-from compress.pruning.graph import find_cuttable
+from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.latency import model_latency

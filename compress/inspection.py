@@ -17,7 +17,8 @@ from compress.data.opening import Splits
 from compress.errors import ConfigValueError
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.costs import build_cost
-from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable
+from compress.pruning.graph import ChannelGroup, Exclusion
+from compress.pruning.trial import find_cuttable
 from compress.stages.load import factory_spec
 
 Row = Sequence[str]

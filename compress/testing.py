@@ -42,8 +42,10 @@ from compress.cost.macs import count_macs
 from compress.errors import CompressError, ModelError, RuntimeUnavailable, UnsupportedLayer
 from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.criteria.base import Criterion, collect_gradients
-from compress.pruning.graph import ChannelGroup, Member, cut_copy, find_cuttable
+from compress.pruning.cutting import cut_copy
+from compress.pruning.graph import ChannelGroup, Member
 from compress.pruning.methods.base import Method, Removed, Setting
+from compress.pruning.trial import find_cuttable
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.torch_eager import TorchEager
 

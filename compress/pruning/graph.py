@@ -1,36 +1,35 @@
-"""Which channels must be cut together, and which groups of them can be cut correctly?
+"""Which channels must be cut together, and how?
 
-The only file that imports torch_pruning, and it takes two things from it: the traced graph and the cut of given
-indices. Ratios, rankings and caps are decided elsewhere.
-
-    channel group   coupled channel slots; named by its first convolution or linear layer in definition order
-    root            that layer; a channel's index in the group is its output index there
+    channel group   coupled channels; named by its first convolution or linear layer in definition order
+    root            that layer; channels are counted in the order of its outputs
+    unit            channels that only go together; most are one channel
+    parts           channels in a unit: a grouped convolution, or one chunked into halves, loses the same position of
+                    every part. Channel p * units + u is the one of unit u in part p
     member          one layer touched by the group: on its "out" axis (producer, norm, depthwise) or "in" axis (reader)
     gates           the places where multiplying a channel by 0 is the same as removing it
-    parts           equal ranges of channels that must be cut alike, because a grouped convolution sees them so
 
-A group counts as cuttable only after a trial on a copy: the cut network must run, keep its output shape, and equal
-the original with the removed channels silenced.
+Which channels are the same is found by `tracing.py`; whether a cut is right is tried by `trial.py`.
 """
 
-import copy
-import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
-import torch_pruning
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from compress.cost.macs import COUNTED, eval_mode
-from compress.errors import InternalError, UnsupportedLayer, UntraceableModel
+from compress.cost.macs import COUNTED
+from compress.errors import InternalError, UnsupportedLayer
+from compress.pruning.tracing import OUTPUTS, Axis, Trace, trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
-_TRIAL_SEED = 20190813
-_TRIAL_TOLERANCE = 1e-3
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
+LAYERS = (*COUNTED, *NORMS, nn.PReLU)
+_MOST_PATTERNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Member:
         layer: Module path.
         module: The layer.
         axis: "out" when the group's channels are the layer's outputs, "in" when they are its inputs.
-        slots: (n,) int64, positions on that axis.
+        slots: (n,) int64, ascending positions on that axis.
         channels: (n,) int64, which channel of the group each slot belongs to.
     """
 
@@ -63,16 +62,36 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """A weight that reads a group's channels, in a layer or anywhere else.
+
+    Attributes:
+        path: Of the module it hangs at.
+        name: Its name there.
+        dim: The dimension of its inputs.
+        slots: (n,) int64, indices along `dim`.
+        channels: (n,) int64, which channel of the group each slot reads.
+    """
+
+    path: str
+    name: str
+    dim: int
+    slots: Tensor
+    channels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelGroup:
     """Channels that must be cut together.
 
     Attributes:
         name: Module path of the root.
         width: Number of channels, C.
-        parts: The channels form this many equal ranges that must lose the same positions.
+        parts: Channels in each unit.
         members: Every layer touched, in trace order.
         gates: For each producer the member to silence or score it at: its batch norm, or itself.
         bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
+        reads: Every weight that reads the channels.
     """
 
     name: str
@@ -81,6 +100,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     gates: tuple[Member, ...]
     bare: tuple[Member, ...] = ()
+    reads: tuple[Read, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -98,7 +118,7 @@ class ChannelGroup:
         return tuple(m for m in self.members if m.axis == "in" and isinstance(m.module, COUNTED))
 
     def expand(self, units: Iterable[int]) -> tuple[int, ...]:
-        """Return the channels of the given units: position u of every part."""
+        """Return the channels of the given units."""
         stride = self.width // self.parts
         return tuple(sorted(unit + part * stride for unit in units for part in range(self.parts)))
 
@@ -118,160 +138,198 @@ class Exclusion:
     expected: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A group, with the labels of its channels.
+
+    Attributes:
+        group: For the outside.
+        labels: All labels in it.
+        units: (n,) the unit of each.
+    """
+
+    group: ChannelGroup
+    labels: np.ndarray
+    units: np.ndarray
+
+
 class ChannelGraph:
     """The channel groups of one network, traced once.
 
     Args:
-        module: The network; cutting changes it in place, so hand in a copy.
-        example: One input, (1, C, H, W).
+        module: The network.
+        example: One input, (1, ...).
+
+    Attributes:
+        groups: By name, in definition order; each could be cut as far as the trace tells.
+        excluded: The groups that the trace says must stay whole.
 
     Raises:
-        UntraceableModel: No graph could be built.
+        UntraceableModel: The network does not run.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
-        self.module = module
-        self.example = example
-        self._names = {part: name for name, part in module.named_modules()}
-        self._graph = _trace(module, example)
-        self.groups = {group.name: group for group in self._find_groups()}
+        self.trace: Trace = trace(module, example)
+        self._owners = _owners(module)
+        self.groups: dict[str, ChannelGroup] = {}
+        self.excluded: list[Exclusion] = []
+        self._found: dict[str, _Found] = {}
+        self._starts = np.array([axis.start for axis in self.trace.axes], dtype=np.int64)
+        if self.trace.axes:
+            self._find_groups()
 
-    def cut(self, removed: Mapping[str, Sequence[int]]) -> None:
-        """Remove channels in place.
+    def gone(self, removed: Mapping[str, Sequence[int]]) -> np.ndarray:
+        """Return the labels that go with channels.
 
         Args:
-            removed: Group name -> indices of the channels that go.
+            removed: Group name -> indices of the channels that go, whole units of them.
 
         Raises:
-            UnsupportedLayer: There is no such group, or an index lies outside it.
+            UnsupportedLayer: There is no such group, an index lies outside it, or a unit would be divided.
         """
+        labels = []
         for name, indices in removed.items():
             group = self.groups.get(name)
             if group is None:
                 raise UnsupportedLayer(f"The network must have a channel group '{name}' to cut, it has none.")
-            if not indices or min(indices) < 0 or max(indices) >= group.width or len(set(indices)) == group.width:
+            chosen = set(indices)
+            if not chosen or min(chosen) < 0 or max(chosen) >= group.width or len(chosen) == group.width:
                 raise UnsupportedLayer(
                     f"Group '{name}' has {group.width} channels; it must lose at least one, all of them within it, "
-                    f"and keep at least one, got {len(set(indices))} indices."
+                    f"and keep at least one, got {len(chosen)} indices."
                 )
-        for name, indices in removed.items():
-            root = self.module.get_submodule(name)
-            self._raw_group(root, sorted(set(indices))).prune(record_history=False)
+            units = {index % (group.width // group.parts) for index in chosen}
+            if chosen != set(group.expand(units)):
+                raise UnsupportedLayer(
+                    f"Group '{name}' must lose the same positions of each of its {group.parts} parts, got "
+                    f"{sorted(chosen)}."
+                )
+            found = self._found[name]
+            labels.append(found.labels[np.isin(found.units, list(units))])
+        return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
-    def _raw_group(self, root: nn.Module, indices: list[int]) -> Any:
-        pruner = self._graph.get_pruner_of_module(root)
-        return self._graph.get_pruning_group(root, pruner.prune_out_channels, indices)
+    def _find_groups(self) -> None:
+        size, axes = self.trace.size, self.trace.axes
+        channel = _components(self.trace.same, size)
+        unit = _components([*self.trace.same, *self.trace.tied], size)
+        reasons = _reasons(self.trace, unit)
+        order = np.argsort(unit, kind="stable")
+        borders = np.searchsorted(unit[order], np.arange(unit.max() + 2))
+        taken: set[int] = set()
+        for axis in self._roots():
+            own = unit[axis.start : axis.start + axis.size]
+            units = [int(one) for one in dict.fromkeys(own.tolist()) if one not in taken]
+            taken.update(units)
+            patterns: dict[tuple[object, ...], list[int]] = {}
+            for one in units:
+                labels = order[borders[one] : borders[one + 1]]
+                pattern = (*self._pattern(labels, channel), reasons.get(one))
+                patterns.setdefault(pattern, []).append(one)
+            for (_, count, reason), alike in patterns.items():  # type: ignore[misc]
+                labels = np.concatenate([order[borders[one] : borders[one + 1]] for one in alike])
+                self._add(axis, labels, channel, unit, int(count), reason, len(patterns))  # type: ignore[call-overload,arg-type]
 
-    def _find_groups(self) -> Iterable[ChannelGroup]:
-        covered: set[nn.Module] = set()
-        for root, name in list(self._names.items()):
-            if not isinstance(root, COUNTED) or root in covered or root not in self._graph.module2node:
-                continue
-            width = _out_channels(root)
-            raw = self._raw_group(root, list(range(width)))
-            members = tuple(self._members(raw))
-            covered.update(member.module for member in members if member.axis == "out")
-            if is_depthwise(root) or not any(member.module is root for member in members):
-                continue
-            behind = self._norms_behind(members)
-            gates = tuple(behind.get(member.layer, member) for member in members if member.is_producer)
-            bare = tuple(
-                member
-                for member in members
-                if member.axis == "out" and isinstance(member.module, COUNTED) and member.layer not in behind
-            )
-            yield ChannelGroup(name, width, _parts(members), members, gates, bare)
+    def _add(
+        self, root: Axis, labels: np.ndarray, channel: np.ndarray, unit: np.ndarray, parts: int,
+        reason: str | None, patterns: int,
+    ) -> None:  # fmt: skip
+        """Add one group, or the reason why it is none."""
+        name = self._name(root, labels)
+        numbers, channels, units = _numbered(labels, channel, unit, root, parts, self._is_made(labels))
+        count = len(np.unique(units))
+        if reason is None and patterns > _MOST_PATTERNS:
+            reason = "its channels are tied to one another in too many ways"
+        if reason is None and count < 2:
+            reason = f"it has only {count * parts} channels in {parts} parts"
+        if reason is not None:
+            self.excluded.append(Exclusion(name, reason, expected=reason == OUTPUTS))
+            self._found[name] = _Found(ChannelGroup(name, count * parts, parts, (), ()), labels, units)
+            return
+        members = tuple(self._members(numbers, channels))
+        behind = self._norms_behind(members)
+        gates = tuple(behind.get(member.layer, member) for member in members if member.is_producer)
+        bare = tuple(
+            member
+            for member in members
+            if member.axis == "out" and isinstance(member.module, COUNTED) and member.layer not in behind
+        )
+        reads = tuple(self._reads(numbers, channels))
+        group = ChannelGroup(name, count * parts, parts, members, gates, bare, reads)
+        self.groups[name] = group
+        self._found[name] = _Found(group, labels, units)
 
-    def _members(self, raw: Any) -> Iterable[Member]:
-        for item in raw:
-            module = item.dep.target.module
-            if module not in self._names:
-                continue  # an operation, or a parameter used without a module; the trial covers those
-            if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-                continue  # one slope for all channels: nothing of it goes
-            axis: Literal["out", "in"] = "out" if self._graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            slots = torch.tensor(item.idxs, dtype=torch.int64)
-            channels = torch.tensor(item.root_idxs, dtype=torch.int64)
-            yield Member(self._names[module], module, axis, slots, channels)
+    def _roots(self) -> list[Axis]:
+        """Return the axes of outputs, in the order in which their layers are defined."""
+        made = [axis for axis in self.trace.axes if axis.role == "out"]
+        return sorted(made, key=lambda axis: (not self._is_layer(axis), self._owners[id(axis.tensor)][0].order))
+
+    def _is_layer(self, axis: Axis) -> bool:
+        return any(isinstance(owner.module, COUNTED) for owner in self._owners[id(axis.tensor)])
+
+    def _is_made(self, labels: np.ndarray) -> np.ndarray:
+        """Return for each label whether it is an output that a layer computes."""
+        roles = np.array([axis.role == "out" for axis in self.trace.axes])
+        found: np.ndarray = roles[self._axis_of(labels)]
+        return found
+
+    def _pattern(self, labels: np.ndarray, channel: np.ndarray) -> tuple[tuple[int, ...], int]:
+        """Return how often each axis occurs in a unit, and how many channels it has."""
+        axes = self._axis_of(labels)
+        made = labels[self._is_made(labels)]
+        return tuple(np.stack(np.unique(axes, return_counts=True)).flatten().tolist()), len(np.unique(channel[made]))
+
+    def _name(self, root: Axis, labels: np.ndarray) -> str:
+        """Return the path of the first layer that makes the channels and names no other group."""
+        inside = {int(axis) for axis in self._axis_of(labels)}
+        made = [root, *(self.trace.axes[axis] for axis in sorted(inside) if self.trace.axes[axis].role == "out")]
+        names = [self._layer_name(axis) for axis in made]
+        free = next((name for name in names if name not in self._found), None)
+        return free or next(name for count in range(2, len(self._found) + 3)
+                            if (name := f"{names[0]}:{count}") not in self._found)  # fmt: skip
+
+    def _layer_name(self, axis: Axis) -> str:
+        owner = self._owners[id(axis.tensor)][0]
+        return owner.path if isinstance(owner.module, LAYERS) else ".".join(filter(None, (owner.path, owner.name)))
+
+    def _members(self, labels: np.ndarray, channels: np.ndarray) -> Iterable[Member]:
+        """Yield each layer of a kind that is known, once for its outputs and once for its inputs."""
+        done: set[tuple[str, str]] = set()
+        for axis, slots, found in self._by_axis(labels, channels):
+            side: Literal["out", "in"] = "in" if axis.role == "in" else "out"
+            for owner in self._owners[id(axis.tensor)]:
+                if isinstance(owner.module, LAYERS) and (owner.path, side) not in done:
+                    done.add((owner.path, side))
+                    yield Member(owner.path, owner.module, side, slots, found)
+
+    def _reads(self, labels: np.ndarray, channels: np.ndarray) -> Iterable[Read]:
+        for axis, slots, found in self._by_axis(labels, channels):
+            if axis.role == "in":
+                owner = self._owners[id(axis.tensor)][0]
+                yield Read(owner.path, owner.name, axis.dim, axis.slots(slots), found)
+
+    def _by_axis(self, labels: np.ndarray, channels: np.ndarray) -> Iterator[tuple[Axis, Tensor, Tensor]]:
+        """Yield for each axis its places, ascending, and their channels."""
+        where = self._axis_of(labels)
+        for number in np.unique(where):
+            axis, inside = self.trace.axes[number], where == number
+            places = labels[inside] - axis.start
+            order = np.argsort(places, kind="stable")
+            yield axis, torch.from_numpy(places[order]), torch.from_numpy(channels[inside][order])
+
+    def _axis_of(self, labels: np.ndarray) -> np.ndarray:
+        """Return for each label the number of its axis."""
+        found: np.ndarray = np.searchsorted(self._starts, labels, side="right") - 1
+        return found
 
     def _norms_behind(self, members: Sequence[Member]) -> dict[str, Member]:
         """Return for each layer that a norm of the group follows at once that norm."""
-        norms, behind = {member.module: member for member in members if member.is_norm}, {}
-        for member in members:
-            following = [node.module for node in self._graph.module2node[member.module].outputs]
-            if found := next((norms[module] for module in following if module in norms), None):
-                behind[member.layer] = found
+        norms, behind = {member.layer: member for member in members if member.is_norm}, {}
+        for weight, parameter in self.trace.behind:
+            for owner in self._owners[id(weight)]:
+                for norm in self._owners.get(id(parameter), ()):
+                    if norm.path in norms:
+                        behind[owner.path] = norms[norm.path]
         return behind
-
-
-def find_cuttable(
-    module: nn.Module, example: Tensor, skip: frozenset[str] = frozenset()
-) -> tuple[dict[str, ChannelGroup], list[Exclusion]]:
-    """Return the groups that can be cut correctly, and the others with the reason.
-
-    Args:
-        module: Any network; it is left as it is, and the groups returned refer to its own layers.
-        example: One input, (1, C, H, W).
-        skip: Groups not to be looked at.
-
-    Raises:
-        UntraceableModel: No graph could be built.
-    """
-    with _all_grads(module), eval_mode(module):
-        graph = ChannelGraph(module, example)
-        outputs = _output_layers(module, example)
-        tied = _tied_layers(module)
-        names, excluded = [], []
-        for group in graph.groups.values():
-            if group.name in skip:
-                continue
-            if any(member.is_producer and member.layer in outputs for member in group.members):
-                excluded.append(Exclusion(group.name, "its channels are the network's outputs", expected=True))
-            elif shared := sorted({member.layer for member in group.members} & tied):
-                excluded.append(Exclusion(group.name, f"it has layers that share parameters: {', '.join(shared)}"))
-            elif group.width // group.parts < 2:
-                excluded.append(Exclusion(group.name, f"it has only {group.width} channels in {group.parts} parts"))
-            else:
-                names.append(group.name)
-        failures = _failing(module, example, names)
-    excluded += [Exclusion(name, reason) for name, reason in failures.items()]
-    return {name: graph.groups[name] for name in names if name not in failures}, excluded
-
-
-def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: Tensor) -> nn.Module:
-    """Return a copy of `module` without the channels given; training and requires_grad flags are kept.
-
-    Raises:
-        UntraceableModel: No graph could be built.
-        UnsupportedLayer: A group or index does not exist.
-    """
-    slim = copy.deepcopy(module)
-    flags = {name: parameter.requires_grad for name, parameter in slim.named_parameters(remove_duplicate=False)}
-    with _all_grads(slim), eval_mode(slim):
-        ChannelGraph(slim, example).cut(removed)
-    for name, parameter in slim.named_parameters():
-        parameter.requires_grad_(flags[name])
-        parameter.grad = None
-    return slim
-
-
-def silenced_copy(
-    module: nn.Module, removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]
-) -> nn.Module:
-    """Return a copy of `module` in which the removed channels are computed as zero.
-
-    Args:
-        module: The network the groups belong to.
-        removed: Group name -> channel indices.
-        groups: The groups of `module`.
-    """
-    silent = copy.deepcopy(module)
-    for name, indices in removed.items():
-        gone = torch.tensor(sorted(indices))
-        for member in groups[name].members:
-            if member.axis == "out":
-                _silence(silent.get_submodule(member.layer), member.slots[torch.isin(member.channels, gone)])
-    return silent
 
 
 def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
@@ -295,92 +353,84 @@ def is_depthwise(module: nn.Module) -> bool:
     return groups > 1 and groups == getattr(module, "in_channels", None) == getattr(module, "out_channels", None)
 
 
-def _trace(module: nn.Module, example: Tensor) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            return torch_pruning.DependencyGraph().build_dependency(module, example, verbose=False)
-    except Exception as error:  # the tracer runs the user's forward pass and raises whatever that raises
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise UntraceableModel(
-            f"The network's channels must be traced on one input of shape {tuple(example.shape)}; its forward pass, or "
-            f"the tracing of an operation in it (chunk, split and reshape are the usual ones), gave {reason}"
-        ) from error
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Where a parameter or buffer hangs.
+
+    Attributes:
+        path: Of the module.
+        module: That module.
+        name: The parameter's name in it.
+        order: The module's place in definition order.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+    order: int
 
 
-def _failing(module: nn.Module, example: Tensor, names: list[str]) -> dict[str, str]:
-    """Return the groups whose cut is wrong, with the reason, by trying all at once and halving on failure."""
-    if not names:
-        return {}
-    reason = _trial(module, example, names)
-    if reason is None:
-        return {}
-    if len(names) == 1:
-        return {names[0]: reason}
-    middle = len(names) // 2
-    failing = {**_failing(module, example, names[:middle]), **_failing(module, example, names[middle:])}
-    return failing or _failing_together(module, example, names)
+def _owners(module: nn.Module) -> dict[int, list[Owner]]:
+    """Return by identity of a parameter or buffer every place it hangs at, in definition order."""
+    found: dict[int, list[Owner]] = {}
+    for order, (path, part) in enumerate(module.named_modules()):
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(Owner(path, part, name, order))
+    return found
 
 
-def _failing_together(module: nn.Module, example: Tensor, names: list[str]) -> dict[str, str]:
-    """Find groups that fail only in company: admit them one by one and drop each that breaks the rest."""
-    admitted: list[str] = []
-    failing: dict[str, str] = {}
-    for name in names:
-        reason = _trial(module, example, [*admitted, name])
-        if reason is None:
-            admitted.append(name)
-        else:
-            failing[name] = f"{reason} (together with other groups)"
-    return failing
+def _components(pairs: Sequence[Tensor], size: int) -> np.ndarray:
+    """Return (size,) the component of each label, where each pair of labels is in one component."""
+    edges = torch.cat(list(pairs), 1).numpy() if pairs else np.zeros((2, 0), np.int64)
+    graph = coo_matrix((np.ones(edges.shape[1], np.int8), (edges[0], edges[1])), shape=(size, size))
+    found: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)
+    return found
 
 
-def _trial(module: nn.Module, example: Tensor, names: list[str]) -> str | None:
-    """Cut half of each group on a copy; return what is wrong with the result, or None."""
-    generator = torch.Generator().manual_seed(_TRIAL_SEED)
-    slim = copy.deepcopy(module)
-    try:
-        graph = ChannelGraph(slim, example)
-        removed = {name: _some_half(graph.groups[name], generator) for name in names}
-        silent = silenced_copy(module, removed, graph.groups)
-        images = torch.randn((2, *example.shape[1:]), generator=generator)
-        with torch.no_grad():
-            expected = _flat_outputs(silent(images))
-            graph.cut(removed)
-            got = _flat_outputs(slim(images))
-    except Exception as error:  # foreign code under trial: whatever it raises is the reason
-        return f"the cut network does not run ({type(error).__name__}: {_first_line(error)})"
-    if [tuple(a.shape) for a in got] != [tuple(a.shape) for a in expected]:
-        return f"cutting it changes the output shape to {[tuple(a.shape) for a in got]}"
-    for a, b in zip(got, expected, strict=True):
-        difference = float((a - b).abs().max())
-        if not difference <= _TRIAL_TOLERANCE * (1 + float(b.abs().max())):
-            return f"the cut network differs from the original with those channels silenced, by {difference:.2g}"
-    return None
+def _reasons(found: Trace, unit: np.ndarray) -> dict[int, str]:
+    """Return for each unit that cannot go why; that it is an output goes before all other reasons."""
+    reasons: dict[int, str] = {}
+    for labels, reason in found.frozen:
+        for one in np.unique(unit[labels.numpy()]).tolist():
+            if reason == OUTPUTS or one not in reasons:
+                reasons[one] = reason
+    return reasons
 
 
-def _some_half(group: ChannelGroup, generator: torch.Generator) -> tuple[int, ...]:
-    units = group.width // group.parts
-    return group.expand(torch.randperm(units, generator=generator)[: max(1, units // 2)].tolist())
+def _numbered(
+    labels: np.ndarray, channel: np.ndarray, unit: np.ndarray, root: Axis, parts: int, is_made: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number the channels of a group: p * units + u, units and parts in the order of the root's outputs.
+
+    Returns:
+        The labels that belong to a channel, the channel of each, and the unit of each label given.
+    """
+    own, of_units = channel[labels], unit[labels]
+    key = np.where((labels >= root.start) & (labels < root.start + root.size), labels - root.start, labels + root.size)
+    channels, first = _first_keys(own[is_made], key[is_made])
+    units, first_of_unit = _first_keys(of_units[is_made], key[is_made])
+    rank_of_unit = np.empty(len(units), np.int64)
+    rank_of_unit[np.argsort(first_of_unit, kind="stable")] = np.arange(len(units))
+    unit_of_channel = rank_of_unit[np.searchsorted(units, of_units[is_made][_first_places(own[is_made], channels)])]
+    order = np.lexsort((first, unit_of_channel))
+    number = np.empty(len(channels), np.int64)
+    number[order] = (np.arange(len(channels)) % parts) * len(units) + np.arange(len(channels)) // parts
+    belongs = np.isin(own, channels)
+    return labels[belongs], number[np.searchsorted(channels, own[belongs])], rank_of_unit[np.searchsorted(units, of_units)]
 
 
-@torch.no_grad()
-def _silence(layer: nn.Module, slots: Tensor) -> None:
-    """Zero a layer's output channels: weights, bias and, for a norm, the running mean."""
-    if isinstance(layer, COUNTED) and hasattr(layer, "transposed") and layer.transposed:
-        layer.weight[:, slots] = 0  # type: ignore[index]
-    elif isinstance(getattr(layer, "weight", None), Tensor):
-        layer.weight[slots] = 0  # type: ignore[index,operator]
-    for name in ("bias", "running_mean"):
-        values = getattr(layer, name, None)
-        if isinstance(values, Tensor):
-            values[slots] = 0
+def _first_keys(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values that occur, ascending, and the smallest key of each."""
+    order = np.lexsort((keys, values))
+    found, first = np.unique(values[order], return_index=True)
+    return found, keys[order][first]
 
 
-def _parts(members: Sequence[Member]) -> int:
-    """Return into how many equal ranges grouped convolutions divide the channels."""
-    grouped = [m.module.groups for m in members if getattr(m.module, "groups", 1) > 1 and not is_depthwise(m.module)]
-    return math.lcm(*(int(groups) for groups in grouped)) if grouped else 1  # type: ignore[arg-type]
+def _first_places(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return for each value wanted one place where it occurs."""
+    found, first = np.unique(values, return_index=True)
+    return first[np.searchsorted(found, wanted)]
 
 
 def _out_channels(layer: nn.Module) -> int:
@@ -388,63 +438,3 @@ def _out_channels(layer: nn.Module) -> int:
     if not isinstance(channels, int):
         raise InternalError(f"{type(layer).__name__} has neither out_channels nor out_features.")
     return channels
-
-
-def _output_layers(module: nn.Module, example: Tensor) -> set[str]:
-    """Return the layers whose output, as it is, is an output of the network."""
-    seen: dict[int, str] = {}
-    kept: list[Tensor] = []
-
-    def note(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                kept.append(output)  # keeps the address from being used again
-                seen[output.data_ptr()] = name
-
-        return hook
-
-    handles = [
-        part.register_forward_hook(note(name)) for name, part in module.named_modules() if isinstance(part, COUNTED)
-    ]
-    try:
-        with torch.no_grad():
-            outputs = _flat_outputs(module(example))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {seen[output.data_ptr()] for output in outputs if output.data_ptr() in seen}
-
-
-def _tied_layers(module: nn.Module) -> set[str]:
-    """Return the layers with a parameter that another layer has, too: a cut would give each a parameter of its own."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, part in module.named_modules():
-        for parameter in {id(p): p for p in part.parameters(recurse=False)}.values():
-            owners.setdefault(parameter, []).append(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
-
-
-def _flat_outputs(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return [tensor for value in values for tensor in _flat_outputs(value)]
-
-
-class _all_grads:  # noqa: N801 - a context manager, named like a function
-    """Let every parameter require a gradient while the tracer, which follows gradients, is at work."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -5,7 +5,7 @@ import copy
 from torch import Tensor, nn
 
 from compress.errors import UnsupportedLayer
-from compress.pruning.graph import cut_copy
+from compress.pruning.cutting import cut_copy
 from compress.recipe import RemoveBlock, RemoveChannels
 
 

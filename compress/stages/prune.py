@@ -21,10 +21,11 @@ from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, 
 from compress.progress import Progress, Task
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.elimination import reader_statistics, removal_order
-from compress.pruning.graph import kept_outputs, silenced_copy
+from compress.pruning.graph import kept_outputs
 from compress.pruning.selection import Groups, Selection, find_candidates, score_groups
 from compress.pruning.sensitivity import Sensitivity, with_rises
 from compress.pruning.surgery import remove_channels
+from compress.pruning.trial import silenced_copy
 from compress.recipe import RemoveChannels
 from compress.stages.context import Record, StageContext
 from compress.stages.hooked import loss_and_top1, say_cut

@@ -13,8 +13,8 @@ from compress.lowrank.factorize import applicable_schemes, full_ranks
 from compress.lowrank.layers import find_layers
 from compress.lowrank.surgery import apply_factorize
 from compress.pruning.blocks import find_removable_blocks
-from compress.pruning.graph import find_cuttable
 from compress.pruning.surgery import remove_block, remove_channels
+from compress.pruning.trial import find_cuttable
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from compress.cost.macs import count_macs, count_params
 from compress.pruning.costs import build_cost
-from compress.pruning.graph import cut_copy, find_cuttable
+from compress.pruning.cutting import cut_copy
+from compress.pruning.trial import find_cuttable
 
 COUNTS = {"macs": count_macs, "params": lambda module, _example: count_params(module)}
 

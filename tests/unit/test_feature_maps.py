@@ -19,7 +19,7 @@ from compress.data.splits import Split
 from compress.errors import ModelError
 from compress.lowrank.surgery import factorized_copy
 from compress.progress import SilentProgress, SilentTask
-from compress.pruning.graph import cut_copy
+from compress.pruning.cutting import cut_copy
 from compress.pruning.surgery import remove_block
 from compress.recipe import Factorize, RemoveBlock
 from compress.training.feature_maps import MapPairs

@@ -13,8 +13,9 @@ from compress.artifacts import FactorySpec
 from compress.building import build_module
 from compress.cost.macs import count_params
 from compress.errors import UnsupportedLayer, UntraceableModel
-from compress.pruning.graph import cut_copy, find_cuttable, silenced_copy
+from compress.pruning.cutting import cut_copy
 from compress.pruning.surgery import remove_channels
+from compress.pruning.trial import find_cuttable, silenced_copy
 from compress.recipe import RemoveChannels
 
 CIFAR = Path(__file__).parents[2] / "models" / "cifar_resnet" / "model.py"
@@ -129,18 +130,25 @@ def test_cut_equals_the_silenced_original(name, seed):
 
 
 @pytest.mark.parametrize(("depth", "inner"), [(8, 3), (20, 9)])
-def test_zero_padded_shortcuts_are_excluded_and_all_inner_channels_are_cut(depth, inner):
+def test_zero_padded_shortcuts_are_cut_through(depth, inner):
     module = build_module(FactorySpec("factory", f"{CIFAR}:resnet", {"depth": depth}))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     groups, excluded = find_cuttable(module, images[:1])
     blocks = range((depth - 2) // 6)
-    assert list(groups) == [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in blocks]
-    assert len(groups) == inner
+    inside = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in blocks]
+    assert list(groups) == ["conv1", *inside]
+    assert len(groups) == inner + 1
+    stream = groups["conv1"]
+    assert (stream.width, stream.parts) == (16, 1)
+    slots = {member.layer: member.slots.tolist() for member in stream.producers}
+    assert slots["layer2.0.conv2"] == list(range(8, 24))
+    assert slots["layer3.0.conv2"] == list(range(24, 40))
     unexpected = {item.name: item.reason for item in excluded if not item.expected}
-    assert list(unexpected) == ["conv1"]
-    assert "differs from the original" in unexpected["conv1"] or "does not run" in unexpected["conv1"]
+    assert list(unexpected) == ["layer2.0.conv2", "layer3.0.conv2"]
+    assert all("it meets channels padded with zeros" in reason for reason in unexpected.values())
     removed = _half(groups)
     slim = cut_copy(module, removed, images[:1])
+    assert slim.linear.in_features == 64 - 8
     assert torch.allclose(slim(images), silenced_copy(module, removed, groups)(images), atol=1e-4)
 
 
@@ -259,15 +267,15 @@ def test_convolution_used_twice_is_cut_once_for_both_uses():
     assert slim.b is slim.a
 
 
-def test_tied_weights_stay_whole_and_tied():
+def test_tied_weights_are_cut_and_stay_tied():
     module = _Shared(tied=True).eval()
-    groups, excluded = find_cuttable(module, nets.EXAMPLE)
-    assert list(groups) == ["last"]
-    reasons = {item.name: item.reason for item in excluded if not item.expected}
-    assert list(reasons) == ["stem", "a", "b"]
-    assert reasons["b"] == "it has layers that share parameters: b"
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    assert list(groups) == ["stem", "last"]
+    assert [member.layer for member in groups["stem"].producers] == ["stem", "a", "b"]
     slim = _hold_cut_equals_silencing(module, nets.images())
     assert slim.b.weight is slim.a.weight
+    assert slim.b.bias is not slim.a.bias
+    assert slim.a.weight.shape == (4, 4, 3, 3)
 
 
 class _InPlace(nn.Module):
@@ -325,10 +333,12 @@ class _GroupNormed(nn.Module):
         return self.head(self.conv2(F.relu(self.norm(self.conv1(x)))).mean((2, 3)))
 
 
-def test_a_group_whose_cut_changes_the_others_is_excluded():
-    groups, excluded = find_cuttable(_GroupNormed().eval(), nets.EXAMPLE)
-    assert list(groups) == ["conv2"]
-    assert [item.name for item in excluded if not item.expected] == ["conv1"]
+def test_a_group_norm_loses_whole_groups_of_channels():
+    module = _GroupNormed().eval()
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    assert {name: (group.width, group.parts) for name, group in groups.items()} == {"conv1": (8, 4), "conv2": (8, 1)}
+    slim = _hold_cut_equals_silencing(module, nets.images())
+    assert (slim.norm.num_groups, slim.norm.num_channels) == (1, 4)
 
 
 def test_a_group_too_narrow_to_cut_is_excluded():

@@ -39,8 +39,8 @@ from compress.errors import (
 from compress.lowrank.layers import find_layers
 from compress.progress import SilentProgress
 from compress.pruning.costs import build_cost, layer_axes
-from compress.pruning.graph import find_cuttable
 from compress.pruning.selection import Selection
+from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe
 from compress.stages.budgets import Targets
 from compress.stages.context import StageContext

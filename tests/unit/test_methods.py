@@ -16,13 +16,14 @@ from compress.cost.macs import count_macs
 from compress.errors import StageError
 from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.criteria.base import collect_gradients
-from compress.pruning.graph import cut_copy, find_cuttable, silenced_copy
+from compress.pruning.cutting import cut_copy
 from compress.pruning.methods.base import DECAYED, GroupTensors, Setting, rows_of
 from compress.pruning.methods.csgd import Csgd, channel_features, clustering
 from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.greg import Greg
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg, increments
+from compress.pruning.trial import find_cuttable, silenced_copy
 
 
 class Pair(nn.Module):

@@ -25,8 +25,8 @@ from compress.data.opening import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
 from compress.progress import SilentProgress
 from compress.pruning.elimination import reader_statistics, removal_order
-from compress.pruning.graph import find_cuttable
 from compress.pruning.sensitivity import Sensitivity
+from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
 from compress.stages.prune import PruneStage, _score_batch

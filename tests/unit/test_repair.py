@@ -17,11 +17,13 @@ from compress.data.splits import Split
 from compress.errors import DataError, InternalError
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers
-from compress.pruning.graph import BATCH_NORMS, cut_copy, find_cuttable, kept_outputs
+from compress.pruning.cutting import cut_copy
+from compress.pruning.graph import BATCH_NORMS, kept_outputs
 from compress.pruning.lockstep import Lockstep, call_order, following_norms
 from compress.pruning.regression import Places
 from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.pruning.surgery import remove_block
+from compress.pruning.trial import find_cuttable
 from compress.recipe import RemoveBlock
 from compress.training.batch_norm import reestimate_batch_norm
 

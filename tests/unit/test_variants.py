@@ -11,7 +11,7 @@ from compress.cost.onnx_file import load_onnx
 from compress.cost.onnx_graph import rows_of
 from compress.cost.variants import VariantWriter, site_of
 from compress.pruning.costs import build_cost, layer_axes
-from compress.pruning.graph import find_cuttable
+from compress.pruning.trial import find_cuttable
 
 
 def _writer(name: str):

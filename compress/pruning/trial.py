@@ -1,0 +1,144 @@
+"""Can a group be cut correctly? Its cut is carried out on a copy and compared with the network that ignores it.
+
+    silenced    the original in which nothing reads the removed channels: the weights by which they are read are zero
+    safety net  the cut network must run, keep its output shapes, and equal the silenced one
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from compress.cost.macs import eval_mode
+from compress.pruning.cutting import cut_out
+from compress.pruning.graph import ChannelGraph, ChannelGroup, Exclusion
+
+_TRIAL_SEED = 20190813
+_TRIAL_TOLERANCE = 1e-3
+
+
+def find_cuttable(
+    module: nn.Module, example: Tensor, skip: frozenset[str] = frozenset()
+) -> tuple[dict[str, ChannelGroup], list[Exclusion]]:
+    """Return the groups that can be cut correctly, and the others with the reason.
+
+    Args:
+        module: Any network; it is left as it is, and the groups returned refer to its own layers.
+        example: One input, (1, ...).
+        skip: Groups not to be looked at.
+
+    Raises:
+        UntraceableModel: The network does not run.
+    """
+    graph = ChannelGraph(module, example)
+    names = [name for name in graph.groups if name not in skip]
+    failures = _Trial(module, example, graph).failing(names)
+    excluded = [item for item in graph.excluded if item.name not in skip]
+    excluded += [Exclusion(name, reason) for name, reason in failures.items()]
+    return {name: graph.groups[name] for name in names if name not in failures}, excluded
+
+
+def silenced_copy(
+    module: nn.Module, removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]
+) -> nn.Module:
+    """Return a copy of `module` in which nothing reads the removed channels.
+
+    Args:
+        module: The network the groups belong to.
+        removed: Group name -> channel indices.
+        groups: The groups of `module`.
+    """
+    silent = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, indices in removed.items():
+            gone = torch.tensor(sorted(indices))
+            for read in groups[name].reads:
+                weight = getattr(silent.get_submodule(read.path), read.name)
+                weight.index_fill_(read.dim, read.slots[torch.isin(read.channels, gone)], 0)
+    return silent
+
+
+class _Trial:
+    """Cuts on copies of one network.
+
+    Args:
+        module: The network; left as it is.
+        example: One input, (1, ...).
+        graph: Of `module`.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor, graph: ChannelGraph) -> None:
+        self.module, self.example, self.graph = module, example, graph
+        generator = torch.Generator().manual_seed(_TRIAL_SEED)
+        self.removed = {name: _some_half(group, generator) for name, group in graph.groups.items()}
+        self.images = torch.randn((2, *example.shape[1:]), generator=generator)
+
+    def failing(self, names: list[str]) -> dict[str, str]:
+        """Return the groups whose cut is wrong, with the reason, by trying all at once and halving on failure."""
+        if not names:
+            return {}
+        reason = self._reason(names)
+        if reason is None:
+            return {}
+        if len(names) == 1:
+            return {names[0]: reason}
+        middle = len(names) // 2
+        failing = {**self.failing(names[:middle]), **self.failing(names[middle:])}
+        return failing or self._failing_together(names)
+
+    def _failing_together(self, names: list[str]) -> dict[str, str]:
+        """Find groups that fail only in company: admit them one by one and drop each that breaks the rest."""
+        admitted: list[str] = []
+        failing: dict[str, str] = {}
+        for name in names:
+            reason = self._reason([*admitted, name])
+            if reason is None:
+                admitted.append(name)
+            else:
+                failing[name] = f"{reason} (together with other groups)"
+        return failing
+
+    def _reason(self, names: list[str]) -> str | None:
+        """Cut half of each group on a copy; return what is wrong with the result, or None."""
+        removed = {name: self.removed[name] for name in names}
+        try:
+            slim = cut_out(self.module, self.graph, removed)
+            with torch.no_grad(), eval_mode(slim):
+                got = slim(self.images)
+        except Exception as error:  # foreign code under trial: whatever it raises is the reason
+            return f"the cut network does not run ({type(error).__name__}: {_first_line(error)})"
+        silent = silenced_copy(self.module, removed, self.graph.groups)
+        with torch.no_grad(), eval_mode(silent):
+            return difference(got, silent(self.images))
+
+
+def difference(got: object, expected: object) -> str | None:
+    """Say how the outputs of a cut network differ from those of the silenced one, or return None.
+
+    Args:
+        got: Outputs of the cut network, of any structure.
+        expected: Outputs of the silenced one.
+    """
+    found, wanted = _tensors(got), _tensors(expected)
+    if [tuple(a.shape) for a in found] != [tuple(a.shape) for a in wanted]:
+        return f"cutting it changes the output shape to {[tuple(a.shape) for a in found]}"
+    for a, b in zip(found, wanted, strict=True):
+        gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        if not gap <= _TRIAL_TOLERANCE * (1 + float(b.double().abs().max() if b.numel() else 0)):
+            return f"the cut network differs from the original with those channels silenced, by {gap:.2g}"
+    return None
+
+
+def _some_half(group: ChannelGroup, generator: torch.Generator) -> tuple[int, ...]:
+    units = group.width // group.parts
+    return group.expand(torch.randperm(units, generator=generator)[: max(1, units // 2)].tolist())
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

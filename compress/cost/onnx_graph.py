@@ -30,6 +30,7 @@ __all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
 
 Shape = tuple[int, ...]
 FIXED_WEIGHT = "compress.fixed."  # names constants of convolutions that stand for slicing and padding
+FIXED_BUFFER = "compress_fixed_weight"  # and those of a torch network that stand for the same
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
@@ -117,6 +118,11 @@ def rows_of(model: ModelProto) -> list[LayerRow]:
     return _rows(_Graph(copy))
 
 
+def is_fixed_weight(name: str) -> bool:
+    """Whether a constant is the weight of a convolution that stands for slicing and padding."""
+    return name.startswith(FIXED_WEIGHT) or name.endswith(f".{FIXED_BUFFER}")
+
+
 def _rows(graph: _Graph) -> list[LayerRow]:
     return [graph.row(node) for node in graph.nodes]
 
@@ -157,7 +163,7 @@ class _Graph:
 
     def macs(self, node: NodeProto) -> int:
         """Return the MACs of one node for one image; 0 for operators that are not counted."""
-        if node.domain not in ("", "ai.onnx") or any(name.startswith(FIXED_WEIGHT) for name in node.input):
+        if node.domain not in ("", "ai.onnx") or any(is_fixed_weight(name) for name in node.input):
             return 0
         if node.op_type in ("Conv", "ConvTranspose"):
             per_position = math.prod(self._shape(node, node.input[1])[1:])
@@ -217,7 +223,7 @@ class _Graph:
 
     def _layer_name(self, node: NodeProto) -> str:
         for name in node.input[1:2]:
-            if name in self.weights and "." in name:
+            if "." in name and (name in self.weights or name.endswith(FIXED_BUFFER)):
                 return str(name.rpartition(".")[0])
         return str(node.name or node.output[0])
 
@@ -273,7 +279,7 @@ def _weights(model: ModelProto) -> dict[str, Shape]:
     found = {}
     for name, tensor in tensors:
         is_weight = tensor.data_type in _FLOATS or name in rounded  # known by the name of the float that it becomes
-        if is_weight and tensor.dims and name not in statistics | scales and not name.startswith(FIXED_WEIGHT):
+        if is_weight and tensor.dims and name not in statistics | scales and not is_fixed_weight(name):
             is_float = tensor.data_type in _FLOATS
             found[name if is_float else rounded[name]] = tuple(tensor.dims)
     return found

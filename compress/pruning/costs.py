@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from compress.allocation.costs import ONE, Axis, CoupledCost, Term
 from compress.cost.macs import COUNTED, count_macs, count_params, layer_macs
 from compress.pruning.graph import ChannelGroup, is_depthwise
+from compress.pruning.shortcuts import FixedShortcut
 
 _Slots = dict[str, dict[str, float]]
 
@@ -108,7 +109,7 @@ def layer_axes(module: nn.Module, groups: Mapping[str, ChannelGroup]) -> LayerAx
         out, inp = outs.get(name, {}), inps.get(name, {})
         if not out and not inp:
             continue
-        if isinstance(layer, COUNTED) and not is_depthwise(layer):
+        if isinstance(layer, (*COUNTED, FixedShortcut)) and not is_depthwise(layer):
             axes[name] = _axes(layer, out, inp)
         else:
             axis = Axis(_channels(layer), out or inp)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, TRANSPOSED
 from compress.pruning.graph import BATCH_NORMS, INSTANCE_NORMS, LAYERS, ChannelGraph
+from compress.pruning.shortcuts import FixedShortcut
 
 _CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED)
+_Sizes = Mapping[tuple[int, ...], tuple[int, ...]]
 
 
 def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: Tensor) -> nn.Module:
@@ -85,18 +87,15 @@ def _norm_groups_left(module: nn.Module, graph: ChannelGraph, gone: np.ndarray) 
     return found
 
 
-def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, dict[int, int]]:
+def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, _Sizes]:
     """Return for each module the counts of channels its code may have written down and what becomes of them."""
-    found: dict[str, dict[int, int]] = {}
-    unclear: set[tuple[str, int]] = set()
+    found: dict[str, dict[tuple[int, ...], set[tuple[int, ...]]]] = {}
     for sized in graph.trace.sized:
-        labels = sized.labels.numpy()
-        before, after = len(labels), int((~gone[labels]).sum())
-        known = found.setdefault(sized.module, {})
-        if known.setdefault(before, after) != after:
-            unclear.add((sized.module, before))
+        before = tuple(len(labels) for labels in sized.labels)
+        after = tuple(int((~gone[labels.numpy()]).sum()) for labels in sized.labels)
+        found.setdefault(sized.module, {}).setdefault(before, set()).add(after)
     return {
-        path: {before: after for before, after in sizes.items() if before != after and (path, before) not in unclear}
+        path: {before: next(iter(after)) for before, after in sizes.items() if len(after) == 1}
         for path, sizes in found.items()
     }
 
@@ -104,7 +103,7 @@ def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, dict[int, in
 def _correct_numbers(
     part: nn.Module,
     changed: Mapping[str, tuple[Tensor, Tensor]],
-    sizes: Mapping[int, int],
+    sizes: _Sizes,
     norm: tuple[int, int] | None,
 ) -> None:
     """Let the numbers that a module carries follow its parameters."""
@@ -113,16 +112,25 @@ def _correct_numbers(
     elif isinstance(part, LAYERS):
         _correct_layer(part, changed)
     else:
-        own = {
-            before: after
+        own: dict[tuple[int, ...], tuple[int, ...]] = {
+            (before,): (after,)
             for old, new in changed.values()
             for before, after in zip(old.shape, new.shape, strict=True)
             if before != after
         }
-        for name, value in vars(part).items():
-            after = {**sizes, **own}.get(value) if type(value) is int else None
-            if after is not None and name not in ("training",):
+        for name, value in list(vars(part).items()):
+            if (after := _corrected(value, {**sizes, **own})) != value:
                 setattr(part, name, after)
+
+
+def _corrected(value: object, sizes: _Sizes) -> object:
+    """Return a number, or a list or tuple of numbers, as it is after the cut; anything else as it is."""
+    if type(value) is int:  # True and False are not
+        return sizes.get((value,), (value,))[0]
+    if type(value) in (list, tuple) and value and all(type(one) is int for one in value):  # type: ignore[attr-defined]
+        after = sizes.get(tuple(value))  # type: ignore[arg-type]
+        return value if after is None else type(value)(after)  # type: ignore[call-arg]
+    return value
 
 
 def _correct_layer(part: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -144,5 +152,7 @@ def _correct_layer(part: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]
         part.num_features = tensor.shape[0]
     elif isinstance(part, nn.PReLU):
         part.num_parameters = tensor.shape[0]
+    elif isinstance(part, FixedShortcut):
+        part.follow()
     elif isinstance(part, nn.LayerNorm):
         part.normalized_shape = tuple(part.weight.shape)

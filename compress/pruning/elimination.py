@@ -73,7 +73,11 @@ def reader_statistics(
     """
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
     once, norms = _called_once(module, names, split)
-    eligible = {n: g for n, g in groups.items() if g.readers and all(r.layer in once for r in g.readers)}
+    eligible = {
+        name: group
+        for name, group in groups.items()
+        if group.readers and not group.other_reads and all(reader.layer in once for reader in group.readers)
+    }
     for bulk in _bulks({name: [reader.module for reader in group.readers] for name, group in eligible.items()}):
         readers = {reader.layer: reader.module for name in bulk for reader in eligible[name].readers}
         yield bulk, _collect(module, readers, norms, split, progress)

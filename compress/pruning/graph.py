@@ -8,7 +8,7 @@
     member          one layer touched by the group: on its "out" axis (producer, norm, depthwise) or "in" axis (reader)
     gates           the places where multiplying a channel by 0 is the same as removing it
 
-Which channels are the same is found by `tracing.py`; whether a cut is right is tried by `trial.py`.
+Which channels are the same is found by `tracing/`; whether a cut is right is tried by `trial.py`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
 from compress.errors import InternalError, UnsupportedLayer
-from compress.pruning.tracing import OUTPUTS, Axis, Trace, trace
+from compress.pruning.shortcuts import FixedShortcut
+from compress.pruning.tracing.forward import trace
+from compress.pruning.tracing.record import OUTPUTS, Axis, Trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
-LAYERS = (*COUNTED, *NORMS, nn.PReLU)
+LAYERS = (*COUNTED, *NORMS, nn.PReLU, FixedShortcut)
 _MOST_PATTERNS = 4
 
 
@@ -116,6 +118,12 @@ class ChannelGroup:
     def readers(self) -> tuple[Member, ...]:
         """The convolution and linear layers that read the channels."""
         return tuple(m for m in self.members if m.axis == "in" and isinstance(m.module, COUNTED))
+
+    @property
+    def other_reads(self) -> tuple[Read, ...]:
+        """The weights that read the channels and are not those of a convolution or linear layer."""
+        layers = {reader.layer for reader in self.readers}
+        return tuple(read for read in self.reads if read.path not in layers)
 
     def expand(self, units: Iterable[int]) -> tuple[int, ...]:
         """Return the channels of the given units."""
@@ -209,7 +217,7 @@ class ChannelGraph:
         return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
     def _find_groups(self) -> None:
-        size, axes = self.trace.size, self.trace.axes
+        size = self.trace.size
         channel = _components(self.trace.same, size)
         unit = _components([*self.trace.same, *self.trace.tied], size)
         reasons = _reasons(self.trace, unit)
@@ -417,7 +425,11 @@ def _numbered(
     number = np.empty(len(channels), np.int64)
     number[order] = (np.arange(len(channels)) % parts) * len(units) + np.arange(len(channels)) // parts
     belongs = np.isin(own, channels)
-    return labels[belongs], number[np.searchsorted(channels, own[belongs])], rank_of_unit[np.searchsorted(units, of_units)]
+    return (
+        labels[belongs],
+        number[np.searchsorted(channels, own[belongs])],
+        rank_of_unit[np.searchsorted(units, of_units)],
+    )
 
 
 def _first_keys(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

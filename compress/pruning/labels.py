@@ -1,8 +1,8 @@
 """Which channel does each place of a value belong to, and how do operations move channels about?
 
     label       the number of a channel, at least 0; NONE for a place that belongs to no channel, ZERO for padded zeros
-    labels      int64, one axis for each axis of the value, of size 1 where the label is the same all along it: a feature
-                map (1, C, H, W) has labels (1, C, 1, 1)
+    labels      int64, one axis for each axis of the value, of size 1 where the label is the same all along it: a
+                feature map (1, C, H, W) has labels (1, C, 1, 1)
 
 An operation that only moves values about is carried out on the labels themselves.
 """
@@ -27,7 +27,8 @@ def is_labelled(labels: Tensor) -> bool:
 
 def of_channels(labels: Tensor) -> Tensor:
     """Return (n,) the channels that occur."""
-    return torch.unique(labels[labels >= 0])
+    found: Tensor = torch.unique(labels[labels >= 0])
+    return found
 
 
 def along(axis: int, ndim: int, values: Tensor) -> Tensor:

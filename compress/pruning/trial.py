@@ -1,7 +1,7 @@
 """Can a group be cut correctly? Its cut is carried out on a copy and compared with the network that ignores it.
 
-    silenced    the original in which nothing reads the removed channels: the weights by which they are read are zero
-    safety net  the cut network must run, keep its output shapes, and equal the silenced one
+silenced    the original in which nothing reads the removed channels: the weights by which they are read are zero
+safety net  the cut network must run, keep its output shapes, and equal the silenced one
 """
 
 import copy

@@ -183,7 +183,7 @@ def _scripted(module: nn.Module, rises: dict[int, float]) -> _Measured:
     """Losses that depend on how many channels of body.1.0 are silenced: width -> rise."""
 
     def losses_of(network: nn.Module) -> Tensor:
-        width = int((network.get_submodule("body.1.1").weight != 0).sum())
+        width = int((network.get_submodule("body.2.0").weight != 0).any((0, 2, 3)).sum())
         return torch.full((10,), 1.0 + (0.0 if width == 16 else rises[width]), dtype=torch.float64)
 
     return _Measured(losses_of)

@@ -53,6 +53,8 @@ class Csgd:
         """Say why the channels of a group cannot be merged, or None."""
         if group.parts > 1 or any(_groups_of(reader.module) > 1 for reader in group.readers):
             return "a grouped convolution computes or reads it"
+        if group.other_reads:
+            return f"'{group.other_reads[0].path}' reads it, whose weights are fixed"
         if not all(isinstance(norm.module, BATCH_NORMS) for norm in group.norms):
             return "a norm other than batch norm lies behind it"
         return unfit_gate(group)

@@ -1,0 +1,178 @@
+"""How can a network be cut through shortcuts that pad their channels with zeros?
+
+Such a shortcut (He et al. 2016, option A) takes every second row and column and puts zero channels around: how many is
+written down in the network's code, so no channel on either side could go. Written as a convolution with fixed weights,
+zeros and ones, it computes the same, and what it reads and gives are channels like any others. Runtimes are faster at
+it, too: they need not leave their blocked layout of channels.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from compress.cost.macs import eval_mode
+from compress.cost.onnx_graph import FIXED_BUFFER
+from compress.pruning.tracing.forward import trace
+
+_NAME = "fixed_shortcut"
+
+
+class FixedShortcut(nn.Module):
+    """Every n-th row and column, with each channel at its place among zeros.
+
+    Args:
+        inputs: Channels that it gets.
+        before: Zero channels put before them.
+        after: Zero channels put behind them.
+        strides: Rows and columns from one that is kept to the next.
+    """
+
+    def __init__(self, inputs: int, before: int, after: int, strides: tuple[int, int]) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.strides = inputs, before + inputs + after, strides
+        weight = torch.zeros(self.out_channels, inputs, 1, 1)
+        weight[before + torch.arange(inputs), torch.arange(inputs)] = 1
+        self.register_buffer(FIXED_BUFFER, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, before + C + after, H / n, W / n) of (N, C, H, W)."""
+        return F.conv2d(x, getattr(self, FIXED_BUFFER), stride=self.strides)
+
+    def follow(self) -> None:
+        """Let the numbers of channels follow the weight."""
+        self.out_channels, self.in_channels = getattr(self, FIXED_BUFFER).shape[:2]
+
+
+def write_out_shortcuts(module: nn.Module, example: Tensor) -> nn.Module:
+    """Return `module`, or a copy in which zero-padded shortcuts are convolutions, as far as its code can be rewritten.
+
+    A module without weights that does nothing else is replaced; in any other one the padding is replaced where
+    torch.fx can follow its forward pass. The copy gives the same outputs, to the last bit, for `example` and for
+    random images; where it would not, the module is left as it is.
+
+    Args:
+        module: Any network.
+        example: One input, (1, ...).
+
+    Raises:
+        UntraceableModel: The network does not run.
+    """
+    places = dict.fromkeys(trace(module, example).padded)
+    if not places:
+        return module
+    changed = copy.deepcopy(module)
+    for path in places:
+        inputs = _inputs_of(changed, path, example)
+        if not path or len(inputs) != 1:
+            continue
+        part = changed.get_submodule(path)
+        found = _as_shortcut(part, inputs[0]) or _with_shortcut(part, inputs[0])
+        if found is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(changed.get_submodule(parent), name, found.train(part.training))
+    return changed
+
+
+def _inputs_of(module: nn.Module, path: str, example: Tensor) -> list[Tensor]:
+    """Return the inputs with which a part is called; none where one of them is not a single tensor."""
+    seen: list[Tensor | None] = []
+
+    def note(_part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        seen.append(args[0].clone() if is_one else None)
+
+    handle = module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad(), eval_mode(module):
+            module(example)
+    finally:
+        handle.remove()
+    return [] if None in seen else [value for value in seen if value is not None]
+
+
+def _as_shortcut(part: nn.Module, given: Tensor) -> FixedShortcut | None:
+    """Return the shortcut that a module without weights is, or None."""
+    if next(part.parameters(), None) is not None or next(part.buffers(), None) is not None:
+        return None
+    with torch.no_grad(), eval_mode(part):
+        probe = _random_like(given)
+        return _matching(probe, part(probe))
+
+
+def _with_shortcut(part: nn.Module, given: Tensor) -> nn.Module | None:
+    """Return a module with its padding of channels written as convolutions, or None where that cannot be done."""
+    try:
+        with eval_mode(part):
+            graph = _Shallow().trace(part)
+    except Exception:  # torch.fx follows some forward passes and raises whatever it raises at the others
+        return None
+    rewritten = fx.GraphModule(part, graph, type(part).__name__)
+    values = _Values(rewritten)
+    probe = _random_like(given)
+    with torch.no_grad(), eval_mode(rewritten):
+        expected = values.run(probe)
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not F.pad:
+            continue
+        source = _sliced(node.args[0])
+        found = _matching(values.seen[source], values.seen[node])
+        if found is None:
+            continue
+        name = _NAME if not count else f"{_NAME}{count}"
+        rewritten.add_submodule(name, found)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(name, (source,)))
+        graph.erase_node(node)
+        count += 1
+    graph.eliminate_dead_code()
+    rewritten.recompile()
+    with torch.no_grad(), eval_mode(rewritten):
+        return rewritten if count and torch.equal(rewritten(probe), expected) else None
+
+
+def _matching(source: Tensor, result: Tensor) -> FixedShortcut | None:
+    """Return the shortcut that makes the result out of the source, or None."""
+    if not isinstance(result, Tensor) or source.ndim != 4 or result.ndim != 4 or result.shape[1] <= source.shape[1]:
+        return None
+    strides = -(-source.shape[2] // result.shape[2]), -(-source.shape[3] // result.shape[3])
+    for before in range(result.shape[1] - source.shape[1] + 1):
+        if torch.equal(result[:, before : before + 1], source[:, :1, :: strides[0], :: strides[1]]):
+            found = FixedShortcut(source.shape[1], before, result.shape[1] - source.shape[1] - before, strides)
+            return found if torch.equal(found(source), result) else None
+    return None
+
+
+def _sliced(node: fx.Node) -> fx.Node:
+    """Return what a padding starts from: what it is given, or what that is a slice of."""
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem" and len(node.users) == 1:
+        places = node.args[1]
+        if isinstance(places, tuple) and len(places) == 4 and all(isinstance(one, slice) for one in places):
+            return node.args[0]  # type: ignore[return-value]
+    return node
+
+
+class _Shallow(fx.Tracer):
+    """Follows one forward pass and enters no part of it."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+class _Values(fx.Interpreter):
+    """Keeps what each node gives."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.seen: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.seen[n] = super().run_node(n)
+        return self.seen[n]
+
+
+def _random_like(given: Tensor) -> Tensor:
+    return torch.randn(given.shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,231 @@
+"""Where do operations that move values about take the channels?"""
+
+import torch
+from torch import Tensor
+
+from compress.pruning.labels import NONE, ZERO, along, compact, is_labelled, joined, moved, padded, unlabelled, vector
+from compress.pruning.tracing.pointwise import meet
+from compress.pruning.tracing.watch import Call, Watch, where
+
+
+def move(watch: Watch, call: Call) -> None:
+    """An operation that only moves values about: carried out on the labels themselves."""
+    labels = watch.labels_of(call.first)
+    results = call.outputs
+    if not is_labelled(labels):
+        for output in results:
+            watch.give(output, unlabelled(output.ndim))
+        return
+    found = call.repeat(labels.expand(call.first.shape))
+    for output, one in zip(results, [found] if isinstance(found, Tensor) else found, strict=True):
+        watch.give(output, compact(one))
+
+
+def permute(watch: Watch, call: Call) -> None:
+    """Axes in another order."""
+    watch.give(call.result, call.repeat(watch.labels_of(call.first)))
+
+
+def view(watch: Watch, call: Call) -> None:
+    """Another shape of the same values: an axis of channels may become several, or the other way round."""
+    labels = watch.labels_of(call.first)
+    if not is_labelled(labels):
+        watch.give(call.result, unlabelled(call.result.ndim))
+        return
+    result = moved(lambda whole: whole.reshape(call.result.shape), labels, call.first.shape)
+    watch.give(call.result, result)
+    watch.note_size(labels)
+    dims = [dim for dim, size in enumerate(result.shape) if size > 1]
+    if len(dims) > 1 and sum(size > 1 for size in labels.shape) < len(dims):
+        # one axis became several: all but the longest are taken to keep their sizes when channels go
+        longest = max(dims, key=lambda dim: (result.shape[dim], dim))
+        first = result
+        for dim in dims:
+            if dim != longest:
+                first = first.narrow(dim, 0, 1)
+        watch.tie(result, first.expand(result.shape))
+        watch.note_size(first)
+        return
+    watch.note_size(result)
+
+
+def take_slice(watch: Watch, call: Call) -> None:
+    """A slice: equal shares of the channels must lose the same positions."""
+    labels, value = watch.labels_of(call.first), call.first
+    dim = int(call.arguments.get("dim", 0)) % value.ndim
+    if not is_labelled(labels) or labels.shape[dim] == 1:
+        watch.give(call.result, labels)
+        return
+    size, step = value.shape[dim], int(call.arguments.get("step", 1))
+    start = int(call.get("start") or 0)
+    share = step if step > 1 else call.result.shape[dim]
+    watch.give(call.result, compact(call.repeat(labels)))
+    if share < size and size % share == 0 and (step > 1 or start % share == 0):
+        _tie_shares(watch, labels, dim, step if step > 1 else size // share, is_strided=step > 1)
+    watch.note_size(watch.labels_of(call.result))
+
+
+def _tie_shares(watch: Watch, labels: Tensor, dim: int, shares: int, is_strided: bool) -> None:
+    """Tie the places at the same position of each of a number of equal shares along an axis."""
+    each = labels.shape[dim] // shares
+    shape = (each, shares) if is_strided else (shares, each)
+    parts = labels.unflatten(dim, shape)  # type: ignore[no-untyped-call]
+    axis = dim + 1 if is_strided else dim
+    watch.tie(parts, parts.narrow(axis, 0, 1).expand(parts.shape))
+
+
+def select(watch: Watch, call: Call) -> None:
+    """One position of an axis."""
+    labels, value = watch.labels_of(call.first), call.first
+    dim = int(call.arguments.get("dim", 0)) % value.ndim
+    watch.give(call.result, labels.squeeze(dim) if labels.shape[dim] == 1 else compact(call.repeat(labels)))
+
+
+def split(watch: Watch, call: Call) -> None:
+    """Pieces along an axis: equal ones must lose the same positions."""
+    labels, value = watch.labels_of(call.first), call.first
+    dim = int(call.arguments.get("dim", 0)) % value.ndim
+    pieces = call.outputs
+    if labels.shape[dim] == 1:
+        for piece in pieces:
+            watch.give(piece, labels)
+        return
+    sizes = [piece.shape[dim] for piece in pieces]
+    watch.note_size(labels)
+    shares: tuple[Tensor, ...] = labels.split(sizes, dim)  # type: ignore[no-untyped-call]
+    watch.note_size(*shares)
+    for piece, one in zip(pieces, shares, strict=True):
+        watch.give(piece, compact(one))
+        watch.note_size(one)
+    if len(set(sizes)) == 1 and len(sizes) > 1:
+        _tie_shares(watch, labels, dim, len(sizes), is_strided=False)
+
+
+def unbind(watch: Watch, call: Call) -> None:
+    """Every position of an axis on its own."""
+    labels = watch.labels_of(call.first)
+    dim = int(call.arguments.get("dim", 0)) % call.first.ndim
+    for position, piece in enumerate(call.outputs):
+        watch.give(piece, compact(labels.select(dim, position if labels.shape[dim] > 1 else 0)))
+
+
+def squeeze(watch: Watch, call: Call) -> None:
+    """Axes of size 1 taken away."""
+    watch.give(call.result, watch.labels_of(call.first).reshape(_without_ones(watch.labels_of(call.first), call)))
+
+
+def _without_ones(labels: Tensor, call: Call) -> list[int]:
+    """Return the sizes of the labels along the axes that a squeeze leaves."""
+    value = call.first
+    dims = call.get("dim")
+    chosen = range(value.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {dim % value.ndim for dim in chosen if value.shape[dim] == 1} if value.ndim else set()
+    return [size for axis, size in enumerate(labels.shape) if axis not in gone]
+
+
+def unsqueeze(watch: Watch, call: Call) -> None:
+    """An axis of size 1 put in."""
+    watch.give(call.result, call.repeat(watch.labels_of(call.first)))
+
+
+def expand(watch: Watch, call: Call) -> None:
+    """Values repeated along axes of size 1."""
+    watch.give(call.result, padded(watch.labels_of(call.first), call.result.ndim))
+
+
+def concatenate(watch: Watch, call: Call) -> None:
+    """Values put behind one another: along the channels' axis, or along another one with the same channels."""
+    tensors = [t for t in call.arguments["tensors"] if t.numel() or t.ndim > 1]
+    dim = int(call.arguments.get("dim", 0)) % call.result.ndim
+    labels = [watch.labels_of(tensor) for tensor in tensors]
+    if not any(is_labelled(one) for one in labels):
+        watch.give(call.result, unlabelled(call.result.ndim))
+        return
+    if any(
+        one.shape[dim] > 1 or tensor.shape[dim] == 1
+        for one, tensor in zip(labels, tensors, strict=True)
+        if is_labelled(one)
+    ):
+        watch.give(call.result, joined(labels, [tensor.shape[dim] for tensor in tensors], dim))
+        return
+    result, seen = labels[0], list(tensors[0].shape)  # side by side along another axis: the channels are the same
+    for one, tensor in zip(labels[1:], tensors[1:], strict=True):
+        result = meet(watch, result, seen, one, tensor.shape)
+    watch.give(call.result, result)
+
+
+def stack(watch: Watch, call: Call) -> None:
+    """Values side by side along a new axis, with the same channels."""
+    tensors = call.arguments["tensors"]
+    dim = int(call.arguments.get("dim", 0)) % call.result.ndim
+    labels = [watch.labels_of(tensor).unsqueeze(dim) for tensor in tensors]
+    for one in labels[1:]:
+        if one.shape == labels[0].shape:
+            watch.match(one, labels[0])
+        else:
+            watch.mix(one, call)
+            watch.mix(labels[0], call)
+    watch.give(call.result, labels[0])
+
+
+def pad(watch: Watch, call: Call) -> None:
+    """Zeros or other fixed values put around: around channels, they are places that follow none."""
+    labels, amounts = watch.labels_of(call.first), [int(amount) for amount in call.arguments["pad"]]
+    if not is_labelled(labels):
+        watch.give(call.result, unlabelled(call.result.ndim))
+        return
+    fill = ZERO if float(call.arguments.get("value", 0)) == 0 else NONE
+    for position in range(0, len(amounts), 2):
+        dim = labels.ndim - 1 - position // 2
+        before, after = amounts[position : position + 2]
+        if labels.shape[dim] > 1 and (before or after):
+            pads = [0] * (2 * (labels.ndim - dim - 1)) + [before, after]
+            labels = torch.nn.functional.pad(labels, pads, value=fill)
+            watch.trace.padded.append(watch.place)
+    watch.give(call.result, labels)
+
+
+def index(watch: Watch, call: Call) -> None:
+    """Indexing with tensors: fixed positions among channels cannot follow a cut."""
+    labels, value = watch.labels_of(call.first), call.first
+    places = call.get("indices", "index")
+    dims = (
+        [dim for dim, index in enumerate(places) if index is not None]
+        if isinstance(places, (list, tuple))
+        else [int(call.arguments["dim"]) % value.ndim]
+    )
+    if any(dim < labels.ndim and labels.shape[dim] > 1 for dim in dims):
+        watch.freeze(labels, f"its channels are picked by fixed positions in {where(watch.place)}")
+    move(watch, call)
+
+
+def columns(watch: Watch, call: Call) -> None:
+    """The places under a kernel, as channels."""
+    labels = watch.labels_of(call.first)
+    channels = vector(labels, 1, call.first.shape[1])
+    if channels is None:
+        watch.mix(labels, call)
+        watch.give(call.result, unlabelled(call.result.ndim))
+        return
+    each = call.result.shape[1] // len(channels)
+    watch.give(call.result, along(1, call.result.ndim, channels.repeat_interleave(each)))
+
+
+def copy_into(watch: Watch, call: Call) -> None:
+    """Values written into a part of another tensor: what the rest of it holds is not followed."""
+    for tensor in call.tensors:
+        labels = watch.labels_of(tensor)
+        watch.freeze(labels, f"it is written into another tensor in {where(watch.place)}")
+
+
+def pixel_shuffle(watch: Watch, call: Call) -> None:
+    """Square blocks of channels become places: the channels of one block go together."""
+    labels = watch.labels_of(call.first)
+    channels = vector(labels, 1, call.first.shape[1])
+    if channels is None:
+        watch.mix(labels, call)
+        watch.give(call.result, unlabelled(call.result.ndim))
+        return
+    blocks = channels.reshape(call.result.shape[1], -1)
+    watch.tie(blocks, blocks[:, :1].expand(blocks.shape))
+    watch.give(call.result, along(1, call.result.ndim, blocks[:, 0]))

@@ -1,0 +1,135 @@
+"""What do operations that leave every value at its place do to channels?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compress.pruning.labels import NONE, ZERO, is_labelled, padded, unlabelled
+from compress.pruning.tracing.watch import Call, Rule, Watch, where
+
+
+def pointwise(watch: Watch, call: Call) -> None:
+    """Values that meet place by place belong to the same channel."""
+    tensors = [tensor for tensor in call.tensors if tensor.numel() > 1 or watch.is_followed(tensor)]
+    if not tensors or not call.outputs:
+        return
+    ndim = max(tensor.ndim for tensor in tensors)
+    shapes = [[*[1] * (ndim - tensor.ndim), *tensor.shape] for tensor in tensors]
+    labels = [padded(watch.labels_of(tensor), ndim) for tensor in tensors]
+    _label_whole_parameters(watch, tensors, labels)
+    result = labels[0]
+    seen = shapes[0]
+    for one, shape in zip(labels[1:], shapes[1:], strict=True):
+        result = meet(watch, result, seen, one, shape)
+        seen = [max(a, b) for a, b in zip(seen, shape, strict=True)]
+    for output in call.outputs:
+        watch.give(output, result if output.ndim == ndim else unlabelled(output.ndim))
+
+
+def _label_whole_parameters(watch: Watch, tensors: Sequence[Tensor], labels: list[Tensor]) -> None:
+    """Label a parameter with several dimensions along the one along which the others have channels."""
+    dims = {dim for one in labels if is_labelled(one) for dim, size in enumerate(one.shape) if size > 1}
+    if len(dims) != 1:
+        return
+    (dim,) = dims
+    for position, tensor in enumerate(tensors):
+        own = dim - (labels[position].ndim - tensor.ndim)
+        if watch.is_known(tensor) and not is_labelled(labels[position]) and own >= 0 and tensor.shape[own] > 1:
+            labels[position] = padded(watch.scale_labels(tensor, own), labels[position].ndim)
+
+
+def meet(watch: Watch, one: Tensor, one_shape: Sequence[int], other: Tensor, other_shape: Sequence[int]) -> Tensor:
+    """Return the labels of two values that meet place by place, and note which channels are the same."""
+    whole_one, whole_other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
+    watch.match(whole_one, whole_other)
+    for mine, yours, labels, shape in (
+        (whole_one, whole_other, one, other_shape),
+        (whole_other, whole_one, other, one_shape),
+    ):
+        varies = [dim for dim, size in enumerate(labels.shape) if size > 1]
+        if any(shape[dim] > 1 for dim in varies):
+            place = where(watch.place)
+            watch.freeze(mine[(mine >= 0) & (yours == NONE)], f"it meets values that follow no channel, in {place}")
+            watch.freeze(mine[(mine >= 0) & (yours == ZERO)], f"it meets channels padded with zeros, in {place}")
+    return torch.where(whole_one >= 0, whole_one, torch.where(whole_other >= 0, whole_other, whole_one))
+
+
+def keep(watch: Watch, call: Call) -> None:
+    """The result has the shape and the channels of the first argument."""
+    give_all(watch, call, watch.labels_of(call.first))
+
+
+def give_all(watch: Watch, call: Call, labels: Tensor) -> None:
+    """Give every result the same labels."""
+    for output in call.outputs:
+        watch.give(output, labels if output.ndim == labels.ndim else unlabelled(output.ndim))
+
+
+def spatial(count: int) -> Rule:
+    """Return the rule of an operation along the last `count` axes that keeps all others."""
+
+    def rule(watch: Watch, call: Call) -> None:
+        labels = watch.labels_of(call.first)
+        if any(size > 1 for size in labels.shape[-count:]):
+            watch.mix(labels, call)
+            labels = unlabelled(labels.ndim)
+        give_all(watch, call, labels)
+
+    return rule
+
+
+def reduce(watch: Watch, call: Call) -> None:
+    """A sum, a mean, a largest value along some axes."""
+    if isinstance(call.arguments.get("other"), Tensor):  # the larger of two values, place by place
+        pointwise(watch, call)
+        return
+    value = call.first
+    labels = watch.labels_of(value)
+    dims = call.get("dim")
+    chosen = range(value.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    axes = {dim % value.ndim for dim in chosen} if value.ndim else set()
+    labels = _without_axes(watch, call, labels, axes)
+    kept = [axis for axis in range(labels.ndim) if axis not in axes or call.arguments.get("keepdim")]
+    reduced = labels.reshape([labels.shape[axis] for axis in kept])
+    for output in call.outputs:
+        watch.give(output, reduced if output.ndim == reduced.ndim else unlabelled(output.ndim))
+
+
+def over_axis(watch: Watch, call: Call) -> None:
+    """A softmax, a sorting or a running sum: keeps the shape, mixes along one axis."""
+    labels = watch.labels_of(call.first)
+    if call.first.ndim:
+        _without_axes(watch, call, labels, {int(call.arguments.get("dim", -1)) % call.first.ndim})
+    give_all(watch, call, labels)
+
+
+def _without_axes(watch: Watch, call: Call, labels: Tensor, axes: set[int]) -> Tensor:
+    """Return the labels, of size 1 along axes that are summed up; what is summed up must go together.
+
+    Where no other axis tells channels apart, all of them are mixed.
+    """
+    if all(labels.shape[axis] == 1 for axis in axes):
+        return labels
+    if any(size > 1 for axis, size in enumerate(labels.shape) if axis not in axes):
+        first = labels
+        for axis in axes:
+            first = first.narrow(axis, 0, 1)
+        watch.tie(labels, first.expand(labels.shape))
+        return first
+    watch.mix(labels, call)
+    return unlabelled(labels.ndim)
+
+
+def create(watch: Watch, call: Call) -> None:
+    """A value made of nothing belongs to no channel."""
+    for output in call.outputs:
+        watch.give(output, unlabelled(output.ndim))
+
+
+def unknown(watch: Watch, call: Call) -> None:
+    """An operation nobody here knows: none of the channels it reads can go."""
+    for tensor in call.tensors:
+        watch.mix(watch.labels_of(tensor), call)
+    for output in call.outputs:
+        watch.give(output, unlabelled(output.ndim))

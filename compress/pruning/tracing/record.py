@@ -1,0 +1,79 @@
+"""What does one watched forward pass tell about the channels of a network's parameters?"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+OUTPUTS = "its channels are the network's outputs"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The outputs ("out"), inputs ("in") or scaled channels ("scale") of a parameter or buffer.
+
+    Attributes:
+        tensor: The parameter.
+        role: What its places are.
+        dim: Which dimension of the tensor holds them.
+        size: How many there are; more than the dimension has where a grouped convolution keeps one part's only.
+        start: The label of the first.
+    """
+
+    tensor: Tensor
+    role: str
+    dim: int
+    size: int
+    start: int
+
+    @property
+    def labels(self) -> Tensor:
+        """(size,) the labels of its places."""
+        return torch.arange(self.start, self.start + self.size)
+
+    def slots(self, places: Tensor) -> Tensor:
+        """Return the indices along `dim` of the places given by their numbers."""
+        return places % self.tensor.shape[self.dim]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Somewhere in a module's code where a number of channels is or may be written down.
+
+    Attributes:
+        module: Its path.
+        labels: The places whose numbers stand there, one after the other.
+    """
+
+    module: str
+    labels: tuple[Tensor, ...]
+
+
+@dataclass
+class Trace:
+    """What one forward pass told.
+
+    Attributes:
+        axes: In the order of their labels.
+        same: Pairs of labels, each (2, n).
+        tied: Likewise.
+        frozen: Labels and the reason.
+        behind: Weight -> parameter of the norm that its outputs go to directly.
+        norm_groups: Module path of each group norm -> labels of the channels it normalises.
+        sized: Where numbers of channels may be written down.
+        padded: Module paths whose code puts zero channels around others.
+    """
+
+    axes: list[Axis] = field(default_factory=list)
+    same: list[Tensor] = field(default_factory=list)
+    tied: list[Tensor] = field(default_factory=list)
+    frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    norm_groups: list[tuple[str, Tensor]] = field(default_factory=list)
+    sized: list[Sized] = field(default_factory=list)
+    padded: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many labels there are."""
+        return self.axes[-1].start + self.axes[-1].size if self.axes else 0

@@ -21,7 +21,7 @@ from compress.errors import ArtifactError
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "torch",
-             "torch-pruning", "torchvision")  # fmt: skip
+             "torchvision")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

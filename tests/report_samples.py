@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "cpu": "Imaginary Processor 9000 @ 2.90GHz",
     "cores": 2,
     "memory_bytes": 16_710_111_232,
-    "versions": {"compress": "0.1.0", "torch": "2.15.0", "torch-pruning": "1.6.1", "onnx": "1.23.2", "onnxslim": None},
+    "versions": {"compress": "0.1.0", "torch": "2.15.0", "onnx": "1.23.2", "onnxslim": None},
 }
 CONFIG = {
     "name": "resnet20_cifar10",

@@ -139,7 +139,7 @@ def test_environment_names_machine_and_versions_but_no_person(monkeypatch: pytes
     assert found["cores"] >= 1
     assert found["cpu"]
     assert found["versions"]["numpy"] == np.__version__
-    assert {"compress", "torch", "torch-pruning", "onnx", "onnxslim"} <= found["versions"].keys()
+    assert {"compress", "torch", "onnx", "onnxslim"} <= found["versions"].keys()
     text = json.dumps(found)
     assert environment.platform.node() not in text
     assert "somebody" not in text

@@ -14,7 +14,7 @@ def convolution(watch: Watch, call: Call) -> None:
     value, weight = call.arguments["input"], call.arguments["weight"]
     parts, transposed = int(call.arguments["groups"]), bool(call.arguments["transposed"])
     labels = watch.labels_of(value)
-    inputs = vector(labels, 1, value.shape[1])
+    inputs = watch.channels_of(labels, value.shape[1])
     outputs = int(call.result.shape[1])
     if inputs is None:
         watch.mix(labels, call)
@@ -101,7 +101,7 @@ def batch_norm(watch: Watch, call: Call) -> None:
     """A norm with statistics of each channel alone: passes channels on."""
     value = call.arguments["input"]
     labels = watch.labels_of(value)
-    channels = vector(labels, 1, value.shape[1])
+    channels = watch.channels_of(labels, value.shape[1])
     own = [t for name in ("weight", "bias", "running_mean", "running_var") if (t := call.get(name)) is not None]
     if channels is None:
         watch.mix(labels, call)
@@ -119,7 +119,7 @@ def group_norm(watch: Watch, call: Call) -> None:
     """A norm over groups of channels: a whole group of them can go, and nothing less."""
     value, parts = call.arguments["input"], int(call.arguments["group"])
     labels = watch.labels_of(value)
-    channels = vector(labels, 1, value.shape[1])
+    channels = watch.channels_of(labels, value.shape[1])
     if channels is None:
         watch.mix(labels, call)
     else:

@@ -157,6 +157,19 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(channels):
             self.trace.frozen.append((channels, reason))
 
+    def channels_of(self, labels: Tensor, size: int) -> Tensor | None:
+        """Return (size,) the labels along axis 1, or None where they differ along other axes only.
+
+        Places that differ along other axes as well (a vector that was reshaped to a feature map) must go together.
+        """
+        if labels.shape[1] == 1 or labels.numel() == labels.shape[1]:
+            return vector(labels, 1, size)
+        first = labels
+        for axis in range(labels.ndim):
+            first = first if axis == 1 else first.narrow(axis, 0, 1)
+        self.tie(labels, first.expand(labels.shape))
+        return first.flatten()
+
     def mix(self, labels: Tensor, call: "Call") -> None:
         """Note that an operation mixes channels in a way that a cut would change."""
         if is_labelled(labels):

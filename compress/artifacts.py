@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from compress.data.preprocessing import Preprocessing
 from compress.recipe import Recipe
@@ -13,6 +14,7 @@ if TYPE_CHECKING:  # the planner and the reports handle these types without impo
     from torch import nn
 
 Status = Literal["pass", "fail", "skipped"]
+NetworkKind = Literal["factory", "timm", "torchvision"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +77,43 @@ class FactorySpec:
     """How the untouched network is built.
 
     Attributes:
-        kind: "factory" or "torchvision".
-        reference: "pkg.module:callable", "/absolute/file.py:callable", or a torchvision name.
+        kind: "factory", "timm" or "torchvision".
+        reference: "pkg.module:callable", "/absolute/file.py:callable", or a name of timm or torchvision.
         kwargs: Keyword arguments of the callable.
+        inputs: Input name -> {"shape": [...], "dtype": ..., "high": ...} without the batch axis; {} for one image.
+        outputs: Which outputs are kept, in this order; () for all.
     """
 
-    kind: Literal["factory", "torchvision"]
+    kind: NetworkKind
     reference: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FactorySpec:
+        """Rebuild from `dataclasses.asdict` values that went through JSON; what older files lack is empty.
+
+        Raises:
+            TypeError: A value is of another kind.
+        """
+        spec = cls(**{**values, "outputs": tuple(values.get("outputs", ()))})
+        if not isinstance(spec.reference, str) or not isinstance(spec.kwargs, dict):
+            raise TypeError("factory must hold a reference and kwargs")
+        return spec
+
+    @classmethod
+    def from_model(cls, model: Mapping[str, Any]) -> FactorySpec:
+        """Return how the plain values of a `model:` section say the network is built."""
+        (kind,) = (kind for kind in get_args(NetworkKind) if kind in model)
+        return cls(kind, model[kind], dict(model["kwargs"]), dict(model["inputs"]), tuple(model["outputs"]))
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the inputs that are declared, with their batch axis; () for one image."""
+        return tuple(
+            TensorSpec(name, ("batch", *declared["shape"]), declared.get("dtype", "float32"))
+            for name, declared in self.inputs.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)

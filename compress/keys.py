@@ -15,13 +15,14 @@ from typing import Any
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
+from compress.config.locations import PRETRAINED
 from compress.config.schema import DeployConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
-LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "torch",
-             "torchvision")  # fmt: skip
+LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
+             "torch", "torchvision")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +127,12 @@ def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Return the digests of the weights and of the factory."""
     weights = Path(values["weights"])
-    if not weights.is_file():
+    if values["weights"] == PRETRAINED:  # the versions of the libraries, and the network's name, say which
+        files = {"weights": PRETRAINED}
+    elif not weights.is_file():
         raise ArtifactError(f"Weights file '{weights}' does not exist.")
-    files = {"weights": digest_file(weights)}
+    else:
+        files = {"weights": digest_file(weights)}
     factory = values["model"].get("factory")
     if factory is not None:
         place, _, name = factory.rpartition(":")

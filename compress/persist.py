@@ -169,9 +169,7 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]
     recipe = Recipe.from_json(_read_text(folder / "recipe.json"))
     with _well_formed(folder / "meta.json"):
         Signature.from_dict(meta["signature"])
-        spec = FactorySpec(**meta["factory"])
-        if not isinstance(spec.reference, str) or not isinstance(spec.kwargs, dict):
-            raise TypeError("factory must hold a reference and kwargs")
+        spec = FactorySpec.from_dict(meta["factory"])
     return meta, recipe, spec
 
 

@@ -12,7 +12,7 @@ Nothing here imports torch unless a stage has to run.
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +172,7 @@ class _Run:
     ) -> None:
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
         self.crew, self.writes_curves = crew, writes_curves
-        self.factory = _factory(pipeline.resolved["stages"][0]["model"])
+        self.factory = FactorySpec.from_model(pipeline.resolved["stages"][0]["model"])
         self.store = Store(runs_dir / ".store", progress.warn)
         self.previous = _read_lock(folder)
         self.stages: list[StageRun] = []
@@ -361,12 +361,6 @@ class _Run:
         """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""
         values = {"schema": LOCK_SCHEMA, "stages": self.locked + self.previous[len(self.locked) : count]}
         _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
-
-
-def _factory(model: Mapping[str, Any]) -> FactorySpec:
-    """Return how the network is built now; a stored stage may know the same file by an older path."""
-    kind: Literal["factory", "torchvision"] = "factory" if "factory" in model else "torchvision"
-    return FactorySpec(kind, model[kind], dict(model["kwargs"]))
 
 
 def _read_lock(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Origin, Problem
 
+PRETRAINED = "pretrained"  # in place of a path: what the network's library offers
 _SOURCE_KEYS = ("arrays", "labels", "idx", "folder", "root")
 _HALVES = {"train": "train.npz", "evaluation": "test.npz"}
 
@@ -76,7 +77,8 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
         yield ("deploy", "table"), values["deploy"], "table"
     for index, stage in enumerate(values["stages"]):
         if stage["stage"] == "load":
-            yield ("stages", index, "weights"), stage, "weights"
+            if stage["weights"] != PRETRAINED:
+                yield ("stages", index, "weights"), stage, "weights"
             if stage["model"].get("factory", "").rpartition(":")[0].endswith(".py"):
                 yield ("stages", index, "model", "factory"), stage["model"], "factory"
         if stage["stage"] == "verify":

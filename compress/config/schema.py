@@ -143,35 +143,78 @@ class DataConfig(Section):
     )
 
 
-class FactoryModel(Section):
+class InputConfig(Section):
+    """One input of a network that takes several, or one that is no image."""
+
+    shape: Ints = Field(description="sizes without the batch axis; [] for one number")
+    dtype: Literal["float32", "int64", "int32", "bool"] = "float32"
+    high: int | None = Field(None, ge=1, le=2**24, description="whole numbers are below this, at least 0")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if any(size < 1 for size in self.shape):
+            raise ValueError("shape must hold sizes of at least 1")
+        if self.high is not None and not self.dtype.startswith("int"):
+            raise ValueError("high must stand beside a dtype of whole numbers")
+        return self
+
+
+def _to_input(value: object) -> object:
+    return {"shape": value} if isinstance(value, list) else value
+
+
+Input = Annotated[InputConfig, BeforeValidator(_to_input, json_schema_input_type=InputConfig | list[int])]
+
+
+class NetworkSection(Section):
+    """What every way to name a network has in common."""
+
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments that it is built with")
+    inputs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Input] = Field(
+        default_factory=dict,
+        description="name -> shape without the batch axis, or shape, dtype and high; without it: one image",
+    )
+    outputs: Names = Field((), description="which outputs to keep, in this order, where there are several; [] for all")
+
+
+class FactoryModel(NetworkSection):
     """A callable that builds the network."""
 
     factory: str = Field(
         pattern=r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$",
         description='"pkg.module:callable" or "path/to/file.py:callable"',
     )
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the callable")
 
 
-class TorchvisionModel(Section):
-    """A network of torchvision.models by its name."""
+class TorchvisionModel(NetworkSection):
+    """A network of torchvision.models by its name: classification, segmentation, single-stage detection."""
 
-    torchvision: str = Field(description="such as resnet18")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments, such as num_classes")
+    torchvision: str = Field(description="such as resnet18, fcn_resnet50, ssdlite320_mobilenet_v3_large")
+
+
+class TimmModel(NetworkSection):
+    """A network of timm by its name; timm is the extra `timm`."""
+
+    timm: str = Field(description="such as convnext_tiny")
+
+
+MODEL_KINDS = ("factory", "timm", "torchvision")
 
 
 def _model_kind(value: object) -> str | None:
     has = value.__contains__ if isinstance(value, dict) else lambda key: hasattr(value, key)
-    kinds = [kind for kind in ("factory", "torchvision") if has(kind)]
+    kinds = [kind for kind in MODEL_KINDS if has(kind)]
     return kinds[0] if len(kinds) == 1 else None
 
 
 Model = Annotated[
-    Annotated[FactoryModel, Tag("factory")] | Annotated[TorchvisionModel, Tag("torchvision")],
+    Annotated[FactoryModel, Tag("factory")]
+    | Annotated[TimmModel, Tag("timm")]
+    | Annotated[TorchvisionModel, Tag("torchvision")],
     Discriminator(
         _model_kind,
         custom_error_type="model_kind",
-        custom_error_message="must hold exactly one of the keys factory, torchvision",
+        custom_error_message=f"must hold exactly one of the keys {', '.join(MODEL_KINDS)}",
     ),
 ]
 
@@ -181,7 +224,10 @@ class LoadConfig(Section):
 
     stage: Literal["load"]
     model: Model
-    weights: str = Field(description="safetensors, or a torch checkpoint that weights_only=True can read")
+    weights: str = Field(
+        description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
+        "torch.export program; or pretrained, for what timm or torchvision offer"
+    )
     rewrites: Literal["measured", "always", "never"] = Field(
         "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"
     )

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from torch import nn
 
 from compress.artifacts import TorchModel
-from compress.building import build_module, load_strict, read_weights, reinitialized
+from compress.building import build_untouched, load_strict, read_weights, reinitialized
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
 from compress.errors import NonFinite
@@ -165,6 +165,6 @@ def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -
     """Return the untouched network as the teacher, if one is asked for."""
     if config is None:
         return None
-    teacher = build_module(artifact.factory)
+    teacher = build_untouched(artifact.factory, artifact.signature)
     load_strict(teacher, read_weights(artifact.baseline.weights_path), "The baseline's weights")
     return Distillation(teacher.requires_grad_(False), config.weight, config.temperature, config.features)

@@ -4,22 +4,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.building import build_module, load_strict, read_weights, write_weights
-from compress.config.schema import FactoryModel, LoadConfig, Model
+from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
+from compress.building import (
+    build_module,
+    example_input,
+    load_strict,
+    read_weights,
+    with_one_array,
+    write_weights,
+)
+from compress.config.locations import PRETRAINED
+from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
-from compress.errors import DataError, ModelError, NonFinite
+from compress.errors import DataError, ModelError
+from compress.networks.wiring import notes_on, run_network, signature_of
+from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import export_present, try_rewrites
 from compress.training.evaluate import check_outputs
 from compress.verification.measuring import Conditions, measure_onnx
-
-INPUT_NAME, OUTPUT_NAME = "images", "logits"
 
 
 class LoadStage:
@@ -38,11 +46,14 @@ class LoadStage:
             DataError: Labels do not fit the network.
         """
         spec = factory_spec(self.config.model)
-        module = build_module(spec)
-        load_strict(module, read_weights(Path(self.config.weights)), f"'{self.config.weights}'")
+        module = load_network(spec, self.config.weights)
         check_precision(module)
         ctx.data.check_classes()
-        signature = try_network(module, ctx.data.calibration)
+        images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2))
+        module = with_one_array(module, spec, images)
+        for note in notes_on(module, images):
+            ctx.progress.warn(note)
+        signature = try_network(module, ctx.data.calibration, spec)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, signature, ctx)
@@ -52,7 +63,7 @@ class LoadStage:
             "params": figures.params,
             "size_bytes": figures.size_bytes,
             "top1": figures.quality["top1"],
-            "layers": len(layer_macs(module, _example(signature))),
+            "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
         }
         ctx.progress.note(
@@ -67,7 +78,7 @@ class LoadStage:
         """Export the network as it runs best, measure the file, and return the model and what was tried."""
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
         write_weights(module, weights)
-        example = _example(signature)
+        example = example_input(signature)
         counted = count_macs(module, example)
         baseline = Baseline(Figures(counted, count_params(module), 0, {}, {}), path, weights)
         precision = "fp32" if ctx.deploy is None else ctx.deploy.precision
@@ -91,34 +102,49 @@ class LoadStage:
 
 def factory_spec(model: Model) -> FactorySpec:
     """Return how a `model:` section says the network is built."""
-    if isinstance(model, FactoryModel):
-        return FactorySpec("factory", model.factory, dict(model.kwargs))
-    return FactorySpec("torchvision", model.torchvision, dict(model.kwargs))
+    return FactorySpec.from_model(model.model_dump())
 
 
-def try_network(module: nn.Module, split: Split) -> Signature:
+def load_network(spec: FactorySpec, weights: str) -> nn.Module:
+    """Return the network with its weights, as its factory made it.
+
+    Args:
+        spec: How it is built.
+        weights: A file, or "pretrained".
+
+    Raises:
+        ModelError: The factory fails, or the network computes something else with the weights that come with it.
+        ArtifactError: The weights cannot be read or do not fit.
+        NonFinite: A weight is NaN or infinite.
+    """
+    module = build_module(spec)
+    if weights == PRETRAINED:
+        load_strict(module, pretrained_state(spec), f"The weights of {spec.kind} for '{spec.reference}'")
+        return module
+    state = read_weights(Path(weights), module.state_dict())
+    if spec.kind == "torchvision":
+        state = without_auxiliary(state, module.state_dict())
+    load_strict(module, state, f"'{weights}'")
+    return module
+
+
+def try_network(module: nn.Module, split: Split, spec: FactorySpec) -> Signature:
     """Run two real images through the network and return its signature.
 
     Raises:
-        ModelError: The network does not run on them, or does not return (N, classes).
+        ModelError: The network does not run on them, does not return (N, classes), or changes from run to run.
         NonFinite: An output is NaN or infinite.
     """
     images, labels = next(evaluation_batches(split.first(2), 2))
-    try:
-        with torch.no_grad():
-            outputs = module(images)
-    except Exception as error:  # the user's code: its error is shown, ours is around it
+    signature = signature_of(module, spec, images)
+    if len(signature.outputs) > 1:
+        names = ", ".join(output.name for output in signature.outputs)
         raise ModelError(
-            f"The network must run on images of shape {tuple(images.shape)}, got {type(error).__name__}: {error}",
-            hint="Check data.preprocessing (resize, crop, channels, layout) and model.kwargs.",
-        ) from error
-    check_outputs(outputs, int(labels.max()))
-    if not outputs.isfinite().all():
-        raise NonFinite("The network's outputs must be finite, got NaN or infinity on real images.")
-    return Signature(
-        inputs=(TensorSpec(INPUT_NAME, ("batch", *images.shape[1:])),),
-        outputs=(TensorSpec(OUTPUT_NAME, ("batch", *outputs.shape[1:])),),
-    )
+            f"A classifier must return one (N, classes) tensor, the network returns {names}.",
+            hint="Name the one to keep: model.outputs.",
+        )
+    check_outputs(run_network(module, images), int(labels.max()))
+    return signature
 
 
 def check_precision(module: nn.Module) -> None:
@@ -139,7 +165,3 @@ def check_labels(split: Split, signature: Signature) -> None:
         raise DataError(
             f"Labels of '{split.name}' must be below the number of classes the network has ({classes}), got {largest}."
         )
-
-
-def _example(signature: Signature) -> Tensor:
-    return torch.zeros([1, *(int(size) for size in signature.inputs[0].shape[1:])])

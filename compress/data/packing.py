@@ -1,0 +1,110 @@
+"""How do several inputs of a network travel as one array? Side by side, a float32 row for each sample.
+
+    image (N, 3, 8, 8) float32 ─┐
+    mask  (N, 10)      int64   ─┴─ pack ──> (N, 202) float32 ── unpack ──> as they were
+
+Everything between the data and the network (splits, batches, repairs, training) then handles one array, as for images.
+float32 holds whole numbers exactly up to 2^24; larger ones are refused.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from compress.errors import DataError
+
+LARGEST_WHOLE = 2**24
+
+
+class Part(Protocol):
+    """One input: name, shape with the batch axis first, numpy dtype."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int | str, ...]: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+
+
+def is_packed(parts: Sequence[Part]) -> bool:
+    """Return whether these inputs travel as one row: several, or one that is not float32."""
+    return len(parts) > 1 or any(part.dtype not in ("float32", "float16", "bfloat16") for part in parts)
+
+
+def part_sizes(part: Part) -> tuple[int, ...]:
+    """Return the sizes of one sample.
+
+    Raises:
+        DataError: One of them is open.
+    """
+    sizes = tuple(size for size in part.shape[1:] if isinstance(size, int))
+    if len(sizes) != len(part.shape) - 1:
+        raise DataError(f"Input '{part.name}' must have fixed sizes after the batch axis to be packed, {part.shape}.")
+    return sizes
+
+
+def row_width(parts: Sequence[Part]) -> int:
+    """Return how many numbers a sample has."""
+    return sum(math.prod(part_sizes(part)) for part in parts)
+
+
+def pack(values: Mapping[str, np.ndarray], parts: Sequence[Part]) -> np.ndarray:
+    """Return one row for each sample.
+
+    Args:
+        values: Input name -> (N, ...) array.
+        parts: The inputs, in the order of the row.
+
+    Returns:
+        (N, K) float32.
+
+    Raises:
+        DataError: An input is missing or has another shape, or a whole number is beyond 2^24.
+    """
+    missing = [part.name for part in parts if part.name not in values]
+    if missing:
+        raise DataError(
+            f"Samples must have the inputs {', '.join(part.name for part in parts)}, {', '.join(missing)} is missing."
+        )
+    count = len(values[parts[0].name])
+    rows = np.empty((count, row_width(parts)), np.float32)
+    start = 0
+    for part in parts:
+        array, sizes = np.asarray(values[part.name]), part_sizes(part)
+        if array.shape != (count, *sizes):
+            raise DataError(f"Input '{part.name}' must have shape {(count, *sizes)}, got {array.shape}.")
+        if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > LARGEST_WHOLE:
+            raise DataError(
+                f"Whole numbers of input '{part.name}' must be within {LARGEST_WHOLE:,}, got "
+                f"{int(array.min()):,} to {int(array.max()):,}."
+            )
+        end = start + math.prod(sizes)
+        rows[:, start:end] = array.reshape(count, -1)
+        start = end
+    return rows
+
+
+def unpack(rows: np.ndarray, parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """Return the inputs that `pack` put side by side, each in its own dtype.
+
+    Raises:
+        DataError: The rows are not as wide as the inputs together.
+    """
+    width = row_width(parts)
+    if rows.ndim != 2 or rows.shape[1] != width:
+        names = ", ".join(part.name for part in parts)
+        raise DataError(
+            f"The network takes several inputs ({names}): a sample must be a row of {width} numbers, got an array of "
+            f"shape {rows.shape}.",
+            hint="Give a data set of your own that has all inputs.",
+        )
+    found, start = {}, 0
+    for part in parts:
+        sizes = part_sizes(part)
+        end = start + math.prod(sizes)
+        found[part.name] = np.ascontiguousarray(rows[:, start:end].reshape(len(rows), *sizes)).astype(part.dtype)
+        start = end
+    return found

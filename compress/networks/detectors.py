@@ -1,0 +1,127 @@
+"""How does a single-stage detector of torchvision become a network of images and tensors, and its tensors boxes again?
+
+    torchvision    list of images ──resize, normalise──> backbone ──> head ──> anchors, decode, NMS ──> list of boxes
+    here           (N, 3, H, W) prepared ──────────────> backbone ──> head ──> {cls_logits, bbox_regression, ...}
+                   `Postprocess`: those tensors, (H, W) ──anchors, decode, score threshold, NMS──> list of boxes
+
+The detector stays itself and keeps its names, so that published weights fit; only its `forward` is another one. What
+comes after the head has no weights: it is torchvision's own code, called with the tensors wherever they were computed.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+
+DETECTORS = (
+    "fcos_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+)
+_TWO_STAGES = ("fasterrcnn_", "keypointrcnn_", "maskrcnn_")
+
+
+class _RawForward(nn.Module):
+    """What the class of a detector has before its own."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what the head gives for (N, 3, H, W) images, normalised and of the size they are computed at."""
+        detector: Any = self
+        features = detector.backbone(images)
+        maps = [features] if isinstance(features, Tensor) else list(features.values())
+        outputs: dict[str, Tensor] = detector.head(maps)
+        return outputs
+
+
+def why_not(name: str) -> str | None:
+    """Return why a torchvision network of this name cannot be used, None where it can."""
+    if name.startswith(_TWO_STAGES):
+        return (
+            "a detector of two stages crops as many regions out of its feature maps as its first stage proposes, which "
+            "differs from image to image, so that it is no fixed graph of tensors."
+        )
+    return None
+
+
+def raw_detector(detector: nn.Module) -> nn.Module:
+    """Return a detector that takes (N, 3, H, W) images and returns its head's outputs by name; the same object.
+
+    Args:
+        detector: SSD, SSDlite, RetinaNet or FCOS of torchvision.
+    """
+    base = type(detector)
+    detector.__class__ = type(base.__name__, (_RawForward, base), {"__module__": base.__module__})
+    return detector
+
+
+class Postprocess:
+    """Boxes out of the tensors of a raw detector.
+
+    Args:
+        detector: Of torchvision, raw or not; its anchors, thresholds and box coder are used, none of its weights.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        own = copy.deepcopy(detector).to("meta")  # for the sizes of its feature maps no weights are needed
+        self._detector: Any = own.eval()
+        if not hasattr(own, "anchor_generator") or not hasattr(own, "postprocess_detections"):
+            raise ModelError(
+                f"Postprocess takes a single-stage detector of torchvision, got {type(detector).__name__}.",
+                hint=f"Use {', '.join(DETECTORS)}.",
+            )
+        self._generator: Any = copy.deepcopy(detector.anchor_generator)
+        self._sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def __call__(self, outputs: Mapping[str, Tensor], image_size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Return what was found in each image.
+
+        Args:
+            outputs: Name -> (N, anchors, ...) tensor, as the raw detector gives them.
+            image_size: (H, W) in pixels of the images that went in.
+
+        Returns:
+            For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "scores": (M,), "labels": (M,) int64}.
+        """
+        tensors = {name: value.detach().float().cpu() for name, value in outputs.items()}
+        count = len(next(iter(tensors.values())))
+        maps = self._map_sizes(image_size)
+        anchors = self._anchors(count, image_size, maps)
+        shapes = [image_size] * count
+        if type(self._detector).__name__ == "SSD":
+            found = self._detector.postprocess_detections(tensors, anchors, shapes)
+        else:
+            per_level = self._per_level(tensors, maps)
+            levels = [values.shape[1] for values in per_level["cls_logits"]]
+            split = [list(torch.split(one, levels)) for one in anchors]
+            found = self._detector.postprocess_detections(per_level, split, shapes)
+        return [{key: one[key] for key in ("boxes", "scores", "labels")} for one in found]
+
+    def _map_sizes(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (height, width) of each feature map for images of a size."""
+        if image_size not in self._sizes:
+            features = self._detector.backbone(torch.empty(1, 3, *image_size, device="meta"))
+            maps = [features] if isinstance(features, Tensor) else list(features.values())
+            self._sizes[image_size] = [(int(one.shape[-2]), int(one.shape[-1])) for one in maps]
+        return self._sizes[image_size]
+
+    def _anchors(self, count: int, image_size: tuple[int, int], maps: list[tuple[int, int]]) -> list[Tensor]:
+        from torchvision.models.detection.image_list import ImageList
+
+        images = ImageList(torch.empty(count, 3, *image_size), [image_size] * count)
+        anchors: list[Tensor] = self._generator(images, [torch.empty(1, 1, *size) for size in maps])
+        return anchors
+
+    @staticmethod
+    def _per_level(tensors: Mapping[str, Tensor], maps: list[tuple[int, int]]) -> dict[str, list[Tensor]]:
+        """Split tensors by feature map: at each place of a map there are as many anchors as at any other."""
+        places = [height * width for height, width in maps]
+        each = next(iter(tensors.values())).shape[1] // sum(places)
+        return {
+            name: list(torch.split(value, [each * one for one in places], dim=1)) for name, value in tensors.items()
+        }

@@ -1,0 +1,186 @@
+"""Which tensors does a file of weights hold, and do they fit a network? Files are read as data, nothing in them is run.
+
+Read are safetensors, torch checkpoints that `weights_only=True` accepts, TorchScript archives and torch.export
+programs. A state dict may lie in a checkpoint under the usual names, one within the other; of a moving average and the
+weights themselves the average is taken, since it is what was measured while training.
+"""
+
+import pickle  # noqa: TID251 - for the exception that torch raises; nothing is loaded with it
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from compress.errors import ArtifactError, NonFinite
+from compress.networks.archives import read_archive
+
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "module_ema")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
+COUNTERS = ("n_averaged",)  # beside the weights in torch's AveragedModel
+_DEEPEST = 4
+
+
+def read_weights(path: Path, expected: Collection[str] = ()) -> dict[str, Tensor]:
+    """Read a state dict without running any code in its file.
+
+    Args:
+        path: The file.
+        expected: Names that the network has; without them only DataParallel's prefix is stripped.
+
+    Returns:
+        Name -> tensor. A prefix that all names have is stripped where more of them are then expected.
+
+    Raises:
+        ArtifactError: The file is missing, corrupt, would have to run code, or holds no state dict.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"Weights file '{path}' does not exist.")
+    if path.suffix == ".safetensors":
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(f"'{path}' must be a safetensors file: {error}") from error
+    else:
+        archive = read_archive(path)
+        state = _unwrap(_read_checkpoint(path), path) if archive is None else archive
+    return fit_prefix(state, expected)
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a network's parameters and buffers as safetensors.
+
+    Raises:
+        OSError: The file system refused; safetensors' own writer hides that behind an error of another kind.
+    """
+    # clones, because safetensors refuses tensors that share memory
+    path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}))
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load weights, every key and shape matching.
+
+    Raises:
+        ArtifactError: Keys are missing, unexpected, or of another shape; says which.
+        NonFinite: A weight is NaN or infinite.
+    """
+    expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    counters = {name for name in expected if name.endswith("num_batches_tracked") and name not in state}
+    missing = sorted(set(expected) - set(state) - counters)
+    unexpected = sorted(set(state) - set(expected))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{kind}: {some(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ArtifactError(
+            f"{source} must fit the network exactly; {'; '.join(problems)}.",
+            hint="Check model.factory and model.kwargs, such as the number of classes or the depth.",
+        )
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise NonFinite(f"{source} must be finite, NaN or infinity in {some(broken)}.")
+    module.load_state_dict({**{name: expected[name] for name in counters}, **state})
+
+
+def fit_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Return a state dict without the prefix that DataParallel, torch.compile or Lightning put before all names.
+
+    Args:
+        state: Name -> tensor.
+        expected: Names that the network has; () where they are not known.
+
+    >>> one = torch.ones(1)
+    >>> list(fit_prefix({"module._orig_mod.a": one, "module._orig_mod.b": one}, ["a", "b"]))
+    ['a', 'b']
+    >>> list(fit_prefix({"head.a": one}, ["head.a"])), list(fit_prefix({"model.a": one}, ["c"]))
+    (['head.a'], ['model.a'])
+    """
+    if not expected:
+        prefixed = all(name.startswith("module.") for name in state)
+        return {name.removeprefix("module.") if prefixed else name: value for name, value in state.items()}
+    best, most = dict(state), len(set(state) & set(expected))
+    for length in _shared_prefixes(list(state)):
+        stripped = {name[length:]: value for name, value in state.items()}
+        if (matches := len(set(stripped) & set(expected))) > most:
+            best, most = stripped, matches
+    return best
+
+
+def _shared_prefixes(names: list[str]) -> Iterator[int]:
+    """Yield the lengths of all prefixes, up to a dot, that every name begins with."""
+    if not names:
+        return
+    for place in re.finditer(r"\.", names[0]):
+        if not all(name.startswith(names[0][: place.end()]) for name in names):
+            return
+        yield place.end()
+
+
+def _read_checkpoint(path: Path) -> Any:
+    if path.stat().st_size == 0:
+        raise ArtifactError(f"Weights file '{path}' is empty.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ArtifactError(
+            f"Weights file '{path}' was refused: it is not a plain state dict, reading it could run code"
+            f"{f' ({culprit[1]})' if culprit else ''}.",
+            hint="Save `model.state_dict()` with safetensors or torch.save and give that file.",
+        ) from error
+    except Exception as error:  # torch's reader raises anything, down to AssertionError, on a corrupt file
+        raise ArtifactError(
+            f"Weights file '{path}' is no readable torch checkpoint, got {type(error).__name__}: "
+            f"{first_sentence(error)}"
+        ) from error
+
+
+def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for _ in range(_DEEPEST):
+        found = [key for key in (*AVERAGES, *WRAPPERS) if isinstance(loaded, Mapping) and _is_filled(loaded.get(key))]
+        if not found:
+            break
+        loaded = loaded[found[0]]
+    if isinstance(loaded, Mapping):
+        loaded = {key: value for key, value in loaded.items() if key not in COUNTERS}
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ArtifactError(
+            f"'{path}' must hold a state dict (names to tensors), directly or under one of "
+            f"{', '.join((*AVERAGES, *WRAPPERS))}."
+        )
+    for what, is_so in (
+        ("dense", lambda v: v.layout == torch.strided),
+        ("not quantised", lambda v: not v.is_quantized),
+    ):
+        if odd := [str(name) for name, value in loaded.items() if not is_so(value)]:
+            raise ArtifactError(f"The tensors in '{path}' must be {what}, {some(odd)} is not.")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def some(names: list[str], count: int = 4) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the beginning of what an error says."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:200]

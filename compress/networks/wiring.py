@@ -1,0 +1,183 @@
+"""How is a network called, what does it return, and does it do the same each time? Asked of one run on real inputs."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from compress.adapter import INPUT_NAME, OUTPUT_NAME, adapt, flatten_outputs, wiring_of
+from compress.artifacts import FactorySpec, Signature, TensorSpec
+from compress.cost.macs import eval_mode
+from compress.data.packing import is_packed, part_sizes, row_width
+from compress.errors import ModelError, NonFinite
+from compress.networks.observe import Observed, observe
+from compress.networks.weights import some
+from compress.registry import closest
+
+
+def wire(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
+    """Return a network that takes one array and returns a tensor, or a tuple of them; the same object.
+
+    Left as it is where it already does, in training mode too.
+
+    Args:
+        module: In eval mode, on the CPU.
+        spec: Which inputs it has, and which outputs are kept.
+        example: One array of the data: (N, C, H, W) images, or (N, K) rows of all inputs.
+
+    Raises:
+        ModelError: It does not run on the example, returns something that is no tensor, or lacks an output.
+    """
+    inputs = spec.input_specs()
+    _check_example(inputs, example)
+    if inputs:
+        module = adapt(module, inputs, ())
+    outputs = run_network(module, example)
+    names = [name for name, _ in flatten_outputs(outputs)]
+    kept = _kept(names, spec.outputs)
+    if isinstance(outputs, Tensor) and not kept and _trains_alike(module, example):
+        return module
+    return adapt(module, inputs, kept or tuple(names))
+
+
+def signature_of(module: nn.Module, spec: FactorySpec, example: Tensor) -> Signature:
+    """Return names, shapes and dtypes of the inputs and outputs of a wired network.
+
+    Args:
+        module: As `wire` returned it.
+        spec: Which inputs it has.
+        example: As there, of at least two samples.
+
+    Raises:
+        ModelError: It does not run, an output has not the batch as its first axis, or another run gives other values.
+        NonFinite: An output is NaN or infinite.
+    """
+    first, again = (_named(module, run_network(module, example)) for _ in range(2))
+    for name, value in first.items():
+        if value.ndim == 0 or value.shape[0] != len(example):
+            raise ModelError(
+                f"Output '{name}' must have the batch ({len(example)}) as its first axis, "
+                f"got shape {tuple(value.shape)}.",
+                hint=f"Name the outputs to keep: model.outputs, out of {', '.join(first)}.",
+            )
+        if not value.isfinite().all():
+            raise NonFinite(f"Output '{name}' of the network must be finite, got NaN or infinity on real inputs.")
+    if changing := [name for name in first if not torch.equal(first[name], again[name])]:
+        raise ModelError(_why_it_changes(module, example, changing), hint=_CHANGING_HINT)
+    inputs = spec.input_specs() or (TensorSpec(INPUT_NAME, ("batch", *example.shape[1:])),)
+    taken = {one.name for one in inputs}
+    return Signature(
+        inputs=inputs,
+        outputs=tuple(
+            TensorSpec(f"{name}_out" if name in taken else name, ("batch", *value.shape[1:]), _dtype(value))
+            for name, value in first.items()
+        ),
+    )
+
+
+def notes_on(module: nn.Module, example: Tensor) -> list[str]:
+    """Return what a user should know of how a network runs, a sentence each.
+
+    Args:
+        module: Any network that runs on the example.
+        example: What it is called with.
+    """
+    with eval_mode(module):
+        seen = observe(module, example)
+    if not seen.decisions:
+        return []
+    return [
+        f"The network decides by the values of its input, in {some(seen.decisions)}: what such code does for one "
+        "image is fixed for all of them in an ONNX file, and export may refuse it."
+    ]
+
+
+def run_network(module: nn.Module, example: Tensor) -> object:
+    """Return what a network gives for one array, without gradients.
+
+    Raises:
+        ModelError: It raises; its error is shown.
+    """
+    try:
+        with torch.no_grad():
+            return module(example)
+    except ModelError:
+        raise
+    except Exception as error:  # the user's code: its error is shown, ours is around it
+        shape = tuple(example.shape)
+        what = f"rows of shape {shape}" if example.ndim == 2 else f"images of shape {shape}"
+        raise ModelError(
+            f"The network must run on {what}, got {type(error).__name__}: {error}",
+            hint="Check data.preprocessing (resize, crop, channels, layout) and model.kwargs; where the network takes "
+            "several inputs, declare them: model.inputs.",
+        ) from error
+
+
+_CHANGING_HINT = (
+    "Let the factory return a network that draws nothing in eval mode: F.dropout needs training=self.training."
+)
+
+
+def _why_it_changes(module: nn.Module, example: Tensor, changing: list[str]) -> str:
+    seen: Observed = observe(module, example)
+    left = [f"'{name}'" for name, part in module.named_modules() if part.training and getattr(part, "p", 0)]
+    reasons = [f"random numbers are drawn in {some(seen.random)}"] if seen.random else []
+    reasons += [f"dropout stays in training mode in {some(left)}"] if left else []
+    why = "; ".join(reasons) or "no random operator was seen, so it keeps a state of its own between runs"
+    return f"The network must give the same for the same input, {some(changing)} changes between two runs: {why}."
+
+
+def _check_example(inputs: tuple[TensorSpec, ...], example: Tensor) -> None:
+    """Raise ModelError unless the data gives what `model.inputs` declares."""
+    if not inputs:
+        return
+    if is_packed(inputs):
+        wanted: tuple[int, ...] = (row_width(inputs),)
+        what = f"rows of {wanted[0]} numbers, all of {', '.join(spec.name for spec in inputs)} side by side"
+    else:
+        wanted = part_sizes(inputs[0])
+        what = f"the shape that model.inputs declares for '{inputs[0].name}', {wanted}"
+    if tuple(example.shape[1:]) != wanted:
+        raise ModelError(
+            f"Samples must be {what}; the data set gives {tuple(example.shape[1:])}.",
+            hint="Check model.inputs and data.preprocessing; several inputs need a data set that gives all of them.",
+        )
+
+
+def _kept(names: list[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Check names of outputs and return those to keep."""
+    if not names:
+        raise ModelError("The network must return at least one tensor, it returns none.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ModelError(f"Outputs must have names of their own, {some(twice)} is there twice.")
+    for name in wanted:
+        if name not in names:
+            raise ModelError(
+                f"model.outputs must name outputs of the network ({', '.join(names)}), got '{name}'.",
+                hint=closest(name, names),
+            )
+    return () if list(wanted) == names == [OUTPUT_NAME] else wanted
+
+
+def _trains_alike(module: nn.Module, example: Tensor) -> bool:
+    """Whether the network returns one tensor in training mode, too; some return those of auxiliary heads there."""
+    trained, two = copy.deepcopy(module).train(), torch.cat([example, example])[:2]  # one is too few for batch norms
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return isinstance(trained(two), Tensor)
+    except Exception:  # e.g. a batch norm that refuses one value: whether it can be trained is not asked here
+        return True
+
+
+def _named(module: nn.Module, outputs: object) -> dict[str, Tensor]:
+    """Return the outputs of a wired network by name."""
+    wiring = wiring_of(module)
+    if wiring is None:
+        return dict(flatten_outputs(outputs))
+    values: Iterable[object] = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {name: value for name, value in zip(wiring.outputs, values, strict=True) if isinstance(value, Tensor)}
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

@@ -177,7 +177,7 @@ def example_input(signature: Signature, batch: int = 1) -> Tensor:
     """Return what the network is called with, of zeros: the first input's shape, or a row of all inputs."""
     if is_packed(signature.inputs):
         return torch.zeros([batch, row_width(signature.inputs)])
-    sizes = [size if isinstance(size, int) else batch for size in signature.inputs[0].shape]
+    sizes = [size if isinstance(size, int) else 1 for size in signature.inputs[0].shape]
     return torch.zeros([batch, *sizes[1:]])
 
 

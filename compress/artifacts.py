@@ -25,11 +25,13 @@ class TensorSpec:
         name: As in the ONNX file.
         shape: Sizes; "batch" stands for the open batch axis.
         dtype: numpy name, such as "float32".
+        high: Whole numbers of an input are below this; None where nobody said. No file states it.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
+    high: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,18 @@ class Signature:
         """Rebuild from `dataclasses.asdict` values that went through JSON."""
 
         def specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"]) for e in entries)
+            return tuple(TensorSpec(e["name"], tuple(e["shape"]), e["dtype"], e.get("high")) for e in entries)
 
         return cls(specs(values["inputs"]), specs(values["outputs"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+
+        def plain(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+            named = ({"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype} for spec in specs)
+            return [{**one, "high": spec.high} if spec.high else one for one, spec in zip(named, specs, strict=True)]
+
+        return {"inputs": plain(self.inputs), "outputs": plain(self.outputs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +122,7 @@ class FactorySpec:
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Return the inputs that are declared, with their batch axis; () for one image."""
         return tuple(
-            TensorSpec(name, ("batch", *declared["shape"]), declared.get("dtype", "float32"))
+            TensorSpec(name, ("batch", *declared["shape"]), declared.get("dtype", "float32"), declared.get("high"))
             for name, declared in self.inputs.items()
         )
 

@@ -78,7 +78,7 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
     meta = {
         "schema": META_SCHEMA,
         "factory": asdict(model.factory),
-        "signature": asdict(model.signature),
+        "signature": model.signature.to_dict(),
         "preprocessing": model.preprocessing.to_dict(),
         "classes": list(model.classes),
         "rewrites": list(model.rewrites),
@@ -178,7 +178,7 @@ def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
         for file in path.parent.glob(f"{path.name}*"):
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
-    values = {"file": model.path.name, "opset": model.opset, "signature": asdict(model.signature)}
+    values = {"file": model.path.name, "opset": model.opset, "signature": model.signature.to_dict()}
     if model.float_path is not None:
         values["float_file"] = model.float_path.name
     _write_json(folder / "onnx.json", values)

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from compress.artifacts import Signature
 from compress.cost.macs import count_macs
+from compress.data.packing import draw
 from compress.errors import CompressError, ModelError, RuntimeUnavailable, UnsupportedLayer
 from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.criteria.base import Criterion, collect_gradients
@@ -551,8 +552,6 @@ def _hold(condition: bool, got: str) -> None:
 def _inputs(signature: Signature, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     return {
-        spec.name: generator.standard_normal([size if isinstance(size, int) else batch for size in spec.shape]).astype(
-            spec.dtype
-        )
+        spec.name: draw(spec, [size if isinstance(size, int) else batch for size in spec.shape], generator)
         for spec in signature.inputs
     }

@@ -1,8 +1,8 @@
 """What does an ONNX file say about itself: its files, its inputs and outputs, its preprocessing? No torch."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -13,6 +13,7 @@ from compress.errors import ArtifactError
 
 PREPROCESSING_KEY = "compress.preprocessing"
 CLASSES_KEY = "compress.classes"
+SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,33 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
         return OnnxMetadata(None if written is None else Preprocessing.from_dict(written), classes)
     except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON: {error}") from error
+
+
+def read_sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """Return axis name -> usual size of the open axes of a file's inputs, {} where the file does not say.
+
+    Raises:
+        ArtifactError: The entry is there and damaged.
+    """
+    written = {entry.key: entry.value for entry in model.metadata_props}.get(SIZES_KEY, "{}")
+    try:
+        return {str(name): int(size) for name, size in json.loads(written).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"The metadata '{SIZES_KEY}' must be JSON of whole numbers: {error}") from error
+
+
+def at_sizes(signature: Signature, sizes: Mapping[str, int]) -> Signature:
+    """Return a signature whose inputs have these sizes in place of open axes of that name.
+
+    >>> image = TensorSpec("image", ("batch", 3, "height", "width"))
+    >>> at_sizes(Signature((image,), ()), {"height": 32, "width": 48}).inputs[0].shape
+    ('batch', 3, 32, 48)
+    """
+    inputs = tuple(
+        replace(spec, shape=tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape))
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=inputs)
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:

@@ -22,7 +22,7 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from compress.cost.onnx_file import file_bytes, first_line, load_onnx
+from compress.cost.onnx_file import file_bytes, first_line, load_onnx, read_sizes
 from compress.cost.onnx_shapes import observe_shapes
 from compress.errors import ModelError
 
@@ -232,10 +232,14 @@ def _fix_batch(model: ModelProto) -> int:
     """Set open first axes to 1 in place, drop inferred shapes that said otherwise, and return the batch size."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
+    sizes = read_sizes(model)
     for value in inputs:
         dims = value.type.tensor_type.shape.dim
         if dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = 1
+        for dim in dims:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
     del model.graph.value_info[:]
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")

@@ -27,6 +27,8 @@ class Part(Protocol):
     def shape(self) -> tuple[int | str, ...]: ...  # noqa: D102
     @property
     def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def high(self) -> int | None: ...  # noqa: D102
 
 
 def is_packed(parts: Sequence[Part]) -> bool:
@@ -108,3 +110,18 @@ def unpack(rows: np.ndarray, parts: Sequence[Part]) -> dict[str, np.ndarray]:
         found[part.name] = np.ascontiguousarray(rows[:, start:end].reshape(len(rows), *sizes)).astype(part.dtype)
         start = end
     return found
+
+
+def draw(part: Part, sizes: Sequence[int], generator: np.random.Generator) -> np.ndarray:
+    """Return random values that an input takes: normal numbers, whole ones below `high` (0 where nobody said), flags.
+
+    Args:
+        part: The input.
+        sizes: Of the array, the batch first.
+        generator: Draws them.
+    """
+    if part.dtype == "bool":
+        return generator.integers(0, 2, sizes).astype(bool)
+    if part.dtype.startswith(("int", "uint")):
+        return generator.integers(0, part.high or 1, sizes).astype(part.dtype)
+    return generator.standard_normal(sizes).astype(part.dtype)

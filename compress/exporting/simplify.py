@@ -9,7 +9,16 @@ import onnxruntime
 import onnxslim
 
 from compress.artifacts import Signature
-from compress.cost.onnx_file import default_opset, first_line, load_onnx, read_signature, save_onnx
+from compress.cost.onnx_file import (
+    at_sizes,
+    default_opset,
+    first_line,
+    load_onnx,
+    read_signature,
+    read_sizes,
+    save_onnx,
+)
+from compress.data.packing import draw
 
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-5
@@ -55,8 +64,9 @@ def find_difference(path: Path, rewritten: Path, signature: Signature, tolerance
     """
     try:
         first, second = (_session(file) for file in (path, rewritten))
+        sizes = read_sizes(load_onnx(path))
         for seed in range(_TRIALS):
-            inputs = _random_inputs(signature, seed)
+            inputs = _random_inputs(at_sizes(signature, {name: size + 32 * seed for name, size in sizes.items()}), seed)
             for spec, a, b in zip(signature.outputs, first.run(None, inputs), second.run(None, inputs), strict=True):
                 scale = float(np.abs(a).max(initial=0.0))
                 if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
@@ -78,8 +88,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 def _random_inputs(signature: Signature, seed: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    batches = {
-        spec.name: tuple(size if isinstance(size, int) else seed + 1 for size in spec.shape)
+    return {
+        spec.name: draw(spec, [size if isinstance(size, int) else seed + 1 for size in spec.shape], generator)
         for spec in signature.inputs
     }
-    return {spec.name: generator.standard_normal(batches[spec.name]).astype(spec.dtype) for spec in signature.inputs}

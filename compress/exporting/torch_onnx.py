@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,16 +25,20 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
+from compress.adapter import real_inputs, wiring_of
 from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import eval_mode
 from compress.cost.onnx_file import (
     CLASSES_KEY,
     PREPROCESSING_KEY,
+    SIZES_KEY,
+    at_sizes,
     default_opset,
     first_line,
     read_signature,
     save_onnx,
 )
+from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ExportFailed, InternalError
 from compress.exporting.precision import HALF_TOLERANCE, in_half_precision
@@ -73,14 +77,26 @@ class ExportReport:
     rewrites: dict[str, int]
 
 
-def exported_signature(signature: Signature, dynamic_batch: bool) -> Signature:
-    """Return the signature that the file has: the first axis of every tensor is "batch", or 1 when it is fixed."""
+def exported_signature(
+    signature: Signature, dynamic_batch: bool, open_axes: Mapping[int, str] | None = None
+) -> Signature:
+    """Return the signature that the file has: the first axis of every tensor is "batch", or 1 when it is fixed.
+
+    Args:
+        signature: Of the network.
+        dynamic_batch: Whether the batch axis stays open.
+        open_axes: Axis -> name of further open axes of the first input. How outputs follow from them is not known
+            here: their sizes are those that belong to the network's own.
+    """
     batch: int | str = "batch" if dynamic_batch else 1
 
     def specs(entries: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(replace(entry, shape=(batch, *entry.shape[1:])) for entry in entries)
 
-    return Signature(specs(signature.inputs), specs(signature.outputs))
+    first, *others = specs(signature.inputs)
+    named = open_axes or {}
+    opened = replace(first, shape=tuple(named.get(axis, size) for axis, size in enumerate(first.shape)))
+    return Signature((opened, *others), specs(signature.outputs))
 
 
 def export_onnx(
@@ -96,6 +112,7 @@ def export_onnx(
     classes: tuple[str, ...] = (),
     rewrites: tuple[str, ...] = (),
     precision: str = "fp32",
+    open_axes: Mapping[int, str] | None = None,
 ) -> ExportReport:
     """Write `module` as an ONNX file; a file that was there is replaced only when the new one passed every check.
 
@@ -111,17 +128,19 @@ def export_onnx(
         classes: Written into the file's metadata.
         rewrites: Names in `REWRITES` to be applied wherever they fit.
         precision: "fp32", or "fp16" for weights and activations in half precision between float32 inputs and outputs.
+        open_axes: Axis -> name ("height") of further axes of the first input that stay open.
 
     Raises:
         ExportFailed: torch or ONNX refused, the file is not what was asked for (opset, names, shapes), or the network
             does not bear half precision.
         InternalError: A rewrite changed what the network computes.
     """
-    wanted = exported_signature(signature, dynamic_batch)
-    model = _run_exporter(module, wanted, opset)
-    _check_is_as_asked(model, wanted, opset)
+    wanted = exported_signature(signature, dynamic_batch, open_axes)
+    sizes = {name: int(signature.inputs[0].shape[axis]) for axis, name in (open_axes or {}).items()}
+    model = _run_exporter(module, wanted, opset, sizes)
+    wanted = _check_is_as_asked(model, wanted, opset, bool(sizes))
     nodes_before = len(model.graph.node)
-    _write_metadata(model, preprocessing, classes)
+    _write_metadata(model, preprocessing, classes, sizes)
     flushed = _flush_denormals(model)
     external = external_data or _weight_bytes(model) > ONE_FILE_LIMIT_BYTES
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,13 +185,12 @@ def export_onnx(
     )
 
 
-def _run_exporter(module: nn.Module, wanted: Signature, opset: int) -> ModelProto:
+def _run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mapping[str, int]) -> ModelProto:
     dynamic = wanted.inputs[0].shape[0] == "batch"
     # torch.export takes sizes 0 and 1 for constants, so an open axis needs an example of 2
-    examples = tuple(_example(spec, batch=2 if dynamic else 1) for spec in wanted.inputs)
-    batch = torch.export.Dim("batch")
+    examples = tuple(_example(spec, batch=2 if dynamic else 1) for spec in at_sizes(wanted, sizes).inputs)
     try:
-        with eval_mode(module), torch.no_grad(), _quiet():
+        with eval_mode(module), real_inputs(module), torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 module,
                 examples,
@@ -180,7 +198,7 @@ def _run_exporter(module: nn.Module, wanted: Signature, opset: int) -> ModelProt
                 opset_version=opset,
                 input_names=[spec.name for spec in wanted.inputs],
                 output_names=[spec.name for spec in wanted.outputs],
-                dynamic_shapes=tuple({0: batch} for _ in wanted.inputs) if dynamic else None,
+                dynamic_shapes=_dynamic_shapes(module, wanted),
                 verbose=False,
             )
             assert program is not None
@@ -188,8 +206,25 @@ def _run_exporter(module: nn.Module, wanted: Signature, opset: int) -> ModelProt
     except Exception as error:  # the exporter raises whatever tracing, the network's own code or onnxscript raises
         raise ExportFailed(
             f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
-            hint="Set dynamic_batch: false if the network's code depends on the batch size." if dynamic else None,
+            hint=_export_hint(dynamic, sizes),
         ) from error
+
+
+def _dynamic_shapes(module: nn.Module, wanted: Signature) -> tuple[object, ...] | None:
+    """Return for each input which of its axes stay open, in the form that `forward` takes its inputs."""
+    axes = {name: torch.export.Dim(name) for spec in wanted.inputs for name in spec.shape if isinstance(name, str)}
+    if not axes:
+        return None
+    shapes = tuple(
+        {axis: axes[name] for axis, name in enumerate(spec.shape) if isinstance(name, str)} for spec in wanted.inputs
+    )
+    return shapes if wiring_of(module) is None else (shapes,)  # an adapted network takes any number of arguments
+
+
+def _export_hint(dynamic: bool, sizes: Mapping[str, int]) -> str | None:
+    hints = ["dynamic_batch: false if the network's code depends on the batch size"] if dynamic else []
+    hints += ["dynamic: [] if it depends on the size of the image"] if sizes else []
+    return f"Set {', or '.join(hints)}." if hints else None
 
 
 @contextmanager
@@ -209,11 +244,11 @@ def _example(spec: TensorSpec, batch: int) -> Tensor:
     sizes = [batch, *(size for size in spec.shape[1:] if isinstance(size, int))]
     if len(sizes) != len(spec.shape):
         raise ExportFailed(f"Input '{spec.name}' must have fixed sizes after the batch axis, got {spec.shape}.")
-    generator = np.random.default_rng(0)
-    return torch.from_numpy(generator.standard_normal(sizes).astype(spec.dtype))
+    return torch.from_numpy(draw(spec, sizes, np.random.default_rng(0)))
 
 
-def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int) -> None:
+def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open: bool) -> Signature:
+    """Return the file's signature: as wanted but for outputs whose sizes follow from open axes of the input."""
     got_opset = default_opset(model)
     if got_opset != opset:
         raise ExportFailed(f"The exported file must have opset {opset}, torch wrote opset {got_opset}.")
@@ -222,18 +257,33 @@ def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int) -> None
         ("inputs", wanted.inputs, got.inputs),
         ("outputs", wanted.outputs, got.outputs),
     ):
-        if want != have:
+        followed = is_open and kind == "outputs" and _follow(want, have)
+        if want != have and not followed:
             raise ExportFailed(
                 f"The exported file must have the {kind} {_describe(want)}, torch wrote {_describe(have)}.",
                 hint="Set dynamic_batch: false if the network's code depends on the batch size.",
             )
+    return got
+
+
+def _follow(want: tuple[TensorSpec, ...], have: tuple[TensorSpec, ...]) -> bool:
+    """Whether outputs are as wanted where their sizes are fixed."""
+    return len(want) == len(have) and all(
+        a.name == b.name
+        and a.dtype == b.dtype
+        and len(a.shape) == len(b.shape)
+        and all(isinstance(got, str) or size == got for size, got in zip(a.shape, b.shape, strict=True))
+        for a, b in zip(want, have, strict=True)
+    )
 
 
 def _describe(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in specs) or "none"
 
 
-def _write_metadata(model: ModelProto, preprocessing: Preprocessing | None, classes: tuple[str, ...]) -> None:
+def _write_metadata(
+    model: ModelProto, preprocessing: Preprocessing | None, classes: tuple[str, ...], sizes: Mapping[str, int]
+) -> None:
     """Replace the exporter's notes (stack traces, with paths of the machine) by what a user of the file needs."""
     for value in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input,
                   *model.graph.output, model.graph):  # fmt: skip
@@ -247,6 +297,8 @@ def _write_metadata(model: ModelProto, preprocessing: Preprocessing | None, clas
     entries = {CLASSES_KEY: json.dumps(list(classes), ensure_ascii=False)}
     if preprocessing is not None:
         entries[PREPROCESSING_KEY] = json.dumps(preprocessing.to_dict())
+    if sizes:
+        entries[SIZES_KEY] = json.dumps(dict(sizes))
     onnx.helper.set_model_props(model, entries)
 
 

@@ -6,7 +6,6 @@ Everything in it follows from the report of the run and from the file itself, so
 import json
 import os
 import re
-from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
@@ -51,7 +50,7 @@ def describe_model(
         "schema": SCHEMA,
         "name": run.name,
         "precision": precision,
-        "signature": asdict(read_signature(proto)),
+        "signature": read_signature(proto).to_dict(),
         "preprocessing": metadata.preprocessing.to_dict(),
         "classes": list(metadata.classes),
         "metrics": _metrics(run.report),

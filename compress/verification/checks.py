@@ -29,7 +29,7 @@ from compress.verification.modes import training_nodes
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is verified without torch
-    from torch import Tensor, nn
+    from torch import nn
 
 REPEATABLE = "repeatable"
 _NAMED = 6
@@ -73,9 +73,10 @@ def check_macs(counted: int | str, reference: nn.Module, signature: Signature) -
         reference: The torch network.
         signature: Its inputs.
     """
+    from compress.adapter import example_input
     from compress.cost.macs import count_macs  # torch, only where there is a torch reference
 
-    return _check_count("macs_agree", "MACs", counted, count_macs(reference, _example(signature)))
+    return _check_count("macs_agree", "MACs", counted, count_macs(reference, example_input(signature)))
 
 
 def check_weights(counted: int | str, reference: nn.Module, signature: Signature) -> CheckResult:
@@ -86,9 +87,11 @@ def check_weights(counted: int | str, reference: nn.Module, signature: Signature
         reference: The torch network.
         signature: Its inputs.
     """
+    from compress.adapter import example_input
     from compress.cost.macs import count_layer_weights
 
-    return _check_count("weights_agree", "weights", counted, count_layer_weights(reference, _example(signature)))
+    counted_here = count_layer_weights(reference, example_input(signature))
+    return _check_count("weights_agree", "weights", counted, counted_here)
 
 
 def check_preprocessing(model: ModelProto, split: Split) -> CheckResult:
@@ -181,14 +184,6 @@ def _check_count(name: str, unit: str, counted: int | str, expected: int) -> Che
         return CheckResult(name, "fail", None, float(expected), unit, counted)
     detail = f"ONNX graph {counted:,}, torch {expected:,}"
     return CheckResult(name, "pass" if counted == expected else "fail", float(counted), float(expected), unit, detail)
-
-
-def _example(signature: Signature) -> Tensor:
-    """Return an input of zeros for one image."""
-    import torch  # only where there is a torch reference
-
-    sizes = [size if isinstance(size, int) else 1 for size in signature.inputs[0].shape[1:]]
-    return torch.zeros(1, *sizes)
 
 
 def check_provider(runtime: Runtime, placements: Mapping[str, tuple[str, ...]] | None = None) -> CheckResult:

@@ -11,14 +11,8 @@ import numpy as np
 from compress.data.splits import Split
 from compress.errors import ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
-from compress.verification.quality import (
-    as_input,
-    batch_size_of,
-    check_not_empty,
-    fill_batch,
-    image_batches,
-    image_input,
-)
+from compress.verification.feeding import feed, fill_batch, fixed_batch
+from compress.verification.quality import batch_size_of, check_not_empty, image_batches
 from compress.verification.runtimes.base import Runtime
 
 
@@ -79,8 +73,8 @@ def parity(
     largest = 0.0
     with (progress or SilentProgress()).task(f"parity on {split.name}", len(chosen)) as task:
         for images, _ in image_batches(chosen, size):
-            fed = fill_batch(images, image_input(runtime))
-            got, wanted = _run(runtime, fed), _run(reference, fed)
+            filled = fill_batch(images, runtime.signature.inputs[0])
+            got, wanted = runtime.run(feed(runtime, filled)), reference.run(feed(reference, filled))
             for a, b in _paired(got, wanted, len(images)):
                 differences.append(np.abs(a - b).ravel())
                 largest = max(largest, float(np.abs(b).max(initial=0.0)))
@@ -106,26 +100,20 @@ def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int
         As `parity`.
     """
     check_not_empty(split)
-    spec = image_input(runtime)
     shape = split.source.read(split.indices[:1]).shape
     cases = {
         name: split.preprocessing.normalize(np.full(shape, value, np.uint8))
         for name, value in (("black image", 0), ("white image", 255))
     }
-    for count in (1, 3, largest) if not isinstance(spec.shape[0], int) else ():
+    for count in (1, 3, largest) if fixed_batch(runtime) is None else ():
         positions = np.arange(count) % len(split)
         cases[f"batch {count}"] = split.preprocessing.normalize(split.source.read(split.indices[positions]))
     found = {}
     for name, images in cases.items():
-        fed = fill_batch(images, spec)
-        got, wanted = _run(runtime, fed), _run(reference, fed)
+        filled = fill_batch(images, runtime.signature.inputs[0])
+        got, wanted = runtime.run(feed(runtime, filled)), reference.run(feed(reference, filled))
         found[name] = max(float(np.abs(a - b).max()) for a, b in _paired(got, wanted, len(images)))
     return found
-
-
-def _run(runtime: Runtime, images: np.ndarray) -> dict[str, np.ndarray]:
-    spec = image_input(runtime)
-    return runtime.run({spec.name: as_input(images, spec)})
 
 
 def _paired(

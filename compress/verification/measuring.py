@@ -19,8 +19,9 @@ from compress.cost.onnx_graph import count_onnx
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, RuntimeUnavailable
 from compress.progress import Progress, SilentProgress
+from compress.verification.feeding import feed, fixed_batch
 from compress.verification.latency import compare_latency, measure_latency
-from compress.verification.quality import as_input, check_not_empty, image_input, predict
+from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
 if TYPE_CHECKING:  # a file alone is measured without torch
@@ -177,7 +178,7 @@ def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str,
     check_not_empty(split)
     positions = np.arange(batch_size) % len(split)
     images = split.preprocessing.normalize(split.source.read(split.indices[positions]))
-    return {image_input(session).name: as_input(images, image_input(session))}
+    return feed(session, images)
 
 
 def evaluation_batch(spec: TensorSpec) -> int:
@@ -194,8 +195,8 @@ def evaluation_batch(spec: TensorSpec) -> int:
 
 def check_batch_size(session: Runtime, conditions: Conditions) -> None:
     """Raise ConfigValueError when the network has a fixed batch size other than the one to measure."""
-    fixed = image_input(session).shape[0]
-    if isinstance(fixed, int) and fixed != conditions.batch_size:
+    fixed = fixed_batch(session)
+    if fixed is not None and fixed != conditions.batch_size:
         whose = "baseline" if session.owner else "file"
         raise ConfigValueError(
             f"verify.batch_size must be {fixed}, the fixed batch size of the {whose}, got {conditions.batch_size}.",

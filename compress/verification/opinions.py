@@ -14,10 +14,10 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, ModelError, NonFinite, NoSuchPlace, RuntimeUnavailable
 from compress.progress import Progress
 from compress.verification.compare import ParityResult, parity
+from compress.verification.feeding import fixed_batch
 from compress.verification.gates import skipped
 from compress.verification.latency import measure_latency
 from compress.verification.measuring import Conditions, latency_inputs
-from compress.verification.quality import image_input
 from compress.verification.runtimes.base import Runtime
 
 EVALUATOR = "reference_evaluator"
@@ -66,8 +66,7 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
     try:
         macs = count_onnx(path).macs
         images = min(_IMAGES, len(split), _EVALUATOR_WORK // max(1, macs))
-        fixed = image_input(session).shape[0]
-        if images < (fixed if isinstance(fixed, int) else 1):
+        if images < (fixed_batch(session) or 1):
             why = f"the network has {macs:,} MACs an image, the evaluator is asked for up to {_EVALUATOR_WORK:,}"
             return skipped(EVALUATOR, why)
         with _EVALUATOR.open(path) as evaluator:

@@ -12,6 +12,7 @@ from compress.artifacts import TensorSpec
 from compress.data.splits import Split
 from compress.errors import CompressError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
+from compress.verification.feeding import feed, fixed_batch
 from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
 
@@ -134,8 +135,8 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
         ModelError: The images do not fit the input, or the output is not (N, K).
         NonFinite: An output is NaN or infinite.
     """
-    spec = image_input(runtime)
-    (outputs,) = runtime.run({spec.name: as_input(fill_batch(images, spec), spec)}).values()
+    image_input(runtime)
+    (outputs,) = runtime.run(feed(runtime, images)).values()
     outputs = outputs[: len(images)]
     if outputs.ndim != 2 or len(outputs) != len(images):
         raise ModelError(
@@ -144,26 +145,6 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
     if not np.isfinite(outputs).all():
         raise NonFinite(f"Outputs of the network must be finite, got NaN or infinity in a batch of {len(images)}.")
     return outputs
-
-
-def fill_batch(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """Repeat the last image until a fixed batch is full: the last batch of a split may be smaller."""
-    missing = spec.shape[0] - len(images) if isinstance(spec.shape[0], int) else 0
-    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
-
-
-def as_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """Return prepared images in the precision that an input has.
-
-    Raises:
-        ModelError: The input takes no floating-point numbers.
-    """
-    if spec.dtype == "bfloat16" or not spec.dtype.startswith("float"):
-        raise ModelError(
-            f"Input '{spec.name}' must take prepared images as floating-point numbers, it takes {spec.dtype}.",
-            hint="Export the network with float32 inputs.",
-        )
-    return images.astype(spec.dtype, copy=False)
 
 
 def image_input(runtime: Runtime) -> TensorSpec:
@@ -203,8 +184,7 @@ def check_image_shape(runtime: Runtime, split: Split) -> None:
 
 def batch_size_of(runtime: Runtime, wanted: int) -> int:
     """Return `wanted` where the batch axis is open, else the fixed size."""
-    batch = image_input(runtime).shape[0]
-    return batch if isinstance(batch, int) else wanted
+    return fixed_batch(runtime) or wanted
 
 
 def check_not_empty(split: Split) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 from compress.data.splits import Split
 from compress.progress import Progress, SilentProgress, Task
 from compress.verification.energy import EnergyMeter
+from compress.verification.feeding import fixed_batch
 from compress.verification.latency import measure_latency
 from compress.verification.measuring import Conditions, latency_inputs
-from compress.verification.quality import image_input
 from compress.verification.runtimes.base import Runtime
 
 Answer = dict[str, float | None]
@@ -151,12 +151,12 @@ def _medians(seen: Mapping[str, Sequence[Answer]], key: str, missing: dict[str, 
 def _throughput(
     sessions: Mapping[str, Runtime], split: Split, batch_sizes: Sequence[int], progress: Progress
 ) -> list[dict[str, float]]:
-    fixed = {size for one in sessions.values() if isinstance(size := image_input(one).shape[0], int)}
+    fixed = {size for one in sessions.values() if (size := fixed_batch(one)) is not None}
     sizes = sorted(fixed) if fixed else sorted(set(batch_sizes))
     entries: list[dict[str, float]] = []
     with progress.task("throughput", len(sizes)) as task:
         for size in sizes:
-            fitting = {label: one for label, one in sessions.items() if image_input(one).shape[0] in (size, "batch")}
+            fitting = {label: one for label, one in sessions.items() if fixed_batch(one) in (size, None)}
             inputs = {label: latency_inputs(session, split, size) for label, session in fitting.items()}
             if fitting:
                 first = measure_latency(fitting, inputs, 1, 1)

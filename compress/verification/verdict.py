@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.artifacts import CheckResult, Figures, Signature, Verdict
-from compress.cost.onnx_file import load_onnx, read_signature
+from compress.cost.onnx_file import at_sizes, load_onnx, read_signature, read_sizes
 from compress.cost.onnx_graph import OnnxCounts, count_onnx
 from compress.data.splits import Split
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
@@ -175,7 +175,7 @@ class _Verification:
             why = failure or "no torch network to compare with"
             self.checks += [skipped("macs_agree", why), skipped("weights_agree", why)]
         else:
-            counts, wanted = self.counts, signature or read_signature(model)
+            counts, wanted = self.counts, at_sizes(signature or read_signature(model), read_sizes(model))
             if self.float_path is not None:
                 counts, failure = _count(self.float_path)
             macs = check_macs(counts.macs if counts else failure, reference, wanted)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress.adapter import real_inputs
 from compress.artifacts import Signature
 from compress.cost.macs import eval_mode
 from compress.errors import ModelError, RuntimeUnavailable
@@ -45,7 +46,7 @@ class TorchEager(Runtime):
     def _run(self, inputs: Arrays) -> Arrays:
         tensors = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.signature.inputs]
         try:
-            with torch.no_grad(), eval_mode(self.module):
+            with torch.no_grad(), eval_mode(self.module), real_inputs(self.module):
                 outputs = self.module(*tensors)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"The torch network must run on its input, it says: {error}") from error

@@ -73,6 +73,12 @@ SOURCES: dict[str, str] = {
     "torchvision": "any torchvision classification data set by its class name",
 }
 
+NETWORKS: dict[str, str] = {
+    "factory": '"pkg.module:callable" or "file.py:callable" of your own, which returns a torch.nn.Module',
+    "timm": "a network of timm by its name (pip install 'compress[timm]')",
+    "torchvision": "a network of torchvision by its name: classification, segmentation, single-stage detection",
+}
+
 CRITERIA: Registry[Any] = Registry("criterion")
 CRITERIA.declare(
     "l1", "compress.pruning.criteria.magnitude:L1", "sum of absolute weights of the filters that produce a channel"

@@ -341,11 +341,13 @@ def inspect(
 def list_names(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[criteria|methods|stages|datasets|runtimes]", help="What to list; all by default."),
+        typer.Argument(
+            metavar="[criteria|methods|stages|networks|datasets|runtimes]", help="What to list; all by default."
+        ),
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""
-    from compress.catalog import CRITERIA, METHODS, RUNTIMES, SOURCES, STAGES
+    from compress.catalog import CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, STAGES
     from compress.registry import closest
 
     summary = ("name", "what it does")
@@ -354,6 +356,7 @@ def list_names(
         "criteria": (summary, [(name, CRITERIA.summary(name)) for name in CRITERIA]),
         "methods": (summary, [(name, METHODS.summary(name)) for name in METHODS]),
         "stages": (("name", "needs", "yields", "what it does"), stages),
+        "networks": (("key", "what it names"), list(NETWORKS.items())),
         "datasets": (("key", "what it reads"), list(SOURCES.items())),
         "runtimes": (summary, [(name, RUNTIMES.summary(name)) for name in RUNTIMES]),
     }
@@ -382,7 +385,9 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The pipeline file to write.")],
     model: Annotated[
         str,
-        typer.Option("--model", metavar="MODEL", help="pkg.module:callable, file.py:callable or a torchvision name."),
+        typer.Option(
+            "--model", metavar="MODEL", help="pkg.module:callable, file.py:callable, timm:NAME or a torchvision name."
+        ),
     ],
     weights: Annotated[str, typer.Option("--weights", metavar="FILE", help="Safetensors or a torch checkpoint.")],
     data: Annotated[

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module
+from compress.artifacts import FactorySpec, NetworkKind
+from compress.building import build_module, with_one_array
 from compress.config.load import load_pipeline
 from compress.config.schema import LoadConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
@@ -21,6 +21,7 @@ from compress.pruning.graph import ChannelGroup, Exclusion
 from compress.pruning.trial import find_cuttable
 from compress.stages.load import factory_spec
 
+LIBRARIES: tuple[NetworkKind, ...] = ("timm", "torchvision")
 Row = Sequence[str]
 Table = tuple[str, Sequence[str], Sequence[Row]]
 
@@ -29,7 +30,8 @@ def inspect_target(target: str, input_shape: tuple[int, ...] | None, overrides: 
     """Return tables that describe a network.
 
     Args:
-        target: An .onnx file, a pipeline file, or "file.py:callable" or "pkg.module:callable".
+        target: An .onnx file, a pipeline file, "file.py:callable" or "pkg.module:callable", "timm:NAME" or
+            "torchvision:NAME".
         input_shape: Of one image without the batch axis; needed for a callable only.
         overrides: As `--set`, for a pipeline file.
 
@@ -46,14 +48,22 @@ def inspect_target(target: str, input_shape: tuple[int, ...] | None, overrides: 
         assert isinstance(load, LoadConfig)
         splits = Splits(config.data)
         images, _ = next(evaluation_batches(splits.evaluation.first(1), 1))
-        return inspect_torch(build_module(factory_spec(load.model)), torch.zeros_like(images))
+        return _inspect_spec(factory_spec(load.model), torch.zeros_like(images))
     if ":" not in target:
         raise ConfigValueError(
-            f"inspect takes an .onnx file, a pipeline file or 'file.py:callable', got '{target}'.",
+            "inspect takes an .onnx file, a pipeline file, 'file.py:callable', 'timm:NAME' or 'torchvision:NAME', "
+            f"got '{target}'."
         )
     if input_shape is None:
         raise ConfigValueError(f"'{target}' needs the shape of one image.", hint="Add --input-shape 3,224,224.")
-    return inspect_torch(build_module(FactorySpec("factory", target)), torch.zeros([1, *input_shape]))
+    kind, _, name = target.partition(":")
+    library = next((one for one in LIBRARIES if one == kind), None)
+    spec = FactorySpec("factory", target) if library is None else FactorySpec(library, name)
+    return _inspect_spec(spec, torch.zeros([1, *input_shape]))
+
+
+def _inspect_spec(spec: FactorySpec, example: Tensor) -> list[Table]:
+    return inspect_torch(with_one_array(build_module(spec), spec, example), example)
 
 
 def inspect_onnx(path: Path) -> list[Table]:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.catalog import NETWORKS
 from compress.config.load import parse_pipeline
 from compress.config.yaml_core import dump_document
 from compress.errors import ConfigError, ConfigValueError
@@ -53,7 +54,7 @@ class Scaffold:
     """The choices behind a new pipeline file.
 
     Attributes:
-        model: "pkg.module:callable", "file.py:callable" or a torchvision name.
+        model: "pkg.module:callable", "file.py:callable", "timm:NAME" or a torchvision name.
         weights: Path of the weights.
         data: A folder with train.npz and test.npz, or with train/ and test/ (or val/), or a torchvision data set name.
         target_macs: Kept share of the MACs, in (0, 1].
@@ -135,8 +136,8 @@ def _preprocessing(scaffold: Scaffold) -> dict[str, object]:
 
 def _model(model: str, folder: Path) -> dict[str, object]:
     place, colon, name = model.rpartition(":")
-    if not colon:
-        return {"torchvision": model}
+    if not colon or place in NETWORKS:
+        return {place or "torchvision": name}
     return {"factory": f"{_relative(place, folder)}:{name}" if place.endswith(".py") else model}
 
 

@@ -134,6 +134,9 @@ def _child(annotation: Any, part: str | int) -> Any:
     if model is not None and part in model.model_fields:
         return model.model_fields[str(part)].annotation
     members = _members(annotation)
+    if get_origin(annotation) is dict:
+        value = get_args(annotation)[1]
+        return get_args(value)[0] if get_origin(value) is Annotated else value
     return get_args(members[0])[0] if len(members) == 1 and get_origin(members[0]) is tuple else None
 
 

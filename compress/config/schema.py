@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self  # in typing from Python 3.11 on
 
-from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, RUNTIMES, SOURCES
+from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES
 from compress.registry import Registry
 
 
@@ -170,11 +170,19 @@ class NetworkSection(Section):
     """What every way to name a network has in common."""
 
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments that it is built with")
-    inputs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Input] = Field(
+    inputs: dict[str, Input] = Field(
         default_factory=dict,
         description="name -> shape without the batch axis, or shape, dtype and high; without it: one image",
     )
     outputs: Names = Field((), description="which outputs to keep, in this order, where there are several; [] for all")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if not all(name.isidentifier() for name in self.inputs):
+            raise ValueError("inputs must hold names of letters, digits and _ that begin with no digit")
+        if len(set(self.outputs)) < len(self.outputs):
+            raise ValueError("outputs must name each output once")
+        return self
 
 
 class FactoryModel(NetworkSection):
@@ -198,12 +206,9 @@ class TimmModel(NetworkSection):
     timm: str = Field(description="such as convnext_tiny")
 
 
-MODEL_KINDS = ("factory", "timm", "torchvision")
-
-
 def _model_kind(value: object) -> str | None:
     has = value.__contains__ if isinstance(value, dict) else lambda key: hasattr(value, key)
-    kinds = [kind for kind in MODEL_KINDS if has(kind)]
+    kinds = [kind for kind in NETWORKS if has(kind)]
     return kinds[0] if len(kinds) == 1 else None
 
 
@@ -214,7 +219,7 @@ Model = Annotated[
     Discriminator(
         _model_kind,
         custom_error_type="model_kind",
-        custom_error_message=f"must hold exactly one of the keys {', '.join(MODEL_KINDS)}",
+        custom_error_message=f"must hold exactly one of the keys {', '.join(NETWORKS)}",
     ),
 ]
 
@@ -587,6 +592,9 @@ class ExportConfig(Section):
     stage: Literal["export"]
     opset: int = Field(18, ge=18, le=23, description="version of the default ONNX operator set")
     dynamic_batch: bool = Field(True, description="whether the batch axis stays open")
+    dynamic: Annotated[tuple[Literal["height", "width"], ...], BeforeValidator(_to_tuple)] = Field(
+        (), description="which axes of the image stay open; parity is checked at other sizes, too"
+    )
     simplify: bool = Field(True, description="run onnxslim; parity is checked again after it")
     external_data: bool = Field(False, description="weights in a second file; forced above 1.8 GB")
 

@@ -4,8 +4,13 @@ from dataclasses import asdict
 
 from compress.artifacts import OnnxModel, TorchModel
 from compress.config.schema import ExportConfig
+from compress.cost.onnx_file import load_onnx, read_signature
+from compress.errors import ConfigValueError
 from compress.exporting.torch_onnx import export_onnx, exported_signature
 from compress.stages.context import Record, StageContext
+
+_IMAGE_AXES = 4
+_AXES = {"NCHW": {"height": 2, "width": 3}, "NHWC": {"height": 1, "width": 2}}
 
 
 class ExportStage:
@@ -19,8 +24,15 @@ class ExportStage:
 
         Raises:
             ExportFailed: torch or ONNX refused, or the file is not what was asked for.
+            ConfigValueError: Axes of an image are to stay open, and the first input is none.
         """
         config = self.config
+        open_axes = {_AXES[artifact.preprocessing.layout][name]: name for name in config.dynamic}
+        if open_axes and len(artifact.signature.inputs[0].shape) != _IMAGE_AXES:
+            raise ConfigValueError(
+                "dynamic must be [] where the first input is no image, it has shape "
+                f"{artifact.signature.inputs[0].shape}."
+            )
         path = ctx.folder / "model.onnx"
         with ctx.progress.task("export to ONNX", 1) as task:
             report = export_onnx(
@@ -35,6 +47,7 @@ class ExportStage:
                 classes=artifact.classes,
                 rewrites=artifact.rewrites,
                 precision=artifact.precision,
+                open_axes=open_axes,
             )
             task.advance()
         if config.simplify and not report.simplified:
@@ -44,5 +57,7 @@ class ExportStage:
                 f"The model is {len(report.files)} files, to be kept together: {', '.join(report.files)}."
             )
         signature = exported_signature(artifact.signature, config.dynamic_batch)
+        if open_axes:  # how the sizes of outputs follow from those of the image, only the file says
+            signature = read_signature(load_onnx(path))
         record = {**asdict(report), "files": list(report.files)}
         return OnnxModel(path, report.opset, signature, artifact), record

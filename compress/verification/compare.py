@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compress.data.packing import is_packed
 from compress.data.splits import Split
 from compress.errors import ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
 from compress.verification.feeding import feed, fill_batch, fixed_batch
 from compress.verification.quality import batch_size_of, check_not_empty, image_batches
 from compress.verification.runtimes.base import Runtime
+
+_MORE_PIXELS = 64  # a multiple of what networks shrink images by
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def parity(
 
 
 def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int) -> dict[str, float]:
-    """Compare two open runtimes on inputs that are unusual: a black and a white image, one image, three, many.
+    """Compare two open runtimes on inputs that are unusual: a black and a white image, other sizes, one, three, many.
 
     Args:
         runtime: What is checked; batches are of its fixed size where it has one.
@@ -100,11 +103,7 @@ def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int
         As `parity`.
     """
     check_not_empty(split)
-    shape = split.source.read(split.indices[:1]).shape
-    cases = {
-        name: split.preprocessing.normalize(np.full(shape, value, np.uint8))
-        for name, value in (("black image", 0), ("white image", 255))
-    }
+    cases = _unusual_images(runtime, split)
     for count in (1, 3, largest) if fixed_batch(runtime) is None else ():
         positions = np.arange(count) % len(split)
         cases[f"batch {count}"] = split.preprocessing.normalize(split.source.read(split.indices[positions]))
@@ -114,6 +113,21 @@ def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int
         got, wanted = runtime.run(feed(runtime, filled)), reference.run(feed(reference, filled))
         found[name] = max(float(np.abs(a - b).max()) for a, b in _paired(got, wanted, len(images)))
     return found
+
+
+def _unusual_images(runtime: Runtime, split: Split) -> dict[str, np.ndarray]:
+    """Return a black and a white image, and one of each other size where height or width are open; none for rows."""
+    inputs = runtime.signature.inputs
+    if is_packed(inputs):
+        return {}
+    first = split.source.read(split.indices[:1])
+    raw = {"black image": np.zeros_like(first), "white image": np.full_like(first, 255)}
+    for axis, name in ((1, "height"), (2, "width")):
+        if name in inputs[0].shape:
+            more = [(0, _MORE_PIXELS if one == axis else 0) for one in range(first.ndim)]
+            larger = np.pad(first, more, mode="wrap")
+            raw[f"size {larger.shape[1]} x {larger.shape[2]}"] = larger
+    return {name: split.preprocessing.normalize(images) for name, images in raw.items()}
 
 
 def _paired(

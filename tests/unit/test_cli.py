@@ -203,7 +203,7 @@ def test_list_shows_names_of_one_kind_or_of_all() -> None:
     done = call("list", "criterion")
     assert done.exit_code == 2
     assert done.stderr == (
-        "list takes one of criteria, methods, stages, datasets, runtimes, got 'criterion'.\n"
+        "list takes one of criteria, methods, stages, networks, datasets, runtimes, got 'criterion'.\n"
         "Hint: did you mean 'criteria'?\n"
     )
 

@@ -9,7 +9,7 @@ import smallrun
 from exported import exported
 
 from compress.cost.macs import count_macs, count_params
-from compress.errors import ArtifactError, ConfigValueError, ModelError, UntraceableModel
+from compress.errors import ArtifactError, ConfigValueError, ModelError
 from compress.inspection import Table, inspect_target, inspect_torch
 from compress.pruning.blocks import find_removable_blocks
 
@@ -109,7 +109,8 @@ def test_the_command_prints_the_tables() -> None:
         ("nowhere.py:chain", (3, 16, 16), ModelError, "Factory file 'nowhere.py' does not exist"),
         ("nothing_of_this_name:chain", (3, 16, 16), ModelError, "must import, got ModuleNotFoundError"),
         (f"{smallrun.NETS}:build", (3, 16, 16), ModelError, "must build the network with no arguments"),
-        (f"{smallrun.NETS}:chain", (1, 16, 16), UntraceableModel, r"traced on one input of shape \(1, 1, 16, 16\)"),
+        (f"{smallrun.NETS}:chain", (1, 16, 16), ModelError, r"run on images of shape \(1, 1, 16, 16\)"),
+        ("timm:resnet81", (3, 16, 16), ModelError, r"timm has no network named 'resnet81'"),
     ],
 )  # fmt: skip
 def test_targets_that_cannot_be_inspected(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -23,6 +24,10 @@ from compress.cost.macs import eval_mode
 from compress.errors import InternalError
 
 SAME_WITHIN = 1e-4  # of the largest output: folding computes in another order
+_REMOVERS: dict[str, Callable[..., Any]] = {
+    "torch.nn.utils.weight_norm.WeightNorm": remove_weight_norm,
+    "torch.nn.utils.spectral_norm.SpectralNorm": remove_spectral_norm,
+}
 _PLAIN: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
@@ -90,21 +95,31 @@ def _tensors(module: nn.Module, example: Tensor) -> list[Tensor]:
 def _fold_parametrized(module: nn.Module, _: Tensor) -> int:
     """Replace parametrised tensors, by torch's hooks of old and by its parametrisations, by what they come to."""
     folded = 0
-    with torch.no_grad():
-        for part in module.modules():
-            if parametrize.is_parametrized(part):
-                for name in list(part.parametrizations):  # type: ignore[arg-type]
-                    parametrize.remove_parametrizations(part, name, leave_parametrized=True)
-                    folded += 1
-            hooks: list[Any] = list(part._forward_pre_hooks.values())
-            for hook in hooks:
-                remove = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}.get(
-                    type(hook).__name__
-                )
-                if remove is not None and type(hook).__module__.startswith("torch.nn.utils."):
-                    remove(part, hook.name)
-                    folded += 1
+    for part in module.modules():
+        if parametrize.is_parametrized(part):
+            for name in list(part.parametrizations):  # type: ignore[arg-type]
+                originals = list(part.parametrizations[name].parameters())  # type: ignore[index,union-attr]
+                learns = any(original.requires_grad for original in originals)
+                for original in originals:  # what needs no gradient would come out as a tensor that is no parameter
+                    original.requires_grad_(True)
+                parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+                getattr(part, name).requires_grad_(learns)
+                folded += 1
+        hooks: list[Any] = list(part._forward_pre_hooks.values())
+        for hook in hooks:
+            remove = _REMOVERS.get(f"{type(hook).__module__}.{type(hook).__name__}")
+            if remove is not None:
+                remove(part, hook.name)
+                _forget_loading(part)
+                folded += 1
     return folded
+
+
+def _forget_loading(layer: nn.Module) -> None:
+    """Drop the hook by which spectral_norm has its own names loaded: torch's own removal does not find it any more."""
+    for key, hook in list(layer._load_state_dict_pre_hooks.items()):
+        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+            del layer._load_state_dict_pre_hooks[key]
 
 
 def _fold_computed(module: nn.Module, example: Tensor) -> int:

@@ -48,9 +48,9 @@ def read_archive(path: Path) -> dict[str, Tensor] | None:
     Raises:
         ArtifactError: The archive is damaged, names places outside of itself, or its weights cannot be read as data.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             members = _Members(archive, path)
             if members.find(_EXPORTED) is not None:

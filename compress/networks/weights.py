@@ -70,6 +70,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         NonFinite: A weight is NaN or infinite.
     """
     expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    unsaved = {name for name, _ in module.named_buffers()} - set(expected)  # TorchScript saves them all the same
+    state = {name: value for name, value in state.items() if name not in unsaved}
     counters = {name for name in expected if name.endswith("num_batches_tracked") and name not in state}
     missing = sorted(set(expected) - set(state) - counters)
     unexpected = sorted(set(state) - set(expected))

@@ -173,7 +173,7 @@ def _trains_alike(module: nn.Module, example: Tensor) -> bool:
 def _named(module: nn.Module, outputs: object) -> dict[str, Tensor]:
     """Return the outputs of a wired network by name."""
     wiring = wiring_of(module)
-    if wiring is None:
+    if wiring is None or not wiring.outputs:
         return dict(flatten_outputs(outputs))
     values: Iterable[object] = outputs if isinstance(outputs, tuple) else (outputs,)
     return {name: value for name, value in zip(wiring.outputs, values, strict=True) if isinstance(value, Tensor)}

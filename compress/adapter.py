@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compress.artifacts import Signature, TensorSpec
-from compress.data.packing import is_packed, part_sizes, row_width
+from compress.data.packing import draw, is_packed, pack, part_sizes, row_width
 from compress.errors import ModelError
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -179,6 +180,23 @@ def example_input(signature: Signature, batch: int = 1) -> Tensor:
         return torch.zeros([batch, row_width(signature.inputs)])
     sizes = [size if isinstance(size, int) else 1 for size in signature.inputs[0].shape]
     return torch.zeros([batch, *sizes[1:]])
+
+
+def random_inputs(module: nn.Module, example: Tensor, batch: int, seed: int) -> Tensor:
+    """Return random values that a network can be called with.
+
+    Args:
+        module: The network.
+        example: One input of it, (1, ...).
+        batch: How many.
+        seed: Decides them.
+    """
+    wiring = wiring_of(module)
+    if wiring is not None and is_packed(wiring.inputs):
+        generator = np.random.default_rng(seed)
+        drawn = {part.name: draw(part, (batch, *part_sizes(part)), generator) for part in wiring.inputs}
+        return torch.from_numpy(pack(drawn, wiring.inputs))
+    return torch.randn((batch, *example.shape[1:]), generator=torch.Generator().manual_seed(seed))
 
 
 def _keywords(base: type[nn.Module], inputs: Sequence[TensorSpec]) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
     weight = g · v / |v|   (weight_norm, spectral_norm, any parametrisation) ──> a weight
     StdConv2d, ScaledStdConv2d, any own layer whose weight is computed from its parameters ──> nn.Conv2d, nn.Linear
+    shortcuts that pad channels with zeros ──> convolutions with fixed weights (`pruning/shortcuts.py`)
     FrozenBatchNorm2d ──> FrozenNorm, an nn.BatchNorm2d that stays in eval mode and learns nothing
 
 `load` does it after the weights are in, and each rebuild before any edit is replayed, so that the recipe and the saved
@@ -22,6 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from compress.adapter import flatten_outputs
 from compress.cost.macs import eval_mode
 from compress.errors import InternalError
+from compress.pruning.shortcuts import write_out_shortcuts
 
 SAME_WITHIN = 1e-4  # of the largest output: folding computes in another order
 _REMOVERS: dict[str, Callable[..., Any]] = {
@@ -76,7 +78,12 @@ def prepare(module: nn.Module, example: Tensor) -> nn.Module:
     Raises:
         InternalError: The outputs changed.
     """
-    steps: tuple[Callable[[nn.Module, Tensor], int], ...] = (_fold_parametrized, _fold_computed, _thaw)
+    steps: tuple[Callable[[nn.Module, Tensor], int], ...] = (
+        _fold_parametrized,
+        _fold_computed,
+        _thaw,
+        write_out_shortcuts,
+    )
     before = _tensors(module, example)
     if sum(step(module, example) for step in steps):
         for a, b in zip(before, _tensors(module, example), strict=True):

@@ -6,7 +6,6 @@ zeros and ones, it computes the same, and what it reads and gives are channels l
 it, too: they need not leave their blocked layout of channels.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -46,34 +45,35 @@ class FixedShortcut(nn.Module):
         self.out_channels, self.in_channels = getattr(self, FIXED_BUFFER).shape[:2]
 
 
-def write_out_shortcuts(module: nn.Module, example: Tensor) -> nn.Module:
-    """Return `module`, or a copy in which zero-padded shortcuts are convolutions, as far as its code can be rewritten.
+def write_out_shortcuts(module: nn.Module, example: Tensor) -> int:
+    """Turn zero-padded shortcuts into convolutions in place, as far as the network's code can be rewritten.
 
     A module without weights that does nothing else is replaced; in any other one the padding is replaced where
-    torch.fx can follow its forward pass. The copy gives the same outputs, to the last bit, for `example` and for
-    random images; where it would not, the module is left as it is.
+    torch.fx can follow its forward pass. What is put in its place gives the same outputs for random inputs, to the last
+    bit; where it would not, the module is left as it is.
 
     Args:
         module: Any network.
         example: One input, (1, ...).
 
+    Returns:
+        The number of modules that were changed.
+
     Raises:
         UntraceableModel: The network does not run.
     """
-    places = dict.fromkeys(trace(module, example).padded)
-    if not places:
-        return module
-    changed = copy.deepcopy(module)
-    for path in places:
-        inputs = _inputs_of(changed, path, example)
+    count = 0
+    for path in dict.fromkeys(trace(module, example).padded):
+        inputs = _inputs_of(module, path, example)
         if not path or len(inputs) != 1:
             continue
-        part = changed.get_submodule(path)
+        part = module.get_submodule(path)
         found = _as_shortcut(part, inputs[0]) or _with_shortcut(part, inputs[0])
         if found is not None:
             parent, _, name = path.rpartition(".")
-            setattr(changed.get_submodule(parent), name, found.train(part.training))
-    return changed
+            setattr(module.get_submodule(parent), name, found.train(part.training))
+            count += 1
+    return count
 
 
 def _inputs_of(module: nn.Module, path: str, example: Tensor) -> list[Tensor]:

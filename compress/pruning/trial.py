@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from compress.adapter import random_inputs
 from compress.cost.macs import eval_mode
 from compress.pruning.cutting import cut_out
 from compress.pruning.graph import ChannelGraph, ChannelGroup, Exclusion
@@ -73,7 +74,7 @@ class _Trial:
         self.module, self.example, self.graph = module, example, graph
         generator = torch.Generator().manual_seed(_TRIAL_SEED)
         self.removed = {name: _some_half(group, generator) for name, group in graph.groups.items()}
-        self.images = torch.randn((2, *example.shape[1:]), generator=generator)
+        self.inputs = random_inputs(module, example, 2, _TRIAL_SEED)
 
     def failing(self, names: list[str]) -> dict[str, str]:
         """Return the groups whose cut is wrong, with the reason, by trying all at once and halving on failure."""
@@ -106,12 +107,12 @@ class _Trial:
         try:
             slim = cut_out(self.module, self.graph, removed)
             with torch.no_grad(), eval_mode(slim):
-                got = slim(self.images)
+                got = slim(self.inputs)
         except Exception as error:  # foreign code under trial: whatever it raises is the reason
             return f"the cut network does not run ({type(error).__name__}: {_first_line(error)})"
         silent = silenced_copy(self.module, removed, self.graph.groups)
         with torch.no_grad(), eval_mode(silent):
-            return difference(got, silent(self.images))
+            return difference(got, silent(self.inputs))
 
 
 def difference(got: object, expected: object) -> str | None:

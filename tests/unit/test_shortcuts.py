@@ -1,5 +1,6 @@
 """Zero-padded shortcuts become convolutions with fixed weights, bit by bit the same, and are cut through."""
 
+import copy
 from pathlib import Path
 
 import nets
@@ -58,6 +59,12 @@ def _cifar(depth: int = 8) -> nn.Module:
     return build_module(FactorySpec("factory", f"{CIFAR}:resnet", {"depth": depth}))
 
 
+def _written(module: nn.Module, example: Tensor) -> nn.Module:
+    changed = copy.deepcopy(module)
+    write_out_shortcuts(changed, example)
+    return changed
+
+
 def _hold(module: nn.Module, images: Tensor) -> None:
     groups, _ = find_cuttable(module, images[:1])
     removed = {name: tuple(range(0, group.width, 2)) for name, group in groups.items()}
@@ -68,8 +75,7 @@ def _hold(module: nn.Module, images: Tensor) -> None:
 
 def test_residual_streams_of_a_cifar_resnet_are_groups_of_their_own():
     module, images = _cifar(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    written = write_out_shortcuts(module, images[:1])
-    assert written is not module
+    written = _written(module, images[:1])
     assert torch.equal(written(images), module(images))
     assert [name for name, part in written.named_modules() if isinstance(part, FixedShortcut)] == [
         "layer2.0.fixed_shortcut",
@@ -90,7 +96,7 @@ def test_residual_streams_of_a_cifar_resnet_are_groups_of_their_own():
 
 def test_the_fixed_convolution_follows_a_cut_on_either_side():
     module, images = _cifar(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    written = write_out_shortcuts(module, images[:1])
+    written = _written(module, images[:1])
     slim = cut_copy(written, {"conv1": (0, 1, 2), "layer2.0.conv2": (0, 31)}, images[:1])
     shortcut = slim.get_submodule("layer2.0.fixed_shortcut")
     assert (shortcut.in_channels, shortcut.out_channels) == (13, 30)
@@ -99,7 +105,7 @@ def test_the_fixed_convolution_follows_a_cut_on_either_side():
 
 def test_a_module_that_only_pads_is_replaced():
     net = _Net(_Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 3)))).eval()
-    written = write_out_shortcuts(net, nets.EXAMPLE)
+    written = _written(net, nets.EXAMPLE)
     assert isinstance(written.shortcut, FixedShortcut)
     assert (written.shortcut.in_channels, written.shortcut.out_channels, written.shortcut.strides) == (8, 12, (2, 2))
     assert torch.equal(written(nets.images()), net(nets.images()))
@@ -116,12 +122,12 @@ def test_a_module_that_only_pads_is_replaced():
 )
 def test_what_is_no_zero_padded_shortcut_is_left_as_it_is(shortcut):
     net = _Net(_Lambda(shortcut)).eval()
-    assert not any(isinstance(part, FixedShortcut) for part in write_out_shortcuts(net, nets.EXAMPLE).modules())
+    assert not any(isinstance(part, FixedShortcut) for part in _written(net, nets.EXAMPLE).modules())
 
 
 def test_code_that_cannot_be_rewritten_is_cut_where_the_padding_allows():
     net = _Net(_ByShape()).eval()
-    written = write_out_shortcuts(net, nets.EXAMPLE)
+    written = _written(net, nets.EXAMPLE)
     assert not any(isinstance(part, FixedShortcut) for part in written.modules())
     groups, excluded = find_cuttable(written, nets.EXAMPLE)
     assert (list(groups), groups["stem"].width) == (["stem"], 8)
@@ -129,6 +135,6 @@ def test_code_that_cannot_be_rewritten_is_cut_where_the_padding_allows():
     _hold(written, nets.images())
 
 
-def test_a_network_without_padding_is_returned_itself():
-    module = nets.build("residual")
-    assert write_out_shortcuts(module, nets.EXAMPLE) is module
+def test_a_network_without_padding_has_nothing_to_write_out():
+    assert write_out_shortcuts(nets.build("residual"), nets.EXAMPLE) == 0
+    assert write_out_shortcuts(_cifar(), torch.zeros(1, 3, 32, 32)) == 2

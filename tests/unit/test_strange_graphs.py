@@ -1,4 +1,4 @@
-"""Networks that tools of this kind stumble over: each is cut correctly, or a group of it is excluded with the reason."""
+"""Networks that tools of this kind stumble over: each is cut correctly, or a group is excluded with the reason."""
 
 from collections.abc import Callable
 

@@ -46,6 +46,10 @@ from compress.exporting.rewrite import apply_rewrites
 from compress.exporting.simplify import find_difference, simplify_onnx
 
 ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
+_DECIDES = (
+    "The network's code decides by the values of its input, which no graph of tensors can: a note of the load stage "
+    "names the layer. torch.where computes both sides and takes one."
+)
 _EXPORTER_METADATA = re.compile(r"^(pkg\.|namespace$)")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -206,7 +210,7 @@ def _run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappi
     except Exception as error:  # the exporter raises whatever tracing, the network's own code or onnxscript raises
         raise ExportFailed(
             f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
-            hint=_export_hint(dynamic, sizes),
+            hint=_DECIDES if "data-dependent" in _reason(error) else _export_hint(dynamic, sizes),
         ) from error
 
 

@@ -150,9 +150,7 @@ def test_auxiliary_heads_and_epsilons_of_pretrained_weights_are_brought_in_line(
         return made
 
     own = trained("fcn_resnet50", "DEFAULT", weights_backbone=None, num_classes=3)
-    monkeypatch.setattr(
-        models, "get_model", lambda name, **kwargs: own if kwargs["weights"] else trained(name, **kwargs)
-    )
+    monkeypatch.setattr(models, "get_model", lambda name, **given: own if given["weights"] else trained(name, **given))
     module = load_network(spec("torchvision", "fcn_resnet50", num_classes=3), "pretrained")
     with torch.no_grad():
         got, wanted = module(IMAGES), own(IMAGES)

@@ -9,7 +9,7 @@ Whatever imports torch is imported inside the commands that need it, so that `--
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -321,19 +321,41 @@ def report(
 @app.command()
 @guarded
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="FILE.onnx, a pipeline file, or file.py:callable.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A pipeline file, FILE.onnx, torchvision:NAME, timm:NAME or file.py:callable."
+        ),
+    ],
     input_shape: Annotated[
-        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Input of one image, for file.py:callable.")
+        str | None,
+        typer.Option("--input", "--input-shape", metavar="C,H,W", help="Input of one image, where it is not known."),
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the least latency that can be reached, in ONNX Runtime.")
+    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE.json", help="Write what was found as JSON.")
     ] = None,
     overrides: Overrides = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Show layers, channel groups and MACs."""
-    shape = None if input_shape is None else _parse_shape(input_shape)
-    from compress.inspection import inspect_target  # imports torch or onnx
+    """Say what can be cut of a network, what cannot, and how little can be left."""
+    shape = None if input_shape is None else _parse_input(input_shape)
+    from compress.ci import require_place
 
-    console = Console()
-    for title, columns, rows in inspect_target(target, shape, tuple(overrides or ())):
+    require_place("--json", json_file, ".json")
+    from compress.inspection.overview import inspect_target  # imports torch
+
+    console = Console(quiet)
+    overview = inspect_target(target, shape, tuple(overrides or ()), latency, console)
+    for title, columns, rows in overview.tables(layers):
         console.print_table(title, columns, rows)
+    if json_file is not None:
+        from compress.report.build import write_json
+
+        write_json(overview.to_dict(), json_file)
 
 
 @app.command("list")
@@ -422,17 +444,34 @@ def _parse_budgets(text: str) -> list[float]:
     return values
 
 
+def _parse_input(text: str) -> tuple[int, ...]:
+    """Read "3,32,32", or the sizes of an input with fewer or more axes.
+
+    Raises:
+        ConfigError: It is not one or more positive whole numbers.
+    """
+    sizes = _positive_sizes(text)
+    if not sizes:
+        raise ConfigError(f"--input must be positive whole numbers, got '{text}'.", hint="such as 3,224,224")
+    return sizes
+
+
+def _positive_sizes(text: str) -> tuple[int, ...]:
+    """Return the numbers in "3,32,32"; () where one of them is no positive whole number."""
+    parts = [part.strip() for part in text.split(",")]
+    fits = all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
+    return tuple(map(int, parts)) if fits else ()
+
+
 def _parse_shape(text: str) -> tuple[int, int, int]:
     """Read "3,32,32".
 
     Raises:
         ConfigError: It is not three positive whole numbers, or has no 1 or 3 channels.
     """
-    parts: list[Any] = [part.strip() for part in text.split(",")]
-    if len(parts) == 3 and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
-        channels, height, width = map(int, parts)
-        if channels in (1, 3):
-            return channels, height, width
+    sizes = _positive_sizes(text)
+    if len(sizes) == 3 and sizes[0] in (1, 3):
+        return sizes[0], sizes[1], sizes[2]
     raise ConfigError(
         f"--input-shape must be channels (1 or 3), height and width, got '{text}'.", hint="such as 3,32,32"
     )

@@ -169,24 +169,41 @@ def test_plan_shows_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stdout.splitlines()[-1] == "  export  run        opset changed, input changed"
 
 
-def test_inspect_prints_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_prints_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def inspect_target(*arguments: object) -> list[object]:
-        calls.append(arguments)
-        return [("layers", ("name", "MACs"), [("conv", 12)])]
+    class Overview:
+        def tables(self, with_layers: bool) -> list[object]:
+            return [("layers" if with_layers else "network", ("name", "MACs"), [("conv", 12)])]
 
-    provide(monkeypatch, "compress.inspection", inspect_target=inspect_target)
-    done = call("inspect", "net.py:build", "--input-shape", "3,32,32", "--set", "seed=1")
+        def to_dict(self) -> dict[str, object]:
+            return {"macs": 12}
+
+    def inspect_target(*arguments: object) -> Overview:
+        calls.append(arguments[:-1])
+        return Overview()
+
+    provide(monkeypatch, "compress.inspection.overview", inspect_target=inspect_target)
+    done = call("inspect", "net.py:build", "--input-shape", "3,32,32", "--set", "seed=1", "--layers", "--latency")
     assert done.stdout == "layers:\n  name  MACs\n  conv    12\n"
-    assert calls == [("net.py:build", (3, 32, 32), ("seed=1",))]
-    call("inspect", "model.onnx")
-    assert calls[1] == ("model.onnx", None, ())
+    assert calls == [("net.py:build", (3, 32, 32), ("seed=1",), True)]
+    done = call("inspect", "sound.py:build", "--input", "1,16000", "--json", tmp_path / "a.json")
+    assert done.stdout == "network:\n  name  MACs\n  conv    12\n"
+    assert calls[1] == ("sound.py:build", (1, 16000), (), False)
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"macs": 12}
+
+
+@pytest.mark.parametrize("shape", ["3,0,32", "a,b,c", "3,-1,2", "3,,2", ""])
+def test_bad_input_is_refused(shape: str) -> None:
+    done = call("inspect", "net.py:build", "--input", shape)
+    assert done.exit_code == 2
+    assert done.stderr == f"--input must be positive whole numbers, got '{shape}'.\nHint: such as 3,224,224\n"
 
 
 @pytest.mark.parametrize("shape", ["3,32", "2,32,32", "3,0,32", "a,b,c", "3,32,32,1", ""])
-def test_bad_input_shape_is_refused(shape: str) -> None:
-    done = call("inspect", "net.py:build", "--input-shape", shape)
+def test_bad_input_shape_is_refused(shape: str, tmp_path: Path) -> None:
+    options = ("--model", "a:b", "--weights", "w", "--data", "d")
+    done = call("init", tmp_path / "a.yaml", *options, "--input-shape", shape)
     assert done.exit_code == 2
     assert done.stderr == (
         f"--input-shape must be channels (1 or 3), height and width, got '{shape}'.\nHint: such as 3,32,32\n"

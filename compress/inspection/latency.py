@@ -1,0 +1,168 @@
+"""What is the least latency that cutting a network can reach? Its files, whole and narrow, are timed in turn."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.artifacts import Signature, TensorSpec
+from compress.cost.macs import eval_mode
+from compress.exporting.torch_onnx import export_onnx
+from compress.inspection.potential import Potential, find_potential
+from compress.inspection.targets import Network
+from compress.progress import Progress
+from compress.pruning.blocks import find_removable_blocks
+from compress.pruning.graph import ChannelGroup
+from compress.pruning.surgery import remove_block, remove_channels
+from compress.recipe import RemoveBlock, RemoveChannels
+from compress.stages.exporting import OPSET
+from compress.verification.latency import compare_latency, measure_latency
+from compress.verification.measuring import Conditions
+
+
+@dataclass(frozen=True, slots=True)
+class TimedShare:
+    """A smaller network next to the whole one, timed in turn.
+
+    Attributes:
+        latency_ms: Median of its calls.
+        share: Of the whole network's latency.
+        low: Lower end of the interval in which the share lies with 95 % confidence.
+        high: Upper end.
+    """
+
+    latency_ms: float
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeastLatency:
+    """The least latency that can be reached.
+
+    Attributes:
+        conditions: Where and how it was measured.
+        whole_ms: Median of the calls of the whole network.
+        narrowest: Every channel group at its least width; None where none can be cut.
+        without_blocks: The same when all removable blocks are gone, too; None where there are none.
+    """
+
+    conditions: str
+    whole_ms: float
+    narrowest: TimedShare | None
+    without_blocks: TimedShare | None
+
+
+def measure_least_latency(
+    network: Network, potential: Potential, groups: Mapping[str, ChannelGroup], progress: Progress
+) -> LeastLatency:
+    """Export a network whole, at its narrowest, and without its blocks, and time the files in turn.
+
+    Args:
+        network: The network; left as it is.
+        potential: What can be done to it.
+        groups: Its channel groups that can be cut.
+        progress: Told about each part.
+
+    Raises:
+        ExportFailed: torch or ONNX refused.
+        RuntimeUnavailable: The provider is not there.
+    """
+    module, example, conditions = network.module, network.example, network.conditions
+    smaller: dict[str, nn.Module] = {}
+    if potential.least_widths:
+        smaller["at the least widths"] = narrowed(module, groups, potential.least_widths, example)
+    if potential.blocks:
+        smaller["without blocks"] = _shortened(network, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        names = {"whole": module, **smaller}
+        paths = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(names)}
+        with progress.task("export to ONNX", len(names)) as task:
+            for name, one in names.items():
+                export_onnx(one, find_signature(one, example), paths[name], opset=OPSET)
+                task.advance()
+        times = {name: _timed(paths[name], paths["whole"], conditions, progress) for name in smaller}
+        whole_ms = [whole for _, whole in times.values()] or [_timed_alone(paths["whole"], conditions, progress)]
+    shares = [times[name][0] if name in times else None for name in ("at the least widths", "without blocks")]
+    return LeastLatency(str(conditions), whole_ms[0], *shares)
+
+
+def narrowed(
+    module: nn.Module, groups: Mapping[str, ChannelGroup], widths: Mapping[str, int], example: Tensor
+) -> nn.Module:
+    """Return a copy that has lost the last channels of each group.
+
+    Args:
+        module: The network; left as it is.
+        groups: Its channel groups that can be cut.
+        widths: Group name -> channels to keep, fewer than there are.
+        example: One input, (1, ...).
+    """
+    removed = {
+        name: groups[name].expand(range(width // groups[name].parts, groups[name].width // groups[name].parts))
+        for name, width in widths.items()
+    }
+    return remove_channels(module, RemoveChannels(removed), example)
+
+
+def find_signature(module: nn.Module, example: Tensor) -> Signature:
+    """Return the inputs and outputs of a network, which may return tensors in tuples, lists and dicts.
+
+    Args:
+        module: Any network of one input.
+        example: One input, (1, ...).
+    """
+    with torch.no_grad(), eval_mode(module):
+        outputs = flat_outputs(module(example))
+    names = ["logits"] if len(outputs) == 1 else [f"output_{number}" for number in range(len(outputs))]
+    specs = [TensorSpec(name, ("batch", *value.shape[1:])) for name, value in zip(names, outputs, strict=True)]
+    return Signature((TensorSpec("images", ("batch", *example.shape[1:])),), tuple(specs))
+
+
+def flat_outputs(outputs: object) -> list[Tensor]:
+    """Return the tensors in what a network has returned, dicts and sequences gone through in their order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return [tensor for value in outputs.values() for tensor in flat_outputs(value)]
+    if isinstance(outputs, list | tuple):
+        return [tensor for value in outputs for tensor in flat_outputs(value)]
+    return []
+
+
+def _shortened(network: Network, progress: Progress) -> nn.Module:
+    """Return the network without its residual blocks, at the least widths of what is left."""
+    module, example = network.module, network.example
+    while blocks := find_removable_blocks(module, example):
+        for block in blocks:
+            module = remove_block(module, RemoveBlock(block))
+    potential, groups = find_potential(module, example, network.limits, progress)
+    return narrowed(module, groups, potential.least_widths, example) if potential.least_widths else module
+
+
+def _timed(path: Path, whole: Path, conditions: Conditions, progress: Progress) -> tuple[TimedShare, float]:
+    """Return what a file takes next to another one, and the latter's milliseconds."""
+    with conditions.open(path) as session, conditions.open(whole) as other:
+        sessions = {"smaller": session, "whole": other}
+        inputs = {label: random_inputs(one.signature, conditions.batch_size) for label, one in sessions.items()}
+        ratio, samples = compare_latency(sessions, inputs, conditions.warmup, conditions.repeats, progress)
+    return TimedShare(samples["smaller"].p50, ratio.value, ratio.low, ratio.high), samples["whole"].p50
+
+
+def _timed_alone(path: Path, conditions: Conditions, progress: Progress) -> float:
+    with conditions.open(path) as session:
+        inputs = {"whole": random_inputs(session.signature, conditions.batch_size)}
+        samples = measure_latency({"whole": session}, inputs, conditions.warmup, conditions.repeats, progress)
+    return samples["whole"].p50
+
+
+def random_inputs(signature: Signature, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return random values for every input of a signature."""
+    random = np.random.default_rng(seed)
+    shapes = {s.name: [size if isinstance(size, int) else batch for size in s.shape] for s in signature.inputs}
+    return {spec.name: random.standard_normal(shapes[spec.name]).astype(spec.dtype) for spec in signature.inputs}

@@ -1,0 +1,174 @@
+"""What does `compress inspect` say of a network: as tables for people, as plain values for programs?"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.cost.onnx_graph import LayerRow, OnnxCounts, count_onnx, layer_rows
+from compress.errors import ConfigValueError
+from compress.inspection.latency import LeastLatency, TimedShare, measure_least_latency
+from compress.inspection.potential import Potential, find_potential
+from compress.inspection.targets import open_target
+from compress.progress import Progress, SilentProgress
+
+Row = Sequence[str]
+Table = tuple[str, Sequence[str], Sequence[Row]]
+_NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a target is, and what can be done to it.
+
+    Attributes:
+        target: As it was named.
+        potential: Of a network; None of a file that is only read.
+        latency: The least that can be reached, where that was asked for.
+        file: Figures of an ONNX file.
+        nodes: Its nodes.
+    """
+
+    target: str
+    potential: Potential | None = None
+    latency: LeastLatency | None = None
+    file: OnnxCounts | None = None
+    nodes: tuple[LayerRow, ...] = ()
+
+    def tables(self, with_layers: bool = False) -> list[Table]:
+        """Return tables; with every layer where that is asked for."""
+        tables: list[Table] = []
+        if self.file is not None:
+            tables.append(_file_table(Path(self.target).name, self.file))
+        if self.potential is not None:
+            tables += _potential_tables(self.potential, self.latency)
+        if with_layers and self.potential is not None:
+            tables.append(_layer_table(self.potential))
+        if with_layers and self.file is not None:
+            tables.append(_node_table(self.nodes))
+        return tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; what was not looked at is None."""
+        values = asdict(self)
+        return {**values, "nodes": list(values["nodes"]) if self.file is not None else None}
+
+
+def inspect_target(
+    target: str,
+    input_shape: tuple[int, ...] | None = None,
+    overrides: Sequence[str] = (),
+    with_latency: bool = False,
+    progress: Progress | None = None,
+) -> Overview:
+    """Find out what can be done to a network.
+
+    Args:
+        target: As in `compress.inspection.targets`.
+        input_shape: Of one image, without the batch axis.
+        overrides: As `--set`, for a pipeline file.
+        with_latency: Whether the least latency that can be reached is measured.
+        progress: Told about each part.
+
+    Raises:
+        ConfigValueError: The target is of no kind known, its input shape is not known, or nothing can be timed.
+        ArtifactError, ModelError, UntraceableModel: The network cannot be read, built or traced.
+        ExportFailed: It cannot be exported to be timed.
+        RuntimeUnavailable: The pipeline's provider is not there.
+    """
+    progress = progress or SilentProgress()
+    if Path(target).suffix == ".onnx":
+        if with_latency:
+            raise ConfigValueError("--latency needs a network that can be cut; an ONNX file is only read.")
+        return Overview(target, file=count_onnx(Path(target)), nodes=tuple(layer_rows(Path(target))))
+    network = open_target(target, input_shape, overrides)
+    potential, groups = find_potential(network.module, network.example, network.limits, progress)
+    latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
+    return Overview(target, potential, latency)
+
+
+def _potential_tables(potential: Potential, latency: LeastLatency | None) -> list[Table]:
+    groups = [
+        (g.name, str(g.width), str(g.least_width), str(len(g.producers)), f"{g.macs_share:.1%}", f"{g.saved_share:.1%}")
+        for g in potential.groups
+    ]
+    tables: list[Table] = [
+        ("network", ("figure", "value"), [*_figures(potential), *([] if latency is None else _latency_rows(latency))]),
+        ("channel groups",
+         ("name", "width", "least width", "layers", "MACs that hang on it", "MACs that go at its least width"), groups),
+    ]  # fmt: skip
+    if potential.uncut:
+        rows = [(item.name, f"{item.macs_share:.1%}", item.reason) for item in potential.uncut]
+        tables.append(("channel groups that stay whole", ("name", "MACs of that layer", "why"), rows))
+    if potential.blocks:
+        blocks = [(block.name, f"{block.macs_share:.1%}") for block in potential.blocks]
+        tables.append(("residual blocks that can be removed", ("name", "MACs"), blocks))
+    return tables
+
+
+def _figures(potential: Potential) -> list[Row]:
+    limits, found = potential.limits, len(potential.groups)
+    rows: list[Row] = [
+        ("input", _shape((1, *potential.input_shape))),
+        ("MACs", f"{potential.macs:,}"),
+        ("params", f"{potential.params:,}"),
+        ("channel groups that can be cut", f"{found} of {found + len(potential.uncut)}"),
+        ("residual blocks that can be removed", str(len(potential.blocks))),
+        ("MACs that no cut of channels touches", _share_of(potential.fixed_share, potential.fixed_layers)),
+        ("limits", f"max_removed_ratio {limits.max_removed_ratio}, min_width {limits.min_width}, "
+                   f"multiple_of {limits.multiple_of}"),
+        ("least MACs, by channels", f"{potential.least_share:.1%}"),
+    ]  # fmt: skip
+    if potential.blocks:
+        rows.append(("least MACs, blocks removed, too", f"{potential.least_share_without_blocks:.1%}"))
+    return rows
+
+
+def _latency_rows(latency: LeastLatency) -> list[Row]:
+    rows: list[Row] = [(f"latency ({latency.conditions})", f"{latency.whole_ms:.3g} ms")]
+    for name, timed in (
+        ("least latency, by channels", latency.narrowest),
+        ("least latency, blocks removed, too", latency.without_blocks),
+    ):
+        if timed is not None:
+            rows.append((name, _timed_text(timed)))
+    return rows
+
+
+def _timed_text(timed: TimedShare) -> str:
+    return f"{timed.latency_ms:.3g} ms, {timed.share:.1%} ({timed.low:.1%} to {timed.high:.1%})"
+
+
+def _share_of(share: float, layers: Sequence[str]) -> str:
+    if not layers:
+        return f"{share:.1%}"
+    shown = ", ".join(layers[:_NAMES_SHOWN])
+    return f"{share:.1%}: {shown}{f' and {len(layers) - _NAMES_SHOWN} more' if len(layers) > _NAMES_SHOWN else ''}"
+
+
+def _layer_table(potential: Potential) -> Table:
+    total = max(1, potential.macs)
+    rows = [(layer.name, layer.kind, f"{layer.macs:,}", f"{layer.macs / total:.1%}") for layer in potential.layers]
+    return "layers", ("name", "type", "MACs", "share"), rows
+
+
+def _file_table(name: str, counts: OnnxCounts) -> Table:
+    rows = [
+        ("MACs", f"{counts.macs:,}"),
+        ("weights", f"{counts.params:,}"),
+        ("nodes", f"{counts.nodes:,}"),
+        ("bytes of weights", f"{counts.initializer_bytes:,}"),
+    ]
+    return name, ("figure", "value"), rows
+
+
+def _node_table(nodes: Sequence[LayerRow]) -> Table:
+    rows = [
+        (row.name, row.op, _shape(row.input_shape), _shape(row.output_shape), f"{row.weights:,}", f"{row.macs:,}")
+        for row in nodes
+    ]
+    return "nodes", ("name", "operator", "input", "output", "weights", "MACs"), rows
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "?" if shape is None else " x ".join(str(size) for size in shape)

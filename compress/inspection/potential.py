@@ -1,0 +1,201 @@
+"""How much of a network can be cut, what cannot, and what is the least that can be left?
+
+What *hangs on* a group are the MACs of computing its channels and of reading them: they go if the group goes. The
+*least* is what is left when every group has the least width that the limits allow; *fixed* are layers that no group
+narrows.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compress.allocation.costs import CoupledCost
+from compress.allocation.widths import Limits, width_levels
+from compress.cost.macs import count_params, layer_macs
+from compress.progress import Progress
+from compress.pruning.blocks import find_removable_blocks
+from compress.pruning.costs import build_cost
+from compress.pruning.graph import ChannelGroup, Exclusion
+from compress.pruning.trial import find_cuttable
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPotential:
+    """What a channel group is worth.
+
+    Attributes:
+        name: Of the group.
+        width: Its channels.
+        least_width: The fewest that the limits allow.
+        producers: Module paths of the layers that compute the channels.
+        macs_share: MACs that hang on it, over all.
+        saved_share: MACs that go when it alone has its least width, over all.
+    """
+
+    name: str
+    width: int
+    least_width: int
+    producers: tuple[str, ...]
+    macs_share: float
+    saved_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Uncut:
+    """A channel group that stays whole.
+
+    Attributes:
+        name: Of the group.
+        reason: Why, a clause.
+        macs_share: MACs of the layer that it is named after, over all.
+    """
+
+    name: str
+    reason: str
+    macs_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPotential:
+    """A residual block that can be removed.
+
+    Attributes:
+        name: Module path.
+        macs_share: MACs inside it, over all.
+    """
+
+    name: str
+    macs_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFigures:
+    """A convolution or linear layer.
+
+    Attributes:
+        name: Module path.
+        kind: Its class.
+        macs: For one image.
+    """
+
+    name: str
+    kind: str
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Potential:
+    """What can be done to a network.
+
+    Attributes:
+        input_shape: Of one image, without the batch axis.
+        macs: Of one image.
+        params: Trainable scalars.
+        limits: What every group must keep.
+        layers: In definition order.
+        groups: Those that can be cut.
+        uncut: Those that cannot.
+        blocks: Those that can be removed.
+        fixed_share: MACs of layers that no group narrows, over all.
+        fixed_layers: Their module paths.
+        least_share: MACs left at the least widths, over all.
+        least_share_without_blocks: The same when all those blocks are gone, too.
+    """
+
+    input_shape: tuple[int, ...]
+    macs: int
+    params: int
+    limits: Limits
+    layers: tuple[LayerFigures, ...]
+    groups: tuple[GroupPotential, ...]
+    uncut: tuple[Uncut, ...]
+    blocks: tuple[BlockPotential, ...]
+    fixed_share: float
+    fixed_layers: tuple[str, ...]
+    least_share: float
+    least_share_without_blocks: float
+
+    @property
+    def least_widths(self) -> dict[str, int]:
+        """The least width of each group that has one below its full width."""
+        return {group.name: group.least_width for group in self.groups if group.least_width < group.width}
+
+
+def find_potential(
+    module: nn.Module, example: Tensor, limits: Limits, progress: Progress
+) -> tuple[Potential, dict[str, ChannelGroup]]:
+    """Return what can be done to a network, and its channel groups that can be cut.
+
+    Args:
+        module: Any network; it is left as it is.
+        example: One input, (1, ...).
+        limits: What every group must keep.
+        progress: Told about each part.
+
+    Raises:
+        UntraceableModel: No channel graph could be built.
+    """
+    with progress.task("find and try channel groups", 1) as task:
+        groups, excluded = find_cuttable(module, example)
+        task.advance()
+    with progress.task("find residual blocks", 1) as task:
+        blocks = find_removable_blocks(module, example)
+        task.advance()
+    macs = layer_macs(module, example)
+    cost = build_cost(module, example, groups, "macs")
+    return _potential(module, example, limits, macs, cost, groups, excluded, blocks), groups
+
+
+def _potential(
+    module: nn.Module,
+    example: Tensor,
+    limits: Limits,
+    macs: dict[str, int],
+    cost: CoupledCost,
+    groups: Mapping[str, ChannelGroup],
+    excluded: list[Exclusion],
+    blocks: tuple[str, ...],
+) -> Potential:
+    total = max(1, sum(macs.values()))
+    least = {name: width_levels(group.width, group.parts, limits)[0] for name, group in groups.items()}
+    narrowed = {term.layer for term in cost.terms}
+    fixed = {name: count for name, count in macs.items() if name not in narrowed and count}
+    return Potential(
+        input_shape=tuple(example.shape[1:]),
+        macs=sum(macs.values()),
+        params=count_params(module),
+        limits=limits,
+        layers=tuple(LayerFigures(name, type(module.get_submodule(name)).__name__, n) for name, n in macs.items()),
+        groups=tuple(_group(group, least[name], cost, total) for name, group in groups.items()),
+        uncut=tuple(Uncut(item.name, item.reason, macs.get(item.name, 0) / total) for item in excluded),
+        blocks=tuple(
+            BlockPotential(name, sum(n for layer, n in macs.items() if _is_inside(layer, (name,))) / total)
+            for name in blocks
+        ),
+        fixed_share=sum(fixed.values()) / total,
+        fixed_layers=tuple(fixed),
+        least_share=cost.at(least) / total,
+        least_share_without_blocks=_least_outside(blocks, cost, least, fixed) / total,
+    )
+
+
+def _group(group: ChannelGroup, least: int, cost: CoupledCost, total: int) -> GroupPotential:
+    hanging, saved = (cost.full - cost.at({group.name: width}) for width in (0, least))
+    producers = tuple(member.layer for member in group.producers)
+    return GroupPotential(group.name, group.width, least, producers, hanging / total, saved / total)
+
+
+def _least_outside(
+    blocks: Collection[str], cost: CoupledCost, least: Mapping[str, int], fixed: Mapping[str, int]
+) -> float:
+    """Return the MACs left at the least widths in layers that lie in none of the blocks."""
+    removed = {name: cost.widths[name] - width for name, width in least.items()}
+    outside = [term for term in cost.terms if not _is_inside(term.layer, blocks)]
+    return sum(term.factor * term.out.at(removed) * term.inp.at(removed) for term in outside) + sum(
+        count for layer, count in fixed.items() if not _is_inside(layer, blocks)
+    )
+
+
+def _is_inside(layer: str, blocks: Collection[str]) -> bool:
+    return any(layer.startswith(f"{block}.") for block in blocks)

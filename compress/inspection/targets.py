@@ -1,0 +1,129 @@
+"""Which network does a target name, and on which input is it looked at?
+
+    FILE.onnx                                the file
+    FILE.yaml                                the untouched network of a pipeline, its input, limits and place
+    torchvision:NAME, timm:NAME              with its own input size, unless another one is given
+    file.py:callable, pkg.module:callable    the input must be given
+
+No trained weights are needed: what can be cut, and how fast it is, does not depend on them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.allocation.widths import Limits
+from compress.artifacts import FactorySpec, NetworkKind
+from compress.building import build_module, with_one_array
+from compress.config.load import load_pipeline
+from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
+from compress.cost.macs import eval_mode
+from compress.data.batches import evaluation_batches
+from compress.data.opening import Splits
+from compress.errors import ConfigValueError, ModelError
+from compress.inspection.weights import vary_weights
+from compress.stages.exporting import conditions_of
+from compress.stages.load import factory_spec
+from compress.verification.measuring import Conditions
+
+CUT_LIMITS = Limits(multiple_of=8)
+USUAL_CONDITIONS = Conditions()
+
+
+LIBRARIES: tuple[NetworkKind, ...] = ("timm", "torchvision")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to be looked at.
+
+    Attributes:
+        module: With varied weights, in eval mode.
+        example: One input, (1, ...).
+        limits: What every channel group must keep.
+        conditions: Where and how its file is timed.
+    """
+
+    module: nn.Module
+    example: Tensor
+    limits: Limits = CUT_LIMITS
+    conditions: Conditions = USUAL_CONDITIONS
+
+
+def open_target(target: str, input_shape: tuple[int, ...] | None, overrides: Sequence[str] = ()) -> Network:
+    """Build the torch network that a target names.
+
+    Args:
+        target: A pipeline file, "torchvision:NAME", "timm:NAME", "file.py:callable" or "pkg.module:callable".
+        input_shape: Of one image, without the batch axis.
+        overrides: As `--set`, for a pipeline file.
+
+    Raises:
+        ConfigValueError: The target is none of these, or its input shape is not known.
+        ModelError: The network cannot be built, or does not run on the input.
+    """
+    if Path(target).suffix in (".yaml", ".yml"):
+        return _of_pipeline(load_pipeline(Path(target), overrides).config, input_shape)
+    if ":" not in target:
+        raise ConfigValueError(
+            f"inspect takes an .onnx file, a pipeline file, torchvision:NAME, timm:NAME or 'file.py:callable', "
+            f"got '{target}'.",
+        )
+    spec = spec_of(target)
+    module = build_module(spec)
+    shape = input_shape or own_input_shape(target, module)
+    if shape is None:
+        raise ConfigValueError(f"'{target}' needs the shape of one image.", hint="Add --input 3,224,224.")
+    return _running(module, spec, shape)
+
+
+def spec_of(target: str) -> FactorySpec:
+    """Return how the network that a target names is built."""
+    kind, _, name = target.partition(":")
+    library = next((one for one in LIBRARIES if one == kind), None)
+    return FactorySpec("factory", target) if library is None else FactorySpec(library, name)
+
+
+def own_input_shape(target: str, module: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape of one image that a network of torchvision or timm was made for; None where nobody says."""
+    library, _, name = target.partition(":")
+    if library == "timm":
+        settings = getattr(module, "pretrained_cfg", {})
+        return tuple(settings["input_size"]) if settings.get("input_size") else None
+    if library != "torchvision":
+        return None
+    from torchvision import models  # heavy, and only needed by those who name a torchvision network
+
+    weights = next(iter(models.get_model_weights(name)), None)
+    transforms = weights.transforms() if weights is not None else None
+    size = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
+    return None if not size else (3, size[0], size[-1])
+
+
+def _of_pipeline(config: PipelineConfig, input_shape: tuple[int, ...] | None) -> Network:
+    load = config.stages[0]
+    assert isinstance(load, LoadConfig)
+    if input_shape is None:
+        images, _ = next(evaluation_batches(Splits(config.data).evaluation.first(1), 1))
+        input_shape = tuple(images.shape[1:])
+    cut = next((stage for stage in config.stages if isinstance(stage, CutConfig)), None)
+    limits = CUT_LIMITS if cut is None else Limits(cut.min_width, cut.max_removed_ratio, cut.multiple_of)
+    spec = factory_spec(load.model)
+    return _running(build_module(spec), spec, input_shape, limits, conditions_of(config.deploy))
+
+
+def _running(
+    module: nn.Module,
+    spec: FactorySpec,
+    shape: tuple[int, ...],
+    limits: Limits = CUT_LIMITS,
+    conditions: Conditions = USUAL_CONDITIONS,
+) -> Network:
+    """Return a network in plain layers whose weights are varied, after trying it on an input of that shape."""
+    example = torch.zeros([1, *shape])
+    plain = with_one_array(module, spec, example)
+    vary_weights(plain, example)
+    return Network(plain, example, limits, conditions)

@@ -1,0 +1,152 @@
+"""Which networks are in the support matrix, and how is each built?
+
+No torch is imported before a network is built: the process that starts the others stays small, so that what is said of
+their memory is their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LISTS = Path(__file__).with_name("networks.yaml")
+SETS = ("torchvision", "timm", "segmentation", "detection", "video", "onnx")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network of the matrix.
+
+    Attributes:
+        set: Of `SETS`.
+        name: Unique in its set.
+        family: What it stands for.
+        size: Height and width, or the whole shape of one input; None for the network's own.
+        path: Of an ONNX file.
+    """
+
+    set: str
+    name: str
+    family: str
+    size: int | tuple[int, ...] | None = None
+    path: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in the results."""
+        return f"{self.set}/{self.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `entry_of` reads them."""
+        return asdict(self)
+
+
+def entry_of(values: Mapping[str, Any]) -> Entry:
+    """Return the entry that `to_dict` gave."""
+    size = values["size"]
+    return Entry(**{**values, "size": tuple(size) if isinstance(size, list) else size})
+
+
+def listed(name: str, onnx_folder: Path | None = None, size: int | None = None) -> list[Entry]:
+    """Return the networks of a set.
+
+    Args:
+        name: Of the set.
+        onnx_folder: Where the files of the set "onnx" lie, at any depth.
+        size: Height and width for all of them in place of what the lists say.
+    """
+    if name == "onnx":
+        files = sorted(onnx_folder.rglob("*.onnx")) if onnx_folder is not None else []
+        return [Entry("onnx", file.name, "file", size, str(file)) for file in files]
+    values = yaml.safe_load(LISTS.read_text("utf-8"))[name]
+    sizes = values.get("sizes", {})
+    return [
+        entry_of({"set": name, "name": one, "family": family, "size": size or sizes.get(one, values.get("size")),
+                  "path": None})
+        for family, names in values["networks"].items()
+        for one in names
+    ]  # fmt: skip
+
+
+def left_out(name: str) -> dict[str, list[str]]:
+    """Return why -> the networks of a set's library that are in no list."""
+    return yaml.safe_load(LISTS.read_text("utf-8"))[name]["left_out"] if name != "onnx" else {}
+
+
+def build(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | None]:
+    """Return a network with random weights, the shape of one input, and the shape it was made for, if that is known.
+
+    Raises:
+        CompressError: It cannot be built.
+    """
+    from compress.building import build_module
+    from compress.inspection.targets import own_input_shape, spec_of
+
+    if entry.set == "onnx":
+        return _import_file(entry)
+    target = f"{'timm' if entry.set == 'timm' else 'torchvision'}:{entry.name}"
+    spec = spec_of(target)
+    if entry.set in ("segmentation", "detection"):
+        spec.kwargs["weights_backbone"] = None
+    module = build_module(spec)
+    own = own_input_shape(target, module)
+    if isinstance(entry.size, tuple):
+        return module, entry.size, own
+    shape = own if entry.size is None else (3, entry.size, entry.size)
+    if shape is None:
+        raise ValueError(f"networks.yaml must give a size for {entry.key}: the network has none of its own.")
+    return _with_tensors_out(module), shape, own
+
+
+def _import_file(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | None]:
+    from compress.artifacts import FactorySpec
+    from compress.building import build_module
+    from compress.cost.onnx_file import load_onnx, read_signature
+
+    assert entry.path is not None
+    module = build_module(FactorySpec("onnx", entry.path))
+    own = tuple(int(size) for size in read_signature(load_onnx(Path(entry.path))).inputs[0].shape[1:])
+    return module, own if entry.size is None else (own[0], entry.size, entry.size), own
+
+
+def _with_tensors_out(module: nn.Module) -> nn.Module:
+    """Return a network that takes a batch of images and returns tensors: a detector without boxes, a dict flattened."""
+    import torch
+    from torch import nn
+
+    class Detector(nn.Module):
+        """What computes features and raw predictions; anchors, boxes and second stages are left out."""
+
+        def __init__(self, detector: nn.Module) -> None:
+            super().__init__()
+            self.backbone = detector.backbone
+            self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            features = self.backbone(images)
+            found = self.head([features] if isinstance(features, torch.Tensor) else list(features.values()))
+            values = found.values() if isinstance(found, dict) else found
+            return tuple(tensor for value in values for tensor in (value if isinstance(value, list) else [value]))
+
+    class Segmenter(nn.Module):
+        """The outputs in the order of their dict."""
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.network(images).values())
+
+    if hasattr(module, "transform") and hasattr(module, "backbone"):
+        return Detector(module).eval()
+    if hasattr(module, "backbone") and hasattr(module, "classifier"):
+        return Segmenter(module).eval()
+    return module

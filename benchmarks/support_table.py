@@ -1,0 +1,158 @@
+"""How are the results of the support matrix put into a page?"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from support_networks import SETS, left_out
+
+Record = Mapping[str, Any]
+TITLES = {
+    "torchvision": "torchvision, classification",
+    "timm": "timm, one small network of each family",
+    "segmentation": "torchvision, segmentation",
+    "detection": "torchvision, detection (backbone and heads)",
+    "video": "torchvision, video",
+    "onnx": "ONNX files",
+}
+HEAD = """# Support matrix
+
+`python benchmarks/support_matrix.py --table` writes this page from `support.json`, which the same program fills.
+
+Each network is built with random weights (batch-norm statistics, scales and biases different in every channel, so that
+a wrong cut shows), inspected, and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` would choose by l2
+scores. Each slim network is compared with the original whose removed channels are silenced (in float64) and exported to
+ONNX, and the file is compared with it in ONNX Runtime. A network has passed when all of this went well for both cuts.
+
+- *input*: of one image; with a star where it is not the network's own, for speed (the graph is the same)
+- *groups*: channel groups that can be cut, of all; *blocks*: residual blocks that can be removed
+- *least*: MACs left at the narrowest that the default limits allow
+- *cut* and *parity*: largest difference, over the largest output value; of both cuts the larger one
+- seconds are those of one thread of a busy machine; cuts and exports of both together; *GB* is the most memory that the
+  process held, Python and torch (about 0.5 GB) included
+"""
+COLUMNS = ("network", "family", "input", "GMACs", "M params", "groups", "blocks", "least", "reached", "cut", "parity",
+           "inspect s", "cut s", "export s", "GB", "result")  # fmt: skip
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """Return the page.
+
+    Args:
+        values: Of `support.json`.
+    """
+    sets: dict[str, dict[str, Record]] = {name: {} for name in SETS}
+    for key, record in values["networks"].items():
+        name, _, network = key.partition("/")
+        sets[name][network] = record
+    known = {name: records for name, records in sets.items() if records}
+    versions = ", ".join(f"{name} {value}" for name, value in values["environment"].items() if name != "cores")
+    parts = [HEAD, f"Made with {versions}, {values['environment']['cores']} cores.", "## Summary", _summary(known)]
+    parts += ["## Failures", _failures(known), "## Channel groups that stay whole", _uncut(known)]
+    for name, records in known.items():
+        parts += [f"## {TITLES[name]}", _table(COLUMNS, [_row(network, record) for network, record in records.items()])]
+        parts += [f"Left out: {', '.join(names)} ({why})." for why, names in left_out(name).items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def normalised(reason: str) -> str:
+    """Return a reason without names, shapes and numbers, to find those that are alike.
+
+    >>> normalised("Group 'layer1.0' has 12 channels in (3, 4)")
+    "Group '…' has n channels in (…)"
+    """
+    reason = re.sub(r"'[^']*'", "'…'", reason.splitlines()[0] if reason else "")
+    reason = re.sub(r"\([0-9][^()]*\)|\[[0-9][^\[\]]*\]", "(…)", reason)
+    return re.sub(r"[-+]?\b\d[\d.,]*(e[-+]?\d+)?\b", "n", reason)
+
+
+def _summary(known: Mapping[str, Mapping[str, Record]]) -> str:
+    rows = []
+    for name, records in known.items():
+        passed = sum(not record["failures"] for record in records.values())
+        cuts = [cut for record in records.values() for cut in record["cuts"]]
+        wrong = sum(failure["step"] == "compare" for record in records.values() for failure in record["failures"])
+        rows.append(
+            (TITLES[name], f"{passed} of {len(records)}", f"{passed / len(records):.1%}",
+             str(sum("difference" in cut for cut in cuts)), str(wrong), _largest(cuts, "difference"),
+             _largest(cuts, "parity"))
+        )  # fmt: skip
+    columns = (
+        "set",
+        "passed",
+        "share",
+        "slim networks compared",
+        "of them wrong",
+        "largest difference",
+        "largest parity",
+    )
+    return _table(columns, rows)
+
+
+def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for records in known.values():
+        for network, record in records.items():
+            for failure in record["failures"]:
+                alike[failure["step"], normalised(failure["reason"])].append(f"{network}: {failure['reason']}")
+    if not alike:
+        return "None."
+    parts = []
+    for (step, reason), each in sorted(alike.items(), key=lambda item: -len(item[1])):
+        lines = [f"  - {' '.join(one.split())}" for one in each]
+        parts.append("\n".join([f"- **{step}** ({len(each)}): {reason}", *lines]))
+    return "\n".join(parts)
+
+
+def _uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
+    groups: dict[str, int] = defaultdict(int)
+    networks: dict[str, list[str]] = defaultdict(list)
+    for records in known.values():
+        for network, record in records.items():
+            for reason, count in record.get("uncut", {}).items():
+                groups[normalised(reason)] += count
+                if network not in networks[normalised(reason)]:
+                    networks[normalised(reason)].append(network)
+    rows = [
+        (reason, str(count), str(len(networks[reason])), ", ".join(networks[reason][:6]))
+        for reason, count in sorted(groups.items(), key=lambda item: -item[1])
+    ]
+    return _table(("why", "groups", "networks", "such as"), rows) if rows else "None."
+
+
+def _row(name: str, record: Record) -> Sequence[str]:
+    cuts, seconds = record["cuts"], record["seconds"]
+    own, used = record.get("own_input"), record.get("input")
+    shape = "" if used is None else " x ".join(map(str, used)) + (" *" if own is not None and own != used else "")
+    steps = ", ".join(dict.fromkeys(failure["step"] for failure in record["failures"]))
+    uncut = sum(record.get("uncut", {}).values())
+    return (
+        name,
+        record["family"],
+        shape,
+        _number(record, "macs", 1e9, ".2f"),
+        _number(record, "params", 1e6, ".1f"),
+        f"{record['groups']} of {record['groups'] + uncut}" if "groups" in record else "",
+        _number(record, "blocks", 1, ".0f"),
+        _number(record, "least_share", 1, ".2f"),
+        ", ".join(f"{cut['reached']:.2f}" for cut in cuts if "reached" in cut),
+        _largest(cuts, "difference"),
+        _largest(cuts, "parity"),
+        *(_number(seconds, step, 1, ".1f") for step in ("inspect", "cut", "export")),
+        _number(record, "peak_memory_mb", 1000, ".1f"),
+        f"failed: {steps}" if steps else "passed",
+    )
+
+
+def _number(values: Record, key: str, unit: float, form: str) -> str:
+    return format(values[key] / unit, form) if key in values else ""
+
+
+def _largest(cuts: Iterable[Record], key: str) -> str:
+    return format(max((cut[key] for cut in cuts if key in cut), default=float("nan")), ".0e").replace("nan", "")
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

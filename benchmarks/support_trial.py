@@ -1,0 +1,287 @@
+"""Does one network go all the way? Load, inspect, cut to shares of its MACs, compare, export, compare again.
+
+    python benchmarks/support_trial.py '{"set": "torchvision", "name": "resnet18", ...}'
+
+prints what is known as soon as it is known, one line of JSON after the other; the last line has everything.
+
+    compare    the slim network equals the original with the removed channels silenced, in float64
+    parity     the slim network's ONNX file equals it, in ONNX Runtime
+"""
+
+import copy
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from support_networks import Entry, build, entry_of
+from torch import Tensor, nn
+
+from compress.allocation.problem import Budget, from_widths
+from compress.allocation.widths import width_levels
+from compress.catalog import CRITERIA
+from compress.cost.macs import count_macs
+from compress.cost.onnx_graph import count_onnx
+from compress.errors import BudgetUnreachable, CompressError, ModelError
+from compress.exporting.torch_onnx import export_onnx
+from compress.inspection.latency import find_signature, flat_outputs, random_inputs
+from compress.inspection.potential import Potential, find_potential
+from compress.inspection.targets import CUT_LIMITS
+from compress.inspection.weights import vary_weights
+from compress.progress import SilentProgress
+from compress.pruning.costs import build_cost
+from compress.pruning.graph import ChannelGroup, silenced_copy
+from compress.pruning.selection import find_candidates, score_groups, select_channels
+from compress.pruning.surgery import remove_channels
+from compress.recipe import RemoveChannels
+from compress.stages.exporting import OPSET
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
+from compress.verification.runtimes.torch_eager import TorchEager
+
+SHARES = (0.7, 0.4)
+CRITERION = "l2"
+CUT_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output
+PARITY_LIMIT = 1e-4  # of the largest output
+LEAST_EFFECT = 1e-3  # what silencing channels must change of the outputs, for the comparison to say anything
+
+Record = dict[str, Any]
+Groups = Mapping[str, ChannelGroup]
+
+
+class Trial:
+    """The steps of one network, each timed; told to `say` before and after.
+
+    Args:
+        say: Is given what is known.
+    """
+
+    def __init__(self, say: Callable[[Record], None] = lambda _: None) -> None:
+        self.say = say
+        self.record: Record = {"seconds": {}, "cuts": [], "failures": []}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step."""
+        self.say({"step": name})
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self.fail(name, error)
+            raise Stopped from error
+        finally:
+            seconds = self.record["seconds"]
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+            self.record["peak_memory_mb"] = peak_memory_mb()
+            self.say(self.record)
+
+    def fail(self, step: str, reason: Exception | str) -> None:
+        """Add a failure."""
+        self.record["failures"].append({"step": step, "reason": _reason(reason)})
+
+
+class Stopped(Exception):
+    """A step has failed, and those after it need what it would have given."""
+
+
+def try_network(entry: Entry, say: Callable[[Record], None] = lambda _: None) -> Record:
+    """Take a network through all steps.
+
+    Args:
+        entry: Which.
+        say: Is given what is known after each step.
+
+    Returns:
+        Its figures, the seconds of each step, peak memory, and what failed; it has passed when nothing has.
+    """
+    trial = Trial(say)
+    try:
+        module, example = _load(entry, trial)
+        potential, groups = _inspect(module, example, trial)
+        for share in SHARES:
+            _cut_and_export(module, example, potential, groups, share, trial)
+    except Stopped:
+        pass
+    return trial.record
+
+
+def _load(entry: Entry, trial: Trial) -> tuple[nn.Module, Tensor]:
+    with trial.step("load"):
+        module, shape, own = build(entry)
+        trial.record |= {"input": list(shape), "own_input": None if own is None else list(own)}
+        example = torch.zeros([1, *shape])
+        vary_weights(module, example)
+        _require_telling(module, shape)
+    return module, example
+
+
+@torch.no_grad()
+def _require_telling(module: nn.Module, shape: Sequence[int]) -> None:
+    """Raise ModelError unless the outputs are finite and differ from image to image."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = (flat_outputs(module(torch.randn([2, *shape], generator=generator))) for _ in range(2))
+    if not all(bool(output.isfinite().all()) for output in first):
+        raise ModelError("The outputs must be finite, got NaN or infinity with varied weights.")
+    if not _distance(first, second) > LEAST_EFFECT:
+        raise ModelError("The outputs must depend on the images, they hardly do with varied weights.")
+
+
+def _inspect(module: nn.Module, example: Tensor, trial: Trial) -> tuple[Potential, Groups]:
+    with trial.step("inspect"):
+        potential, groups = find_potential(module, example, CUT_LIMITS, SilentProgress())
+        trial.record |= {
+            "macs": potential.macs,
+            "params": potential.params,
+            "groups": len(potential.groups),
+            "blocks": len(potential.blocks),
+            "least_share": potential.least_share,
+            "fixed_share": potential.fixed_share,
+            "uncut": dict(Counter(item.reason for item in potential.uncut)),
+        }
+        if not groups:
+            raise ModelError("At least one channel group must be there to cut, there is none.")
+    return potential, groups
+
+
+def _cut_and_export(
+    module: nn.Module, example: Tensor, potential: Potential, groups: Groups, share: float, trial: Trial
+) -> None:
+    cut: Record = {"asked": share}
+    trial.record["cuts"].append(cut)
+    with trial.step("cut"):
+        try:
+            removed = choose(module, example, groups, share)
+        except BudgetUnreachable as error:  # what can be reached is cut and compared all the same
+            trial.fail("cut", error)
+            removed = _least(potential, groups)
+        slim = remove_channels(module, RemoveChannels(removed), example)
+        cut["reached"] = count_macs(slim, example) / potential.macs
+    with trial.step("compare"):
+        _compare(module, slim, removed, groups, example.shape[1:], cut)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slim.onnx"
+        with trial.step("export"):
+            signature = find_signature(slim, example)
+            export_onnx(slim, signature, path, opset=OPSET)
+            cut["file_macs"] = count_onnx(path).macs
+        with trial.step("parity"):
+            inputs = random_inputs(signature, batch=3)
+            with OnnxRuntime(path) as file, TorchEager(slim, signature) as reference:
+                got, wanted = file.run(inputs), reference.run(inputs)
+            pairs = [[torch.from_numpy(one[spec.name]) for spec in signature.outputs] for one in (got, wanted)]
+            cut["parity"] = _distance(*pairs)
+            if not cut["parity"] <= PARITY_LIMIT:
+                raise ModelError(f"The file must equal the slim network, it differs by {cut['parity']:.1e} of it.")
+
+
+def choose(module: nn.Module, example: Tensor, groups: Groups, share: float) -> dict[str, tuple[int, ...]]:
+    """Return the channels that go for a share of the MACs to be left, as `prune` chooses them by weights alone.
+
+    Raises:
+        BudgetUnreachable: The widths that the limits allow leave more.
+    """
+    levels = {name: width_levels(group.width, group.parts, CUT_LIMITS) for name, group in groups.items()}
+    criterion = CRITERIA.get(CRITERION)(seed=0)
+    candidates = find_candidates(groups, score_groups(groups, criterion, None), levels, criterion.comparable)
+    cost = build_cost(module, example, groups, "macs")
+    budget = Budget("macs", from_widths(cost, levels), share * cost.full, cost.full, "the baseline's macs")
+    return select_channels(groups, candidates, [budget], CUT_LIMITS, "global").removed
+
+
+def _least(potential: Potential, groups: Groups) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for name, width in potential.least_widths.items():
+        group = groups[name]
+        found[name] = group.expand(range(width // group.parts, group.width // group.parts))
+    return found
+
+
+@torch.no_grad()
+def _compare(
+    module: nn.Module,
+    slim: nn.Module,
+    removed: Mapping[str, tuple[int, ...]],
+    groups: Groups,
+    shape: Sequence[int],
+    cut: Record,
+) -> None:
+    """Compare the slim network with the original whose removed channels are silenced.
+
+    Raises:
+        ModelError: They differ, or silencing changes so little that the comparison says nothing.
+    """
+    images = torch.randn([2, *shape], generator=torch.Generator().manual_seed(2))
+    precision = torch.float64
+    try:
+        got = _outputs(slim, images, precision)
+    except RuntimeError:  # some networks make float32 tensors of their own on the way
+        precision = torch.float32
+        got = _outputs(slim, images, precision)
+    expected = _outputs(silenced_copy(module, removed, groups), images, precision)
+    cut["difference"] = _distance(got, expected)
+    cut["effect"] = _distance(_outputs(module, images, precision), expected)
+    cut["precision"] = str(precision).removeprefix("torch.")
+    if not cut["difference"] <= CUT_LIMIT[precision]:
+        raise ModelError(
+            f"The slim network must equal the original with its channels silenced, it differs by "
+            f"{cut['difference']:.1e} of it."
+        )
+    if not cut["effect"] >= LEAST_EFFECT:
+        raise ModelError(f"Silencing channels must change the outputs, it changes {cut['effect']:.1e} of them.")
+
+
+def _outputs(module: nn.Module, images: Tensor, precision: torch.dtype) -> list[Tensor]:
+    return flat_outputs(copy.deepcopy(module).to(precision)(images.to(precision)))
+
+
+def _distance(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Return the largest difference of any output over the largest value of that output."""
+    if [one.shape for one in got] != [one.shape for one in wanted]:
+        raise ModelError(f"Outputs must have the shapes {_shapes(wanted)}, got {_shapes(got)}.")
+    return max(
+        float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-30)
+        for a, b in zip(got, wanted, strict=True)
+    )
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+
+
+def _reason(error: Exception | str) -> str:
+    if isinstance(error, CompressError):
+        return error.message
+    return error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+
+
+def peak_memory_mb() -> int:
+    """Return the most memory that this process has held, the interpreter and torch included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def main() -> None:
+    """Read an entry, try it, print what is known."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not come between the lines
+
+    def say(record: Record) -> None:
+        lines.write(json.dumps(record) + "\n")
+        lines.flush()
+
+    say({**try_network(entry_of(json.loads(sys.argv[1])), say), "is_done": True})
+
+
+if __name__ == "__main__":
+    main()

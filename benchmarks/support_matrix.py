@@ -100,9 +100,7 @@ def try_apart(entry: Entry, limit_s: float, command: Sequence[str] = (sys.execut
         process = subprocess.Popen([*command, json.dumps(entry.to_dict())], stdout=out, stderr=err, env=surroundings)
         try:
             code = process.wait(limit_s)
-            ended = (
-                f"its process ended with exit code {code}" if code >= 0 else f"its process was ended by signal {-code}"
-            )
+            ended = f"its process ended {f'with exit code {code}' if code >= 0 else f'by signal {-code}'}"
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -94,10 +95,37 @@ class Stopped(Exception):
 
 
 def try_network(entry: Entry, say: Callable[[Record], None] = lambda _: None) -> Record:
-    """Take a network through all steps.
+    """Take a network of the lists through all steps.
 
     Args:
         entry: Which.
+        say: Is given what is known after each step.
+
+    Returns:
+        As `try_module`.
+    """
+
+    def make(trial: Trial) -> tuple[nn.Module, Tensor]:
+        module, shape, own = build(entry)
+        trial.record |= {"input": list(shape), "own_input": None if own is None else list(own)}
+        example = torch.zeros([1, *shape])
+        if entry.set != "onnx":  # files have weights that somebody trained
+            vary_weights(module, example)
+        return module, example
+
+    return try_module(make, SHARES, say)
+
+
+def try_module(
+    make: Callable[[Trial], tuple[nn.Module, Tensor]],
+    shares: Sequence[float] = SHARES,
+    say: Callable[[Record], None] = lambda _: None,
+) -> Record:
+    """Take a network through all steps.
+
+    Args:
+        make: Returns the network and one input, (1, ...).
+        shares: Of its MACs, to each of which it is cut.
         say: Is given what is known after each step.
 
     Returns:
@@ -105,23 +133,15 @@ def try_network(entry: Entry, say: Callable[[Record], None] = lambda _: None) ->
     """
     trial = Trial(say)
     try:
-        module, example = _load(entry, trial)
+        with trial.step("load"):
+            module, example = make(trial)
+            _require_telling(module, example.shape[1:])
         potential, groups = _inspect(module, example, trial)
-        for share in SHARES:
+        for share in shares:
             _cut_and_export(module, example, potential, groups, share, trial)
     except Stopped:
         pass
     return trial.record
-
-
-def _load(entry: Entry, trial: Trial) -> tuple[nn.Module, Tensor]:
-    with trial.step("load"):
-        module, shape, own = build(entry)
-        trial.record |= {"input": list(shape), "own_input": None if own is None else list(own)}
-        example = torch.zeros([1, *shape])
-        vary_weights(module, example)
-        _require_telling(module, shape)
-    return module, example
 
 
 @torch.no_grad()
@@ -269,8 +289,16 @@ def peak_memory_mb() -> int:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def main() -> None:
     """Read an entry, try it, print what is known."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")

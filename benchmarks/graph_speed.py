@@ -6,7 +6,7 @@
 
 For each network the channel graph is built, its groups are found and tried, and all of them are cut to half, as `prune`
 does; beside it, where torch-pruning is installed, its own graph, groups and cut to half. Each measurement has a process
-of its own with as many threads as cores, ours and theirs in turn; the median counts. Memory is the most that the process
+of its own with as many threads as cores, ours and theirs in turn; the median counts. Memory is the most that it
 has held, Python and torch included.
 """
 

@@ -34,9 +34,9 @@ from compress.cost.macs import count_macs
 from compress.cost.onnx_graph import count_onnx
 from compress.errors import BudgetUnreachable, CompressError, ModelError
 from compress.exporting.torch_onnx import export_onnx
-from compress.inspection.latency import find_signature, flat_outputs, random_inputs
+from compress.inspection.latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
-from compress.inspection.targets import CUT_LIMITS
+from compress.inspection.targets import CUT_LIMITS, find_signature, flat_outputs
 from compress.inspection.weights import vary_weights
 from compress.progress import SilentProgress
 from compress.pruning.costs import build_cost

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from compress.artifacts import Signature, TensorSpec
-from compress.cost.macs import eval_mode
+from compress.artifacts import Signature
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import Network
@@ -84,7 +82,7 @@ def measure_least_latency(
         paths = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(names)}
         with progress.task("export to ONNX", len(names)) as task:
             for name, one in names.items():
-                export_onnx(one, find_signature(one, example), paths[name], opset=OPSET)
+                export_onnx(one, network.signature, paths[name], opset=OPSET)
                 task.advance()
         times = {name: _timed(paths[name], paths["whole"], conditions, progress) for name in smaller}
         whole_ms = [whole for _, whole in times.values()] or [_timed_alone(paths["whole"], conditions, progress)]
@@ -108,31 +106,6 @@ def narrowed(
         for name, width in widths.items()
     }
     return remove_channels(module, RemoveChannels(removed), example)
-
-
-def find_signature(module: nn.Module, example: Tensor) -> Signature:
-    """Return the inputs and outputs of a network, which may return tensors in tuples, lists and dicts.
-
-    Args:
-        module: Any network of one input.
-        example: One input, (1, ...).
-    """
-    with torch.no_grad(), eval_mode(module):
-        outputs = flat_outputs(module(example))
-    names = ["logits"] if len(outputs) == 1 else [f"output_{number}" for number in range(len(outputs))]
-    specs = [TensorSpec(name, ("batch", *value.shape[1:])) for name, value in zip(names, outputs, strict=True)]
-    return Signature((TensorSpec("images", ("batch", *example.shape[1:])),), tuple(specs))
-
-
-def flat_outputs(outputs: object) -> list[Tensor]:
-    """Return the tensors in what a network has returned, dicts and sequences gone through in their order."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        return [tensor for value in outputs.values() for tensor in flat_outputs(value)]
-    if isinstance(outputs, list | tuple):
-        return [tensor for value in outputs for tensor in flat_outputs(value)]
-    return []
 
 
 def _shortened(network: Network, progress: Progress) -> nn.Module:

@@ -14,10 +14,10 @@ from torch import nn
 from compress.allocation.widths import Limits
 from compress.cost.macs import count_macs, count_params
 from compress.errors import ArtifactError, ConfigValueError, ModelError
-from compress.inspection.latency import find_signature, measure_least_latency, narrowed
+from compress.inspection.latency import measure_least_latency, narrowed
 from compress.inspection.overview import Overview, inspect_target
 from compress.inspection.potential import Potential, find_potential
-from compress.inspection.targets import Network, own_input_shape, spec_of
+from compress.inspection.targets import Network, find_signature, own_input_shape, spec_of
 from compress.inspection.weights import vary_weights
 from compress.progress import SilentProgress
 from compress.pruning.blocks import find_removable_blocks
@@ -39,6 +39,11 @@ def rows(overview: Overview, title: str, with_layers: bool = False) -> list[list
 
 def potential(module: nn.Module, limits: Limits | None = None) -> Potential:
     return find_potential(module, nets.EXAMPLE, limits or Limits(), SilentProgress())[0]
+
+
+def timed_briefly(module: nn.Module) -> Network:
+    signature = find_signature(module, nets.EXAMPLE)
+    return Network(module, nets.EXAMPLE, signature, Limits(), Conditions(repeats=2, warmup=1))
 
 
 def test_an_onnx_file() -> None:
@@ -122,7 +127,9 @@ def test_layers_that_no_group_narrows_are_fixed_cost() -> None:
 
 def test_the_least_latency_is_that_of_the_narrowest_network() -> None:
     module = nets.build("residual")
-    network = Network(module, nets.EXAMPLE, Limits(), Conditions(repeats=2, warmup=1))
+    network = Network(
+        module, nets.EXAMPLE, find_signature(module, nets.EXAMPLE), Limits(), Conditions(repeats=2, warmup=1)
+    )
     found, groups = find_potential(module, nets.EXAMPLE, network.limits, SilentProgress())
     slim = narrowed(module, groups, found.least_widths, nets.EXAMPLE)
     assert count_macs(slim, nets.EXAMPLE) / found.macs == pytest.approx(found.least_share)
@@ -137,7 +144,9 @@ def test_the_least_latency_is_that_of_the_narrowest_network() -> None:
 
 def test_a_network_of_which_nothing_can_be_cut_is_timed_alone() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
-    network = Network(module, nets.EXAMPLE, Limits(), Conditions(repeats=2, warmup=1))
+    network = Network(
+        module, nets.EXAMPLE, find_signature(module, nets.EXAMPLE), Limits(), Conditions(repeats=2, warmup=1)
+    )
     found, groups = find_potential(module, nets.EXAMPLE, network.limits, SilentProgress())
     latency = measure_least_latency(network, found, groups, SilentProgress())
     assert latency.whole_ms > 0
@@ -163,6 +172,7 @@ def test_a_network_of_a_library_has_an_input_of_its_own() -> None:
     module = timm.create_model("test_resnet")
     assert own_input_shape("timm:test_resnet", module) == tuple(module.pretrained_cfg["input_size"])
     assert own_input_shape("nets:chain", module) is None
+    assert own_input_shape("torchvision:r3d_18", module) is None  # how many images a clip has is open
 
 
 def test_inspection_leaves_the_network_as_it_is() -> None:

@@ -127,9 +127,7 @@ def test_layers_that_no_group_narrows_are_fixed_cost() -> None:
 
 def test_the_least_latency_is_that_of_the_narrowest_network() -> None:
     module = nets.build("residual")
-    network = Network(
-        module, nets.EXAMPLE, find_signature(module, nets.EXAMPLE), Limits(), Conditions(repeats=2, warmup=1)
-    )
+    network = timed_briefly(module)
     found, groups = find_potential(module, nets.EXAMPLE, network.limits, SilentProgress())
     slim = narrowed(module, groups, found.least_widths, nets.EXAMPLE)
     assert count_macs(slim, nets.EXAMPLE) / found.macs == pytest.approx(found.least_share)
@@ -144,9 +142,7 @@ def test_the_least_latency_is_that_of_the_narrowest_network() -> None:
 
 def test_a_network_of_which_nothing_can_be_cut_is_timed_alone() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
-    network = Network(
-        module, nets.EXAMPLE, find_signature(module, nets.EXAMPLE), Limits(), Conditions(repeats=2, warmup=1)
-    )
+    network = timed_briefly(module)
     found, groups = find_potential(module, nets.EXAMPLE, network.limits, SilentProgress())
     latency = measure_least_latency(network, found, groups, SilentProgress())
     assert latency.whole_ms > 0

@@ -23,7 +23,7 @@ from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
 from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
-from compress.errors import ConfigValueError, ModelError
+from compress.errors import ConfigValueError
 from compress.inspection.weights import vary_weights
 from compress.stages.exporting import conditions_of
 from compress.stages.load import factory_spec

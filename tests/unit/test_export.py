@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import nets
 import numpy as np

@@ -1,0 +1,86 @@
+"""How are layers called that come out of a file?
+
+A weight that is called like one of a torch module names its layer ("layer1.0.conv1.weight"); else the node does, with
+what exporters put around a name taken off; else its output.
+"""
+
+import re
+
+from torch import fx
+
+_MACHINE_MADE = re.compile(r"^(onnx::.*|\d+|val_\d+|_.*)$")
+_MODULE_WEIGHT = re.compile(r"^([A-Za-z_][\w]*(?:\.[\w]+)*)\.(weight|weights|kernel|scale|gamma|slope|running_mean)$")
+_RESERVED = frozenset(dir(fx.GraphModule))
+
+
+class Names:
+    """Gives out names of layers: unique, none of them a part of another one's path, no attribute of a module."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def take(self, wanted: str) -> str:
+        """Return `wanted`, or what comes nearest to it among the names that are free."""
+        base = name = clean(wanted)
+        number = 2
+        while not self._is_free(name):
+            name, number = f"{base}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+    def _is_free(self, name: str) -> bool:
+        parts = name.split(".")
+        parents = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        return not parents & self._taken and not any(other.startswith(f"{name}.") for other in self._taken)
+
+
+def layer_name(weight: str, node: str, operator: str, output: str) -> str:
+    """Return what a layer is best called.
+
+    Args:
+        weight: Name of its first weight in the file.
+        node: Name of its node, may be "".
+        operator: Its operator, such as "Conv".
+        output: Name of its first output.
+
+    >>> layer_name("base_net.0.0.weight", "", "Conv", "245")
+    'base_net.0.0'
+    >>> layer_name("onnx::Conv_1", "/layer1/layer1.0/conv1/Conv", "Conv", "x")
+    'layer1.0.conv1'
+    >>> layer_name("onnx::Conv_1", "Conv_3", "Conv", "x")
+    'Conv_3'
+    >>> layer_name("12", "", "Conv", "245")
+    'Conv_245'
+    """
+    if match := _MODULE_WEIGHT.match(weight):
+        return match[1]
+    if node:
+        return _scope(node, operator)
+    return f"{operator}_{output}"
+
+
+def value_name(name: str, default: str) -> str:
+    """Return what a constant is best called: as in the file, unless a machine made that name up."""
+    return default if _MACHINE_MADE.match(name) or not name else name
+
+
+def clean(name: str) -> str:
+    """Return a dotted path of which each part can be an attribute of a module.
+
+    >>> clean("block 1/conv:0")
+    'block_1_conv_0'
+    >>> clean("train.3")
+    'train_.3'
+    """
+    parts = [re.sub(r"\W", "_", part, flags=re.ASCII) for part in name.split(".")]
+    parts = [part for part in parts if part] or ["value"]
+    return ".".join(f"{part}_" if part in _RESERVED else part for part in parts)
+
+
+def _scope(node: str, operator: str) -> str:
+    """Return the path of a module out of a node's name such as "/layer1/layer1.0/conv1/Conv"."""
+    parts = [part for part in node.split("/") if part]
+    if len(parts) > 1 and parts[-1].split("_")[0] == operator:
+        parts = parts[:-1]
+    kept = [part for part, following in zip(parts, [*parts[1:], ""], strict=True) if not following.startswith(f"{part}.")]
+    return ".".join(kept) or node

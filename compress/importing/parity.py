@@ -1,0 +1,182 @@
+"""Does an imported network compute what ONNX Runtime computes with the file, and if not, from which node on?
+
+The relative error of an output is the largest difference over the largest value, over all images compared. It may be
+1e-5; where weights or values of the file are in half precision, 5e-3, since the network computes in float32.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx
+
+from compress.cost.onnx_file import each_tensor, first_line
+from compress.errors import ModelError, NonFinite
+from compress.importing.build import ONNX_VALUE
+from compress.importing.reading import Source
+from compress.importing.values import as_float32
+
+TOLERANCE = 1e-5
+HALF_TOLERANCE = 5e-3
+IMAGES = 2
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_SILENT = 4
+Feed = dict[str, np.ndarray]
+
+
+def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.ndarray] | None = None) -> None:
+    """Compare a network with the file on random images, and on given ones.
+
+    Args:
+        module: The network.
+        source: The file.
+        images: Values of each input, (N, ...) each.
+
+    Raises:
+        ModelError: They differ; names the first node whose value does.
+        NonFinite: ONNX Runtime gives NaN or infinity.
+    """
+    tolerance = _tolerance(source)
+    session = _session(source, None)
+    feeds = [_random(source)] if images is None else [_random(source), _given(source, images)]
+    for feed in feeds:
+        expected = _run(session, source, feed, list(source.outputs))
+        found = _outputs(module, source, feed)
+        for name, want, have in zip(source.outputs, expected, found, strict=True):
+            if not np.isfinite(want).all():
+                raise NonFinite(f"Output '{name}' of '{source.path}' must be finite, ONNX Runtime gives NaN or infinity.")
+            error = relative_error(have, want)
+            if error > tolerance:
+                raise ModelError(
+                    f"The network imported from '{source.path}' must equal the file within {tolerance:g} of the largest "
+                    f"value, output '{name}' is off by {error:.2g}{_where(module, source, feed, tolerance)}."
+                )
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference over the largest expected value; infinity where shapes differ or a value is NaN.
+
+    >>> relative_error(np.array([1.0, 4.0]), np.array([2.0, 4.0]))
+    0.25
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
+    scale = np.abs(expected.astype(np.float64)).max(initial=0.0)
+    error = float(difference / scale) if scale else float(difference)
+    return error if np.isfinite(error) else float("inf")
+
+
+def _where(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float) -> str:
+    """Return which node is the first whose value differs, for one image; else for several at once."""
+    single = {
+        spec.name: feed[spec.name][:1] if source.carries_images(spec) else feed[spec.name] for spec in source.inputs
+    }
+    differing = next(_differing(module, source, single, tolerance), None)
+    if differing is not None:
+        node, error = differing
+        return f"; the first that differs is {node} (by {error:.2g})"
+    several = next(_differing(module, source, feed, tolerance), None)
+    place = f"; the first that differs is {several[0]}" if several is not None else ""
+    return f". For one image it is right, for {IMAGES} at once it is not: the file is made for one{place}"
+
+
+def _differing(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float) -> Iterator[tuple[str, float]]:
+    """Yield nodes of the file whose values differ and how much, in order."""
+    values = _values(module, source, feed)
+    nodes = {output: node for node in source.model.graph.node for output in node.output}
+    names = [name for name in values if name in nodes]
+    session = _session(source, names)
+    for name, want in zip(names, _run(session, source, feed, names), strict=True):
+        error = relative_error(values[name], want)
+        if error > tolerance:
+            node = nodes[name]
+            yield f"{node.op_type} '{node.name or name}'", error
+
+
+def _values(module: fx.GraphModule, source: Source, feed: Feed) -> dict[str, np.ndarray]:
+    """Return what the network gives for every value of the file that it computes."""
+    found: dict[str, np.ndarray] = {}
+
+    class _Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and ONNX_VALUE in n.meta:
+                found[n.meta[ONNX_VALUE]] = value.numpy().copy()
+            return value
+
+    with torch.no_grad():
+        _Recorder(module).run(*_tensors(source, feed))
+    return found
+
+
+def _outputs(module: fx.GraphModule, source: Source, feed: Feed) -> list[np.ndarray]:
+    with torch.no_grad():
+        found = module(*_tensors(source, feed))
+    return [value.numpy() for value in (found if isinstance(found, tuple) else (found,))]
+
+
+def _tensors(source: Source, feed: Feed) -> list[Tensor]:
+    return [torch.from_numpy(as_float32(feed[spec.name])) for spec in source.inputs]
+
+
+def _run(session: onnxruntime.InferenceSession, source: Source, feed: Feed, names: Sequence[str]) -> list[np.ndarray]:
+    """Return values by ONNX Runtime; a file for one image runs on each by itself."""
+    try:
+        if source.has_open_batch:
+            return [as_float32(value) for value in session.run(names, feed)]
+        count = max(feed[spec.name].shape[0] for spec in source.inputs if source.carries_images(spec))
+        runs = [session.run(names, _one_of(source, feed, index)) for index in range(count)]
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}") from error
+    return [as_float32(np.concatenate(each) if count > 1 else each[0]) for each in zip(*runs, strict=True)]
+
+
+def _one_of(source: Source, feed: Mapping[str, np.ndarray], index: int) -> Feed:
+    return {
+        spec.name: feed[spec.name][index : index + 1] if source.carries_images(spec) else feed[spec.name]
+        for spec in source.inputs
+    }
+
+
+def _random(source: Source) -> Feed:
+    """Return random images: normally distributed, or 0 and 1 where an input holds whole numbers."""
+    generator = np.random.default_rng(0)
+    feed = {}
+    for spec in source.inputs:
+        (shape,) = source.shapes(spec, [IMAGES])
+        is_float = np.dtype(spec.dtype).kind == "f"
+        values = generator.standard_normal(shape) if is_float else generator.integers(0, 2, shape)
+        feed[spec.name] = values.astype(spec.dtype)
+    return feed
+
+
+def _given(source: Source, images: Sequence[np.ndarray]) -> Feed:
+    if len(images) != len(source.inputs):
+        raise ModelError(f"'{source.path}' has {len(source.inputs)} inputs, got values for {len(images)}.")
+    return {spec.name: array.astype(spec.dtype) for spec, array in zip(source.inputs, images, strict=True)}
+
+
+def _session(source: Source, outputs: Sequence[str] | None) -> onnxruntime.InferenceSession:
+    """Open the file, or, without any rewriting by the runtime, one that also gives inner values."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    model: str | bytes = str(source.path)
+    if outputs is not None:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(source.model)
+        there = {value.name for value in copy.graph.output}
+        copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        model = copy.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
+
+
+def _tolerance(source: Source) -> float:
+    kinds = {tensor.data_type for tensor in each_tensor(source.model)}
+    return HALF_TOLERANCE if kinds.intersection(_HALF) else TOLERANCE

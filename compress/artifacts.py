@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the planner and the reports handle these types without impo
     from torch import nn
 
 Status = Literal["pass", "fail", "skipped"]
-NetworkKind = Literal["factory", "timm", "torchvision"]
+NetworkKind = Literal["factory", "onnx", "timm", "torchvision"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,10 @@ class FactorySpec:
     """How the untouched network is built.
 
     Attributes:
-        kind: "factory", "timm" or "torchvision".
-        reference: "pkg.module:callable", "/absolute/file.py:callable", or a name of timm or torchvision.
-        kwargs: Keyword arguments of the callable.
+        kind: "factory", "onnx", "timm" or "torchvision".
+        reference: "pkg.module:callable", "/absolute/file.py:callable", a name of timm or torchvision, or an
+            ONNX file, with or without its weights.
+        kwargs: Keyword arguments of the callable; of an ONNX file "inputs", the shapes that it leaves open.
         inputs: Input name -> {"shape": [...], "dtype": ..., "high": ...} without the batch axis; {} for one image.
         outputs: Which outputs are kept, in this order; () for all.
     """
@@ -117,6 +118,10 @@ class FactorySpec:
     def from_model(cls, model: Mapping[str, Any]) -> FactorySpec:
         """Return how the plain values of a `model:` section say the network is built."""
         (kind,) = (kind for kind in get_args(NetworkKind) if kind in model)
+        if kind == "onnx":
+            shapes = {name: list(sizes) for name, sizes in model["inputs"].items()}
+            several = {name: {"shape": sizes} for name, sizes in shapes.items()} if len(shapes) > 1 else {}
+            return cls("onnx", model["onnx"], {"inputs": shapes}, several, tuple(model["outputs"]))
         return cls(kind, model[kind], dict(model["kwargs"]), dict(model["inputs"]), tuple(model["outputs"]))
 
     def input_specs(self) -> tuple[TensorSpec, ...]:

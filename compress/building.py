@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress.adapter import example_input
 from compress.artifacts import FactorySpec, Signature
 from compress.errors import ArtifactError, InternalError, ModelError, RebuildMismatch, StageError
+from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
 from compress.networks.factories import call_factory, import_factory, on_path
 from compress.networks.prepare import prepare
@@ -45,7 +46,8 @@ def build_module(spec: FactorySpec) -> nn.Module:
     """Call the factory and return its network in eval mode; the global random state is left as it is.
 
     Raises:
-        ModelError: The factory cannot be imported, raises, or returns no network.
+        ModelError: The factory cannot be imported, raises, or returns no network, or an ONNX file cannot be imported.
+        ArtifactError: An ONNX file cannot be read.
     """
     if spec.kind == "torchvision":
         return call_factory(torchvision_factory(spec.reference), spec)
@@ -53,6 +55,7 @@ def build_module(spec: FactorySpec) -> nn.Module:
         return call_factory(timm_factory(spec.reference), spec)
     make, place = import_factory(spec.reference), spec.reference.rpartition(":")[0]
     with on_path(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+from compress.importing.importer import build_imported
         return call_factory(make, spec)
 
 

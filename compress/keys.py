@@ -120,12 +120,14 @@ def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
         counting["robustness"] = {**counting["robustness"], "shifted": digests}
     if stage != "load":
         return counting
-    model = {key: value for key, value in values["model"].items() if key != "factory"}
+    model = {key: value for key, value in values["model"].items() if key not in ("factory", "onnx")}
     return {**counting, "weights": None, "model": model}
 
 
 def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Return the digests of the weights and of the factory."""
+    """Return the digests of the weights and of the factory, or of the ONNX file that is both."""
+    if "onnx" in values["model"]:
+        return {"onnx": _onnx_digest(Path(values["model"]["onnx"]))}
     weights = Path(values["weights"])
     if values["weights"] == PRETRAINED:  # the versions of the libraries, and the network's name, say which
         files = {"weights": PRETRAINED}
@@ -138,6 +140,17 @@ def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
         place, _, name = factory.rpartition(":")
         files["factory"] = f"{_code_digest(place, folder)}:{name}"
     return files
+
+
+def _onnx_digest(path: Path) -> str:
+    """Return the digest of an ONNX file, or of it and the files beside it that hold its weights."""
+    from compress.cost.onnx_file import load_onnx, model_files, require_external  # imports onnx
+
+    files = model_files(path)
+    if len(files) == 1:
+        return digest_file(path)
+    require_external(load_onnx(path), path)
+    return digest_value({file.relative_to(path.parent).as_posix(): digest_file(file) for file in files})
 
 
 def _code_digest(place: str, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """How is an artifact laid out on disk, and read back?
 
     TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
+                 [structure.onnx]   of a network that came as an ONNX file: that file without its weights
     OnnxModel    model.onnx [model.onnx.data]  [float.onnx [float.onnx.data]]  onnx.json  reference/ (a TorchModel)
     Verdict      verdict.json
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 META_SCHEMA = 1
+STRUCTURE_FILE = "structure.onnx"
 VOLATILE = ("baseline.json",)  # measured times differ from run to run; they are no part of what a model is
 
 
@@ -75,9 +77,15 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
     from compress.building import write_weights  # imports torch
 
     (folder / "recipe.json").write_text(model.recipe.to_json(), encoding="utf-8")
+    factory = model.factory
+    if factory.kind == "onnx":
+        from compress.importing.structure import write_structure
+
+        write_structure(Path(factory.reference), folder / STRUCTURE_FILE)
+        factory = replace(factory, reference=STRUCTURE_FILE)
     meta = {
         "schema": META_SCHEMA,
-        "factory": asdict(model.factory),
+        "factory": asdict(factory),
         "signature": model.signature.to_dict(),
         "preprocessing": model.preprocessing.to_dict(),
         "classes": list(model.classes),
@@ -96,7 +104,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
     from compress.building import rebuild  # imports torch
 
     meta, recipe, saved_factory = _read_checkpoint(folder)
-    factory = factory or saved_factory
+    factory = saved_factory if saved_factory.kind == "onnx" else factory or saved_factory
     signature = Signature.from_dict(meta["signature"])
     with _well_formed(folder / "baseline.json"):
         figures = Figures(**_read_json(folder / "baseline.json"))
@@ -125,6 +133,9 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
         factory: How the untouched network is built now.
     """
     target.mkdir(parents=True, exist_ok=True)
+    if factory.kind == "onnx":
+        factory = replace(factory, reference=STRUCTURE_FILE)
+        shutil.copyfile(source / STRUCTURE_FILE, target / STRUCTURE_FILE)
     meta = {**_read_json(source / "meta.json"), "factory": asdict(factory)}
     place, _, name = factory.reference.rpartition(":")
     if factory.kind == "factory" and place.endswith(".py"):
@@ -170,6 +181,8 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]
     with _well_formed(folder / "meta.json"):
         Signature.from_dict(meta["signature"])
         spec = FactorySpec.from_dict(meta["factory"])
+        if spec.kind == "onnx":  # whatever it says: nothing outside of the folder is needed
+            spec = replace(spec, reference=str(folder / STRUCTURE_FILE))
     return meta, recipe, spec
 
 

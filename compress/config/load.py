@@ -20,6 +20,7 @@ from compress.config.deployment import check_deploy, follow_deploy
 from compress.config.document import Document, parse_document, read_document
 from compress.config.locations import resolve_paths, use_array_folder
 from compress.config.messages import translate
+from compress.config.onnx_model import check_weights, follow_file
 from compress.config.order import check_order
 from compress.config.overrides import apply_overrides
 from compress.config.problems import Origin, Problem, as_error, show
@@ -92,6 +93,7 @@ def _check(
     follow_deploy(values, document)
     resolve_paths(values, document, folder)
     use_array_folder(values, document, folder, environ)
+    follow_file(values, document)
     if document.problems:
         raise as_error(document.problems)
     config = PipelineConfig.model_validate(values)
@@ -100,7 +102,9 @@ def _check(
 
 def _validate(document: Document) -> PipelineConfig:
     """Return the checked configuration, or raise everything that is wrong with it."""
-    document.problems += check_order(document) + check_deploy(document) + check_quantize(document)
+    document.problems += (
+        check_order(document) + check_deploy(document) + check_quantize(document) + check_weights(document)
+    )
     try:
         config = PipelineConfig.model_validate(document.value)
     except ValidationError as error:

@@ -77,8 +77,10 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
         yield ("deploy", "table"), values["deploy"], "table"
     for index, stage in enumerate(values["stages"]):
         if stage["stage"] == "load":
-            if stage["weights"] != PRETRAINED:
+            if stage["weights"] not in (None, PRETRAINED):
                 yield ("stages", index, "weights"), stage, "weights"
+            if "onnx" in stage["model"]:
+                yield ("stages", index, "model", "onnx"), stage["model"], "onnx"
             if stage["model"].get("factory", "").rpartition(":")[0].endswith(".py"):
                 yield ("stages", index, "model", "factory"), stage["model"], "factory"
         if stage["stage"] == "verify":

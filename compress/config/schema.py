@@ -206,6 +206,16 @@ class TimmModel(NetworkSection):
     timm: str = Field(description="such as convnext_tiny")
 
 
+class OnnxFileModel(Section):
+    """A network that is there as an ONNX file, weights and all."""
+
+    onnx: str = Field(description="path of the .onnx file, in floating point")
+    inputs: dict[str, Ints] = Field(
+        {}, description="shape of one image by input, such as {input: [3, 224, 224]}, where the file leaves it open"
+    )
+    outputs: Names = Field((), description="which outputs to keep, in this order, where there are several; [] for all")
+
+
 def _model_kind(value: object) -> str | None:
     has = value.__contains__ if isinstance(value, dict) else lambda key: hasattr(value, key)
     kinds = [kind for kind in NETWORKS if has(kind)]
@@ -214,6 +224,7 @@ def _model_kind(value: object) -> str | None:
 
 Model = Annotated[
     Annotated[FactoryModel, Tag("factory")]
+    | Annotated[OnnxFileModel, Tag("onnx")]
     | Annotated[TimmModel, Tag("timm")]
     | Annotated[TorchvisionModel, Tag("torchvision")],
     Discriminator(
@@ -229,9 +240,10 @@ class LoadConfig(Section):
 
     stage: Literal["load"]
     model: Model
-    weights: str = Field(
+    weights: str | None = Field(
+        None,
         description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
-        "torch.export program; or pretrained, for what timm or torchvision offer"
+        "torch.export program; or pretrained, for what timm or torchvision offer; none with model.onnx",
     )
     rewrites: Literal["measured", "always", "never"] = Field(
         "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"

@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx
 
 from compress.artifacts import Signature, TensorSpec
+from compress.config.onnx_model import CLASSES_KEY, PREPROCESSING_KEY
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError
 
-PREPROCESSING_KEY = "compress.preprocessing"
-CLASSES_KEY = "compress.classes"
 SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
+__all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
 
 
 @dataclass(frozen=True, slots=True)

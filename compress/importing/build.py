@@ -124,18 +124,23 @@ class Builder:
         return self._layers[identity]
 
     def parameter(self, weight: Fixed, array: np.ndarray | None = None) -> nn.Parameter:
-        """Return a trainable copy of a constant; layers that read the same one share it.
+        """Return a trainable copy of a constant; layers that read the same kernel or matrix share it.
+
+        Biases and the like are not shared: programs that shrink files let layers read one constant where two happen
+        to be equal, such as zeros.
 
         Args:
             weight: The constant.
             array: Its value as the layer wants it, where that differs.
         """
         values = weight.array if array is None else array
-        identity = (weight.name, tuple(values.shape))
-        if array is not None and not np.array_equal(array, weight.array):
-            return nn.Parameter(torch.from_numpy(values.copy()))
-        if identity not in self._shared:
-            self._shared[identity] = nn.Parameter(torch.from_numpy(values.copy()))
+        identity = (weight.name, values.shape)
+        is_own = values.ndim < 2 or values.strides != weight.array.strides
+        if is_own or identity not in self._shared:
+            parameter = nn.Parameter(torch.from_numpy(np.array(values, copy=True)))
+            if is_own:
+                return parameter
+            self._shared[identity] = parameter
         return self._shared[identity]
 
     def constant(self, value: Fixed) -> Computed:
@@ -278,8 +283,6 @@ def _assembled(parts: Mapping[str, nn.Module | torch.Tensor]) -> nn.Module:
 def _is_supported(node: ir.Node) -> bool:
     """Whether a node might be built if its inputs could be."""
     return node.domain in ("", "ai.onnx") and (node.op_type in OPERATORS or node.op_type in ("If", "Constant"))
-
-
 
 
 def _try(function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:

@@ -26,7 +26,9 @@ def evaluate(node: ir.Node, inputs: Sequence[Fixed | None], opset: int) -> list[
     if node.op_type in _WITH_GRAPHS:
         raise Refused("is control flow, which is not supported")
     plain = all(value is None or value.is_constant for value in inputs)
-    made = [_run(node, [None if v is None else v.arrays[index] for v in inputs], opset) for index in range(_runs(plain))]
+    made = [
+        _run(node, [None if v is None else v.arrays[index] for v in inputs], opset) for index in range(_runs(plain))
+    ]
     made = made * len(PROBES) if plain else made
     outputs = [output.name or "" for output in node.outputs]
     return [Fixed(name, tuple(one[index] for one in made)) for index, name in enumerate(outputs)]

@@ -1,6 +1,6 @@
 """How does an ONNX file become a torch network that computes the same?
 
-    file --read_source--> Source --Builder--> fx.GraphModule --find_mismatch--> the network, or why not
+file --read_source--> Source --Builder--> fx.GraphModule --find_mismatch--> the network, or why not
 """
 
 from collections import defaultdict

@@ -82,5 +82,7 @@ def _scope(node: str, operator: str) -> str:
     parts = [part for part in node.split("/") if part]
     if len(parts) > 1 and parts[-1].split("_")[0] == operator:
         parts = parts[:-1]
-    kept = [part for part, following in zip(parts, [*parts[1:], ""], strict=True) if not following.startswith(f"{part}.")]
+    kept = [
+        part for part, following in zip(parts, [*parts[1:], ""], strict=True) if not following.startswith(f"{part}.")
+    ]
     return ".".join(kept) or node

@@ -46,7 +46,9 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
         found = _outputs(module, source, feed)
         for name, want, have in zip(source.outputs, expected, found, strict=True):
             if not np.isfinite(want).all():
-                raise NonFinite(f"Output '{name}' of '{source.path}' must be finite, ONNX Runtime gives NaN or infinity.")
+                raise NonFinite(
+                    f"Output '{name}' of '{source.path}' must be finite, ONNX Runtime gives NaN or infinity."
+                )
             error = relative_error(have, want)
             if error > tolerance:
                 raise ModelError(

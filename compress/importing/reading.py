@@ -1,7 +1,7 @@
 """Can a file be imported at all? Everything about it that is refused before its graph is looked at node by node.
 
-    corrupt, weights elsewhere, quantised, too old or too new an operator set   refused here, or brought up to date
-    local functions                                                           put in place of their calls
+corrupt, weights elsewhere, quantised, too old or too new an operator set   refused here, or brought up to date
+local functions                                                           put in place of their calls
 """
 
 from collections import Counter
@@ -102,7 +102,9 @@ def _check_places(model: ModelProto, path: Path) -> None:
 
 
 def _check_float(model: ModelProto, path: Path) -> None:
-    found = Counter(node.op_type for node in each_node(model) if node.op_type in _QUANTISED or "QLinear" in node.op_type)
+    found = Counter(
+        node.op_type for node in each_node(model) if node.op_type in _QUANTISED or "QLinear" in node.op_type
+    )
     if found:
         raise ModelError(
             f"'{path}' must be a network in floating point, it is quantised: "

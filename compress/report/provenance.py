@@ -43,7 +43,7 @@ def describe_provenance(
     return {
         "files": {name: digest_file(path) for name, path in published.items()},
         "data": {half: data.get(half) for half in ("train", "evaluation")},
-        "weights": files.get("weights"),
+        "weights": files.get("weights", files.get("onnx")),
         "factory": files["factory"].partition(":")[0] if "factory" in files else None,
         "git": {
             "pipeline": find_commit(pipeline.path.absolute().parent),

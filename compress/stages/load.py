@@ -18,9 +18,11 @@ from compress.building import (
 from compress.config.locations import PRETRAINED
 from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_macs, count_params, layer_macs
+from compress.cost.onnx_file import load_onnx, read_metadata
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
-from compress.errors import DataError, ModelError
+from compress.errors import DataError, InternalError, ModelError
+from compress.importing.importer import import_onnx
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe
@@ -46,7 +48,7 @@ class LoadStage:
             DataError: Labels do not fit the network.
         """
         spec = factory_spec(self.config.model)
-        module = load_network(spec, self.config.weights)
+        module = self._build(spec, ctx)
         check_precision(module)
         ctx.data.check_classes()
         images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2))
@@ -72,6 +74,15 @@ class LoadStage:
         )
         return model, record
 
+    def _build(self, spec: FactorySpec, ctx: StageContext) -> nn.Module:
+        """Return the network with its weights."""
+        if spec.kind == "onnx":
+            images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2))
+            return import_onnx(Path(spec.reference), spec.kwargs["inputs"], [images.numpy()])
+        if self.config.weights is None:
+            raise InternalError("A pipeline passed validation without weights.")
+        return load_network(spec, self.config.weights)
+
     def _measure(
         self, module: nn.Module, spec: FactorySpec, signature: Signature, ctx: StageContext
     ) -> tuple[TorchModel, list[Record]]:
@@ -83,7 +94,14 @@ class LoadStage:
         baseline = Baseline(Figures(counted, count_params(module), 0, {}, {}), path, weights)
         precision = "fp32" if ctx.deploy is None else ctx.deploy.precision
         model = TorchModel(
-            module, spec, Recipe(), signature, ctx.data.preprocessing, ctx.data.classes, baseline, precision=precision
+            module,
+            spec,
+            Recipe(),
+            signature,
+            ctx.data.preprocessing,
+            _classes(spec, ctx),
+            baseline,
+            precision=precision,
         )
         export_present(model, path, ctx)
         tried = try_rewrites(path, signature, self.config.rewrites, ctx)
@@ -98,6 +116,13 @@ class LoadStage:
                 "the rest is done outside of layers, cannot be cut, and is left out of every budget."
             )
         return replace(model, baseline=replace(baseline, figures=replace(figures, macs=counted))), tried
+
+
+def _classes(spec: FactorySpec, ctx: StageContext) -> tuple[str, ...]:
+    """Return the names of the classes: as the data says, else as an ONNX file does."""
+    if ctx.data.classes or spec.kind != "onnx":
+        return ctx.data.classes
+    return read_metadata(load_onnx(Path(spec.reference))).classes
 
 
 def factory_spec(model: Model) -> FactorySpec:

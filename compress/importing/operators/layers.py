@@ -61,7 +61,8 @@ def build_transposed_convolution(op: Operation) -> Result:
     extra = tuple(op.attribute("output_padding", (0,) * axes))
     inputs, per_group = weight.array.shape[:2]
     even = window.begins == window.ends and all(
-        more < max(stride, dilation) for more, stride, dilation in zip(extra, window.strides, window.dilations, strict=True)
+        more < max(stride, dilation)
+        for more, stride, dilation in zip(extra, window.strides, window.dilations, strict=True)
     )
     pads, more = (window.begins, extra) if even else ((0,) * axes, (0,) * axes)
 

@@ -66,7 +66,11 @@ def build_average(op: Operation) -> Result:
 def build_norm(op: Operation) -> Result:
     """Build the norm of each window."""
     image, window, ceil = _read(op)
-    if any((*window.begins, *window.ends)) or any(dilation != 1 for dilation in window.dilations) or len(window.sizes) > 2:
+    if (
+        any((*window.begins, *window.ends))
+        or any(dilation != 1 for dilation in window.dilations)
+        or len(window.sizes) > 2
+    ):
         raise Refused("has padding, dilations or three axes, which is not supported")
     function = (F.lp_pool1d, F.lp_pool2d)[len(window.sizes) - 1]
     return op.call(function, op.call(torch.abs, image), float(op.attribute("p", 2)), window.sizes, window.strides, ceil)

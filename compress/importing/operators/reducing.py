@@ -19,7 +19,11 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "ReduceMin": torch.amin,
     "ReduceSum": torch.sum,
 }
-_BEFORE: dict[str, Callable[..., Tensor]] = {"ReduceL1": torch.abs, "ReduceL2": torch.square, "ReduceSumSquare": torch.square}
+_BEFORE: dict[str, Callable[..., Tensor]] = {
+    "ReduceL1": torch.abs,
+    "ReduceL2": torch.square,
+    "ReduceSumSquare": torch.square,
+}
 _AFTER: dict[str, Callable[..., Tensor]] = {"ReduceL2": torch.sqrt, "ReduceLogSum": torch.log}
 _NORMALISED: dict[str, Callable[..., Tensor]] = {"LogSoftmax": F.log_softmax, "Softmax": F.softmax}
 _SOFTMAX_OF_ONE_AXIS = 13  # before this operator set, all axes from the given one on were taken together

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from compress.importing.operation import Operation, Result, operator
 from compress.importing.padding import amounts_in_order
+from compress.importing.reshaping import reshape
 from compress.importing.values import Computed, Fixed, Refused
 
 _MODES = {"constant": "constant", "edge": "replicate", "reflect": "reflect", "wrap": "circular"}
@@ -62,12 +63,26 @@ def build_gather(op: Operation) -> Result:
     """Build a choice along one axis: of one place, or of several."""
     if not isinstance(op.inputs[1], Fixed):
         return _gather_by_image(op)
-    image, chosen = op.image(), op.array(1)
+    image = op.image()
+    if (whole := _whole(op, image)) is not None:
+        return whole
+    chosen = op.array(1)
     axis = image.axis(op.attribute("axis", 0))
     if chosen.ndim == 0:
         return op.call(torch.select, image, axis, int(chosen))
     found = _pick(op, image, axis, chosen.reshape(-1), None)
     return found if chosen.ndim == 1 else op.call(torch.unflatten, found, axis, chosen.shape)
+
+
+def _whole(op: Operation, image: Computed) -> Computed | None:
+    """Return a new shape where a choice takes every number in its place, as exporters write as_strided."""
+    arrays = op.known(1).arrays
+    if image.rank != 1 or any(
+        array.size != size or not np.array_equal(array.reshape(-1), np.arange(size))
+        for array, (size,) in zip(arrays, image.shapes, strict=True)
+    ):
+        return None
+    return reshape(op, image, [array.shape for array in arrays])
 
 
 def _gather_by_image(op: Operation) -> Computed:

@@ -62,7 +62,9 @@ def build_transpose(op: Operation) -> Result:
 def build_expand(op: Operation) -> Result:
     """Build repetition along axes of size 1."""
     image, shape = op.image(), op.known(1)
-    wanted = [np.broadcast_shapes(have, tuple(array.tolist())) for have, array in zip(image.shapes, shape.arrays, strict=True)]
+    wanted = [
+        np.broadcast_shapes(have, tuple(array.tolist())) for have, array in zip(image.shapes, shape.arrays, strict=True)
+    ]
     new = len(wanted[0]) - image.rank
     sizes: list[object] = [1] * len(wanted[0])
     for axis, found in enumerate(zip(*wanted, strict=True)):

@@ -1,0 +1,58 @@
+"""What follows from a network that is there as an ONNX file? It has its weights, and may say how images are prepared.
+
+What this program writes into the files it exports is read here: `preprocessing` and `classes`, as JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from compress.config.document import Document
+from compress.config.problems import Problem, format_path
+
+PREPROCESSING_KEY = "compress.preprocessing"
+CLASSES_KEY = "compress.classes"
+
+
+def check_weights(document: Document) -> list[Problem]:
+    """Return one problem for each `load` that names no weights without an ONNX file, or weights beside one."""
+    stages, problems = document.value.get("stages"), []
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict) or stage.get("stage") != "load" or not isinstance(stage.get("model"), dict):
+            continue
+        place = ("stages", index, "weights")
+        has_file, has_weights = "onnx" in stage["model"], stage.get("weights") is not None
+        if has_file and has_weights:
+            text = f"{format_path(place)} must be left out: the ONNX file has its weights."
+            problems.append(Problem(document.origin(place), text))
+        elif not has_file and not has_weights:
+            problems.append(Problem(document.origin(place[:-1]), f"{format_path(place)} is missing."))
+    return problems
+
+
+def follow_file(values: dict[str, Any], document: Document) -> None:
+    """Let the ONNX file say how images are prepared where the pipeline does not; a file that cannot be read says nothing.
+
+    Args:
+        values: Dumped PipelineConfig with absolute paths, changed in place.
+        document: Tells what was given.
+    """
+    data = document.value.get("data")
+    first = values["stages"][0]
+    path = first["model"].get("onnx") if first["stage"] == "load" else None
+    if path is None or (isinstance(data, dict) and data.get("preprocessing") is not None):
+        return
+    written = _written(Path(path))
+    if isinstance(written, dict):
+        values["data"]["preprocessing"] = written
+
+
+def _written(path: Path) -> Any:
+    import onnx  # half a second; only for those who name an ONNX file
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        entries = {entry.key: entry.value for entry in model.metadata_props}
+        return json.loads(entries.get(PREPROCESSING_KEY, "null"))
+    except Exception:  # protobuf and the file system each raise types of their own; `load` says what is wrong
+        return None

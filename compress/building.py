@@ -18,6 +18,7 @@ from compress.adapter import example_input
 from compress.artifacts import FactorySpec, Signature
 from compress.errors import ArtifactError, InternalError, ModelError, RebuildMismatch, StageError
 from compress.importing.importer import build_imported
+from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
 from compress.networks.factories import call_factory, import_factory, on_path
 from compress.networks.prepare import prepare
@@ -55,7 +56,6 @@ def build_module(spec: FactorySpec) -> nn.Module:
         return call_factory(timm_factory(spec.reference), spec)
     make, place = import_factory(spec.reference), spec.reference.rpartition(":")[0]
     with on_path(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
-from compress.importing.importer import build_imported
         return call_factory(make, spec)
 
 

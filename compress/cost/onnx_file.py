@@ -152,9 +152,17 @@ def read_signature(model: onnx.ModelProto) -> Signature:
     Raises:
         ArtifactError: An input or output has no tensor type or no shape.
     """
+    return Signature(read_inputs(model), tuple(_spec(value) for value in model.graph.output))
+
+
+def read_inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """Return the inputs of a model that are no weights, as `read_signature` does.
+
+    Raises:
+        ArtifactError: One has no tensor type or no shape.
+    """
     weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = tuple(_spec(value) for value in model.graph.input if value.name not in weights)
-    return Signature(inputs, tuple(_spec(value) for value in model.graph.output))
+    return tuple(_spec(value) for value in model.graph.input if value.name not in weights)
 
 
 def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:

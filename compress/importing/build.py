@@ -7,7 +7,9 @@
 The result is a `torch.fx.GraphModule`: layers, and a plain forward function that can be read (`print(module.code)`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import getitem
 from typing import Any
 
@@ -16,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph import PythonCode
 
 from compress.importing.evaluation import evaluate
 from compress.importing.names import Names, clean, layer_name, value_name
@@ -24,6 +27,17 @@ from compress.importing.operators.table import OPERATORS
 from compress.importing.values import PROBES, BatchSize, Computed, Fixed, Refused, Value
 
 ONNX_VALUE = "onnx_value"  # in the `meta` of a node of the new graph: which value of the file it computes
+
+
+class ImportedNetwork(fx.GraphModule):
+    """A network out of a file. Its errors are those of its layers; a plain `GraphModule` prints more beside them."""
+
+    def recompile(self) -> PythonCode:
+        """Make `forward` out of the graph."""
+        code = super().recompile()
+        if "__call__" in vars(type(self)):
+            del type(self).__call__
+        return code
 
 
 class Builder:
@@ -59,6 +73,10 @@ class Builder:
 
     def add_nodes(self, nodes: Sequence[ir.Node]) -> None:
         """Add nodes in their order; what cannot be built goes to `problems`."""
+        with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+            self._add_each(nodes)
+
+    def _add_each(self, nodes: Sequence[ir.Node]) -> None:
         for node in nodes:
             names = [value.name or "" for value in node.inputs if value is not None]
             if self._unknown.intersection(names):
@@ -86,7 +104,7 @@ class Builder:
                 self.graph.erase_node(node)
         used = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         parts = {name: part for name, part in self._parts.items() if name in used}
-        return fx.GraphModule(_assembled(parts), self.graph, class_name="ImportedNetwork").eval()
+        return ImportedNetwork(_assembled(parts), self.graph, class_name="ImportedNetwork").eval()
 
     def call(
         self, function: Callable[..., Any], arguments: Sequence[Any], settings: Mapping[str, Any], name: str
@@ -261,6 +279,16 @@ class Builder:
     def _refuse(self, node: ir.Node, reason: str) -> None:
         self.problems.append((node, reason))
         self._unknown.update(value.name or "" for value in node.outputs)
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Keep torch from logging what is refused in our own words."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _assembled(parts: Mapping[str, nn.Module | torch.Tensor]) -> nn.Module:

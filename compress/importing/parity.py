@@ -65,6 +65,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     """
     if found.shape != expected.shape:
         return float("inf")
+    if found.size == 0:
+        return 0.0
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
     scale = np.abs(expected.astype(np.float64)).max(initial=0.0)
     error = float(difference / scale) if scale else float(difference)
@@ -133,7 +135,13 @@ def _run(session: onnxruntime.InferenceSession, source: Source, feed: Feed, name
         runs = [session.run(names, _one_of(source, feed, index)) for index in range(count)]
     except Exception as error:  # ONNX Runtime raises types of its own
         raise ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}") from error
-    return [as_float32(np.concatenate(each) if count > 1 else each[0]) for each in zip(*runs, strict=True)]
+    return [as_float32(_joined(each)) for each in zip(*runs, strict=True)]
+
+
+def _joined(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the values of single images as one, along their first axis; along a new one where that is not of size 1."""
+    has_axis = values[0].ndim > 0 and values[0].shape[0] == 1
+    return np.concatenate(values) if has_axis else np.stack(values)
 
 
 def _one_of(source: Source, feed: Mapping[str, np.ndarray], index: int) -> Feed:

@@ -15,7 +15,7 @@ import onnx.version_converter
 from onnx import ModelProto, TensorProto
 
 from compress.artifacts import TensorSpec
-from compress.cost.onnx_file import default_opset, each_node, each_tensor, first_line, load_onnx, read_signature
+from compress.cost.onnx_file import default_opset, each_node, each_tensor, first_line, load_onnx, read_inputs
 from compress.errors import ArtifactError, ModelError
 from compress.importing.values import PROBES
 
@@ -72,7 +72,7 @@ def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     model = _up_to_date(model, path)
-    inputs = tuple(_with_sizes(spec, (shapes or {}).get(spec.name), path) for spec in read_signature(model).inputs)
+    inputs = tuple(_with_sizes(spec, (shapes or {}).get(spec.name), path) for spec in read_inputs(model))
     _check_names(shapes or {}, inputs, path)
     has_open_batch = any(spec.shape[0] == "batch" for spec in inputs)
     if not has_open_batch and not any(spec.shape[0] == 1 for spec in inputs):

@@ -1,11 +1,12 @@
 """Operators with weights, each as the plain torch layer of the same meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from compress.importing.operation import Operation, Result, operator
 from compress.importing.padding import Window, amounts_in_order, read_window
@@ -15,7 +16,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+T = TypeVar("T")
 
 
 @operator("Conv")
@@ -31,7 +33,7 @@ def build_convolution(op: Operation) -> Result:
 
     def make() -> nn.Module:
         outputs, per_group = weight.array.shape[:2]
-        layer = _plain(_of_rank(_CONVOLUTIONS, axes))(
+        layer = _of_rank(_CONVOLUTIONS, axes)(
             per_group * groups, outputs, tuple(weight.array.shape[2:]), window.strides, pads, window.dilations, groups,
             bias is not None,
         )  # fmt: skip
@@ -67,7 +69,7 @@ def build_transposed_convolution(op: Operation) -> Result:
     pads, more = (window.begins, extra) if even else ((0,) * axes, (0,) * axes)
 
     def make() -> nn.Module:
-        layer = _plain(_of_rank(_TRANSPOSED, axes))(
+        layer = _of_rank(_TRANSPOSED, axes)(
             inputs, per_group * groups, tuple(weight.array.shape[2:]), window.strides, pads, more, groups,
             bias is not None, window.dilations,
         )  # fmt: skip
@@ -280,11 +282,7 @@ def _given(*weights: Fixed | None) -> list[Fixed]:
     return [weight for weight in weights if weight is not None]
 
 
-def _plain(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind
-
-
-def _of_rank(kinds: Sequence[type], axes: int) -> type:
+def _of_rank(kinds: Sequence[T], axes: int) -> T:
     if not 1 <= axes <= len(kinds):
         raise Refused(f"works on {axes} axes besides images and channels; 1, 2 and 3 are supported")
     return kinds[axes - 1]

@@ -74,6 +74,8 @@ def _read(op: Operation, image: Computed) -> _Resize:
         if scales:
             ratios[axis] = float(scales[place])
             after[axis] = math.floor(before[axis] * ratios[axis])
+        elif axis == 0 and not op.builder.has_open_batch:
+            continue  # the file says how many images it is made for
         elif sizes[place] != before[axis]:
             after[axis] = int(sizes[place])
             ratios[axis] = after[axis] / before[axis]

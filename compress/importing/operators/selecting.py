@@ -18,8 +18,18 @@ _MODES = {"constant": "constant", "edge": "replicate", "reflect": "reflect", "wr
 @operator("Concat")
 def build_concatenation(op: Operation) -> Result:
     """Build a concatenation."""
-    parts = [op.image(index) for index in range(len(op.inputs)) if op.has(index)]
-    return op.call(torch.cat, parts, parts[0].axis(op.attribute("axis", 1)))
+    given = [index for index in range(len(op.inputs)) if op.has(index)]
+    parts = [op.image(index) for index in given]
+    axis = parts[0].axis(op.attribute("axis", 1))
+    by_image = any(part.shapes[0][0] != part.shapes[1][0] for part in parts)
+    if by_image and axis != 0 and not op.builder.has_open_batch:  # constants are there for one image
+        parts = [
+            op.call(torch.Tensor.expand, part, op.builder.batch_size(), *[-1] * (part.rank - 1))
+            if isinstance(op.inputs[index], Fixed) and part.shapes[0][0] == 1
+            else part
+            for index, part in zip(given, parts, strict=True)
+        ]
+    return op.call(torch.cat, parts, axis)
 
 
 @operator("Split")

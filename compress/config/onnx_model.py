@@ -31,7 +31,7 @@ def check_weights(document: Document) -> list[Problem]:
 
 
 def follow_file(values: dict[str, Any], document: Document) -> None:
-    """Let the ONNX file say how images are prepared where the pipeline does not; a file that cannot be read says nothing.
+    """Let the ONNX file say how images are prepared where the pipeline does not; an unreadable file says nothing.
 
     Args:
         values: Dumped PipelineConfig with absolute paths, changed in place.

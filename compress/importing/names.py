@@ -21,17 +21,15 @@ class Names:
 
     def take(self, wanted: str) -> str:
         """Return `wanted`, or what comes nearest to it among the names that are free."""
-        base = name = clean(wanted)
-        number = 2
-        while not self._is_free(name):
+        base = clean(wanted)
+        parts = base.split(".")
+        if any(".".join(parts[:end]) in self._taken for end in range(1, len(parts))):
+            base = "_".join(parts)  # a layer has no layers within it
+        name, number = base, 2
+        while name in self._taken or any(other.startswith(f"{name}.") for other in self._taken):
             name, number = f"{base}_{number}", number + 1
         self._taken.add(name)
         return name
-
-    def _is_free(self, name: str) -> bool:
-        parts = name.split(".")
-        parents = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-        return not parents & self._taken and not any(other.startswith(f"{name}.") for other in self._taken)
 
 
 def layer_name(weight: str, node: str, operator: str, output: str) -> str:

@@ -5,11 +5,13 @@ The relative error of an output is the largest difference over the largest value
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from compress.cost.onnx_file import each_tensor, first_line
@@ -42,9 +44,9 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
     session = _session(source, None)
     feeds = [_random(source)] if images is None else [_random(source), _given(source, images)]
     for feed in feeds:
-        expected = _run(session, source, feed, list(source.outputs))
-        found = _outputs(module, source, feed)
-        for name, want, have in zip(source.outputs, expected, found, strict=True):
+        found = dict(zip(source.outputs, _outputs(module, source, feed), strict=True))
+        for name, want in _run(session, source, feed, found).items():
+            have = found[name]
             if not np.isfinite(want).all():
                 raise NonFinite(
                     f"Output '{name}' of '{source.path}' must be finite, ONNX Runtime gives NaN or infinity."
@@ -52,8 +54,8 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
             error = relative_error(have, want)
             if error > tolerance:
                 raise ModelError(
-                    f"The network imported from '{source.path}' must equal the file within {tolerance:g} of the largest "
-                    f"value, output '{name}' is off by {error:.2g}{_where(module, source, feed, tolerance)}."
+                    f"The network imported from '{source.path}' must equal the file within {tolerance:g} of the "
+                    f"largest value, output '{name}' is off by {error:.2g}{_where(module, source, feed, tolerance)}."
                 )
 
 
@@ -91,9 +93,9 @@ def _differing(module: fx.GraphModule, source: Source, feed: Feed, tolerance: fl
     """Yield nodes of the file whose values differ and how much, in order."""
     values = _values(module, source, feed)
     nodes = {output: node for node in source.model.graph.node for output in node.output}
-    names = [name for name in values if name in nodes]
-    session = _session(source, names)
-    for name, want in zip(names, _run(session, source, feed, names), strict=True):
+    values = {name: value for name, value in values.items() if name in nodes}
+    session = _session(source, list(values))
+    for name, want in _run(session, source, feed, values).items():
         error = relative_error(values[name], want)
         if error > tolerance:
             node = nodes[name]
@@ -126,22 +128,32 @@ def _tensors(source: Source, feed: Feed) -> list[Tensor]:
     return [torch.from_numpy(as_float32(feed[spec.name])) for spec in source.inputs]
 
 
-def _run(session: onnxruntime.InferenceSession, source: Source, feed: Feed, names: Sequence[str]) -> list[np.ndarray]:
-    """Return values by ONNX Runtime; a file for one image runs on each by itself."""
+def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarray]) -> Feed:
+    """Return values by ONNX Runtime; a file for one image runs on each by itself.
+
+    Args:
+        session: Of the file.
+        source: The file.
+        feed: What goes in.
+        wanted: Names of the values, and what the network gives for them: what single images give is joined like it.
+    """
+    names = list(wanted)
     try:
         if source.has_open_batch:
-            return [as_float32(value) for value in session.run(names, feed)]
+            found = session.run(names, feed)
+            return {name: as_float32(value) for name, value in zip(names, found, strict=True)}
         count = max(feed[spec.name].shape[0] for spec in source.inputs if source.carries_images(spec))
         runs = [session.run(names, _one_of(source, feed, index)) for index in range(count)]
     except Exception as error:  # ONNX Runtime raises types of its own
         raise ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}") from error
-    return [as_float32(_joined(each)) for each in zip(*runs, strict=True)]
+    each = zip(names, zip(*runs, strict=True), strict=True)
+    return {name: as_float32(_joined(values, wanted[name].shape)) for name, values in each}
 
 
-def _joined(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the values of single images as one, along their first axis; along a new one where that is not of size 1."""
-    has_axis = values[0].ndim > 0 and values[0].shape[0] == 1
-    return np.concatenate(values) if has_axis else np.stack(values)
+def _joined(values: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Return the values of single images as one: along a new axis if that gives the shape, else along the first one."""
+    stacked = np.stack(values)
+    return stacked if stacked.shape == shape or stacked.ndim == 1 else np.concatenate(values)
 
 
 def _one_of(source: Source, feed: Mapping[str, np.ndarray], index: int) -> Feed:
@@ -166,16 +178,23 @@ def _random(source: Source) -> Feed:
 def _given(source: Source, images: Sequence[np.ndarray]) -> Feed:
     if len(images) != len(source.inputs):
         raise ModelError(f"'{source.path}' has {len(source.inputs)} inputs, got values for {len(images)}.")
+    for spec, array in zip(source.inputs, images, strict=True):
+        (wanted,) = source.shapes(spec, [len(array)])
+        if array.shape != wanted:
+            raise ModelError(
+                f"'{source.path}' takes images of shape {wanted[1:]}, got {array.shape[1:]} for '{spec.name}'.",
+                hint="Check data.preprocessing (resize, crop, channels, layout).",
+            )
     return {spec.name: array.astype(spec.dtype) for spec, array in zip(source.inputs, images, strict=True)}
 
 
-def _session(source: Source, outputs: Sequence[str] | None) -> onnxruntime.InferenceSession:
+def _session(source: Source, outputs: Sequence[str] | None) -> Any:
     """Open the file, or, without any rewriting by the runtime, one that also gives inner values."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     model: str | bytes = str(source.path)
+    copy = onnx.ModelProto()
     if outputs is not None:
-        copy = onnx.ModelProto()
         copy.CopyFrom(source.model)
         there = {value.name for value in copy.graph.output}
         copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
@@ -184,9 +203,14 @@ def _session(source: Source, outputs: Sequence[str] | None) -> onnxruntime.Infer
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises types of its own
+        if onnx.TensorProto.DOUBLE in _weight_types(source):  # it has no convolutions in double precision
+            return ReferenceEvaluator(source.model if outputs is None else copy)
         raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
 
 
 def _tolerance(source: Source) -> float:
-    kinds = {tensor.data_type for tensor in each_tensor(source.model)}
-    return HALF_TOLERANCE if kinds.intersection(_HALF) else TOLERANCE
+    return HALF_TOLERANCE if _weight_types(source).intersection(_HALF) else TOLERANCE
+
+
+def _weight_types(source: Source) -> set[int]:
+    return {tensor.data_type for tensor in each_tensor(source.model)}

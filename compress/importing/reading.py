@@ -72,8 +72,9 @@ def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     model = _up_to_date(model, path)
-    inputs = tuple(_with_sizes(spec, (shapes or {}).get(spec.name), path) for spec in read_inputs(model))
-    _check_names(shapes or {}, inputs, path)
+    taken = read_inputs(model)
+    _check_names(shapes or {}, taken, path)
+    inputs = tuple(_with_sizes(spec, (shapes or {}).get(spec.name), path) for spec in taken)
     has_open_batch = any(spec.shape[0] == "batch" for spec in inputs)
     if not has_open_batch and not any(spec.shape[0] == 1 for spec in inputs):
         raise ModelError(
@@ -96,7 +97,7 @@ def _check_places(model: ModelProto, path: Path) -> None:
         folder = path.parent.resolve()
         if not place or is_absolute or ".." in parts or not (folder / place).resolve().is_relative_to(folder):
             raise ArtifactError(
-                f"The weights of '{path}' must lie in its folder, those of '{tensor.name}' are said to be in '{place}'.",
+                f"The weights of '{path}' must lie in its folder, '{tensor.name}' is said to be in '{place}'.",
                 hint="Save the model again with its weights in the file or beside it.",
             )
 

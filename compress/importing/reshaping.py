@@ -114,7 +114,7 @@ def _groups(before: Shape, after: Shape) -> list[Group] | None:
         groups.append((start, i, first, j))
     if not groups:
         return None
-    start, end, first, last = groups[-1]
+    start, _, first, _ = groups[-1]
     groups[-1] = (start, len(before), first, len(after))  # what is left over has size 1
     return groups
 

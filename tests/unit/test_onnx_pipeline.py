@@ -1,0 +1,132 @@
+"""A pipeline on an ONNX file: the same stages, and a result that needs the file no more."""
+
+from pathlib import Path
+
+import nets
+import pytest
+import smallrun
+import torch
+from exported import SIGNATURE
+
+from compress.building import read_weights
+from compress.config.load import load_pipeline
+from compress.data.preprocessing import Preprocessing
+from compress.errors import ArtifactError, ConfigError, RebuildMismatch
+from compress.exporting.torch_onnx import export_onnx
+from compress.keys import build_steps
+from compress.persist import load_slim
+from compress.runner import plan
+
+CLASSES = ("rows", "columns", "rising", "falling")
+PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> smallrun.World:
+    world = smallrun.make_world(tmp_path_factory.mktemp("onnx"), "residual")
+    write_file(world)
+    return world
+
+
+def write_file(world: smallrun.World, scale: float = 1.0) -> Path:
+    module = nets.build("residual")
+    module.load_state_dict(read_weights(world.folder / "residual.safetensors"))
+    with torch.no_grad():
+        module.head.weight.mul_(scale)
+    path = world.folder / "net.onnx"
+    export_onnx(module, SIGNATURE, path, opset=18, preprocessing=PREPROCESSING, classes=CLASSES)
+    return path
+
+
+def values(world: smallrun.World) -> dict:
+    found = world.values("residual")
+    found["stages"][0] = {"stage": "load", "model": {"onnx": "net.onnx"}}
+    found["stages"].insert(2, {"stage": "low_rank", "target": {"macs": 0.5}})
+    return found
+
+
+def test_run_needs_the_file_no_more_and_rebuilds_strictly(world):
+    given = values(world)
+    del given["data"]["preprocessing"]  # the file says
+    outcome = world.run(given)
+    assert outcome.verdict.passed
+    assert outcome.report["config"]["data"]["preprocessing"]["mean"] == [0.5]
+    assert outcome.report["provenance"]["weights"] is not None
+    folder = world.runs / "residual"
+    path = world.folder / "net.onnx"
+    path.rename(world.folder / "elsewhere.onnx")
+    slim = load_slim(folder)
+    (world.folder / "elsewhere.onnx").rename(path)
+    from compress.cost.onnx_file import load_onnx, read_metadata
+    from compress.importing.importer import import_onnx
+
+    assert read_metadata(load_onnx(folder / "model.onnx")).classes == CLASSES
+    images = nets.images(3)
+    shipped = import_onnx(folder / "model.onnx")
+    with torch.no_grad():
+        assert torch.allclose(slim(images), shipped(images), atol=1e-4)
+    sizes = {file.name: file.stat().st_size for file in (folder / "slim").iterdir()}
+    assert set(sizes) == {"meta.json", "recipe.json", "structure.onnx", "weights.safetensors"}
+    assert sizes["structure.onnx"] < sizes["weights.safetensors"]
+    again = plan(world.load(given), world.runs)
+    assert {stage.status for stage in again} == {"unchanged"}
+
+
+def test_structure_of_another_network_is_noticed(world, tmp_path):
+    if not (world.runs / "residual" / "slim").is_dir():
+        world.run(values(world))
+    import shutil
+
+    shutil.copytree(world.runs / "residual" / "slim", tmp_path / "slim")
+    export_onnx(nets.build("concat"), SIGNATURE, tmp_path / "slim" / "structure.onnx", opset=18)
+    with pytest.raises(RebuildMismatch):
+        load_slim(tmp_path / "slim")
+    (tmp_path / "slim" / "structure.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"structure\.onnx"):
+        load_slim(tmp_path / "slim")
+
+
+def test_key_follows_the_content_of_the_file_and_not_its_place(world):
+    def digest(given: dict) -> dict:
+        return build_steps(world.load(given))[0].fixed
+
+    before = digest(values(world))
+    original = (world.folder / "net.onnx").read_bytes()
+    moved = values(world)
+    moved["stages"][0]["model"]["onnx"] = "moved.onnx"
+    (world.folder / "moved.onnx").write_bytes(original)
+    assert digest(moved) == before
+    write_file(world, scale=1.5)
+    try:
+        assert digest(values(world))["files"] != before["files"]
+    finally:
+        (world.folder / "net.onnx").write_bytes(original)
+
+
+def test_file_that_is_missing_or_does_not_fit_is_named(world):
+    given = values(world)
+    given["stages"][0]["model"]["onnx"] = "nowhere.onnx"
+    with pytest.raises(ArtifactError, match=r"nowhere\.onnx' does not exist"):
+        world.run(given)
+    given = values(world)
+    given["data"]["preprocessing"]["crop"] = [8, 8]
+    result = world.call("run", given)
+    assert result.exit_code == 3
+    assert "takes images of shape (3, 16, 16), got (3, 8, 8)" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        ({"model": {"onnx": "net.onnx"}, "weights": "w.safetensors"}, "stages[0].weights must be left out"),
+        ({"model": {"factory": "a.py:b"}}, "stages[0].weights is missing"),
+        ({"model": {"factory": "a.py:b", "onnx": "net.onnx"}}, "exactly one of the keys factory, onnx, torchvision"),
+        ({"model": {"onnx": "net.onnx", "inputs": {"x": [3, "a", 4]}}}, "stages[0].model.inputs.x[1] must be"),
+    ],
+)
+def test_mistakes_in_the_load_stage_are_worded(world, load, said):
+    given = values(world)
+    given["stages"][0] = {"stage": "load", **load}
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline(world.write(given, "wrong.yaml"), environ={})
+    assert said in str(caught.value)

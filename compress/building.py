@@ -50,6 +50,8 @@ def build_module(spec: FactorySpec) -> nn.Module:
         ModelError: The factory cannot be imported, raises, or returns no network, or an ONNX file cannot be imported.
         ArtifactError: An ONNX file cannot be read.
     """
+    if spec.kind == "onnx":
+        return build_imported(Path(spec.reference), spec.kwargs.get("inputs"))
     if spec.kind == "torchvision":
         return call_factory(torchvision_factory(spec.reference), spec)
     if spec.kind == "timm":

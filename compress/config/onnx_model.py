@@ -21,6 +21,8 @@ def check_weights(document: Document) -> list[Problem]:
         if not isinstance(stage, dict) or stage.get("stage") != "load" or not isinstance(stage.get("model"), dict):
             continue
         place = ("stages", index, "weights")
+        if document.is_broken(place):
+            continue
         has_file, has_weights = "onnx" in stage["model"], stage.get("weights") is not None
         if has_file and has_weights:
             text = f"{format_path(place)} must be left out: the ONNX file has its weights."

@@ -134,8 +134,8 @@ class Builder:
         """Return the name of the layer with these weights and settings, built if there is none yet."""
         identity = (key, *(weight.name for weight in weights))
         if identity not in self._layers:
-            first = weights[0].name if weights else ""
-            wanted = layer_name(first, node.name or "", node.op_type, node.outputs[0].name or "")
+            names = [weight.name for weight in weights]
+            wanted = layer_name(names, node.name or "", node.op_type, node.outputs[0].name or "")
             name = self._names.take(wanted)
             self._parts[name] = make().eval()
             self._layers[identity] = name

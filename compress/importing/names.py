@@ -5,11 +5,12 @@ what exporters put around a name taken off; else its output.
 """
 
 import re
+from collections.abc import Sequence
 
 from torch import fx
 
 _MACHINE_MADE = re.compile(r"^(onnx::.*|\d+|val_\d+|_.*)$")
-_MODULE_WEIGHT = re.compile(r"^([A-Za-z_][\w]*(?:\.[\w]+)*)\.(weight|weights|kernel|scale|gamma|slope|running_mean)$")
+_MODULE_WEIGHT = re.compile(r"^([A-Za-z_][\w]*(?:\.[\w]+)*)\.(weight|weights|kernel|scale|gamma|slope|bias|beta)$")
 _RESERVED = frozenset(dir(fx.GraphModule))
 
 
@@ -32,26 +33,27 @@ class Names:
         return name
 
 
-def layer_name(weight: str, node: str, operator: str, output: str) -> str:
+def layer_name(weights: Sequence[str], node: str, operator: str, output: str) -> str:
     """Return what a layer is best called.
 
     Args:
-        weight: Name of its first weight in the file.
+        weights: Names of its weights in the file.
         node: Name of its node, may be "".
         operator: Its operator, such as "Conv".
         output: Name of its first output.
 
-    >>> layer_name("base_net.0.0.weight", "", "Conv", "245")
+    >>> layer_name(["base_net.0.0.weight"], "", "Conv", "245")
     'base_net.0.0'
-    >>> layer_name("onnx::Conv_1", "/layer1/layer1.0/conv1/Conv", "Conv", "x")
+    >>> layer_name(["onnx::Conv_1"], "/layer1/layer1.0/conv1/Conv", "Conv", "x")
     'layer1.0.conv1'
-    >>> layer_name("onnx::Conv_1", "Conv_3", "Conv", "x")
+    >>> layer_name(["onnx::Conv_1"], "Conv_3", "Conv", "x")
     'Conv_3'
-    >>> layer_name("12", "", "Conv", "245")
+    >>> layer_name(["12", "13"], "", "Conv", "245")
     'Conv_245'
     """
-    if match := _MODULE_WEIGHT.match(weight):
-        return match[1]
+    for match in map(_MODULE_WEIGHT.match, weights):
+        if match:
+            return match[1]
     if node:
         return _scope(node, operator)
     return f"{operator}_{output}"

@@ -146,3 +146,18 @@ def test_the_commands_on_bundles_have_the_options_shown():
     assert "--sign" in shown
     said = CliRunner().invoke(app, ["bundle", "--help"], prog_name="compress").stdout
     assert shown <= set(re.findall(r"--[a-z-]+", said))
+
+
+def test_the_page_on_onnx_files_names_every_operator_and_its_example_is_valid():
+    from compress.config.schema import LoadConfig
+    from compress.importing.operators.table import OPERATORS
+    from compress.importing.parity import HALF_TOLERANCE, TOLERANCE
+
+    text = (ROOT / "docs" / "onnx-input.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)`", text.partition("## Operators")[2].partition("`If`")[0])
+    assert listed == sorted(OPERATORS)
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    load = LoadConfig.model_validate(yaml.safe_load(example)["stages"][0])
+    assert load.weights is None
+    assert "may be 1e-5 (5e-3" in text
+    assert (TOLERANCE, HALF_TOLERANCE) == (1e-5, 5e-3)

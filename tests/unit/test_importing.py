@@ -140,11 +140,71 @@ def test_shapes_are_written_without_widths(tmp_path):
         node("Reshape", ["b", "join"], ["c"]),
         node("Reshape", ["c", "rows"]),
     ]
-    constants = {"split": np.array([-1, 2, 2, 6, 6], I64), "join": np.array([-1, 4, 6, 6], I64), "rows": np.array([-1, 144], I64)}
+    constants = {
+        "split": np.array([-1, 2, 2, 6, 6], I64),
+        "join": np.array([-1, 4, 6, 6], I64),
+        "rows": np.array([-1, 144], I64),
+    }
     module = import_onnx(write(tmp_path / "net.onnx", make(nodes, constants)))
     wider = torch.randn(2, 10, 6, 6)
     expected = wider.unflatten(1, (2, 5)).transpose(1, 2).flatten(1)
     assert torch.equal(module(wider), expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_written_out_is_one_layer(affine, tmp_path):
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "groups"], ["b"]),
+        node("InstanceNormalization", ["b", "one", "zero"], ["c"], epsilon=1e-3),
+        node("Reshape", ["c", "back"], ["d" if affine else "y"]),
+        node("Mul", ["scale", "d"], ["e"]),
+        node("Add", ["e", "shift"]),
+    ][: 6 if affine else 4]
+    constants = weights(w=(6, 4, 1, 1), scale=(6, 1, 1), shift=(1, 6, 1, 1), one=(3,), zero=(3,))
+    constants |= {"groups": np.array([0, 3, -1], I64), "back": np.array([-1, 6, 6, 6], I64)}
+    module = import_onnx(write(tmp_path / "net.onnx", make(nodes, constants)))
+    (norm,) = (part for part in module.modules() if isinstance(part, nn.GroupNorm))
+    assert (norm.num_groups, norm.num_channels, norm.eps) == (3, 6, pytest.approx(1e-3))
+    assert [one.op for one in module.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+
+
+def test_group_norm_whose_inside_is_read_elsewhere_stays_as_it_is(tmp_path):
+    nodes = [
+        node("Reshape", ["x", "groups"], ["b"]),
+        node("InstanceNormalization", ["b", "one", "one"], ["c"]),
+        node("Reshape", ["c", "back"], ["d"]),
+        node("ReduceMax", ["c", "axes"], ["m"], keepdims=1),
+        node("Unsqueeze", ["m", "last"], ["n"]),
+        node("Add", ["d", "n"]),
+    ]
+    constants = {
+        "groups": np.array([0, 2, -1], I64),
+        "back": np.array([-1, 4, 6, 6], I64),
+        "one": np.ones(2, np.float32),
+    }
+    constants |= {"axes": np.array([1, 2], I64), "last": np.array([3], I64)}
+    model = make(nodes, constants)
+    module = import_onnx(write(tmp_path / "net.onnx", model))
+    assert not any(isinstance(part, nn.GroupNorm) for part in module.modules())
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_split_of_a_shuffle_takes_every_second_channel(place, tmp_path):
+    nodes = [
+        node("Reshape", ["x", "pairs"], ["a"]),
+        node("Transpose", ["a"], ["b"], perm=[1, 0, 2]),
+        node("Reshape", ["b", "back"], ["c"]),
+        node("Gather", ["c", "place"], axis=0),
+    ]
+    constants = {
+        "pairs": np.array([2, 2, 36], I64),
+        "back": np.array([2, -1, 2, 6, 6], I64),
+        "place": np.array(place, I64),
+    }
+    module = import_onnx(write(tmp_path / "net.onnx", make(nodes, constants, inputs={"x": (1, 4, 6, 6)})))
+    images = torch.randn(3, 8, 6, 6)
+    assert torch.equal(module(images), images[:, place % 2 :: 2])
 
 
 def test_several_inputs_and_outputs_keep_their_order(tmp_path):
@@ -233,10 +293,14 @@ def test_quantised_networks_are_refused_with_what_to_give(operator, tmp_path):
 def test_training_mode_is_refused(tmp_path):
     model = small_network()
     model.graph.node[1].attribute.append(helper.make_attribute("training_mode", 1))
-    assert "BatchNormalization 'BatchNormalization_b' is in training mode" in message_of(write(tmp_path / "n.onnx", model))
+    assert "BatchNormalization 'BatchNormalization_b' is in training mode" in message_of(
+        write(tmp_path / "n.onnx", model)
+    )
 
 
-@pytest.mark.parametrize("place", ["../secret.bin", "/etc/hostname", "C:\\secret.bin", "sub/../../secret.bin", "..\\secret.bin"])
+@pytest.mark.parametrize(
+    "place", ["../secret.bin", "/etc/hostname", "C:\\secret.bin", "sub/../../secret.bin", "..\\secret.bin"]
+)
 def test_weights_elsewhere_are_never_read(place, tmp_path):
     folder = tmp_path / "inner"
     folder.mkdir()

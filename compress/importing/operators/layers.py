@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.importing.operation import Operation, Result, operator
 from compress.importing.padding import Window, amounts_in_order, read_window
+from compress.importing.patterns import group_norm
 from compress.importing.values import Computed, Fixed, Refused
 
 _CONVOLUTIONS: tuple[Callable[..., nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -113,6 +114,7 @@ def build_instance_norm(op: Operation) -> Result:
     """Build nn.InstanceNorm1d, 2d or 3d."""
     image, scale, bias, eps = op.image(), op.known(1), op.known(2), op.attribute("epsilon", 1e-5)
     kind = _of_rank(_INSTANCE_NORMS, image.rank - 2)
+    group_norm(op)
 
     def make() -> nn.Module:
         layer = kind(scale.array.size, eps=eps, affine=True)

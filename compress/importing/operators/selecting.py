@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from compress.importing.operation import Operation, Result, operator
 from compress.importing.padding import amounts_in_order
+from compress.importing.patterns import every_kth_channel
 from compress.importing.reshaping import reshape
 from compress.importing.values import Computed, Fixed, Refused
 
@@ -79,6 +80,8 @@ def build_gather(op: Operation) -> Result:
     chosen = op.array(1)
     axis = image.axis(op.attribute("axis", 0))
     if chosen.ndim == 0:
+        if axis == 0 and (channels := every_kth_channel(op, int(chosen))) is not None:
+            return channels
         return op.call(torch.select, image, axis, int(chosen))
     found = _pick(op, image, axis, chosen.reshape(-1), None)
     return found if chosen.ndim == 1 else op.call(torch.unflatten, found, axis, chosen.shape)

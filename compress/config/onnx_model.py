@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from compress.config.document import Document
-from compress.config.problems import Problem, format_path
+from compress.config.problems import Problem, format_path, show
+from compress.config.schema import PreprocessingConfig
+from compress.errors import ArtifactError
 
 PREPROCESSING_KEY = "compress.preprocessing"
 CLASSES_KEY = "compress.classes"
@@ -38,6 +42,9 @@ def follow_file(values: dict[str, Any], document: Document) -> None:
     Args:
         values: Dumped PipelineConfig with absolute paths, changed in place.
         document: Tells what was given.
+
+    Raises:
+        ArtifactError: What the file says cannot be used.
     """
     data = document.value.get("data")
     first = values["stages"][0]
@@ -45,8 +52,16 @@ def follow_file(values: dict[str, Any], document: Document) -> None:
     if path is None or (isinstance(data, dict) and data.get("preprocessing") is not None):
         return
     written = _written(Path(path))
-    if isinstance(written, dict):
-        values["data"]["preprocessing"] = written
+    if written is None:
+        return
+    try:
+        values["data"]["preprocessing"] = PreprocessingConfig.model_validate(written).model_dump(mode="json")
+    except ValidationError as error:
+        raise ArtifactError(
+            f"'{path}' must say how images are prepared as this program writes it ({PREPROCESSING_KEY}), "
+            f"got {show(written)}.",
+            hint="Give data.preprocessing; it goes before what the file says.",
+        ) from error
 
 
 def _written(path: Path) -> Any:

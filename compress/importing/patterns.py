@@ -48,7 +48,7 @@ def every_kth_channel(op: Operation, index: int) -> Computed | None:
 
 
 def group_norm(op: Operation) -> None:
-    """Let the last of the nodes that stand for a group norm be that layer, where an InstanceNormalization is one of them.
+    """Let the last of the nodes that stand for a group norm be that layer, where an instance norm is one of them.
 
     Args:
         op: The InstanceNormalization.
@@ -96,7 +96,7 @@ def _restores(op: Operation, back: ir.Node, image: Computed) -> bool:
 
 
 def _channel_constant(op: Operation, node: ir.Node, kind: str, width: int, rank: int) -> tuple[ir.Node, Fixed | None]:
-    """Return the node that combines each channel with a constant next, and the constant; the node given and None if not."""
+    """Return the node that combines each channel with a constant next, and the constant; else the node given, and None."""
     reader = _only_reader(node, kind)
     others = [] if reader is None else [value for value in reader.inputs if value is not node.outputs[0]]
     found = op.builder.find(others[0]) if len(others) == 1 and others[0] is not None else None

@@ -1,4 +1,4 @@
-"""Files become networks with layers that are called as in the file; what cannot be imported is named, all of it at once."""
+"""Files become networks with layers called as in the file; what cannot be imported is named, all of it at once."""
 
 import copy
 from pathlib import Path
@@ -268,8 +268,12 @@ def test_everything_that_is_not_supported_is_listed_at_once(tmp_path):
     model.opset_import.append(helper.make_opsetid("com.example", 1))
     text = message_of(write(tmp_path / "net.onnx", model))
     assert "5 of 6 nodes cannot" in text
-    for part in ("NonMaxSuppression 'nms_1', 'nms_2' is not supported", "Loop 'again'", "'theirs' is of the domain 'com.example'",
-                 "GRU 'memory'"):  # fmt: skip
+    for part in (
+        "NonMaxSuppression 'nms_1', 'nms_2' is not supported",
+        "Loop 'again'",
+        "'theirs' is of the domain 'com.example'",
+        "GRU 'memory'",
+    ):
         assert part in text
 
 
@@ -368,7 +372,7 @@ def test_fixed_number_of_images_is_refused(tmp_path):
 
 def test_values_that_are_not_finite_are_named(tmp_path):
     model = make([node("Mul", ["x", "big"], ["a"]), node("Mul", ["a", "big"])], {"big": np.float32(3e38)})
-    with pytest.raises(NonFinite, match="'y' .* must be finite"):
+    with pytest.raises(NonFinite, match=r"'y' .* must be finite"):
         import_onnx(write(tmp_path / "net.onnx", model))
 
 

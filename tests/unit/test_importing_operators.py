@@ -239,11 +239,46 @@ def kernel_of_image() -> ModelProto:
     return make(nodes, {"axes": ints(0, 2, 3)})
 
 
-UNARY = """
-    Abs Atan Asinh Ceil Cos Elu Erf Exp Floor Gelu GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity
-    LeakyRelu LogSoftmax Mish Neg Relu Round Selu Shrink Sigmoid Sign Sin Softmax Softplus Softsign Tan Tanh
-    ThresholdedRelu Celu Flatten Dropout Transpose Cosh Sinh
-""".split()
+UNARY = [
+    "Abs",
+    "Atan",
+    "Asinh",
+    "Ceil",
+    "Cos",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "LeakyRelu",
+    "LogSoftmax",
+    "Mish",
+    "Neg",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Softmax",
+    "Softplus",
+    "Softsign",
+    "Tan",
+    "Tanh",
+    "ThresholdedRelu",
+    "Celu",
+    "Flatten",
+    "Dropout",
+    "Transpose",
+    "Cosh",
+    "Sinh",
+]
 CHANNEL = np.linspace(-1, 3, 4).astype(np.float32).reshape(1, 4, 1, 1)
 CASES: dict[str, ModelProto] = {
     **{name: unary(name) for name in UNARY},

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nets
+import onnx
 import pytest
 import smallrun
 import torch
@@ -10,6 +11,7 @@ from exported import SIGNATURE
 
 from compress.building import read_weights
 from compress.config.load import load_pipeline
+from compress.cost.onnx_file import PREPROCESSING_KEY
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, ConfigError, RebuildMismatch
 from compress.exporting.torch_onnx import export_onnx
@@ -113,6 +115,19 @@ def test_file_that_is_missing_or_does_not_fit_is_named(world):
     result = world.call("run", given)
     assert result.exit_code == 3
     assert "takes images of shape (3, 16, 16), got (3, 8, 8)" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("written", ['{"mean": [0.5], "brightness": 2}', '"as usual"'])
+def test_preprocessing_that_a_file_says_wrongly_is_refused_unless_it_is_given(world, written):
+    model = onnx.load(world.folder / "net.onnx")
+    onnx.helper.set_model_props(model, {PREPROCESSING_KEY: written})
+    onnx.save_model(model, world.folder / "odd.onnx")
+    given = values(world)
+    given["stages"][0]["model"]["onnx"] = "odd.onnx"
+    assert world.load(given).resolved["data"]["preprocessing"]["std"] == [0.25]
+    del given["data"]["preprocessing"]
+    with pytest.raises(ArtifactError, match="must say how images are prepared"):
+        world.load(given)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from compress.adapter import example_input
 from compress.artifacts import FactorySpec, Signature
 from compress.errors import ArtifactError, InternalError, ModelError, RebuildMismatch, StageError
 from compress.importing.importer import build_imported
-from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
 from compress.networks.factories import call_factory, import_factory, on_path
 from compress.networks.prepare import prepare

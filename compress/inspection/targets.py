@@ -8,7 +8,7 @@
 No trained weights are needed: what can be cut, and how fast it is, does not depend on them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocation.widths import Limits
-from compress.artifacts import FactorySpec, NetworkKind, Signature, TensorSpec
+from compress.artifacts import FactorySpec, NetworkKind, Signature
 from compress.building import build_module, with_one_array
 from compress.config.load import load_pipeline
 from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
 from compress.errors import ConfigValueError
 from compress.inspection.weights import vary_weights
+from compress.networks.wiring import signature_of
 from compress.stages.exporting import conditions_of
 from compress.stages.load import factory_spec
 from compress.verification.measuring import Conditions
@@ -107,31 +107,6 @@ def own_input_shape(target: str, module: nn.Module) -> tuple[int, ...] | None:
     return 3, size[0], size[-1]
 
 
-def find_signature(module: nn.Module, example: Tensor) -> Signature:
-    """Return the inputs and outputs of a network, which may return tensors in tuples, lists and dicts.
-
-    Args:
-        module: Any network of one input.
-        example: One input, (1, ...).
-    """
-    with torch.no_grad(), eval_mode(module):
-        outputs = flat_outputs(module(example))
-    names = ["logits"] if len(outputs) == 1 else [f"output_{number}" for number in range(len(outputs))]
-    specs = [TensorSpec(name, ("batch", *value.shape[1:])) for name, value in zip(names, outputs, strict=True)]
-    return Signature((TensorSpec("images", ("batch", *example.shape[1:])),), tuple(specs))
-
-
-def flat_outputs(outputs: object) -> list[Tensor]:
-    """Return the tensors in what a network has returned, dicts and sequences gone through in their order."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        return [tensor for value in outputs.values() for tensor in flat_outputs(value)]
-    if isinstance(outputs, list | tuple):
-        return [tensor for value in outputs for tensor in flat_outputs(value)]
-    return []
-
-
 def _of_pipeline(config: PipelineConfig, input_shape: tuple[int, ...] | None) -> Network:
     load = config.stages[0]
     assert isinstance(load, LoadConfig)
@@ -155,4 +130,4 @@ def _running(
     example = torch.zeros([1, *shape])
     plain = with_one_array(module, spec, example)
     vary_weights(plain, example)
-    return Network(plain, example, find_signature(plain, example), limits, conditions)
+    return Network(plain, example, signature_of(plain, spec, example), limits, conditions)

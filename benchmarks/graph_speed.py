@@ -51,7 +51,8 @@ def build(name: str) -> tuple[Any, Any]:
 
 def measure_compress(module: Any, example: Any) -> Figures:
     """Find and try all channel groups, cut each to half."""
-    from compress.pruning.graph import cut_copy, find_cuttable
+    from compress.pruning.cutting import cut_copy
+    from compress.pruning.trial import find_cuttable
 
     started = time.perf_counter()
     groups, _ = find_cuttable(module, example)

@@ -86,23 +86,23 @@ def build(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | N
     Raises:
         CompressError: It cannot be built.
     """
-    from compress.building import build_module
+    import torch
+
+    from compress.building import build_module, with_one_array
     from compress.inspection.targets import own_input_shape, spec_of
+    from compress.networks.detectors import why_not
 
     if entry.set == "onnx":
         return _import_file(entry)
     target = f"{'timm' if entry.set == 'timm' else 'torchvision'}:{entry.name}"
     spec = spec_of(target)
-    if entry.set in ("segmentation", "detection"):
-        spec.kwargs["weights_backbone"] = None
-    module = build_module(spec)
+    stages = why_not(entry.name) if entry.set == "detection" else None
+    module = build_module(spec) if stages is None else _first_stage(entry.name)
     own = own_input_shape(target, module)
-    if isinstance(entry.size, tuple):
-        return module, entry.size, own
-    shape = own if entry.size is None else (3, entry.size, entry.size)
+    shape = entry.size if isinstance(entry.size, tuple) else own if entry.size is None else (3, entry.size, entry.size)
     if shape is None:
         raise ValueError(f"networks.yaml must give a size for {entry.key}: the network has none of its own.")
-    return _with_tensors_out(module), shape, own
+    return with_one_array(module, spec, torch.zeros([2, *shape])), shape, own
 
 
 def _import_file(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | None]:
@@ -116,37 +116,20 @@ def _import_file(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, .
     return module, own if entry.size is None else (own[0], entry.size, entry.size), own
 
 
-def _with_tensors_out(module: nn.Module) -> nn.Module:
-    """Return a network that takes a batch of images and returns tensors: a detector without boxes, a dict flattened."""
+def _first_stage(name: str) -> nn.Module:
+    """Return what a detector of two stages does once for each image: features, and the first stage's predictions."""
     import torch
     from torch import nn
+    from torchvision import models
 
-    class Detector(nn.Module):
-        """What computes features and raw predictions; anchors, boxes and second stages are left out."""
-
+    class FirstStage(nn.Module):
         def __init__(self, detector: nn.Module) -> None:
             super().__init__()
-            self.backbone = detector.backbone
-            self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+            self.backbone, self.head = detector.backbone, detector.rpn.head
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             features = self.backbone(images)
-            found = self.head([features] if isinstance(features, torch.Tensor) else list(features.values()))
-            values = found.values() if isinstance(found, dict) else found
-            return tuple(tensor for value in values for tensor in (value if isinstance(value, list) else [value]))
+            scores, boxes = self.head([features] if isinstance(features, torch.Tensor) else list(features.values()))
+            return *scores, *boxes
 
-    class Segmenter(nn.Module):
-        """The outputs in the order of their dict."""
-
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.network(images).values())
-
-    if hasattr(module, "transform") and hasattr(module, "backbone"):
-        return Detector(module).eval()
-    if hasattr(module, "backbone") and hasattr(module, "classifier"):
-        return Segmenter(module).eval()
-    return module
+    return FirstStage(models.get_model(name, weights=None, weights_backbone=None)).eval()

@@ -27,8 +27,10 @@ import torch
 from support_networks import Entry, build, entry_of
 from torch import Tensor, nn
 
+from compress.adapter import flatten_outputs
 from compress.allocation.problem import Budget, from_widths
 from compress.allocation.widths import width_levels
+from compress.artifacts import FactorySpec
 from compress.catalog import CRITERIA
 from compress.cost.macs import count_macs
 from compress.cost.onnx_graph import count_onnx
@@ -36,13 +38,15 @@ from compress.errors import BudgetUnreachable, CompressError, ModelError
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
-from compress.inspection.targets import CUT_LIMITS, find_signature, flat_outputs
+from compress.inspection.targets import CUT_LIMITS
 from compress.inspection.weights import vary_weights
+from compress.networks.wiring import signature_of
 from compress.progress import SilentProgress
 from compress.pruning.costs import build_cost
-from compress.pruning.graph import ChannelGroup, silenced_copy
+from compress.pruning.graph import ChannelGroup
 from compress.pruning.selection import find_candidates, score_groups, select_channels
 from compress.pruning.surgery import remove_channels
+from compress.pruning.trial import silenced_copy
 from compress.recipe import RemoveChannels
 from compress.stages.exporting import OPSET
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -148,7 +152,7 @@ def try_module(
 def _require_telling(module: nn.Module, shape: Sequence[int]) -> None:
     """Raise ModelError unless the outputs are finite and differ from image to image."""
     generator = torch.Generator().manual_seed(1)
-    first, second = (flat_outputs(module(torch.randn([2, *shape], generator=generator))) for _ in range(2))
+    first, second = (_tensors(module(torch.randn([2, *shape], generator=generator))) for _ in range(2))
     if not all(bool(output.isfinite().all()) for output in first):
         raise ModelError("The outputs must be finite, got NaN or infinity with varied weights.")
     if not _distance(first, second) > LEAST_EFFECT:
@@ -190,7 +194,7 @@ def _cut_and_export(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slim.onnx"
         with trial.step("export"):
-            signature = find_signature(slim, example)
+            signature = signature_of(slim, FactorySpec("factory", "support_trial:slim"), example)
             export_onnx(slim, signature, path, opset=OPSET)
             cut["file_macs"] = count_onnx(path).macs
         with trial.step("parity"):
@@ -260,7 +264,11 @@ def _compare(
 
 
 def _outputs(module: nn.Module, images: Tensor, precision: torch.dtype) -> list[Tensor]:
-    return flat_outputs(copy.deepcopy(module).to(precision)(images.to(precision)))
+    return _tensors(copy.deepcopy(module).to(precision)(images.to(precision)))
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    return [tensor for _, tensor in flatten_outputs(outputs)]
 
 
 def _distance(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -23,7 +23,7 @@ from compress.networks.factories import call_factory, import_factory, on_path
 from compress.networks.prepare import prepare
 from compress.networks.weights import load_strict, read_weights, write_weights
 from compress.networks.wiring import wire
-from compress.networks.zoo import timm_factory, torchvision_factory
+from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 
@@ -71,7 +71,10 @@ def with_one_array(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.
     Raises:
         ModelError: It does not run on the example, or its outputs are no tensors.
     """
-    return prepare(wire(module, spec, example), example)
+    module = wire(module, spec, example)
+    if spec.kind == "torchvision":
+        drop_auxiliary(module)
+    return prepare(module, example)
 
 
 def build_untouched(spec: FactorySpec, signature: Signature, make: Callable[..., Any] | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.adapter import wiring_of
 from compress.artifacts import FactorySpec
 from compress.errors import ArtifactError, ModelError
 from compress.networks.detectors import DETECTORS, raw_detector, why_not
@@ -102,6 +103,13 @@ def without_auxiliary(state: Mapping[str, Tensor], expected: Collection[str]) ->
         for name, value in state.items()
         if not name.startswith(AUXILIARY) or any(known.startswith(name.partition(".")[0] + ".") for known in expected)
     }
+
+
+def drop_auxiliary(module: nn.Module) -> None:
+    """Take the auxiliary head out of a segmentation network that keeps another output: it would run for nothing."""
+    wiring = wiring_of(module)
+    if wiring is not None and "aux" not in wiring.outputs and getattr(module, "aux_classifier", None) is not None:
+        module.aux_classifier = None  # type: ignore[assignment]
 
 
 def _fetch(spec: FactorySpec) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress.catalog import METHODS
+from compress.catalog import METHODS, NETWORKS
 from compress.config.schema import (
     CsgdConfig,
     GatesConfig,
@@ -15,12 +15,16 @@ from compress.config.schema import (
     GregConfig,
     GsmConfig,
     IncRegConfig,
+    LoadConfig,
+    NetworkSection,
     PruneConfig,
     QuantizeConfig,
     RobustnessConfig,
     TrpConfig,
     VerifyConfig,
 )
+from compress.networks.detectors import DETECTORS
+from compress.networks.weights import WRAPPERS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
@@ -161,3 +165,14 @@ def test_the_page_on_onnx_files_names_every_operator_and_its_example_is_valid():
     assert load.weights is None
     assert "may be 1e-5 (5e-3" in text
     assert (TOLERANCE, HALF_TOLERANCE) == (1e-5, 5e-3)
+
+
+def test_the_page_on_networks_holds_sections_that_load_and_names_what_there_is():
+    text = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        assert LoadConfig.model_validate(yaml.safe_load(example)).stage == "load"
+    for name in (*NETWORKS, *NetworkSection.model_fields):
+        assert re.search(rf"`?{name}[:`]", text), name
+    for name in re.findall(r"`(\w+)` of torchvision take|`((?:ssd|retinanet|fcos)\w+)`", text):
+        assert "".join(name) in DETECTORS
+    assert all(f"`{name}`" in text for name in (*DETECTORS, *WRAPPERS))

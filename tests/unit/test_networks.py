@@ -68,6 +68,16 @@ def test_a_segmentation_network_gives_its_outputs_by_name(aux: bool, names: list
     assert signature.outputs[0].shape == ("batch", 5, 64, 64)
 
 
+def test_an_auxiliary_head_that_is_no_output_goes():
+    given = FactorySpec("torchvision", "fcn_resnet50", {"num_classes": 5, "aux_loss": True}, outputs=("out",))
+    module = build_module(given)
+    assert module.aux_classifier is not None
+    wanted = module(IMAGES)["out"]
+    plain = with_one_array(module, given, IMAGES)
+    assert torch.allclose(plain(IMAGES), wanted, atol=1e-5)
+    assert not any(name.startswith("aux_classifier") for name in plain.state_dict())
+
+
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
 def test_detectors_of_two_stages_are_refused_by_name_with_the_reason(name: str):
     with pytest.raises(ModelError, match=rf"'{name}' of torchvision cannot be used: a detector of two stages crops"):

@@ -39,7 +39,7 @@ def call_factory(make: Factory, spec: FactorySpec) -> nn.Module:
     if isinstance(module, nn.DataParallel):
         module = module.module
     _check_kind(module, spec.reference)
-    return module.eval()  # type: ignore[no-any-return]
+    return module.eval().cpu()  # type: ignore[no-any-return]
 
 
 def import_factory(reference: str) -> Factory:
@@ -96,6 +96,12 @@ def _check_kind(module: Any, reference: str) -> None:
         raise ModelError(
             f"Factory '{reference}' must return a network whose parameters have shapes, these have none: {some(lazy)}.",
             hint="Let it run the network once, or replace lazy layers.",
+        )
+    if empty := [name for name, value in module.state_dict().items() if getattr(value, "is_meta", False)]:
+        raise ModelError(
+            f"Factory '{reference}' must return a network whose tensors hold values, these are on the meta device: "
+            f"{some(empty)}.",
+            hint="Let it build the network on the CPU.",
         )
 
 

@@ -4,6 +4,7 @@
     StdConv2d, ScaledStdConv2d, any own layer whose weight is computed from its parameters ──> nn.Conv2d, nn.Linear
     shortcuts that pad channels with zeros ──> convolutions with fixed weights (`pruning/shortcuts.py`)
     FrozenBatchNorm2d ──> FrozenNorm, an nn.BatchNorm2d that stays in eval mode and learns nothing
+    SyncBatchNorm ──> the batch norm of one process
 
 `load` does it after the weights are in, and each rebuild before any edit is replayed, so that the recipe and the saved
 weights are those of plain layers. Structure follows from the code of the network alone, never from its weights.
@@ -36,6 +37,8 @@ _PLAIN: dict[Any, type[nn.Module]] = {
     F.conv3d: nn.Conv3d,
     F.linear: nn.Linear,
 }
+
+_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -82,6 +85,7 @@ def prepare(module: nn.Module, example: Tensor) -> nn.Module:
         _fold_parametrized,
         _fold_computed,
         _thaw,
+        _part,
         write_out_shortcuts,
     )
     before = _tensors(module, example)
@@ -206,9 +210,9 @@ def _with(kind: type[nn.Module], layer: Any, weight: Tensor, bias: Tensor | None
     else:
         plain = kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                      layer.dilation, layer.groups, bias is not None, layer.padding_mode, device="meta")  # fmt: skip
-    plain.weight = nn.Parameter(weight.detach().clone())
+    plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=layer.weight.requires_grad)
     if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().clone())
+        plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=layer.weight.requires_grad)
     return plain  # type: ignore[no-any-return]
 
 
@@ -240,3 +244,25 @@ def _thaw(module: nn.Module, _: Tensor) -> int:
         norm.load_state_dict(part.state_dict(), strict=False)
         _replace(module, part, norm.requires_grad_(False).eval())
     return len(frozen)
+
+
+def _part(module: nn.Module, example: Tensor) -> int:
+    """Replace batch norms that share their statistics with other processes by those of one process."""
+    shared = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)]
+    axes: dict[nn.Module, int] = {}
+    handles = [
+        part.register_forward_pre_hook(lambda norm, inputs: axes.update({norm: inputs[0].ndim})) for part in shared
+    ]
+    try:
+        if shared:
+            _tensors(module, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for part in (part for part in shared if part in axes):
+        norm = _NORMS[axes[part]](part.num_features, part.eps, part.momentum, part.affine, part.track_running_stats)
+        norm.load_state_dict(part.state_dict())
+        for own, theirs in zip(norm.parameters(), part.parameters(), strict=True):
+            own.requires_grad_(theirs.requires_grad)
+        _replace(module, part, norm.eval())
+    return len(shared)

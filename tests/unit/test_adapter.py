@@ -19,6 +19,7 @@ from compress.errors import DataError, ModelError, NonFinite
 from compress.exporting.torch_onnx import export_onnx
 from compress.networks.wiring import notes_on, signature_of, wire
 from compress.recipe import Recipe
+from compress.verification.compare import edge_parity, parity
 from compress.verification.feeding import feed
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
@@ -187,6 +188,42 @@ def test_a_file_has_the_inputs_and_outputs_of_the_network_and_equals_it(tmp_path
         got, wanted = runtime.run(feed(runtime, samples)), reference.run(feed(reference, samples))
     assert list(got) == ["hidden", "logits"]
     assert all(np.allclose(got[name], wanted[name], atol=1e-6) for name in wanted)
+
+
+class _Rows:
+    """A data set of rows, as far as parity asks: what is read goes into the network as it is."""
+
+    name, indices = "evaluation", np.arange(6)
+
+    def __init__(self) -> None:
+        self.source = self.preprocessing = self
+        self.labels = np.zeros(6, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def first(self, count: int) -> "_Rows":
+        return self
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        return rows(6, seed=9).numpy()[positions]
+
+    def normalize(self, samples: np.ndarray) -> np.ndarray:
+        return samples
+
+
+def test_parity_is_that_of_all_outputs_of_several_inputs(tmp_path: Path):
+    module = with_one_array(wired.several(), SEVERAL, rows())
+    signature = signature_of(module, SEVERAL, rows())
+    export_onnx(module, signature, tmp_path / "several.onnx", opset=18)
+    split: Any = _Rows()
+    with OnnxRuntime(tmp_path / "several.onnx") as runtime, TorchEager(module, signature) as reference:
+        assert parity(runtime, reference, split, 6, batch_size=4).max_abs < 1e-6
+        edges = edge_parity(runtime, reference, split, 8)
+        assert list(edges) == ["batch 1", "batch 3", "batch 8"]
+        assert max(edges.values()) < 1e-6
+        module.embed.weight.data += 0.5
+        assert parity(runtime, reference, split, 6).max_abs > 0.4
 
 
 # -- what is no network to work with -----------------------------------------------------------------------------------

@@ -254,6 +254,7 @@ def _rounded() -> nn.Module:
         (_rounded, r"in float32, got a quantised one: head \(Linear\)(.|\n)*`quantize` stage"),
         (lambda: nn.Linear, "must return a network, got the class Linear itself"),
         (lambda: nn.LazyLinear(3), "whose parameters have shapes, these have none: weight"),
+        (lambda: nn.Linear(2, 3, device="meta"), "tensors hold values, these are on the meta device: weight, bias"),
         (lambda: SimpleNamespace(), r"must return a torch\.nn\.Module, got SimpleNamespace"),
         (lambda: 1 / 0, "got ZeroDivisionError: division by zero"),
     ],

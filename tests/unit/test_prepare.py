@@ -73,6 +73,7 @@ def build(layer: nn.Module) -> nn.Module:
         (lambda: StandardisedSame(6, 8, 3, stride=2), SamePaddedConv2d),
         (lambda: Doubled(6, 4), nn.Linear),
         (lambda: FrozenBatchNorm2d(6, eps=1e-3), FrozenNorm),
+        (lambda: nn.SyncBatchNorm(6, eps=1e-3), nn.BatchNorm2d),
     ],
 )
 def test_a_layer_with_a_computed_weight_becomes_a_plain_one(layer: Any, kind: type[nn.Module]):
@@ -113,8 +114,9 @@ def test_a_whole_network_of_them_computes_what_it_did_in_training_mode_too():
     assert not prepared.norm.training
 
 
-def test_a_frozen_weight_stays_frozen_and_a_parameter():
-    layer = parametrizations.weight_norm(nn.Conv2d(6, 8, 3))
+@pytest.mark.parametrize("kind", [lambda *sizes: parametrizations.weight_norm(nn.Conv2d(*sizes)), Standardised])
+def test_a_frozen_weight_stays_frozen_and_a_parameter(kind: Any):
+    layer = kind(6, 8, 3)
     layer.requires_grad_(False)
     prepared = prepare(build(layer), IMAGES)
     assert not prepared[2].weight.requires_grad

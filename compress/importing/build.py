@@ -7,9 +7,7 @@
 The result is a `torch.fx.GraphModule`: layers, and a plain forward function that can be read (`print(module.code)`).
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.graph import PythonCode
 
 from compress.importing.evaluation import evaluate
@@ -59,7 +57,6 @@ class Builder:
         self._layers: dict[object, str] = {}
         self._constants: dict[str, Computed] = {}
         self._shared: dict[tuple[str, tuple[int, ...]], nn.Parameter] = {}
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._unknown: set[str] = set()
         self._batch: BatchSize | None = None
 
@@ -67,16 +64,11 @@ class Builder:
         """Add an input of the network with its shape for each number of images in `PROBES`."""
         node = self.graph.placeholder(clean(name).replace(".", "_"))
         node.meta[ONNX_VALUE] = name
-        with self._fake:
-            probes = tuple(torch.empty(shape, dtype=dtype) for shape in shapes)
+        probes = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
         self.values[name] = Computed(name, node, probes)
 
     def add_nodes(self, nodes: Sequence[ir.Node]) -> None:
         """Add nodes in their order; what cannot be built goes to `problems`."""
-        with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
-            self._add_each(nodes)
-
-    def _add_each(self, nodes: Sequence[ir.Node]) -> None:
         for node in nodes:
             names = [value.name or "" for value in node.inputs if value is not None]
             if self._unknown.intersection(names):
@@ -126,8 +118,9 @@ class Builder:
     def call_layer(self, layer: str, image: Computed, name: str) -> Computed:
         """Add a call of a layer."""
         part = self._parts[layer]
-        with self._fake, torch.no_grad():
-            probes = tuple(_try(part, probe) for probe in image.probes)
+        state = {key: torch.empty_like(value, device="meta") for key, value in part.state_dict().items()}
+        with torch.no_grad():
+            probes = tuple(_try(functional_call, part, state, probe) for probe in image.probes)
         return Computed(name, self.graph.call_module(layer, (image.node,)), probes)
 
     def layer(self, make: Callable[[], nn.Module], weights: Sequence[Fixed], node: ir.Node, key: object) -> str:
@@ -188,7 +181,7 @@ class Builder:
         name = self._names.take(value_name(value.name, f"constant_{clean(value.name)}"))
         tensor = torch.from_numpy(np.array(value.array, copy=True))
         self._parts[name] = tensor
-        return Computed(value.name, self.graph.get_attr(name), (tensor,) * len(PROBES))
+        return Computed(value.name, self.graph.get_attr(name), (tensor.to("meta"),) * len(PROBES))
 
     def _repeated(self, value: Fixed) -> Computed:
         """Return a constant that is the same for each image, as often as there are images."""
@@ -208,7 +201,7 @@ class Builder:
     def _call(
         self, function: Callable[..., Any], arguments: Sequence[Any], settings: Mapping[str, Any], name: str
     ) -> tuple[fx.Node, tuple[Any, ...]]:
-        with self._fake, torch.no_grad():
+        with torch.no_grad():
             probes = tuple(
                 _try(function, *_replaced(arguments, index), **_replaced(dict(settings), index))
                 for index in range(len(PROBES))
@@ -279,16 +272,6 @@ class Builder:
     def _refuse(self, node: ir.Node, reason: str) -> None:
         self.problems.append((node, reason))
         self._unknown.update(value.name or "" for value in node.outputs)
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Keep torch from logging what is refused in our own words."""
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _assembled(parts: Mapping[str, nn.Module | torch.Tensor]) -> nn.Module:

@@ -30,8 +30,14 @@ def evaluate(node: ir.Node, inputs: Sequence[Fixed | None], opset: int) -> list[
         _run(node, [None if v is None else v.arrays[index] for v in inputs], opset) for index in range(_runs(plain))
     ]
     made = made * len(PROBES) if plain else made
-    outputs = [output.name or "" for output in node.outputs]
+    outputs = [output.name or "" for output in _read(node)]
     return [Fixed(name, tuple(one[index] for one in made)) for index, name in enumerate(outputs)]
+
+
+def _read(node: ir.Node) -> list[ir.Value]:
+    """Return the outputs up to the last one that something reads; old exporters name more of them."""
+    used = [index for index, output in enumerate(node.outputs) if output.uses() or output.is_graph_output()]
+    return list(node.outputs[: max(used, default=0) + 1])
 
 
 def _runs(plain: bool) -> int:
@@ -43,6 +49,7 @@ def _run(node: ir.Node, arrays: Sequence[np.ndarray | None], opset: int) -> list
     assert isinstance(proto, onnx.NodeProto)
     names = [name for name, array in zip(proto.input, arrays, strict=True) if array is not None]
     inputs = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names)]
+    del proto.output[len(_read(node)) :]
     outputs = [onnx.ValueInfoProto(name=name) for name in proto.output]
     graph = helper.make_graph([proto], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])

@@ -96,7 +96,7 @@ def _restores(op: Operation, back: ir.Node, image: Computed) -> bool:
 
 
 def _channel_constant(op: Operation, node: ir.Node, kind: str, width: int, rank: int) -> tuple[ir.Node, Fixed | None]:
-    """Return the node that next combines each channel with a constant, and the constant; else the node, and None."""
+    """Return the node that next combines channels with a constant, and that constant; else the node given and None."""
     reader = _only_reader(node, kind)
     others = [] if reader is None else [value for value in reader.inputs if value is not node.outputs[0]]
     found = op.builder.find(others[0]) if len(others) == 1 and others[0] is not None else None

@@ -85,9 +85,18 @@ def _pooled(source: str, target: str, width: int, constants: Constants) -> tuple
 
 
 STEPS: tuple[Step, ...] = (
-    _convolution, _depthwise, _batch_norm, _activation("Relu"), _activation("HardSwish"), _activation("Tanh"),
-    _residual, _concatenation, _squeeze_excite, _shuffle, _pooled,
-)  # fmt: skip
+    _convolution,
+    _depthwise,
+    _batch_norm,
+    _activation("Relu"),
+    _activation("HardSwish"),
+    _activation("Tanh"),
+    _residual,
+    _concatenation,
+    _squeeze_excite,
+    _shuffle,
+    _pooled,
+)
 
 
 @settings(max_examples=25, deadline=None)

@@ -251,6 +251,22 @@ def test_real_images_are_compared_too_and_must_fit(tmp_path):
     assert "data.preprocessing" in text
 
 
+def test_training_statistics_of_constants_are_computed_once(tmp_path):
+    nodes = [  # a kernel that is standardised in the file, as old exporters write it: five outputs, one of them read
+        node("BatchNormalization", ["kernel", "one", "zero", "zero", "one"], ["k", "a", "b", "c", "d"]),
+        node("Reshape", ["k", "shape"], ["w"]),
+        node("Conv", ["x", "w"]),
+    ]
+    constants = weights(kernel=(1, 5, 36)) | {"one": np.ones(5, np.float32), "zero": np.zeros(5, np.float32)}
+    constants["shape"] = np.array([5, 4, 3, 3], I64)
+    model = make(nodes, constants, opset=9)
+    (layer,) = (
+        part for part in build_imported(write(tmp_path / "net.onnx", model)).modules() if isinstance(part, nn.Conv2d)
+    )
+    wanted = torch.from_numpy(constants["kernel"]).reshape(5, 4, 3, 3) / np.sqrt(1 + 1e-5)
+    assert torch.allclose(layer.weight, wanted)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

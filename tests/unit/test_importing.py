@@ -259,12 +259,8 @@ def test_training_statistics_of_constants_are_computed_once(tmp_path):
     ]
     constants = weights(kernel=(1, 5, 36)) | {"one": np.ones(5, np.float32), "zero": np.zeros(5, np.float32)}
     constants["shape"] = np.array([5, 4, 3, 3], I64)
-    model = make(nodes, constants, opset=9)
-    (layer,) = (
-        part for part in build_imported(write(tmp_path / "net.onnx", model)).modules() if isinstance(part, nn.Conv2d)
-    )
-    wanted = torch.from_numpy(constants["kernel"]).reshape(5, 4, 3, 3) / np.sqrt(1 + 1e-5)
-    assert torch.allclose(layer.weight, wanted)
+    module = import_onnx(write(tmp_path / "net.onnx", make(nodes, constants, opset=9)))  # compared with ONNX Runtime
+    assert [type(part) for part in module.children()] == [nn.Conv2d]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -5,16 +5,11 @@ that `weights_only=True` accepts.
 """
 
 import copy
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import pickle  # noqa: TID251 - for the exception that torch raises; nothing is loaded with it
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ from torch import Tensor, nn
 
 from compress.artifacts import FactorySpec, Signature
 from compress.errors import ArtifactError, InternalError, ModelError, NonFinite, RebuildMismatch, StageError
+from compress.importing import beside, import_callable
 from compress.lowrank.surgery import replace_structure
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
@@ -40,9 +36,8 @@ def build_module(spec: FactorySpec) -> nn.Module:
     Raises:
         ModelError: The factory cannot be imported, raises, or returns no network.
     """
-    make = _torchvision_factory(spec) if spec.kind == "torchvision" else _import_factory(spec.reference)
-    place = spec.reference.rpartition(":")[0]
-    with _on_path(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+    make = _torchvision_factory(spec) if spec.kind == "torchvision" else import_callable(spec.reference)
+    with beside(spec.reference):
         return call_factory(make, spec)
 
 
@@ -244,42 +239,6 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix(PREFIX) if prefixed else str(name): value for name, value in loaded.items()}
 
 
-def _import_factory(reference: str) -> Callable[..., Any]:
-    place, _, name = reference.rpartition(":")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        choices = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ModelError(f"'{place}' must have a callable '{name}', it has none.", hint=closest(name, choices))
-    return factory  # type: ignore[no-any-return]
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError(f"Factory file '{path}' does not exist.")
-    name = f"compress_factory_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"Factory file '{path}' must be a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    with _on_path(path.resolve().parent):
-        sys.modules[name] = module  # dataclasses and typing look a class's module up by name
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-            del sys.modules[name]
-            raise ModelError(f"Factory file '{path}' must import, got {type(error).__name__}: {error}") from error
-    return module
-
-
-def _import_module(name: str) -> Any:
-    try:
-        with _on_path(Path.cwd()):
-            return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-        raise ModelError(f"Factory module '{name}' must import, got {type(error).__name__}: {error}") from error
-
-
 def _torchvision_factory(spec: FactorySpec) -> Callable[..., Any]:
     from torchvision import models  # heavy, and only needed by those who name a torchvision network
 
@@ -287,15 +246,6 @@ def _torchvision_factory(spec: FactorySpec) -> Callable[..., Any]:
     if spec.reference not in names:
         raise ModelError(f"torchvision has no network named '{spec.reference}'.", hint=closest(spec.reference, names))
     return lambda **kwargs: models.get_model(spec.reference, weights=None, **kwargs)
-
-
-@contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _call_text(make: Callable[..., Any], kwargs: Mapping[str, Any]) -> str:

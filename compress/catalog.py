@@ -91,36 +91,37 @@ TASKS.declare(
     "outputs that must stay where they were",
 )
 
-# what gates may name: kind of limit -> figures. Robustness is looked at with the figure that decides.
-_HARDER = ("noise", "corruptions", "shifted")
+# what gates may name: kind of limit -> figures. What is harder is looked at with the figure that
+# decides.
+HARDER = ("noise", "corruptions", "shifted")
 _OF_IMITATION = {"max_drop": ("cosine",), "max_rise": ("distance",), "min": ("cosine",), "max": ("distance",)}
 _NO_LIMITS: dict[str, tuple[str, ...]] = {"max_drop": (), "max_rise": (), "min": (), "max": ()}
 GATED: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {
-        "max_drop": ("top1", "top5", "worst_class", *_HARDER, "worst_distribution"),
+        "max_drop": ("top1", "top5", "worst_class", *HARDER, "worst_distribution"),
         "max_rise": ("calibration_error", "excess_error"),
-        "min": ("top1", "top5", "worst_class", *_HARDER),
+        "min": ("top1", "top5", "worst_class", *HARDER),
         "max": ("calibration_error", "churn", "softmax_distance"),
     },
     "segmentation": {
         **_NO_LIMITS,
-        "max_drop": ("miou", "pixel_accuracy", *_HARDER, "worst_distribution"),
-        "min": ("miou", "pixel_accuracy", *_HARDER),
+        "max_drop": ("miou", "pixel_accuracy", *HARDER, "worst_distribution"),
+        "min": ("miou", "pixel_accuracy", *HARDER),
     },
     "detection": {
         **_NO_LIMITS,
-        "max_drop": ("map", "map50", "map75", *_HARDER, "worst_distribution"),
-        "min": ("map", "map50", "map75", *_HARDER),
+        "max_drop": ("map", "map50", "map75", *HARDER, "worst_distribution"),
+        "min": ("map", "map50", "map75", *HARDER),
     },
     "regression": {
         **_NO_LIMITS,
-        "max_rise": ("rmse", "mae", *_HARDER, "worst_distribution"),
-        "max": ("rmse", "mae", *_HARDER),
+        "max_rise": ("rmse", "mae", *HARDER, "worst_distribution"),
+        "max": ("rmse", "mae", *HARDER),
     },
     "embedding": {
         **_OF_IMITATION,
-        "max_rise": ("distance", *_HARDER, "worst_distribution"),
-        "max": ("distance", *_HARDER),
+        "max_rise": ("distance", *HARDER, "worst_distribution"),
+        "max": ("distance", *HARDER),
     },
 }
 # of a network that is measured without labels, beside what its task names

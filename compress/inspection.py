@@ -19,6 +19,7 @@ from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.costs import build_cost
 from compress.pruning.graph import ChannelGroup, Exclusion, find_cuttable
 from compress.stages.load import factory_spec
+from compress.tasks.opening import open_task
 
 Row = Sequence[str]
 Table = tuple[str, Sequence[str], Sequence[Row]]
@@ -43,8 +44,8 @@ def inspect_target(target: str, input_shape: tuple[int, ...] | None, overrides: 
         config = load_pipeline(Path(target), overrides).config
         load = config.stages[0]
         assert isinstance(load, LoadConfig)
-        splits = Splits(config.data)
-        images, _ = next(evaluation_batches(splits.evaluation.first(1), 1))
+        splits = Splits(config.data, open_task(config.task))
+        images, _ = next(evaluation_batches(splits.evaluation.first(1), 1, "nothing"))
         return inspect_torch(build_module(factory_spec(load.model)), torch.zeros_like(images))
     if ":" not in target:
         raise ConfigValueError(

@@ -93,9 +93,10 @@ def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
     """Return what of a task results depend on; None for the default, which was there before tasks were."""
     if task == DEFAULT_TASK:
         return None
-    values = task.model_dump(mode="json", exclude_none=True)
-    codes = {key: _reference_digest(values[key], folder) for key in ("own", "postprocess", "loss") if key in values}
-    return {**values, **codes}
+    values: dict[str, Any] = task.model_dump(mode="json", exclude_none=True)
+    named = [key for key in ("own", "postprocess", "loss") if key in values]
+    codes: dict[str, Any] = {key: _reference_digest(values[key], folder) for key in named}
+    return values | codes
 
 
 def _reference_digest(reference: str, folder: Path) -> str:

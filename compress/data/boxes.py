@@ -134,9 +134,8 @@ def moved(target: Boxes, scale: tuple[float, float], shift: tuple[float, float],
         shift: Rows and columns, after scaling.
         size: (height, width) of the result.
     """
-    boxes = target["boxes"] * np.float32([scale[1], scale[0], scale[1], scale[0]])
-    boxes = boxes + np.float32([shift[1], shift[0], shift[1], shift[0]])
-    boxes = boxes.clip(0, np.float32([size[1], size[0], size[1], size[0]]))
+    factors, shifts, ends = (np.asarray([x, y, x, y], np.float32) for y, x in (scale, shift, size))
+    boxes = (target["boxes"] * factors + shifts).clip(0, ends)
     seen = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
 

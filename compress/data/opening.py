@@ -34,7 +34,6 @@ from compress.tasks.classification import CLASSIFICATION, Classification
 from compress.tasks.imitation import Embedding, Imitation
 from compress.tasks.segmentation import Segmentation
 
-
 AS_IT_IS = Preprocessing(scale=1.0)
 
 

@@ -58,7 +58,7 @@ class Preprocessing:
     def fit_mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
         """Apply the geometric half to one (H, W) map of class indices; `fill` is put where an image would be padded."""
         if self.resize is not None and min(mask.shape) != self.resize:
-            height, width = _shorter_side(*mask.shape, self.resize)
+            height, width = _shorter_side(mask.shape[0], mask.shape[1], self.resize)
             rows, columns = (
                 (np.arange(new) + 0.5) * old / new for new, old in zip((height, width), mask.shape, strict=True)
             )
@@ -71,8 +71,8 @@ class Preprocessing:
         """Return what the geometric half does to an image of a size.
 
         Returns:
-            By how much (rows, columns) are scaled, by how many pixels they are then shifted, and the (height, width) that
-            comes out.
+            By how much (rows, columns) are scaled, by how many pixels they are then shifted, and the (height, width)
+            that comes out.
         """
         new = (height, width)
         if self.resize is not None and min(height, width) != self.resize:
@@ -107,7 +107,7 @@ def _shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:
 
 def _resize_shorter_side(image: np.ndarray, shorter: int) -> np.ndarray:
     """Resize as torchvision does, so that published networks see the pixels they were trained on."""
-    height, width = _shorter_side(*image.shape[:2], shorter)
+    height, width = _shorter_side(image.shape[0], image.shape[1], shorter)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
     return resized[..., None] if resized.ndim == 2 else resized

@@ -1,7 +1,9 @@
 """load: nothing -> TorchModel, with the baseline measured once."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from compress.errors import DataError, ModelError, NonFinite
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import export_present, try_rewrites
-from compress.training.evaluate import check_outputs
+from compress.stages.measured import stated
+from compress.tasks.base import Task
+from compress.tasks.classification import Classification
+from compress.tasks.outputs import named, plain
 from compress.verification.measuring import Conditions, measure_onnx
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -32,32 +37,35 @@ class LoadStage:
         """Return the untouched network.
 
         Raises:
-            ModelError: The factory fails, or the network is no classifier of these images.
+            ModelError: The factory fails, or the network is not for the task and these images.
             ArtifactError: The weights cannot be read or do not fit.
             NonFinite: Weights or outputs are NaN or infinite.
-            DataError: Labels do not fit the network.
+            DataError: Targets do not fit the network.
         """
         spec = factory_spec(self.config.model)
         module = build_module(spec)
         load_strict(module, read_weights(Path(self.config.weights)), f"'{self.config.weights}'")
         check_precision(module)
         ctx.data.check_classes()
+        ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, signature, ctx)
-        figures = model.baseline.figures
+        figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
         record = {
             "macs": figures.macs,
             "params": figures.params,
             "size_bytes": figures.size_bytes,
-            "top1": figures.quality["top1"],
+            metric.name: figures.quality[metric.name],
+            **stated(metric),
             "layers": len(layer_macs(module, _example(signature))),
             "rewrites": rewrites,
         }
         ctx.progress.note(
-            f"baseline: {figures.macs:,} MACs, {figures.params:,} params, top-1 {figures.quality['top1']:.2%} "
-            f"on {len(ctx.data.evaluation)} evaluation images, measured on the ONNX file"
+            f"baseline: {figures.macs:,} MACs, {figures.params:,} params, {metric.words} "
+            f"{metric.show(figures.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
+            "the ONNX file"
         )
         return model, record
 
@@ -100,25 +108,39 @@ def try_network(module: nn.Module, split: Split) -> Signature:
     """Run two real images through the network and return its signature.
 
     Raises:
-        ModelError: The network does not run on them, or does not return (N, classes).
+        ModelError: The network does not run on them, or does not return what the task needs.
         NonFinite: An output is NaN or infinite.
     """
-    images, labels = next(evaluation_batches(split.first(2), 2))
+    images, targets = next(evaluation_batches(split.first(2), 2))
     try:
         with torch.no_grad():
-            outputs = module(images)
+            returned = module(images)
     except Exception as error:  # the user's code: its error is shown, ours is around it
         raise ModelError(
             f"The network must run on images of shape {tuple(images.shape)}, got {type(error).__name__}: {error}",
             hint="Check data.preprocessing (resize, crop, channels, layout) and model.kwargs.",
         ) from error
-    check_outputs(outputs, int(labels.max()))
-    if not outputs.isfinite().all():
+    check_outputs(returned, targets, split.lesson)
+    outputs = named(returned, getattr(module, "output_names", (OUTPUT_NAME,)))
+    if not all(one.isfinite().all() for one in outputs.values()):
         raise NonFinite("The network's outputs must be finite, got NaN or infinity on real images.")
     return Signature(
         inputs=(TensorSpec(INPUT_NAME, ("batch", *images.shape[1:])),),
-        outputs=(TensorSpec(OUTPUT_NAME, ("batch", *outputs.shape[1:])),),
+        outputs=tuple(TensorSpec(name, ("batch", *one.shape[1:])) for name, one in outputs.items()),
     )
+
+
+def check_outputs(returned: Any, targets: Any, task: Task) -> None:
+    """Check that what a network returns is what the task needs.
+
+    Raises:
+        ModelError: It is not.
+        DataError: The targets are not what the network can say.
+    """
+    if isinstance(task, Classification):  # which says better what a classifier must return
+        task.check(returned, targets)
+    else:
+        task.check(plain(returned), targets)
 
 
 def check_precision(module: nn.Module) -> None:
@@ -132,7 +154,9 @@ def check_precision(module: nn.Module) -> None:
 
 
 def check_labels(split: Split, signature: Signature) -> None:
-    """Raise DataError unless every label of the split is an output of the network."""
+    """Raise DataError unless every label of the split is an output of the network, where labels are classes."""
+    if not isinstance(split.task, Classification) or getattr(split.source, "known_labels", split.source) is None:
+        return
     classes = signature.outputs[0].shape[1]
     largest = int(split.labels.max())
     if largest >= int(classes):

@@ -140,7 +140,7 @@ class Task:
         return self.distances(outputs, wanted).mean()
 
     def guess(self, outputs: Any) -> float:
-        """Return the loss of a network that says the same of every image, as far as the task knows it."""
+        """Return the loss of a network that says the same of every image; infinite where the task does not know it."""
         return float("inf")
 
     def vary(self, targets: Any, variation: Any) -> Any:

@@ -30,12 +30,9 @@ class Regression(Task):
 
     def image_losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return (N,) the mean squared error of each image."""
-        logits = first(outputs)
-        return (
-            (logits - targets.reshape(logits.shape)).flatten(1).square().mean(1)
-            if logits.ndim > 1
-            else (logits - targets.reshape(logits.shape)).square()
-        )
+        got: Tensor = first(outputs)
+        errors: Tensor = (got - targets.reshape(got.shape)).square().reshape(len(got), -1).mean(1)
+        return errors
 
     def check(self, outputs: Any, targets: Any) -> None:
         """Check that there are as many numbers as targets.

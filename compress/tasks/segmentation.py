@@ -41,17 +41,19 @@ class Segmentation(Task):
         """Return the same with smoothed labels; 0 where no pixel of the batch counts."""
         import torch.nn.functional as F
 
-        logits = first(outputs)
         counted = (targets != self.ignore_index).sum().clamp_min(1)
-        options = {"ignore_index": self.ignore_index, "label_smoothing": smoothing, "reduction": "sum"}
-        return F.cross_entropy(logits, targets, **options) / counted
+        total: Tensor = F.cross_entropy(
+            first(outputs), targets, ignore_index=self.ignore_index, label_smoothing=smoothing, reduction="sum"
+        )
+        mean: Tensor = total / counted
+        return mean
 
     def image_losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return (N,) the mean cross-entropy of the pixels of each image, in nats."""
         import torch.nn.functional as F
 
-        each = F.cross_entropy(first(outputs), targets, ignore_index=self.ignore_index, reduction="none")
-        counted = (targets != self.ignore_index).flatten(1).sum(1).clamp_min(1)
+        each: Tensor = F.cross_entropy(first(outputs), targets, ignore_index=self.ignore_index, reduction="none")
+        counted: Tensor = (targets != self.ignore_index).flatten(1).sum(1).clamp_min(1)
         return each.flatten(1).sum(1) / counted
 
     def distances(self, outputs: Any, wanted: Any) -> Tensor:

@@ -107,10 +107,11 @@ def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int
     """
     check_not_empty(split)
     spec = image_input(runtime)
-    shape = split.source.read(split.indices[:1]).shape
+    image = split.source.read(split.indices[:1])
+    brightest = 255 if image.dtype == np.uint8 else 1  # of images that are prepared already
     cases = {
-        name: split.preprocessing.normalize(np.full(shape, value, np.uint8))
-        for name, value in (("black image", 0), ("white image", 255))
+        name: split.preprocessing.normalize(np.full(image.shape, value, image.dtype))
+        for name, value in (("black image", 0), ("white image", brightest))
     }
     for count in (1, 3, largest) if not isinstance(spec.shape[0], int) else ():
         positions = np.arange(count) % len(split)

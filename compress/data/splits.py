@@ -19,7 +19,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ImageSource
 from compress.errors import DataError
 from compress.tasks.base import Task
-from compress.tasks.classification import CLASSIFICATION
+from compress.tasks.classification import CLASSIFICATION, Classification
 from compress.tasks.imitation import Imitation
 
 
@@ -81,6 +81,13 @@ class Split:
     def interleaved(self, count: int) -> "Split":
         """Return the same images in another order: each count-th one, from the first on, from the second on, ..."""
         return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
+
+
+def known_labels(split: Split) -> np.ndarray | None:
+    """Return (N,) the class indices of a split where they are known without reading its images, else None."""
+    if not isinstance(split.lesson, Classification) or getattr(split.source, "known_labels", split.source) is None:
+        return None
+    return split.labels
 
 
 def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from compress.building import build_module, load_strict, read_weights, write_wei
 from compress.config.schema import FactoryModel, LoadConfig, Model
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import evaluation_batches
-from compress.data.splits import Split
+from compress.data.splits import Split, known_labels
 from compress.errors import DataError, ModelError, NonFinite
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext
@@ -155,10 +155,10 @@ def check_precision(module: nn.Module) -> None:
 
 def check_labels(split: Split, signature: Signature) -> None:
     """Raise DataError unless every label of the split is an output of the network, where labels are classes."""
-    if not isinstance(split.task, Classification) or getattr(split.source, "known_labels", split.source) is None:
+    labels = known_labels(split)
+    if labels is None:
         return
-    classes = signature.outputs[0].shape[1]
-    largest = int(split.labels.max())
+    classes, largest = signature.outputs[0].shape[1], int(labels.max())
     if largest >= int(classes):
         raise DataError(
             f"Labels of '{split.name}' must be below the number of classes the network has ({classes}), got {largest}."

@@ -118,7 +118,8 @@ class Task:
     def distances(self, outputs: Any, wanted: Any) -> Tensor:
         """Return (N,) how far outputs are from those of another network, 0 where they are equal.
 
-        By default the squared difference over the square of what is wanted, a mean over all floating-point outputs.
+        By default the squared difference over the mean square in the batch of what is wanted, for each floating-point
+        output, then their mean: an image whose outputs are nearly 0 would count for everything by its own size.
         """
         import torch
 
@@ -126,7 +127,7 @@ class Task:
         for got, want in zip(each(outputs), each(wanted), strict=True):
             if want.is_floating_point():
                 difference, size = (got - want).flatten(1), want.flatten(1)
-                found.append(difference.square().sum(1) / size.square().sum(1).clamp_min(1e-12))
+                found.append(difference.square().sum(1) / size.square().sum(1).mean().clamp_min(1e-12))
         return torch.stack(found).mean(0)
 
     def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:

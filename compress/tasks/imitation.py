@@ -72,22 +72,21 @@ class Imitation(Task):
             raise ModelError(f"Outputs must have the shapes of the original's, {shapes[1]} an image, got {shapes[0]}.")
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return (N,) the relative distance and the cosine of all outputs, and the share of equal choices if any."""
+        """Return (N,) squared distance and size of all outputs, their cosine, and the share of equal choices if any."""
         got, want = (_flat(values) for values in (outputs, targets))
         sizes = np.maximum(np.linalg.norm(want, axis=1), 1e-12)
         lengths = np.maximum(np.linalg.norm(got, axis=1), 1e-12)
-        facts = {
-            "distance": np.linalg.norm(got - want, axis=1) / sizes,
-            "cosine": (got * want).sum(1) / sizes / lengths,
-        }
+        apart = ((got - want) ** 2).sum(1)
+        facts = {"apart": apart, "size": sizes**2, "cosine": (got * want).sum(1) / sizes / lengths}
         if self.chooses:
             equal = first(outputs).argmax(1) == first(targets).argmax(1)
             facts["agreement"] = equal.reshape(len(equal), -1).mean(1)
         return facts
 
     def figures(self, facts: Facts) -> dict[str, float]:
-        """Return the means over images."""
-        return {name: float(values.mean()) for name, values in facts.items()}
+        """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement"."""
+        means = {name: float(facts[name].mean()) for name in ("cosine", "agreement") if name in facts}
+        return {"distance": float(np.sqrt(facts["apart"].sum() / facts["size"].sum())), **means}
 
 
 def _flat(outputs: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.batches import Augmentation, Batch, batches_per_epoch, random_seed, training_batches
-from compress.data.splits import Split
+from compress.data.splits import Split, known_labels
 from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
@@ -559,7 +559,8 @@ class _Run:
         images, share = mixed(images, self.settings.augmentation, self.train.preprocessing.layout)
         outputs = changed(self._outputs(images), at_least_float32)
         if self.step == 0:
-            self.lesson.check(changed(outputs, Tensor.detach), targets)
+            every = known_labels(self.train)
+            self.lesson.check(changed(outputs, Tensor.detach), targets if every is None else every)
         return self._loss(outputs, images, targets, share)
 
     def _outputs(self, images: Tensor) -> Any:
@@ -595,7 +596,7 @@ class _Run:
         shapes = [[tuple(one.shape[1:]) for one in each(values)] for values in (outputs, taught)]
         if shapes[0] != shapes[1]:
             raise ModelError(
-                f"The teacher must have as many classes as the network it teaches, outputs of {shapes[0]}, it has "
+                f"The teacher must have outputs of the shapes of the network it teaches, {shapes[0]} an image, it has "
                 f"{shapes[1]}."
             )
         soft = self.lesson.distance(outputs, changed(taught, at_least_float32), temperature)

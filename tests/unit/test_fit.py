@@ -654,7 +654,7 @@ def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch: pytest.Monkey
 def test_a_teacher_of_other_classes_is_refused() -> None:
     teacher = _network()
     teacher[6] = nn.Linear(32, 5)
-    with pytest.raises(ModelError, match=r"as many classes as the network it teaches \(3\), it has 5"):
+    with pytest.raises(ModelError, match=r"teaches, \[\(3,\)\] an image, it has \[\(5,\)\]"):
         fit(_network(), *_splits(), SETTINGS, Distillation(teacher.eval(), 0.5, 2.0))
 
 

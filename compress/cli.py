@@ -163,12 +163,14 @@ def sweep(
     from compress.config.load import load_pipeline
 
     load_pipeline(pipeline, overrides or (), seed)
-    from compress.report.sweep import COLUMNS, describe_potential, sweep_rows
+    from compress.report.sweep import describe_potential, sweep_columns, sweep_rows
     from compress.sweep import sweep as sweep_pipeline  # imports torch; a wrong pipeline file is refused before that
 
     console = Console(quiet)
     outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console)
-    console.print_table(f"Budgets of {outcome.report['quantity']}", COLUMNS, sweep_rows(outcome.report))
+    console.print_table(
+        f"Budgets of {outcome.report['quantity']}", sweep_columns(outcome.report), sweep_rows(outcome.report)
+    )
     if sentence := describe_potential(outcome.report):
         console.say(sentence)
     console.note(f"Report: {outcome.folder / 'sweep.html'}")

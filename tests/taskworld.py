@@ -17,7 +17,6 @@ from smallrun import World
 from torch import Tensor, nn
 
 import compress
-
 from compress.data.opening import Splits
 from compress.tasks.opening import open_task
 from compress.training.fit import FitSettings, fit
@@ -173,5 +172,3 @@ def seeded(module_of: Any) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return module_of().eval()
-
-

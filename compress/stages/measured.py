@@ -19,17 +19,7 @@ def stated(metric: Metric) -> dict[str, Any]:
     """Return what a record says of its figure, {"metric": {...}}; nothing of top-1, which it is without."""
     if metric.name == "top1":
         return {}
-    return {"metric": plain_metric(metric)}
-
-
-def plain_metric(metric: Metric) -> dict[str, Any]:
-    """Return a figure's name and kind as plain values for the report."""
-    return {
-        "name": metric.name,
-        "label": metric.words,
-        "higher_is_better": metric.higher_is_better,
-        "is_share": metric.is_share,
-    }
+    return {"metric": metric.to_dict()}
 
 
 def validation_quality(module: nn.Module, ctx: StageContext) -> float:

@@ -12,7 +12,7 @@ torch is imported by what trains only: a file is verified without it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -46,6 +46,10 @@ class Metric:
     def words(self) -> str:
         """How it is called in sentences."""
         return self.label or self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a report."""
+        return {**asdict(self), "label": self.words}
 
     def show(self, value: float) -> str:
         """Return a value as it is said: a share in percent.

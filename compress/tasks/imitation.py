@@ -85,8 +85,8 @@ class Imitation(Task):
 
     def figures(self, facts: Facts) -> dict[str, float]:
         """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement"."""
-        means = {name: float(facts[name].mean()) for name in ("cosine", "agreement") if name in facts}
-        return {"distance": float(np.sqrt(facts["apart"].sum() / facts["size"].sum())), **means}
+        found = {"distance": float(np.sqrt(facts["apart"].sum() / facts["size"].sum()))}
+        return found | {name: float(values.mean()) for name, values in facts.items() if name not in ("apart", "size")}
 
 
 def _flat(outputs: Any) -> np.ndarray:

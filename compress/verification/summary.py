@@ -81,7 +81,7 @@ def _summarize_measured(before: Found | None, after: Found | None, evaluation: S
     metric = evaluation.task.main
     details = {
         "task": evaluation.task.name,
-        "metric": {**asdict(metric), "label": metric.words},
+        "metric": metric.to_dict(),
         "is_labelled": evaluation.task.needs_targets,
         "classes": list(evaluation.source.classes),
         "slim": _plain(own),

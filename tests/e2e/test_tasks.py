@@ -58,6 +58,9 @@ def test_segmentation_from_pictures_and_masks(tmp_path: Path) -> None:
     pipeline["stages"][-1]["robustness"] = {"images": 16, "noise_levels": [0.1], "corruptions": ["elastic", "contrast"]}
     world = make_task_world(tmp_path, seeded(taskworld.Segmenter), pipeline)
     report, progress = _report(world, pipeline)
+    page = (world.runs / "tasked" / "report.html").read_text(encoding="utf-8")
+    assert "mIoU" in page
+    assert "top-1" not in page.lower()
     quality = report["details"]["quality"]
     assert report["slim"]["quality"]["miou"] == quality["slim"]["miou"]["value"] > 0.5
     assert quality["slim"]["miou"]["low"] < quality["slim"]["miou"]["value"] < quality["slim"]["miou"]["high"]

@@ -309,7 +309,8 @@ def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
 
 def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Tensor]] = []
-    monkeypatch.setattr(fit_module, "evaluate_quality", lambda module, *_, **__: float(not seen.append(_weights(module))))
+    told = lambda module, *_, **__: float(not seen.append(_weights(module)))  # noqa: E731
+    monkeypatch.setattr(fit_module, "evaluate_quality", told)
     averaged, plain = _network(), _network()
     fit(averaged, *_splits(), replace(SETTINGS, ema=0.9, keep="last"))
     assert _equal(seen[-1], _weights(averaged))

@@ -343,11 +343,11 @@ def inspect(
 def list_names(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[criteria|methods|stages|datasets|runtimes]", help="What to list; all by default."),
+        typer.Argument(metavar="[criteria|methods|stages|datasets|tasks|runtimes]", help="What to list; all by default."),
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""
-    from compress.catalog import CRITERIA, METHODS, RUNTIMES, SOURCES, STAGES
+    from compress.catalog import CRITERIA, METHODS, RUNTIMES, SOURCES, STAGES, TASKS
     from compress.registry import closest
 
     summary = ("name", "what it does")
@@ -357,6 +357,7 @@ def list_names(
         "methods": (summary, [(name, METHODS.summary(name)) for name in METHODS]),
         "stages": (("name", "needs", "yields", "what it does"), stages),
         "datasets": (("key", "what it reads"), list(SOURCES.items())),
+        "tasks": (summary, [(name, TASKS.summary(name)) for name in TASKS]),
         "runtimes": (summary, [(name, RUNTIMES.summary(name)) for name in RUNTIMES]),
     }
     if kind is not None and kind not in tables:

@@ -167,8 +167,8 @@ def make_task_world(
 PREPROCESSING = {"preprocessing": {"mean": [0.5], "std": [0.25]}}
 
 
-def seeded(module_of: Any) -> nn.Module:
+def seeded(module_of: Any, seed: int = 0) -> nn.Module:
     """Build a network whose first weights are always the same."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return module_of().eval()

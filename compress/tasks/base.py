@@ -12,12 +12,13 @@ torch is imported by what trains only: a file is verified without it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from compress.errors import DataError, ModelError
+from compress.errors import DataError, ModelError, NonFinite
 from compress.tasks.outputs import each, first, picked
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ class Task:
         targets = facts["target"]
         outputs = named[""] if list(named) == [""] else named
         found = self.metrics(outputs, list(targets) if targets.dtype == object else targets)
+        if not isinstance(found, Mapping):
+            raise ModelError(f"metrics of task '{type(self).__name__}' must be a mapping, got {type(found).__name__}.")
         if self.metric not in found:
             raise ModelError(
                 f"Task '{type(self).__name__}' must measure its metric '{self.metric}', its metrics are "
@@ -184,9 +187,12 @@ class Task:
             )
         return {name: float(value) for name, value in found.items()}
 
-    def figure(self, facts: Facts) -> float:
-        """Return the figure that decides, over the images that facts are of."""
-        return self.figures(facts)[self.metric]
+
+def require_finite(figures: Mapping[str, float]) -> None:
+    """Raise NonFinite where a figure is NaN or infinite: nothing could be said of it."""
+    for name, value in figures.items():
+        if not np.isfinite(value):
+            raise NonFinite(f"Figure '{name}' of the task must be a finite number, got {value}.")
 
 
 def as_column(values: Any) -> np.ndarray:

@@ -1,12 +1,27 @@
 """How does the `task:` section of a pipeline become a task?"""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from compress.catalog import TASKS
 from compress.config.schema import TaskConfig
-from compress.errors import ModelError
+from compress.errors import CompressError, ModelError
 from compress.importing import beside, import_callable
 from compress.tasks.base import Task
+
+_USERS = (
+    "loss",
+    "training_loss",
+    "image_losses",
+    "distance",
+    "distances",
+    "check",
+    "vary",
+    "metrics",
+    "facts",
+    "figures",
+)
 
 
 def open_task(config: TaskConfig) -> Task:
@@ -26,7 +41,7 @@ def open_task(config: TaskConfig) -> Task:
     if config.postprocess is not None:
         made["postprocess"] = import_callable(config.postprocess, "Postprocess")
     if config.loss is not None:
-        made["loss"] = import_callable(config.loss, "Loss")
+        made["loss"] = guarded(import_callable(config.loss, "Loss"), f"Loss '{config.loss}'")
     task: Task = TASKS.get(str(config.name))(**made)
     return task
 
@@ -52,4 +67,28 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
         raise ModelError(
             f"Task '{reference}' must name the figure that decides, its metric is empty.", hint='metric = "accuracy"'
         )
+    for name in _USERS:
+        setattr(task, name, guarded(getattr(task, name), f"Method '{name}' of task '{reference}'"))
     return task
+
+
+def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Return a function of the user's whose errors are shown with ours around them.
+
+    Args:
+        function: What the user wrote.
+        what: It is, at the beginning of a sentence.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*arguments, **kwargs)
+        except CompressError:
+            raise
+        except Exception as error:  # the user's code
+            if "memory" in str(error):  # which the training loop explains
+                raise
+            raise ModelError(f"{what} must work on these outputs, got {type(error).__name__}: {error}") from error
+
+    return call

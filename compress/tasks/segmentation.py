@@ -9,7 +9,7 @@ import numpy as np
 
 from compress.errors import DataError, ModelError
 from compress.tasks.base import Facts, Task, require_targets
-from compress.tasks.outputs import first
+from compress.tasks.outputs import each, first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +65,14 @@ class Segmentation(Task):
         return self._divergences(outputs, wanted, temperature).mean() * temperature**2
 
     def _divergences(self, outputs: Any, wanted: Any, temperature: float) -> Tensor:
+        import torch
         import torch.nn.functional as F
 
-        want, got = (F.log_softmax(first(one) / temperature, 1) for one in (wanted, outputs))
-        return F.kl_div(got, want, reduction="none", log_target=True).sum(1).flatten(1).mean(1)
+        found = []
+        for pair in zip(each(wanted), each(outputs), strict=True):  # auxiliary heads stay where they were, too
+            want, got = (F.log_softmax(one / temperature, 1) for one in pair)
+            found.append(F.kl_div(got, want, reduction="none", log_target=True).sum(1).flatten(1).mean(1))
+        return torch.stack(found).mean(0)
 
     def guess(self, outputs: Any) -> float:
         """Return the loss of a guess: ln K."""

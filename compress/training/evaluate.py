@@ -11,7 +11,7 @@ from compress.data.batches import Wanted, evaluation_batches, fast_batch_size
 from compress.data.splits import Split
 from compress.errors import DataError
 from compress.progress import Progress, SilentProgress
-from compress.tasks.base import Facts, joined
+from compress.tasks.base import Facts, joined, require_finite
 from compress.tasks.classification import Classification
 from compress.tasks.imitation import Imitation
 from compress.tasks.outputs import arrays, plain
@@ -36,8 +36,11 @@ def evaluate_quality(
     Raises:
         DataError: The split is empty, or has targets that the network cannot have.
         ModelError: The outputs are not what the task needs.
+        NonFinite: A figure is no finite number.
     """
-    return split.task.figure(quality_facts(module, split, batch_size, progress))
+    figures = split.task.figures(quality_facts(module, split, batch_size, progress))
+    require_finite(figures)
+    return figures[split.task.metric]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from compress.errors import DataError
-from compress.tasks.base import Facts, Metric, Task, chosen
+from compress.tasks.base import Facts, Metric, Task, chosen, require_finite
 from compress.verification.metrics import CONFIDENCE, Estimate
 
 
@@ -34,8 +34,10 @@ class Measured:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Every figure of the task over all images."""
-        return self.task.figures(self.facts)
+        """Every figure of the task over all images; NonFinite where one is no finite number."""
+        found = self.task.figures(self.facts)
+        require_finite(found)
+        return found
 
     @property
     def metric(self) -> Metric:
@@ -103,5 +105,5 @@ def _intervals(
     return {
         name: (float(low), float(high))
         for name in found[0]
-        for low, high in [np.quantile([one[name] for one in found], ends)]
+        for low, high in [np.nanquantile([one[name] for one in found], ends)]
     }

@@ -106,6 +106,13 @@ def test_a_task_and_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     assert 0 < report["slim"]["quality"]["mean_error"] < 0.2
     assert _checks(report)["task"]["status"] == "pass"
     assert report["details"]["quality"]["metric"]["label"] == "within a tenth"
+    refused = smallrun.call("bundle", str(world.runs / "tasked"), "-o", str(tmp_path / "m.zip"))
+    assert refused.exit_code == 2
+    assert "must be of a classifier with labelled images, this run's task is own" in refused.stderr
+    finished = str(world.runs / "tasked")
+    compared = smallrun.call("report", finished, finished, "-o", str(tmp_path / "c"))
+    assert compared.exit_code == 0, compared.stderr
+    assert "within a tenth" in (tmp_path / "c" / "comparison.html").read_text(encoding="utf-8").lower()
 
 
 def test_regression_where_less_is_better(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from compress.data.annotated import AnnotatedSource
 from compress.data.batches import Augmentation, evaluation_batches, training_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.splits import Split
-from compress.errors import ConfigValueError, DataError, ModelError
+from compress.errors import ConfigValueError, DataError, ModelError, NonFinite
 from compress.tasks.base import Metric, Task
 from compress.tasks.detection import Detection
 from compress.tasks.imitation import Imitation
@@ -148,6 +148,66 @@ def test_a_task_that_does_not_measure_its_metric_is_refused():
         task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
 
 
+def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path):
+    file = tmp_path / "my_task.py"
+    file.write_text(
+        "import compress\nclass Mine(compress.Task):\n    metric = 'a'\n"
+        "    def loss(self, outputs, targets): return outputs.nothing\n"
+        "    def metrics(self, outputs, targets): return {'a': 1 / (len(targets) - 2)}\n"
+        "class List(Mine):\n    def metrics(self, outputs, targets): return [1]\n"
+        "class Nan(Mine):\n    def metrics(self, outputs, targets): return {'a': float('nan')}\n"
+    )
+    task = own_task(f"{file}:Mine", {})
+    facts = task.facts(np.zeros((2, 1)), np.zeros(2))
+    with pytest.raises(ModelError, match=r"Method 'metrics' of task .*got ZeroDivisionError: division by zero"):
+        task.figures(facts)
+    with pytest.raises(ModelError, match=r"Method 'loss' of task .*got AttributeError: .*'nothing'"):
+        task.image_losses(torch.zeros(2, 1), torch.zeros(2))
+    with pytest.raises(ModelError, match="must be a mapping, got list"):
+        own_task(f"{file}:List", {}).figures(facts)
+    with pytest.raises(NonFinite, match="Figure 'a' of the task must be a finite number, got nan"):
+        _ = Measured(own_task(f"{file}:Nan", {}), facts).value
+
+
+class _WithAuxiliary(nn.Module):
+    """A segmentation network that returns two outputs, as torchvision's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.side = taskworld.Segmenter(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return {"out": self.main(x), "aux": self.side(x)}
+
+
+def test_a_network_with_several_outputs_is_judged_by_the_first_and_imitated_in_all():
+    images, masks, *_ = taskworld.squares(20, 1)
+    images = (images / 64 - 2).astype(np.float32)
+    several = taskworld.seeded(_WithAuxiliary)
+    split = _split(images, masks, Segmentation())
+    assert evaluate_quality(several, split) == evaluate_quality(several.main, split)
+    assert evaluate_loss(several, split) == pytest.approx(evaluate_loss(several.main, split))
+    teacher = taskworld.seeded(_WithAuxiliary)
+    with torch.no_grad():
+        teacher.side.weight.mul_(-3.0)
+    imitated = _split(images, None, Imitation(Segmentation()), teacher)
+    before = evaluate_loss(several, imitated)
+    fit(several, imitated, imitated, FitSettings(epochs=4, batch_size=10, learning_rate=0.1))
+    assert evaluate_loss(several, imitated) < before
+    named_split = _split(images, masks, _Named())
+    assert evaluate_quality(several, named_split) == 2.0
+
+
+class _Named(Task):
+    """Says how many outputs it is given by name."""
+
+    metric = "outputs"
+    is_share = False
+
+    def metrics(self, outputs, targets):
+        return {"outputs": float(len({"out", "aux"} & set(outputs)))}
+
+
 def _split(images: np.ndarray, targets: np.ndarray | None, task: Task, original: nn.Module | None = None) -> Split:
     read = None if targets is None else (lambda place: targets[place])
     source = AnnotatedSource(len(images), lambda place: images[place], read)
@@ -188,7 +248,7 @@ def test_without_labels_the_untouched_network_says_what_is_learned():
         assert torch.equal(batch[1], original(batch[0]))
     assert evaluate_quality(original, split) == 1.0
     assert evaluate_loss(original, split) == pytest.approx(0, abs=1e-6)
-    other = taskworld.Segmenter().eval()
+    other = taskworld.seeded(taskworld.Segmenter, seed=1)
     assert evaluate_quality(other, split) < 1
     assert evaluate_loss(other, split) > 0.01
 
@@ -196,8 +256,8 @@ def test_without_labels_the_untouched_network_says_what_is_learned():
 def test_what_is_learned_without_labels_comes_nearer_to_the_original():
     images, *_ = taskworld.squares(64, 1)
     original = taskworld.seeded(taskworld.Segmenter)
-    split = _split((images / 255).astype(np.float32), None, Imitation(Segmentation()), original)
-    student = taskworld.Segmenter()
+    split = _split((images / 64 - 2).astype(np.float32), None, Imitation(Segmentation()), original)
+    student = taskworld.seeded(taskworld.Segmenter, seed=1)
     before = evaluate_loss(student, split)
     result = fit(student, split, split, FitSettings(epochs=3, batch_size=16, learning_rate=0.05))
     assert evaluate_loss(student, split) < 0.5 * before

@@ -1,6 +1,7 @@
 """From a trained CNN to a smaller, faster ONNX model you can trust.
 
     compress.load("runs/quickstart")     the slim torch network of a finished run
+    compress.Task                        base of a task of your own (docs/tasks.md)
     compress.__version__
 
 Importing this package imports neither torch nor anything else that is heavy.
@@ -8,7 +9,7 @@ Importing this package imports neither torch nor anything else that is heavy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["__version__", "load"]
+    from compress.tasks.base import Task
+
+__all__ = ["Task", "__version__", "load"]
 
 
 def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | None = None) -> nn.Module:
@@ -42,8 +45,12 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
     return load_slim(Path(folder), factory)
 
 
-def __getattr__(name: str) -> str:
-    """Look the version up when it is asked for; reading package metadata takes a moment."""
+def __getattr__(name: str) -> Any:
+    """Look the version up, or import `Task`, when it is asked for; both take a moment."""
+    if name == "Task":
+        from compress.tasks.base import Task
+
+        return Task
     if name != "__version__":
         raise AttributeError(f"module 'compress' has no attribute '{name}'")
     from importlib.metadata import PackageNotFoundError, version

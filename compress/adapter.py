@@ -51,6 +51,11 @@ class _Adapted(nn.Module):
     compress_wiring: Wiring
     compress_takes_parts: bool
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are returned, as in the ONNX file; () where they are returned as they are."""
+        return output_names(self.compress_wiring)
+
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Take one row for each sample (or the inputs themselves within `real_inputs`) and return the tensors kept."""
         wiring = self.compress_wiring
@@ -98,6 +103,12 @@ def adapt(module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[str,
     plain.__dict__[_WIRING] = Wiring(inputs, _keywords(base, inputs), outputs)
     plain.__dict__["compress_takes_parts"] = False
     return plain
+
+
+def output_names(wiring: Wiring) -> tuple[str, ...]:
+    """Return the names of the outputs that are kept, none of which is that of an input."""
+    taken = {spec.name for spec in wiring.inputs} or {INPUT_NAME}
+    return tuple(f"{name}_out" if name in taken else name for name in wiring.outputs)
 
 
 def wiring_of(module: nn.Module) -> Wiring | None:

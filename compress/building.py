@@ -19,13 +19,14 @@ from compress.artifacts import FactorySpec, Signature
 from compress.errors import ArtifactError, InternalError, ModelError, RebuildMismatch, StageError
 from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
-from compress.networks.factories import call_factory, import_factory, on_path
+from compress.networks.factories import call_factory
 from compress.networks.prepare import prepare
 from compress.networks.weights import load_strict, read_weights, write_weights
 from compress.networks.wiring import wire
 from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
+from compress.references import beside, import_callable
 
 __all__ = [
     "apply_edits",
@@ -55,8 +56,8 @@ def build_module(spec: FactorySpec) -> nn.Module:
         return call_factory(torchvision_factory(spec.reference), spec)
     if spec.kind == "timm":
         return call_factory(timm_factory(spec.reference), spec)
-    make, place = import_factory(spec.reference), spec.reference.rpartition(":")[0]
-    with on_path(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+    make = import_callable(spec.reference)
+    with beside(spec.reference):
         return call_factory(make, spec)
 
 

@@ -67,10 +67,15 @@ CORRUPTIONS = (
 )
 
 SOURCES: dict[str, str] = {
-    "arrays": ".npz or .npy arrays: uint8 (N, H, W, C) images, integer labels",
+    "arrays": ".npz or .npy arrays: uint8 (N, H, W, C) images; integer labels, masks or numbers",
+    "coco": "pictures, and boxes in a JSON file of the COCO form",
     "folder": "one sub-folder of image files for each class",
     "idx": "a pair of IDX files (the MNIST format), plain or .gz",
+    "masks": "pictures, and a PNG of class indices for each",
+    "own": "a data set class of your own",
     "torchvision": "any torchvision classification data set by its class name",
+    "unlabelled": "a folder of pictures, or an array of images, without labels",
+    "yolo": "pictures, and boxes in one .txt file for each",
 }
 
 NETWORKS: dict[str, str] = {
@@ -79,6 +84,64 @@ NETWORKS: dict[str, str] = {
     "timm": "a network of timm by its name (pip install 'compress[timm]')",
     "torchvision": "a network of torchvision by its name: classification, segmentation, single-stage detection",
 }
+
+TASKS: Registry[Any] = Registry("task")
+TASKS.declare(
+    "classification", "compress.tasks.classification:Classification", "one of K classes for each image; top-1"
+)
+TASKS.declare("segmentation", "compress.tasks.segmentation:Segmentation", "one of K classes for each pixel; mIoU")
+TASKS.declare("detection", "compress.tasks.detection:Detection", "boxes, by a postprocess of your own; mAP")
+TASKS.declare("regression", "compress.tasks.regression:Regression", "numbers for each image; RMSE")
+TASKS.declare(
+    "embedding",
+    "compress.tasks.imitation:Embedding",
+    "outputs that must stay where they were",
+)
+
+# what gates may name: kind of limit -> figures. What is harder is looked at with the figure that
+# decides.
+HARDER = ("noise", "corruptions", "shifted")
+_OF_IMITATION = {"max_drop": ("cosine",), "max_rise": ("distance",), "min": ("cosine",), "max": ("distance",)}
+_NO_LIMITS: dict[str, tuple[str, ...]] = {"max_drop": (), "max_rise": (), "min": (), "max": ()}
+GATED: dict[str, dict[str, tuple[str, ...]]] = {
+    "classification": {
+        "max_drop": ("top1", "top5", "worst_class", *HARDER, "worst_distribution"),
+        "max_rise": ("calibration_error", "excess_error"),
+        "min": ("top1", "top5", "worst_class", *HARDER),
+        "max": ("calibration_error", "churn", "softmax_distance"),
+    },
+    "segmentation": {
+        **_NO_LIMITS,
+        "max_drop": ("miou", "pixel_accuracy", *HARDER, "worst_distribution"),
+        "min": ("miou", "pixel_accuracy", *HARDER),
+    },
+    "detection": {
+        **_NO_LIMITS,
+        "max_drop": ("map", "map50", "map75", *HARDER, "worst_distribution"),
+        "min": ("map", "map50", "map75", *HARDER),
+    },
+    "regression": {
+        **_NO_LIMITS,
+        "max_rise": ("rmse", "mae", *HARDER, "worst_distribution"),
+        "max": ("rmse", "mae", *HARDER),
+    },
+    "embedding": {
+        **_OF_IMITATION,
+        "max_rise": ("distance", *HARDER, "worst_distribution"),
+        "max": ("distance", *HARDER),
+    },
+}
+# of a network that is measured without labels, beside what its task names
+GATED_WITHOUT_LABELS: dict[str, tuple[str, ...]] = {
+    "max_drop": ("agreement", "cosine"),
+    "max_rise": ("distance",),
+    "min": ("agreement", "cosine"),
+    "max": ("distance",),
+}
+SHARES = {
+    "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution", "calibration_error",
+    "excess_error", "churn", "miou", "pixel_accuracy", "map", "map50", "map75", "agreement",
+}  # fmt: skip
 
 CRITERIA: Registry[Any] = Registry("criterion")
 CRITERIA.declare(

@@ -163,12 +163,14 @@ def sweep(
     from compress.config.load import load_pipeline
 
     load_pipeline(pipeline, overrides or (), seed)
-    from compress.report.sweep import COLUMNS, describe_potential, sweep_rows
+    from compress.report.sweep import describe_potential, sweep_columns, sweep_rows
     from compress.sweep import sweep as sweep_pipeline  # imports torch; a wrong pipeline file is refused before that
 
     console = Console(quiet)
     outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console)
-    console.print_table(f"Budgets of {outcome.report['quantity']}", COLUMNS, sweep_rows(outcome.report))
+    console.print_table(
+        f"Budgets of {outcome.report['quantity']}", sweep_columns(outcome.report), sweep_rows(outcome.report)
+    )
     if sentence := describe_potential(outcome.report):
         console.say(sentence)
     console.note(f"Report: {outcome.folder / 'sweep.html'}")
@@ -364,12 +366,12 @@ def list_names(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[criteria|methods|stages|networks|datasets|runtimes]", help="What to list; all by default."
+            metavar="[criteria|methods|stages|networks|datasets|tasks|runtimes]", help="What to list; all by default."
         ),
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""
-    from compress.catalog import CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, STAGES
+    from compress.catalog import CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, STAGES, TASKS
     from compress.registry import closest
 
     summary = ("name", "what it does")
@@ -380,6 +382,7 @@ def list_names(
         "stages": (("name", "needs", "yields", "what it does"), stages),
         "networks": (("key", "what it names"), list(NETWORKS.items())),
         "datasets": (("key", "what it reads"), list(SOURCES.items())),
+        "tasks": (summary, [(name, TASKS.summary(name)) for name in TASKS]),
         "runtimes": (summary, [(name, RUNTIMES.summary(name)) for name in RUNTIMES]),
     }
     if kind is not None and kind not in tables:

@@ -89,4 +89,4 @@ def package_version() -> str:
     """Return the version of this program."""
     import compress
 
-    return compress.__version__
+    return str(compress.__version__)

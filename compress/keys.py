@@ -16,7 +16,7 @@ from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
 from compress.config.locations import PRETRAINED
-from compress.config.schema import DeployConfig
+from compress.config.schema import DEFAULT_TASK, DeployConfig, TaskConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
 
@@ -52,7 +52,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
     """Return the stages with everything in their keys that does not depend on earlier stages."""
     config = pipeline.config
     resolved, folder = pipeline.resolved, pipeline.path.parent
-    data = _data_component(resolved["data"])
+    data = _data_component(resolved["data"], folder)
+    task = _task_component(config.task, folder)
     libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
     steps = []
     for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
@@ -68,6 +69,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
         }
         if entry.uses_data:
             fixed["data"] = data
+            if task is not None:
+                fixed["task"] = task
         if config.deploy is not None and needs_latency(stage):
             fixed["deploy"] = _deploy_component(config.deploy)
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
@@ -80,9 +83,27 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
     return steps
 
 
-def _data_component(data: Mapping[str, Any]) -> dict[str, Any]:
+def _data_component(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the data section with the contents of its files in place of their paths."""
-    return {**data, "train": digest_data(data["train"]), "evaluation": digest_data(data["evaluation"])}
+    halves = ("train", "evaluation")
+    codes = {half: _reference_digest(data[half]["own"], folder) for half in halves if "own" in data[half]}
+    return {**data, **{half: digest_data(data[half]) for half in halves}, **({"code": codes} if codes else {})}
+
+
+def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
+    """Return what of a task results depend on; None for the default, which was there before tasks were."""
+    if task == DEFAULT_TASK:
+        return None
+    values: dict[str, Any] = task.model_dump(mode="json", exclude_none=True)
+    named = [key for key in ("own", "postprocess", "loss") if key in values]
+    codes: dict[str, Any] = {key: _reference_digest(values[key], folder) for key in named}
+    return values | codes
+
+
+def _reference_digest(reference: str, folder: Path) -> str:
+    """Return the digest of the code behind a reference, and the name in it."""
+    place, _, name = reference.rpartition(":")
+    return f"{_code_digest(place, folder)}:{name}"
 
 
 def needs_latency(stage: Any) -> bool:
@@ -137,8 +158,7 @@ def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
         files = {"weights": digest_file(weights)}
     factory = values["model"].get("factory")
     if factory is not None:
-        place, _, name = factory.rpartition(":")
-        files["factory"] = f"{_code_digest(place, folder)}:{name}"
+        files["factory"] = _reference_digest(factory, folder)
     return files
 
 

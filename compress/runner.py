@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from compress.artifacts import FactorySpec, Verdict
+from compress.artifacts import FactorySpec, TorchModel, Verdict
 from compress.catalog import NOTHING, VERDICT
 from compress.config.digest import digest_value
 from compress.config.load import Pipeline
@@ -334,16 +334,20 @@ class _Run:
 
         from compress.data.opening import Splits
         from compress.stages.context import StageContext
+        from compress.stages.teaching import original_of
+        from compress.tasks.opening import open_task
 
         config = self.pipeline.config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.data = self.data or Splits(config.data)
+        self.data = self.data or Splits(config.data, open_task(config.task))
         place, _, name = step.entry.place.partition(":")
         stage = getattr(importlib.import_module(place), name)(step.config)
         if self.artifact is None and step.entry.consumes != NOTHING:
             self.artifact = self._load(step.entry.consumes, self.entries[-1])
+        if isinstance(model := self.artifact, TorchModel):
+            self.data.make_original = lambda: original_of(model)
         tables = self.store.root / ".latency"
         with self._listener(step, work) as listener:
             return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables))

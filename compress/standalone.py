@@ -13,6 +13,7 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, InternalError
 from compress.progress import Progress
 from compress.stages.verify import conditions_of, gates_of, scope_of
+from compress.tasks.opening import open_task
 from compress.verification.verdict import verify_onnx
 
 
@@ -66,7 +67,8 @@ def _terms_of_pipeline(pipeline: Pipeline) -> _Terms:
     config = pipeline.config.stages[-1]
     if not isinstance(config, VerifyConfig):
         raise InternalError("A pipeline passed validation without ending in verify.")
-    return _Terms(Splits(pipeline.config.data).evaluation, config, pipeline.config.seed)
+    data = Splits(pipeline.config.data, open_task(pipeline.config.task))
+    return _Terms(data.evaluation, config, pipeline.config.seed)
 
 
 def _terms_of_gates(gates: GatesFile, path: Path) -> _Terms:
@@ -84,4 +86,5 @@ def _terms_of_gates(gates: GatesFile, path: Path) -> _Terms:
         preprocessing = said
     if gates.evaluation is None:
         raise InternalError("Gates passed validation without evaluation images.")
-    return _Terms(open_split("evaluation", gates.evaluation, preprocessing), gates, gates.seed)
+    evaluation = open_split("evaluation", gates.evaluation, preprocessing, open_task(gates.task))
+    return _Terms(evaluation, gates, gates.seed)

@@ -65,7 +65,7 @@ def train(
     module = network(kind)
     teacher = Distillation(network(kind, 1).eval(), 0.5, 2.0)
     result = fit(module, *splits(), settings(kind), teacher, state, progress)
-    return module, [one.loss for one in result.epochs], [one.validation_top1 for one in result.epochs]
+    return module, [one.loss for one in result.epochs], [one.validation for one in result.epochs]
 
 
 class Ends(SilentProgress):

@@ -10,8 +10,9 @@ from typing import Any
 from compress.errors import ArtifactError
 
 _CHUNK_BYTES = 1 << 20
-_CONTENT_KEYS = ("arrays", "idx", "labels")
-_PATH_KEYS = (*_CONTENT_KEYS, "folder", "root")
+_CONTENT_KEYS = ("arrays", "idx", "labels", "coco")
+_FOLDER_KEYS = ("folder", "masks", "images", "yolo")
+_PATH_KEYS = (*_CONTENT_KEYS, *_FOLDER_KEYS, "root", "unlabelled", "own")
 
 
 def canonical_json(value: Any) -> str:
@@ -51,8 +52,11 @@ def digest_file(path: Path) -> str:
 def digest_data(source: Mapping[str, Any]) -> str:
     """Return the digest of what an image source holds; where the files lie does not matter.
 
-    - arrays, idx: the bytes of the files.
-    - folder: relative name, size and modification time of each file; reading every picture would take minutes.
+    - arrays, idx, coco: the bytes of the files.
+    - folder, masks, yolo: relative name, size and modification time of each file; reading every picture would take
+      minutes.
+    - unlabelled: as one or the other.
+    - own: the keyword arguments, and, as above, the files and folders that they name; its code counts elsewhere.
     - torchvision: name and half. Without `download`, also the listing of `root` as for a folder; with it the files
       may not be there yet, and torchvision checks their digests itself.
 
@@ -66,11 +70,22 @@ def digest_data(source: Mapping[str, Any]) -> str:
     for key in _CONTENT_KEYS:
         if source.get(key) is not None:
             parts[key] = digest_file(Path(source[key]))
-    if source.get("folder") is not None:
-        parts["folder"] = _digest_listing(Path(source["folder"]))
+    for key in _FOLDER_KEYS:
+        if source.get(key) is not None:
+            parts[key] = _digest_listing(Path(source[key]))
+    if source.get("unlabelled") is not None:
+        parts["unlabelled"] = _digest_place(Path(source["unlabelled"]))
+    if source.get("own") is not None:
+        texts = {key: Path(value) for key, value in source["kwargs"].items() if isinstance(value, str)}
+        parts["named"] = {key: _digest_place(path) for key, path in texts.items() if path.exists()}
     if source.get("torchvision") is not None and not source.get("download"):
         parts["root"] = _digest_listing(Path(source["root"]))
     return digest_value(parts)
+
+
+def _digest_place(path: Path) -> str:
+    """Return the digest of a file's bytes, or of a folder's listing."""
+    return _digest_listing(path) if path.is_dir() else digest_file(path)
 
 
 def _digest_listing(root: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.config.document import GATES, parse_document, read_document
+from compress.config.gating import check_gates
 from compress.config.locations import resolve_gate_paths
 from compress.config.messages import translate
 from compress.config.overrides import apply_overrides
@@ -36,6 +37,7 @@ def load_gates(path: Path | None, data: Path | None = None, overrides: Sequence[
     if not isinstance(document.value, dict):
         raise as_error(document.problems)
     apply_overrides(document, overrides)
+    document.problems += check_gates(document)
     try:
         checked = GatesFile.model_validate(document.value)
     except ValidationError as error:

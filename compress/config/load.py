@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from compress.config.deployment import check_deploy, follow_deploy
 from compress.config.document import Document, parse_document, read_document
+from compress.config.gating import check_gates
 from compress.config.locations import resolve_paths, use_array_folder
 from compress.config.messages import translate
 from compress.config.onnx_model import check_weights, follow_file
@@ -105,6 +106,7 @@ def _validate(document: Document) -> PipelineConfig:
     document.problems += (
         check_order(document) + check_deploy(document) + check_quantize(document) + check_weights(document)
     )
+    document.problems += check_gates(document)
     try:
         config = PipelineConfig.model_validate(document.value)
     except ValidationError as error:

@@ -13,7 +13,8 @@ from compress.config.document import Document
 from compress.config.problems import KeyPath, Origin, Problem
 
 PRETRAINED = "pretrained"  # in place of a path: what the network's library offers
-_SOURCE_KEYS = ("arrays", "labels", "idx", "folder", "root")
+_SOURCE_KEYS = ("arrays", "labels", "idx", "folder", "root", "masks", "images", "coco", "yolo", "unlabelled")
+_TASK_KEYS = ("own", "postprocess", "loss")
 _HALVES = {"train": "train.npz", "evaluation": "test.npz"}
 
 
@@ -31,7 +32,8 @@ def resolve_paths(values: dict[str, Any], document: Document, folder: Path) -> N
 def resolve_gate_paths(values: dict[str, Any], document: Document, folder: Path) -> None:
     """Do the same for the plain values of a checked file of gates."""
     evaluation = values["evaluation"] or {}
-    _resolve([*_source_paths(("evaluation",), evaluation), *_shifted_paths((), values)], document, folder)
+    task = _references(("task",), values["task"], _TASK_KEYS)
+    _resolve([*task, *_source_paths(("evaluation",), evaluation), *_shifted_paths((), values)], document, folder)
 
 
 def _resolve(found: Iterable[tuple[KeyPath, dict[str, Any], str]], document: Document, folder: Path) -> None:
@@ -73,6 +75,7 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
     """Yield key path, container and key of every value that is a path."""
     for half in _HALVES:
         yield from _source_paths(("data", half), values["data"][half])
+    yield from _references(("task",), values["task"], _TASK_KEYS)
     if (values["deploy"] or {}).get("table") is not None:
         yield ("deploy", "table"), values["deploy"], "table"
     for index, stage in enumerate(values["stages"]):
@@ -96,6 +99,16 @@ def _source_paths(path: KeyPath, source: dict[str, Any]) -> Iterator[tuple[KeyPa
     for key in _SOURCE_KEYS:
         if source.get(key) is not None:
             yield (*path, key), source, key
+    yield from _references(path, source, ("own",))
+
+
+def _references(
+    path: KeyPath, values: dict[str, Any], keys: Iterable[str]
+) -> Iterator[tuple[KeyPath, dict[str, Any], str]]:
+    """Yield the references to Python files, which begin with a path."""
+    for key in keys:
+        if (values.get(key) or "").rpartition(":")[0].endswith(".py"):
+            yield (*path, key), values, key
 
 
 def _absolute(base: Path, text: str) -> str:

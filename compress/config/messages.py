@@ -32,14 +32,14 @@ _BOUNDS = {
 }
 _PATTERNS = {
     "name": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-'",
-    "factory": "must be pkg.module:callable or path/to/file.py:callable",
+    **dict.fromkeys(("factory", "postprocess", "loss"), "must be pkg.module:callable or path/to/file.py:callable"),
+    "own": "must be pkg.module:Class or path/to/file.py:Class",
 }
 _RATIO_HINTS = {
     "target.latency": "0.5 halves the baseline's latency.",
     "target.macs": "0.5 keeps half of the baseline's MACs.",
     "target.params": "0.5 keeps half of the baseline's params.",
 }
-_SHARES = ("max_drop", "max_rise", "min", "max")
 _SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
@@ -225,8 +225,6 @@ def _plain(path: KeyPath, error: ErrorDetails, document: Document) -> Problem:
 
 
 def _bound_hint(path: KeyPath) -> str | None:
-    if len(path) > 1 and path[-2] in _SHARES and "gates" in path:
-        return "shares are not in percent: 0.01 is one point."
     return _RATIO_HINTS.get(format_path(path[-2:]))
 
 

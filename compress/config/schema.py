@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self  # in typing from Python 3.11 on
 
-from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES
+from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, TASKS
 from compress.registry import Registry
 
 
@@ -44,16 +44,18 @@ Size = Annotated[tuple[int, int], BeforeValidator(_to_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Change = Annotated[float, Field(ge=-1, le=1)]
+Limit = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0)]
-Distance = Annotated[float, Field(ge=0, le=1.5)]  # of shares up to 1, of probabilities up to the root of 2
 Count = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
+REFERENCE = r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$"
+
+
 class ArraysSource(Section):
-    """Image arrays: uint8 (N, H, W, C) and integer labels."""
+    """Image arrays: uint8 (N, H, W, C), and integer labels, masks (N, H, W) or numbers (N, ...), as the task needs."""
 
     arrays: str = Field(description="path of the .npz, or of the .npy with the images")
     labels: str | None = Field(None, description="path of the .npy with the labels; not needed for .npz")
@@ -83,6 +85,43 @@ class TorchvisionSource(Section):
     train: bool | None = Field(None, description="which half; by default data.train reads the training half")
 
 
+class MasksSource(Section):
+    """Pictures, and a picture of class indices for each: PNG with the same name."""
+
+    masks: str = Field(description="path of the folder with the masks")
+    images: str = Field(description="path of the folder with the pictures")
+
+
+class CocoSource(Section):
+    """Boxes in a JSON file of the COCO form."""
+
+    coco: str = Field(description="path of the JSON file")
+    images: str = Field(description="path of the folder with the pictures")
+    letterbox: Size | None = Field(None, description="[height, width] that pictures are fitted into, grey at the rims")
+
+
+class YoloSource(Section):
+    """Boxes in one .txt file for each picture: class, centre and size as shares, one box a line."""
+
+    yolo: str = Field(description="path of the folder with the .txt files; a picture without one has no box")
+    images: str = Field(description="path of the folder with the pictures")
+    letterbox: Size | None = Field(None, description="[height, width] that pictures are fitted into, grey at the rims")
+
+
+class UnlabelledSource(Section):
+    """Images without labels: what is learned and measured is the distance to the untouched network."""
+
+    unlabelled: str = Field(description="path of a folder of pictures, or of a .npy or .npz with images")
+    image_key: str = Field("x", description="name of the image array in an .npz")
+
+
+class OwnSource(Section):
+    """A data set class of your own: `__len__`, and `__getitem__` -> (image, target)."""
+
+    own: str = Field(pattern=REFERENCE, description='"pkg.module:Class" or "path/to/file.py:Class"')
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
+
+
 def _source_kind(value: object) -> str | None:
     if isinstance(value, dict):
         kinds = [kind for kind in SOURCES if kind in value]
@@ -95,11 +134,16 @@ Source = Annotated[
     Annotated[ArraysSource, Tag("arrays")]
     | Annotated[IdxSource, Tag("idx")]
     | Annotated[FolderSource, Tag("folder")]
-    | Annotated[TorchvisionSource, Tag("torchvision")],
+    | Annotated[TorchvisionSource, Tag("torchvision")]
+    | Annotated[MasksSource, Tag("masks")]
+    | Annotated[CocoSource, Tag("coco")]
+    | Annotated[YoloSource, Tag("yolo")]
+    | Annotated[UnlabelledSource, Tag("unlabelled")]
+    | Annotated[OwnSource, Tag("own")],
     Discriminator(
         _source_kind,
         custom_error_type="source_kind",
-        custom_error_message="must hold exactly one of the keys arrays, folder, idx, torchvision",
+        custom_error_message=f"must hold exactly one of the keys {', '.join(sorted(SOURCES))}",
     ),
 ]
 
@@ -141,6 +185,47 @@ class DataConfig(Section):
     array_folder_env: str | None = Field(
         None, description="environment variable that may name such a folder; array_folder goes before it"
     )
+
+
+class TaskConfig(Section):
+    """What the network is for: what is learned, and what is measured. The name of a task alone will do."""
+
+    name: Annotated[str, _registered(TASKS)] | None = Field(None, description=f"one of {', '.join(TASKS)}")
+    own: str | None = Field(None, pattern=REFERENCE, description='a task of your own: "path/to/file.py:Class"')
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the task of your own")
+    ignore_index: int | None = Field(None, description="segmentation: value of mask pixels that do not count; 255")
+    postprocess: str | None = Field(
+        None, pattern=REFERENCE, description='detection: "path/to/file.py:function" that makes boxes of outputs'
+    )
+    loss: str | None = Field(
+        None,
+        pattern=REFERENCE,
+        description="detection: function of outputs and targets; without, the untouched network is learned from",
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.name is None) == (self.own is None):
+            raise ValueError("must hold exactly one of name, own")
+        for key, owner in TASK_OPTIONS.items():
+            if key in self.model_fields_set and getattr(self, key) is not None and (self.name or "own") != owner:
+                if key == "kwargs" and not self.kwargs:
+                    continue
+                raise ValueError(f"{key} must be left out unless the task is {owner}")
+        if self.name == "detection" and self.postprocess is None:
+            raise ValueError("postprocess must be given for the task detection")
+        return self
+
+
+TASK_OPTIONS = {"kwargs": "own", "ignore_index": "segmentation", "postprocess": "detection", "loss": "detection"}
+
+
+def _to_task(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+TaskOrName = Annotated[TaskConfig, BeforeValidator(_to_task)]
+DEFAULT_TASK = TaskConfig(name="classification")
 
 
 class InputConfig(Section):
@@ -189,7 +274,7 @@ class FactoryModel(NetworkSection):
     """A callable that builds the network."""
 
     factory: str = Field(
-        pattern=r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=REFERENCE,
         description='"pkg.module:callable" or "path/to/file.py:callable"',
     )
 
@@ -639,20 +724,18 @@ class QuantizeConfig(Section):
 class GatesConfig(Section):
     """Limits that the file must keep; each one given is checked."""
 
-    max_drop: dict[
-        Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution"], Change
-    ] = Field({}, description="largest loss against the baseline, as a share (0.01 is one point)")
-    max_rise: dict[Literal["calibration_error", "excess_error"], Change] = Field(
+    max_drop: dict[str, Limit] = Field(
+        {}, description="largest loss against the baseline, of a share as one (0.01 is one point)"
+    )
+    max_rise: dict[str, Limit] = Field(
         {}, description="largest gain against the baseline; excess_error is what corruptions cost more than it"
     )
-    min: dict[Literal["top1", "top5", "worst_class", "noise", "corruptions", "shifted"], KeptRatio] = Field(
-        {}, description="smallest share"
-    )
-    max: dict[Literal["calibration_error", "churn", "softmax_distance"], Distance] = Field(
+    min: dict[str, Limit] = Field({}, description="smallest value")
+    max: dict[str, Limit] = Field(
         {}, description="largest value; churn is the share of predictions that are not the baseline's"
     )
-    max_drop_on: dict[str, Change] = Field(
-        {}, description="largest loss of top-1 on a distribution by its name, such as jpeg 3 or a shifted data set"
+    max_drop_on: dict[str, Limit] = Field(
+        {}, description="largest loss on a distribution by its name, such as jpeg 3 or a shifted data set"
     )
     max_ratio: dict[
         Literal["macs", "params", "size", "p50", "p90", "p95", "p99", "cold_start", "memory", "energy"], Positive
@@ -786,6 +869,7 @@ class GatesFile(VerifyConfig):
 
     stage: Literal["verify"] = "verify"
     seed: int = Field(0, ge=0, lt=2**63, description="decides noise and corruptions")
+    task: TaskOrName = Field(DEFAULT_TASK, description="what the network is for")
     evaluation: Source | None = Field(None, description="images and labels; --data goes before it")
     preprocessing: PreprocessingConfig | None = Field(
         None, description="what happens to an image first; by default what the file says about itself"
@@ -812,6 +896,7 @@ class PipelineConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="decides everything random")
     threads: Threads | None = Field(None, description="torch threads; all cores by default")
     plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
+    task: TaskOrName = Field(DEFAULT_TASK, description="what the network is for; classification by default")
     data: DataConfig
     deploy: DeployConfig | None = None
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(_to_tuple)] = Field(min_length=1)

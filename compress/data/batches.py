@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compress.data.splits import Split
+from compress.data.variation import Variation, drawn
+from compress.tasks.outputs import plain
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Any]
+Wanted = Literal["lesson", "task", "nothing"]
 RandomPurpose = Literal["order", "augmentation", "step", "weights"]
 
 CPU = torch.device("cpu")
@@ -41,7 +43,7 @@ class PlacedSplit(Split):
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """Standard augmentation for classification.
+    """Standard augmentation of images.
 
     Attributes:
         crop_padding: Pixels of zero padding on each side before a random crop back to the size; 0 is off.
@@ -56,13 +58,21 @@ class Augmentation:
     cutmix: float = 0.0
 
 
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """Yield (float32 network input, int64 labels) in order, every image once; the last batch may be smaller."""
+def evaluation_batches(split: Split, batch_size: int, targets: Wanted = "lesson") -> Iterator[Batch]:
+    """Yield (float32 network input, targets) in order, every image once; the last batch may be smaller.
+
+    Args:
+        split: What is read.
+        batch_size: Images a batch.
+        targets: "lesson" for what is learned (class indices, or what the untouched network returns), "task" for what
+            images are labelled with, "nothing" for None.
+    """
     starts = range(0, len(split), batch_size)
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
-    labels = split.labels
-    for chosen, images in _read_ahead(split, positions):
-        yield _to_input(split, images), _there(split, labels[chosen])
+    is_read = targets == "task" or (targets == "lesson" and split.original is None)
+    for images, stated in _read_ahead(split, positions, is_read):
+        x = _to_input(split, images)
+        yield x, _learned(split, x) if targets == "lesson" and not is_read else stated
 
 
 def fast_batch_size(split: Split) -> int:
@@ -95,14 +105,23 @@ def training_batches(
     """
     rank, size = part
     order = torch.randperm(len(split), generator=_generator(seed, "order", epoch)).numpy()
-    labels = split.labels
     numbers = range(start, batches_per_epoch(split, batch_size))
     whole = min(batch_size, len(split))
     positions = (order[number * batch_size : (number + 1) * batch_size][rank::size] for number in numbers)
-    for number, (chosen, images) in zip(numbers, _read_ahead(split, positions), strict=True):
+    read = _read_ahead(split, positions, split.original is None)
+    for number, (images, stated) in zip(numbers, read, strict=True):
         generator = _generator(seed, "augmentation", epoch, number)
-        augmented = augment(images, augmentation, generator, whole, slice(rank, None, size))
-        yield _to_input(split, augmented), _there(split, labels[chosen])
+        variation = varied(images, augmentation, generator, whole, slice(rank, None, size))
+        x = _to_input(split, variation.of_images(images))
+        yield x, split.task.vary(stated, variation) if split.original is None else _learned(split, x)
+
+
+@torch.no_grad()
+def _learned(split: Split, images: Tensor) -> Any:
+    """Return what the untouched network returns for a batch."""
+    assert split.original is not None
+    network = split.original()
+    return plain(network(images), getattr(network, "output_names", ()))
 
 
 def random_seed(seed: int, purpose: RandomPurpose, *parts: int) -> int:
@@ -142,34 +161,48 @@ def augment(
         whole: How many images that has; None where `images` is all of it.
         part: Which of them `images` are.
     """
+    return varied(images, augmentation, generator, whole, part).of_images(images)
+
+
+def varied(
+    images: Tensor,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    whole: int | None = None,
+    part: slice = slice(None),
+) -> Variation:
+    """Draw how a batch is varied; as `augment`."""
     count, height, width, _ = images.shape
-    device = images.device
-    drawn = count if whole is None else whole
-    if augmentation.crop_padding:
-        pad = augmentation.crop_padding
-        padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-        top = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
-        left = torch.randint(0, 2 * pad + 1, (drawn, 1), generator=generator)[part]
-        rows = (top + torch.arange(height))[:, :, None].to(device, non_blocking=True)
-        columns = (left + torch.arange(width))[:, None, :].to(device, non_blocking=True)
-        images = padded[torch.arange(count, device=device)[:, None, None], rows, columns]
-    if augmentation.flip:
-        mirrored = (torch.rand(drawn, generator=generator)[part] < 0.5).to(device, non_blocking=True)
-        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
-    return images
+    drawn_for = count if whole is None else whole
+    return drawn(augmentation.crop_padding, augmentation.flip, generator, (height, width), drawn_for, part)
 
 
-def _read_ahead(split: Split, positions: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Read the next batch in a thread while the caller works on this one."""
+def _read_ahead(split: Split, positions: Iterator[np.ndarray], with_targets: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Read the next batch, and its targets if they are wanted, in a thread while the caller works on this one."""
+
+    def read(chosen: np.ndarray) -> tuple[Tensor, Any]:
+        return _read_tensor(split, chosen), _to_tensors(split, split.read_targets(chosen)) if with_targets else None
+
     with ThreadPoolExecutor(1) as reader:
         pending = None
         for chosen in positions:
-            following = (chosen, reader.submit(_read_tensor, split, chosen))
+            following = reader.submit(read, chosen)
             if pending is not None:
-                yield pending[0], pending[1].result()
+                yield pending.result()
             pending = following
         if pending is not None:
-            yield pending[0], pending[1].result()
+            yield pending.result()
+
+
+def _to_tensors(split: Split, targets: Any) -> Any:
+    """Return targets with tensors on a split's device in place of arrays."""
+    if isinstance(targets, np.ndarray):
+        return _there(split, targets)
+    if isinstance(targets, dict):
+        return {name: _to_tensors(split, value) for name, value in targets.items()}
+    if isinstance(targets, list | tuple):
+        return type(targets)(_to_tensors(split, value) for value in targets)
+    return targets
 
 
 def _read_tensor(split: Split, positions: np.ndarray) -> Tensor:

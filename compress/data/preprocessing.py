@@ -55,6 +55,34 @@ class Preprocessing:
             image = _centre_crop(image, self.crop)
         return image
 
+    def fit_mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
+        """Apply the geometric half to one (H, W) map of class indices; `fill` is put where an image would be padded."""
+        if self.resize is not None and min(mask.shape) != self.resize:
+            height, width = _shorter_side(mask.shape[0], mask.shape[1], self.resize)
+            rows, columns = (
+                (np.arange(new) + 0.5) * old / new for new, old in zip((height, width), mask.shape, strict=True)
+            )
+            mask = mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)]
+        if self.crop is not None and mask.shape != self.crop:
+            mask = _centre_crop(mask, self.crop, fill)
+        return mask
+
+    def geometry(self, height: int, width: int) -> tuple[tuple[float, float], tuple[float, float], tuple[int, int]]:
+        """Return what the geometric half does to an image of a size.
+
+        Returns:
+            By how much (rows, columns) are scaled, by how many pixels they are then shifted, and the (height, width)
+            that comes out.
+        """
+        new = (height, width)
+        if self.resize is not None and min(height, width) != self.resize:
+            new = _shorter_side(height, width, self.resize)
+        scale = (new[0] / height, new[1] / width)
+        if self.crop is None or new == self.crop:
+            return scale, (0.0, 0.0), new
+        shift = tuple(_offset(have, want) for have, want in zip(new, self.crop, strict=True))
+        return scale, (shift[0], shift[1]), self.crop
+
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """Apply the arithmetic half.
 
@@ -72,20 +100,29 @@ class Preprocessing:
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if self.layout == "NCHW" else x)
 
 
+def _shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """Return the size of an image whose shorter side gets a length, as torchvision rounds it."""
+    return int(shorter * height / min(height, width)), int(shorter * width / min(height, width))
+
+
 def _resize_shorter_side(image: np.ndarray, shorter: int) -> np.ndarray:
     """Resize as torchvision does, so that published networks see the pixels they were trained on."""
-    height, width = image.shape[:2]
-    size = (int(shorter * width / min(height, width)), int(shorter * height / min(height, width)))
+    height, width = _shorter_side(image.shape[0], image.shape[1], shorter)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    resized = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
     return resized[..., None] if resized.ndim == 2 else resized
 
 
-def _centre_crop(image: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """Cut the middle out as torchvision does; an image smaller than the crop is padded with zeros first."""
+def _offset(have: int, want: int) -> float:
+    """Return where an image begins in its centre crop: below 0 where it is cut off, above where it is padded."""
+    return (want - have) // 2 if have < want else -round((have - want) / 2)
+
+
+def _centre_crop(image: np.ndarray, crop: tuple[int, int], fill: int = 0) -> np.ndarray:
+    """Cut the middle out as torchvision does; an image smaller than the crop is padded first."""
     missing = [max(0, want - have) for want, have in zip(crop, image.shape[:2], strict=True)]
     if any(missing):
-        pads = [(m // 2, m - m // 2) for m in missing]
-        image = np.pad(image, [*pads, (0, 0)])
+        pads = [(m // 2, m - m // 2) for m in missing] + [(0, 0)] * (image.ndim - 2)
+        image = np.pad(image, pads, constant_values=fill)
     top, left = (round((have - want) / 2) for want, have in zip(crop, image.shape[:2], strict=True))
     return image[top : top + crop[0], left : left + crop[1]]

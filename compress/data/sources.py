@@ -2,6 +2,7 @@
 
 An `ImageSource` is N labelled uint8 images, read by index; all images that one `read` returns have one shape.
 Small sets are arrays in memory; folders and large torchvision sets are decoded when they are read.
+Other targets than class indices are read by `annotated.py`, `boxes.py` and `own.py`.
 """
 
 import gzip
@@ -37,8 +38,13 @@ class ImageSource(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Class names where the source has them, else ()."""
 
+    def __len__(self) -> int: ...
+
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices`: uint8 (n, H, W, C), C = 1 or 3."""
+        """Return the images at `indices`: uint8 (n, H, W, C), C = 1 or 3; float32 where they are prepared already."""
+
+    def read_targets(self, indices: np.ndarray) -> Any:
+        """Return what the images are labelled with: an array of n entries, or a list."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,14 @@ class ArraySource:
     labels: np.ndarray
     classes: tuple[str, ...] = ()
     fit_image: FitImage | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read_targets(self, indices: np.ndarray) -> np.ndarray:
+        """Return (n,) int64 class indices."""
+        labels: np.ndarray = self.labels[indices]
+        return labels
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices`: uint8 (n, H, W, C)."""
@@ -85,13 +99,21 @@ class LazySource:
     grey: bool = False
     is_threadsafe: bool = False
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read_targets(self, indices: np.ndarray) -> np.ndarray:
+        """Return (n,) int64 class indices."""
+        labels: np.ndarray = self.labels[indices]
+        return labels
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Return the images at `indices`: uint8 (n, H, W, C).
 
         Raises:
             DataError: The images do not all have one shape.
         """
-        several = _readers().map if self.is_threadsafe else map
+        several = readers().map if self.is_threadsafe else map
         images = list(several(self._read_one, indices.tolist()))
         shapes = {image.shape for image in images}
         if len(shapes) > 1:
@@ -107,7 +129,7 @@ class LazySource:
 
 
 @cache
-def _readers() -> ThreadPoolExecutor:
+def readers() -> ThreadPoolExecutor:
     """Return threads that decode pictures, one for each core; decoders let go of the interpreter while they work."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
 
@@ -132,11 +154,11 @@ def read_arrays(
         ArtifactError: A file is missing, unreadable or lacks a key.
         DataError: The arrays are not images and labels.
     """
-    loaded = _load_numpy(images_path)
+    loaded = load_numpy(images_path)
     classes: tuple[str, ...] = ()
     if isinstance(loaded, dict):
-        images = _member(loaded, image_key, images_path)
-        labels = _load_labels(labels_path) if labels_path else _member(loaded, label_key, images_path)
+        images = member(loaded, image_key, images_path)
+        labels = _load_labels(labels_path) if labels_path else member(loaded, label_key, images_path)
         classes = tuple(str(name) for name in np.ravel(loaded.get("classes", ())))
     elif labels_path is None:
         raise ArtifactError(f"'{images_path}' holds images only; labels must be given in a file of their own.")
@@ -180,7 +202,7 @@ def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
     if empty:
         raise ArtifactError(f"Every class folder in '{root}' must hold an image, none in {', '.join(empty[:6])}.")
     return LazySource(
-        lambda index: _open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey, True
+        lambda index: open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey, True
     )
 
 
@@ -250,7 +272,12 @@ def _torchvision_labels(dataset: object, name: str) -> np.ndarray:
     raise DataError(f"torchvision data set '{name}' must have one class label for each image, it has none.")
 
 
-def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+def load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """Return the array of a .npy file, or those of an .npz by their names.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or holds pickled objects.
+    """
     _require_file(path)
     try:
         with path.open("rb") as stream:  # numpy leaves a file that it opened itself open when it is damaged
@@ -263,13 +290,14 @@ def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
 
 
 def _load_labels(path: Path) -> np.ndarray:
-    labels = _load_numpy(path)
+    labels = load_numpy(path)
     if isinstance(labels, dict):
         raise ArtifactError(f"Label file '{path}' must be a single .npy array, got an .npz with {sorted(labels)}.")
     return labels
 
 
-def _member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+def member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+    """Return one array of an .npz; ArtifactError when it is not there."""
     if key not in arrays:
         raise ArtifactError(f"'{path}' must hold an array named '{key}', it holds {', '.join(sorted(arrays))}.")
     return arrays[key]
@@ -309,7 +337,8 @@ def _checked(
     return ArraySource(images, labels.astype(np.int64), tuple(classes), fit_image)
 
 
-def _open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
+    """Return a decoded picture; DataError when it is none."""
     try:
         with Image.open(path) as picture:
             picture.load()

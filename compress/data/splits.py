@@ -9,13 +9,18 @@ Calibration and validation are carved out of the training source once, by a seed
 ever in two splits and a change of the training seed does not move the borders.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ImageSource
 from compress.errors import DataError
+from compress.tasks.base import Task
+from compress.tasks.classification import CLASSIFICATION, Classification
+from compress.tasks.imitation import Imitation
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,36 @@ class Split:
         source: Where the images are.
         indices: Which of them belong here.
         preprocessing: What the network needs.
+        task: What the targets are for, and what is measured.
+        original: Returns the untouched network, where its outputs are learned in place of the targets; else None.
     """
 
     name: str
     source: ImageSource
     indices: np.ndarray
     preprocessing: Preprocessing
+    task: Task = CLASSIFICATION
+    original: Callable[[], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64 class indices."""
+        """(N,) int64 class indices; only where the task is to tell classes apart."""
         chosen: np.ndarray = self.source.labels[self.indices]
         return chosen
+
+    @property
+    def lesson(self) -> Task:
+        """What is learned: the task itself, or to return what the untouched network returns."""
+        if self.original is None or isinstance(self.task, Imitation):
+            return self.task
+        return Imitation(self.task)
+
+    def read_targets(self, positions: np.ndarray) -> Any:
+        """Return what images are labelled with, by their positions in this split: an array of n entries, or a list."""
+        return self.source.read_targets(self.indices[positions])
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         """Return uint8 (n, H, W, C) images by their positions in this split."""
@@ -63,11 +83,18 @@ class Split:
         return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
 
 
+def known_labels(split: Split) -> np.ndarray | None:
+    """Return (N,) the class indices of a split where they are known without reading its images, else None."""
+    if not isinstance(split.lesson, Classification) or getattr(split.source, "known_labels", split.source) is None:
+        return None
+    return split.labels
+
+
 def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.ndarray]:
     """Split the indices of a source into disjoint, class-balanced parts.
 
     Args:
-        labels: (N,) integer labels.
+        labels: (N,) integer labels; all alike where images have no class.
         sizes: Images wanted for each named part; what is left over is returned as "train".
         seed: Decides which images go where.
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from compress.config.digest import digest_data, digest_file
 from compress.config.schema import DataConfig
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
 REPORT_SCHEMA = 1
@@ -64,6 +64,7 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         ArtifactError: It is none, the run is not finished, or a file is not the one that the run wrote.
+        ConfigError: Its task is another one than classification.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -78,6 +79,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise ArtifactError(f"The run in '{folder}' must be finished, it has no report.json.", hint=again)
     report = _read_json(folder / "report.json")
     try:
+        _require_classifier(report)
         digests = _require_provenance(report, folder, again)
         model_files = {name: folder / name for name in digests if name.startswith(MODEL_FILE)}
         for name in digests:
@@ -93,6 +95,17 @@ def read_run(folder: Path) -> FinishedRun:
             hint=again,
         ) from error
     return run
+
+
+def _require_classifier(report: dict[str, Any]) -> None:
+    """Refuse a run of another task: the check on the device knows labels and top-1 only."""
+    quality = report["details"].get("quality") or {}
+    if quality.get("metric"):
+        labels = "" if quality.get("is_labelled", True) else " without labels"
+        raise ConfigError(
+            f"A bundle must be of a classifier with labelled images, this run's task is {quality.get('task')}{labels}.",
+            hint="model.onnx in the run folder is the whole network.",
+        )
 
 
 def _require_provenance(report: dict[str, Any], folder: Path, again: str) -> dict[str, str]:

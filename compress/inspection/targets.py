@@ -27,6 +27,7 @@ from compress.inspection.weights import vary_weights
 from compress.networks.wiring import signature_of
 from compress.stages.exporting import conditions_of
 from compress.stages.load import factory_spec
+from compress.tasks.opening import open_task
 from compress.verification.measuring import Conditions
 
 CUT_LIMITS = Limits(multiple_of=8)
@@ -111,7 +112,8 @@ def _of_pipeline(config: PipelineConfig, input_shape: tuple[int, ...] | None) ->
     load = config.stages[0]
     assert isinstance(load, LoadConfig)
     if input_shape is None:
-        images, _ = next(evaluation_batches(Splits(config.data).evaluation.first(1), 1))
+        splits = Splits(config.data, open_task(config.task))
+        images, _ = next(evaluation_batches(splits.evaluation.first(1), 1, "nothing"))
         input_shape = tuple(images.shape[1:])
     cut = next((stage for stage in config.stages if isinstance(stage, CutConfig)), None)
     limits = CUT_LIMITS if cut is None else Limits(cut.min_width, cut.max_removed_ratio, cut.multiple_of)

@@ -1,13 +1,7 @@
 """How is the user's own code called so that it gives a network? Only what `model.factory` names is ever imported."""
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +10,6 @@ from torch import nn
 from compress.artifacts import FactorySpec
 from compress.errors import ModelError
 from compress.networks.weights import some
-from compress.registry import closest
 
 Factory = Callable[..., Any]
 
@@ -40,31 +33,6 @@ def call_factory(make: Factory, spec: FactorySpec) -> nn.Module:
         module = module.module
     _check_kind(module, spec.reference)
     return module.eval().cpu()  # type: ignore[no-any-return]
-
-
-def import_factory(reference: str) -> Factory:
-    """Return what "pkg.module:callable" or "file.py:callable" names.
-
-    Raises:
-        ModelError: It cannot be imported, or there is no such callable.
-    """
-    place, _, name = reference.rpartition(":")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        choices = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ModelError(f"'{place}' must have a callable '{name}', it has none.", hint=closest(name, choices))
-    return factory  # type: ignore[no-any-return]
-
-
-@contextmanager
-def on_path(folder: Path) -> Iterator[None]:
-    """Let Python look for modules in a folder first."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _check_kind(module: Any, reference: str) -> None:
@@ -109,32 +77,6 @@ def _is_rounded(part: nn.Module) -> bool:
     place = type(part).__module__
     packed = place.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized"))
     return packed or any(value.is_quantized for value in part.buffers(recurse=False))
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError(f"Factory file '{path}' does not exist.")
-    name = f"compress_factory_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"Factory file '{path}' must be a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    with on_path(path.resolve().parent):
-        sys.modules[name] = module  # dataclasses and typing look a class's module up by name
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-            del sys.modules[name]
-            raise ModelError(f"Factory file '{path}' must import, got {type(error).__name__}: {error}") from error
-    return module
-
-
-def _import_module(name: str) -> Any:
-    try:
-        with on_path(Path.cwd()):
-            return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-        raise ModelError(f"Factory module '{name}' must import, got {type(error).__name__}: {error}") from error
 
 
 def _call_text(make: Factory, kwargs: Mapping[str, Any]) -> str:

@@ -199,7 +199,7 @@ def _is_affordable(layer: nn.Module) -> bool:
 
 def _called_once(module: nn.Module, names: Iterable[str], split: Split) -> tuple[set[str], dict[str, str]]:
     """Return the layers that one forward pass calls exactly once, and the batch norms behind layers."""
-    example = next(evaluation_batches(split.first(1), 1))[0]
+    example = next(evaluation_batches(split.first(1), 1, "nothing"))[0]
     with eval_mode(module):
         return set(call_order(module, names, example)), following_norms(module, BATCH_NORMS, example)
 
@@ -244,9 +244,10 @@ def _collect(
         return hook
 
     with eval_mode(module), progress.task("what layers read", len(split)) as task:
-        for number, (images, labels) in enumerate(evaluation_batches(split, _BATCH)):  # noqa: B007 - read by the hooks
+        batches = evaluation_batches(split, _BATCH, "nothing")
+        for number, (images, _) in enumerate(batches):  # noqa: B007 - read by the hooks
             run_watched(module, images, {module.get_submodule(name): watch(name) for name in readers})
-            task.advance(len(labels))
+            task.advance(len(images))
     return {
         name: _finished(name, reader, grams[name].matrix().div_(rows[name]), name in norms)
         for name, reader in readers.items()

@@ -200,10 +200,10 @@ class _Reader:
 def _batches(comparison: Comparison) -> list[Tensor]:
     """Return the images to look at, as many as there is room for, in batches of one pass each."""
     split = comparison.split
-    example = next(evaluation_batches(split.first(1), 1))[0]
+    example = next(evaluation_batches(split.first(1), 1, "nothing"))[0]
     room = _LIVE_BYTES // (2 * _live_bytes(comparison.original, example))
     count = max(min(len(split), _REFIT_IMAGES, room), 1)
-    return [images for images, _ in evaluation_batches(split.first(count), min(_PASS_BATCH, count))]
+    return [images for images, _ in evaluation_batches(split.first(count), min(_PASS_BATCH, count), "nothing")]
 
 
 def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from compress.report.markup import MISSING, format_ms, format_whole
+from compress.report.metric import format_metric, metric_of_report
 from compress.report.outcome import find
 
 DRIFT = 1.05  # by how much the baseline's latency may differ between runs
@@ -74,7 +75,7 @@ def _list_data_caveats(reports: Sequence[dict[str, Any]], letters: Sequence[str]
     digests = _describe_differences(
         reports, letters, lambda report: _shorten(find(report, "provenance", "data", "evaluation"))
     )
-    what = "top-1 and all else that follows from predictions"
+    what = f"{metric_of_report(reports[0]).words} and all else that follows from predictions"
     if images:
         found.append(f"The runs were evaluated on different images ({images}): {what} are not comparable.")
     elif digests:
@@ -145,11 +146,12 @@ def _images(report: dict[str, Any]) -> str | None:
 
 def _baseline(report: dict[str, Any]) -> str | None:
     baseline = report.get("baseline") or {}
-    figures = [baseline.get("macs"), baseline.get("params"), find(baseline, "quality", "top1")]
+    metric = metric_of_report(report)
+    figures = [baseline.get("macs"), baseline.get("params"), find(baseline, "quality", metric.name)]
     if None in figures:
         return None
-    macs, params, top1 = figures
-    return f"{macs:,} MACs, {params:,} params, top-1 {100 * top1:.2f} %"
+    macs, params, quality = figures
+    return f"{macs:,} MACs, {params:,} params, {metric.words} {format_metric(metric, quality)}"
 
 
 def _wanted(report: dict[str, Any]) -> str | None:

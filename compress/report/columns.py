@@ -11,13 +11,20 @@ from compress.report.markup import (
     MISSING,
     format_bytes,
     format_count,
-    format_interval,
     format_ms,
     format_seconds,
-    format_share,
 )
-from compress.report.outcome import find, find_quality, is_broken, list_keys, name_metric
+from compress.report.metric import (
+    TOP1,
+    format_metric,
+    format_metric_interval,
+    metric_of_report,
+    title_of,
+    worse_by,
+)
+from compress.report.outcome import find, find_quality, is_broken, list_keys, name_metric, quality_kind
 from compress.report.runtime import format_joules
+from compress.tasks.base import Metric
 
 Report = dict[str, Any]
 _COSTS = (
@@ -61,11 +68,13 @@ def figure_rows(reports: Sequence[Report]) -> list[Row]:
     rows = [_verdict_row(reports)]
     for label, keys, form, less, more in _COSTS:
         rows.append(_row(label, reports, _at(*keys), form, _ratio(keys, less, more)))
-    for metric in _union(reports, "quality"):
-        rows.append(_quality_row(metric, reports))
-    for label, key in (("Top-1 lost", "drop.top1"), ("Other predictions", "churn")):
+    for name in _union(reports, "quality"):
+        rows.append(_quality_row(name, reports))
+    metric = metric_of_report(reports[0])
+    lost = f"{title_of(metric)} {'lost' if metric.higher_is_better else 'gained'}"
+    for label, key, kind in ((lost, worse_by(metric), metric), ("Other predictions", "churn", TOP1)):
         estimates = [find(report, "details", "quality", "changes", key) for report in reports]
-        rows.append(Row(label, Cell(), [_interval_cell(estimate) for estimate in estimates]))
+        rows.append(Row(label, Cell(), [_interval_cell(estimate, kind) for estimate in estimates]))
     for name in _union(reports, "latency_ms"):
         note = _ratio(("latency_ms", name), "faster", "slower")
         rows.append(_row(f"Latency {name}", reports, _at("latency_ms", name), format_ms, note))
@@ -118,13 +127,15 @@ def _quality_row(metric: str, reports: Sequence[Report]) -> Row:
     for report in reports:
         value = find(report, "slim", "quality", metric)
         estimate = find(report, "details", "quality", "slim", metric)
-        cells.append(Cell(format_share(value), _interval_cell(estimate).note))
-    return Row(name_metric(metric), Cell(format_share(find_quality(reports[0], "baseline", metric))), cells)
+        kind = quality_kind(report, metric)
+        cells.append(Cell(format_metric(kind, value), _interval_cell(estimate, kind).note))
+    before = find_quality(reports[0], "baseline", metric)
+    return Row(name_metric(metric), Cell(format_metric(quality_kind(reports[0], metric), before)), cells)
 
 
-def _interval_cell(estimate: Any) -> Cell:
-    """Return a share, and its interval as the note."""
-    text = format_interval(estimate)
+def _interval_cell(estimate: Any, metric: Metric) -> Cell:
+    """Return a figure, and its interval as the note."""
+    text = format_metric_interval(metric, estimate)
     if text is None:
         return Cell()
     value, _, interval = text.partition(" (")

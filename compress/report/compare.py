@@ -14,17 +14,24 @@ from compress.report.lines import plot_runs
 from compress.report.markup import (
     MISSING,
     escape,
-    format_interval,
     format_measure,
-    format_share,
     render_details,
     render_figure,
     render_section,
     render_table,
 )
+from compress.report.metric import (
+    format_metric,
+    format_metric_interval,
+    metric_of_report,
+    scale_of,
+    title_of,
+    worse_by,
+)
 from compress.report.outcome import describe_broken, find, is_broken, list_changes, render_badge
 from compress.report.robustness import SHOWN, describe_kinds, noise_curves
 from compress.report.svg import are_numbers
+from compress.tasks.base import Metric
 
 KIND = "runs"
 
@@ -117,7 +124,7 @@ def _render_cell(cell: Cell) -> str:
 
 
 def _render_fronts(reports: Sequence[Report], letters: Sequence[str]) -> str:
-    """Return top-1 over latency and over MACs; latency as a share of the baseline's where it is not comparable."""
+    """Return quality over latency and over MACs; latency as a share of the baseline's where it is not comparable."""
     is_alike = not list_latency_caveats(reports, letters)
     latency = "latency p50 (ms)" if is_alike else "latency, % of the baseline's"
     costs = [[_latency(report, network, is_alike) for network in ("baseline", "slim")] for report in reports]
@@ -128,7 +135,9 @@ def _render_fronts(reports: Sequence[Report], letters: Sequence[str]) -> str:
     caption = "Each point is a run. Filled points are the front: no other costs less and is as accurate, or more."
     if not is_alike:
         caption += " Milliseconds are not comparable here, so each latency is relative to its own baseline's."
-    return render_section("Accuracy and cost", render_figure(plot_fronts("fronts", panels), escape(caption)))
+    return render_section(
+        "Accuracy and cost", render_figure(plot_fronts("fronts", panels, metric_of_report(reports[0])), escape(caption))
+    )
 
 
 def _latency(report: Report, network: str, is_alike: bool) -> float | None:
@@ -145,62 +154,65 @@ def _millions(macs: float | None) -> float | None:
 
 def _list_points(reports: Sequence[Report], letters: Sequence[str], costs: Sequence[Sequence[Any]]) -> list[Point]:
     """Return a point for each run, and one for each baseline: for the first alone where they share it."""
-    points = []
+    points, metric = [], metric_of_report(reports[0])
     is_shared = share_baseline(reports)
     for number, (report, letter, (before, after)) in enumerate(zip(reports, letters, costs, strict=True)):
         for network, cost in (("baseline", before), ("slim", after)):
-            top1 = find(report, network, "quality", "top1")
+            quality = find(report, network, "quality", metric.name)
             is_baseline = network == "baseline"
-            if not are_numbers(cost, top1) or (is_baseline and is_shared and number):
+            if not are_numbers(cost, quality) or (is_baseline and is_shared and number):
                 continue
             label = "" if is_baseline and is_shared else letter
-            interval = find(report, "details", "quality", network, "top1")
-            points.append(Point.of(cost, top1, interval, label, is_baseline))
+            interval = find(report, "details", "quality", network, metric.name)
+            points.append(Point.of(cost, quality, interval, label, is_baseline, scale_of(metric)))
     return points
 
 
 def _render_robustness(reports: Sequence[Report], heads: Sequence[str], letters: Sequence[str]) -> str:
-    """Return top-1 of every run on every distribution, and under noise as a picture."""
+    """Return quality of every run on every distribution, and under noise as a picture."""
+    metric = metric_of_report(reports[0])
     found = [{one.get("name"): one for one in _distributions(report)} for report in reports]
     every = [one for those in found for one in those.values()]
     names = list(dict.fromkeys(one.get("name") for one in every))
     if not names:
         return ""
-    names.sort(key=lambda name: -max(_drop(one.get(name)) for one in found))
-    rows = [(escape(name), *(_render_standing(one.get(name)) for one in found)) for name in names]
+    names.sort(key=lambda name: -max(_drop(one.get(name), metric) for one in found))
+    rows = [(escape(name), *(_render_standing(one.get(name), metric) for one in found)) for name in names]
     columns = ("images", *heads)
     numeric = range(1, len(columns))
     table = render_table(columns, rows[:SHOWN], numeric=numeric, kind=KIND)
     if len(rows) > SHOWN:
         rest = render_table(columns, rows[SHOWN:], numeric=numeric, kind=KIND)
         table += render_details(f"{len(rows) - SHOWN} more, where no run lost more", rest)
-    note = '<p class="muted">Top-1 of each run; in small print what it lost against its baseline there.</p>\n'
+    what = f"{escape(title_of(metric))} of each run; in small print what it lost against its baseline there."
+    note = f'<p class="muted">{what}</p>\n'
     return render_section(describe_kinds(every), _render_noise(reports, letters), table, note)
 
 
 def _render_noise(reports: Sequence[Report], letters: Sequence[str]) -> str:
+    metric = metric_of_report(reports[0])
     curves: dict[str, list[tuple[float, float | None]]] = {}
     baseline: list[tuple[float, float | None]] = []
     for report, letter in zip(reports, letters, strict=True):
-        levels, before, after = noise_curves(find(report, "details", "robustness") or {})
+        levels, before, after = noise_curves(find(report, "details", "robustness") or {}, metric)
         curves[letter] = list(zip(levels, after, strict=False))
         baseline = baseline or (list(zip(levels, before, strict=False)) if share_baseline(reports) else [])
-    return render_figure(plot_runs("noise", curves, baseline, "level of the noise"))
+    return render_figure(plot_runs("noise", curves, baseline, "level of the noise", metric))
 
 
 def _distributions(report: Report) -> list[dict[str, Any]]:
     return find(report, "details", "robustness", "distributions") or []
 
 
-def _drop(standing: dict[str, Any] | None) -> float:
-    return find(standing, "changes", "drop.top1", "value") or 0.0
+def _drop(standing: dict[str, Any] | None, metric: Metric) -> float:
+    return find(standing, "changes", worse_by(metric), "value") or 0.0
 
 
-def _render_standing(standing: dict[str, Any] | None) -> str:
+def _render_standing(standing: dict[str, Any] | None, metric: Metric) -> str:
     if standing is None:
         return MISSING
-    lost = format_interval({"value": find(standing, "changes", "drop.top1", "value")})
-    return _render_cell(Cell(format_share(standing.get("top1")), f"{lost} lost" if lost else ""))
+    lost = format_metric_interval(metric, {"value": find(standing, "changes", worse_by(metric), "value")})
+    return _render_cell(Cell(format_metric(metric, standing.get(metric.name)), f"{lost} lost" if lost else ""))
 
 
 def _render_checks(reports: Sequence[Report], heads: Sequence[str]) -> str:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
+from compress.catalog import HARDER, SHARES
 from compress.report.changes import (
     CHANGE_COLUMNS,
     CHANGE_KIND,
     compare_figures,
-    compare_shares,
-    describe_points,
     describe_ratio,
 )
 from compress.report.fronts import Panel, Point, plot_fronts
@@ -27,8 +26,17 @@ from compress.report.markup import (
     render_split,
     render_table,
 )
+from compress.report.metric import (
+    compare_quality,
+    format_change,
+    format_metric,
+    metric_of_report,
+    scale_of,
+    title_of,
+)
 from compress.report.plots import count_beyond_edge, plot_latency
 from compress.report.svg import are_numbers
+from compress.tasks.base import Metric
 
 NO_BREAK = "\u00a0"
 _KINDS = {"noise": "noise", "corruptions": "corruption"}
@@ -68,12 +76,13 @@ def render_verdict(report: dict[str, Any]) -> str:
 
 def render_comparison(report: dict[str, Any]) -> str:
     """Return the table of the baseline's and the slim network's figures."""
+    metric = metric_of_report(report)
     rows = [
         compare_figures("MACs", *_both(report, "macs"), format_count, "fewer", "more"),
         compare_figures("Parameters", *_both(report, "params"), format_count, "fewer", "more"),
         compare_figures("ONNX size", *_both(report, "size_bytes"), format_bytes, "smaller", "larger"),
         *(
-            compare_shares(name_metric(key), *(find_quality(report, network, key) for network in ("baseline", "slim")))
+            compare_quality(name_metric(key), *_both_quality(report, key), quality_kind(report, key))
             for key in list_keys(report, "quality")
         ),
         *(
@@ -87,11 +96,15 @@ def render_comparison(report: dict[str, Any]) -> str:
     table = render_table(CHANGE_COLUMNS, shown, numeric=(1, 2, 3), kind=CHANGE_KIND)
     images = find(report, "details", "evaluation", "images")
     notes = [
-        f"Top-1 over {escape(format_whole(images))} evaluation images, on the ONNX files." if images else "",
+        f"{escape(title_of(metric))} over {escape(format_whole(images))} evaluation images, on the ONNX files."
+        if images
+        else "",
+        _describe_labels(report),
         _describe_runtime(report),
         "MACs: multiply–accumulates of convolution and linear layers for one image.",
     ]
-    figure = render_figure(plot_fronts("change", _list_panels(report)), "Top-1 against what the network costs.")
+    caption = f"{escape(title_of(metric))} against what the network costs."
+    figure = render_figure(plot_fronts("change", _list_panels(report, metric), metric), caption)
     note = f'<p class="muted">{" ".join(filter(None, notes))}</p>\n'
     return render_section("Before and after", table, note, figure)
 
@@ -212,7 +225,8 @@ def find_quality(report: dict[str, Any], network: str, metric: str) -> float | N
     if value is not None or network != "baseline" or metric not in _KINDS:
         return value
     found = find(report, "details", "robustness", "distributions") or []
-    each = [one.get("baseline_top1") for one in found if one.get("kind") == _KINDS[metric]]
+    key = f"baseline_{metric_of_report(report).name}"
+    each = [one.get(key) for one in found if one.get("kind") == _KINDS[metric]]
     return sum(each) / len(each) if each and None not in each else None
 
 
@@ -222,21 +236,42 @@ def name_metric(metric: str) -> str:
     >>> name_metric("top1"), name_metric("worst_class")
     ('Top-1', 'Worst class')
     """
+    known = {"miou": "mIoU", "map": "mAP", "map50": "mAP at 0.5", "map75": "mAP at 0.75", "rmse": "RMSE", "mae": "MAE"}
+    if metric in known:
+        return known[metric]
     return metric.replace("top", "Top-") if metric.startswith("top") else metric.replace("_", " ").capitalize()
 
 
-def _list_panels(report: dict[str, Any]) -> list[Panel]:
-    """Return top-1 over latency and over MACs, from the baseline to the slim network."""
+def quality_kind(report: dict[str, Any], name: str) -> Metric:
+    """Return what kind of figure a name in a report's quality stands for: a share or not."""
+    metric = metric_of_report(report)
+    if name == metric.name or name in HARDER:
+        return metric
+    return Metric(name, is_share=metric.name == "top1" or name in SHARES)
+
+
+def _both_quality(report: dict[str, Any], key: str) -> tuple[float | None, float | None]:
+    return find_quality(report, "baseline", key), find_quality(report, "slim", key)
+
+
+def _describe_labels(report: dict[str, Any]) -> str:
+    """Return a sentence where images had no labels; "" where they had."""
+    if find(report, "details", "quality", "is_labelled") is not False:
+        return ""
+    return "The images have no labels: what is measured is how near the outputs are to those of the untouched network."
+
+
+def _list_panels(report: dict[str, Any], metric: Metric) -> list[Panel]:
+    """Return quality over latency and over MACs, from the baseline to the slim network."""
     panels = []
     for title, form, keys in (("latency p50 (ms)", 1.0, ("latency_ms", "p50")), ("MACs (millions)", 1e6, ("macs",))):
         points = []
         for label in ("baseline", "slim"):
-            cost, top1 = find(report, label, *keys), find(report, label, "quality", "top1")
-            if are_numbers(cost, top1):
-                interval = find(report, "details", "quality", label, "top1")
-                points.append(
-                    Point.of(cost / form, top1, interval, "" if label == "baseline" else label, label == "baseline")
-                )
+            cost, quality = find(report, label, *keys), find(report, label, "quality", metric.name)
+            if are_numbers(cost, quality):
+                interval = find(report, "details", "quality", label, metric.name)
+                name, is_baseline = ("", True) if label == "baseline" else (label, False)
+                points.append(Point.of(cost / form, quality, interval, name, is_baseline, scale_of(metric)))
         if len(points) == 2:
             panels.append(Panel(title, points, is_joined=True))
     return panels
@@ -253,9 +288,10 @@ def list_changes(report: dict[str, Any]) -> list[str]:
         before, after = find(report, "baseline", *keys), find(report, "slim", *keys)
         if before and after:
             changes.append(describe_ratio(before, after, less, more))
-    before, after = find(report, "baseline", "quality", "top1"), find(report, "slim", "quality", "top1")
+    metric = metric_of_report(report)
+    before, after = (find(report, network, "quality", metric.name) for network in ("baseline", "slim"))
     if before is not None and after is not None:
-        changes.append(f"top-1 {format_share(after)} ({describe_points(before, after)})")
+        changes.append(f"{metric.words} {format_metric(metric, after)} ({format_change(metric, before, after)})")
     return changes
 
 

@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from compress.report.markup import format_ms, format_share
+from compress.report.markup import format_ms
+from compress.report.metric import TOP1, axis_of, format_metric, scale_of, title_of
 from compress.report.svg import BASELINE, CARD, GRID, INK, MARK, MUTED, SLIM, are_numbers, render_svg, shorten
+from compress.tasks.base import Metric
 
 TAIL_QUANTILE = 0.95
 STAIRS_AT_MOST = 12
@@ -128,18 +130,26 @@ def plot_layers(key: str, layers: Sequence[dict[str, Any]]) -> str:
     return render_svg(key, f"Latency of {len(rows)} layers before and after", 0.8 + 0.2 * len(rows), draw)
 
 
-def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]], baseline: float | None) -> str:
+def plot_front(
+    key: str, points: Sequence[tuple[float | None, float | None, str]], baseline: float | None, metric: Metric = TOP1
+) -> str:
     """Return accuracy over speed-up, the runs that no other betters filled and joined; "" when there is none.
 
     Args:
         key: Unique in the page.
-        points: Speed-up, top-1 in [0, 1], label.
-        baseline: Top-1 of the untouched network, in [0, 1].
+        points: Speed-up, top-1 in [0, 1] or what else decides, label.
+        baseline: That of the untouched network.
+        metric: What decides.
     """
-    found = [(x, 100 * y, label) for x, y, label in points if x is not None and y is not None and are_numbers(x, y)]
+    scale, sign = scale_of(metric), 1 if metric.higher_is_better else -1
+    found = [(x, scale * y, label) for x, y, label in points if x is not None and y is not None and are_numbers(x, y)]
     if not found:
         return ""
-    front = sorted((x, y) for x, y, _ in found if not any(u >= x and v >= y and (u, v) != (x, y) for u, v, _ in found))
+    front = sorted(
+        (x, y)
+        for x, y, _ in found
+        if not any(u >= x and sign * v >= sign * y and (u, v) != (x, y) for u, v, _ in found)
+    )
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -148,59 +158,65 @@ def plot_front(key: str, points: Sequence[tuple[float | None, float | None, str]
             axes.plot([x], [y], "o", color=SLIM, markersize=6, markerfacecolor=SLIM if (x, y) in front else CARD)
             axes.annotate(label, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
         if baseline is not None:
-            axes.plot([1], [100 * baseline], "s", color=BASELINE, markersize=6)
-            axes.annotate("untouched", (1, 100 * baseline), textcoords="offset points", xytext=(6, 5), fontsize=8)
+            axes.plot([1], [scale * baseline], "s", color=BASELINE, markersize=6)
+            axes.annotate("untouched", (1, scale * baseline), textcoords="offset points", xytext=(6, 5), fontsize=8)
         axes.margins(0.12)
-        axes.set(xlabel="speed-up, measured in turn with the untouched network", ylabel="top-1 (%)")
+        axes.set(xlabel="speed-up, measured in turn with the untouched network", ylabel=axis_of(metric))
 
-    return render_svg(key, f"Top-1 and speed-up of {len(found)} runs", 3.2, draw)
+    return render_svg(key, f"{title_of(metric)} and speed-up of {len(found)} runs", 3.2, draw)
 
 
-def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None) -> str:
-    """Return training loss above validation top-1, the chosen epoch marked; "" when there is no epoch.
+def plot_training(key: str, epochs: Sequence[dict[str, Any]], chosen: int | None, metric: Metric = TOP1) -> str:
+    """Return training loss above what decides on validation, the chosen epoch marked; "" when there is no epoch.
 
     Args:
         key: Unique in the page.
         epochs: {"epoch", "loss", "validation_top1"}, counted from 1.
         chosen: The epoch whose weights were kept.
+        metric: What decides; top-1 by default.
     """
+    reached = f"validation_{metric.name}"
     losses = [(e["epoch"], e["loss"]) for e in epochs if are_numbers(e.get("epoch"), e.get("loss"))]
-    top1 = [
-        (e["epoch"], 100 * e["validation_top1"])
-        for e in epochs
-        if are_numbers(e.get("epoch"), e.get("validation_top1"))
+    quality = [
+        (e["epoch"], scale_of(metric) * e[reached]) for e in epochs if are_numbers(e.get("epoch"), e.get(reached))
     ]
-    if not losses and not top1:
+    if not losses and not quality:
         return ""
 
     def draw(figure: Any) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        for axes, points, color in ((upper, losses, BASELINE), (lower, top1, SLIM)):
+        for axes, points, color in ((upper, losses, BASELINE), (lower, quality, SLIM)):
             marker = "o" if len(points) <= 30 else ""
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4.5)
         upper.set_ylabel("training loss")
-        lower.set(ylabel="validation top-1 (%)", xlabel="epoch")
-        numbers = [epoch for epoch, _ in (*losses, *top1)]
+        lower.set(ylabel=f"validation {axis_of(metric)}", xlabel="epoch")
+        numbers = [epoch for epoch, _ in (*losses, *quality)]
         lower.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
         lower.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        _mark_chosen(upper, lower, dict(top1), chosen)
+        _mark_chosen(upper, lower, dict(quality), chosen, metric)
 
-    return render_svg(key, "Training loss and validation top-1 of each epoch", 3.4, draw)
+    return render_svg(key, f"Training loss and validation {metric.words} of each epoch", 3.4, draw)
 
 
 def plot_noise(
-    key: str, levels: Sequence[float], baseline: Sequence[float | None], slim: Sequence[float | None]
+    key: str,
+    levels: Sequence[float],
+    baseline: Sequence[float | None],
+    slim: Sequence[float | None],
+    metric: Metric = TOP1,
 ) -> str:
-    """Return top-1 of both networks over the level of noise; "" when there is no noise.
+    """Return quality of both networks over the level of noise; "" when there is no noise.
 
     Args:
         key: Unique in the page.
         levels: Of the noise, 0 first.
-        baseline: Top-1 at each level, in [0, 1]; entries may be missing.
+        baseline: Top-1 at each level, in [0, 1], or what else decides; entries may be missing.
         slim: The same of the slim network.
+        metric: What decides.
     """
+    scale = scale_of(metric)
     series = [
-        (label, color, [(x, 100 * (y or 0)) for x, y in zip(levels, values, strict=False) if are_numbers(x, y)])
+        (label, color, [(x, scale * (y or 0)) for x, y in zip(levels, values, strict=False) if are_numbers(x, y)])
         for label, color, values in (("baseline", BASELINE, baseline), ("slim", SLIM, slim))
     ]
     drawn = [one for one in series if len(one[2]) > 1]
@@ -211,11 +227,11 @@ def plot_noise(
         axes = figure.subplots()
         for label, color, points in drawn:
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker="o", markersize=4, label=label)
-        axes.set(xlabel="level of the noise", ylabel="top-1 (%)")
-        axes.set_ylim(0, 104)  # room for a marker at 100
+        axes.set(xlabel="level of the noise", ylabel=axis_of(metric))
+        axes.set_ylim(0, 104 if metric.is_share else None)  # room for a marker at 100
         figure.legend(loc="outside upper left", ncols=2)
 
-    return render_svg(key, "Top-1 over the level of noise", 2.4, draw)
+    return render_svg(key, f"{title_of(metric)} over the level of noise", 2.4, draw)
 
 
 def plot_latency(key: str, baseline_ms: Sequence[float | None], slim_ms: Sequence[float | None]) -> str:
@@ -263,16 +279,16 @@ def count_beyond_edge(baseline_ms: Sequence[float | None], slim_ms: Sequence[flo
     return sum(value > high for values in series for value in values)
 
 
-def _mark_chosen(upper: Any, lower: Any, top1: dict[int, float], chosen: int | None) -> None:
+def _mark_chosen(upper: Any, lower: Any, quality: dict[int, float], chosen: int | None, metric: Metric) -> None:
     if chosen is None:
         return
     for axes in (upper, lower):
         axes.axvline(chosen, color=MARK, linewidth=1.2, linestyle=(0, (4, 2)))
-    if chosen in top1:
+    if chosen in quality:
         ring = {"markersize": 8, "color": CARD, "markeredgecolor": MARK, "markeredgewidth": 2, "clip_on": False}
-        lower.plot([chosen], [top1[chosen]], "o", **ring)
+        lower.plot([chosen], [quality[chosen]], "o", **ring)
     label = f"epoch {chosen} chosen"
-    label += f" ({format_share(top1[chosen] / 100)})" if chosen in top1 else ""
+    label += f" ({format_metric(metric, quality[chosen] / scale_of(metric))})" if chosen in quality else ""
     upper.set_title(label, color=MARK, fontsize=8.5, loc="right")
 
 

@@ -14,7 +14,8 @@ from compress.report.markup import (
     render_section,
     render_table,
 )
-from compress.report.outcome import find
+from compress.report.metric import format_metric_interval
+from compress.report.outcome import find, name_metric, quality_kind
 
 WORST = 10
 
@@ -23,6 +24,8 @@ def render_quality(report: dict[str, Any]) -> str:
     """Return how sure the figures are, what changed against the baseline, and top-1 of each class."""
     quality = find(report, "details", "quality") or {}
     changes = quality.get("changes") or {}
+    if quality.get("metric"):
+        return _render_measured(report, quality, changes)
     facts: list[tuple[str, Any]] = [
         (label, format_interval(find(quality, "slim", key)))
         for label, key in (("top-1", "top1"), ("top-5", "top5"), ("worst class", "worst_class"))
@@ -36,6 +39,17 @@ def render_quality(report: dict[str, Any]) -> str:
     ]
     facts = [(label, value) for label, value in facts if value is not None]
     return render_section("Quality", render_facts(facts), _render_classes(quality)) if facts else ""
+
+
+def _render_measured(report: dict[str, Any], quality: dict[str, Any], changes: dict[str, Any]) -> str:
+    """Return the same of another task than classification: every figure, and what changed."""
+    facts: list[tuple[str, Any]] = [("task", quality.get("task"))]
+    for name in quality.get("slim") or {}:
+        kind = quality_kind(report, name)
+        facts.append((name_metric(name), format_metric_interval(kind, find(quality, "slim", name))))
+        lost = format_metric_interval(kind, changes.get(f"drop.{name}"))
+        facts.append((f"{name_metric(name)} lost against the baseline", lost))
+    return render_section("Quality", render_facts([(label, value) for label, value in facts if value is not None]))
 
 
 def _render_classes(quality: dict[str, Any]) -> str:

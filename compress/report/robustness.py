@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from compress.report.changes import CHANGE_COLUMNS, compare_shares
+from compress.report.changes import CHANGE_COLUMNS
 from compress.report.lines import plot_severities
 from compress.report.markup import (
     escape,
-    format_interval,
     format_known,
     format_known_share,
-    format_share,
     format_whole,
     render_details,
     render_facts,
@@ -19,8 +17,17 @@ from compress.report.markup import (
     render_split,
     render_table,
 )
+from compress.report.metric import (
+    TOP1,
+    compare_quality,
+    format_metric,
+    format_metric_interval,
+    metric_of_report,
+    worse_by,
+)
 from compress.report.outcome import find
 from compress.report.plots import plot_noise
+from compress.tasks.base import Metric
 
 SHOWN = 12
 KINDS = {"noise": "Noise", "corruption": "Corruptions", "shifted": "Shifted data"}
@@ -28,7 +35,8 @@ Distributions = Sequence[dict[str, Any]]
 
 
 def render_robustness(report: dict[str, Any]) -> str:
-    """Return top-1 under noise and by severity as pictures, and on every distribution, the largest loss first."""
+    """Return quality under noise and by severity as pictures, and on every distribution, the largest loss first."""
+    metric = metric_of_report(report)
     robustness = find(report, "details", "robustness") or {}
     found = robustness.get("distributions") or []
     if not found:
@@ -37,30 +45,32 @@ def render_robustness(report: dict[str, Any]) -> str:
     facts = render_facts(
         [("images of each", format_whole(wanted.get("images"))), *((key, wanted.get(key)) for key in ("noise", "seed"))]
     )
-    levels, before, after = noise_curves(robustness)
-    noise = render_figure(plot_noise("noise", levels, before, after))
-    severities = render_figure(plot_severities("severities", list_severities(found)))
+    levels, before, after = noise_curves(robustness, metric)
+    noise = render_figure(plot_noise("noise", levels, before, after, metric))
+    severities = render_figure(plot_severities("severities", list_severities(found, metric), metric))
     return render_section(
         describe_kinds(found),
         render_split(facts, noise) if noise else facts,
         severities,
-        _render_means(found),
-        _render_distributions(found),
+        _render_means(found, metric),
+        _render_distributions(found, metric),
     )
 
 
-def noise_curves(robustness: dict[str, Any]) -> tuple[list[float], list[float | None], list[float | None]]:
-    """Return the levels of noise, 0 first, and top-1 of baseline and slim network at each; empty without noise."""
+def noise_curves(
+    robustness: dict[str, Any], metric: Metric = TOP1
+) -> tuple[list[float], list[float | None], list[float | None]]:
+    """Return the levels of noise, 0 first, and quality of baseline and slim network at each; empty without noise."""
     found = robustness.get("distributions") or []
     noisy = [one for one in found if one.get("kind") == "noise"]
     if not noisy:
         return [], [], []
     those = [_nominal(found), *noisy]
     levels = [0.0, *((robustness.get("wanted") or {}).get("noise_levels") or [])]
-    return levels, [one.get("baseline_top1") for one in those], [one.get("top1") for one in those]
+    return levels, [one.get(f"baseline_{metric.name}") for one in those], [one.get(metric.name) for one in those]
 
 
-def list_severities(found: Distributions) -> dict[str, tuple[list[Any], list[Any]]]:
+def list_severities(found: Distributions, metric: Metric = TOP1) -> dict[str, tuple[list[Any], list[Any]]]:
     """Return the curves of every corruption that was looked at at several severities, for `plot_severities`."""
     each: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for one in found:
@@ -72,8 +82,8 @@ def list_severities(found: Distributions) -> dict[str, tuple[list[Any], list[Any
         if len(those) > 1:
             steps = [(0, _nominal(found)), *sorted(those, key=lambda step: step[0])]
             curves[name] = (
-                [(severity, one.get("baseline_top1")) for severity, one in steps],
-                [(severity, one.get("top1")) for severity, one in steps],
+                [(severity, one.get(f"baseline_{metric.name}")) for severity, one in steps],
+                [(severity, one.get(metric.name)) for severity, one in steps],
             )
     return curves
 
@@ -88,14 +98,14 @@ def describe_kinds(found: Distributions) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}".capitalize()
 
 
-def _render_means(found: Distributions) -> str:
-    """Return mean top-1 over the distributions of each kind, where there are several of any."""
+def _render_means(found: Distributions, metric: Metric) -> str:
+    """Return mean quality over the distributions of each kind, where there are several of any."""
     rows = []
     for kind, label in KINDS.items():
         those = [one for one in found if one.get("kind") == kind]
         if len(those) > 1:
-            means = (_mean([one.get(key) for one in those]) for key in ("baseline_top1", "top1"))
-            rows.append(compare_shares(f"{label}, mean of {len(those)}", *means))
+            before, after = (_mean([one.get(key) for one in those]) for key in (f"baseline_{metric.name}", metric.name))
+            rows.append(compare_quality(f"{label}, mean of {len(those)}", before, after, metric))
     return render_table(CHANGE_COLUMNS[:-1], [row[:-1] for row in rows], numeric=(1, 2, 3)) if rows else ""
 
 
@@ -104,19 +114,25 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _render_distributions(found: Distributions) -> str:
-    rows = [
+def _render_distributions(found: Distributions, metric: Metric) -> str:
+    worse = worse_by(metric)
+    rows: list[tuple[str, ...]] = [
         (
             _render_name(one),
-            format_share(one.get("baseline_top1")),
-            format_share(one.get("top1")),
-            escape(format_interval(find(one, "changes", "drop.top1"))),
+            format_metric(metric, one.get(f"baseline_{metric.name}")),
+            format_metric(metric, one.get(metric.name)),
+            escape(format_metric_interval(metric, find(one, "changes", worse))),
             escape(format_known_share(find(one, "changes", "churn", "value"))),
             escape(format_known(find(one, "changes", "softmax_distance", "value"))),
         )
-        for one in sorted(found, key=lambda one: -(find(one, "changes", "drop.top1", "value") or 0.0))
+        for one in sorted(found, key=lambda one: -(find(one, "changes", worse, "value") or 0.0))
     ]
-    head, numeric = ("images", "baseline", "slim", "top-1 lost", "other class", "distance"), (1, 2, 3, 4, 5)
+    lost = f"{metric.words} lost" if metric.higher_is_better else f"{metric.words} more"
+    head: tuple[str, ...]
+    numeric: tuple[int, ...]
+    head, numeric = ("images", "baseline", "slim", lost, "other class", "distance"), (1, 2, 3, 4, 5)
+    if metric.name != "top1":  # which alone is of classes
+        head, numeric, rows = head[:4], (1, 2, 3), [row[:4] for row in rows]
     shown = render_table(head, rows[:SHOWN], numeric=numeric)
     if len(rows) <= SHOWN:
         return shown

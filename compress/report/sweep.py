@@ -16,8 +16,10 @@ from compress.report.markup import (
     render_section,
     render_table,
 )
+from compress.report.metric import TOP1, format_metric, metric_of, metric_of_report, scale_of, worse_by
 from compress.report.outcome import find
 from compress.report.plots import plot_front
+from compress.tasks.base import Metric
 
 SWEEP_SCHEMA = 1
 DELTA = 0.005
@@ -37,10 +39,12 @@ def build_sweep(name: str, quantity: str, rows: Sequence[dict[str, Any]]) -> dic
     Returns:
         Keys schema, name, quantity, baseline (figures, or None), runs, prune_potential (or None). Each run has budget,
         run, error, passed, macs, params, size_bytes, top1, latency_ms (p50), and speedup and fewer_macs against the
-        baseline of that run.
+        baseline of that run. Of another task than classification `top1` is called as its figure is, and `metric` says
+        what that is.
     """
-    runs = [_summary(row) for row in rows]
     reports = [row["report"] for row in rows if row["report"] is not None]
+    metric = metric_of_report(reports[0]) if reports else TOP1
+    runs = [_summary(row, metric) for row in rows]
     baselines = [row["report"]["baseline"] for row in rows if find(row, "report", "baseline")]
     return {
         "schema": SWEEP_SCHEMA,
@@ -49,6 +53,7 @@ def build_sweep(name: str, quantity: str, rows: Sequence[dict[str, Any]]) -> dic
         "baseline": baselines[0] if baselines else None,
         "runs": runs,
         "prune_potential": prune_potential(reports),
+        **_stated(metric),
     }
 
 
@@ -68,9 +73,10 @@ def prune_potential(reports: Sequence[dict[str, Any]], delta: float = DELTA) -> 
     """
     potential: dict[str, float] = {}
     for report in reports:
+        worse = worse_by(metric_of_report(report))
         before, after = find(report, "baseline", "macs"), find(report, "slim", "macs")
         for one in find(report, "details", "robustness", "distributions") or []:
-            drop = find(one, "changes", "drop.top1", "value")
+            drop = find(one, "changes", worse, "value")
             if not before or after is None or drop is None:
                 continue
             removed = 1 - after / before if drop <= delta + 1e-9 else 0.0
@@ -122,8 +128,9 @@ def render_sweep(report: dict[str, Any]) -> str:
     runs, baseline = report["runs"], report["baseline"]
     parts = []
     if baseline is not None:
-        points = [(run["speedup"], run["top1"], f"{run['budget']:g}") for run in runs]
-        svg = plot_front("front", points, find(baseline, "quality", "top1"))
+        metric = metric_of(report)
+        points = [(run["speedup"], run[metric.name], f"{run['budget']:g}") for run in runs]
+        svg = plot_front("front", points, find(baseline, "quality", metric.name), metric)
         caption = (
             "Each point is a run, named after its budget. Filled points are the front: no other run is faster and as "
             "accurate, or as fast and more accurate."
@@ -136,7 +143,7 @@ def render_sweep(report: dict[str, Any]) -> str:
     errors = "".join(
         f"<p>Budget {run['budget']:g}: {escape(run['error'])}</p>\n" for run in runs if run["error"] is not None
     )
-    table = render_table(COLUMNS, rows, numeric=range(2, len(COLUMNS)))
+    table = render_table(sweep_columns(report), rows, numeric=range(2, len(COLUMNS)))
     parts.append(render_section(f"Budgets of {report['quantity']}", table, errors))
     if potentials := potential_rows(report):
         shown = [[escape(cell) for cell in row] for row in potentials]
@@ -145,22 +152,29 @@ def render_sweep(report: dict[str, Any]) -> str:
     return render_page(f"{report['name']}: sweep", "compress sweep", report["name"], "".join(parts))
 
 
+def sweep_columns(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return `COLUMNS` with the figure that decides."""
+    return tuple(metric_of(report).words if column == TOP1.words else column for column in COLUMNS)
+
+
 def sweep_rows(report: dict[str, Any]) -> list[list[str]]:
     """Return the cells of `COLUMNS` for each run, as plain text."""
-    baseline = find(report, "baseline", "quality", "top1")
+    metric = metric_of(report)
+    baseline = find(report, "baseline", "quality", metric.name)
     rows = []
     for run in report["runs"]:
         budget = f"{run['budget']:g}"
         if run["error"] is not None:
             rows.append([budget, "not met", *[""] * (len(COLUMNS) - 2)])
             continue
-        change = None if None in (run["top1"], baseline) else 100 * (run["top1"] - baseline)
+        quality = run[metric.name]
+        change = None if quality is None or baseline is None else scale_of(metric) * (quality - baseline)
         rows.append(
             [
                 budget,
                 "passed" if run["passed"] else "failed",
-                format_share(run["top1"]),
-                "" if change is None else f"{change:+.2f} points",
+                format_metric(metric, quality),
+                "" if change is None else f"{change:+.2f} points" if metric.is_share else f"{change:+.4g}",
                 format_count(run["macs"]),
                 _times(run["fewer_macs"]),
                 "" if run["latency_ms"] is None else f"{run['latency_ms']:.3g} ms",
@@ -171,7 +185,11 @@ def sweep_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _summary(row: dict[str, Any]) -> dict[str, Any]:
+def _stated(metric: Metric) -> dict[str, Any]:
+    return {} if metric == TOP1 else {"metric": metric.to_dict()}
+
+
+def _summary(row: dict[str, Any], metric: Metric) -> dict[str, Any]:
     report = row["report"] or {}
     baseline, slim = report.get("baseline"), report.get("slim")
     return {
@@ -182,7 +200,7 @@ def _summary(row: dict[str, Any]) -> dict[str, Any]:
         "macs": find(slim, "macs"),
         "params": find(slim, "params"),
         "size_bytes": find(slim, "size_bytes"),
-        "top1": find(slim, "quality", "top1"),
+        metric.name: find(slim, "quality", metric.name),
         "latency_ms": find(slim, "latency_ms", "p50"),
         "speedup": _ratio(find(baseline, "latency_ms", "p50"), find(slim, "latency_ms", "p50")),
         "fewer_macs": _ratio(find(baseline, "macs"), find(slim, "macs")),

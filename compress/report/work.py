@@ -1,6 +1,7 @@
 """What did the stages do? The sections on pruning, factorisation, training, export, times and what to know."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from compress.report.markup import (
@@ -18,7 +19,9 @@ from compress.report.markup import (
     render_split,
     render_table,
 )
+from compress.report.metric import format_metric, metric_of
 from compress.report.plots import plot_layers, plot_prediction, plot_stairs, plot_training, plot_widths
+from compress.tasks.base import Metric
 
 Run = dict[str, Any]
 FIGURES = {
@@ -146,7 +149,7 @@ def _render_prune(runs: list[Run], index: int) -> str:
         *_list_timing(record.get("latency") or {}),
         ("MACs", _change(record, "macs", format_count)),
         ("parameters", _change(record, "params", format_count)),
-        ("validation top-1, before and after this stage", _change(record, "validation_top1", format_share)),
+        (f"validation {metric_of(record).words}, before and after this stage", _change_of_quality(record)),
         *_list_method(record.get("method") or {}),
     ]
     blocks = ", ".join(f"<code>{escape(block)}</code>" for block in record.get("removed_blocks") or [])
@@ -176,10 +179,12 @@ def _list_method(learned: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if not learned:
         return
     yield "method that decided while the network trained", learned.get("name")
-    for unit, form in (("loss", format_number), ("top1", format_share)):
+    metric = metric_of(learned)
+    for unit in ("loss", metric.name):
+        form = format_number if unit == "loss" else partial(format_metric, metric)
         figures = [learned.get(f"{unit}_{when}_cut") for when in ("before", "after")]
         if all(figure is not None for figure in figures):
-            label = "validation top-1" if unit == "top1" else f"validation {unit}"
+            label = f"validation {unit if unit == 'loss' else metric.words}"
             yield f"{label}, trained network before and after the cut", " → ".join(map(form, figures))
     for name, value in (learned.get("figures") or {}).items():
         label = FIGURES.get(name, name)
@@ -262,7 +267,7 @@ def _render_slim(runs: list[Run], index: int) -> str:
         ("moves", ", ".join(record.get("moves") or [])),
         ("MACs", _change(record, "macs", format_count)),
         ("parameters", _change(record, "params", format_count)),
-        ("validation top-1", _change(record, "validation_top1", format_share)),
+        (f"validation {metric_of(record).words}", _change_of_quality(record)),
     ]
     rows = [
         (
@@ -313,17 +318,22 @@ def _render_finetune(runs: list[Run], index: int) -> str:
     record = runs[index]["record"]
     epochs, chosen = record.get("epochs") or [], record.get("chosen_epoch")
     before = (runs[index - 1] if index else {}).get("record") or {}
-    start = record.get("validation_top1_before", before.get("validation_top1_after"))
-    reached = {epoch.get("epoch"): epoch.get("validation_top1") for epoch in epochs}.get(chosen)
+    metric = metric_of(record)
+    key, words = f"validation_{metric.name}", f"validation {metric.words}"
+    start = record.get(f"{key}_before", before.get(f"{key}_after"))
+    reached = {epoch.get("epoch"): epoch.get(key) for epoch in epochs}.get(chosen)
     rates = [epoch["learning_rate"] for epoch in epochs if epoch.get("learning_rate") is not None]
     peak = record.get("peak_learning_rate")
     facts = [
         ("chosen epoch", f"{chosen} of {len(epochs)}" if chosen is not None and epochs else chosen),
-        ("validation top-1 before training", _share(start)),
-        ("validation top-1 of the chosen epoch", _share(reached)),
-        ("validation top-1 of the average of the last steps", _say_average(record)),
+        (f"{words} before training", None if start is None else format_metric(metric, start)),
+        (f"{words} of the chosen epoch", None if reached is None else format_metric(metric, reached)),
+        (f"{words} of the average of the last steps", _say_average(record)),
         ("peak learning rate", None if peak is None else format_number(peak)),
-        ("learning rates tried", ", ".join(map(_say_probe, record.get("probed_learning_rates") or [])) or None),
+        (
+            "learning rates tried",
+            ", ".join(_say_probe(one, metric) for one in record.get("probed_learning_rates") or []) or None,
+        ),
         ("final learning rate", format_number(rates[-1]) if rates else None),
         ("batch size", record.get("batch_size")),
         ("steps", format_whole(record.get("steps"))),
@@ -332,28 +342,38 @@ def _render_finetune(runs: list[Run], index: int) -> str:
         (
             escape(epoch.get("epoch")) + (" (chosen)" if epoch.get("epoch") == chosen else ""),
             escape(format_number(epoch.get("loss"))),
-            escape(format_share(epoch.get("validation_top1"))),
+            escape(format_metric(metric, epoch.get(key))),
             escape(format_number(epoch.get("learning_rate"))),
             escape(format_number(epoch.get("images_per_second"))),
         )
         for epoch in epochs
     ]
-    head = ("epoch", "loss", "validation top-1", "learning rate at its end", "images/s")
+    head = ("epoch", "loss", words, "learning rate at its end", "images/s")
     return render_section(
         _title("Training", runs, index),
-        render_split(render_facts(facts), render_figure(plot_training(f"training-{index}", epochs, chosen))),
+        render_split(render_facts(facts), render_figure(plot_training(f"training-{index}", epochs, chosen, metric))),
         render_details("epochs as a table", render_table(head, rows, numeric=(1, 2, 3, 4))) if rows else "",
     )
 
 
 def _say_average(record: dict[str, Any]) -> str | None:
-    top1 = _share(record.get("averaged_top1"))
-    return None if top1 is None else f"{top1}, {'taken' if record.get('is_averaged') else 'not taken'}"
+    metric = metric_of(record)
+    reached = record.get(f"averaged_{metric.name}")
+    if reached is None:
+        return None
+    return f"{format_metric(metric, reached)}, {'taken' if record.get('is_averaged') else 'not taken'}"
 
 
-def _say_probe(probe: dict[str, Any]) -> str:
-    top1 = probe.get("validation_top1")
-    return f"{format_number(probe.get('learning_rate'))}: {'diverged' if top1 is None else format_share(top1)}"
+def _say_probe(probe: dict[str, Any], metric: Metric) -> str:
+    reached = probe.get(f"validation_{metric.name}")
+    said = "diverged" if reached is None else format_metric(metric, reached)
+    return f"{format_number(probe.get('learning_rate'))}: {said}"
+
+
+def _change_of_quality(record: dict[str, Any]) -> str | None:
+    """Return what a stage did to the figure that decides, on validation."""
+    metric = metric_of(record)
+    return _change(record, f"validation_{metric.name}", partial(format_metric, metric))
 
 
 def _render_export(runs: list[Run], index: int) -> str:

@@ -3,18 +3,19 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from torch import nn
 
 from compress.artifacts import TorchModel
-from compress.building import build_untouched, load_strict, read_weights, reinitialized
+from compress.building import reinitialized
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
 from compress.errors import NonFinite
 from compress.files import write_whole
 from compress.stages.context import Record, StageContext
-from compress.training.evaluate import evaluate_top1
+from compress.stages.measured import metric_of, stated, validation_quality
+from compress.stages.teaching import original_of
 from compress.training.fit import Distillation, FitResult, FitSettings, fit, planned_steps
 from compress.training.schedule import peak_from_original
 from compress.training.team import present_team
@@ -52,7 +53,8 @@ def train(
     """
     settings = fit_settings(config, ctx.seed, len(ctx.data.train))
     distillation = distillation_from(config.distillation, artifact)
-    before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+    metric = metric_of(ctx.data.validation)
+    before = validation_quality(artifact.module, ctx)
 
     def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
         module, path, data = copy.deepcopy(artifact.module), ctx.folder / state_file, ctx.data
@@ -69,20 +71,23 @@ def train(
             state_file,
             lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate), keeps_state=False)[1],
         )
-        best = max(probed, key=lambda one: -1.0 if one["validation_top1"] is None else one["validation_top1"])
+        reached = [one for one in probed if one[f"validation_{metric.name}"] is not None]
+        sign = 1 if metric.higher_is_better else -1
+        best = max(reached, key=lambda one: sign * one[f"validation_{metric.name}"])
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     record = {
-        "epochs": [asdict(epoch) for epoch in result.epochs],
+        "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
         "chosen_epoch": result.chosen_epoch,
-        "averaged_top1": result.averaged_top1,
+        f"averaged_{metric.name}": result.averaged,
         "is_averaged": result.is_averaged,
         "peak_learning_rate": settings.learning_rate,
         "probed_learning_rates": probed,
         "batch_size": settings.batch_size,
         "steps": result.steps,
-        "validation_top1_before": before,
+        f"validation_{metric.name}_before": before,
+        **stated(metric),
     }
     return replace(artifact, module=module), record
 
@@ -97,7 +102,8 @@ def _probe(
     Raises:
         NonFinite: At every rate the loss became NaN or infinite.
     """
-    path = ctx.folder / f"{state_file}-probed.json"
+    metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
+    key = f"validation_{metric.name}"
     probed: list[Record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     steps = min(planned_steps(ctx.data.train, settings))
     rates = [factor * settings.learning_rate for factor in PROBED]
@@ -106,16 +112,17 @@ def _probe(
     for rate in rates[len(probed) :]:
         try:
             result = trained(replace(settings, learning_rate=rate, steps=steps))
-            top1, said = result.epochs[-1].validation_top1, f"{result.epochs[-1].validation_top1:.2%}"
+            reached: float | None = result.epochs[-1].validation
+            said = f"{metric.words} {metric.show(result.epochs[-1].validation)}"
         except NonFinite:
-            if rate == rates[-1] and all(one["validation_top1"] is None for one in probed):
+            if rate == rates[-1] and all(one[key] is None for one in probed):
                 raise
-            top1, said = None, "the loss became NaN or infinite"
+            reached, said = None, f"{metric.words} the loss became NaN or infinite"
             (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
-        probed.append({"learning_rate": rate, "validation_top1": top1})
+        probed.append({"learning_rate": rate, key: reached})
         if present_team().rank == 0:
             write_whole(path, json.dumps(probed).encode())
-        ctx.progress.note(f"probe of learning rate {rate:g}: validation top-1 {said}")
+        ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
     return probed
 
 
@@ -165,6 +172,4 @@ def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -
     """Return the untouched network as the teacher, if one is asked for."""
     if config is None:
         return None
-    teacher = build_untouched(artifact.factory, artifact.signature)
-    load_strict(teacher, read_weights(artifact.baseline.weights_path), "The baseline's weights")
-    return Distillation(teacher.requires_grad_(False), config.weight, config.temperature, config.features)
+    return Distillation(original_of(artifact), config.weight, config.temperature, config.features)

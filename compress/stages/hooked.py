@@ -1,6 +1,6 @@
 """Training with the hooks of a method at work, and what the cut or the factorisation after it changes."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +10,9 @@ from compress.config.schema import TrainingConfig
 from compress.progress import Progress
 from compress.stages.context import Record, StageContext
 from compress.stages.finetune import distillation_from, fit_settings
-from compress.training.evaluate import evaluate_loss, evaluate_top1
+from compress.stages.measured import metric_of, stated, validation_quality
+from compress.tasks.base import Metric
+from compress.training.evaluate import evaluate_loss
 from compress.training.fit import FitSettings, fit
 from compress.training.hooks import TrainingHooks
 
@@ -44,40 +46,42 @@ def train_with_hooks(
         As `compress.training.fit.fit`.
     """
     settings, validation = hooked_settings(config, ctx), ctx.data.validation
-    before = evaluate_top1(module, validation, progress=ctx.progress)
+    metric, before = metric_of(validation), validation_quality(module, ctx)
     teacher = distillation_from(config.distillation, artifact)
     ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
     result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
     return {
-        "validation_top1_before": before,
-        "epochs": [asdict(epoch) for epoch in result.epochs],
+        f"validation_{metric.name}_before": before,
+        "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
         "chosen_epoch": result.chosen_epoch,
         "steps": result.steps,
         "peak_learning_rate": settings.learning_rate,
         "batch_size": settings.batch_size,
-        **loss_and_top1(module, "before_cut", ctx),
+        **loss_and_quality(module, "before_cut", ctx),
+        **stated(metric),
     }
 
 
-def loss_and_top1(module: nn.Module, when: str, ctx: StageContext) -> Record:
-    """Return loss and top-1 on the validation split, under names that end with `when`."""
+def loss_and_quality(module: nn.Module, when: str, ctx: StageContext) -> Record:
+    """Return the loss and the figure that decides, on the validation split, under names that end with `when`."""
     return {
         f"loss_{when}": evaluate_loss(module, ctx.data.validation, progress=ctx.progress),
-        f"top1_{when}": evaluate_top1(module, ctx.data.validation, progress=ctx.progress),
+        f"{metric_of(ctx.data.validation).name}_{when}": validation_quality(module, ctx),
     }
 
 
-def say_cut(record: Record, progress: Progress) -> None:
+def say_cut(record: Record, metric: Metric, progress: Progress) -> None:
     """Say what the cut did to a network that was trained for it, and warn where that is more than next to nothing.
 
     Args:
-        record: With the figures of both `loss_and_top1`, and the name and the cause that the method states.
+        record: With the figures of both `loss_and_quality`, and the name and the cause that the method states.
+        metric: The figure that decides.
         progress: Told.
     """
     before, after = record["loss_before_cut"], record["loss_after_cut"]
     progress.note(
-        f"{record['name']}: validation loss {before:.4f} before the cut, {after:.4f} after it; top-1 "
-        f"{record['top1_before_cut']:.2%}, {record['top1_after_cut']:.2%}"
+        f"{record['name']}: validation loss {before:.4f} before the cut, {after:.4f} after it; {metric.words} "
+        f"{metric.show(record[f'{metric.name}_before_cut'])}, {metric.show(record[f'{metric.name}_after_cut'])}"
     )
     if not after - before <= CUT_JUMP:
         progress.warn(

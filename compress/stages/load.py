@@ -1,7 +1,9 @@
 """load: nothing -> TorchModel, with the baseline measured once."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.cost.onnx_file import load_onnx, read_metadata
 from compress.data.batches import evaluation_batches
-from compress.data.splits import Split
+from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
 from compress.importing.importer import import_onnx
 from compress.networks.wiring import notes_on, run_network, signature_of
@@ -28,7 +30,10 @@ from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import export_present, try_rewrites
-from compress.training.evaluate import check_outputs
+from compress.stages.measured import stated
+from compress.tasks.base import Task
+from compress.tasks.classification import Classification
+from compress.tasks.outputs import plain
 from compress.verification.measuring import Conditions, measure_onnx
 
 
@@ -42,42 +47,45 @@ class LoadStage:
         """Return the untouched network.
 
         Raises:
-            ModelError: The factory fails, or the network is no classifier of these images.
+            ModelError: The factory fails, or the network is not for the task and these images.
             ArtifactError: The weights cannot be read or do not fit.
             NonFinite: Weights or outputs are NaN or infinite.
-            DataError: Labels do not fit the network.
+            DataError: Targets do not fit the network.
         """
         spec = factory_spec(self.config.model)
         module = self._build(spec, ctx)
         check_precision(module)
         ctx.data.check_classes()
-        images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2))
+        images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
         module = with_one_array(module, spec, images)
         for note in notes_on(module, images):
             ctx.progress.warn(note)
+        ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration, spec)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, signature, ctx)
-        figures = model.baseline.figures
+        figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
         record = {
             "macs": figures.macs,
             "params": figures.params,
             "size_bytes": figures.size_bytes,
-            "top1": figures.quality["top1"],
+            metric.name: figures.quality[metric.name],
+            **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
         }
         ctx.progress.note(
-            f"baseline: {figures.macs:,} MACs, {figures.params:,} params, top-1 {figures.quality['top1']:.2%} "
-            f"on {len(ctx.data.evaluation)} evaluation images, measured on the ONNX file"
+            f"baseline: {figures.macs:,} MACs, {figures.params:,} params, {metric.words} "
+            f"{metric.show(figures.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
+            "the ONNX file"
         )
         return model, record
 
     def _build(self, spec: FactorySpec, ctx: StageContext) -> nn.Module:
         """Return the network with its weights."""
         if spec.kind == "onnx":
-            images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2))
+            images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
             return import_onnx(Path(spec.reference), spec.kwargs["inputs"], [images.numpy()])
         if self.config.weights is None:
             raise InternalError("A pipeline passed validation without weights.")
@@ -157,19 +165,30 @@ def try_network(module: nn.Module, split: Split, spec: FactorySpec) -> Signature
     """Run two real images through the network and return its signature.
 
     Raises:
-        ModelError: The network does not run on them, does not return (N, classes), or changes from run to run.
+        ModelError: The network does not run on them, does not return what the task needs, or changes from run to run.
         NonFinite: An output is NaN or infinite.
     """
-    images, labels = next(evaluation_batches(split.first(2), 2))
+    images, targets = next(evaluation_batches(split.first(2), 2))
     signature = signature_of(module, spec, images)
-    if len(signature.outputs) > 1:
+    returned = run_network(module, images)
+    if len(signature.outputs) > 1 and isinstance(split.task, Classification):
         names = ", ".join(output.name for output in signature.outputs)
         raise ModelError(
             f"A classifier must return one (N, classes) tensor, the network returns {names}.",
             hint="Name the one to keep: model.outputs.",
         )
-    check_outputs(run_network(module, images), int(labels.max()))
+    check_outputs(plain(returned, [output.name for output in signature.outputs]), targets, split.lesson)
     return signature
+
+
+def check_outputs(returned: Any, targets: Any, task: Task) -> None:
+    """Check that what a network returns is what the task needs.
+
+    Raises:
+        ModelError: It is not.
+        DataError: The targets are not what the network can say.
+    """
+    task.check(returned, targets)
 
 
 def check_precision(module: nn.Module) -> None:
@@ -183,9 +202,11 @@ def check_precision(module: nn.Module) -> None:
 
 
 def check_labels(split: Split, signature: Signature) -> None:
-    """Raise DataError unless every label of the split is an output of the network."""
-    classes = signature.outputs[0].shape[1]
-    largest = int(split.labels.max())
+    """Raise DataError unless every label of the split is an output of the network, where labels are classes."""
+    labels = known_labels(split)
+    if labels is None:
+        return
+    classes, largest = signature.outputs[0].shape[1], int(labels.max())
     if largest >= int(classes):
         raise DataError(
             f"Labels of '{split.name}' must be below the number of classes the network has ({classes}), got {largest}."

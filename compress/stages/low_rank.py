@@ -27,11 +27,11 @@ from compress.pruning.elimination import layer_statistics
 from compress.recipe import Factorize
 from compress.registry import closest
 from compress.stages.context import Record, StageContext
-from compress.stages.hooked import loss_and_top1, say_cut, train_with_hooks
+from compress.stages.hooked import loss_and_quality, say_cut, train_with_hooks
+from compress.stages.measured import before_and_after, metric_of, validation_quality
 from compress.stages.meeting import meet_latency
 from compress.stages.rank_latency import rank_latency
 from compress.stages.repairing import apply_repairs, batch_norm_repair
-from compress.training.evaluate import evaluate_top1
 
 STATE_FILE = "method.pt"
 _LABELS: dict[Metric, str] = {"macs": "MACs", "params": "params"}
@@ -87,7 +87,7 @@ class LowRankStage:
         if self.config.method is not None:
             artifact, decision, learned = self._train(artifact, decision, found, total, ctx)
         choices = decision.choices
-        top1_before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+        before = validation_quality(artifact.module, ctx)
         edits = decision.edits
         with ctx.progress.task("factorise", 1) as task:
             slim, errors = factorized_copy(artifact.module, edits, decision.moments)
@@ -96,10 +96,10 @@ class LowRankStage:
         if learned is not None:
             layer, error = max(errors.items(), key=lambda item: item[1])
             cause = f"Kernels were up to {error:.1%} away from their rank ('{layer}'); more steps, or more trp.strength"
-            learned |= {"cause": f"{cause}, would help.", **loss_and_top1(slim, "after_cut", ctx)}
-            say_cut(learned, ctx.progress)
+            learned |= {"cause": f"{cause}, would help.", **loss_and_quality(slim, "after_cut", ctx)}
+            say_cut(learned, metric_of(ctx.data.validation), ctx.progress)
         repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
-        top1_after = evaluate_top1(slim, ctx.data.validation, progress=ctx.progress)
+        after = validation_quality(slim, ctx)
         macs_after = layer_macs(slim, example)
         record: Record = {
             "layers": _layer_records(choices, errors, macs_before, macs_after),
@@ -108,14 +108,15 @@ class LowRankStage:
             "macs_after": sum(macs_after.values()),
             "params_before": params_before,
             "params_after": count_params(slim),
-            "validation_top1_before": top1_before,
-            "validation_top1_after": top1_after,
+            **before_and_after(ctx, before, after),
             "shared_relative_error": decision.shared_error,
             "repairs": repairs,
             "latency": decision.latency,
             "method": learned,
         }
-        self._state_result(artifact, record, ctx.progress)
+        metric = metric_of(ctx.data.validation)
+        said = f"{metric.words} {metric.show(before)} -> {metric.show(after)}"
+        self._state_result(artifact, record, said, ctx.progress)
         return replace(artifact, module=slim, recipe=artifact.recipe.then(*edits)), record
 
     def _decide(self, artifact: TorchModel, found: dict[str, Positions], total: int, ctx: StageContext) -> "_Decision":
@@ -293,7 +294,7 @@ class LowRankStage:
         reasons = {**reasons, **costly}
         return [{"layer": name, "reason": reasons[name]} for name in macs if name in reasons]
 
-    def _state_result(self, artifact: TorchModel, record: Record, progress: Progress) -> None:
+    def _state_result(self, artifact: TorchModel, record: Record, quality: str, progress: Progress) -> None:
         if self.config.target is not None and not self.config.target.needs_latency:
             kept, baseline = self._target(artifact)
             reached = record[f"{self.metric}_after"]
@@ -302,8 +303,7 @@ class LowRankStage:
             progress.note(f"target {kept:.3f} of baseline {_LABELS[self.metric]}: reached {reached / baseline:.3f}")
         progress.note(
             f"{len(record['layers'])} layers factorised, {len(record['dense'])} stay dense; MACs "
-            f"{record['macs_before']:,} -> {record['macs_after']:,}, validation top-1 "
-            f"{record['validation_top1_before']:.2%} -> {record['validation_top1_after']:.2%} before fine-tuning"
+            f"{record['macs_before']:,} -> {record['macs_after']:,}, validation {quality} before fine-tuning"
         )
 
 

@@ -28,15 +28,17 @@ from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import silenced_copy
 from compress.recipe import RemoveChannels
 from compress.stages.context import Record, StageContext
-from compress.stages.hooked import loss_and_top1, say_cut
+from compress.stages.hooked import loss_and_quality, say_cut
 from compress.stages.latency import LatencyModel
 from compress.stages.learned import learn
+from compress.stages.measured import before_and_after, metric_of, validation_quality
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record
 from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
 from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import Trunk, shorten
-from compress.training.evaluate import evaluate_loss, evaluate_top1, image_losses
+from compress.tasks.outputs import each
+from compress.training.evaluate import evaluate_loss, image_losses, run
 from compress.training.memory_format import in_fastest_memory_format
 
 SCORE_BATCH, SCORE_IMAGES_EACH, SCORE_PIXELS = 64, 8, 2**18
@@ -141,7 +143,7 @@ class PruneStage:
         return shorten(artifact, self.config.score_images, self.config.repair, ctx)
 
     def _run(self, artifact: TorchModel, trunks: Iterable[Trunk], ctx: StageContext) -> tuple[TorchModel, Record]:
-        before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+        before = validation_quality(artifact.module, ctx)
         trials: list[Record] = []
         learned: Record | None = None
         if self.config.method is not None:
@@ -157,7 +159,7 @@ class PruneStage:
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
             wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
             raise AlreadyWithin(f"Target {wanted} must remove something, but the network already has {got}.")
-        after = evaluate_top1(best.model.module, ctx.data.validation, progress=ctx.progress)
+        after = validation_quality(best.model.module, ctx)
         record = {
             **self._record(artifact, best),
             "removed_blocks": list(best.removed_blocks),
@@ -165,8 +167,7 @@ class PruneStage:
             "method": learned,
             "repairs": best.prepared.trunk.repairs + best.repairs,
             "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
-            "validation_top1_before": before,
-            "validation_top1_after": after,
+            **before_and_after(ctx, before, after),
         }
         self._say(record, best, ctx.progress)
         return best.model, record
@@ -270,8 +271,8 @@ class PruneStage:
         slim_trunk = Trunk(model, trunk.removed + learned.removed_blocks, trunk.repairs, model.module, trunk.blocks)
         prepared = Prepared(slim_trunk, learned.surveyed, learned.candidates)
         cut = self._cut(Attempt(prepared, model, learned.selection, learned.timed, []), ctx)
-        record = {**learned.record, **loss_and_top1(cut.model.module, "after_cut", ctx)}
-        say_cut(record, ctx.progress)
+        record = {**learned.record, **loss_and_quality(cut.model.module, "after_cut", ctx)}
+        say_cut(record, metric_of(ctx.data.validation), ctx.progress)
         return self._repair(cut, ctx), record
 
     def _cut(self, attempt: Attempt, ctx: StageContext) -> Attempt:
@@ -304,7 +305,8 @@ class PruneStage:
             split = ctx.data.calibration.first(config.score_images)
             with ctx.progress.task("score channels", len(split)) as task:
                 batches = _counted(evaluation_batches(split, _score_batch(trunk.model)), task)
-                stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH)
+                losses = split.lesson.image_losses
+                stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH, losses)
         scores = score_groups(groups, criterion, stats)
         found = find_candidates(groups, scores, surveyed.levels, criterion.comparable)
         by_name = {one.name: one for one in found}
@@ -350,11 +352,11 @@ class PruneStage:
         module, example = trunk.model.module, example_input(trunk.model.signature)
         split = ctx.data.validation.first(self.config.score_images)
         with torch.no_grad(), eval_mode(module):
-            classes = module(example).shape[1]
+            guess = split.lesson.guess(run(module, example))
         return Sensitivity(
             module,
             lambda network: image_losses(network, split),
-            math.log(classes),
+            guess,
             batch_norm_repair(ctx)[1],
             example,
             ctx.folder / SENSITIVITY_FILE,
@@ -440,11 +442,12 @@ def check_cut(slim: nn.Module, original: nn.Module, selection: Selection, groups
     Raises:
         InternalError: It does not.
     """
-    images, _ = next(evaluation_batches(split.first(8), 8))
-    expected = silenced_copy(original, selection.removed, groups)(images)
-    difference = float((slim(images) - expected).abs().max())
-    if not difference <= CUT_TOLERANCE * (1 + float(expected.abs().max())):
-        raise InternalError(f"The cut network differs from the silenced original by {difference:.2g}.")
+    images, _ = next(evaluation_batches(split.first(8), 8, "nothing"))
+    wanted = each(run(silenced_copy(original, selection.removed, groups), images))
+    for got, expected in zip(each(run(slim, images)), wanted, strict=True):
+        difference = float((got - expected).abs().max())
+        if not difference <= CUT_TOLERANCE * (1 + float(expected.abs().max())):
+            raise InternalError(f"The cut network differs from the silenced original by {difference:.2g}.")
 
 
 def _group_record(one: Candidates, width: int) -> Record:
@@ -471,6 +474,6 @@ def _score_batch(model: TorchModel) -> int:
 
 def _counted(batches: Iterator[Batch], task: Task) -> Iterator[Batch]:
     """Pass batches on and tell the task how many images they hold."""
-    for images, labels in batches:
-        yield images, labels
-        task.advance(len(labels))
+    for images, targets in batches:
+        yield images, targets
+        task.advance(len(images))

@@ -25,9 +25,10 @@ from compress.persist import load_torch_model, save_torch_model
 from compress.stages.context import Record, StageContext
 from compress.stages.finetune import train
 from compress.stages.low_rank import LowRankStage
+from compress.stages.measured import before_and_after, validation_quality
 from compress.stages.prune import PruneStage
 from compress.stages.trunks import Remembered, shorten
-from compress.training.evaluate import evaluate_loss, evaluate_top1
+from compress.training.evaluate import evaluate_loss
 
 RANK_SHARES = (1 / 3, 2 / 3, 1.0)
 
@@ -63,7 +64,7 @@ class SlimStage:
             As `PruneStage.run`.
         """
         example = example_input(artifact.signature)
-        before = evaluate_top1(artifact.module, ctx.data.validation, progress=ctx.progress)
+        before = validation_quality(artifact.module, ctx)
         model, steps = artifact, []
         for number in range(1, self.config.steps + 1):
             if self.config.steps > 1:
@@ -78,8 +79,7 @@ class SlimStage:
             "macs_after": count_macs(model.module, example),
             "params_before": count_params(artifact.module),
             "params_after": count_params(model.module),
-            "validation_top1_before": before,
-            "validation_top1_after": evaluate_top1(model.module, ctx.data.validation, progress=ctx.progress),
+            **before_and_after(ctx, before, validation_quality(model.module, ctx)),
         }
         return model, record
 

@@ -53,9 +53,10 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
                 norm.reset_running_stats()
                 norm.momentum = None  # None makes torch average over all batches alike
                 norm.train()
-            for images, labels in evaluation_batches(split.interleaved(count), math.ceil(len(split) / count)):
+            size = math.ceil(len(split) / count)
+            for images, _ in evaluation_batches(split.interleaved(count), size, "nothing"):
                 module(images)
-                task.advance(len(labels))
+                task.advance(len(images))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

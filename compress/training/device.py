@@ -92,7 +92,9 @@ def placed(splits: Sequence[Split], device: torch.device) -> list[Split]:
         if id(split.source) not in whole:
             whole[id(split.source)] = resident(split.source, device)
     return [
-        PlacedSplit(one.name, one.source, one.indices, one.preprocessing, device, whole[id(one.source)])
+        PlacedSplit(
+            one.name, one.source, one.indices, one.preprocessing, one.task, one.original, device, whole[id(one.source)]
+        )
         for one in splits
     ]
 

@@ -1,51 +1,73 @@
-"""How good is a torch network, and are its outputs what a classifier's must be?"""
+"""How good is a torch network at what it is for, and what is its loss?"""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
-from compress.data.batches import evaluation_batches, fast_batch_size
+from compress.data.batches import Wanted, evaluation_batches, fast_batch_size
 from compress.data.splits import Split
-from compress.errors import DataError, ModelError
+from compress.errors import DataError
 from compress.progress import Progress, SilentProgress
+from compress.tasks.base import Facts, joined, require_finite
+from compress.tasks.classification import Classification
+from compress.tasks.imitation import Imitation
+from compress.tasks.outputs import arrays, plain
 
 
-@torch.no_grad()
-def evaluate_top1(
+def run(module: nn.Module, images: Tensor) -> Any:
+    """Return the one output of a network for a batch, or several by their names."""
+    return plain(module(images), getattr(module, "output_names", ()))
+
+
+def evaluate_quality(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> float:
-    """Return the share of images, in [0, 1], whose largest output is their label.
+    """Return the figure that decides: for a classifier the share of images, in [0, 1], that it gets right.
 
     Args:
-        module: Classifier with (N, K) outputs; its training flags are restored.
-        split: At least one image.
+        module: The network; its training flags are restored.
+        split: At least one image; says what the task is.
         batch_size: Images at once; None for as many as are fast.
         progress: Told about each batch.
 
     Raises:
-        DataError: The split is empty or has labels outside the outputs.
-        ModelError: The outputs are not (N, K).
+        DataError: The split is empty, or has targets that the network cannot have.
+        ModelError: The outputs are not what the task needs.
+        NonFinite: A figure is no finite number.
     """
-    outputs = _outputs(module, split, batch_size, progress, "top-1")
-    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs) / len(split)
+    figures = split.task.figures(quality_facts(module, split, batch_size, progress))
+    require_finite(figures)
+    return figures[split.task.metric]
+
+
+@torch.no_grad()
+def quality_facts(
+    module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
+) -> Facts:
+    """Return what the figures of a network follow from, for each image; as `evaluate_quality`."""
+    task = split.task
+    wanted: Wanted = "lesson" if isinstance(task, Imitation) else "task"
+    every = _outputs(module, split, batch_size, progress, task.main.words, wanted)
+    parts = [task.facts(arrays(outputs), _as_arrays(targets)) for outputs, targets in every]
+    return joined(parts)
 
 
 def evaluate_loss(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> float:
-    """Return the mean cross-entropy in nats.
+    """Return the mean loss; of a classifier the cross-entropy in nats.
 
     Args:
-        module: Classifier with (N, K) outputs; its training flags are restored.
+        module: The network; its training flags are restored.
         split: At least one image.
         batch_size: Images at once; None for as many as are fast.
         progress: Told about each batch.
 
     Raises:
-        As `evaluate_top1`.
+        As `evaluate_quality`.
     """
     return float(image_losses(module, split, batch_size, progress).mean())
 
@@ -54,47 +76,48 @@ def evaluate_loss(
 def image_losses(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> Tensor:
-    """Return (N,) float64 the cross-entropy of each image, in nats.
+    """Return (N,) float64 the loss of each image; of a classifier the cross-entropy in nats.
 
     Args:
-        module: Classifier with (N, K) outputs; its training flags are restored.
+        module: The network; its training flags are restored.
         split: At least one image.
         batch_size: Images at once; None for as many as are fast.
         progress: Told about each batch.
 
     Raises:
-        As `evaluate_top1`.
+        As `evaluate_quality`.
     """
-    outputs = _outputs(module, split, batch_size, progress, "loss")
-    return torch.cat([F.cross_entropy(logits.double(), labels, reduction="none").cpu() for logits, labels in outputs])
+    lesson = split.lesson
+    every = _outputs(module, split, batch_size, progress, "loss", "lesson")
+    is_exact = isinstance(lesson, Classification)
+    losses = [
+        lesson.image_losses(outputs.double() if is_exact else outputs, targets).double().cpu()
+        for outputs, targets in every
+    ]
+    return torch.cat(losses)
 
 
 def _outputs(
-    module: nn.Module, split: Split, batch_size: int | None, progress: Progress | None, what: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give checked outputs, (N, K), and labels, batch by batch."""
+    module: nn.Module, split: Split, batch_size: int | None, progress: Progress | None, what: str, wanted: Wanted
+) -> Iterator[tuple[Any, Any]]:
+    """Give checked outputs and targets, batch by batch."""
     if len(split) == 0:
         raise DataError(f"Split '{split.name}' must hold at least one image to measure {what} on, it holds none.")
-    with eval_mode(module), (progress or SilentProgress()).task(f"{what} on {split.name}", len(split)) as task:
-        for images, labels in evaluation_batches(split, batch_size or fast_batch_size(split)):
-            logits = module(images)
-            check_outputs(logits, int(labels.max()))
-            yield logits, labels
-            task.advance(len(labels))
+    task = split.lesson if wanted == "lesson" else split.task
+    with eval_mode(module), (progress or SilentProgress()).task(f"{what} on {split.name}", len(split)) as shown:
+        for images, targets in evaluation_batches(split, batch_size or fast_batch_size(split), wanted):
+            outputs = run(module, images)
+            task.check(outputs, targets)
+            yield outputs, targets
+            shown.advance(len(images))
 
 
-def check_outputs(outputs: object, largest_label: int) -> None:
-    """Check that outputs are (N, K) and that the labels fit them.
-
-    Raises:
-        ModelError: The output is no (N, K) tensor.
-        DataError: A label is K or more.
-    """
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
-        got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise ModelError(f"A classifier must return one (N, classes) tensor, got {got}.")
-    if largest_label >= outputs.shape[1]:
-        raise DataError(
-            f"Labels must be below the number of classes the network has ({outputs.shape[1]}), "
-            f"got label {largest_label}."
-        )
+def _as_arrays(targets: Any) -> Any:
+    """Return targets with arrays in place of tensors."""
+    if isinstance(targets, Tensor):
+        return targets.detach().cpu().numpy()
+    if isinstance(targets, dict):
+        return {name: _as_arrays(value) for name, value in targets.items()}
+    if isinstance(targets, list | tuple):
+        return type(targets)(_as_arrays(value) for value in targets)
+    return targets

@@ -29,7 +29,7 @@ class MapPairs:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, split: Split) -> None:
-        images, _ = next(evaluation_batches(split.first(1), 1))
+        images, _ = next(evaluation_batches(split.first(1), 1, "nothing"))
         shapes = [_maps(network, images) for network in (student, teacher)]
         self.names = tuple(name for name, shape in shapes[0].items() if shapes[1].get(name) == shape)
         if not self.names:

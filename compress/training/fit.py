@@ -1,9 +1,9 @@
 """The one training loop: seeded, resumable, with the best epoch chosen on validation.
 
 One call of `fit` is a run of `steps` optimiser steps, split into epochs; after each epoch validation top-1 is
-measured. The whole state is saved atomically after each epoch, every few minutes and on Ctrl-C. Everything random
-depends on the seed, the epoch and the step alone, so a run that was killed goes on from the last state and ends with
-the same weights as an undisturbed one (same thread count, CPU).
+measured, or whatever decides in another task. The whole state is saved atomically after each epoch, every few minutes
+and on Ctrl-C. Everything random depends on the seed, the epoch and the step alone, so a run that was killed goes on
+from the last state and ends with the same weights as an undisturbed one (same thread count, CPU).
 """
 
 import copy
@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.batches import Augmentation, Batch, batches_per_epoch, random_seed, training_batches
-from compress.data.splits import Split
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
+from compress.data.splits import Split, known_labels
+from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
+from compress.tasks.base import Metric
+from compress.tasks.outputs import changed, each, plain
 from compress.training.averaging import WeightAverage
 from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import moved, placed, require_precision, training_device
-from compress.training.evaluate import check_outputs, evaluate_top1
+from compress.training.evaluate import evaluate_quality
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format
-from compress.training.mixing import mixed
+from compress.training.mixing import mixed, mixed_loss
 from compress.training.schedule import schedule
 from compress.training.team import present_team
 
@@ -75,7 +76,7 @@ class FitSettings:
         label_smoothing: In [0, 1).
         augmentation: What is varied.
         seed: Decides order, augmentation and what the network draws.
-        keep: "best" returns the epoch with the highest validation top-1, "last" the final one.
+        keep: "best" returns the epoch that is best on validation, "last" the final one.
         compiled: Whether the forward pass goes through `torch.compile` (needs a C++ compiler).
         optimizer: "sgd" with Nesterov momentum, or "adamw".
         schedule: As `compress.training.schedule.schedule` calls it.
@@ -121,16 +122,23 @@ class EpochRecord:
     Attributes:
         epoch: Counted from 1.
         loss: Mean training loss.
-        validation_top1: In [0, 1].
+        validation: The figure that decides, on the validation split; of a classifier top-1, in [0, 1].
         learning_rate: At the end of the epoch.
         images_per_second: While training, without validation.
     """
 
     epoch: int
     loss: float
-    validation_top1: float
+    validation: float
     learning_rate: float
     images_per_second: float
+
+    def to_dict(self, metric: Metric) -> dict[str, Any]:
+        """Return plain values for the report, such as {"epoch": 1, "loss": 0.3, "validation_top1": 0.9, ...}."""
+        return {
+            (f"validation_{metric.name}" if name == "validation" else name): value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +149,14 @@ class FitResult:
         epochs: One record each.
         chosen_epoch: Whose weights the module now holds; the last one where it holds the average.
         steps: Optimiser steps.
-        averaged_top1: Validation top-1, in [0, 1], of the average of the last steps; None without one.
+        averaged: The figure that decides, on the validation split, of the average of the last steps; None without.
         is_averaged: Whether the module holds that average.
     """
 
     epochs: tuple[EpochRecord, ...]
     chosen_epoch: int
     steps: int
-    averaged_top1: float | None = None
+    averaged: float | None = None
     is_averaged: bool = False
 
 
@@ -166,8 +174,8 @@ def fit(
     """Train `module` in place and leave it in eval mode.
 
     Args:
-        module: Classifier on the CPU; it comes back there.
-        train: What is learned from.
+        module: Network on the CPU; it comes back there.
+        train: What is learned from, and what the task is.
         validation: What the epoch is chosen on; never the evaluation split.
         settings: How.
         distillation: Teacher, or None.
@@ -182,7 +190,8 @@ def fit(
         OutOfMemory: A batch does not fit into memory.
         KeyboardInterrupt: As asked for, after the step under way was made and the state saved.
         DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
-        ModelError: No parameter requires a gradient.
+        ModelError: No parameter requires a gradient, or outputs are not what the task needs.
+        ConfigValueError: Images are to be mixed, and the targets are no class indices.
         StageError: The device is not there, the precision is one that it has no instructions for, or the network cannot
             be compiled.
         ArtifactError: The saved state belongs to another run.
@@ -195,6 +204,13 @@ def fit(
         raise DataError(
             f"batch_size must be divisible by the number of processes ({team.size}) and each must have an image to "
             f"validate on, got batches of {min(settings.batch_size, len(train))} and {len(validation)} images."
+        )
+    augmentation = settings.augmentation
+    if (augmentation.mixup or augmentation.cutmix) and not train.lesson.can_mix:
+        raise ConfigValueError(
+            f"augmentation.mixup and augmentation.cutmix must be 0 where targets are no class indices, got "
+            f"{augmentation.mixup:g} and {augmentation.cutmix:g}.",
+            hint=f"the task is {train.task.name}{', learned without labels' if train.original is not None else ''}",
         )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")
@@ -257,7 +273,8 @@ class _Run:
         self.memory_format = fastest_memory_format(module, train)
         for network in (module, distillation.teacher if distillation is not None else module):
             network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(module) if settings.compiled else module
+        self.forward: Callable[[Tensor], Any] = torch.compile(module) if settings.compiled else module
+        self.lesson, self.metric = train.lesson, validation.task.main
         self.train, self.validation = placed((train, validation), self.device)
         self.settings, self.distillation, self.progress = settings, distillation, progress
         self.steps_per_epoch, self.total_steps = planned_steps(train, settings)
@@ -276,7 +293,7 @@ class _Run:
         self.best: tuple[int, dict[str, Tensor]] | None = None
 
     def train_epoch(self, is_interrupted: Callable[[], bool]) -> None:
-        """Run one epoch (or what is left of it, or of the steps), then measure validation top-1."""
+        """Run one epoch (or what is left of it, or of the steps), then measure on validation."""
         self.module.train()
         settings, epoch = self.settings, len(self.records)
         first = epoch * self.steps_per_epoch
@@ -302,7 +319,7 @@ class _Run:
                 # dropout and mixing draw the same after a resume
                 torch.manual_seed(random_seed(settings.seed, "step", self.step, *self._own_part))
                 self._train_step(several)
-                images_seen += self.team.size * sum(len(labels) for _, labels in several)
+                images_seen += self.team.size * sum(len(images) for images, _ in several)
                 self._advance(task, images_seen / (time.perf_counter() - started))
                 self._keep_state(is_interrupted())
             self._read_losses()
@@ -340,7 +357,8 @@ class _Run:
     def networks(self) -> list[nn.Module]:
         """All that computes."""
         teachers = [] if self.distillation is None else [self.distillation.teacher]
-        return [self.module, *teachers, *(average.module for average in self.averages)]
+        originals = {split.original() for split in (self.train, self.validation) if split.original is not None}
+        return [self.module, *teachers, *originals, *(average.module for average in self.averages)]
 
     def _own_random_state(self) -> AbstractContextManager[None]:
         """Leave the global random state as it was."""
@@ -368,33 +386,37 @@ class _Run:
 
     def finish(self) -> FitResult:
         """Load the chosen weights, leave them contiguous and in eval mode, and say what was done."""
-        chosen, top1, is_averaged = len(self.records), None, False
+        chosen, reached, is_averaged = len(self.records), None, False
         weights = self.measured.state_dict()
         if self.settings.keep == "best" and self.best is not None:
             chosen, weights = self.best
         if self.tail is not None:
-            top1 = self._measure_tail(self.tail.module)
-            is_averaged = self.settings.keep == "last" or top1 > self.records[chosen - 1].validation_top1
+            reached = self._measure_tail(self.tail.module)
+            best = self.records[chosen - 1].validation
+            is_averaged = self.settings.keep == "last" or self.metric.is_better(reached, best)
             if is_averaged:
                 chosen, weights = len(self.records), self.tail.module.state_dict()
         self.module.load_state_dict(weights)
         self.module.to(memory_format=torch.contiguous_format).eval()
-        return FitResult(tuple(self.records), chosen, self.step, top1, is_averaged)
+        return FitResult(tuple(self.records), chosen, self.step, reached, is_averaged)
 
     def _measure_tail(self, module: nn.Module) -> float:
-        """Give the average of the last steps batch-norm statistics of its own, and return its validation top-1."""
+        """Give the average of the last steps batch-norm statistics of its own, and return its figure on validation."""
         reestimate_batch_norm(module, self.train.first(_STATISTICS_IMAGES), self.progress)
-        top1 = self._measure(module)
-        self.progress.note(f"average of the last {self.tail_steps} steps: validation top-1 {top1:.2%}")
-        return top1
+        reached = self._measure(module)
+        self.progress.note(f"average of the last {self.tail_steps} steps: validation {self._say(reached)}")
+        return reached
+
+    def _say(self, value: float) -> str:
+        return f"{self.metric.words} {self.metric.show(value)}"
 
     def _measure(self, module: nn.Module) -> float:
-        """Return validation top-1; each process looks at its part."""
+        """Return the figure that decides, on validation; of a share of images each process looks at its part."""
         size = None if self.device.type == "cpu" else self.settings.batch_size  # what is known to fit there
-        if self.team.size == 1:
-            return evaluate_top1(module, self.validation, size, self.progress)
+        if self.team.size == 1 or self.validation.task.main.name != "top1":
+            return evaluate_quality(module, self.validation, size, self.progress)
         part = self.validation.part(self.team.rank, self.team.size)
-        right = evaluate_top1(module, part, size, self.progress) * len(part)
+        right = evaluate_quality(module, part, size, self.progress) * len(part)
         return round(self.team.total([right])[0]) / len(self.validation)
 
     def save(self, path: Path) -> None:
@@ -469,8 +491,8 @@ class _Run:
         if self.hooks is not None:
             self.hooks.on_step_begin(self.step)
         value = torch.zeros((), device=self.device)
-        for images, labels in batches:
-            loss = self._batch_loss(images, labels) / len(batches)
+        for images, targets in batches:
+            loss = self._batch_loss(images, targets) / len(batches)
             value = value + loss.detach()
             if self.read_together == 1:
                 self._require_finite(self._mean_over_team([value.item()]))
@@ -531,19 +553,20 @@ class _Run:
                     hint="Lower learning_rate.",
                 )
 
-    def _batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _batch_loss(self, images: Tensor, targets: Any) -> Tensor:
         if images.ndim == 4:
             images = images.contiguous(memory_format=self.memory_format)
         images, share = mixed(images, self.settings.augmentation, self.train.preprocessing.layout)
-        outputs = self._outputs(images)
+        outputs = changed(self._outputs(images), at_least_float32)
         if self.step == 0:
-            check_outputs(outputs, int(self.train.labels.max()))
-        return self._loss(at_least_float32(outputs), images, labels, share)
+            every = known_labels(self.train)
+            self.lesson.check(changed(outputs, Tensor.detach), targets if every is None else every)
+        return self._loss(outputs, images, targets, share)
 
-    def _outputs(self, images: Tensor) -> Tensor:
+    def _outputs(self, images: Tensor) -> Any:
         try:
             with self._autocast():
-                return self.forward(images)
+                return plain(self.forward(images), getattr(self.module, "output_names", ()))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -557,29 +580,26 @@ class _Run:
         precision = self.settings.precision
         return torch.autocast(self.device.type, _DTYPES[precision], enabled=precision != "fp32")
 
-    def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+    def _loss(self, outputs: Any, images: Tensor, targets: Any, share: Tensor) -> Tensor:
         """Return the loss of a batch; `share`, (N,) on the CPU, of each image is its neighbour's, with its label."""
         smoothing = self.settings.label_smoothing
-        hard = F.cross_entropy(outputs, labels, label_smoothing=smoothing)
         if share.any():
-            own, other = (
-                F.cross_entropy(outputs, wanted, label_smoothing=smoothing, reduction="none")
-                for wanted in (labels, labels.roll(1, 0))
-            )
-            hard = own.lerp(other, share.to(own.device, non_blocking=True)).mean()
+            hard = mixed_loss(outputs, targets, share, smoothing)
+        else:
+            hard = self.lesson.training_loss(outputs, targets, smoothing)
         if self.distillation is None:
             return hard
         weight, temperature = self.distillation.weight, self.distillation.temperature
         with torch.no_grad(), self._autocast():
-            taught = self.distillation.teacher(images)
-        if taught.shape != outputs.shape:
+            teacher = self.distillation.teacher
+            taught = plain(teacher(images), getattr(teacher, "output_names", ()))
+        shapes = [[tuple(one.shape[1:]) for one in each(values)] for values in (outputs, taught)]
+        if shapes[0] != shapes[1]:
             raise ModelError(
-                f"The teacher must have as many classes as the network it teaches ({outputs.shape[1]}), "
-                f"it has {taught.shape[1]}."
+                f"The teacher must have outputs of the shapes of the network it teaches, {shapes[0]} an image, it has "
+                f"{shapes[1]}."
             )
-        wanted = F.log_softmax(at_least_float32(taught) / temperature, 1)
-        got = F.log_softmax(outputs / temperature, 1)
-        soft = F.kl_div(got, wanted, reduction="batchmean", log_target=True) * temperature**2
+        soft = self.lesson.distance(outputs, changed(taught, at_least_float32), temperature)
         loss = (1 - weight) * hard + weight * soft
         return loss if self.maps is None else loss + self.distillation.features * self.maps.difference()
 
@@ -597,15 +617,17 @@ class _Run:
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
         self._require_finite_weights()
-        top1 = self._measure(self.measured)
+        reached = self._measure(self.measured)
         rate = self.optimizer.param_groups[0]["lr"]
-        self.records.append(EpochRecord(number, loss, top1, rate, speed))
-        self.progress.curve(self.name, self.step, {"validation_top1": top1, "images_per_second": speed})
-        best_before = max((record.validation_top1 for record in self.records[:-1]), default=-1.0)
-        if self.settings.keep == "best" and top1 >= best_before:
+        known = [record.validation for record in self.records]
+        self.records.append(EpochRecord(number, loss, reached, rate, speed))
+        values = {f"validation_{self.metric.name}": reached, "images_per_second": speed}
+        self.progress.curve(self.name, self.step, values)
+        if self.settings.keep == "best" and not any(self.metric.is_better(one, reached) for one in known):
             self.best = (number, copy.deepcopy(self.measured.state_dict()))
         self.progress.note(
-            f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation top-1 {top1:.2%}, {speed:.0f} images/s"
+            f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation {self._say(reached)}, {speed:.0f} "
+            "images/s"
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -619,6 +641,7 @@ class _Run:
             "validation images": len(self.validation),
             "distillation": None if teacher is None else [teacher.weight, teacher.temperature, teacher.features],
             "hooks": None if self.hooks is None else type(self.hooks).__name__,
+            "task": f"{self.lesson.name}, {self.metric.name}",
             **{f"shape of {name}": list(value.shape) for name, value in self.module.state_dict().items()},
         }
 

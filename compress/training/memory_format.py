@@ -18,7 +18,7 @@ def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_forma
         module: The network; left contiguous.
         split: Images that it can read.
     """
-    images = next((images for images, _ in evaluation_batches(split.first(2), 2)), torch.empty(0))
+    images = next((images for images, _ in evaluation_batches(split.first(2), 2, "nothing")), torch.empty(0))
     if images.ndim != 4:
         return torch.contiguous_format
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,6 +1,7 @@
 """How are images of a batch mixed in pairs, each with its neighbour?"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compress.data.batches import Augmentation
@@ -31,6 +32,22 @@ def mixed(images: Tensor, augmentation: Augmentation, layout: str = "NCHW") -> t
         weights = share.reshape(-1, *[1] * (images.ndim - 1)).to(images.device, non_blocking=True)
         return images.lerp(images.roll(1, 0), weights), share
     return _with_rectangles(images, float(shares.sample()), 2 if layout == "NCHW" else 1)
+
+
+def mixed_loss(outputs: Tensor, labels: Tensor, share: Tensor, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy of a mixed batch.
+
+    Args:
+        outputs: (N, K) logits.
+        labels: (N,) of the images themselves.
+        share: (N,) how much of each image is its neighbour's, and so how much its neighbour's label counts.
+        smoothing: Of labels.
+    """
+    own, other = (
+        F.cross_entropy(outputs, wanted, label_smoothing=smoothing, reduction="none")
+        for wanted in (labels, labels.roll(1, 0))
+    )
+    return own.lerp(other, share.to(own.device, non_blocking=True)).mean()
 
 
 def _with_rectangles(images: Tensor, area: float, down: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,8 @@ from compress.cost.onnx_file import (
 )
 from compress.data.splits import Split
 from compress.errors import ArtifactError
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 from compress.verification.compare import ParityResult
 from compress.verification.modes import training_nodes
 from compress.verification.runtimes.base import Runtime
@@ -32,6 +35,7 @@ if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import nn
 
 REPEATABLE = "repeatable"
+TOP1 = CLASSIFICATION.main
 _NAMED = 6
 BASELINE_WITHIN = 0.002  # another runtime may decide otherwise where two classes are as likely
 
@@ -131,18 +135,22 @@ def _compare_preprocessing(name: str, model: ModelProto, split: Split) -> CheckR
     return CheckResult(name, "fail" if problems else "pass", None, None, "", "; ".join(problems) or "as the file says")
 
 
-def check_baseline(recorded: float, measured: float, images: int) -> CheckResult:
+def check_baseline(recorded: float, measured: float, images: int, metric: Metric = TOP1) -> CheckResult:
     """Check that the baseline's file is as good as when it was recorded: else the images or the file are others now.
 
     Args:
-        recorded: Top-1 when the baseline was made.
-        measured: Top-1 now.
+        recorded: Top-1, or whatever decides, when the baseline was made.
+        measured: The same now.
         images: That it is measured on.
+        metric: What it is.
     """
     limit = max(BASELINE_WITHIN, 1.5 / images)
+    if not metric.is_share:
+        limit *= max(abs(recorded), abs(measured))
     apart = abs(measured - recorded)
-    detail = f"top-1 {recorded:.2%} when it was made, {measured:.2%} now"
-    return CheckResult("baseline_agrees", "pass" if apart <= limit else "fail", apart, limit, "share", detail)
+    detail = f"{metric.words} {metric.show(recorded)} when it was made, {metric.show(measured)} now"
+    unit = "share" if metric.is_share else ""
+    return CheckResult("baseline_agrees", "pass" if apart <= limit else "fail", apart, limit, unit, detail)
 
 
 def check_denormals(path: Path) -> CheckResult:
@@ -216,11 +224,16 @@ def check_parity(result: ParityResult, asked: int, limit: float) -> CheckResult:
     """Check the largest difference to torch; says the smallest limit that would have passed."""
     images = f"{result.samples} images" if result.samples >= asked else f"all {result.samples} images ({asked} asked)"
     detail = (
-        f"{images}, mean difference {result.mean_abs:.2g}, top-1 agrees on {result.top1_agreement:.2%}; "
+        f"{images}, mean difference {result.mean_abs:.2g}{say_agreement(result)}; "
         f"the smallest limit that passes is {result.smallest_tolerance:g}"
     )
     status = "pass" if result.max_abs <= limit else "fail"
     return CheckResult("parity", status, result.max_abs, limit, "", detail)  # type: ignore[arg-type]
+
+
+def say_agreement(result: ParityResult) -> str:
+    """Return how often the largest output is the same, as a part of a sentence; "" where outputs are not (N, K)."""
+    return "" if math.isnan(result.top1_agreement) else f", top-1 agrees on {result.top1_agreement:.2%}"
 
 
 def check_edges(differences: Mapping[str, float], limit: float) -> CheckResult:
@@ -235,10 +248,10 @@ def check_edges(differences: Mapping[str, float], limit: float) -> CheckResult:
     return CheckResult("parity_edges", "pass" if largest <= limit else "fail", largest, limit, "", detail)
 
 
-def check_evaluation(images: int, top1: float) -> CheckResult:
-    """Record that top-1 was measured, and on how many images."""
+def check_evaluation(images: int, value: float, metric: Metric = TOP1) -> CheckResult:
+    """Record that top-1, or whatever decides, was measured, and on how many images."""
     status = "pass" if images > 0 else "fail"
-    detail = f"top-1 {top1:.2%} on {images:,} images"
+    detail = f"{metric.words} {metric.show(value)} on {images:,} images"
     return CheckResult("evaluation", status, float(images), None, "images", detail)  # type: ignore[arg-type]
 
 
@@ -246,8 +259,8 @@ def check_repeatable(first: np.ndarray, again: np.ndarray, limit: float) -> Chec
     """Check that the same images give the same outputs each time.
 
     Args:
-        first: (N, K) outputs.
-        again: (N, K) outputs of the same images, computed once more.
+        first: (N, M) outputs.
+        again: (N, M) outputs of the same images, computed once more.
         limit: Largest absolute difference of an output.
     """
     difference = float(np.abs(first.astype(np.float64) - again).max())

@@ -121,7 +121,8 @@ def _unusual_images(runtime: Runtime, split: Split) -> dict[str, np.ndarray]:
     if is_packed(inputs):
         return {}
     first = split.source.read(split.indices[:1])
-    raw = {"black image": np.zeros_like(first), "white image": np.full_like(first, 255)}
+    brightest = 255 if first.dtype == np.uint8 else 1  # of images that are prepared already
+    raw = {"black image": np.zeros_like(first), "white image": np.full_like(first, brightest)}
     for axis, name in ((1, "height"), (2, "width")):
         if name in inputs[0].shape:
             more = [(0, _MORE_PIXELS if one == axis else 0) for one in range(first.ndim)]

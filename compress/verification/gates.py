@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from compress.artifacts import CheckResult, Figures
+from compress.catalog import HARDER, SHARES
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
 from compress.verification.resources import Resources
@@ -36,8 +39,8 @@ class Gates:
 
     Attributes:
         parity: Largest absolute difference to torch on real samples.
-        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution" -> largest
-            loss against the baseline, as a share (0.01 is one point).
+        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution", or the figures
+            of another task -> largest loss against the baseline, as a share (0.01 is one point).
         max_rise: "calibration_error", "excess_error" -> largest gain against the baseline.
         minimum: "top1", "top5", "worst_class", "noise", "corruptions", "shifted" -> smallest share.
         maximum: "calibration_error", "churn", "softmax_distance" -> largest value.
@@ -97,20 +100,25 @@ class Gates:
         }
 
     def check_quality(
-        self, own: Mapping[str, Estimate] | None, changes: Mapping[str, Estimate] | None
+        self,
+        own: Mapping[str, Estimate] | None,
+        changes: Mapping[str, Estimate] | None,
+        metric: Metric = CLASSIFICATION.main,
     ) -> list[CheckResult]:
         """Return one check for each limit of quality; one that cannot be measured is "skipped" and says why.
 
         Args:
             own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
             changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
+            metric: The figure that decides, by which noise and corruptions are judged, too.
         """
         found = {**(own or {}), **(changes or {})}
         checks = []
         for kind, wanted in self._of_quality.items():
             prefix = {"max_drop": "drop.", "max_drop_on": "on.", "max_rise": "rise."}.get(kind, "")
             for name, limit in wanted.items():
-                unit = "" if name == "softmax_distance" else "share"
+                is_share = metric.is_share if name == metric.name or name in HARDER else name in SHARES
+                unit = "share" if is_share or kind == "max_drop_on" else ""
                 estimate = found.get(prefix + name)
                 if estimate is None:
                     compares = bool(prefix) or name in ("churn", "softmax_distance")
@@ -256,7 +264,9 @@ def _why_missing(kind: str, name: str, own: Mapping[str, Estimate] | None, found
     if kind == "max_drop_on":
         names = ", ".join(one.removeprefix("on.") for one in found if one.startswith("on."))
         return f"no such distribution was looked at, only {names}" if names else "no robustness is asked for"
-    return _WHY.get(name, "it could not be measured")
+    if name in _WHY:
+        return _WHY[name]
+    return f"the task has no such figure, only {', '.join(own)}" if own else "it could not be measured"
 
 
 def _figure_of(name: str, figures: Figures | None, found: Resources | None, label: str) -> float | None:

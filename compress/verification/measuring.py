@@ -113,7 +113,7 @@ def measure_onnx(
     reference: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> Figures:
-    """Measure one file alone: size, top-1 over a whole split, latency.
+    """Measure one file alone: size, top-1 or whatever decides over a whole split, latency.
 
     Args:
         path: The .onnx file.
@@ -125,20 +125,20 @@ def measure_onnx(
     Raises:
         ArtifactError: The file is missing or cannot be opened.
         RuntimeUnavailable: The provider is not there.
-        ModelError, NonFinite: The network is no classifier, or fails on an image.
-        DataError: The labels do not fit.
+        ModelError, NonFinite: The network is not for the task, or fails on an image.
+        DataError: The targets do not fit.
         ConfigValueError: The batch size is not the file's fixed one.
     """
     progress = progress or SilentProgress()
     counts = count_onnx(path)
     with conditions.open(path, all_cores=True) as session:
         check_batch_size(session, conditions)
-        hits = predict(session, split, evaluation_batch(image_input(session)), progress).hits
+        found = predict(session, split, evaluation_batch(image_input(session)), progress)
     with conditions.open(path) as session:
         inputs = {"file": latency_inputs(session, split, conditions.batch_size)}
         sample = measure_latency({"file": session}, inputs, conditions.warmup, conditions.repeats, progress)["file"]
     params = counts.params if reference is None else torch_params(reference)
-    return Figures(counts.macs, params, existing_bytes(path), {"top1": float(hits.mean())}, sample.to_figures())
+    return Figures(counts.macs, params, existing_bytes(path), {found.metric.name: found.value}, sample.to_figures())
 
 
 def measure_ratio(

@@ -13,6 +13,8 @@ from statistics import NormalDist
 import numpy as np
 
 from compress.errors import DataError
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 
 CONFIDENCE = 0.95
 _BINS, _TOP = 15, 5
@@ -39,6 +41,16 @@ class Predictions:
     def classes(self) -> int:
         """Classes that the network tells apart, K."""
         return int(self.outputs.shape[1])
+
+    @property
+    def value(self) -> float:
+        """Top-1, which decides."""
+        return float(self.hits.mean())
+
+    @property
+    def metric(self) -> Metric:
+        """What it is."""
+        return CLASSIFICATION.main
 
     @property
     def chosen(self) -> np.ndarray:

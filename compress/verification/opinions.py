@@ -13,6 +13,7 @@ from compress.cost.onnx_graph import count_onnx
 from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, ModelError, NonFinite, NoSuchPlace, RuntimeUnavailable
 from compress.progress import Progress
+from compress.verification.checks import say_agreement
 from compress.verification.compare import ParityResult, parity
 from compress.verification.feeding import fixed_batch
 from compress.verification.gates import skipped
@@ -132,7 +133,7 @@ def _limit(path: Path, limit: float, result: ParityResult) -> float:
 
 def _judge(name: str, result: ParityResult, limit: float, other: str) -> CheckResult:
     detail = (
-        f"{result.samples} images compared with {other}, top-1 agrees on {result.top1_agreement:.2%}; the smallest "
+        f"{result.samples} images compared with {other}{say_agreement(result)}; the smallest "
         f"limit that passes is {result.smallest_tolerance:g}"
     )
     return CheckResult(name, "pass" if result.max_abs <= limit else "fail", result.max_abs, limit, "", detail)

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from compress.artifacts import TensorSpec
+from compress.data.packing import is_packed
 from compress.data.splits import Split
 from compress.errors import CompressError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
+from compress.tasks.base import Facts, joined
+from compress.tasks.classification import Classification
+from compress.tasks.outputs import check_finite, picked, plain
 from compress.verification.feeding import feed, fixed_batch
+from compress.verification.measured import Measured
 from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
 
 Change = Callable[[np.ndarray, int], np.ndarray]
+Found = Predictions | Measured
 
 
 def predict(
@@ -27,24 +34,29 @@ def predict(
     *,
     spoil: Change | None = None,
     disturb: Change | None = None,
-) -> Predictions:
-    """Return the outputs for all images of a split.
+    original: Runtime | None = None,
+) -> Found:
+    """Return what a network says of all images of a split.
 
     Args:
-        runtime: Open; one image input and one (N, K) output. With a fixed batch axis, that size is used instead.
-        split: At least one image.
+        runtime: Open; one image input. With a fixed batch axis, that size is used instead.
+        split: At least one image; says what the task is.
         batch_size: Images at once where the batch axis is open.
         progress: Told about each batch.
         spoil: Changes the uint8 images of a batch, given the place of its first image in the split.
         disturb: Changes what goes into the network, in the same way.
+        original: The untouched network, open, whose outputs are the targets where images have none; by default the
+            network itself.
 
     Raises:
-        DataError: The split is empty, a label is K or more, or the data set has another number of classes.
-        ModelError: The network is no classifier, or images do not fit its input.
+        DataError: The split is empty, or has targets that the network cannot have.
+        ModelError: The network is not for the task, or images do not fit its input.
         NonFinite: An output is NaN or infinite.
         ConfigValueError: The runtime is made for less.
     """
-    (found,) = predict_each((runtime,), split, batch_size, progress, spoil=spoil, disturb=disturb)
+    (found,) = predict_each(
+        (runtime,), split, batch_size, progress, spoil=spoil, disturb=disturb, original=original or runtime
+    )
     return found
 
 
@@ -56,7 +68,8 @@ def predict_each(
     *,
     spoil: Change | None = None,
     disturb: Change | None = None,
-) -> list[Predictions]:
+    original: Runtime | None = None,
+) -> list[Found]:
     """Return the outputs of several networks for all images of a split, which are read and changed once.
 
     Args:
@@ -66,11 +79,15 @@ def predict_each(
         progress: Told about each batch.
         spoil: Changes the uint8 images of a batch.
         disturb: Changes what goes into the networks.
+        original: As there; by default the last of `runtimes`.
 
     Raises:
         As `predict`.
     """
     check_not_empty(split)
+    if not isinstance(split.task, Classification):
+        changes = (spoil, disturb)
+        return _measure_each(runtimes, split, batch_size, progress or SilentProgress(), changes, original)
     widths = []
     for runtime in runtimes:
         with named(runtime):
@@ -80,15 +97,79 @@ def predict_each(
     found, done = [np.empty((len(split), width), np.float32) for width in widths], 0
     size = min(batch_size_of(runtime, batch_size) for runtime in runtimes)
     with (progress or SilentProgress()).task(f"predictions on {split.name}", len(split)) as task:
-        for images, labels in image_batches(split, size, spoil):
+        for images, _ in image_batches(split, size, spoil):
             if disturb is not None:
                 images = disturb(images, done)
             for runtime, outputs in zip(runtimes, found, strict=True):
                 with named(runtime):
-                    outputs[done : done + len(labels)] = classify(runtime, images)
-            done += len(labels)
-            task.advance(len(labels))
+                    outputs[done : done + len(images)] = classify(runtime, images)
+            done += len(images)
+            task.advance(len(images))
     return [Predictions(outputs, split.labels) for outputs in found]
+
+
+def _measure_each(
+    runtimes: Sequence[Runtime],
+    split: Split,
+    batch_size: int,
+    progress: Progress,
+    changes: tuple[Change | None, Change | None],
+    original: Runtime | None,
+) -> list[Found]:
+    """Return what is kept of each image for the figures of several networks."""
+    (spoil, disturb), judged, teacher = changes, split.task, original or runtimes[-1]
+    size, done = min(batch_size_of(runtime, batch_size) for runtime in runtimes), 0
+    facts: list[list[Facts]] = [[] for _ in runtimes]
+    for runtime in runtimes:
+        with named(runtime):
+            runtime.check_work(len(split))
+    with progress.task(f"{judged.main.words} on {split.name}", len(split)) as task:
+        for images, targets in image_batches(split, size, spoil, with_targets=judged.needs_targets):
+            if disturb is not None:
+                images = disturb(images, done)
+            returned = {teacher: respond(teacher, images)} if not judged.needs_targets else {}
+            wanted = targets if judged.needs_targets else returned[teacher]
+            for runtime, kept in zip(runtimes, facts, strict=True):
+                with named(runtime):
+                    outputs = returned[runtime] if runtime in returned else respond(runtime, images)
+                    judged.check(outputs, wanted)
+                    kept.append(judged.facts(outputs, wanted))
+            done += len(images)
+            task.advance(len(images))
+    return [Measured(judged, joined(kept)) for kept in facts]
+
+
+def respond(runtime: Runtime, images: np.ndarray) -> Any:
+    """Return the one output of a network for N images, or several by their names.
+
+    Raises:
+        ModelError: The images do not fit the input, or an output has not an entry for each.
+        NonFinite: An output is NaN or infinite.
+    """
+    outputs = runtime.run(feed(runtime, images))
+    for name, values in outputs.items():
+        if values.ndim == 0 or len(values) < len(images):
+            raise ModelError(
+                f"Output '{name}' must have an entry for each of {len(images)} images, got {values.shape}."
+            )
+    found = picked(dict(outputs), slice(0, len(images)))
+    check_finite(found)
+    return plain(found)
+
+
+def check_task(runtime: Runtime, split: Split) -> None:
+    """Check that an open network takes the images of a split and returns what its task needs.
+
+    Raises:
+        ModelError: It does not.
+        DataError: The targets are not what the network can say.
+        NonFinite: An output is NaN or infinite.
+    """
+    check_image_shape(runtime, split)
+    positions = np.arange(batch_size_of(runtime, 1)) % len(split)
+    images = split.preprocessing.normalize(split.read(positions))
+    outputs = respond(runtime, images)
+    split.task.check(outputs, split.read_targets(positions) if split.task.needs_targets else outputs)
 
 
 @contextmanager
@@ -108,24 +189,27 @@ def first_images(split: Split, count: int) -> np.ndarray:
 
 
 def image_batches(
-    split: Split, batch_size: int, spoil: Change | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (network input, labels) in order, every image once; the next batch is read while this one is used."""
-    chunks = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
-    labels = split.labels
+    split: Split, batch_size: int, spoil: Change | None = None, with_targets: bool = False
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yield (network input, targets) in order, every image once; the next batch is read while this one is used.
 
-    def read(positions: np.ndarray) -> np.ndarray:
+    Targets are None unless they are asked for.
+    """
+    chunks = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
+
+    def read(positions: np.ndarray) -> tuple[np.ndarray, Any]:
         images = split.source.read(split.indices[positions])
-        return split.preprocessing.normalize(images if spoil is None else spoil(images, int(positions[0])))
+        inputs = split.preprocessing.normalize(images if spoil is None else spoil(images, int(positions[0])))
+        return inputs, split.read_targets(positions) if with_targets else None
 
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read, chunks[0]) if chunks else None
-        for number, positions in enumerate(chunks):
+        for number in range(len(chunks)):
             assert pending is not None
-            images = pending.result()
+            found = pending.result()
             if number + 1 < len(chunks):
                 pending = reader.submit(read, chunks[number + 1])
-            yield images, labels[positions]
+            yield found
 
 
 def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
@@ -135,7 +219,7 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
         ModelError: The images do not fit the input, or the output is not (N, K).
         NonFinite: An output is NaN or infinite.
     """
-    image_input(runtime)
+    classifier_width(runtime)
     (outputs,) = runtime.run(feed(runtime, images)).values()
     outputs = outputs[: len(images)]
     if outputs.ndim != 2 or len(outputs) != len(images):
@@ -148,16 +232,15 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
 
 
 def image_input(runtime: Runtime) -> TensorSpec:
-    """Return the one input of a classifier; ModelError when it has more inputs or outputs than one."""
-    inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
-    if len(inputs) != 1 or len(outputs) != 1:
-        raise ModelError(f"A classifier must have one input and one output, got {len(inputs)} and {len(outputs)}.")
-    return inputs[0]
+    """Return the first input of a network: its images, where it takes any."""
+    return runtime.signature.inputs[0]
 
 
 def classifier_width(runtime: Runtime) -> int:
     """Return the number K of classes the network tells apart; ModelError when its output is no (N, K) array."""
-    image_input(runtime)
+    inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
+    if not inputs or len(outputs) != 1:
+        raise ModelError(f"A classifier must have inputs and one output, got {len(inputs)} and {len(outputs)}.")
     shape = runtime.signature.outputs[0].shape
     if len(shape) != 2 or not isinstance(shape[1], int):
         raise ModelError(f"A classifier must return one (N, classes) array, the model declares {shape}.")
@@ -166,12 +249,14 @@ def classifier_width(runtime: Runtime) -> int:
 
 def check_image_shape(runtime: Runtime, split: Split) -> None:
     """Raise ModelError when the images of a split, prepared, do not fit the input of an open network."""
+    if is_packed(runtime.signature.inputs):  # rows: unpacking them says what is wrong with them
+        return
     spec = image_input(runtime)
     image = split.preprocessing.normalize(split.read(np.zeros(1, np.int64)))
     wanted = spec.shape
     if len(wanted) != image.ndim:
         raise ModelError(
-            f"A classifier must take a batch of images, 4 axes, the model's input '{spec.name}' has {len(wanted)}."
+            f"A network must take a batch of images, 4 axes, the model's input '{spec.name}' has {len(wanted)}."
         )
     if any(isinstance(want, int) and want != size for want, size in zip(wanted[1:], image.shape[1:], strict=True)):
         sizes = " x ".join(str(size) for size in wanted[1:])

@@ -17,7 +17,10 @@ from compress.catalog import CORRUPTIONS, NOMINAL
 from compress.data.splits import Split
 from compress.errors import DataError, InternalError
 from compress.progress import Progress, SilentProgress
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 from compress.verification.corruptions import add_noise, corrupt
+from compress.verification.measured import Measured, changes_of_measured, loss_of
 from compress.verification.metrics import (
     Estimate,
     Predictions,
@@ -27,8 +30,10 @@ from compress.verification.metrics import (
     mean_share_interval,
     paired_drop,
 )
-from compress.verification.quality import Change, predict_each
+from compress.verification.quality import Change, Found, predict_each
 from compress.verification.runtimes.base import Runtime
+
+MOVING = ("elastic",)  # corruptions that move pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +117,29 @@ class Standing:
     Attributes:
         name: Of the distribution.
         kind: Of the distribution.
-        top1: Of the file.
-        baseline_top1: Of the baseline; None without one.
-        changes: "drop.top1", "churn" and "softmax_distance" against the baseline there; empty without one.
+        value: Top-1 of the file, or whatever decides in its task.
+        baseline_value: Of the baseline; None without one.
+        changes: "drop.top1", "churn" and "softmax_distance" against the baseline there, or what is worse of the figure
+            that decides; empty without one.
         hits: (N,) whether the file is right, in the order of the images, which is the same on every distribution of
-            noise and corruptions.
+            noise and corruptions; empty where images are not right or wrong.
         baseline_hits: (N,) whether the baseline is; None without one.
+        metric: What decides.
     """
 
     name: str
     kind: str
-    top1: float
-    baseline_top1: float | None = None
+    value: float
+    baseline_value: float | None = None
     changes: Mapping[str, Estimate] = field(default_factory=dict)
     hits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False, compare=False)
     baseline_hits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    metric: Metric = CLASSIFICATION.main
+
+    @property
+    def loss(self) -> Estimate:
+        """By how much the file is worse than the baseline there."""
+        return loss_of(self.changes, self.metric)
 
     @property
     def losses(self) -> np.ndarray:
@@ -160,6 +173,7 @@ def standings(
     Raises:
         As `compress.verification.quality.predict`.
     """
+    wanted = fitting(wanted, split)
     found, every = [], distributions(wanted, shifted)
     with (progress or SilentProgress()).task("robustness", len(every)) as task:
         for one in every:
@@ -171,13 +185,34 @@ def standings(
     return found
 
 
-def _standing(one: Distribution, before: Predictions | None, after: Predictions) -> Standing:
-    top1 = float(after.hits.mean())
-    if before is None:
-        return Standing(one.name, one.kind, top1, hits=after.hits)
+def fitting(wanted: Robustness, split: Split) -> Robustness:
+    """Return what can be looked at: nothing that moves pixels away from their masks or boxes.
+
+    Raises:
+        DataError: Images are prepared already, and corruptions are asked for.
+    """
+    if wanted.corruptions and split.read(np.zeros(1, np.int64)).dtype != np.uint8:
+        raise DataError(
+            "Corruptions need uint8 images, those of the evaluation split are prepared already.",
+            hint="corruptions: [] looks at noise alone",
+        )
+    if not split.task.is_spatial:
+        return wanted
+    return replace(wanted, corruptions=tuple(name for name in wanted.corruptions if name not in MOVING))
+
+
+def _standing(one: Distribution, before: Found | None, after: Found) -> Standing:
+    if isinstance(after, Measured):
+        if not isinstance(before, Measured):
+            return Standing(one.name, one.kind, after.value, metric=after.metric)
+        worse = f"{'drop' if after.metric.higher_is_better else 'rise'}.{after.metric.name}"
+        kept = {worse: changes_of_measured(before, after)[worse]}
+        return Standing(one.name, one.kind, after.value, before.value, kept, metric=after.metric)
+    if not isinstance(before, Predictions):
+        return Standing(one.name, one.kind, after.value, hits=after.hits)
     changes = estimate_changes(before, after)
     kept = {name: changes[name] for name in ("drop.top1", "churn", "softmax_distance")}
-    return Standing(one.name, one.kind, top1, float(before.hits.mean()), kept, after.hits, before.hits)
+    return Standing(one.name, one.kind, after.value, before.value, kept, after.hits, before.hits)
 
 
 def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
@@ -186,8 +221,12 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
     Returns:
         "noise", "corruptions" and "shifted": mean top-1 there. Against the baseline "drop.noise" and so on: mean loss
         of top-1; "drop.worst_distribution": the largest loss; "rise.excess_error": by how much more the file loses from
-        the nominal images to the corrupted ones than the baseline does; "on.NAME": the loss on each distribution.
+        the nominal images to the corrupted ones than the baseline does; "on.NAME": the loss on each distribution. Of
+        another task the same of what decides there, without intervals of means and without "rise.excess_error"; losses
+        of what should be low are called "rise.noise" and so on.
     """
+    if found and not len(found[0].hits):
+        return _summarize_measured(found)
     own, changes = {}, {}
     kinds = {"noise": "noise", "corruptions": "corruption", "shifted": "shifted"}
     for name, kind in kinds.items():
@@ -195,7 +234,7 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
         if not those:
             continue
         detail = f"mean over {len(those)} distribution{'' if len(those) == 1 else 's'}"
-        own[name] = Estimate(float(np.mean([one.top1 for one in those])), *_share_interval(those), detail)
+        own[name] = Estimate(float(np.mean([one.value for one in those])), *_share_interval(those), detail)
         if all(one.changes for one in those):
             drops = [one.changes["drop.top1"].value for one in those]
             changes[f"drop.{name}"] = Estimate(float(np.mean(drops)), *_loss_interval(those), detail)
@@ -206,6 +245,28 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
         corrupted = [one for one in compared if one.kind == "corruption"]
         if corrupted:
             changes["rise.excess_error"] = _excess(corrupted, next(one for one in compared if one.kind == NOMINAL))
+    return own, changes
+
+
+def _summarize_measured(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """Return the same where images are not right or wrong."""
+    own, changes = {}, {}
+    worse = "drop" if found[0].metric.higher_is_better else "rise"
+    for name, kind in {"noise": "noise", "corruptions": "corruption", "shifted": "shifted"}.items():
+        those = [one for one in found if one.kind == kind]
+        if not those:
+            continue
+        detail = f"mean over {len(those)} distribution{'' if len(those) == 1 else 's'}"
+        own[name] = Estimate(float(np.mean([one.value for one in those])), detail=detail)
+        if all(one.changes for one in those):
+            mean = float(np.mean([one.loss.value for one in those]))
+            changes[f"{worse}.{name}"] = Estimate(mean, detail=detail)
+    compared = [one for one in found if one.changes]
+    if compared:
+        worst = max(compared, key=lambda one: one.loss.value)
+        detail = f"{worst.name}, of {len(compared)} distributions; {worst.loss.detail}"
+        changes[f"{worse}.worst_distribution"] = replace(worst.loss, low=None, high=None, detail=detail)
+        changes |= {f"on.{one.name}": one.loss for one in compared}
     return own, changes
 
 
@@ -252,8 +313,8 @@ def stated(found: Sequence[Standing]) -> list[dict[str, Any]]:
         {
             "name": one.name,
             "kind": one.kind,
-            "top1": one.top1,
-            "baseline_top1": one.baseline_top1,
+            one.metric.name: one.value,
+            f"baseline_{one.metric.name}": one.baseline_value,
             "changes": {name: asdict(estimate) for name, estimate in one.changes.items()},
         }
         for one in found

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from compress.data.splits import Split
+from compress.errors import InternalError
+from compress.tasks.classification import Classification
+from compress.verification.measured import Measured, changes_of_measured, estimate_measured
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
 from compress.verification.pictures import worst_images
+from compress.verification.quality import Found
 
 Estimates = dict[str, Estimate]
 
@@ -31,8 +35,26 @@ class QualitySummary:
     details: dict[str, Any]
 
 
-def summarize_quality(before: Predictions | None, after: Predictions | None, evaluation: Split) -> QualitySummary:
-    """Put together what the baseline and the file predict on a split; None for one that could not."""
+def estimate(found: Found, names: Sequence[str] = ()) -> Estimates:
+    """Return how good a network is."""
+    return estimate_quality(found, names) if isinstance(found, Predictions) else estimate_measured(found)
+
+
+def changes_from(before: Found, after: Found, names: Sequence[str] = ()) -> Estimates:
+    """Return what changed from one network to another."""
+    if isinstance(before, Predictions) and isinstance(after, Predictions):
+        return estimate_changes(before, after, names)
+    if isinstance(before, Measured) and isinstance(after, Measured):
+        return changes_of_measured(before, after)
+    raise InternalError("Two networks were measured by different tasks.")
+
+
+def summarize_quality(before: Found | None, after: Found | None, evaluation: Split) -> QualitySummary:
+    """Put together what the baseline and the file come to on a split; None for one that could not."""
+    if not isinstance(evaluation.task, Classification):
+        return _summarize_measured(before, after, evaluation)
+    assert not isinstance(before, Measured)
+    assert not isinstance(after, Measured)
     names = evaluation.source.classes
     own = estimate_quality(after, names) if after is not None else None
     changes = estimate_changes(before, after, names) if before is not None and after is not None else None
@@ -47,6 +69,24 @@ def summarize_quality(before: Predictions | None, after: Predictions | None, eva
         "baseline_by_class": _by_class(before),
         "changes": _plain(changes),
         "worst_images": worst_images(before, after, evaluation),
+    }
+    return QualitySummary(own, changes, details)
+
+
+def _summarize_measured(before: Found | None, after: Found | None, evaluation: Split) -> QualitySummary:
+    """Put together the same of another task than classification."""
+    own = estimate(after) if after is not None else None
+    whole = estimate(before) if before is not None else None
+    changes = changes_from(before, after) if before is not None and after is not None else None
+    metric = evaluation.task.main
+    details = {
+        "task": evaluation.task.name,
+        "metric": metric.to_dict(),
+        "is_labelled": evaluation.task.needs_targets,
+        "classes": list(evaluation.source.classes),
+        "slim": _plain(own),
+        "baseline": _plain(whole),
+        "changes": _plain(changes),
     }
     return QualitySummary(own, changes, details)
 

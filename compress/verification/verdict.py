@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from compress.artifacts import CheckResult, Figures, Signature, Verdict
 from compress.cost.onnx_file import at_sizes, load_onnx, read_signature, read_sizes
 from compress.cost.onnx_graph import OnnxCounts, count_onnx
 from compress.data.splits import Split
-from compress.errors import ArtifactError, DataError, ModelError, NonFinite
+from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError, NonFinite
 from compress.progress import Progress, SilentProgress
+from compress.tasks.classification import Classification
+from compress.tasks.outputs import each
 from compress.verification.checks import (
     REPEATABLE,
     check_baseline,
@@ -47,26 +51,28 @@ from compress.verification.measuring import (
     latency_inputs,
     torch_params,
 )
-from compress.verification.metrics import Estimate, Predictions, estimate_quality
+from compress.verification.metrics import Estimate
 from compress.verification.opinions import check_also, check_evaluator
 from compress.verification.quality import (
+    Found,
     batch_size_of,
     check_image_shape,
     check_labels,
     check_not_empty,
+    check_task,
     classifier_width,
-    classify,
     first_images,
     image_input,
     named,
     predict,
+    respond,
 )
 from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
 from compress.verification.resources import Resources, measure_resources
-from compress.verification.robustness import Standing, standings, stated, summarize
+from compress.verification.robustness import Standing, fitting, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
 from compress.verification.scope import Scope
-from compress.verification.summary import summarize_quality, values_of
+from compress.verification.summary import estimate, summarize_quality, values_of
 
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import nn
@@ -97,7 +103,7 @@ def verify_onnx(
 
     Args:
         path: The .onnx file.
-        evaluation: The whole of it is used for top-1.
+        evaluation: The whole of it is used for top-1, or whatever decides in its task.
         conditions: Where and how the file is run.
         gates: The limits.
         scope: How much is looked at; the defaults by default.
@@ -115,10 +121,16 @@ def verify_onnx(
     Raises:
         ArtifactError: The file or the baseline is missing or no ONNX model.
         RuntimeUnavailable: The provider is not there.
-        DataError: The evaluation split is empty, or its labels do not fit.
-        ConfigValueError: The batch size is not the file's fixed one.
+        DataError: The evaluation split is empty, or its targets do not fit.
+        ConfigValueError: The batch size is not the file's fixed one, or there are no labels and no baseline either.
     """
     scope = scope or Scope()
+    if not evaluation.task.needs_targets and baseline_onnx is None:
+        raise ConfigValueError(
+            f"Images without labels ({evaluation.task.name}) must be compared with the untouched network, its file is "
+            "not given.",
+            hint="--against takes it.",
+        )
     run = _Verification(path, evaluation, conditions, gates, scope, progress or SilentProgress(), float_onnx)
     run.check_file(signature, opset, reference)
     can_run = run.check_session(baseline_onnx)
@@ -126,7 +138,7 @@ def verify_onnx(
         run.measure_baseline(baseline_onnx)
         baseline_figures = baseline_figures or run.count_baseline(baseline_onnx)
     if can_run:
-        run.check_outputs(reference, signature)
+        run.check_outputs(reference, signature, baseline_onnx)
         run.measure_robustness(baseline_onnx)
         run.measure(baseline_onnx)
         run.measure_resources(baseline_onnx)
@@ -135,7 +147,7 @@ def verify_onnx(
         quantized = (AGREEMENT,) if float_onnx is not None else ()
         compared = _PARITY if reference is not None else ()
         names = (*compared, "evaluation", REPEATABLE, *quantized, *scope.opinions)
-        run.checks += [skipped(name, "the file cannot be run as a classifier of these images") for name in names]
+        run.checks += [skipped(name, "the file cannot be run on these images") for name in names]
     return run.verdict(reference, baseline_figures)
 
 
@@ -152,9 +164,9 @@ class _Verification:
     float_path: Path | None = None
     checks: list[CheckResult] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    before: Predictions | None = None
-    after: Predictions | None = None
-    whole: Predictions | None = None
+    before: Found | None = None
+    after: Found | None = None
+    whole: Found | None = None
     samples: dict[str, LatencySample] = field(default_factory=dict)
     ratio: LatencyRatio | None = None
     standings: list[Standing] = field(default_factory=list)
@@ -202,28 +214,34 @@ class _Verification:
         runtime.owner = f"Baseline '{path}'"
         return runtime
 
+    @property
+    def fitness(self) -> str:
+        """Name of the check that the file is for the task at all."""
+        return "classifier" if isinstance(self.evaluation.task, Classification) else "task"
+
     def check_session(self, baseline_onnx: Path | None) -> bool:
         """Open every file once, before any long work; returns whether the file can be run."""
         width = None
         if baseline_onnx is not None:
             self.checks += check_baseline_preprocessing(load_onnx(baseline_onnx), self.evaluation)
             with self._open_baseline(baseline_onnx) as baseline, named(baseline):
-                width = self._check_classifier(baseline)
+                width = self._check_fitness(baseline)
         try:
             with self.conditions.open(self.path) as session:
                 try:
-                    own = self._check_classifier(session)
-                except ModelError as error:
-                    failed = CheckResult("classifier", "fail", None, None, "", _with_hint(error))
+                    own = self._check_fitness(session)
+                except (ModelError, NonFinite) as error:
+                    failed = CheckResult(self.fitness, "fail", None, None, "", _with_hint(error))
                     self.checks += [check_provider(session), failed]
                     return False
                 session.check_work(len(self.evaluation) + self.conditions.timed_images)
                 self._check_provider(session)
-                detail = f"{own} classes, images of {' x '.join(map(str, image_input(session).shape[1:]))}"
-                self.checks.append(CheckResult("classifier", "pass", None, None, "", detail))
+                images = f"images of {' x '.join(map(str, image_input(session).shape[1:]))}"
+                detail = f"{self.evaluation.task.name}, {images}" if own is None else f"{own} classes, {images}"
+                self.checks.append(CheckResult(self.fitness, "pass", None, None, "", detail))
         except ArtifactError as error:
             self.checks.append(CheckResult("provider", "fail", None, None, "", error.message))
-            self.checks.append(skipped("classifier", "the file cannot be opened"))
+            self.checks.append(skipped(self.fitness, "the file cannot be opened"))
             return False
         if width is not None and own != width:
             raise DataError(
@@ -232,16 +250,22 @@ class _Verification:
             )
         return True
 
-    def _check_classifier(self, session: Runtime) -> int:
-        """Check that an open file takes the images and knows the labels; return the number of its classes."""
+    def _check_fitness(self, session: Runtime) -> int | None:
+        """Check that an open file is for the task and takes the images; return the number of a classifier's classes."""
+        if not isinstance(self.evaluation.task, Classification):
+            check_batch_size(session, self.conditions)
+            check_task(session, self.evaluation)
+            return None
         width = classifier_width(session)
         check_image_shape(session, self.evaluation)
         check_labels(self.evaluation, width)
         check_batch_size(session, self.conditions)
         return width
 
-    def check_outputs(self, reference: nn.Module | None, signature: Signature | None) -> None:
-        """Check parity and top-1, on all cores."""
+    def check_outputs(
+        self, reference: nn.Module | None, signature: Signature | None, baseline_onnx: Path | None
+    ) -> None:
+        """Check parity, and top-1 or whatever decides, on all cores."""
         with self.conditions.open(self.path, all_cores=True) as session:
             if reference is None:
                 self.checks += [skipped(name, "no torch network to compare with") for name in _PARITY]
@@ -252,34 +276,42 @@ class _Verification:
                     found = self._check_parity(whole, reference, signature or whole.signature)
                 self.checks += [of_float(check) for check in found]
             try:
-                batch = evaluation_batch(image_input(session))
-                self.after = predict(session, self.evaluation, batch, self.progress)
+                self.after = self._predict(session, baseline_onnx)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
             else:
                 self.details["evaluation"] = {"images": len(self.evaluation)}
-                self.checks.append(check_evaluation(len(self.after), float(self.after.hits.mean())))
+                self.checks.append(check_evaluation(len(self.after), self.after.value, self.after.metric))
             self.checks.append(self._check_repeatable(session))
         if self.float_path is not None:
-            self._compare_with_float(self.float_path)
+            self._compare_with_float(self.float_path, baseline_onnx)
+
+    def _predict(self, session: Runtime, baseline_onnx: Path | None) -> Found:
+        """Measure an open file on the evaluation split; without labels, by what the baseline returns."""
+        batch = evaluation_batch(image_input(session))
+        with ExitStack() as stack:
+            original = None
+            if not self.evaluation.task.needs_targets and baseline_onnx is not None:
+                original = stack.enter_context(self._open_baseline(baseline_onnx, all_cores=True))
+            return predict(session, self.evaluation, batch, self.progress, original=original)
 
     def _check_repeatable(self, session: Runtime) -> CheckResult:
         """Compute the first images twice: what draws at random gives a different verdict each time."""
         size = batch_size_of(session, evaluation_batch(image_input(session)))
         images = first_images(self.evaluation, size)
         try:
-            return check_repeatable(classify(session, images), classify(session, images), self.gates.parity)
+            return check_repeatable(_flat(session, images), _flat(session, images), self.gates.parity)
         except (ModelError, NonFinite) as error:
             return skipped(REPEATABLE, error.message, self.gates.parity)
 
-    def _compare_with_float(self, path: Path) -> None:
+    def _compare_with_float(self, path: Path, baseline_onnx: Path | None) -> None:
         """Let the float file predict what the quantised one predicts."""
         if self.after is None:
             self.checks.append(skipped(AGREEMENT, "quality of the file could not be measured"))
             return
         try:
             with self.conditions.open(path, all_cores=True) as whole:
-                self.whole = predict(whole, self.evaluation, evaluation_batch(image_input(whole)), self.progress)
+                self.whole = self._predict(whole, baseline_onnx)
         except (ModelError, NonFinite) as error:
             self.checks.append(CheckResult(AGREEMENT, "fail", None, None, "share", error.message))
             return
@@ -301,7 +333,8 @@ class _Verification:
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("robustness", "fail", None, None, "", error.message))
                 return
-        self.details["robustness"] = {"wanted": asdict(wanted), "distributions": stated(self.standings)}
+        looked_at = fitting(wanted, self.evaluation)
+        self.details["robustness"] = {"wanted": asdict(looked_at), "distributions": stated(self.standings)}
 
     def measure(self, baseline_onnx: Path | None) -> None:
         """Measure latency of the file, and of the baseline in turn with it."""
@@ -368,17 +401,17 @@ class _Verification:
             own, changes = {**(own or {}), **harder}, {**(changes or {}), **lost}
         slim = self._figures(reference, own)
         baseline = self._baseline(baseline_figures)
-        recorded = None if baseline_figures is None else baseline_figures.quality.get("top1")
+        metric = self.evaluation.task.main
+        recorded = None if baseline_figures is None else baseline_figures.quality.get(metric.name)
         if recorded is not None and self.before is not None:
-            now = float(self.before.hits.mean())
-            self.checks.append(check_baseline(recorded, now, len(self.before)))
-        self.checks += self.gates.check_quality(own, changes)
+            self.checks.append(check_baseline(recorded, self.before.value, len(self.before), metric))
+        self.checks += self.gates.check_quality(own, changes, metric)
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim)
         self.checks += self.gates.check_ratios(slim, baseline, self.resources)
         self.checks += self.gates.check_resources(self.resources, "slim")
         self.checks += self.gates.check_fallback(self.fell_back)
-        always = ("structure", "denormals", "provider", "classifier", "evaluation", REPEATABLE)
+        always = ("structure", "denormals", "provider", self.fitness, "evaluation", REPEATABLE)
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
         quantized = (AGREEMENT,) if self.float_path is not None else ()
         self.details["shares"] = drop_shares(self.before, self.whole, self.after)
@@ -432,11 +465,17 @@ class _Verification:
         if given is None:
             return None
         latency = self.samples["baseline"].to_figures() if "baseline" in self.samples else {}
-        quality = values_of(estimate_quality(self.before)) if self.before is not None else {}
+        quality = values_of(estimate(self.before)) if self.before is not None else {}
         return Figures(given.macs, given.params, given.size_bytes, quality, latency)
 
 
-def _with_hint(error: ModelError) -> str:
+def _flat(session: Runtime, images: np.ndarray) -> np.ndarray:
+    """Return (N, M) all outputs of each image in one row."""
+    rows = [np.asarray(one, np.float64).reshape(len(images), -1) for one in each(respond(session, images))]
+    return np.concatenate(rows, axis=1)
+
+
+def _with_hint(error: ModelError | NonFinite) -> str:
     return error.message if error.hint is None else f"{error.message} Hint: {error.hint}."
 
 

@@ -168,6 +168,9 @@ class _Watched:
         self.threads: set[int] = set()
         self.broken = broken
 
+    def read_targets(self, indices: np.ndarray) -> np.ndarray:
+        return self.labels[indices]
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         self.reads.append(int(indices[0]))
         self.threads.add(threading.get_ident())

@@ -215,12 +215,12 @@ def test_list_shows_names_of_one_kind_or_of_all() -> None:
     names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert names == ["bn_scale", "l1", "l2", "random", "reconstruction", "taylor"]
     assert all(len(line.split()) > 2 for line in done.stdout.splitlines()[2:])  # each says what it does
-    for title in ("criteria:", "methods:", "stages:", "datasets:", "runtimes:"):
+    for title in ("criteria:", "methods:", "stages:", "datasets:", "tasks:", "runtimes:"):
         assert title in call("list").stdout
     done = call("list", "criterion")
     assert done.exit_code == 2
     assert done.stderr == (
-        "list takes one of criteria, methods, stages, networks, datasets, runtimes, got 'criterion'.\n"
+        "list takes one of criteria, methods, stages, networks, datasets, tasks, runtimes, got 'criterion'.\n"
         "Hint: did you mean 'criteria'?\n"
     )
 

@@ -69,7 +69,7 @@ def test_images_that_lie_on_the_device_give_the_same_batches():
     plain = _split()
     whole = resident(plain.source, CPU)
     assert whole is not None
-    there = PlacedSplit(plain.name, plain.source, plain.indices, plain.preprocessing, CPU, whole)
+    there = PlacedSplit(plain.name, plain.source, plain.indices, plain.preprocessing, device=CPU, resident=whole)
     for one, other in zip(training_batches(plain, 8, ALL, 1, 2), training_batches(there, 8, ALL, 1, 2), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress.catalog import METHODS, NETWORKS
+from compress.catalog import GATED, METHODS, NETWORKS, SOURCES, TASKS
+from compress.config.load import parse_pipeline
 from compress.config.schema import (
     CsgdConfig,
     GatesConfig,
@@ -20,11 +21,13 @@ from compress.config.schema import (
     PruneConfig,
     QuantizeConfig,
     RobustnessConfig,
+    TaskConfig,
     TrpConfig,
     VerifyConfig,
 )
 from compress.networks.detectors import DETECTORS
 from compress.networks.weights import WRAPPERS
+from compress.tasks.base import Task
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
@@ -65,7 +68,7 @@ def test_the_page_on_verification_names_every_gate_and_loads():
     text = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
     gates = GatesConfig.model_json_schema()["properties"]
     for name in ("max_drop", "max_rise", "min", "max"):
-        for figure in gates[name]["propertyNames"].get("enum") or [gates[name]["propertyNames"]["const"]]:
+        for figure in GATED["classification"][name]:
             assert re.search(rf"^\| [^|]*`{figure}`[^|]*\| [^|]*`{name}`", text, re.MULTILINE), (name, figure)
     of_their_own, in_a_pipeline, shifted = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert GatesFile.model_validate(yaml.safe_load(of_their_own)).gates.max_drop == {"top1": 0.01}
@@ -74,6 +77,44 @@ def test_the_page_on_verification_names_every_gate_and_loads():
     config = VerifyConfig.model_validate(stage)
     assert config.robustness is not None
     assert set(config.gates.model_fields_set) == set(gates) - {"parity"}
+
+
+def test_the_page_on_tasks_names_every_task_option_figure_and_source():
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name in (*TASKS, *(f"{source}:" for source in set(SOURCES) - {"folder", "idx", "torchvision"})):
+        assert name in text, name
+    for option in set(TaskConfig.model_fields) - {"name"}:
+        assert f"{option}:" in text or f"`{option}`" in text, option
+    for task in set(GATED) - {"classification"}:
+        for figure in {name for names in GATED[task].values() for name in names}:
+            assert f"`{figure}`" in text, figure
+    for member in (
+        "metric",
+        "higher_is_better",
+        "is_share",
+        "label",
+        "resamples",
+        "is_spatial",
+        "learns_from_original",
+    ):
+        assert hasattr(Task, member)
+        assert f"| `{member}` |" in text, member
+
+
+def test_yaml_on_the_page_on_tasks_is_valid(tmp_path: Path):
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    data = {"train": {"unlabelled": "a"}, "evaluation": {"unlabelled": "b"}}
+    load = {"stage": "load", "model": {"torchvision": "resnet18"}, "weights": "w.pt"}
+    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "or\n" not in block]
+    assert len(blocks) >= 4
+    for block in blocks:
+        given = yaml.safe_load(block)
+        gates = given.pop("gates", {})
+        source = {"data": {"train": given.pop("train"), "evaluation": data["evaluation"]}} if "train" in given else {}
+        task = {} if not gates else {"task": "segmentation"}
+        stages = [load, {"stage": "export"}, {"stage": "verify", "gates": gates}]
+        whole = {"name": "page", "data": data, "stages": stages, **task, **source, **given}
+        parse_pipeline(yaml.safe_dump(whole), tmp_path / "page.yaml")
 
 
 def test_the_page_on_quantisation_names_every_setting():

@@ -11,7 +11,8 @@ from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, ModelError
 from compress.progress import SilentProgress
-from compress.training.evaluate import check_outputs, evaluate_top1
+from compress.tasks.classification import CLASSIFICATION
+from compress.training.evaluate import evaluate_quality
 
 
 class _ReadsPixel(nn.Module):
@@ -31,7 +32,7 @@ def _split(answers: list[int], labels: list[int]) -> Split:
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
 def test_top1_is_the_share_of_right_answers(batch_size: int) -> None:
     split = _split([0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 0, 0, 4])
-    assert evaluate_top1(_ReadsPixel(), split, batch_size) == pytest.approx(4 / 7)
+    assert evaluate_quality(_ReadsPixel(), split, batch_size) == pytest.approx(4 / 7)
 
 
 def test_progress_hears_of_every_image() -> None:
@@ -55,7 +56,7 @@ def test_progress_hears_of_every_image() -> None:
         def __exit__(self, *details: object) -> None: ...
 
     progress = Counting()
-    evaluate_top1(_ReadsPixel(), _split([0] * 5, [0] * 5), 2, progress)
+    evaluate_quality(_ReadsPixel(), _split([0] * 5, [0] * 5), 2, progress)
     assert progress.seen == 5
 
 
@@ -66,7 +67,7 @@ def test_training_flags_statistics_and_gradients_are_left_alone() -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     split = Split("evaluation", ArraySource(images, np.zeros(6, np.int64)), np.arange(6), Preprocessing())
-    evaluate_top1(network, split)
+    evaluate_quality(network, split)
     assert [part.training for part in network.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -75,13 +76,13 @@ def test_training_flags_statistics_and_gradients_are_left_alone() -> None:
 def test_flags_are_restored_when_evaluation_fails() -> None:
     network = nn.Sequential(_ReadsPixel()).train()
     with pytest.raises(DataError, match=r"below the number of classes the network has \(5\), got label 7"):
-        evaluate_top1(network, _split([0, 1], [0, 7]))
+        evaluate_quality(network, _split([0, 1], [0, 7]))
     assert network.training
 
 
 def test_empty_split_is_refused() -> None:
     with pytest.raises(DataError, match="Split 'evaluation' must hold at least one image"):
-        evaluate_top1(_ReadsPixel(), _split([], []))
+        evaluate_quality(_ReadsPixel(), _split([], []))
 
 
 @pytest.mark.parametrize(
@@ -90,10 +91,10 @@ def test_empty_split_is_refused() -> None:
 )
 def test_outputs_that_are_no_classifiers_are_refused(outputs: object, got: str) -> None:
     with pytest.raises(ModelError, match=rf"must return one \(N, classes\) tensor, got {got}"):
-        check_outputs(outputs, 0)
+        CLASSIFICATION.check(outputs, torch.zeros(1))
 
 
 def test_largest_label_must_be_below_the_classes() -> None:
-    check_outputs(torch.zeros(2, 3), 2)
+    CLASSIFICATION.check(torch.zeros(2, 3), torch.tensor([0, 2]))
     with pytest.raises(DataError, match="got label 3"):
-        check_outputs(torch.zeros(2, 3), 3)
+        CLASSIFICATION.check(torch.zeros(2, 3), torch.tensor([3, 0]))

@@ -149,7 +149,7 @@ def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
         rates.append((settings.learning_rate, settings.steps))
         done = real(module, train, validation, settings, *rest, **more)
         told = {0.02: 0.5, 0.06: 0.9}.get(round(settings.learning_rate, 3), 0.7)
-        return replace(done, epochs=(*done.epochs[:-1], replace(done.epochs[-1], validation_top1=told)))
+        return replace(done, epochs=(*done.epochs[:-1], replace(done.epochs[-1], validation=told)))
 
     real = finetune.fit
     monkeypatch.setattr(finetune, "fit", fit)

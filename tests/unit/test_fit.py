@@ -23,7 +23,7 @@ from compress.errors import ArtifactError, DataError, ModelError, NonFinite, Out
 from compress.progress import SilentProgress, SilentTask
 from compress.training import device as device_module
 from compress.training import fit as fit_module
-from compress.training.evaluate import evaluate_top1
+from compress.training.evaluate import evaluate_quality
 from compress.training.fit import (
     Distillation,
     FitResult,
@@ -119,14 +119,14 @@ def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def _records(result: FitResult) -> list[tuple[int, float, float]]:
-    return [(record.epoch, record.loss, record.validation_top1) for record in result.epochs]
+    return [(record.epoch, record.loss, record.validation) for record in result.epochs]
 
 
 def test_a_learnable_problem_is_learned() -> None:
     network = _network()
     result = fit(network, *_splits(), replace(SETTINGS, epochs=6))
     assert result.epochs[-1].loss < 0.75 * result.epochs[0].loss
-    assert result.epochs[-1].validation_top1 > 0.8
+    assert result.epochs[-1].validation > 0.8
     assert [record.epoch for record in result.epochs] == [1, 2, 3, 4, 5, 6]
     assert not any(part.training for part in network.modules())
     assert all(value.is_contiguous() for value in network.state_dict().values())
@@ -211,10 +211,10 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(tmp_path: Path, monke
     def measure(*args: object, **named: object) -> float:
         if len(measured) == 2:
             signal.raise_signal(signal.SIGINT)
-        measured.append(evaluate_top1(*args, **named))
+        measured.append(evaluate_quality(*args, **named))
         return measured[-1]
 
-    monkeypatch.setattr(fit_module, "evaluate_top1", measure)
+    monkeypatch.setattr(fit_module, "evaluate_quality", measure)
     with pytest.raises(KeyboardInterrupt):
         fit(interrupted, *_splits(), SETTINGS, state_path=state)
     resumed = _network()
@@ -309,7 +309,8 @@ def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
 
 def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Tensor]] = []
-    monkeypatch.setattr(fit_module, "evaluate_top1", lambda module, *_, **__: float(not seen.append(_weights(module))))
+    told = lambda module, *_, **__: float(not seen.append(_weights(module)))  # noqa: E731
+    monkeypatch.setattr(fit_module, "evaluate_quality", told)
     averaged, plain = _network(), _network()
     fit(averaged, *_splits(), replace(SETTINGS, ema=0.9, keep="last"))
     assert _equal(seen[-1], _weights(averaged))
@@ -328,7 +329,7 @@ def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: 
         seen.append(_weights(module))
         return next(tops)
 
-    monkeypatch.setattr(fit_module, "evaluate_top1", measure)
+    monkeypatch.setattr(fit_module, "evaluate_quality", measure)
     after_each: list[Tensor] = []
     network = _network()
 
@@ -338,7 +339,7 @@ def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: 
 
     network.register_forward_pre_hook(keep_weight)
     result = fit(network, *_splits(), replace(SETTINGS, average_ratio=0.25, keep=keep))
-    assert (result.averaged_top1, result.is_averaged) == (told, is_taken)
+    assert (result.averaged, result.is_averaged) == (told, is_taken)
     assert result.chosen_epoch == (3 if is_taken else 2)
     assert _equal(seen[3 if is_taken else 1], _weights(network))
     last = torch.stack([*after_each[-2:], seen[2]["6.weight"]])  # before steps 11 and 12 is after 10 and 11
@@ -448,7 +449,7 @@ def test_the_epoch_with_the_best_validation_is_kept(monkeypatch: pytest.MonkeyPa
         seen.append(_weights(module))
         return (0.3, 0.9, 0.5)[len(seen) - 1]
 
-    monkeypatch.setattr(fit_module, "evaluate_top1", measure)
+    monkeypatch.setattr(fit_module, "evaluate_quality", measure)
     network = _network()
     result = fit(network, *_splits(), replace(SETTINGS, keep=keep))
     assert result.chosen_epoch == chosen
@@ -457,7 +458,7 @@ def test_the_epoch_with_the_best_validation_is_kept(monkeypatch: pytest.MonkeyPa
 
 def test_the_best_epoch_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tops = iter((0.9, 0.2, 0.3))
-    monkeypatch.setattr(fit_module, "evaluate_top1", lambda *_, **__: next(tops))
+    monkeypatch.setattr(fit_module, "evaluate_quality", lambda *_, **__: next(tops))
     state, after_one = tmp_path / "state.pt", _network()
     with pytest.raises(Killed):
         fit(after_one, *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
@@ -465,7 +466,7 @@ def test_the_best_epoch_survives_a_kill(tmp_path: Path, monkeypatch: pytest.Monk
     resumed = _network()
     result = fit(resumed, *_splits(), SETTINGS, state_path=state)
     assert result.chosen_epoch == 1
-    assert [record.validation_top1 for record in result.epochs] == [0.9, 0.2, 0.3]
+    assert [record.validation for record in result.epochs] == [0.9, 0.2, 0.3]
     assert _equal(best, _weights(resumed))
 
 
@@ -654,7 +655,7 @@ def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch: pytest.Monkey
 def test_a_teacher_of_other_classes_is_refused() -> None:
     teacher = _network()
     teacher[6] = nn.Linear(32, 5)
-    with pytest.raises(ModelError, match=r"as many classes as the network it teaches \(3\), it has 5"):
+    with pytest.raises(ModelError, match=r"teaches, \[\(3,\)\] an image, it has \[\(5,\)\]"):
         fit(_network(), *_splits(), SETTINGS, Distillation(teacher.eval(), 0.5, 2.0))
 
 

@@ -137,7 +137,7 @@ def other_size(path: Path) -> Path:
 
 UNUSABLE: list[tuple[Callable[[Path], Path], str]] = [
     (two_inputs, "A classifier must have one input and one output, got 2 and 1."),
-    (no_batch_axis, "A classifier must take a batch of images, 4 axes, the model's input 'x' has 3."),
+    (no_batch_axis, "A network must take a batch of images, 4 axes, the model's input 'x' has 3."),
     (no_classifier, "A classifier must return one (N, classes) array, the model declares ('batch', 4, 16, 16)."),
     (other_size, "Images of split 'evaluation' must be 3 x 32 x 32 after preprocessing for the input 'x', got "
                  "3 x 16 x 16. Hint: preprocessing has resize, crop, layout and channels."),

@@ -188,7 +188,7 @@ def test_others_are_not_asked_about_a_file_that_cannot_be_run(tmp_path: Path):
     onnx.save(model, tmp_path / "broken.onnx")
     verdict = verify(tmp_path / "broken.onnx", scope=Scope(also=(EVALUATOR,)))
     for name in ("reference_evaluator", "also.onnx_reference"):
-        assert check_of(verdict, name).detail == "the file cannot be run as a classifier of these images"
+        assert check_of(verdict, name).detail == "the file cannot be run on these images"
 
 
 def test_nodes_and_io_binding_stand_in_the_details():

@@ -226,7 +226,7 @@ def test_a_quantised_file_that_cannot_be_run_fails_what_it_would_have_been_compa
     model.graph.node[-1].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "broken.onnx")
     verdict = verify(replace(artifact, path=tmp_path / "broken.onnx"), data)
-    assert check_of(verdict, "quantized_agreement").detail == "the file cannot be run as a classifier of these images"
+    assert check_of(verdict, "quantized_agreement").detail == "the file cannot be run on these images"
     assert not verdict.passed
 
 

@@ -81,9 +81,9 @@ def test_what_a_network_loses_in_the_light(split):
     """Brighter images make all of them class 1; a threshold in between is as good before and loses less."""
     with Bright(0.3) as slim, Bright(0.95) as baseline:
         nominal, noise, bright = standings(slim, baseline, split, ONE, 16)
-    assert (nominal.top1, nominal.baseline_top1) == (1.0, 0.5)
+    assert (nominal.value, nominal.baseline_value) == (1.0, 0.5)
     assert noise.kind == "noise"
-    assert (bright.name, bright.top1, bright.baseline_top1) == ("brightness 5", 0.5, 1.0)
+    assert (bright.name, bright.value, bright.baseline_value) == ("brightness 5", 0.5, 1.0)
     assert bright.changes["drop.top1"].value == 0.5
     own, changes = summarize([nominal, noise, bright])
     assert own["corruptions"].value == 0.5
@@ -98,7 +98,7 @@ def test_without_a_baseline_only_the_file_is_judged(split):
     own, changes = summarize(found)
     assert set(own) == {"noise", "corruptions"}
     assert changes == {}
-    assert found[0].baseline_top1 is None
+    assert found[0].baseline_value is None
 
 
 def test_the_summary_is_of_means_and_of_the_worst():

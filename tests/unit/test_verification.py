@@ -35,7 +35,7 @@ from compress.progress import SilentProgress
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
 from compress.stages.verify import VerifyStage
-from compress.training.evaluate import evaluate_top1
+from compress.training.evaluate import evaluate_quality
 from compress.verification.checks import check_edges
 from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates
@@ -183,7 +183,7 @@ def test_missing_output_is_an_error():
 def test_top1_equals_that_of_torch():
     split = make_split(50)
     with OnnxRuntime(exported("residual")) as runtime:
-        assert predict(runtime, split, batch_size=16).hits.mean() == evaluate_top1(nets.build("residual"), split)
+        assert predict(runtime, split, batch_size=16).hits.mean() == evaluate_quality(nets.build("residual"), split)
 
 
 def test_top1_counts_every_image_once_with_open_and_fixed_batches():
@@ -232,7 +232,7 @@ def test_top1_needs_a_classifier():
     two = Signature(SIGNATURE.inputs, (*SIGNATURE.outputs, TensorSpec("mask", ("batch", 4))))
     with (
         FakeRuntime(scores_of, two) as runtime,
-        pytest.raises(ModelError, match="one input and one output, got 1 and 2"),
+        pytest.raises(ModelError, match="inputs and one output, got 1 and 2"),
     ):
         predict(runtime, make_split(2))
     dense = Signature(SIGNATURE.inputs, (TensorSpec("logits", ("batch", 4, 16, 16)),))
@@ -495,7 +495,7 @@ def split():
 
 
 def test_good_file_passes_every_check(split):
-    before = evaluate_top1(nets.build("residual"), split)
+    before = evaluate_quality(nets.build("residual"), split)
     baseline = Figures(7, 8, 9, {"top1": before}, {"p50": 99.0})
     verdict = verify_onnx(
         exported("chain"), evaluation=split, conditions=QUICK, scope=Scope(parity_samples=16),
@@ -569,7 +569,7 @@ def test_baseline_that_is_only_a_file_is_measured(split):
     )  # fmt: skip
     assert verdict.passed
     assert verdict.baseline.macs == 2469952
-    assert verdict.baseline.quality["top1"] == evaluate_top1(nets.build("residual"), split)
+    assert verdict.baseline.quality["top1"] == evaluate_quality(nets.build("residual"), split)
 
 
 def test_other_weights_than_the_references_fail_parity_and_say_what_would_pass(split, tmp_path):
@@ -745,7 +745,7 @@ def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_pat
     class Data:
         evaluation = split
 
-    before = evaluate_top1(nets.build("residual"), split)
+    before = evaluate_quality(nets.build("residual"), split)
     figures = Figures(2469952, 9876, 42312, {"top1": before}, {"p50": 1.0})
     torch_model = TorchModel(
         nets.build("chain"), FactorySpec("factory", "nets:chain"), Recipe(), SIGNATURE, PREPROCESSING, (),

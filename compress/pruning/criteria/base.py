@@ -1,6 +1,6 @@
 """What is a criterion, and what does it get to look at?"""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
 from compress.pruning.graph import ChannelGroup
+from compress.tasks.outputs import plain
 
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 
@@ -66,33 +67,42 @@ def require_producers(group: ChannelGroup) -> None:
         raise UnsupportedLayer(f"Group '{group.name}' must have a convolution or linear producer, it has none.")
 
 
+def cross_entropies(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return (N,) the loss of each image of a classifier, in nats."""
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
 def collect_gradients(
     module: nn.Module,
     groups: Iterable[ChannelGroup],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Any]],
     images_each: int | None = None,
+    losses: Callable[[Any, Any], Tensor] = cross_entropies,
 ) -> GradientStats:
     """Run forward and backward over labelled batches and record the derivative at every gate.
 
     Args:
-        module: Classifier with (N, K) outputs; weights, gradients, buffers and training flags are left as they are.
+        module: The network; weights, gradients, buffers and training flags are left as they are.
         groups: Whose gates are watched.
-        batches: (images, labels) pairs, as large as is fast.
+        batches: (images, targets) pairs, as large as is fast.
         images_each: Images that one entry of the statistics averages over; None takes a whole batch. The network is
             in eval mode, where images do not influence each other, so small entries cost no more than large ones.
+        losses: Of the network's outputs and the targets, (N,); by default the cross-entropy of a classifier.
     """
     gates = {gate.layer for group in groups for gate in group.gates}
     if not gates:
         return GradientStats(())
     entries: list[dict[str, Tensor]] = []
-    for images, labels in batches:
-        derivatives = _image_derivatives(module, gates, images, labels)
-        for chosen in torch.split(torch.arange(len(labels)), images_each or len(labels)):
+    for images, targets in batches:
+        derivatives = _image_derivatives(module, gates, images, targets, losses)
+        for chosen in torch.split(torch.arange(len(images)), images_each or len(images)):
             entries.append({name: values[chosen].mean(0) for name, values in derivatives.items()})
     return GradientStats(tuple(entries))
 
 
-def _image_derivatives(module: nn.Module, gates: set[str], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _image_derivatives(
+    module: nn.Module, gates: set[str], images: Tensor, targets: Any, losses: Callable[[Any, Any], Tensor]
+) -> dict[str, Tensor]:
     """Return for each gate layer (images, channels) derivatives of each image's own loss by the gates."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in gates}
 
@@ -108,7 +118,7 @@ def _image_derivatives(module: nn.Module, gates: set[str], images: Tensor, label
     handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in gates]
     try:
         with torch.enable_grad(), eval_mode(module):
-            loss = F.cross_entropy(module(images), labels, reduction="sum")
+            loss = losses(plain(module(images), getattr(module, "output_names", ())), targets).sum()
         kept = [(name, output) for name, tensors in outputs.items() for output in tensors]
         gradients = torch.autograd.grad(loss, [output for _, output in kept], allow_unused=True)
     finally:
@@ -118,6 +128,6 @@ def _image_derivatives(module: nn.Module, gates: set[str], images: Tensor, label
     for (name, output), gradient in zip(kept, gradients, strict=True):
         product = torch.zeros_like(output) if gradient is None else output.detach() * gradient
         channels = -1 if isinstance(module.get_submodule(name), _CHANNELS_LAST) else 1
-        sums = product.movedim(channels, -1).reshape(len(labels), -1, product.shape[channels]).sum(1)
+        sums = product.movedim(channels, -1).reshape(len(images), -1, product.shape[channels]).sum(1)
         derivatives[name] = derivatives[name] + sums if name in derivatives else sums
     return derivatives

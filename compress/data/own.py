@@ -1,0 +1,108 @@
+"""How does a data set class of the user's own become images and targets?
+
+It needs `__len__` and `__getitem__` -> (image, target), as torch's do; without a target it returns the image alone.
+An image is a PIL picture, uint8 (H, W, C) or (H, W), a uint8 tensor (C, H, W), or floating-point (C, H, W) that is
+prepared already and goes into the network as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from compress.data.annotated import AnnotatedSource
+from compress.errors import DataError
+from compress.references import beside, import_callable
+
+
+def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
+    """Build the user's data set and look at its first entry.
+
+    Args:
+        reference: "pkg.module:Class" or "path/file.py:Class".
+        kwargs: Handed on as they are.
+
+    Raises:
+        ModelError: The reference cannot be imported.
+        DataError: The class raises, is empty, or returns no image.
+    """
+    make = import_callable(reference, "Data set")
+    with beside(reference):
+        try:
+            dataset = make(**kwargs)
+            count = len(dataset)
+            first = dataset[0] if count else None
+        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
+            raise DataError(f"Data set '{reference}' must open and give its first entry, got {_say(error)}") from error
+    if count == 0:
+        raise DataError(f"Data set '{reference}' must hold at least one image, it holds none.")
+    has_targets = isinstance(first, tuple | list)
+
+    def entry(place: int) -> tuple[Any, Any]:
+        try:
+            found = dataset[place]
+        except Exception as error:  # the user's code: its error is shown, ours is around it
+            raise DataError(f"Data set '{reference}' must give entry {place}, got {_say(error)}") from error
+        if has_targets and (not isinstance(found, tuple | list) or len(found) != 2):
+            raise DataError(f"Data set '{reference}' must give (image, target), entry {place} is {_kind(found)}.")
+        return (found[0], found[1]) if has_targets else (found, None)
+
+    names = getattr(dataset, "classes", ())
+    return AnnotatedSource(
+        count,
+        lambda place: as_image(entry(place)[0], reference),
+        (lambda place: as_target(entry(place)[1])) if has_targets else None,
+        tuple(str(name) for name in names) if isinstance(names, Sequence) and not isinstance(names, str) else (),
+        known_labels=_known_labels(dataset, count),
+    )
+
+
+def as_image(image: Any, reference: str = "") -> np.ndarray:
+    """Return uint8 (H, W, C), or float32 (H, W, C) of an image that is prepared already.
+
+    Raises:
+        DataError: It is no image.
+    """
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    is_tensor = hasattr(image, "detach")
+    values = np.asarray(image.detach().cpu() if is_tensor else image)
+    if values.ndim == 2 and values.dtype == np.uint8:
+        return values[..., None]
+    if values.ndim == 3 and values.dtype == np.uint8:
+        return np.ascontiguousarray(values.transpose(1, 2, 0)) if is_tensor else values
+    if values.ndim == 3 and np.issubdtype(values.dtype, np.floating):
+        return np.ascontiguousarray(values.transpose(1, 2, 0), dtype=np.float32)
+    raise DataError(
+        f"Data set '{reference}' must give images as uint8 (H, W, C) or floating-point (C, H, W), got {values.dtype} "
+        f"{values.shape}."
+    )
+
+
+def as_target(target: Any) -> Any:
+    """Return a target with arrays in place of tensors, in mappings and tuples too."""
+    if hasattr(target, "detach"):
+        return target.detach().cpu().numpy()
+    if isinstance(target, Mapping):
+        return {name: as_target(value) for name, value in target.items()}
+    if isinstance(target, tuple | list):
+        return tuple(as_target(value) for value in target)
+    return target
+
+
+def _known_labels(dataset: Any, count: int) -> np.ndarray | None:
+    """Return the class indices that a data set names as torchvision's do, without reading its images."""
+    values = getattr(dataset, "targets", None)
+    if not isinstance(values, Sequence | np.ndarray) or len(values) != count:
+        return None
+    labels = np.asarray(values)
+    return labels.astype(np.int64) if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _kind(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple | list) else type(value).__name__

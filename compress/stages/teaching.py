@@ -1,0 +1,18 @@
+"""How does the untouched network come back, to be learned from?"""
+
+from torch import nn
+
+from compress.artifacts import TorchModel
+from compress.building import build_untouched, load_strict, read_weights
+
+
+def original_of(artifact: TorchModel) -> nn.Module:
+    """Return the untouched network in eval mode, without gradients.
+
+    Raises:
+        ModelError: The factory fails.
+        ArtifactError: The baseline's weights cannot be read or do not fit.
+    """
+    original = build_untouched(artifact.factory, artifact.signature)
+    load_strict(original, read_weights(artifact.baseline.weights_path), "The baseline's weights")
+    return original.requires_grad_(False)

@@ -1,0 +1,221 @@
+"""What is a network for? A task says what is learned, what is measured, and what of it decides.
+
+    outputs, targets --loss--> a number to train by            torch, any device
+    outputs, targets --facts--> a little for each image        numpy, so that torch and ONNX are judged by the same code
+    facts of all images --figures--> {"miou": 0.71, ...}
+
+`outputs` is the tensor (or array) of a network with one output, else a mapping of names to them. `targets` is one
+tensor (or array) for the batch, or a list with an entry for each image where those differ in shape.
+
+torch is imported by what trains only: a file is verified without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from compress.errors import DataError, ModelError, NonFinite
+from compress.tasks.outputs import each, first, picked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Facts = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """The figure that decides: which epoch is best, what a verdict leads with.
+
+    Attributes:
+        name: As in gates and reports, such as "miou".
+        higher_is_better: Whether more of it is better.
+        is_share: Whether it lies in [0, 1] and is shown in percent.
+        label: In words.
+    """
+
+    name: str
+    higher_is_better: bool = True
+    is_share: bool = True
+    label: str = ""
+
+    @property
+    def words(self) -> str:
+        """How it is called in sentences."""
+        return self.label or self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a report."""
+        return {**asdict(self), "label": self.words}
+
+    def show(self, value: float) -> str:
+        """Return a value as it is said: a share in percent.
+
+        >>> Metric("miou").show(0.5), Metric("rmse", is_share=False).show(0.25)
+        ('50.00%', '0.25')
+        """
+        return f"{value:.2%}" if self.is_share else f"{value:.4g}"
+
+    def is_better(self, one: float, other: float) -> bool:
+        """Whether one value is better than another; one that is no number never is, and any is better than that."""
+        if np.isnan(one) or np.isnan(other):
+            return bool(np.isnan(other) and not np.isnan(one))
+        return one > other if self.higher_is_better else one < other
+
+
+class Task:
+    """Base of all tasks, and of a user's own: give `loss`, `metrics` and `metric`, and change the rest where need be.
+
+    Attributes:
+        name: As in the pipeline file.
+        metric: Name of the figure that decides, one of those that `metrics` returns.
+        higher_is_better: Whether more of it is better.
+        is_share: Whether it lies in [0, 1] and is shown in percent.
+        resamples: How often images are drawn anew for the interval of a figure (bootstrap); 0 gives no interval.
+        can_mix: Whether mixup and CutMix make sense: targets are class indices.
+        is_spatial: Whether targets lie at places in the image, so that what moves pixels would make them wrong.
+        learns_from_original: Whether the untouched network's outputs are learned, whatever targets there are.
+        needs_targets: Whether what is measured needs targets; without, it is the distance to the untouched network.
+    """
+
+    name: ClassVar[str] = "own"
+    metric: str = ""
+    higher_is_better: bool = True
+    is_share: bool = True
+    label: str = ""
+    resamples: int = 0
+    can_mix: bool = False
+    is_spatial: bool = False
+    learns_from_original: bool = False
+    needs_targets: bool = True
+
+    @property
+    def main(self) -> Metric:
+        """The figure that decides."""
+        return Metric(self.metric, self.higher_is_better, self.is_share, self.label)
+
+    def sized(self, height: int, width: int) -> Task:
+        """Return the task for images of that size, as they go into the network; where it does not matter, itself."""
+        return self
+
+    # what is learned: torch
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the mean loss of a batch, a scalar to be minimised."""
+        raise NotImplementedError(f"{type(self).__name__} must have a method loss(outputs, targets).")
+
+    def image_losses(self, outputs: Any, targets: Any) -> Tensor:
+        """Return (N,) the loss of each image; by default `loss` of one image after the other."""
+        import torch
+
+        count = len(first(outputs))
+        one_by_one = (slice(place, place + 1) for place in range(count))
+        return torch.stack([self.loss(picked(outputs, one), targets[one]) for one in one_by_one])
+
+    def training_loss(self, outputs: Any, targets: Any, smoothing: float) -> Tensor:
+        """Return the mean loss of a training batch; label smoothing is for tasks that choose among classes."""
+        return self.loss(outputs, targets)
+
+    def distances(self, outputs: Any, wanted: Any) -> Tensor:
+        """Return (N,) how far outputs are from those of another network, 0 where they are equal.
+
+        By default the squared difference over the mean square in the batch of what is wanted, for each floating-point
+        output, then their mean: an image whose outputs are nearly 0 would count for everything by its own size.
+        """
+        import torch
+
+        found = []
+        for got, want in zip(each(outputs), each(wanted), strict=True):
+            if want.is_floating_point():
+                difference, size = (got - want).flatten(1), want.flatten(1)
+                found.append(difference.square().sum(1) / size.square().sum(1).mean().clamp_min(1e-12))
+        return torch.stack(found).mean(0)
+
+    def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
+        """Return the mean distance of a batch to the outputs of another network: the loss of distillation.
+
+        Args:
+            outputs: Of the network that learns.
+            wanted: Of the other one, of the same form.
+            temperature: Divides logits, where outputs are logits.
+        """
+        return self.distances(outputs, wanted).mean()
+
+    def guess(self, outputs: Any) -> float:
+        """Return the loss of a network that says the same of every image; infinite where the task does not know it."""
+        return float("inf")
+
+    def vary(self, targets: Any, variation: Any) -> Any:
+        """Return targets as the images of a training batch were (`compress.data.variation`); by default as they are."""
+        return targets
+
+    # what is measured: numpy
+
+    def check(self, outputs: Any, targets: Any) -> None:
+        """Check that outputs and targets of a batch, tensors or arrays, are what the task needs.
+
+        Raises:
+            ModelError: The outputs are not.
+            DataError: The targets are not.
+        """
+
+    def metrics(self, outputs: Any, targets: Any) -> dict[str, float]:
+        """Return the figures of a network over images, from arrays."""
+        raise NotImplementedError(f"{type(self).__name__} must have a method metrics(outputs, targets).")
+
+    def facts(self, outputs: Any, targets: Any) -> Facts:
+        """Return what is kept of each image of a batch: arrays of N entries; by default all of outputs and targets."""
+        named = outputs if isinstance(outputs, dict) else {"": outputs}
+        return {**{f"output.{name}": value for name, value in named.items()}, "target": as_column(targets)}
+
+    def figures(self, facts: Facts) -> dict[str, float]:
+        """Return the figures over the images that facts are of; by default what `metrics` says."""
+        named = {name.partition(".")[2]: value for name, value in facts.items() if name.startswith("output.")}
+        targets = facts["target"]
+        outputs = named[""] if list(named) == [""] else named
+        found = self.metrics(outputs, list(targets) if targets.dtype == object else targets)
+        if not isinstance(found, Mapping):
+            raise ModelError(f"metrics of task '{type(self).__name__}' must be a mapping, got {type(found).__name__}.")
+        if self.metric not in found:
+            raise ModelError(
+                f"Task '{type(self).__name__}' must measure its metric '{self.metric}', its metrics are "
+                f"{', '.join(found) or 'none'}."
+            )
+        return {name: float(value) for name, value in found.items()}
+
+
+def require_finite(figures: Mapping[str, float]) -> None:
+    """Raise NonFinite where a figure is NaN or infinite: nothing could be said of it."""
+    for name, value in figures.items():
+        if not np.isfinite(value):
+            raise NonFinite(f"Figure '{name}' of the task must be a finite number, got {value}.")
+
+
+def as_column(values: Any) -> np.ndarray:
+    """Return an array with one entry for each image, of objects where the images' targets differ in shape."""
+    if isinstance(values, np.ndarray):
+        return values
+    column = np.empty(len(values), object)
+    column[:] = list(values)
+    return column
+
+
+def joined(parts: list[Facts]) -> Facts:
+    """Return the facts of several batches as those of all their images."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def chosen(facts: Facts, places: np.ndarray) -> Facts:
+    """Return the facts of some images, of some perhaps several times."""
+    return {name: values[places] for name, values in facts.items()}
+
+
+def require_targets(targets: Any, kind: str, axes: int) -> None:
+    """Raise DataError unless targets are an array or tensor of so many axes."""
+    if not hasattr(targets, "ndim") or targets.ndim != axes:
+        got = f"shape {tuple(targets.shape)}" if hasattr(targets, "shape") else type(targets).__name__
+        raise DataError(f"Targets must be {kind}, an array of {axes} ax{'is' if axes == 1 else 'es'}, got {got}.")

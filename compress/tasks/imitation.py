@@ -1,0 +1,106 @@
+"""embedding, and any task without labels: how near are the outputs to those of the untouched network?
+
+Targets are what that network returns for the same images. Where the task chooses among classes, the share of equal
+choices decides ("agreement"), else the relative distance of the outputs ("distance").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from compress.errors import ModelError
+from compress.tasks.base import Facts, Task
+from compress.tasks.classification import Classification
+from compress.tasks.outputs import each, first
+from compress.tasks.segmentation import Segmentation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CHOOSING = (Classification, Segmentation)
+
+
+class Imitation(Task):
+    """A task whose targets are the outputs of the untouched network.
+
+    Args:
+        of: The task that the network is for; says how outputs are compared.
+    """
+
+    learns_from_original = True
+    needs_targets = False
+    resamples = 400
+
+    def __init__(self, of: Task) -> None:
+        self.of = of
+        self.chooses = isinstance(of, _CHOOSING)
+        self.name = of.name  # type: ignore[misc]
+        self.metric = "agreement" if self.chooses else "distance"
+        self.label = "agreement with the original" if self.chooses else "distance to the original"
+        self.higher_is_better = self.is_share = self.chooses
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the mean distance to what the untouched network returns."""
+        return self.of.distance(outputs, targets)
+
+    def image_losses(self, outputs: Any, targets: Any) -> Tensor:
+        """Return (N,) the distance of each image's outputs."""
+        return self.of.distances(outputs, targets)
+
+    def distances(self, outputs: Any, wanted: Any) -> Tensor:
+        """Return what the task itself says."""
+        return self.of.distances(outputs, wanted)
+
+    def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
+        """Return what the task itself says."""
+        return self.of.distance(outputs, wanted, temperature)
+
+    def guess(self, outputs: Any) -> float:
+        """Return what the task itself says."""
+        return self.of.guess(outputs)
+
+    def check(self, outputs: Any, targets: Any) -> None:
+        """Check that both networks return the same kinds of outputs.
+
+        Raises:
+            ModelError: They do not.
+        """
+        shapes = [[tuple(one.shape[1:]) for one in each(values)] for values in (outputs, targets)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"Outputs must have the shapes of the original's, {shapes[1]} an image, got {shapes[0]}.")
+
+    def facts(self, outputs: Any, targets: Any) -> Facts:
+        """Return (N,) squared distance and size of all outputs, their cosine, and the share of equal choices if any."""
+        got, want = (_flat(values) for values in (outputs, targets))
+        sizes = np.maximum(np.linalg.norm(want, axis=1), 1e-12)
+        lengths = np.maximum(np.linalg.norm(got, axis=1), 1e-12)
+        apart = ((got - want) ** 2).sum(1)
+        facts = {"apart": apart, "size": sizes**2, "cosine": (got * want).sum(1) / sizes / lengths}
+        if self.chooses:
+            equal = first(outputs).argmax(1) == first(targets).argmax(1)
+            facts["agreement"] = equal.reshape(len(equal), -1).mean(1)
+        return facts
+
+    def figures(self, facts: Facts) -> dict[str, float]:
+        """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement"."""
+        found = {"distance": float(np.sqrt(facts["apart"].sum() / facts["size"].sum()))}
+        return found | {name: float(values.mean()) for name, values in facts.items() if name not in ("apart", "size")}
+
+
+def _flat(outputs: Any) -> np.ndarray:
+    """Return (N, M) float64 all floating-point outputs of each image in one row."""
+    arrays = [np.asarray(one) for one in each(outputs)]
+    rows = [one.reshape(len(one), -1).astype(np.float64) for one in arrays if np.issubdtype(one.dtype, np.floating)]
+    return np.concatenate(rows, axis=1)
+
+
+class Embedding(Imitation):
+    """Outputs that only mean something beside each other: what counts is that they stay where they were."""
+
+    name: ClassVar[str] = "embedding"
+
+    def __init__(self) -> None:
+        super().__init__(Task())
+        self.name = "embedding"  # type: ignore[misc]

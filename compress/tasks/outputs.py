@@ -1,0 +1,89 @@
+"""What did a network return? One form for tensors and arrays, one output and several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from compress.errors import ModelError, NonFinite
+
+
+def named(returned: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the outputs of a network by their names.
+
+    Args:
+        returned: A tensor or array, or a tuple, list, mapping or dataclass of them; what is none (None, numbers) in a
+            mapping or dataclass is left out.
+        names: Of the outputs, where `returned` does not say them; `output_0` and so on by default.
+
+    Raises:
+        ModelError: There is no tensor, or something else is in a tuple.
+
+    >>> list(named({"mask": np.zeros(1), "loss": None})), list(named((np.zeros(1), np.zeros(2))))
+    (['mask'], ['output_0', 'output_1'])
+    """
+    if hasattr(returned, "shape"):
+        return {names[0] if names else "output_0": returned}
+    if is_dataclass(returned) and not isinstance(returned, type):
+        returned = {one.name: getattr(returned, one.name) for one in fields(returned)}
+    if isinstance(returned, Mapping):
+        found = {str(name): value for name, value in returned.items() if hasattr(value, "shape")}
+    elif isinstance(returned, tuple | list) and all(hasattr(value, "shape") for value in returned):
+        given = names if len(names) == len(returned) else [f"output_{place}" for place in range(len(returned))]
+        found = dict(zip(given, returned, strict=True))
+    else:
+        found = {}
+    if not found:
+        raise ModelError(f"A network must return tensors, it returns {type(returned).__name__}.")
+    return found
+
+
+def plain(returned: Any, names: Sequence[str] = ()) -> Any:
+    """Return the one output of a network itself, or several by their names.
+
+    Raises:
+        ModelError: As `named`.
+    """
+    found = named(returned, names)
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def each(outputs: Any) -> list[Any]:
+    """Return the outputs one after the other, whether it is one or several."""
+    return list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
+
+
+def first(outputs: Any) -> Any:
+    """Return the first output, which is the one that is judged where a network has more (such as an auxiliary head)."""
+    return each(outputs)[0]
+
+
+def changed(outputs: Any, change: Any) -> Any:
+    """Return outputs of the same form, each passed through a function."""
+    if isinstance(outputs, Mapping):
+        return {name: change(value) for name, value in outputs.items()}
+    return change(outputs)
+
+
+def picked(values: Any, places: Any) -> Any:
+    """Return some entries of outputs or of targets along the first axis; of a list the same entries.
+
+    >>> picked(["a", "b", "c"], slice(1, 3)), picked({"x": np.arange(3)}, slice(1, 2))
+    (['b', 'c'], {'x': array([1])})
+    """
+    return changed(values, lambda one: one[places])
+
+
+def check_finite(outputs: Any) -> None:
+    """Raise NonFinite where an array among the outputs has NaN or infinity."""
+    for value in each(outputs):
+        if not np.isfinite(value).all():
+            raise NonFinite(f"Outputs of the network must be finite, got NaN or infinity in a batch of {len(value)}.")
+
+
+def arrays(outputs: Any) -> Any:
+    """Return tensors on any device as arrays, in the same form."""
+    return changed(outputs, lambda one: one.detach().cpu().numpy())

@@ -1,0 +1,135 @@
+"""segmentation: which of K classes is at each pixel? Outputs (N, K, H, W) logits, targets (N, H, W) class indices."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from compress.errors import DataError, ModelError
+from compress.tasks.base import Facts, Task, require_targets
+from compress.tasks.outputs import each, first
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Segmentation(Task):
+    """Cross-entropy of pixels to learn by, the mean intersection over union of classes to decide by.
+
+    Where a network has several outputs the first one is judged and learned (torchvision's `out`).
+
+    Args:
+        ignore_index: Value of mask pixels that do not count.
+    """
+
+    name: ClassVar[str] = "segmentation"
+    metric = "miou"
+    label = "mIoU"
+    resamples = 400
+    is_spatial = True
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        self.ignore_index = ignore_index
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the mean cross-entropy of the pixels that count, in nats."""
+        return self.training_loss(outputs, targets, 0.0)
+
+    def training_loss(self, outputs: Any, targets: Any, smoothing: float) -> Tensor:
+        """Return the same with smoothed labels; 0 where no pixel of the batch counts."""
+        import torch.nn.functional as F
+
+        counted = (targets != self.ignore_index).sum().clamp_min(1)
+        total: Tensor = F.cross_entropy(
+            first(outputs), targets, ignore_index=self.ignore_index, label_smoothing=smoothing, reduction="sum"
+        )
+        mean: Tensor = total / counted
+        return mean
+
+    def image_losses(self, outputs: Any, targets: Any) -> Tensor:
+        """Return (N,) the mean cross-entropy of the pixels of each image, in nats."""
+        import torch.nn.functional as F
+
+        each: Tensor = F.cross_entropy(first(outputs), targets, ignore_index=self.ignore_index, reduction="none")
+        counted: Tensor = (targets != self.ignore_index).flatten(1).sum(1).clamp_min(1)
+        return each.flatten(1).sum(1) / counted
+
+    def distances(self, outputs: Any, wanted: Any) -> Tensor:
+        """Return (N,) the mean Kullback-Leibler divergence of pixels from the wanted probabilities, in nats."""
+        return self._divergences(outputs, wanted, 1.0)
+
+    def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
+        """Return the mean divergence of softened probabilities, times the squared temperature."""
+        return self._divergences(outputs, wanted, temperature).mean() * temperature**2
+
+    def _divergences(self, outputs: Any, wanted: Any, temperature: float) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
+        found = []
+        for pair in zip(each(wanted), each(outputs), strict=True):  # auxiliary heads stay where they were, too
+            want, got = (F.log_softmax(one / temperature, 1) for one in pair)
+            found.append(F.kl_div(got, want, reduction="none", log_target=True).sum(1).flatten(1).mean(1))
+        return torch.stack(found).mean(0)
+
+    def guess(self, outputs: Any) -> float:
+        """Return the loss of a guess: ln K."""
+        return math.log(first(outputs).shape[1])
+
+    def vary(self, targets: Any, variation: Any) -> Any:
+        """Return masks as the images were varied; what was padded does not count."""
+        return variation.of_maps(targets, self.ignore_index)
+
+    def check(self, outputs: Any, targets: Any) -> None:
+        """Check for (N, K, H, W) outputs of the masks' size and classes below K.
+
+        Raises:
+            ModelError: The first output is not of that shape.
+            DataError: Targets are no masks, or of classes that the network does not have.
+        """
+        logits = first(outputs)
+        if logits.ndim != 4 or logits.shape[1] < 2:
+            raise ModelError(
+                f"A segmentation network must return (N, classes, H, W), at least 2 classes, got {tuple(logits.shape)}."
+            )
+        require_targets(targets, "masks", 3)
+        if tuple(logits.shape[2:]) != tuple(targets.shape[1:]):
+            raise ModelError(
+                f"Outputs must have the size of the masks ({targets.shape[1]} x {targets.shape[2]}), got "
+                f"{logits.shape[2]} x {logits.shape[3]}.",
+                hint="Let the network end with a resize to the size of its input, as torchvision's do.",
+            )
+        counted = targets[targets != self.ignore_index]
+        classes = logits.shape[1]
+        if len(counted) and (int(counted.max()) >= classes or int(counted.min()) < 0):
+            wrong = int(counted.max()) if int(counted.max()) >= classes else int(counted.min())
+            raise DataError(
+                f"Mask pixels must be from 0 to {classes - 1} (the network has {classes} classes), or "
+                f"{self.ignore_index}, got {wrong}.",
+                hint="task.ignore_index names the value that does not count.",
+            )
+
+    def facts(self, outputs: Any, targets: Any) -> Facts:
+        """Return (N, K) pixels of each class that are right, predicted, and there."""
+        logits = first(outputs)
+        classes = logits.shape[1]
+        predicted, counted = logits.argmax(1), targets != self.ignore_index
+        counts = np.zeros((3, len(logits), classes), np.int64)
+        for place in range(len(logits)):
+            got, want = predicted[place][counted[place]], targets[place][counted[place]]
+            for row, values in enumerate((got[got == want], got, want)):
+                counts[row, place] = np.bincount(values, minlength=classes)
+        return dict(zip(("right", "predicted", "there"), counts, strict=True))
+
+    def figures(self, facts: Facts) -> dict[str, float]:
+        """Return "miou", the mean over classes that are there or predicted, and "pixel_accuracy"."""
+        right, predicted, there = (facts[name].sum(0) for name in ("right", "predicted", "there"))
+        union = predicted + there - right
+        seen = union > 0
+        iou = right[seen] / union[seen]
+        return {
+            "miou": float(iou.mean()) if seen.any() else 0.0,
+            "pixel_accuracy": float(right.sum() / max(1, there.sum())),
+        }

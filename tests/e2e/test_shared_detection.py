@@ -1,0 +1,49 @@
+"""A published detector has the precision that its author's file was measured to have, by the user's postprocess.
+
+Files under the folder that `test_shared.py` describes: data/detection/FastestDet.onnx, and coco128.zip with 128
+pictures and their boxes. Another scorer measured an AP50 of 32.08 % and an AP of 18.03 % on them.
+"""
+
+import os
+from pathlib import Path
+
+import fastestdet
+import numpy as np
+import pytest
+
+from compress.config.schema import GatesFile
+from compress.data.opening import open_split
+from compress.data.preprocessing import Preprocessing
+from compress.tasks.opening import open_task
+from compress.verification.quality import predict
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
+
+SHARED = Path(os.environ.get("COMPRESS_SHARED") or Path(__file__).parents[3] / "shared")
+FOLDER = SHARED / "data" / "detection"
+FILE, ARCHIVE = FOLDER / "FastestDet.onnx", FOLDER / "coco128.zip"
+
+pytestmark = [
+    pytest.mark.shared,
+    pytest.mark.skipif(
+        not (FILE.is_file() and ARCHIVE.is_file()),
+        reason=f"{FILE.name} and {ARCHIVE.name} are not there: name their folder in COMPRESS_SHARED",
+    ),
+]
+
+
+def test_a_published_detector_has_its_precision() -> None:
+    here = fastestdet.__file__
+    given = GatesFile.model_validate(
+        {
+            "task": {"name": "detection", "postprocess": f"{here}:decode"},
+            "evaluation": {"own": f"{here}:Coco128", "kwargs": {"archive": str(ARCHIVE)}},
+        }
+    )
+    assert given.evaluation is not None
+    split = open_split("evaluation", given.evaluation, Preprocessing(channels="BGR"), open_task(given.task))
+    targets = split.read_targets(np.arange(len(split)))
+    assert sum(len(target["labels"]) for target in targets) == 929
+    with OnnxRuntime(FILE) as runtime:
+        found = predict(runtime, split)
+    assert found.figures["map50"] == pytest.approx(0.3208, abs=0.005)
+    assert found.figures["map"] == pytest.approx(0.1803, abs=0.01)

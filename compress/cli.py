@@ -343,7 +343,9 @@ def inspect(
 def list_names(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[criteria|methods|stages|datasets|tasks|runtimes]", help="What to list; all by default."),
+        typer.Argument(
+            metavar="[criteria|methods|stages|datasets|tasks|runtimes]", help="What to list; all by default."
+        ),
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""

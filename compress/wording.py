@@ -20,6 +20,8 @@ def check_rows(verdict: Verdict) -> list[tuple[str, ...]]:
 
 def figure_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
     """Return MACs, params, size, quality and latency before and after; [] when either was not measured."""
+    from compress.report.outcome import quality_kind  # imports numpy
+
     before, after = verdict.baseline, verdict.slim
     if before is None or after is None:
         return []
@@ -31,7 +33,10 @@ def figure_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
     for name in before.quality:
         if name in after.quality:
             old, new = before.quality[name], after.quality[name]
-            rows.append((f"{name} (%)", f"{100 * old:.2f}", f"{100 * new:.2f}", f"{100 * (new - old):+.2f} points"))
+            if quality_kind({"details": verdict.details}, name).is_share:
+                rows.append((f"{name} (%)", f"{100 * old:.2f}", f"{100 * new:.2f}", f"{100 * (new - old):+.2f} points"))
+            else:
+                rows.append((name, f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}"))
     for name in before.latency_ms:
         if name in after.latency_ms:
             old, new = before.latency_ms[name], after.latency_ms[name]

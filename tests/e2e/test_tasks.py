@@ -1,6 +1,7 @@
 """Every task goes through a whole pipeline, and is judged by its own figure on the file itself."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def _report(world: World, pipeline: dict[str, Any]) -> tuple[dict[str, Any], Not
     assert "<html" in page
     report = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
     return report, progress
+
+
+def _against(world: World, pipeline: dict[str, Any]) -> list[str]:
+    """Return the arguments that hold a run's file to its own pipeline, beside its own baseline."""
+    baseline = next(world.store.rglob("baseline.onnx"))
+    return ["--pipeline", str(world.write(pipeline)), "--against", str(baseline)]
 
 
 def _stage(report: dict[str, Any], name: str) -> dict[str, Any]:
@@ -129,6 +136,8 @@ def test_regression_where_less_is_better(tmp_path: Path) -> None:
     report, _ = _report(world, pipeline)
     epochs = [epoch["validation_rmse"] for epoch in _stage(report, "finetune")["epochs"]]
     assert _stage(report, "finetune")["chosen_epoch"] == 1 + int(np.argmin(epochs))
+    said = smallrun.call("verify", str(world.runs / "tasked" / "model.onnx"), *_against(world, pipeline)).stdout
+    assert re.search(r"rmse +0\.\d+ +0\.\d+ +[+-]", said)
     check = _checks(report)["max_rise.rmse"]
     assert check["value"] == pytest.approx(report["slim"]["quality"]["rmse"] - report["baseline"]["quality"]["rmse"])
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import nets
+import numpy as np
+import onnx
 import pytest
 import smallrun
 from exported import SIGNATURE
@@ -139,6 +141,37 @@ def test_a_file_is_verified_where_torch_is_not_installed(world: smallrun.World) 
     assert done.returncode == 0
     assert "PASSED" in done.stdout
     assert 'failures="0"' in junit.read_text(encoding="utf-8")
+
+
+def test_other_tasks_are_verified_where_torch_is_not_installed(tmp_path: Path) -> None:
+    value = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 3, 16, 16]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "one", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save_model(onnx.helper.make_model(graph, ir_version=10, opset_imports=opset), tmp_path / "m.onnx")
+    images = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3)).astype(np.uint8)
+    np.savez(
+        tmp_path / "a.npz", x=images, y=images.argmax(-1)
+    )  # the network says at each pixel which colour is strongest
+    common = "preprocessing: {}\nresources: null\nwarmup: 2\nrepeats: 10\n"
+    for name, text in (
+        ("labelled", "task: segmentation\nevaluation: {arrays: a.npz}\ngates: {min: {miou: 0.99}}\n"),
+        ("unlabelled", "task: embedding\nevaluation: {unlabelled: a.npz}\ngates: {max: {distance: 0.01}}\n"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(common + text, encoding="utf-8")
+        file = tmp_path / "m.onnx"
+        arguments = ["verify", file, "--against", file, "--gates", tmp_path / f"{name}.yaml"]
+        code = (
+            "import sys\n"
+            "class Hidden:\n"
+            "    def find_spec(self, name, *_):\n"
+            "        if name.partition('.')[0] in ('torch', 'torchvision', 'torch_pruning', 'onnxscript'):\n"
+            "            raise ImportError(f'{name} is not installed')\n"
+            "sys.meta_path.insert(0, Hidden())\n"
+            f"from compress.cli import app\napp({[str(one) for one in arguments]!r})"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert "PASSED" in done.stdout
 
 
 def gates_file(world: smallrun.World, text: str) -> str:

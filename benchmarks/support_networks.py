@@ -106,14 +106,13 @@ def build(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | N
 
 
 def _import_file(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | None]:
-    from compress.artifacts import FactorySpec
-    from compress.building import build_module
-    from compress.cost.onnx_file import load_onnx, read_signature
+    """Return the network of an ONNX file; its shapes may be part of the graph, so that it keeps its own."""
+    from compress.inspection.targets import open_target
 
     assert entry.path is not None
-    module = build_module(FactorySpec("onnx", entry.path))
-    own = tuple(int(size) for size in read_signature(load_onnx(Path(entry.path))).inputs[0].shape[1:])
-    return module, own if entry.size is None else (own[0], entry.size, entry.size), own
+    network = open_target(entry.path, None)
+    own = tuple(network.example.shape[1:])
+    return network.module, own, own
 
 
 def _first_stage(name: str) -> nn.Module:

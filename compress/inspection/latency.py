@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from compress.artifacts import Signature
+from compress.data.packing import draw
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import Network
@@ -138,4 +139,4 @@ def random_inputs(signature: Signature, batch: int, seed: int = 0) -> dict[str, 
     """Return random values for every input of a signature."""
     random = np.random.default_rng(seed)
     shapes = {s.name: [size if isinstance(size, int) else batch for size in s.shape] for s in signature.inputs}
-    return {spec.name: random.standard_normal(shapes[spec.name]).astype(spec.dtype) for spec in signature.inputs}
+    return {spec.name: draw(spec, shapes[spec.name], random) for spec in signature.inputs}

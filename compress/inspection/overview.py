@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.cost.onnx_graph import LayerRow, OnnxCounts, count_onnx, layer_rows
-from compress.errors import ConfigValueError
+from compress.errors import ModelError
 from compress.inspection.latency import LeastLatency, TimedShare, measure_least_latency
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import open_target
@@ -23,7 +23,7 @@ class Overview:
 
     Attributes:
         target: As it was named.
-        potential: Of a network; None of a file that is only read.
+        potential: Of a network; None of a file that cannot be imported.
         latency: The least that can be reached, where that was asked for.
         file: Figures of an ONNX file.
         nodes: Its nodes.
@@ -71,20 +71,35 @@ def inspect_target(
         progress: Told about each part.
 
     Raises:
-        ConfigValueError: The target is of no kind known, its input shape is not known, or nothing can be timed.
+        ConfigValueError: The target is of no kind known, or its input shape is not known.
         ArtifactError, ModelError, UntraceableModel: The network cannot be read, built or traced.
         ExportFailed: It cannot be exported to be timed.
         RuntimeUnavailable: The pipeline's provider is not there.
     """
     progress = progress or SilentProgress()
     if Path(target).suffix == ".onnx":
-        if with_latency:
-            raise ConfigValueError("--latency needs a network that can be cut; an ONNX file is only read.")
-        return Overview(target, file=count_onnx(Path(target)), nodes=tuple(layer_rows(Path(target))))
+        return _inspect_file(target, input_shape, with_latency, progress)
     network = open_target(target, input_shape, overrides)
     potential, groups = find_potential(network.module, network.example, network.limits, progress)
     latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
     return Overview(target, potential, latency)
+
+
+def _inspect_file(target: str, input_shape: tuple[int, ...] | None, with_latency: bool, progress: Progress) -> Overview:
+    """Return the figures of an ONNX file and, where it can be imported, what can be done to the network in it."""
+    figures, nodes = count_onnx(Path(target)), tuple(layer_rows(Path(target)))
+    try:
+        with progress.task("import", 1) as task:
+            network = open_target(target, input_shape)
+            task.advance()
+    except ModelError as error:
+        if with_latency:
+            raise
+        progress.warn(f"What can be cut is not known: {error.message}")
+        return Overview(target, file=figures, nodes=nodes)
+    potential, groups = find_potential(network.module, network.example, network.limits, progress)
+    latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
+    return Overview(target, potential, latency, figures, nodes)
 
 
 def _potential_tables(potential: Potential, latency: LeastLatency | None) -> list[Table]:

@@ -1,11 +1,11 @@
 """Which network does a target name, and on which input is it looked at?
 
-    FILE.onnx                                the file
+    FILE.onnx                                the network that is in it, with its weights
     FILE.yaml                                the untouched network of a pipeline, its input, limits and place
     torchvision:NAME, timm:NAME              with its own input size, unless another one is given
     file.py:callable, pkg.module:callable    the input must be given
 
-No trained weights are needed: what can be cut, and how fast it is, does not depend on them.
+No other trained weights are needed: what can be cut, and how fast it is, does not depend on them.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,11 @@ from compress.artifacts import FactorySpec, NetworkKind, Signature
 from compress.building import build_module, with_one_array
 from compress.config.load import load_pipeline
 from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
+from compress.cost.onnx_file import load_onnx, read_signature
 from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
-from compress.errors import ConfigValueError
+from compress.errors import ConfigValueError, ModelError
+from compress.importing.importer import import_onnx
 from compress.inspection.weights import vary_weights
 from compress.networks.wiring import signature_of
 from compress.stages.exporting import conditions_of
@@ -60,14 +62,18 @@ def open_target(target: str, input_shape: tuple[int, ...] | None, overrides: Seq
     """Build the torch network that a target names.
 
     Args:
-        target: A pipeline file, "torchvision:NAME", "timm:NAME", "file.py:callable" or "pkg.module:callable".
+        target: An ONNX file, a pipeline file, "torchvision:NAME", "timm:NAME", "file.py:callable" or
+            "pkg.module:callable".
         input_shape: Of one image, without the batch axis.
         overrides: As `--set`, for a pipeline file.
 
     Raises:
         ConfigValueError: The target is none of these, or its input shape is not known.
-        ModelError: The network cannot be built, or does not run on the input.
+        ModelError: The network cannot be built or imported, or does not run on the input.
+        ArtifactError: An ONNX file cannot be read.
     """
+    if Path(target).suffix == ".onnx":
+        return _of_file(Path(target), input_shape)
     if Path(target).suffix in (".yaml", ".yml"):
         return _of_pipeline(load_pipeline(Path(target), overrides).config, input_shape)
     if ":" not in target:
@@ -108,6 +114,20 @@ def own_input_shape(target: str, module: nn.Module) -> tuple[int, ...] | None:
     return 3, size[0], size[-1]
 
 
+def _of_file(path: Path, input_shape: tuple[int, ...] | None) -> Network:
+    inputs = read_signature(load_onnx(path)).inputs
+    shape = input_shape or tuple(size for size in inputs[0].shape[1:] if isinstance(size, int))
+    if len(inputs) != 1 or len(shape) != len(inputs[0].shape) - 1:
+        raise ModelError(
+            f"'{path}' must have one input of known sizes for its channels to be looked at, it has "
+            f"{'; '.join(f'{one.name} {one.shape}' for one in inputs)}.",
+            hint="Give the shape of one image: --input 3,224,224.",
+        )
+    spec = FactorySpec("onnx", str(path), {"inputs": {inputs[0].name: list(shape)} if input_shape else {}})
+    module = import_onnx(path, spec.kwargs["inputs"])
+    return _running(module, spec, shape)
+
+
 def _of_pipeline(config: PipelineConfig, input_shape: tuple[int, ...] | None) -> Network:
     load = config.stages[0]
     assert isinstance(load, LoadConfig)
@@ -131,5 +151,6 @@ def _running(
     """Return a network in plain layers whose weights are varied, after trying it on an input of that shape."""
     example = torch.zeros([1, *shape])
     plain = with_one_array(module, spec, example)
-    vary_weights(plain, example)
+    if spec.kind != "onnx":
+        vary_weights(plain, example)
     return Network(plain, example, signature_of(plain, spec, example), limits, conditions)

@@ -53,7 +53,9 @@ def test_an_onnx_file() -> None:
     figures = dict(rows(overview, "chain.onnx"))
     assert figures["MACs"] == f"{CHAIN_MACS:,}"
     assert int(figures["nodes"]) == len(onnx.load(exported("chain")).graph.node)
-    assert [title for title, _, _ in overview.tables()] == ["chain.onnx"]
+    titles = [title for title, _, _ in overview.tables()]
+    assert titles == ["chain.onnx", "network", "channel groups", "channel groups that stay whole"]
+    assert len(rows(overview, "channel groups")) == 3
     nodes = rows(overview, "nodes", with_layers=True)
     assert [row[1] for row in nodes if row[5] != "0"] == ["Conv", "Conv", "Conv", "Gemm"]
     assert sum(int(row[5].replace(",", "")) for row in nodes) == CHAIN_MACS
@@ -224,12 +226,22 @@ def test_a_pipeline_file_shows_its_untouched_network(tmp_path: Path) -> None:
     assert "min_width 5" in figures["limits"]
 
 
+def unimportable(folder: Path) -> Path:
+    """Return a file with an operator that no network needs."""
+    model = onnx.load(exported("chain"))
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Bernoulli"
+    onnx.save(model, folder / "odd.onnx")
+    return folder / "odd.onnx"
+
+
 def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
     done = smallrun.call("inspect", str(exported("chain")))
     assert done.exit_code == 0
     assert f"{CHAIN_MACS:,}" in done.stdout
-    done = smallrun.call("inspect", str(exported("chain")), "--latency")
-    assert (done.exit_code, "an ONNX file is only read" in done.stderr) == (2, True)
+    done = smallrun.call("inspect", str(unimportable(tmp_path)))
+    assert (done.exit_code, "What can be cut is not known" in done.stderr) == (0, True)
+    assert "channel groups" not in done.stdout
+    assert smallrun.call("inspect", str(unimportable(tmp_path)), "--latency").exit_code == 3
     file = tmp_path / "chain.json"
     done = smallrun.call("inspect", f"{smallrun.NETS}:chain", "--input", "3,16,16", "--json", str(file))
     assert done.exit_code == 0

@@ -78,7 +78,10 @@ def test_detectors_and_segmenters_return_tensors(modules: dict[str, ModuleType])
     assert all(isinstance(output, Tensor) for output in outputs)
     entry = networks.Entry("segmentation", "lraspp_mobilenet_v3_large", "LR-ASPP", 64)
     module, shape, own = networks.build(entry)
-    assert [tuple(output.shape) for output in module(nets.torch.zeros(1, *shape))] == [(1, 21, 64, 64)]
+    assert tuple(module(nets.torch.zeros(1, *shape)).shape) == (1, 21, 64, 64)
+    entry = networks.Entry("detection", "fasterrcnn_mobilenet_v3_large_320_fpn", "Faster R-CNN", 64)
+    module, shape, _ = networks.build(entry)
+    assert [output.shape[1] for output in module(nets.torch.zeros(1, *shape))] == [15] * 3 + [60] * 3
     assert own != shape == (3, 64, 64)
 
 

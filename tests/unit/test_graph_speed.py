@@ -7,7 +7,15 @@ from types import ModuleType
 
 import pytest
 
-FIGURES = {"groups": 37.0, "graph_s": 1.0, "cut_s": 0.5, "model_mb": 100.0, "before_mb": 800.0, "peak_mb": 1250.0}
+FIGURES = {
+    "groups": 37.0,
+    "graph_s": 1.0,
+    "cut_s": 0.5,
+    "cpu_s": 2.0,
+    "model_mb": 100.0,
+    "before_mb": 800.0,
+    "peak_mb": 1250.0,
+}
 
 
 @pytest.fixture
@@ -23,10 +31,10 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_rows_say_whether_limits_are_kept(speed: ModuleType) -> None:
     slow = {**FIGURES, "graph_s": 3.0, "peak_mb": 1400.0}
     assert speed.row("compress", "resnet50", [FIGURES], 3.0) == (
-        "| resnet50 | compress | 37 | 1.00 | 0.50 | 1.50 (within 3) | 100 | 800 | 1250 (within 1300) |"
+        "| resnet50 | compress | 37 | 1.00 | 0.50 | 1.50 (within 3) | 2.00 | 100 | 800 | 1250 (within 1300) |"
     )
-    assert "| 3.50 (above 3) | 100 | 800 | 1400 (above 1300) |" in speed.row("compress", "a", [slow], 3.0)
-    assert speed.row("torch-pruning", "a", [FIGURES], 3.0).endswith("| 1.50 | 100 | 800 | 1250 |")
+    assert "| 3.50 (above 3) | 2.00 | 100 | 800 | 1400 (above 1300) |" in speed.row("compress", "a", [slow], 3.0)
+    assert speed.row("torch-pruning", "a", [FIGURES], 3.0).endswith("| 1.50 | 2.00 | 100 | 800 | 1250 |")
     assert "| 1.50 |" in speed.row("compress", "a", [FIGURES, slow, FIGURES], None)  # the median
     failed = speed.row("compress", "a", [FIGURES, "more than 9 s"], 3.0)
     assert "more than 9 s" in failed

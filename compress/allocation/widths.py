@@ -7,7 +7,7 @@ chooses widths with the least damage in all. Floors and caps always hold, and no
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,11 @@ class Candidates:
         lost = np.append(0.0, np.cumsum(np.sort(self.scores)))
         gone = (self.full - np.asarray(self.levels)) // self.channels_per_unit
         return np.asarray(np.maximum(lost[gone], 0.0) ** 2)
+
+    def dearer(self, factor: float) -> "Candidates":
+        """Return the same group with every damage multiplied by a factor."""
+        measured = None if self.measured is None else self.measured * factor
+        return replace(self, scores=self.scores * math.sqrt(factor), measured=measured)
 
     def removed_units(self, width: int) -> tuple[int, ...]:
         """Return the units that go at `width`; by scores the lowest, the later position first among equals."""

@@ -388,6 +388,11 @@ class CutConfig(Section):
     multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
     min_width: Count = Field(1, description="channels that every group keeps at least")
     max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="cap of each group")
+    residual: Literal["auto", "cut", "keep"] = Field(
+        "auto",
+        description="channels that run along shortcuts: cut like all others, kept, or whatever the validation loss "
+        "likes best of neither, few and as many as their scores say",
+    )
     exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
     score_images: Count = Field(512, description="calibration images that criteria look at")
     repair: Annotated[

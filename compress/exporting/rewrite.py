@@ -66,6 +66,37 @@ def rewrite_padded_shortcuts(model: ModelProto) -> int:
 REWRITES: Mapping[str, Callable[[ModelProto], int]] = {"padded_shortcuts": rewrite_padded_shortcuts}
 
 
+def guard_padded_pools(model: ModelProto) -> int:
+    """Keep runtimes from folding zeros padded before a max pool into the pool, in place; return how many there were.
+
+    A pool's own padding is minus infinity, so that where all values under the kernel are negative the zero of the Pad
+    is the largest, and ONNX Runtime's fusion of the two (`Pad_Fusion`, seen in 1.31) computes something else. It leaves
+    a Pad alone whose value is not exactly zero: the smallest normal number takes its place.
+    """
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if len(tensor.dims) <= 1
+    }
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = 0
+    for node in model.graph.node:
+        if node.op_type != "Pad" or not any(reader.op_type == "MaxPool" for reader in readers.get(node.output[0], ())):
+            continue
+        mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
+        value = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.float32)
+        if mode != b"constant" or value is None or value.dtype.kind != "f" or np.any(value != 0):
+            continue
+        name = f"{node.output[0]}.above_zero"
+        tiny = np.array(np.finfo(value.dtype).tiny, value.dtype)
+        model.graph.initializer.append(numpy_helper.from_array(tiny, name))
+        node.input.extend([""] * (3 - len(node.input)))
+        node.input[2] = name
+        found += 1
+    return found
+
+
 def apply_rewrites(model: ModelProto, names: Iterable[str]) -> dict[str, int]:
     """Apply rewrites in place and return for each in how many places."""
     return {name: REWRITES[name](model) for name in names}

@@ -42,7 +42,7 @@ from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ExportFailed, InternalError
 from compress.exporting.precision import HALF_TOLERANCE, in_half_precision
-from compress.exporting.rewrite import apply_rewrites
+from compress.exporting.rewrite import apply_rewrites, guard_padded_pools
 from compress.exporting.simplify import find_difference, simplify_onnx
 
 ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
@@ -146,6 +146,7 @@ def export_onnx(
     nodes_before = len(model.graph.node)
     _write_metadata(model, preprocessing, classes, sizes)
     flushed = _flush_denormals(model)
+    guard_padded_pools(model)
     external = external_data or _weight_bytes(model) > ONE_FILE_LIMIT_BYTES
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
@@ -157,6 +158,7 @@ def export_onnx(
             slim, note = simplify_onnx(chosen, wanted, external)
             if slim is not None:
                 flushed += _flush_denormals(slim)
+                guard_padded_pools(slim)
                 model = slim
                 chosen = save_checked(slim, Path(folder) / "simplified" / path.name, external)
         rewritten = ModelProto()
@@ -169,6 +171,7 @@ def export_onnx(
             model = rewritten
         if precision == "fp16":
             full, model = chosen, in_half_precision(model)
+            guard_padded_pools(model)
             chosen = save_checked(model, Path(folder) / "half" / path.name, external)
             if difference := find_difference(full, chosen, wanted, HALF_TOLERANCE):
                 raise ExportFailed(

@@ -94,6 +94,7 @@ class ChannelGroup:
         gates: For each producer the member to silence or score it at: its batch norm, or itself.
         bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
         reads: Every weight that reads the channels.
+        is_summed: Whether feature maps of these channels are added up, as along a residual stream.
     """
 
     name: str
@@ -103,6 +104,7 @@ class ChannelGroup:
     gates: tuple[Member, ...]
     bare: tuple[Member, ...] = ()
     reads: tuple[Read, ...] = ()
+    is_summed: bool = False
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -183,6 +185,7 @@ class ChannelGraph:
         self.excluded: list[Exclusion] = []
         self._found: dict[str, _Found] = {}
         self._starts = np.array([axis.start for axis in self.trace.axes], dtype=np.int64)
+        self._summed = np.unique(np.concatenate([one.numpy() for one in self.trace.summed] or [np.zeros(0, np.int64)]))
         if self.trace.axes:
             self._find_groups()
 
@@ -262,7 +265,8 @@ class ChannelGraph:
             if member.axis == "out" and isinstance(member.module, COUNTED) and member.layer not in behind
         )
         reads = tuple(self._reads(numbers, channels))
-        group = ChannelGroup(name, count * parts, parts, members, gates, bare, reads)
+        is_summed = bool(np.isin(labels, self._summed).any())
+        group = ChannelGroup(name, count * parts, parts, members, gates, bare, reads, is_summed)
         self.groups[name] = group
         self._found[name] = _Found(group, labels, units)
 

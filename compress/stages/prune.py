@@ -46,6 +46,7 @@ SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
 CUT_TOLERANCE = 1e-3
 PATIENCE, TRIALS = 2, 9
+RESIDUAL_FACTORS = (1e4, 4.0, 1.0)  # tried: damage of channels that run along shortcuts, times this
 UNITS = {
     "latency": "of the baseline's latency",
     "latency_ms": "ms",
@@ -154,6 +155,9 @@ class PruneStage:
         else:
             trunk = self._without_blocks(trunks, self.config.blocks)
             best = self._attempt(self._prepare(trunk, None, ctx), ctx)
+        residual_trials: list[Record] = []
+        if learned is None:
+            best = self._best_along_shortcuts(best, residual_trials, ctx)
         if not best.selection.removed and not best.removed_blocks:
             asked, reached = self._asked_and_reached(best)
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
@@ -164,6 +168,7 @@ class PruneStage:
             **self._record(artifact, best),
             "removed_blocks": list(best.removed_blocks),
             "block_trials": trials,
+            "residual_trials": residual_trials,
             "method": learned,
             "repairs": best.prepared.trunk.repairs + best.repairs,
             "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
@@ -257,9 +262,51 @@ class PruneStage:
         surveyed = survey(trunk.model, self.config, latency, ctx)
         return Prepared(trunk, surveyed, self._score(trunk, surveyed, ctx))
 
-    def _attempt(self, prepared: Prepared, ctx: StageContext) -> Attempt:
-        """Cut channels until the targets are met, and repair."""
-        selection, timed = prepared.surveyed.choose_timed(prepared.candidates, ctx.progress)
+    def _best_along_shortcuts(self, kept: Attempt, trials: list[Record], ctx: StageContext) -> Attempt:
+        """Meet the targets again with more channels of residual streams cut; keep the least validation loss.
+
+        How much a channel that every block of a stage adds to is missed, scores and repairs say less surely than of one
+        inside a block.
+
+        Args:
+            kept: The attempt that hardly touches them.
+            trials: What was tried is added to it.
+            ctx: Surroundings.
+        """
+        if self._factors(kept.prepared) == (1.0,):
+            return kept
+        best, least = kept, evaluate_loss(kept.model.module, ctx.data.validation, progress=ctx.progress)
+        trials.append({"factor": RESIDUAL_FACTORS[0], "loss": least})
+        for factor in RESIDUAL_FACTORS[1:]:
+            found = self._attempt(kept.prepared, ctx, factor)
+            if found.selection.removed == best.selection.removed:
+                continue
+            loss = evaluate_loss(found.model.module, ctx.data.validation, progress=ctx.progress)
+            trials.append({"factor": factor, "loss": loss})
+            ctx.progress.note(
+                f"damage along shortcuts counted {factor:g} times: validation loss {loss:.4f}, {least:.4f} before"
+            )
+            if loss < least or math.isnan(least):
+                best, least = found, loss
+        return best
+
+    def _factors(self, prepared: Prepared) -> tuple[float, ...]:
+        """Return what the damage of channels along shortcuts is to be multiplied by, one after the other."""
+        has_any = any(group.is_summed for group in prepared.surveyed.groups.values())
+        return RESIDUAL_FACTORS if self.config.residual == "auto" and has_any else (1.0,)
+
+    def _attempt(self, prepared: Prepared, ctx: StageContext, factor: float | None = None) -> Attempt:
+        """Cut channels until the targets are met, and repair.
+
+        Args:
+            prepared: The network about to be cut.
+            ctx: Surroundings.
+            factor: Of the damage of channels along shortcuts; None for the first that is to be tried.
+        """
+        weighed = self._factors(prepared)[0] if factor is None else factor
+        groups = prepared.surveyed.groups
+        candidates = [one.dearer(weighed) if groups[one.name].is_summed else one for one in prepared.candidates]
+        selection, timed = prepared.surveyed.choose_timed(candidates, ctx.progress)
         return self._repair(self._cut(Attempt(prepared, prepared.trunk.model, selection, timed, []), ctx), ctx)
 
     def _learn(self, trunk: Trunk, ctx: StageContext) -> tuple[Attempt, Record]:

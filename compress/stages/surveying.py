@@ -125,6 +125,8 @@ def _find_groups(
         if not exclusion.expected:
             progress.warn(f"Channel group '{exclusion.name}' stays whole: {exclusion.reason}.")
     chosen = _excluded_by_patterns(groups, config.exclude)
+    if config.residual == "keep":
+        chosen |= {name for name, group in groups.items() if group.is_summed}
     excluded += [Exclusion(name, "excluded by the pipeline file", expected=True) for name in chosen - reasons.keys()]
     return {name: group for name, group in groups.items() if name not in chosen | reasons.keys()}, excluded
 

@@ -29,7 +29,7 @@ from compress.pruning.sensitivity import Sensitivity
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
-from compress.stages.prune import PruneStage, _score_batch
+from compress.stages.prune import RESIDUAL_FACTORS, PruneStage, _score_batch
 from compress.stages.repairing import apply_repairs
 from compress.stages.trunks import shorten
 from compress.training.evaluate import evaluate_loss
@@ -130,8 +130,8 @@ def _removed(slim: TorchModel) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "linear_head"])
 def test_reconstruction_takes_widths_from_scores_and_channels_from_their_readers(prune, data, name):
-    by_score, first, _ = prune(name, criterion="taylor", score_images=32)
-    by_refit, second, _ = prune(name, criterion="reconstruction", score_images=32)
+    by_score, first, _ = prune(name, criterion="taylor", score_images=32, residual="cut")
+    by_refit, second, _ = prune(name, criterion="reconstruction", score_images=32, residual="cut")
     assert first["groups"] == second["groups"], "the same widths at the same estimated damage"
     module = nets.build(name)
     groups, _ = find_cuttable(module, nets.EXAMPLE)
@@ -342,7 +342,8 @@ def test_removing_blocks_alone_is_enough_and_statistics_are_measured_again(prune
 
 @pytest.mark.parametrize("target", [0.3, 0.55])
 def test_the_number_of_blocks_with_the_least_validation_loss_is_chosen(prune, data, target):
-    slim, record, said = prune("residual", target=TargetConfig(macs=target), blocks="auto", criterion="l1")
+    options = {"target": TargetConfig(macs=target), "criterion": "l1", "residual": "cut"}
+    slim, record, said = prune("residual", blocks="auto", **options)
     trials = record["block_trials"]
     assert [trial["blocks"] for trial in trials] == list(range(len(trials)))
     assert len(trials) > 1
@@ -351,11 +352,39 @@ def test_the_number_of_blocks_with_the_least_validation_loss_is_chosen(prune, da
     assert evaluate_loss(slim.module, data.validation) == pytest.approx(least["loss"], abs=1e-6)
     assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] <= target * record["macs_before"]
     for trial in trials:
-        same, again, _ = prune("residual", target=TargetConfig(macs=target), blocks=trial["blocks"], criterion="l1")
+        same, again, _ = prune("residual", blocks=trial["blocks"], **options)
         assert evaluate_loss(same.module, data.validation) == pytest.approx(trial["loss"], abs=1e-5)
         assert again["block_trials"] == []
     assert sum("blocks removed: validation loss" in note for note in said.notes) == len(trials)
     _hold_replay(slim, "residual")
+
+
+def test_channels_along_shortcuts_are_cut_as_far_as_the_validation_loss_likes(prune, data):
+    target = TargetConfig(macs=0.3)
+    slim, record, said = prune("residual", target=target, criterion="l1")
+    trials = record["residual_trials"]
+    assert trials[0]["factor"] == RESIDUAL_FACTORS[0]
+    assert len(trials) > 1, "a network of which so much must go has other choices"
+    loss = evaluate_loss(slim.module, data.validation)
+    assert loss == pytest.approx(min(trial["loss"] for trial in trials), abs=1e-6)
+    assert sum("damage along shortcuts" in note for note in said.notes) == len(trials) - 1
+    cut, plain, _ = prune("residual", target=target, criterion="l1", residual="cut")
+    assert plain["residual_trials"] == []
+    by_factor = {trial["factor"]: trial["loss"] for trial in trials}
+    if 1.0 in by_factor:
+        assert evaluate_loss(cut.module, data.validation) == pytest.approx(by_factor[1.0], abs=1e-6)
+    _hold_replay(slim, "residual")
+
+
+def test_channels_along_shortcuts_can_be_kept(prune):
+    slim, record, _ = prune("residual", criterion="l1", residual="keep")
+    assert set(_removed(slim)) <= {"body.1.conv1", "body.2.conv1"}
+    assert "body.0.0" in {item["name"] for item in record["excluded"]}
+    assert record["residual_trials"] == []
+
+
+def test_a_network_without_shortcuts_has_nothing_to_try(prune):
+    assert prune("chain", criterion="l1")[1]["residual_trials"] == []
 
 
 @pytest.mark.parametrize(
@@ -438,11 +467,11 @@ def test_repairs_keep_the_structure_and_give_finite_weights(prune, name, repair)
 def test_repairs_are_kept_only_if_they_lower_the_validation_loss(prune, data):
     outcomes = set()
     for name in nets.NAMES:
-        slim, record, said = prune(name, criterion="l1")
+        slim, record, said = prune(name, criterion="l1", residual="cut")
         tried = record["repairs"]
         assert {entry["repair"] for entry in tried} <= {"least_squares", "bias_folding", "batch_norm"}
         assert len(tried) >= 2
-        loss = evaluate_loss(prune(name, criterion="l1", repair=())[0].module, data.validation)
+        loss = evaluate_loss(prune(name, criterion="l1", residual="cut", repair=())[0].module, data.validation)
         for entry in tried:
             assert entry["loss_before"] == pytest.approx(loss, abs=1e-6)
             assert entry["is_kept"] == (entry["loss_after"] < entry["loss_before"])

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 import compress.exporting.rewrite as rewrite
 import compress.stages.exporting as exporting
+from compress.artifacts import Signature, TensorSpec
 from compress.config.schema import DeployConfig
 from compress.cost.macs import count_macs, count_params
+from compress.cost.onnx_file import load_onnx
 from compress.cost.onnx_graph import count_onnx
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError
+from compress.exporting.rewrite import guard_padded_pools
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import SilentProgress
 from compress.stages.context import StageContext
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
 
 
 class _ZeroPadded(nn.Module):
@@ -208,3 +212,32 @@ def test_nothing_is_measured_for_another_machine(network, tmp_path, ctx):
     with pytest.raises(ConfigValueError, match="rewrites must be always or never with a table of another machine"):
         exporting.try_rewrites(path, SIGNATURE, "measured", foreign)
     assert exporting.try_rewrites(path, SIGNATURE, "always", foreign)[0]["is_kept"]
+
+
+class _PaddedPool(nn.Module):
+    """Zeros around a map of negative values, then the largest under each kernel: zero along the border."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        nn.init.constant_(self.conv.bias, -10.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.max_pool2d(torch.nn.functional.pad(self.conv(x), (1, 1, 1, 1)), 3, 2).flatten(1)
+
+
+@pytest.mark.parametrize("simplify", [True, False])
+def test_zeros_padded_before_a_max_pool_stay_zeros_in_the_runtime(tmp_path, simplify):
+    module, images = _PaddedPool().eval(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = module(images).detach()
+    assert expected.max() == 0
+    signature = Signature(
+        (TensorSpec("images", ("batch", 3, 8, 8)),), (TensorSpec("logits", ("batch", *expected.shape[1:])),)
+    )
+    path = tmp_path / "pool.onnx"
+    export_onnx(module, signature, path, opset=18, simplify=simplify)
+    with OnnxRuntime(path) as runtime:
+        got = runtime.run({"images": images.numpy()})["logits"]
+    assert np.allclose(got, expected.numpy(), atol=1e-5)
+    model = load_onnx(path, weights=True)
+    assert guard_padded_pools(model) == 0, "it is done once"

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.pruning.labels import NONE, ZERO, is_labelled, padded, unlabelled
+from compress.pruning.labels import NONE, ZERO, is_labelled, of_channels, padded, unlabelled
 from compress.pruning.tracing.watch import Call, Rule, Watch, where
+
+_SUMS = ("add", "add_", "sub", "sub_")
 
 
 def pointwise(watch: Watch, call: Call) -> None:
@@ -23,6 +25,8 @@ def pointwise(watch: Watch, call: Call) -> None:
     for one, shape in zip(labels[1:], shapes[1:], strict=True):
         result = meet(watch, result, seen, one, shape)
         seen = [max(a, b) for a, b in zip(seen, shape, strict=True)]
+    if call.name in _SUMS and sum(is_labelled(one) for one in labels) > 1:
+        watch.trace.summed.append(of_channels(result))
     for output in call.outputs:
         watch.give(output, result if output.ndim == ndim else unlabelled(output.ndim))
 

@@ -62,6 +62,7 @@ class Trace:
         norm_groups: Module path of each group norm -> labels of the channels it normalises.
         sized: Where numbers of channels may be written down.
         padded: Module paths whose code puts zero channels around others.
+        summed: Labels of channels that a sum of two feature maps is of.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Trace:
     norm_groups: list[tuple[str, Tensor]] = field(default_factory=list)
     sized: list[Sized] = field(default_factory=list)
     padded: list[str] = field(default_factory=list)
+    summed: list[Tensor] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -43,7 +43,7 @@ from compress.inspection.weights import vary_weights
 from compress.networks.wiring import signature_of
 from compress.progress import SilentProgress
 from compress.pruning.costs import build_cost
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 from compress.pruning.selection import find_candidates, score_groups, select_channels
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import silenced_copy

@@ -49,7 +49,7 @@ from compress.errors import CompressError, ModelError, RuntimeUnavailable, Unsup
 from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.criteria.base import Criterion, collect_gradients
 from compress.pruning.cutting import cut_copy
-from compress.pruning.graph import ChannelGroup, Member
+from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Method, Removed, Setting
 from compress.pruning.trial import find_cuttable
 from compress.tasks.base import Task, joined

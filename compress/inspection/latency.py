@@ -15,7 +15,7 @@ from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import Network
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import RemoveBlock, RemoveChannels
 from compress.stages.exporting import OPSET

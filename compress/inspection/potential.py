@@ -16,7 +16,7 @@ from compress.cost.macs import count_params, layer_macs
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.costs import build_cost
-from compress.pruning.graph import ChannelGroup, Exclusion
+from compress.pruning.groups import ChannelGroup, Exclusion
 from compress.pruning.trial import find_cuttable
 
 

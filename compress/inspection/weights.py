@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
-from compress.pruning.graph import BATCH_NORMS
+from compress.pruning.groups import BATCH_NORMS
 
 _IMAGES = 4
 _LEAST_SCALE = 1e-2  # a layer scale below this lets nothing of its block through

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, COUNTED, eval_mode
-from compress.pruning.graph import NORMS
+from compress.pruning.groups import NORMS
 from compress.pruning.lockstep import call_order, following_norms
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compress.allocation.costs import ONE, Axis, CoupledCost, Term
 from compress.cost.macs import COUNTED, count_macs, count_params, layer_macs
-from compress.pruning.graph import ChannelGroup, is_depthwise
+from compress.pruning.groups import ChannelGroup, is_depthwise
 from compress.pruning.shortcuts import FixedShortcut
 
 _Slots = dict[str, dict[str, float]]

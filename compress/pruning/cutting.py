@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, TRANSPOSED
-from compress.pruning.graph import BATCH_NORMS, INSTANCE_NORMS, LAYERS, ChannelGraph
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, LAYERS
 from compress.pruning.shortcuts import FixedShortcut
 
 _CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED)

@@ -18,7 +18,7 @@ from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.progress import Progress
-from compress.pruning.graph import BATCH_NORMS, ChannelGroup, Member
+from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member
 from compress.pruning.lockstep import call_order, following_norms, run_watched
 from compress.pruning.regression import RIDGE, GramSum, Places, is_refittable, positions_needed, regression_rows
 

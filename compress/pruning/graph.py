@@ -1,18 +1,11 @@
-"""Which channels must be cut together, and how?
-
-    channel group   coupled channels; named by its first convolution or linear layer in definition order
-    root            that layer; channels are counted in the order of its outputs
-    unit            channels that only go together; most are one channel
-    parts           channels in a unit: a grouped convolution, or one chunked into halves, loses the same position of
-                    every part. Channel p * units + u is the one of unit u in part p
-    member          one layer touched by the group: on its "out" axis (producer, norm, depthwise) or "in" axis (reader)
-    gates           the places where multiplying a channel by 0 is the same as removing it
+"""Which channels must be cut together? Groups, out of what a watched forward pass told.
 
 Which channels are the same is found by `tracing/`; whether a cut is right is tried by `trial.py`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -22,130 +15,12 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
-from compress.errors import InternalError, UnsupportedLayer
-from compress.pruning.shortcuts import FixedShortcut
+from compress.errors import UnsupportedLayer
+from compress.pruning.groups import LAYERS, ChannelGroup, Exclusion, Member, Read
 from compress.pruning.tracing.forward import trace
 from compress.pruning.tracing.record import OUTPUTS, Axis, Trace
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
-LAYERS = (*COUNTED, *NORMS, nn.PReLU, FixedShortcut)
 _MOST_PATTERNS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One layer's share of a group.
-
-    Attributes:
-        layer: Module path.
-        module: The layer.
-        axis: "out" when the group's channels are the layer's outputs, "in" when they are its inputs.
-        slots: (n,) int64, ascending positions on that axis.
-        channels: (n,) int64, which channel of the group each slot belongs to.
-    """
-
-    layer: str
-    module: nn.Module
-    axis: Literal["out", "in"]
-    slots: Tensor
-    channels: Tensor
-
-    @property
-    def is_producer(self) -> bool:
-        """Whether the layer computes the channels anew (a depthwise layer only passes them on)."""
-        return self.axis == "out" and isinstance(self.module, COUNTED) and not is_depthwise(self.module)
-
-    @property
-    def is_norm(self) -> bool:
-        """Whether the layer normalises the channels."""
-        return self.axis == "out" and isinstance(self.module, NORMS)
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A weight that reads a group's channels, in a layer or anywhere else.
-
-    Attributes:
-        path: Of the module it hangs at.
-        name: Its name there.
-        dim: The dimension of its inputs.
-        slots: (n,) int64, indices along `dim`.
-        channels: (n,) int64, which channel of the group each slot reads.
-    """
-
-    path: str
-    name: str
-    dim: int
-    slots: Tensor
-    channels: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelGroup:
-    """Channels that must be cut together.
-
-    Attributes:
-        name: Module path of the root.
-        width: Number of channels, C.
-        parts: Channels in each unit.
-        members: Every layer touched, in trace order.
-        gates: For each producer the member to silence or score it at: its batch norm, or itself.
-        bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
-        reads: Every weight that reads the channels.
-        is_summed: Whether feature maps of these channels are added up, as along a residual stream.
-    """
-
-    name: str
-    width: int
-    parts: int
-    members: tuple[Member, ...]
-    gates: tuple[Member, ...]
-    bare: tuple[Member, ...] = ()
-    reads: tuple[Read, ...] = ()
-    is_summed: bool = False
-
-    @property
-    def producers(self) -> tuple[Member, ...]:
-        """The layers that compute the channels."""
-        return tuple(member for member in self.members if member.is_producer)
-
-    @property
-    def norms(self) -> tuple[Member, ...]:
-        """The layers that normalise the channels."""
-        return tuple(member for member in self.members if member.is_norm)
-
-    @property
-    def readers(self) -> tuple[Member, ...]:
-        """The convolution and linear layers that read the channels."""
-        return tuple(m for m in self.members if m.axis == "in" and isinstance(m.module, COUNTED))
-
-    @property
-    def other_reads(self) -> tuple[Read, ...]:
-        """The weights that read the channels and are not those of a convolution or linear layer."""
-        layers = {reader.layer for reader in self.readers}
-        return tuple(read for read in self.reads if read.path not in layers)
-
-    def expand(self, units: Iterable[int]) -> tuple[int, ...]:
-        """Return the channels of the given units."""
-        stride = self.width // self.parts
-        return tuple(sorted(unit + part * stride for unit in units for part in range(self.parts)))
-
-
-@dataclass(frozen=True, slots=True)
-class Exclusion:
-    """A group that stays whole.
-
-    Attributes:
-        name: The group.
-        reason: Why, in words.
-        expected: Whether this is in the nature of the network (its outputs) and needs no warning.
-    """
-
-    name: str
-    reason: str
-    expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +59,7 @@ class ChannelGraph:
         self.groups: dict[str, ChannelGroup] = {}
         self.excluded: list[Exclusion] = []
         self._found: dict[str, _Found] = {}
+        self._makes = np.array([axis.role == "out" for axis in self.trace.axes], dtype=bool)
         self._starts = np.array([axis.start for axis in self.trace.axes], dtype=np.int64)
         self._summed = np.unique(np.concatenate([one.numpy() for one in self.trace.summed] or [np.zeros(0, np.int64)]))
         if self.trace.axes:
@@ -224,6 +100,7 @@ class ChannelGraph:
         channel = _components(self.trace.same, size)
         unit = _components([*self.trace.same, *self.trace.tied], size)
         reasons = _reasons(self.trace, unit)
+        patterns, parts = self._patterns(unit), self._parts(unit, channel)
         order = np.argsort(unit, kind="stable")
         borders = np.searchsorted(unit[order], np.arange(unit.max() + 2))
         taken: set[int] = set()
@@ -231,14 +108,26 @@ class ChannelGraph:
             own = unit[axis.start : axis.start + axis.size]
             units = [int(one) for one in dict.fromkeys(own.tolist()) if one not in taken]
             taken.update(units)
-            patterns: dict[tuple[object, ...], list[int]] = {}
+            alike: dict[tuple[bytes, int, str | None], list[int]] = {}
             for one in units:
-                labels = order[borders[one] : borders[one + 1]]
-                pattern = (*self._pattern(labels, channel), reasons.get(one))
-                patterns.setdefault(pattern, []).append(one)
-            for (_, count, reason), alike in patterns.items():  # type: ignore[misc]
-                labels = np.concatenate([order[borders[one] : borders[one + 1]] for one in alike])
-                self._add(axis, labels, channel, unit, int(count), reason, len(patterns))  # type: ignore[call-overload,arg-type]
+                alike.setdefault((patterns[one], int(parts[one]), reasons.get(one)), []).append(one)
+            for (_, count, reason), chosen in alike.items():
+                labels = np.concatenate([order[borders[one] : borders[one + 1]] for one in chosen])
+                self._add(axis, labels, channel, unit, count, reason, len(alike))
+
+    def _patterns(self, unit: np.ndarray) -> list[bytes]:
+        """Return for each unit how often each axis occurs in it, in a form that can be compared."""
+        count = len(self.trace.axes)
+        found, often = np.unique(unit * count + self._axis_of(np.arange(len(unit))), return_counts=True)
+        facts = np.stack([found % count, often], 1)
+        borders = np.searchsorted(found // count, np.arange(unit.max() + 2))
+        return [facts[start:end].tobytes() for start, end in pairwise(borders)]
+
+    def _parts(self, unit: np.ndarray, channel: np.ndarray) -> np.ndarray:
+        """Return for each unit how many channels that some layer computes are in it."""
+        made = self._is_made(np.arange(len(unit)))
+        _, first = np.unique(channel[made], return_index=True)
+        return np.bincount(unit[made][first], minlength=int(unit.max()) + 1)
 
     def _add(
         self, root: Axis, labels: np.ndarray, channel: np.ndarray, unit: np.ndarray, parts: int,
@@ -280,15 +169,8 @@ class ChannelGraph:
 
     def _is_made(self, labels: np.ndarray) -> np.ndarray:
         """Return for each label whether it is an output that a layer computes."""
-        roles = np.array([axis.role == "out" for axis in self.trace.axes])
-        found: np.ndarray = roles[self._axis_of(labels)]
+        found: np.ndarray = self._makes[self._axis_of(labels)]
         return found
-
-    def _pattern(self, labels: np.ndarray, channel: np.ndarray) -> tuple[tuple[int, ...], int]:
-        """Return how often each axis occurs in a unit, and how many channels it has."""
-        axes = self._axis_of(labels)
-        made = labels[self._is_made(labels)]
-        return tuple(np.stack(np.unique(axes, return_counts=True)).flatten().tolist()), len(np.unique(channel[made]))
 
     def _name(self, root: Axis, labels: np.ndarray) -> str:
         """Return the path of the first layer that makes the channels and names no other group."""
@@ -342,27 +224,6 @@ class ChannelGraph:
                     if norm.path in norms:
                         behind[owner.path] = norms[norm.path]
         return behind
-
-
-def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
-    """Return for each layer that loses outputs the (n,) sorted output indices that are left."""
-    gone: dict[str, list[Tensor]] = {}
-    sizes: dict[str, int] = {}
-    for name, indices in removed.items():
-        for member in groups[name].members:
-            if member.axis != "out" or not isinstance(member.module, COUNTED):
-                continue
-            slots = member.slots[torch.isin(member.channels, torch.tensor(sorted(indices)))]
-            gone.setdefault(member.layer, []).append(slots)
-            sizes[member.layer] = _out_channels(member.module)
-    everything = {layer: torch.arange(size) for layer, size in sizes.items()}
-    return {layer: slots[~torch.isin(slots, torch.cat(gone[layer]))] for layer, slots in everything.items()}
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether each output channel of a convolution reads one input channel of its own."""
-    groups = getattr(module, "groups", 1)
-    return groups > 1 and groups == getattr(module, "in_channels", None) == getattr(module, "out_channels", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,10 +308,3 @@ def _first_places(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return for each value wanted one place where it occurs."""
     found, first = np.unique(values, return_index=True)
     return first[np.searchsorted(found, wanted)]
-
-
-def _out_channels(layer: nn.Module) -> int:
-    channels = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-    if not isinstance(channels, int):
-        raise InternalError(f"{type(layer).__name__} has neither out_channels nor out_features.")
-    return channels

@@ -10,7 +10,7 @@ from compress.allocation.problem import Budget
 from compress.allocation.widths import Candidates, Limits, allocate_widths
 from compress.errors import NonFinite
 from compress.pruning.criteria.base import Criterion, GradientStats
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 
 Groups = Mapping[str, ChannelGroup]
 

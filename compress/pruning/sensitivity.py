@@ -20,7 +20,7 @@ from compress.cost.macs import eval_mode
 from compress.files import write_whole
 from compress.progress import Progress
 from compress.pruning.elimination import ReaderStats, unit_inputs
-from compress.pruning.graph import BATCH_NORMS, ChannelGroup
+from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.lockstep import following_norms
 from compress.pruning.repair import add_constant
 from compress.pruning.trial import silenced_copy

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from compress.adapter import random_inputs
 from compress.cost.macs import eval_mode
 from compress.pruning.cutting import cut_out
-from compress.pruning.graph import ChannelGraph, ChannelGroup, Exclusion
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.groups import ChannelGroup, Exclusion
 
 _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3

@@ -11,7 +11,7 @@ from compress.artifacts import Figures
 from compress.config.schema import TargetConfig
 from compress.errors import BudgetUnreachable
 from compress.pruning.costs import build_cost
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 from compress.stages.latency import LatencyModel
 
 _WEIGHT_BYTES = 4

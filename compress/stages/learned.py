@@ -22,7 +22,7 @@ from compress.config.schema import PruneConfig
 from compress.errors import AlreadyWithin, BudgetUnreachable, InternalError
 from compress.pruning.blocks import closing_layers
 from compress.pruning.costs import ExpectedCost
-from compress.pruning.graph import NORMS, ChannelGroup
+from compress.pruning.groups import NORMS, ChannelGroup
 from compress.pruning.lockstep import following_norms
 from compress.pruning.methods.base import Method, Removed, Setting
 from compress.pruning.selection import Groups, Selection, find_candidates

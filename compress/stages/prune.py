@@ -21,7 +21,7 @@ from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, 
 from compress.progress import Progress, Task
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.elimination import reader_statistics, removal_order
-from compress.pruning.graph import kept_outputs
+from compress.pruning.groups import kept_outputs
 from compress.pruning.selection import Groups, Selection, find_candidates, score_groups
 from compress.pruning.sensitivity import Sensitivity, with_rises
 from compress.pruning.surgery import remove_channels

@@ -15,7 +15,7 @@ from compress.config.schema import PruneConfig
 from compress.errors import ConfigValueError, InternalError
 from compress.progress import Progress
 from compress.pruning.costs import layer_axes
-from compress.pruning.graph import ChannelGroup, Exclusion
+from compress.pruning.groups import ChannelGroup, Exclusion
 from compress.pruning.selection import Groups, Selection, select_channels
 from compress.pruning.trial import find_cuttable
 from compress.registry import closest

@@ -15,7 +15,7 @@ from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import SilentProgress
-from compress.pruning.graph import ChannelGroup, Member
+from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import GroupTensors, rows_of
 from compress.pruning.methods.csgd import _means
 from compress.training import device as device_module

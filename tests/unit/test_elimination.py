@@ -19,7 +19,7 @@ from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.criteria.taylor import Taylor
 from compress.pruning.elimination import ReaderStats, reader_statistics, removal_order, unit_inputs
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 from compress.pruning.regression import RIDGE
 from compress.pruning.trial import find_cuttable
 

@@ -18,7 +18,7 @@ from compress.errors import DataError, InternalError
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers
 from compress.pruning.cutting import cut_copy
-from compress.pruning.graph import BATCH_NORMS, kept_outputs
+from compress.pruning.groups import BATCH_NORMS, kept_outputs
 from compress.pruning.lockstep import Lockstep, call_order, following_norms
 from compress.pruning.regression import Places
 from compress.pruning.repair import Comparison, fold_means, refit_readers

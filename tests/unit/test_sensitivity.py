@@ -21,7 +21,7 @@ from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.elimination import ReaderStats, reader_statistics
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 from compress.pruning.sensitivity import Rise, Sensitivity, with_rises
 from compress.pruning.trial import find_cuttable, silenced_copy
 from compress.training.batch_norm import reestimate_batch_norm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 from compress.tasks.outputs import plain
 
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.errors import UnsupportedLayer
 from compress.pruning.criteria.base import GradientStats
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 
 
 class BnScale:

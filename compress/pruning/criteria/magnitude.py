@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.pruning.criteria.base import GradientStats, require_producers
-from compress.pruning.graph import ChannelGroup, Member
+from compress.pruning.groups import ChannelGroup, Member
 
 
 class _FilterNorm:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.pruning.criteria.base import GradientStats
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 
 
 class Random:

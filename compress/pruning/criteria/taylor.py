@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.errors import InternalError
 from compress.pruning.criteria.base import GradientStats, require_producers
-from compress.pruning.graph import ChannelGroup
+from compress.pruning.groups import ChannelGroup
 
 
 class Taylor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compress.errors import StageError
 from compress.pruning.costs import ExpectedCost
-from compress.pruning.graph import ChannelGroup, Member
+from compress.pruning.groups import ChannelGroup, Member
 
 Removed = dict[str, tuple[int, ...]]
 

@@ -12,7 +12,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from compress.config.schema import CsgdConfig
-from compress.pruning.graph import BATCH_NORMS, ChannelGroup, Member, is_depthwise
+from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member, is_depthwise
 from compress.pruning.methods.base import GroupTensors, Removed, Rows, Setting, rows_of, unfit_gate
 
 _STARTS, _ROUNDS = 4, 30

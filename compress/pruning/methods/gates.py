@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.config.schema import GatesMethodConfig
-from compress.pruning.graph import ChannelGroup, Member
+from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Removed, Setting, unfit_gate
 
 _OPEN = 0.995

@@ -1,0 +1,168 @@
+"""What is a channel group?
+
+channel group   coupled channels; named by its first convolution or linear layer in definition order
+root            that layer; channels are counted in the order of its outputs
+unit            channels that only go together; most are one channel
+parts           channels in a unit: a grouped convolution, or one chunked into halves, loses the same position of
+every part. Channel p * units + u is the one of unit u in part p
+member          one layer touched by the group: on its "out" axis (producer, norm, depthwise) or "in" axis (reader)
+gates           the places where multiplying a channel by 0 is the same as removing it
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import COUNTED
+from compress.errors import InternalError
+from compress.pruning.shortcuts import FixedShortcut
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
+LAYERS = (*COUNTED, *NORMS, nn.PReLU, FixedShortcut)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One layer's share of a group.
+
+    Attributes:
+        layer: Module path.
+        module: The layer.
+        axis: "out" when the group's channels are the layer's outputs, "in" when they are its inputs.
+        slots: (n,) int64, ascending positions on that axis.
+        channels: (n,) int64, which channel of the group each slot belongs to.
+    """
+
+    layer: str
+    module: nn.Module
+    axis: Literal["out", "in"]
+    slots: Tensor
+    channels: Tensor
+
+    @property
+    def is_producer(self) -> bool:
+        """Whether the layer computes the channels anew (a depthwise layer only passes them on)."""
+        return self.axis == "out" and isinstance(self.module, COUNTED) and not is_depthwise(self.module)
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the layer normalises the channels."""
+        return self.axis == "out" and isinstance(self.module, NORMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A weight that reads a group's channels, in a layer or anywhere else.
+
+    Attributes:
+        path: Of the module it hangs at.
+        name: Its name there.
+        dim: The dimension of its inputs.
+        slots: (n,) int64, indices along `dim`.
+        channels: (n,) int64, which channel of the group each slot reads.
+    """
+
+    path: str
+    name: str
+    dim: int
+    slots: Tensor
+    channels: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelGroup:
+    """Channels that must be cut together.
+
+    Attributes:
+        name: Module path of the root.
+        width: Number of channels, C.
+        parts: Channels in each unit.
+        members: Every layer touched, in trace order.
+        gates: For each producer the member to silence or score it at: its batch norm, or itself.
+        bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
+        reads: Every weight that reads the channels.
+        is_summed: Whether feature maps of these channels are added up, as along a residual stream.
+    """
+
+    name: str
+    width: int
+    parts: int
+    members: tuple[Member, ...]
+    gates: tuple[Member, ...]
+    bare: tuple[Member, ...] = ()
+    reads: tuple[Read, ...] = ()
+    is_summed: bool = False
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """The layers that compute the channels."""
+        return tuple(member for member in self.members if member.is_producer)
+
+    @property
+    def norms(self) -> tuple[Member, ...]:
+        """The layers that normalise the channels."""
+        return tuple(member for member in self.members if member.is_norm)
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """The convolution and linear layers that read the channels."""
+        return tuple(m for m in self.members if m.axis == "in" and isinstance(m.module, COUNTED))
+
+    @property
+    def other_reads(self) -> tuple[Read, ...]:
+        """The weights that read the channels and are not those of a convolution or linear layer."""
+        layers = {reader.layer for reader in self.readers}
+        return tuple(read for read in self.reads if read.path not in layers)
+
+    def expand(self, units: Iterable[int]) -> tuple[int, ...]:
+        """Return the channels of the given units."""
+        stride = self.width // self.parts
+        return tuple(sorted(unit + part * stride for unit in units for part in range(self.parts)))
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A group that stays whole.
+
+    Attributes:
+        name: The group.
+        reason: Why, in words.
+        expected: Whether this is in the nature of the network (its outputs) and needs no warning.
+    """
+
+    name: str
+    reason: str
+    expected: bool = False
+
+
+def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
+    """Return for each layer that loses outputs the (n,) sorted output indices that are left."""
+    gone: dict[str, list[Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for name, indices in removed.items():
+        for member in groups[name].members:
+            if member.axis != "out" or not isinstance(member.module, COUNTED):
+                continue
+            slots = member.slots[torch.isin(member.channels, torch.tensor(sorted(indices)))]
+            gone.setdefault(member.layer, []).append(slots)
+            sizes[member.layer] = _out_channels(member.module)
+    everything = {layer: torch.arange(size) for layer, size in sizes.items()}
+    return {layer: slots[~torch.isin(slots, torch.cat(gone[layer]))] for layer, slots in everything.items()}
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each output channel of a convolution reads one input channel of its own."""
+    groups = getattr(module, "groups", 1)
+    return groups > 1 and groups == getattr(module, "in_channels", None) == getattr(module, "out_channels", None)
+
+
+def _out_channels(layer: nn.Module) -> int:
+    channels = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
+    if not isinstance(channels, int):
+        raise InternalError(f"{type(layer).__name__} has neither out_channels nor out_features.")
+    return channels

@@ -5,14 +5,15 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.artifacts import TorchModel
-from compress.building import reinitialized
+from compress.building import apply_edits, example_input, reinitialized
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
 from compress.errors import NonFinite
 from compress.files import write_whole
+from compress.pruning.survival import surviving_channels
 from compress.stages.context import Record, StageContext
 from compress.stages.measured import metric_of, stated, validation_quality
 from compress.stages.teaching import original_of
@@ -172,4 +173,7 @@ def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -
     """Return the untouched network as the teacher, if one is asked for."""
     if config is None:
         return None
-    return Distillation(original_of(artifact), config.weight, config.temperature, config.features)
+    original, kept = original_of(artifact), dict[str, Tensor]()
+    if config.features:
+        kept = surviving_channels(original, artifact.recipe, example_input(artifact.signature), apply_edits)
+    return Distillation(original, config.weight, config.temperature, config.features, kept)

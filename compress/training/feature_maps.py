@@ -1,6 +1,6 @@
 """Which feature maps do two networks have in common, and how far apart are they?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,21 +17,28 @@ class MapPairs:
     """Watches two networks, while entered, and compares their feature maps after each pair of forward passes.
 
     A map is what a part with convolutions inside gives; it is compared when the part of that name in the other network
-    gives one of the same shape. Of parts that give the same tensor the outermost counts.
+    gives one of the same shape, or of the channels that are left of it. Of parts that give the same tensor the
+    outermost counts.
 
     Args:
         student: Network that learns.
         teacher: Network it is compared with.
         split: At least one image, to find the maps with.
+        kept: Part -> (n,) the teacher's channels that are left in the student's map, where some were cut.
 
     Raises:
         ModelError: The networks have no such map.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, split: Split) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, split: Split, kept: Mapping[str, Tensor] | None = None
+    ) -> None:
         images, _ = next(evaluation_batches(split.first(1), 1, "nothing"))
         shapes = [_maps(network, images) for network in (student, teacher)]
-        self.names = tuple(name for name, shape in shapes[0].items() if shapes[1].get(name) == shape)
+        left = kept or {}
+        wanted = {name: _narrowed(shape, left.get(name)) for name, shape in shapes[1].items()}
+        self.names = tuple(name for name, shape in shapes[0].items() if wanted.get(name) == shape)
+        self._left = {name: left[name] for name in self.names if name in left}
         if not self.names:
             raise ModelError(
                 "The slim network must have a feature map of the same name and shape as the baseline's for "
@@ -45,6 +52,8 @@ class MapPairs:
     def difference(self) -> Tensor:
         """Return the mean over maps of the squared difference, in shares of the teacher's mean square."""
         ours, theirs = self._kept
+        for name, channels in self._left.items():
+            theirs[name] = theirs[name].index_select(1, channels.to(theirs[name].device))
         differences = [
             F.mse_loss(ours[name], theirs[name]) / theirs[name].square().mean().clamp_min(1e-12) for name in self.names
         ]
@@ -73,6 +82,10 @@ def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
         kept[name] = at_least_float32(output.clone())  # what follows may change it in place
 
     return hook
+
+
+def _narrowed(shape: tuple[int, ...], kept: Tensor | None) -> tuple[int, ...]:
+    return shape if kept is None else (shape[0], len(kept), *shape[2:])
 
 
 def _maps(network: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import copy
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -53,12 +53,20 @@ class Distillation:
         temperature: Divides both logits before the softmax.
         features: Weight of the mean relative squared difference of feature maps, where both networks have one of the
             same name and shape (as the hints of Romero et al. 2015, arXiv:1412.6550, without their regressor).
+        kept: Part -> (n,) which channels of the teacher's map are left in the network's, where some were cut.
     """
 
     teacher: nn.Module
     weight: float
     temperature: float
     features: float = 0.0
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _maps_of(module: nn.Module, distillation: Distillation | None, train: Split) -> MapPairs | None:
+    if distillation is None or not distillation.features:
+        return None
+    return MapPairs(module, distillation.teacher, train, distillation.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +289,7 @@ class _Run:
         self.optimizer = _optimizer(module, settings)
         self.average = WeightAverage(module, settings.ema) if settings.ema else None
         self.tail = WeightAverage(module, None) if settings.average_ratio else None
-        self.maps = MapPairs(module, distillation.teacher, train) if distillation and distillation.features else None
+        self.maps = _maps_of(module, distillation, train)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.state_path, self.saved_at = state_path, time.monotonic()
         self.name = "training" if state_path is None else state_path.stem

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.building import apply_edits
 from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
@@ -21,7 +22,8 @@ from compress.lowrank.surgery import factorized_copy
 from compress.progress import SilentProgress, SilentTask
 from compress.pruning.cutting import cut_copy
 from compress.pruning.surgery import remove_block
-from compress.recipe import Factorize, RemoveBlock
+from compress.pruning.survival import surviving_channels
+from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.training.feature_maps import MapPairs
 from compress.training.fit import Distillation, FitSettings, fit
 
@@ -330,3 +332,34 @@ def test_networks_without_a_common_map_are_refused_before_any_training():
             assert _equal(slim.state_dict(), before)
         else:
             fit(copy.deepcopy(slim), _split(), _split("validation"), replace(SETTINGS, steps=1), distillation)
+
+
+def test_maps_that_lost_channels_are_compared_by_those_that_are_left():
+    teacher, images = nets.build("residual", 2), nets.images(6)
+    student = cut_copy(nets.build("residual", 1), {"body.0.0": (0, 5), "body.1.conv1": (3,)}, nets.EXAMPLE)
+    recipe = Recipe((RemoveChannels({"body.0.0": (0, 5), "body.1.conv1": (3,)}),))
+    kept = surviving_channels(teacher, recipe, nets.EXAMPLE, apply_edits)
+    left = [channel for channel in range(16) if channel not in (0, 5)]
+    assert {path: kept[path].tolist() for path in ("body", "body.0", "body.1", "body.2")} == dict.fromkeys(
+        ("body", "body.0", "body.1", "body.2"), left
+    )
+    by_hand = []
+    with torch.no_grad():
+        for part in ("body.0", "body.1", "body"):
+            ours, theirs = _outputs(student, part, images), _outputs(teacher, part, images)[:, left]
+            by_hand.append(float(((ours - theirs) ** 2).sum() / (theirs**2).sum()))
+    with MapPairs(student, teacher, _split(), kept) as pairs, torch.no_grad():
+        student(images)
+        teacher(images)
+        assert float(pairs.difference()) == pytest.approx(np.mean(by_hand), rel=1e-5)
+
+
+def test_channels_survive_one_edit_after_the_other():
+    teacher = nets.build("residual")
+    recipe = Recipe(
+        (RemoveChannels({"body.0.0": (0, 5)}), RemoveBlock("body.2"), RemoveChannels({"body.0.0": (0, 13)}))
+    )
+    kept = surviving_channels(teacher, recipe, nets.EXAMPLE, apply_edits)
+    assert kept["body.1"].tolist() == [2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert surviving_channels(teacher, Recipe((RemoveBlock("body.2"),)), nets.EXAMPLE, apply_edits) == {}
+    assert len(teacher.body[0][0].weight) == 16

@@ -63,6 +63,7 @@ class Trace:
         sized: Where numbers of channels may be written down.
         padded: Module paths whose code puts zero channels around others.
         summed: Labels of channels that a sum of two feature maps is of.
+        maps: Module path -> (C,) labels of the channels of the feature map that it returned last.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Trace:
     sized: list[Sized] = field(default_factory=list)
     padded: list[str] = field(default_factory=list)
     summed: list[Tensor] = field(default_factory=list)
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

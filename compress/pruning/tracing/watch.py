@@ -13,6 +13,7 @@ says them. Nothing is guessed beyond that: what comes of it is tried on a copy b
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,15 +52,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         handles = []
         for name, part in self._module.named_modules():
             handles.append(part.register_forward_pre_hook(lambda *_, name=name: self._path.append(name)))
-            handles.append(part.register_forward_hook(lambda *_: self._leave(), always_call=True))
+            leave = partial(self._leave, name)
+            handles.append(part.register_forward_hook(leave, always_call=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _leave(self) -> None:
+    def _leave(self, name: str, _part: nn.Module, _inputs: object, output: object) -> None:
         self._path.pop()
+        if isinstance(output, Tensor) and output.ndim > 2:
+            labels = vector(self.labels_of(output), 1, output.shape[1])
+            if labels is not None:
+                self.trace.maps[name] = labels
 
     @property
     def place(self) -> str:

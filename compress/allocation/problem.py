@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from compress.allocation.costs import Axis, CoupledCost
 from compress.errors import InternalError
@@ -72,7 +73,7 @@ class TableCost:
 
     def at(self, choice: Mapping[str, int]) -> float:
         """Return the cost of a choice."""
-        return self.fixed + sum(_value(factor, choice) for factor in self.factors)
+        return self.fixed + self._stacked.at(choice) + sum(_value(factor, choice) for factor in self._switched)
 
     def of_options(self, choice: Mapping[str, int], name: str, here: float | None = None) -> np.ndarray:
         """Return (n,) costs of the whole network when decision `name` takes each of its options, the others fixed.
@@ -82,17 +83,78 @@ class TableCost:
             name: The decision; (1,) comes back when nothing depends on it.
             here: `at(choice)`, where it is known.
         """
-        touching = self._touching.get(name, ())
+        touching = [f for f in self._switched if name in f.decisions or name == f.switch]
+        own = self._stacked.of_options(choice, name)
         rest = (self.at(choice) if here is None else here) - sum(_value(factor, choice) for factor in touching)
-        return np.asarray(sum((_row(factor, choice, name) for factor in touching), start=np.full(1, rest)))
+        if own is not None:
+            rest, start = rest - own[choice[name]], own
+        else:
+            start = np.zeros(1)
+        return np.asarray(sum((_row(factor, choice, name) for factor in touching), start=start + rest))
 
     @cached_property
-    def _touching(self) -> dict[str, tuple[Factor, ...]]:
-        touching: dict[str, list[Factor]] = {}
-        for factor in self.factors:
-            for name in {*factor.decisions, *([factor.switch] if factor.switch else [])}:
-                touching.setdefault(name, []).append(factor)
-        return {name: tuple(factors) for name, factors in touching.items()}
+    def _switched(self) -> tuple[Factor, ...]:
+        return tuple(factor for factor in self.factors if factor.switch is not None)
+
+    @cached_property
+    def _stacked(self) -> "_Stacked":
+        return _Stacked([factor for factor in self.factors if factor.switch is None])
+
+
+class _Stacked:
+    """Factors without a switch as one sparse matrix over all options of all decisions.
+
+    With x the vector that is 1 at each chosen option, the cost is `constant + linear . x + x . pairs x`.
+
+    Args:
+        factors: Over two decisions at most.
+    """
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        sizes = {name: n for f in factors for name, n in zip(f.decisions, f.table.shape, strict=True)}
+        ends = np.cumsum([0, *sizes.values()])
+        self._starts = {name: int(start) for name, start in zip(sizes, ends, strict=False)}
+        self._sizes, self._count = sizes, int(ends[-1])
+        self._constant, self._linear = 0.0, np.zeros(self._count)
+        rows, columns, values = [], [], []
+        for factor in factors:
+            places = [self._starts[name] + np.arange(sizes[name]) for name in factor.decisions]
+            if len(places) == 2:
+                row, column = np.meshgrid(*places, indexing="ij")
+                rows.append(row.ravel())
+                columns.append(column.ravel())
+                values.append(factor.table.ravel())
+            elif places:
+                self._linear[places[0]] += factor.table
+            else:
+                self._constant += float(factor.table)
+        shape = (self._count, self._count)
+        pairs = csr_matrix((_flat(values), (_flat(rows), _flat(columns))), shape=shape) if values else csr_matrix(shape)
+        both = (pairs + pairs.T).tocsr()
+        self._pairs = pairs
+        self._blocks = {name: both[start : start + sizes[name]] for name, start in self._starts.items()}
+
+    def at(self, choice: Mapping[str, int]) -> float:
+        """Return the cost of a choice."""
+        x = self._chosen(choice)
+        return float(self._constant + self._linear @ x + x @ (self._pairs @ x))
+
+    def of_options(self, choice: Mapping[str, int], name: str) -> np.ndarray | None:
+        """Return (n,) what depends on a decision, at each of its options; None where nothing does."""
+        if name not in self._starts:
+            return None
+        start = self._starts[name]
+        found: np.ndarray = self._linear[start : start + self._sizes[name]] + self._blocks[name] @ self._chosen(choice)
+        return found
+
+    def _chosen(self, choice: Mapping[str, int]) -> np.ndarray:
+        x = np.zeros(self._count)
+        x[[start + choice[name] for name, start in self._starts.items()]] = 1
+        return x
+
+
+def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

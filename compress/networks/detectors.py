@@ -3,13 +3,14 @@
     torchvision    list of images ──resize, normalise──> backbone ──> head ──> anchors, decode, NMS ──> list of boxes
     here           (N, 3, H, W) prepared ──────────────> backbone ──> head ──> {cls_logits, bbox_regression, ...}
                    `Postprocess`: those tensors, (H, W) ──anchors, decode, score threshold, NMS──> list of boxes
+                   `Loss`: those tensors, list of boxes ──anchors, matching, losses──> scalar
 
 The detector stays itself and keeps its names, so that published weights fit; only its `forward` is another one. What
 comes after the head has no weights: it is torchvision's own code, called with the tensors wherever they were computed.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,13 +69,7 @@ class Postprocess:
     """
 
     def __init__(self, detector: nn.Module) -> None:
-        own = copy.deepcopy(detector).to("meta")  # for the sizes of its feature maps no weights are needed
-        self._detector: Any = own.eval()
-        if not hasattr(own, "anchor_generator") or not hasattr(own, "postprocess_detections"):
-            raise ModelError(
-                f"Postprocess takes a single-stage detector of torchvision, got {type(detector).__name__}.",
-                hint=f"Use {', '.join(DETECTORS)}.",
-            )
+        self._detector: Any = _weightless(detector, "Postprocess")
         self._generator: Any = copy.deepcopy(detector.anchor_generator)
         self._sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
@@ -105,9 +100,7 @@ class Postprocess:
     def _map_sizes(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return (height, width) of each feature map for images of a size."""
         if image_size not in self._sizes:
-            features = self._detector.backbone(torch.empty(1, 3, *image_size, device="meta"))
-            maps = [features] if isinstance(features, Tensor) else list(features.values())
-            self._sizes[image_size] = [(int(one.shape[-2]), int(one.shape[-1])) for one in maps]
+            self._sizes[image_size] = _map_sizes(self._detector, image_size)
         return self._sizes[image_size]
 
     def _anchors(self, count: int, image_size: tuple[int, int], maps: list[tuple[int, int]]) -> list[Tensor]:
@@ -125,3 +118,84 @@ class Postprocess:
         return {
             name: list(torch.split(value, [each * one for one in places], dim=1)) for name, value in tensors.items()
         }
+
+
+class Loss:
+    """The loss that torchvision trains a detector by, of the tensors of its raw form.
+
+    Args:
+        detector: Of torchvision, raw or not; its anchors, matching and losses are used, none of its weights.
+        image_size: (H, W) in pixels of the images that go in.
+    """
+
+    def __init__(self, detector: nn.Module, image_size: tuple[int, int]) -> None:
+        own: Any = _weightless(detector, "Loss")
+        sizes = _map_sizes(own, image_size)
+        own.anchor_generator = copy.deepcopy(detector.anchor_generator)
+        own.transform = _Unchanged()
+        own.backbone = _Maps(sizes)
+        own.head = _Given()
+        own.training = True  # of the detector alone: it then returns its losses
+        self._detector, self._size = own, image_size
+
+    def __call__(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Return the sum of the detector's losses for a batch, a scalar.
+
+        Args:
+            outputs: Name -> (N, anchors, ...) tensor, as the raw detector gives them.
+            targets: For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "labels": (M,) int64}; 0 is the background
+                of SSD and SSDlite, whose objects count from 1.
+        """
+        self._detector.head.outputs = dict(outputs)
+        device = next(iter(outputs.values())).device
+        images = torch.empty(len(targets), 3, *self._size, device=device)
+        run = super(_RawForward, self._detector).forward if isinstance(self._detector, _RawForward) else self._detector
+        losses: dict[str, Tensor] = run(images, [dict(one) for one in targets])
+        self._detector.head.outputs = {}
+        return torch.stack(list(losses.values())).sum()
+
+
+class _Unchanged(nn.Module):
+    """In place of what resizes and normalises: images here are prepared."""
+
+    def forward(self, images: Tensor, targets: Any) -> tuple[Any, Any]:
+        from torchvision.models.detection.image_list import ImageList
+
+        return ImageList(images, [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)), targets
+
+
+class _Maps(nn.Module):
+    """In place of a backbone: feature maps without channels, for anchors depend on their sizes alone."""
+
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {str(place): images.new_empty(len(images), 0, *size) for place, size in enumerate(self.sizes)}
+
+
+class _Given(nn.Module):
+    """In place of a head: what the head of another network returned."""
+
+    outputs: dict[str, Tensor]
+
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        return self.outputs
+
+
+def _weightless(detector: nn.Module, what: str) -> nn.Module:
+    """Return a copy whose weights hold nothing: for the sizes of its feature maps none are needed."""
+    if not hasattr(detector, "anchor_generator") or not hasattr(detector, "postprocess_detections"):
+        raise ModelError(
+            f"{what} takes a single-stage detector of torchvision, got {type(detector).__name__}.",
+            hint=f"Use {', '.join(DETECTORS)}.",
+        )
+    return copy.deepcopy(detector).to("meta").eval()
+
+
+def _map_sizes(weightless: Any, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return (height, width) of each feature map for images of a size."""
+    features = weightless.backbone(torch.empty(1, 3, *image_size, device="meta"))
+    maps = [features] if isinstance(features, Tensor) else list(features.values())
+    return [(int(one.shape[-2]), int(one.shape[-1])) for one in maps]

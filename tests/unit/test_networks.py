@@ -18,7 +18,7 @@ from torchvision import models
 from compress.artifacts import FactorySpec
 from compress.building import build_module, with_one_array
 from compress.errors import ArtifactError, ModelError
-from compress.networks.detectors import DETECTORS, Postprocess
+from compress.networks.detectors import DETECTORS, Loss, Postprocess
 from compress.networks.weights import fit_prefix, read_weights
 from compress.networks.wiring import signature_of
 from compress.networks.zoo import pretrained_state
@@ -112,9 +112,39 @@ def test_boxes_of_a_raw_detector_are_those_of_torchvision(name: str):
         assert all(torch.allclose(got[key].float(), want[key].float(), atol=1e-3) for key in want)
 
 
-def test_postprocess_takes_detectors_only():
+@pytest.mark.parametrize("name", DETECTORS)
+def test_the_loss_of_a_raw_detector_is_that_of_torchvision(name: str):
+    torch.manual_seed(0)
+    original = models.get_model(name, weights=None, weights_backbone=None, num_classes=4).eval()
+    for parameter in original.head.parameters():
+        nn.init.normal_(parameter, 0, 0.05)
+    original.transform.normalize = lambda image: image
+    size = (300, 300) if name == "ssd300_vgg16" else (128, 160)
+    original.transform.fixed_size = size[::-1]
+    images = torch.rand(2, 3, *size)
+    targets = [
+        {"boxes": torch.tensor([[10.0, 20, 70, 100], [80, 30, 150, 120]]), "labels": torch.tensor([1, 3])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    original.training = True  # of the detector alone: its losses, by batch norms as they are
+    with torch.no_grad():
+        wanted = original(list(images), targets)
+    raw = build_module(spec("torchvision", name, num_classes=4))
+    raw.load_state_dict(original.state_dict())
+    outputs = raw(images)
+    for detector in (raw, original):
+        found = Loss(detector, size)(outputs, targets)
+        assert found.item() == pytest.approx(sum(value.item() for value in wanted.values()), rel=1e-4)
+    found.backward()
+    assert all(parameter.grad is not None for parameter in raw.head.parameters())
+    elsewhere = [{**one, "boxes": one["boxes"] * 0.9} for one in targets]
+    assert Loss(raw, size)(outputs, elsewhere).item() != pytest.approx(found.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("take", [Postprocess, lambda network: Loss(network, (32, 32))])
+def test_boxes_and_losses_are_of_detectors_only(take: Any):
     with pytest.raises(ModelError, match="takes a single-stage detector of torchvision, got ResNet"):
-        Postprocess(models.resnet18())
+        take(models.resnet18())
 
 
 # -- weights that the library offers -----------------------------------------------------------------------------------

@@ -134,9 +134,10 @@ class Loss:
         own.anchor_generator = copy.deepcopy(detector.anchor_generator)
         own.transform = _Unchanged()
         own.backbone = _Maps(sizes)
-        own.head = _Given()
+        own.head.forward = lambda features: self._outputs  # RetinaNet's and FCOS's heads know losses, and stay
         own.training = True  # of the detector alone: it then returns its losses
         self._detector, self._size = own, image_size
+        self._outputs: dict[str, Tensor] = {}
 
     def __call__(self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Return the sum of the detector's losses for a batch, a scalar.
@@ -146,12 +147,12 @@ class Loss:
             targets: For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "labels": (M,) int64}; 0 is the background
                 of SSD and SSDlite, whose objects count from 1.
         """
-        self._detector.head.outputs = dict(outputs)
+        self._outputs = dict(outputs)
         device = next(iter(outputs.values())).device
         images = torch.empty(len(targets), 3, *self._size, device=device)
         run = super(_RawForward, self._detector).forward if isinstance(self._detector, _RawForward) else self._detector
         losses: dict[str, Tensor] = run(images, [dict(one) for one in targets])
-        self._detector.head.outputs = {}
+        self._outputs = {}
         return torch.stack(list(losses.values())).sum()
 
 
@@ -173,15 +174,6 @@ class _Maps(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {str(place): images.new_empty(len(images), 0, *size) for place, size in enumerate(self.sizes)}
-
-
-class _Given(nn.Module):
-    """In place of a head: what the head of another network returned."""
-
-    outputs: dict[str, Tensor]
-
-    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
-        return self.outputs
 
 
 def _weightless(detector: nn.Module, what: str) -> nn.Module:

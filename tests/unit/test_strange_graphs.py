@@ -136,6 +136,10 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "depthwise": lambda: nn.Sequential(_conv(groups=WIDTH), nn.BatchNorm2d(WIDTH), nn.ReLU6()),
     "depthwise_with_multiplier": lambda: nn.Sequential(_conv(WIDTH, 16, groups=WIDTH), nn.ReLU(), _conv(16, WIDTH)),
     "squeeze_and_excite": lambda: nn.Sequential(_Squeeze(), _conv()),
+    "squeeze_and_excite_by_a_pooling_layer": lambda: _Calls(
+        lambda m, x: x * torch.sigmoid(m.widen(F.relu(m.reduce(m.pool(x))))),
+        pool=nn.AdaptiveAvgPool2d(1), reduce=nn.Conv2d(WIDTH, 4, 1), widen=nn.Conv2d(4, WIDTH, 1),
+    ),
     "inverted_residual": _Inverted,
     "dense_connections": lambda: _Calls(
         _dense, convs=nn.ModuleList([_conv(8, 4), _conv(12, 4), nn.Conv2d(16, WIDTH, 1)])
@@ -221,6 +225,27 @@ def _build(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", MIDDLES)
 def test_the_network_is_cut_through_and_equals_the_silenced_one(name):
     _hold(_build(name), _images(2, 3, 12, 10), "stem")
+
+
+def _view_of_a_map(name: str) -> bool:
+    """Whether a network's `.view` of a feature map needs it contiguous, so that it does not run channels-last."""
+    module = _build(name).to(memory_format=torch.channels_last)
+    try:
+        module(_images(1, 3, 12, 10).to(memory_format=torch.channels_last))
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_the_same_groups_are_found_where_weights_are_channels_last(name):
+    if _view_of_a_map(name):
+        pytest.skip("it does not run on channels-last memory")
+    module, images = _build(name), _images(1, 3, 12, 10)
+    groups, excluded = find_cuttable(module, images)
+    found = find_cuttable(module.to(memory_format=torch.channels_last), images)
+    assert {name: group.width for name, group in found[0].items()} == {key: one.width for key, one in groups.items()}
+    assert found[1] == excluded
 
 
 def test_there_are_many_strange_networks():

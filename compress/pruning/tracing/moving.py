@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from compress.pruning.labels import NONE, ZERO, along, compact, is_labelled, joined, moved, padded, unlabelled, vector
-from compress.pruning.tracing.pointwise import meet
+from compress.pruning.tracing.pointwise import meet, unknown
 from compress.pruning.tracing.watch import Call, Watch, where
 
 
@@ -131,6 +131,22 @@ def unsqueeze(watch: Watch, call: Call) -> None:
 def expand(watch: Watch, call: Call) -> None:
     """Values repeated along axes of size 1."""
     watch.give(call.result, padded(watch.labels_of(call.first), call.result.ndim))
+
+
+def restride(watch: Watch, call: Call) -> None:
+    """A tensor's strides written anew: one axis of values one behind the other stays what it was.
+
+    Adaptive pooling to a single place does this where weights are channels-last, as in every squeeze-and-excite block.
+    """
+    labels, value = watch.labels_of(call.first), call.result
+    axes = [dim for dim, size in enumerate(value.shape) if size > 1]
+    is_kept = labels.ndim == value.ndim and all(
+        have in (1, size) for have, size in zip(labels.shape, value.shape, strict=True)
+    )
+    if is_kept and len(axes) <= 1 and all(value.stride(axis) == 1 for axis in axes):
+        watch.give(value, labels)
+    else:
+        unknown(watch, call)
 
 
 def concatenate(watch: Watch, call: Call) -> None:

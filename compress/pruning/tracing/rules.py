@@ -33,6 +33,7 @@ _NAMES: dict[Rule, str] = {
     moving.squeeze: "squeeze squeeze_",
     moving.unsqueeze: "unsqueeze unsqueeze_",
     moving.expand: "expand",
+    moving.restride: "as_strided_",
     moving.concatenate: "cat",
     moving.stack: "stack",
     moving.pad: "constant_pad_nd",

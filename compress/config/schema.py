@@ -38,6 +38,14 @@ def _check_blocks(value: object) -> object:
     raise ValueError("must be a whole number of at least 0, or auto")
 
 
+def _check_resize(value: object) -> object:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides)
+    if value is None or (whole and len(sides) == 2):
+        return _to_tuple(value)
+    raise ValueError("must be a whole number of at least 1, or [height, width]")
+
+
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
 Size = Annotated[tuple[int, int], BeforeValidator(_to_tuple)]
@@ -154,7 +162,9 @@ class PreprocessingConfig(Section):
     mean: Floats = Field((0.0,), description="per channel, subtracted after scaling")
     std: Floats = Field((1.0,), description="per channel, divided by after subtracting")
     scale: float = Field(1 / 255, gt=0, description="multiplies the uint8 value first")
-    resize: Count | None = Field(None, description="shorter side in pixels before the crop")
+    resize: Annotated[int | tuple[int, int] | None, BeforeValidator(_check_resize)] = Field(
+        None, description="shorter side in pixels before the crop; or [height, width], which keeps no proportions"
+    )
     crop: Size | None = Field(None, description="[height, width] of the centre crop")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     channels: Literal["RGB", "BGR", "L"] = "RGB"

@@ -73,7 +73,7 @@ class AnnotatedSource:
         if len(shapes) > 1:
             raise DataError(
                 f"Images must have one shape after preprocessing, got {sorted(shapes)[:_SOME]}.",
-                hint="Set preprocessing.resize and preprocessing.crop, or letterbox where there are boxes.",
+                hint="Set preprocessing.resize to [height, width] or with a crop, or letterbox where there are boxes.",
             )
         return np.stack(images)
 

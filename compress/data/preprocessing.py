@@ -1,6 +1,6 @@
 """What happens to an image before the network sees it, as data that travels with the model.
 
-uint8 (H, W, C) --resize shorter side--> --centre crop--> --scale, mean, std--> float32 (C, H, W)
+uint8 (H, W, C) --resize (shorter side, or both)--> --centre crop--> --scale, mean, std--> float32 (C, H, W)
 
 The geometric half is done where images are read, so that batches have one shape; the arithmetic half is done on
 whole batches, in torch while training and in numpy where there is no torch.
@@ -21,7 +21,8 @@ class Preprocessing:
         mean: Per channel, subtracted after scaling.
         std: Per channel, divided by after subtracting.
         scale: Multiplies the uint8 value first; 1/255 by default.
-        resize: Shorter side in pixels before the crop; None leaves the size alone.
+        resize: Shorter side in pixels before the crop, or (height, width), whatever the shape of the image was; None
+            leaves the size alone.
         crop: (height, width) in pixels of the centre crop; None takes the whole image.
         layout: "NCHW" or "NHWC", the axis order of the network's input.
         channels: "RGB", "BGR" or "L", the channel order of the network's input.
@@ -30,7 +31,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     scale: float = 1 / 255
-    resize: int | None = None
+    resize: int | tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     layout: str = "NCHW"
     channels: str = "RGB"
@@ -49,19 +50,18 @@ class Preprocessing:
 
     def fit_image(self, image: np.ndarray) -> np.ndarray:
         """Apply the geometric half to one uint8 (H, W, C) image."""
-        if self.resize is not None and min(image.shape[:2]) != self.resize:
-            image = _resize_shorter_side(image, self.resize)
+        size = self._resized(image.shape[0], image.shape[1])
+        if image.shape[:2] != size:
+            image = _resize(image, size)
         if self.crop is not None and image.shape[:2] != self.crop:
             image = _centre_crop(image, self.crop)
         return image
 
     def fit_mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
         """Apply the geometric half to one (H, W) map of class indices; `fill` is put where an image would be padded."""
-        if self.resize is not None and min(mask.shape) != self.resize:
-            height, width = _shorter_side(mask.shape[0], mask.shape[1], self.resize)
-            rows, columns = (
-                (np.arange(new) + 0.5) * old / new for new, old in zip((height, width), mask.shape, strict=True)
-            )
+        size = self._resized(mask.shape[0], mask.shape[1])
+        if mask.shape != size:
+            rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(size, mask.shape, strict=True))
             mask = mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)]
         if self.crop is not None and mask.shape != self.crop:
             mask = _centre_crop(mask, self.crop, fill)
@@ -74,14 +74,20 @@ class Preprocessing:
             By how much (rows, columns) are scaled, by how many pixels they are then shifted, and the (height, width)
             that comes out.
         """
-        new = (height, width)
-        if self.resize is not None and min(height, width) != self.resize:
-            new = _shorter_side(height, width, self.resize)
+        new = self._resized(height, width)
         scale = (new[0] / height, new[1] / width)
         if self.crop is None or new == self.crop:
             return scale, (0.0, 0.0), new
         shift = tuple(_offset(have, want) for have, want in zip(new, self.crop, strict=True))
         return scale, (shift[0], shift[1]), self.crop
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that an image has before it is cropped."""
+        if isinstance(self.resize, tuple):
+            return self.resize
+        if self.resize is None or min(height, width) == self.resize:
+            return height, width
+        return _shorter_side(height, width, self.resize)
 
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """Apply the arithmetic half.
@@ -105,9 +111,9 @@ def _shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:
     return int(shorter * height / min(height, width)), int(shorter * width / min(height, width))
 
 
-def _resize_shorter_side(image: np.ndarray, shorter: int) -> np.ndarray:
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize as torchvision does, so that published networks see the pixels they were trained on."""
-    height, width = _shorter_side(image.shape[0], image.shape[1], shorter)
+    height, width = size
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
     return resized[..., None] if resized.ndim == 2 else resized

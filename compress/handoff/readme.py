@@ -157,8 +157,11 @@ def _interval(report: dict[str, Any], name: str) -> str:
 
 def _geometry(preprocessing: dict[str, Any]) -> str:
     said = []
-    if preprocessing["resize"] is not None:
-        said.append(f"resized to {preprocessing['resize']} pixels at the shorter side")
+    resize = preprocessing["resize"]
+    if isinstance(resize, int):
+        said.append(f"resized to {resize} pixels at the shorter side")
+    elif resize is not None:
+        said.append(f"resized to {' x '.join(map(str, resize))} (height x width), not keeping proportions")
     if preprocessing["crop"] is not None:
         said.append(f"cropped in the middle to {' x '.join(map(str, preprocessing['crop']))}")
     said.append("with one channel" if preprocessing["channels"] == "L" else "in the order red, green, blue")

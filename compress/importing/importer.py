@@ -27,7 +27,8 @@ def import_onnx(
     """Return a torch network that computes what an ONNX file does, in eval mode, with an open number of images.
 
     Layers (`nn.Conv2d`, `nn.Linear`, ...) are submodules that are called as in the file. Weights of any precision
-    become float32. Several outputs become a tuple.
+    become float32. Several outputs become a tuple. `meta["import_error"]` of it is the largest relative error that the
+    comparison found.
 
     Args:
         path: The .onnx file.
@@ -42,7 +43,7 @@ def import_onnx(
     """
     source = read_source(path, shapes)
     module = build_network(source)
-    require_parity(module, source, images)
+    module.meta["import_error"] = require_parity(module, source, images)
     return module
 
 

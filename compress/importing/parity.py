@@ -28,7 +28,7 @@ _SILENT = 4
 Feed = dict[str, np.ndarray]
 
 
-def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.ndarray] | None = None) -> None:
+def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.ndarray] | None = None) -> float:
     """Compare a network with the file on random images, and on given ones.
 
     Args:
@@ -36,11 +36,14 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
         source: The file.
         images: Values of each input, (N, ...) each.
 
+    Returns:
+        The largest relative error of an output.
+
     Raises:
         ModelError: They differ; names the first node whose value does.
         NonFinite: ONNX Runtime gives NaN or infinity.
     """
-    tolerance = _tolerance(source)
+    tolerance, largest = _tolerance(source), 0.0
     session = _session(source, None)
     feeds = [_random(source)] if images is None else [_random(source), _given(source, images)]
     for feed in feeds:
@@ -52,11 +55,13 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
                     f"Output '{name}' of '{source.path}' must be finite, ONNX Runtime gives NaN or infinity."
                 )
             error = relative_error(have, want)
+            largest = max(largest, error)
             if error > tolerance:
                 raise ModelError(
                     f"The network imported from '{source.path}' must equal the file within {tolerance:g} of the "
                     f"largest value, output '{name}' is off by {error:.2g}{_where(module, source, feed, tolerance)}."
                 )
+    return largest
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

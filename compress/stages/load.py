@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
 from compress.building import (
@@ -54,6 +54,7 @@ class LoadStage:
         """
         spec = factory_spec(self.config.model)
         module = self._build(spec, ctx)
+        imported = _imported(module, spec, ctx)
         check_precision(module)
         ctx.data.check_classes()
         images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
@@ -74,6 +75,7 @@ class LoadStage:
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
+            **imported,
         }
         ctx.progress.note(
             f"baseline: {figures.macs:,} MACs, {figures.params:,} params, {metric.words} "
@@ -124,6 +126,17 @@ class LoadStage:
                 "the rest is done outside of layers, cannot be cut, and is left out of every budget."
             )
         return replace(model, baseline=replace(baseline, figures=replace(figures, macs=counted))), tried
+
+
+def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record:
+    """Return, and say, how far a network that came from an ONNX file is from what ONNX Runtime computes with the file."""
+    if not (spec.kind == "onnx" and isinstance(module, fx.GraphModule)):
+        return {}
+    error = module.meta["import_error"]
+    ctx.progress.note(
+        f"imported: outputs are those of ONNX Runtime with '{Path(spec.reference).name}' to {error:.1g} of the largest"
+    )
+    return {"import_error": error}
 
 
 def _classes(spec: FactorySpec, ctx: StageContext) -> tuple[str, ...]:

@@ -54,6 +54,7 @@ def test_run_needs_the_file_no_more_and_rebuilds_strictly(world):
     assert outcome.verdict.passed
     assert outcome.report["config"]["data"]["preprocessing"]["mean"] == [0.5]
     assert outcome.report["provenance"]["weights"] is not None
+    assert 0 < outcome.report["stages"][0]["record"]["import_error"] < 1e-5
     folder = world.runs / "residual"
     path = world.folder / "net.onnx"
     path.rename(world.folder / "elsewhere.onnx")
@@ -135,7 +136,7 @@ def test_preprocessing_that_a_file_says_wrongly_is_refused_unless_it_is_given(wo
     [
         ({"model": {"onnx": "net.onnx"}, "weights": "w.safetensors"}, "stages[0].weights must be left out"),
         ({"model": {"factory": "a.py:b"}}, "stages[0].weights is missing"),
-        ({"model": {"factory": "a.py:b", "onnx": "net.onnx"}}, "exactly one of the keys factory, onnx, torchvision"),
+        ({"model": {"factory": "a.py:b", "onnx": "net.onnx"}}, "exactly one of the keys factory, onnx, timm, torchvision"),
         ({"model": {"onnx": "net.onnx", "inputs": {"x": [3, "a", 4]}}}, "stages[0].model.inputs.x[1] must be"),
     ],
 )

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 from torchvision.transforms import functional as reference
 
 from compress.config.schema import PreprocessingConfig
 from compress.data.batches import evaluation_batches
+from compress.data.boxes import moved
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
@@ -38,6 +40,22 @@ def test_centre_crop_equals_torchvision(height: int, width: int, crop_height: in
     expected = reference.center_crop(Image.fromarray(image), [crop_height, crop_width])
     fitted = Preprocessing(crop=(crop_height, crop_width)).fit_image(image)
     assert np.array_equal(fitted, np.asarray(expected))
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_resize_to_both_sides_stretches_images_boxes_and_masks_alike(
+    height: int, width: int, new_height: int, new_width: int
+) -> None:
+    wanted = Preprocessing(resize=(new_height, new_width))
+    image = _image(height, width)
+    expected = reference.resize(Image.fromarray(image), [new_height, new_width])
+    assert np.array_equal(wanted.fit_image(image), np.asarray(expected))
+    assert wanted.fit_mask(image[..., 0], 255).shape == (new_height, new_width)
+    scale, shift, size = wanted.geometry(height, width)
+    box = {"boxes": np.array([[0, 0, width, height]], np.float32), "labels": np.zeros(1, np.int64)}
+    (found,) = moved(box, scale, shift, size)["boxes"]
+    assert found == pytest.approx([0, 0, new_width, new_height])
 
 
 def test_resize_comes_before_crop_and_grey_keeps_its_axis() -> None:
@@ -88,3 +106,11 @@ def test_values_survive_json_and_come_from_a_config() -> None:
     wanted = Preprocessing(**config.model_dump())
     assert wanted.crop == (10, 11)
     assert Preprocessing.from_dict(json.loads(json.dumps(wanted.to_dict()))) == wanted
+    both = Preprocessing(**PreprocessingConfig(resize=(12, 14)).model_dump())
+    assert Preprocessing.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+
+
+@pytest.mark.parametrize("value", [0, True, 1.5, "12", [12], [12, 0], [12, 14, 16], {}])
+def test_resize_that_is_no_size_is_refused(value: object) -> None:
+    with pytest.raises(ValidationError, match=r"must be a whole number of at least 1, or \[height, width\]"):
+        PreprocessingConfig.model_validate({"resize": value})

@@ -21,7 +21,7 @@ from compress.config.document import Document, parse_document, read_document
 from compress.config.gating import check_gates
 from compress.config.locations import resolve_paths, use_array_folder
 from compress.config.messages import translate
-from compress.config.onnx_model import check_weights, follow_file
+from compress.config.onnx_model import check_features, check_weights, follow_file
 from compress.config.order import check_order
 from compress.config.overrides import apply_overrides
 from compress.config.problems import Origin, Problem, as_error, show
@@ -104,7 +104,11 @@ def _check(
 def _validate(document: Document) -> PipelineConfig:
     """Return the checked configuration, or raise everything that is wrong with it."""
     document.problems += (
-        check_order(document) + check_deploy(document) + check_quantize(document) + check_weights(document)
+        check_order(document)
+        + check_deploy(document)
+        + check_quantize(document)
+        + check_weights(document)
+        + check_features(document)
     )
     document.problems += check_gates(document)
     try:

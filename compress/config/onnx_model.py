@@ -36,6 +36,27 @@ def check_weights(document: Document) -> list[Problem]:
     return problems
 
 
+def check_features(document: Document) -> list[Problem]:
+    """Return one problem for each training that would compare feature maps of a network that has no parts."""
+    stages = document.value.get("stages")
+    stages = [stage if isinstance(stage, dict) else {} for stage in stages] if isinstance(stages, list) else []
+    models = [stage.get("model") for stage in stages if stage.get("stage") == "load"]
+    if not any(isinstance(model, dict) and "onnx" in model for model in models):
+        return []
+    problems = []
+    for index, stage in enumerate(stages):
+        for within in ((), *((key,) for key in ("training", "between") if isinstance(stage.get(key), dict))):
+            distillation = (stage[within[0]] if within else stage).get("distillation")
+            if isinstance(distillation, dict) and distillation.get("features"):
+                place = ("stages", index, *within, "distillation", "features")
+                text = (
+                    f"{format_path(place)} must be left out with model.onnx: feature maps are those of parts of a "
+                    "network, and a file has single layers only."
+                )
+                problems.append(Problem(document.origin(place), text))
+    return problems
+
+
 def follow_file(values: dict[str, Any], document: Document) -> None:
     """Let the ONNX file say how images are prepared where the pipeline does not; an unreadable file says nothing.
 

@@ -129,7 +129,7 @@ class LoadStage:
 
 
 def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record:
-    """Return, and say, how far a network that came from an ONNX file is from what ONNX Runtime computes with the file."""
+    """Return, and say, how far a network from an ONNX file is from what ONNX Runtime computes with the file."""
     if not (spec.kind == "onnx" and isinstance(module, fx.GraphModule)):
         return {}
     error = module.meta["import_error"]

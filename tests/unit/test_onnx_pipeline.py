@@ -118,6 +118,23 @@ def test_file_that_is_missing_or_does_not_fit_is_named(world):
     assert "takes images of shape (3, 16, 16), got (3, 8, 8)" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("within", [(), ("training",)])
+def test_feature_maps_of_a_file_are_refused_before_any_work(world, within):
+    given, features = values(world), {"distillation": {"features": 1.0}}
+    training = {"steps": 2, **features}
+    if within:
+        given["stages"][1] |= {"method": "gsm", within[0]: training}
+        given["stages"][1].pop("criterion", None)
+    else:
+        given["stages"].insert(2, {"stage": "finetune", **training})
+    with pytest.raises(ConfigError) as caught:
+        world.load(given)
+    place = "stages[1].training" if within else "stages[2]"
+    assert f"{place}.distillation.features must be left out with model.onnx" in str(caught.value)
+    given["stages"][0] = world.values("residual")["stages"][0]
+    assert world.load(given)
+
+
 @pytest.mark.parametrize("written", ['{"mean": [0.5], "brightness": 2}', '"as usual"'])
 def test_preprocessing_that_a_file_says_wrongly_is_refused_unless_it_is_given(world, written):
     model = onnx.load(world.folder / "net.onnx")
@@ -136,7 +153,10 @@ def test_preprocessing_that_a_file_says_wrongly_is_refused_unless_it_is_given(wo
     [
         ({"model": {"onnx": "net.onnx"}, "weights": "w.safetensors"}, "stages[0].weights must be left out"),
         ({"model": {"factory": "a.py:b"}}, "stages[0].weights is missing"),
-        ({"model": {"factory": "a.py:b", "onnx": "net.onnx"}}, "exactly one of the keys factory, onnx, timm, torchvision"),
+        (
+            {"model": {"factory": "a.py:b", "onnx": "net.onnx"}},
+            "exactly one of the keys factory, onnx, timm, torchvision",
+        ),
         ({"model": {"onnx": "net.onnx", "inputs": {"x": [3, "a", 4]}}}, "stages[0].model.inputs.x[1] must be"),
     ],
 )

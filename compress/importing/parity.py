@@ -2,8 +2,13 @@
 
 The relative error of an output is the largest difference over the largest value, over all images compared. It may be
 1e-5; where weights or values of the file are in half precision, 5e-3, since the network computes in float32.
+
+Some networks round more than that: ONNX Runtime with FastestDet is 1.3e-5 away from float64 itself on some pictures.
+Hence, where an output differs by more, the network is computed in float64 too, and what rounding does to it is added to
+the limit, three times (each of the two rounds, and not alike), up to 1e-4 in all.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +27,8 @@ from compress.importing.values import as_float32
 
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 5e-3
+MOST_TOLERANCE = 1e-4
+ROUNDINGS = 3
 IMAGES = 2
 _HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _SILENT = 4
@@ -47,7 +54,7 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
     session = _session(source, None)
     feeds = [_random(source)] if images is None else [_random(source), _given(source, images)]
     for feed in feeds:
-        found = dict(zip(source.outputs, _outputs(module, source, feed), strict=True))
+        found = dict(zip(source.outputs, _outputs(module, _tensors(source, feed)), strict=True))
         for name, want in _run(session, source, feed, found).items():
             have = found[name]
             if not np.isfinite(want).all():
@@ -56,12 +63,26 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
                 )
             error = relative_error(have, want)
             largest = max(largest, error)
-            if error > tolerance:
+            limit = tolerance if error <= tolerance else _with_rounding(tolerance, module, source, feed, name, have)
+            if error > limit:
                 raise ModelError(
-                    f"The network imported from '{source.path}' must equal the file within {tolerance:g} of the "
-                    f"largest value, output '{name}' is off by {error:.2g}{_where(module, source, feed, tolerance)}."
+                    f"The network imported from '{source.path}' must equal the file within {limit:.2g} of the "
+                    f"largest value, output '{name}' is off by {error:.2g}{_where(module, source, feed, limit)}."
                 )
     return largest
+
+
+def _with_rounding(
+    tolerance: float, module: fx.GraphModule, source: Source, feed: Feed, name: str, found: np.ndarray
+) -> float:
+    """Return a tolerance with what rounding to float32 does to an output of the network."""
+    doubles = [value.double() if value.is_floating_point() else value for value in _tensors(source, feed)]
+    try:
+        exact = _outputs(copy.deepcopy(module).double(), doubles)[source.outputs.index(name)]
+    except RuntimeError:  # it turns values into float32 by itself, so that nothing is known
+        return tolerance
+    rounding = relative_error(found, exact)
+    return max(tolerance, min(tolerance + ROUNDINGS * rounding, MOST_TOLERANCE))
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -123,9 +144,9 @@ def _values(module: fx.GraphModule, source: Source, feed: Feed) -> dict[str, np.
     return found
 
 
-def _outputs(module: fx.GraphModule, source: Source, feed: Feed) -> list[np.ndarray]:
+def _outputs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[np.ndarray]:
     with torch.no_grad():
-        found = module(*_tensors(source, feed))
+        found = module(*inputs)
     return [value.numpy() for value in (found if isinstance(found, tuple) else (found,))]
 
 
@@ -198,18 +219,18 @@ def _session(source: Source, outputs: Sequence[str] | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     model: str | bytes = str(source.path)
-    copy = onnx.ModelProto()
+    telling = onnx.ModelProto()
     if outputs is not None:
-        copy.CopyFrom(source.model)
-        there = {value.name for value in copy.graph.output}
-        copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
+        telling.CopyFrom(source.model)
+        there = {value.name for value in telling.graph.output}
+        telling.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        model = copy.SerializeToString()
+        model = telling.SerializeToString()
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises types of its own
         if onnx.TensorProto.DOUBLE in _weight_types(source):  # it has no convolutions in double precision
-            return ReferenceEvaluator(source.model if outputs is None else copy)
+            return ReferenceEvaluator(source.model if outputs is None else telling)
         raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
 
 

@@ -12,8 +12,10 @@ from onnx_graphs import make, node, weights, write
 from torch import nn
 
 from compress.cost.macs import count_macs
-from compress.errors import ArtifactError, CompressError, NonFinite
-from compress.importing.importer import build_imported, import_onnx
+from compress.errors import ArtifactError, CompressError, ModelError, NonFinite
+from compress.importing import parity
+from compress.importing.importer import build_imported, build_network, import_onnx
+from compress.importing.reading import read_source
 from compress.importing.structure import write_structure
 
 I64 = np.int64
@@ -249,6 +251,26 @@ def test_real_images_are_compared_too_and_must_fit(tmp_path):
     text = message_of(path, images=[np.ones((2, 3, 6, 6), np.float32)])
     assert "takes images of shape (4, 6, 6), got (3, 6, 6)" in text
     assert "data.preprocessing" in text
+
+
+def cancelling(large: float) -> onnx.ModelProto:
+    """A kernel whose two halves nearly cancel: what is left is small beside what is rounded on the way."""
+    kernel, rest = (weights(**{name: (5, 32, 3, 3)})[name] for name in ("kernel", "rest"))
+    nodes = [node("Concat", ["x", "x"], ["twice"], axis=1), node("Conv", ["twice", "w"])]
+    kernels = np.concatenate([large * kernel, np.flip(rest, 0) - large * kernel], 1)
+    return make(nodes, {"w": kernels}, inputs={"x": ("N", 32, 8, 8)})
+
+
+@pytest.mark.parametrize(("large", "off", "passes"), [(30, 2e-5, True), (0, 2e-5, False), (3e4, 2e-4, False)])
+def test_what_float32_rounds_is_no_error_of_the_import(large, off, passes, tmp_path, monkeypatch):
+    source = read_source(write(tmp_path / "net.onnx", cancelling(large)))
+    module, run = build_network(source), parity._run
+    monkeypatch.setattr(parity, "_run", lambda *given: {name: one * (1 + off) for name, one in run(*given).items()})
+    if passes:
+        assert parity.require_parity(module, source) == pytest.approx(off, rel=0.5)
+    else:
+        with pytest.raises(ModelError, match="must equal the file within"):
+            parity.require_parity(module, source)
 
 
 def test_training_statistics_of_constants_are_computed_once(tmp_path):

@@ -25,10 +25,10 @@ DETECTION = {"name": "detection", "postprocess": f"{ROOT / 'tests' / 'fastestdet
 TRAINING = {
     "cifar": {
         "epochs": 2,
-        "learning_rate": 0.02,
         "augmentation": {"crop_padding": 4, "flip": True},
     },
-    "pictures": {"epochs": 2, "batch_size": 32, "optimizer": "adamw", "learning_rate": 0.0005, "gradient_clip": 1.0},
+    "imagenet": {"epochs": 2, "batch_size": 32, "learning_rate": 0.005},
+    "distance": {"epochs": 2, "batch_size": 32, "optimizer": "adamw", "learning_rate": 0.0005},
 }
 
 
@@ -66,18 +66,19 @@ class Case:
         is_cifar = self.images == "cifar"
         seen = images / ("cifar_train.npy" if is_cifar else "imagenet_train")
         measured = {"cifar": "cifar_evaluation.npy", "imagenet": "imagenet_evaluation", "coco": "coco"}[self.images]
-        taken = 500 if is_cifar else 128
+        taken, validation = (500, 500) if is_cifar else (256, 128)
+        kind = self.images if self.task == "classification" else "distance"
         data = {
             "train": {"unlabelled": str(seen)},
             "evaluation": {"unlabelled": str(images / measured)},
             "calibration": taken,
-            "validation": taken,
+            "validation": validation,
             "preprocessing": dict(self.preprocessing),
         }
         stages = [
             {"stage": "load", "model": {"onnx": str(file)}},
             {"stage": "prune", "target": {"macs": self.macs}, "score_images": taken},
-            {"stage": "finetune", **TRAINING["cifar" if is_cifar else "pictures"]},
+            {"stage": "finetune", **TRAINING[kind]},
             {"stage": "export"},
             {"stage": "verify", "gates": dict(self.gates)},
         ]
@@ -125,8 +126,8 @@ CASES = (
     _cifar("resnet20", IMAGENET, 0.7, 0.9),
     _boxes(0.7, 0.4),
     _faces(0.7, 0.05),
-    Case("mobilenet_v2_0.7", "mobilenet_v2", "imagenet", MOBILE, 0.7, {"min": {"agreement": 0.8}}),
     _cifar("resnet56", IMAGENET, 0.7, 0.9),
+    Case("mobilenet_v2_0.7", "mobilenet_v2", "imagenet", MOBILE, 0.7, {"min": {"agreement": 0.8}}),
     _cifar("resnet20", IMAGENET, 0.5, 0.85),
     _faces(0.5, 0.05),
     _cifar("resnet56", IMAGENET, 0.5, 0.85),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from compress.artifacts import TorchModel
 from compress.building import apply_edits, example_input, reinitialized
@@ -23,6 +24,8 @@ from compress.training.team import present_team
 
 STATE_FILE = "training_state.pt"
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
+CLIP_WITHOUT_NORMS = 1.0
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 PROBED = (0.1, 0.3, 1.0)
 
 
@@ -52,7 +55,7 @@ def train(
     Raises:
         As `compress.training.fit.fit`.
     """
-    settings = fit_settings(config, ctx.seed, len(ctx.data.train))
+    settings = fit_settings(config, ctx.seed, len(ctx.data.train), artifact.module)
     distillation = distillation_from(config.distillation, artifact)
     metric = metric_of(ctx.data.validation)
     before = validation_quality(artifact.module, ctx)
@@ -76,7 +79,7 @@ def train(
         sign = 1 if metric.higher_is_better else -1
         best = max(reached, key=lambda one: sign * one[f"validation_{metric.name}"])
         settings = replace(settings, learning_rate=best["learning_rate"])
-    ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
+    ctx.progress.note(pace(settings))
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     record = {
         "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
@@ -84,6 +87,7 @@ def train(
         f"averaged_{metric.name}": result.averaged,
         "is_averaged": result.is_averaged,
         "peak_learning_rate": settings.learning_rate,
+        "gradient_clip": settings.gradient_clip,
         "probed_learning_rates": probed,
         "batch_size": settings.batch_size,
         "steps": result.steps,
@@ -132,14 +136,26 @@ def _probe_file(state_file: str, rate: float) -> str:
     return f"probe-of-{rate:.3g}-{state_file}"
 
 
-def fit_settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
+def pace(settings: FitSettings) -> str:
+    """Return how fast a network learns, as it is said."""
+    clip = "" if settings.gradient_clip is None else f", gradients clipped to {settings.gradient_clip:g}"
+    return f"peak learning rate {settings.learning_rate:g}{clip}"
+
+
+def fit_settings(config: TrainingConfig, seed: int, images: int, module: nn.Module) -> FitSettings:
     """Return the settings of the loop.
+
+    Without norms, such as of ONNX files whose batch norms are folded into convolutions, training diverges at rates that
+    are right with them; there gradients are clipped unless the pipeline says to what.
 
     Args:
         config: As in the pipeline file.
         seed: Of the run.
         images: In the training split.
+        module: The network.
     """
+    has_norms = any(isinstance(part, NORMS) for part in module.modules())
+    clip = CLIP_WITHOUT_NORMS if config.gradient_clip is None and not has_norms else config.gradient_clip
     rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
     if original is not None:
         epochs = config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
@@ -156,7 +172,7 @@ def fit_settings(config: TrainingConfig, seed: int, images: int) -> FitSettings:
         augmentation=Augmentation(**config.augmentation.model_dump()),
         optimizer=config.optimizer,
         schedule=config.schedule,
-        gradient_clip=config.gradient_clip,
+        gradient_clip=clip,
         accumulation=config.accumulation,
         ema=config.ema,
         average_ratio=config.average_ratio,

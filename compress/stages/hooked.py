@@ -9,7 +9,7 @@ from compress.artifacts import TorchModel
 from compress.config.schema import TrainingConfig
 from compress.progress import Progress
 from compress.stages.context import Record, StageContext
-from compress.stages.finetune import distillation_from, fit_settings
+from compress.stages.finetune import distillation_from, fit_settings, pace
 from compress.stages.measured import metric_of, stated, validation_quality
 from compress.tasks.base import Metric
 from compress.training.evaluate import evaluate_loss
@@ -19,9 +19,9 @@ from compress.training.hooks import TrainingHooks
 CUT_JUMP = 0.02
 
 
-def hooked_settings(config: TrainingConfig, ctx: StageContext) -> FitSettings:
+def hooked_settings(config: TrainingConfig, ctx: StageContext, module: nn.Module) -> FitSettings:
     """Return the settings of a run that ends with its last step: what the hooks have done by then is what counts."""
-    return replace(fit_settings(config, ctx.seed, len(ctx.data.train)), keep="last")
+    return replace(fit_settings(config, ctx.seed, len(ctx.data.train), module), keep="last")
 
 
 def train_with_hooks(
@@ -45,10 +45,10 @@ def train_with_hooks(
     Raises:
         As `compress.training.fit.fit`.
     """
-    settings, validation = hooked_settings(config, ctx), ctx.data.validation
+    settings, validation = hooked_settings(config, ctx, module), ctx.data.validation
     metric, before = metric_of(validation), validation_quality(module, ctx)
     teacher = distillation_from(config.distillation, artifact)
-    ctx.progress.note(f"peak learning rate {settings.learning_rate:g}")
+    ctx.progress.note(pace(settings))
     result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
     return {
         f"validation_{metric.name}_before": before,

@@ -77,7 +77,7 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     if not surveyed.groups:
         raise BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
     module, chooser = copy.deepcopy(model.module), _Chooser(surveyed, ctx)
-    setting = _setting(surveyed, module, chooser, hooked_settings(config.training, ctx), ctx)
+    setting = _setting(surveyed, module, chooser, hooked_settings(config.training, ctx, module), ctx)
     _require_work(chooser, surveyed)
     method: Method = method_class(setting, config.method_settings)
     record = train_with_hooks(module, model, config.training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)

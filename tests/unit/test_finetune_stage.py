@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.config.schema import (
@@ -52,12 +53,15 @@ GIVEN = {
 }
 
 
+NORMED = nn.BatchNorm2d(3)
+
+
 def test_every_setting_reaches_the_loop() -> None:
     varied = {"crop_padding": 1, "flip": True, "mixup": 0.2, "cutmix": 0.4}
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
     apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights"}
     assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart}
-    settings = asdict(fit_settings(config, 9, 100))
+    settings = asdict(fit_settings(config, 9, 100, NORMED))
     assert {name: settings[name] for name in GIVEN} == GIVEN
     assert settings["seed"] == 9
     assert settings["augmentation"] == varied
@@ -68,14 +72,27 @@ def test_every_setting_reaches_the_loop() -> None:
 
 def test_adamw_has_a_rate_of_its_own_by_default() -> None:
     rates = [
-        fit_settings(FinetuneConfig(stage="finetune", epochs=1, optimizer=name), 0, 100).learning_rate
+        fit_settings(FinetuneConfig(stage="finetune", epochs=1, optimizer=name), 0, 100, NORMED).learning_rate
         for name in ("sgd", "adamw")
     ]
     assert rates == [0.02, 0.001]
 
 
+def test_gradients_are_clipped_where_no_norm_tames_them() -> None:
+    given, other = (
+        FinetuneConfig(stage="finetune", epochs=1),
+        FinetuneConfig(stage="finetune", epochs=1, gradient_clip=5),
+    )
+    clips = [
+        fit_settings(config, 0, 100, module).gradient_clip
+        for module in (NORMED, nn.Linear(2, 2))
+        for config in (given, other)
+    ]
+    assert clips == [None, 5, 1, 5]
+
+
 def test_defaults_are_the_same_in_both_places() -> None:
-    settings = fit_settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100)
+    settings = fit_settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100, NORMED)
     assert settings == FitSettings()
     assert DistillationConfig().features == 0
 
@@ -88,7 +105,7 @@ def test_defaults_are_the_same_in_both_places() -> None:
 def test_the_peak_follows_from_the_original_training(length: dict, expected: float) -> None:
     original = OriginalTrainingConfig(learning_rate=0.1, epochs=100)
     config = FinetuneConfig(stage="finetune", original=original, **length)
-    assert fit_settings(config, 0, 100).learning_rate == pytest.approx(expected)
+    assert fit_settings(config, 0, 100, NORMED).learning_rate == pytest.approx(expected)
     with pytest.raises(ValidationError, match="at most one of learning_rate, original"):
         FinetuneConfig(stage="finetune", epochs=1, learning_rate=0.1, original=original)
 

@@ -669,6 +669,11 @@ class FinetuneConfig(TrainingConfig):
     weights: Literal["inherited", "random"] = Field(
         "inherited", description="what training starts from; random to compare with, at the same structure"
     )
+    norms: bool = Field(
+        True,
+        description="put batch norms behind the convolutions of a network that has none while it trains; they are "
+        "folded into them afterwards",
+    )
 
 
 class SlimConfig(CutConfig):

@@ -314,6 +314,13 @@ def _render_low_rank(runs: list[Run], index: int) -> str:
     )
 
 
+def _say_chosen(chosen: int | None, count: int) -> Any:
+    """Return which epoch's weights were kept; 0 is none, because training made the network worse."""
+    if chosen == 0:
+        return "none: training made the network worse"
+    return f"{chosen} of {count}" if chosen is not None and count else chosen
+
+
 def _render_finetune(runs: list[Run], index: int) -> str:
     record = runs[index]["record"]
     epochs, chosen = record.get("epochs") or [], record.get("chosen_epoch")
@@ -325,7 +332,7 @@ def _render_finetune(runs: list[Run], index: int) -> str:
     rates = [epoch["learning_rate"] for epoch in epochs if epoch.get("learning_rate") is not None]
     peak = record.get("peak_learning_rate")
     facts = [
-        ("chosen epoch", f"{chosen} of {len(epochs)}" if chosen is not None and epochs else chosen),
+        ("chosen epoch", _say_chosen(chosen, len(epochs))),
         (f"{words} before training", None if start is None else format_metric(metric, start)),
         (f"{words} of the chosen epoch", None if reached is None else format_metric(metric, reached)),
         (f"{words} of the average of the last steps", _say_average(record)),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from compress.artifacts import TorchModel
 from compress.building import apply_edits, example_input, reinitialized
@@ -21,11 +20,11 @@ from compress.stages.teaching import original_of
 from compress.training.fit import Distillation, FitResult, FitSettings, fit, planned_steps
 from compress.training.schedule import peak_from_original
 from compress.training.team import present_team
+from compress.training.unfolding import NORMS, can_unfold, folded, unfolded
 
 STATE_FILE = "training_state.pt"
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
 CLIP_WITHOUT_NORMS = 1.0
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 PROBED = (0.1, 0.3, 1.0)
 
 
@@ -44,24 +43,33 @@ class FinetuneStage:
         """
         if self.config.weights == "random":
             artifact = replace(artifact, module=reinitialized(artifact.module, random_seed(ctx.seed, "weights")))
-        return train(artifact, self.config, ctx, STATE_FILE)
+        return train(artifact, self.config, ctx, STATE_FILE, self.config.norms)
 
 
 def train(
-    artifact: TorchModel, config: TrainingConfig, ctx: StageContext, state_file: str
+    artifact: TorchModel, config: TrainingConfig, ctx: StageContext, state_file: str, unfolds: bool = True
 ) -> tuple[TorchModel, Record]:
     """Return the network trained, and what was done; goes on from `state_file` in the stage's folder, if it is there.
+
+    A network that training made worse on the validation split comes back as it was.
+
+    Args:
+        artifact: The network; left as it is.
+        config: How.
+        ctx: Surroundings.
+        state_file: Name of the file of the state.
+        unfolds: Whether a network without norms has some while it trains.
 
     Raises:
         As `compress.training.fit.fit`.
     """
-    settings = fit_settings(config, ctx.seed, len(ctx.data.train), artifact.module)
+    metric, before = metric_of(ctx.data.validation), validation_quality(artifact.module, ctx)
+    start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
+    settings = fit_settings(config, ctx.seed, len(ctx.data.train), start)
     distillation = distillation_from(config.distillation, artifact)
-    metric = metric_of(ctx.data.validation)
-    before = validation_quality(artifact.module, ctx)
 
     def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
-        module, path, data = copy.deepcopy(artifact.module), ctx.folder / state_file, ctx.data
+        module, path, data = copy.deepcopy(start), ctx.folder / state_file, ctx.data
         result = fit(
             module, data.train, data.validation, settings, distillation, path, ctx.progress, keeps_state=keeps_state
         )
@@ -75,26 +83,53 @@ def train(
             state_file,
             lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate), keeps_state=False)[1],
         )
-        reached = [one for one in probed if one[f"validation_{metric.name}"] is not None]
+        known = [one for one in probed if one[f"validation_{metric.name}"] is not None]
         sign = 1 if metric.higher_is_better else -1
-        best = max(reached, key=lambda one: sign * one[f"validation_{metric.name}"])
+        best = max(known, key=lambda one: sign * one[f"validation_{metric.name}"])
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(pace(settings))
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
+    reached = _reached(result)
+    is_worse = metric.is_better(before, reached)
+    if is_worse:
+        module = artifact.module
+        ctx.progress.warn(
+            f"Training made the network worse: validation {metric.words} {metric.show(before)} -> "
+            f"{metric.show(reached)}. It is kept as it was; a lower learning_rate, or more epochs, may do better."
+        )
+    elif is_unfolded:
+        module = folded(module, artifact.module)
     record = {
         "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
-        "chosen_epoch": result.chosen_epoch,
+        "chosen_epoch": 0 if is_worse else result.chosen_epoch,
         f"averaged_{metric.name}": result.averaged,
-        "is_averaged": result.is_averaged,
+        "is_averaged": result.is_averaged and not is_worse,
+        "is_unfolded": is_unfolded,
         "peak_learning_rate": settings.learning_rate,
         "gradient_clip": settings.gradient_clip,
         "probed_learning_rates": probed,
         "batch_size": settings.batch_size,
         "steps": result.steps,
         f"validation_{metric.name}_before": before,
+        f"validation_{metric.name}_after": before if is_worse else reached,
         **stated(metric),
     }
     return replace(artifact, module=module), record
+
+
+def _started(module: nn.Module, ctx: StageContext) -> tuple[nn.Module, bool]:
+    """Return what training starts from, and whether that has norms that the network has not."""
+    if not can_unfold(module):
+        return module, False
+    ctx.progress.note("the network has no norms: batch norms are put behind its convolutions while it trains")
+    return unfolded(module, ctx.data.calibration), True
+
+
+def _reached(result: FitResult) -> float:
+    """Return the figure that decides, on validation, of the weights that training kept."""
+    if result.is_averaged and result.averaged is not None:
+        return result.averaged
+    return next(epoch.validation for epoch in result.epochs if epoch.epoch == result.chosen_epoch)
 
 
 def _probe(

@@ -45,6 +45,7 @@ class Case:
         gates: Of `verify`, on images without labels.
         task: What the network is for.
         labelled: The figure that labels allow for, where there are labels.
+        learning_rate: Another than that of its kind of images.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     gates: Mapping[str, Any]
     task: Any = "classification"
     labelled: str | None = None
+    learning_rate: float | None = None
 
     def pipeline(self, file: Path, images: Path) -> dict[str, Any]:
         """Return the pipeline, label-free from beginning to end.
@@ -75,10 +77,11 @@ class Case:
             "validation": validation,
             "preprocessing": dict(self.preprocessing),
         }
+        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
         stages = [
             {"stage": "load", "model": {"onnx": str(file)}},
             {"stage": "prune", "target": {"macs": self.macs}, "score_images": taken},
-            {"stage": "finetune", **TRAINING[kind]},
+            {"stage": "finetune", **TRAINING[kind], **rate},
             {"stage": "export"},
             {"stage": "verify", "gates": dict(self.gates)},
         ]
@@ -105,9 +108,11 @@ class Case:
         return data / self.network
 
 
-def _cifar(network: str, preprocessing: Mapping[str, Any], macs: float, agreement: float) -> Case:
-    gates = {"min": {"agreement": agreement}}
-    return Case(f"{network}_{macs:g}", network, "cifar", preprocessing, macs, gates, labelled="top1")
+def _cifar(
+    network: str, preprocessing: Mapping[str, Any], macs: float, agreement: float, rate: float | None = None
+) -> Case:
+    gates, name = {"min": {"agreement": agreement}}, f"{network}_{macs:g}"
+    return Case(name, network, "cifar", preprocessing, macs, gates, labelled="top1", learning_rate=rate)
 
 
 def _faces(macs: float, distance: float) -> Case:
@@ -122,7 +127,7 @@ def _boxes(macs: float, distance: float) -> Case:
 
 
 CASES = (
-    _cifar("mlperf_tiny_resnet8", RAW, 0.7, 0.85),
+    _cifar("mlperf_tiny_resnet8", RAW, 0.7, 0.85, rate=0.002),
     _cifar("resnet20", IMAGENET, 0.7, 0.9),
     _boxes(0.7, 0.4),
     _faces(0.7, 0.05),

@@ -59,7 +59,7 @@ NORMED = nn.BatchNorm2d(3)
 def test_every_setting_reaches_the_loop() -> None:
     varied = {"crop_padding": 1, "flip": True, "mixup": 0.2, "cutmix": 0.4}
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
-    apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights"}
+    apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights", "norms"}
     assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart}
     settings = asdict(fit_settings(config, 9, 100, NORMED))
     assert {name: settings[name] for name in GIVEN} == GIVEN
@@ -149,14 +149,48 @@ def run(tmp_path: Path):
     baseline = Baseline(Figures(1, 1, 1, {}, {}), tmp_path / "b.onnx", tmp_path / "b.safetensors")
     spec = FactorySpec("factory", "nets:build", {"name": "chain"})
 
-    def call(**config):
-        artifact = TorchModel(nets.build("chain"), spec, Recipe(), None, None, (), baseline)
+    def call(module=None, **config):
+        artifact = TorchModel(module or nets.build("chain"), spec, Recipe(), None, None, (), baseline)
         stage = FinetuneStage(FinetuneConfig(stage="finetune", batch_size=16, **config))
         notes = _Notes()
         model, record = stage.run(artifact, StageContext(tmp_path, 0, data, notes))
         return model, record, notes.notes
 
     return call
+
+
+def without_norms() -> nn.Module:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_norms_are_there_while_training_alone(run, norms) -> None:
+    module = without_norms()
+    trained, record, notes = run(module, epochs=2, learning_rate=0.02, norms=norms)
+    assert record["is_unfolded"] is norms
+    assert any("has no norms" in note for note in notes) is norms
+    assert record["gradient_clip"] == (None if norms else 1.0)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    assert {name: value.shape for name, value in trained.module.state_dict().items()} == shapes
+    assert not torch.equal(trained.module[0].weight, module[0].weight)
+
+
+def test_training_that_makes_a_network_worse_is_not_kept(run, folder, monkeypatch) -> None:
+    good, first, _ = run(epochs=6, learning_rate=0.1)
+    assert first["chosen_epoch"] > 0
+    reached = first["validation_top1_after"]
+    assert reached > first["validation_top1_before"]
+    warned: list[str] = []
+    monkeypatch.setattr(_Notes, "warn", lambda _, text: warned.append(text))
+    (folder / finetune.STATE_FILE).unlink()
+    kept, record, _ = run(good.module, epochs=1, learning_rate=50.0, momentum=0.0)
+    assert record["chosen_epoch"] == 0
+    assert record["validation_top1_after"] == record["validation_top1_before"] == reached
+    assert any("Training made the network worse" in text for text in warned)
+    for name, value in good.module.state_dict().items():
+        assert torch.equal(kept.module.state_dict()[name], value)
 
 
 def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:

@@ -23,6 +23,8 @@ _BATCH = 128
 def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
     """Measure the running mean and variance of every batch norm again, in place, and return their module paths.
 
+    Frozen ones, which stay in eval mode whatever they are told, keep theirs.
+
     Both are averages over batches of (almost) one size, each with images from all over the split: one that is sorted
     by class gives the same as one that is not.
 
@@ -34,9 +36,7 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
     Raises:
         DataError: There is one image only, which has no variance.
     """
-    found = {
-        name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats
-    }
+    found = {name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm) and _measures(part)}
     norms = tuple(found.values())
     if not norms:
         return ()
@@ -61,6 +61,14 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return tuple(found)
+
+
+def _measures(norm: _BatchNorm) -> bool:
+    """Whether a batch norm keeps statistics and goes to training mode, in which it measures them."""
+    before = norm.training
+    follows = norm.train().training
+    norm.training = before
+    return norm.track_running_stats and follows
 
 
 @contextmanager

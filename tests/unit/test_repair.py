@@ -15,6 +15,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, InternalError
+from compress.networks.prepare import FrozenNorm
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers
 from compress.pruning.cutting import cut_copy
@@ -93,6 +94,15 @@ def test_momentum_flags_and_weights_are_as_before():
             assert not torch.equal(part.running_mean, old.running_mean)
     for parameter, old in zip(module.parameters(), before.parameters(), strict=True):
         assert torch.equal(parameter, old)
+
+
+def test_statistics_of_frozen_norms_are_kept():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenNorm(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    frozen = module.get_submodule("1")
+    frozen.running_mean.fill_(3.0)
+    assert reestimate_batch_norm(module, _split(), SILENT) == ("3",)
+    assert frozen.running_mean.tolist() == [3.0] * 4
+    assert not any(part.training for part in module.modules())
 
 
 def test_momentum_is_restored_when_the_network_fails():

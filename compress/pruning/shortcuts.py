@@ -107,7 +107,10 @@ def _with_shortcut(part: nn.Module, given: Tensor) -> nn.Module | None:
     try:
         with eval_mode(part):
             graph = _Shallow().trace(part)
+            training = _Shallow().trace(part.train())
     except Exception:  # torch.fx follows some forward passes and raises whatever it raises at the others
+        return None
+    if str(graph) != str(training):  # a flag such as dropout's would be written down as it is now
         return None
     rewritten = fx.GraphModule(part, graph, type(part).__name__)
     values = _Values(rewritten)
@@ -142,7 +145,8 @@ def _matching(source: Tensor, result: Tensor) -> FixedShortcut | None:
     for before in range(result.shape[1] - source.shape[1] + 1):
         if torch.equal(result[:, before : before + 1], source[:, :1, :: strides[0], :: strides[1]]):
             found = FixedShortcut(source.shape[1], before, result.shape[1] - source.shape[1] - before, strides)
-            return found if torch.equal(found(source), result) else None
+            if torch.equal(found(source), result):  # a first channel that is silent looks like any padding
+                return found
     return None
 
 

@@ -135,6 +135,36 @@ def test_code_that_cannot_be_rewritten_is_cut_where_the_padding_allows():
     _hold(written, nets.images())
 
 
+class _Activated(nn.Module):
+    """A block whose shortcut starts behind its own activation, as in pre-activation ResNets."""
+
+    def __init__(self, drops: bool = False) -> None:
+        super().__init__()
+        self.norm, self.conv, self.drops = nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, 2, 1), drops
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(x))
+        inner = F.dropout(x, 0.5, self.training) if self.drops else x
+        return self.conv(inner) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+
+
+def test_silent_channels_make_no_other_structure():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), _Activated()).eval()
+    nn.init.constant_(net[1].norm.bias[:3], -100)
+    written = _written(net, nets.EXAMPLE)
+    assert [part.out_channels for part in written.modules() if isinstance(part, FixedShortcut)] == [12]
+    assert torch.equal(written(nets.images()), net(nets.images()))
+
+
+def test_a_forward_pass_that_is_another_in_training_is_left_as_it_is():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), _Activated(drops=True)).eval()
+    written = _written(net, nets.EXAMPLE)
+    assert isinstance(written[1], _Activated)
+    assert not any(part.training for part in written.modules())
+    written.train()
+    assert not torch.equal(written(nets.images()), written(nets.images()))
+
+
 def test_a_network_without_padding_has_nothing_to_write_out():
     assert write_out_shortcuts(nets.build("residual"), nets.EXAMPLE) == 0
     assert write_out_shortcuts(_cifar(), torch.zeros(1, 3, 32, 32)) == 2

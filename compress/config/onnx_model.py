@@ -48,7 +48,7 @@ def check_features(document: Document) -> list[Problem]:
         for within in ((), *((key,) for key in ("training", "between") if isinstance(stage.get(key), dict))):
             distillation = (stage[within[0]] if within else stage).get("distillation")
             if isinstance(distillation, dict) and distillation.get("features"):
-                place = ("stages", index, *within, "distillation", "features")
+                place: tuple[str | int, ...] = ("stages", index, *within, "distillation", "features")
                 text = (
                     f"{format_path(place)} must be left out with model.onnx: feature maps are those of parts of a "
                     "network, and a file has single layers only."

@@ -170,10 +170,10 @@ class _Search:
         """
         while True:
             best: tuple[float, str, int] | None = None
-            here = self._costs(choice)
+            each = self._shares_of_each(choice, self._costs(choice))
             for name, damages in self.damages.items():
                 avoided = damages[choice[name]] - damages
-                shares = self._shares(choice, name, self.budgets, here)
+                shares = each[name]
                 fits = (shares <= 1 + 1e-9).all(axis=0)
                 price = (shares - shares[:, [choice[name]]]).sum(axis=0)
                 later = np.arange(len(damages)) > choice[name]
@@ -231,8 +231,9 @@ class _Search:
             here = self._costs(choice)
             over = float(np.maximum(here / self._limits - 1, 0).sum())
             best: tuple[float, str, int] | None = None
+            each = self._shares_of_each(choice, here)
             for name, damages in self.damages.items():
-                saved = over - np.maximum(self._shares(choice, name, self.budgets, here) - 1, 0).sum(axis=0)
+                saved = over - np.maximum(each[name] - 1, 0).sum(axis=0)
                 for option in np.flatnonzero(saved > _ROUNDING):
                     price = float((damages[option] - damages[choice[name]]) / saved[option])
                     if best is None or price < best[0]:
@@ -263,6 +264,22 @@ class _Search:
             for budget, cost in zip(budgets, known, strict=True)
         ]
         return np.stack(rows)
+
+    def _shares_of_each(self, choice: Choice, here: np.ndarray) -> dict[str, np.ndarray]:
+        """Return (budgets, options) costs over limits for each decision, the others where they are."""
+        rows = [
+            budget.cost.of_each(choice, self.damages, float(cost))
+            for budget, cost in zip(self.budgets, here, strict=True)
+        ]
+        return {
+            name: np.stack(
+                [
+                    np.broadcast_to(row[name], values.shape) / budget.limit
+                    for budget, row in zip(self.budgets, rows, strict=True)
+                ]
+            )
+            for name, values in self.damages.items()
+        }
 
     def _costs(self, choice: Choice) -> np.ndarray:
         return np.asarray([budget.cost.at(choice) for budget in self.budgets])

@@ -8,7 +8,7 @@
 A layer costs what both of its widths make it cost, so costs are tables over pairs and never sums of savings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -66,6 +66,8 @@ class TableCost:
     >>> cost = TableCost(1.0, (Factor(("a", "b"), np.array([[1.0, 2.0], [3.0, 4.0]])),))
     >>> cost.at({"a": 1, "b": 0}), cost.of_options({"a": 1, "b": 0}, "b").tolist()
     (4.0, [4.0, 5.0])
+    >>> {name: costs.tolist() for name, costs in cost.of_each({"a": 1, "b": 0}, ["a", "b", "c"], 4.0).items()}
+    {'a': [2.0, 4.0], 'b': [4.0, 5.0], 'c': [4.0]}
     """
 
     fixed: float
@@ -91,6 +93,19 @@ class TableCost:
         else:
             start = np.zeros(1)
         return np.asarray(sum((_row(factor, choice, name) for factor in touching), start=start + rest))
+
+    def of_each(self, choice: Mapping[str, int], names: Iterable[str], here: float) -> dict[str, np.ndarray]:
+        """Return what `of_options` gives for each of several decisions.
+
+        Args:
+            choice: Where the others are.
+            names: The decisions.
+            here: `at(choice)`.
+        """
+        if self._switched:
+            return {name: self.of_options(choice, name, here) for name in names}
+        own = self._stacked.of_each(choice)
+        return {name: here + own[name] - own[name][choice[name]] if name in own else np.full(1, here) for name in names}
 
     @cached_property
     def _switched(self) -> tuple[Factor, ...]:
@@ -132,6 +147,7 @@ class _Stacked:
         pairs = csr_matrix((_flat(values), (_flat(rows), _flat(columns))), shape=shape) if values else csr_matrix(shape)
         both = (pairs + pairs.T).tocsr()
         self._pairs = pairs
+        self._both = both
         self._blocks = {name: both[start : start + sizes[name]] for name, start in self._starts.items()}
 
     def at(self, choice: Mapping[str, int]) -> float:
@@ -146,6 +162,11 @@ class _Stacked:
         start = self._starts[name]
         found: np.ndarray = self._linear[start : start + self._sizes[name]] + self._blocks[name] @ self._chosen(choice)
         return found
+
+    def of_each(self, choice: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Return the same for every decision on which something depends."""
+        found = self._linear + self._both @ self._chosen(choice)
+        return {name: found[start : start + self._sizes[name]] for name, start in self._starts.items()}
 
     def _chosen(self, choice: Mapping[str, int]) -> np.ndarray:
         x = np.zeros(self._count)

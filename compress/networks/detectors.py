@@ -144,8 +144,8 @@ class Loss:
 
         Args:
             outputs: Name -> (N, anchors, ...) tensor, as the raw detector gives them.
-            targets: For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "labels": (M,) int64}; 0 is the
-                background of SSD and SSDlite, whose objects count from 1.
+            targets: For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "labels": (M,) int64}; SSD and
+                SSDlite count objects from 1, 0 is their background.
         """
         self._outputs = dict(outputs)
         device = next(iter(outputs.values())).device

@@ -1,4 +1,4 @@
-"""Make pictures of coloured shapes whose classes, masks and boxes are known.
+"""Make pictures of coloured shapes with known masks, to be segmented, and known boxes, to be detected.
 
     python models/shapes/make_data.py data/shapes
 
@@ -7,8 +7,7 @@
     data/shapes/train/boxes.json        COCO's form; category ids are those class indices
     data/shapes/test/...                the same, other pictures
 
-A shape's colour tells most of its class, its outline the rest: the hues of the classes overlap. All follows from a
-seed.
+A shape's colour tells most of its class, its outline the rest: hues of classes overlap. All follows from a seed.
 """
 
 import argparse

@@ -217,13 +217,18 @@ def _with(kind: type[nn.Module], layer: Any, weight: Tensor, bias: Tensor | None
 
 
 def _agree(plain: nn.Module, layer: nn.Module, call: _Call) -> bool:
-    """Whether both give the same for what the layer was given, and for noise: its weight may depend on its input."""
+    """Whether both give the same for what the layer was given, and for noise: its weight may depend on its input.
+
+    What it was given may hold NaN, as a network that divides by its input's norm has for the zeros of a rebuild.
+    """
     assert call.given is not None
     noise = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pairs = ((plain(call.given), call.gave), (plain(noise), layer(noise)))
     return all(
-        isinstance(wanted, Tensor) and got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+        isinstance(wanted, Tensor)
+        and got.shape == wanted.shape
+        and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
         for got, wanted in pairs
     )
 

@@ -147,6 +147,22 @@ def test_structure_does_not_depend_on_the_weights_or_the_example():
     assert list(one.state_dict()) == list(other.state_dict())
 
 
+class Scaled(nn.Module):
+    """A network that divides images by their size, which zeros do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Standardised(3, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x / x.square().mean((1, 2, 3), keepdim=True).sqrt())
+
+
+def test_structure_is_the_same_where_zeros_give_no_numbers():
+    one, other = (prepare(Scaled().eval(), images) for images in (IMAGES, torch.zeros(1, 3, 16, 16)))
+    assert type(one.conv) is type(other.conv) is nn.Conv2d
+
+
 def test_a_step_that_changes_the_outputs_is_our_fault_and_said(monkeypatch: pytest.MonkeyPatch):
     def spoil(module: nn.Module, _: Tensor) -> int:
         module[0].weight.data.mul_(2)

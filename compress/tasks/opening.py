@@ -67,9 +67,24 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
         raise ModelError(
             f"Task '{reference}' must name the figure that decides, its metric is empty.", hint='metric = "accuracy"'
         )
-    for name in _USERS:
-        setattr(task, name, guarded(getattr(task, name), f"Method '{name}' of task '{reference}'"))
+    _guard(task, reference)
     return task
+
+
+def _guard(task: Task, reference: str) -> None:
+    """Let the methods of a user's task show their errors, and so those of its copies, such as for a size of images."""
+    base, what = type(task), f"of task '{reference}'"
+
+    def method_of(name: str) -> Callable[..., Any]:
+        def method(self: Any, *arguments: Any, **kwargs: Any) -> Any:
+            return guarded(getattr(super(own, self), name), f"Method '{name}' {what}")(*arguments, **kwargs)
+
+        return method
+
+    for name in vars(task).keys() & set(_USERS):  # functions that the task was given when it was made
+        setattr(task, name, guarded(getattr(task, name), f"Method '{name}' {what}"))
+    own = type(base.__name__, (base,), {"__module__": base.__module__} | {name: method_of(name) for name in _USERS})
+    task.__class__ = own
 
 
 def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:

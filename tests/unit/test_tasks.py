@@ -148,6 +148,20 @@ def test_a_task_that_does_not_measure_its_metric_is_refused():
         task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
 
 
+def test_methods_of_a_users_own_task_know_the_size_of_images(tmp_path):
+    file = tmp_path / "my_task.py"
+    file.write_text(
+        "import copy\nimport compress\nclass Mine(compress.Task):\n    metric = 'height'\n    height = 0\n"
+        "    def sized(self, height, width):\n        one = copy.copy(self)\n        one.height = height\n"
+        "        return one\n"
+        "    def metrics(self, outputs, targets): return {'height': self.height / (len(targets) - 1)}\n"
+    )
+    task = own_task(f"{file}:Mine", {}).sized(8, 6).sized(8, 9)
+    assert task.figures(task.facts(np.zeros((2, 1)), np.zeros(2))) == {"height": 8}
+    with pytest.raises(ModelError, match=r"Method 'metrics' of task .*got ZeroDivisionError"):
+        task.figures(task.facts(np.zeros((1, 1)), np.zeros(1)))
+
+
 def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path):
     file = tmp_path / "my_task.py"
     file.write_text(

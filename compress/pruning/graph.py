@@ -54,8 +54,8 @@ class ChannelGraph:
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
+        self._owners = _owners(module)  # before its code runs, which may put another tensor in a buffer's place
         self.trace: Trace = trace(module, example)
-        self._owners = _owners(module)
         self.groups: dict[str, ChannelGroup] = {}
         self.excluded: list[Exclusion] = []
         self._found: dict[str, _Found] = {}

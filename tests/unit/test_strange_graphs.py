@@ -365,6 +365,26 @@ def test_numbers_of_channels_that_modules_carry_follow_the_cut():
     assert (slim[6].channels, slim[7].in_channels) == (8, 8)
 
 
+class _Counting(nn.Module):
+    """A forward pass that puts another tensor in the place of a buffer that it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = _conv(3), _conv()
+        self.register_buffer("shift", torch.zeros(WIDTH, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x)) + self.shift
+        self.shift = self.shift * 1
+        return self.body(x)
+
+
+def test_a_buffer_that_is_replaced_while_the_network_runs_is_named_and_no_crash():
+    groups, excluded = find_cuttable(_Counting().eval(), _images(1, 3, 12, 10))
+    assert not groups
+    assert "the cut network does not run" in {item.name: item.reason for item in excluded}["stem"]
+
+
 def test_units_of_a_group_cannot_be_divided():
     module = nn.Sequential(_conv(3), _conv(groups=4), _conv()).eval()
     groups, _ = find_cuttable(module, _images(1, 3, 12, 10))

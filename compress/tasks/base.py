@@ -192,7 +192,10 @@ def require_finite(figures: Mapping[str, float]) -> None:
     """Raise NonFinite where a figure is NaN or infinite: nothing could be said of it."""
     for name, value in figures.items():
         if not np.isfinite(value):
-            raise NonFinite(f"Figure '{name}' of the task must be a finite number, got {value}.")
+            raise NonFinite(
+                f"Figure '{name}' of the task must be a finite number, got {value}.",
+                hint="There is none where the images have nothing to be found: no object, or no pixel that counts.",
+            )
 
 
 def as_column(values: Any) -> np.ndarray:

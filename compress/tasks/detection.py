@@ -7,6 +7,7 @@ A box is [x0, y0, x1, y1] in pixels of the image that goes into the network. Tar
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -99,6 +100,8 @@ class Detection(Task):
     def figures(self, facts: Facts) -> dict[str, float]:
         """Return "map" (mean over overlaps from 0.5 to 0.95), "map50" and "map75", as COCO defines them.
 
+        They are NaN where no image has an object: there is nothing to be found.
+
         Source: Lin et al. 2014, "Microsoft COCO: Common Objects in Context", arXiv:1405.0312; computed by torchmetrics.
 
         Raises:
@@ -117,7 +120,8 @@ class Detection(Task):
         metric.update(found, there)
         values = metric.compute()
         keys = {"map": "map", "map50": "map_50", "map75": "map_75"}
-        return {name: max(0.0, float(values[key])) for name, key in keys.items()}  # -1 where there is no object at all
+        has_any = any(len(one["labels"]) for one in there)  # torchmetrics says -1 where there is none
+        return {name: float(values[key]) if has_any else math.nan for name, key in keys.items()}
 
 
 def _mean_average_precision() -> Any:

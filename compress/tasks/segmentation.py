@@ -124,12 +124,15 @@ class Segmentation(Task):
         return dict(zip(("right", "predicted", "there"), counts, strict=True))
 
     def figures(self, facts: Facts) -> dict[str, float]:
-        """Return "miou", the mean over classes that are there or predicted, and "pixel_accuracy"."""
+        """Return "miou", the mean over classes that are there or predicted, and "pixel_accuracy".
+
+        Both are NaN where no pixel counts: there is nothing to be right about.
+        """
         right, predicted, there = (facts[name].sum(0) for name in ("right", "predicted", "there"))
         union = predicted + there - right
-        seen = union > 0
+        seen, counted = union > 0, int(there.sum())
         iou = right[seen] / union[seen]
         return {
-            "miou": float(iou.mean()) if seen.any() else 0.0,
-            "pixel_accuracy": float(right.sum() / max(1, there.sum())),
+            "miou": float(iou.mean()) if counted else math.nan,
+            "pixel_accuracy": float(right.sum() / counted) if counted else math.nan,
         }

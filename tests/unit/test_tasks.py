@@ -50,6 +50,24 @@ def test_miou_of_all_images_is_no_mean_over_images():
     assert figures["miou"] == pytest.approx((3 / 4 + 0) / 2)
 
 
+def test_images_with_nothing_to_be_found_have_no_figure_and_do_not_pass_for_equal():
+    masks = np.full((2, 3, 3), 255)
+    pixels = Segmentation()
+    boxes = Detection(lambda outputs, size: [])
+    nothing = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
+    there = np.empty(1, object)
+    there[0] = nothing
+    found = np.empty(1, object)
+    found[0] = {"boxes": np.ones((1, 4)), "scores": np.ones(1), "labels": np.zeros(1, np.int64)}
+    for task, facts in (
+        (pixels, pixels.facts(np.zeros((2, 2, 3, 3), np.float32), masks)),
+        (boxes, {"found": found, "there": there}),
+    ):
+        with pytest.raises(NonFinite, match=f"Figure '{task.metric}' .* got nan") as raised:
+            _ = Measured(task, facts).value
+        assert "nothing to be found" in raised.value.hint
+
+
 def test_pixels_that_are_ignored_teach_nothing():
     masks = torch.full((2, 3, 3), 255)
     outputs = torch.randn(2, 4, 3, 3)

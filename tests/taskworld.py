@@ -128,6 +128,37 @@ class Share(compress.Task):
         return {"within_a_tenth": float((errors < 0.1).mean()), "mean_error": float(errors.mean())}
 
 
+class Pointed(nn.Module):
+    """Is the square of the colour that is asked for? (N, 3, 16, 16) images and (N, 1) numbers of colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.ReLU()
+        )
+        self.asked, self.head = nn.Embedding(2, 16), nn.Linear(16, 2)
+
+    def forward(self, image: Tensor, asked: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.body(image).mean((2, 3)) * self.asked(asked).squeeze(1))}
+
+
+class Questions:
+    """An image, the number of a colour, and whether they fit; `swapped` gives them in the other order."""
+
+    def __init__(self, count: int, seed: int, swapped: bool = False) -> None:
+        images, _, _, self.classes_of = squares(count, seed)
+        self.images, self.swapped = (images.transpose(0, 3, 1, 2) / 128 - 1).astype(np.float32), swapped
+        self.asked = np.random.default_rng(seed).integers(0, 2, (count, 1))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], int]:
+        sample = {"image": self.images[index], "asked": self.asked[index]}
+        found = dict(reversed(sample.items())) if self.swapped else sample
+        return found, int(self.asked[index, 0] == self.classes_of[index])
+
+
 def values(task: Any, data: dict[str, Any], factory: str, gates: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Return the values of a pipeline file."""
     return copy.deepcopy(

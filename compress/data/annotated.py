@@ -26,6 +26,7 @@ class AnnotatedSource:
         classes: Class names where the source has them, else ().
         is_threadsafe: Whether several may be read at once; they are then, on all cores.
         known_labels: (N,) class indices, where they are known without reading the images.
+        inputs: Names of the inputs that lie side by side in a sample, (K,) float32; () for images.
     """
 
     count: int
@@ -34,6 +35,7 @@ class AnnotatedSource:
     classes: tuple[str, ...] = ()
     is_threadsafe: bool = False
     known_labels: np.ndarray | None = None
+    inputs: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -62,7 +64,7 @@ class AnnotatedSource:
         return labels.astype(np.int64)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices`: (n, H, W, C) uint8, or float32 that is prepared already.
+        """Return the images at `indices`: (n, H, W, C) uint8, or float32 that is prepared already, or (n, K) rows.
 
         Raises:
             DataError: The images do not all have one shape.

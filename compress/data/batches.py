@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.data.splits import Split
 from compress.data.variation import Variation, drawn
+from compress.errors import DataError
 from compress.tasks.outputs import plain
 
 Batch = tuple[Tensor, Any]
@@ -172,8 +173,13 @@ def varied(
     part: slice = slice(None),
 ) -> Variation:
     """Draw how a batch is varied; as `augment`."""
-    count, height, width, _ = images.shape
-    drawn_for = count if whole is None else whole
+    if images.ndim == 2 and (augmentation.crop_padding or augmentation.flip):
+        raise DataError(
+            "Samples of several inputs cannot be cropped or mirrored, augmentation asks for it.",
+            hint="Leave augmentation out; the data set can vary what it gives.",
+        )
+    height, width = images.shape[1:3] if images.ndim > 2 else (0, 0)
+    drawn_for = len(images) if whole is None else whole
     return drawn(augmentation.crop_padding, augmentation.flip, generator, (height, width), drawn_for, part)
 
 
@@ -222,8 +228,10 @@ def _device(split: Split) -> torch.device:
 
 
 def _to_input(split: Split, images: Tensor) -> Tensor:
-    """Normalise (N, H, W, C) uint8 to the network's float32 input, contiguous."""
+    """Normalise (N, H, W, C) uint8 to the network's float32 input, contiguous; (N, K) rows are that already."""
     wanted = split.preprocessing
+    if images.ndim == 2:
+        return images
     if wanted.channels == "BGR":
         images = images.flip(-1)
     x = images.to(torch.float32) * wanted.scale

@@ -140,10 +140,10 @@ def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Ta
 
 def _split(name: str, source: ImageSource, preprocessing: Preprocessing, task: Task) -> Split:
     """Return all images of a source, with the task that their targets allow for."""
-    _, height, width, _ = source.read(np.zeros(1, np.int64)).shape
+    size = source.read(np.zeros(1, np.int64)).shape[1:-1]
     if task.needs_targets and not has_targets(source):
         task = Imitation(task)
-    return Split(name, source, np.arange(len(source)), preprocessing, task.sized(height, width))
+    return Split(name, source, np.arange(len(source)), preprocessing, task.sized(*size) if size else task)
 
 
 def has_targets(source: ImageSource) -> bool:

@@ -2,7 +2,8 @@
 
 It needs `__len__` and `__getitem__` -> (image, target), as torch's do; without a target it returns the image alone.
 An image is a PIL picture, uint8 (H, W, C) or (H, W), a uint8 tensor (C, H, W), or floating-point (C, H, W) that is
-prepared already and goes into the network as it is.
+prepared already and goes into the network as it is. For a network of several inputs it is a mapping of their names to
+arrays, in the order of `model.inputs`; they travel side by side, as `packing.py` says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from compress.data.annotated import AnnotatedSource
+from compress.data.packing import as_row
 from compress.errors import DataError
 from compress.references import beside, import_callable
 
@@ -48,13 +50,21 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
             raise DataError(f"Data set '{reference}' must give (image, target), entry {place} is {_kind(found)}.")
         return (found[0], found[1]) if has_targets else (found, None)
 
+    image = first[0] if has_targets else first
+    inputs = tuple(str(name) for name in image) if isinstance(image, Mapping) else ()
+
+    def sample(place: int) -> np.ndarray:
+        found = entry(place)[0]
+        return as_row(found, inputs) if inputs else as_image(found, reference)
+
     names = getattr(dataset, "classes", ())
     return AnnotatedSource(
         count,
-        lambda place: as_image(entry(place)[0], reference),
+        sample,
         (lambda place: as_target(entry(place)[1])) if has_targets else None,
         tuple(str(name) for name in names) if isinstance(names, Sequence) and not isinstance(names, str) else (),
         known_labels=_known_labels(dataset, count),
+        inputs=inputs,
     )
 
 

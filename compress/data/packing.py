@@ -9,7 +9,7 @@ float32 holds whole numbers exactly up to 2^24; larger ones are refused.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -78,15 +78,42 @@ def pack(values: Mapping[str, np.ndarray], parts: Sequence[Part]) -> np.ndarray:
         array, sizes = np.asarray(values[part.name]), part_sizes(part)
         if array.shape != (count, *sizes):
             raise DataError(f"Input '{part.name}' must have shape {(count, *sizes)}, got {array.shape}.")
-        if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > LARGEST_WHOLE:
-            raise DataError(
-                f"Whole numbers of input '{part.name}' must be within {LARGEST_WHOLE:,}, got "
-                f"{int(array.min()):,} to {int(array.max()):,}."
-            )
+        _check_whole(part.name, array)
         end = start + math.prod(sizes)
         rows[:, start:end] = array.reshape(count, -1)
         start = end
     return rows
+
+
+def as_row(values: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """Return the inputs of one sample side by side.
+
+    Args:
+        values: Input name -> array or tensor.
+        names: All of them, in the order of the row.
+
+    Returns:
+        (K,) float32.
+
+    Raises:
+        DataError: It is no mapping of these names, or holds a whole number beyond 2^24.
+    """
+    if not isinstance(values, Mapping) or list(values) != list(names):
+        got = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+        raise DataError(f"Each sample must be a mapping of {', '.join(names)}, in this order, got {got}.")
+    arrays = [np.asarray(values[name]) for name in names]
+    for name, array in zip(names, arrays, strict=True):
+        _check_whole(name, array)
+    return np.concatenate([array.astype(np.float32).reshape(-1) for array in arrays])
+
+
+def _check_whole(name: str, array: np.ndarray) -> None:
+    """Raise DataError where float32 does not hold the whole numbers of an array."""
+    if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > LARGEST_WHOLE:
+        raise DataError(
+            f"Whole numbers of input '{name}' must be within {LARGEST_WHOLE:,}, got "
+            f"{int(array.min()):,} to {int(array.max()):,}."
+        )
 
 
 def unpack(rows: np.ndarray, parts: Sequence[Part]) -> dict[str, np.ndarray]:

@@ -93,11 +93,13 @@ class Preprocessing:
         """Apply the arithmetic half.
 
         Args:
-            images: (N, H, W, C) uint8, RGB or grey.
+            images: (N, H, W, C) uint8, RGB or grey; (N, K) rows of several inputs stay as they are.
 
         Returns:
             float32 in the network's layout, (N, C, H, W) or (N, H, W, C), contiguous.
         """
+        if images.ndim == 2:
+            return images
         if self.channels == "BGR":
             images = images[..., ::-1]
         x = images.astype(np.float32) * np.float32(self.scale)

@@ -55,6 +55,8 @@ class Variation:
         return {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
 
     def _varied(self, values: Tensor, fill: int) -> Tensor:
+        if self.top is None and self.mirrored is None:
+            return values
         count, height, width, _ = values.shape
         device = values.device
         if self.top is not None and self.left is not None:

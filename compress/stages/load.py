@@ -57,6 +57,8 @@ class LoadStage:
         imported = _imported(module, spec, ctx)
         check_precision(module)
         ctx.data.check_classes()
+        for split in (ctx.data.calibration, ctx.data.evaluation):
+            check_inputs(split, spec)
         images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
         module = with_one_array(module, spec, images)
         for note in notes_on(module, images):
@@ -211,6 +213,16 @@ def check_precision(module: nn.Module) -> None:
         raise ModelError(
             f"The network's weights must be float32, got {', '.join(other[:3])}.",
             hint="Let the factory return a float32 network.",
+        )
+
+
+def check_inputs(split: Split, spec: FactorySpec) -> None:
+    """Raise DataError unless samples that are mappings have the inputs that are declared, in their order."""
+    given, wanted = tuple(getattr(split.source, "inputs", ())), tuple(spec.inputs)
+    if given and given != wanted:
+        raise DataError(
+            f"Samples of '{split.name}' must have the inputs of the network in their order "
+            f"({', '.join(wanted) or 'model.inputs names none'}), got {', '.join(given)}."
         )
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from smallrun import Notes, World
 from taskworld import HERE, PREPROCESSING, make_task_world, seeded, values
 
-from compress.errors import ConfigValueError
+from compress.cost.onnx_file import load_onnx, read_signature
+from compress.errors import ConfigValueError, DataError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -186,3 +187,36 @@ def test_mixing_images_is_refused_where_targets_are_no_classes(tmp_path: Path) -
     world = make_task_world(tmp_path, seeded(taskworld.Reader), pipeline, epochs=1)
     with pytest.raises(ConfigValueError, match="must be 0 where targets are no class indices"):
         world.run(pipeline)
+
+
+def _asked(swapped: bool = False) -> dict[str, Any]:
+    own = f"{HERE}:Questions"
+    data = {
+        "train": {"own": own, "kwargs": {"count": 264, "seed": 1, "swapped": swapped}},
+        "evaluation": {"own": own, "kwargs": {"count": 64, "seed": 2, "swapped": swapped}},
+    }
+    pipeline = values("classification", data, "Pointed", {"max_drop": {"top1": 0.9}})
+    pipeline["stages"][0]["model"]["inputs"] = {
+        "image": [3, 16, 16],
+        "asked": {"shape": [1], "dtype": "int64", "high": 2},
+    }
+    return pipeline
+
+
+def test_a_network_of_two_inputs_goes_all_the_way(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    save_file(seeded(taskworld.Pointed).state_dict(), tmp_path / "weights.safetensors")
+    report, _ = _report(world, _asked())
+    assert _stage(report, "prune")["macs_after"] <= 0.71 * _stage(report, "prune")["macs_before"]
+    inputs = read_signature(load_onnx(world.runs / "tasked" / "model.onnx")).inputs
+    assert [(one.name, one.shape, one.dtype) for one in inputs] == [
+        ("image", ("batch", 3, 16, 16), "float32"),
+        ("asked", ("batch", 1), "int64"),
+    ]
+
+
+def test_inputs_in_another_order_than_declared_are_refused(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    save_file(seeded(taskworld.Pointed).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(DataError, match=r"must have the inputs .* in their order \(image, asked\), got asked, image"):
+        world.run(_asked(swapped=True))

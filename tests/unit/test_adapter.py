@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.adapter import example_input, flatten_outputs, real_inputs
 from compress.artifacts import FactorySpec, Signature, TensorSpec
 from compress.building import build_module, rebuild, with_one_array, write_weights
-from compress.data.packing import LARGEST_WHOLE, draw, pack, unpack
+from compress.data.packing import LARGEST_WHOLE, as_row, draw, pack, unpack
 from compress.errors import DataError, ModelError, NonFinite
 from compress.exporting.torch_onnx import export_onnx
 from compress.networks.wiring import notes_on, signature_of, wire
@@ -42,6 +42,19 @@ def plain(**values: Any) -> FactorySpec:
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_of_several_inputs_is_a_row_or_refused():
+    sample = {"image": np.ones((2, 2)), "ids": torch.tensor([3, 4])}
+    row = as_row(sample, ("image", "ids"))
+    assert (row.tolist(), row.dtype) == ([1, 1, 1, 1, 3, 4], np.float32)
+    for wrong, match in (
+        ({"ids": 1, "image": 2}, "a mapping of image, ids, in this order, got ids, image"),
+        (np.ones(3), "a mapping of image, ids, in this order, got ndarray"),
+        ({"image": 1, "ids": np.array([LARGEST_WHOLE + 1])}, "Whole numbers of input 'ids' must be within"),
+    ):
+        with pytest.raises(DataError, match=match):
+            as_row(wrong, ("image", "ids"))
 
 
 def test_what_was_packed_is_unpacked_to_the_bit():

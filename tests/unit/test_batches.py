@@ -135,6 +135,14 @@ def test_flip_mirrors_about_half_of_the_images_left_to_right() -> None:
     assert 70 < sum(flipped) < 130
 
 
+def test_rows_of_several_inputs_are_not_cropped_or_mirrored() -> None:
+    rows, generator = torch.rand(4, 10), torch.Generator()
+    assert torch.equal(augment(rows, Augmentation(), generator), rows)
+    for wanted in (Augmentation(flip=True), Augmentation(crop_padding=2)):
+        with pytest.raises(DataError, match="cannot be cropped or mirrored"):
+            augment(rows, wanted, generator)
+
+
 def test_no_augmentation_draws_nothing() -> None:
     generator = _generator()
     images = torch.zeros(2, 3, 3, 1, dtype=torch.uint8)

@@ -34,7 +34,7 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         try:
             dataset = make(**kwargs)
             count = len(dataset)
-            first = dataset[0] if count else None
+            first: Any = dataset[0] if count else None
         except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
             raise DataError(f"Data set '{reference}' must open and give its first entry, got {_say(error)}") from error
     if count == 0:

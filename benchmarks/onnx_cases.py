@@ -130,6 +130,7 @@ CASES = (
     _cifar("mlperf_tiny_resnet8", RAW, 0.7, 0.85, rate=0.002),
     _cifar("resnet20", IMAGENET, 0.7, 0.9),
     _boxes(0.7, 0.4),
+    _boxes(0.9, 0.4),
     _faces(0.7, 0.05),
     _cifar("resnet56", IMAGENET, 0.7, 0.9),
     Case("mobilenet_v2_0.7", "mobilenet_v2", "imagenet", MOBILE, 0.7, {"min": {"agreement": 0.8}}),

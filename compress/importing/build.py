@@ -250,9 +250,8 @@ class Builder:
         for value in branch.initializers.values():
             self._value(value)
         self.add_nodes(list(branch))
-        if missing := [value.name for value in branch.outputs if value.name not in self.values]:
+        if any(value.name not in self.values for value in branch.outputs):  # refused already
             self._unknown.update(value.name or "" for value in node.outputs)
-            del missing
             return
         self._keep(node, [self._known(value) for value in branch.outputs])
 

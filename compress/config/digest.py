@@ -77,10 +77,15 @@ def digest_data(source: Mapping[str, Any]) -> str:
         parts["unlabelled"] = _digest_place(Path(source["unlabelled"]))
     if source.get("own") is not None:
         texts = {key: Path(value) for key, value in source["kwargs"].items() if isinstance(value, str)}
-        parts["named"] = {key: _digest_place(path) for key, path in texts.items() if path.exists()}
+        parts["named"] = {key: _digest_place(path) for key, path in texts.items() if _is_data(path)}
     if source.get("torchvision") is not None and not source.get("download"):
         parts["root"] = _digest_listing(Path(source["root"]))
     return digest_value(parts)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a text names a file or folder; one that holds the current folder, such as "" or "/", means no data."""
+    return path.exists() and not Path.cwd().resolve().is_relative_to(path.resolve())
 
 
 def _digest_place(path: Path) -> str:

@@ -50,7 +50,7 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
             raise DataError(f"Data set '{reference}' must give (image, target), entry {place} is {_kind(found)}.")
         return (found[0], found[1]) if has_targets else (found, None)
 
-    image = first[0] if has_targets else first
+    image = first[0] if isinstance(first, tuple | list) else first
     inputs = tuple(str(name) for name in image) if isinstance(image, Mapping) else ()
 
     def sample(place: int) -> np.ndarray:

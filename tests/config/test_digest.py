@@ -83,3 +83,16 @@ def test_torchvision_with_download_needs_no_files_and_without_lists_them(tmp_pat
     before = digest_data(here)
     (tmp_path / "file").write_bytes(b"22")
     assert digest_data(here) != before
+
+
+def test_texts_of_an_own_data_set_that_name_no_data_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    source = {"own": "my.py:Data", "kwargs": {"prefix": "", "separator": "/", "here": ".", "root": "data"}}
+    before = digest_data(source)
+    (tmp_path / "run.log").write_text("a result")
+    assert digest_data(source) == before
+    (tmp_path / "data" / "1.png").write_bytes(b"1")
+    assert digest_data(source) != before

@@ -163,6 +163,12 @@ def test_structure_is_the_same_where_zeros_give_no_numbers():
     assert type(one.conv) is type(other.conv) is nn.Conv2d
 
 
+def test_a_network_that_changes_from_run_to_run_is_not_our_fault():
+    module = nn.Sequential(weight_norm(nn.Conv2d(3, 6, 3)), nn.Dropout(0.5))
+    module.eval().register_forward_hook(lambda _module, _inputs, output: F.dropout(output))
+    assert type(prepare(module, IMAGES)[0]) is nn.Conv2d
+
+
 def test_a_step_that_changes_the_outputs_is_our_fault_and_said(monkeypatch: pytest.MonkeyPatch):
     def spoil(module: nn.Module, _: Tensor) -> int:
         module[0].weight.data.mul_(2)

@@ -4,8 +4,9 @@ A target is {"boxes": (M, 4) float32 [x0, y0, x1, y1] in pixels of the prepared 
 """
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,34 @@ def read_yolo(
     def target(place: int, size: tuple[int, int]) -> Boxes:
         path, (height, width) = files[place], size
         boxes, found = [], []
-        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
-            if not line.strip():
-                continue
-            try:
-                label, x, y, w, h = (float(value) for value in line.split()[:5])
-            except ValueError as error:
-                raise DataError(f"'{path}' line {number} must be a class and four shares, got '{line}'.") from error
+        for label, x, y, w, h in _yolo_lines(path) if path.is_file() else ():
             boxes.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
-            found.append(int(label))
+            found.append(label)
         return as_boxes(boxes, found)
 
     return _source(pictures, target, (), preprocessing, grey, letterbox)
+
+
+def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
+    """Yield the class and the four shares of each line.
+
+    Raises:
+        DataError: A line has something else, or the file is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"'{path}' must be a readable text of boxes, got {type(error).__name__}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            label, x, y, w, h = (float(value) for value in line.split()[:5])
+            if not label.is_integer() or not all(map(math.isfinite, (x, y, w, h))):
+                raise ValueError(line)
+        except ValueError as error:
+            raise DataError(f"'{path}' line {number} must be a class and four shares, got '{line}'.") from error
+        yield int(label), x, y, w, h
 
 
 def as_boxes(boxes: list[list[float]], labels: list[int]) -> Boxes:

@@ -161,6 +161,22 @@ def test_broken_annotations_are_named(tmp_path: Path) -> None:
         read_yolo(images, images, Preprocessing(resize=8), False, (8, 8))
 
 
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"0 0.5 nan 0.1 0.1", "line 1 must be a class and four shares, got '0 0.5 nan 0.1 0.1'"),
+        (b"\n1.5 0.5 0.5 0.1 0.1", "line 2 must be a class and four shares"),
+        (b"inf 0.5 0.5 0.1 0.1", "line 1 must be a class and four shares"),
+        (b"\xff\xfe", "must be a readable text of boxes, got UnicodeDecodeError"),
+    ],
+)
+def test_boxes_that_are_no_numbers_are_refused_and_not_left_out(tmp_path: Path, content: bytes, match: str) -> None:
+    images = _pictures(tmp_path / "images", np.zeros((1, 16, 16, 3), np.uint8))
+    (images / "0.txt").write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        read_yolo(images, images, Preprocessing(), False, None).read_targets(np.arange(1))
+
+
 def test_images_of_every_kind_become_rows_of_pixels() -> None:
     pixels = taskworld.squares(1, 0)[0][0]
     channels_first = torch.from_numpy(pixels).permute(2, 0, 1)

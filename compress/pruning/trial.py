@@ -5,7 +5,8 @@ safety net  the cut network must run, keep its output shapes, and equal the sile
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from compress.pruning.groups import ChannelGroup, Exclusion
 
 _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3
+_SILENT = 1e-2  # a weight whose largest value is below it lets hardly anything through
 
 
 def find_cuttable(
@@ -36,10 +38,34 @@ def find_cuttable(
     """
     graph = ChannelGraph(module, example)
     names = [name for name in graph.groups if name not in skip]
-    failures = _Trial(module, example, graph).failing(names)
+    with _all_heard(module):
+        failures = _Trial(module, example, graph).failing(names)
     excluded = [item for item in graph.excluded if item.name not in skip]
     excluded += [Exclusion(name, reason) for name, reason in failures.items()]
     return {name: graph.groups[name] for name in names if name not in failures}, excluded
+
+
+@contextmanager
+def _all_heard(module: nn.Module) -> Iterator[None]:
+    """Give weights that are (nearly) zero others while it lasts: behind them a wrong cut would not be seen.
+
+    Such are layer scales as they begin, and the last norms of residual blocks.
+    """
+    generator = torch.Generator().manual_seed(_TRIAL_SEED)
+    kept = {
+        parameter: parameter.detach().clone()
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] != "bias" and parameter.numel() and float(parameter.detach().abs().max()) < _SILENT
+    }
+    with torch.no_grad():
+        try:
+            for parameter in kept:
+                drawn = torch.rand(parameter.shape, generator=generator) + 0.5
+                parameter.copy_(drawn if parameter.ndim < 2 else drawn / max(1.0, parameter[0].numel() ** 0.5))
+            yield
+        finally:
+            for parameter, values in kept.items():
+                parameter.copy_(values)
 
 
 def silenced_copy(

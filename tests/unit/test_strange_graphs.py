@@ -385,6 +385,30 @@ def test_a_buffer_that_is_replaced_while_the_network_runs_is_named_and_no_crash(
     assert "the cut network does not run" in {item.name: item.reason for item in excluded}["stem"]
 
 
+class _Hidden(nn.Module):
+    """A branch whose code mixes channels wherever there are all of them, behind a layer scale."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = _conv(3), _conv(), _conv()
+        self.scale, self.head = nn.Parameter(torch.full((WIDTH, 1, 1), scale)), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        inner = F.relu(self.inner(x))
+        inner = inner.roll(1, 1) if inner.shape[1] == WIDTH else inner
+        return self.head((x + self.scale * self.outer(inner)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 0.0])
+def test_a_wrong_cut_is_seen_behind_weights_that_let_nothing_through(scale):
+    module = _Hidden(scale).eval()
+    groups, excluded = find_cuttable(module, _images(1, 3, 12, 10))
+    assert "inner" not in groups
+    assert "differs from the original" in {item.name: item.reason for item in excluded}["inner"]
+    assert bool((module.scale == scale).all())
+
+
 def test_units_of_a_group_cannot_be_divided():
     module = nn.Sequential(_conv(3), _conv(groups=4), _conv()).eval()
     groups, _ = find_cuttable(module, _images(1, 3, 12, 10))

@@ -67,7 +67,7 @@ def _is_share(name: str, kind: str, task: str | None) -> bool:
     if task is None:
         return False
     return (
-        task == "classification"
+        (task == "classification" and name != "distance")
         or (name in SHARES | {"cosine"} and task not in _NO_SHARES)
         or (kind == "max_drop_on" and task not in _NO_SHARES)
     )

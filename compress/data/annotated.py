@@ -26,6 +26,7 @@ class AnnotatedSource:
         classes: Class names where the source has them, else ().
         is_threadsafe: Whether several may be read at once; they are then, on all cores.
         known_labels: (N,) class indices, where they are known without reading the images.
+        size_hint: What to do where images differ in size.
         inputs: Names of the inputs that lie side by side in a sample, (K,) float32; () for images.
     """
 
@@ -35,6 +36,9 @@ class AnnotatedSource:
     classes: tuple[str, ...] = ()
     is_threadsafe: bool = False
     known_labels: np.ndarray | None = None
+    size_hint: str = (
+        "Set preprocessing.resize to [height, width] or with a crop, or letterbox where there are boxes."
+    )
     inputs: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -75,7 +79,7 @@ class AnnotatedSource:
         if len(shapes) > 1:
             raise DataError(
                 f"Images must have one shape after preprocessing, got {sorted(shapes)[:_SOME]}.",
-                hint="Set preprocessing.resize to [height, width] or with a crop, or letterbox where there are boxes.",
+                hint=self.size_hint,
             )
         return np.stack(images)
 

@@ -64,6 +64,7 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         (lambda place: as_target(entry(place)[1])) if has_targets else None,
         tuple(str(name) for name in names) if isinstance(names, Sequence) and not isinstance(names, str) else (),
         known_labels=_known_labels(dataset, count),
+        size_hint="Bring them to one size in the data set's __getitem__.",
         inputs=inputs,
     )
 

@@ -193,6 +193,11 @@ def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
         members = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         paths += members
         labels += [label] * len(members)
+    if not paths and any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir()):
+        raise ArtifactError(
+            f"Image folder '{root}' must hold images in one folder for each class, its images lie in it without one.",
+            hint="Images without labels are {unlabelled: FOLDER}, those with masks {images: FOLDER, masks: FOLDER}.",
+        )
     if not paths:
         raise ArtifactError(
             f"Image folder '{root}' must hold images in one folder for each class, found none.",

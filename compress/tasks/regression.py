@@ -47,8 +47,8 @@ class Regression(Task):
         sizes = [tuple(size for size in one.shape[1:] if size != 1) for one in (got, targets)]
         if sizes[0] != sizes[1]:
             raise ModelError(
-                f"A regression network must return as many numbers as there are targets ({tuple(targets.shape[1:])} an "
-                f"image), got {tuple(got.shape[1:])}."
+                f"A regression network must return as many numbers as there are targets, {_shown(targets)} an image, "
+                f"got {_shown(got)}."
             )
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
@@ -60,3 +60,12 @@ class Regression(Task):
     def figures(self, facts: Facts) -> dict[str, float]:
         """Return "rmse" and "mae"."""
         return {"rmse": float(np.sqrt(facts["squared"].mean())), "mae": float(facts["absolute"].mean())}
+
+
+def _shown(values: Any) -> str:
+    """Return how many numbers there are for each image.
+
+    >>> _shown(np.zeros(5)), _shown(np.zeros((5, 2, 3)))
+    ('1', '2 x 3')
+    """
+    return " x ".join(str(size) for size in values.shape[1:]) or "1"

@@ -241,6 +241,9 @@ def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     with pytest.raises(ArtifactError, match="found none"):
         read_folder(tmp_path, SAME, grey=False)
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    with pytest.raises(ArtifactError, match=r"lie in it without one(.|\n)*unlabelled: FOLDER"):
+        read_folder(tmp_path, SAME, grey=False)
 
 
 def _write_mnist(root: Path) -> None:

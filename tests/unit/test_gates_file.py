@@ -81,7 +81,7 @@ def test_each_kind_of_data_is_recognised(tmp_path: Path, images: Path) -> None:
         ("robustness: {noise_levels: [], corruptions: []}\n",
          r"gates.yaml:1:13: robustness must hold noise_levels, corruptions or shifted"),
         ("evaluation: {array: test.npz}\n",
-         r"evaluation must hold exactly one of the keys arrays, folder, idx, torchvision"),
+         r"evaluation must hold exactly one of the keys arrays, coco, folder, idx, masks, own, torchvision"),
         ("preprocessing: {std: [0.0]}\n", r"preprocessing.std must be above 0"),
         ("stage: prune\n", r"gates.yaml:1:8: stage must be one of verify, got 'prune'."),
         ("stages: [{stage: verify}]\n", r"gates.yaml:1:1: stages is not a known key."),
@@ -129,3 +129,8 @@ def test_data_that_is_nothing_is_told(tmp_path: Path) -> None:
         find_images(tmp_path / "text.txt")
     with pytest.raises(ConfigError, match=r"--data must be images with labels, '.*nowhere' does not exist\."):
         find_images(tmp_path / "nowhere")
+
+
+def test_a_distance_is_no_share_and_has_no_upper_bound(tmp_path: Path, images: Path) -> None:
+    path = write(tmp_path, "task: classification\ngates: {max: {distance: 3}, max_rise: {distance: 2}}\n")
+    assert load_gates(path, images).gates.max == {"distance": 3}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ def split_of(labels: np.ndarray, side: int = 8, channels: int = 3) -> Split:
     count = len(labels)
     images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, side, side, channels))
     return Split("evaluation", ArraySource(images.copy(), labels, ()), np.arange(count), Preprocessing((0.5,), (0.5,)))
+
+
+def test_images_that_are_prepared_already_are_no_pictures() -> None:
+    labels = np.array([0, 1])
+    before, after = predictions_of([0, 1], labels, 2), predictions_of([0, 0], labels, 2)
+    split = split_of(labels)
+    assert worst_images(before, after, split)
+    prepared = replace(split, source=replace(split.source, images=split.source.images.astype(np.float32)))
+    assert worst_images(before, after, prepared) == []
 
 
 def predictions_of(chosen: list[int], labels: np.ndarray, classes: int, sure: list[float] | None = None) -> Predictions:

@@ -202,6 +202,8 @@ class Empty(Fine):
     def __len__(self): return 0
 class Broken(Fine):
     def __init__(self, root): raise FileNotFoundError(root)
+class Uneven(Fine):
+    def __getitem__(self, place): return np.zeros((4 + place, 4, 3), np.uint8), 0
 class Odd(Fine):
     def __getitem__(self, place): return (1, 2) if place == 0 else (1, 2, 3)
 """
@@ -221,6 +223,8 @@ def test_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=match):
             read_own(f"{file}:{name}", kwargs)
+    with pytest.raises(DataError, match=r"must have one shape(.|\n)*in the data set's __getitem__"):
+        read_own(f"{file}:Uneven", {}).read(np.arange(2))
     with pytest.raises(DataError, match="entry 1 is 3 values"):
         read_own(f"{file}:Odd", {}).read_targets(np.asarray([1]))
     with pytest.raises(ModelError, match=r"Data set file '.*nowhere\.py' does not exist"):

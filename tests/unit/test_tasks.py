@@ -97,7 +97,7 @@ def test_regression_takes_a_column_for_numbers():
     task = Regression()
     facts = task.facts(np.array([[1.0], [3.0]]), np.array([0.0, 3.0]))
     assert task.figures(facts) == {"rmse": pytest.approx(0.5**0.5), "mae": 0.5}
-    with pytest.raises(ModelError, match="as many numbers as there are targets"):
+    with pytest.raises(ModelError, match="as there are targets, 3 an image, got 2"):
         task.check(np.zeros((2, 2)), np.zeros((2, 3)))
 
 

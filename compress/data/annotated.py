@@ -36,9 +36,7 @@ class AnnotatedSource:
     classes: tuple[str, ...] = ()
     is_threadsafe: bool = False
     known_labels: np.ndarray | None = None
-    size_hint: str = (
-        "Set preprocessing.resize to [height, width] or with a crop, or letterbox where there are boxes."
-    )
+    size_hint: str = "Set preprocessing.resize to [height, width] or with a crop, or letterbox where there are boxes."
     inputs: tuple[str, ...] = ()
 
     def __len__(self) -> int:

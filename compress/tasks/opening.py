@@ -9,6 +9,7 @@ from compress.config.schema import TaskConfig
 from compress.errors import CompressError, ModelError
 from compress.references import beside, import_callable
 from compress.tasks.base import Task
+from compress.tasks.outputs import each
 
 _USERS = (
     "loss",
@@ -22,6 +23,7 @@ _USERS = (
     "facts",
     "figures",
 )
+_SCALARS = ("loss", "training_loss", "distance")  # of a batch; one number each
 
 
 def open_task(config: TaskConfig) -> Task:
@@ -41,7 +43,8 @@ def open_task(config: TaskConfig) -> Task:
     if config.postprocess is not None:
         made["postprocess"] = import_callable(config.postprocess, "Postprocess")
     if config.loss is not None:
-        made["loss"] = guarded(import_callable(config.loss, "Loss"), f"Loss '{config.loss}'")
+        what = f"Loss '{config.loss}'"
+        made["loss"] = scalar(guarded(import_callable(config.loss, "Loss"), what), what)
     task: Task = TASKS.get(str(config.name))(**made)
     return task
 
@@ -77,14 +80,49 @@ def _guard(task: Task, reference: str) -> None:
 
     def method_of(name: str) -> Callable[..., Any]:
         def method(self: Any, *arguments: Any, **kwargs: Any) -> Any:
-            return guarded(getattr(super(own, self), name), f"Method '{name}' {what}")(*arguments, **kwargs)
+            return _checked(getattr(super(own, self), name), name, what)(*arguments, **kwargs)
 
         return method
 
     for name in vars(task).keys() & set(_USERS):  # functions that the task was given when it was made
-        setattr(task, name, guarded(getattr(task, name), f"Method '{name}' {what}"))
+        setattr(task, name, _checked(getattr(task, name), name, what))
     own = type(base.__name__, (base,), {"__module__": base.__module__} | {name: method_of(name) for name in _USERS})
     task.__class__ = own
+
+
+def _checked(method: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:
+    """Return a method of a user's task whose errors are shown, and whose losses are numbers with gradients."""
+    said = f"Method '{name}' {what}"
+    return scalar(guarded(method, said), said) if name in _SCALARS else guarded(method, said)
+
+
+def scalar(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Return a loss of the user's that is checked to be one number that a network can learn by.
+
+    Args:
+        function: What the user wrote.
+        what: It is, at the beginning of a sentence.
+    """
+
+    @wraps(function)
+    def call(outputs: Any, *arguments: Any, **kwargs: Any) -> Any:
+        loss = function(outputs, *arguments, **kwargs)
+        if not hasattr(loss, "backward") or loss.ndim != 0:
+            got = f"shape {tuple(loss.shape)}" if hasattr(loss, "shape") else type(loss).__name__
+            raise ModelError(
+                f"{what} must return a scalar torch tensor, got {got}.",
+                hint='the mean over the batch, such as reduction="mean"',
+            )
+        import torch  # not before a loss is computed: figures are measured without it
+
+        if torch.is_grad_enabled() and not loss.requires_grad and any(one.requires_grad for one in each(outputs)):
+            raise ModelError(
+                f"{what} must depend on the outputs in a way that has gradients, it has none.",
+                hint="no .detach(), .item(), .numpy(), torch.no_grad() or argmax on the way",
+            )
+        return loss
+
+    return call
 
 
 def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:

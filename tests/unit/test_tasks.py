@@ -314,3 +314,36 @@ def test_mixing_is_refused_without_classes():
     split = _split(images, masks, Segmentation())
     with pytest.raises(ConfigValueError, match="cutmix must be 0 where targets are no class indices"):
         fit(taskworld.Segmenter(), split, split, FitSettings(augmentation=Augmentation(cutmix=1.0)))
+
+
+LOSSES = """
+import torch, compress
+class Base(compress.Task):
+    metric = "found"
+    def metrics(self, outputs, targets): return {"found": 1.0}
+class Fine(Base):
+    def loss(self, outputs, targets): return (outputs - targets).square().mean()
+class Each(Base):
+    def loss(self, outputs, targets): return (outputs - targets).square()
+class Number(Base):
+    def loss(self, outputs, targets): return float((outputs - targets).square().mean())
+class Cut(Base):
+    def loss(self, outputs, targets): return (outputs.detach() - targets).square().mean()
+"""
+
+
+def test_a_loss_of_the_users_own_is_one_number_with_gradients(tmp_path):
+    file = tmp_path / "losses.py"
+    file.write_text(LOSSES)
+    outputs, targets = torch.ones(4, requires_grad=True), torch.zeros(4)
+    assert float(own_task(f"{file}:Fine", {}).loss(outputs, targets).detach()) == 1.0
+    with torch.no_grad():  # as images are judged
+        assert float(own_task(f"{file}:Fine", {}).loss(outputs, targets)) == 1.0
+    for name, match in (
+        ("Each", r"must return a scalar torch tensor, got shape \(4,\)"),
+        ("Number", "must return a scalar torch tensor, got float"),
+        ("Cut", "must depend on the outputs in a way that has gradients"),
+    ):
+        for method in ("loss", "training_loss"):
+            with pytest.raises(ModelError, match=match):
+                getattr(own_task(f"{file}:{name}", {}), method)(outputs, targets, *([0.0] if method != "loss" else []))

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compress.adapter import random_inputs, wiring_of
 from compress.cost.macs import eval_mode
+from compress.data.packing import is_packed
 from compress.pruning.groups import BATCH_NORMS
 
 _IMAGES = 4
@@ -36,7 +38,11 @@ def vary_weights(module: nn.Module, example: Tensor, seed: int = 0) -> None:
         if parameter.is_floating_point() and parameter.numel() and _is_constant(parameter):
             parameter.copy_(_varied(parameter, name, generator))
     norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.running_mean is not None]
-    _settle(module, norms, torch.randn((_IMAGES, *example.shape[1:]), generator=generator))
+    wiring = wiring_of(module)
+    if wiring is not None and is_packed(wiring.inputs):  # whole numbers among several inputs have limits
+        _settle(module, norms, random_inputs(module, example, _IMAGES, seed))
+    else:
+        _settle(module, norms, torch.randn((_IMAGES, *example.shape[1:]), generator=generator))
     for norm in norms:
         _shift_statistics(norm, generator)
 

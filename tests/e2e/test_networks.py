@@ -8,7 +8,7 @@ import pytest
 import smallrun
 import torch
 import wired
-from smallrun import World, call, statuses
+from smallrun import World, statuses
 
 from compress.cost.onnx_file import load_onnx, read_signature
 from compress.persist import load_slim

@@ -326,7 +326,7 @@ class Fine(Base):
 class Each(Base):
     def loss(self, outputs, targets): return (outputs - targets).square()
 class Number(Base):
-    def loss(self, outputs, targets): return float((outputs - targets).square().mean())
+    def loss(self, outputs, targets): return (outputs - targets).square().mean().detach().item()
 class Cut(Base):
     def loss(self, outputs, targets): return (outputs.detach() - targets).square().mean()
 """

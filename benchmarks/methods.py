@@ -44,7 +44,7 @@ TRAINED = {
     "csgd": {},
 }
 RANKS = ("low_rank", "trp")
-NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe")
+NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms")
 
 
 def rows(values: dict[str, Any], epochs: int) -> list[Row]:

@@ -47,11 +47,16 @@ class FinetuneStage:
 
 
 def train(
-    artifact: TorchModel, config: TrainingConfig, ctx: StageContext, state_file: str, unfolds: bool = True
+    artifact: TorchModel,
+    config: TrainingConfig,
+    ctx: StageContext,
+    state_file: str,
+    unfolds: bool = True,
+    reverts: bool = True,
 ) -> tuple[TorchModel, Record]:
     """Return the network trained, and what was done; goes on from `state_file` in the stage's folder, if it is there.
 
-    A network that training made worse on the validation split comes back as it was.
+    A network that training made worse on the validation split comes back as it was, unless `reverts` is False.
 
     Args:
         artifact: The network; left as it is.
@@ -59,6 +64,7 @@ def train(
         ctx: Surroundings.
         state_file: Name of the file of the state.
         unfolds: Whether a network without norms has some while it trains.
+        reverts: Whether a network that training made worse is given up; not where more cuts and training follow.
 
     Raises:
         As `compress.training.fit.fit`.
@@ -90,7 +96,7 @@ def train(
     ctx.progress.note(pace(settings))
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     reached = _reached(result)
-    is_worse = metric.is_better(before, reached)
+    is_worse = reverts and metric.is_better(before, reached)
     if is_worse:
         module = artifact.module
         ctx.progress.warn(

@@ -114,7 +114,7 @@ class SlimStage:
         after = trained.read()
         if after is None:
             slim, record = found
-            slim, training = train(slim, self.config.between, ctx, f"step{number}.pt")
+            slim, training = train(slim, self.config.between, ctx, f"step{number}.pt", reverts=False)
             after = slim, {**record, "training": training}
             trained.write(*after)
         return after

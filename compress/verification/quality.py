@@ -23,6 +23,7 @@ from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
 
 Change = Callable[[np.ndarray, int], np.ndarray]
+ROW_AXES = 2  # of samples that hold all inputs of a network side by side
 Found = Predictions | Measured
 
 
@@ -249,10 +250,13 @@ def classifier_width(runtime: Runtime) -> int:
 
 def check_image_shape(runtime: Runtime, split: Split) -> None:
     """Raise ModelError when the images of a split, prepared, do not fit the input of an open network."""
-    if is_packed(runtime.signature.inputs):  # rows: unpacking them says what is wrong with them
-        return
     spec = image_input(runtime)
     image = split.preprocessing.normalize(split.read(np.zeros(1, np.int64)))
+    if is_packed(runtime.signature.inputs):
+        if image.ndim > ROW_AXES:
+            inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
+            raise ModelError(f"A classifier must have one input and one output, got {len(inputs)} and {len(outputs)}.")
+        return  # unpacking rows says what is wrong with them
     wanted = spec.shape
     if len(wanted) != image.ndim:
         raise ModelError(

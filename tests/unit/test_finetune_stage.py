@@ -244,17 +244,6 @@ def test_without_a_probe_nothing_is_tried(run) -> None:
     assert not any(part.training for part in model.module.modules())
 
 
-@pytest.mark.parametrize(("reached", "is_said"), [(-0.125, True), (0.0, False), (0.125, False)])
-def test_training_that_made_a_network_worse_is_said(run, monkeypatch, reached: float, is_said: bool) -> None:
-    monkeypatch.setattr(finetune, "validation_quality", lambda *_: 0.5)
-    better = EpochRecord(1, 1.0, 0.9, 0.1, 1.0)  # not the one whose weights the network holds
-    trained = FitResult((better, EpochRecord(2, 1.0, 0.5 + reached, 0.1, 1.0)), 2, 2)
-    monkeypatch.setattr(finetune, "fit", lambda *_, **__: trained)
-    _, _, notes = run(epochs=2)
-    said = "Training made the network worse: validation top-1 was 50.00% before it and is 37.50% in the best epoch"
-    assert any(note.startswith(said) for note in notes) == is_said
-
-
 def test_training_may_start_from_random_weights(run, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(

@@ -282,9 +282,9 @@ def _watch(monkeypatch, dies_in: str | None = None) -> list[str]:
         at(f"slim {progress_made}")
         return slim_once(stage, model, progress_made, is_last, ctx)
 
-    def train_watched(model, config, ctx, state_file):
+    def train_watched(model, config, ctx, state_file, **options):
         at(f"train {state_file}")
-        return train(model, config, ctx, state_file)
+        return train(model, config, ctx, state_file, **options)
 
     monkeypatch.setattr(SlimStage, "_slim", slim_watched)
     monkeypatch.setattr(slim_module, "train", train_watched)

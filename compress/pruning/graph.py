@@ -56,6 +56,11 @@ class ChannelGraph:
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         self._owners = _owners(module)  # before its code runs, which may put another tensor in a buffer's place
         self.trace: Trace = trace(module, example)
+        self._behind: dict[str, list[str]] = {}  # layer -> norms that its outputs go to directly
+        for weight, parameter in self.trace.behind:
+            norms = [norm.path for norm in self._owners.get(id(parameter), ())]
+            for owner in self._owners[id(weight)]:
+                self._behind.setdefault(owner.path, []).extend(norms)
         self.groups: dict[str, ChannelGroup] = {}
         self.excluded: list[Exclusion] = []
         self._found: dict[str, _Found] = {}
@@ -203,12 +208,12 @@ class ChannelGraph:
 
     def _by_axis(self, labels: np.ndarray, channels: np.ndarray) -> Iterator[tuple[Axis, Tensor, Tensor]]:
         """Yield for each axis its places, ascending, and their channels."""
-        where = self._axis_of(labels)
-        for number in np.unique(where):
-            axis, inside = self.trace.axes[number], where == number
-            places = labels[inside] - axis.start
-            order = np.argsort(places, kind="stable")
-            yield axis, torch.from_numpy(places[order]), torch.from_numpy(channels[inside][order])
+        order = np.argsort(labels, kind="stable")  # labels count through the axes, and through the places of each
+        labels, channels = labels[order], channels[order]
+        numbers, starts = np.unique(self._axis_of(labels), return_index=True)
+        for number, start, end in zip(numbers, starts, [*starts[1:], len(labels)], strict=True):
+            axis = self.trace.axes[number]
+            yield axis, torch.from_numpy(labels[start:end] - axis.start), torch.from_numpy(channels[start:end])
 
     def _axis_of(self, labels: np.ndarray) -> np.ndarray:
         """Return for each label the number of its axis."""
@@ -217,13 +222,13 @@ class ChannelGraph:
 
     def _norms_behind(self, members: Sequence[Member]) -> dict[str, Member]:
         """Return for each layer that a norm of the group follows at once that norm."""
-        norms, behind = {member.layer: member for member in members if member.is_norm}, {}
-        for weight, parameter in self.trace.behind:
-            for owner in self._owners[id(weight)]:
-                for norm in self._owners.get(id(parameter), ()):
-                    if norm.path in norms:
-                        behind[owner.path] = norms[norm.path]
-        return behind
+        norms = {member.layer: member for member in members if member.is_norm}
+        return {
+            member.layer: norms[norm]
+            for member in members
+            for norm in self._behind.get(member.layer, ())
+            if norm in norms
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,7 @@ def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequen
     Raises:
         UnsupportedLayer: A group or index does not exist.
     """
-    gone = np.zeros(graph.trace.size, bool)
-    gone[graph.gone(removed)] = True
+    gone = graph.gone(removed)
     slices: dict[int, tuple[Tensor, dict[int, set[int]]]] = {}
     for axis in graph.trace.axes:
         places = torch.from_numpy(np.flatnonzero(gone[axis.start : axis.start + axis.size]))

@@ -28,12 +28,10 @@ class _Found:
     """A group, with the labels of its channels.
 
     Attributes:
-        group: For the outside.
         labels: All labels in it.
         units: (n,) the unit of each.
     """
 
-    group: ChannelGroup
     labels: np.ndarray
     units: np.ndarray
 
@@ -71,7 +69,7 @@ class ChannelGraph:
             self._find_groups()
 
     def gone(self, removed: Mapping[str, Sequence[int]]) -> np.ndarray:
-        """Return the labels that go with channels.
+        """Return (labels,) whether each goes with the channels that are removed.
 
         Args:
             removed: Group name -> indices of the channels that go, whole units of them.
@@ -79,7 +77,7 @@ class ChannelGraph:
         Raises:
             UnsupportedLayer: There is no such group, an index lies outside it, or a unit would be divided.
         """
-        labels = []
+        going = np.zeros(self.trace.size, bool)
         for name, indices in removed.items():
             group = self.groups.get(name)
             if group is None:
@@ -97,8 +95,8 @@ class ChannelGraph:
                     f"{sorted(chosen)}."
                 )
             found = self._found[name]
-            labels.append(found.labels[np.isin(found.units, list(units))])
-        return np.concatenate(labels) if labels else np.zeros(0, np.int64)
+            going[found.labels[np.isin(found.units, list(units))]] = True
+        return going
 
     def _find_groups(self) -> None:
         size = self.trace.size
@@ -148,7 +146,7 @@ class ChannelGraph:
             reason = f"it has only {count * parts} channels in {parts} parts"
         if reason is not None:
             self.excluded.append(Exclusion(name, reason, expected=reason == OUTPUTS))
-            self._found[name] = _Found(ChannelGroup(name, count * parts, parts, (), ()), labels, units)
+            self._found[name] = _Found(labels, units)
             return
         members = tuple(self._members(numbers, channels))
         behind = self._norms_behind(members)
@@ -162,7 +160,7 @@ class ChannelGraph:
         is_summed = bool(np.isin(labels, self._summed).any())
         group = ChannelGroup(name, count * parts, parts, members, gates, bare, reads, is_summed)
         self.groups[name] = group
-        self._found[name] = _Found(group, labels, units)
+        self._found[name] = _Found(labels, units)
 
     def _roots(self) -> list[Axis]:
         """Return the axes of outputs, in the order in which their layers are defined."""

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +28,7 @@ def surviving_channels(
     for edit in recipe.edits:
         if isinstance(edit, RemoveChannels):
             graph = ChannelGraph(present, example)
-            gone = np.zeros(graph.trace.size, bool)
-            gone[graph.gone(edit.removed)] = True
+            gone = graph.gone(edit.removed)
             for path, labels in graph.trace.maps.items():
                 stays = torch.from_numpy(~gone)[labels.clamp(min=0)] | (labels < 0)
                 if not bool(stays.all()):

@@ -98,7 +98,7 @@ class _Trial:
     """
 
     def __init__(self, module: nn.Module, example: Tensor, graph: ChannelGraph) -> None:
-        self.module, self.example, self.graph = module, example, graph
+        self.module, self.graph = module, graph
         generator = torch.Generator().manual_seed(_TRIAL_SEED)
         self.removed = {name: _some_half(group, generator) for name, group in graph.groups.items()}
         self.inputs = random_inputs(module, example, 2, _TRIAL_SEED)

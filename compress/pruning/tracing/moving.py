@@ -217,14 +217,21 @@ def index(watch: Watch, call: Call) -> None:
 
 def columns(watch: Watch, call: Call) -> None:
     """The places under a kernel, as channels."""
+    channels = _channels(watch, call)
+    if channels is None:
+        return
+    each = call.result.shape[1] // len(channels)
+    watch.give(call.result, along(1, call.result.ndim, channels.repeat_interleave(each)))
+
+
+def _channels(watch: Watch, call: Call) -> Tensor | None:
+    """Return the channels of a feature map; None, and what is mixed noted, where its labels differ along other axes."""
     labels = watch.labels_of(call.first)
     channels = vector(labels, 1, call.first.shape[1])
     if channels is None:
         watch.mix(labels, call)
         watch.give(call.result, unlabelled(call.result.ndim))
-        return
-    each = call.result.shape[1] // len(channels)
-    watch.give(call.result, along(1, call.result.ndim, channels.repeat_interleave(each)))
+    return channels
 
 
 def copy_into(watch: Watch, call: Call) -> None:
@@ -236,11 +243,8 @@ def copy_into(watch: Watch, call: Call) -> None:
 
 def pixel_shuffle(watch: Watch, call: Call) -> None:
     """Square blocks of channels become places: the channels of one block go together."""
-    labels = watch.labels_of(call.first)
-    channels = vector(labels, 1, call.first.shape[1])
+    channels = _channels(watch, call)
     if channels is None:
-        watch.mix(labels, call)
-        watch.give(call.result, unlabelled(call.result.ndim))
         return
     blocks = channels.reshape(call.result.shape[1], -1)
     watch.tie(blocks, blocks[:, :1].expand(blocks.shape))

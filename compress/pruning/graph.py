@@ -64,7 +64,9 @@ class ChannelGraph:
         self._found: dict[str, _Found] = {}
         self._makes = np.array([axis.role == "out" for axis in self.trace.axes], dtype=bool)
         self._starts = np.array([axis.start for axis in self.trace.axes], dtype=np.int64)
-        self._summed = np.unique(np.concatenate([one.numpy() for one in self.trace.summed] or [np.zeros(0, np.int64)]))
+        self._is_summed = np.zeros(self.trace.size, bool)
+        for labels in self.trace.summed:
+            self._is_summed[labels.numpy()] = True
         if self.trace.axes:
             self._find_groups()
 
@@ -157,7 +159,7 @@ class ChannelGraph:
             if member.axis == "out" and isinstance(member.module, COUNTED) and member.layer not in behind
         )
         reads = tuple(self._reads(numbers, channels))
-        is_summed = bool(np.isin(labels, self._summed).any())
+        is_summed = bool(self._is_summed[labels].any())
         group = ChannelGroup(name, count * parts, parts, members, gates, bare, reads, is_summed)
         self.groups[name] = group
         self._found[name] = _Found(labels, units)

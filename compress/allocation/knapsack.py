@@ -177,10 +177,11 @@ class _Search:
                 fits = (shares <= 1 + 1e-9).all(axis=0)
                 price = (shares - shares[:, [choice[name]]]).sum(axis=0)
                 later = np.arange(len(damages)) > choice[name]
-                for option in np.flatnonzero(fits & ((avoided > 0) | ((avoided == 0) & later))):
-                    value = np.inf if price[option] <= 0 else float(avoided[option] / price[option])
-                    if best is None or value > best[0]:
-                        best = (value, name, int(option))
+                options = np.flatnonzero(fits & ((avoided > 0) | ((avoided == 0) & later)))
+                values = np.full(len(options), np.inf)
+                np.divide(avoided[options], price[options], out=values, where=price[options] > 0)
+                if len(options) and (best is None or values.max() > best[0]):
+                    best = (float(values.max()), name, int(options[values.argmax()]))
             if best is None:
                 return choice
             choice = {**choice, best[1]: best[2]}
@@ -234,10 +235,10 @@ class _Search:
             each = self._shares_of_each(choice, here)
             for name, damages in self.damages.items():
                 saved = over - np.maximum(each[name] - 1, 0).sum(axis=0)
-                for option in np.flatnonzero(saved > _ROUNDING):
-                    price = float((damages[option] - damages[choice[name]]) / saved[option])
-                    if best is None or price < best[0]:
-                        best = (price, name, int(option))
+                options = np.flatnonzero(saved > _ROUNDING)
+                prices = (damages[options] - damages[choice[name]]) / saved[options]
+                if len(options) and (best is None or prices.min() < best[0]):
+                    best = (float(prices.min()), name, int(options[prices.argmin()]))
             if best is None:
                 return None
             choice = {**choice, best[1]: best[2]}

@@ -7,7 +7,7 @@ are there, they are of other images, and only `compress verify` reads them, when
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Case:
         gates: Of `verify`, on images without labels.
         task: What the network is for.
         labelled: The figure that labels allow for, where there are labels.
-        learning_rate: Another than that of its kind of images.
+        training: Settings of `finetune` in the place of those of its kind of images.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Case:
     gates: Mapping[str, Any]
     task: Any = "classification"
     labelled: str | None = None
-    learning_rate: float | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline(self, file: Path, images: Path) -> dict[str, Any]:
         """Return the pipeline, label-free from beginning to end.
@@ -77,11 +77,10 @@ class Case:
             "validation": validation,
             "preprocessing": dict(self.preprocessing),
         }
-        rate = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
         stages = [
             {"stage": "load", "model": {"onnx": str(file)}},
             {"stage": "prune", "target": {"macs": self.macs}, "score_images": taken},
-            {"stage": "finetune", **TRAINING[kind], **rate},
+            {"stage": "finetune", **TRAINING[kind], **self.training},
             {"stage": "export"},
             {"stage": "verify", "gates": dict(self.gates)},
         ]
@@ -108,11 +107,9 @@ class Case:
         return data / self.network
 
 
-def _cifar(
-    network: str, preprocessing: Mapping[str, Any], macs: float, agreement: float, rate: float | None = None
-) -> Case:
+def _cifar(network: str, preprocessing: Mapping[str, Any], macs: float, agreement: float, **training: Any) -> Case:
     gates, name = {"min": {"agreement": agreement}}, f"{network}_{macs:g}"
-    return Case(name, network, "cifar", preprocessing, macs, gates, labelled="top1", learning_rate=rate)
+    return Case(name, network, "cifar", preprocessing, macs, gates, labelled="top1", training=training)
 
 
 def _faces(macs: float, distance: float) -> Case:
@@ -123,11 +120,12 @@ def _faces(macs: float, distance: float) -> Case:
 def _boxes(macs: float, distance: float) -> Case:
     gates = {"max": {"distance": distance}}
     name = f"fastestdet_{macs:g}"
-    return Case(name, "detection/FastestDet.onnx", "coco", FASTEST, macs, gates, DETECTION, "map50")
+    training = {"epochs": 20, "augmentation": {"crop_padding": 32, "flip": True}}
+    return Case(name, "detection/FastestDet.onnx", "coco", FASTEST, macs, gates, DETECTION, "map50", training)
 
 
 CASES = (
-    _cifar("mlperf_tiny_resnet8", RAW, 0.7, 0.85, rate=0.002),
+    _cifar("mlperf_tiny_resnet8", RAW, 0.7, 0.85, learning_rate=0.002),
     _cifar("resnet20", IMAGENET, 0.7, 0.9),
     _boxes(0.7, 0.4),
     _boxes(0.9, 0.4),

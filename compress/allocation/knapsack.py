@@ -255,15 +255,10 @@ class _Search:
                     choice[name], has_changed = best, True
         return choice
 
-    def _shares(
-        self, choice: Choice, name: str, budgets: Sequence[Budget], here: Sequence[float] | np.ndarray | None = None
-    ) -> np.ndarray:
+    def _shares(self, choice: Choice, name: str, budgets: Sequence[Budget]) -> np.ndarray:
         """Return (budgets, options) costs over limits, when one decision takes each of its options."""
-        known = [None] * len(budgets) if here is None else list(here)
-        rows = [
-            np.broadcast_to(budget.cost.of_options(choice, name, cost), self.damages[name].shape) / budget.limit
-            for budget, cost in zip(budgets, known, strict=True)
-        ]
+        shape = self.damages[name].shape
+        rows = [np.broadcast_to(budget.cost.of_options(choice, name), shape) / budget.limit for budget in budgets]
         return np.stack(rows)
 
     def _shares_of_each(self, choice: Choice, here: np.ndarray) -> dict[str, np.ndarray]:

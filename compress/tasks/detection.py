@@ -16,7 +16,7 @@ import numpy as np
 
 from compress.errors import DataError, ModelError, RuntimeUnavailable
 from compress.tasks.base import Facts, Task, as_column
-from compress.tasks.outputs import named
+from compress.tasks.outputs import named, picked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,9 @@ class Detection(Task):
         return variation.of_boxes(targets)
 
     def check(self, outputs: Any, targets: Any) -> None:
-        """Check that targets are boxes, and that `postprocess` makes boxes of the outputs.
+        """Check that targets are boxes, and that `postprocess` makes boxes of the first image's outputs.
+
+        `facts` asks it for those of all images, and checks them again.
 
         Raises:
             ModelError: It does not.
@@ -69,7 +71,7 @@ class Detection(Task):
         for one in targets:
             if not isinstance(one, Mapping) or not {"boxes", "labels"} <= set(one):
                 raise DataError("Targets of a detection task must be mappings with boxes and labels, one an image.")
-        self._boxes(outputs, len(targets))
+        self._boxes(picked(outputs, slice(0, 1)), 1)
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
         """Return the boxes found in each image and those that are there."""

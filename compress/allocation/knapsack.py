@@ -95,6 +95,38 @@ def allocate_evenly(
     return search.allocation(search.polished(cheapest), is_optimal=False)
 
 
+class _Options:
+    """The options of all decisions, one after the other in one row.
+
+    Args:
+        damages: Decision -> what each of its options does.
+    """
+
+    def __init__(self, damages: Mapping[str, np.ndarray]) -> None:
+        self.damages = np.concatenate(list(damages.values())) if damages else np.zeros(0)
+        self._names, self._sizes = list(damages), [len(values) for values in damages.values()]
+        self._owners = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        self._starts = np.cumsum([0, *self._sizes])[:-1]
+
+    def places(self, choice: Mapping[str, int]) -> np.ndarray:
+        """Return for each option the place in the row of the one that its decision has chosen."""
+        chosen = self._starts + np.asarray([choice[name] for name in self._names], np.int64)
+        found: np.ndarray = chosen[self._owners]
+        return found
+
+    def joined(self, each: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return values of each decision's options, or one for all of them, as one row."""
+        rows = (each[name] for name in self._names)
+        return np.concatenate(
+            [row if len(row) == size else np.full(size, row[0]) for row, size in zip(rows, self._sizes, strict=True)]
+        )
+
+    def taken(self, choice: Choice, place: int) -> Choice:
+        """Return the choice with the option at a place of the row in the place of its decision's own."""
+        owner = int(self._owners[place])
+        return {**choice, self._names[owner]: int(place - self._starts[owner])}
+
+
 class _Search:
     """The searches over one problem.
 
@@ -107,6 +139,7 @@ class _Search:
         self.decisions = decisions
         self.budgets = budgets
         self.damages = {decision.name: decision.damages for decision in decisions}
+        self._options = _Options(self.damages)
         self.program = Program(decisions, budgets)
         self._limits = np.asarray([budget.limit for budget in budgets])
 
@@ -169,22 +202,16 @@ class _Search:
         come to an end.
         """
         while True:
-            best: tuple[float, str, int] | None = None
-            each = self._shares_of_each(choice, self._costs(choice))
-            for name, damages in self.damages.items():
-                avoided = damages[choice[name]] - damages
-                shares = each[name]
-                fits = (shares <= 1 + 1e-9).all(axis=0)
-                price = (shares - shares[:, [choice[name]]]).sum(axis=0)
-                later = np.arange(len(damages)) > choice[name]
-                options = np.flatnonzero(fits & ((avoided > 0) | ((avoided == 0) & later)))
-                values = np.full(len(options), np.inf)
-                np.divide(avoided[options], price[options], out=values, where=price[options] > 0)
-                if len(options) and (best is None or values.max() > best[0]):
-                    best = (float(values.max()), name, int(options[values.argmax()]))
-            if best is None:
+            shares, here = self._shares_of_all(choice, self._costs(choice)), self._options.places(choice)
+            avoided = self._options.damages[here] - self._options.damages
+            price = (shares - shares[:, here]).sum(axis=0)
+            is_later = np.arange(len(here)) > here
+            is_better = (shares <= 1 + 1e-9).all(axis=0) & ((avoided > 0) | ((avoided == 0) & is_later))
+            if not is_better.any():
                 return choice
-            choice = {**choice, best[1]: best[2]}
+            value = np.full(len(here), np.inf)
+            np.divide(avoided, price, out=value, where=price > 0)
+            choice = self._options.taken(choice, int(np.where(is_better, value, -np.inf).argmax()))
 
     def exact(self, known: Sequence[Choice]) -> tuple[list[Choice], bool]:
         """Return the best choice that branch and bound finds, and whether it is proved to be the best.
@@ -231,17 +258,14 @@ class _Search:
         while not self.allows(choice):
             here = self._costs(choice)
             over = float(np.maximum(here / self._limits - 1, 0).sum())
-            best: tuple[float, str, int] | None = None
-            each = self._shares_of_each(choice, here)
-            for name, damages in self.damages.items():
-                saved = over - np.maximum(each[name] - 1, 0).sum(axis=0)
-                options = np.flatnonzero(saved > _ROUNDING)
-                prices = (damages[options] - damages[choice[name]]) / saved[options]
-                if len(options) and (best is None or prices.min() < best[0]):
-                    best = (float(prices.min()), name, int(options[prices.argmin()]))
-            if best is None:
+            shares, places = self._shares_of_all(choice, here), self._options.places(choice)
+            saved = over - np.maximum(shares - 1, 0).sum(axis=0)
+            if not (saved > _ROUNDING).any():
                 return None
-            choice = {**choice, best[1]: best[2]}
+            price = np.full(len(places), np.inf)
+            lost = self._options.damages - self._options.damages[places]
+            np.divide(lost, saved, out=price, where=saved > _ROUNDING)
+            choice = self._options.taken(choice, int(price.argmin()))
         return choice
 
     def _descend(self, choice: Choice, budgets: Sequence[Budget]) -> Choice:
@@ -261,21 +285,13 @@ class _Search:
         rows = [np.broadcast_to(budget.cost.of_options(choice, name), shape) / budget.limit for budget in budgets]
         return np.stack(rows)
 
-    def _shares_of_each(self, choice: Choice, here: np.ndarray) -> dict[str, np.ndarray]:
-        """Return (budgets, options) costs over limits for each decision, the others where they are."""
-        rows = [
-            budget.cost.of_each(choice, self.damages, float(cost))
-            for budget, cost in zip(self.budgets, here, strict=True)
-        ]
-        return {
-            name: np.stack(
-                [
-                    np.broadcast_to(row[name], values.shape) / budget.limit
-                    for budget, row in zip(self.budgets, rows, strict=True)
-                ]
-            )
-            for name, values in self.damages.items()
-        }
+    def _shares_of_all(self, choice: Choice, here: np.ndarray) -> np.ndarray:
+        """Return (budgets, options of all decisions) costs over limits when one takes it, the others where they are."""
+        rows = []
+        for budget, cost in zip(self.budgets, here, strict=True):
+            each = budget.cost.of_each(choice, self.damages, float(cost))
+            rows.append(self._options.joined(each) / budget.limit)
+        return np.stack(rows)
 
     def _costs(self, choice: Choice) -> np.ndarray:
         return np.asarray([budget.cost.at(choice) for budget in self.budgets])

@@ -21,7 +21,7 @@ RAW = {"scale": 1.0}
 MOBILE = {"scale": 1.0, "mean": [128.0], "std": [128.0], "crop": [224, 224]}
 FACES = {"scale": 1.0, "mean": [127.0], "std": [128.0], "resize": [240, 320]}
 FASTEST = {"channels": "BGR", "resize": [352, 352]}
-DETECTION = {"name": "detection", "postprocess": f"{ROOT / 'tests' / 'fastestdet.py'}:decode"}
+DETECTION = {"own": f"{ROOT / 'tests' / 'fastestdet.py'}:FastestDetection"}
 TRAINING = {
     "cifar": {
         "epochs": 2,

@@ -1,4 +1,4 @@
-"""What a user would bring for FastestDet on COCO128: the network, how pictures are resized, what boxes its outputs are.
+"""What a user would bring for FastestDet on COCO128: the network, how pictures are resized, what its outputs mean.
 
 All as its author has them: plain resizing to 352 x 352, one box for each of 22 x 22 cells.
 """
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, generalized_box_iou_loss
+
+from compress.tasks.detection import Detection
 
 SIDE, CELLS = 352, 22
 
@@ -116,21 +118,43 @@ class Coco128:
         return image, {"boxes": boxes, "labels": rows[:, 0].astype(np.int64)}
 
 
+def boxes_of(maps: Tensor) -> Tensor:
+    """Return (N, 22, 22, 4) the box that each cell says, as shares of the image."""
+    rows, columns = torch.meshgrid(torch.arange(CELLS), torch.arange(CELLS), indexing="ij")
+    x, y = (torch.tanh(maps[:, 1]) + columns) / CELLS, (torch.tanh(maps[:, 2]) + rows) / CELLS
+    w, h = torch.sigmoid(maps[:, 3]), torch.sigmoid(maps[:, 4])
+    return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
+
+
 def decode(outputs: Mapping[str, Tensor], image_size: tuple[int, int]) -> list[dict[str, Any]]:
     """Return at most 100 boxes of each image, those of one class apart by 0.45."""
     (maps,) = outputs.values()
     height, width = image_size
-    rows, columns = torch.meshgrid(torch.arange(CELLS), torch.arange(CELLS), indexing="ij")
+    scale = torch.tensor([width, height, width, height])
     found = []
-    for one in maps:
+    for one, places in zip(maps, boxes_of(maps), strict=True):
         chance, labels = one[5:].max(0)
-        scores = one[0] ** 0.6 * chance**0.4
-        x, y = (torch.tanh(one[1]) + columns) / CELLS * width, (torch.tanh(one[2]) + rows) / CELLS * height
-        w, h = torch.sigmoid(one[3]) * width, torch.sigmoid(one[4]) * height
-        boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1).reshape(-1, 4)
-        scores, labels = scores.flatten(), labels.flatten()
+        scores = (one[0] ** 0.6 * chance**0.4).flatten()
         kept = scores > 0.001
-        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        boxes, scores, labels = (places * scale).reshape(-1, 4)[kept], scores[kept], labels.flatten()[kept]
         chosen = batched_nms(boxes, scores, labels, 0.45)[:100]
         found.append({"boxes": boxes[chosen], "scores": scores[chosen], "labels": labels[chosen]})
     return found
+
+
+class FastestDetection(Detection):
+    """Detection that knows what the outputs are: boxes and classes matter where the original sees an object."""
+
+    def __init__(self) -> None:
+        super().__init__(decode)
+
+    def distances(self, outputs: Tensor, wanted: Tensor) -> Tensor:
+        """Return (N,) how far objects, boxes and classes are from those of the original."""
+        there, got = wanted[:, 0].clamp(0, 1), outputs.clamp(1e-6, 1 - 1e-6)
+        want = wanted.clamp(1e-6, 1 - 1e-6)
+        missed = F.binary_cross_entropy(got[:, 0], there, reduction="none")
+        missed = missed - F.binary_cross_entropy(want[:, 0], there, reduction="none")
+        moved = generalized_box_iou_loss(boxes_of(outputs), boxes_of(wanted), reduction="none")
+        confused = (want[:, 5:] * (want[:, 5:] / got[:, 5:]).log()).sum(1)
+        objects = there.sum((1, 2)).clamp_min(1.0)
+        return (missed + there * (moved + confused)).sum((1, 2)) / objects

@@ -250,7 +250,7 @@ def _compare(
     except RuntimeError:  # some networks make float32 tensors of their own on the way
         precision = torch.float32
         got = _outputs(slim, images, precision)
-    expected = _outputs(silenced_copy(module, removed, groups), images, precision)
+    expected = _tensors(silenced_copy(module, removed, groups).to(precision)(images.to(precision)))
     cut["difference"] = _distance(got, expected)
     cut["effect"] = _distance(_outputs(module, images, precision), expected)
     cut["precision"] = str(precision).removeprefix("torch.")

@@ -1,7 +1,8 @@
 """embedding, and any task without labels: how near are the outputs to those of the untouched network?
 
 Targets are what that network returns for the same images. Where the task chooses among classes, the share of equal
-choices decides ("agreement"), else the relative distance of the outputs ("distance").
+choices decides ("agreement"), else the distance of the outputs ("distance"): relative, of all of them, unless the task
+is one of the user's that says by itself how far outputs are from others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from compress.errors import ModelError
 from compress.tasks.base import Facts, Task
 from compress.tasks.classification import Classification
-from compress.tasks.outputs import each, first
+from compress.tasks.outputs import changed, each, first, picked
 from compress.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Imitation(Task):
     def __init__(self, of: Task) -> None:
         self.of = of
         self.chooses = isinstance(of, _CHOOSING)
+        self.own = None if self.chooses else _own_method(of)
         self.name = of.name  # type: ignore[misc]
         self.metric = "agreement" if self.chooses else "distance"
         self.label = "agreement with the original" if self.chooses else "distance to the original"
@@ -47,11 +49,16 @@ class Imitation(Task):
 
     def image_losses(self, outputs: Any, targets: Any) -> Tensor:
         """Return (N,) the distance of each image's outputs."""
-        return self.of.distances(outputs, targets)
+        return self.distances(outputs, targets)
 
     def distances(self, outputs: Any, wanted: Any) -> Tensor:
-        """Return what the task itself says."""
-        return self.of.distances(outputs, wanted)
+        """Return what the task itself says, of one image after the other where it says it of a batch only."""
+        if self.own != "distance":
+            return self.of.distances(outputs, wanted)
+        import torch
+
+        one_by_one = [slice(place, place + 1) for place in range(len(first(outputs)))]
+        return torch.stack([self.of.distance(picked(outputs, one), picked(wanted, one)) for one in one_by_one])
 
     def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
         """Return what the task itself says."""
@@ -72,21 +79,49 @@ class Imitation(Task):
             raise ModelError(f"Outputs must have the shapes of the original's, {shapes[1]} an image, got {shapes[0]}.")
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return (N,) squared distance and size of all outputs, their cosine, and the share of equal choices if any."""
+        """Return (N,) squared distance and size of all outputs, their cosine, and the share of equal choices if any.
+
+        Where the user's task says how far outputs are from others, that takes the place of the first two.
+        """
         got, want = (_flat(values) for values in (outputs, targets))
         sizes = np.maximum(np.linalg.norm(want, axis=1), 1e-12)
         lengths = np.maximum(np.linalg.norm(got, axis=1), 1e-12)
         apart = ((got - want) ** 2).sum(1)
         facts = {"apart": apart, "size": sizes**2, "cosine": (got * want).sum(1) / sizes / lengths}
+        if self.own is not None:
+            facts = {"distance": self._own_distances(outputs, targets), "cosine": facts["cosine"]}
         if self.chooses:
             equal = first(outputs).argmax(1) == first(targets).argmax(1)
             facts["agreement"] = equal.reshape(len(equal), -1).mean(1)
         return facts
 
     def figures(self, facts: Facts) -> dict[str, float]:
-        """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement"."""
-        found = {"distance": float(np.sqrt(facts["apart"].sum() / facts["size"].sum()))}
-        return found | {name: float(values.mean()) for name, values in facts.items() if name not in ("apart", "size")}
+        """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement".
+
+        Where the user's task says how far outputs are from others, "distance" is the mean of that.
+        """
+        means = {name: float(values.mean()) for name, values in facts.items() if name not in ("apart", "size")}
+        return means if "distance" in means else {"distance": _relative(facts), **means}
+
+    def _own_distances(self, outputs: Any, targets: Any) -> np.ndarray:
+        """Return (N,) what the user's task says of arrays or tensors."""
+        import torch
+
+        with torch.no_grad():
+            found = self.distances(*(changed(values, torch.as_tensor) for values in (outputs, targets)))
+        return found.detach().cpu().double().numpy()
+
+
+def _own_method(task: Task) -> str | None:
+    """Return the name of the method by which a task says how far outputs are from others, None where it has none."""
+    for name in ("distances", "distance"):
+        if getattr(getattr(task, name), "__func__", None) is not getattr(Task, name):
+            return name
+    return None
+
+
+def _relative(facts: Facts) -> float:
+    return float(np.sqrt(facts["apart"].sum() / facts["size"].sum()))
 
 
 def _flat(outputs: Any) -> np.ndarray:

@@ -23,6 +23,7 @@ _USERS = (
     "facts",
     "figures",
 )
+_OPTIONAL = ("distance", "distances")  # whether a task has its own says what is measured without labels
 _SCALARS = ("loss", "training_loss", "distance")  # of a batch; one number each
 
 
@@ -86,7 +87,8 @@ def _guard(task: Task, reference: str) -> None:
 
     for name in vars(task).keys() & set(_USERS):  # functions that the task was given when it was made
         setattr(task, name, _checked(getattr(task, name), name, what))
-    own = type(base.__name__, (base,), {"__module__": base.__module__} | {name: method_of(name) for name in _USERS})
+    names = [name for name in _USERS if name not in _OPTIONAL or getattr(base, name) is not getattr(Task, name)]
+    own = type(base.__name__, (base,), {"__module__": base.__module__} | {name: method_of(name) for name in names})
     task.__class__ = own
 
 

@@ -347,3 +347,30 @@ def test_a_loss_of_the_users_own_is_one_number_with_gradients(tmp_path):
         for method in ("loss", "training_loss"):
             with pytest.raises(ModelError, match=match):
                 getattr(own_task(f"{file}:{name}", {}), method)(outputs, targets, *([0.0] if method != "loss" else []))
+
+
+@pytest.mark.parametrize("name", ["distances", "distance"])
+def test_without_labels_a_users_own_distance_is_what_is_learned_and_measured(tmp_path, name):
+    file = tmp_path / "task.py"
+    said = {"distances": "(outputs - wanted).abs().flatten(1).sum(1)", "distance": "(outputs - wanted).abs().sum()"}
+    extra = ", temperature=1.0" if name == "distance" else ""
+    file.write_text(
+        f"import compress\nclass Mine(compress.Task):\n    metric = 'a'\n"
+        f"    def {name}(self, outputs, wanted{extra}):\n        return {said[name]}\n"
+    )
+    outputs, wanted = np.arange(6.0).reshape(3, 2), np.zeros((3, 2))
+    imitation = Imitation(own_task(f"{file}:Mine", {}))
+    facts = imitation.facts(outputs, wanted)
+    assert facts["distance"].tolist() == [1.0, 5.0, 9.0]
+    assert imitation.figures(facts)["distance"] == 5.0
+    losses = imitation.image_losses(torch.from_numpy(outputs), torch.from_numpy(wanted))
+    assert losses.tolist() == [1.0, 5.0, 9.0]
+
+
+def test_without_labels_a_users_task_that_says_no_distance_is_measured_by_all_outputs(tmp_path):
+    file = tmp_path / "task.py"
+    file.write_text("import compress\nclass Mine(compress.Task):\n    metric = 'a'\n")
+    outputs, wanted = np.array([[3.0, 0.0]]), np.array([[0.0, 4.0]])
+    for task in (own_task(f"{file}:Mine", {}), Task()):
+        imitation = Imitation(task)
+        assert imitation.figures(imitation.facts(outputs, wanted))["distance"] == pytest.approx(5 / 4)

@@ -457,7 +457,12 @@ class TrainingConfig(Section):
     warmup_ratio: Share = Field(0.05, description="share of the steps with a rising rate")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov momentum, or adamw")
     schedule: Literal["cosine", "one_cycle", "step"] = Field("cosine", description="of the learning rate")
-    gradient_clip: float | None = Field(None, gt=0, description="largest norm of all gradients together")
+    gradient_clip: float | None = Field(
+        None,
+        gt=0,
+        description="largest norm of all gradients together; without it 1 where the network has no norms or does not "
+        "choose among classes",
+    )
     accumulation: Count = Field(1, description="batches a step, where memory holds no larger one")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="decay of the average of the weights that is measured and kept; 0 is off"

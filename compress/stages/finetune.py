@@ -11,6 +11,7 @@ from compress.artifacts import TorchModel
 from compress.building import apply_edits, example_input, reinitialized
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
+from compress.data.splits import Split
 from compress.errors import NonFinite
 from compress.files import write_whole
 from compress.pruning.survival import surviving_channels
@@ -24,7 +25,7 @@ from compress.training.unfolding import NORMS, can_unfold, folded, unfolded
 
 STATE_FILE = "training_state.pt"
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
-CLIP_WITHOUT_NORMS = 1.0
+CLIP = 1.0  # where gradients may be of any size
 PROBED = (0.1, 0.3, 1.0)
 
 
@@ -71,7 +72,7 @@ def train(
     """
     metric, before = metric_of(ctx.data.validation), validation_quality(artifact.module, ctx)
     start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
-    settings = fit_settings(config, ctx.seed, len(ctx.data.train), start)
+    settings = fit_settings(config, ctx.seed, ctx.data.train, start)
     distillation = distillation_from(config.distillation, artifact)
 
     def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
@@ -183,23 +184,24 @@ def pace(settings: FitSettings) -> str:
     return f"peak learning rate {settings.learning_rate:g}{clip}"
 
 
-def fit_settings(config: TrainingConfig, seed: int, images: int, module: nn.Module) -> FitSettings:
+def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Module) -> FitSettings:
     """Return the settings of the loop.
 
     Without norms, such as of ONNX files whose batch norms are folded into convolutions, training diverges at rates that
-    are right with them; there gradients are clipped unless the pipeline says to what.
+    are right with them, and so it does where a loss is of no particular size, such as that of numbers or of a user's
+    own; there gradients are clipped unless the pipeline says to what.
 
     Args:
         config: As in the pipeline file.
         seed: Of the run.
-        images: In the training split.
+        train: The training split.
         module: The network.
     """
-    has_norms = any(isinstance(part, NORMS) for part in module.modules())
-    clip = CLIP_WITHOUT_NORMS if config.gradient_clip is None and not has_norms else config.gradient_clip
+    is_tame = train.lesson.chooses and any(isinstance(part, NORMS) for part in module.modules())
+    clip = CLIP if config.gradient_clip is None and not is_tame else config.gradient_clip
     rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
     if original is not None:
-        epochs = config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
+        epochs = config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / len(train)
         rate = peak_from_original(original.learning_rate, original.epochs, epochs)
     return FitSettings(
         epochs=config.epochs or 0.0,

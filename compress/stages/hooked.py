@@ -21,7 +21,7 @@ CUT_JUMP = 0.02
 
 def hooked_settings(config: TrainingConfig, ctx: StageContext, module: nn.Module) -> FitSettings:
     """Return the settings of a run that ends with its last step: what the hooks have done by then is what counts."""
-    return replace(fit_settings(config, ctx.seed, len(ctx.data.train), module), keep="last")
+    return replace(fit_settings(config, ctx.seed, ctx.data.train, module), keep="last")
 
 
 def train_with_hooks(

@@ -277,10 +277,13 @@ class PruneStage:
             return kept
         best, least = kept, evaluate_loss(kept.model.module, ctx.data.validation, progress=ctx.progress)
         trials.append({"factor": RESIDUAL_FACTORS[0], "loss": least})
+        tried = [kept.selection.removed]
         for factor in RESIDUAL_FACTORS[1:]:
-            found = self._attempt(kept.prepared, ctx, factor)
-            if found.selection.removed == best.selection.removed:
+            found = self._chosen(kept.prepared, ctx, factor)
+            if found.selection.removed in tried:
                 continue
+            tried.append(found.selection.removed)
+            found = self._repair(self._cut(found, ctx), ctx)
             loss = evaluate_loss(found.model.module, ctx.data.validation, progress=ctx.progress)
             trials.append({"factor": factor, "loss": loss})
             ctx.progress.note(
@@ -295,19 +298,22 @@ class PruneStage:
         has_any = any(group.is_summed for group in prepared.surveyed.groups.values())
         return RESIDUAL_FACTORS if self.config.residual == "auto" and has_any else (1.0,)
 
-    def _attempt(self, prepared: Prepared, ctx: StageContext, factor: float | None = None) -> Attempt:
-        """Cut channels until the targets are met, and repair.
+    def _attempt(self, prepared: Prepared, ctx: StageContext) -> Attempt:
+        """Cut channels until the targets are met, and repair."""
+        return self._repair(self._cut(self._chosen(prepared, ctx, self._factors(prepared)[0]), ctx), ctx)
+
+    def _chosen(self, prepared: Prepared, ctx: StageContext, factor: float) -> Attempt:
+        """Choose channels to go until the targets are met; none is cut yet.
 
         Args:
             prepared: The network about to be cut.
             ctx: Surroundings.
-            factor: Of the damage of channels along shortcuts; None for the first that is to be tried.
+            factor: Of the damage of channels along shortcuts.
         """
-        weighed = self._factors(prepared)[0] if factor is None else factor
         groups = prepared.surveyed.groups
-        candidates = [one.dearer(weighed) if groups[one.name].is_summed else one for one in prepared.candidates]
+        candidates = [one.dearer(factor) if groups[one.name].is_summed else one for one in prepared.candidates]
         selection, timed = prepared.surveyed.choose_timed(candidates, ctx.progress)
-        return self._repair(self._cut(Attempt(prepared, prepared.trunk.model, selection, timed, []), ctx), ctx)
+        return Attempt(prepared, prepared.trunk.model, selection, timed, [])
 
     def _learn(self, trunk: Trunk, ctx: StageContext) -> tuple[Attempt, Record]:
         """Train while a method chooses what goes, cut that, and repair; say what the cut alone did to the loss."""

@@ -76,6 +76,7 @@ class Task:
         higher_is_better: Whether more of it is better.
         is_share: Whether it lies in [0, 1] and is shown in percent.
         resamples: How often images are drawn anew for the interval of a figure (bootstrap); 0 gives no interval.
+        chooses: Whether the network chooses among classes, so that its loss is of a known size.
         can_mix: Whether mixup and CutMix make sense: targets are class indices.
         is_spatial: Whether targets lie at places in the image, so that what moves pixels would make them wrong.
         learns_from_original: Whether the untouched network's outputs are learned, whatever targets there are.
@@ -88,6 +89,7 @@ class Task:
     is_share: bool = True
     label: str = ""
     resamples: int = 0
+    chooses: bool = False
     can_mix: bool = False
     is_spatial: bool = False
     learns_from_original: bool = False

@@ -20,6 +20,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     metric = "top1"
     label = "top-1"
+    chooses = True
     can_mix = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

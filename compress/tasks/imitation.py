@@ -13,14 +13,10 @@ import numpy as np
 
 from compress.errors import ModelError
 from compress.tasks.base import Facts, Task
-from compress.tasks.classification import Classification
 from compress.tasks.outputs import changed, each, first, picked
-from compress.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_CHOOSING = (Classification, Segmentation)
 
 
 class Imitation(Task):
@@ -36,7 +32,7 @@ class Imitation(Task):
 
     def __init__(self, of: Task) -> None:
         self.of = of
-        self.chooses = isinstance(of, _CHOOSING)
+        self.chooses = of.chooses
         self.own = None if self.chooses else _own_method(of)
         self.name = of.name  # type: ignore[misc]
         self.metric = "agreement" if self.chooses else "distance"

@@ -28,6 +28,7 @@ class Segmentation(Task):
     metric = "miou"
     label = "mIoU"
     resamples = 400
+    chooses = True
     is_spatial = True
 
     def __init__(self, ignore_index: int = 255) -> None:

@@ -23,12 +23,20 @@ from compress.config.schema import (
 )
 from compress.data.batches import Augmentation
 from compress.data.opening import Splits
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import NonFinite
 from compress.progress import SilentProgress
 from compress.recipe import Recipe
 from compress.stages import finetune
 from compress.stages.context import StageContext
 from compress.stages.finetune import FinetuneStage, fit_settings
+from compress.tasks.base import Task
+from compress.tasks.classification import Classification
+from compress.tasks.imitation import Embedding, Imitation
+from compress.tasks.regression import Regression
+from compress.tasks.segmentation import Segmentation
 from compress.training.fit import EpochRecord, FitResult, FitSettings
 
 GIVEN = {
@@ -54,6 +62,9 @@ GIVEN = {
 
 
 NORMED = nn.BatchNorm2d(3)
+HUNDRED = Split(
+    "train", ArraySource(np.zeros((100, 1, 1, 3), np.uint8), np.zeros(100)), np.arange(100), Preprocessing(scale=1.0)
+)
 
 
 def test_every_setting_reaches_the_loop() -> None:
@@ -61,7 +72,7 @@ def test_every_setting_reaches_the_loop() -> None:
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
     apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights", "norms"}
     assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart}
-    settings = asdict(fit_settings(config, 9, 100, NORMED))
+    settings = asdict(fit_settings(config, 9, HUNDRED, NORMED))
     assert {name: settings[name] for name in GIVEN} == GIVEN
     assert settings["seed"] == 9
     assert settings["augmentation"] == varied
@@ -72,7 +83,7 @@ def test_every_setting_reaches_the_loop() -> None:
 
 def test_adamw_has_a_rate_of_its_own_by_default() -> None:
     rates = [
-        fit_settings(FinetuneConfig(stage="finetune", epochs=1, optimizer=name), 0, 100, NORMED).learning_rate
+        fit_settings(FinetuneConfig(stage="finetune", epochs=1, optimizer=name), 0, HUNDRED, NORMED).learning_rate
         for name in ("sgd", "adamw")
     ]
     assert rates == [0.02, 0.001]
@@ -84,15 +95,25 @@ def test_gradients_are_clipped_where_no_norm_tames_them() -> None:
         FinetuneConfig(stage="finetune", epochs=1, gradient_clip=5),
     )
     clips = [
-        fit_settings(config, 0, 100, module).gradient_clip
+        fit_settings(config, 0, HUNDRED, module).gradient_clip
         for module in (NORMED, nn.Linear(2, 2))
         for config in (given, other)
     ]
     assert clips == [None, 5, 1, 5]
 
 
+@pytest.mark.parametrize(
+    ("task", "clip"),
+    [(Segmentation(), None), (Imitation(Classification()), None), (Regression(), 1), (Task(), 1), (Embedding(), 1)],
+    ids=["segmentation", "classes without labels", "numbers", "own", "embedding"],
+)
+def test_gradients_of_losses_of_no_particular_size_are_clipped(task: Task, clip: float | None) -> None:
+    config = FinetuneConfig(stage="finetune", epochs=1)
+    assert fit_settings(config, 0, replace(HUNDRED, task=task), NORMED).gradient_clip == clip
+
+
 def test_defaults_are_the_same_in_both_places() -> None:
-    settings = fit_settings(FinetuneConfig(stage="finetune", epochs=1), 0, 100, NORMED)
+    settings = fit_settings(FinetuneConfig(stage="finetune", epochs=1), 0, HUNDRED, NORMED)
     assert settings == FitSettings()
     assert DistillationConfig().features == 0
 
@@ -105,7 +126,7 @@ def test_defaults_are_the_same_in_both_places() -> None:
 def test_the_peak_follows_from_the_original_training(length: dict, expected: float) -> None:
     original = OriginalTrainingConfig(learning_rate=0.1, epochs=100)
     config = FinetuneConfig(stage="finetune", original=original, **length)
-    assert fit_settings(config, 0, 100, NORMED).learning_rate == pytest.approx(expected)
+    assert fit_settings(config, 0, HUNDRED, NORMED).learning_rate == pytest.approx(expected)
     with pytest.raises(ValidationError, match="at most one of learning_rate, original"):
         FinetuneConfig(stage="finetune", epochs=1, learning_rate=0.1, original=original)
 

@@ -59,10 +59,10 @@ def render(values: Mapping[str, Any]) -> str:
 def normalised(reason: str) -> str:
     """Return a reason without names, shapes and numbers, to find those that are alike.
 
-    >>> normalised("Group 'layer1.0' has 12 channels in (3, 4)")
-    "Group '…' has n channels in (…)"
+    >>> normalised("Group 'layer1.0' has 12 channels in (3, 4), a norm's own")
+    "Group '…' has n channels in (…), a norm's own"
     """
-    reason = re.sub(r"'[^']*'", "'…'", reason.splitlines()[0] if reason else "")
+    reason = re.sub(r"(?<!\w)'[^']*'", "'…'", reason.splitlines()[0] if reason else "")
     reason = re.sub(r"\([0-9][^()]*\)|\[[0-9][^\[\]]*\]", "(…)", reason)
     return re.sub(r"[-+]?\b\d[\d.,]*(e[-+]?\d+)?\b", "n", reason)
 

@@ -376,6 +376,13 @@ def test_channels_along_shortcuts_are_cut_as_far_as_the_validation_loss_likes(pr
     _hold_replay(slim, "residual")
 
 
+def test_a_cut_that_was_tried_already_is_not_repaired_again(prune, monkeypatch):
+    monkeypatch.setattr("compress.stages.prune.RESIDUAL_FACTORS", (1.0, 1.0, 1.0))
+    _, record, said = prune("residual", criterion="l1", repair=("least_squares",))
+    assert len(record["residual_trials"]) == 1
+    assert sum(note.startswith("least_squares") for note in said.notes) == 1
+
+
 def test_channels_along_shortcuts_can_be_kept(prune):
     slim, record, _ = prune("residual", criterion="l1", residual="keep")
     assert set(_removed(slim)) <= {"body.1.conv1", "body.2.conv1"}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from compress.errors import DataError, ModelError, NonFinite
-from compress.tasks.outputs import each, first, picked
+from compress.tasks.outputs import each, picked, singles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,9 +114,7 @@ class Task:
         """Return (N,) the loss of each image; by default `loss` of one image after the other."""
         import torch
 
-        count = len(first(outputs))
-        one_by_one = (slice(place, place + 1) for place in range(count))
-        return torch.stack([self.loss(picked(outputs, one), targets[one]) for one in one_by_one])
+        return torch.stack([self.loss(picked(outputs, one), targets[one]) for one in singles(outputs)])
 
     def training_loss(self, outputs: Any, targets: Any, smoothing: float) -> Tensor:
         """Return the mean loss of a training batch; label smoothing is for tasks that choose among classes."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.errors import ModelError
 from compress.tasks.base import Facts, Task
-from compress.tasks.outputs import changed, each, first, picked
+from compress.tasks.outputs import changed, each, first, picked, singles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +53,8 @@ class Imitation(Task):
             return self.of.distances(outputs, wanted)
         import torch
 
-        one_by_one = [slice(place, place + 1) for place in range(len(first(outputs)))]
-        return torch.stack([self.of.distance(picked(outputs, one), picked(wanted, one)) for one in one_by_one])
+        each_image = (self.of.distance(picked(outputs, one), picked(wanted, one)) for one in singles(outputs))
+        return torch.stack(list(each_image))
 
     def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
         """Return what the task itself says."""

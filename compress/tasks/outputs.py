@@ -77,6 +77,15 @@ def picked(values: Any, places: Any) -> Any:
     return changed(values, lambda one: one[places])
 
 
+def singles(outputs: Any) -> list[slice]:
+    """Return for each image of a batch what picks it alone, still as a batch.
+
+    >>> singles({"x": np.zeros((2, 5))})
+    [slice(0, 1, None), slice(1, 2, None)]
+    """
+    return [slice(place, place + 1) for place in range(len(first(outputs)))]
+
+
 def check_finite(outputs: Any) -> None:
     """Raise NonFinite where an array among the outputs has NaN or infinity."""
     for value in each(outputs):

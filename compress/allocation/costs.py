@@ -10,6 +10,8 @@ where `out` and `in` are a layer's channel counts, each its full size less what 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -27,6 +29,22 @@ class Axis:
     def at(self, removed: Mapping[str, int]) -> float:
         """Return the count after `removed` channels of each group are gone."""
         return self.size - sum(slots * removed.get(group, 0) for group, slots in self.slots.items())
+
+    def channels_at(self, removed: Mapping[str, int]) -> int:
+        """Return the same as a whole number of channels."""
+        return int(whole_channels(np.asarray(self.at(removed))))
+
+
+def whole_channels(counts: np.ndarray) -> np.ndarray:
+    """Return int64 counts: the nearest, the even one of two that are as near.
+
+    Sums of the same shares in another order differ in their last digits, and must not be rounded another way.
+
+    >>> whole_channels(np.array([2.4, 10.5 - 1e-12, 10.5 + 1e-12])).tolist()
+    [2, 10, 10]
+    """
+    found: np.ndarray = np.rint(np.round(counts, 6)).astype(np.int64)
+    return found
 
 
 ONE = Axis(1.0)

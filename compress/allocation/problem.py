@@ -2,7 +2,8 @@
 
     decision   one thing to settle: a channel group's width, whether a block stays, a layer's rank
     option     one of its answers, by position; each has a damage
-    factor     a table of costs over one or two decisions; a block that goes takes the factors inside it along
+    factor     a table of costs over one or two decisions; a block that goes takes the factors inside it along. Where
+               more decisions lower a channel count together, it is a table over counts (`compress.allocation.sizes`)
     choice     decision name -> position of the option taken
 
 A layer costs what both of its widths make it cost, so costs are tables over pairs and never sums of savings.
@@ -16,6 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from compress.allocation.costs import Axis, CoupledCost
+from compress.allocation.sizes import SizeFactor, SizeTerms
 from compress.errors import InternalError
 
 Choice = dict[str, int]
@@ -61,7 +63,8 @@ class TableCost:
 
     Attributes:
         fixed: What no decision changes.
-        factors: The rest.
+        factors: What one or two decisions change.
+        sized: What channel counts change that several decisions lower together.
 
     >>> cost = TableCost(1.0, (Factor(("a", "b"), np.array([[1.0, 2.0], [3.0, 4.0]])),))
     >>> cost.at({"a": 1, "b": 0}), cost.of_options({"a": 1, "b": 0}, "b").tolist()
@@ -72,10 +75,12 @@ class TableCost:
 
     fixed: float
     factors: tuple[Factor, ...] = field(default_factory=tuple)
+    sized: tuple[SizeFactor, ...] = ()
 
     def at(self, choice: Mapping[str, int]) -> float:
         """Return the cost of a choice."""
-        return self.fixed + self._stacked.at(choice) + sum(_value(factor, choice) for factor in self._switched)
+        switched = sum(_value(factor, choice) for factor in self._switched)
+        return self.fixed + self._stacked.at(choice) + switched + self._sizes.at(choice)
 
     def of_options(self, choice: Mapping[str, int], name: str, here: float | None = None) -> np.ndarray:
         """Return (n,) costs of the whole network when decision `name` takes each of its options, the others fixed.
@@ -92,6 +97,7 @@ class TableCost:
             rest, start = rest - own[choice[name]], own
         else:
             start = np.zeros(1)
+        start = start + self._sizes.changes(choice, [name]).get(name, 0.0)
         return np.asarray(sum((_row(factor, choice, name) for factor in touching), start=start + rest))
 
     def of_each(self, choice: Mapping[str, int], names: Iterable[str], here: float) -> dict[str, np.ndarray]:
@@ -104,12 +110,22 @@ class TableCost:
         """
         if self._switched:
             return {name: self.of_options(choice, name, here) for name in names}
-        own = self._stacked.of_each(choice)
-        return {name: here + own[name] - own[name][choice[name]] if name in own else np.full(1, here) for name in names}
+        own, wanted = self._stacked.of_each(choice), list(names)
+        sized = self._sizes.changes(choice, wanted)
+        return {
+            name: here
+            + (own[name] - own[name][choice[name]] if name in own else np.zeros(1))
+            + sized.get(name, np.zeros(1))
+            for name in wanted
+        }
 
     @cached_property
     def _switched(self) -> tuple[Factor, ...]:
         return tuple(factor for factor in self.factors if factor.switch is not None)
+
+    @cached_property
+    def _sizes(self) -> SizeTerms:
+        return SizeTerms(self.sized)
 
     @cached_property
     def _stacked(self) -> "_Stacked":

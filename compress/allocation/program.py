@@ -1,29 +1,57 @@
 """How is a knapsack with coupled costs written for a solver of mixed-integer linear programs?
 
     x[d, k]     1 where decision d takes option k; every row sums to 1
-    y[f, a, b]  1 where the two decisions of factor f take the options a and b; its margins are the two rows of x
+    u[s, i]     1 where a count that several decisions lower has its i-th possible size; every row sums to 1, and the
+                size that it names is the full count less what the options in x take from it
+    y[f, a, b]  1 where the two decisions of factor f take the options a and b; its margins are the two rows of x (or u)
 
 A factor inside a block that may go has margins of at most x, and sums to the row entry that says the block stays.
-Factors of several budgets over the same decisions share one y.
+Factors of several budgets over the same decisions share one y. x and u are whole numbers, so that a proof holds for
+tables over counts as well.
 
 Source: the level-one lift of Sherali and Adams 1990, "A hierarchy of relaxations between the continuous and convex
 hull representations for zero-one programming problems"; solved by HiGHS (Huangfu and Hall 2018).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from compress.allocation.problem import Budget, Choice, Decision, Factor
+from compress.allocation.problem import Budget, Choice, Decision, TableCost
+from compress.allocation.sizes import SizeAxis, SizeFactor
 
 NODE_LIMIT = 4000
 _RELATIVE_GAP = 1e-6
 _FOUND_OPTIMUM = 0
 
-_Key = tuple[tuple[str, ...], str | None]
+_Row = str | SizeAxis  # a row of x by the name of its decision, or a row of u by its axis
+_Key = tuple[tuple[_Row, ...], str | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A factor of either kind.
+
+    Attributes:
+        rows: What it depends on, two at most.
+        table: One axis for each of them.
+        switch: As in a factor.
+    """
+
+    rows: tuple[_Row, ...]
+    table: np.ndarray
+    switch: str | None
+
+    @property
+    def is_coupled(self) -> bool:
+        return len(self.rows) + (self.switch is not None) > 1
+
+    @property
+    def key(self) -> _Key:
+        return self.rows, self.switch
 
 
 @dataclass(slots=True)
@@ -61,15 +89,19 @@ class Program:
     def __init__(self, decisions: Sequence[Decision], budgets: Sequence[Budget]) -> None:
         self.decisions = decisions
         self.budgets = budgets
-        self._x: dict[str, np.ndarray] = {}
+        self._rows: dict[_Row, np.ndarray] = {}
         self.size = 0
         for decision in decisions:
-            self._x[decision.name] = self._new(len(decision.damages))
+            self._rows[decision.name] = self._new(len(decision.damages))
+        self._parts = [list(_parts(budget.cost)) for budget in budgets]
+        parts = [part for found in self._parts for part in found]
+        for row in dict.fromkeys(row for part in parts for row in part.rows if isinstance(row, SizeAxis)):
+            self._rows[row] = self._new(len(row.sizes))
+        self._whole = self.size
         self._y: dict[_Key, np.ndarray] = {}
-        for budget in budgets:
-            for factor in budget.cost.factors:
-                if _is_coupled(factor) and _key(factor) not in self._y:
-                    self._y[_key(factor)] = self._new(factor.table.size).reshape(factor.table.shape)
+        for part in parts:
+            if part.is_coupled and part.key not in self._y:
+                self._y[part.key] = self._new(part.table.size).reshape(part.table.shape)
 
     def least_damage(self, scale: float, lowered: Sequence[float] | None = None) -> tuple[Choice | None, bool]:
         """Return the choice of least damage within the budgets, and whether it is proved to be that.
@@ -83,59 +115,68 @@ class Program:
         """
         objective = np.zeros(self.size)
         for decision in self.decisions:
-            objective[self._x[decision.name]] = decision.damages / scale
+            objective[self._rows[decision.name]] = decision.damages / scale
         shares = lowered or [0.0] * len(self.budgets)
         return self._solve(objective, [1 - share for share in shares])
 
     def least_cost(self, budget: Budget) -> Choice | None:
         """Return the choice that costs least in the unit of one budget; None when it was not found."""
-        return self._solve(self._cost_row(budget)[0], [])[0]
+        return self._solve(self._cost_row(budget, list(_parts(budget.cost)))[0], [])[0]
 
     def _solve(self, objective: np.ndarray, limits: Sequence[float]) -> tuple[Choice | None, bool]:
         rows = _Rows()
-        for columns in self._x.values():
+        for row, columns in self._rows.items():
             rows.add(columns, np.ones(len(columns)), 1, 1)
+            if isinstance(row, SizeAxis):
+                self._add_size(rows, row, columns)
         for key, columns in self._y.items():
             self._add_margins(rows, key, columns)
-        for budget, limit in zip(self.budgets, limits, strict=False):
-            row, fixed = self._cost_row(budget)
-            columns = np.flatnonzero(row)
-            rows.add(columns, row[columns], -np.inf, limit - fixed)
-        is_x = np.arange(self.size) < sum(len(columns) for columns in self._x.values())
+        for budget, parts, limit in zip(self.budgets, self._parts, limits, strict=False):
+            costs, fixed = self._cost_row(budget, parts)
+            columns = np.flatnonzero(costs)
+            rows.add(columns, costs[columns], -np.inf, limit - fixed)
         result = milp(
             objective,
-            integrality=is_x.astype(int),
+            integrality=(np.arange(self.size) < self._whole).astype(int),
             bounds=Bounds(0, 1),
             constraints=rows.constraint(self.size),
             options={"node_limit": NODE_LIMIT, "mip_rel_gap": _RELATIVE_GAP},
         )
         if result.x is None:
             return None, False
-        choice = {name: int(np.argmax(result.x[columns])) for name, columns in self._x.items()}
+        choice = {one.name: int(np.argmax(result.x[self._rows[one.name]])) for one in self.decisions}
         return choice, result.status == _FOUND_OPTIMUM
+
+    def _add_size(self, rows: _Rows, axis: SizeAxis, u: np.ndarray) -> None:
+        """Let u name the size that x leaves; in steps of the sizes, so that the numbers are small."""
+        unit = float(np.gcd.reduce(np.diff(axis.sizes))) if len(axis.sizes) > 1 and axis.is_whole else 1.0
+        columns = np.concatenate([u, *(self._rows[name] for name in axis.lost)])
+        values = np.concatenate([axis.sizes, *axis.lost.values()]) / unit
+        off = 0.0 if axis.is_whole else 0.5
+        rows.add(columns, values, axis.full / unit - off, axis.full / unit + off)
 
     def _add_margins(self, rows: _Rows, key: _Key, y: np.ndarray) -> None:
         names, switch = key
         low = 0.0 if switch is None else -np.inf
         for axis, name in enumerate(names):
-            for option, x in enumerate(self._x[name]):
+            for option, x in enumerate(self._rows[name]):
                 columns = np.append(np.take(y, option, axis).ravel(), x)
                 rows.add(columns, np.append(np.ones(len(columns) - 1), -1.0), low, 0.0)
         if switch is not None:
-            columns = np.append(y.ravel(), self._x[switch][1])
+            columns = np.append(y.ravel(), self._rows[switch][1])
             rows.add(columns, np.append(np.ones(y.size), -1.0), 0.0, 0.0)
 
-    def _cost_row(self, budget: Budget) -> tuple[np.ndarray, float]:
+    def _cost_row(self, budget: Budget, parts: Sequence[_Part]) -> tuple[np.ndarray, float]:
         """Return the coefficients of a cost, and what is fixed, as shares of the limit."""
         row = np.zeros(self.size)
-        for factor in budget.cost.factors:
-            if _is_coupled(factor):
-                columns = self._y[_key(factor)]
-            elif factor.decisions:
-                columns = self._x[factor.decisions[0]]
+        for part in parts:
+            if part.is_coupled:
+                columns = self._y[part.key]
+            elif part.rows:
+                columns = self._rows[part.rows[0]]
             else:  # a part that only goes with its block
-                columns = self._x[str(factor.switch)][1:]
-            np.add.at(row, columns.ravel(), factor.table.ravel() / budget.limit)
+                columns = self._rows[str(part.switch)][1:]
+            np.add.at(row, columns.ravel(), part.table.ravel() / budget.limit)
         return row, budget.cost.fixed / budget.limit
 
     def _new(self, count: int) -> np.ndarray:
@@ -143,9 +184,22 @@ class Program:
         return np.arange(self.size - count, self.size)
 
 
-def _is_coupled(factor: Factor) -> bool:
-    return len(factor.decisions) + (factor.switch is not None) > 1
+def _parts(cost: TableCost) -> Iterator[_Part]:
+    for factor in cost.factors:
+        yield _Part(factor.decisions, factor.table, factor.switch)
+    for sized in cost.sized:
+        yield _sized_part(sized)
 
 
-def _key(factor: Factor) -> _Key:
-    return factor.decisions, factor.switch
+def _sized_part(factor: SizeFactor) -> _Part:
+    """Return a factor over counts; one that a single decision lowers is looked up by its options."""
+    rows: list[_Row] = []
+    table = factor.table
+    for side, axis in enumerate(factor.axes):
+        if len(axis.lost) == 1:
+            ((name, lost),) = axis.lost.items()
+            rows.append(name)
+            table = np.take(table, axis.places(lost), axis=side)
+        else:
+            rows.append(axis)
+    return _Part(tuple(rows), table, factor.switch)

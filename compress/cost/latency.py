@@ -4,10 +4,9 @@ Variants of the network itself are timed node by node (`cost/variants.py`), beca
 pays for changes of memory layout that the network does not. A site's time at sizes (outputs, inputs) is
 
     measured      where a variant had a site of that kind at those sizes: the mean over all of them
-    filled in     where none had:   own(outputs) * (base + slope * inputs)
+    filled in     where none had (`cost/latency_fill.py`)
 
-with a factor of its own for every number of outputs, so that nothing is interpolated across a stair; along the inputs
-a convolution adds up one block after the other. The sum over the sites is then held against whole variants, timed
+The sum over the sites is then held against whole variants, timed
 without the clock inside:   network = scale * sum + offset.
 """
 
@@ -15,14 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
-from compress.allocation.costs import Axis
+from compress.allocation.costs import Axis, whole_channels
 from compress.allocation.problem import Factor, TableCost
+from compress.allocation.sizes import SizeAxis, SizeFactor
+from compress.cost.latency_fill import Fill, fit_fill
 from compress.cost.variants import Site, Sizes, site_of
 from compress.errors import InternalError
+
+_AxisKey = tuple[float, tuple[tuple[str, float], ...]]
 
 QUANTILE = 0.25
 HEAD, BEFORE = "before the first site", -1
@@ -103,14 +106,23 @@ class LatencyTable:
         """Return what a site adds to the network's time at the given sizes.
 
         Raises:
-            InternalError: No site of this kind with as many outputs was ever timed.
+            InternalError: No site of this kind was ever timed.
         """
-        known = self.entries.get(kind, {}).get((out, inp))
-        if known is not None:
-            return self.scale * known.milliseconds
-        if kind not in self.fills or out not in self.fills[kind].own:
-            raise InternalError(f"The latency table has no site '{kind}' with {out} outputs.")
-        return self.scale * self.fills[kind].at(out, inp)
+        return float(self.sites_ms(kind, np.asarray(out), np.asarray(inp)))
+
+    def sites_ms(self, kind: str, out: np.ndarray, inp: np.ndarray) -> np.ndarray:
+        """Return the same for arrays of sizes, in the shape to which they broadcast."""
+        if kind not in self.fills:
+            raise InternalError(f"The latency table has no site '{kind}'.")
+        out, inp = np.broadcast_arrays(out, inp)
+        found = self.fills[kind].at(out, inp)
+        known = self.entries[kind]
+        codes = np.asarray([_code(*sizes) for sizes in known])
+        order = np.argsort(codes)
+        wanted = _code(out, inp)
+        places = order[np.minimum(np.searchsorted(codes, wanted, sorter=order), len(codes) - 1)]
+        times = np.asarray([entry.milliseconds for entry in known.values()])
+        return np.asarray(self.scale * np.where(codes[places] == wanted, times[places], found))
 
     def covers(self, sites: Sequence[Site]) -> bool:
         """Whether there are times for sites of all these kinds."""
@@ -134,19 +146,6 @@ class LatencyTable:
         return float(np.median(values)) if values else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """own(outputs) * (base + slope * inputs)."""
-
-    own: Mapping[int, float]
-    base: float
-    slope: float
-
-    def at(self, out: int, inp: int) -> float:
-        """Return milliseconds."""
-        return self.own[out] * (self.base + self.slope * inp)
-
-
 def build_table(sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTable:
     """Return the table of a network out of timed variants.
 
@@ -166,7 +165,11 @@ def build_table(sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTabl
         }
         for kind, pairs in collected.items()
     }
-    fills = {kind: _fit_fill(pairs) for kind, pairs in entries.items() if kind != HEAD}
+    fills = {
+        kind: fit_fill({sizes: entry.milliseconds for sizes, entry in pairs.items()})
+        for kind, pairs in entries.items()
+        if kind != HEAD
+    }
     bare = LatencyTable(entries, 1.0, 0.0, 0.0, fills)
     return _calibrated(bare, sites, samples)
 
@@ -195,6 +198,11 @@ def spread_of(calls: np.ndarray) -> float:
     return float((high - low) / (2 * middle)) if middle > 0 else 0.0
 
 
+def _code(out: Any, inp: Any) -> Any:
+    """Return one whole number for a pair of sizes, or an array of them for arrays."""
+    return out * 2**32 + inp
+
+
 def _place(sites: Sequence[Site], number: int, sizes: Sizes) -> tuple[str, tuple[int, int]]:
     if number == BEFORE:
         return HEAD, (0, 0)
@@ -205,39 +213,24 @@ def _place(sites: Sequence[Site], number: int, sizes: Sizes) -> tuple[str, tuple
     return site.kind, (int(out), int(inp))
 
 
-def _fit_fill(pairs: Mapping[tuple[int, int], Entry]) -> Fill:
-    """Fit own(outputs) * (base + slope * inputs) by least squares of the relative error, base and slope at least 0."""
-    outs = sorted({out for out, _ in pairs})
-    position = {out: index for index, out in enumerate(outs)}
-    rows = np.asarray([position[out] for out, _ in pairs])
-    inputs = np.asarray([inp for _, inp in pairs], dtype=np.float64)
-    times = np.asarray([max(entry.milliseconds, 1e-6) for entry in pairs.values()])
-    most = float(inputs.max())
-    own = np.asarray(
-        [np.mean(times[rows == row] / (0.1 + 0.9 * inputs[rows == row] / most)) for row in range(len(outs))]
-    )
-
-    def error(values: np.ndarray) -> np.ndarray:
-        share = values[-1]
-        return np.asarray(np.exp(values[:-1])[rows] * (share + (1 - share) * inputs / most) / times - 1)
-
-    low, high = np.full(len(outs) + 1, -np.inf), np.full(len(outs) + 1, np.inf)
-    low[-1], high[-1] = 0.0, 1.0
-    found = least_squares(error, np.append(np.log(own), 0.1), bounds=(low, high)).x
-    share = float(found[-1])
-    return Fill(dict(zip(outs, np.exp(found[:-1]).tolist(), strict=True)), share, (1 - share) / most)
-
-
 def _calibrated(table: LatencyTable, sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTable:
-    """Hold the sums against whole variants; the relative error is made least, the scale at least 0."""
+    """Hold the sums against whole variants; the relative error is made least, and no prediction is negative."""
     sums = np.asarray([table.network_ms(sites, sample.sizes) for sample in samples])
     totals = np.asarray([sample.total_ms for sample in samples])
     columns = np.stack([sums, np.ones_like(sums)], axis=1) / totals[:, None]
     scale, offset = np.linalg.lstsq(columns, np.ones_like(sums), rcond=None)[0]
-    if len(samples) < 4 or scale <= 0 or sums.max() < 1.2 * sums.min():
+    least = sum(_least_ms(table, site.kind) for site in sites)
+    if len(samples) < 4 or scale <= 0 or scale * least + offset <= 0 or sums.max() < 1.2 * sums.min():
         scale, offset = float(np.median(totals / sums)), 0.0
     error = float(np.median(np.abs((scale * sums + offset) / totals - 1)))
     return LatencyTable(table.entries, float(scale), float(offset), error, table.fills)
+
+
+def _least_ms(table: LatencyTable, kind: str) -> float:
+    """Return a time that no site of a kind falls below at the sizes between those that were timed."""
+    known, fill = table.entries[kind], table.fills[kind]
+    least = min(fill.own.values()) * (fill.base + fill.slope * min(inp for _, inp in known))
+    return min(least, *(entry.milliseconds for entry in known.values()))
 
 
 def latency_cost(
@@ -247,7 +240,7 @@ def latency_cost(
     levels: Mapping[str, Sequence[int]],
     switches: Mapping[str, str] | None = None,
 ) -> TableCost:
-    """Return the network's latency as tables over the widths allowed.
+    """Return the network's latency as tables over the widths allowed, equal to `LatencyTable.network_ms` at all of them.
 
     Args:
         table: What the sites take.
@@ -257,33 +250,43 @@ def latency_cost(
         switches: Layer -> the decision whose option 0 removes it.
     """
     removed = {name: widths[-1] - np.asarray(widths, dtype=np.float64) for name, widths in levels.items()}
-    factors = []
+    known: dict[_AxisKey, SizeAxis] = {}
+    factors, sized = [], []
     for site in sites:
         switch = (switches or {}).get(site.layer)
         out, inp = axes.get(site.layer, (Axis(site.sizes[0]), Axis(site.sizes[1])))
-        names = sorted({*out.slots, *inp.slots} & set(levels))
+        sides = [_size_axis(axis, removed, known) for axis in (out, inp)]
+        names = sorted({name for axis in sides for name in axis.lost})
         if len(names) > 2:
-            factors += _linear_factors(table, site, out, inp, removed, switch)
+            sized.append(_size_factor(table, site.kind, *sides, switch))
             continue
-        shape = tuple(len(levels[name]) for name in names)
-        values = np.empty(shape)
-        for options in np.ndindex(shape):
-            lost = {name: int(removed[name][option]) for name, option in zip(names, options, strict=True)}
-            values[options] = table.site_ms(site.kind, round(out.at(lost)), round(inp.at(lost)))
-        factors.append(Factor(tuple(names), values, switch))
+        lost = np.meshgrid(*(np.arange(len(levels[name])) for name in names), indexing="ij")
+        at = [_sizes_at(axis, dict(zip(names, lost, strict=True))) for axis in sides]
+        factors.append(Factor(tuple(names), table.sites_ms(site.kind, *at), switch))
     fixed = sum(float(factor.table) for factor in factors if not factor.decisions and factor.switch is None)
     kept = tuple(factor for factor in factors if factor.decisions or factor.switch is not None)
-    return TableCost(table.fixed_ms + fixed, kept)
+    return TableCost(table.fixed_ms + fixed, kept, tuple(sized))
 
 
-def _linear_factors(
-    table: LatencyTable, site: Site, out: Axis, inp: Axis, removed: Mapping[str, np.ndarray], switch: str | None
-) -> list[Factor]:
-    """Return the cost of a site that many groups narrow (behind a concatenation): a plane through its corners."""
-    full = table.site_ms(site.kind, *site.sizes)
-    factors = [Factor((), np.asarray(full), switch)]
-    for axis, size in ((out, site.sizes[0]), (inp, site.sizes[1])):
-        for name, slots in axis.slots.items():
-            if name in removed and not (axis is inp and site.is_depthwise):
-                factors.append(Factor((name,), -full * slots * removed[name] / size, switch))
-    return factors
+def _size_axis(axis: Axis, removed: Mapping[str, np.ndarray], known: dict[_AxisKey, SizeAxis]) -> SizeAxis:
+    """Return a channel count as a function of options; the same object for the same count."""
+    slots = {name: slots for name, slots in axis.slots.items() if name in removed}
+    key = axis.size, tuple(sorted(slots.items()))
+    if key not in known:
+        known[key] = SizeAxis(axis.size, {name: slots[name] * removed[name] for name in sorted(slots)})
+    return known[key]
+
+
+def _sizes_at(axis: SizeAxis, options: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the counts that are left, at arrays of options of one shape."""
+    return whole_channels(axis.full - sum((lost[options[name]] for name, lost in axis.lost.items()), start=np.zeros(())))
+
+
+def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, switch: str | None) -> SizeFactor:
+    """Return the cost of a site that more than two groups narrow."""
+    if out is inp:
+        return SizeFactor((out,), table.sites_ms(kind, out.sizes, out.sizes), switch)
+    values = table.sites_ms(kind, out.sizes[:, None], inp.sizes[None, :])
+    if not out.lost:
+        return SizeFactor((inp,), values[0], switch)
+    return SizeFactor((out,), values[:, 0], switch) if not inp.lost else SizeFactor((out, inp), values, switch)

@@ -98,7 +98,7 @@ class LayerAxes:
     def sizes(self, widths: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Return layer -> (outputs, inputs) at the given widths; groups not named keep their full width."""
         removed = {name: full - widths.get(name, full) for name, full in self.widths.items()}
-        return {layer: (round(out.at(removed)), round(inp.at(removed))) for layer, (out, inp) in self.axes.items()}
+        return {layer: (out.channels_at(removed), inp.channels_at(removed)) for layer, (out, inp) in self.axes.items()}
 
 
 def layer_axes(module: nn.Module, groups: Mapping[str, ChannelGroup]) -> LayerAxes:

@@ -58,8 +58,25 @@ def test_nothing_is_interpolated_across_a_stair():
     steps = [table.site_ms("Conv b", out, 12) for out in (16, 24, 32)]
     assert steps[1] / steps[0] == pytest.approx(3.1 / 1.6, rel=0.01)
     assert steps[2] / steps[1] == pytest.approx(3.3 / 3.1, rel=0.01)
-    with pytest.raises(InternalError, match="no site 'Conv b' with 20 outputs"):
-        table.site_ms("Conv b", 20, 8)
+    with pytest.raises(InternalError, match="no site 'Conv z'"):
+        table.site_ms("Conv z", 16, 8)
+
+
+def test_outputs_that_no_variant_had_lie_between_their_neighbours():
+    """Behind a concatenation groups add up to numbers of outputs that were never timed."""
+    table = _table(SOME)
+    low, middle, high = (table.site_ms("Conv b", out, 12) for out in (16, 20, 24))
+    assert middle == pytest.approx((low + high) / 2)
+    assert table.site_ms("Conv b", 99, 12) == table.site_ms("Conv b", 32, 12)
+
+
+@pytest.mark.parametrize("pairs", [ALL, SOME], ids=["all timed", "some filled in"])
+def test_arrays_of_sizes_cost_what_single_sizes_cost(pairs):
+    table = _table(pairs)
+    outs, inps = np.arange(4, 36)[:, None], np.arange(1, 40)[None, :]
+    wanted = [[table.site_ms("Conv b", out, inp) for inp in inps[0]] for out in outs[:, 0]]
+    assert np.array_equal(table.sites_ms("Conv b", outs, inps), wanted)
+    assert table.site_ms("Conv b", 32, 16) == table.scale * table.entries["Conv b"][32, 16].milliseconds
 
 
 def test_cost_tables_hold_the_prediction_for_every_choice():
@@ -153,3 +170,14 @@ def test_a_missing_or_unreadable_file_is_refused(tmp_path):
     (tmp_path / "device.json").write_bytes(b"\xff\xfe not json")
     with pytest.raises(ArtifactError, match="must be a latency table"):
         TableFile.read(tmp_path / "device.json")
+
+
+def test_no_prediction_is_negative_even_where_variants_took_less_than_their_layers():
+    """The clock inside slows layers down; so much may not be taken off that nothing is left of a narrow network."""
+    samples = []
+    for a, b in ALL:
+        sample = _sample(np.random.default_rng(0), a, b)
+        samples.append(replace(sample, total_ms=max(0.05, 2 * sum(sample.site_ms.values()) - 9)))
+    table = build_table(SITES, samples)
+    sizes = {"stem": (8, 3), "body": (8, 8), "twin": (8, 8), "head": (10, 8)}
+    assert table.network_ms(SITES, sizes) > 0

@@ -299,10 +299,8 @@ class _Search:
     def _linear(self, budget: Budget, around: Choice) -> Budget:
         """Return a budget whose cost changes with each decision as if the others stayed where they are."""
         here = budget.cost.at(around)
-        changes = {
-            name: np.broadcast_to(budget.cost.of_options(around, name, here), values.shape) - here
-            for name, values in self.damages.items()
-        }
+        each = budget.cost.of_each(around, self.damages, here)
+        changes = {name: np.broadcast_to(each[name], values.shape) - here for name, values in self.damages.items()}
         return Budget(budget.name, TableCost(here, tuple(Factor((n,), c) for n, c in changes.items())), budget.limit)
 
 

@@ -21,6 +21,7 @@ from compress.allocation.sizes import SizeFactor, SizeTerms
 from compress.errors import InternalError
 
 Choice = dict[str, int]
+_NOTHING = np.zeros(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,13 +112,12 @@ class TableCost:
         if self._switched:
             return {name: self.of_options(choice, name, here) for name in names}
         own, wanted = self._stacked.of_each(choice), list(names)
-        sized = self._sizes.changes(choice, wanted)
-        return {
-            name: here
-            + (own[name] - own[name][choice[name]] if name in own else np.zeros(1))
-            + sized.get(name, np.zeros(1))
-            for name in wanted
-        }
+        sized, found = self._sizes.changes(choice, wanted), {}
+        for name in wanted:
+            row, changes = own.get(name, _NOTHING), sized.get(name)
+            row = row + (here - row[choice[name] if name in own else 0])
+            found[name] = row if changes is None else row + changes
+        return found
 
     @cached_property
     def _switched(self) -> tuple[Factor, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from compress.errors import ArtifactError, ConfigError
+from compress.outputs import require_output
 from compress.report.build import write_page
 from compress.report.caveats import list_caveats
 from compress.report.compare import comparison_rows, name_runs, render_comparison
@@ -45,6 +46,8 @@ def write_pages(places: Sequence[Path], out: Path | None, teller: Teller) -> Pat
         _require_place(out)
     runs = read_runs(places)
     target = _find_target(runs, out)
+    if target.parent.is_dir():
+        require_output("The page" if out is None else "--out", target, "page")
     page = draw(lambda: render_html(runs[0].report), runs) if len(runs) == 1 else _compare(runs, teller)
     write_page(page, target)
     teller.say(f"Report: {target}")

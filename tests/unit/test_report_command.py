@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from compress.cli import app
 from compress.report import fronts, lines, plots
 from compress.report.build import build_report, write_report
+from compress.report.html import render_page
 
 PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
 REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT, PROVENANCE)
@@ -191,7 +192,8 @@ def test_places_where_no_page_can_go_are_refused(runs: Path, tmp_path: Path) -> 
 
 
 def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (runs / "gentle" / "report.html").write_text("old")
+    old = render_page("old", "compress report", "old", "")
+    (runs / "gentle" / "report.html").write_text(old, encoding="utf-8")
 
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -200,7 +202,7 @@ def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyP
     done = call(runs / "gentle")
     assert done.exit_code == 4
     assert "report.html, got: No space left on device." in done.stderr
-    assert (runs / "gentle" / "report.html").read_text() == "old"
+    assert (runs / "gentle" / "report.html").read_text(encoding="utf-8") == old
 
 
 def test_no_run_is_wrong_usage() -> None:

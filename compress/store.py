@@ -64,7 +64,7 @@ class Store:
         if not folder.is_dir():
             return None
         try:
-            values = read_json(folder / "entry.json")
+            values = read_json(folder / "entry.json", allows_nan=True)
             if isinstance(values, dict) and DIGEST_KEY not in values and values.get("schema") == 1:
                 return None  # of a version whose records nobody can check
             values = check_seal(values, "entry.json")

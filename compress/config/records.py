@@ -55,19 +55,26 @@ def check_seal(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, allows_nan: bool = False) -> Any:
     """Return the values of a JSON file; a repeated key is refused.
+
+    Args:
+        path: The file.
+        allows_nan: Whether NaN and Infinity, which JSON does not know, are read as numbers.
 
     Raises:
         RecordDamaged: The file is missing or cannot be read.
     """
+    refusal = None if allows_nan else _refuse_constant
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refusal, object_pairs_hook=_unique)
     except FileNotFoundError as error:
         raise RecordDamaged(f"'{path}' does not exist.") from error
     except OSError as error:
-        raise RecordDamaged(f"'{path}' cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+        raise RecordDamaged(f"'{path}' must be a readable file: {error.strerror or error}.") from error
+    except RecursionError as error:
+        raise RecordDamaged(f"'{path}' must be readable JSON: it is nested too deeply.") from error
+    except ValueError as error:
         raise RecordDamaged(f"'{path}' must be readable JSON: {str(error)[:200]}.") from error
 
 
@@ -77,7 +84,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         RecordDamaged: The file is missing, cannot be read, has no digest or differs from it.
     """
-    return check_seal(read_json(path), str(path))
+    return check_seal(read_json(path, allows_nan=True), str(path))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ def write_pages(places: Sequence[Path], out: Path | None, teller: Teller) -> Pat
     if out is not None:
         _require_place(out)
     runs = read_runs(places)
+    for run in runs:
+        if not run.is_sealed:
+            teller.warn(f"'{run.path}' has no digest of itself, an older version wrote it: damage is not noticed.")
     target = _find_target(runs, out)
     if target.parent.is_dir():
         require_output("The page" if out is None else "--out", target, "page")

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 from compress.errors import ArtifactError, ConfigError
 from compress.files import write_whole
+from compress.outputs import remove_earlier
 from compress.report.build import describe_verdict, write_json
 from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, verdict_sentence
 
@@ -103,8 +104,8 @@ def require_places(junit: Path | None, json_file: Path | None, summary: bool) ->
     Raises:
         ConfigError: A path is a folder or in none, or no file for the summary is named.
     """
-    require_place("--junit", junit, ".xml")
-    require_place("--json", json_file, ".json")
+    require_place("--junit", junit, ".xml", "JUnit file")
+    require_place("--json", json_file, ".json", "JSON verdict")
     if summary and not os.environ.get(GITHUB_SUMMARY):
         raise ConfigError(
             f"--github-summary needs the environment variable {GITHUB_SUMMARY}, it is not set.",
@@ -112,24 +113,24 @@ def require_places(junit: Path | None, json_file: Path | None, summary: bool) ->
         )
 
 
-def require_place(option: str, path: Path | None, suffix: str) -> None:
+def require_place(option: str, path: Path | None, suffix: str, kind: str) -> None:
     """Check that the file of an option can be written, and remove an earlier one: it must not pass for this one's.
 
+    Args:
+        option: Name of the option.
+        path: What it names; None where it is not given.
+        suffix: That its name must have.
+        kind: What will be written, as in `compress.outputs`.
+
     Raises:
-        ConfigError: It is a folder or in none, or its name ends otherwise than in `suffix`: it may be a file of worth.
+        ConfigError: It is a folder or in none, a link, a device or another file, or its name ends otherwise.
         ArtifactError: An earlier one cannot be removed.
     """
     if path is None:
         return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        kind = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ConfigError(f"{option} must be a file to write, '{path}' {kind}.")
-    if path.suffix.lower() != suffix:
+    if not path.is_dir() and path.suffix.lower() != suffix:
         raise ConfigError(f"{option} must be a file whose name ends in {suffix}, got '{path}'.")
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"'{path}' cannot be replaced: {error.strerror}.") from error
+    remove_earlier(option, path, kind)
 
 
 def _clean(text: str) -> str:

@@ -136,8 +136,9 @@ def profile(
     from compress.config.load import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides or ())
-    if out.is_dir():
-        raise ConfigError(f"--out must be a file to write, '{out}' is a folder.")
+    from compress.outputs import require_output
+
+    require_output("--out", out, "latency table")
     from compress.runner import profile as profile_pipeline  # imports torch
 
     console = Console(quiet)
@@ -245,7 +246,7 @@ def verify(
     from compress.ci import require_place, require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
-    require_place("--report", report, ".html")
+    require_place("--report", report, ".html", "page of a verdict")
     from compress.standalone import verify_file  # imports ONNX Runtime
 
     console = Console(quiet)
@@ -347,7 +348,7 @@ def inspect(
     shape = None if input_shape is None else _parse_input(input_shape)
     from compress.ci import require_place
 
-    require_place("--json", json_file, ".json")
+    require_place("--json", json_file, ".json", "JSON overview")
     from compress.inspection.overview import inspect_target  # imports torch
 
     console = Console(quiet)

@@ -1,4 +1,10 @@
-"""How does a second run of one folder learn who holds it?"""
+"""Exclusive hold of a folder by one process (filelock), with the holder's name for the others.
+
+    FOLDER/.lock     the lock; the operating system drops it when its process ends, however it ends
+    FOLDER/.holder   process, host and time of the last holder, for messages only
+
+Who holds a folder is decided by the lock alone. Process ids are never judged: they may be of another host.
+"""
 
 import json
 import os
@@ -7,61 +13,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
 
 from compress.errors import ArtifactError, RunLocked
+from compress.files import try_lock, write_whole
 
-HOLDER_FILE = ".holder"
+HOLDER_FILE, LOCK_FILE = ".holder", ".lock"
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a run folder, created if need be, until the block ends or the process dies.
+    """Hold a folder, created if need be, until the block ends or the process dies.
 
     Raises:
         RunLocked: Another process holds it; says which, and since when.
-        ArtifactError: The folder cannot be created or written to.
+        ArtifactError: The folder cannot be created or written to, or its file system has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / HOLDER_FILE).open("a+", encoding="utf-8")
+        lock = try_lock(folder / LOCK_FILE)
     except OSError as error:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
-    with file:
-        if not _try_lock(file):
-            raise RunLocked(
-                f"Run folder '{folder}' is held by {_describe(file)}.",
-                hint="Wait for that run to end, or give this one another name.",
-            )
-        file.seek(0)
-        file.truncate()
+    if lock is None:
+        raise RunLocked(
+            f"Run folder '{folder}' is held by {_describe(folder)}.",
+            hint="Wait for that run to end, or give this one another name.",
+        )
+    with lock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        json.dump({"pid": os.getpid(), "host": platform.node(), "since": since}, file)
-        file.flush()
+        text = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since})
+        try:
+            write_whole(folder / HOLDER_FILE, text)
+        except OSError as error:
+            raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
         yield
 
 
-def _try_lock(file: IO[str]) -> bool:
-    """Take an exclusive lock that the operating system drops when the process ends, however it ends."""
+def _describe(folder: Path) -> str:
     try:
-        if os.name == "nt":
-            import msvcrt  # exists on Windows only
-
-            file.seek(4096)  # beyond the text, which others may read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl  # exists everywhere else
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _describe(file: IO[str]) -> str:
-    try:
-        file.seek(0)
-        holder = json.load(file)
+        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError):
         return "another process"

@@ -2,6 +2,7 @@
 
     TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
                  [structure.onnx]   of a network that came as an ONNX file: that file without its weights
+    slim/        recipe.json  weights.safetensors  meta.json  [factory.py]  [structure.onnx]  digests.json of all these
     OnnxModel    model.onnx [model.onnx.data]  [float.onnx [float.onnx.data]]  onnx.json  reference/ (a TorchModel)
     Verdict      verdict.json
 
@@ -11,7 +12,8 @@ Data only: nothing in these files is ever executed. The network's code comes fro
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +30,8 @@ from compress.artifacts import (
     Verdict,
 )
 from compress.catalog import ONNX_MODEL, TORCH_MODEL, VERDICT
+from compress.config.digest import digest_file
+from compress.config.records import read_sealed, sealed
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, InternalError
 from compress.recipe import Recipe
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 META_SCHEMA = 1
 STRUCTURE_FILE = "structure.onnx"
+DIGESTS_FILE, DIGESTS_SCHEMA = "digests.json", 1
 VOLATILE = ("baseline.json",)  # measured times differ from run to run; they are no part of what a model is
 
 
@@ -144,6 +149,13 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     _write_json(target / "meta.json", meta)
     for file in ("recipe.json", "weights.safetensors"):
         shutil.copyfile(source / file, target / file)
+    write_digests(target)
+
+
+def write_digests(folder: Path) -> None:
+    """Write down the digests of the files of a slim checkpoint, as they are now."""
+    digests = {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.name != DIGESTS_FILE}
+    _write_json(folder / DIGESTS_FILE, sealed({"schema": DIGESTS_SCHEMA, "files": digests}))
 
 
 def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
@@ -155,12 +167,13 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
             arguments of the checkpoint.
 
     Raises:
-        ArtifactError: The folder holds no checkpoint.
+        ArtifactError: The folder holds no checkpoint, or a file in it is damaged.
         RebuildMismatch: The checkpoint does not fit the factory.
     """
     from compress.building import rebuild  # imports torch
 
     folder = folder / "slim" if (folder / "slim").is_dir() else folder
+    _check_digests(folder, unread=() if factory is None else ("factory.py",))
     meta, recipe, spec = _read_checkpoint(folder)
     signature, weights = Signature.from_dict(meta["signature"]), folder / "weights.safetensors"
     if callable(factory):
@@ -171,6 +184,37 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
     return rebuild(spec, recipe, signature, weights)
+
+
+def _check_digests(folder: Path, unread: Container[str]) -> None:
+    """Compare the files of a slim checkpoint with the digests beside them; older versions wrote none.
+
+    Args:
+        folder: Of the checkpoint.
+        unread: Files that do not matter.
+
+    Raises:
+        ArtifactError: A file is missing, damaged or edited.
+    """
+    path, hint = folder / DIGESTS_FILE, "Give the command of the run again; it lays out the checkpoint anew."
+    if not path.exists():
+        if (folder / "meta.json").is_file():
+            warnings.warn(f"'{folder}' has no {DIGESTS_FILE}: damage of its files is not noticed.", stacklevel=4)
+        return
+    try:
+        files = read_sealed(path)["files"]
+        changed = [
+            name for name, digest in files.items() if name not in unread and digest_file(folder / name) != digest
+        ]
+    except ArtifactError as error:
+        raise ArtifactError(error.message, hint=hint) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"'{path}' lacks a value, or holds one of another kind: {error!r}", hint=hint) from error
+    if changed:
+        if changed == ["factory.py"]:
+            hint = f"{hint} To use the changed code: compress.load(..., factory='{folder / 'factory.py'}:NAME')."
+        names = ", ".join(f"'{folder / name}'" for name in changed)
+        raise ArtifactError(f"{names} must be as the run wrote it, it was damaged or edited.", hint=hint)
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]:

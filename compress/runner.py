@@ -215,10 +215,12 @@ class _Run:
         digest = ""
         for step in steps[:index]:
             digest = self._do(step, len(steps), digest)
-        work = self.store.work_folder(digest_value([steps[index].components(digest), "profile"]))
-        with hold(work):
+        key = digest_value([steps[index].components(digest), "profile"])
+        work = self.store.work_folder(key)
+        with hold(self.store.lock_folder(key)):
+            work.mkdir(parents=True, exist_ok=True)
             table = self._with_stage(steps[index], work, lambda stage, ctx: stage.profile(self.artifact, ctx))
-        shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
         return table
 
     def _do(self, step: Step, count: int, input_digest: str) -> str:
@@ -281,25 +283,29 @@ class _Run:
 
     @contextmanager
     def _claim(self, key: str, label: str) -> Iterator[Entry | None]:
-        """Keep other runs that share the store from making the same result; yields it if one of them just did."""
+        """Keep other runs that share the store from making the same result; yields it if one of them just did.
+
+        The store is looked into again even where nothing was waited for: the other run may have ended in between.
+        """
         waited = False
         with ExitStack() as stack:
             while True:
                 try:
-                    stack.enter_context(hold(self.store.work_folder(key)))
+                    stack.enter_context(hold(self.store.lock_folder(key)))
                     break
                 except RunLocked:
                     if not waited:
                         self.progress.note(f"{label}: another run is making the same result, this one waits for it")
                     waited = True
                     time.sleep(WAIT_S)
-            yield self.store.get(key) if waited else None
+            yield self.store.get(key, warns=waited)
 
     def _make(self, step: Step, count: int, key: str) -> Entry:
         """Run one stage and store its result."""
         started = time.perf_counter()
         work = self.store.work_folder(key)
         try:
+            work.mkdir(parents=True, exist_ok=True)
             source = self.entries[-1].folder if self.entries else None
             with self.crew.call(step, key, source):
                 artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))

@@ -10,6 +10,7 @@ from compress.catalog import NETWORKS
 from compress.config.load import parse_pipeline
 from compress.config.yaml_core import dump_document
 from compress.errors import ConfigError, ConfigValueError
+from compress.outputs import require_output
 
 _TEMPLATE = """\
 # From a trained network to a smaller, checked ONNX file:  compress run {file}
@@ -81,8 +82,7 @@ def write_pipeline(path: Path, scaffold: Scaffold, force: bool = False) -> None:
     """
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already and must not be overwritten.", hint="--force replaces it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder '{path.parent}' must exist.")
+    require_output("PATH", path, "pipeline file (.yaml, .yml)")
     text = render_pipeline(path, scaffold)
     try:
         parse_pipeline(text, path)

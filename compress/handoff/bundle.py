@@ -15,6 +15,7 @@ from compress.handoff.finished import MODEL_FILE, FinishedRun, read_run
 from compress.handoff.readme import render_readme
 from compress.handoff.samples import make_samples, pack_arrays
 from compress.handoff.signing import sign
+from compress.outputs import require_output
 
 DEFAULT_SAMPLES = 16
 
@@ -114,14 +115,11 @@ def _require_own_weights(content: dict[str, bytes]) -> None:
 
 
 def _require_place(out: Path, force: bool) -> None:
-    if out.is_dir():
-        raise ConfigError(f"-o must be a file to write, '{out}' is a folder.")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"-o must be a file to write, '{out}' is in a folder that does not exist.")
-    if out.suffix.lower() != ".zip":
+    if not out.is_dir() and out.suffix.lower() != ".zip":
         raise ConfigError(f"-o must be a file to write whose name ends in .zip, got '{out}'.")
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise ConfigError(f"{out} exists already and must not be overwritten.", hint="--force replaces it.")
+    require_output("-o", out, "bundle")
 
 
 def _require_outside(out: Path, folder: Path) -> None:

@@ -793,6 +793,9 @@ def _write_json(path: Path, outcome: Outcome) -> None:
     machine = {"platform": platform.platform(), "python": platform.python_version(), "processor": platform.processor()}
     text = json.dumps({**values, "checks": outcome.checks, "machine": machine}, indent=1, allow_nan=False)
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/null: written to, never replaced
+            path.write_text(text + "\n", encoding="utf-8")
+            return
         part = path.with_name(f".{path.name}.part")
         part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -835,6 +838,19 @@ def _require_place(refuse: Callable[[str], NoReturn], path: Path, bundle: Path) 
         refuse(f"--json must be a file to write, '{path}' {kind}")
     if path.resolve() == bundle.resolve() or path.resolve().parent == bundle.resolve():
         refuse(f"--json must lie outside of the bundle, which '{path}' would change")
+    if path.is_file() and path.is_symlink():
+        refuse(f"--json must be a regular file, '{path}' is a symbolic link")
+    if path.is_file() and not _is_outcome(path):
+        refuse(f"--json replaces only the outcome of an earlier check, '{path}' is another file")
+
+
+def _is_outcome(path: Path) -> bool:
+    """Whether a file is empty or was written by `--json`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8") or '{"checks": 0, "exit_code": 0}')
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"checks", "exit_code"} <= set(values)
 
 
 def _at_least_one(text: str) -> int:

@@ -4,7 +4,6 @@ A run folder is trusted for nothing that its report does not say: the files that
 that the run wrote down, and so must the images that the samples are taken from.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.config.digest import digest_data, digest_file
+from compress.config.records import DIGEST_KEY, RecordDamaged, read_json, read_sealed
 from compress.config.schema import DataConfig
 from compress.errors import ArtifactError, ConfigError
 
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> FinishedRun:
     again = f"`compress run {folder / 'pipeline.yaml'} --runs-dir {folder.parent}` finishes it."
     if not (folder / "report.json").is_file():
         raise ArtifactError(f"The run in '{folder}' must be finished, it has no report.json.", hint=again)
-    report = _read_json(folder / "report.json")
+    report = _read_report(folder / "report.json", again)
     try:
         _require_classifier(report)
         digests = _require_provenance(report, folder, again)
@@ -143,13 +143,22 @@ def _require_data(report: dict[str, Any], data: DataConfig) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_report(path: Path, again: str) -> dict[str, Any]:
+    """Return a report that equals its own digest.
+
+    Raises:
+        ArtifactError: It is damaged or edited, or an older version wrote it, which gave it no digest.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"'{path}' must be a readable file: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"'{path}' must be readable JSON: {error}") from error
+        report = read_sealed(path)
+    except RecordDamaged as error:
+        raise ArtifactError(error.message, hint=again) from error
+    del report[DIGEST_KEY]
+    return report
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ArtifactError(f"'{path}' must hold a JSON object.")
     return values

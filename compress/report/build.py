@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from compress.artifacts import CheckResult, Verdict
+from compress.config.records import sealed
 from compress.errors import ArtifactError, InternalError
 from compress.files import write_whole
 from compress.report.html import render_html
@@ -107,7 +108,7 @@ def _describe(verdict: Verdict) -> dict[str, Any]:
 
 
 def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> None:
-    """Write `report.json` and `report.html` into `folder`; each file is whole or not there.
+    """Write `report.json`, with a digest of itself, and `report.html` into `folder`; each is whole or not there.
 
     Args:
         report: As from `build_report`.
@@ -117,7 +118,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(report, folder / "report.json")
+    write_json(sealed(report), folder / "report.json")
     if page:
         write_page(render_html(report), folder / "report.html")
 

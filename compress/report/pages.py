@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from compress.errors import ArtifactError, ConfigError
+from compress.outputs import require_output
 from compress.report.build import write_page
 from compress.report.caveats import list_caveats
 from compress.report.compare import comparison_rows, name_runs, render_comparison
@@ -44,7 +45,12 @@ def write_pages(places: Sequence[Path], out: Path | None, teller: Teller) -> Pat
     if out is not None:
         _require_place(out)
     runs = read_runs(places)
+    for run in runs:
+        if not run.is_sealed:
+            teller.warn(f"'{run.path}' has no digest of itself, an older version wrote it: damage is not noticed.")
     target = _find_target(runs, out)
+    if target.parent.is_dir():
+        require_output("The page" if out is None else "--out", target, "page")
     page = draw(lambda: render_html(runs[0].report), runs) if len(runs) == 1 else _compare(runs, teller)
     write_page(page, target)
     teller.say(f"Report: {target}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compress.config.records import DIGEST_KEY, RecordDamaged, check_seal, read_json
 from compress.errors import ArtifactError, ConfigError
 from compress.report.build import REPORT_SCHEMA
 
@@ -15,6 +15,7 @@ REPORT_FILE = "report.json"
 _MARKS = ("lock", "pipeline.yaml")  # a run folder holds these before there is a report
 _SECTIONS = {"environment": dict, "config": dict, "details": dict, "stages": list, "non_finite": list}
 _FIGURES = ("baseline", "slim")
+_KEYS_OF_OLD = {"schema", "name", "verdict", "non_finite", "provenance", *_SECTIONS, *_FIGURES}  # without a digest
 
 
 T = TypeVar("T")
@@ -28,11 +29,13 @@ class Run:
         given: What the user called it by.
         path: Of its `report.json`.
         report: The content.
+        is_sealed: Whether it had a digest of itself; older versions wrote none.
     """
 
     given: str
     path: Path
     report: dict[str, Any]
+    is_sealed: bool = True
 
 
 def read_runs(places: Sequence[Path]) -> list[Run]:
@@ -56,25 +59,21 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
                 f"Each run must be given once, got '{earlier}' and '{place}', which are the same.",
                 hint="name different runs, or one alone to write its page anew.",
             )
-        runs[path.resolve()] = Run(str(place), path, read_report(path))
+        report = read_report(path)
+        runs[path.resolve()] = Run(str(place), path, report, report.pop(DIGEST_KEY, None) is not None)
     return list(runs.values())
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a `report.json`.
+    """Read a `report.json` and compare it with its digest; one of an older version may be without.
 
     Raises:
-        ArtifactError: It is missing, no JSON, no report of a run, or of another schema.
+        ArtifactError: It is missing, no JSON, damaged or edited, no report of a run, or of another schema.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise ArtifactError(f"'{path}' must be a readable file: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ArtifactError(
-            f"'{path}' must be JSON, got: {reason}.", hint="Run the pipeline to write it anew."
-        ) from error
+        report = read_json(path)
+    except RecordDamaged as error:
+        raise ArtifactError(error.message, hint="Run the pipeline to write it anew.") from error
     if not isinstance(report, dict) or "schema" not in report:
         raise ArtifactError(f"'{path}' must be the report of a run, it has no schema number.")
     if report["schema"] != REPORT_SCHEMA:
@@ -84,6 +83,12 @@ def read_report(path: Path) -> dict[str, Any]:
         )
     if problem := _find_problem(report):
         raise ArtifactError(f"'{path}' must be the report of a run: {problem}.")
+    if DIGEST_KEY in report or not set(report) <= _KEYS_OF_OLD:
+        try:
+            check_seal(report, str(path))
+        except RecordDamaged as error:
+            hint = "Run the pipeline to write it anew; stages that are done are not repeated."
+            raise ArtifactError(error.message, hint=hint) from error
     return report
 
 
@@ -102,10 +107,6 @@ def draw(render: Callable[[], T], runs: Sequence[Run]) -> T:
             f"{type(error).__name__}: {error}.",
             hint="Run the pipeline to write the report anew; stages that are done are not repeated.",
         ) from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
 
 
 def _find_report(place: Path) -> Path:

@@ -20,6 +20,7 @@ from smallrun import Finished, World
 from typer.testing import Result
 
 import compress
+from compress.config.records import sealed
 from compress.handoff import check
 from compress.handoff.bundle import write_bundle
 
@@ -439,9 +440,21 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], obje
     def write(folder: Path) -> None:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         change(report)
-        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(sealed(report)), encoding="utf-8")
 
     return write
+
+
+def edit(folder: Path) -> None:
+    """Let a verdict pass by hand, without a new digest."""
+    path = folder / "report.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"limit": 0.5', '"limit": 0.9'), encoding="utf-8")
+
+
+def unseal(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    del report["record_digest"]
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def put(name: str, data: bytes) -> Callable[[Path], object]:
@@ -457,6 +470,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another recipe": (append("slim/recipe.json"), "'{}/slim/recipe.json' must be the file that the run verified, "),
     "no report": (put("report.json", b"text"), "'{}/report.json' must be readable JSON: "),
     "a list": (put("report.json", b"[]"), "'{}/report.json' must hold a JSON object."),
+    "an edited report": (edit, "'{}/report.json' differs from its digest: it was damaged or edited."),
+    "no digest": (unseal, "'{}/report.json' has no digest of itself (record_digest)."),
     "another schema": (rewrite(lambda r: r.update(schema=7)), "'{}/report.json' must have schema 1, got 7."),
     "an older report": (
         rewrite(lambda r: r.pop("provenance")),

@@ -60,7 +60,7 @@ def test_the_run_folder_holds_what_it_should(finished: Finished) -> None:
     assert folder == finished.world.runs / "chain"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        ".holder", "lock", "model.onnx", "pipeline.yaml", "report.html", "report.json",
+        ".holder", ".lock", "lock", "model.onnx", "pipeline.yaml", "report.html", "report.json",
         "slim/factory.py", "slim/meta.json", "slim/recipe.json", "slim/weights.safetensors",
     }  # fmt: skip
     assert not list((finished.world.store / ".partial").iterdir())

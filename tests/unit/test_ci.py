@@ -91,7 +91,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(tmp_path, mon
 
 
 def test_an_earlier_file_does_not_stay_for_this_verdict_and_others_are_not_touched(tmp_path):
-    (tmp_path / "out.xml").write_text("old", encoding="utf-8")
+    (tmp_path / "out.xml").write_bytes(to_junit(VERDICT, "old"))
     (tmp_path / "model.onnx").write_text("dear", encoding="utf-8")
     require_places(tmp_path / "out.xml", None, False)
     assert not (tmp_path / "out.xml").exists()

@@ -293,7 +293,7 @@ def test_init_refuses_options_that_make_no_pipeline(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "stages[1].target.macs must be at most 1, got 1.5." in done.stderr
     assert not path.exists()
-    assert "must exist" in init(tmp_path / "no" / "a.yaml", "resnet18", "CIFAR10").stderr
+    assert "is in a folder that does not exist" in init(tmp_path / "no" / "a.yaml", "resnet18", "CIFAR10").stderr
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One run holds a folder; the next one learns who; a dead one holds nothing."""
 
+import errno
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import pytest
 
 from compress.errors import ArtifactError, RunLocked
 from compress.locking import HOLDER_FILE, hold
+from compress.store import Store
 
 ROOT = Path(__file__).parents[2]
 HOLD = (
@@ -102,3 +104,54 @@ def test_a_folder_that_cannot_be_made_or_written_to_is_told(tmp_path: Path, monk
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ArtifactError, match="must be writable: Permission denied"), hold(tmp_path / "x"):
         pytest.fail("held")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """ENOLCK of a network drive means that nothing can be held, not that somebody holds it."""
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ArtifactError, match="must support file locks, it does not") as caught, hold(tmp_path):
+        pytest.fail("held")
+    assert type(caught.value) is ArtifactError
+    assert "--runs-dir" in str(caught.value.hint)
+
+
+def test_the_lock_of_a_stage_outlives_its_work_folder(tmp_path: Path) -> None:
+    """A finished entry removes the work folder; whoever waits must not find a new lock in its place."""
+    store = Store(tmp_path, warn=pytest.fail)
+    with hold(store.lock_folder("k")):
+        store.work_folder("k").mkdir(parents=True)
+        store.put("k", lambda folder: None, {})
+        assert not store.work_folder("k").exists()
+        with pytest.raises(RunLocked), hold(store.lock_folder("k")):
+            pytest.fail("held by two")
+
+
+MANY = """
+import sys, pathlib, os, time
+from compress.errors import RunLocked
+from compress.locking import hold
+folder, held = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+done = 0
+while done < 10:
+    try:
+        with hold(folder):
+            os.close(os.open(held, os.O_CREAT | os.O_EXCL))  # fails where somebody else is in here
+            time.sleep(0.002)
+            held.unlink()
+            done += 1
+    except RunLocked:
+        time.sleep(0.001)
+"""
+
+
+def test_of_many_that_want_a_folder_never_two_hold_it(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", MANY, str(tmp_path / "folder"), str(tmp_path / "held")]
+    many = [subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(3)]
+    assert [one.wait(timeout=100) for one in many] == [0, 0, 0]

@@ -16,7 +16,7 @@ from compress.building import write_weights
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, CompressError, ModelError, RebuildMismatch
 from compress.lowrank.surgery import apply_factorize
-from compress.persist import load_slim, load_torch_model, save_torch_model, write_slim
+from compress.persist import load_slim, load_torch_model, save_torch_model, write_digests, write_slim
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 
@@ -100,6 +100,7 @@ def test_no_pickle_is_written(stored, run):
         "baseline.onnx",
         "baseline.safetensors",
         "factory.py",
+        "digests.json",
     }
     for file in files:
         assert not zipfile.is_zipfile(file)
@@ -179,6 +180,7 @@ def _change_meta(folder: Path, **changes: object) -> None:
 def test_changed_meta_is_refused(stored, run, changes, match):
     for folder, load in ((stored, load_torch_model), (run / "slim", load_slim)):
         _change_meta(folder, **changes)
+        write_digests(folder)  # as whoever changes a checkpoint on purpose
         with pytest.raises(ArtifactError, match=match):
             load(folder)
 
@@ -211,20 +213,59 @@ def test_changed_file_is_refused(run, name, content, match):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
+    write_digests(run / "slim")
     with pytest.raises(ArtifactError, match=match):
         compress.load(run)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "recipe.json", "meta.json", "factory.py", "digests.json"])
+def test_changed_bits_of_a_checkpoint_are_refused(run, name):
+    path = run / "slim" / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), -(-len(whole) // 40)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        with pytest.raises(ArtifactError, match=r"damaged|must be readable JSON|twice|digest") as caught:
+            compress.load(run)
+        assert caught.value.hint
+
+
+def test_a_file_of_a_checkpoint_that_is_gone_is_told_by_name(run):
+    (run / "slim" / "recipe.json").unlink()
+    with pytest.raises(ArtifactError, match=r"recipe\.json"):
+        compress.load(run)
+
+
+def test_code_that_was_edited_is_used_only_where_it_is_named(run, model):
+    path = run / "slim" / "factory.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"factory\.py' must be as the run wrote it") as caught:
+        compress.load(run)
+    assert f"factory='{path}:NAME'" in str(caught.value.hint)
+    assert torch.equal(compress.load(run, f"{path}:build")(nets.images()), model.module(nets.images()))
+
+
+def test_a_checkpoint_of_an_older_version_loads_with_a_warning(run, model):
+    (run / "slim" / "digests.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no digests\.json: damage of its files is not noticed"):
+        loaded = compress.load(run)
+    assert torch.equal(loaded(nets.images()), model.module(nets.images()))
 
 
 def test_recipe_or_weights_of_another_network_are_a_mismatch(run, model):
     recipe = run / "slim" / "recipe.json"
     recipe.write_text(Recipe(EDITS[:2]).to_json(), encoding="utf-8")
+    write_digests(run / "slim")
     with pytest.raises(RebuildMismatch, match=r"saved weights must fit .*missing: body\.2\.conv2\.weight"):
         compress.load(run)
     recipe.write_text(Recipe((RemoveBlock("body.7"),)).to_json(), encoding="utf-8")
+    write_digests(run / "slim")
     with pytest.raises(RebuildMismatch, match=r"must have a block 'body\.7'"):
         compress.load(run)
     recipe.write_text(model.recipe.to_json(), encoding="utf-8")
     write_weights(nets.build("chain"), run / "slim" / "weights.safetensors")
+    write_digests(run / "slim")
     with pytest.raises(RebuildMismatch, match="saved weights must fit the replayed network"):
         compress.load(run)
 
@@ -239,6 +280,7 @@ def test_changed_baseline_is_refused(stored, content):
 
 def test_factory_named_in_the_checkpoint_must_be_there(run):
     (run / "slim" / "factory.py").unlink()
+    write_digests(run / "slim")
     with pytest.raises(ModelError, match=r"Factory file '.*factory\.py' does not exist"):
         compress.load(run)
 

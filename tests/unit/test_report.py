@@ -20,6 +20,7 @@ from report_samples import (
 )
 
 from compress.artifacts import Figures, Verdict
+from compress.config.records import sealed
 from compress.errors import ArtifactError, InternalError
 from compress.report import environment
 from compress.report.build import StageRun, build_report, write_report
@@ -109,7 +110,7 @@ def test_written_files_are_whole_and_nothing_else_is_left(tmp_path: Path) -> Non
     report = report_of(passing_verdict())
     write_report(report, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
-    assert json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8")) == report
+    assert json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8")) == sealed(report)
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
 
 

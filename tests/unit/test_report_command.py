@@ -14,8 +14,12 @@ from report_samples import CONFIG, ENVIRONMENT, failing_verdict, passing_verdict
 from typer.testing import CliRunner, Result
 
 from compress.cli import app
+from compress.config.records import sealed
+from compress.errors import ArtifactError
 from compress.report import fronts, lines, plots
 from compress.report.build import build_report, write_report
+from compress.report.html import render_page
+from compress.report.reading import read_report
 
 PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
 REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT, PROVENANCE)
@@ -48,7 +52,7 @@ def test_one_run_gets_its_page_anew(runs: Path) -> None:
     assert done.stdout == f"Report: {runs / 'gentle' / 'report.html'}\n"
     page = (runs / "gentle" / "report.html").read_text(encoding="utf-8")
     assert "<title>gentle: passed</title>" in page
-    assert json.loads((runs / "gentle" / "report.json").read_text(encoding="utf-8")) == REPORT
+    assert json.loads((runs / "gentle" / "report.json").read_text(encoding="utf-8")) == sealed(REPORT)
 
 
 def test_several_runs_get_one_page_and_a_table(runs: Path, tmp_path: Path) -> None:
@@ -131,11 +135,11 @@ def test_what_is_no_finished_run_is_refused(runs: Path, tmp_path: Path, place: s
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "must be JSON, got: Expecting value"),
-        (b'{"schema": 1, "verdict"', "must be JSON, got:"),
-        (b"\xff\xfe", "must be JSON, got: 'utf-8' codec can't decode"),
-        (b"[" * 200_000, "must be JSON, got: it is nested too deeply."),
-        (b'{"schema": 1, "x": NaN}', "must be JSON, got: NaN is no number in JSON."),
+        (b"", "must be readable JSON: Expecting value"),
+        (b'{"schema": 1, "verdict"', "must be readable JSON: "),
+        (b"\xff\xfe", "must be readable JSON: 'utf-8' codec can't decode"),
+        (b"[" * 200_000, "must be readable JSON: it is nested too deeply."),
+        (b'{"schema": 1, "x": NaN}', "must be readable JSON: NaN is no number in JSON."),
         (b"[]", "must be the report of a run, it has no schema number."),
         (b"7", "must be the report of a run, it has no schema number."),
         (b"{}", "must be the report of a run, it has no schema number."),
@@ -148,6 +152,9 @@ def test_what_is_no_finished_run_is_refused(runs: Path, tmp_path: Path, place: s
         (b'{"schema": 1, "verdict": {"checks": []}, "stages": [1]}', "a stage is no object."),
         (b'{"schema": 1, "verdict": {"checks": []}, "slim": 3}', "'slim' is no object."),
         (b'{"schema": 1, "verdict": {"checks": []}, "details": 3}', "'details' is no object."),
+        (b'{"schema": 1, "verdict": {"checks": []}, "detaims": {}}', "has no digest of itself"),
+        (b'{"schema": 1, "verdict": {"checks": []}, "record_digest": 7}', "it was damaged or edited."),
+        (b'{"schema": 1, "schema": 1, "verdict": {"checks": []}}', "a key stands in it twice."),
     ],
 )
 def test_a_report_that_is_not_whole_is_refused(runs: Path, content: bytes, text: str) -> None:
@@ -162,9 +169,25 @@ def test_a_report_that_is_not_whole_is_refused(runs: Path, content: bytes, text:
 
 def test_a_report_with_next_to_nothing_is_shown(runs: Path) -> None:
     (runs / "harder" / "report.json").write_text('{"schema": 1, "verdict": {"checks": []}}')
-    assert call(runs / "harder").exit_code == 0
+    done = call(runs / "harder")
+    assert done.exit_code == 0
+    assert "has no digest of itself, an older version wrote it: damage is not noticed." in done.stderr
     assert "Failed" in (runs / "harder" / "report.html").read_text(encoding="utf-8")
     assert call(runs / "gentle", runs / "harder").exit_code == 0
+
+
+def test_every_changed_bit_of_a_report_is_refused(runs: Path) -> None:
+    path = runs / "gentle" / "report.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        try:
+            report = read_report(path)
+        except ArtifactError:
+            continue
+        assert report == json.loads(whole), bytes(changed[place - 20 : place + 20])
 
 
 def test_a_report_that_cannot_be_read_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +214,8 @@ def test_places_where_no_page_can_go_are_refused(runs: Path, tmp_path: Path) -> 
 
 
 def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (runs / "gentle" / "report.html").write_text("old")
+    old = render_page("old", "compress report", "old", "")
+    (runs / "gentle" / "report.html").write_text(old, encoding="utf-8")
 
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -200,7 +224,7 @@ def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyP
     done = call(runs / "gentle")
     assert done.exit_code == 4
     assert "report.html, got: No space left on device." in done.stderr
-    assert (runs / "gentle" / "report.html").read_text() == "old"
+    assert (runs / "gentle" / "report.html").read_text(encoding="utf-8") == old
 
 
 def test_no_run_is_wrong_usage() -> None:

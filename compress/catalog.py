@@ -36,9 +36,9 @@ STAGES: dict[str, StageEntry] = {
     for entry in (
         StageEntry("load", "compress.stages.load:LoadStage", 4, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
-        StageEntry("prune", "compress.stages.prune:PruneStage", 8, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("prune", "compress.stages.prune:PruneStage", 9, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
-        StageEntry("slim", "compress.stages.slim:SlimStage", 6, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("slim", "compress.stages.slim:SlimStage", 7, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 5, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -52,8 +53,9 @@ def _count_calls(
     names: dict[nn.Module, str] = {part: name for name, part in module.named_modules() if isinstance(part, COUNTED)}
     counts = dict.fromkeys(names.values(), 0)
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counts[names[layer]] += of_call(layer, inputs[0], output)
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        first = next(value for value in tree_leaves(output) if isinstance(value, Tensor))  # some return several
+        counts[names[layer]] += of_call(layer, inputs[0], first)
 
     handles = [layer.register_forward_hook(count) for layer in names]
     try:

@@ -185,17 +185,18 @@ class _Call(TorchFunctionMode):
 
 
 def _listen(calls: list[_Call]) -> Callable[..., None]:
-    def start(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls.append(_Call(inputs[0].clone() if inputs else None))  # what follows may work in place
+    def start(_: nn.Module, inputs: tuple[object, ...]) -> None:
+        first = inputs[0] if inputs else None
+        calls.append(_Call(first.clone() if isinstance(first, Tensor) else None))  # what follows may work in place
         calls[-1].__enter__()  # type: ignore[no-untyped-call]
 
     return start
 
 
 def _remember(calls: list[_Call]) -> Callable[..., None]:
-    def stop(_: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor | None) -> None:
+    def stop(_: nn.Module, _inputs: tuple[Tensor, ...], output: object) -> None:
         calls[-1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        calls[-1].gave = None if output is None else output.clone()
+        calls[-1].gave = output.clone() if isinstance(output, Tensor) else None  # None: it is no plain layer
 
     return stop
 

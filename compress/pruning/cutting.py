@@ -1,8 +1,9 @@
 """How are channels taken out of a network? A copy loses them from every parameter, buffer and number that has them.
 
 Besides parameters, a cut changes the numbers of channels that layers carry (`out_channels`, `num_features`, ...) and,
-in other modules, whole numbers that equal a count of channels that their own code splits, reshapes or holds: such a
-number is a guess, which the trial of the cut confirms or refutes.
+in other modules, whole numbers that equal a count of channels that their own code splits, reshapes or holds, in lists,
+mappings and dataclasses too (`numbers_left.py`): such a number is a guess, which the trial of the cut confirms or
+refutes.
 """
 
 import copy
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.attributes import held_tensors, own_attributes
 from compress.cost.macs import CONVOLUTIONS, TRANSPOSED
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, LAYERS
+from compress.pruning.numbers_left import Sizes, corrected
 from compress.pruning.shortcuts import FixedShortcut
 
 _CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED)
-_Sizes = Mapping[tuple[int, ...], tuple[int, ...]]
 
 
 def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: Tensor) -> nn.Module:
@@ -59,9 +61,9 @@ def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequen
     copied = copy.deepcopy(module, known)  # type: ignore[arg-type]
     widths, sizes = _norm_groups_left(module, graph, gone), _sizes_left(graph, gone)
     for path, part in module.named_modules():
-        tensors = {**part._parameters, **part._buffers}
+        tensors = held_tensors(part)
         changed = {name: (tensor, slim[id(tensor)]) for name, tensor in tensors.items() if id(tensor) in slim}
-        _correct_numbers(copied.get_submodule(path), changed, sizes.get(path, {}), widths.get(path))  # type: ignore[arg-type]
+        _correct_numbers(copied.get_submodule(path), changed, sizes.get(path, Sizes()), widths.get(path))
     return copied
 
 
@@ -87,23 +89,24 @@ def _norm_groups_left(module: nn.Module, graph: ChannelGraph, gone: np.ndarray) 
     return found
 
 
-def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, _Sizes]:
+def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, Sizes]:
     """Return for each module the counts of channels its code may have written down and what becomes of them."""
-    found: dict[str, dict[tuple[int, ...], set[tuple[int, ...]]]] = {}
+    found: dict[str, Sizes] = {}
     for sized in graph.trace.sized:
         before = tuple(len(labels) for labels in sized.labels)
         after = tuple(int((~gone[labels.numpy()]).sum()) for labels in sized.labels)
-        found.setdefault(sized.module, {}).setdefault(before, set()).add(after)
-    return {
-        path: {before: next(iter(after)) for before, after in sizes.items() if len(after) == 1}
-        for path, sizes in found.items()
-    }
+        found.setdefault(sized.module, Sizes()).add(before, after)
+    for shaped in graph.trace.shaped:
+        left = int((~gone[shaped.labels.numpy()]).sum())
+        if shaped.shape[shaped.dim] == len(shaped.labels):
+            found.setdefault(shaped.module, Sizes()).add_shape(shaped.shape, shaped.dim, left)
+    return found
 
 
 def _correct_numbers(
     part: nn.Module,
     changed: Mapping[str, tuple[Tensor, Tensor]],
-    sizes: _Sizes,
+    sizes: Sizes,
     norm: tuple[int, int] | None,
 ) -> None:
     """Let the numbers that a module carries follow its parameters."""
@@ -112,25 +115,17 @@ def _correct_numbers(
     elif isinstance(part, LAYERS):
         _correct_layer(part, changed)
     else:
-        own: dict[tuple[int, ...], tuple[int, ...]] = {
-            (before,): (after,)
-            for old, new in changed.values()
-            for before, after in zip(old.shape, new.shape, strict=True)
-            if before != after
-        }
-        for name, value in list(vars(part).items()):
-            if (after := _corrected(value, {**sizes, **own})) != value:
+        own = sizes.with_counts(
+            {
+                before: after
+                for old, new in changed.values()
+                for before, after in zip(old.shape, new.shape, strict=True)
+                if before != after
+            }
+        )
+        for name, value in own_attributes(part).items():
+            if (after := corrected(value, own)) is not value:
                 setattr(part, name, after)
-
-
-def _corrected(value: object, sizes: _Sizes) -> object:
-    """Return a number, or a list or tuple of numbers, as it is after the cut; anything else as it is."""
-    if type(value) is int:  # True and False are not
-        return sizes.get((value,), (value,))[0]
-    if type(value) in (list, tuple) and value and all(type(one) is int for one in value):  # type: ignore[attr-defined]
-        after = sizes.get(tuple(value))  # type: ignore[arg-type]
-        return value if after is None else type(value)(after)  # type: ignore[call-arg]
-    return value
 
 
 def _correct_layer(part: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -14,6 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from compress.attributes import held_tensors
 from compress.cost.macs import COUNTED
 from compress.errors import UnsupportedLayer
 from compress.pruning.groups import LAYERS, ChannelGroup, Exclusion, Member, Read
@@ -21,6 +22,7 @@ from compress.pruning.tracing.forward import trace
 from compress.pruning.tracing.record import OUTPUTS, Axis, Trace
 
 _MOST_PATTERNS = 4
+ONE_CHANNEL = "it has one channel only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +146,12 @@ class ChannelGraph:
         count = len(np.unique(units))
         if reason is None and patterns > _MOST_PATTERNS:
             reason = "its channels are tied to one another in too many ways"
-        if reason is None and count < 2:
-            reason = f"it has only {count * parts} channels in {parts} parts"
+        if reason is None and count * parts == 1:
+            reason = ONE_CHANNEL
+        elif reason is None and count < 2:
+            reason = f"its {parts} channels can only go together"
         if reason is not None:
-            self.excluded.append(Exclusion(name, reason, expected=reason == OUTPUTS))
+            self.excluded.append(Exclusion(name, reason, expected=reason in (OUTPUTS, ONE_CHANNEL)))
             self._found[name] = _Found(labels, units)
             return
         members = tuple(self._members(numbers, channels))
@@ -249,12 +253,11 @@ class Owner:
 
 
 def _owners(module: nn.Module) -> dict[int, list[Owner]]:
-    """Return by identity of a parameter or buffer every place it hangs at, in definition order."""
+    """Return by identity of a parameter, buffer or plain tensor every place it hangs at, in definition order."""
     found: dict[int, list[Owner]] = {}
     for order, (path, part) in enumerate(module.named_modules()):
-        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None:
-                found.setdefault(id(tensor), []).append(Owner(path, part, name, order))
+        for name, tensor in held_tensors(part).items():
+            found.setdefault(id(tensor), []).append(Owner(path, part, name, order))
     return found
 
 

@@ -9,6 +9,7 @@ member          one layer touched by the group: on its "out" axis (producer, nor
 gates           the places where multiplying a channel by 0 is the same as removing it
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,7 @@ from compress.pruning.shortcuts import FixedShortcut
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
+_NUMBERS = re.compile(r"(?<![\w.'])[\d.]+(?:e[+-]?\d+)?(?!\w)")  # not those in the names of layers
 LAYERS = (*COUNTED, *NORMS, nn.PReLU, FixedShortcut)
 
 
@@ -138,6 +140,30 @@ class Exclusion:
     name: str
     reason: str
     expected: bool = False
+
+
+def exclusions_by_cause(excluded: Iterable[Exclusion], shown: int = 3) -> list[str]:
+    """Return a sentence for each cause why groups are not prunable, with the first of their names.
+
+    Reasons that differ in numbers alone, such as how far outputs were apart, are one cause; the first is shown.
+
+    >>> exclusions_by_cause([Exclusion("a", "it differs by 0.2"), Exclusion("b", "it differs by 0.31")])
+    ["2 channel groups are not prunable: it differs by 0.2 ('a', 'b')."]
+    """
+    causes: dict[str, list[Exclusion]] = {}
+    for exclusion in excluded:
+        if not exclusion.expected:
+            causes.setdefault(_NUMBERS.sub("#", exclusion.reason), []).append(exclusion)
+    sentences = []
+    for members in causes.values():
+        first, names = members[0], [f"'{one.name}'" for one in members]
+        if len(members) == 1:
+            sentences.append(f"Channel group {names[0]} is not prunable: {first.reason}.")
+            continue
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        listed = f"{', '.join(names[:shown])}{more}"
+        sentences.append(f"{len(members)} channel groups are not prunable: {first.reason} ({listed}).")
+    return sentences
 
 
 def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from compress.cost.macs import eval_mode
 from compress.pruning.cutting import cut_out
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion
+from compress.user_code import user_frame, user_place
 
 _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3
@@ -101,7 +102,7 @@ class _Trial:
         self.module, self.graph = module, graph
         generator = torch.Generator().manual_seed(_TRIAL_SEED)
         self.removed = {name: _some_half(group, generator) for name, group in graph.groups.items()}
-        self.inputs = random_inputs(module, example, 2, _TRIAL_SEED)
+        self.inputs = random_inputs(module, example, 2, _TRIAL_SEED).to(example.dtype)
 
     def failing(self, names: list[str]) -> dict[str, str]:
         """Return the groups whose cut is wrong, with the reason, by trying all at once and halving on failure."""
@@ -136,7 +137,7 @@ class _Trial:
             with torch.no_grad(), eval_mode(slim):
                 got = slim(self.inputs)
         except Exception as error:  # foreign code under trial: whatever it raises is the reason
-            return f"the cut network does not run ({type(error).__name__}: {_first_line(error)})"
+            return f"the cut network does not run ({_failure(error)})"
         silent = silenced_copy(self.module, removed, self.graph.groups)
         with torch.no_grad(), eval_mode(silent):
             return difference(got, silent(self.inputs))
@@ -168,5 +169,8 @@ def _tensors(outputs: object) -> list[Tensor]:
     return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def _failure(error: Exception) -> str:
+    """Return what an error says, with the line of the user's code that it came from where there is one."""
+    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    frame = user_frame(error)
+    return said if frame is None else f"{said}, in {user_place(error)}: {frame.line}"

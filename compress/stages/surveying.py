@@ -15,7 +15,7 @@ from compress.config.schema import PruneConfig
 from compress.errors import ConfigValueError, InternalError
 from compress.progress import Progress
 from compress.pruning.costs import layer_axes
-from compress.pruning.groups import ChannelGroup, Exclusion
+from compress.pruning.groups import ChannelGroup, Exclusion, exclusions_by_cause
 from compress.pruning.selection import Groups, Selection, select_channels
 from compress.pruning.trial import find_cuttable
 from compress.registry import closest
@@ -121,9 +121,8 @@ def _find_groups(
         task.advance()
     reasons = {name: reason for name, group in groups.items() if unfit and (reason := unfit(group))}
     excluded += [Exclusion(name, reason) for name, reason in reasons.items()]
-    for exclusion in excluded:
-        if not exclusion.expected:
-            progress.warn(f"Channel group '{exclusion.name}' stays whole: {exclusion.reason}.")
+    for sentence in exclusions_by_cause(excluded):
+        progress.warn(sentence)
     chosen = _excluded_by_patterns(groups, config.exclude)
     if config.residual == "keep":
         chosen |= {name for name, group in groups.items() if group.is_summed}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.attributes import detach_stored
 from compress.data.batches import Augmentation, Batch, batches_per_epoch, random_seed, training_batches
 from compress.data.splits import Split, known_labels
 from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError, NonFinite, OutOfMemory, StageError
@@ -246,6 +247,7 @@ def _trained(run: "_Run", keeps_state: bool) -> FitResult:
             while len(run.records) < run.total_epochs:
                 run.train_epoch(is_interrupted)
         result = run.finish()
+        detach_stored(run.module)
     if state_path is not None and not keeps_state and run.team.rank == 0:
         state_path.unlink(missing_ok=True)
     return result

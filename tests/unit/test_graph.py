@@ -345,4 +345,4 @@ def test_a_group_too_narrow_to_cut_is_excluded():
     module = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 3))
     groups, excluded = find_cuttable(module.eval(), nets.EXAMPLE)
     assert list(groups) == ["1"]
-    assert {item.name: item.reason for item in excluded}["0"] == "it has only 1 channels in 1 parts"
+    assert {item.name: item.reason for item in excluded}["0"] == "it has one channel only"

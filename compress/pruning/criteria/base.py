@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.attributes import detach_stored
 from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
 from compress.pruning.groups import ChannelGroup
@@ -124,6 +125,7 @@ def _image_derivatives(
     finally:
         for handle in handles:
             handle.remove()
+        detach_stored(module)
     derivatives: dict[str, Tensor] = {}
     for (name, output), gradient in zip(kept, gradients, strict=True):
         product = torch.zeros_like(output) if gradient is None else output.detach() * gradient

@@ -34,6 +34,7 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
             f"The network's channels must be traced on one input of shape {tuple(example.shape)}; its forward pass "
             f"gave {type(error).__name__}: {first}"
         ) from error
+    watch.freeze_odd_layers()
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor):
             watch.freeze(watch.labels_of(output), OUTPUTS)

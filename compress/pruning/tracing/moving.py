@@ -37,16 +37,25 @@ def view(watch: Watch, call: Call) -> None:
     watch.note_size(labels)
     dims = [dim for dim, size in enumerate(result.shape) if size > 1]
     if len(dims) > 1 and sum(size > 1 for size in labels.shape) < len(dims):
-        # one axis became several: all but the longest are taken to keep their sizes when channels go
-        longest = max(dims, key=lambda dim: (result.shape[dim], dim))
-        first = result
-        for dim in dims:
-            if dim != longest:
-                first = first.narrow(dim, 0, 1)
+        # one axis became several: all but one are taken to keep their sizes when channels go
+        is_map = labels.ndim == 2 and result.ndim > 3 and 1 in dims  # a vector became a feature map
+        chosen = 1 if is_map else max(dims, key=lambda dim: (result.shape[dim], dim))
+        first = _first_along(result, chosen)
         watch.tie(result, first.expand(result.shape))
         watch.note_size(first)
+        watch.note_shape(first, call.result.shape, chosen)
         return
     watch.note_size(result)
+    for dim in dims:
+        watch.note_shape(_first_along(result, dim), call.result.shape, dim)
+
+
+def _first_along(labels: Tensor, dim: int) -> Tensor:
+    """Return the labels along one axis at the first place of all others; as many axes as before."""
+    for other in range(labels.ndim):
+        if other != dim:
+            labels = labels.narrow(other, 0, 1)
+    return labels
 
 
 def take_slice(watch: Watch, call: Call) -> None:

@@ -22,8 +22,10 @@ def pointwise(watch: Watch, call: Call) -> None:
     _label_whole_parameters(watch, tensors, labels)
     result = labels[0]
     seen = shapes[0]
+    without = [tensor for tensor, own in zip(tensors, labels, strict=True) if not is_labelled(own)]
+    strangers = " and ".join(dict.fromkeys(watch.name_of(tensor) for tensor in without))
     for one, shape in zip(labels[1:], shapes[1:], strict=True):
-        result = meet(watch, result, seen, one, shape)
+        result = meet(watch, result, seen, one, shape, strangers)
         seen = [max(a, b) for a, b in zip(seen, shape, strict=True)]
     if call.name in _SUMS and sum(is_labelled(one) for one in labels) > 1:
         watch.trace.summed.append(of_channels(result))
@@ -43,8 +45,25 @@ def _label_whole_parameters(watch: Watch, tensors: Sequence[Tensor], labels: lis
             labels[position] = padded(watch.scale_labels(tensor, own), labels[position].ndim)
 
 
-def meet(watch: Watch, one: Tensor, one_shape: Sequence[int], other: Tensor, other_shape: Sequence[int]) -> Tensor:
-    """Return the labels of two values that meet place by place, and note which channels are the same."""
+def meet(
+    watch: Watch,
+    one: Tensor,
+    one_shape: Sequence[int],
+    other: Tensor,
+    other_shape: Sequence[int],
+    strangers: str = "values that follow no channel",
+) -> Tensor:
+    """Return the labels of two values that meet place by place, and note which channels are the same.
+
+    Args:
+        watch: Notes it.
+        one: Labels of the first value.
+        one_shape: Its sizes.
+        other: Labels of the second value.
+        other_shape: Its sizes.
+        strangers: What messages call a value without channels.
+    """
+    one, other = _without_broadcast(watch, one, one_shape, other), _without_broadcast(watch, other, other_shape, one)
     whole_one, whole_other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
     watch.match(whole_one, whole_other)
     for mine, yours, labels, shape in (
@@ -54,9 +73,18 @@ def meet(watch: Watch, one: Tensor, one_shape: Sequence[int], other: Tensor, oth
         varies = [dim for dim, size in enumerate(labels.shape) if size > 1]
         if any(shape[dim] > 1 for dim in varies):
             place = where(watch.place)
-            watch.freeze(mine[(mine >= 0) & (yours == NONE)], f"it meets values that follow no channel, in {place}")
+            watch.freeze(mine[(mine >= 0) & (yours == NONE)], f"it meets {strangers or 'padding'}, in {place}")
             watch.freeze(mine[(mine >= 0) & (yours == ZERO)], f"it meets channels padded with zeros, in {place}")
     return torch.where(whole_one >= 0, whole_one, torch.where(whole_other >= 0, whole_other, whole_one))
+
+
+def _without_broadcast(watch: Watch, labels: Tensor, shape: Sequence[int], other: Tensor) -> Tensor:
+    """Return a value's labels, none where a single channel of it meets several others: a mask is not each of them."""
+    spread = [dim for dim, size in enumerate(other.shape) if size > 1 and shape[dim] == 1]
+    if not spread or not is_labelled(labels) or not is_labelled(other):
+        return labels
+    watch.freeze(labels, f"each of its channels weighs several others, in {where(watch.place)}")
+    return unlabelled(labels.ndim)
 
 
 def keep(watch: Watch, call: Call) -> None:

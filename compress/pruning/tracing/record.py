@@ -49,6 +49,23 @@ class Sized:
     labels: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """Somewhere in a module's code where the sizes of a value are or may be written down.
+
+    Attributes:
+        module: Its path.
+        shape: The sizes.
+        dim: The axis that channels lie along.
+        labels: Those channels.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    dim: int
+    labels: Tensor
+
+
 @dataclass
 class Trace:
     """What one forward pass told.
@@ -61,6 +78,7 @@ class Trace:
         behind: Weight -> parameter of the norm that its outputs go to directly.
         norm_groups: Module path of each group norm -> labels of the channels it normalises.
         sized: Where numbers of channels may be written down.
+        shaped: Where sizes of whole values may be written down.
         padded: Module paths whose code puts zero channels around others.
         summed: Labels of channels that a sum of two feature maps is of.
         maps: Module path -> (C,) labels of the channels of the feature map that it returned last.
@@ -73,6 +91,7 @@ class Trace:
     behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     norm_groups: list[tuple[str, Tensor]] = field(default_factory=list)
     sized: list[Sized] = field(default_factory=list)
+    shaped: list[Shaped] = field(default_factory=list)
     padded: list[str] = field(default_factory=list)
     summed: list[Tensor] = field(default_factory=list)
     maps: dict[str, Tensor] = field(default_factory=dict)

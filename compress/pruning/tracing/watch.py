@@ -11,7 +11,7 @@ says them. Nothing is guessed beyond that: what comes of it is tried on a copy b
 (`trial.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from compress.attributes import attribute_names, held_tensors
+from compress.cost.macs import COUNTED
 from compress.pruning.labels import along, is_labelled, of_channels, unlabelled, vector
-from compress.pruning.tracing.record import Axis, Sized, Trace
+from compress.pruning.tracing.record import Axis, Shaped, Sized, Trace
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -39,12 +41,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._find_rule = find_rule
         self._module = module
-        self._known: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self._known = {id(value): value for part in module.modules() for value in held_tensors(part).values()}
+        self._attributes = attribute_names(module)
         self._axes: dict[tuple[int, str, int], Axis] = {}
         self._labels = WeakIdKeyDictionary()
         self._transposed = WeakIdKeyDictionary()
         self._direct = WeakIdKeyDictionary()
         self._path: list[str] = [""]
+        self._odd: list[tuple[nn.Module, str]] = []
 
     @contextmanager
     def places(self) -> Iterator[None]:
@@ -60,12 +64,28 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
 
-    def _leave(self, name: str, _part: nn.Module, _inputs: object, output: object) -> None:
+    def _leave(self, name: str, part: nn.Module, _inputs: object, output: object) -> None:
         self._path.pop()
+        if isinstance(part, COUNTED) and not isinstance(output, Tensor):
+            kind = f"{type(part).__name__} returns a {type(output).__name__}"
+            self._odd.append((part, f"layer '{name}' is no plain layer: {kind}"))
         if isinstance(output, Tensor) and output.ndim > 2:
             labels = vector(self.labels_of(output), 1, output.shape[1])
             if labels is not None:
                 self.trace.maps[name] = labels
+
+    def freeze_odd_layers(self) -> None:
+        """Note that layers which return something else than a tensor can lose neither inputs nor outputs."""
+        for part, reason in self._odd:
+            own = {id(value) for value in held_tensors(part).values()}
+            for axis in self.trace.axes:
+                if id(axis.tensor) in own:
+                    self.freeze(axis.labels, reason)
+
+    def name_of(self, value: Tensor) -> str:
+        """Return how messages name a value that belongs to no channel: by its attribute where it is one."""
+        place = self._attributes.get(id(value))
+        return f"attribute '{place}'" if place else "values that follow no channel"
 
     @property
     def place(self) -> str:
@@ -107,7 +127,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._labels[value] = labels
 
     def is_known(self, value: Any) -> bool:
-        """Whether a value is a parameter or a buffer of the network."""
+        """Whether a value is a parameter, a buffer or a plain tensor of the network."""
         return isinstance(value, Tensor) and id(value) in self._known
 
     def is_followed(self, value: Tensor) -> bool:
@@ -184,6 +204,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def note_size(self, *labels: Tensor) -> None:
         """Note that the code that runs may have numbers of channels written down."""
         self.trace.sized.append(Sized(self.place, tuple(of_channels(one) for one in labels)))
+
+    def note_shape(self, labels: Tensor, shape: Sequence[int], dim: int) -> None:
+        """Note that the code that runs may have the sizes of a value written down, one of which follows its channels.
+
+        Args:
+            labels: The channels along `dim`.
+            shape: Of the value.
+            dim: The axis whose size goes down with its channels.
+        """
+        self.trace.shaped.append(Shaped(self.place, tuple(shape), dim, of_channels(labels)))
 
     def note_direct(self, value: Tensor, weight: Tensor) -> None:
         """Note what a layer's output is."""

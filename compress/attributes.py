@@ -1,0 +1,65 @@
+"""Tensors that the modules of a network hold: parameters, buffers, and plain tensors kept as attributes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_OWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
+
+
+def own_attributes(part: nn.Module) -> dict[str, Any]:
+    """Return the attributes that a module's own code has set, without parameters, buffers and children."""
+    return {name: value for name, value in vars(part).items() if name not in _OWN and not name.startswith("compress_")}
+
+
+def held_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters, buffers and plain tensor attributes of one module by name, without its children's."""
+    plain = {name: value for name, value in own_attributes(part).items() if isinstance(value, Tensor)}
+    known = {**part._parameters, **part._buffers}
+    return {**{name: value for name, value in known.items() if value is not None}, **plain}
+
+
+def attribute_names(module: nn.Module) -> dict[int, str]:
+    """Return by identity of a tensor in a list, tuple or mapping on a module where it stands ("neck.scales[0]")."""
+    found: dict[int, str] = {}
+    for path, part in module.named_modules():
+        for name, value in own_attributes(part).items():
+            for place, tensor in _inside(value, ".".join(filter(None, (path, name)))):
+                found.setdefault(id(tensor), place)
+    return found
+
+
+def detach_stored(module: nn.Module) -> None:
+    """Cut the tensors that a forward pass left on modules (`self.features = y`) off their autograd graph, in place.
+
+    A tensor inside a graph cannot be deep-copied, and keeps the activations of its pass alive.
+    """
+    for part in module.modules():
+        for name, value in own_attributes(part).items():
+            if (detached := _detached(value)) is not value:
+                vars(part)[name] = detached
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.is_leaf else value.detach()
+    if type(value) in (list, tuple):
+        changed = [_detached(one) for one in value]
+        is_same = all(one is other for one, other in zip(changed, value, strict=True))
+        return value if is_same else type(value)(changed)
+    if type(value) is dict:
+        entries = {key: _detached(one) for key, one in value.items()}
+        return value if all(entries[key] is one for key, one in value.items()) else entries
+    return value
+
+
+def _inside(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield place, value
+    elif type(value) in (list, tuple):
+        for number, one in enumerate(value):
+            yield from _inside(one, f"{place}[{number}]")
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _inside(one, f"{place}[{key!r}]")

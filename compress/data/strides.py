@@ -1,7 +1,8 @@
 """Strides of network inputs: those that a newly made tensor of the same shape has.
 
 `Tensor.contiguous()` leaves the strides of axes of size 1 alone, so that a permuted batch of one-channel images keeps
-those of channels-last memory. PyTorch then computes in channels-last, and `x.view(x.size(0), -1)` of a feature map fails.
+those of channels-last memory. PyTorch then computes in channels-last, and `x.view(x.size(0), -1)` of a feature map
+fails.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Types of stored weights: converted to those of the network where that is sound, refused by name where it is not.
 
-    float16, bfloat16 -> float32   exact, noted
-    float64 -> float32             rounded, warned about
-    integers -> buffers            only where no value changes
-    anything else                  refused: integers as parameters, complex numbers, 8-bit floats, meta tensors
+float16, bfloat16 -> float32   exact, noted
+float64 -> float32             rounded, warned about
+integers -> buffers            only where no value changes
+anything else                  refused: integers as parameters, complex numbers, 8-bit floats, meta tensors
 """
 
 from collections.abc import Collection, Mapping
@@ -53,7 +53,7 @@ def convert_weights(
         more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise ArtifactError(
             f"{source} must hold weights of the network's types, got {shown}{more}.",
-            hint="Save the network's own state_dict() in floating point; weights rounded to few bits need their scales.",
+            hint="Save the network's own state_dict() in floating point; weights of few bits need their scales.",
         )
     found = {name: value.to(expected[name].dtype) for name, value in state.items()}
     return found, _conversions(state, found, source)
@@ -83,15 +83,17 @@ def _conversions(before: Mapping[str, Tensor], after: Mapping[str, Tensor], sour
     return [_conversion(before, after, names, source) for names in pairs.values()]
 
 
-def _conversion(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: list[str], source: str
-) -> Conversion:
+def _conversion(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: list[str], source: str) -> Conversion:
     lost = max(_relative_change(before[name], after[name]) for name in names)
     old, new = _name(before[names[0]].dtype), _name(after[names[0]].dtype)
-    done = f"{source}: {len(names)} tensor{'' if len(names) == 1 else 's'} ({names[0]}{' ...' if len(names) > 1 else ''})"
+    done = (
+        f"{source}: {len(names)} tensor{'' if len(names) == 1 else 's'} ({names[0]}{' ...' if len(names) > 1 else ''})"
+    )
     if lost == 0:
         return Conversion(f"{done} converted from {old} to {new}; every value is the same.", True)
-    return Conversion(f"{done} rounded from {old} to {new}, by up to {lost:.1g} of the largest value of a tensor.", False)
+    return Conversion(
+        f"{done} rounded from {old} to {new}, by up to {lost:.1g} of the largest value of a tensor.", False
+    )
 
 
 def _relative_change(before: Tensor, after: Tensor) -> float:

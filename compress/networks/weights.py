@@ -73,7 +73,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     """Load weights, every key and shape matching, and return what of them was converted to another type.
 
     Raises:
-        ArtifactError: Keys are missing, unexpected, of another shape, or of a type that is none for weights; says which.
+        ArtifactError: Keys are missing, unexpected, of another shape or of an unfit type; says which.
         NonFinite: A weight is NaN or infinite.
     """
     expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}

@@ -38,7 +38,7 @@ def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_forma
             if not _are_close(_call(trial, given, training=False), wanted):
                 return torch.contiguous_format
             _call(trial, given, training=True)
-    except Exception:  # the network's code, which may raise anything; what is wrong in both formats is found by its stage
+    except Exception:  # the network's code, which may raise anything; what is wrong in both is found later
         return torch.contiguous_format
     return torch.channels_last
 

@@ -1,4 +1,4 @@
-"""Networks are called with tensors of the usual strides, and in channels-last only where they compute the same in it."""
+"""Networks get tensors of the usual strides, and channels-last memory only where they compute the same in it."""
 
 import struct
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from compress.data.splits import Split
 from compress.training.memory_format import fastest_memory_format
 from compress.verification.runtimes.torch_eager import TorchEager
 
-OWN = '''
+OWN = """
 import numpy as np
 class Grey:
     def __init__(self, kind):
@@ -33,7 +33,7 @@ class Grey:
     def __getitem__(self, place):
         image = np.full((8, 8), 20 * place, np.uint8)
         return (image if self.kind == "uint8" else image[None].astype(np.float32)), place % 2
-'''
+"""
 
 
 def _arrays(folder: Path) -> dict[str, Any]:

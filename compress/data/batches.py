@@ -229,7 +229,7 @@ def _device(split: Split) -> torch.device:
 
 
 def _to_input(split: Split, images: Tensor) -> Tensor:
-    """Normalise (N, H, W, C) uint8 to the network's float32 input, of standard strides; (N, K) rows stay as they are."""
+    """Normalise (N, H, W, C) uint8 to the network's float32 input, of standard strides; (N, K) rows stay."""
     wanted = split.preprocessing
     if images.ndim == 2:
         return images

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compress.artifacts import Signature, TensorSpec
 from compress.data.packing import draw, is_packed, pack, part_sizes, row_width
+from compress.data.strides import standard_strides
 from compress.errors import ModelError
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -147,7 +148,7 @@ def unpack_rows(rows: Tensor, inputs: Sequence[TensorSpec]) -> Iterator[Tensor]:
     for spec in inputs:
         sizes = part_sizes(spec)
         end = start + math.prod(sizes)
-        yield rows[:, start:end].reshape(-1, *sizes).to(getattr(torch, spec.dtype))
+        yield standard_strides(rows[:, start:end].reshape(-1, *sizes)).to(getattr(torch, spec.dtype))
         start = end
 
 

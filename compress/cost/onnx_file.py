@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,11 +10,19 @@ import onnx
 
 from compress.artifacts import Signature, TensorSpec
 from compress.config.onnx_model import CLASSES_KEY, PREPROCESSING_KEY
+from compress.config.schema import PreprocessingConfig
 from compress.data.preprocessing import Preprocessing
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, CompressError
 
 SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
 __all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
+_DIGITS, _SHOWN = 20, 80
+_LARGEST = 2**31 - 1  # size of an axis
+_TYPES = frozenset(
+    value
+    for name, value in onnx.TensorProto.DataType.items()
+    if name.startswith(("FLOAT", "DOUBLE", "BFLOAT16", "INT", "UINT", "BOOL"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,32 @@ class OnnxMetadata:
 
     preprocessing: Preprocessing | None
     classes: tuple[str, ...]
+
+
+@contextmanager
+def reading_graph(path: Path | None) -> Iterator[None]:
+    """Name the file where its graph turns out to be malformed while it is read.
+
+    Readers of graphs raise whatever they meet in one: KeyError for a value that no node computes, IndexError for an
+    input that is missing, errors of onnx, onnx_ir and protobuf.
+
+    Args:
+        path: The file; None for a model in memory.
+
+    Raises:
+        ArtifactError: The block raised something that is no error of this program.
+    """
+    try:
+        yield
+    except (CompressError, MemoryError):
+        raise
+    except Exception as error:
+        what = "The model" if path is None else f"'{path}'"
+        raise ArtifactError(
+            f"{what} must be a valid ONNX model, reading its graph ends with {type(error).__name__}: "
+            f"{first_line(error)}",
+            hint="python -m onnx.bin.checker FILE.onnx says what is wrong with it.",
+        ) from error
 
 
 def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
@@ -109,8 +144,8 @@ def external_problems(model: onnx.ModelProto, path: Path) -> list[str]:
     problems = []
     for place, end in sorted(ends.items()):
         file = path.parent / place
-        if not file.exists():
-            problems.append(f"its weights in '{file.name}' are missing")
+        if not _exists(file):
+            problems.append(f"its weights in '{_shortened(place)}' are missing")
         elif not file.is_file():
             problems.append(f"its weights in '{file.name}' must be a file, it is none")
         elif file.stat().st_size < end:
@@ -141,8 +176,9 @@ def file_bytes(path: Path) -> int:
     """
     files = model_files(path)
     for file in files[1:]:
-        if not file.is_file():
-            raise ArtifactError(f"'{path}' keeps weights in '{file.name}', which must lie beside it and is missing.")
+        if not (_exists(file) and file.is_file()):
+            name = _shortened(file.name)
+            raise ArtifactError(f"'{path}' keeps weights in '{name}', which must lie beside it and is missing.")
     return sum(file.stat().st_size for file in files)
 
 
@@ -175,9 +211,15 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
     try:
         written = json.loads(entries.get(PREPROCESSING_KEY, "null"))
         classes = tuple(str(name) for name in json.loads(entries.get(CLASSES_KEY, "[]")))
-        return OnnxMetadata(None if written is None else Preprocessing.from_dict(written), classes)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON: {error}") from error
+        if written is None:
+            return OnnxMetadata(None, classes)
+        checked = PreprocessingConfig.model_validate(written).model_dump()
+        return OnnxMetadata(Preprocessing.from_dict(checked), classes)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # pydantic's errors are ValueErrors
+        raise ArtifactError(
+            f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON as this program writes it: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def read_sizes(model: onnx.ModelProto) -> dict[str, int]:
@@ -188,9 +230,12 @@ def read_sizes(model: onnx.ModelProto) -> dict[str, int]:
     """
     written = {entry.key: entry.value for entry in model.metadata_props}.get(SIZES_KEY, "{}")
     try:
-        return {str(name): int(size) for name, size in json.loads(written).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"The metadata '{SIZES_KEY}' must be JSON of whole numbers: {error}") from error
+        sizes = {str(name): int(size) for name, size in json.loads(written).items()}
+        if not all(0 < size <= _LARGEST for size in sizes.values()):
+            raise ValueError(f"sizes must be 1 to {_LARGEST:,}")
+        return sizes
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ArtifactError(f"The metadata '{SIZES_KEY}' must be JSON of whole numbers: {first_line(error)}") from error
 
 
 def at_sizes(signature: Signature, sizes: Mapping[str, int]) -> Signature:
@@ -252,15 +297,36 @@ def _external(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 def _whole_number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0
+    return int(text) if text is not None and text.isdecimal() and len(text) < _DIGITS else 0
+
+
+def _exists(file: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # too long, or with a null byte
+        return False
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         raise ArtifactError(f"Input or output '{value.name}' of an ONNX model must be a tensor with a shape.")
+    if tensor.elem_type not in _TYPES:
+        raise ArtifactError(
+            f"Input or output '{value.name}' of an ONNX model must be numbers of a known type, got {tensor.elem_type}."
+        )
     shape: list[int | str] = []
     for axis, dim in enumerate(tensor.shape.dim):
+        if dim.HasField("dim_value") and not 0 <= dim.dim_value <= _LARGEST:
+            raise ArtifactError(
+                f"Sizes of input or output '{value.name}' of an ONNX model must be 0 to {_LARGEST:,}, "
+                f"got {dim.dim_value} at axis {axis}."
+            )
         if dim.HasField("dim_value"):
             shape.append(int(dim.dim_value))
         else:

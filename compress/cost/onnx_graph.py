@@ -22,7 +22,7 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from compress.cost.onnx_file import file_bytes, first_line, load_onnx, read_sizes
+from compress.cost.onnx_file import file_bytes, first_line, load_onnx, read_sizes, reading_graph
 from compress.cost.onnx_shapes import observe_shapes
 from compress.errors import ModelError
 
@@ -84,17 +84,18 @@ def count_onnx(path: Path) -> OnnxCounts:
         path: The .onnx file; external data is read only where shapes have to be seen by running the graph.
 
     Raises:
-        ArtifactError: The file is missing or no ONNX model.
+        ArtifactError: The file is missing or no valid ONNX model.
         ModelError: The shape of a counted node is not known, and the graph cannot be run.
     """
-    graph = _Graph(load_onnx(path), path)
-    return OnnxCounts(
-        macs=sum(graph.macs(node) for node in graph.nodes),
-        params=sum(math.prod(shape) for shape in graph.weights.values()),
-        layer_weights=sum(graph.layer_weights(node) for node in graph.nodes),
-        nodes=len(graph.nodes),
-        initializer_bytes=sum(_tensor_bytes(tensor) for tensor in graph.model.graph.initializer),
-    )
+    with reading_graph(path):
+        graph = _Graph(load_onnx(path), path)
+        return OnnxCounts(
+            macs=sum(graph.macs(node) for node in graph.nodes),
+            params=sum(math.prod(shape) for shape in graph.weights.values()),
+            layer_weights=sum(graph.layer_weights(node) for node in graph.nodes),
+            nodes=len(graph.nodes),
+            initializer_bytes=sum(_tensor_bytes(tensor) for tensor in graph.model.graph.initializer),
+        )
 
 
 def layer_rows(path: Path) -> list[LayerRow]:
@@ -104,7 +105,8 @@ def layer_rows(path: Path) -> list[LayerRow]:
         ArtifactError: The file is missing or no ONNX model.
         ModelError: The shape of a counted node cannot be inferred.
     """
-    return _rows(_Graph(load_onnx(path), path))
+    with reading_graph(path):
+        return _rows(_Graph(load_onnx(path), path))
 
 
 def rows_of(model: ModelProto) -> list[LayerRow]:

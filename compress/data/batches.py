@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.data.splits import Split
+from compress.data.strides import standard_strides
 from compress.data.variation import Variation, drawn
 from compress.errors import DataError
 from compress.tasks.outputs import plain
@@ -228,7 +229,7 @@ def _device(split: Split) -> torch.device:
 
 
 def _to_input(split: Split, images: Tensor) -> Tensor:
-    """Normalise (N, H, W, C) uint8 to the network's float32 input, contiguous; (N, K) rows are that already."""
+    """Normalise (N, H, W, C) uint8 to the network's float32 input, of standard strides; (N, K) rows stay."""
     wanted = split.preprocessing
     if images.ndim == 2:
         return images
@@ -236,7 +237,7 @@ def _to_input(split: Split, images: Tensor) -> Tensor:
         images = images.flip(-1)
     x = images.to(torch.float32) * wanted.scale
     x = (x - _constants(wanted.mean, x.device)) / _constants(wanted.std, x.device)
-    return x.permute(0, 3, 1, 2).contiguous() if wanted.layout == "NCHW" else x
+    return standard_strides(x.permute(0, 3, 1, 2) if wanted.layout == "NCHW" else x)
 
 
 @cache

@@ -105,7 +105,7 @@ class Preprocessing:
         x = images.astype(np.float32) * np.float32(self.scale)
         x -= np.asarray(self.mean, np.float32)
         x /= np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if self.layout == "NCHW" else x)
+        return x.transpose(0, 3, 1, 2).copy() if self.layout == "NCHW" else x
 
 
 def _shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:

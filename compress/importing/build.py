@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.fx.graph import PythonCode
 
+from compress.errors import ModelError
 from compress.importing.evaluation import evaluate
 from compress.importing.names import Names, clean, layer_name, value_name
 from compress.importing.operation import Operation, Result
@@ -60,9 +61,9 @@ class Builder:
         self._unknown: set[str] = set()
         self._batch: BatchSize | None = None
 
-    def add_input(self, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
-        """Add an input of the network with its shape for each number of images in `PROBES`."""
-        node = self.graph.placeholder(clean(name).replace(".", "_"))
+    def add_input(self, name: str, argument: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
+        """Add an input of the file as an argument, with its shape for each number of images in `PROBES`."""
+        node = self.graph.placeholder(argument)
         node.meta[ONNX_VALUE] = name
         probes = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
         self.values[name] = Computed(name, node, probes)
@@ -80,11 +81,16 @@ class Builder:
                 self._add(node)
             except Refused as reason:
                 self._refuse(node, str(reason))
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                said = str(error).strip().splitlines() or [""]  # what a translator meets in a node that is not valid
+                self._refuse(node, f"is not as the ONNX standard says ({type(error).__name__}: {said[0][:200]})")
 
     def finish(self, outputs: Sequence[str]) -> fx.GraphModule:
         """Return the network; several outputs become a tuple."""
         found = []
         for name in outputs:
+            if name not in self.values:
+                raise ModelError(f"Each output of an ONNX file must be computed by a node, '{name}' is not.")
             value = self.values[name]
             if isinstance(value, Fixed):
                 value = self.constant(value)
@@ -266,6 +272,8 @@ class Builder:
             return None
         if name not in self.values and value.const_value is not None:
             self.values[name] = Fixed.constant(name, value.const_value.numpy())
+        if name not in self.values:
+            raise Refused(f"reads '{name}', which no node computes before it")
         return self.values[name]
 
     def _refuse(self, node: ir.Node, reason: str) -> None:

@@ -12,8 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from compress.cost.onnx_file import reading_graph
 from compress.errors import ModelError
 from compress.importing.build import Builder
+from compress.importing.names import argument_names
 from compress.importing.parity import require_parity
 from compress.importing.reading import Source, read_source
 from compress.importing.values import as_float32
@@ -41,10 +43,11 @@ def import_onnx(
             ONNX Runtime does with the file; says where that begins.
         NonFinite: ONNX Runtime gives NaN or infinity.
     """
-    source = read_source(path, shapes)
-    module = build_network(source)
-    module.meta["import_error"] = require_parity(module, source, images)
-    return module
+    with reading_graph(path):
+        source = read_source(path, shapes)
+        module = build_network(source)
+        module.meta["import_error"] = require_parity(module, source, images)
+        return module
 
 
 def build_imported(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> fx.GraphModule:
@@ -53,7 +56,8 @@ def build_imported(path: Path, shapes: Mapping[str, Sequence[int]] | None = None
     Raises:
         ArtifactError, ModelError: As `import_onnx`.
     """
-    return build_network(read_source(path, shapes))
+    with reading_graph(path):
+        return build_network(read_source(path, shapes))
 
 
 def build_network(source: Source) -> fx.GraphModule:
@@ -64,9 +68,10 @@ def build_network(source: Source) -> fx.GraphModule:
     """
     model = ir.from_proto(source.model)
     builder = Builder(source.opset, source.has_open_batch)
-    for spec in source.inputs:
+    names = argument_names([spec.name for spec in source.inputs])
+    for spec, argument in zip(source.inputs, names, strict=True):
         dtype = torch.from_numpy(as_float32(np.zeros(1, spec.dtype))).dtype
-        builder.add_input(spec.name, source.shapes(spec), dtype)
+        builder.add_input(spec.name, argument, source.shapes(spec), dtype)
     builder.add_nodes(list(model.graph))
     if builder.problems:
         raise ModelError(

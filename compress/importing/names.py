@@ -4,6 +4,8 @@ A weight that is called like one of a torch module names its layer ("layer1.0.co
 what exporters put around a name taken off; else its output.
 """
 
+import builtins
+import keyword
 import re
 from collections.abc import Sequence
 
@@ -11,7 +13,10 @@ from torch import fx
 
 _MACHINE_MADE = re.compile(r"^(onnx::.*|\d+|val_\d+|_.*)$")
 _MODULE_WEIGHT = re.compile(r"^([A-Za-z_][\w]*(?:\.[\w]+)*)\.(weight|weights|kernel|scale|gamma|slope|bias|beta)$")
-_RESERVED = frozenset(dir(fx.GraphModule))
+_RESERVED = frozenset((*dir(fx.GraphModule), *keyword.kwlist))
+# names that the code of a traced network reads: `self`, modules, and what torch.fx puts beside them
+_READ_BY_CODE = frozenset((*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "torch", "operator", "math",
+                           "inf", "nan", "device", "NoneType", "fx_pytree", "pytree"))  # fmt: skip
 
 
 class Names:
@@ -62,6 +67,23 @@ def layer_name(weights: Sequence[str], node: str, operator: str, output: str) ->
 def value_name(name: str, default: str) -> str:
     """Return what a constant is best called: as in the file, unless a machine made that name up."""
     return default if _MACHINE_MADE.match(name) or not name else name
+
+
+def argument_names(names: Sequence[str]) -> list[str]:
+    """Return a name for each input of a file that an argument of `forward` can have, all different.
+
+    >>> argument_names(["image", "in", "self", "1", "a.b", "a_b"])
+    ['image', 'in_', 'self_', 'input_1', 'a_b_', 'a_b']
+    """
+    found: list[str] = []
+    for name in names:
+        base = clean(name).replace(".", "_")
+        base = base if base.isidentifier() else f"input_{base}"
+        taken = {*found, *_READ_BY_CODE, *(other for other in names if other != name)}
+        while base in taken:
+            base += "_"
+        found.append(base)
+    return found
 
 
 def clean(name: str) -> str:

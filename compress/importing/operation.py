@@ -94,6 +94,17 @@ class Operation:
             return self.attribute(name, None)
         return self.array(index).tolist() if self.has(index) else default
 
+    def scalar(self, name: str, index: int) -> Any:
+        """Return a setting that is one number: plain, or an array of one element; None where it is not given.
+
+        Raises:
+            Refused: It is several numbers.
+        """
+        value = np.asarray(self.setting(name, index), object)
+        if value.size != 1:
+            raise Refused(f"input {index} ({name}) must be one number, it has {value.size}")
+        return value.item()
+
     def operand(self, index: int) -> Computed | float | int | bool:
         """Return an input of an element-wise operator: a plain number where it is one."""
         value = self.inputs[index]

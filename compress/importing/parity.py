@@ -20,6 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from compress.cost.onnx_file import each_tensor, first_line
+from compress.data.strides import standard_strides
 from compress.errors import ModelError, NonFinite
 from compress.importing.build import ONNX_VALUE
 from compress.importing.reading import Source
@@ -151,7 +152,7 @@ def _outputs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[np.ndarra
 
 
 def _tensors(source: Source, feed: Feed) -> list[Tensor]:
-    return [torch.from_numpy(as_float32(feed[spec.name])) for spec in source.inputs]
+    return [standard_strides(torch.from_numpy(as_float32(feed[spec.name]))) for spec in source.inputs]
 
 
 def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarray]) -> Feed:

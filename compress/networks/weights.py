@@ -8,6 +8,7 @@ weights themselves the average is taken, since it is what was measured while tra
 import pickle  # noqa: TID251 - for the exception that torch raises; nothing is loaded with it
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ from torch import Tensor, nn
 
 from compress.errors import ArtifactError, NonFinite
 from compress.networks.archives import read_archive
+from compress.networks.weight_types import Conversion, convert_weights
 
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "module_ema")
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "module_ema", "shadow")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
 COUNTERS = ("n_averaged",)  # beside the weights in torch's AveragedModel
 _DEEPEST = 4
+_OTHER_NETWORK = "Check model.factory and model.kwargs, such as the number of classes or the depth."
+_LEFT_OVER = (
+    "All weights of the network are in the file. What is left over belongs to something else, such as a loss or a "
+    "second network: save the file without it."
+)
 
 
 def read_weights(path: Path, expected: Collection[str] = ()) -> dict[str, Tensor]:
@@ -62,11 +69,11 @@ def write_weights(module: nn.Module, path: Path) -> None:
     path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}))
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load weights, every key and shape matching.
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> list[Conversion]:
+    """Load weights, every key and shape matching, and return what of them was converted to another type.
 
     Raises:
-        ArtifactError: Keys are missing, unexpected, or of another shape; says which.
+        ArtifactError: Keys are missing, unexpected, of another shape or of an unfit type; says which.
         NonFinite: A weight is NaN or infinite.
     """
     expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
@@ -88,16 +95,22 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     if problems:
         raise ArtifactError(
             f"{source} must fit the network exactly; {'; '.join(problems)}.",
-            hint="Check model.factory and model.kwargs, such as the number of classes or the depth.",
+            hint=_LEFT_OVER if unexpected and not missing and not shapes else _OTHER_NETWORK,
         )
+    buffers = {name for name, _ in module.named_buffers()}
+    state, conversions = convert_weights(state, expected, buffers, source)
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise NonFinite(f"{source} must be finite, NaN or infinity in {some(broken)}.")
     module.load_state_dict({**{name: expected[name] for name in counters}, **state})
+    return conversions
 
 
 def fit_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Return a state dict without the prefix that DataParallel, torch.compile or Lightning put before all names.
+    """Return a state dict without the prefix that DataParallel, torch.compile or Lightning put before the names.
+
+    The prefix is the one under which most of the expected names are. Entries without it keep their names, so that
+    `load_strict` refuses them by name.
 
     Args:
         state: Name -> tensor.
@@ -108,26 +121,31 @@ def fit_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[s
     ['a', 'b']
     >>> list(fit_prefix({"head.a": one}, ["head.a"])), list(fit_prefix({"model.a": one}, ["c"]))
     (['head.a'], ['model.a'])
+    >>> list(fit_prefix({"model.a": one, "criterion.weight": one}, ["a"]))
+    ['a', 'criterion.weight']
     """
     if not expected:
         prefixed = all(name.startswith("module.") for name in state)
         return {name.removeprefix("module.") if prefixed else name: value for name, value in state.items()}
-    best, most = dict(state), len(set(state) & set(expected))
-    for length in _shared_prefixes(list(state)):
-        stripped = {name[length:]: value for name, value in state.items()}
-        if (matches := len(set(stripped) & set(expected))) > most:
-            best, most = stripped, matches
-    return best
+    names = set(expected)
+    found = Counter(prefix for name in state for prefix in _prefixes(name) if name[len(prefix) :] in names)
+    most = max(found.values(), default=0)
+    if most <= len(names & set(state)):
+        return dict(state)
+    best = min((prefix for prefix, matches in found.items() if matches == most), key=_rank)
+    stripped = {name.removeprefix(best): value for name, value in state.items()}
+    return stripped if len(stripped) == len(state) else dict(state)
 
 
-def _shared_prefixes(names: list[str]) -> Iterator[int]:
-    """Yield the lengths of all prefixes, up to a dot, that every name begins with."""
-    if not names:
-        return
-    for place in re.finditer(r"\.", names[0]):
-        if not all(name.startswith(names[0][: place.end()]) for name in names):
-            return
-        yield place.end()
+def _rank(prefix: str) -> tuple[bool, int]:
+    """Return the order in which prefixes with as many matches are taken: averages first, then short ones."""
+    return not set(prefix.split(".")) & set(AVERAGES), len(prefix)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield all prefixes of a name that end with a dot."""
+    for place in re.finditer(r"\.", name):
+        yield name[: place.end()]
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -167,6 +185,7 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
     for what, is_so in (
         ("dense", lambda v: v.layout == torch.strided),
         ("not quantised", lambda v: not v.is_quantized),
+        ("not nested", lambda v: not v.is_nested),
     ):
         if odd := [str(name) for name, value in loaded.items() if not is_so(value)]:
             raise ArtifactError(f"The tensors in '{path}' must be {what}, {some(odd)} is not.")

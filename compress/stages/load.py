@@ -1,7 +1,9 @@
 """load: nothing -> TorchModel, with the baseline measured once."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from compress.data.batches import evaluation_batches
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
 from compress.importing.importer import import_onnx
+from compress.networks.weight_types import Conversion
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe
+from compress.stages.chance import chance_warning
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import export_present, try_rewrites
 from compress.stages.measured import stated
@@ -42,6 +46,7 @@ class LoadStage:
 
     def __init__(self, config: LoadConfig) -> None:
         self.config = config
+        self.warnings: list[str] = []
 
     def run(self, artifact: None, ctx: StageContext) -> tuple[TorchModel, Record]:
         """Return the untouched network.
@@ -62,13 +67,15 @@ class LoadStage:
         images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
         module = with_one_array(module, spec, images)
         for note in notes_on(module, images):
-            ctx.progress.warn(note)
+            self._warn(ctx, note)
         ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration, spec)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, signature, ctx)
         figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
+        if warning := chance_warning(figures.quality[metric.name], ctx.data.evaluation):
+            self._warn(ctx, warning)
         record = {
             "macs": figures.macs,
             "params": figures.params,
@@ -78,6 +85,7 @@ class LoadStage:
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
             **imported,
+            "warnings": self.warnings,
         }
         ctx.progress.note(
             f"baseline: {figures.macs:,} MACs, {figures.params:,} params, {metric.words} "
@@ -93,7 +101,18 @@ class LoadStage:
             return import_onnx(Path(spec.reference), spec.kwargs["inputs"], [images.numpy()])
         if self.config.weights is None:
             raise InternalError("A pipeline passed validation without weights.")
-        return load_network(spec, self.config.weights)
+        return load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))
+
+    def _tell_conversion(self, ctx: StageContext, conversion: Conversion) -> None:
+        if conversion.is_exact:
+            ctx.progress.note(conversion.text)
+        else:
+            self._warn(ctx, conversion.text)
+
+    def _warn(self, ctx: StageContext, text: str) -> None:
+        """Say something in the log, and in the report."""
+        ctx.progress.warn(text)
+        self.warnings.append(text)
 
     def _measure(
         self, module: nn.Module, spec: FactorySpec, signature: Signature, ctx: StageContext
@@ -153,12 +172,13 @@ def factory_spec(model: Model) -> FactorySpec:
     return FactorySpec.from_model(model.model_dump())
 
 
-def load_network(spec: FactorySpec, weights: str) -> nn.Module:
+def load_network(spec: FactorySpec, weights: str, tell: Callable[[Conversion], None] | None = None) -> nn.Module:
     """Return the network with its weights, as its factory made it.
 
     Args:
         spec: How it is built.
         weights: A file, or "pretrained".
+        tell: Given each conversion of weights to another type.
 
     Raises:
         ModelError: The factory fails, or the network computes something else with the weights that come with it.
@@ -167,12 +187,19 @@ def load_network(spec: FactorySpec, weights: str) -> nn.Module:
     """
     module = build_module(spec)
     if weights == PRETRAINED:
-        load_strict(module, pretrained_state(spec), f"The weights of {spec.kind} for '{spec.reference}'")
-        return module
+        source = f"The weights of {spec.kind} for '{spec.reference}'"
+        conversions = load_strict(module, pretrained_state(spec), source)
+        return _told(module, conversions, tell)
     state = read_weights(Path(weights), module.state_dict())
     if spec.kind == "torchvision":
         state = without_auxiliary(state, module.state_dict())
-    load_strict(module, state, f"'{weights}'")
+    return _told(module, load_strict(module, state, f"'{weights}'"), tell)
+
+
+def _told(module: nn.Module, conversions: list[Conversion], tell: Callable[[Conversion], None] | None) -> nn.Module:
+    for conversion in conversions:
+        if tell is not None:
+            tell(conversion)
     return module
 
 

@@ -280,8 +280,10 @@ class _Run:
     ) -> None:
         self.module, self.hooks, self.team = module, hooks, present_team()
         self.device = training_device(settings.device)
-        self.memory_format = fastest_memory_format(module, train)
-        for network in (module, distillation.teacher if distillation is not None else module):
+        networks = (module,) if distillation is None else (module, distillation.teacher)
+        formats = {fastest_memory_format(network, train) for network in networks}
+        self.memory_format = formats.pop() if len(formats) == 1 else torch.contiguous_format
+        for network in networks:
             network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.forward: Callable[[Tensor], Any] = torch.compile(module) if settings.compiled else module
         self.lesson, self.metric = train.lesson, validation.task.main

@@ -115,7 +115,7 @@ def build_folded(op: Operation) -> Result:
 @operator("Clip")
 def build_clip(op: Operation) -> Result:
     """Build limits."""
-    low, high = op.setting("min", 1), op.setting("max", 2)
+    low, high = op.scalar("min", 1), op.scalar("max", 2)
     low = None if low is None or np.isneginf(low) else low
     high = None if high is None or np.isposinf(high) else high
     if low is None and high is None:

@@ -11,6 +11,7 @@ from torch import nn
 from compress.adapter import real_inputs
 from compress.artifacts import Signature
 from compress.cost.macs import eval_mode
+from compress.data.strides import standard_strides
 from compress.errors import ModelError, RuntimeUnavailable
 from compress.verification.runtimes.base import Arrays, Runtime
 
@@ -44,7 +45,8 @@ class TorchEager(Runtime):
         return self._given
 
     def _run(self, inputs: Arrays) -> Arrays:
-        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.signature.inputs]
+        arrays = (np.ascontiguousarray(inputs[spec.name]) for spec in self.signature.inputs)
+        tensors = [standard_strides(torch.from_numpy(array)) for array in arrays]
         try:
             with torch.no_grad(), eval_mode(self.module), real_inputs(self.module):
                 outputs = self.module(*tensors)

@@ -111,6 +111,8 @@ def _correct_numbers(
         part.num_groups, part.num_channels = norm
     elif isinstance(part, LAYERS):
         _correct_layer(part, changed)
+    elif isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
+        _correct_recurrent(part)
     else:
         own: dict[tuple[int, ...], tuple[int, ...]] = {
             (before,): (after,)
@@ -131,6 +133,13 @@ def _corrected(value: object, sizes: _Sizes) -> object:
         after = sizes.get(tuple(value))  # type: ignore[arg-type]
         return value if after is None else type(value)(after)  # type: ignore[call-arg]
     return value
+
+
+def _correct_recurrent(part: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Let the number of inputs follow the weight that reads them; the hidden state is never cut."""
+    weight = part.weight_ih_l0 if isinstance(part, nn.RNNBase) else part.weight_ih
+    assert isinstance(weight, Tensor)
+    part.input_size = int(weight.shape[1])
 
 
 def _correct_layer(part: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> None:

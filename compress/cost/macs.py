@@ -1,19 +1,51 @@
-"""How many multiply-accumulates and parameters does a torch network have?
+"""MACs and params of a torch network, counted while it runs.
 
-MACs are those of convolution and linear layers for one image: no bias, no normalisation, no activation.
-`cost/onnx_graph.py` counts the same from an ONNX file by other means; the two must agree.
+MACs are the multiply-accumulates for one image of everything that multiplies and sums up: convolutions, linear and
+recurrent layers, matrix products and attention, by a layer or by a function. Biases, norms, activations and pooling
+are not counted. `cost/onnx_graph.py` counts the same from an ONNX file by other means; the two must agree.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from compress.cost.onnx_graph import is_fixed_weight
+from compress.cost.products import Product, find_products
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 COUNTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+_LISTED = (*COUNTED, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+# their results do not depend on the values of the tensors that they are given
+_CREATE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+           "new_full", "new_empty", "new_empty_strided")  # fmt: skip
+
+
+@dataclass
+class Counts:
+    """What one run of a network multiplies.
+
+    Attributes:
+        macs: Module path -> multiply-accumulates of its own code, parts not included, in definition order. "" is the
+            network's own forward pass.
+        constant_macs: Those of products that do not depend on the input: an exporter may compute them beforehand.
+        weights: Scalars of the constant operands of all products that depend on the input; an operand used twice
+            counts twice.
+        constant_weights: Those of the products that do not.
+    """
+
+    macs: dict[str, int] = field(default_factory=dict)
+    constant_macs: int = 0
+    weights: int = 0
+    constant_weights: int = 0
 
 
 def count_macs(module: nn.Module, example: Tensor) -> int:
@@ -27,13 +59,16 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
 
 
 def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
-    """Return MACs for one image by layer name, in definition order; a layer used twice counts twice.
+    """Return MACs for one image by module path, in definition order; a layer used twice counts twice.
+
+    What a module's own code multiplies, outside of its parts, counts as its own: "" is the whole network. Layers with
+    weights are listed even where they multiply nothing.
 
     Args:
         module: Any network; its training flags and buffers are left as they are.
         example: One input, (1, C, H, W).
     """
-    return _count_calls(module, example, _call_macs)
+    return count_products(module, example).macs
 
 
 def count_layer_weights(module: nn.Module, example: Tensor) -> int:
@@ -43,33 +78,40 @@ def count_layer_weights(module: nn.Module, example: Tensor) -> int:
         module: Any network; its training flags and buffers are left as they are.
         example: One input, (1, C, H, W).
     """
-    return sum(_count_calls(module, example, lambda layer, *_: layer.weight.numel()).values())  # type: ignore[operator,union-attr]
+    return count_products(module, example).weights
 
 
-def _count_calls(
-    module: nn.Module, example: Tensor, of_call: Callable[[nn.Module, Tensor, Tensor], int]
-) -> dict[str, int]:
-    """Return by layer name the sum of what one call of the layer comes to, over its calls for one input."""
-    names: dict[nn.Module, str] = {part: name for name, part in module.named_modules() if isinstance(part, COUNTED)}
-    counts = dict.fromkeys(names.values(), 0)
+def count_products(module: nn.Module, example: Tensor) -> Counts:
+    """Run one image through a network and count what it multiplies.
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        first = next(value for value in tree_leaves(output) if isinstance(value, Tensor))  # some return several
-        counts[names[layer]] += of_call(layer, inputs[0], first)
+    Args:
+        module: Any network; its training flags and buffers are left as they are.
+        example: One input, (1, C, H, W).
+    """
+    counter = _Counter(module, example)
+    with torch.no_grad(), eval_mode(module), plain_operations(module), counter.places(), counter:
+        module(example)
+    found = counter.counts
+    listed = {name for name, part in module.named_modules() if isinstance(part, _LISTED)}
+    order = [name for name, _ in module.named_modules() if name in listed or name in found.macs]
+    found.macs = {name: found.macs.get(name, 0) for name in order}
+    return found
 
-    handles = [layer.register_forward_hook(count) for layer in names]
-    try:
-        with torch.no_grad(), eval_mode(module):
-            module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+
+def counts_agree(of_file: int, of_network: int, of_constants: int) -> bool:
+    """Whether a file computes what a network does: all, but for products of constants that were computed beforehand.
+
+    Args:
+        of_file: MACs or weights of the ONNX file.
+        of_network: Those of the network.
+        of_constants: The part of them in products that do not depend on the input.
+    """
+    return of_network - of_constants <= of_file <= of_network
 
 
 def count_params(module: nn.Module) -> int:
-    """Return the number of trainable scalars; shared parameters count once."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    """Return the number of scalars in parameters, trainable or frozen; shared parameters count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextmanager
@@ -84,11 +126,97 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _call_macs(layer: nn.Module, image: Tensor, output: Tensor) -> int:
-    if isinstance(layer, nn.Linear):
-        return output.numel() // output.shape[0] * layer.in_features
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    per_position = weight[0].numel()
-    positions = image if isinstance(layer, TRANSPOSED) else output
-    return positions.numel() // positions.shape[0] * per_position
+@contextmanager
+def plain_operations(module: nn.Module) -> Iterator[None]:
+    """Let attention and LSTM layers be carried out as matrix products instead of one operation that hides them."""
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    has_fused = torch._C._get_mkldnn_enabled()
+    if any(isinstance(part, nn.LSTM) for part in module.modules()):
+        torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
+        torch._C._set_mkldnn_enabled(has_fused)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the products of every operation that runs.
+
+    Args:
+        module: The network.
+        example: Its input.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = Counts()
+        self._module, self._path = module, [""]
+        self._fixed = {id(buffer) for name, buffer in module.named_buffers() if is_fixed_weight(name)}
+        self._follows: dict[int, StorageWeakRef] = {}  # storages whose values depend on the input's
+        self._note(example)
+
+    @contextmanager
+    def places(self) -> Iterator[None]:
+        """Keep track of whose code is running."""
+        handles = []
+        for name, part in self._module.named_modules():
+            if part is self._module:
+                continue
+            handles.append(part.register_forward_pre_hook(partial(self._enter, name)))
+            handles.append(part.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, *_: object) -> None:
+        self._path.append(name)
+
+    def _leave(self, *_: object) -> None:
+        self._path.pop()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        name = operation._schema.name.split("::")[-1]
+        names = [argument.name for argument in operation._schema.arguments]
+        arguments = dict(zip(names, args, strict=False)) | (kwargs or {})
+        for product in find_products(name, arguments, result):
+            self._add(product)
+        if name not in _CREATE and any(map(self._is_followed, tree_leaves((args, kwargs)))):
+            for value in tree_leaves(result):
+                self._note(value)
+        return result
+
+    def _add(self, product: Product) -> None:
+        if any(id(operand) in self._fixed for operand in product.operands):
+            return
+        counts, path = self.counts, self._path[-1]
+        counts.macs[path] = counts.macs.get(path, 0) + product.macs
+        constants = [operand for operand in product.operands if not self._is_followed(operand)]
+        if len(constants) == len(product.operands):
+            counts.constant_macs += product.macs
+            counts.constant_weights += _own_scalars(constants[-1])
+        else:
+            counts.weights += sum(map(_own_scalars, constants))
+
+    def _note(self, value: object) -> None:
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            self._follows[storage._cdata] = StorageWeakRef(storage)
+
+    def _is_followed(self, value: object) -> bool:
+        is_plain = isinstance(value, Tensor) and value.layout is torch.strided
+        return is_plain and value.untyped_storage()._cdata in self._follows  # type: ignore[attr-defined]
+
+
+def _own_scalars(value: Tensor) -> int:
+    """Return the scalars of a tensor, those that are repeated along an axis once."""
+    count = 1
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        count *= size if stride else 1
+    return count

@@ -1,7 +1,7 @@
-"""How many multiply-accumulates and weights does an ONNX file have? Counted from the graph, without torch.
+"""MACs, weights, nodes and bytes of an ONNX file, counted from the graph without torch.
 
-MACs are those of one image in Conv, ConvTranspose, Gemm and MatMul nodes that multiply by a weight; a MatMul of two
-activations is no layer and counts nothing. `cost/macs.py` counts the same from torch modules by other means.
+MACs are the multiply-accumulates for one image in all nodes that multiply and sum up, by weights or by activations
+(`cost/onnx_products.py`). `cost/macs.py` counts the same in a torch network by other means.
 
 Weights (`params`) are all scalars of floating-point constants with at least one axis, each constant once, except the
 running mean and variance of BatchNormalization, which are buffers. Export folds batch norm into the convolution
@@ -23,6 +23,7 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
 from compress.cost.onnx_file import file_bytes, first_line, load_onnx, read_sizes, reading_graph
+from compress.cost.onnx_products import NodeProduct, find_products, is_counted
 from compress.cost.onnx_shapes import observe_shapes
 from compress.errors import ModelError
 
@@ -31,7 +32,7 @@ __all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
 Shape = tuple[int, ...]
 FIXED_WEIGHT = "compress.fixed."  # names constants of convolutions that stand for slicing and padding
 FIXED_BUFFER = "compress_fixed_weight"  # and those of a torch network that stand for the same
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OF_SHAPES = ("Shape", "Size")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
@@ -43,8 +44,8 @@ class OnnxCounts:
     Attributes:
         macs: Multiply-accumulates for one image.
         params: Scalars of floating-point constants, rounded or not, without batch-norm statistics.
-        layer_weights: Scalars that one image is multiplied by in the nodes with MACs; a constant used twice counts
-            twice.
+        layer_weights: Scalars of the constants that one image is multiplied by; a constant used twice, by two nodes or
+            in two steps of a recurrent layer, counts twice.
         nodes: Nodes in the graph.
         initializer_bytes: Bytes of all initializers.
     """
@@ -165,30 +166,22 @@ class _Graph:
 
     def macs(self, node: NodeProto) -> int:
         """Return the MACs of one node for one image; 0 for operators that are not counted."""
-        if node.domain not in ("", "ai.onnx") or any(is_fixed_weight(name) for name in node.input):
-            return 0
-        if node.op_type in ("Conv", "ConvTranspose"):
-            per_position = math.prod(self._shape(node, node.input[1])[1:])
-            positions = node.output[0] if node.op_type == "Conv" else node.input[0]
-            return math.prod(self._shape(node, positions)) * per_position // self.batch
-        if node.op_type == "Gemm" and self._has_weight(node):
-            transposed = _int_attribute(node, "transA")
-            shared = self._shape(node, node.input[0])[0 if transposed else 1]
-            return math.prod(self._shape(node, node.output[0])) * shared // self.batch
-        if node.op_type == "MatMul" and self._has_weight(node):
-            shared = self._shape(node, node.input[0])[-1]
-            return math.prod(self._shape(node, node.output[0])) * shared // self.batch
-        return 0
+        return sum(product.macs for product in self._products(node)) // self.batch
 
     def layer_weights(self, node: NodeProto) -> int:
-        """Return the scalars of the constant by which a node multiplies; 0 for operators without MACs."""
-        if not self.macs(node):
-            return 0
-        weight = next(name for name in node.input[1::-1] if name in self.constants)
-        return math.prod(self._shape(node, weight))
+        """Return the scalars of the constants that a node multiplies by, once for each time that it reads them."""
+        total = 0
+        for product in self._products(node):
+            constants = [name for name in product.operands if name in self.constants]
+            if len(constants) == len(product.operands):  # computed beforehand, all but once
+                constants = constants[-1:]
+            total += product.repeats * sum(math.prod(self._shape(node, name)) for name in constants)
+        return total
 
-    def _has_weight(self, node: NodeProto) -> bool:
-        return any(name in self.constants for name in node.input[:2])
+    def _products(self, node: NodeProto) -> list[NodeProduct]:
+        if any(is_fixed_weight(name) for name in node.input):
+            return []
+        return find_products(node, lambda name: self._shape(node, name))
 
     def _shape(self, node: NodeProto, name: str) -> Shape:
         if name not in self.shapes and not self.has_observed:
@@ -201,7 +194,7 @@ class _Graph:
         missing = {
             value
             for other in self.nodes
-            if other.op_type in _LAYERS
+            if is_counted(other)
             for value in (*other.input, *other.output)
             if value and value not in self.shapes
         }
@@ -260,10 +253,10 @@ def _shapes(model: ModelProto) -> Iterator[tuple[str, Shape]]:
 
 
 def _constant_names(model: ModelProto) -> set[str]:
-    """Return the names of all values that do not depend on an input (a transposed weight is still a weight)."""
+    """Return the names of all values that no value of an input changes (a transposed weight is still a weight)."""
     constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if all(name in constants for name in node.input if name):
+        if node.op_type in _OF_SHAPES or all(name in constants for name in node.input if name):
             constants.update(node.output)
     return constants
 
@@ -296,7 +289,3 @@ def _tensor_bytes(tensor: TensorProto) -> int:
     if tensor.data_type in _HALF_BYTE_TYPES:
         return (count + 1) // 2
     return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-
-
-def _int_attribute(node: NodeProto, name: str) -> int:
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)

@@ -1,4 +1,4 @@
-"""Which shapes does a graph have when its operators do not say so? Seen by running it once in ONNX Runtime.
+"""Shapes in an ONNX graph that its operators do not tell, seen by running it once in ONNX Runtime.
 
 Some exporters compute sizes within the graph, for padding or reshaping, and inference from the operators ends there.
 """

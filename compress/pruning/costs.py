@@ -1,14 +1,15 @@
-"""How do MACs, params and the sizes of layers depend on the widths of the channel groups of a torch network?"""
+"""MACs, params and layer sizes of a torch network as functions of the widths of its channel groups."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compress.allocation.costs import ONE, Axis, CoupledCost, Term
-from compress.cost.macs import COUNTED, count_macs, count_params, layer_macs
-from compress.pruning.groups import ChannelGroup, is_depthwise
+from compress.cost.macs import COUNTED, count_macs, count_params
+from compress.pruning.groups import Amount, ChannelGroup, is_depthwise
 from compress.pruning.shortcuts import FixedShortcut
 
 _Slots = dict[str, dict[str, float]]
@@ -19,27 +20,24 @@ def build_cost(module: nn.Module, example: Tensor, groups: Mapping[str, ChannelG
 
     Args:
         module: The network the groups belong to.
-        example: One input, (1, C, H, W).
+        example: One input of the size that the groups were found with, (1, C, H, W).
         groups: Groups whose width may change.
-        unit: "macs", "params", or "weights" (those of convolutions and linear layers, without biases and norms).
+        unit: "macs", "params", or "weights" (the params that values are multiplied by: no biases, no norms).
     """
-    outs, inps = _slots_by_layer(groups)
-    terms: list[Term] = []
-    macs = layer_macs(module, example) if unit == "macs" else {}
-    for name, layer in module.named_modules():
-        out, inp = outs.get(name, {}), inps.get(name, {})
-        if not out and not inp:
-            continue
-        if isinstance(layer, COUNTED):
-            found = _macs_terms(layer, macs[name], out, inp) if unit == "macs" else _params_terms(layer, out, inp, unit)
-            terms += [replace(term, layer=name) for term in found]
-        elif unit == "params":
-            learned = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-            terms += [Term(1.0, Axis(p.numel(), out), layer=name) for p in learned]
+    slots: dict[Amount, tuple[dict[str, float], dict[str, float]]] = {}
+    for group in groups.values():
+        for share in group.shares:
+            if share.amount.unit == unit:
+                on_axis = slots.setdefault(share.amount, ({}, {}))[share.axis]
+                on_axis[group.name] = share.slots
+    terms = tuple(
+        Term(amount.total / math.prod(amount.sizes), *map(Axis, amount.sizes, found), layer=amount.layer)
+        for amount, found in sorted(slots.items(), key=lambda item: item[0].number)
+    )
     total = count_macs(module, example) if unit == "macs" else count_params(module)
     widths = {name: group.width for name, group in groups.items()}
-    counted = CoupledCost(tuple(terms), 0.0, widths)
-    return CoupledCost(tuple(terms), total - counted.full, widths)
+    counted = CoupledCost(terms, 0.0, widths)
+    return CoupledCost(terms, total - counted.full, widths)
 
 
 class ExpectedCost:
@@ -58,7 +56,7 @@ class ExpectedCost:
         self._factors = torch.tensor([term.factor for term in cost.terms], dtype=torch.float64) / whole
         self._fixed = cost.fixed / whole
         self._axes = [self._matrix([getattr(term, side) for term in cost.terms]) for side in ("out", "inp")]
-        inside = [[term.layer.startswith(f"{block}.") for block in self._blocks] for term in cost.terms]
+        inside = [[f"{term.layer}.".startswith(f"{block}.") for block in self._blocks] for term in cost.terms]
         self._inside = torch.tensor(inside, dtype=torch.bool).reshape(len(cost.terms), len(self._blocks))
 
     def __call__(self, widths: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
@@ -144,19 +142,3 @@ def _axes(layer: nn.Module, out: Mapping[str, float], inp: Mapping[str, float]) 
     if is_depthwise(layer):
         return Axis(size_out, out or inp), ONE
     return Axis(size_out, out), Axis(size_in, inp)
-
-
-def _macs_terms(layer: nn.Module, macs: int, out: Mapping[str, float], inp: Mapping[str, float]) -> list[Term]:
-    axis_out, axis_in = _axes(layer, out, inp)
-    return [Term(macs / (axis_out.size * axis_in.size), axis_out, axis_in)]
-
-
-def _params_terms(layer: nn.Module, out: Mapping[str, float], inp: Mapping[str, float], unit: str) -> list[Term]:
-    axis_out, axis_in = _axes(layer, out, inp)
-    terms = []
-    weight, bias = layer.weight, layer.bias
-    if isinstance(weight, nn.Parameter) and weight.requires_grad:
-        terms.append(Term(weight.numel() / (axis_out.size * axis_in.size), axis_out, axis_in))
-    if unit == "params" and isinstance(bias, nn.Parameter) and bias.requires_grad:
-        terms.append(Term(1.0, axis_out))
-    return terms

@@ -114,6 +114,8 @@ def _correct_numbers(
         part.num_groups, part.num_channels = norm
     elif isinstance(part, LAYERS):
         _correct_layer(part, changed)
+    elif isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
+        _correct_recurrent(part)
     else:
         own = sizes.with_counts(
             {
@@ -126,6 +128,13 @@ def _correct_numbers(
         for name, value in own_attributes(part).items():
             if (after := corrected(value, own)) is not value:
                 setattr(part, name, after)
+
+
+def _correct_recurrent(part: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Let the number of inputs follow the weight that reads them; the hidden state is never cut."""
+    weight = part.weight_ih_l0 if isinstance(part, nn.RNNBase) else part.weight_ih
+    assert isinstance(weight, Tensor)
+    part.input_size = int(weight.shape[1])
 
 
 def _correct_layer(part: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> None:

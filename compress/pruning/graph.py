@@ -4,7 +4,7 @@ Which channels are the same is found by `tracing/`; whether a cut is right is tr
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress.attributes import held_tensors
 from compress.cost.macs import COUNTED
 from compress.errors import UnsupportedLayer
-from compress.pruning.groups import LAYERS, ChannelGroup, Exclusion, Member, Read
+from compress.pruning.groups import LAYERS, Amount, ChannelGroup, Exclusion, Member, Read, Share
 from compress.pruning.tracing.forward import trace
 from compress.pruning.tracing.record import OUTPUTS, Axis, Trace
 
@@ -71,6 +71,7 @@ class ChannelGraph:
             self._is_summed[labels.numpy()] = True
         if self.trace.axes:
             self._find_groups()
+            self._find_shares()
 
     def gone(self, removed: Mapping[str, Sequence[int]]) -> np.ndarray:
         """Return (labels,) whether each goes with the channels that are removed.
@@ -121,6 +122,46 @@ class ChannelGraph:
             for (_, count, reason), chosen in alike.items():
                 labels = np.concatenate([order[borders[one] : borders[one + 1]] for one in chosen])
                 self._add(axis, labels, channel, unit, count, reason, len(alike))
+
+    def _find_shares(self) -> None:
+        """Tell each group what it has of the MACs and of the parameters."""
+        owner, names = np.full(self.trace.size, -1, np.int64), list(self.groups)
+        for number, name in enumerate(names):
+            owner[self._found[name].labels] = number
+        shares: list[list[Share]] = [[] for _ in names]
+        for amount, places in (*self._counted_macs(), *self._counted_params()):
+            for axis, labels in enumerate(places):
+                held = owner[labels]
+                for number, slots in zip(*np.unique(held[held >= 0], return_counts=True), strict=True):
+                    shares[number].append(Share(amount, axis, int(slots) / self.groups[names[number]].width))
+        for name, found in zip(names, shares, strict=True):
+            self.groups[name] = replace(self.groups[name], shares=tuple(found))
+
+    def _counted_macs(self) -> Iterator[tuple[Amount, list[np.ndarray]]]:
+        """Yield the MACs that follow the same channels in one module, and the labels on each of their axes."""
+        alike: dict[tuple[str, tuple[bytes, ...]], tuple[int, list[np.ndarray]]] = {}
+        for counted in self.trace.counted:
+            places = [labels.numpy() for labels in counted.labels]
+            key = counted.module, tuple(labels.tobytes() for labels in places)
+            alike[key] = alike.get(key, (0, places))[0] + counted.macs, places
+        for number, ((layer, _), (macs, places)) in enumerate(alike.items()):
+            yield Amount("macs", number, layer, macs, _sizes(places)), places
+
+    def _counted_params(self) -> Iterator[tuple[Amount, list[np.ndarray]]]:
+        """Yield the scalars of each parameter with channels, and a label for each index of its dimensions."""
+        by_tensor: dict[int, dict[int, dict[int, int]]] = {}
+        tensors = {id(axis.tensor): axis.tensor for axis in self.trace.axes if isinstance(axis.tensor, nn.Parameter)}
+        for axis in self.trace.axes:
+            labels = axis.labels
+            indices = axis.slots(labels - axis.start).tolist()
+            first = by_tensor.setdefault(id(axis.tensor), {}).setdefault(axis.dim, {})
+            for index, label in zip(indices, labels.tolist(), strict=True):
+                first.setdefault(index, label)  # a grouped convolution has several labels for one index
+        for number, (key, tensor) in enumerate(tensors.items()):
+            places = [np.array(list(first.values()), np.int64) for first in by_tensor[key].values()][:2]
+            for unit in ("params", "weights") if key in self.trace.multiplied else ("params",):
+                layer = self._owners[key][0].path
+                yield Amount(unit, number, layer, tensor.numel(), _sizes(places)), places
 
     def _patterns(self, unit: np.ndarray) -> list[bytes]:
         """Return for each unit how often each axis occurs in it, in a form that can be compared."""
@@ -259,6 +300,12 @@ def _owners(module: nn.Module) -> dict[int, list[Owner]]:
         for name, tensor in held_tensors(part).items():
             found.setdefault(id(tensor), []).append(Owner(path, part, name, order))
     return found
+
+
+def _sizes(places: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Return the sizes of two axes, 1 for one that is not there."""
+    first, second = (*map(len, places), 1, 1)[:2]
+    return first, second
 
 
 def _components(pairs: Sequence[Tensor], size: int) -> np.ndarray:

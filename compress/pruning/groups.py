@@ -77,6 +77,40 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """A part of a network's cost that follows the numbers of channels on at most two axes.
+
+    Attributes:
+        unit: "macs", "params", or "weights" (the params that values are multiplied by).
+        number: Tells it from the others of its unit in one network.
+        layer: Path of the module whose code multiplies, or that the parameter belongs to.
+        total: With all channels.
+        sizes: Of its two axes with all channels; 1 for an axis that is not there.
+    """
+
+    unit: str
+    number: int
+    layer: str
+    total: int
+    sizes: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a group has of a part of the cost.
+
+    Attributes:
+        amount: That part.
+        axis: 0 or 1, the axis of it that the group's channels are on.
+        slots: Places there for each channel.
+    """
+
+    amount: Amount
+    axis: int
+    slots: float
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelGroup:
     """Channels that must be cut together.
 
@@ -89,6 +123,7 @@ class ChannelGroup:
         bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
         reads: Every weight that reads the channels.
         is_summed: Whether feature maps of these channels are added up, as along a residual stream.
+        shares: What it has of the network's cost, in each unit.
     """
 
     name: str
@@ -99,6 +134,7 @@ class ChannelGroup:
     bare: tuple[Member, ...] = ()
     reads: tuple[Read, ...] = ()
     is_summed: bool = False
+    shares: tuple[Share, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:

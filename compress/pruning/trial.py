@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.adapter import random_inputs
-from compress.cost.macs import eval_mode
+from compress.allocation.costs import CoupledCost
+from compress.cost.macs import count_macs, count_params, eval_mode
+from compress.pruning.costs import build_cost
 from compress.pruning.cutting import cut_out
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion
@@ -21,6 +23,8 @@ from compress.user_code import user_frame, user_place
 
 _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3
+_MISCOUNT = 0.5  # a count is a whole number, a prediction nearly one
+_UNIT_NAMES = {"macs": "MACs", "params": "params"}
 _SILENT = 1e-2  # a weight whose largest value is below it lets hardly anything through
 
 
@@ -99,7 +103,8 @@ class _Trial:
     """
 
     def __init__(self, module: nn.Module, example: Tensor, graph: ChannelGraph) -> None:
-        self.module, self.graph = module, graph
+        self.module, self.graph, self.example = module, graph, example
+        self.costs: dict[str, CoupledCost] = {}
         generator = torch.Generator().manual_seed(_TRIAL_SEED)
         self.removed = {name: _some_half(group, generator) for name, group in graph.groups.items()}
         self.inputs = random_inputs(module, example, 2, _TRIAL_SEED).to(example.dtype)
@@ -140,7 +145,23 @@ class _Trial:
             return f"the cut network does not run ({_failure(error)})"
         silent = silenced_copy(self.module, removed, self.graph.groups)
         with torch.no_grad(), eval_mode(silent):
-            return difference(got, silent(self.inputs))
+            found = difference(got, silent(self.inputs))
+        return found or self._miscounted(slim, removed)
+
+    def _miscounted(self, slim: nn.Module, removed: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Say so when a cut network has other MACs or params than its widths tell, or return None."""
+        groups = self.graph.groups
+        widths = {name: groups[name].width - len(gone) for name, gone in removed.items()}
+        for unit, count in (("macs", count_macs(slim, self.example)), ("params", count_params(slim))):
+            if unit not in self.costs:
+                self.costs[unit] = build_cost(self.module, self.example, groups, unit)
+            predicted = self.costs[unit].at(widths)
+            if abs(predicted - count) > _MISCOUNT:
+                name = _UNIT_NAMES[unit]
+                return (
+                    f"the {name} that it leaves cannot be told from its width ({predicted:.0f} expected, {count} left)"
+                )
+        return None
 
 
 def difference(got: object, expected: object) -> str | None:

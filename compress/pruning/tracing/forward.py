@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.cost.macs import eval_mode
+from compress.cost.macs import eval_mode, plain_operations
 from compress.errors import UntraceableModel
 from compress.pruning.tracing.record import OUTPUTS, Trace
 from compress.pruning.tracing.rules import find_rule
@@ -25,7 +25,14 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     """
     watch = Watch(module, find_rule)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), eval_mode(module), watch.places(), watch:
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            eval_mode(module),
+            plain_operations(module),
+            watch.places(),
+            watch,
+        ):
             warnings.simplefilter("ignore")
             outputs = module(example)
     except Exception as error:  # the user's forward pass raises whatever it raises

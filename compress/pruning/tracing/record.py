@@ -66,6 +66,21 @@ class Shaped:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Multiply-accumulates that follow numbers of channels.
+
+    Attributes:
+        module: Path of the module whose code multiplies.
+        macs: With all channels.
+        labels: For each number that `macs` is proportional to, the places that it counts; two at most.
+    """
+
+    module: str
+    macs: int
+    labels: tuple[Tensor, ...]
+
+
 @dataclass
 class Trace:
     """What one forward pass told.
@@ -82,6 +97,8 @@ class Trace:
         padded: Module paths whose code puts zero channels around others.
         summed: Labels of channels that a sum of two feature maps is of.
         maps: Module path -> (C,) labels of the channels of the feature map that it returned last.
+        counted: Products whose MACs follow numbers of channels.
+        multiplied: Parameters that values are multiplied by, by identity.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -95,6 +112,8 @@ class Trace:
     padded: list[str] = field(default_factory=list)
     summed: list[Tensor] = field(default_factory=list)
     maps: dict[str, Tensor] = field(default_factory=dict)
+    counted: list[Counted] = field(default_factory=list)
+    multiplied: set[int] = field(default_factory=set)
 
     @property
     def size(self) -> int:

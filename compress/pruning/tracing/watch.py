@@ -24,8 +24,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from compress.attributes import attribute_names, held_tensors
 from compress.cost.macs import COUNTED
+from compress.cost.onnx_graph import is_fixed_weight
+from compress.cost.products import find_products
 from compress.pruning.labels import along, is_labelled, of_channels, unlabelled, vector
-from compress.pruning.tracing.record import Axis, Shaped, Sized, Trace
+from compress.pruning.tracing.record import Axis, Counted, Shaped, Sized, Trace
+
+_MOST_FACTORS = 2  # numbers of channels that one product's MACs can follow
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -43,6 +47,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module = module
         self._known = {id(value): value for part in module.modules() for value in held_tensors(part).values()}
         self._attributes = attribute_names(module)
+        self._fixed = {id(buffer) for name, buffer in module.named_buffers() if is_fixed_weight(name)}
         self._axes: dict[tuple[int, str, int], Axis] = {}
         self._labels = WeakIdKeyDictionary()
         self._transposed = WeakIdKeyDictionary()
@@ -98,7 +103,34 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = operation(*args, **(kwargs or {}))
         call = Call(operation, args, kwargs or {}, result)
         self._find_rule(call.name, torch.Tag.pointwise in operation.tags)(self, call)
+        self._count(call)
         return result
+
+    def _count(self, call: "Call") -> None:
+        """Note the products of an operation, and which numbers of channels their MACs follow."""
+        for product in find_products(call.name, call.arguments, call.result):
+            weights = [self._transposed.get(one, one) for one in product.operands]  # type: ignore[no-untyped-call]
+            if any(id(one) in self._fixed for one in weights):
+                continue
+            self.trace.multiplied.update(id(one) for one in weights if self.is_known(one))
+            found = [self._labels_along(value, axis) for value, axis in product.axes]
+            followed = [labels for labels in found if bool((labels >= 0).any())]
+            for labels in followed[_MOST_FACTORS:]:
+                self.freeze(
+                    labels, f"the MACs of {call.name} follow too many numbers of channels, in {where(self.place)}"
+                )
+            if followed:
+                self.trace.counted.append(Counted(self.place, product.macs, tuple(followed[:_MOST_FACTORS])))
+
+    def _labels_along(self, value: Tensor, axis: int) -> Tensor:
+        """Return (n,) the labels of the places along an axis of a value, (0,) where they do not differ along it."""
+        labels = self.labels_of(value)
+        if labels.shape[axis] == 1:
+            return torch.empty(0, dtype=torch.int64)
+        for other in range(labels.ndim):
+            if other != axis:
+                labels = labels.narrow(other, 0, 1)
+        return labels.flatten()
 
     # labels ---------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from compress.recipe import Recipe
 if TYPE_CHECKING:  # the planner and the reports handle these types without importing torch
     from torch import nn
 
-Status = Literal["pass", "fail", "skipped"]
+Status = Literal["pass", "fail", "inconclusive", "skipped"]
+Outcome = Literal["passed", "failed", "inconclusive"]
 NetworkKind = Literal["factory", "onnx", "timm", "torchvision"]
 
 
@@ -199,11 +200,12 @@ class CheckResult:
 
     Attributes:
         name: Such as "parity" or "min_speedup".
-        status: "pass", "fail" or "skipped".
+        status: "pass", "fail", "skipped", or "inconclusive" where the data show neither.
         value: What was measured; None when nothing could be.
         limit: What it was held to; None for an observation.
         unit: Of value and limit: "ms", "x", "share", "bytes", "".
         detail: One sentence.
+        remedy: Next step of the user after a check that did not pass; "" where there is none.
     """
 
     name: str
@@ -212,6 +214,7 @@ class CheckResult:
     limit: float | None
     unit: str
     detail: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,23 @@ class Verdict:
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def passed(self) -> bool:
-        """Whether at least one check was made, none failed, and every required one was made."""
+    def outcome(self) -> Outcome:
+        """Failed: a check failed, a required one was not made, or none was. Else inconclusive where one check is."""
         made = {check.name for check in self.checks if check.status != "skipped"}
-        return bool(made) and all(c.status != "fail" for c in self.checks) and made.issuperset(self.required)
+        if not made or not made.issuperset(self.required) or any(check.status == "fail" for check in self.checks):
+            return "failed"
+        return "inconclusive" if any(check.status == "inconclusive" for check in self.checks) else "passed"
+
+    @property
+    def passed(self) -> bool:
+        """Whether at least one check was made, every required one among them, and all of those passed."""
+        return self.outcome == "passed"
+
+    @property
+    def open_checks(self) -> tuple[CheckResult, ...]:
+        """Checks that keep the verdict from passing: failed, inconclusive, or required and skipped."""
+        return tuple(
+            check
+            for check in self.checks
+            if check.status in ("fail", "inconclusive") or (check.status == "skipped" and check.name in self.required)
+        )

@@ -13,7 +13,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.files import write_whole
 from compress.outputs import remove_earlier
 from compress.report.build import describe_verdict, write_json
-from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, verdict_sentence
+from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, next_steps, verdict_sentence
 
 if TYPE_CHECKING:  # the artifacts import numpy
     from compress.artifacts import Verdict
@@ -23,21 +23,27 @@ _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(verdict: Verdict, name: str) -> bytes:
-    """Return a JUnit report with one test case a check; one that was required and skipped is a failure.
+    """Return a JUnit report with one test case a check.
+
+    One that was required and skipped is a failure, an inconclusive one an error: it neither passed nor failed.
 
     Args:
         verdict: The outcome.
         name: Of the test suite, such as the run's or the file's.
     """
     cases = ElementTree.Element("testsuite", name=_clean(name))
-    failures = skips = 0
+    failures = errors = skips = 0
     for check in verdict.checks:
         case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name=_clean(check.name))
         said = _clean(f"{check.detail} (value {check.value}, limit {check.limit}, unit {check.unit or '-'})")
+        said += f"\nNext step: {_clean(check.remedy)}" if check.remedy else ""
         if check.status == "fail" or (check.status == "skipped" and check.name in verdict.required):
             kind = "failure" if check.status == "fail" else "required but skipped"
             ElementTree.SubElement(case, "failure", message=_clean(check.detail), type=kind).text = said
             failures += 1
+        elif check.status == "inconclusive":
+            ElementTree.SubElement(case, "error", message=_clean(check.detail), type="inconclusive").text = said
+            errors += 1
         elif check.status == "skipped":
             ElementTree.SubElement(case, "skipped", message=_clean(check.detail))
             skips += 1
@@ -52,7 +58,7 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
         case = ElementTree.SubElement(cases, "testcase", classname=_clean(name), name="checks")
         ElementTree.SubElement(case, "failure", message="nothing was checked", type="not made")
         failures += 1
-    counts = {"tests": len(cases), "failures": failures, "errors": 0, "skipped": skips}
+    counts = {"tests": len(cases), "failures": failures, "errors": errors, "skipped": skips}
     cases.attrib |= {key: str(value) for key, value in counts.items()}
     suites = ElementTree.Element("testsuites", {key: str(value) for key, value in counts.items()})
     suites.append(cases)
@@ -63,7 +69,10 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
 
 def to_markdown(verdict: Verdict, name: str) -> str:
     """Return a verdict as a heading, a sentence and tables."""
-    parts = [f"## {_cell(name)}", verdict_sentence(verdict), _table(CHECK_COLUMNS, check_rows(verdict))]
+    parts = [f"## {_cell(name)}", verdict_sentence(verdict)]
+    if steps := next_steps(verdict):
+        parts.append("\n".join(f"- Next step for {step}" for step in steps))
+    parts.append(_table(CHECK_COLUMNS, check_rows(verdict)))
     if figures := figure_rows(verdict):
         parts.append(_table(FIGURE_COLUMNS, figures))
     return "\n\n".join(parts) + "\n"

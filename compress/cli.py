@@ -1,7 +1,8 @@
 """Which commands are there? Each parses its options, calls the library and maps the outcome to an exit code.
 
     0 done, verdict passed    1 verdict failed      2 pipeline or command line wrong   3 a stage failed
-    4 file missing or corrupt 5 runtime unavailable 70 a bug                           130 interrupted
+    4 file missing or corrupt 5 runtime unavailable 6 verdict inconclusive             70 a bug
+    130 interrupted
 
 Whatever imports torch is imported inside the commands that need it, so that `--help` and `validate` stay quick.
 """
@@ -14,8 +15,8 @@ from typing import Annotated
 import typer
 
 from compress.console import Console
-from compress.errors import VERDICT_FAILED_EXIT_CODE, ConfigError
-from compress.exits import guarded, package_version
+from compress.errors import ConfigError
+from compress.exits import guarded, package_version, raise_outcome
 
 app = typer.Typer(
     name="compress",
@@ -104,8 +105,7 @@ def run(
         path = outcome.folder / name
         if path.exists():
             console.note(f"{label}: {path}")
-    if not outcome.verdict.passed:
-        raise typer.Exit(VERDICT_FAILED_EXIT_CODE)
+    raise_outcome(outcome.verdict.outcome)
 
 
 @app.command()
@@ -257,8 +257,7 @@ def verify(
         from compress.report.build import write_verdict_page  # imports matplotlib
 
         write_verdict_page(model.name, verdict, report)
-    if not verdict.passed:
-        raise typer.Exit(VERDICT_FAILED_EXIT_CODE)
+    raise_outcome(verdict.outcome)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
-from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, verdict_sentence
+from compress.wording import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, next_steps, verdict_sentence
 
 if TYPE_CHECKING:  # rich is imported for terminals only, the artifacts not at all: both cost start-up time
     from rich.console import Console as RichConsole
@@ -105,7 +105,9 @@ class Console:
         figures = figure_rows(verdict)
         if figures:
             self.print_table("Before and after", FIGURE_COLUMNS, figures)
-        self._write(self._out, verdict_sentence(verdict), "bold green" if verdict.passed else "bold red")
+        for step in next_steps(verdict):
+            self._write(self._out, f"Next step for {step}")
+        self._write(self._out, verdict_sentence(verdict), _OUTCOME_STYLES[verdict.outcome])
 
     def print_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table; cells are shown by `str`."""
@@ -249,7 +251,15 @@ class _DrawnTask:
         self._progress.update(self.identity, **update)
 
 
-_STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow", "run": "yellow", "unchanged": "green"}
+_OUTCOME_STYLES = {"passed": "bold green", "failed": "bold red", "inconclusive": "bold yellow"}
+_STYLES = {
+    "pass": "green",
+    "fail": "bold red",
+    "inconclusive": "bold yellow",
+    "skipped": "yellow",
+    "run": "yellow",
+    "unchanged": "green",
+}
 
 
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

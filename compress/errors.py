@@ -21,12 +21,19 @@
     │  └─ NoSuchPlace                no machine has such a provider, or the runtime reads no ONNX files
     └─ InternalError        exit 70  our bug: an invariant is broken
 
-A failed verification is no exception: the verdict says so and the exit code is 1.
+A failed verification is no exception: the verdict says so and the exit code is 1. Where no check failed but at least
+one is inconclusive, the exit code is 6.
 """
 
 from typing import ClassVar
 
 VERDICT_FAILED_EXIT_CODE = 1
+VERDICT_INCONCLUSIVE_EXIT_CODE = 6
+OUTCOME_EXIT_CODES = {  # by `Verdict.outcome`
+    "passed": 0,
+    "failed": VERDICT_FAILED_EXIT_CODE,
+    "inconclusive": VERDICT_INCONCLUSIVE_EXIT_CODE,
+}
 INTERRUPTED_EXIT_CODE = 130
 
 

@@ -14,7 +14,14 @@ from typing import ParamSpec
 import typer
 
 from compress.console import Console
-from compress.errors import INTERRUPTED_EXIT_CODE, ArtifactError, CompressError, InternalError, OutOfMemory
+from compress.errors import (
+    INTERRUPTED_EXIT_CODE,
+    OUTCOME_EXIT_CODES,
+    ArtifactError,
+    CompressError,
+    InternalError,
+    OutOfMemory,
+)
 
 BROKEN_PIPE_EXIT_CODE = 141
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -41,6 +48,16 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(_report(error, command.__name__ in _GOES_ON)) from error
 
     return run
+
+
+def raise_outcome(outcome: str) -> None:
+    """End a command with the exit code of its verdict; return where that passed.
+
+    Args:
+        outcome: As in `Verdict.outcome`.
+    """
+    if code := OUTCOME_EXIT_CODES[outcome]:
+        raise typer.Exit(code)
 
 
 def _report(error: BaseException, goes_on: bool) -> int:

@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from compress.config.load import Pipeline, load_pipeline
-from compress.errors import VERDICT_FAILED_EXIT_CODE, BudgetUnreachable, ConfigValueError
+from compress.errors import (
+    OUTCOME_EXIT_CODES,
+    VERDICT_FAILED_EXIT_CODE,
+    VERDICT_INCONCLUSIVE_EXIT_CODE,
+    BudgetUnreachable,
+    ConfigValueError,
+)
 from compress.progress import Progress, SilentProgress
 from compress.report.sweep import build_sweep, write_sweep
 from compress.runner import run
+
+_FIRST = (BudgetUnreachable.exit_code, VERDICT_FAILED_EXIT_CODE, VERDICT_INCONCLUSIVE_EXIT_CODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,8 @@ class SweepOutcome:
     Attributes:
         folder: Where `sweep.json` and `sweep.html` lie.
         report: The content of `sweep.json`.
-        exit_code: 0 when every verdict passed, 1 when one failed, 3 when a budget could not be met.
+        exit_code: 3 when a budget could not be met, else 1 when a verdict failed, else 6 when one was inconclusive,
+            else 0.
     """
 
     folder: Path
@@ -61,7 +70,7 @@ def sweep(
     pipelines = list(_at_budgets(path, budgets, overrides, seed))
     folder = runs_dir / f"{name}-sweep"
     rows: list[dict[str, Any]] = []
-    exit_code = 0
+    codes: set[int] = set()
     for budget, quantity, pipeline in pipelines:
         progress.note(f"== {quantity} {budget:g} ({len(rows) + 1} of {len(pipelines)})")
         row: dict[str, Any] = {"budget": budget, "run": pipeline.config.name, "report": None, "error": None}
@@ -70,15 +79,14 @@ def sweep(
         except BudgetUnreachable as error:
             row["error"] = error.message
             progress.warn(error.message)
-            exit_code = BudgetUnreachable.exit_code
+            codes.add(BudgetUnreachable.exit_code)
         else:
             row["report"] = outcome.report
-            if not outcome.verdict.passed:
-                exit_code = exit_code or VERDICT_FAILED_EXIT_CODE
+            codes.add(OUTCOME_EXIT_CODES[outcome.verdict.outcome])
         rows.append(row)
         report = build_sweep(name, quantity, rows)
         write_sweep(report, folder)
-    return SweepOutcome(folder, report, exit_code)
+    return SweepOutcome(folder, report, next((code for code in _FIRST if code in codes), 0))
 
 
 def _at_budgets(

@@ -50,12 +50,20 @@ def verdict_sentence(verdict: Verdict) -> str:
     failed = [check.name for check in made if check.status == "fail"]
     skipped = [name for name in verdict.required if name not in {check.name for check in made}]
     count = f"{len(made)} {'check' if len(made) == 1 else 'checks'}"
-    if verdict.passed:
+    if verdict.outcome == "passed":
         return f"PASSED: {count} made, none failed."
+    if verdict.outcome == "inconclusive":
+        names = ", ".join(check.name for check in made if check.status == "inconclusive")
+        return f"INCONCLUSIVE: {names} can be shown neither kept nor broken, of {count} made; none failed."
     if not made:
         return "FAILED: nothing was checked."
     reasons = [f"{', '.join(failed)} failed"] * bool(failed) + [f"{', '.join(skipped)} not made"] * bool(skipped)
     return f"FAILED: {' and '.join(reasons)}, of {count} made."
+
+
+def next_steps(verdict: Verdict) -> list[str]:
+    """Return one line for each check that did not pass and has a remedy."""
+    return [f"{check.name}: {check.remedy}" for check in verdict.open_checks if check.remedy]
 
 
 def format_number(value: float | None) -> str:

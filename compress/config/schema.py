@@ -765,10 +765,10 @@ class GatesConfig(Section):
     max_ratio: dict[
         Literal["macs", "params", "size", "p50", "p90", "p95", "p99", "cold_start", "memory", "energy"], Positive
     ] = Field({}, description="largest share of what the baseline has or takes")
-    judge_by: Literal["estimate", "bound"] = Field(
+    judge_by: Literal["estimate", "bound", "significant"] = Field(
         "estimate",
-        description="what of a figure must keep its limit: itself, or the worse end of its 95 % interval, so that "
-        "noise cannot let it pass",
+        description="estimate: the figure itself must keep its limit; bound: its 95 % interval must show that; "
+        "significant: as estimate, but only what the interval shows to be broken fails",
     )
     min_speedup: float | None = Field(None, gt=0, description="baseline latency / slim latency, medians")
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")

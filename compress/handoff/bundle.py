@@ -58,9 +58,9 @@ def write_bundle(
         _require_place(out, force)
     _require_outside(out, folder)
     if not run.has_passed and not allows_failed:
-        failed = ", ".join(run.failed) or "a required check was not made"
+        word = "failed" if run.failed or not run.inconclusive else "did not pass"
         raise ConfigError(
-            f"A run must have passed its verification to be handed over, '{run.name}' failed: {failed}.",
+            f"A run must have passed its verification to be handed over, '{run.name}' {word}: {run.unmet}.",
             hint="--allow-failed bundles it all the same, and model.json says so.",
         )
     content = build_content(run, samples, licence)

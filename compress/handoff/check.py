@@ -356,7 +356,7 @@ class Promises:
         provider: On which it must keep what was promised.
         threads, batch_size: How its latency was measured.
         where: On what, in words.
-        failed: Names of the checks that failed when the model was verified.
+        failed: Names of the checks that failed or were inconclusive when the model was verified.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -376,7 +376,8 @@ class Promises:
             self.provider = _text(promises.get("provider", there))
             runtime = _text(measured.get("runtime", RUNTIME))
             self.threads, self.batch_size = _whole(measured["threads"]), _whole(measured["batch_size"])
-            self.failed = [_text(one["name"]) for one in values["verdict"]["checks"] if one["status"] == "fail"]
+            checks = values["verdict"]["checks"]
+            self.failed = [_text(one["name"]) for one in checks if one["status"] in ("fail", "inconclusive")]
             self.passed = bool(values["verdict"]["passed"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
             raise damaged(f"{DESCRIPTION} lacks a value, or has one of another kind: {ascii(error)[:200]}") from error

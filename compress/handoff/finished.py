@@ -53,6 +53,17 @@ class FinishedRun:
         return [check["name"] for check in self.report["verdict"]["checks"] if check["status"] == "fail"]
 
     @property
+    def inconclusive(self) -> list[str]:
+        """Names of the checks that are inconclusive."""
+        return [check["name"] for check in self.report["verdict"]["checks"] if check["status"] == "inconclusive"]
+
+    @property
+    def unmet(self) -> str:
+        """Reason why the verdict did not pass, in words."""
+        named = [*self.failed, *(f"{name} (inconclusive)" for name in self.inconclusive)]
+        return ", ".join(named) or "a required check was not made"
+
+    @property
     def verify(self) -> dict[str, Any]:
         """Settings of the `verify` stage."""
         settings: dict[str, Any] = self.report["config"]["stages"][-1]

@@ -82,8 +82,7 @@ def _introduction(run: FinishedRun, model: dict[str, Any]) -> str:
     outcome = (
         f"It passed its verification: {count_checks(run.report['verdict']['checks'])}; none failed."
         if run.has_passed
-        else f"**It did not pass its verification** ({', '.join(run.failed) or 'a required check was not made'}), and "
-        "was bundled all the same."
+        else f"**It did not pass its verification** ({run.unmet}), and was bundled all the same."
     )
     precision = _PRECISIONS.get(model["precision"], "")
     about = f"An image classifier in ONNX, made smaller by compress.{precision} Input `{source['name']}`: {shape}."

@@ -98,6 +98,7 @@ def _describe(verdict: Verdict) -> dict[str, Any]:
     return {
         "verdict": {
             "passed": verdict.passed,
+            "outcome": verdict.outcome,
             "required": verdict.required,
             "checks": [_describe_check(check) for check in verdict.checks],
         },

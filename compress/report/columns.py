@@ -22,7 +22,7 @@ from compress.report.metric import (
     title_of,
     worse_by,
 )
-from compress.report.outcome import find, find_quality, is_broken, list_keys, name_metric, quality_kind
+from compress.report.outcome import find, find_quality, is_broken, list_keys, name_metric, outcome_of, quality_kind
 from compress.report.runtime import format_joules
 from compress.tasks.base import Metric
 
@@ -89,8 +89,9 @@ def _verdict_row(reports: Sequence[Report]) -> Row:
     cells = []
     for report in reports:
         broken = [check for check in find(report, "verdict", "checks") or [] if is_broken(check, report)]
-        is_passed = bool(find(report, "verdict", "passed"))
-        cells.append(Cell("passed" if is_passed else "failed", f"{len(broken)} failed" if broken else ""))
+        outcome = outcome_of(report)
+        word = "inconclusive" if outcome == "inconclusive" else "failed"
+        cells.append(Cell(outcome, f"{len(broken)} {word}" if broken else ""))
     return Row("Verdict", Cell(), cells)
 
 

@@ -28,12 +28,13 @@ from compress.report.metric import (
     title_of,
     worse_by,
 )
-from compress.report.outcome import describe_broken, find, is_broken, list_changes, render_badge
+from compress.report.outcome import describe_broken, find, is_broken, list_changes, outcome_of, render_badge
 from compress.report.robustness import SHOWN, describe_kinds, noise_curves
 from compress.report.svg import are_numbers
 from compress.tasks.base import Metric
 
 KIND = "runs"
+_STATUS = {"passed": "pass", "failed": "fail", "inconclusive": "inconclusive"}
 
 
 def render_comparison(reports: Sequence[Report], names: Sequence[str]) -> str:
@@ -92,10 +93,10 @@ def _render_verdicts(reports: Sequence[Report], heads: Sequence[str]) -> str:
         broken = [check for check in find(report, "verdict", "checks") or [] if is_broken(check, report)]
         gist = escape(", ".join(list_changes(report)) or None)
         why = "".join(f"<li>{describe_broken(check)}</li>" for check in broken)
-        is_passed = bool(find(report, "verdict", "passed"))
-        if not is_passed and not broken:
+        outcome = outcome_of(report)
+        if outcome != "passed" and not broken:
             why = "<li>Nothing was checked, or a required check was not made.</li>"
-        badge = render_badge("pass" if is_passed else "fail")
+        badge = render_badge(_STATUS[outcome])
         rows.append((escape(head), badge, f'<div class="text">{gist}{f"<ul>{why}</ul>" if why else ""}</div>'))
     return render_section(
         "Verdicts", render_table(("run", "verdict", "gist, and what failed"), rows, kind="stacked verdicts")
@@ -118,7 +119,7 @@ def _render_figures(reports: Sequence[Report], heads: Sequence[str]) -> str:
 
 
 def _render_cell(cell: Cell) -> str:
-    text = render_badge("pass" if cell.text == "passed" else "fail") if cell.text in ("passed", "failed") else ""
+    text = render_badge(_STATUS[cell.text]) if cell.text in _STATUS else ""
     note = f'<br><small class="muted">{escape(cell.note)}</small>' if cell.note else ""
     return f"{text or escape(cell.text)}{note}"
 

@@ -7,6 +7,7 @@ import yaml
 from compress.report.images import render_worst_images
 from compress.report.markup import escape
 from compress.report.outcome import (
+    outcome_of,
     render_checks,
     render_comparison,
     render_config,
@@ -34,7 +35,7 @@ def render_html(report: dict[str, Any]) -> str:
     Returns:
         HTML without scripts and without references to anything outside; every value of the report is escaped.
     """
-    word = "passed" if (report.get("verdict") or {}).get("passed") else "failed"
+    word = outcome_of(report)
     config = report.get("config")
     body = "".join(
         (

@@ -40,7 +40,8 @@ from compress.tasks.base import Metric
 
 NO_BREAK = "\u00a0"
 _KINDS = {"noise": "noise", "corruptions": "corruption"}
-STATUS_WORDS = {"pass": "passed", "fail": "failed", "skipped": "skipped"}
+OUTCOMES = ("passed", "failed", "inconclusive")
+STATUS_WORDS = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive", "skipped": "skipped"}
 
 
 def find(values: Any, *keys: str) -> Any:
@@ -55,12 +56,12 @@ def find(values: Any, *keys: str) -> Any:
 
 
 def render_verdict(report: dict[str, Any]) -> str:
-    """Return the banner: passed or failed in words and colour, why, and the gist in one line."""
+    """Return the banner: the outcome in words and colour, the reasons, and the gist in one line."""
     checks = find(report, "verdict", "checks") or []
-    passed = bool(find(report, "verdict", "passed"))
+    outcome = outcome_of(report)
     made = [check for check in checks if check.get("status") != "skipped"]
     broken = [check for check in checks if is_broken(check, report)]
-    if passed:
+    if outcome == "passed":
         skipped = len(checks) - len(made)
         text = f"All {len(made)} checks hold" if len(made) > 1 else "The one check made holds"
         reason = f"<p>{text}{f'; {skipped} skipped' if skipped else ''}.</p>"
@@ -69,7 +70,7 @@ def render_verdict(report: dict[str, Any]) -> str:
     else:
         reason = "<p>Nothing was checked, or a required check was not made, so nothing is known to hold.</p>"
     gist = ", ".join(f'<span class="whole">{escape(change)}</span>' for change in list_changes(report))
-    tone, word = ("pass", "Passed") if passed else ("fail", "Failed")
+    tone, word = {"passed": "pass", "failed": "fail"}.get(outcome, "warn"), outcome.capitalize()
     gist = f"<p>{gist}.</p>" if gist else ""
     return f'<div class="verdict {tone}" role="status"><h2>{word}</h2>\n{reason}{gist}</div>\n'
 
@@ -184,14 +185,25 @@ def render_config(text: str) -> str:
     return render_section("Pipeline", render_details("resolved configuration", f"<pre>{escape(text)}</pre>\n"))
 
 
+def outcome_of(report: dict[str, Any]) -> str:
+    """Return "passed", "failed" or "inconclusive"; reports of older versions know the first two only.
+
+    >>> outcome_of({"verdict": {"passed": True}}), outcome_of({"verdict": {"passed": False, "outcome": "inconclusive"}})
+    ('passed', 'inconclusive')
+    """
+    known = find(report, "verdict", "outcome")
+    return known if known in OUTCOMES else "passed" if find(report, "verdict", "passed") else "failed"
+
+
 def is_broken(check: dict[str, Any], report: dict[str, Any]) -> bool:
-    """Whether a check is why a verdict failed."""
+    """Whether a check keeps a verdict from passing."""
     required = find(report, "verdict", "required") or []
-    return check.get("status") == "fail" or (check.get("status") == "skipped" and check.get("name") in required)
+    status = check.get("status")
+    return status in ("fail", "inconclusive") or (status == "skipped" and check.get("name") in required)
 
 
 def describe_broken(check: dict[str, Any]) -> str:
-    """Return why a check failed, as HTML."""
+    """Return why a check did not pass and what to do next, as HTML."""
     unit = check.get("unit") or ""
     skipped = " was required, but skipped" if check.get("status") == "skipped" else ""
     figures = [
@@ -199,8 +211,10 @@ def describe_broken(check: dict[str, Any]) -> str:
         for word, key in (("got", "value"), ("limit", "limit"))
         if check.get(key) is not None
     ]
-    parts = [", ".join(figures), check.get("detail") or ""]
+    remedy = check.get("remedy")
+    parts = [", ".join(figures), check.get("detail") or "", f"Next step: {remedy}" if remedy else ""]
     text = ". ".join(part for part in parts if part)
+    skipped = " is inconclusive" if check.get("status") == "inconclusive" else skipped
     return f"<strong><code>{escape(check.get('name'))}</code></strong>{skipped}{': ' if text else ''}{escape(text)}"
 
 

@@ -17,7 +17,7 @@ from compress.report.markup import (
     render_table,
 )
 from compress.report.metric import TOP1, format_metric, metric_of, metric_of_report, scale_of, worse_by
-from compress.report.outcome import find
+from compress.report.outcome import find, outcome_of
 from compress.report.plots import plot_front
 from compress.tasks.base import Metric
 
@@ -38,9 +38,9 @@ def build_sweep(name: str, quantity: str, rows: Sequence[dict[str, Any]]) -> dic
 
     Returns:
         Keys schema, name, quantity, baseline (figures, or None), runs, prune_potential (or None). Each run has budget,
-        run, error, passed, macs, params, size_bytes, top1, latency_ms (p50), and speedup and fewer_macs against the
-        baseline of that run. Of another task than classification `top1` is called as its figure is, and `metric` says
-        what that is.
+        run, error, passed, outcome, macs, params, size_bytes, top1, latency_ms (p50), and speedup and fewer_macs
+        against the baseline of that run. Of another task than classification `top1` is called as its figure is, and
+        `metric` says what that is.
     """
     reports = [row["report"] for row in rows if row["report"] is not None]
     metric = metric_of_report(reports[0]) if reports else TOP1
@@ -172,7 +172,7 @@ def sweep_rows(report: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 budget,
-                "passed" if run["passed"] else "failed",
+                run.get("outcome") or ("passed" if run["passed"] else "failed"),
                 format_metric(metric, quality),
                 "" if change is None else f"{change:+.2f} points" if metric.is_share else f"{change:+.4g}",
                 format_count(run["macs"]),
@@ -197,6 +197,7 @@ def _summary(row: dict[str, Any], metric: Metric) -> dict[str, Any]:
         "run": row["run"],
         "error": row["error"],
         "passed": find(report, "verdict", "passed"),
+        "outcome": None if row["report"] is None else outcome_of(report),
         "macs": find(slim, "macs"),
         "params": find(slim, "params"),
         "size_bytes": find(slim, "size_bytes"),

@@ -91,7 +91,7 @@ def gates_of(config: VerifyConfig) -> Gates:
         max_quantile_ms=_plain(gates.max_quantile_ms),
         max_macs=gates.max_macs,
         max_params=gates.max_params,
-        by_bound=gates.judge_by == "bound",
+        judge_by=gates.judge_by,
         min_speedup=gates.min_speedup,
         max_latency_ms=gates.max_latency_ms,
         max_size_mb=gates.max_size_mb,

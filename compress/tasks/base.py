@@ -75,7 +75,8 @@ class Task:
         metric: Name of the figure that decides, one of those that `metrics` returns.
         higher_is_better: Whether more of it is better.
         is_share: Whether it lies in [0, 1] and is shown in percent.
-        resamples: How often images are drawn anew for the interval of a figure (bootstrap); 0 gives no interval.
+        resamples: Most parts of the images that are left out in turn for the interval of a figure (jackknife); 0 gives
+            no interval.
         chooses: Whether the network chooses among classes, so that its loss is of a known size.
         can_mix: Whether mixup and CutMix make sense: targets are class indices.
         is_spatial: Whether targets lie at places in the image, so that what moves pixels would make them wrong.

@@ -11,11 +11,11 @@ from compress.artifacts import CheckResult, Figures
 from compress.catalog import HARDER, SHARES
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
+from compress.verification.judging import JudgeBy, images_needed, is_coarse, is_undecided, judge
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
 from compress.verification.resources import Resources
 
-_SLACK = 1e-9  # 0.9173 - 0.9073 is 0.010000000000000009 in floating point and must keep a limit of 0.01
 _WHY = {
     "top5": "the network has no more than five classes",
     "worst_class": "the evaluation split has no image of some classes",
@@ -50,7 +50,7 @@ class Gates:
         max_quantile_ms: "p90", "p95", "p99" -> largest latency.
         max_macs: For one image.
         max_params: Trainable scalars.
-        by_bound: Whether a figure with an interval keeps a limit only when the worse end of the interval does.
+        judge_by: Which of a figure and its interval must keep a limit (`judging.judge`).
         min_speedup: Baseline latency / slim latency, medians.
         max_latency_ms: Median latency.
         max_size_mb: All files of the model, in 10^6 bytes.
@@ -70,7 +70,7 @@ class Gates:
     max_quantile_ms: Mapping[str, float] = field(default_factory=lambda: _NONE)
     max_macs: int | None = None
     max_params: int | None = None
-    by_bound: bool = False
+    judge_by: JudgeBy = "estimate"
     min_speedup: float | None = None
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
@@ -252,19 +252,25 @@ class Gates:
     def _check(
         self, name: str, estimate: Estimate, limit: float, *, is_least: bool, unit: str = "share"
     ) -> CheckResult:
-        """Hold an estimate to its limit, and say so where noise may have decided."""
-        sign = -1 if is_least else 1  # a least value is a largest one of the opposite
-        worse = estimate.low if is_least else estimate.high
-        judged = worse if self.by_bound and worse is not None else estimate.value
-        is_kept = sign * judged <= sign * limit + _SLACK
-        detail = estimate.detail
+        """Hold an estimate to its limit; where noise decides, tell so and how many images would do."""
+        is_share, compares = unit == "share", name.startswith(("max_drop", "max_rise"))
+        coarse = is_share and not is_least and is_coarse(estimate, limit)
+        status = judge(estimate, limit, is_least=is_least, judge_by=self.judge_by, is_coarse=coarse)
+        detail, remedy = estimate.detail, ""
         if estimate.low is None or estimate.high is None:
-            detail += "; no interval is known, so it is judged by itself" if self.by_bound else ""
+            detail += "; no interval is known, so it is judged by itself" if self.judge_by != "estimate" else ""
         elif estimate.low < estimate.high:
             detail += f"; with 95 % confidence from {estimate.low:.4f} to {estimate.high:.4f}"
-            if estimate.low < limit < estimate.high:
-                detail += ", on both sides of the limit" + ("" if self.by_bound else ": noise may have decided")
-        return CheckResult(name, "pass" if is_kept else "fail", estimate.value, limit, unit, detail)
+            if is_undecided(estimate, limit):
+                detail += ", on both sides of the limit"
+                detail += ": noise may have decided" if self.judge_by == "estimate" and not coarse else ""
+        count = images_needed(estimate, limit, compares=compares, is_share=is_share)
+        if count is not None:
+            noun = "images of each class" if name.endswith("worst_class") else "images"
+            detail += f"; this limit needs at least {count:,} {noun}, there are {estimate.images:,}"
+            if status == "inconclusive":
+                remedy = f"evaluate on at least {count:,} {noun}, or allow for more than {limit:g}"
+        return CheckResult(name, status, estimate.value, limit, unit, detail, remedy)
 
 
 def _why_missing(kind: str, name: str, own: Mapping[str, Estimate] | None, found: Mapping[str, Estimate] | None) -> str:

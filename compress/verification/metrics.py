@@ -6,7 +6,7 @@ Everything is computed from the outputs of networks over a split; nothing is run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -15,11 +15,13 @@ import numpy as np
 from compress.errors import DataError
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
+from compress.verification.calibration import Bounds, calibration_bounds, difference_bounds
 
 CONFIDENCE = 0.95
-_BINS, _TOP = 15, 5
-_RESAMPLES = 400
+_TOP = 5
+_FARTHEST = math.sqrt(2)  # l2 distance of two vectors of probabilities
 _ROWS_AT_ONCE = 4096
+_OF_CALIBRATION = "root mean square of confidence - accuracy, without bias"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,25 +116,9 @@ def class_accuracy(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         return right / counts, counts
 
 
-def calibration_error(predictions: Predictions) -> float:
-    """Return the expected calibration error: by how much confidence and accuracy differ, over 15 bins of confidence.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599.
-    """
-    return _calibration(predictions)(np.arange(len(predictions)))
-
-
-def _calibration(predictions: Predictions) -> Callable[[np.ndarray], float]:
-    """Return the calibration error as a function of which images count."""
-    confidence = predictions.probabilities.max(1).astype(np.float64)
-    bins = np.clip(np.ceil(confidence * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
-    gaps = predictions.hits - confidence
-
-    def of(chosen: np.ndarray) -> float:
-        sums = np.bincount(bins[chosen], weights=gaps[chosen], minlength=_BINS)
-        return float(np.abs(sums).sum() / len(chosen))
-
-    return of
+def calibration_error(predictions: Predictions) -> Bounds:
+    """Return by how much confidence and accuracy differ, with its interval (`calibration.calibration_bounds`)."""
+    return calibration_bounds(predictions.probabilities.max(1), predictions.hits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +130,14 @@ class Estimate:
         low: Lower end of the interval in which it lies with 95 % confidence; None where no interval is known.
         high: Upper end.
         detail: What it is, in words.
+        images: Images that it was measured on, all of equal weight; None where that is not so.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     detail: str = ""
+    images: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +151,7 @@ class PairedDrop:
         only_after: Images that only this one gets right.
         p_value: How likely at least such a difference is if both are as good (exact McNemar test, both sides; times
             the number of comparisons).
+        images: Images compared.
 
     Sources: McNemar 1947, "Note on the sampling error of the difference between correlated proportions or
         percentages"; the interval: Agresti and Min 2005, "Simple improved confidence intervals for comparing matched
@@ -174,6 +163,7 @@ class PairedDrop:
     only_before: int
     only_after: int
     p_value: float
+    images: int
 
 
 def paired_drop(before: np.ndarray, after: np.ndarray, comparisons: int = 1) -> PairedDrop:
@@ -197,7 +187,7 @@ def paired_drop(before: np.ndarray, after: np.ndarray, comparisons: int = 1) -> 
     p_value = float(binomtest(only_before, apart).pvalue) if apart else 1.0
     interval = mean_loss_interval(before.astype(np.float64) - after, comparisons)
     return PairedDrop(
-        (only_before - only_after) / count, interval, only_before, only_after, min(1.0, comparisons * p_value)
+        (only_before - only_after) / count, interval, only_before, only_after, min(1.0, comparisons * p_value), count
     )
 
 
@@ -232,24 +222,23 @@ def mean_share_interval(shares: np.ndarray) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def mean_distance_interval(distances: np.ndarray) -> tuple[float, float]:
+    """Return the interval in which the mean of distances of probabilities lies with 95 % confidence.
+
+    One image more, at the largest distance there is, stands for the rare large ones that few images do not show.
+
+    Args:
+        distances: (N,) in [0, sqrt 2].
+    """
+    more = np.append(np.asarray(distances, np.float64), _FARTHEST)
+    half = _quantile(1) * float(more.std()) / math.sqrt(len(more))
+    low = min(float(more.mean()) - half, float(distances.mean()))
+    return max(0.0, low), min(_FARTHEST, float(more.mean()) + half)
+
+
 def _quantile(comparisons: int) -> float:
     """Return by how many standard errors an interval reaches to either side."""
     return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2 / comparisons)
-
-
-def bootstrap_interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
-    """Return the interval between the outer 2.5 % of a statistic of images that were drawn again and again.
-
-    Args:
-        statistic: Takes (N,) positions of images, some of them several times.
-        count: N.
-
-    Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; percentiles, always the same draws.
-    """
-    random = np.random.default_rng(0)
-    values = [statistic(random.integers(0, count, count)) for _ in range(_RESAMPLES)]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def softmax_distance(before: Predictions, after: Predictions) -> float:
@@ -275,24 +264,41 @@ def estimate_quality(predictions: Predictions, names: Sequence[str] = ()) -> dic
         names: Of the classes, for the details.
     """
     count, right = len(predictions), int(predictions.hits.sum())
-    found = {"top1": Estimate(right / count, *share_interval(right, count), f"{right:,} of {count:,} images")}
+    found = {"top1": _share(right, count, "images")}
     if predictions.classes > _TOP:
-        among = int(predictions.among(_TOP).sum())
-        found["top5"] = Estimate(among / count, *share_interval(among, count), f"{among:,} of {count:,} images")
+        found["top5"] = _share(int(predictions.among(_TOP).sum()), count, "images")
     accuracy, counts = class_accuracy(predictions)
     if counts.all():
-        worst = int(accuracy.argmin())
-        right = round(accuracy[worst] * counts[worst])
-        found["worst_class"] = Estimate(
-            float(accuracy[worst]),
-            *share_interval(right, int(counts[worst]), len(counts)),
-            f"class {class_name(worst, names)} of {len(counts)}, {right:,} of {counts[worst]:,} images",
-        )
-    error = _calibration(predictions)
-    found["calibration_error"] = Estimate(
-        calibration_error(predictions), *bootstrap_interval(error, count), f"{_BINS} bins of confidence"
-    )
+        found["worst_class"] = _worst_class(accuracy, counts, names)
+    found["calibration_error"] = Estimate(*calibration_error(predictions), _OF_CALIBRATION, count)
     return found
+
+
+def _share(successes: int, count: int, noun: str) -> Estimate:
+    return Estimate(
+        successes / count, *share_interval(successes, count), f"{successes:,} of {count:,} {noun}", images=count
+    )
+
+
+def _worst_class(accuracy: np.ndarray, counts: np.ndarray, names: Sequence[str]) -> Estimate:
+    """Return the least top-1 of a class; it lies between the least ends of the intervals of all classes together."""
+    rights = np.rint(accuracy * counts).astype(np.int64)
+    ends = [share_interval(int(right), int(of), len(counts)) for right, of in zip(rights, counts, strict=True)]
+    worst = int(accuracy.argmin())
+    detail = f"class {class_name(worst, names)} of {len(counts)}, {rights[worst]:,} of {counts[worst]:,} images"
+    low, high = (min(side) for side in zip(*ends, strict=True))
+    return Estimate(float(accuracy[worst]), low, high, detail, int(counts[worst]))
+
+
+def worst_drop(drops: Sequence[PairedDrop]) -> tuple[int, Estimate]:
+    """Return which of several drops is the largest, and that; it lies between the largest ends of all their intervals.
+
+    Args:
+        drops: At least one; each for as many comparisons as there are drops.
+    """
+    worst = max(range(len(drops)), key=lambda place: drops[place].drop)
+    low, high = (max(side) for side in zip(*(drop.interval for drop in drops), strict=True))
+    return worst, replace(as_estimate(drops[worst]), low=low, high=high)
 
 
 def estimate_changes(before: Predictions, after: Predictions, names: Sequence[str] = ()) -> dict[str, Estimate]:
@@ -320,26 +326,22 @@ def estimate_changes(before: Predictions, after: Predictions, names: Sequence[st
     found = {"drop.top1": as_estimate(drop)}
     if before.classes > _TOP:
         found["drop.top5"] = as_estimate(paired_drop(before.among(_TOP), after.among(_TOP)))
-    losses = class_accuracy(before)[0] - class_accuracy(after)[0]
-    if not np.isnan(losses).any():
-        worst = int(losses.argmax())
-        of_class = before.labels == worst
-        lost = as_estimate(paired_drop(before.hits[of_class], after.hits[of_class], len(losses)))
-        detail = f"class {class_name(worst, names)} of {len(losses)}; {lost.detail}"
-        found["drop.worst_class"] = replace(lost, detail=detail)
-    own, other = _calibration(after), _calibration(before)
-    rise = calibration_error(after) - calibration_error(before)
-    interval = bootstrap_interval(lambda chosen: own(chosen) - other(chosen), count)
-    found["rise.calibration_error"] = Estimate(rise, *interval, f"{_BINS} bins of confidence")
-    changed = int((before.chosen != after.chosen).sum())
-    found["churn"] = Estimate(
-        changed / count, *share_interval(changed, count), f"{changed:,} of {count:,} predictions are others"
-    )
+    if np.bincount(before.labels, minlength=before.classes).all():
+        found["drop.worst_class"] = _worst_class_drop(before, after, names)
+    rise = difference_bounds(calibration_error(after), calibration_error(before))
+    found["rise.calibration_error"] = Estimate(*rise, _OF_CALIBRATION, count)
+    found["churn"] = _share(int((before.chosen != after.chosen).sum()), count, "predictions are others")
     distances = _distances(before, after)
-    half = _quantile(1) * float(distances.std()) / math.sqrt(count)
-    mean = float(distances.mean())
-    found["softmax_distance"] = Estimate(mean, max(0.0, mean - half), mean + half, "mean l2 norm over images")
+    interval = mean_distance_interval(distances)
+    found["softmax_distance"] = Estimate(float(distances.mean()), *interval, "mean l2 norm over images", count)
     return found
+
+
+def _worst_class_drop(before: Predictions, after: Predictions, names: Sequence[str]) -> Estimate:
+    """Return the largest drop of top-1 of a class; every class has an image."""
+    places = [np.flatnonzero(before.labels == index) for index in range(before.classes)]
+    worst, lost = worst_drop([paired_drop(before.hits[each], after.hits[each], len(places)) for each in places])
+    return replace(lost, detail=f"class {class_name(worst, names)} of {len(places)}; {lost.detail}")
 
 
 def class_name(index: int, names: Sequence[str]) -> str:
@@ -354,4 +356,4 @@ def class_name(index: int, names: Sequence[str]) -> str:
 def as_estimate(drop: PairedDrop) -> Estimate:
     """Return a drop as a figure of its own."""
     detail = f"{drop.only_before:,} images lost, {drop.only_after:,} won; exact McNemar test p = {drop.p_value:.2g}"
-    return Estimate(drop.drop, *drop.interval, detail)
+    return Estimate(drop.drop, *drop.interval, detail, drop.images)

@@ -24,11 +24,11 @@ from compress.verification.measured import Measured, changes_of_measured, loss_o
 from compress.verification.metrics import (
     Estimate,
     Predictions,
-    as_estimate,
     estimate_changes,
     mean_loss_interval,
     mean_share_interval,
     paired_drop,
+    worst_drop,
 )
 from compress.verification.quality import Change, Found, predict_each
 from compress.verification.runtimes.base import Runtime
@@ -234,10 +234,11 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
         if not those:
             continue
         detail = f"mean over {len(those)} distribution{'' if len(those) == 1 else 's'}"
-        own[name] = Estimate(float(np.mean([one.value for one in those])), *_share_interval(those), detail)
+        images = None if kind == "shifted" else len(those[0].hits)
+        own[name] = Estimate(float(np.mean([one.value for one in those])), *_share_interval(those), detail, images)
         if all(one.changes for one in those):
             drops = [one.changes["drop.top1"].value for one in those]
-            changes[f"drop.{name}"] = Estimate(float(np.mean(drops)), *_loss_interval(those), detail)
+            changes[f"drop.{name}"] = Estimate(float(np.mean(drops)), *_loss_interval(those), detail, images)
     compared = [one for one in found if one.changes]
     if compared:
         changes["drop.worst_distribution"] = _worst(compared)
@@ -293,18 +294,20 @@ def _of_independent(intervals: Sequence[tuple[float, float]]) -> tuple[float, fl
 
 def _worst(compared: Sequence[Standing]) -> Estimate:
     """Return the largest loss on any distribution, as sure as the largest of so many can be."""
-    worst = max(compared, key=lambda one: one.changes["drop.top1"].value)
-    if worst.baseline_hits is None:
-        raise InternalError("A file was compared without a baseline.")
-    drop = as_estimate(paired_drop(worst.baseline_hits, worst.hits, len(compared)))
-    return replace(drop, detail=f"{worst.name}, of {len(compared)} distributions; {drop.detail}")
+    drops = []
+    for one in compared:
+        if one.baseline_hits is None:
+            raise InternalError("A file was compared without a baseline.")
+        drops.append(paired_drop(one.baseline_hits, one.hits, len(compared)))
+    worst, drop = worst_drop(drops)
+    return replace(drop, detail=f"{compared[worst].name}, of {len(compared)} distributions; {drop.detail}")
 
 
 def _excess(corrupted: Sequence[Standing], nominal: Standing) -> Estimate:
     """Return by how much more a file loses on corrupted images than on the same ones as they are."""
     each = np.mean([one.losses for one in corrupted], axis=0) - nominal.losses
     low, high = (2 * end for end in mean_loss_interval(each / 2))  # a difference of losses reaches from -2 to 2
-    return Estimate(float(each.mean()), low, high, f"mean over {len(corrupted)} distributions")
+    return Estimate(float(each.mean()), low, high, f"mean over {len(corrupted)} distributions", len(each))
 
 
 def stated(found: Sequence[Standing]) -> list[dict[str, Any]]:

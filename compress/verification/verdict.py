@@ -63,6 +63,7 @@ from compress.verification.quality import (
     respond,
 )
 from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
+from compress.verification.remedies import with_remedies
 from compress.verification.resources import Resources, measure_resources
 from compress.verification.robustness import Standing, fitting, standings, stated, summarize
 from compress.verification.runtimes.base import Runtime
@@ -399,9 +400,10 @@ class _Verification:
         compared = ("macs_agree", "weights_agree", *_PARITY) if reference is not None else ()
         quantized = (AGREEMENT,) if self.float_path is not None else ()
         self.details["shares"] = drop_shares(self.before, self.whole, self.after)
+        required = (*always, *compared, *quantized, *self.scope.required, *self.gates.asked)
         return Verdict(
-            tuple(self.checks),
-            (*always, *compared, *quantized, *self.scope.required, *self.gates.asked),
+            with_remedies(self.checks, required),
+            required,
             slim,
             baseline,
             self.details,

@@ -9,11 +9,11 @@ from scipy.stats import binomtest
 from compress.errors import DataError
 from compress.verification.metrics import (
     Predictions,
-    bootstrap_interval,
     calibration_error,
     class_accuracy,
     estimate_changes,
     estimate_quality,
+    mean_distance_interval,
     mean_loss_interval,
     mean_share_interval,
     paired_drop,
@@ -70,18 +70,6 @@ def test_probabilities_are_left_as_they_are():
     assert logits.probabilities == pytest.approx(np.array([[0.25, 0.75], [1.0, 0.0]]))
 
 
-def test_calibration_error_by_hand():
-    """Two bins: of three images with confidence 0.9 two are right, of one with 0.6 none is."""
-    outputs = [[0.9, 0.1]] * 3 + [[0.6, 0.4]]
-    wanted = (abs(2 - 3 * 0.9) + abs(0 - 0.6)) / 4
-    assert calibration_error(predictions(outputs, [0, 0, 1, 1])) == pytest.approx(wanted, abs=1e-6)
-
-
-def test_a_network_that_is_as_sure_as_it_is_right_is_calibrated():
-    assert calibration_error(predictions([[1.0, 0.0], [0.0, 1.0]], [0, 1])) == 0.0
-    assert calibration_error(predictions([[1.0, 0.0], [0.0, 1.0]], [1, 0])) == 1.0
-
-
 @pytest.mark.parametrize(("successes", "count"), [(0, 10), (10, 10), (95, 100), (9173, 10000), (1, 2)])
 def test_interval_of_a_share_is_that_of_a_library(successes, count):
     wanted = binomtest(successes, count).proportion_ci(0.95, method="wilson")
@@ -135,8 +123,10 @@ def test_quality_by_hand():
     assert (found["top1"].value, found["top1"].detail) == (0.5, "2 of 4 images")
     assert (found["top1"].low, found["top1"].high) == share_interval(2, 4)
     assert (found["worst_class"].value, found["worst_class"].detail) == (0.0, "class 1 ('bee') of 3, 0 of 2 images")
-    assert (found["worst_class"].low, found["worst_class"].high) == share_interval(0, 2, 3)
-    assert found["calibration_error"].value == calibration_error(FOUR)
+    ends = [share_interval(1, 1, 3), share_interval(0, 2, 3)]
+    assert (found["worst_class"].low, found["worst_class"].high) == (ends[1][0], ends[1][1])
+    assert [found[name].images for name in ("top1", "worst_class", "calibration_error")] == [4, 2, 4]
+    assert found["calibration_error"].value == calibration_error(FOUR).value
     seven = predictions(np.eye(7)[::-1], np.arange(7))
     assert estimate_quality(seven)["top5"].value == pytest.approx(seven.among(5).mean())
 
@@ -149,10 +139,11 @@ def test_changes_by_hand():
     assert (found["churn"].value, found["churn"].detail) == (0.5, "2 of 4 predictions are others")
     assert found["drop.worst_class"].value == 1.0
     assert found["drop.worst_class"].detail.startswith("class 2 ('cat') of 3; 1 images lost, 0 won")
-    of_class = FOUR.labels == 2
-    interval = paired_drop(FOUR.hits[of_class], other.hits[of_class], 3).interval
-    assert (found["drop.worst_class"].low, found["drop.worst_class"].high) == interval
-    assert found["rise.calibration_error"].value == calibration_error(other) - calibration_error(FOUR)
+    each = [paired_drop(FOUR.hits[of], other.hits[of], 3) for of in (FOUR.labels == index for index in range(3))]
+    assert found["drop.worst_class"].low == max(drop.interval[0] for drop in each)
+    assert found["drop.worst_class"].high == max(drop.interval[1] for drop in each)
+    assert (found["drop.top1"].images, found["drop.worst_class"].images) == (4, 1)
+    assert found["rise.calibration_error"].value == calibration_error(other).value - calibration_error(FOUR).value
     assert found["softmax_distance"].value == softmax_distance(FOUR, other)
     same = estimate_changes(FOUR, FOUR)
     assert {name: one.value for name, one in same.items()} == dict.fromkeys(found, 0.0)
@@ -195,25 +186,36 @@ def test_intervals_hold_the_true_mean_about_as_often_as_they_say():
     assert 0.93 <= np.mean(held) <= 0.985
 
 
-def test_a_bootstrap_interval_is_the_same_again_and_is_wider_for_fewer_images():
-    values = np.random.default_rng(7).normal(size=400)
-    many = bootstrap_interval(lambda chosen: float(values[chosen].mean()), 400)
-    few = bootstrap_interval(lambda chosen: float(values[chosen].mean()), 40)
-    assert many == bootstrap_interval(lambda chosen: float(values[chosen].mean()), 400)
-    assert many[0] < values.mean() < many[1]
-    assert few[1] - few[0] > 2 * (many[1] - many[0])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
+def test_the_mean_distance_lies_between_its_ends_and_0(share):
+    low, high = mean_distance_interval(np.array([share] * 20))
+    assert 0 <= low <= share < high <= 2**0.5
 
 
-def test_every_figure_of_shares_has_an_interval_that_holds_it():
-    random = np.random.default_rng(8)
-    labels = random.integers(0, 7, 300)
-    outputs = [random.normal(size=(300, 7)) + 2 * np.eye(7)[labels] for _ in range(2)]
-    before, after = (predictions(one, labels) for one in outputs)
-    for name, one in {**estimate_quality(after), **estimate_changes(before, after)}.items():
-        assert one.low <= one.value <= one.high, name
+def test_the_interval_of_a_mean_distance_by_hand():
+    """One image at 0 and one at the largest distance of all: mean sqrt(2) / 2, standard error 1 / 2."""
+    low, high = mean_distance_interval(np.array([0.0]))
+    assert (low, high) == pytest.approx((0.0, 2**0.5))
+    low, high = mean_distance_interval(np.array([0.0] * 99))
+    mean, spread = 2**0.5 / 100, (2 / 100 - 2 / 100**2) ** 0.5
+    assert (low, high) == pytest.approx((0.0, mean + 1.959964 * spread / 10))
 
 
-def test_other_images_or_classes_cannot_be_compared():
-    for other in (predictions(FOUR.outputs, [0, 1, 1, 1]), predictions(FOUR.outputs[:, :2], [0, 1, 1, 1])):
-        with pytest.raises(DataError, match="on the same images and classes"):
-            estimate_changes(FOUR, other)
+def test_rare_large_distances_that_few_images_do_not_show_are_allowed_for():
+    random, held = np.random.default_rng(8), []
+    for _ in range(200):
+        distances = np.where(random.random(90) < 0.97, random.exponential(0.005, 90), random.uniform(0.2, 1.3, 90))
+        low, high = mean_distance_interval(distances)
+        held.append(low <= 0.97 * 0.005 + 0.03 * 0.75 <= high)
+    assert np.mean(held) >= 0.93
+
+
+def test_the_least_class_may_be_one_with_few_images():
+    """Ten of 100 images are wrong in one class, none of two in the other, which may yet be the worse one."""
+    outputs = np.zeros((102, 2))
+    outputs[:90, 0] = outputs[100:, 1] = 1
+    outputs[90:100, 1] = 1
+    found = estimate_quality(predictions(outputs, [0] * 100 + [1] * 2))["worst_class"]
+    assert found.value == 0.9
+    assert found.low == share_interval(2, 2, 2)[0]
+    assert found.high == share_interval(90, 100, 2)[1]

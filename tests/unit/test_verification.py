@@ -304,16 +304,16 @@ RATIO = LatencyRatio(1 / 1.5, 1 / 1.55, 1 / 1.45, 0.01)
     [
         (Gates(min_speedup=1.5), "pass", 1.5),
         (Gates(min_speedup=1.51), "fail", 1.5),
-        (Gates(min_speedup=1.5, by_bound=True), "fail", 1.5),
-        (Gates(min_speedup=1.4, by_bound=True), "pass", 1.5),
+        (Gates(min_speedup=1.5, judge_by="bound"), "inconclusive", 1.5),
+        (Gates(min_speedup=1.4, judge_by="bound"), "pass", 1.5),
         (Gates(max_latency_ms=1.0), "pass", 1.0),
         (Gates(max_latency_ms=0.9), "fail", 1.0),
-        (Gates(max_latency_ms=1.0, by_bound=True), "fail", 1.0),
+        (Gates(max_latency_ms=1.0, judge_by="bound"), "inconclusive", 1.0),
         (Gates(max_size_mb=2.0), "pass", 2.0),
         (Gates(max_size_mb=1.9), "fail", 2.0),
         (Gates(max_macs=30), "pass", 30),
         (Gates(max_params=19), "fail", 20),
-        (Gates(max_params=19, by_bound=True), "fail", 20),
+        (Gates(max_params=19, judge_by="bound"), "inconclusive", 20),
     ],
 )
 def test_each_gate_of_speed_and_size_holds_its_own_figure_to_its_limit(gates, status, value):
@@ -357,7 +357,7 @@ def test_shares_of_the_baseline_are_held_to_their_limits():
     assert [check.status for check in found] == ["pass", "fail", "pass", "pass", "fail", "skipped"]
     assert [check.value for check in found] == [0.5, 0.25, 0.5, 0.25, 0.9, None]
     assert {check.status for check in Gates(max_ratio=limits).check_ratios(slim, None, resources)} == {"skipped"}
-    judged = Gates(max_ratio={"memory": 1.0}, by_bound=True).check_ratios(slim, baseline, resources)[0]
+    judged = Gates(max_ratio={"memory": 1.0}, judge_by="bound").check_ratios(slim, baseline, resources)[0]
     assert (judged.status, judged.detail) == ("pass", "9 against 10; no interval is known, so it is judged by itself")
 
 
@@ -385,17 +385,17 @@ CHANGES = {
     [
         (Gates(max_drop={"top1": 0.01}), "max_drop.top1", "pass"),
         (Gates(max_drop={"top1": 0.0099}), "max_drop.top1", "fail"),
-        (Gates(max_drop={"top1": 0.01}, by_bound=True), "max_drop.top1", "fail"),
-        (Gates(max_drop={"top1": 0.018}, by_bound=True), "max_drop.top1", "pass"),
+        (Gates(max_drop={"top1": 0.01}, judge_by="bound"), "max_drop.top1", "inconclusive"),
+        (Gates(max_drop={"top1": 0.018}, judge_by="bound"), "max_drop.top1", "pass"),
         (Gates(max_rise={"calibration_error": 0.02}), "max_rise.calibration_error", "pass"),
         (Gates(max_rise={"calibration_error": 0.019}), "max_rise.calibration_error", "fail"),
         (Gates(minimum={"top1": 0.9}), "min.top1", "pass"),
         (Gates(minimum={"top1": 0.91}), "min.top1", "fail"),
-        (Gates(minimum={"top1": 0.9}, by_bound=True), "min.top1", "fail"),
-        (Gates(minimum={"top1": 0.88}, by_bound=True), "min.top1", "pass"),
-        (Gates(minimum={"worst_class": 0.7}, by_bound=True), "min.worst_class", "pass"),
+        (Gates(minimum={"top1": 0.9}, judge_by="bound"), "min.top1", "inconclusive"),
+        (Gates(minimum={"top1": 0.88}, judge_by="bound"), "min.top1", "pass"),
+        (Gates(minimum={"worst_class": 0.7}, judge_by="bound"), "min.worst_class", "pass"),
         (Gates(maximum={"churn": 0.05}), "max.churn", "pass"),
-        (Gates(maximum={"churn": 0.05}, by_bound=True), "max.churn", "fail"),
+        (Gates(maximum={"churn": 0.05}, judge_by="bound"), "max.churn", "inconclusive"),
         (Gates(maximum={"calibration_error": 0.039}), "max.calibration_error", "fail"),
     ],
 )
@@ -430,7 +430,7 @@ def test_quality_that_cannot_be_measured_is_skipped():
     assert by_name["min.top5"].detail == "the network has no more than five classes"
     assert {check.status for check in gates.check_quality(None, None)} == {"skipped"}
     nan = {"top1": Estimate(float("nan"), float("nan"), float("nan"))}
-    for gate in (Gates(minimum={"top1": 0.5}), Gates(minimum={"top1": 0.5}, by_bound=True)):
+    for gate in (Gates(minimum={"top1": 0.5}), Gates(minimum={"top1": 0.5}, judge_by="bound")):
         assert gate.check_quality(nan, None)[0].status == "fail"
 
 

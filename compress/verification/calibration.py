@@ -1,0 +1,119 @@
+"""Calibration error without bias, and intervals that hold the true value, calibrated networks included.
+
+The expected calibration error of Guo et al. 2017 (mean absolute gap of bins) is never 0 on a sample, so that drawing
+the images again (bootstrap) moves it further away from the truth. Here the mean squared gap is estimated without bias,
+as in Kumar et al. 2019, "Verified Uncertainty Calibration", arXiv:1909.10155, over bins of equally many images, and its
+root is reported. The interval solves |estimate - t| <= z sd(t) for the true value t, as Wilson's does for shares; sd(t)
+is that of a sum of squares of normal means. `benchmarks/calibration_interval.py` simulates the coverage.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+BINS, IMAGES_PER_BIN = 15, 10
+_Z = NormalDist().inv_cdf(0.975)
+
+
+class Bounds(NamedTuple):
+    """A value and its 95 % interval.
+
+    Attributes:
+        value: Estimate.
+        low: Lower end; None where no interval is known.
+        high: Upper end; None where no interval is known.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def calibration_bounds(confidence: np.ndarray, hits: np.ndarray) -> Bounds:
+    """Return the root mean squared difference between confidence and accuracy, in [0, 1].
+
+    Args:
+        confidence: (N,) float, probability that the network gives its choice, in [0, 1].
+        hits: (N,) bool, whether the choice is right.
+
+    Returns:
+        The root of the debiased mean of squares, 0 where that is negative. No interval below two images a bin.
+    """
+    gaps, weights, noise = _bins(np.asarray(confidence, np.float64), np.asarray(hits, np.float64))
+    if not len(gaps):
+        return Bounds(float(np.abs(hits - confidence).mean()), None, None)
+    squares = weights * gaps**2
+    total = float(squares.sum() - noise.unbiased.sum())
+    low, high = _squared_interval(total, squares, noise.cautious)
+    return Bounds(math.sqrt(max(total, 0.0)), math.sqrt(low), math.sqrt(high))
+
+
+def difference_bounds(after: Bounds, before: Bounds) -> Bounds:
+    """Return the difference of two values and its interval, which follows from theirs.
+
+    The two may be correlated: of the same images they rise and fall together, which makes the interval cautious.
+
+    Source: Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+
+    >>> difference_bounds(Bounds(0.5, 0.2, 0.9), Bounds(0.25, -0.15, 0.55))
+    Bounds(value=0.25, low=-0.17426406871192857, high=0.815685424949238)
+    """
+    value = after.value - before.value
+    if after.low is None or after.high is None or before.low is None or before.high is None:
+        return Bounds(value, None, None)
+    below = math.hypot(after.value - after.low, before.high - before.value)
+    above = math.hypot(after.high - after.value, before.value - before.low)
+    return Bounds(value, value - below, value + above)
+
+
+class _Noise(NamedTuple):
+    """(B,) Variance of each bin's mean gap, times the share of the bin.
+
+    Attributes:
+        unbiased: As sampled.
+        cautious: At least that of a share of right answers with half an image more of either kind, since a bin of right
+            answers alone looks as if it had no variance.
+    """
+
+    unbiased: np.ndarray
+    cautious: np.ndarray
+
+
+def _bins(confidence: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray, _Noise]:
+    """Return (B,) mean gaps of the bins with two images or more, (B,) shares of the images, and the noise."""
+    total = len(confidence)
+    wanted = max(1, min(BINS, total // IMAGES_PER_BIN))
+    edges = np.unique(np.quantile(confidence, np.arange(1, wanted) / wanted))
+    places = np.searchsorted(edges, confidence, side="left")  # equal confidences share a bin
+    counts = np.bincount(places, minlength=len(edges) + 1)
+    used = counts >= 2
+    counts, gaps = counts[used], hits - confidence
+    sums, squares, right = (np.bincount(places, values, minlength=len(used))[used] for values in (gaps, gaps**2, hits))
+    means = sums / counts
+    variances = np.maximum(squares - counts * means**2, 0.0) / (counts - 1)
+    shares = (right + 0.5) / (counts + 1)
+    cautious = np.maximum(variances, shares * (1 - shares))
+    return means, counts / total, _Noise(variances / total, cautious / total)
+
+
+def _squared_interval(total: float, squares: np.ndarray, noise: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean squared gap.
+
+    The variance of the estimate at a true value t is 2 sum(noise^2) + 4 k t, where k is the mean of the noise over the
+    bins, weighed by their squared gaps.
+
+    Args:
+        total: Unbiased estimate; may be negative.
+        squares: (B,) squared gaps times the share of the bin.
+        noise: (B,) variance of the mean gap times the share of the bin.
+    """
+    base = 2 * float((noise**2).sum())
+    slope = float((noise * squares).sum() / squares.sum()) if squares.sum() > 0 else float(noise.max())
+    middle = total + 2 * slope * _Z**2
+    half = _Z * math.sqrt(max(base + 4 * slope * total + 4 * slope**2 * _Z**2, 0.0))
+    low = max(middle - half, 0.0) if total > 0 else 0.0
+    return low, max(middle + half, 0.0)

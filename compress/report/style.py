@@ -37,7 +37,7 @@ section, .verdict {
 .verdict p { margin: 0.25rem 0 0; }
 .verdict ul, .notes { margin: 0.5rem 0 0; padding-left: 1.2rem; }
 .verdict li, .notes li { margin: 0.2rem 0; overflow-wrap: anywhere; }
-.warn { --tone: var(--mark); --soft: var(--card); }
+.warn, .inconclusive { --tone: var(--mark); --soft: var(--card); }
 .pass { --tone: var(--pass); --soft: var(--pass-soft); }
 .fail { --tone: var(--fail); --soft: var(--fail-soft); }
 .skipped { --tone: var(--skip); --soft: var(--skip-soft); }

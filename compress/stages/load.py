@@ -27,6 +27,7 @@ from compress.data.batches import evaluation_batches
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
 from compress.importing.importer import import_onnx
+from compress.networks.batch_independence import IMAGES, require_batch_independence
 from compress.networks.weight_types import Conversion
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state, without_auxiliary
@@ -70,6 +71,8 @@ class LoadStage:
             self._warn(ctx, note)
         ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration, spec)
+        several, _ = next(evaluation_batches(ctx.data.calibration.first(IMAGES), IMAGES, "nothing"))
+        require_batch_independence(module, several)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, signature, ctx)

@@ -92,6 +92,8 @@ class Predictions:
 def share_interval(successes: int, count: int, comparisons: int = 1) -> tuple[float, float]:
     """Return the interval in which a share lies with 95 % confidence (Wilson 1927).
 
+    The worst of several is rare by itself, and Wilson's interval too narrow for that: it has Clopper and Pearson's.
+
     Args:
         successes: Of `count`.
         count: At least 1.
@@ -104,7 +106,7 @@ def share_interval(successes: int, count: int, comparisons: int = 1) -> tuple[fl
     from scipy.stats import binomtest  # scipy takes a second to import
 
     level = 1 - (1 - CONFIDENCE) / comparisons
-    interval = binomtest(successes, count).proportion_ci(level, method="wilson")
+    interval = binomtest(successes, count).proportion_ci(level, method="wilson" if comparisons == 1 else "exact")
     return float(interval.low), float(interval.high)
 
 

@@ -18,6 +18,7 @@ from compress.errors import ArtifactError, ConfigValueError, DataError, ModelErr
 from compress.progress import Progress, SilentProgress
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import each
+from compress.verification.batching import check_batch, quality_batch
 from compress.verification.checks import (
     REPEATABLE,
     check_baseline,
@@ -193,7 +194,8 @@ class _Verification:
     def measure_baseline(self, path: Path) -> None:
         """Let the baseline predict what the file predicts."""
         with self._open_baseline(path, all_cores=True) as session:
-            self.before = predict(session, self.evaluation, evaluation_batch(image_input(session)), self.progress)
+            batch = quality_batch(session, path, self.evaluation, self.conditions)
+            self.before = predict(session, self.evaluation, batch, self.progress)
 
     def count_baseline(self, path: Path) -> Figures:
         """Return size and MACs of a baseline that comes as a file only; 0 where they cannot be counted."""
@@ -272,19 +274,20 @@ class _Verification:
                     found = self._check_parity(whole, reference, signature or whole.signature)
                 self.checks += [of_float(check) for check in found]
             try:
-                self.after = self._predict(session, baseline_onnx)
+                self.after = self._predict(session, self.path, baseline_onnx)
             except (ModelError, NonFinite) as error:
                 self.checks.append(CheckResult("evaluation", "fail", None, None, "images", error.message))
             else:
                 self.details["evaluation"] = {"images": len(self.evaluation)}
                 self.checks.append(check_evaluation(len(self.after), self.after.value, self.after.metric))
             self.checks.append(self._check_repeatable(session))
+            self.checks.append(self._check_batch(session))
         if self.float_path is not None:
             self._compare_with_float(self.float_path, baseline_onnx)
 
-    def _predict(self, session: Runtime, baseline_onnx: Path | None) -> Found:
+    def _predict(self, session: Runtime, path: Path, baseline_onnx: Path | None) -> Found:
         """Measure an open file on the evaluation split; without labels, by what the baseline returns."""
-        batch = evaluation_batch(image_input(session))
+        batch = quality_batch(session, path, self.evaluation, self.conditions)
         with ExitStack() as stack:
             original = None
             if not self.evaluation.task.needs_targets and baseline_onnx is not None:
@@ -300,6 +303,12 @@ class _Verification:
         except (ModelError, NonFinite) as error:
             return skipped(REPEATABLE, error.message, self.gates.parity)
 
+    def _check_batch(self, session: Runtime) -> CheckResult:
+        check = check_batch(session, self.path, self.evaluation, self.conditions)
+        if check.value is not None and check.limit is not None and check.value > check.limit:
+            self.progress.warn(f"Outputs for an image depend on the other images of its batch: {check.detail}.")
+        return check
+
     def _compare_with_float(self, path: Path, baseline_onnx: Path | None) -> None:
         """Let the float file predict what the quantised one predicts."""
         if self.after is None:
@@ -307,7 +316,7 @@ class _Verification:
             return
         try:
             with self.conditions.open(path, all_cores=True) as whole:
-                self.whole = self._predict(whole, baseline_onnx)
+                self.whole = self._predict(whole, path, baseline_onnx)
         except (ModelError, NonFinite) as error:
             self.checks.append(CheckResult(AGREEMENT, "fail", None, None, "share", error.message))
             return
@@ -323,7 +332,9 @@ class _Verification:
             baseline = None
             if baseline_onnx is not None:
                 baseline = stack.enter_context(self._open_baseline(baseline_onnx, all_cores=True))
-            batch = evaluation_batch(image_input(session))
+            batch = quality_batch(session, self.path, self.evaluation, self.conditions)
+            if baseline is not None and baseline_onnx is not None:
+                batch = min(batch, quality_batch(baseline, baseline_onnx, self.evaluation, self.conditions))
             try:
                 self.standings = standings(session, baseline, self.evaluation, wanted, batch, self.progress, shifted)
             except (ModelError, NonFinite) as error:

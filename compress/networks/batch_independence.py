@@ -1,0 +1,150 @@
+"""Refusal of networks whose output for an image depends on the other images of its batch.
+
+What such a network computes follows from the batch size and from which images come together: scores, repairs and the
+verdict would each see another network than the one that is deployed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.errors import ModelError
+from compress.tasks.outputs import each, plain
+
+IMAGES = 4
+_TOLERANCE, _TOLERANCE_ALONE = 1e-4, 1e-3  # of the largest output; the latter where float64 cannot be asked
+_TOLERANCE_FLOAT64 = 1e-8
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+Seen = dict[str, tuple[list[Tensor], list[Tensor]]]
+
+
+def require_batch_independence(module: nn.Module, images: Tensor) -> None:
+    """Compare images alone with the same images in one batch.
+
+    Where they differ by more than rounding may explain, float64 decides.
+
+    Args:
+        module: Network that takes one array.
+        images: (N, ...) different images, at least two; one alone says nothing.
+
+    Raises:
+        ModelError: An output differs; names the first layer where it does.
+    """
+    if len(images) < 2:
+        return
+    with eval_mode(module), torch.no_grad():
+        difference = _difference(module, images)
+        if difference <= _TOLERANCE:
+            return
+        try:
+            exact = _difference(copy.deepcopy(module).double(), images.double())
+        except Exception:  # a network that makes float32 values by itself
+            exact = None
+        if (exact is None and difference <= _TOLERANCE_ALONE) or (exact is not None and exact <= _TOLERANCE_FLOAT64):
+            return
+        place, hint = _place(module, images)
+    raise ModelError(
+        "The output for an image must not depend on the other images of its batch: alone and among "
+        f"{len(images)} it differs by {min(difference, 1e9):.2g} of the largest value, first in {place}.",
+        hint=hint,
+    )
+
+
+def _difference(module: nn.Module, images: Tensor) -> float:
+    """Return the largest difference of an output over the largest value; infinity where an image alone is refused."""
+    names = getattr(module, "output_names", ())
+    together = list(each(plain(module(images), names)))
+    largest = 0.0
+    for place in range(len(images)):
+        try:
+            alone = list(each(plain(module(images[place : place + 1]), names)))
+        except Exception:  # a batch norm refuses one value for each channel
+            return float("inf")
+        pairs = zip(alone, together, strict=True)
+        largest = max(largest, *(_relative(one[0], all_[place], all_) for one, all_ in pairs))
+    return largest
+
+
+def _relative(alone: Tensor, among: Tensor, scale: Tensor) -> float:
+    if alone.shape != among.shape:
+        return float("inf")
+    size = float(scale.double().abs().max()) if scale.numel() else 0.0
+    apart = float((alone.double() - among.double()).abs().max()) if alone.numel() else 0.0
+    return apart / size if size else apart
+
+
+def _place(module: nn.Module, images: Tensor) -> tuple[str, str]:
+    """Return where the first image is first another one among others than alone, in words, and a hint."""
+    plain_hint = "Let the forward pass treat each image by itself: no mean, sum or norm over the first axis."
+    with _watched(module) as together:
+        module(images)
+    with _watched(module) as alone:
+        try:
+            module(images[:1])
+        except Exception as error:
+            name = next((one for one in together if one not in alone), "")
+            return f"layer '{name}', which refuses one image: {str(error).splitlines()[0]}", _hint_of(module, name)
+    for name, (inputs, outputs) in together.items():
+        if name not in alone or not _differs(alone[name][1], outputs, len(images)):
+            continue
+        if _differs(alone[name][0], inputs, len(images)):
+            return f"what layer '{name}' reads", plain_hint
+        return f"layer '{name}' ({type(module.get_submodule(name)).__name__})", _hint_of(module, name)
+    return "what no layer of its own computes", plain_hint
+
+
+def _hint_of(module: nn.Module, name: str) -> str:
+    if isinstance(module.get_submodule(name), _NORMS):
+        return (
+            "Give the batch norm running statistics (track_running_stats=True, and eval mode), or use a group norm: "
+            "without them it normalises by whatever is in the batch."
+        )
+    return "Let this layer treat each image by itself."
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[Seen]:
+    """Keep what each layer reads and returns the first time, by its name, in the order of the calls."""
+    seen: Seen = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+            if name not in seen:
+                seen[name] = list(_tensors(inputs)), list(_tensors(outputs))
+
+        return hook
+
+    leaves = [(name, part) for name, part in module.named_modules() if name and not list(part.children())]
+    handles = [part.register_forward_hook(keep(name)) for name, part in leaves]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield copies of all tensors in nested values; layers may change them in place."""
+    if isinstance(values, Tensor):
+        yield values.detach().clone()
+    elif isinstance(values, Mapping):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _differs(alone: list[Tensor], together: list[Tensor], count: int) -> bool:
+    """Whether the first image's part of some value is another one among others."""
+    return any(
+        _relative(one, all_[: len(one)], all_) > _TOLERANCE
+        for one, all_ in zip(alone, together, strict=False)
+        if one.ndim and all_.ndim and len(one) * count == len(all_)
+    )

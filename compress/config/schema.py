@@ -847,7 +847,9 @@ class VerifyConfig(Section):
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
     batch_size: BatchSize = Field(1, description="images a call in the latency measurement")
     warmup: Count = Field(10, description="calls before the measurement")
-    repeats: Count = Field(100, description="timed calls of each model, interleaved")
+    repeats: Count = Field(
+        100, description="timed calls of each model, in several sittings; up to five times as many of fast models"
+    )
     parity_samples: int = Field(64, ge=1, description="real images compared with torch")
     robustness: RobustnessConfig | None = Field(None, description="noise and corruptions to look at; by default none")
     resources: ResourcesConfig | None = Field(

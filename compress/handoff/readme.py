@@ -144,7 +144,19 @@ def _figures(report: dict[str, Any], measured: dict[str, Any]) -> str:
     table = ["| | untouched network | this one |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     where = f"{measured['machine']}, {measured['runtime']}, {measured['provider']}"
     how = f"threads: {measured['threads']}, batch: {measured['batch_size']}"
-    return "\n".join(table) + f"\n\nIn brackets are 95 % intervals. Latency was measured on {where}, {how}."
+    text = f"In brackets are 95 % intervals. Latency was measured on {where}, {how}.{_speedup(report)}"
+    return "\n".join(table) + f"\n\n{text}"
+
+
+def _speedup(report: dict[str, Any]) -> str:
+    """Return the sentence about the speed-up and the baseline's ratio to itself; "" where they were not measured."""
+    ratio = (report["details"].get("latency") or {}).get("ratio") or {}
+    control = ratio.get("control")
+    if not control:
+        return ""
+    speedup = f"{1 / ratio['value']:.2f} ({1 / ratio['high']:.2f} to {1 / ratio['low']:.2f})"
+    itself = f"{control['value']:.3f} ({control['low']:.3f} to {control['high']:.3f})"
+    return f" Speed-up: {speedup}; the baseline against itself in the same run: {itself}."
 
 
 def _interval(report: dict[str, Any], name: str) -> str:

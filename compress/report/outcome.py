@@ -150,11 +150,17 @@ def render_latency(report: dict[str, Any]) -> str:
 
 
 def _list_ratio(ratio: dict[str, Any] | None) -> list[tuple[str, Any]]:
-    """Return the speed-up with its interval as a fact; none where it was not measured."""
+    """Return the speed-up and the baseline's ratio to itself with their intervals; nothing where not measured."""
     value, low, high = (find(ratio, key) for key in ("value", "low", "high"))
     if not value or not low or not high:
         return []
-    return [("speed-up, with 95 % confidence", f"{1 / value:.3f}× ({1 / high:.3f} to {1 / low:.3f})")]
+    facts: list[tuple[str, Any]] = [
+        ("speed-up, with 95 % confidence", f"{1 / value:.3f}× ({1 / high:.3f} to {1 / low:.3f})")
+    ]
+    itself = [find(ratio, "control", key) for key in ("value", "low", "high")]
+    if all(itself):
+        facts.append(("baseline / baseline in the same run", "{:.3f} ({:.3f} to {:.3f})".format(*itself)))
+    return [*facts, ("sittings", find(ratio, "sittings"))]
 
 
 def render_parity(report: dict[str, Any]) -> str:

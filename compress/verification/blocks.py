@@ -19,10 +19,17 @@ SITTINGS = 6  # openings of each model
 BLOCKS = 4  # of calls in a sitting
 OPENING_S = 20.0  # to be spent on opening; where one opening takes more than a sixth of it, there are fewer sittings
 
+WARM_MS = 50.0
+
 
 def count_sittings(opening_s: float) -> int:
     """Return the number of sittings, at least 1, given the seconds that it takes to open all models once."""
     return max(1, min(SITTINGS, int(OPENING_S / max(opening_s, 1e-9))))
+
+
+def count_warmup(asked: int, call_ms: float) -> int:
+    """Return the untimed calls after a model was opened again: those asked for, of slow models 50 ms of them."""
+    return max(1, min(asked, int(WARM_MS / max(call_ms, 1e-6))))
 
 
 def plan_blocks(calls: int) -> list[int]:

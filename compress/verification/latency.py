@@ -22,6 +22,7 @@ from compress.verification.blocks import (
     SITTINGS,
     alternate,
     count_sittings,
+    count_warmup,
     median_of_blocks,
     plan_blocks,
     time_in_blocks,
@@ -31,7 +32,6 @@ from compress.verification.runtimes.base import Runtime
 FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer say nothing about it
 AGAIN = " (opened again)"  # ends the label of the model that is compared with itself
 _CALLS_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter for each of the repeats asked for
-_WARM_MS = 50.0  # of calls before the blocks, from the second sitting on
 _MORE_TIMES = 3
 _PRECISE = 0.01
 _SPREAD, _PAUSE_S = 6, 3.0
@@ -281,7 +281,7 @@ class _Sittings:
                     self.inputs[label] = self.feed(session)
             calls = {label: session.bind(self.inputs[label]) for label, session in sessions.items()}
             if self.found:
-                self._warm_up(calls, max(1, min(self.warmup, int(_WARM_MS / self._slowest_ms))))
+                self._warm_up(calls, count_warmup(self.warmup, self._slowest_ms))
             else:
                 self.wanted = count_sittings(opening_s)
                 self.calls = self._count_calls(self._warm_up(calls, max(1, self.warmup)))
@@ -306,7 +306,7 @@ class _Sittings:
 
     @property
     def _slowest_ms(self) -> float:
-        return max(max(median_of_blocks(blocks) for blocks in self.found[0].values()), 1e-6)
+        return max(median_of_blocks(blocks) for blocks in self.found[0].values())
 
     def samples(self) -> dict[str, LatencySample]:
         """Return label -> all timed calls; the control is left out."""

@@ -353,6 +353,9 @@ class _Verification:
             self.checks.append(CheckResult("latency", "fail", None, None, "ms", error.message))
             return
         self.ratio, self.samples = found.ratio, found.samples
+        if self.ratio is not None and self.ratio.control is not None:
+            itself = self.ratio.control
+            self.progress.note(f"latency / baseline's: {self.ratio}; the baseline against itself: {itself}")
         series = {f"{label}_ms": list(sample.milliseconds) for label, sample in self.samples.items()}
         stated = {key: value for key, value in asdict(wanted).items() if key != "repeats"}
         ratio = None if self.ratio is None else asdict(self.ratio)

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import compress.verification.blocks as blocks
 import compress.verification.measuring as measuring
 from compress.errors import DataError
+from compress.handoff import check
 from compress.progress import SilentProgress
 from compress.verification.blocks import (
     alternate,
@@ -334,8 +336,8 @@ def test_models_that_are_slow_to_open_have_fewer_sittings_and_say_so(open_s, sit
     found = compare(machine, models, is_close=lambda _ratio: True)
     assert found.ratio.sittings == (7 if sittings == 6 else sittings), "nor are more made for a close limit"
     assert len(found.samples["a"].milliseconds) >= 500, "the calls are made all the same"
-    (check,) = Gates(min_speedup=0.5).check_speed(found.samples["a"], found.ratio, "1 thread")
-    assert ("opening takes too long for more" in check.detail) == (sittings == 1)
+    (gate,) = Gates(min_speedup=0.5).check_speed(found.samples["a"], found.ratio, "1 thread")
+    assert ("opening takes too long for more" in gate.detail) == (sittings == 1)
     if sittings == 1:
         assert found.ratio.high / found.ratio.value == pytest.approx(1.05)
 
@@ -387,9 +389,52 @@ def test_the_verdict_on_speed_is_the_same_each_time(true_speedup):
         machine = SimulatedMachine(seed=seed, jitter=0.1)
         models = {"slim": machine.model("slim", 1.0), "baseline": machine.model("baseline", true_speedup)}
         found = compare(machine, models, has_control=True, is_close=gates.is_close_to_speed)
-        (check,) = gates.check_speed(found.samples["slim"], found.ratio, "")
-        verdicts.add(check.status)
+        (gate,) = gates.check_speed(found.samples["slim"], found.ratio, "")
+        verdicts.add(gate.status)
     assert verdicts == {"pass" if true_speedup > 1.3 else "fail"}
+
+
+# the check that a bundle carries
+
+
+def test_the_check_of_a_bundle_holds_the_same_arithmetic_word_for_word():
+    def shared(module):
+        text = Path(module.__file__).read_text(encoding="utf-8")
+        (part,) = re.findall(r"# -- begin of the arithmetic shared .*?# -- end of the arithmetic shared ", text, re.S)
+        return part
+
+    assert shared(check) == shared(blocks)
+
+
+@pytest.mark.parametrize(("milliseconds", "open_s"), [(0.3, 0.01), (0.3, 5.5), (30.0, 0.01)])
+def test_the_check_of_a_bundle_measures_the_same_on_the_same_machine(milliseconds, open_s):
+    """Both do the same at the same time: every call, and so all noise, is the same."""
+    verifying, checking = (SimulatedMachine(seed=7, open_s=open_s) for _ in range(2))
+    sample = compare_latency(
+        {"file": verifying.model("file", milliseconds)}, no_inputs, 10, 60, stopwatch=verifying.stopwatch
+    ).samples["file"]
+    sessions = []
+
+    def next_call():
+        while sessions:
+            sessions.pop().__exit__(None, None, None)
+        sessions.append(checking.model("file", milliseconds)().__enter__())
+        return lambda _inputs: sessions[0].run(no_inputs(sessions[0]))
+
+    found = check.measure_latency(next_call, open_s, None, len(sample.milliseconds), lambda: checking.now)
+    assert checking.log == verifying.log
+    assert tuple(found) == pytest.approx(sample.sittings, rel=1e-9)
+    assert len(found) == count_sittings(open_s)
+
+
+@pytest.mark.parametrize("repeats", [1, 4, 50])
+def test_the_check_of_a_bundle_makes_as_many_calls_as_it_is_asked_for(repeats):
+    made = []
+    found = check.measure_latency(lambda: made.append, 0.0, "inputs", repeats, lambda: len(made) / 1e3)
+    assert len(found) == min(6, repeats)
+    parts = [repeats // len(found) + (number < repeats % len(found)) for number in range(len(found))]
+    assert len(made) == 10 * len(found) + sum(len(plan_blocks(calls)) + calls for calls in parts)
+    assert found == pytest.approx([1.0] * len(found))
 
 
 # what is said

@@ -463,6 +463,33 @@ def test_gates_close_what_the_budget_does_not_pay_for_and_then_stand():
     assert not torch.allclose(module(nets.images()), before, atol=1e-3)  # the gates are off
 
 
+def test_the_multiplier_of_the_budget_is_never_negative():
+    """Dual ascent: below the budget a cost has no price, and no reward either."""
+    module = Pair()
+    method = Gates(setting(module, Chosen({}), [0.1] * 100), GatesMethodConfig(multiplier_rate=2.0))
+    gate, costs = method.channels["conv"], iter([0.4, 0.1, 0.6, 0.75, 0.5, 0.25])
+    method._cost = lambda: torch.tensor(next(costs)) + 0 * gate.sum()
+    found = []
+    for step in range(6):
+        method.on_gradients(step)
+        found.append(method.multiplier)
+    assert found == pytest.approx([0.0, 0.0, 0.2, 0.7, 0.7, 0.2])
+    assert method.figures()["multiplier"] == found[-1]
+
+
+def test_gates_are_pushed_to_close_only_above_the_budget():
+    module = Pair()
+    for kept, is_pushed in ((0.3, True), (1.0, False)):
+        method = Gates(setting(module, Chosen({}), [0.1] * 100, kept=kept))
+        before = method.channels["conv"].detach().clone()
+        method.channels["conv"].grad = torch.zeros_like(before)
+        method.on_gradients(0)
+        after = method.channels["conv"].detach()
+        assert bool((after < before).all()) == is_pushed
+        assert torch.equal(after, before) != is_pushed
+        method.finish()
+
+
 def test_a_block_whose_gate_is_closed_passes_on_what_it_is_given():
     module, rates = nets.build("residual"), [0.02] * 150
     method = Gates(setting(module, Chosen({}), rates, blocks={"body.1": "body.1.bn2"}))

@@ -55,6 +55,23 @@ def rounded(tmp_path_factory):
     return {name: (folder / f"{name}.onnx", report) for name, report in reports.items()}
 
 
+def test_agreement_is_the_share_of_images_with_the_same_class(tmp_path, monkeypatch):
+    real, asked = calibration.Batches.classes, []
+
+    def classes(batches, path, what):
+        found = real(batches, path, what).copy()
+        if asked:
+            found[:5] += 1  # of the quantised file
+        asked.append(what)
+        return found
+
+    monkeypatch.setattr(calibration.Batches, "classes", classes)
+    whole = exported("chain")
+    report = quantize_onnx(whole, tmp_path / "q.onnx", make_split(), WANTED)
+    assert len(asked) == 2
+    assert report.agreement == pytest.approx(19 / 24)
+
+
 @pytest.mark.parametrize("name", nets.NAMES)
 def test_a_quantised_file_is_the_same_network_rounded(rounded, name):
     path, report = rounded[name]

@@ -293,3 +293,106 @@ def test_a_store_can_be_moved(store: Warned, tmp_path: Path) -> None:
     moved = Store(tmp_path / "elsewhere", store.warnings.append).get(KEY)
     assert moved is not None
     assert (moved.digest, moved.meta, moved.folder) == (entry.digest, entry.meta, tmp_path / "elsewhere" / KEY)
+
+
+def test_an_entry_is_moved_into_place_not_copied(store: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is killed half way is an entry without some of its files."""
+    written: list[tuple[int, Path]] = []
+
+    def write(folder: Path) -> None:
+        writing(a="1")(folder)
+        written.append((folder.stat().st_ino, folder))
+
+    entry = store.put(KEY, write, {})
+    assert entry.folder.stat().st_ino == written[0][0]
+    assert not written[0][1].exists()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(ArtifactError, match="Invalid cross-device link"):
+        store.put("other", writing(a="1"), {})
+    assert store.get("other") is None
+    assert not (store.root / "other").exists()
+
+
+def test_what_is_written_is_beside_the_entries_until_it_is_whole(store: Warned) -> None:
+    seen: list[Path] = []
+    stale = store.root / ".partial" / f"{KEY}.{os.getpid()}"
+    stale.mkdir(parents=True)
+    (stale / "old").write_text("of a process with the same number", encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        seen.append(folder)
+        assert list(folder.iterdir()) == [], "an empty folder is given"
+        assert not (store.root / KEY).exists()
+
+    entry = store.put(KEY, write, {})
+    assert seen == [stale]
+    assert [path.name for path in entry.folder.iterdir()] == ["entry.json"]
+    assert list((store.root / ".partial").iterdir()) == []
+    assert store.work_folder(KEY) == store.root / ".work" / KEY
+
+
+def test_an_entry_states_its_files_with_their_digests(store: Warned) -> None:
+    import hashlib
+
+    entry = store.put(KEY, writing(a="1", sub__b="2", sub__times="3"), {"k": "\u00e9"}, ("times",))
+    values = json.loads((entry.folder / "entry.json").read_text(encoding="utf-8"))
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (("a", "1"), ("sub/b", "2"))}
+    assert set(values) >= {"schema", "files", "digest", "meta"}
+    assert values["schema"] == 1
+    assert set(values["files"]) == {"a", "sub/b", "sub/times"}
+    assert {name: values["files"][name].split(":")[-1] for name in digests} == digests
+    assert (values["digest"], values["meta"]) == (entry.digest, {"k": "\u00e9"})
+
+
+def test_all_damaged_files_are_named_in_order(store: Warned) -> None:
+    entry = store.put(KEY, writing(a="1", b="2", c="3"), {})
+    change(entry.folder / "c")
+    change(entry.folder / "a")
+    assert store.get(KEY) is None
+    assert store.warnings == [f"A stored stage is damaged (a, c) and will be made again: {entry.folder}"]
+
+
+def test_an_entry_without_a_digest_says_so(store: Warned) -> None:
+    entry = store.put(KEY, writing(), {})
+    for text in (
+        '{"schema": 1, "files": {}, "digest": 1, "meta": {}}',
+        '{"schema": 1, "files": {}, "digest": "x", "meta": 1}',
+    ):
+        (entry.folder / "entry.json").write_text(text, encoding="utf-8")
+        assert store.get(KEY) is None
+    assert len(store.warnings) == 2
+    assert all("(entry.json (no digest or no record in it))" in said for said in store.warnings)
+
+
+def test_a_process_that_belongs_to_somebody_else_is_alive(store: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store.root / ".partial" / "k.123456"
+    folder.mkdir(parents=True)
+
+    def ask(pid: int, signal: int) -> None:
+        assert (pid, signal) == (123456, 0), "a signal that does nothing"
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", ask)
+    store.sweep()
+    assert folder.exists()
+
+
+def test_a_file_that_cannot_be_removed_does_not_stop_the_sweep(store: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store.root / ".partial").mkdir(parents=True)
+    (store.root / ".partial" / "a.file").write_text("no folder", encoding="utf-8")
+    dead = store.root / ".partial" / "b.dead"
+    dead.mkdir()
+    store.sweep()
+    assert not dead.exists()
+
+
+def test_a_file_system_error_without_words_is_told_as_it_is(store: Warned) -> None:
+    def write(folder: Path) -> None:
+        raise OSError("something odd")
+
+    with pytest.raises(ArtifactError, match=r"could not be written to '.*': something odd"):
+        store.put(KEY, write, {})

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.artifacts import Signature
 from compress.data.packing import draw
+from compress.errors import InternalError
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import Network
@@ -19,7 +21,7 @@ from compress.pruning.groups import ChannelGroup
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import RemoveBlock, RemoveChannels
 from compress.stages.exporting import OPSET
-from compress.verification.latency import compare_latency, measure_latency
+from compress.verification.latency import Comparison, compare_latency
 from compress.verification.measuring import Conditions
 
 
@@ -120,19 +122,26 @@ def _shortened(network: Network, progress: Progress) -> nn.Module:
 
 
 def _timed(path: Path, whole: Path, conditions: Conditions, progress: Progress) -> tuple[TimedShare, float]:
-    """Return what a file takes next to another one, and the latter's milliseconds."""
-    with conditions.open(path) as session, conditions.open(whole) as other:
-        sessions = {"smaller": session, "whole": other}
-        inputs = {label: random_inputs(one.signature, conditions.batch_size) for label, one in sessions.items()}
-        ratio, samples = compare_latency(sessions, inputs, conditions.warmup, conditions.repeats, progress)
+    """Return what a file takes beside another one, and the latter's milliseconds."""
+    found = _time_files({"smaller": path, "whole": whole}, conditions, progress)
+    if found.ratio is None:
+        raise InternalError("Two files were timed and not compared.")
+    ratio, samples = found.ratio, found.samples
     return TimedShare(samples["smaller"].p50, ratio.value, ratio.low, ratio.high), samples["whole"].p50
 
 
 def _timed_alone(path: Path, conditions: Conditions, progress: Progress) -> float:
-    with conditions.open(path) as session:
-        inputs = {"whole": random_inputs(session.signature, conditions.batch_size)}
-        samples = measure_latency({"whole": session}, inputs, conditions.warmup, conditions.repeats, progress)
-    return samples["whole"].p50
+    return _time_files({"whole": path}, conditions, progress).samples["whole"].p50
+
+
+def _time_files(files: Mapping[str, Path], conditions: Conditions, progress: Progress) -> Comparison:
+    return compare_latency(
+        {label: partial(conditions.open, path) for label, path in files.items()},
+        lambda session: random_inputs(session.signature, conditions.batch_size),
+        conditions.warmup,
+        conditions.repeats,
+        progress,
+    )
 
 
 def random_inputs(signature: Signature, batch: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -150,14 +150,15 @@ class Gates:
             else:
                 low = 1 / ratio.high
                 high = 1 / ratio.low if ratio.low > 0 else math.inf
-                speedup = Estimate(1 / ratio.value, low, high, f"medians of calls in turn ({conditions})")
+                speedup = Estimate(1 / ratio.value, low, high, _describe(ratio, conditions))
                 checks.append(self._check("min_speedup", speedup, self.min_speedup, is_least=True, unit="x"))
         if self.max_latency_ms is not None:
             if sample is None:
                 why = "latency of the file could not be measured"
                 checks.append(skipped("max_latency_ms", why, self.max_latency_ms, "ms"))
             else:
-                median = Estimate(sample.p50, *sample.p50_interval, f"median ({conditions})")
+                said = f"median of {_sittings(len(sample.sittings))} ({conditions})"
+                median = Estimate(sample.p50, *sample.p50_interval, said)
                 checks.append(self._check("max_latency_ms", median, self.max_latency_ms, is_least=False, unit="ms"))
         quantiles = {} if sample is None else sample.to_figures()
         for name, limit in self.max_quantile_ms.items():
@@ -184,8 +185,17 @@ class Gates:
             checks.append(self._check(name, estimate, limit, is_least=False, unit=unit))
         return checks
 
-    def check_ratios(self, slim: Figures, baseline: Figures | None, found: Resources | None) -> list[CheckResult]:
-        """Return one check for each limit on a share of the baseline's; "skipped" where one of the two is not known."""
+    def check_ratios(
+        self, slim: Figures, baseline: Figures | None, found: Resources | None, speed: LatencyRatio | None = None
+    ) -> list[CheckResult]:
+        """Return one check for each limit on a share of the baseline's; "skipped" where one of the two is not known.
+
+        Args:
+            slim: Of the file.
+            baseline: Of the baseline.
+            found: What else was measured; None where resources were not looked at.
+            speed: Latency of the file / latency of the baseline, which `p50` is held to.
+        """
         checks = []
         for name, limit in self.max_ratio.items():
             own, other = (
@@ -198,6 +208,8 @@ class Gates:
                 estimate = Estimate(own / other, detail=f"{own:,.4g} against {other:,.4g}")
                 if name in ("macs", "params", "size"):
                     estimate = replace(estimate, low=own / other, high=own / other)
+                elif name == "p50" and speed is not None:
+                    estimate = Estimate(speed.value, speed.low, speed.high, _describe(speed, estimate.detail + " ms"))
                 checks.append(self._check(f"max_ratio.{name}", estimate, limit, is_least=False, unit="x"))
         return checks
 
@@ -283,6 +295,18 @@ def _figure_of(name: str, figures: Figures | None, found: Resources | None, labe
         }
         return of[name].get(label)
     return figures.latency_ms.get(name)
+
+
+def _describe(ratio: LatencyRatio, where: str) -> str:
+    """Return how a ratio of latencies was measured, and the baseline against itself."""
+    said = f"{_sittings(ratio.sittings)} side by side ({where})"
+    if ratio.sittings == 1:
+        said += "; opening takes too long for more, so the interval is a wide guess"
+    return said if ratio.control is None else f"{said}; the baseline against itself in the same run: {ratio.control}"
+
+
+def _sittings(count: int) -> str:
+    return f"{max(1, count)} sitting{'' if count <= 1 else 's'}"
 
 
 def _of_resource(found: Resources, name: str, label: str) -> Estimate | None:

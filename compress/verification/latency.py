@@ -1,24 +1,57 @@
-"""How long does one call take? Several models measured in turn, so that they share whatever else the machine does."""
+"""Latency of a model's calls, and the ratio of two models' latencies.
+
+Models are opened anew in several sittings, in alternating order, and timed in blocks of back-to-back calls
+(`verification/blocks.py`). The ratio of a sitting is one observation; the interval is taken over the sittings.
+Why it is done so: docs/decisions/020-latency-over-reopened-sittings.md.
+"""
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from statistics import fmean, median, stdev
 
 import numpy as np
 
 from compress.errors import DataError
 from compress.progress import Progress, SilentProgress
+from compress.verification.blocks import (
+    SITTINGS,
+    alternate,
+    count_sittings,
+    median_of_blocks,
+    plan_blocks,
+    time_in_blocks,
+)
 from compress.verification.runtimes.base import Runtime
 
 FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer say nothing about it
-_BLOCK_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter for each of the repeats asked for
-_BLOCKS, _MORE_TIMES = 8, 3
+AGAIN = " (opened again)"  # ends the label of the model that is compared with itself
+_CALLS_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter for each of the repeats asked for
+_WARM_MS = 50.0  # of calls before the blocks, from the second sitting on
+_MORE_TIMES = 3
 _PRECISE = 0.01
-_SITTINGS, _PAUSE_S = 6, 2.0
+_SPREAD, _PAUSE_S = 6, 3.0
+_BETWEEN_SITTINGS = 0.05  # largest difference seen between one sitting and the next
+
+Models = Mapping[str, Callable[[], Runtime]]
+Feed = Callable[[Runtime], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """Source of time.
+
+    Attributes:
+        clock: Seconds from any start.
+        wait: Lets a number of seconds pass.
+    """
+
+    clock: Callable[[], float] = time.perf_counter
+    wait: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,50 +59,80 @@ class LatencySample:
     """The timed calls of one model.
 
     Attributes:
-        milliseconds: Every call, in the order they were made.
+        milliseconds: Every timed call, in the order they were made.
+        sittings: (S,) median of the block medians of each sitting; empty for calls that were not made in blocks.
     """
 
     milliseconds: tuple[float, ...]
+    sittings: tuple[float, ...] = ()
 
     @property
     def p50(self) -> float:
-        """Median."""
-        return float(np.quantile(self.milliseconds, 0.5))
+        """Median over the sittings; without sittings, over the calls."""
+        return median(self.sittings or self.milliseconds)
 
     @property
     def p50_interval(self) -> tuple[float, float]:
-        """Where the median lies with 95 % confidence, by the ranks of the calls; all of them where they are few."""
-        from scipy.stats import binom  # scipy takes a second to import
+        """The interval in which the median lies with 95 % confidence, whatever the distribution of the sittings.
 
-        count = len(self.milliseconds)
-        below = int(binom.ppf(0.025, count, 0.5))
-        ordered = np.sort(self.milliseconds)
-        return float(ordered[max(0, below - 1)]), float(ordered[min(count - 1, count - below)])
+        From six sittings on it follows from their ranks. Fewer can show no 95 % that way: Student's t on the
+        logarithms widens their range. One alone says nothing of the next, so its value is taken to be 5 % off.
+        """
+        values = self.sittings or self.milliseconds
+        if len(self.sittings) == 1:
+            return values[0] / (1 + _BETWEEN_SITTINGS), values[0] * (1 + _BETWEEN_SITTINGS)
+        low, high = _rank_interval(values)
+        if not 1 < len(self.sittings) < SITTINGS:
+            return low, high
+        middle, half = _log_interval(self.sittings)
+        return min(low, math.exp(middle - half)), max(high, math.exp(middle + half))
 
     def to_figures(self) -> dict[str, float]:
         """Return {"p50", "p90", "p95", "p99"}, as far as there are calls enough to know them."""
-        return {
+        slow = {
             name: float(np.quantile(self.milliseconds, int(name[1:]) / 100))
             for name, fewest in FEWEST_CALLS.items()
             if len(self.milliseconds) >= fewest
         }
+        return {**slow, "p50": self.p50}
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyRatio:
-    """What one model takes, over what another one takes.
+    """Latency of one model / latency of another.
 
     Attributes:
-        value: Ratio of the medians.
+        value: Geometric mean of the ratios of the sittings.
         low: Lower end of the interval in which it lies with 95 % confidence.
         high: Upper end.
-        error: Its standard error, as a share of it: by how much the blocks of calls differ.
+        error: Standard error of its logarithm, which is nearly its relative error.
+        sittings: Observations behind the interval; 1 where opening the models takes too long for more.
+        control: The same ratio of the second model to itself, opened again in the same sittings; None where that was
+            not measured.
     """
 
     value: float
     low: float
     high: float
     error: float
+    sittings: int = SITTINGS
+    control: LatencyRatio | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Models timed side by side.
+
+    Attributes:
+        samples: Label -> timed calls.
+        ratio: First model / second model; None for one model alone.
+    """
+
+    samples: dict[str, LatencySample]
+    ratio: LatencyRatio | None
 
 
 def measure_latency(
@@ -79,13 +142,13 @@ def measure_latency(
     repeats: int,
     progress: Progress | None = None,
 ) -> dict[str, LatencySample]:
-    """Time calls of every model in turn: A B, B A, A B ... so that drift and load hit all alike.
+    """Time calls of open models in one sitting, in rounds of blocks whose order alternates.
 
     Args:
         sessions: Label -> open runtime.
         inputs: Label -> inputs of that runtime; checked once, before any call.
         warmup: Untimed calls of each.
-        repeats: Timed calls of each, at least 1.
+        repeats: Timed calls of each, at least 1; `blocks.plan_blocks` divides them.
         progress: Told about each round.
 
     Returns:
@@ -95,125 +158,238 @@ def measure_latency(
         DataError: There is nothing to measure, or no call to make.
         ModelError: Inputs do not fit, or a network fails on them.
     """
-    if not sessions or repeats < 1:
-        raise DataError(f"Latency must be measured on at least one model and call, got {len(sessions)} and {repeats}.")
+    _require_calls(len(sessions), repeats)
     calls = {label: session.bind(inputs[label]) for label, session in sessions.items()}
-    times: dict[str, list[float]] = {label: [] for label in calls}
-    collecting = gc.isenabled()
-    with (progress or SilentProgress()).task("latency", warmup + repeats) as task:
+    sizes = plan_blocks(repeats)
+    with (progress or SilentProgress()).task("latency", warmup + len(sizes)) as task:
         for _ in range(warmup):
             for call in calls.values():
                 call()
             task.advance()
-        gc.disable()  # a collection in the middle of a call would be counted as its time
-        try:
-            for number in range(repeats):
-                for label in list(calls)[:: 1 if number % 2 == 0 else -1]:
-                    times[label].append(_timed(calls[label]))
-                task.advance()
-        finally:
-            if collecting:
-                gc.enable()
-    return {label: LatencySample(tuple(values)) for label, values in times.items()}
+        orders = alternate(list(calls), seed=0)
+        blocks = time_in_blocks(calls, sizes, orders, time.perf_counter, task.advance)
+    return {label: _sample([of_model]) for label, of_model in blocks.items()}
 
 
 def compare_latency(
-    sessions: Mapping[str, Runtime],
-    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    models: Models,
+    feed: Feed,
     warmup: int,
     repeats: int,
     progress: Progress | None = None,
-) -> tuple[LatencyRatio, dict[str, LatencySample]]:
-    """Time two models in turn until their ratio is known to 1 %, or there is an end to that.
+    *,
+    has_control: bool = False,
+    is_close: Callable[[LatencyRatio], bool] = lambda ratio: False,
+    stopwatch: Stopwatch | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Time one model, or two side by side, in sittings for which they are opened anew.
 
-    The calls are made in blocks, and how far these differ says how precise the ratio is; the shorter a call, the more
-    are made.
-
-    Args:
-        sessions: Label -> open runtime; the first is compared with the second.
-        inputs: Label -> inputs of that runtime.
-        warmup: Untimed calls of each.
-        repeats: Timed calls of each, more or less; at least 1.
-        progress: Told about each block.
-
-    Returns:
-        The ratio, and label -> its calls.
-
-    Raises:
-        As `measure_latency`.
-    """
-    first = measure_latency(sessions, inputs, warmup, 3)
-    share = np.clip(_BLOCK_MS / sum(sample.p50 for sample in first.values()), *_CALLS)
-    calls = max(2, math.ceil(share * repeats / _BLOCKS))
-    times: dict[str, list[np.ndarray]] = {label: [] for label in sessions}
-    for _ in range(_MORE_TIMES):
-        with (progress or SilentProgress()).task("latency", _BLOCKS) as task:
-            for _ in range(_BLOCKS):
-                for label, sample in measure_latency(sessions, inputs, 0, calls).items():
-                    times[label].append(np.asarray(sample.milliseconds))
-                task.advance()
-        ratio = _ratio(*times.values())
-        if ratio.error <= _PRECISE:
-            break
-    return ratio, {label: LatencySample(tuple(np.concatenate(blocks).tolist())) for label, blocks in times.items()}
-
-
-def compare_for_longer(
-    sessions: Mapping[str, Runtime],
-    inputs: Mapping[str, Mapping[str, np.ndarray]],
-    repeats: int,
-    first: tuple[LatencyRatio, Mapping[str, LatencySample]],
-    progress: Progress | None = None,
-    wait: Callable[[float], None] = time.sleep,
-) -> tuple[LatencyRatio, dict[str, LatencySample]]:
-    """Time two models again and again with pauses, where one sitting may not say what is true of the next one.
-
-    A machine keeps the same speed for seconds at a time, and not all networks change with it alike: within a sitting
-    the ratio is known to 1 %, from sitting to sitting it was seen to differ by 5 %.
+    There are six sittings, and up to three times as many until the ratio is known to 1 %. Fewer are made where opening
+    takes long. A machine keeps the same speed for seconds, and not every network changes with it alike: a ratio that
+    is close to its limit is measured in six more sittings with pauses, and the sittings before them count as one.
 
     Args:
-        sessions: As for `compare_latency`.
-        inputs: Likewise.
-        repeats: Likewise.
-        first: What one sitting came to.
+        models: Label -> makes its runtime, not opened yet. The first is compared with the second.
+        feed: Returns the inputs of an open runtime; asked once for each model.
+        warmup: Untimed calls of each model after its first opening; fewer of slow models after the next ones.
+        repeats: Timed calls of each model. Fast models get up to five times as many; slow ones that are compared a
+            fifth.
         progress: Told about each sitting.
-        wait: Lets a number of seconds pass.
-
-    Returns:
-        The geometric mean of the ratios of all sittings, as sure as they are alike, and label -> all calls.
+        has_control: Whether the second model is opened once more in each sitting and compared with itself. The
+            interval of the ratio is then never narrower than that of this A/A ratio, and holds its distance from 1.
+        is_close: Whether a ratio is close to its limit.
+        stopwatch: Source of time.
+        seed: Of the orders in which models are opened and timed.
 
     Raises:
-        As `measure_latency`.
+        DataError: There is nothing to measure, or no call to make.
+        ModelError: Inputs do not fit, or a network fails on them.
+        ArtifactError, RuntimeUnavailable: A model cannot be opened.
     """
-    ratios, calls = [first[0].value], {label: list(sample.milliseconds) for label, sample in first[1].items()}
-    with (progress or SilentProgress()).task("latency in several sittings", _SITTINGS - 1) as task:
-        for _ in range(_SITTINGS - 1):
-            wait(_PAUSE_S)
-            ratio, samples = compare_latency(sessions, inputs, 1, repeats)
-            ratios.append(ratio.value)
-            for label, sample in samples.items():
-                calls[label] += sample.milliseconds
-            task.advance()
-    value = float(np.exp(np.mean(np.log(ratios))))
-    return _as_ratio(value, ratios), {label: LatencySample(tuple(all_)) for label, all_ in calls.items()}
+    _require_calls(len(models), repeats)
+    labels = tuple(models)[:2]
+    if has_control and len(labels) == 2:
+        models = {**models, labels[1] + AGAIN: models[labels[1]]}
+    watch = stopwatch or Stopwatch()
+    run = _Sittings(models, feed, warmup, repeats, watch, seed)
+    with (progress or SilentProgress()).task("latency", SITTINGS) as task:
+        run.make(0.0, task.advance)
+    while len(labels) == 2 and run.may_go_on and _ratio(run.found, labels).error > _PRECISE:
+        with (progress or SilentProgress()).task("latency, for longer", SITTINGS) as task:
+            run.make(0.0, task.advance)
+    if len(labels) < 2:
+        return Comparison(run.samples(), None)
+    ratio = _ratio(run.found, labels)
+    if run.wanted == SITTINGS and is_close(ratio):
+        at_once = len(run.found)
+        with (progress or SilentProgress()).task("latency, with pauses", _SPREAD) as task:
+            run.make(_PAUSE_S, task.advance)
+        ratio = _ratio(run.found, labels, at_once)
+    return Comparison(run.samples(), ratio)
 
 
-def _ratio(blocks: list[np.ndarray], reference: list[np.ndarray]) -> LatencyRatio:
-    """Return the ratio of two medians; how sure it is follows from the ratios of the blocks."""
-    value = float(np.median(np.concatenate(blocks)) / np.median(np.concatenate(reference)))
-    return _as_ratio(value, [float(np.median(a) / np.median(b)) for a, b in zip(blocks, reference, strict=True)])
+@dataclass
+class _Sittings:
+    """Sittings of the same models, one after the other.
+
+    Attributes:
+        wanted: Sittings to make at a time; known from the first opening on.
+        calls: Timed calls of each model in a sitting; known from the first one on.
+        found: One entry a sitting: label -> (rounds, calls) milliseconds.
+    """
+
+    models: Models
+    feed: Feed
+    warmup: int
+    repeats: int
+    watch: Stopwatch
+    seed: int
+    wanted: int = SITTINGS
+    calls: int = 0
+    found: list[dict[str, list[list[float]]]] = field(default_factory=list)
+    inputs: dict[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    openings: Iterator[tuple[str, ...]] = field(init=False)
+    rounds: Iterator[tuple[str, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.openings, self.rounds = (alternate(list(self.models), self.seed + number) for number in (0, 1))
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether there may be more sittings to make a ratio more precise."""
+        return self.wanted == SITTINGS and len(self.found) < _MORE_TIMES * SITTINGS
+
+    def make(self, pause_s: float, on_sitting: Callable[[], None]) -> None:
+        """Make `wanted` sittings, each after a pause."""
+        number = 0
+        while number < self.wanted:
+            if pause_s:
+                self.watch.wait(pause_s)
+            self._sit()
+            on_sitting()
+            number += 1
+
+    def _sit(self) -> None:
+        """Open every model, warm it up and time it; the first sitting finds out how many calls and sittings fit."""
+        with ExitStack() as stack:
+            started = self.watch.clock()
+            sessions = {label: stack.enter_context(self.models[label]()) for label in next(self.openings)}
+            opening_s = self.watch.clock() - started
+            for label, session in sessions.items():
+                if label not in self.inputs:
+                    self.inputs[label] = self.feed(session)
+            calls = {label: session.bind(self.inputs[label]) for label, session in sessions.items()}
+            if self.found:
+                self._warm_up(calls, max(1, min(self.warmup, int(_WARM_MS / self._slowest_ms))))
+            else:
+                self.wanted = count_sittings(opening_s)
+                self.calls = self._count_calls(self._warm_up(calls, max(1, self.warmup)))
+            self.found.append(time_in_blocks(calls, plan_blocks(self.calls), self.rounds, self.watch.clock))
+
+    def _warm_up(self, calls: Mapping[str, Callable[[], object]], count: int) -> dict[str, float]:
+        """Make some calls of each model; return label -> median milliseconds of the last three."""
+        times: dict[str, list[float]] = {label: [] for label in calls}
+        for label, call in calls.items():
+            for _ in range(count):
+                started = self.watch.clock()
+                call()
+                times[label].append((self.watch.clock() - started) * 1e3)
+        return {label: median(of_model[-3:]) for label, of_model in times.items()}
+
+    def _count_calls(self, first_ms: Mapping[str, float]) -> int:
+        """Return the timed calls of a model in a sitting: more of fast models, fewer of slow ones."""
+        together = sum(first_ms[label] for label in list(self.models)[:2])
+        fewest, most = _CALLS if len(self.models) > 1 else (1.0, _CALLS[1])
+        share = float(np.clip(_CALLS_MS / max(together, 1e-6), fewest, most))
+        return max(1, math.ceil(share * self.repeats / self.wanted))
+
+    @property
+    def _slowest_ms(self) -> float:
+        return max(max(median_of_blocks(blocks) for blocks in self.found[0].values()), 1e-6)
+
+    def samples(self) -> dict[str, LatencySample]:
+        """Return label -> all timed calls; the control is left out."""
+        return {
+            label: _sample([sitting[label] for sitting in self.found])
+            for label in self.models
+            if not label.endswith(AGAIN)
+        }
 
 
-def _as_ratio(value: float, each: list[float]) -> LatencyRatio:
-    """Return a ratio whose parts say how sure it is."""
+def _sample(sittings: Sequence[list[list[float]]]) -> LatencySample:
+    every = tuple(call for blocks in sittings for block in blocks for call in block)
+    return LatencySample(every, tuple(median_of_blocks(blocks) for blocks in sittings))
+
+
+def _ratio(found: Sequence[Mapping[str, list[list[float]]]], labels: tuple[str, ...], at_once: int = 1) -> LatencyRatio:
+    """Return the ratio of two models over the sittings, of which the first `at_once` count as one observation."""
+    first, second = labels
+    control = None
+    if second + AGAIN in found[0]:
+        control = estimate_ratio(*_observe(found, second + AGAIN, second, at_once))
+    return estimate_ratio(*_observe(found, first, second, at_once), control)
+
+
+def _observe(
+    found: Sequence[Mapping[str, list[list[float]]]], one: str, other: str, at_once: int
+) -> tuple[list[float], list[float]]:
+    """Return the ratio of each sitting, and of each round of the first one.
+
+    A sitting's ratio is the median of those of its rounds: two blocks of a round are next to each other in time, and
+    a machine that changes its speed between them spoils one round only.
+    """
+    rounds = [[median(a) / median(b) for a, b in zip(sitting[one], sitting[other], strict=True)] for sitting in found]
+    ratios = [median(of_sitting) for of_sitting in rounds]
+    together = math.exp(fmean(map(math.log, ratios[:at_once])))
+    return [together, *ratios[at_once:]], rounds[0]
+
+
+def estimate_ratio(
+    ratios: Sequence[float], rounds: Sequence[float] = (), control: LatencyRatio | None = None
+) -> LatencyRatio:
+    """Return a ratio with its interval: Student's t on the logarithms of the ratios of the sittings.
+
+    Args:
+        ratios: (S,) one a sitting.
+        rounds: (R,) of the rounds of the first sitting, used where there is only that one: they do not say what the
+            next sitting would be like, so the interval then reaches at least 5 % to either side.
+        control: The second model's ratio to itself. The interval is made at least as wide as its interval, and as
+            its distance from 1.
+
+    >>> str(estimate_ratio([0.5, 0.51, 0.49, 0.5, 0.505, 0.495]))
+    '0.500 (0.493 to 0.507)'
+    """
+    is_alone = len(ratios) == 1
+    middle = math.log(ratios[0]) if is_alone else fmean(map(math.log, ratios))
+    spread = rounds if is_alone else ratios
+    half = _log_interval(spread)[1] if len(spread) > 1 else 0.0
+    error = stdev(map(math.log, spread)) / math.sqrt(len(spread)) if len(spread) > 1 else _BETWEEN_SITTINGS / 2
+    if is_alone:
+        half, error = max(half, math.log1p(_BETWEEN_SITTINGS)), max(error, _BETWEEN_SITTINGS / 2)
+    if control is not None:
+        half = max(half, math.log(control.high / control.low) / 2, abs(math.log(control.value)))
+    return LatencyRatio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), error, len(ratios), control)
+
+
+def _log_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of the logarithms of at least two values, and half of the width of its 95 % interval."""
     from scipy.stats import t  # scipy takes a second to import
 
-    error = float(np.std(each, ddof=1)) / math.sqrt(len(each)) / value
-    half = float(t.ppf(0.975, len(each) - 1)) * error * value
-    return LatencyRatio(value, value - half, value + half, error)
+    logs = [math.log(value) for value in values]
+    return fmean(logs), float(t.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
 
 
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e3
+def _rank_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the two values between which the median lies with 95 % confidence; all of them where they are few."""
+    from scipy.stats import binom
+
+    count = len(values)
+    below = int(binom.ppf(0.025, count, 0.5))
+    ordered = sorted(values)
+    return ordered[max(0, below - 1)], ordered[min(count - 1, count - below)]
+
+
+def _require_calls(models: int, repeats: int) -> None:
+    if not models or repeats < 1:
+        raise DataError(f"Latency must be measured on at least one model and call, got {models} and {repeats}.")

@@ -1,11 +1,13 @@
-"""How is one file measured: under which conditions, on which inputs?"""
+"""Measurement of one file: conditions, inputs, figures."""
 
 from __future__ import annotations
 
 import math
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,10 @@ from compress.catalog import RUNTIMES
 from compress.cost.onnx_file import model_files
 from compress.cost.onnx_graph import count_onnx
 from compress.data.splits import Split
-from compress.errors import ConfigValueError, RuntimeUnavailable
+from compress.errors import ConfigValueError, InternalError, RuntimeUnavailable
 from compress.progress import Progress, SilentProgress
 from compress.verification.feeding import feed, fixed_batch
-from compress.verification.latency import compare_latency, measure_latency
+from compress.verification.latency import Comparison, LatencyRatio, compare_latency
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
@@ -134,17 +136,48 @@ def measure_onnx(
     with conditions.open(path, all_cores=True) as session:
         check_batch_size(session, conditions)
         found = predict(session, split, evaluation_batch(image_input(session)), progress)
-    with conditions.open(path) as session:
-        inputs = {"file": latency_inputs(session, split, conditions.batch_size)}
-        sample = measure_latency({"file": session}, inputs, conditions.warmup, conditions.repeats, progress)["file"]
+    sample = time_files({"file": path}, split, conditions, progress).samples["file"]
     params = counts.params if reference is None else torch_params(reference)
     return Figures(counts.macs, params, existing_bytes(path), {found.metric.name: found.value}, sample.to_figures())
+
+
+def time_files(
+    files: Mapping[str, Path],
+    split: Split,
+    conditions: Conditions,
+    progress: Progress | None = None,
+    *,
+    has_control: bool = False,
+    is_close: Callable[[LatencyRatio], bool] = lambda ratio: False,
+) -> Comparison:
+    """Time one file, or two side by side, in sittings for which they are opened anew.
+
+    Args:
+        files: Label -> .onnx file; the first is compared with the second.
+        split: Images for the calls.
+        conditions: Where and how.
+        progress: Told about each sitting.
+        has_control: Whether the second file is also compared with itself.
+        is_close: Whether a ratio is so close to its limit that it must be measured for longer.
+
+    Raises:
+        As `compare_latency`.
+    """
+    return compare_latency(
+        {label: partial(conditions.open, path) for label, path in files.items()},
+        lambda session: latency_inputs(session, split, conditions.batch_size),
+        conditions.warmup,
+        conditions.repeats,
+        progress,
+        has_control=has_control,
+        is_close=is_close,
+    )
 
 
 def measure_ratio(
     path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
 ) -> float:
-    """Return what a file takes over what another one takes: medians of calls made in turn, for some seconds.
+    """Return latency of a file / latency of another one, over sittings for which both are opened anew.
 
     Where it cannot be known to half of the 3 % by which a budget may be missed, a warning says how noisy the machine
     is.
@@ -154,23 +187,23 @@ def measure_ratio(
         reference: The file it is compared with.
         split: Images for the calls.
         conditions: Where and how.
-        progress: Told about the calls.
+        progress: Told about the sittings.
 
     Raises:
         As `measure_onnx`.
     """
     progress = progress or SilentProgress()
-    with conditions.open(path) as session, conditions.open(reference) as other:
-        sessions = {"file": session, "reference": other}
-        inputs = {label: latency_inputs(one, split, conditions.batch_size) for label, one in sessions.items()}
-        ratio, samples = compare_latency(sessions, inputs, conditions.warmup, conditions.repeats, progress)
-    if ratio.error > _TOO_NOISY:
+    found = time_files({"file": path, "reference": reference}, split, conditions, progress)
+    if found.ratio is None:
+        raise InternalError("Two files were timed and not compared.")
+    if found.ratio.error > _TOO_NOISY:
+        count = f"{found.ratio.sittings} sitting{'' if found.ratio.sittings == 1 else 's'}"
         progress.warn(
-            f"A latency of {ratio.value:.3f} of another's is known to within {ratio.error:.1%} of it only, after "
-            f"{len(samples['file'].milliseconds)} calls: this machine is too noisy to tell 3 % apart. "
-            f"Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
+            f"A latency of {found.ratio.value:.3f} of another's is known to within {found.ratio.error:.1%} of it only, "
+            f"after {len(found.samples['file'].milliseconds)} calls in {count}: this machine is too noisy to tell 3 % "
+            f"apart. Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
         )
-    return ratio.value
+    return found.ratio.value
 
 
 def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:

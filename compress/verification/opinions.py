@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from compress.verification.checks import say_agreement
 from compress.verification.compare import ParityResult, parity
 from compress.verification.feeding import fixed_batch
 from compress.verification.gates import skipped
-from compress.verification.latency import measure_latency
+from compress.verification.latency import compare_latency
 from compress.verification.measuring import Conditions, latency_inputs
 from compress.verification.runtimes.base import Runtime
 
@@ -80,7 +81,7 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
 def check_also(
     wanted: Also, path: Path, split: Split, conditions: Conditions, limit: float, progress: Progress
 ) -> tuple[CheckResult, dict[str, Any]]:
-    """Open a file in one more place, compare it there with the runtime that ships it, and time both in turn.
+    """Open a file in one more place, compare it there with the runtime that ships it, and time both side by side.
 
     Args:
         wanted: Where.
@@ -111,8 +112,13 @@ def check_also(
             for session in sessions.values():
                 session.check_work(min(_IMAGES, len(split)) + conditions.timed_images)
             result = parity(sessions["there"], sessions["shipping"], split, _IMAGES, progress=progress)
-            inputs = {name: latency_inputs(one, split, conditions.batch_size) for name, one in sessions.items()}
-            times = measure_latency(sessions, inputs, conditions.warmup, conditions.repeats, progress)
+        times = compare_latency(
+            {name: partial(one.open, path) for name, one in (("there", there), ("shipping", conditions))},
+            lambda session: latency_inputs(session, split, conditions.batch_size),
+            conditions.warmup,
+            conditions.repeats,
+            progress,
+        ).samples
     except (NoSuchPlace, ArtifactError, ModelError, NonFinite) as error:
         check = CheckResult(wanted.check, "fail", None, None, "", error.message)
         return check, {**stated, "status": "fail", "reason": error.message}

@@ -1,7 +1,7 @@
-"""What does each node of several models take, and each model as a whole, next to one reference?
+"""Times of the nodes of several models, and of each model as a whole, beside one reference.
 
-Models are timed TOGETHER at a time, in turn with the reference, node by node and (in another session, without the clock
-inside) as a whole. What the reference took in the same rounds says how fast the machine was just then.
+Models are timed TOGETHER at a time, in rounds of blocks with the reference, node by node and (in another session,
+without the clock inside) as a whole. What the reference took in the same rounds says how fast the machine was then.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from compress.errors import ConfigValueError
 from compress.progress import Progress, SilentProgress
+from compress.verification.blocks import plan_blocks, timed_positions
 from compress.verification.latency import measure_latency
 from compress.verification.measuring import Conditions
 from compress.verification.runtimes.onnxruntime import NodeTimes, OnnxRuntime
@@ -93,9 +94,11 @@ def _profile_together(paths: list[Path], reference: Path, inputs: Inputs, condit
         first = measure_latency(labels, feeds, WARMUP, 1)
         slowest = max(sample.p50 for sample in first.values())
         repeats = max(2, round(conditions.repeats * float(np.clip(_MS_EACH / slowest, _FEWEST_CALLS, 1.0))))
+        sizes = plan_blocks(repeats)
+        made, timed = sum(sizes) + len(sizes), timed_positions(sizes)
         samples = measure_latency(labels, feeds, 0, repeats)
         reference_ms = np.asarray(samples["plain 0"].milliseconds)
         for number in profiled:
             nodes = profiled[number].read_profile()
-            warm = NodeTimes(nodes.names, nodes.milliseconds[:, -repeats:])
+            warm = NodeTimes(nodes.names, nodes.milliseconds[:, -made:][:, timed])
             yield Profile(warm, np.asarray(samples[f"plain {number}"].milliseconds), reference_ms)

@@ -36,19 +36,14 @@ from compress.verification.checks import (
 )
 from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates, skipped
-from compress.verification.latency import (
-    LatencyRatio,
-    LatencySample,
-    compare_for_longer,
-    compare_latency,
-    measure_latency,
-)
+from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.measuring import (
     Conditions,
     check_batch_size,
     evaluation_batch,
     existing_bytes,
     latency_inputs,
+    time_files,
     torch_params,
 )
 from compress.verification.metrics import Estimate
@@ -111,8 +106,8 @@ def verify_onnx(
         opset: Operator set the file must have; None takes what it has.
         reference: The torch network that the file must equal; without one, parity and the comparison of MACs are
             skipped and not required.
-        baseline_onnx: The untouched network's export; it runs on the same images, and its latency is measured
-            interleaved with the file's.
+        baseline_onnx: The baseline's export; it runs on the same images, and its latency is measured side by side with
+            the file's.
         baseline_figures: The untouched network's size and MACs; counted in `baseline_onnx` when None.
         float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
             place, and the two are compared.
@@ -337,30 +332,19 @@ class _Verification:
         self.details["robustness"] = {"wanted": asdict(looked_at), "distributions": stated(self.standings)}
 
     def measure(self, baseline_onnx: Path | None) -> None:
-        """Measure latency of the file, and of the baseline in turn with it."""
+        """Measure latency of the file side by side with the baseline, and the baseline against itself."""
         files, wanted = self._files(baseline_onnx), self.conditions
+        close = self.gates.is_close_to_speed
         try:
-            with ExitStack() as stack:
-                sessions = {label: stack.enter_context(wanted.open(file)) for label, file in files.items()}
-                inputs = {
-                    label: latency_inputs(session, self.evaluation, wanted.batch_size)
-                    for label, session in sessions.items()
-                }
-                timing = sessions, inputs, wanted.warmup, wanted.repeats, self.progress
-                if baseline_onnx is None:
-                    self.samples = measure_latency(*timing)
-                else:
-                    found = compare_latency(*timing)
-                    if self.gates.is_close_to_speed(found[0]):
-                        found = compare_for_longer(sessions, inputs, wanted.repeats, found, self.progress)
-                    self.ratio, self.samples = found
+            found = time_files(files, self.evaluation, wanted, self.progress, has_control=True, is_close=close)
         except ModelError as error:
             self.checks.append(CheckResult("latency", "fail", None, None, "ms", error.message))
             return
+        self.ratio, self.samples = found.ratio, found.samples
         series = {f"{label}_ms": list(sample.milliseconds) for label, sample in self.samples.items()}
         stated = {key: value for key, value in asdict(wanted).items() if key != "repeats"}
         ratio = None if self.ratio is None else asdict(self.ratio)
-        binding = sessions["slim"].io_binding
+        binding = wanted.open(self.path).io_binding
         self.details["latency"] = {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding}
 
     def measure_resources(self, baseline_onnx: Path | None) -> None:
@@ -408,7 +392,7 @@ class _Verification:
         self.checks += self.gates.check_quality(own, changes, metric)
         self.checks += self.gates.check_speed(self.samples.get("slim"), self.ratio, str(self.conditions))
         self.checks += self.gates.check_size(slim)
-        self.checks += self.gates.check_ratios(slim, baseline, self.resources)
+        self.checks += self.gates.check_ratios(slim, baseline, self.resources, self.ratio)
         self.checks += self.gates.check_resources(self.resources, "slim")
         self.checks += self.gates.check_fallback(self.fell_back)
         always = ("structure", "denormals", "provider", self.fitness, "evaluation", REPEATABLE)

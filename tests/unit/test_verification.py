@@ -1,7 +1,5 @@
 """Verification of a file: runtimes, parity, top-1, latency, gates, verdict."""
 
-import math
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +12,6 @@ import torch
 from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import helper, numpy_helper
 
-import compress.verification.latency as timing
-import compress.verification.measuring as measuring
 from compress.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signature, TensorSpec, TorchModel
 from compress.config.schema import GatesConfig, VerifyConfig
 from compress.cost.macs import count_params
@@ -39,7 +35,7 @@ from compress.training.evaluate import evaluate_quality
 from compress.verification.checks import check_edges
 from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates
-from compress.verification.latency import LatencyRatio, LatencySample, measure_latency
+from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.measuring import Conditions, available_cores, measure_onnx
 from compress.verification.metrics import Estimate
 from compress.verification.quality import predict, predict_each
@@ -295,50 +291,6 @@ def test_parity_refuses_an_unmatched_output_and_an_empty_split():
             parity(renamed, reference, make_split(2), samples=2)
         with pytest.raises(DataError, match="must hold at least one image"):
             parity(renamed, reference, make_split(0), samples=2)
-
-
-# latency
-
-
-def test_latency_calls_the_models_in_turn():
-    order = []
-
-    def recorded(label):
-        def function(images):
-            order.append(label)
-            return scores_of(images)
-
-        return FakeRuntime(function)
-
-    inputs = {"image": np.zeros((1, 3, 16, 16), np.float32)}
-    with recorded("a") as a, recorded("b") as b:
-        samples = measure_latency({"a": a, "b": b}, {"a": inputs, "b": inputs}, warmup=2, repeats=3)
-    assert order == list("abababbaab")
-    assert [len(sample.milliseconds) for sample in samples.values()] == [3, 3]
-    assert all(value > 0 for value in samples["a"].milliseconds)
-
-
-def test_p95_needs_twenty_calls():
-    sample = LatencySample(tuple(float(value) for value in range(1, 101)))
-    wanted = {"p50": 50.5, "p90": 90.1, "p95": 95.05, "p99": 99.01}
-    assert sample.to_figures() == {name: pytest.approx(value) for name, value in wanted.items()}
-    for count, names in ((9, ["p50"]), (10, ["p50", "p90"]), (20, ["p50", "p90", "p95"]), (99, ["p50", "p90", "p95"])):
-        assert list(LatencySample((1.0,) * count).to_figures()) == names
-
-
-def test_the_interval_of_a_median_holds_it_about_as_often_as_it_says():
-    random = np.random.default_rng(0)
-    held = 0
-    for _ in range(500):
-        low, high = LatencySample(tuple(random.exponential(size=60))).p50_interval
-        held += low <= math.log(2) <= high
-    assert 0.93 <= held / 500 <= 0.99
-    assert LatencySample((3.0, 1.0, 2.0)).p50_interval == (1.0, 3.0)
-
-
-def test_latency_refuses_to_measure_nothing():
-    with pytest.raises(DataError, match="at least one model and call, got 0 and 5"):
-        measure_latency({}, {}, 0, 5)
 
 
 # gates
@@ -738,7 +690,7 @@ def test_measure_onnx_gives_the_baselines_figures(split):
     figures = measure_onnx(exported("chain"), split, QUICK, reference=nets.build("chain"))
     assert (figures.macs, figures.params, figures.quality) == (276544, 3820, {"top1": 0.9})
     assert figures.size_bytes == exported("chain").stat().st_size
-    assert set(figures.latency_ms) == {"p50", "p90", "p95"}
+    assert set(figures.latency_ms) >= {"p50", "p90", "p95"}
 
 
 def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_path):
@@ -782,88 +734,3 @@ def test_verifying_a_file_alone_does_not_import_torch():
 def test_more_threads_than_cores_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigValueError, match=r"threads must be at most the cores of this machine"):
         Conditions(threads=available_cores() + 1).open(tmp_path / "any.onnx")
-
-
-def _timed_with_noise(monkeypatch, noise: float) -> list[int]:
-    """Let each call of the first file take 2 ms and of the second 4 ms, times a random factor for each block."""
-    random = np.random.default_rng(0)
-    asked: list[int] = []
-
-    def times(sessions, _inputs, _warmup, repeats, _progress=None):
-        asked.append(repeats)
-        slow = 1 + noise * random.standard_normal(2)
-        labels = zip(sessions, (2.0, 4.0), slow, strict=True)
-        return {label: LatencySample((ms * factor,) * repeats) for label, ms, factor in labels}
-
-    monkeypatch.setattr(timing, "measure_latency", times)
-    return asked
-
-
-@pytest.mark.parametrize(
-    ("noise", "blocks", "warns"), [(0.0, 8, False), (0.03, 8, False), (0.04, 16, False), (0.2, 24, True)]
-)
-def test_a_ratio_is_measured_longer_on_a_noisy_machine_which_is_said_where_it_does_not_help(
-    monkeypatch, split, noise, blocks, warns
-):
-    asked = _timed_with_noise(monkeypatch, noise)
-    progress, warnings = SilentProgress(), []
-    monkeypatch.setattr(progress, "warn", warnings.append)
-    path = exported("chain")
-    ratio = measuring.measure_ratio(path, path, split, Conditions(), progress)
-    assert ratio == pytest.approx(0.5, rel=max(noise, 1e-9))
-    assert len(asked) == 1 + blocks, "one look at the order of size, then the blocks"
-    assert bool(warnings) == warns
-    if warns:
-        (said,) = warnings
-        assert re.search(r"known to within \d+\.\d% of it only, after \d+ calls", said)
-        assert "raise deploy.repeats (100 now)" in said
-
-
-def test_calls_follow_the_repeats_asked_for(monkeypatch, split):
-    asked = _timed_with_noise(monkeypatch, 0.0)
-    path = exported("chain")
-    for repeats in (100, 300):
-        measuring.measure_ratio(path, path, split, Conditions(repeats=repeats))
-    once, more = asked[1], asked[-1]
-    assert once == math.ceil(5.0 * 100 / 8), "files this fast are timed five times as often"
-    assert more == math.ceil(5.0 * 300 / 8)
-
-
-@pytest.mark.parametrize("true_speedup", [1.3 * 1.05, 1.3 / 1.05])
-def test_the_verdict_on_speed_is_the_same_each_time(monkeypatch, split, true_speedup):
-    """Ten verifications on a machine with 10 % of noise, five percent away from the gate."""
-    random = np.random.default_rng(0)
-
-    def times(sessions, _inputs, _warmup, repeats, _progress=None):
-        drift = 1 + 0.05 * random.standard_normal()  # of the machine, which both share
-        return {
-            label: LatencySample(tuple(ms * drift * (1 + 0.1 * np.abs(random.standard_normal(repeats)))))
-            for label, ms in zip(sessions, (1.0, true_speedup), strict=True)
-        }
-
-    monkeypatch.setattr(timing, "measure_latency", times)
-    verdicts = set()
-    for _ in range(10):
-        with OnnxRuntime(exported("chain")) as slim, OnnxRuntime(exported("chain")) as baseline:
-            ratio, samples = timing.compare_latency({"slim": slim, "baseline": baseline}, {}, 1, 100)
-        (check,) = Gates(min_speedup=1.3).check_speed(samples["slim"], ratio, "")
-        verdicts.add(check.status)
-    assert verdicts == {"pass" if true_speedup > 1.3 else "fail"}
-
-
-def test_several_sittings_see_what_one_does_not(monkeypatch):
-    """A machine that is in one of two states at a time, in which the same files differ by other factors."""
-    states = iter([1.2, 1.4, 1.4, 1.2, 1.4, 1.2])
-
-    def one_sitting(*_):
-        ratio = 1 / next(states)
-        return LatencyRatio(ratio, ratio * 0.999, ratio * 1.001, 0.0005), {"slim": SAMPLE, "baseline": SAMPLE}
-
-    monkeypatch.setattr(timing, "compare_latency", one_sitting)
-    waited: list[float] = []
-    first = one_sitting()
-    ratio, samples = timing.compare_for_longer({}, {}, 100, first, wait=waited.append)
-    assert waited == [2.0] * 5
-    assert 1 / ratio.value == pytest.approx(math.sqrt(1.2 * 1.4))
-    assert 1 / ratio.high < 1.25 < 1.35 < 1 / ratio.low  # no longer as sure as each sitting is of itself
-    assert len(samples["slim"].milliseconds) == 6 * len(SAMPLE.milliseconds)

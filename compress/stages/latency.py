@@ -34,6 +34,7 @@ from compress.verification.profiling import profile_models
 from compress.verification.runtimes.base import Runtime
 
 _FEWEST_VARIANTS, _MOST_VARIANTS = 10, 32
+_JITTER = 0.1
 _NOISY = 0.2
 
 Widths = Mapping[str, int]
@@ -128,7 +129,8 @@ def model_latency(
     """
     path = exported(model, ctx.folder, ctx)
     writer = VariantWriter(load_onnx(path, weights=True))
-    planned = plan_variants(levels, has_pairs=any(len({*o.slots, *i.slots}) > 1 for o, i in axes.axes.values()))
+    most = max((len({*out.slots, *inp.slots}) for out, inp in axes.axes.values()), default=0)
+    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2)
     _check_variant(writer, axes, planned[1], count_macs)
     conditions = conditions_of(deploy)
     timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
@@ -158,26 +160,40 @@ def model_latency(
     return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.ratio)
 
 
-def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool) -> list[dict[str, int]]:
+def plan_variants(
+    levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums: bool = False
+) -> list[dict[str, int]]:
     """Return the widths of the variants to time: all full, all least, then each group through all of its levels.
 
     Args:
         levels: Channel group -> its allowed widths, ascending.
         has_pairs: Whether some layer is narrowed on both sides, so that pairs of levels matter.
+        has_sums: Whether some layer is narrowed by more than two groups, as behind a concatenation. Sums over widths
+            that are drawn one by one are all alike, so in half of the variants all groups are narrow or wide together.
 
     Levels are shuffled for each group on its own, so that pairs of them are spread evenly; the plan is always the same
     for the same levels.
     """
     most = max((len(widths) for widths in levels.values()), default=1)
-    wanted = 3 * most if has_pairs else most + 4
+    wanted = (4 if has_sums else 3) * most if has_pairs else most + 4
     count = min(max(wanted, _FEWEST_VARIANTS), max(_MOST_VARIANTS, most))
     random = np.random.default_rng(0)
     columns = {}
     for name, widths in sorted(levels.items()):
         rounds = -(-count // len(widths))
-        columns[name] = np.concatenate([random.permutation(widths) for _ in range(rounds)])
+        columns[name] = np.concatenate([random.permutation(widths) for _ in range(rounds)])[:count]
+    if has_sums:
+        columns = {name: _half_in_order(column, random) for name, column in columns.items()}
     full, least = ({name: widths[end] for name, widths in levels.items()} for end in (-1, 0))
     return [full, least, *({name: int(columns[name][row]) for name in levels} for row in range(count))]
+
+
+def _half_in_order(column: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return widths of which the first half rises, but for chance."""
+    half = len(column) // 2
+    share = column[:half] / column.max()
+    order = np.argsort(share + random.normal(0, _JITTER, half))
+    return np.concatenate([column[:half][order], column[half:]])
 
 
 class _Timing:

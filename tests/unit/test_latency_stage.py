@@ -217,6 +217,21 @@ def test_every_level_of_every_group_is_planned():
     assert len(plan) > len(latency.plan_variants(levels, has_pairs=False))
 
 
+def test_sums_of_widths_are_planned_from_narrow_to_wide():
+    """Widths drawn one by one add up to much the same behind a concatenation, whatever they are."""
+    levels = {f"group{number}": tuple(range(8, 65, 8)) for number in range(30)}
+
+    def shares(plan):
+        return np.array([sum(widths.values()) / (64 * 30) for widths in plan[2:]])
+
+    alone, together = (shares(latency.plan_variants(levels, True, has_sums=flag)) for flag in (False, True))
+    assert np.ptp(alone) < 0.25
+    assert np.ptp(together) > 0.6
+    assert max(np.diff(np.sort(together))) < 0.15
+    for name, widths in levels.items():
+        assert {variant[name] for variant in latency.plan_variants(levels, True, has_sums=True)[2:]} == set(widths)
+
+
 class _Model:
     """A latency model whose predictions are `bias` times what is measured."""
 

@@ -29,7 +29,7 @@ from compress.errors import ArtifactError, BudgetUnreachable, InternalError, Mod
 from compress.pruning.costs import LayerAxes
 from compress.stages.context import StageContext
 from compress.stages.exporting import conditions_of, exported
-from compress.verification.measuring import Conditions, latency_inputs, measure_ratio
+from compress.verification.measuring import Conditions, PairLatency, latency_inputs, measure_pair
 from compress.verification.profiling import profile_models
 from compress.verification.runtimes.base import Runtime
 
@@ -53,7 +53,7 @@ class LatencyModel:
         reference_ms: What the untouched network takes, on the scale of the table.
         is_measured_here: Whether widths can be timed; a table from another machine cannot be checked on this one.
         variants: For each variant timed what the table says it takes and what it took, in milliseconds.
-        time_ratio: Widths -> latency over the untouched network's, both timed in turn as whole networks.
+        time_pair: Widths -> the network at those widths and the untouched one, timed in turn as whole networks.
     """
 
     writer: VariantWriter
@@ -64,7 +64,7 @@ class LatencyModel:
     reference_ms: float
     is_measured_here: bool
     variants: tuple[tuple[float, float], ...]
-    time_ratio: Callable[[Widths], float]
+    time_pair: Callable[[Widths], PairLatency]
 
     def predict_ratio(self, widths: Widths) -> float:
         """Return what the table says of the latency, over the untouched network's."""
@@ -135,7 +135,7 @@ def model_latency(
     conditions = conditions_of(deploy)
     timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
     if longer is not None and longer.table.covers(writer.sites):
-        return replace(longer, writer=writer, axes=axes, levels=levels, time_ratio=timing.ratio)
+        return replace(longer, writer=writer, axes=axes, levels=levels, time_pair=timing.pair)
     if longer is not None and deploy.table is not None:
         raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
     here = deploy_conditions(deploy)
@@ -157,7 +157,7 @@ def model_latency(
             f"({deploy.repeats} now)."
         )
     variants = tuple((built.network_ms(writer.sites, one.sizes), one.total_ms) for one in table.samples)
-    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.ratio)
+    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.pair)
 
 
 def plan_variants(
@@ -242,11 +242,11 @@ class _Timing:
             raise InternalError("A latency table was completed without a variant.")
         return table
 
-    def ratio(self, widths: Widths) -> float:
-        """Return the latency at the given widths over the untouched network's; medians of calls made in turn."""
+    def pair(self, widths: Widths) -> PairLatency:
+        """Time the network at the given widths and the untouched one, in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             variant = next(self._variants([self.axes.sizes(widths)], Path(folder)))
-            return measure_ratio(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)
+            return measure_pair(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)
 
     def _variants(self, sizes: Sequence[Mapping[str, tuple[int, int]]], folder: Path) -> Iterator[Path]:
         full = self.axes.sizes({})

@@ -159,7 +159,7 @@ class Trial:
             widths = random_widths(surveyed, number, random)
             if number < len(done):
                 continue
-            predicted, measured = latency.predict_ratio(widths), latency.time_ratio(widths)
+            predicted, measured = latency.predict_ratio(widths), latency.time_pair(widths).ratio
             done.append({"predicted": predicted, "measured": measured})
             self.keep()
             self.progress.note(

@@ -8,6 +8,7 @@ import onnx
 import compress.stages.latency as latency
 import compress.stages.rank_latency as rank_latency
 from compress.cost.onnx_graph import rows_of
+from compress.verification.measuring import PairLatency
 from compress.verification.profiling import Profile
 from compress.verification.runtimes.onnxruntime import NodeTimes
 
@@ -25,6 +26,10 @@ def _total_ms(path: Path) -> float:
     return float(_node_ms(path)[1].sum())
 
 
+def _pair(path: Path, reference: Path) -> PairLatency:
+    return PairLatency(_total_ms(path) / _total_ms(reference), _total_ms(reference))
+
+
 def _profile_models(models, count, reference, *_others):
     for path in models:
         names, ms = _node_ms(path)
@@ -35,11 +40,11 @@ def _profile_models(models, count, reference, *_others):
 def time_by_macs(monkeypatch) -> None:
     """Let the stages time whole networks by their MACs, and tables be what they are."""
 
-    def ratio(timing, widths):
+    def pair(timing, widths):
         (variant,) = timing._variants([timing.axes.sizes(widths)], timing.ctx.folder)
-        return _total_ms(variant) / _total_ms(timing.reference)
+        return _pair(variant, timing.reference)
 
-    monkeypatch.setattr(latency._Timing, "ratio", ratio)
+    monkeypatch.setattr(latency._Timing, "pair", pair)
 
 
 def profile_by_macs(monkeypatch) -> None:
@@ -47,6 +52,4 @@ def profile_by_macs(monkeypatch) -> None:
     time_by_macs(monkeypatch)
     monkeypatch.setattr(latency, "profile_models", _profile_models)
     monkeypatch.setattr(rank_latency, "profile_models", _profile_models)
-    monkeypatch.setattr(
-        rank_latency, "measure_ratio", lambda path, reference, *_others: _total_ms(path) / _total_ms(reference)
-    )
+    monkeypatch.setattr(rank_latency, "measure_pair", lambda path, reference, *_others: _pair(path, reference))

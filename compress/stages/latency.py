@@ -29,11 +29,12 @@ from compress.errors import ArtifactError, BudgetUnreachable, InternalError, Mod
 from compress.pruning.costs import LayerAxes
 from compress.stages.context import StageContext
 from compress.stages.exporting import conditions_of, exported
-from compress.verification.measuring import Conditions, latency_inputs, measure_ratio
+from compress.verification.measuring import Conditions, PairLatency, latency_inputs, measure_pair
 from compress.verification.profiling import profile_models
 from compress.verification.runtimes.base import Runtime
 
 _FEWEST_VARIANTS, _MOST_VARIANTS = 10, 32
+_JITTER = 0.1
 _NOISY = 0.2
 
 Widths = Mapping[str, int]
@@ -52,7 +53,7 @@ class LatencyModel:
         reference_ms: What the untouched network takes, on the scale of the table.
         is_measured_here: Whether widths can be timed; a table from another machine cannot be checked on this one.
         variants: For each variant timed what the table says it takes and what it took, in milliseconds.
-        time_ratio: Widths -> latency over the untouched network's, both timed in turn as whole networks.
+        time_pair: Widths -> the network at those widths and the untouched one, timed in turn as whole networks.
     """
 
     writer: VariantWriter
@@ -63,7 +64,7 @@ class LatencyModel:
     reference_ms: float
     is_measured_here: bool
     variants: tuple[tuple[float, float], ...]
-    time_ratio: Callable[[Widths], float]
+    time_pair: Callable[[Widths], PairLatency]
 
     def predict_ratio(self, widths: Widths) -> float:
         """Return what the table says of the latency, over the untouched network's."""
@@ -128,12 +129,13 @@ def model_latency(
     """
     path = exported(model, ctx.folder, ctx)
     writer = VariantWriter(load_onnx(path, weights=True))
-    planned = plan_variants(levels, has_pairs=any(len({*o.slots, *i.slots}) > 1 for o, i in axes.axes.values()))
+    most = max((len({*out.slots, *inp.slots}) for out, inp in axes.axes.values()), default=0)
+    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2)
     _check_variant(writer, axes, planned[1], count_macs)
     conditions = conditions_of(deploy)
     timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
     if longer is not None and longer.table.covers(writer.sites):
-        return replace(longer, writer=writer, axes=axes, levels=levels, time_ratio=timing.ratio)
+        return replace(longer, writer=writer, axes=axes, levels=levels, time_pair=timing.pair)
     if longer is not None and deploy.table is not None:
         raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
     here = deploy_conditions(deploy)
@@ -155,29 +157,43 @@ def model_latency(
             f"({deploy.repeats} now)."
         )
     variants = tuple((built.network_ms(writer.sites, one.sizes), one.total_ms) for one in table.samples)
-    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.ratio)
+    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.pair)
 
 
-def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool) -> list[dict[str, int]]:
+def plan_variants(
+    levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums: bool = False
+) -> list[dict[str, int]]:
     """Return the widths of the variants to time: all full, all least, then each group through all of its levels.
 
     Args:
         levels: Channel group -> its allowed widths, ascending.
         has_pairs: Whether some layer is narrowed on both sides, so that pairs of levels matter.
+        has_sums: Whether some layer is narrowed by more than two groups, as behind a concatenation. Sums over widths
+            that are drawn one by one are all alike, so in half of the variants all groups are narrow or wide together.
 
     Levels are shuffled for each group on its own, so that pairs of them are spread evenly; the plan is always the same
     for the same levels.
     """
     most = max((len(widths) for widths in levels.values()), default=1)
-    wanted = 3 * most if has_pairs else most + 4
+    wanted = (4 if has_sums else 3) * most if has_pairs else most + 4
     count = min(max(wanted, _FEWEST_VARIANTS), max(_MOST_VARIANTS, most))
     random = np.random.default_rng(0)
     columns = {}
     for name, widths in sorted(levels.items()):
         rounds = -(-count // len(widths))
-        columns[name] = np.concatenate([random.permutation(widths) for _ in range(rounds)])
+        columns[name] = np.concatenate([random.permutation(widths) for _ in range(rounds)])[:count]
+    if has_sums:
+        columns = {name: _half_in_order(column, random) for name, column in columns.items()}
     full, least = ({name: widths[end] for name, widths in levels.items()} for end in (-1, 0))
     return [full, least, *({name: int(columns[name][row]) for name in levels} for row in range(count))]
+
+
+def _half_in_order(column: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return widths of which the first half rises, but for chance."""
+    half = len(column) // 2
+    share = column[:half] / column.max()
+    order = np.argsort(share + random.normal(0, _JITTER, half))
+    return np.concatenate([column[:half][order], column[half:]])
 
 
 class _Timing:
@@ -226,11 +242,11 @@ class _Timing:
             raise InternalError("A latency table was completed without a variant.")
         return table
 
-    def ratio(self, widths: Widths) -> float:
-        """Return the latency at the given widths over the untouched network's; medians of calls made in turn."""
+    def pair(self, widths: Widths) -> PairLatency:
+        """Time the network at the given widths and the untouched one, in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             variant = next(self._variants([self.axes.sizes(widths)], Path(folder)))
-            return measure_ratio(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)
+            return measure_pair(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)
 
     def _variants(self, sizes: Sequence[Mapping[str, tuple[int, int]]], folder: Path) -> Iterator[Path]:
         full = self.axes.sizes({})

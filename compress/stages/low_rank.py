@@ -29,7 +29,7 @@ from compress.registry import closest
 from compress.stages.context import Record, StageContext
 from compress.stages.hooked import loss_and_quality, say_cut, train_with_hooks
 from compress.stages.measured import before_and_after, metric_of, validation_quality
-from compress.stages.meeting import meet_latency
+from compress.stages.meeting import meet_latency, rounds_record
 from compress.stages.rank_latency import rank_latency
 from compress.stages.repairing import apply_repairs, batch_norm_repair
 
@@ -239,7 +239,7 @@ class LowRankStage:
             "reference_ms": model.reference_ms,
             "predicted_ratio": model.predict_ratio(selection.widths),
             "measured_ratio": ratio,
-            "rounds": [{"predicted": choice.predicted, "measured": choice.ratio} for choice in timed],
+            "rounds": rounds_record(timed),
             "is_optimal": selection.is_optimal,
         }
         return tuple((dense | free).values()), record

@@ -2,10 +2,13 @@
 
 The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
 the next is chosen with the limit moved by that much. It ends when the latency is met, or when widths come no nearer.
+
+Every choice is timed beside the baseline. A baseline that takes another time than when it was last timed shows that the
+machine has changed its speed; the choice is then timed again, beside the baseline again.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,10 +16,12 @@ from compress.errors import BudgetUnreachable
 from compress.progress import Progress
 from compress.stages.context import Record
 from compress.stages.latency import LatencyModel, Widths
+from compress.verification.measuring import PairLatency
 
 WITHIN = 0.03
 ROUNDS = 6
 UNEXPECTED, MORE_TIMES = 0.08, 2
+MOVED = 0.1  # more than a quartile of some calls differs from the median of others on a quiet machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +32,13 @@ class TimedChoice:
         widths: What was chosen: group name -> width.
         predicted: Share of the baseline's latency, by the table.
         ratio: The same, measured.
+        reference_ms: Latency of the baseline beside it; None where that was not kept.
     """
 
     widths: dict[str, int]
     predicted: float
     ratio: float
+    reference_ms: float | None = None
 
 
 class Chosen(Protocol):
@@ -56,8 +63,8 @@ class Timed(Protocol):
         ...
 
     @property
-    def time_ratio(self) -> Callable[[Mapping[str, int]], float]:
-        """Choice -> the same share, measured."""
+    def time_pair(self) -> Callable[[Mapping[str, int]], PairLatency]:
+        """Choice -> the same share, measured, and the untouched network's latency in that measurement."""
         ...
 
 
@@ -93,8 +100,8 @@ def meet_latency(
             if _is_timed(selection, timed):
                 break
         predicted = model.predict_ratio(selection.widths)
-        expected = predicted * (timed[-1].ratio / timed[-1].predicted if timed else 1.0)
-        choice = TimedChoice(selection.widths, predicted, _timed_well(selection.widths, expected, model, progress))
+        found = _time_well(selection.widths, predicted, timed, model, progress)
+        choice = TimedChoice(selection.widths, predicted, found.ratio, found.reference_ms)
         timed.append(choice)
         choices.append(selection)
         progress.note(
@@ -104,6 +111,7 @@ def meet_latency(
         if abs(choice.ratio / asked - 1) <= WITHIN:
             break
         correction *= asked / choice.ratio
+    _warn_of_speed(timed, model, progress)
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
         raise BudgetUnreachable(
@@ -124,7 +132,7 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
         "measured_ratio": measured[-1] if measured else None,
         "table_error": model.table.error,
         "scatter": model.table.spread,
-        "rounds": [{"predicted": choice.predicted, "measured": choice.ratio} for choice in timed],
+        "rounds": rounds_record(timed),
         "variants": [{"predicted_ms": predicted, "measured_ms": took} for predicted, took in model.variants],
         "stairs": [
             {"name": name, "chosen": widths[name], "steps": [{"width": w, "ms": ms} for w, ms in steps]}
@@ -135,6 +143,14 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
             for layer, (before, after) in model.layers(widths).items()
         ],
     }
+
+
+def rounds_record(timed: Sequence[TimedChoice]) -> list[Record]:
+    """Return what the report shows of the choices that were timed."""
+    return [
+        {"predicted": choice.predicted, "measured": choice.ratio, "baseline_ms": choice.reference_ms}
+        for choice in timed
+    ]
 
 
 def _select(select: Callable[[float], C], correction: float, asked: float, timed: list[TimedChoice], model: Timed) -> C:
@@ -151,13 +167,50 @@ def _is_timed(selection: Chosen, timed: list[TimedChoice]) -> bool:
     return any(choice.widths == selection.widths for choice in timed)
 
 
-def _timed_well(widths: Widths, expected: float, model: Timed, progress: Progress) -> float:
-    """Return the measured latency; the median of several measurements where the first is far from what is expected."""
-    ratios = [model.time_ratio(widths)]
-    if abs(ratios[0] / expected - 1) > UNEXPECTED:
-        progress.note(f"measured {ratios[0]:.3f} where {expected:.3f} was expected: measured again")
-        ratios += [model.time_ratio(widths) for _ in range(MORE_TIMES)]
-    return statistics.median(ratios)
+def _time_well(
+    widths: Widths, predicted: float, timed: Sequence[TimedChoice], model: Timed, progress: Progress
+) -> PairLatency:
+    """Time a choice; several times, with the medians as the result, where the first time is not as expected.
+
+    Expected are the ratio that the table predicts, as far off as for the choice before, and the baseline's latency as
+    it was then.
+    """
+    before = timed[-1] if timed else None
+    expected = predicted * (before.ratio / before.predicted if before else 1.0)
+    expected_ms = (before.reference_ms if before else None) or model.reference_ms
+    found = [model.time_pair(widths)]
+    if surprise := _surprise(found[0], expected, expected_ms):
+        progress.note(f"{surprise}: measured again")
+        found += [model.time_pair(widths) for _ in range(MORE_TIMES)]
+    return PairLatency(
+        statistics.median(one.ratio for one in found), statistics.median(one.reference_ms for one in found)
+    )
+
+
+def _surprise(found: PairLatency, expected: float, expected_ms: float) -> str | None:
+    """Return what of a measurement is far from what is expected, in words; None where nothing is."""
+    if abs(found.ratio / expected - 1) > UNEXPECTED:
+        return f"measured {found.ratio:.3f} where {expected:.3f} was expected"
+    if _has_moved(found.reference_ms, expected_ms):
+        return f"the baseline takes {found.reference_ms:.3g} ms where it took {expected_ms:.3g} ms"
+    return None
+
+
+def _warn_of_speed(timed: Sequence[TimedChoice], model: Timed, progress: Progress) -> None:
+    """Warn where the baseline takes another time than when the table was made."""
+    here = [choice.reference_ms for choice in timed if choice.reference_ms is not None]
+    now_ms = statistics.median(here) if here else model.reference_ms
+    if _has_moved(now_ms, model.reference_ms):
+        progress.warn(
+            f"The baseline takes {now_ms:.3g} ms, it took {model.reference_ms:.3g} ms when the latency table was made: "
+            "this machine has changed its speed. Shares of the baseline's latency are measured side by side and hold; "
+            "milliseconds are those of the table. Run again on a quiet machine for a target in milliseconds."
+        )
+
+
+def _has_moved(now_ms: float, before_ms: float) -> bool:
+    """Whether two latencies of the same network differ by more than noise, in either direction."""
+    return max(now_ms, before_ms) > (1 + MOVED) * min(now_ms, before_ms)
 
 
 def _distance(ratio: float, asked: float) -> tuple[bool, float]:

@@ -33,7 +33,7 @@ from compress.recipe import Factorize
 from compress.stages.context import StageContext
 from compress.stages.exporting import conditions_of, export_present
 from compress.stages.latency import table_path
-from compress.verification.measuring import latency_inputs, measure_ratio
+from compress.verification.measuring import PairLatency, latency_inputs, measure_pair
 from compress.verification.profiling import profile_models
 
 ERRORS, LARGEST_ERROR = 7, 0.95
@@ -82,13 +82,13 @@ class RankLatency:
         """Return the sum over the layers, over the untouched network's latency."""
         return self.cost.at(dict(widths)) / self.reference_ms
 
-    def time_ratio(self, widths: Mapping[str, int]) -> float:
-        """Return the latency of the factorised network over the untouched network's, timed in turn."""
+    def time_pair(self, widths: Mapping[str, int]) -> PairLatency:
+        """Time the factorised network and the untouched one, in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             path = Path(folder) / "factorised.onnx"
             export_present(factorised(self.model, self.chosen(widths), self.moments), path, self.ctx)
             conditions, reference = conditions_of(self.ctx.deploy), self.model.baseline.onnx_path
-            return measure_ratio(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
+            return measure_pair(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
 
     def select(self, limit_ms: float) -> RankSelection:
         """Return the choice with the least damage within a latency.

@@ -174,10 +174,30 @@ def time_files(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class PairLatency:
+    """Latency of a file beside another one.
+
+    Attributes:
+        ratio: Latency of the file / latency of the other.
+        reference_ms: The other's, median.
+    """
+
+    ratio: float
+    reference_ms: float
+
+
 def measure_ratio(
     path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
 ) -> float:
-    """Return latency of a file / latency of another one, over sittings for which both are opened anew.
+    """Return latency of a file / latency of another one, as `measure_pair`."""
+    return measure_pair(path, reference, split, conditions, progress).ratio
+
+
+def measure_pair(
+    path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
+) -> PairLatency:
+    """Time a file and another one side by side, over sittings for which both are opened anew.
 
     Where it cannot be known to half of the 3 % by which a budget may be missed, a warning says how noisy the machine
     is.
@@ -203,7 +223,7 @@ def measure_ratio(
             f"after {len(found.samples['file'].milliseconds)} calls in {count}: this machine is too noisy to tell 3 % "
             f"apart. Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
         )
-    return found.ratio.value
+    return PairLatency(found.ratio.value, found.samples["reference"].p50)
 
 
 def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:

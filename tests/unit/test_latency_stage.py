@@ -48,6 +48,7 @@ from compress.stages.low_rank import LowRankStage
 from compress.stages.meeting import meet_latency
 from compress.stages.prune import PruneStage
 from compress.verification import profiling
+from compress.verification.measuring import PairLatency
 
 DEPLOY = DeployConfig(batch_size=64)  # one call of networks this small is mostly overhead, which no cut changes
 
@@ -217,6 +218,21 @@ def test_every_level_of_every_group_is_planned():
     assert len(plan) > len(latency.plan_variants(levels, has_pairs=False))
 
 
+def test_sums_of_widths_are_planned_from_narrow_to_wide():
+    """Widths drawn one by one add up to much the same behind a concatenation, whatever they are."""
+    levels = {f"group{number}": tuple(range(8, 65, 8)) for number in range(30)}
+
+    def shares(plan):
+        return np.array([sum(widths.values()) / (64 * 30) for widths in plan[2:]])
+
+    alone, together = (shares(latency.plan_variants(levels, True, has_sums=flag)) for flag in (False, True))
+    assert np.ptp(alone) < 0.25
+    assert np.ptp(together) > 0.6
+    assert max(np.diff(np.sort(together))) < 0.15
+    for name, widths in levels.items():
+        assert {variant[name] for variant in latency.plan_variants(levels, True, has_sums=True)[2:]} == set(widths)
+
+
 class _Model:
     """A latency model whose predictions are `bias` times what is measured."""
 
@@ -228,8 +244,8 @@ class _Model:
     def predict_ratio(self, widths):
         return widths["a"] / 100 * self.bias
 
-    def time_ratio(self, widths):
-        return widths["a"] / 100
+    def time_pair(self, widths):
+        return PairLatency(widths["a"] / 100, self.reference_ms)
 
 
 def _meet(bias: float, asked: float = 0.5, steps: int = 1):
@@ -275,9 +291,10 @@ class _Disturbed(_Model):
         self.disturbed = list(disturbed)
         self.measured: list[int] = []
 
-    def time_ratio(self, widths):
+    def time_pair(self, widths):
         self.measured.append(widths["a"])
-        return super().time_ratio(widths) * (self.disturbed.pop(0) if self.disturbed else 1.0)
+        true = super().time_pair(widths)
+        return replace(true, ratio=true.ratio * (self.disturbed.pop(0) if self.disturbed else 1.0))
 
 
 def _timed_once(model: _Disturbed, width: int) -> tuple[float, list[str]]:
@@ -347,6 +364,74 @@ def test_what_is_expected_follows_the_network_that_was_timed_before():
     assert selection.widths["a"] / 100 == pytest.approx(0.5, rel=0.03)
 
 
+class _Moving(_Model):
+    """A latency model on a machine of changing speed: (slowness of the choice, of the baseline) in each measurement."""
+
+    def __init__(self, *slowness: tuple[float, float]) -> None:
+        super().__init__(1.0)
+        self.slowness, self.calls = slowness, 0
+
+    def time_pair(self, widths):
+        here, reference = self.slowness[min(self.calls, len(self.slowness) - 1)]
+        self.calls += 1
+        return PairLatency(widths["a"] / 100 * here / reference, self.reference_ms * reference)
+
+
+def _meet_once(model, width: int = 50):
+    listener = _Listener()
+    _, timed = meet_latency(lambda correction: Selection({"a": width}, {"a": (0,)}, True), model, width / 100, listener)
+    return timed[-1], listener
+
+
+@pytest.mark.parametrize("slowness", [1.0, 1.09, 1 / 1.09])
+def test_a_baseline_that_takes_what_it_took_is_timed_once(slowness):
+    model = _Moving((slowness, slowness))
+    choice, said = _meet_once(model)
+    assert (model.calls, said.warnings) == (1, [])
+    assert choice.ratio == pytest.approx(0.5)
+    assert choice.reference_ms == pytest.approx(2.0 * slowness)
+
+
+@pytest.mark.parametrize("slowness", [1.15, 2.0, 0.5, 1 / 1.15])
+def test_a_machine_of_another_speed_than_the_table_is_noticed_and_the_choice_timed_again(slowness):
+    model = _Moving((slowness, slowness))
+    choice, said = _meet_once(model)
+    assert model.calls == 3
+    assert choice.ratio == pytest.approx(0.5), "both are slower, their ratio is what it was"
+    assert choice.reference_ms == pytest.approx(2.0 * slowness)
+    (warning,) = said.warnings
+    assert f"takes {2 * slowness:.3g} ms, it took 2 ms when the latency table was made" in warning
+
+
+def test_a_speed_that_changes_in_the_middle_of_a_measurement_does_not_decide():
+    """Once 0.27 and once 0.209 of the baseline were taken for 0.5: the baseline was slow, its choice was not."""
+    model = _Moving((1.0, 1 / 0.54), (1.0, 1.0))
+    choice, said = _meet_once(model)
+    assert choice.ratio == pytest.approx(0.5)
+    assert model.calls == 3
+    assert said.warnings == [], "the machine is as fast as it was"
+
+
+def test_a_change_of_speed_that_leaves_the_ratio_as_expected_is_noticed_too():
+    model = _Moving((1.3, 1.3), (1.0, 1.0))
+    choice, said = _meet_once(model)
+    assert (model.calls, choice.reference_ms) == (3, 2.0)
+    assert any("baseline takes 2.6 ms where it took 2 ms: measured again" in note for note in said.notes)
+
+
+def test_a_machine_that_stays_slow_is_measured_again_only_once():
+    model = _Moving((1.5, 1.5))
+
+    def select(correction: float) -> Selection:
+        return Selection({"a": 60 if correction == 1 else 50}, {"a": (0,)}, True)
+
+    listener = _Listener()
+    _, timed = meet_latency(select, model, 0.5, listener)
+    assert [choice.widths["a"] for choice in timed] == [60, 50]
+    assert model.calls == 4
+    assert len(listener.warnings) == 1
+
+
 @pytest.mark.parametrize("target", [{"latency": 0.7}, {"latency": 0.95, "macs": 0.5}, {"size_mb": 0.02}])
 def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
     profile_by_macs(monkeypatch)
@@ -396,7 +481,9 @@ def test_blocks_that_are_tried_share_a_table_even_after_a_target_was_missed(ctx,
 
 def test_a_network_timed_as_a_whole_takes_time(ctx):
     model = _latency_model("chain", ctx)
-    assert 0 < model.time_ratio({"body.0.0": 8}) < 10
+    found = model.time_pair({"body.0.0": 8})
+    assert 0 < found.ratio < 10
+    assert found.reference_ms > 0
 
 
 def test_a_latency_in_milliseconds_is_a_share_of_the_baseline(ctx, tmp_path):

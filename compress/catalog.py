@@ -34,7 +34,7 @@ class StageEntry:
 STAGES: dict[str, StageEntry] = {
     entry.name: entry
     for entry in (
-        StageEntry("load", "compress.stages.load:LoadStage", 4, NOTHING, TORCH_MODEL, True,
+        StageEntry("load", "compress.stages.load:LoadStage", 5, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
         StageEntry("prune", "compress.stages.prune:PruneStage", 9, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),

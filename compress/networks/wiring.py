@@ -94,7 +94,7 @@ def notes_on(module: nn.Module, example: Tensor) -> list[str]:
     return [
         *notes,
         f"The network decides by the values of its input, in {some(seen.decisions)}: what such code does for one "
-        "image is fixed for all of them in an ONNX file, and export may refuse it."
+        "image is fixed for all of them in an ONNX file, and export may refuse it.",
     ]
 
 

@@ -15,6 +15,7 @@ from compress.building import (
     load_strict,
     read_weights,
     with_one_array,
+    without_unread,
     write_weights,
 )
 from compress.config.locations import PRETRAINED
@@ -25,9 +26,10 @@ from compress.data.batches import evaluation_batches
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
 from compress.importing.importer import import_onnx
+from compress.networks.weights import some
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state, without_auxiliary
-from compress.recipe import Recipe
+from compress.recipe import Recipe, RemoveUnread
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import export_present, try_rewrites
 from compress.stages.measured import stated
@@ -63,11 +65,12 @@ class LoadStage:
         module = with_one_array(module, spec, images)
         for note in notes_on(module, images):
             ctx.progress.warn(note)
+        module, recipe = self._without_unread(module, images, ctx)
         ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration, spec)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
-        model, rewrites = self._measure(module, spec, signature, ctx)
+        model, rewrites = self._measure(module, spec, recipe, signature, ctx)
         figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
         record = {
             "macs": figures.macs,
@@ -77,6 +80,7 @@ class LoadStage:
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
+            "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
             **imported,
         }
         ctx.progress.note(
@@ -95,8 +99,17 @@ class LoadStage:
             raise InternalError("A pipeline passed validation without weights.")
         return load_network(spec, self.config.weights)
 
+    def _without_unread(self, module: nn.Module, images: torch.Tensor, ctx: StageContext) -> tuple[nn.Module, Recipe]:
+        """Return the network without what no output reads, and the edit that says so."""
+        slim, recipe = without_unread(module, images)
+        for edit in recipe.edits:
+            if isinstance(edit, RemoveUnread):
+                count = count_params(module) - count_params(slim)
+                ctx.progress.note(f"removed, as no output reads them: {some(list(edit.modules))} ({count:,} params)")
+        return slim, recipe
+
     def _measure(
-        self, module: nn.Module, spec: FactorySpec, signature: Signature, ctx: StageContext
+        self, module: nn.Module, spec: FactorySpec, recipe: Recipe, signature: Signature, ctx: StageContext
     ) -> tuple[TorchModel, list[Record]]:
         """Export the network as it runs best, measure the file, and return the model and what was tried."""
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
@@ -108,7 +121,7 @@ class LoadStage:
         model = TorchModel(
             module,
             spec,
-            Recipe(),
+            recipe,
             signature,
             ctx.data.preprocessing,
             _classes(spec, ctx),

@@ -14,6 +14,7 @@ from compress.networks.observe import Observed, observe
 from compress.networks.training_mode import TrainingMode, compare_modes
 from compress.networks.weights import some
 from compress.registry import closest
+from compress.user_code import shown_as
 
 
 def wire(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
@@ -104,19 +105,14 @@ def run_network(module: nn.Module, example: Tensor) -> object:
     Raises:
         ModelError: It raises; its error is shown.
     """
-    try:
-        with torch.no_grad():
-            return module(example)
-    except ModelError:
-        raise
-    except Exception as error:  # the user's code: its error is shown, ours is around it
-        shape = tuple(example.shape)
-        what = f"rows of shape {shape}" if example.ndim == 2 else f"images of shape {shape}"
-        raise ModelError(
-            f"The network must run on {what}, got {type(error).__name__}: {error}",
-            hint="Check data.preprocessing (resize, crop, channels, layout) and model.kwargs; where the network takes "
-            "several inputs, declare them: model.inputs.",
-        ) from error
+    shape = tuple(example.shape)
+    what = f"rows of shape {shape}" if example.ndim == 2 else f"images of shape {shape}"
+    hint = (
+        "Check data.preprocessing (resize, crop, channels, layout) and model.kwargs; where the network takes several "
+        "inputs, declare them: model.inputs."
+    )
+    with shown_as(ModelError, f"The network must run on {what}", hint), torch.no_grad():
+        return module(example)
 
 
 _CHANGING_HINT = (

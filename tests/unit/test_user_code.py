@@ -21,8 +21,8 @@ from compress.references import import_callable
 from compress.tasks.opening import guarded, own_task
 from compress.user_code import as_ours, is_interrupt, shown_as, user_place
 
-RAISED = ["SystemExit(0)", "GeneratorExit()", "KeyboardInterrupt()", "BaseException('odd')", "FileNotFoundError(2, 'gone')",
-          "ValueError('no')", "StopIteration()"]  # fmt: skip
+RAISED = ["SystemExit(0)", "GeneratorExit()", "KeyboardInterrupt()", "BaseException('odd')",
+          "FileNotFoundError(2, 'gone')", "ValueError('no')", "StopIteration()"]  # fmt: skip
 NET = """
 import torch
 from torch import nn

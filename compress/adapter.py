@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -39,11 +39,15 @@ class Wiring:
         inputs: As declared; () for one image.
         keywords: Those of them that `forward` takes by name; the others go in by their place.
         outputs: Names of the outputs that are kept, in order; () for whatever the network returns, as it is.
+        evaluated: Paths of modules that stay in evaluation mode during training; "" is the network itself.
+        notes: What a user should know of how it trains.
     """
 
     inputs: tuple[TensorSpec, ...] = ()
     keywords: frozenset[str] = frozenset()
     outputs: tuple[str, ...] = ()
+    evaluated: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class _Adapted(nn.Module):
@@ -72,25 +76,45 @@ class _Adapted(nn.Module):
         if not wiring.outputs:
             return outputs  # type: ignore[no-any-return]
         found = dict(flatten_outputs(outputs))
-        if wiring.outputs == (OUTPUT_NAME,) and OUTPUT_NAME not in found:  # one tensor, and several only while training
-            return next(iter(found.values()))
+        if missing := [name for name in wiring.outputs if name not in found]:
+            mode = "training" if self.training else "evaluation"
+            raise ModelError(
+                f"The network must return {', '.join(missing)} in {mode} mode, it returns {', '.join(found)}.",
+                hint="Let its forward return the same tensors in both modes.",
+            )
         kept = [found[name] for name in wiring.outputs]
         return kept[0] if len(kept) == 1 else tuple(kept)
 
+    def train(self, mode: bool = True) -> "_Adapted":
+        """Set training mode, but for the modules whose training code is left out."""
+        super().train(mode)
+        for path in self.compress_wiring.evaluated:
+            with suppress(AttributeError):  # a module that was removed
+                self.get_submodule(path).training = False
+        return self
 
-def adapt(module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[str, ...]) -> nn.Module:
+
+def adapt(
+    module: nn.Module,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[str, ...],
+    evaluated: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> nn.Module:
     """Return the network with one array in and tensors out; the same object, with a class of its own.
 
     Args:
         module: Any network.
         inputs: As declared; () for one image.
         outputs: Which outputs are kept; () for whatever the network returns, as it is.
+        evaluated: Modules that stay in evaluation mode during training.
+        notes: What a user should know of how it trains.
 
     Raises:
         ModelError: `forward` does not take these inputs.
     """
     if (earlier := wiring_of(module)) is not None:
-        module.__dict__[_WIRING] = replace(earlier, outputs=outputs)
+        module.__dict__[_WIRING] = replace(earlier, outputs=outputs, evaluated=evaluated, notes=notes)
         return module
     plain = module
     if isinstance(module, torch.fx.GraphModule):  # its copies are made by its own rules, which know no other class
@@ -101,7 +125,7 @@ def adapt(module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[str,
         base.__name__, (_Adapted, base if plain is module else _plain_class(base)), {"__module__": base.__module__}
     )
     plain.__class__ = own
-    plain.__dict__[_WIRING] = Wiring(inputs, _keywords(base, inputs), outputs)
+    plain.__dict__[_WIRING] = Wiring(inputs, _keywords(base, inputs), outputs, evaluated, notes)
     plain.__dict__["compress_takes_parts"] = False
     return plain
 

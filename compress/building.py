@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from compress.adapter import example_input
 from compress.artifacts import FactorySpec, Signature
+from compress.cost.macs import eval_mode
 from compress.errors import ArtifactError, InternalError, ModelError, RebuildMismatch, StageError
 from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
 from compress.networks.factories import call_factory
+from compress.networks.observe import observe
 from compress.networks.prepare import prepare
+from compress.networks.unread import find_unread, removable, remove_unread
 from compress.networks.weights import load_strict, read_weights, write_weights
 from compress.networks.wiring import wire
 from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
+from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.references import beside, import_callable
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "rebuild",
     "reinitialized",
     "with_one_array",
+    "without_unread",
     "write_weights",
 ]
 
@@ -76,6 +80,22 @@ def with_one_array(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.
     if spec.kind == "torchvision":
         drop_auxiliary(module)
     return prepare(module, example)
+
+
+def without_unread(module: nn.Module, example: Tensor) -> tuple[nn.Module, Recipe]:
+    """Return a network without the modules that no output reads, and the recipe of that; the same object if all are.
+
+    Args:
+        module: As `with_one_array` returned it, in eval mode.
+        example: What it is called with.
+    """
+    with eval_mode(module):
+        is_fixed = not observe(module, example).decisions  # else other inputs may need what this one leaves out
+    unread = removable(module, find_unread(module, example), example) if is_fixed else ()
+    if not unread:
+        return module, Recipe()
+    edit = RemoveUnread(unread)
+    return remove_unread(module, edit, example).eval(), Recipe((edit,))
 
 
 def build_untouched(spec: FactorySpec, signature: Signature, make: Callable[..., Any] | None = None) -> nn.Module:
@@ -126,7 +146,9 @@ def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module
     """
     for edit in recipe.edits:
         try:
-            if isinstance(edit, RemoveChannels):
+            if isinstance(edit, RemoveUnread):
+                module = remove_unread(module, edit, example)
+            elif isinstance(edit, RemoveChannels):
                 module = remove_channels(module, edit, example)
             elif isinstance(edit, RemoveBlock):
                 module = remove_block(module, edit)

@@ -22,6 +22,7 @@ from compress.errors import (
     InternalError,
     OutOfMemory,
 )
+from compress.user_code import as_ours
 
 BROKEN_PIPE_EXIT_CODE = 141
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -63,6 +64,7 @@ def raise_outcome(outcome: str) -> None:
 def _report(error: BaseException, goes_on: bool) -> int:
     """Print what ended a command and return its exit code; `goes_on`: it keeps the stages that it completed."""
     console = Console()
+    error = as_ours(error) or error
     if isinstance(error, KeyboardInterrupt):
         kept = "the stages that were completed are kept, the same command goes on from there"
         console.print_failure(f"Interrupted; {kept if goes_on else 'the same command starts anew'}.")
@@ -79,8 +81,6 @@ def _report(error: BaseException, goes_on: bool) -> int:
     if isinstance(error, CompressError) and error.exit_code != InternalError.exit_code:
         console.print_error(error)
         return error.exit_code
-    if isinstance(error, SystemExit):
-        raise error
     console.print_failure(
         f"compress has met a fault of its own ({type(error).__name__}: {str(error).strip() or 'no message'}). "
         f"This is a bug, not your mistake: please report it with the file {_write_crash(error)}, which says where it "

@@ -27,6 +27,18 @@ class RemoveChannels:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveUnread:
+    """Remove modules that no output reads; made by `load`, so that the baseline lacks them as well.
+
+    Attributes:
+        modules: Module paths.
+    """
+
+    kind: ClassVar[str] = "remove_unread"
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveBlock:
     """Replace a residual block by the identity.
 
@@ -54,8 +66,8 @@ class Factorize:
     ranks: tuple[int, ...]
 
 
-Edit = RemoveChannels | RemoveBlock | Factorize
-_EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in (RemoveChannels, RemoveBlock, Factorize)}
+Edit = RemoveUnread | RemoveChannels | RemoveBlock | Factorize
+_EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in (RemoveUnread, RemoveChannels, RemoveBlock, Factorize)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,16 @@ class Recipe:
     def then(self, *edits: Edit) -> "Recipe":
         """Return this recipe with more edits at its end."""
         return Recipe((*self.edits, *edits))
+
+    @property
+    def of_baseline(self) -> "Recipe":
+        """The edits that `load` made: those of the baseline."""
+        return Recipe(tuple(edit for edit in self.edits if isinstance(edit, RemoveUnread)))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing was edited but what the baseline lacks as well."""
+        return self == self.of_baseline
 
     def to_json(self) -> str:
         """Return stable JSON text."""
@@ -102,9 +124,17 @@ def _parse_edit(entry: dict[str, Any]) -> Edit:
             values[key] = {name: _whole_numbers(indices) for name, indices in value.items()}
         elif key == "ranks":
             values[key] = _whole_numbers(value)
+        elif key == "modules":
+            values[key] = _names(value)
         elif not isinstance(value, str):
             raise TypeError(f"{key} must be text, got {value!r}")
     return edit(**values)
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"names must be listed, got {values!r}")
+    return tuple(values)
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from compress.errors import ModelError
 from compress.registry import closest
+from compress.user_code import shown_as
 
 
 def import_callable(reference: str, what: str = "Factory") -> Callable[..., Any]:
@@ -65,16 +66,14 @@ def _import_file(path: Path, what: str) -> Any:
     with on_path(path.resolve().parent):
         sys.modules[name] = module  # dataclasses and typing look a class's module up by name
         try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
+            with shown_as(ModelError, f"{what} file '{path}' must import"):
+                spec.loader.exec_module(module)
+        except BaseException:
             del sys.modules[name]
-            raise ModelError(f"{what} file '{path}' must import, got {type(error).__name__}: {error}") from error
+            raise
     return module
 
 
 def _import_module(name: str, what: str) -> Any:
-    try:
-        with on_path(Path.cwd()):
-            return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-        raise ModelError(f"{what} module '{name}' must import, got {type(error).__name__}: {error}") from error
+    with shown_as(ModelError, f"{what} module '{name}' must import"), on_path(Path.cwd()):
+        return importlib.import_module(name)

@@ -35,6 +35,7 @@ from compress.report.environment import describe_environment
 from compress.report.provenance import describe_provenance
 from compress.runfolder import publish
 from compress.store import Entry, Store
+from compress.user_code import as_ours
 
 if TYPE_CHECKING:  # imports torch
     from compress.stages.context import StageContext
@@ -314,7 +315,12 @@ class _Run:
         except CompressError as error:
             error.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {error.message}"
             raise
-        except OSError as error:
+        except BaseException as error:
+            if (ours := as_ours(error)) is not None:
+                ours.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {ours.message}"
+                raise ours from error
+            if not isinstance(error, OSError):
+                raise
             raise ArtifactError(
                 f"Stage '{step.entry.name}' ({step.index + 1} of {count}) could not read or write "
                 f"'{error.filename or work}': {error.strerror or error}.",

@@ -39,7 +39,7 @@ def shown_as(kind: type[CompressError], what: str, hint: str | None = None) -> I
     except CompressError:
         raise
     except BaseException as error:
-        if is_interrupt(error):
+        if is_interrupt(error) or _is_memory(error):
             raise
         raise kind(f"{what}, got {described(error)}", hint=hint) from error
 
@@ -77,9 +77,10 @@ def is_users(error: BaseException) -> bool:
 def as_ours(error: BaseException) -> CompressError | None:
     """Return the error of ours that stands for one that the user's code raised; None where it was not theirs.
 
-    An error that ends a process (SystemExit and its like) is never ours, wherever it came from.
+    An error that ends a process (SystemExit and its like) is never ours, wherever it came from. Want of memory is
+    explained elsewhere.
     """
-    if isinstance(error, CompressError) or is_interrupt(error):
+    if isinstance(error, CompressError) or is_interrupt(error) or _is_memory(error):
         return None
     if isinstance(error, Exception) and not is_users(error):
         return None
@@ -103,6 +104,13 @@ def _is_raised(trace: TracebackType | None) -> bool:
     code = trace.tb_frame.f_code
     is_ours = code.co_filename.startswith(_OURS)
     return not is_ours and trace.tb_lasti >= 0 and code.co_code[trace.tb_lasti] == _RAISE
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, which has an explanation of its own."""
+    said = str(error)
+    is_full = any(words in said for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_full)
 
 
 def _is_library(filename: str) -> bool:

@@ -29,6 +29,7 @@ from compress.config.quantization import check_quantize
 from compress.config.schema import PipelineConfig
 from compress.config.yaml_core import dump_document
 from compress.errors import CompressError
+from compress.user_code import described, is_interrupt
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def _import_failure(name: str) -> str | None:
         importlib.import_module(name)
     except CompressError as error:
         return error.message.rstrip(".")
-    except (Exception, SystemExit) as error:  # a foreign module can raise anything while it is imported
-        return f"{type(error).__name__}: {error}".rstrip(".: ")
+    except BaseException as error:  # a foreign module can raise anything while it is imported
+        if is_interrupt(error):
+            raise
+        return described(error).rstrip(".: ")
     return None
 
 

@@ -403,8 +403,16 @@ class CutConfig(Section):
         description="channels that run along shortcuts: cut like all others, kept, or whatever the validation loss "
         "likes best of neither, few and as many as their scores say",
     )
+    residual_factors: Annotated[tuple[Positive, ...], BeforeValidator(_to_tuple), Field(min_length=1)] = Field(
+        (1e4, 4.0, 1.0),
+        description="what residual: auto multiplies the damage of channels along shortcuts by, one after the other",
+    )
     exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
     score_images: Count = Field(512, description="calibration images that criteria look at")
+    images_per_gradient: Count = Field(
+        8, description="images of one gradient in taylor scores: their derivatives are averaged before they are squared"
+    )
+    refit_images: Count = Field(512, description="calibration images that the least-squares repair fits layers to")
     repair: Annotated[
         tuple[Literal["least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(_to_tuple)
     ] = Field(
@@ -596,6 +604,14 @@ class PruneConfig(CutConfig):
     increg: IncRegConfig | None = Field(None, description="settings of that method")
     csgd: CsgdConfig | None = Field(None, description="settings of that method")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_residual(cls, values: Any) -> Any:
+        """Say `cut` where a method decides and nothing is said: it ranks channels along shortcuts like all others."""
+        if isinstance(values, dict) and values.get("method") is not None and "residual" not in values:
+            return {**values, "residual": "cut"}
+        return values
+
     @property
     def method_settings(self) -> Section | None:
         """The section of the method, if it is given; a plug-in's method has none."""
@@ -610,6 +626,8 @@ class PruneConfig(CutConfig):
         for name in ("criterion", "order", "damage"):
             if self.method is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} must be left out where a method decides by scores of its own")
+        if self.method is not None and self.residual == "auto":
+            raise ValueError("residual must be cut or keep where a method decides: auto compares networks cut at once")
         if self.method not in (None, "gates") and self.blocks == "auto":
             raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
         if self.training is not None and self.training.optimizer != "sgd":

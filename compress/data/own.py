@@ -16,6 +16,7 @@ from compress.data.annotated import AnnotatedSource
 from compress.data.packing import as_row
 from compress.errors import DataError
 from compress.references import beside, import_callable
+from compress.user_code import shown_as
 
 
 def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
@@ -30,22 +31,17 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         DataError: The class raises, is empty, or returns no image.
     """
     make = import_callable(reference, "Data set")
-    with beside(reference):
-        try:
-            dataset = make(**kwargs)
-            count = len(dataset)
-            first: Any = dataset[0] if count else None
-        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-            raise DataError(f"Data set '{reference}' must open and give its first entry, got {_say(error)}") from error
+    with beside(reference), shown_as(DataError, f"Data set '{reference}' must open and give its first entry"):
+        dataset = make(**kwargs)
+        count = len(dataset)
+        first: Any = dataset[0] if count else None
     if count == 0:
         raise DataError(f"Data set '{reference}' must hold at least one image, it holds none.")
     has_targets = isinstance(first, tuple | list)
 
     def entry(place: int) -> tuple[Any, Any]:
-        try:
+        with shown_as(DataError, f"Data set '{reference}' must give entry {place}"):
             found = dataset[place]
-        except Exception as error:  # the user's code: its error is shown, ours is around it
-            raise DataError(f"Data set '{reference}' must give entry {place}, got {_say(error)}") from error
         if has_targets and (not isinstance(found, tuple | list) or len(found) != 2):
             raise DataError(f"Data set '{reference}' must give (image, target), entry {place} is {_kind(found)}.")
         return (found[0], found[1]) if has_targets else (found, None)
@@ -109,10 +105,6 @@ def _known_labels(dataset: Any, count: int) -> np.ndarray | None:
         return None
     labels = np.asarray(values)
     return labels.astype(np.int64) if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
-
-
-def _say(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _kind(value: Any) -> str:

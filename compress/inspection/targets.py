@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.allocation.widths import Limits
 from compress.artifacts import FactorySpec, NetworkKind, Signature
-from compress.building import build_module, with_one_array
+from compress.building import build_module, with_one_array, without_unread
 from compress.config.load import load_pipeline
 from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
 from compress.cost.onnx_file import load_onnx, read_signature
@@ -150,7 +150,7 @@ def _running(
 ) -> Network:
     """Return a network in plain layers whose weights are varied, after trying it on an input of that shape."""
     example = torch.zeros([1, *shape])
-    plain = with_one_array(module, spec, example)
+    plain, _ = without_unread(with_one_array(module, spec, example), example)
     if spec.kind != "onnx":
         vary_weights(plain, example)
     return Network(plain, example, signature_of(plain, spec, example), limits, conditions)

@@ -10,6 +10,7 @@ from torch import nn
 from compress.artifacts import FactorySpec
 from compress.errors import ModelError
 from compress.networks.weights import some
+from compress.user_code import shown_as
 
 Factory = Callable[..., Any]
 
@@ -22,13 +23,9 @@ def call_factory(make: Factory, spec: FactorySpec) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
+        called = f"Factory '{spec.reference}' must build the network with {_call_text(make, spec.kwargs)}"
+        with shown_as(ModelError, called):
             module = make(**spec.kwargs)
-        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-            raise ModelError(
-                f"Factory '{spec.reference}' must build the network with {_call_text(make, spec.kwargs)}, "
-                f"got {type(error).__name__}: {error}"
-            ) from error
     if isinstance(module, nn.DataParallel):
         module = module.module
     _check_kind(module, spec.reference)

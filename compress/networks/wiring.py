@@ -1,6 +1,5 @@
 """How is a network called, what does it return, and does it do the same each time? Asked of one run on real inputs."""
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -12,14 +11,17 @@ from compress.cost.macs import eval_mode
 from compress.data.packing import is_packed, part_sizes, row_width
 from compress.errors import ModelError, NonFinite
 from compress.networks.observe import Observed, observe
+from compress.networks.training_mode import TrainingMode, compare_modes
 from compress.networks.weights import some
 from compress.registry import closest
+from compress.user_code import shown_as
 
 
 def wire(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
     """Return a network that takes one array and returns a tensor, or a tuple of them; the same object.
 
-    Left as it is where it already does, in training mode too.
+    Left as it is where it already does, in training mode too. Modules that return or run something else in training
+    mode stay in evaluation mode (`training_mode.py`).
 
     Args:
         module: In eval mode, on the CPU.
@@ -36,9 +38,10 @@ def wire(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
     outputs = run_network(module, example)
     names = [name for name, _ in flatten_outputs(outputs)]
     kept = _kept(names, spec.outputs)
-    if isinstance(outputs, Tensor) and not kept and _trains_alike(module, example):
+    mode = compare_modes(module, example, kept or tuple(names))
+    if isinstance(outputs, Tensor) and not kept and mode == TrainingMode():
         return module
-    return adapt(module, inputs, kept or tuple(names))
+    return adapt(module, inputs, kept or tuple(names), mode.evaluated, mode.notes)
 
 
 def signature_of(module: nn.Module, spec: FactorySpec, example: Tensor) -> Signature:
@@ -85,11 +88,14 @@ def notes_on(module: nn.Module, example: Tensor) -> list[str]:
     """
     with eval_mode(module):
         seen = observe(module, example)
+    wiring = wiring_of(module)
+    notes = [] if wiring is None else list(wiring.notes)
     if not seen.decisions:
-        return []
+        return notes
     return [
+        *notes,
         f"The network decides by the values of its input, in {some(seen.decisions)}: what such code does for one "
-        "image is fixed for all of them in an ONNX file, and export may refuse it."
+        "image is fixed for all of them in an ONNX file, and export may refuse it.",
     ]
 
 
@@ -99,19 +105,14 @@ def run_network(module: nn.Module, example: Tensor) -> object:
     Raises:
         ModelError: It raises; its error is shown.
     """
-    try:
-        with torch.no_grad():
-            return module(example)
-    except ModelError:
-        raise
-    except Exception as error:  # the user's code: its error is shown, ours is around it
-        shape = tuple(example.shape)
-        what = f"rows of shape {shape}" if example.ndim == 2 else f"images of shape {shape}"
-        raise ModelError(
-            f"The network must run on {what}, got {type(error).__name__}: {error}",
-            hint="Check data.preprocessing (resize, crop, channels, layout) and model.kwargs; where the network takes "
-            "several inputs, declare them: model.inputs.",
-        ) from error
+    shape = tuple(example.shape)
+    what = f"rows of shape {shape}" if example.ndim == 2 else f"images of shape {shape}"
+    hint = (
+        "Check data.preprocessing (resize, crop, channels, layout) and model.kwargs; where the network takes several "
+        "inputs, declare them: model.inputs."
+    )
+    with shown_as(ModelError, f"The network must run on {what}", hint), torch.no_grad():
+        return module(example)
 
 
 _CHANGING_HINT = (
@@ -158,16 +159,6 @@ def _kept(names: list[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
                 hint=closest(name, names),
             )
     return () if list(wanted) == names == [OUTPUT_NAME] else wanted
-
-
-def _trains_alike(module: nn.Module, example: Tensor) -> bool:
-    """Whether the network returns one tensor in training mode, too; some return those of auxiliary heads there."""
-    trained, two = copy.deepcopy(module).train(), torch.cat([example, example])[:2]  # one is too few for batch norms
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return isinstance(trained(two), Tensor)
-    except Exception:  # e.g. a batch norm that refuses one value: whether it can be trained is not asked here
-        return True
 
 
 def _named(module: nn.Module, outputs: object) -> dict[str, Tensor]:

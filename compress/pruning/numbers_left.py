@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def _is_record(value: object) -> bool:
     return is_data or type(value) in (SimpleNamespace, argparse.Namespace)
 
 
-def _with(value: object, changed: Mapping[object, object]) -> object:
+def _with(value: Any, changed: Mapping[Any, Any]) -> Any:
     """Return a copy of a container with some of its entries changed."""
     if isinstance(value, tuple):
         entries = [changed.get(place, one) for place, one in enumerate(value)]
@@ -109,7 +110,7 @@ def _with(value: object, changed: Mapping[object, object]) -> object:
     copied = copy.copy(value)
     if isinstance(copied, list | dict):
         for key, one in changed.items():
-            copied[key] = one  # type: ignore[index]
+            copied[key] = one
     else:
         vars(copied).update(changed)
     return copied

@@ -23,7 +23,7 @@ from compress.pruning.lockstep import Lockstep, call_order, following_norms, run
 from compress.pruning.regression import RIDGE, GramSum, Places, is_refittable, positions_needed, regression_rows
 
 _BATCH = 128
-_PASS_BATCH, _REFIT_IMAGES = 32, 512
+_PASS_BATCH = 32
 _LIVE_BYTES = 2 * 10**9
 _CLOSED = 0.05
 
@@ -41,6 +41,7 @@ class Comparison:
         closing: Layer -> the residual block that adds what it gives, behind its norm, to the block's input. Such a
             layer makes up for what the input of its block lacks, too.
         means: Layer -> (n,) the mean of each of its outputs in `original`, as far as a repair has come by it.
+        most_images: How many images of the split layers are fitted to.
     """
 
     slim: nn.Module
@@ -50,6 +51,7 @@ class Comparison:
     split: Split
     closing: Mapping[str, str] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
+    most_images: int = 512
 
 
 def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
@@ -202,7 +204,7 @@ def _batches(comparison: Comparison) -> list[Tensor]:
     split = comparison.split
     example = next(evaluation_batches(split.first(1), 1, "nothing"))[0]
     room = _LIVE_BYTES // (2 * _live_bytes(comparison.original, example))
-    count = max(min(len(split), _REFIT_IMAGES, room), 1)
+    count = max(min(len(split), comparison.most_images, room), 1)
     return [images for images, _ in evaluation_batches(split.first(count), min(_PASS_BATCH, count), "nothing")]
 
 

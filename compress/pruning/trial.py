@@ -19,7 +19,7 @@ from compress.pruning.costs import build_cost
 from compress.pruning.cutting import cut_out
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion
-from compress.user_code import user_frame, user_place
+from compress.user_code import is_interrupt, user_frame, user_place
 
 _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3
@@ -141,7 +141,9 @@ class _Trial:
             slim = cut_out(self.module, self.graph, removed)
             with torch.no_grad(), eval_mode(slim):
                 got = slim(self.inputs)
-        except Exception as error:  # foreign code under trial: whatever it raises is the reason
+        except BaseException as error:  # foreign code under trial: whatever it raises is the reason
+            if is_interrupt(error):
+                raise
             return f"the cut network does not run ({_failure(error)})"
         silent = silenced_copy(self.module, removed, self.graph.groups)
         with torch.no_grad(), eval_mode(silent):
@@ -190,7 +192,7 @@ def _tensors(outputs: object) -> list[Tensor]:
     return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: BaseException) -> str:
     """Return what an error says, with the line of the user's code that it came from where there is one."""
     said = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
     frame = user_frame(error)

@@ -133,11 +133,20 @@ def _render_load(runs: list[Run], index: int) -> str:
         )
         for tried in runs[index]["record"].get("rewrites") or []
     ]
+    unread = ", ".join(f"<code>{escape(path)}</code>" for path in runs[index]["record"].get("unread") or [])
+    removed = (
+        render_section(
+            "Modules that no output reads",
+            f"<p>Removed before anything was measured, with their weights: {unread}.</p>\n",
+        )
+        if unread
+        else ""
+    )
     if not rows:
-        return ""
+        return removed
     table = render_table(("rewrite", "places", "speed-up of the untouched network", "kept"), rows, numeric=(1, 2))
     note = "<p>The baseline is rewritten as the slim model is: no speed-up reported elsewhere comes from this.</p>\n"
-    return render_section("Graph rewritten for the runtime", table, note)
+    return removed + render_section("Graph rewritten for the runtime", table, note)
 
 
 def _render_prune(runs: list[Run], index: int) -> str:

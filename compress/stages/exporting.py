@@ -39,7 +39,7 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
 
 def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
     """Return an ONNX file of the network as it is now, in a folder if there is none yet."""
-    if not model.recipe.edits:
+    if model.recipe.is_baseline:
         return model.baseline.onnx_path
     path = folder / "present.onnx"
     export_present(model, path, ctx)

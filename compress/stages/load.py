@@ -17,6 +17,7 @@ from compress.building import (
     load_strict,
     read_weights,
     with_one_array,
+    without_unread,
     write_weights,
 )
 from compress.config.locations import PRETRAINED
@@ -29,9 +30,10 @@ from compress.errors import DataError, InternalError, ModelError
 from compress.importing.importer import import_onnx
 from compress.networks.batch_independence import IMAGES, require_batch_independence
 from compress.networks.weight_types import Conversion
+from compress.networks.weights import some
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state, without_auxiliary
-from compress.recipe import Recipe
+from compress.recipe import Recipe, RemoveUnread
 from compress.stages.chance import chance_warning
 from compress.stages.context import Record, StageContext
 from compress.stages.exporting import export_present, try_rewrites
@@ -69,13 +71,14 @@ class LoadStage:
         module = with_one_array(module, spec, images)
         for note in notes_on(module, images):
             self._warn(ctx, note)
+        module, recipe = self._without_unread(module, images, ctx)
         ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration, spec)
         several, _ = next(evaluation_batches(ctx.data.calibration.first(IMAGES), IMAGES, "nothing"))
         require_batch_independence(module, several)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
-        model, rewrites = self._measure(module, spec, signature, ctx)
+        model, rewrites = self._measure(module, spec, recipe, signature, ctx)
         figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
         if warning := chance_warning(figures.quality[metric.name], ctx.data.evaluation):
             self._warn(ctx, warning)
@@ -87,6 +90,7 @@ class LoadStage:
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
+            "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
             **imported,
             "warnings": self.warnings,
         }
@@ -117,8 +121,17 @@ class LoadStage:
         ctx.progress.warn(text)
         self.warnings.append(text)
 
+    def _without_unread(self, module: nn.Module, images: torch.Tensor, ctx: StageContext) -> tuple[nn.Module, Recipe]:
+        """Return the network without what no output reads, and the edit that says so."""
+        slim, recipe = without_unread(module, images)
+        for edit in recipe.edits:
+            if isinstance(edit, RemoveUnread):
+                count = count_params(module) - count_params(slim)
+                ctx.progress.note(f"removed, as no output reads them: {some(list(edit.modules))} ({count:,} params)")
+        return slim, recipe
+
     def _measure(
-        self, module: nn.Module, spec: FactorySpec, signature: Signature, ctx: StageContext
+        self, module: nn.Module, spec: FactorySpec, recipe: Recipe, signature: Signature, ctx: StageContext
     ) -> tuple[TorchModel, list[Record]]:
         """Export the network as it runs best, measure the file, and return the model and what was tried."""
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
@@ -131,7 +144,7 @@ class LoadStage:
         model = TorchModel(
             module,
             spec,
-            Recipe(),
+            recipe,
             signature,
             ctx.data.preprocessing,
             _classes(spec, ctx),

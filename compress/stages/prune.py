@@ -41,12 +41,11 @@ from compress.tasks.outputs import each
 from compress.training.evaluate import evaluate_loss, image_losses, run
 from compress.training.memory_format import in_fastest_memory_format
 
-SCORE_BATCH, SCORE_IMAGES_EACH, SCORE_PIXELS = 64, 8, 2**18
+SCORE_BATCH, SCORE_PIXELS = 64, 2**18
 SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
 CUT_TOLERANCE = 1e-3
 PATIENCE, TRIALS = 2, 9
-RESIDUAL_FACTORS = (1e4, 4.0, 1.0)  # tried: damage of channels that run along shortcuts, times this
 UNITS = {
     "latency": "of the baseline's latency",
     "latency_ms": "ms",
@@ -141,7 +140,8 @@ class PruneStage:
         return model, record
 
     def _shorten(self, artifact: TorchModel, ctx: StageContext) -> Iterator[Trunk]:
-        return shorten(artifact, self.config.score_images, self.config.repair, ctx)
+        config = self.config
+        return shorten(artifact, config.score_images, config.repair, ctx, config.refit_images)
 
     def _run(self, artifact: TorchModel, trunks: Iterable[Trunk], ctx: StageContext) -> tuple[TorchModel, Record]:
         before = validation_quality(artifact.module, ctx)
@@ -276,9 +276,10 @@ class PruneStage:
         if self._factors(kept.prepared) == (1.0,):
             return kept
         best, least = kept, evaluate_loss(kept.model.module, ctx.data.validation, progress=ctx.progress)
-        trials.append({"factor": RESIDUAL_FACTORS[0], "loss": least})
+        factors = self._factors(kept.prepared)
+        trials.append({"factor": factors[0], "loss": least})
         tried = [kept.selection.removed]
-        for factor in RESIDUAL_FACTORS[1:]:
+        for factor in factors[1:]:
             found = self._chosen(kept.prepared, ctx, factor)
             if found.selection.removed in tried:
                 continue
@@ -296,7 +297,7 @@ class PruneStage:
     def _factors(self, prepared: Prepared) -> tuple[float, ...]:
         """Return what the damage of channels along shortcuts is to be multiplied by, one after the other."""
         has_any = any(group.is_summed for group in prepared.surveyed.groups.values())
-        return RESIDUAL_FACTORS if self.config.residual == "auto" and has_any else (1.0,)
+        return self.config.residual_factors if self.config.residual == "auto" and has_any else (1.0,)
 
     def _attempt(self, prepared: Prepared, ctx: StageContext) -> Attempt:
         """Cut channels until the targets are met, and repair."""
@@ -346,7 +347,7 @@ class PruneStage:
             return attempt
         example = example_input(attempt.model.signature)
         kept = kept_outputs(selection.removed, attempt.prepared.surveyed.groups)
-        wanted = repairs_towards(trunk.whole, slim, kept, self.config.repair, example, ctx)
+        wanted = repairs_towards(trunk.whole, slim, kept, self.config.repair, example, ctx, self.config.refit_images)
         return replace(attempt, repairs=apply_repairs(slim, wanted, ctx))
 
     def _score(self, trunk: Trunk, surveyed: Survey, ctx: StageContext) -> list[Candidates]:
@@ -357,9 +358,10 @@ class PruneStage:
         if criterion.needs_gradients:
             split = ctx.data.calibration.first(config.score_images)
             with ctx.progress.task("score channels", len(split)) as task:
-                batches = _counted(evaluation_batches(split, _score_batch(trunk.model)), task)
+                size = _score_batch(trunk.model, config.images_per_gradient)
+                batches = _counted(evaluation_batches(split, size), task)
                 losses = split.lesson.image_losses
-                stats = collect_gradients(module, groups.values(), batches, SCORE_IMAGES_EACH, losses)
+                stats = collect_gradients(module, groups.values(), batches, config.images_per_gradient, losses)
         scores = score_groups(groups, criterion, stats)
         found = find_candidates(groups, scores, surveyed.levels, criterion.comparable)
         by_name = {one.name: one for one in found}
@@ -519,10 +521,16 @@ def _any_order(units: int, seed: int, group: str) -> np.ndarray:
     return np.random.default_rng([seed, *group.encode()]).permutation(units)
 
 
-def _score_batch(model: TorchModel) -> int:
-    """Return how many images to score at once: many small ones, few large ones, whose activations all are kept."""
+def _score_batch(model: TorchModel, each: int) -> int:
+    """Return how many images to score at once: many small ones, few large ones, whose activations all are kept.
+
+    Args:
+        model: The network.
+        each: Images of one gradient; the batch is a multiple of it.
+    """
     pixels = math.prod(int(size) for size in model.signature.inputs[0].shape[2:])
-    return max(SCORE_IMAGES_EACH, min(SCORE_BATCH, SCORE_PIXELS // max(1, pixels)))
+    fitting = min(SCORE_BATCH, SCORE_PIXELS // max(1, pixels))
+    return max(1, fitting // each) * each
 
 
 def _counted(batches: Iterator[Batch], task: Task) -> Iterator[Batch]:

@@ -28,6 +28,7 @@ def repairs_towards(
     names: Container[str],
     example: Tensor,
     ctx: StageContext,
+    refit_images: int = 512,
 ) -> list[Repair]:
     """Return the repairs that are asked for, in the order that works: what refits before new statistics.
 
@@ -38,13 +39,14 @@ def repairs_towards(
         names: Repairs asked for.
         example: One input, (1, C, H, W).
         ctx: Has the images.
+        refit_images: Images that the least-squares repair fits layers to.
     """
     layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
     closing = closing_layers(original, example) if "least_squares" in names else {}
     means: dict[str, Tensor] = {}
 
     def comparison(module: nn.Module) -> Comparison:
-        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing, means)
+        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing, means, refit_images)
 
     every: list[Repair] = [
         ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),

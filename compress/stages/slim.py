@@ -127,7 +127,8 @@ class SlimStage:
         found: list[Slimmed] = []
         unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
-        trunks = Remembered(shorten(model, self.config.score_images, self.config.repair, ctx))
+        config = self.config
+        trunks = Remembered(shorten(model, config.score_images, config.repair, ctx, config.refit_images))
         for share in (0.0, *(RANK_SHARES if has_ranks else ())):
             try:
                 one = self._with_share(model, trunks, progress_made, share, found[0].cut if found else None, ctx)

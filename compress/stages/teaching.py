@@ -3,7 +3,7 @@
 from torch import nn
 
 from compress.artifacts import TorchModel
-from compress.building import build_untouched, load_strict, read_weights
+from compress.building import apply_edits, build_untouched, example_input, load_strict, read_weights
 
 
 def original_of(artifact: TorchModel) -> nn.Module:
@@ -13,6 +13,7 @@ def original_of(artifact: TorchModel) -> nn.Module:
         ModelError: The factory fails.
         ArtifactError: The baseline's weights cannot be read or do not fit.
     """
-    original = build_untouched(artifact.factory, artifact.signature)
+    built = build_untouched(artifact.factory, artifact.signature)
+    original = apply_edits(built, artifact.recipe.of_baseline, example_input(artifact.signature))
     load_strict(original, read_weights(artifact.baseline.weights_path), "The baseline's weights")
     return original.requires_grad_(False)

@@ -53,7 +53,9 @@ class Remembered:
             yield self._known[index]
 
 
-def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext) -> Iterator[Trunk]:
+def shorten(
+    model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext, refit_images: int = 512
+) -> Iterator[Trunk]:
     """Give the network as it is, then without one residual block, without two, until none can be removed.
 
     Args:
@@ -61,6 +63,7 @@ def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: 
         score_images: Calibration images to measure the loss on.
         repairs: What may be tried after each block.
         ctx: Has the splits.
+        refit_images: Images that a least-squares repair fits layers to.
     """
     whole, example = model.module, example_input(model.signature)
     blocks = len(find_removable_blocks(whole, example))
@@ -74,6 +77,6 @@ def shorten(model: TorchModel, score_images: int, repairs: Container[str], ctx: 
         model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))
         removed = (*removed, weakest)
         ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
-        wanted = repairs_towards(whole, model.module, {}, repairs, example, ctx)
+        wanted = repairs_towards(whole, model.module, {}, repairs, example, ctx, refit_images)
         tried = apply_repairs(model.module, wanted, ctx, enough=("least_squares",))  # more blocks or a cut may follow
         yield Trunk(model, removed, tried, whole, blocks)

@@ -17,6 +17,7 @@ import numpy as np
 from compress.errors import DataError, ModelError, RuntimeUnavailable
 from compress.tasks.base import Facts, Task, as_column
 from compress.tasks.outputs import named, picked
+from compress.user_code import shown_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,12 +86,8 @@ class Detection(Task):
             name: torch.from_numpy(np.ascontiguousarray(one)) if isinstance(one, np.ndarray) else one.detach().cpu()
             for name, one in named(outputs).items()
         }
-        try:
+        with shown_as(ModelError, f"task.postprocess must make boxes of outputs {', '.join(tensors)}"):
             found = list(self.postprocess(tensors, self.image_size))
-        except Exception as error:  # the user's code: its error is shown, ours is around it
-            raise ModelError(
-                f"task.postprocess must make boxes of outputs {', '.join(tensors)}, got {type(error).__name__}: {error}"
-            ) from error
         keys = {"boxes", "scores", "labels"}
         if len(found) != count or not all(isinstance(one, Mapping) and keys <= set(one) for one in found):
             raise ModelError(

@@ -6,10 +6,11 @@ from typing import Any
 
 from compress.catalog import TASKS
 from compress.config.schema import TaskConfig
-from compress.errors import CompressError, ModelError
+from compress.errors import ModelError
 from compress.references import beside, import_callable
 from compress.tasks.base import Task
 from compress.tasks.outputs import each
+from compress.user_code import shown_as
 
 _USERS = (
     "loss",
@@ -57,11 +58,8 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
         ModelError: It cannot be imported, raises, or is none.
     """
     make = import_callable(reference, "Task")
-    with beside(reference):
-        try:
-            task = make(**kwargs)
-        except (Exception, SystemExit) as error:  # the user's code: its error is shown, ours is around it
-            raise ModelError(f"Task '{reference}' must open, got {type(error).__name__}: {error}") from error
+    with beside(reference), shown_as(ModelError, f"Task '{reference}' must open"):
+        task = make(**kwargs)
     if not isinstance(task, Task):
         raise ModelError(
             f"Task '{reference}' must be a compress.Task, got {type(task).__name__}.",
@@ -137,13 +135,7 @@ def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*arguments: Any, **kwargs: Any) -> Any:
-        try:
+        with shown_as(ModelError, f"{what} must work on these outputs"):
             return function(*arguments, **kwargs)
-        except CompressError:
-            raise
-        except Exception as error:  # the user's code
-            if "memory" in str(error):  # which the training loop explains
-                raise
-            raise ModelError(f"{what} must work on these outputs, got {type(error).__name__}: {error}") from error
 
     return call

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import smallrun
 import torch
+from blame import raising
 from safetensors.torch import load_file, save_file
 from smallrun import Finished, World, statuses
 from typer.testing import Result
@@ -481,10 +482,7 @@ def test_load_with_another_factory(finished: Finished) -> None:
 
 
 def test_a_bug_is_told_as_one_and_leaves_its_traceback_in_a_file(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("by design")
-
-    monkeypatch.setattr(runner, "publish", broken)
+    monkeypatch.setattr(runner, "publish", raising(ZeroDivisionError("by design")))
     monkeypatch.setattr("tempfile.tempdir", str(world.folder))
     done = world.call("run", world.values())
     assert done.exit_code == 70

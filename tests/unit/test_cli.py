@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from blame import raising
 from typer.testing import CliRunner, Result
 
 import compress
@@ -52,13 +53,6 @@ def provide(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> 
     module.__dict__.update(functions)
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(compress, name.partition(".")[2], module, raising=False)
-
-
-def raising(error: BaseException):
-    def run(*_: object) -> None:
-        raise error
-
-    return run
 
 
 def start(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """The pages of docs/ say what the code does: every method has one, with every setting and its default."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -217,3 +218,18 @@ def test_the_page_on_networks_holds_sections_that_load_and_names_what_there_is()
     for name in re.findall(r"`(\w+)` of torchvision take|`((?:ssd|retinanet|fcos)\w+)`", text):
         assert "".join(name) in DETECTORS
     assert all(f"`{name}`" in text for name in (*DETECTORS, *WRAPPERS))
+
+
+def _constants() -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "constants.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `([\w.]+:\w+)` \| ([^|]+) \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("place", "said"), _constants())
+def test_constants_that_steer_results_are_as_their_page_says(place, said):
+    module, _, name = place.partition(":")
+    value = getattr(importlib.import_module(module), name)
+    numbers = [float(one) for one in said.strip(" ()").split(",")]
+    assert (list(value) if isinstance(value, tuple) else [value]) == pytest.approx(
+        numbers, abs=5e-4 * max(map(abs, numbers))
+    )

@@ -24,13 +24,15 @@ from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
 from compress.progress import SilentProgress
+from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.elimination import reader_statistics, removal_order
+from compress.pruning.repair import _batches
 from compress.pruning.sensitivity import Sensitivity
 from compress.pruning.tracing.record import OUTPUTS
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
-from compress.stages.prune import RESIDUAL_FACTORS, PruneStage, _score_batch
+from compress.stages.prune import PruneStage, _score_batch
 from compress.stages.repairing import apply_repairs
 from compress.stages.trunks import shorten
 from compress.training.evaluate import evaluate_loss
@@ -364,7 +366,7 @@ def test_channels_along_shortcuts_are_cut_as_far_as_the_validation_loss_likes(pr
     target = TargetConfig(macs=0.3)
     slim, record, said = prune("residual", target=target, criterion="l1")
     trials = record["residual_trials"]
-    assert trials[0]["factor"] == RESIDUAL_FACTORS[0]
+    assert trials[0]["factor"] == 1e4
     assert len(trials) > 1, "a network of which so much must go has other choices"
     loss = evaluate_loss(slim.module, data.validation)
     assert loss == pytest.approx(min(trial["loss"] for trial in trials), abs=1e-6)
@@ -377,9 +379,8 @@ def test_channels_along_shortcuts_are_cut_as_far_as_the_validation_loss_likes(pr
     _hold_replay(slim, "residual")
 
 
-def test_a_cut_that_was_tried_already_is_not_repaired_again(prune, monkeypatch):
-    monkeypatch.setattr("compress.stages.prune.RESIDUAL_FACTORS", (1.0, 1.0, 1.0))
-    _, record, said = prune("residual", criterion="l1", repair=("least_squares",))
+def test_a_cut_that_was_tried_already_is_not_repaired_again(prune):
+    _, record, said = prune("residual", criterion="l1", repair=("least_squares",), residual_factors=(1.0, 1.0, 1.0))
     assert len(record["residual_trials"]) == 1
     assert sum(note.startswith("least_squares") for note in said.notes) == 1
 
@@ -546,7 +547,27 @@ def test_groups_that_cannot_be_cut_are_a_named_warning(prune, tmp_path):
 def test_few_large_images_are_scored_at_once_and_many_small_ones(tmp_path, side, images):
     model = _artifact(nets.build("chain"), tmp_path)
     signature = Signature((TensorSpec("images", ("batch", 3, side, side)),), SIGNATURE.outputs)
-    assert _score_batch(replace(model, signature=signature)) == images
+    assert _score_batch(replace(model, signature=signature), 8) == images
+    assert _score_batch(replace(model, signature=signature), 7) % 7 == 0
+
+
+def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):
+    asked = []
+
+    def remembered(module, groups, batches, each, losses):
+        asked.append(each)
+        return collect_gradients(module, groups, batches, each, losses)
+
+    monkeypatch.setattr(prune_module, "collect_gradients", remembered)
+    passes = []
+    monkeypatch.setattr("compress.pruning.repair._batches", lambda one: passes.append(one.most_images) or _batches(one))
+    _, record, _ = prune(
+        "residual", criterion="taylor", images_per_gradient=4, refit_images=12, residual_factors=(3.0, 2.0),
+        target=TargetConfig(macs=0.3), blocks=1,
+    )  # fmt: skip
+    assert set(asked) == {4}
+    assert set(passes) == {12}
+    assert record["residual_trials"][0]["factor"] == 3.0
 
 
 @pytest.mark.parametrize("damage", ["scores", "sensitivity"])

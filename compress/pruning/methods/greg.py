@@ -16,7 +16,7 @@ _RECOVERY = -1e-4
 class Greg(Scored):
     """The L2 penalty of the channels that go grows step by step up to a ceiling; then it holds.
 
-        variant 1   they are chosen early, by their scores
+        variant 1   they are chosen early, by their scores (first-order importance, as in all methods; no filter norms)
         variant 2   first the penalty of all grows alike: channels that the loss holds on to resist, the others shrink,
                     and scores tell them apart better; those that stay then get a small negative penalty
 
@@ -27,9 +27,9 @@ class Greg(Scored):
     Raises:
         StageError: The run is too short for the penalty to bring the channels down; says how many steps would do.
 
-    Source: Wang et al. 2021, "Neural Pruning via Growing Regularization", ICLR, arXiv:2012.09243. One ranking of all
-        channels under a budget in place of ratios by hand, penalties on the batch norms too, and a schedule in shares
-        of the run are adaptations.
+    Source: Wang et al. 2021, "Neural Pruning via Growing Regularization", ICLR, arXiv:2012.09243. First-order scores
+        in place of filter norms, one ranking of all channels under a budget in place of ratios by hand, penalties on
+        the batch norms too, and a schedule in shares of the run are adaptations.
     """
 
     name: ClassVar[str] = "greg"

@@ -11,6 +11,7 @@ from compress.errors import UntraceableModel
 from compress.pruning.tracing.record import OUTPUTS, Trace
 from compress.pruning.tracing.rules import find_rule
 from compress.pruning.tracing.watch import Watch
+from compress.user_code import is_interrupt
 
 
 def trace(module: nn.Module, example: Tensor) -> Trace:
@@ -35,7 +36,9 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
         ):
             warnings.simplefilter("ignore")
             outputs = module(example)
-    except Exception as error:  # the user's forward pass raises whatever it raises
+    except BaseException as error:  # the user's forward pass raises whatever it raises
+        if is_interrupt(error):
+            raise
         first = (str(error).strip().splitlines() or ["no message"])[0]
         raise UntraceableModel(
             f"The network's channels must be traced on one input of shape {tuple(example.shape)}; its forward pass "

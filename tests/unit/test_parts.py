@@ -10,8 +10,9 @@ from bright import Listener, artifact, context, splits
 from torch import nn
 
 import compress.stages.parts as parts_module
-from compress.config.schema import PruneConfig, SlimConfig, TargetConfig
+from compress.config.schema import LowRankConfig, PruneConfig, SlimConfig, TargetConfig
 from compress.data.opening import Splits
+from compress.stages.low_rank import LowRankStage
 from compress.stages.parts import FOLDER, Part, Parts, weights_digest
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
@@ -83,7 +84,9 @@ def test_slim_makes_no_part_twice_and_goes_on(tmp_path: Path, data: Splits, monk
     def slim(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
         folder.mkdir(exist_ok=True)
         ctx, _ = context(folder, data)
-        config = SlimConfig.model_validate({"stage": "slim", "target": {"macs": 0.5}, "multiple_of": 1, "score_images": 32})
+        config = SlimConfig.model_validate(
+            {"stage": "slim", "target": {"macs": 0.5}, "multiple_of": 1, "score_images": 32}
+        )
         model, record = SlimStage(config).run(artifact("residual", folder), ctx)
         return model.module.state_dict(), (record, model.recipe.to_json())
 
@@ -97,6 +100,28 @@ def test_slim_makes_no_part_twice_and_goes_on(tmp_path: Path, data: Splits, monk
     counted.stop_after = None
     assert is_same(slim(tmp_path / "stopped"), undisturbed)
     assert counted.made == whole
+
+
+@pytest.mark.parametrize("error_of", ["kernels", "outputs"])
+def test_low_rank_goes_on(tmp_path: Path, data: Splits, monkeypatch: pytest.MonkeyPatch, error_of: str) -> None:
+    counted = Counted(monkeypatch)
+
+    def factorise(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+        ctx, _ = context(folder, data)
+        values = {"stage": "low_rank", "relative_error": 0.4, "multiple_of": 1, "error_of": error_of}
+        model, record = LowRankStage(LowRankConfig.model_validate(values)).run(artifact("residual", folder), ctx)
+        return model.module.state_dict(), (record, model.recipe.to_json())
+
+    undisturbed = factorise(tmp_path / "undisturbed")
+    whole = list(counted.made)
+    for stop in (1, 2):
+        counted.made.clear()
+        counted.stop_after = stop
+        with pytest.raises(KeyboardInterrupt):
+            factorise(tmp_path / f"stopped{stop}")
+        counted.stop_after = None
+        assert is_same(factorise(tmp_path / f"stopped{stop}"), undisturbed)
+        assert counted.made == whole
 
 
 def test_other_settings_have_parts_of_their_own(tmp_path: Path, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:

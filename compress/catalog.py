@@ -81,7 +81,7 @@ SOURCES: dict[str, str] = {
 NETWORKS: dict[str, str] = {
     "factory": '"pkg.module:callable" or "file.py:callable" of your own, which returns a torch.nn.Module',
     "onnx": "an ONNX file, weights and all",
-    "timm": "a network of timm by its name (pip install 'compress[timm]')",
+    "timm": "a network of timm by its name (pip install timm)",
     "torchvision": "a network of torchvision by its name: classification, segmentation, single-stage detection",
 }
 

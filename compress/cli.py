@@ -280,7 +280,7 @@ def bundle(
     license_text: Annotated[
         str | None, typer.Option("--license", metavar="TEXT", help="Licence of the model, such as Apache-2.0.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
 ) -> None:
     """Pack a run's model with what proves it on the device: samples, figures, digests, a check."""
     from compress.handoff.bundle import write_bundle  # imports ONNX Runtime

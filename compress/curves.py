@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import StageError
+from compress.packages import missing_package
 from compress.progress import Progress, Task
 
 if TYPE_CHECKING:
@@ -47,15 +47,12 @@ def require_tensorboard() -> None:
     """Check that event files can be written.
 
     Raises:
-        StageError: The package tensorboard is missing.
+        PackageMissing: The package tensorboard is missing.
     """
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        raise StageError(
-            "--tensorboard needs the package tensorboard, it cannot be imported.",
-            hint="pip install tensorboard",
-        ) from error
+        raise missing_package(["tensorboard"], "--tensorboard") from error
 
 
 @contextmanager

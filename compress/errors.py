@@ -18,6 +18,7 @@
     ├─ ArtifactError        exit 4   missing, corrupt or foreign file
     │  └─ RunLocked                  another process holds the run folder
     ├─ RuntimeUnavailable   exit 5   provider asked for, providers present
+    │  ├─ PackageMissing             a package is not installed that only some pipelines need
     │  └─ NoSuchPlace                no machine has such a provider, or the runtime reads no ONNX files
     └─ InternalError        exit 70  our bug: an invariant is broken
 
@@ -148,6 +149,10 @@ class RuntimeUnavailable(CompressError):
     exit_code = 5
 
 
+class PackageMissing(RuntimeUnavailable):
+    """A package is not installed that only some pipelines need; the hint is the line that installs it."""
+
+
 class NoSuchPlace(RuntimeUnavailable):
     """A file can be run so on no machine: the provider's name is unknown, or the runtime reads no ONNX files."""
 
@@ -156,3 +161,15 @@ class InternalError(CompressError):
     """An invariant of this program is broken: a bug, please report it."""
 
     exit_code = 70
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        not isinstance(error, CompressError) and any(words in said for words in _OUT_OF_MEMORY)
+    )
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
+                  "Failed to allocate memory", "bad allocation")  # fmt: skip

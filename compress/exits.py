@@ -21,7 +21,9 @@ from compress.errors import (
     CompressError,
     InternalError,
     OutOfMemory,
+    is_out_of_memory,
 )
+from compress.packages import missing_package
 from compress.user_code import as_ours
 
 BROKEN_PIPE_EXIT_CODE = 141
@@ -69,12 +71,17 @@ def _report(error: BaseException, goes_on: bool) -> int:
         kept = "the stages that were completed are kept, the same command goes on from there"
         console.print_failure(f"Interrupted; {kept if goes_on else 'the same command starts anew'}.")
         return INTERRUPTED_EXIT_CODE
-    if isinstance(error, MemoryError):
-        said = str(error).strip().rstrip(".")
+    if is_out_of_memory(error):
+        said = " ".join(str(error).split())[:300].rstrip(".")
         error = OutOfMemory(
             f"What was to be computed did not fit into memory{f': {said}' if said else ''}.",
-            hint="Try smaller batch sizes or fewer images.",
+            hint="Try smaller batch sizes, smaller or fewer images.",
         )
+    if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) not in (
+        "",
+        "compress",
+    ):
+        error = missing_package([name], "This command")
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         where = f" '{error.filename}'" if error.filename else ""
         error = ArtifactError(f"The system refused to write or read{where}: {error.strerror}.")

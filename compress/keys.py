@@ -5,7 +5,7 @@ versions of the libraries, and, where they matter, the contents of the images, t
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
+from compress.code_files import NO_CODE, code_files, python_files, resolve
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
 from compress.config.locations import PRETRAINED
@@ -20,7 +21,6 @@ from compress.config.schema import DEFAULT_TASK, DeployConfig, TaskConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
 
-NO_CODE = ("site-packages", "node_modules", "__pycache__")
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
 
@@ -174,37 +174,36 @@ def _onnx_digest(path: Path) -> str:
 
 
 def _code_digest(place: str, folder: Path) -> str:
-    """Return the digest of the Python files that a file's or a module's code may come from.
+    """Return the digest of the Python files that a file's or a module's code is made of, as far as they are the user's.
 
-    For a file: every .py file in its folder and below, since it may import its neighbours. For a module: every .py
-    file of its top-level package, looked for where the factory and plug-ins are: the current folder, the pipeline's
-    `folder`, then where Python looks. More than is needed may count; that costs one more `load`, whose result is then
-    the same, so that nothing after it runs again.
+    A module, and what either imports, is looked for where the factory and plug-ins are: beside the file, in the current
+    folder, the pipeline's `folder`, and, a module, then where Python looks.
     """
+    here = [Path.cwd(), folder.absolute()]
     if place.endswith(".py"):
-        if not Path(place).is_file():
-            return place
-        root = Path(place).parent
+        whole, starts = Path(place).absolute().parent, [Path(place).absolute()]
+        roots = [whole, *here]
     else:
         spec = PathFinder.find_spec(place.partition(".")[0], [str(Path.cwd()), str(folder), *sys.path])
-        if spec is None or spec.origin is None:
+        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
             return place
-        origin = Path(spec.origin)
-        if origin.name != "__init__.py":
-            return digest_file(origin) if origin.is_file() else place
-        root = origin.parent
-    return digest_value({path.relative_to(root).as_posix(): digest_file(path) for path in _python_files(root)})
+        origin = Path(spec.origin).absolute()
+        is_package = origin.name == "__init__.py"
+        whole = origin.parent
+        roots = [whole.parent if is_package else whole, *here]
+        if any(part in NO_CODE for part in origin.parts):  # an installed package is taken as it is
+            starts, roots = list(python_files(whole)) if is_package else [origin], []
+        else:
+            starts = resolve(place.split("."), roots) or [origin]
+    if not all(path.is_file() for path in starts):
+        return place
+    files = code_files(starts, roots, whole) if roots else starts
+    return digest_value({_name_below(path, [whole, *roots]): digest_file(path) for path in files})
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
-    """Yield the .py files of a folder and its sub-folders, less hidden ones, installed packages and what runs wrote."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            written_by_runs = (entry / ".store").is_dir() or (entry / "recipe.json").is_file()
-            if not (entry.name.startswith(".") or entry.name in NO_CODE or written_by_runs):
-                yield from _python_files(entry)
-        elif entry.suffix == ".py":
-            yield entry
+def _name_below(path: Path, roots: Sequence[Path]) -> str:
+    root = next((root for root in roots if path.is_relative_to(root)), None)
+    return path.relative_to(root).as_posix() if root is not None else path.name
 
 
 def explain(components: dict[str, Any], previous: list[dict[str, Any]], step: Step) -> tuple[str, ...]:

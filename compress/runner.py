@@ -28,6 +28,7 @@ from compress.errors import ArtifactError, CompressError, ConfigValueError, Inte
 from compress.files import write_whole
 from compress.keys import Step, build_steps, explain, needs_latency
 from compress.locking import hold
+from compress.packages import DETECTION, require_packages
 from compress.persist import VOLATILE, load_artifact, save_artifact
 from compress.progress import Progress, SilentProgress
 from compress.report.build import StageRun, build_report, write_report
@@ -251,10 +252,11 @@ class _Run:
         return entry.digest
 
     def _try_runtimes(self) -> None:
-        """Refuse a runtime or provider that is not there before the first stage runs, not after hours of training."""
+        """Refuse what is not installed before the first stage runs, not after hours of training."""
         if self.has_tried_runtimes:
             return
         self.has_tried_runtimes = True
+        _require_packages(self.pipeline)
         from compress.verification.measuring import Conditions, require_conditions  # imports ONNX Runtime
 
         config = self.pipeline.config
@@ -377,6 +379,15 @@ class _Run:
         """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""
         values = {"schema": LOCK_SCHEMA, "stages": self.locked + self.previous[len(self.locked) : count]}
         _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
+
+
+def _require_packages(pipeline: Pipeline) -> None:
+    """Refuse a pipeline whose network or task needs a package that is not installed."""
+    model = pipeline.resolved["stages"][0]["model"]
+    if "timm" in model:
+        require_packages(["timm"], f"model.timm: {model['timm']}")
+    if pipeline.config.task.name == "detection":
+        require_packages(DETECTION, "The task detection")
 
 
 def _read_lock(folder: Path) -> list[dict[str, Any]]:

@@ -52,6 +52,8 @@ def write_bundle(
     """
     if out is not None:
         _require_place(out, force)
+    if key_file is not None:
+        sign(b"", key_file)  # before any work: the package and the key
     run = read_run(folder)
     if out is None:
         out = Path(f"{Path(run.name).name}.zip")

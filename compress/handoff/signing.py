@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from compress.errors import ArtifactError, RuntimeUnavailable
+from compress.errors import ArtifactError
+from compress.packages import missing_package
 
 _HOW = "`openssl genpkey -algorithm ed25519 -out key.pem` makes one."
 
@@ -15,7 +16,7 @@ def sign(content: bytes, key_file: Path) -> bytes:
         key_file: Private key in PEM form, not encrypted.
 
     Raises:
-        RuntimeUnavailable: The package cryptography is not installed.
+        PackageMissing: The package cryptography is not installed.
         ArtifactError: The key cannot be read, is encrypted, or is of another kind.
     """
     try:
@@ -23,9 +24,7 @@ def sign(content: bytes, key_file: Path) -> bytes:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as error:
-        raise RuntimeUnavailable(
-            "--sign needs the package cryptography, which is not installed.", hint="pip install 'cryptography>=43'"
-        ) from error
+        raise missing_package(["cryptography"], "--sign") from error
     try:
         key = load_pem_private_key(key_file.read_bytes(), password=None)
     except OSError as error:

@@ -5,7 +5,6 @@ They are built without any weights; `weights: pretrained` fetches what the libra
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from compress.artifacts import FactorySpec
 from compress.errors import ArtifactError, ModelError
 from compress.networks.detectors import DETECTORS, raw_detector, why_not
 from compress.networks.weights import first_sentence
+from compress.packages import require_packages
 from compress.registry import closest
 
 AUXILIARY = ("aux_classifier.", "AuxLogits.", "aux1.", "aux2.")  # heads that torchvision trains with and then drops
@@ -52,12 +52,10 @@ def timm_factory(name: str) -> _Build:
     """Return what builds a network of timm without weights.
 
     Raises:
-        ModelError: timm is not installed, or has no network of that name.
+        PackageMissing: timm is not installed.
+        ModelError: It has no network of that name.
     """
-    if find_spec("timm") is None:
-        raise ModelError(
-            f"model.timm: {name} must have the package timm, it is not installed.", hint="pip install 'compress[timm]'"
-        )
+    require_packages(["timm"], f"model.timm: {name}")
     import timm
 
     names = timm.list_models()

@@ -7,7 +7,7 @@
 A score of its own for each channel cannot know that one channel can be rebuilt from the others; this does.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,11 @@ Bulk = tuple[list[str], dict[str, ReaderStats]]
 
 
 def reader_statistics(
-    module: nn.Module, groups: Mapping[str, ChannelGroup], split: Split, progress: Progress
+    module: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    split: Split,
+    progress: Progress,
+    is_done: Callable[[Sequence[str]], bool] = lambda names: False,
 ) -> Iterator[Bulk]:
     """Give groups whose readers can all be refitted, with the statistics of those readers, as many as memory allows.
 
@@ -70,6 +74,7 @@ def reader_statistics(
         groups: Groups that may be cut; those that another kind of layer reads are left out.
         split: Images to look at; labels are not used.
         progress: Told about each batch.
+        is_done: Says of which groups, given together, no statistics are needed.
     """
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
     once, norms = _called_once(module, names, split)
@@ -79,6 +84,8 @@ def reader_statistics(
         if group.readers and not group.other_reads and all(reader.layer in once for reader in group.readers)
     }
     for bulk in _bulks({name: [reader.module for reader in group.readers] for name, group in eligible.items()}):
+        if is_done(bulk):
+            continue
         readers = {reader.layer: reader.module for name in bulk for reader in eligible[name].readers}
         yield bulk, _collect(module, readers, norms, split, progress)
 

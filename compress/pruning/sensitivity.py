@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
+from compress.config.records import DIGEST_KEY, read_sealed, sealed
 from compress.cost.macs import eval_mode
+from compress.errors import ArtifactError
 from compress.files import write_whole
 from compress.progress import Progress
 from compress.pruning.elimination import ReaderStats, unit_inputs
@@ -110,7 +112,7 @@ class Sensitivity:
             rises = self.losses_of(narrowed) - self._intact()
             mean, error = float(rises.mean()), float(rises.std(unbiased=False)) / math.sqrt(len(rises))
             self.known[name] = [mean, error] if math.isfinite(mean) else [2 * hopeless + 1, 0.0]
-            write_whole(self.saved, json.dumps(self.known))
+            write_whole(self.saved, json.dumps(sealed(self.known)))
         mean, error = self.known[name]
         return Rise(max(mean, wider[-1].mean), error)
 
@@ -145,10 +147,10 @@ class Sensitivity:
 def _read(path: Path) -> dict[str, list[float]]:
     """Return what a killed run measured; nothing if the file is not there or not whole."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): [float(mean), float(error)] for name, (mean, error) in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        content = read_sealed(path)
+    except ArtifactError:
         return {}
+    return {name: values for name, values in content.items() if name != DIGEST_KEY}
 
 
 def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:

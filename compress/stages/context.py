@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from compress.config.schema import DeployConfig
 from compress.data.opening import Splits
 from compress.progress import Progress
+from compress.stages.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class StageContext:
     progress: Progress
     deploy: DeployConfig | None = None
     latency_tables: Path = Path()
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The parts of the stage that are done; kept in its folder."""
+        return Parts(self.folder, self.progress)
 
 
 Record = dict[str, Any]

@@ -4,15 +4,17 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from compress.artifacts import TorchModel
 from compress.building import apply_edits, example_input, reinitialized
+from compress.config.records import read_sealed, sealed
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
 from compress.data.splits import Split
-from compress.errors import NonFinite
+from compress.errors import ArtifactError, NonFinite
 from compress.files import write_whole
 from compress.pruning.survival import surviving_channels
 from compress.stages.context import Record, StageContext
@@ -151,7 +153,7 @@ def _probe(
     """
     metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
     key = f"validation_{metric.name}"
-    probed: list[Record] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    probed = _read_probed(path)
     steps = min(planned_steps(ctx.data.train, settings))
     rates = [factor * settings.learning_rate for factor in PROBED]
     if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
@@ -168,8 +170,17 @@ def _probe(
             (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
         probed.append({"learning_rate": rate, key: reached})
         if present_team().rank == 0:
-            write_whole(path, json.dumps(probed).encode())
+            write_whole(path, json.dumps(sealed({"probed": probed})))
         ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
+    return probed
+
+
+def _read_probed(path: Path) -> list[Record]:
+    """Return what a killed run tried; nothing if the file is not there or not whole."""
+    try:
+        probed: list[Record] = read_sealed(path)["probed"]
+    except (ArtifactError, KeyError):
+        return []
     return probed
 
 

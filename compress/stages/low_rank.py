@@ -6,7 +6,7 @@ re-estimated on calibration images afterwards.
 
 import copy
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,6 +30,7 @@ from compress.stages.context import Record, StageContext
 from compress.stages.hooked import loss_and_quality, say_cut, train_with_hooks
 from compress.stages.measured import before_and_after, metric_of, validation_quality
 from compress.stages.meeting import meet_latency, rounds_record
+from compress.stages.parts import Part, weights_digest
 from compress.stages.rank_latency import rank_latency
 from compress.stages.repairing import apply_repairs, batch_norm_repair
 
@@ -83,7 +84,7 @@ class LowRankStage:
         found, reasons = self._exclude(found, reasons)
         macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
         total = sum(macs_before.values()) if self.metric == "macs" else params_before
-        decision, learned = self._decide(artifact, found, total, ctx), None
+        decision, learned = self._decided(artifact, found, total, ctx), None
         if self.config.method is not None:
             artifact, decision, learned = self._train(artifact, decision, found, total, ctx)
         choices = decision.choices
@@ -98,7 +99,7 @@ class LowRankStage:
             cause = f"Kernels were up to {error:.1%} away from their rank ('{layer}'); more steps, or more trp.strength"
             learned |= {"cause": f"{cause}, would help.", **loss_and_quality(slim, "after_cut", ctx)}
             say_cut(learned, metric_of(ctx.data.validation), ctx.progress)
-        repairs = apply_repairs(slim, [batch_norm_repair(ctx)], ctx)
+        repairs = self._repaired(slim, ctx)
         after = validation_quality(slim, ctx)
         macs_after = layer_macs(slim, example)
         record: Record = {
@@ -118,6 +119,36 @@ class LowRankStage:
         said = f"{metric.words} {metric.show(before)} -> {metric.show(after)}"
         self._state_result(artifact, record, said, ctx.progress)
         return replace(artifact, module=slim, recipe=artifact.recipe.then(*edits)), record
+
+    def _decided(self, artifact: TorchModel, found: dict[str, Positions], total: int, ctx: StageContext) -> "_Decision":
+        """Return what `_decide` does, or what an interrupted run has chosen and timed."""
+
+        def decide() -> Part:
+            made = self._decide(artifact, found, total, ctx)
+            kernels = {name: one.kernel for name, one in made.moments.items()}
+            record = [[asdict(choice) for choice in made.choices], kernels, made.shared_error, made.latency]
+            return Part(record, {name: one.matrix for name, one in made.moments.items()})
+
+        settings = self.config.model_dump(mode="json")
+        part = ctx.parts.keep({"part": "ranks", "of": weights_digest(artifact.module), "settings": settings}, decide)
+        choices, kernels, shared_error, latency = part.record
+        return _Decision(
+            tuple(RankChoice(**values | {"ranks": tuple(values["ranks"])}) for values in choices),
+            {name: Moments(part.tensors[name], tuple(kernel)) for name, kernel in kernels.items()},
+            shared_error,
+            latency,
+        )
+
+    def _repaired(self, slim: nn.Module, ctx: StageContext) -> list[Record]:
+        """Repair a factorised network in place, or give it the state that an interrupted run has repaired it to."""
+
+        def repair() -> Part:
+            return Part(apply_repairs(slim, [batch_norm_repair(ctx)], ctx), slim.state_dict())
+
+        part = ctx.parts.keep({"part": "low_rank", "of": weights_digest(slim)}, repair)
+        slim.load_state_dict(part.tensors)
+        repairs: list[Record] = part.record
+        return repairs
 
     def _decide(self, artifact: TorchModel, found: dict[str, Positions], total: int, ctx: StageContext) -> "_Decision":
         """Choose what each layer becomes by its weights, within the target.

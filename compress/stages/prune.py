@@ -1,8 +1,9 @@
 """prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from compress.allocation.widths import Candidates
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.catalog import CRITERIA
+from compress.config.digest import digest_value
 from compress.config.schema import PruneConfig
 from compress.cost.macs import count_macs, count_params, eval_mode
 from compress.cost.table_file import TableFile
@@ -34,6 +36,7 @@ from compress.stages.learned import learn
 from compress.stages.measured import before_and_after, metric_of, validation_quality
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record
+from compress.stages.parts import Part, weights_digest
 from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
 from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import Trunk, shorten
@@ -46,6 +49,7 @@ SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
 CUT_TOLERANCE = 1e-3
 PATIENCE, TRIALS = 2, 9
+CLOSER = ("order", "measured", "errors")  # what a closer look at a group finds
 UNITS = {
     "latency": "of the baseline's latency",
     "latency_ms": "ms",
@@ -63,11 +67,13 @@ class Prepared:
         trunk: What channels are cut from.
         surveyed: What of it can be cut, and what is to be met.
         candidates: The groups with their scores and allowed widths.
+        key: Tells it from others among the parts of the stage that are done.
     """
 
     trunk: Trunk
     surveyed: Survey
     candidates: list[Candidates]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,31 @@ class Trial:
 
     Attributes:
         blocks: That number.
-        attempt: What came of it.
+        attempt: Gives what came of it; made again of its parts where an interrupted run tried it.
         loss: On the validation split; infinite where it is no number.
+        cuts_channels: Whether any channel went.
     """
 
     blocks: int
-    attempt: Attempt
+    attempt: Callable[[], Attempt]
     loss: float
+    cuts_channels: bool
+
+
+class _LatestLatency:
+    """Latency of the last network with a table of its own.
+
+    Attributes:
+        get: Gives it; after a kill it is made of its table when it is first asked for.
+    """
+
+    def __init__(self) -> None:
+        self.get: Callable[[], LatencyModel | None] = lambda: None
+
+    def is_other(self, found: LatencyModel | None) -> bool:
+        """Whether a network has another table than this one."""
+        known = self.get()
+        return found is not None and (known is None or found.table is not known.table)
 
 
 class PruneStage:
@@ -208,25 +232,21 @@ class PruneStage:
         """
         best: Trial | None = None
         unreachable: BudgetUnreachable | None = None
-        latency: LatencyModel | None = None
+        latency = _LatestLatency()
         rises = 0
         between: dict[int, Trunk] = {}  # near the best, not tried
 
         def attempt(trunk: Trunk) -> Trial | None:
-            nonlocal latency, unreachable
-            count = len(trunk.removed)
+            nonlocal unreachable
             try:
-                prepared = self._prepare(trunk, latency, ctx)
-                latency = prepared.surveyed.targets.latency
-                found = self._attempt(prepared, ctx)
+                trial = self._trial(trunk, latency, ctx)
             except BudgetUnreachable as error:
-                trials.append({"blocks": count, "loss": None, "reason": error.message})
+                trials.append({"blocks": len(trunk.removed), "loss": None, "reason": error.message})
                 unreachable = unreachable or error
                 return None
-            loss = evaluate_loss(found.model.module, ctx.data.validation, progress=ctx.progress)
-            trials.append({"blocks": count, "loss": loss, "reason": None})
-            ctx.progress.note(f"{count} blocks removed: validation loss {loss:.4f} within the budget")
-            return Trial(count, found, math.inf if math.isnan(loss) else loss)
+            trials.append({"blocks": trial.blocks, "loss": trial.loss, "reason": None})
+            ctx.progress.note(f"{trial.blocks} blocks removed: validation loss {trial.loss:.4f} within the budget")
+            return replace(trial, loss=math.inf if math.isnan(trial.loss) else trial.loss)
 
         for trunk in trunks:
             step, count = math.ceil(trunk.blocks / TRIALS) or 1, len(trunk.removed)
@@ -239,7 +259,7 @@ class PruneStage:
             is_better = best is None or trial.loss < best.loss
             rises = 0 if is_better else rises + 1
             best = trial if is_better else best
-            if rises == PATIENCE or not trial.attempt.selection.removed:
+            if rises == PATIENCE or not trial.cuts_channels:
                 break
             between = {
                 other: kept for other, kept in between.items() if best is not None and other > best.blocks - step
@@ -249,7 +269,37 @@ class PruneStage:
             best = trial if trial is not None and trial.loss < best.loss else best
         if best is None:
             raise unreachable or InternalError("No number of blocks was tried.")
-        return best.attempt
+        return best.attempt()
+
+    def _trial(self, trunk: Trunk, latency: "_LatestLatency", ctx: StageContext) -> Trial:
+        """Meet the targets without some blocks, or read what an interrupted run found; made again only if it is kept.
+
+        Args:
+            trunk: The network without these blocks.
+            latency: Of the trials before this one; afterwards of this one, too.
+            ctx: Surroundings.
+
+        Raises:
+            BudgetUnreachable: The targets cannot be met without these blocks.
+        """
+        key = {"part": "trial", "of": self._key(trunk, None, ctx), "target": self.config.target.given()}
+        part, before = ctx.parts.find(key), latency.get
+        if part is None:
+            prepared = self._prepare(trunk, before(), ctx)
+            found = prepared.surveyed.targets.latency
+            is_timed_anew = latency.is_other(found)
+            latency.get = lambda: found
+            attempt = self._attempt(prepared, ctx)
+            record = {"loss": self._loss(attempt, ctx), "cuts_channels": bool(attempt.selection.removed)}
+            part = ctx.parts.add(key, Part({**record, "is_timed_anew": is_timed_anew}))
+            return Trial(len(trunk.removed), lambda: attempt, record["loss"], record["cuts_channels"])
+        if part.record["is_timed_anew"]:
+            latency.get = cache(lambda: survey(trunk.model, self.config, before(), ctx).targets.latency)
+
+        def again() -> Attempt:
+            return self._attempt(self._prepare(trunk, before(), ctx), ctx)
+
+        return Trial(len(trunk.removed), again, part.record["loss"], part.record["cuts_channels"])
 
     def _prepare(self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext) -> Prepared:
         """Find what can be cut and what it costs.
@@ -260,7 +310,28 @@ class PruneStage:
             ctx: Surroundings.
         """
         surveyed = survey(trunk.model, self.config, latency, ctx)
-        return Prepared(trunk, surveyed, self._score(trunk, surveyed, ctx))
+        key = self._key(trunk, surveyed, ctx)
+        return Prepared(trunk, surveyed, self._score(trunk, surveyed, key, ctx), key)
+
+    def _key(self, trunk: Trunk, surveyed: Survey | None, ctx: StageContext) -> str:
+        """Return what tells a network from others, among the parts of the stage that are done."""
+        values = {
+            "config": self.config.model_dump(mode="json", exclude={"target", "blocks"}),
+            "seed": ctx.seed,
+            "removed": trunk.removed,
+            "weights": [weights_digest(trunk.whole), weights_digest(trunk.model.module)],
+            "levels": None if surveyed is None else surveyed.levels,
+        }
+        return digest_value(values)
+
+    def _loss(self, attempt: Attempt, ctx: StageContext) -> float:
+        """Return the validation loss of a network that was cut and repaired."""
+
+        def measure() -> Part:
+            return Part(evaluate_loss(attempt.model.module, ctx.data.validation, progress=ctx.progress))
+
+        key = {"part": "loss", "of": attempt.prepared.key, "removed": attempt.selection.removed}
+        return float(ctx.parts.keep(key, measure).record)
 
     def _best_along_shortcuts(self, kept: Attempt, trials: list[Record], ctx: StageContext) -> Attempt:
         """Meet the targets again with more channels of residual streams cut; keep the least validation loss.
@@ -275,7 +346,7 @@ class PruneStage:
         """
         if self._factors(kept.prepared) == (1.0,):
             return kept
-        best, least = kept, evaluate_loss(kept.model.module, ctx.data.validation, progress=ctx.progress)
+        best, least = kept, self._loss(kept, ctx)
         factors = self._factors(kept.prepared)
         trials.append({"factor": factors[0], "loss": least})
         tried = [kept.selection.removed]
@@ -285,7 +356,7 @@ class PruneStage:
                 continue
             tried.append(found.selection.removed)
             found = self._repair(self._cut(found, ctx), ctx)
-            loss = evaluate_loss(found.model.module, ctx.data.validation, progress=ctx.progress)
+            loss = self._loss(found, ctx)
             trials.append({"factor": factor, "loss": loss})
             ctx.progress.note(
                 f"damage along shortcuts counted {factor:g} times: validation loss {loss:.4f}, {least:.4f} before"
@@ -313,7 +384,16 @@ class PruneStage:
         """
         groups = prepared.surveyed.groups
         candidates = [one.dearer(factor) if groups[one.name].is_summed else one for one in prepared.candidates]
-        selection, timed = prepared.surveyed.choose_timed(candidates, ctx.progress)
+        key = {"part": "choice", "of": prepared.key, "target": self.config.target.given(), "factor": factor}
+        part = ctx.parts.find(key)
+        if part is None:
+            selection, timed = prepared.surveyed.choose_timed(candidates, ctx.progress)
+            ctx.parts.add(key, Part([asdict(selection), [asdict(choice) for choice in timed]]))
+        else:
+            values, choices = part.record
+            removed = {name: tuple(channels) for name, channels in values["removed"].items()}
+            selection = Selection(values["widths"], removed, values["is_optimal"])
+            timed = [TimedChoice(**choice) for choice in choices]
         return Attempt(prepared, prepared.trunk.model, selection, timed, [])
 
     def _learn(self, trunk: Trunk, ctx: StageContext) -> tuple[Attempt, Record]:
@@ -323,7 +403,8 @@ class PruneStage:
         if learned.removed_blocks:
             ctx.progress.note(f"residual blocks removed: {', '.join(learned.removed_blocks)}")
         slim_trunk = Trunk(model, trunk.removed + learned.removed_blocks, trunk.repairs, model.module, trunk.blocks)
-        prepared = Prepared(slim_trunk, learned.surveyed, learned.candidates)
+        key = self._key(slim_trunk, learned.surveyed, ctx)
+        prepared = Prepared(slim_trunk, learned.surveyed, learned.candidates, key)
         cut = self._cut(Attempt(prepared, model, learned.selection, learned.timed, []), ctx)
         record = {**learned.record, **loss_and_quality(cut.model.module, "after_cut", ctx)}
         say_cut(record, metric_of(ctx.data.validation), ctx.progress)
@@ -347,22 +428,33 @@ class PruneStage:
             return attempt
         example = example_input(attempt.model.signature)
         kept = kept_outputs(selection.removed, attempt.prepared.surveyed.groups)
-        wanted = repairs_towards(trunk.whole, slim, kept, self.config.repair, example, ctx, self.config.refit_images)
-        return replace(attempt, repairs=apply_repairs(slim, wanted, ctx))
 
-    def _score(self, trunk: Trunk, surveyed: Survey, ctx: StageContext) -> list[Candidates]:
+        def repair() -> Part:
+            names, images = self.config.repair, self.config.refit_images
+            wanted = repairs_towards(trunk.whole, slim, kept, names, example, ctx, images)
+            return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
+
+        part = ctx.parts.keep({"part": "repair", "of": attempt.prepared.key, "removed": selection.removed}, repair)
+        slim.load_state_dict(part.tensors)
+        return replace(attempt, repairs=part.record)
+
+    def _score(self, trunk: Trunk, surveyed: Survey, key: str, ctx: StageContext) -> list[Candidates]:
         """Return the groups with their scores and allowed widths."""
         config, module, groups = self.config, trunk.model.module, surveyed.groups
         criterion = CRITERIA.get(config.criterion)(seed=ctx.seed)
-        stats = None
-        if criterion.needs_gradients:
-            split = ctx.data.calibration.first(config.score_images)
-            with ctx.progress.task("score channels", len(split)) as task:
-                size = _score_batch(trunk.model, config.images_per_gradient)
-                batches = _counted(evaluation_batches(split, size), task)
-                losses = split.lesson.image_losses
-                stats = collect_gradients(module, groups.values(), batches, config.images_per_gradient, losses)
-        scores = score_groups(groups, criterion, stats)
+
+        def measure() -> Part:
+            stats = None
+            if criterion.needs_gradients:
+                split = ctx.data.calibration.first(config.score_images)
+                with ctx.progress.task("score channels", len(split)) as task:
+                    size = _score_batch(trunk.model, config.images_per_gradient)
+                    batches = _counted(evaluation_batches(split, size), task)
+                    losses = split.lesson.image_losses
+                    stats = collect_gradients(module, groups.values(), batches, config.images_per_gradient, losses)
+            return Part(None, score_groups(groups, criterion, stats))
+
+        scores = ctx.parts.keep({"part": "scores", "of": key}, measure).tensors
         found = find_candidates(groups, scores, surveyed.levels, criterion.comparable)
         by_name = {one.name: one for one in found}
         orders_by_refit = config.order == "criterion" and getattr(criterion, "orders_by_refit", False)
@@ -371,7 +463,7 @@ class PruneStage:
                 name: replace(one, order=_any_order(len(one.scores), ctx.seed, name)) for name, one in by_name.items()
             }
         if orders_by_refit or config.damage == "sensitivity":
-            by_name |= self._look_closer(trunk, groups, by_name, orders_by_refit, ctx)
+            by_name |= self._look_closer(trunk, groups, by_name, orders_by_refit, key, ctx)
         return list(by_name.values())
 
     def _look_closer(
@@ -380,6 +472,7 @@ class PruneStage:
         groups: Groups,
         candidates: Mapping[str, Candidates],
         orders_by_refit: bool,
+        key: str,
         ctx: StageContext,
     ) -> dict[str, Candidates]:
         """Return groups with the order in which their channels go, and the measured damage where that is asked for."""
@@ -387,7 +480,14 @@ class PruneStage:
         split = ctx.data.calibration.first(self.config.score_images)
         sensitivity = self._sensitivity(trunk, ctx) if self.config.damage == "sensitivity" else None
         refits = orders_by_refit or "least_squares" in self.config.repair
-        for names, stats in reader_statistics(module, groups, split, ctx.progress) if refits else ():
+
+        def is_done(names: Sequence[str]) -> bool:
+            part = ctx.parts.find({"part": "order", "of": key, "groups": list(names)})
+            for name in names if part is not None else ():
+                found[name] = _with_arrays(found[name], part.tensors)
+            return part is not None
+
+        for names, stats in reader_statistics(module, groups, split, ctx.progress, is_done) if refits else ():
             with ctx.progress.task("order of channels", len(names)) as task:
                 for name in names:
                     one = found[name]
@@ -397,6 +497,8 @@ class PruneStage:
                     if sensitivity is not None:
                         found[name] = with_rises(one, sensitivity.rises(groups[name], one, stats))
                     task.advance()
+            arrays = {name: values for one in names for name, values in _arrays(found[one]).items()}
+            ctx.parts.add({"part": "order", "of": key, "groups": list(names)}, Part(None, arrays))
         for name, one in found.items():
             if sensitivity is not None and one.measured is None:
                 found[name] = with_rises(one, sensitivity.rises(groups[name], one, None))
@@ -514,6 +616,17 @@ def _group_record(one: Candidates, width: int) -> Record:
         "damage": float(one.damages[level]),
         "damage_error": None if one.errors is None else float(one.errors[level]),
     }
+
+
+def _arrays(one: Candidates) -> dict[str, torch.Tensor]:
+    """Return what a closer look has found of a group."""
+    values = {kind: getattr(one, kind) for kind in CLOSER}
+    return {f"{one.name}/{kind}": torch.from_numpy(array) for kind, array in values.items() if array is not None}
+
+
+def _with_arrays(one: Candidates, arrays: Mapping[str, torch.Tensor]) -> Candidates:
+    found = {kind: arrays.get(f"{one.name}/{kind}") for kind in CLOSER}
+    return replace(one, **{kind: values.numpy() for kind, values in found.items() if values is not None})
 
 
 def _any_order(units: int, seed: int, group: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import evaluate_loss
 
 Repair = tuple[str, Callable[[nn.Module], Sized]]
+REPAIRS = ("least_squares", "bias_folding", "batch_norm")
 
 
 def batch_norm_repair(ctx: StageContext) -> Repair:

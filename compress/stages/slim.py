@@ -17,10 +17,12 @@ from typing import Literal
 
 from compress.artifacts import TorchModel
 from compress.building import example_input
+from compress.config.digest import digest_file
+from compress.config.records import read_sealed, sealed
 from compress.config.schema import CutConfig, LowRankConfig, PruneConfig, RankTargetConfig, SlimConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
-from compress.errors import AlreadyWithin, BudgetUnreachable, StageError
+from compress.errors import AlreadyWithin, ArtifactError, BudgetUnreachable, StageError
 from compress.persist import load_torch_model, save_torch_model
 from compress.stages.context import Record, StageContext
 from compress.stages.finetune import train
@@ -218,15 +220,26 @@ class _Saved:
         self.folder, self.factory = folder, like.factory
 
     def read(self) -> tuple[TorchModel, Record] | None:
-        if not self.folder.is_dir():
+        """Return it; None where it is not there, or damaged, and has to be made again."""
+        try:
+            values = read_sealed(self.folder / "record.json")
+            if self._digests(self.folder) != values["files"]:
+                return None
+            record: Record = values["record"]
+            return load_torch_model(self.folder, self.factory), record
+        except (ArtifactError, KeyError):
             return None
-        record: Record = json.loads((self.folder / "record.json").read_text(encoding="utf-8"))
-        return load_torch_model(self.folder, self.factory), record
 
     def write(self, model: TorchModel, record: Record) -> None:
         part = self.folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
+        for folder in (part, self.folder):
+            shutil.rmtree(folder, ignore_errors=True)
         part.mkdir(parents=True)
         save_torch_model(model, part)
-        (part / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        text = json.dumps(sealed({"record": record, "files": self._digests(part)}))
+        (part / "record.json").write_text(text, encoding="utf-8")
         part.rename(self.folder)
+
+    @staticmethod
+    def _digests(folder: Path) -> dict[str, str]:
+        return {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.name != "record.json"}

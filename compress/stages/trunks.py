@@ -1,7 +1,8 @@
 """What is left of a network when its residual blocks go one by one, each time the one that is missed least?"""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
 from torch import nn
@@ -13,7 +14,8 @@ from compress.pruning.damage import block_damage
 from compress.pruning.surgery import remove_block
 from compress.recipe import RemoveBlock
 from compress.stages.context import Record, StageContext
-from compress.stages.repairing import apply_repairs, repairs_towards
+from compress.stages.parts import Part, weights_digest
+from compress.stages.repairing import REPAIRS, apply_repairs, repairs_towards
 from compress.training.evaluate import evaluate_loss
 
 
@@ -70,13 +72,26 @@ def shorten(
     yield Trunk(model, (), [], whole, blocks)
     removed: tuple[str, ...] = ()
     split = ctx.data.calibration.first(score_images)
-    while names := find_removable_blocks(model.module, example):
+    first = weights_digest(whole)
+
+    def weakest_of(names: Sequence[str]) -> Part:
+        """Find the block that is missed least, remove it and repair; its state is what follows from all that."""
         damage = block_damage(model.module, names, lambda module: evaluate_loss(module, split), ctx.progress)
         weakest = min(names, key=lambda name: damage[name])
-        edit = RemoveBlock(weakest)
-        model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))
-        removed = (*removed, weakest)
+        slim = remove_block(model.module, RemoveBlock(weakest))
         ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
-        wanted = repairs_towards(whole, model.module, {}, repairs, example, ctx, refit_images)
-        tried = apply_repairs(model.module, wanted, ctx, enough=("least_squares",))  # more blocks or a cut may follow
-        yield Trunk(model, removed, tried, whole, blocks)
+        wanted = repairs_towards(whole, slim, {}, repairs, example, ctx, refit_images)
+        tried = apply_repairs(slim, wanted, ctx, enough=("least_squares",))  # more blocks or a cut may follow
+        return Part({"block": weakest, "repairs": tried}, slim.state_dict())
+
+    while names := find_removable_blocks(model.module, example):
+        used = [name for name in REPAIRS if name in repairs]
+        settings = {"images": score_images, "refit_images": refit_images, "repairs": used}
+        key = {"part": "block", "of": first, "removed": removed, "seed": ctx.seed, **settings}
+        part = ctx.parts.keep(key, partial(weakest_of, names))
+        edit = RemoveBlock(part.record["block"])
+        module = remove_block(model.module, edit)
+        module.load_state_dict(part.tensors)
+        model = replace(model, module=module, recipe=model.recipe.then(edit))
+        removed = (*removed, edit.block)
+        yield Trunk(model, removed, part.record["repairs"], whole, blocks)

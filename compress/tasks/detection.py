@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from compress.errors import DataError, ModelError, RuntimeUnavailable
+from compress.errors import DataError, ModelError
+from compress.packages import DETECTION, missing_package, require_packages
 from compress.tasks.base import Facts, Task, as_column
 from compress.tasks.outputs import named, picked
 from compress.user_code import shown_as
@@ -104,7 +105,7 @@ class Detection(Task):
         Source: Lin et al. 2014, "Microsoft COCO: Common Objects in Context", arXiv:1405.0312; computed by torchmetrics.
 
         Raises:
-            RuntimeUnavailable: torchmetrics or pycocotools is missing.
+            PackageMissing: torchmetrics or pycocotools is missing.
         """
         import torch
 
@@ -124,6 +125,7 @@ class Detection(Task):
 
 
 def _mean_average_precision() -> Any:
+    require_packages(DETECTION, "Mean average precision")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that torchmetrics imports
@@ -131,9 +133,6 @@ def _mean_average_precision() -> Any:
 
             metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
     except ImportError as error:
-        raise RuntimeUnavailable(
-            f"Mean average precision needs torchmetrics and pycocotools: {error}.",
-            hint="pip install 'compress[detection]'",
-        ) from error
+        raise missing_package(DETECTION, f"Mean average precision ({error})") from error
     metric.warn_on_many_detections = False
     return metric

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from compress.attributes import detach_stored
 from compress.data.batches import Augmentation, Batch, batches_per_epoch, random_seed, training_batches
 from compress.data.splits import Split, known_labels
-from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError, NonFinite, OutOfMemory, StageError
+from compress.errors import (
+    ArtifactError,
+    ConfigValueError,
+    DataError,
+    ModelError,
+    NonFinite,
+    OutOfMemory,
+    StageError,
+    is_out_of_memory,
+)
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.tasks.base import Metric
@@ -688,10 +697,7 @@ def _explained(batch_size: int) -> Iterator[None]:
                 f"torch.compile must be able to compile the network, it is not: {str(error).strip().splitlines()[0]}",
                 hint="Leave compiled out, or see that a C++ compiler is there.",
             ) from error
-        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-            said in str(error) for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-        )
-        if not is_full:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"A training step must fit into memory, batch_size {batch_size} does not.",

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -365,13 +366,21 @@ def test_a_bundle_is_made_where_torch_is_not_installed(finished: Finished, packe
     assert (tmp_path / "it.zip").read_bytes() == packed.read_bytes()
 
 
+def earlier(path: Path) -> bytes:
+    """Write what passes for a bundle, and return it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("manifest.json", "model.onnx"):
+            archive.writestr(name, "mine")
+    return path.read_bytes()
+
+
 def test_an_existing_file_stays_unless_it_is_to_be_replaced(finished: Finished, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "it.zip"
-    out.write_text("mine", encoding="utf-8")
+    mine = earlier(out)
     done = call(finished.outcome.folder, "-o", str(out))
     message = f"{out} exists already and must not be overwritten.\nHint: --force replaces it.\n"
     assert (done.exit_code, done.stderr) == (2, message)
-    assert out.read_text(encoding="utf-8") == "mine"
+    assert out.read_bytes() == mine
     assert call(finished.outcome.folder, "-o", str(out), "--force").exit_code == 0
     assert out.read_bytes() == packed.read_bytes()
 
@@ -394,7 +403,10 @@ def test_nothing_but_a_zip_is_written_and_never_into_the_run(world: World, tmp_p
     assert (done.exit_code, done.stderr) == (2, message)
     (tmp_path / "runs").symlink_to(world.runs)
     (tmp_path / "linked.zip").symlink_to(folder / "model.onnx")
-    for out in (folder / "it.zip", folder / "slim" / "it.zip", tmp_path / "runs/chain/it.zip", tmp_path / "linked.zip"):
+    done = call(folder, "-o", str(tmp_path / "linked.zip"), "--force")
+    assert done.exit_code == 2
+    assert "linked.zip' is a symbolic link to " in done.stderr
+    for out in (folder / "it.zip", folder / "slim" / "it.zip", tmp_path / "runs/chain/it.zip"):
         done = call(folder, "-o", str(out), "--force")
         assert done.exit_code == 2
         assert done.stderr.startswith(
@@ -406,7 +418,7 @@ def test_nothing_but_a_zip_is_written_and_never_into_the_run(world: World, tmp_p
 def test_a_full_disk_leaves_nothing_half_written(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "it.zip").write_text("mine", encoding="utf-8")
+    mine = earlier(tmp_path / "it.zip")
 
     def refuse(self: Path, data: bytes) -> int:
         with self.open("wb") as stream:
@@ -418,7 +430,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     message = f"'{tmp_path / 'it.zip'}' cannot be written: No space left on device.\n"
     assert (done.exit_code, done.stderr) == (4, message)
     assert [path.name for path in tmp_path.iterdir()] == ["it.zip"]
-    assert (tmp_path / "it.zip").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "it.zip").read_bytes() == mine
 
 
 def test_a_wrong_number_of_samples_is_refused(finished: Finished, tmp_path: Path) -> None:

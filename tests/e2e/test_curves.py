@@ -7,7 +7,7 @@ from smallrun import Notes, World
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from compress.curves import require_tensorboard, written_curves
-from compress.errors import StageError
+from compress.errors import PackageMissing
 from compress.runner import run_with_others
 
 
@@ -50,9 +50,9 @@ def test_a_run_writes_the_curves_of_each_stage(world: World):
 
 def test_a_missing_package_is_named_before_anything_runs(monkeypatch, world: World):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(StageError, match="--tensorboard needs the package tensorboard") as caught:
+    with pytest.raises(PackageMissing, match="--tensorboard needs the package tensorboard") as caught:
         require_tensorboard()
-    assert caught.value.hint == "pip install tensorboard"
-    with pytest.raises(StageError, match="--tensorboard needs"):
+    assert caught.value.hint == "pip install 'tensorboard>=2.18'"
+    with pytest.raises(PackageMissing, match="--tensorboard needs"):
         run_with_others(world.load(world.values(), "name=other"), world.runs, writes_curves=True)
     assert not (world.runs / "other").exists()

@@ -15,6 +15,7 @@ import torch
 from smallrun import MIDDLE, Finished, World, statuses
 
 import compress
+from compress.config.records import sealed
 from compress.cost.onnx_file import is_quantized, load_onnx
 from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
@@ -61,7 +62,7 @@ def test_the_run_folder_holds_what_it_should(finished: Finished) -> None:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
         ".holder", ".lock", "lock", "model.onnx", "pipeline.yaml", "report.html", "report.json",
-        "slim/factory.py", "slim/meta.json", "slim/recipe.json", "slim/weights.safetensors",
+        "slim/digests.json", "slim/factory.py", "slim/meta.json", "slim/recipe.json", "slim/weights.safetensors",
     }  # fmt: skip
     assert not list((finished.world.store / ".partial").iterdir())
     assert not list((finished.world.store / ".work").iterdir())
@@ -71,7 +72,7 @@ def test_the_run_folder_holds_what_it_should(finished: Finished) -> None:
 
 def test_the_report_has_its_public_keys(finished: Finished) -> None:
     report = json.loads((finished.outcome.folder / "report.json").read_text(encoding="utf-8"))
-    assert report == finished.outcome.report
+    assert report == sealed(finished.outcome.report)
     assert {"schema", "name", "verdict", "baseline", "slim", "stages", "environment"} <= set(report)
     assert (report["schema"], report["name"], report["verdict"]["passed"]) == (1, "chain", True)
     assert report["verdict"]["checks"]
@@ -278,11 +279,14 @@ def test_the_reason_is_still_known_after_a_run_that_failed(world: World) -> None
 def test_a_changed_neighbour_of_the_factory_is_noticed(world: World) -> None:
     nets = world.folder / "code" / "nets.py"
     nets.parent.mkdir()
-    nets.write_text(smallrun.NETS.read_text())
+    nets.write_text(f"{smallrun.NETS.read_text()}\nimport parts\n")
     (nets.parent / "parts.py").write_text("WIDTH = 8")
     values = world.values()
     values["stages"][0]["model"]["factory"] = f"{nets}:build"
     world.run(values)
+    assert plan(world.load(values), world.runs)[0].status == "unchanged"
+    (nets.parent / "not_imported.py").write_text("")
+    (nets.parent / ".#nets.py").symlink_to("somebody@somewhere.1234")  # an editor's lock
     assert plan(world.load(values), world.runs)[0].status == "unchanged"
     (nets.parent / "parts.py").write_text("WIDTH = 9")
     assert plan(world.load(values), world.runs)[0].reasons == ("files.factory changed",)

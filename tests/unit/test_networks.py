@@ -17,7 +17,7 @@ from torchvision import models
 
 from compress.artifacts import FactorySpec
 from compress.building import build_module, with_one_array
-from compress.errors import ArtifactError, ModelError
+from compress.errors import ArtifactError, ModelError, PackageMissing
 from compress.networks.detectors import DETECTORS, Loss, Postprocess
 from compress.networks.weights import fit_prefix, read_weights
 from compress.networks.wiring import signature_of
@@ -45,7 +45,7 @@ def test_a_network_of_timm_by_name():
 
 def test_without_timm_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModelError, match=r"must have the package timm, it is not installed(.|\n)*pip install"):
+    with pytest.raises(PackageMissing, match=r"needs the package timm, which is not installed(.|\n)*pip install 'timm"):
         build_module(spec("timm", "resnet18"))
 
 

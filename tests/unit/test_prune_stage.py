@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from compress.pruning.tracing.record import OUTPUTS
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
+from compress.stages.parts import Parts
 from compress.stages.prune import PruneStage, _score_batch
 from compress.stages.repairing import apply_repairs
 from compress.stages.trunks import shorten
@@ -157,7 +159,7 @@ def test_layers_that_cannot_be_refitted_leave_the_channels_to_the_scores(prune):
 
 def test_measured_damage_is_that_of_the_file_it_was_written_to(prune, tmp_path):
     _, record, _ = prune("residual", damage="sensitivity", score_images=32)
-    measured = json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8"))
+    measured = _measured(tmp_path / "sensitivity.json")
     narrowed = [entry for entry in record["groups"] if entry["width_after"] < entry["width_before"]]
     assert narrowed
     for entry in narrowed:
@@ -171,12 +173,17 @@ def test_measured_damage_is_that_of_the_file_it_was_written_to(prune, tmp_path):
             assert entry["damage"] >= 2 * max(wider), "not measured, because a wider one was hopeless"
 
 
+def _measured(path) -> dict:
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if "/" in key}
+
+
 def test_a_killed_measurement_goes_on_and_gives_the_same_network(prune, monkeypatch, tmp_path):
     config = {"damage": "sensitivity", "score_images": 32}
     expected, _, _ = prune("chain", **config)
     saved = tmp_path / "sensitivity.json"
-    whole = json.loads(saved.read_text(encoding="utf-8"))
+    whole = _measured(saved)
     saved.unlink()
+    shutil.rmtree(tmp_path / "parts")
     calls: list[int] = []
     narrow = Sensitivity._narrowed
 
@@ -189,7 +196,7 @@ def test_a_killed_measurement_goes_on_and_gives_the_same_network(prune, monkeypa
     monkeypatch.setattr(Sensitivity, "_narrowed", dies)
     with pytest.raises(KeyboardInterrupt):
         prune("chain", **config)
-    assert len(json.loads(saved.read_text(encoding="utf-8"))) == 3
+    assert len(_measured(saved)) == 3
     slim, _, _ = prune("chain", **config)
     assert len(calls) == 4 + len(whole) - 3
     assert slim.recipe == expected.recipe
@@ -198,7 +205,7 @@ def test_a_killed_measurement_goes_on_and_gives_the_same_network(prune, monkeypa
 def test_each_number_of_blocks_has_damages_of_its_own(prune, tmp_path):
     target = TargetConfig(macs=0.3)
     _, record, _ = prune("residual", target=target, blocks="auto", damage="sensitivity", score_images=32)
-    measured = json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8"))
+    measured = _measured(tmp_path / "sensitivity.json")
     removed = {key.partition("/")[0] for key in measured}
     assert "" in removed
     assert len(removed) > 1
@@ -406,7 +413,7 @@ def test_a_network_without_shortcuts_has_nothing_to_try(prune):
         ({9: math.nan, 6: 0.2, 7: math.nan}, [0, 3, 6, 9, 12, 5, 7]),
     ],
 )
-def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(monkeypatch, losses, tried):
+def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(monkeypatch, tmp_path, losses, tried):
     stage = PruneStage(PruneConfig(stage="prune", target=TargetConfig(macs=0.5), blocks="auto"))
     prepared = SimpleNamespace(surveyed=SimpleNamespace(targets=SimpleNamespace(latency=None)))
     monkeypatch.setattr(
@@ -416,10 +423,11 @@ def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(monkeypatch, l
     monkeypatch.setattr(
         stage, "_attempt", lambda got, _: SimpleNamespace(model=SimpleNamespace(module=got.count), selection=cut)
     )
-    monkeypatch.setattr(prune_module, "evaluate_loss", lambda count, *_, **__: losses.get(count, 0.5 + count / 100))
+    monkeypatch.setattr(stage, "_key", lambda trunk, *_: str(len(trunk.removed)))
+    monkeypatch.setattr(stage, "_loss", lambda got, _: losses.get(got.model.module, 0.5 + got.model.module / 100))
     trunks = (SimpleNamespace(removed=("block",) * count, blocks=27) for count in range(28))
     trials: list[dict] = []
-    ctx = SimpleNamespace(progress=_Listener(), data=SimpleNamespace(validation=None))
+    ctx = SimpleNamespace(progress=_Listener(), parts=Parts(tmp_path, _Listener()))
     best = stage._best_attempt(trunks, trials, ctx)
     assert [trial["blocks"] for trial in trials] == tried
     assert best.model.module == min(losses, key=lambda count: (math.isnan(losses[count]), losses[count]))

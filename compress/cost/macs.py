@@ -207,7 +207,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, value: object) -> None:
         if isinstance(value, Tensor) and value.layout is torch.strided:
             storage = value.untyped_storage()
-            self._follows[storage._cdata] = StorageWeakRef(storage)
+            self._follows[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def _is_followed(self, value: object) -> bool:
         is_plain = isinstance(value, Tensor) and value.layout is torch.strided

@@ -9,6 +9,7 @@ from multiplying import EXAMPLE, NAMES, Body, build, rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import (
     count_layer_weights,
     count_macs,
@@ -22,6 +23,7 @@ from compress.pruning.costs import build_cost
 from compress.pruning.cutting import cut_copy
 from compress.pruning.shortcuts import FixedShortcut
 from compress.pruning.trial import find_cuttable
+from compress.verification.checks import check_macs, check_weights
 
 # flop_counter has no formulas for these, or sees one operation that hides them
 UNSEEN = {"bilinear"}
@@ -178,3 +180,30 @@ def test_a_network_that_fails_leaves_no_hooks_and_settings_behind() -> None:
 )
 def test_a_file_may_lack_only_products_of_constants(of_file: int, expected: bool) -> None:
     assert counts_agree(of_file, 100, 10) is expected
+
+
+class _Constants(nn.Module):
+    """Multiplies by a product of two weights of its own: 64 MACs and 16 weights that a file may lack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.a @ self.b)
+
+
+@pytest.mark.parametrize(
+    ("check", "counted", "status"),
+    [(check_macs, 80, "pass"), (check_macs, 16, "pass"), (check_macs, 15, "fail"), (check_macs, 81, "fail"),
+     (check_weights, 32, "pass"), (check_weights, 16, "pass"), (check_weights, 33, "fail"), (check_weights, 15, "fail"),
+     (check_macs, "no shape", "fail")],
+)  # fmt: skip
+def test_counts_of_a_file_are_held_to_those_of_torch(check, counted: int | str, status: str) -> None:
+    signature = Signature((TensorSpec("x", ("batch", 4), "float32"),), (TensorSpec("y", ("batch", 4), "float32"),))
+    found = check(counted, _Constants(), signature)
+    assert found.status == status
+    whole = 80 if check is check_macs else 32
+    assert found.limit == whole
+    if counted in (16, 15):
+        assert found.detail.endswith(f"torch {whole:,}, {whole - 16} of them in products of constants")

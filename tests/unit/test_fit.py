@@ -809,7 +809,7 @@ def test_what_hooks_remember_goes_into_the_state_and_back(tmp_path: Path) -> Non
 
 
 class _FiveAxes(nn.Module):
-    """Convolves an image's channels as a volume; has a parameter and a buffer of five axes, two layers share a weight."""
+    """Convolves an image's channels as a volume, with a parameter and a buffer of five axes and a shared weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -337,12 +337,13 @@ def test_weights_in_a_second_file_are_read(tmp_path):
 
 def test_a_product_of_two_activations_is_no_layer():
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["h"], name="layer"),
+        helper.make_node("MatMul", ["x", "fc.weight"], ["h"], name="layer"),
         helper.make_node("Transpose", ["h"], ["t"], name="turned", perm=[0, 2, 1]),
         helper.make_node("MatMul", ["h", "t"], ["y"], name="product"),
     ]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in
               (("x", ["batch", 5, 8]), ("y", None))]  # fmt: skip
     weight = numpy_helper.from_array(np.ones((8, 6), np.float32), "fc.weight")
-    model = helper.make_model(helper.make_graph(nodes, "graph", values[:1], values[1:], [weight]))
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     assert _layers(model) == {"layer": "fc"}

@@ -792,7 +792,7 @@ class GatesConfig(Section):
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")
     max_quantile_ms: dict[Literal["p90", "p95", "p99"], Positive] = Field({}, description="latency of the slower calls")
     max_macs: int | None = Field(None, gt=0, description="multiply-accumulates for one image")
-    max_params: int | None = Field(None, gt=0, description="trainable scalars")
+    max_params: int | None = Field(None, gt=0, description="scalars in parameters")
     max_cold_start_ms: float | None = Field(None, gt=0, description="until a session is there, in a new process")
     max_memory_mb: float | None = Field(None, gt=0, description="growth of memory with the session, in 10^6 bytes")
     min_images_per_second: float | None = Field(None, gt=0, description="at the batch size where they are most")

@@ -131,13 +131,22 @@ def plain_operations(module: nn.Module) -> Iterator[None]:
     """Let attention and LSTM layers be carried out as matrix products instead of one operation that hides them."""
     has_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with plain_lstm(module):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
+
+
+@contextmanager
+def plain_lstm(module: nn.Module) -> Iterator[None]:
+    """Let LSTM layers, if there are any, be carried out as matrix products."""
     has_fused = torch._C._get_mkldnn_enabled()
     if any(isinstance(part, nn.LSTM) for part in module.modules()):
         torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(has_fast_path)
         torch._C._set_mkldnn_enabled(has_fused)
 
 
@@ -207,7 +216,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, value: object) -> None:
         if isinstance(value, Tensor) and value.layout is torch.strided:
             storage = value.untyped_storage()
-            self._follows[storage._cdata] = StorageWeakRef(storage)
+            self._follows[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def _is_followed(self, value: object) -> bool:
         is_plain = isinstance(value, Tensor) and value.layout is torch.strided

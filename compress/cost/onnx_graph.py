@@ -68,6 +68,7 @@ class LayerRow:
         output_shape: Of its first output, at batch 1.
         weights: Scalars of its floating-point constants.
         macs: For one image.
+        layer_weights: Scalars of the constants that it multiplies by, as in `OnnxCounts`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class LayerRow:
     output_shape: Shape | None
     weights: int
     macs: int
+    layer_weights: int = 0
 
 
 def count_onnx(path: Path) -> OnnxCounts:
@@ -162,6 +164,7 @@ class _Graph:
             output_shape=self.shapes.get(node.output[0]),
             weights=sum(math.prod(self.weights[name]) for name in set(node.input) if name in self.weights),
             macs=macs,
+            layer_weights=self.layer_weights(node),
         )
 
     def macs(self, node: NodeProto) -> int:

@@ -162,7 +162,7 @@ def _layers(model: ModelProto) -> dict[str, str]:
     return {
         node.name: row.name
         for node, row in zip(model.graph.node, rows, strict=True)
-        if node.op_type in LAYERS and (row.macs or row.weights)
+        if node.op_type in LAYERS and (row.layer_weights or row.weights)
     }
 
 

@@ -19,6 +19,9 @@ from compress.pruning.costs import build_cost
 from compress.pruning.groups import ChannelGroup, Exclusion
 from compress.pruning.trial import find_cuttable
 
+FORWARD = "(forward)"  # stands for what the network's own forward pass multiplies, outside of all layers
+_NEARLY_NOTHING = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class GroupPotential:
@@ -159,14 +162,15 @@ def _potential(
 ) -> Potential:
     total = max(1, sum(macs.values()))
     least = {name: width_levels(group.width, group.parts, limits)[0] for name, group in groups.items()}
-    narrowed = {term.layer for term in cost.terms}
-    fixed = {name: count for name, count in macs.items() if name not in narrowed and count}
+    fixed = _fixed(macs, cost)
     return Potential(
         input_shape=tuple(example.shape[1:]),
         macs=sum(macs.values()),
         params=count_params(module),
         limits=limits,
-        layers=tuple(LayerFigures(name, type(module.get_submodule(name)).__name__, n) for name, n in macs.items()),
+        layers=tuple(
+            LayerFigures(name or FORWARD, type(module.get_submodule(name)).__name__, n) for name, n in macs.items()
+        ),
         groups=tuple(_group(group, least[name], cost, total) for name, group in groups.items()),
         uncut=tuple(Uncut(item.name, item.reason, macs.get(item.name, 0) / total) for item in excluded),
         blocks=tuple(
@@ -174,10 +178,18 @@ def _potential(
             for name in blocks
         ),
         fixed_share=sum(fixed.values()) / total,
-        fixed_layers=tuple(fixed),
+        fixed_layers=tuple(name or FORWARD for name in fixed),
         least_share=cost.at(least) / total,
         least_share_without_blocks=_least_outside(blocks, cost, least, fixed) / total,
     )
+
+
+def _fixed(macs: Mapping[str, int], cost: CoupledCost) -> dict[str, float]:
+    """Return the MACs of each module that no group changes; those of its parts are not among them."""
+    left = dict[str, float](macs)
+    for term in cost.terms:
+        left[term.layer] = left.get(term.layer, 0.0) - term.factor * term.out.size * term.inp.size
+    return {name: count for name, count in left.items() if count > _NEARLY_NOTHING}
 
 
 def _group(group: ChannelGroup, least: int, cost: CoupledCost, total: int) -> GroupPotential:
@@ -187,7 +199,7 @@ def _group(group: ChannelGroup, least: int, cost: CoupledCost, total: int) -> Gr
 
 
 def _least_outside(
-    blocks: Collection[str], cost: CoupledCost, least: Mapping[str, int], fixed: Mapping[str, int]
+    blocks: Collection[str], cost: CoupledCost, least: Mapping[str, int], fixed: Mapping[str, float]
 ) -> float:
     """Return the MACs left at the least widths in layers that lie in none of the blocks."""
     removed = {name: cost.widths[name] - width for name, width in least.items()}
@@ -198,4 +210,4 @@ def _least_outside(
 
 
 def _is_inside(layer: str, blocks: Collection[str]) -> bool:
-    return any(layer.startswith(f"{block}.") for block in blocks)
+    return any(f"{layer}.".startswith(f"{block}.") for block in blocks)

@@ -70,15 +70,13 @@ def layer_spectra(
     assert isinstance(weight, Tensor)
     if not bool(torch.isfinite(weight).all()):
         raise NonFinite(f"The weight of layer '{name}' must be finite to be factorised.")
-    trained = int(weight.requires_grad)
     shape = tuple(weight.shape)
     spectra = []
     for scheme in applicable_schemes(shape):
         if scheme in schemes:
             macs, params = _costs(shape, scheme, places)
-            frozen_params = Cost(params.first * trained, params.joint * trained, params.second * trained)
-            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme, moments), macs, frozen_params))
-    return LayerSpectra(name, weight.numel() * places.outputs, weight.numel() * trained, tuple(spectra))
+            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme, moments), macs, params))
+    return LayerSpectra(name, weight.numel() * places.outputs, weight.numel(), tuple(spectra))
 
 
 def _costs(shape: tuple[int, ...], scheme: str, places: Positions) -> tuple[Cost, Cost]:

@@ -1,6 +1,5 @@
 """MACs, params and layer sizes of a torch network as functions of the widths of its channel groups."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,8 +30,9 @@ def build_cost(module: nn.Module, example: Tensor, groups: Mapping[str, ChannelG
                 on_axis = slots.setdefault(share.amount, ({}, {}))[share.axis]
                 on_axis[group.name] = share.slots
     terms = tuple(
-        Term(amount.total / math.prod(amount.sizes), *map(Axis, amount.sizes, found), layer=amount.layer)
-        for amount, found in sorted(slots.items(), key=lambda item: item[0].number)
+        Term(amount.total / (rows * columns), Axis(rows, of_rows), Axis(columns, of_columns), amount.layer)
+        for amount, (of_rows, of_columns) in sorted(slots.items(), key=lambda item: item[0].number)
+        for rows, columns in (amount.sizes,)
     )
     total = count_macs(module, example) if unit == "macs" else count_params(module)
     widths = {name: group.width for name, group in groups.items()}

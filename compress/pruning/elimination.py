@@ -157,7 +157,7 @@ class _Eliminated:
     def __init__(self, stats: ReaderStats, inputs: Tensor) -> None:
         self.inputs = inputs
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(stats.gram))
-        self.weight = stats.weight.T.contiguous()  # (n, outputs)
+        self.weight = stats.weight.T.clone(memory_format=torch.contiguous_format)  # (n, outputs), changed below
         self.gone = torch.zeros(0, dtype=torch.int64)
         self.energy = max(stats.energy, 1e-12)
 

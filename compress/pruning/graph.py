@@ -57,10 +57,9 @@ class ChannelGraph:
         self._owners = _owners(module)  # before its code runs, which may put another tensor in a buffer's place
         self.trace: Trace = trace(module, example)
         self._behind: dict[str, list[str]] = {}  # layer -> norms that its outputs go to directly
-        for weight, parameter in self.trace.behind:
-            norms = [norm.path for norm in self._owners.get(id(parameter), ())]
-            for owner in self._owners[id(weight)]:
-                self._behind.setdefault(owner.path, []).extend(norms)
+        for weight, norm in self.trace.behind:
+            for layer in self._paths(*weight):
+                self._behind.setdefault(layer, []).extend(self._paths(*norm))
         self.groups: dict[str, ChannelGroup] = {}
         self.excluded: list[Exclusion] = []
         self._found: dict[str, _Found] = {}
@@ -102,6 +101,11 @@ class ChannelGraph:
             found = self._found[name]
             going[found.labels[np.isin(found.units, list(units))]] = True
         return going
+
+    def _paths(self, tensor: Tensor, user: str) -> list[str]:
+        """Return the module that uses a parameter, if it is its own, or else all that it belongs to."""
+        paths = [owner.path for owner in self._owners.get(id(tensor), ())]
+        return [user] if user in paths else paths
 
     def _find_groups(self) -> None:
         size = self.trace.size

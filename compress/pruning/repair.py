@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
+from compress.cost.sharing import find_shared
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.progress import Progress
@@ -209,11 +210,11 @@ def _batches(comparison: Comparison) -> list[Tensor]:
 
 
 def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
-    """Return the layers to adjust, in the order of their calls."""
+    """Return the layers to adjust, in the order of their calls; what one shares with another layer must fit both."""
     slim, original = comparison.slim, comparison.original
     norms = following_norms(slim, BATCH_NORMS, example)
     found = []
-    for name in call_order(slim, comparison.readers, example):
+    for name in call_order(slim, comparison.readers - find_shared(slim).keys(), example):
         layer, norm, stretch, moved = slim.get_submodule(name), None, torch.ones(1), torch.zeros(1)
         kept = comparison.kept_outputs.get(name)
         if kept is None:

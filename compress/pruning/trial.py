@@ -159,10 +159,8 @@ class _Trial:
                 self.costs[unit] = build_cost(self.module, self.example, groups, unit)
             predicted = self.costs[unit].at(widths)
             if abs(predicted - count) > _MISCOUNT:
-                name = _UNIT_NAMES[unit]
-                return (
-                    f"the {name} that it leaves cannot be told from its width ({predicted:.0f} expected, {count} left)"
-                )
+                found = f"{predicted:.0f} {_UNIT_NAMES[unit]} expected, {count} left"
+                return f"what its cut saves cannot be told from its width ({found})"
         return None
 
 

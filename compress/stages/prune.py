@@ -42,7 +42,7 @@ from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import Trunk, shorten
 from compress.tasks.outputs import each
 from compress.training.evaluate import evaluate_loss, image_losses, run
-from compress.training.memory_format import in_fastest_memory_format
+from compress.training.memory_format import in_fastest_memory_format, set_memory_format
 
 SCORE_BATCH, SCORE_PIXELS = 64, 2**18
 SENSITIVITY_FILE = "sensitivity.json"
@@ -160,7 +160,7 @@ class PruneStage:
         with in_fastest_memory_format(artifact.module, ctx.data.validation) as memory_format:
             self.memory_format = memory_format
             model, record = self._run(artifact, self._shorten(artifact, ctx) if trunks is None else trunks, ctx)
-        model.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        set_memory_format(model.module, torch.contiguous_format)
         return model, record
 
     def _shorten(self, artifact: TorchModel, ctx: StageContext) -> Iterator[Trunk]:
@@ -417,7 +417,7 @@ class PruneStage:
             return attempt
         edit, module = RemoveChannels(selection.removed), trunk.model.module
         slim = remove_channels(module, edit, example_input(trunk.model.signature))
-        slim = slim.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        set_memory_format(slim, self.memory_format)
         check_cut(slim, module, selection, groups, ctx.data.calibration)
         return replace(attempt, model=replace(trunk.model, module=slim, recipe=trunk.model.recipe.then(edit)))
 

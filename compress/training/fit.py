@@ -44,7 +44,7 @@ from compress.training.evaluate import evaluate_quality
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
-from compress.training.memory_format import fastest_memory_format
+from compress.training.memory_format import fastest_memory_format, set_memory_format
 from compress.training.mixing import mixed, mixed_loss
 from compress.training.schedule import schedule
 from compress.training.team import present_team
@@ -293,7 +293,7 @@ class _Run:
         formats = {fastest_memory_format(network, train) for network in networks}
         self.memory_format = formats.pop() if len(formats) == 1 else torch.contiguous_format
         for network in networks:
-            network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+            set_memory_format(network, self.memory_format)
         self.forward: Callable[[Tensor], Any] = torch.compile(module) if settings.compiled else module
         self.lesson, self.metric = train.lesson, validation.task.main
         self.train, self.validation = placed((train, validation), self.device)
@@ -418,7 +418,8 @@ class _Run:
             if is_averaged:
                 chosen, weights = len(self.records), self.tail.module.state_dict()
         self.module.load_state_dict(weights)
-        self.module.to(memory_format=torch.contiguous_format).eval()
+        set_memory_format(self.module, torch.contiguous_format)
+        self.module.eval()
         return FitResult(tuple(self.records), chosen, self.step, reached, is_averaged)
 
     def _measure_tail(self, module: nn.Module) -> float:

@@ -1,4 +1,8 @@
-"""Memory format of feature maps: channels-last where a network computes the same in it, which is faster on a CPU."""
+"""Memory format of feature maps: channels-last where a network computes the same in it, which is faster on a CPU.
+
+Channels-last is a format of tensors with four axes: weights and buffers with five, of 3-D convolutions or a user's own,
+stay contiguous in a network whose others are channels-last.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -15,6 +19,20 @@ from compress.tasks.outputs import each, plain
 
 TOLERANCE = 1e-3  # of the largest output; the two formats add up in other orders
 
+_IMAGE_AXES = 4
+
+
+def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Bring the weights and buffers of four axes into a memory format, in place; the others are left as they are.
+
+    Args:
+        module: Any network; its parameters stay the same objects, also where layers share them.
+        memory_format: torch.channels_last or torch.contiguous_format.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == _IMAGE_AXES:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
 
 def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_format:
     """Return channels-last where the network computes the same in it, else contiguous.
@@ -27,12 +45,12 @@ def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_forma
         split: Images that it can read.
     """
     images = next((images for images, _ in evaluation_batches(split.first(2), 2, "nothing")), torch.empty(0))
-    if images.ndim != 4:
+    if images.ndim != _IMAGE_AXES:
         return torch.contiguous_format
     try:
         trial = _without_hooks(copy.deepcopy(module))
         wanted, state = _call(trial, images, training=False), copy.deepcopy(trial.state_dict())
-        trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        set_memory_format(trial, torch.channels_last)
         for given in (images, images.contiguous(memory_format=torch.channels_last)):
             trial.load_state_dict(state)
             if not _are_close(_call(trial, given, training=False), wanted):
@@ -66,8 +84,8 @@ def _are_close(found: Any, wanted: Any) -> bool:
 def in_fastest_memory_format(module: nn.Module, split: Split) -> Iterator[torch.memory_format]:
     """Keep a network's weights in the format that it runs fastest in, and say which; contiguous again at the end."""
     found = fastest_memory_format(module, split)
-    module.to(memory_format=found)  # type: ignore[call-overload]
+    set_memory_format(module, found)
     try:
         yield found
     finally:
-        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        set_memory_format(module, torch.contiguous_format)

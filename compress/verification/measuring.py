@@ -259,7 +259,7 @@ def check_batch_size(session: Runtime, conditions: Conditions) -> None:
 
 
 def torch_params(reference: nn.Module) -> int:
-    """Return the number of trainable scalars of a torch network."""
+    """Return the number of scalars in parameters of a torch network."""
     from compress.cost.macs import count_params  # torch, only where there is a reference
 
     return count_params(reference)

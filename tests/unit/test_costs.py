@@ -83,15 +83,16 @@ def test_groups_left_out_keep_their_width(name):
     assert cost.at({first: groups[first].width - 3}) == pytest.approx(left)
 
 
-def test_frozen_parameters_are_not_counted():
+def test_frozen_parameters_are_counted():
     module = nets.build("residual")
+    whole = count_params(module)
     for parameter in module.body[1].parameters():
         parameter.requires_grad_(False)
     module.body[0][1].bias.requires_grad_(False)
     groups, _ = find_cuttable(module, nets.EXAMPLE)
     cost = build_cost(module, nets.EXAMPLE, groups, "params")
     removed = {"body.0.0": (1, 2), "body.1.conv1": (0,), "body.2.conv1": (5, 6, 7)}
-    assert cost.full == count_params(module)
+    assert cost.full == count_params(module) == whole
     widths = {name: 16 - len(gone) for name, gone in removed.items()}
     assert cost.at(widths) == pytest.approx(count_params(cut_copy(module, removed, nets.EXAMPLE)))
 

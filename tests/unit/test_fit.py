@@ -806,3 +806,32 @@ def test_what_hooks_remember_goes_into_the_state_and_back(tmp_path: Path) -> Non
     fit(again, *_splits(), settings, state_path=state, hooks=hooks)
     assert hooks.restored == {"calls": 6}  # the state is that after the second step
     assert hooks.calls[0][:2] == ("begin", 2)
+
+
+class _FiveAxes(nn.Module):
+    """Convolves an image's channels as a volume, with a parameter and a buffer of five axes and a shared weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume, self.conv, self.twin = nn.Conv3d(1, 2, 3, padding=1), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3)
+        self.twin.weight = self.conv.weight
+        self.gain = nn.Parameter(torch.ones(1, 2, 3, 1, 1))
+        self.register_buffer("offset", torch.zeros(1, 2, 3, 1, 1))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        volume = self.volume(x[:, None]) * self.gain + self.offset
+        return self.head(self.twin(self.conv(volume.flatten(1, 2))).mean((2, 3)))
+
+
+def test_only_tensors_of_four_axes_become_channels_last() -> None:
+    train, validation = _splits()
+    network = _FiveAxes()
+    weight, volume = network.conv.weight, network.volume.weight
+    with in_fastest_memory_format(network, train) as found:
+        assert found is torch.channels_last
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert volume.is_contiguous()
+        assert network.twin.weight is network.conv.weight is weight
+    assert weight.is_contiguous()
+    assert len(fit(network, train, validation, FitSettings(steps=2, batch_size=16)).epochs) == 1

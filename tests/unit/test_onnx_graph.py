@@ -66,7 +66,7 @@ def test_gemm_with_transposed_input_counts_the_shared_axis(tmp_path):
     assert count_onnx(path).macs == 6 * 7 // 7
 
 
-def test_matmul_counts_with_a_weight_and_not_between_activations(tmp_path):
+def test_matmul_counts_with_a_weight_and_between_activations(tmp_path):
     nodes = [
         helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]),
         helper.make_node("MatMul", ["x", "wt"], ["h"]),
@@ -74,7 +74,8 @@ def test_matmul_counts_with_a_weight_and_not_between_activations(tmp_path):
         helper.make_node("MatMul", ["h", "ht"], ["y"]),
     ]
     path = write(tmp_path / "m.onnx", nodes, {"x": ["batch", 5, 8]}, [weight("w", 6, 8)])
-    assert [row.macs for row in layer_rows(path)] == [0, 5 * 6 * 8, 0, 0]
+    assert [row.macs for row in layer_rows(path)] == [0, 5 * 6 * 8, 0, 5 * 5 * 6]
+    assert count_onnx(path).layer_weights == 48
 
 
 def test_fixed_batch_is_counted_for_one_image(tmp_path):

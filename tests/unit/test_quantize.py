@@ -18,7 +18,7 @@ from compress.data.sources import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, ExportFailed, NonFinite, StageError
 from compress.exporting import calibration, quantize
-from compress.exporting.quantize import Quantization, quantize_onnx
+from compress.exporting.quantize import Quantization, _layers, quantize_onnx
 from compress.exporting.torch_onnx import export_onnx
 from compress.verification.checks import check_denormals, check_structure
 from compress.verification.runtimes.onnx_reference import OnnxReference
@@ -350,3 +350,17 @@ def test_weights_in_a_second_file_are_read(tmp_path):
     assert report.size_bytes_before > report.size_bytes_after
     assert is_quantized(load_onnx(tmp_path / "q.onnx"))
     assert np.abs(outputs(path) - outputs(tmp_path / "q.onnx")).max() < 0.1
+
+
+def test_a_product_of_two_activations_is_no_layer():
+    nodes = [
+        helper.make_node("MatMul", ["x", "fc.weight"], ["h"], name="layer"),
+        helper.make_node("Transpose", ["h"], ["t"], name="turned", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["h", "t"], ["y"], name="product"),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in
+              (("x", ["batch", 5, 8]), ("y", None))]  # fmt: skip
+    weight = numpy_helper.from_array(np.ones((8, 6), np.float32), "fc.weight")
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    assert _layers(model) == {"layer": "fc"}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.cost.macs import eval_mode, plain_operations
+from compress.cost.macs import eval_mode, plain_lstm
 from compress.errors import UntraceableModel
 from compress.pruning.tracing.record import OUTPUTS, Trace
 from compress.pruning.tracing.rules import find_rule
@@ -30,7 +30,7 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
             warnings.catch_warnings(),
             torch.no_grad(),
             eval_mode(module),
-            plain_operations(module),
+            plain_lstm(module),
             watch.places(),
             watch,
         ):

@@ -90,7 +90,8 @@ class Trace:
         same: Pairs of labels, each (2, n).
         tied: Likewise.
         frozen: Labels and the reason.
-        behind: Weight -> parameter of the norm that its outputs go to directly.
+        behind: Weight and the norm's parameter that its outputs go to directly, each with the path of the module whose
+            code uses it.
         norm_groups: Module path of each group norm -> labels of the channels it normalises.
         sized: Where numbers of channels may be written down.
         shaped: Where sizes of whole values may be written down.
@@ -105,7 +106,7 @@ class Trace:
     same: list[Tensor] = field(default_factory=list)
     tied: list[Tensor] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
-    behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    behind: list[tuple[tuple[Tensor, str], tuple[Tensor, str]]] = field(default_factory=list)
     norm_groups: list[tuple[str, Tensor]] = field(default_factory=list)
     sized: list[Sized] = field(default_factory=list)
     shaped: list[Shaped] = field(default_factory=list)

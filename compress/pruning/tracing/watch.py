@@ -182,10 +182,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.axes.append(axis)
             if parts > 1:
                 self.tie(axis.labels, axis.start + torch.arange(size) % (size // parts))
+            for (of, _, along_dim), other in list(self._axes.items()):
+                if (of, along_dim) == (id(tensor), dim) and other is not axis:
+                    self._share(axis, other)
         found = self._axes[key]
         if found.size != size:
             self.freeze(found.labels, f"a parameter of it is used in two different ways in {where(self.place)}")
         return found
+
+    def _share(self, one: Axis, other: Axis) -> None:
+        """Note that a dimension of a parameter is used in two ways: its places go together, or not at all."""
+        if one.size == other.size:
+            self.match(one.labels, other.labels)
+            return
+        for axis in (one, other):
+            self.freeze(axis.labels, f"a parameter of it is used in two different ways in {where(self.place)}")
 
     # facts ----------------------------------------------------------------------------------------------------------
 
@@ -249,13 +260,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note_direct(self, value: Tensor, weight: Tensor) -> None:
         """Note what a layer's output is."""
-        self._direct[value] = weight
+        self._direct[value] = (weight, self.place)
 
     def note_norm(self, value: Tensor, parameter: Tensor) -> None:
         """Note that a norm reads a value."""
-        weight = self._direct.get(value)  # type: ignore[no-untyped-call]
-        if weight is not None:
-            self.trace.behind.append((weight, parameter))
+        found = self._direct.get(value)  # type: ignore[no-untyped-call]
+        if found is not None:
+            self.trace.behind.append((found, (parameter, self.place)))
 
     def note_transposed(self, value: Tensor, weight: Tensor) -> None:
         """Note that a value is a parameter, transposed."""

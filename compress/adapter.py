@@ -72,9 +72,13 @@ class _Adapted(nn.Module):
             spec.name: part for spec, part in zip(wiring.inputs, parts, strict=False) if spec.name in wiring.keywords
         }
         placed = [part for part, spec in zip(parts, wiring.inputs, strict=False) if spec.name not in wiring.keywords]
-        outputs = super().forward(*(placed if wiring.inputs else parts), **named)
+        return self.keep_outputs(super().forward(*(placed if wiring.inputs else parts), **named))
+
+    def keep_outputs(self, outputs: Any) -> Any:
+        """Return of what the network's own forward returned the tensors that are kept."""
+        wiring = self.compress_wiring
         if not wiring.outputs:
-            return outputs  # type: ignore[no-any-return]
+            return outputs
         found = dict(flatten_outputs(outputs))
         if missing := [name for name in wiring.outputs if name not in found]:
             mode = "training" if self.training else "evaluation"
@@ -92,6 +96,42 @@ class _Adapted(nn.Module):
             with suppress(AttributeError):  # a module that was removed
                 self.get_submodule(path).training = False
         return self
+
+
+class _Own(_Adapted):
+    """What the class of a network that is handed to its user has before that: its own forward."""
+
+    def forward(self, *values: Any, **named: Any) -> Any:
+        """Take the inputs as the network's own forward does (or rows of all of them) and return the tensors kept."""
+        inputs = self.compress_wiring.inputs
+        if len(values) == 1 and not named and _is_row(values[0], inputs):
+            return super().forward(*values)
+        return self.keep_outputs(super(_Adapted, self).forward(*values, **named))
+
+
+def with_own_forward(module: nn.Module) -> nn.Module:
+    """Return an adapted network that is called as its own class is; any other as it is.
+
+    Args:
+        module: As the stages work with it; changed in place.
+    """
+    if wiring_of(module) is None:
+        return module
+    base = type(module)
+
+    def forward(self: Any, *values: Any, **named: Any) -> Any:
+        return super(own, self).forward(*values, **named)
+
+    forward.__signature__ = inspect.signature(base.__bases__[1].forward)  # type: ignore[attr-defined]
+    parts = {"__module__": base.__module__, "forward": forward}
+    own = type(base.__name__, (_Own, *base.__bases__), parts)
+    module.__class__ = own
+    return module
+
+
+def _is_row(value: Any, inputs: Sequence[TensorSpec]) -> bool:
+    is_one = len(inputs) == 1 and len(inputs[0].shape) == 2
+    return is_packed(inputs) and not is_one and tuple(value.shape[1:]) == (row_width(inputs),)
 
 
 def adapt(

@@ -164,11 +164,12 @@ def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 def _onnx_digest(path: Path) -> str:
     """Return the digest of an ONNX file, or of it and the files beside it that hold its weights."""
-    from compress.cost.onnx_file import load_onnx, model_files, require_external  # imports onnx
+    from compress.cost.onnx_file import load_onnx, model_files, require_beside, require_external  # imports onnx
 
     files = model_files(path)
     if len(files) == 1:
         return digest_file(path)
+    require_beside(load_onnx(path), path)
     require_external(load_onnx(path), path)
     return digest_value({file.relative_to(path.parent).as_posix(): digest_file(file) for file in files})
 

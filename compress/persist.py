@@ -170,7 +170,8 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
         ArtifactError: The folder holds no checkpoint, or a file in it is damaged.
         RebuildMismatch: The checkpoint does not fit the factory.
     """
-    from compress.building import rebuild  # imports torch
+    from compress.adapter import with_own_forward  # imports torch
+    from compress.building import rebuild
 
     folder = folder / "slim" if (folder / "slim").is_dir() else folder
     _check_digests(folder, unread=() if factory is None else ("factory.py",))
@@ -178,12 +179,13 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
     signature, weights = Signature.from_dict(meta["signature"]), folder / "weights.safetensors"
     if callable(factory):
         name = getattr(factory, "__qualname__", type(factory).__name__)
-        return rebuild(replace(spec, reference=name), recipe, signature, weights, make=factory)
+        module = rebuild(replace(spec, reference=name), recipe, signature, weights, make=factory)
+        return with_own_forward(module)
     if factory is not None:
         spec = replace(spec, kind="factory", reference=factory)
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
-    return rebuild(spec, recipe, signature, weights)
+    return with_own_forward(rebuild(spec, recipe, signature, weights))
 
 
 def _check_digests(folder: Path, unread: Container[str]) -> None:

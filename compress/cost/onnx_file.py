@@ -1,10 +1,11 @@
 """What does an ONNX file say about itself: its files, its inputs and outputs, its preprocessing? No torch."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 
@@ -16,7 +17,8 @@ from compress.errors import ArtifactError, CompressError
 
 SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
 __all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
-_DIGITS, _SHOWN = 20, 80
+_FEW_BITS = {"UINT4": 4, "INT4": 4, "FLOAT4": 4, "UINT2": 2, "INT2": 2}
+_DIGITS, _SHOWN, _NAMED = 20, 80, 4
 _LARGEST = 2**31 - 1  # size of an axis
 _TYPES = frozenset(
     value
@@ -87,6 +89,15 @@ def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
     return model
 
 
+def require_valid(path: Path) -> None:
+    """Raise ArtifactError unless ONNX's checker takes a file."""
+    problems = tensor_problems(load_onnx(path))
+    with reading_graph(path):
+        onnx.checker.check_model(path)
+    if problems:
+        raise ArtifactError(f"'{path}' must be a valid ONNX model: {'; '.join(problems[:_NAMED])}.")
+
+
 def save_onnx(model: onnx.ModelProto, path: Path, external: bool) -> None:
     """Write a model; with `external`, its larger weights go into `<name>.data` beside it."""
     if not external:
@@ -144,13 +155,65 @@ def external_problems(model: onnx.ModelProto, path: Path) -> list[str]:
     problems = []
     for place, end in sorted(ends.items()):
         file = path.parent / place
-        if not _exists(file):
+        if not _is_beside(place, path.parent.resolve()):
+            problems.append(f"its weights must lie in its folder, not in '{_shortened(place)}'")
+        elif not is_present(file):
             problems.append(f"its weights in '{_shortened(place)}' are missing")
         elif not file.is_file():
             problems.append(f"its weights in '{file.name}' must be a file, it is none")
         elif file.stat().st_size < end:
             problems.append(f"its weights in '{file.name}' must be {end:,} bytes, it has {file.stat().st_size:,}")
     return problems
+
+
+def tensor_problems(model: onnx.ModelProto) -> list[str]:
+    """Return which tensors do not hold as many bytes as their shape and type ask for, a clause each."""
+    problems = []
+    for tensor in each_tensor(model):
+        wanted = _raw_bytes(tensor)
+        if wanted is None:
+            problems.append(f"tensor '{_shortened(tensor.name)}' must have a known type and sizes of 0 or more")
+        elif tensor.HasField("raw_data") and not _is_external(tensor) and len(tensor.raw_data) != wanted:
+            problems.append(
+                f"tensor '{_shortened(tensor.name)}' must hold {wanted:,} bytes, it holds {len(tensor.raw_data):,}"
+            )
+    return problems
+
+
+def _raw_bytes(tensor: onnx.TensorProto) -> int | None:
+    """Return the bytes that a tensor takes; None where its type or a size is none."""
+    known = {value: name for name, value in onnx.TensorProto.DataType.items()}
+    name = known.get(tensor.data_type, "UNDEFINED")
+    if name == "UNDEFINED" or any(size < 0 for size in tensor.dims):
+        return None
+    if name == "STRING" or name.startswith("FLOAT6"):  # of no fixed size, or packed in ways of their own
+        return len(tensor.raw_data)
+    whole = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    bits = next((size for text, size in _FEW_BITS.items() if name.startswith(text)), whole)
+    return (math.prod(tensor.dims) * bits + 7) // 8
+
+
+def require_beside(model: onnx.ModelProto, path: Path) -> None:
+    """Raise ArtifactError for weights outside of the folder of the file, so that nothing elsewhere is read for it."""
+    folder = path.parent.resolve()
+    for tensor in each_tensor(model):
+        place = _external(tensor).get("location", "")
+        if _is_external(tensor) and not _is_beside(place, folder):
+            raise ArtifactError(
+                f"The weights of '{path}' must lie in its folder, '{_shortened(tensor.name)}' is said to be in "
+                f"'{_shortened(place)}'.",
+                hint="Save the model again with its weights in the file or beside it.",
+            )
+
+
+def _is_beside(place: str, folder: Path) -> bool:
+    parts = {*PurePosixPath(place).parts, *PureWindowsPath(place).parts}
+    if not place or PurePosixPath(place).is_absolute() or PureWindowsPath(place).anchor or ".." in parts:
+        return False
+    try:
+        return (folder / place).resolve().is_relative_to(folder)
+    except (OSError, ValueError):  # too long a name, or one with a null byte
+        return False
 
 
 def require_external(model: onnx.ModelProto, path: Path) -> None:
@@ -176,7 +239,7 @@ def file_bytes(path: Path) -> int:
     """
     files = model_files(path)
     for file in files[1:]:
-        if not (_exists(file) and file.is_file()):
+        if not (is_present(file) and file.is_file()):
             name = _shortened(file.name)
             raise ArtifactError(f"'{path}' keeps weights in '{name}', which must lie beside it and is missing.")
     return sum(file.stat().st_size for file in files)
@@ -300,7 +363,7 @@ def _whole_number(text: str | None) -> int:
     return int(text) if text is not None and text.isdecimal() and len(text) < _DIGITS else 0
 
 
-def _exists(file: Path) -> bool:
+def is_present(file: Path) -> bool:
     """Whether there is such a file; a name that no file can have is none."""
     try:
         return file.exists()

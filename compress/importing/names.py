@@ -9,11 +9,11 @@ import keyword
 import re
 from collections.abc import Sequence
 
-from torch import fx
+from torch import fx, nn
 
 _MACHINE_MADE = re.compile(r"^(onnx::.*|\d+|val_\d+|_.*)$")
 _MODULE_WEIGHT = re.compile(r"^([A-Za-z_][\w]*(?:\.[\w]+)*)\.(weight|weights|kernel|scale|gamma|slope|bias|beta)$")
-_RESERVED = frozenset((*dir(fx.GraphModule), *keyword.kwlist))
+_RESERVED = frozenset((*dir(fx.GraphModule), *vars(nn.Module()), *keyword.kwlist))
 # names that the code of a traced network reads: `self`, modules, and what torch.fx puts beside them
 _READ_BY_CODE = frozenset((*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "torch", "operator", "math",
                            "inf", "nan", "device", "NoneType", "fx_pytree", "pytree"))  # fmt: skip

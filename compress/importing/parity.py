@@ -206,6 +206,13 @@ def _given(source: Source, images: Sequence[np.ndarray]) -> Feed:
     if len(images) != len(source.inputs):
         raise ModelError(f"'{source.path}' has {len(source.inputs)} inputs, got values for {len(images)}.")
     for spec, array in zip(source.inputs, images, strict=True):
+        if as_float32(np.zeros(1, spec.dtype)).dtype.kind != "f" and array.dtype.kind == "f":
+            raise ModelError(
+                f"Input '{spec.name}' of '{source.path}' takes {spec.dtype}, images are given as prepared float32 "
+                "numbers.",
+                hint="Export the network without the Cast, Sub and Div that prepare images inside, and say what they "
+                "did in data.preprocessing (scale, mean, std).",
+            )
         (wanted,) = source.shapes(spec, [len(array)])
         if array.shape != wanted:
             raise ModelError(

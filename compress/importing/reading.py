@@ -7,15 +7,23 @@ local functions                                                           put in
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import onnx
 import onnx.inliner
 import onnx.version_converter
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from compress.artifacts import TensorSpec
-from compress.cost.onnx_file import default_opset, each_node, each_tensor, first_line, load_onnx, read_inputs
+from compress.cost.onnx_file import (
+    default_opset,
+    each_node,
+    first_line,
+    load_onnx,
+    read_inputs,
+    require_beside,
+    tensor_problems,
+)
 from compress.errors import ArtifactError, ModelError
 from compress.importing.values import PROBES
 
@@ -66,8 +74,10 @@ def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
         ArtifactError: It is missing, corrupt, or keeps weights outside of its folder.
         ModelError: It is quantised, of an operator set that cannot be read, or its inputs have no fixed sizes.
     """
-    _check_places(load_onnx(path), path)
+    require_beside(load_onnx(path), path)
     model = load_onnx(path, weights=True)
+    if problems := tensor_problems(model):
+        raise ArtifactError(f"'{path}' must be a valid ONNX model: {'; '.join(problems[:_SHOWN])}.")
     _check_float(model, path)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
@@ -84,22 +94,6 @@ def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
         )
     outputs = tuple(value.name for value in model.graph.output)
     return Source(path, model, default_opset(model) or 0, inputs, outputs, has_open_batch)
-
-
-def _check_places(model: ModelProto, path: Path) -> None:
-    """Refuse weights outside of the folder of the file, so that no file elsewhere is read on its behalf."""
-    for tensor in each_tensor(model):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        parts = {*PurePosixPath(place).parts, *PureWindowsPath(place).parts}
-        is_absolute = PurePosixPath(place).is_absolute() or bool(PureWindowsPath(place).anchor)
-        folder = path.parent.resolve()
-        if not place or is_absolute or ".." in parts or not (folder / place).resolve().is_relative_to(folder):
-            raise ArtifactError(
-                f"The weights of '{path}' must lie in its folder, '{tensor.name}' is said to be in '{place}'.",
-                hint="Save the model again with its weights in the file or beside it.",
-            )
 
 
 def _check_float(model: ModelProto, path: Path) -> None:

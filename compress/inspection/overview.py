@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.cost.onnx_file import require_valid
 from compress.cost.onnx_graph import LayerRow, OnnxCounts, count_onnx, layer_rows
 from compress.errors import ModelError
 from compress.inspection.latency import LeastLatency, TimedShare, measure_least_latency
@@ -87,6 +88,7 @@ def inspect_target(
 
 def _inspect_file(target: str, input_shape: tuple[int, ...] | None, with_latency: bool, progress: Progress) -> Overview:
     """Return the figures of an ONNX file and, where it can be imported, what can be done to the network in it."""
+    require_valid(Path(target))
     figures, nodes = count_onnx(Path(target)), tuple(layer_rows(Path(target)))
     try:
         with progress.task("import", 1) as task:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from compress.artifacts import Signature, TorchModel
 from compress.config.schema import DeployConfig
+from compress.cost.macs import eval_mode
 from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.errors import ConfigValueError, InternalError
+from compress.data.batches import evaluation_batches
+from compress.errors import ConfigValueError, ExportFailed, InternalError
+from compress.exporting.fidelity import file_error, first_difference
 from compress.exporting.rewrite import REWRITES
 from compress.exporting.simplify import find_difference
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
@@ -15,6 +18,8 @@ from compress.verification.measuring import Conditions, measure_ratio
 
 OPSET = 18
 WORTH_IT = 1.02  # less is within the noise of one measurement
+_OFF, _NOTICED, _OFF_IN_HALF = 0.01, 0.001, 0.1  # of the largest output
+_COMPARED = 4  # images
 
 
 def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
@@ -35,6 +40,28 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
             precision=model.precision,
         )
         task.advance()
+
+
+def check_export(model: TorchModel, path: Path, ctx: StageContext) -> str | None:
+    """Compare a file with its network on calibration images; return a warning where they differ a little.
+
+    Raises:
+        ExportFailed: They differ by more than rounding does; says where that begins.
+    """
+    allowed, noticed = (_OFF, _NOTICED) if model.precision == "fp32" else (_OFF_IN_HALF, _OFF_IN_HALF)
+    samples, _ = next(evaluation_batches(ctx.data.calibration.first(_COMPARED), _COMPARED, "nothing"))
+    with eval_mode(model.module):
+        error = file_error(path, model.module, model.signature, samples)
+        if error <= noticed:
+            return None
+        where = first_difference(model.module, model.signature, samples[:1], noticed, OPSET)
+    said = f"is off by {error:.2g} of the largest output on {len(samples)} images{f'; {where}' if where else ''}."
+    if error <= allowed:
+        return f"The baseline's ONNX file {said}"
+    raise ExportFailed(
+        f"The baseline's ONNX file must compute what the network does, it {said}",
+        hint="torch's exporter has lost something of it: write that part in other operators, and try again.",
+    )
 
 
 def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:

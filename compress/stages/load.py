@@ -36,7 +36,7 @@ from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe, RemoveUnread
 from compress.stages.chance import chance_warning
 from compress.stages.context import Record, StageContext
-from compress.stages.exporting import export_present, try_rewrites
+from compress.stages.exporting import check_export, export_present, try_rewrites
 from compress.stages.measured import stated
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
@@ -157,6 +157,8 @@ class LoadStage:
         if kept:
             model = replace(model, rewrites=kept)
             export_present(model, path, ctx)
+        if warning := check_export(model, path, ctx):
+            self._warn(ctx, warning)
         figures = measure_onnx(path, ctx.data.evaluation, Conditions(), reference=module, progress=ctx.progress)
         if not counts_agree(figures.macs, counted, products.constant_macs):
             ctx.progress.warn(

@@ -22,6 +22,8 @@ from compress.cost.onnx_file import (
     load_onnx,
     read_metadata,
     read_signature,
+    reading_graph,
+    tensor_problems,
 )
 from compress.data.splits import Split
 from compress.errors import ArtifactError
@@ -49,7 +51,7 @@ def check_structure(model: ModelProto, path: Path, signature: Signature | None, 
         signature: Inputs and outputs it must have; None takes what it has.
         opset: Version of the default operator set it must have; None takes what it has.
     """
-    problems = external_problems(model, path) or _invalid(path)
+    problems = external_problems(model, path) or tensor_problems(model) or _invalid(path)
     got_opset = default_opset(model)
     if opset is not None and got_opset != opset:
         problems.append(f"opset must be {opset}, got {got_opset}")
@@ -163,7 +165,9 @@ def check_denormals(path: Path) -> CheckResult:
     Half precision is widened to float32 before a CPU computes, where its smallest numbers are normal ones.
     """
     denormal, constants = 0, 0
-    for values in _floats(load_onnx(path, weights=True)):
+    with reading_graph(path):
+        floats = list(_floats(load_onnx(path, weights=True)))
+    for values in floats:
         tiny = np.finfo(values.dtype if values.dtype == np.float64 else np.float32).tiny
         sizes = np.abs(values.astype(np.promote_types(values.dtype, np.float32), copy=False))
         constants += 1

@@ -16,7 +16,7 @@ import onnx
 
 from compress.artifacts import Figures, TensorSpec
 from compress.catalog import RUNTIMES
-from compress.cost.onnx_file import model_files
+from compress.cost.onnx_file import is_present, model_files
 from compress.cost.onnx_graph import count_onnx
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError, RuntimeUnavailable
@@ -267,4 +267,4 @@ def torch_params(reference: nn.Module) -> int:
 
 def existing_bytes(path: Path) -> int:
     """Return the bytes of those files of a model that are there."""
-    return sum(file.stat().st_size for file in model_files(path) if file.is_file())
+    return sum(file.stat().st_size for file in model_files(path) if is_present(file) and file.is_file())

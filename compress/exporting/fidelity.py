@@ -1,0 +1,166 @@
+"""Fidelity of an exported file: how far its outputs are from torch, and the first layer whose values differ.
+
+torch's exporter loses some settings without a word (AvgPool2d's divisor_override is one). The layer is found by
+exporting the network once more with what every layer reads and returns as outputs.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from compress.adapter import flatten_outputs, real_inputs, unpack_rows
+from compress.artifacts import Signature, TensorSpec
+from compress.cost.macs import eval_mode
+from compress.data.packing import is_packed
+from compress.errors import ExportFailed
+from compress.exporting.torch_onnx import export_onnx
+
+_SILENT = 4
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A tensor that a layer reads or returns.
+
+    Attributes:
+        layer: Its path.
+        is_input: Whether the layer reads it.
+        value: (1, ...) as torch computes it.
+    """
+
+    layer: str
+    is_input: bool
+    value: Tensor
+
+
+def file_error(path: Path, module: nn.Module, signature: Signature, samples: Tensor) -> float:
+    """Return the largest difference between a file's outputs and the network's, over the largest value of an output.
+
+    Args:
+        path: The .onnx file, with an open batch axis.
+        module: The network, in eval mode on the CPU.
+        signature: Of the network.
+        samples: (N, ...) prepared images, or (N, K) rows of all inputs.
+    """
+    with torch.no_grad():
+        found = module(samples)
+    wanted = found if isinstance(found, tuple) else (found,)
+    parts = _parts(samples, signature)
+    got = _run(path, dict(zip((spec.name for spec in signature.inputs), parts, strict=True)))
+    return max(_error(a, b.numpy()) for a, b in zip(got, wanted, strict=True))
+
+
+def first_difference(module: nn.Module, signature: Signature, sample: Tensor, tolerance: float, opset: int) -> str:
+    """Return where a file of the network begins to differ from it, as a clause; "" where that cannot be found.
+
+    Args:
+        module: The network, in eval mode on the CPU.
+        signature: Of it.
+        sample: One image, (1, ...), or a row of all inputs.
+        tolerance: How far a value may be off, over the largest of its tensor.
+        opset: Of the file.
+    """
+    parts = _parts(sample, signature)
+    with _listening(module) as taps, torch.no_grad(), eval_mode(module), real_inputs(module):
+        module(*parts)
+        seen = [tap for tap in taps if tap.value.is_floating_point() and tap.value.shape[:1] == (1,)]
+        chosen = [place for place, tap in enumerate(taps) if any(tap is other for other in seen)]
+    specs = tuple(TensorSpec(f"tap_{place}", ("batch", *tap.value.shape[1:])) for place, tap in enumerate(seen))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "taps.onnx"
+        try:
+            export_onnx(
+                _Tapped(module, chosen),
+                Signature(signature.inputs, specs),
+                path,
+                opset=opset,
+                dynamic_batch=False,
+                simplify=False,
+            )
+            got = _run(path, dict(zip((spec.name for spec in signature.inputs), parts, strict=True)))
+        except (ExportFailed, RuntimeError, ValueError):
+            return ""
+    return _describe(module, seen, [_error(a, tap.value.numpy()) for a, tap in zip(got, seen, strict=True)], tolerance)
+
+
+def _describe(module: nn.Module, taps: list[_Tap], errors: list[float], tolerance: float) -> str:
+    """Return the first tensor that is off, in words."""
+    before = ""
+    for tap, error in zip(taps, errors, strict=True):
+        layer = f"'{tap.layer}' ({module.get_submodule(tap.layer)})" if tap.layer else "the network"
+        if error > tolerance and tap.is_input:
+            behind = f"behind '{before}' and " if before else ""
+            return f"the difference begins {behind}before layer {layer}, which reads values that are off by {error:.2g}"
+        if error > tolerance:
+            return f"the first layer whose values differ is {layer}, off by {error:.2g}"
+        before = tap.layer
+    return f"all layers are right, so the difference begins behind the last of them ('{before}')"
+
+
+class _Tapped(nn.Module):
+    """A network that returns what its layers read and return."""
+
+    def __init__(self, network: nn.Module, chosen: list[int]) -> None:
+        super().__init__()
+        self.network, self.chosen = network, chosen
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        with _listening(self.network) as taps, real_inputs(self.network):
+            self.network(*values)
+        return tuple(taps[place].value for place in self.chosen)
+
+
+@contextmanager
+def _listening(module: nn.Module) -> Iterator[list[_Tap]]:
+    """Collect what layers without layers within them read and return, in the order of their calls."""
+    taps: list[_Tap] = []
+    handles = []
+
+    def keep(layer: str, is_input: bool, values: Any) -> None:
+        tensors = [value for _, value in flatten_outputs(values)] if _is_plain(values) else []
+        taps.extend(_Tap(layer, is_input, value.clone()) for value in tensors)
+
+    for name, part in module.named_modules():
+        if not list(part.children()):
+            handles.append(part.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, True, inputs)))
+            handles.append(part.register_forward_hook(lambda _, __, output, name=name: keep(name, False, output)))
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_plain(values: Any) -> bool:
+    if isinstance(values, tuple | list):
+        return all(map(_is_plain, values))
+    return isinstance(values, Tensor)
+
+
+def _parts(samples: Tensor, signature: Signature) -> list[Tensor]:
+    return list(unpack_rows(samples, signature.inputs)) if is_packed(signature.inputs) else [samples]
+
+
+def _run(path: Path, inputs: dict[str, Tensor]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found: list[np.ndarray] = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return found
+
+
+def _error(found: np.ndarray, wanted: np.ndarray) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    a, b = (np.asarray(values, np.float64) for values in (found, wanted))
+    scale = float(np.abs(b).max(initial=0.0))
+    error = float(np.abs(a - b).max(initial=0.0)) / (scale or 1.0)
+    return error if np.isfinite(error) else float("inf")

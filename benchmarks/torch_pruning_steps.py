@@ -148,16 +148,24 @@ class Bench:
 
         def make() -> TorchModel:
             twin, base = with_plain_shortcuts(self.base.module), self.base
-            hooks = GroupNormHooks(Cutter(base, self._scored), twin, streams)
+            hooks = GroupNormHooks(self.cutter(Setting()), twin, streams)
             state = self.context.folder / f"sparse-{streams}.pt"
             train_with_hooks(twin, base, _halved(self.recipe), hooks, state, self.context)
             return replace(base, module=trained_weights(base.module, twin))
 
         return network_once(self.place / f"sparse-{'streams' if streams else 'inside'}", make)
 
-    @property
-    def _scored(self) -> Any:
-        return self.context.data.calibration.first(self.cut_config.score_images)
+    def cutter(self, setting: Setting) -> Cutter:
+        """Return torch-pruning on the network that a setting cuts."""
+        name = f"sparse-{setting.streams}" if setting.sparse else "base"
+        if name not in self._cutters:
+            images = self.context.data.calibration.first(self.cut_config.score_images)
+            self._cutters[name] = Cutter(self.before_cut(setting), images)
+        return self._cutters[name]
+
+    @cached_property
+    def _cutters(self) -> dict[str, Cutter]:
+        return {}
 
     def cut(self, setting: Setting) -> Figures:
         """Return the mildest cut within the budget as measured, or the fastest cut where none is.
@@ -168,7 +176,7 @@ class Bench:
         return once(self.place / "cuts" / f"{setting.slug}.json", lambda: self._search(setting))  # type: ignore[no-any-return]
 
     def _search(self, setting: Setting) -> Figures:
-        cutter = Cutter(self.before_cut(setting), self._scored)
+        cutter = self.cutter(setting)
         tried: list[Figures] = []
 
         def attempt(ratio: float) -> bool:
@@ -212,13 +220,13 @@ class Bench:
         """
 
         def make() -> TorchModel:
-            whole, removed = self.before_cut(setting), _as_removed(self.cut(setting)["removed"])
+            whole, removed = self.cutter(setting).model, _as_removed(self.cut(setting)["removed"])
             slim, ctx = cut(whole, removed), self.context
             example = example_input(whole.signature)
             if start == "batch_norm":
                 batch_norm_repair(ctx)[1](slim.module)
             elif start == "repaired":
-                kept = kept_outputs(removed, Cutter(whole, self._scored).groups)
+                kept = kept_outputs(removed, self.cutter(setting).groups)
                 wanted = repairs_towards(whole.module, slim.module, kept, self.cut_config.repair, example, ctx)
                 apply_repairs(slim.module, wanted, ctx)
             return slim

@@ -42,7 +42,7 @@ from compress.files import write_whole
 from compress.runner import run
 from compress.stages.exporting import conditions_of
 
-COMMAND = "python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml --write README.md"
+COMMAND = "python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml"
 PHASES = ("ours", "cut", "train", "before", "time", "table")
 
 
@@ -183,11 +183,12 @@ def do(comparison: Comparison, phases: Sequence[str], arguments: Any) -> None:
         rows, timing = comparison.rows(), comparison.timing()
         table = main_table(rows, timing, comparison.first.budget)
         draw(rows, timing, arguments.picture)
+        table += f"\n\n![top-1 over measured speed-up]({arguments.picture})"
         cuts = cuts_table(comparison.first, comparison.settings)
         for path, text, name in ((arguments.write, table, "torch-pruning"), (arguments.write_cuts, cuts, "cuts")):
             print(f"\n{text}")
             if path is not None:
-                write_marked(path, text, name, COMMAND)
+                write_marked(path, text, name, COMMAND, timing.made, timing.source)
 
 
 def main() -> None:
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--phase", choices=PHASES, action="append", metavar="PHASE", help=f"of {', '.join(PHASES)}")
     parser.add_argument("--published", type=Path, metavar="FILE")
-    parser.add_argument("--picture", type=Path, default=Path("against_torch_pruning.svg"))
+    parser.add_argument("--picture", type=Path, default=Path("benchmarks/against_torch_pruning.svg"))
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="puts the table between its markers")
     parser.add_argument("--write-cuts", type=Path, metavar="FILE.md", help="puts the table of all cuts there")
     arguments = parser.parse_args()

@@ -34,8 +34,8 @@ type: $(READY)  ## mypy
 
 check: lint type ## lint and type
 
-bench: $(READY) ## measure the README's result table
-	$(BIN)/python benchmarks/results.py
+bench: $(READY) ## measure the README's result table (about 15 minutes on a quiet machine)
+	$(BIN)/python benchmarks/results.py --write README.md
 
 clean:          ## remove the environment and what runs have left
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,308 +1,217 @@
-"""How do our networks compare with torch-pruning's, at the same measured latency and after the same training?
+"""Compare our networks with torch-pruning's at the same measured latency and after the same training.
 
-    python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml
-    ... --set stages.load.weights=FILE --set data.array_folder=FOLDER      as for compress run
-    ... --published FILE       also times torch-pruning's published ResNet-56 (a state dict), as it is
-    ... --also RUN             also times the network of a finished run, next to that run's own baseline
+    python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml --folder FOLDER --write README.md
+    ... --set stages.load.weights=FILE    as for compress run
+    ... --phase cut                       one of ours, cut, train, before, time, table; by default all, in this order
+    ... --published FILE                  also times torch-pruning's published ResNet-56 (a state dict), as it is
 
-The pipeline must have a finetune stage and a stage with a target of `latency`. It is run as it is. torch-pruning
-(magnitude and Taylor, widths in multiples of 8 and as they come) cuts the same network: of the ratios tried the
-mildest that is within the budget as measured, or the fastest where none is. Those networks are trained by the
-pipeline's finetune stage, exported by our exporter with the same rewrites, and in the end all files are timed in turn,
-in one run. The networks' residual streams cannot be cut by torch-pruning where shortcuts are zero-padded, so it gets
-the groups that we get.
+The pipeline must have a finetune stage and a stage with a target of `latency`.
+
+ours    The pipeline, at each seed, with and without its finetune stage. Kept by the digest of the package's source.
+cut     torch-pruning cuts the same network in every setting (`torch_pruning_cuts.every_setting`): of the ratios the
+        mildest within the budget as measured, or the fastest.
+train   The best setting of each family by validation top-1 is trained as the pipeline says, from its cut with new
+        statistics. The best of those by validation, and the same cut with our repair, are trained at every seed.
+before  Top-1 of every cut on the evaluation split before training: as it comes, with batch-norm statistics measured
+        again, and with our repair.
+time    All files are timed in turn. Run it while the machine does nothing else.
+table   The tables and the picture, of all that is there.
+
+Every step is kept in FOLDER and done once: a run that is killed goes on with the step it was at. Nothing is chosen by
+the evaluation split. In training mode a batch norm does not read its running statistics, so a cut as it comes trains
+as one with new statistics does; it is not trained twice.
 """
 
 import argparse
-import copy
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from made import source_digest, write_marked
+from published_resnet56 import export_published
+from torch_pruning_cuts import Setting, every_setting
+from torch_pruning_steps import STARTS, Bench, Figures, best_of_families, once
+from torch_pruning_table import Network, Row, Timing, cuts_table, draw, main_table, time_networks
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-import torch.nn.functional as F
-import torch_pruning
-from torch import Tensor, nn
-
-from compress.artifacts import Signature, TensorSpec, TorchModel
-from compress.building import example_input
-from compress.config.digest import digest_value
 from compress.config.load import Pipeline, load_pipeline
-from compress.config.schema import CutConfig, FinetuneConfig, LoadConfig
+from compress.config.schema import CutConfig, FinetuneConfig
 from compress.console import Console
-from compress.cost.macs import COUNTED, count_macs
-from compress.data.batches import evaluation_batches
-from compress.data.opening import Splits
-from compress.data.preprocessing import Preprocessing
-from compress.data.splits import Split
-from compress.exporting.torch_onnx import export_onnx
-from compress.pruning.trial import find_cuttable
+from compress.files import write_whole
 from compress.runner import run
-from compress.stages.context import StageContext
-from compress.stages.exporting import OPSET, conditions_of, export_present
-from compress.stages.finetune import train
-from compress.stages.load import LoadStage
-from compress.verification.latency import measure_latency
-from compress.verification.measuring import latency_inputs, measure_onnx, measure_ratio
-from compress.verification.runtimes.base import Runtime
+from compress.stages.exporting import conditions_of
 
-RATIOS = np.arange(0.05, 0.95, 0.05)
-WITHIN = 1.03
-CALLS = 400
-FULL_WIDTHS = (16, 32, 64)
+COMMAND = "python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml"
+PHASES = ("ours", "cut", "train", "before", "time", "table")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One network of the table.
+class Comparison:
+    """All that is compared.
 
     Attributes:
-        name: What made it.
-        path: Its ONNX file.
-        reference: The file it is compared with.
-        macs: Times fewer than the reference.
-        before: Top-1 before training; None where it was not measured.
-        top1: On the evaluation split.
+        benches: One for each seed.
+        settings: Of torch-pruning.
+        published: Its published ResNet-56, or None.
     """
 
-    name: str
-    path: Path
-    reference: Path
-    macs: float
-    before: float | None
-    top1: float
+    benches: Sequence[Bench]
+    settings: Sequence[Setting]
+    published: Path | None = None
+
+    @property
+    def first(self) -> Bench:
+        """The bench of the first seed, at which settings are chosen."""
+        return self.benches[0]
+
+    @property
+    def timing_path(self) -> Path:
+        """Where measured speed-ups are kept."""
+        return self.first.folder / self.first.key / "timing.json"
+
+    def cut(self) -> None:
+        """Cut with every setting and measure top-1 before training."""
+        for setting in self.settings:
+            self.first.validation(setting, "batch_norm")
+
+    def measure_before(self) -> None:
+        """Measure top-1 of every cut before training, on the evaluation split."""
+        for setting in self.settings:
+            for start in STARTS:
+                self.first.before_training(setting, start)
+
+    def chosen(self) -> dict[Setting, list[str]]:
+        """Return the best setting of each family on validation."""
+        return best_of_families(self.first, self.settings)
+
+    def best(self) -> Setting:
+        """Return the setting with the highest validation top-1 after training, of those that were chosen."""
+        return max(self.chosen(), key=lambda one: float(self.first.trained(one, "batch_norm")["validation"]))
+
+    def train(self) -> None:
+        """Train the best of each family, then at every seed the best of them with and without our repair."""
+        for setting in self.chosen():
+            self.first.trained(setting, "batch_norm")
+        best = self.best()
+        for bench in self.benches:
+            for start in ("repaired", "batch_norm"):
+                bench.before_training(best, start)
+                bench.trained(best, start)
+
+    def rows(self) -> list[Row]:
+        """Return the rows of the table, of all networks that are trained."""
+        ours = [network for bench in self.benches if (network := our_network(bench)) is not None]
+        rows = [Row("compress", tuple(ours))] if ours else []
+        for setting, families in self.chosen().items():
+            rows += self._row(setting, "batch_norm", f"torch-pruning, best of {', '.join(families)}")
+        rows += [row for one in self.chosen() for row in self._row(one, "repaired", "torch-pruning's cut, our repair")]
+        if self.published is not None:
+            folder, published = self.first.folder / self.first.key / "published", self.published
+            figures = once(folder / "slim.json", lambda: export_published(published, folder, self.first.context))
+            network = Network(folder / "slim.onnx", folder / "dense.onnx", **figures)
+            rows.append(Row("torch-pruning, published ResNet-56", (network,), on_target=False))
+        return rows
+
+    def _row(self, setting: Setting, start: str, name: str) -> list[Row]:
+        networks = []
+        for bench in self.benches:
+            path = bench.trained_path(setting, start)
+            if path.with_suffix(".json").is_file():
+                trained, before = bench.trained(setting, start), bench.before_training(setting, start)
+                reference = bench.base.baseline.onnx_path
+                networks.append(Network(path, reference, trained["macs"], trained["top1"], before))
+        return [Row(f"{name}: {setting.name}", tuple(networks))] if networks else []
+
+    def time(self) -> None:
+        """Time every file in turn."""
+        networks = [network for row in self.rows() for network in row.networks]
+        timing = time_networks(networks, self.first.context.data.calibration, conditions_of(self.first.context.deploy))
+        write_whole(self.timing_path, json.dumps(timing.to_dict(), indent=1))
+
+    def timing(self) -> Timing:
+        """Return measured speed-ups."""
+        if not self.timing_path.is_file():
+            raise SystemExit("No file has been timed yet: --phase time, while the machine does nothing else.")
+        return Timing(**json.loads(self.timing_path.read_text(encoding="utf-8")))
 
 
-def ours(pipeline: Pipeline, runs: Path, reference: Path, console: Console) -> Row:
-    """Run the pipeline."""
-    outcome = run(pipeline, runs, console)
-    slimmed = next(stage["stage"] for stage in outcome.report["stages"] if stage["stage"] in ("prune", "slim"))
-    return _row(f"compress ({slimmed})", outcome.report, outcome.folder / "model.onnx", reference)
+def run_ours(bench: Bench) -> None:
+    """Run the pipeline with and without training, as far as this source has not done it."""
+    folder, name = bench.folder / f"ours-{source_digest()}", f"ours-seed{bench.seed}"
+    trained = load_pipeline(bench.pipeline.path, (*bench.overrides, f"name={name}"), bench.seed)
+    report = run(trained, folder, bench.console).report
+    values = trained.resolved | {"name": f"{name}-untrained"}
+    values["stages"] = [stage for stage in values["stages"] if stage["stage"] != "finetune"]
+    path = folder / f"{name}-untrained.yaml"
+    write_whole(path, Pipeline(trained.config, path, values).to_yaml())
+    untrained = run(load_pipeline(path), folder, bench.console).report
+    macs = report["baseline"]["macs"] / report["slim"]["macs"]
+    top1, before = report["slim"]["quality"]["top1"], untrained["slim"]["quality"]["top1"]
+    once(folder / f"{name}.json", lambda: {"macs": macs, "top1": top1, "before": before})
 
 
-def finished(run_folder: Path, folder: Path, console: Console) -> Row:
-    """Return the network of a run that ended before, and its baseline."""
-    pipeline = load_pipeline(run_folder / "pipeline.yaml", [])
-    folder = folder / run_folder.name
-    folder.mkdir(exist_ok=True)
-    load = pipeline.config.stages[0]
-    assert isinstance(load, LoadConfig)
-    model, _ = LoadStage(load).run(None, context(pipeline, folder, console))
-    report = json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
-    return _row(f"compress, {run_folder.name}", report, run_folder / "model.onnx", model.baseline.onnx_path)
+def our_network(bench: Bench) -> Network | None:
+    """Return our network of this source at a seed; None where the pipeline has not run."""
+    folder, name = bench.folder / f"ours-{source_digest()}", f"ours-seed{bench.seed}"
+    if not (folder / f"{name}.json").is_file():
+        return None
+    figures: Figures = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return Network(folder / name / "model.onnx", bench.base.baseline.onnx_path, **figures)
 
 
-def _row(name: str, report: dict[str, Any], path: Path, reference: Path) -> Row:
-    before, after = report["baseline"], report["slim"]
-    finetune = next(stage["record"] for stage in report["stages"] if stage["stage"] == "finetune")
-    top1_before = finetune["validation_top1_before"]
-    return Row(name, path, reference, before["macs"] / after["macs"], top1_before, after["quality"]["top1"])
-
-
-def theirs(model: TorchModel, budget: float, config: FinetuneConfig, ctx: StageContext) -> Iterator[Row]:
-    """Cut with torch-pruning within the budget, train, export."""
-    conditions = conditions_of(ctx.deploy)
-    for criterion in ("magnitude", "taylor"):
-        for multiple in (8, None):
-            name = f"torch-pruning ({criterion}, {'multiples of 8' if multiple else 'unaligned'})"
-            path = ctx.folder / f"{criterion}-{multiple}.onnx"
-            done = path.with_suffix(".json")
-            if done.is_file():  # a benchmark that was stopped goes on
-                yield Row(name, path, model.baseline.onnx_path, **json.loads(done.read_text(encoding="utf-8")))
-                continue
-            tried: list[tuple[float, TorchModel]] = []
-            for ratio in RATIOS:
-                slim = replace(model, module=cut(model, criterion, multiple, float(ratio), ctx.data.calibration))
-                export_present(slim, path, ctx)
-                share = measure_ratio(path, model.baseline.onnx_path, ctx.data.calibration, conditions)
-                ctx.progress.note(f"{name}, ratio {ratio:.2f}: {share:.3f} of the baseline's latency")
-                tried.append((share, slim))
-                if share <= budget * WITHIN:
-                    break
-            share, slim = min(tried, key=lambda one: one[0])
-            if share > budget * WITHIN:
-                ctx.progress.warn(
-                    f"{name}: no ratio is within {budget} of the baseline's latency; the fastest is taken."
-                )
-            trained, record = train(slim, config, ctx, f"{criterion}-{multiple}.pt")
-            export_present(trained, path, ctx)
-            figures = measure_onnx(path, ctx.data.evaluation, conditions, progress=ctx.progress)
-            figures_of_row = {
-                "macs": model.baseline.figures.macs / count_macs(trained.module, example_input(model.signature)),
-                "before": record["validation_top1_before"],
-                "top1": figures.quality["top1"],
-            }
-            done.write_text(json.dumps(figures_of_row), encoding="utf-8")
-            ctx.progress.note(f"{name}: top-1 {figures.quality['top1']:.2%}")
-            yield Row(name, path, model.baseline.onnx_path, **figures_of_row)
-
-
-def cut(model: TorchModel, criterion: str, multiple: int | None, ratio: float, split: Split) -> nn.Module:
-    """Return a copy cut by torch-pruning, one ranking over all groups."""
-    example = example_input(model.signature)
-    groups, _ = find_cuttable(model.module, example)
-    allowed = {producer.layer for group in groups.values() for producer in group.producers}
-    slim = copy.deepcopy(model.module)
-    ignored = [part for name, part in slim.named_modules() if isinstance(part, COUNTED) and name not in allowed]
-    importance = {
-        "magnitude": torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        "taylor": torch_pruning.importance.GroupTaylorImportance(),
-    }[criterion]
-    if criterion == "taylor":
-        for images, labels in evaluation_batches(split, 128):
-            F.cross_entropy(slim(images), labels).backward()  # type: ignore[no-untyped-call]
-    pruner = torch_pruning.pruner.BasePruner(
-        slim, example, importance, pruning_ratio=ratio, global_pruning=True, ignored_layers=ignored, round_to=multiple
-    )
-    pruner.step()
-    for parameter in slim.parameters():
-        parameter.grad = None
-    return slim.eval()
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, projected where the stride is 2."""
-
-    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = nn.Conv2d(inner, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.downsample = (
-            nn.Identity()
-            if stride == 1
-            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.downsample(x))
-
-
-class ProjectedResNet56(nn.Module):
-    """ResNet-56 with projection shortcuts, of any widths, named as in torch-pruning's published file.
+def do(comparison: Comparison, phases: Sequence[str], arguments: Any) -> None:
+    """Go through phases.
 
     Args:
-        stream: Channels between blocks, for each of the three layers.
-        inner: Channels inside the nine blocks of each layer.
+        comparison: What to do them with.
+        phases: Of `PHASES`.
+        arguments: Of the command line: where tables and picture go.
     """
-
-    def __init__(self, stream: Sequence[int], inner: Sequence[Sequence[int]]) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, stream[0], 3, 1, 1, bias=False), nn.BatchNorm2d(stream[0])
-        inputs = stream[0]
-        for number, (outputs, widths) in enumerate(zip(stream, inner, strict=True), start=1):
-            blocks: list[nn.Module] = []
-            for width in widths:
-                stride = 2 if number > 1 and not blocks else 1
-                blocks.append(_Block(inputs, width, outputs, stride))
-                inputs = outputs
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(inputs, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn (N, 3, 32, 32) images into (N, 10) logits."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for layer in (self.layer1, self.layer2, self.layer3):
-            x = layer(x)  # type: ignore[operator]
-        logits: Tensor = self.fc(x.mean((2, 3)))
-        return logits
-
-
-def published(weights: Path, data: Splits, ctx: StageContext) -> Row:
-    """Return torch-pruning's published ResNet-56 as it is, next to the same network with all its channels."""
-    state = torch.load(weights, weights_only=True)
-    inner = [[len(state[f"layer{n}.{i}.conv1.weight"]) for i in range(9)] for n in (1, 2, 3)]
-    slim = ProjectedResNet56([len(state[f"layer{n}.0.conv2.weight"]) for n in (1, 2, 3)], inner)
-    slim.load_state_dict(state)
-    dense = ProjectedResNet56(FULL_WIDTHS, [[width] * 9 for width in FULL_WIDTHS])
-    preprocessing = Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-    signature = Signature((TensorSpec("images", ("batch", 3, 32, 32)),), (TensorSpec("logits", ("batch", 10)),))
-    paths = {name: ctx.folder / f"published-{name}.onnx" for name in ("slim", "dense")}
-    for name, network in (("slim", slim), ("dense", dense)):
-        export_onnx(network.eval(), signature, paths[name], opset=OPSET, preprocessing=preprocessing)
-    evaluation = replace(data.evaluation, preprocessing=preprocessing)
-    figures = measure_onnx(paths["slim"], evaluation, conditions_of(ctx.deploy), progress=ctx.progress)
-    example = torch.zeros(1, 3, 32, 32)
-    macs = count_macs(dense, example) / count_macs(slim, example)
-    return Row("torch-pruning, published ResNet-56", paths["slim"], paths["dense"], macs, None, figures.quality["top1"])
-
-
-def speedups(rows: Sequence[Row], split: Split, ctx: StageContext) -> list[float]:
-    """Return how many times as fast as its reference each file is; all are timed in turn, in one run."""
-    conditions = conditions_of(ctx.deploy)
-    paths = dict.fromkeys(path for row in rows for path in (row.path, row.reference))
-    with ExitStack() as stack:
-        sessions: dict[str, Runtime] = {str(path): stack.enter_context(conditions.open(path)) for path in paths}
-        inputs = {name: latency_inputs(session, split, conditions.batch_size) for name, session in sessions.items()}
-        samples = measure_latency(sessions, inputs, conditions.warmup, CALLS, ctx.progress)
-    return [samples[str(row.reference)].p50 / samples[str(row.path)].p50 for row in rows]
-
-
-def draw(rows: Sequence[Row], times_faster: Sequence[float], path: Path) -> None:
-    """Draw top-1 over measured speed-up."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for row, speedup in zip(rows, times_faster, strict=True):
-        axes.scatter(speedup, 100 * row.top1, s=60, label=row.name)
-    axes.set_xlabel("times as fast as its baseline, measured")
-    axes.set_ylabel("top-1 on the ONNX file (%)")
-    axes.grid(alpha=0.3)
-    axes.margins(0.1)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-
-
-def context(pipeline: Pipeline, folder: Path, console: Console) -> StageContext:
-    """Return what the stages that are called here get."""
-    config = pipeline.config
-    return StageContext(folder, config.seed, Splits(config.data), console, config.deploy, folder / "tables")
+    if "ours" in phases:
+        for bench in comparison.benches:
+            run_ours(bench)
+    if "cut" in phases:
+        comparison.cut()
+    if "train" in phases:
+        comparison.train()
+    if "before" in phases:
+        comparison.measure_before()
+    if "time" in phases:
+        comparison.time()
+    if "table" in phases:
+        rows, timing = comparison.rows(), comparison.timing()
+        table = main_table(rows, timing, comparison.first.budget)
+        draw(rows, timing, arguments.picture)
+        table += f"\n\n![top-1 over measured speed-up]({arguments.picture})"
+        cuts = cuts_table(comparison.first, comparison.settings)
+        for path, text, name in ((arguments.write, table, "torch-pruning"), (arguments.write_cuts, cuts, "cuts")):
+            print(f"\n{text}")
+            if path is not None:
+                write_marked(path, text, name, COMMAND, timing.made, timing.source)
 
 
 def main() -> None:
-    """Parse the command line, make the networks, time them, print the table, draw the picture."""
+    """Parse the command line and go through the phases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/against-torch-pruning"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--phase", choices=PHASES, action="append", metavar="PHASE", help=f"of {', '.join(PHASES)}")
     parser.add_argument("--published", type=Path, metavar="FILE")
-    parser.add_argument("--also", type=Path, action="append", default=[], metavar="RUN")
-    parser.add_argument("--picture", type=Path, default=Path("against_torch_pruning.svg"))
+    parser.add_argument("--picture", type=Path, default=Path("benchmarks/against_torch_pruning.svg"))
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="puts the table between its markers")
+    parser.add_argument("--write-cuts", type=Path, metavar="FILE.md", help="puts the table of all cuts there")
     arguments = parser.parse_args()
     pipeline, console = load_pipeline(arguments.pipeline, arguments.overrides), Console()
     stages = pipeline.config.stages
-    budget = next((stage.target.latency for stage in stages if isinstance(stage, CutConfig)), None)
-    finetune = next((stage for stage in stages if isinstance(stage, FinetuneConfig)), None)
-    if budget is None or finetune is None or not isinstance(stages[0], LoadConfig):
+    has_budget = any(isinstance(stage, CutConfig) and stage.target.latency is not None for stage in stages)
+    if not has_budget or not any(isinstance(stage, FinetuneConfig) for stage in stages):
         parser.error("the pipeline must have a prune or slim stage with a target of latency, and a finetune stage")
-    key = digest_value(pipeline.to_yaml())[:12]
-    folder = arguments.runs_dir / f"{pipeline.config.name}-against-torch-pruning-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    ctx = context(pipeline, folder, console)
-    model, _ = LoadStage(stages[0]).run(None, ctx)
-    rows = [ours(pipeline, arguments.runs_dir, model.baseline.onnx_path, console)]
-    rows += [finished(run_folder, folder, console) for run_folder in arguments.also]
-    rows += theirs(model, budget, finetune, ctx)
-    if arguments.published is not None:
-        rows.append(published(arguments.published, ctx.data, ctx))
-    times_faster = speedups(rows, ctx.data.calibration, ctx)
-    print("\n| network | MACs | measured | speed-up over MACs | top-1 before training | top-1 |")
-    print("|---|---|---|---|---|---|")
-    for row, speedup in zip(rows, times_faster, strict=True):
-        before = "-" if row.before is None else f"{row.before:.2%}"
-        print(
-            f"| {row.name} | {row.macs:.2f}x fewer | {speedup:.2f}x faster | {speedup / row.macs:.2f} | {before} | "
-            f"{row.top1:.2%} |"
-        )
-    draw(rows, times_faster, arguments.picture)
-    print(f"\nPicture: {arguments.picture}")
+    overrides = tuple(arguments.overrides)
+    benches = [Bench(pipeline, arguments.folder, seed, console, overrides) for seed in arguments.seeds]
+    do(Comparison(benches, every_setting(), arguments.published), arguments.phase or PHASES, arguments)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,27 @@
-"""Make the result table of the README from finished runs.
+"""Make the result table of the README by running pipelines.
 
-    python benchmarks/results.py                      run the quickstart, then print the table of every run in runs/
-    python benchmarks/results.py --write README.md    and put it between the markers in README.md
+    python benchmarks/results.py                                      the quickstart and the ResNet-20 in milliseconds
+    python benchmarks/results.py pipelines/quickstart.yaml            one of them
+    python benchmarks/results.py --write README.md                    puts the table between its markers, with a mark
 
-Every figure is read from a run's report.json: MACs and size of the file, top-1 of the ONNX file over the whole
-evaluation split, latency of slim and baseline interleaved in one run.
+Runs are kept in a folder named after the digest of the package's source, so that a table never shows a run of another
+source. Every value is read from a run's report.json: MACs and size of the file, top-1 of the ONNX file over the whole
+evaluation split, latency of slim and baseline interleaved in one run. The CIFAR pipelines read arrays from the folder
+that CIFAR10_ARRAYS names, or download them.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from made import source_digest, write_marked
 
 from compress.config.load import load_pipeline
 from compress.console import Console
 from compress.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]
+PIPELINES = ("quickstart.yaml", "resnet20_latency.yaml")
 HEADER = (
     "| pipeline | MACs | params | file | top-1 | latency p50 | verdict |",
     "|---|---|---|---|---|---|---|",
@@ -57,16 +62,20 @@ def write_between_markers(path: Path, text: str, name: str = "results") -> None:
 def main() -> None:
     """Parse the command line, run what is missing, print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipelines", nargs="*", type=Path, default=[ROOT / "pipelines" / name for name in PIPELINES])
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
     parser.add_argument("--write", type=Path, help="Markdown file with the markers")
     arguments = parser.parse_args()
 
-    run(load_pipeline(ROOT / "pipelines" / "quickstart.yaml"), arguments.runs_dir, Console())
-    reports = [json.loads(path.read_text()) for path in sorted(arguments.runs_dir.glob("*/report.json"))]
+    folder = arguments.runs_dir / f"results-{source_digest()}"
+    reports = [run(load_pipeline(path), folder, Console()).report for path in arguments.pipelines]
     places = sorted({conditions(report) for report in reports if report["slim"]})
     table = "\n".join([*HEADER, *(row(report) for report in reports), "", f"Measured with {'; '.join(places)}."])
     if arguments.write is not None:
-        write_between_markers(arguments.write, table)
+        command = " ".join(
+            ["python benchmarks/results.py", *(f"pipelines/{path.name}" for path in arguments.pipelines)]
+        )
+        write_marked(arguments.write, table, "results", command)
     print(table)
 
 

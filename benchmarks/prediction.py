@@ -119,9 +119,7 @@ class Trial:
         signature = Signature((TensorSpec("images", shape),), specs)
         path = self.folder / f"{self.name}.onnx"
         export_onnx(module, signature, path, opset=18, rewrites=REWRITES)
-        figures = Figures(
-            count_macs(module, self.example), count_params(module), path.stat().st_size, {}, {}
-        )
+        figures = Figures(count_macs(module, self.example), count_params(module), path.stat().st_size, {}, {})
         baseline = Baseline(figures, path, self.folder)
         return TorchModel(module, spec, Recipe(), signature, Preprocessing(), (), baseline, REWRITES)
 

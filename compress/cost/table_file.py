@@ -2,7 +2,7 @@
 
 A file holds the timed variants and not the table made of them, so that the same file always gives the same table:
 
-    {"kind": ..., "schema": 1, "conditions": {...}, "network": digest, "reference_ms": ..., "samples": [...]}
+    {"kind": ..., "schema": 2, "conditions": {...}, "network": digest, "reference_ms": ..., "samples": [...]}
 
 It is written anew after every few variants, so that timing goes on where it was stopped.
 """
@@ -24,7 +24,7 @@ from compress.errors import ArtifactError
 from compress.files import write_whole
 
 KIND = "compress latency table"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)

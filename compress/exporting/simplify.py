@@ -39,7 +39,8 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            slim = onnxslim.slim(load_onnx(path, weights=True))
+            # tied, equal constants of different layers could not be cut apart
+            slim = onnxslim.slim(load_onnx(path, weights=True), skip_optimizations=["weight_tying"])
     except Exception as error:  # a rewriter of arbitrary graphs can fail in any way; the export stands without it
         return None, f"onnxslim failed: {first_line(error)}"
     original = load_onnx(path)

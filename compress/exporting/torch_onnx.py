@@ -41,6 +41,7 @@ from compress.cost.onnx_file import (
 from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ExportFailed, InternalError
+from compress.exporting.constants import name_constants
 from compress.exporting.precision import HALF_TOLERANCE, in_half_precision
 from compress.exporting.rewrite import apply_rewrites, guard_padded_pools
 from compress.exporting.simplify import find_difference, simplify_onnx
@@ -209,7 +210,9 @@ def _run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappi
                 verbose=False,
             )
             assert program is not None
-            return program.model_proto
+            model = program.model_proto
+            name_constants(model, module)
+            return model
     except Exception as error:  # the exporter raises whatever tracing, the network's own code or onnxscript raises
         raise ExportFailed(
             f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",

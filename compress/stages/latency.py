@@ -20,10 +20,10 @@ from compress.allocation.problem import Budget, TableCost
 from compress.artifacts import TorchModel
 from compress.config.schema import DeployConfig
 from compress.cost.conditions import TableConditions, deploy_conditions
-from compress.cost.latency import QUANTILE, LatencyTable, Sample, build_table, latency_cost
+from compress.cost.latency import WHOLE_QUANTILE, LatencyTable, Sample, build_table, latency_cost
 from compress.cost.onnx_file import load_onnx, save_onnx
 from compress.cost.onnx_graph import rows_of
-from compress.cost.table_file import TableFile, network_digest
+from compress.cost.table_file import SCHEMA, TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
 from compress.errors import ArtifactError, BudgetUnreachable, InternalError, ModelError
 from compress.pruning.costs import LayerAxes
@@ -232,7 +232,7 @@ class _Timing:
             )
             table = known
             for sizes, profile in zip(missing, profiles, strict=True):
-                now_ms = float(np.quantile(profile.reference_ms, QUANTILE))
+                now_ms = float(np.quantile(profile.reference_ms, WHOLE_QUANTILE))
                 reference_ms = reference_ms or now_ms
                 names, node_ms = profile.nodes.names, profile.nodes.milliseconds
                 samples.append(Sample.of(sizes, names, node_ms, profile.total_ms, now_ms / reference_ms))
@@ -318,4 +318,4 @@ def _check_covers(table: TableFile, planned: Sequence[Widths], axes: LayerAxes) 
 
 def table_path(ctx: StageContext, here: TableConditions, sites: Sequence[Site], repeats: int, suffix: str = "") -> Path:
     """Return where the table of a network is kept; who asks for more repeats wants it timed again."""
-    return ctx.latency_tables / f"{network_digest(sites)[:16]}-{here.key[:16]}-{repeats}{suffix}.json"
+    return ctx.latency_tables / f"{network_digest(sites)[:16]}-{here.key[:16]}-{repeats}-{SCHEMA}{suffix}.json"

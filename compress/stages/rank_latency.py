@@ -20,7 +20,7 @@ from compress.allocation.problem import Budget, Decision, Factor, TableCost
 from compress.artifacts import TorchModel
 from compress.config.schema import DeployConfig
 from compress.cost.conditions import deploy_conditions
-from compress.cost.latency import BEFORE, QUANTILE, Sample
+from compress.cost.latency import BEFORE, WHOLE_QUANTILE, Sample
 from compress.cost.onnx_file import load_onnx, save_onnx
 from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
@@ -227,7 +227,7 @@ def _tables(
     )
     for index, profile in zip(missing, profiles, strict=True):
         sample = Sample.of({}, profile.nodes.names, profile.nodes.milliseconds, profile.total_ms)
-        beside_ms = float(np.quantile(profile.reference_ms, QUANTILE))
+        beside_ms = float(np.quantile(profile.reference_ms, WHOLE_QUANTILE))
         TableFile(here, network_digest(written[index][1]), beside_ms, (sample,)).write(places[index])
     return [TableFile.read(place) for place in places]
 

@@ -159,7 +159,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, change, text):
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="must be a latency table of schema 1") as caught:
+    with pytest.raises(ArtifactError, match="must be a latency table of schema 2") as caught:
         TableFile.read(path)
     assert text in str(caught.value)
 

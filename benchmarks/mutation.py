@@ -1,0 +1,167 @@
+"""Mutation testing: share of small changes to the code that the tests notice, by package, and the changes they miss.
+
+    python benchmarks/mutation.py [PACKAGE ...] [--children 2] [--folder build/mutation]
+    python benchmarks/mutation.py --report
+
+It needs mutmut 3 (`pip install 'mutmut>=3.8,<4'`), which forks one process a mutant after the tests were imported once.
+Each package is mutated in a copy of the tracked files, with the tests that are fast for it. What was decided is kept in
+that copy: the same command goes on where it was stopped, and a changed function is tested anew. --report prints the
+table of what is there. Survivors that change nothing are named in `EQUIVALENT` with the reason, and do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTICED, MISSED = ("killed", "timeout", "suspicious", "segfault", "caught by type check"), ("survived", "no tests")
+COPIED = ("models", "pipelines", "benchmarks", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
+EQUIVALENT: dict[str, str] = {}  # name of a mutant -> why it changes nothing
+
+
+@dataclass(frozen=True)
+class Package:
+    """What is mutated, and what must notice.
+
+    Attributes:
+        files: Patterns of source files.
+        tests: Test files, the fast ones.
+    """
+
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+PACKAGES = {
+    "store": Package(("compress/store.py",), ("unit/test_store.py",)),
+    "allocation": Package(
+        ("compress/allocation/*.py",),
+        ("properties/test_knapsack.py", "properties/test_widths.py", "unit/test_sensitivity.py"),
+    ),
+    "statistics": Package(
+        tuple(
+            f"compress/verification/{name}.py"
+            for name in ("metrics", "measured", "quantized", "blocks", "latency", "gates")
+        ),
+        ("unit/test_statistics.py", "unit/test_latency.py", "unit/test_metrics.py"),
+    ),
+    "cost": Package(
+        ("compress/cost/*.py",),
+        (
+            "unit/test_costs.py",
+            "unit/test_latency_table.py",
+            "unit/test_onnx_graph.py",
+            "unit/test_variants.py",
+            "unit/test_strange_graphs.py",
+            "unit/test_graph.py",
+        ),
+    ),
+    "repair": Package(("compress/pruning/repair.py",), ("unit/test_repair.py", "unit/test_regression.py")),
+    "elimination": Package(("compress/pruning/elimination.py",), ("unit/test_elimination.py",)),
+}
+
+
+def prepare(name: str, folder: Path) -> Path:
+    """Bring the copy of a package up to date; return its folder. Files that did not change keep their times."""
+    package, target = PACKAGES[name], folder / name
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for path in filter(None, listed.split("\0")):
+        source, copy = ROOT / path, target / path
+        if source.is_file() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, copy)
+    settings = {
+        "source_paths": ["compress"],
+        "only_mutate": list(package.files),
+        "also_copy": [one for one in COPIED if (ROOT / one).exists()],
+        "pytest_add_cli_args_test_selection": [f"tests/{test}" for test in package.tests],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"],
+    }
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (target / "pyproject.toml").write_text(f"{pyproject}\n[tool.mutmut]\n{text}\n", encoding="utf-8")
+    return target
+
+
+def run(name: str, folder: Path, children: int, console: Console) -> int:
+    """Mutate one package; return the exit status of mutmut."""
+    target = prepare(name, folder)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children)]
+    console.say(f"{name}: progress is in {target / 'mutmut.log'}")
+    with (target / "mutmut.log").open("w", encoding="utf-8") as log:
+        status = subprocess.run(command, cwd=target, env=environment, stdout=log, stderr=log, check=False).returncode
+    if status:
+        text = (target / "mutmut.log").read_text(encoding="utf-8", errors="replace")
+        console.say("\n".join(text.replace("\r", "\n").splitlines()[-20:]))
+    return status
+
+
+def read_results(name: str, folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and status of each mutant of a package, as far as they are decided or not."""
+    command = [sys.executable, "-m", "mutmut", "results", "--all", "true"]
+    done = subprocess.run(command, cwd=folder / name, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        mutant, found, status = line.strip().rpartition(": ")
+        if found:
+            yield mutant, status
+
+
+def report(names: Sequence[str], folder: Path, console: Console) -> None:
+    """Print the table, and the survivors of each package."""
+    console.say(
+        "| package | mutants | noticed | missed | equivalent | not run | score |\n|---|---|---|---|---|---|---|"
+    )
+    survivors: dict[str, list[str]] = {}
+    for name in names:
+        if not (folder / name / "mutants").is_dir():
+            continue
+        results = dict(read_results(name, folder))
+        survivors[name] = [one for one, status in results.items() if status in MISSED and one not in EQUIVALENT]
+        counts = Counter(results.values())
+        noticed, missed = sum(counts[status] for status in NOTICED), len(survivors[name])
+        equivalent = sum(status in MISSED and one in EQUIVALENT for one, status in results.items())
+        score = f"{noticed / (noticed + missed):.1%}" if noticed + missed else ""
+        left = len(results) - noticed - missed - equivalent
+        console.say(f"| {name} | {len(results)} | {noticed} | {missed} | {equivalent} | {left} | {score} |")
+    for name, those in survivors.items():
+        console.say(f"\n{name}: {len(those)} missed (`cd {folder / name} && python -m mutmut show NAME` shows one)")
+        for one in those:
+            console.say(f"  {one}")
+
+
+def main() -> None:
+    """Parse the command line, run what is asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(PACKAGES))
+    parser.add_argument("--children", type=int, default=os.cpu_count() or 1, help="mutants at a time (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
+    parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
+    options = parser.parse_args()
+    unknown = sorted(set(options.packages) - set(PACKAGES))
+    if unknown:
+        parser.error(f"no such package: {', '.join(unknown)}; there are {', '.join(PACKAGES)}")
+    names, status, console = options.packages or list(PACKAGES), 0, Console()
+    if not options.report:
+        for name in names:
+            status = run(name, options.folder, options.children, console) or status
+    report(names, options.folder, console)
+    sys.exit(1 if status else 0)
+
+
+if __name__ == "__main__":
+    main()

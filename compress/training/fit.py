@@ -32,7 +32,7 @@ from compress.tasks.paired import is_shown_worse
 from compress.training.averaging import WeightAverage
 from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import moved, placed, require_precision, training_device
-from compress.training.evaluate import evaluate_quality, quality_facts
+from compress.training.evaluate import measure_quality
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
@@ -428,17 +428,15 @@ class _Run:
         Of a share of images each process looks at its part.
         """
         size = None if self.device.type == "cpu" else self.settings.batch_size  # what is known to fit there
-        if not isinstance(self.validation.task, Classification):
-            return evaluate_quality(module, self.validation, size, self.progress), None
-        rank, count = self.team.rank, len(self.validation)
-        part = self.validation.part(rank, self.team.size)
-        right = torch.zeros(count)
-        right[rank :: self.team.size] = torch.from_numpy(
-            quality_facts(module, part, size, self.progress)["right"]
-        ).float()
-        if self.team.size > 1:
-            right = torch.tensor(self.team.total(right.tolist()))
-        return float(right.sum()) / count, right > 0
+        is_shared = self.team.size > 1 and isinstance(self.validation.task, Classification)
+        part = self.validation.part(self.team.rank, self.team.size) if is_shared else self.validation
+        value, found = measure_quality(module, part, size, self.progress)
+        if not is_shared or found is None:
+            return value, None if found is None else torch.from_numpy(found)
+        right = torch.zeros(len(self.validation))
+        right[self.team.rank :: self.team.size] = torch.from_numpy(found).float()
+        right = torch.tensor(self.team.total(right.tolist()))
+        return float(right.sum()) / len(right), right > 0
 
     def save(self, path: Path) -> None:
         """Write everything a later process needs, so that the file is whole or absent; one process does it for all."""

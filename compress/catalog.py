@@ -42,7 +42,7 @@ STAGES: dict[str, StageEntry] = {
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 6, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
-        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 7, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 8, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),
         StageEntry("export", "compress.stages.export:ExportStage", 4, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),

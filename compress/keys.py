@@ -85,9 +85,13 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
 
 def _data_component(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the data section with the contents of its files in place of their paths."""
-    halves = ("train", "evaluation")
-    codes = {half: _reference_digest(data[half]["own"], folder) for half in halves if "own" in data[half]}
-    return {**data, **{half: digest_data(data[half]) for half in halves}, **({"code": codes} if codes else {})}
+    sources = {part: data[part] for part in ("train", "validation", "evaluation") if isinstance(data[part], dict)}
+    codes = {part: _reference_digest(one["own"], folder) for part, one in sources.items() if "own" in one}
+    return {
+        **data,
+        **{part: digest_data(one) for part, one in sources.items()},
+        **({"code": codes} if codes else {}),
+    }
 
 
 def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:

@@ -192,6 +192,11 @@ class _Run:
         data = steps[0].fixed["data"]
         if data["train"] == data["evaluation"] and "torchvision" not in self.pipeline.resolved["data"]["train"]:
             self.progress.warn("Training and evaluation are the same images: the verdict will say nothing.")
+        if data["validation"] == data["evaluation"]:
+            self.progress.warn(
+                "Validation and evaluation are the same images: the verdict is on images that epochs, repairs and "
+                "numbers of blocks were chosen by."
+            )
         digest = ""
         for step in steps:
             digest = self._do(step, len(steps), digest)

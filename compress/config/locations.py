@@ -73,8 +73,10 @@ def use_array_folder(values: dict[str, Any], document: Document, folder: Path, e
 
 def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any], str]]:
     """Yield key path, container and key of every value that is a path."""
-    for half in _HALVES:
-        yield from _source_paths(("data", half), values["data"][half])
+    for part in (*_HALVES, "validation"):
+        source = values["data"][part]
+        if isinstance(source, dict):  # validation may be a number of training images
+            yield from _source_paths(("data", part), source)
     yield from _references(("task",), values["task"], _TASK_KEYS)
     if (values["deploy"] or {}).get("table") is not None:
         yield ("deploy", "table"), values["deploy"], "table"

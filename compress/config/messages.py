@@ -111,14 +111,18 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _variants(annotation: Any) -> dict[str, Any]:
-    """Return tag -> model of a discriminated union, {} for anything else."""
+    """Return tag -> model, or plain type, of a discriminated union, {} for anything else."""
     members = _members(annotation)
     models = [get_args(member)[0] if get_origin(member) is Annotated else member for member in members]
-    if len(models) < 2 or not all(isinstance(model, type) and issubclass(model, BaseModel) for model in models):
+    every = [[meta.tag for meta in get_args(member)[1:] if isinstance(meta, Tag)] for member in members]
+    is_tagged = [
+        bool(tags) or (isinstance(model, type) and issubclass(model, BaseModel))
+        for tags, model in zip(every, models, strict=True)
+    ]
+    if len(models) < 2 or not all(is_tagged):
         return {}
     variants = {}
-    for member, model in zip(members, models, strict=True):
-        tags = [meta.tag for meta in get_args(member)[1:] if isinstance(meta, Tag)]
+    for tags, model in zip(every, models, strict=True):
         variants[tags[0] if tags else get_args(model.model_fields["stage"].annotation)[0]] = model
     return variants
 

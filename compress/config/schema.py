@@ -156,6 +156,30 @@ Source = Annotated[
 ]
 
 
+def _validation_kind(value: object) -> str | None:
+    return _source_kind(value) if isinstance(value, dict | Section) else "count"
+
+
+Validation = Annotated[
+    Annotated[Count, Tag("count")]
+    | Annotated[ArraysSource, Tag("arrays")]
+    | Annotated[IdxSource, Tag("idx")]
+    | Annotated[FolderSource, Tag("folder")]
+    | Annotated[TorchvisionSource, Tag("torchvision")]
+    | Annotated[MasksSource, Tag("masks")]
+    | Annotated[CocoSource, Tag("coco")]
+    | Annotated[YoloSource, Tag("yolo")]
+    | Annotated[UnlabelledSource, Tag("unlabelled")]
+    | Annotated[OwnSource, Tag("own")],
+    Discriminator(
+        _validation_kind,
+        custom_error_type="source_kind",
+        custom_error_message="must be a number of images, or hold exactly one of the keys "
+        + ", ".join(sorted(SOURCES)),
+    ),
+]
+
+
 class PreprocessingConfig(Section):
     """What happens to an image before the network sees it: resize, crop, scale, mean, std, layout."""
 
@@ -181,12 +205,16 @@ class PreprocessingConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the images are and how they are split. Calibration and validation are taken out of `train`."""
+    """Where the images are and how they are split. Calibration, and validation as a number, come out of `train`."""
 
     train: Source
     evaluation: Source
     calibration: Count = Field(1000, description="images for scores and batch-norm statistics")
-    validation: Count = Field(2000, description="images that choose the best epoch")
+    validation: Validation = Field(
+        2000,
+        description="images that choose the best epoch, repairs and numbers of blocks: how many to take out of train; "
+        "or a source of their own, which the network was not trained on",
+    )
     split_seed: int = Field(0, ge=0, description="decides which training images go where")
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     array_folder: str | None = Field(

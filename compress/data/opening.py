@@ -80,13 +80,22 @@ class Splits:
 
     @property
     def validation(self) -> Split:
-        """What chooses the best epoch."""
-        return self._part("validation")
+        """What chooses the best epoch, repairs and numbers of blocks."""
+        return self._part("validation") if self._own_validation is None else self._own_validation
 
     @cached_property
     def evaluation(self) -> Split:
         """What the verdict is measured on; nothing is chosen by it."""
         return open_split("evaluation", self.config.evaluation, self.preprocessing, self.task)
+
+    @cached_property
+    def _own_validation(self) -> Split | None:
+        """Images of a validation source of its own, None where they are taken out of the training images."""
+        source = self.config.validation
+        if isinstance(source, int):
+            return None
+        split = open_split("validation", source, self.preprocessing, self.task)
+        return replace(split, original=(lambda: self._original) if self.learns_from_original else None)
 
     @property
     def learns_from_original(self) -> bool:
@@ -99,15 +108,16 @@ class Splits:
         return self._train_source.classes
 
     def check_classes(self) -> None:
-        """Raise DataError when training and evaluation name their classes and the names differ."""
+        """Raise DataError when training and evaluation, or validation, name their classes and the names differ."""
         names = self.classes
-        others = self.evaluation.source.classes
-        if names and others and names != others:
-            different = sorted(set(names) ^ set(others))
-            raise DataError(
-                f"Training and evaluation must have the same classes in the same order, got {len(names)} and "
-                f"{len(others)}, different in {', '.join(different[:6]) or 'their order'}."
-            )
+        for split in (self.evaluation, self.validation):
+            others = split.source.classes
+            if names and others and names != others:
+                different = sorted(set(names) ^ set(others))
+                raise DataError(
+                    f"Training and {split.name} must have the same classes in the same order, got {len(names)} and "
+                    f"{len(others)}, different in {', '.join(different[:6]) or 'their order'}."
+                )
 
     @cached_property
     def _train_source(self) -> ImageSource:
@@ -120,7 +130,9 @@ class Splits:
 
     @cached_property
     def _parts(self) -> dict[str, np.ndarray]:
-        sizes = {"calibration": self.config.calibration, "validation": self.config.validation}
+        sizes = {"calibration": self.config.calibration}
+        if isinstance(self.config.validation, int):
+            sizes["validation"] = self.config.validation
         return carve(_classes_of(self._train_source, self.task), sizes, self.config.split_seed)
 
     def _part(self, name: str) -> Split:

@@ -6,7 +6,7 @@ validation   what chooses the best epoch
 evaluation   what the verdict is measured on; nothing is ever chosen by it
 
 Calibration and validation are carved out of the training source once, by a seed of their own, so that no image is
-ever in two splits and a change of the training seed does not move the borders.
+ever in two splits and a change of the training seed does not move the borders. Validation may have a source of its own.
 """
 
 from collections.abc import Callable

@@ -18,8 +18,10 @@ from compress.errors import ArtifactError, NonFinite
 from compress.files import write_whole
 from compress.pruning.survival import surviving_channels
 from compress.stages.context import Record, StageContext
-from compress.stages.measured import metric_of, stated, validation_quality
+from compress.stages.measured import metric_of, stated
+from compress.stages.paired import is_quality_worse
 from compress.stages.teaching import original_of
+from compress.training.evaluate import quality_facts
 from compress.training.fit import Distillation, FitResult, FitSettings, fit, planned_steps
 from compress.training.schedule import peak_from_original
 from compress.training.team import present_team
@@ -27,6 +29,7 @@ from compress.training.unfolding import NORMS, can_unfold, folded, unfolded
 
 STATE_FILE = "training_state.pt"
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
+FEW_STEPS = 20
 CLIP = 1.0  # where gradients may be of any size
 PROBED = (0.1, 0.3, 1.0)
 
@@ -59,7 +62,8 @@ def train(
 ) -> tuple[TorchModel, Record]:
     """Return the network trained, and what was done; goes on from `state_file` in the stage's folder, if it is there.
 
-    A network that training made worse on the validation split comes back as it was, unless `reverts` is False.
+    A network that training made worse on the validation split, by more than noise, comes back as it was, unless
+    `reverts` is False.
 
     Args:
         artifact: The network; left as it is.
@@ -72,9 +76,12 @@ def train(
     Raises:
         As `compress.training.fit.fit`.
     """
-    metric, before = metric_of(ctx.data.validation), validation_quality(artifact.module, ctx)
+    task, metric = ctx.data.validation.task, metric_of(ctx.data.validation)
+    facts = quality_facts(artifact.module, ctx.data.validation, progress=ctx.progress)
+    before = task.figures(facts)[metric.name]
     start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
     settings = fit_settings(config, ctx.seed, ctx.data.train, start)
+    warnings = _few_steps(config, settings, ctx.data.train)
     distillation = distillation_from(config.distillation, artifact)
 
     def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
@@ -99,13 +106,22 @@ def train(
     ctx.progress.note(pace(settings))
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     reached = _reached(result)
-    is_worse = reverts and metric.is_better(before, reached)
+    is_worse = False
+    if reverts and metric.is_better(before, reached):
+        now = quality_facts(module, ctx.data.validation, progress=ctx.progress)
+        is_worse = is_quality_worse(facts, now, task)
+        change = f"validation {metric.words} {metric.show(before)} -> {metric.show(reached)}"
+        warnings.append(
+            f"Training made the network worse: {change}. It is kept as it was; a lower learning_rate, or more epochs, "
+            "may do better."
+            if is_worse
+            else f"Training did no more harm than noise: {change} on {len(ctx.data.validation):,} images. The trained "
+            "network is kept; more validation images would tell more."
+        )
+    for warning in warnings:
+        ctx.progress.warn(warning)
     if is_worse:
         module = artifact.module
-        ctx.progress.warn(
-            f"Training made the network worse: validation {metric.words} {metric.show(before)} -> "
-            f"{metric.show(reached)}. It is kept as it was; a lower learning_rate, or more epochs, may do better."
-        )
     elif is_unfolded:
         module = folded(module, artifact.module)
     record = {
@@ -121,9 +137,22 @@ def train(
         "steps": result.steps,
         f"validation_{metric.name}_before": before,
         f"validation_{metric.name}_after": before if is_worse else reached,
+        "warnings": warnings,
         **stated(metric),
     }
     return replace(artifact, module=module), record
+
+
+def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:
+    """Return a warning where so many epochs come to a handful of optimiser steps."""
+    per_epoch, steps = planned_steps(train, settings)
+    if config.steps is not None or steps >= FEW_STEPS:
+        return []
+    return [
+        f"Training comes to {steps} optimiser {'step' if steps == 1 else 'steps'} ({per_epoch} an epoch of "
+        f"{len(train):,} images), too few to recover much. Lower batch_size ({config.batch_size}) or raise epochs "
+        f"({config.epochs:g})."
+    ]
 
 
 def _started(module: nn.Module, ctx: StageContext) -> tuple[nn.Module, bool]:

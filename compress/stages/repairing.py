@@ -1,4 +1,4 @@
-"""Which repairs help? Each is applied, judged by the loss on the validation split, and taken back if it does not."""
+"""Repairs after a cut: each is applied, judged by the validation loss, and rolled back if it is shown to do harm."""
 
 import copy
 import math
@@ -10,8 +10,9 @@ from compress.cost.macs import COUNTED
 from compress.pruning.blocks import closing_layers
 from compress.pruning.repair import Comparison, fold_means, refit_readers
 from compress.stages.context import Record, StageContext
+from compress.stages.paired import is_loss_higher
 from compress.training.batch_norm import reestimate_batch_norm
-from compress.training.evaluate import evaluate_loss
+from compress.training.evaluate import image_losses
 
 Repair = tuple[str, Callable[[nn.Module], Sized]]
 REPAIRS = ("least_squares", "bias_folding", "batch_norm")
@@ -60,13 +61,13 @@ def repairs_towards(
 def apply_repairs(
     module: nn.Module, repairs: Sequence[Repair], ctx: StageContext, enough: Container[str] = ()
 ) -> list[Record]:
-    """Apply repairs in turn and in place, each kept only if it lowers the validation loss.
+    """Apply repairs in turn and in place; one that raises the validation loss by more than noise is rolled back.
 
     Args:
         module: The network after a cut.
         repairs: Names, and functions that change the network in place and return what they changed.
         ctx: Has the validation split.
-        enough: After one of these was kept no other is tried.
+        enough: After one of these lowered the loss no other is tried.
 
     Returns:
         For each repair that found something to change its name, the loss before and after, and whether it was kept.
@@ -74,18 +75,21 @@ def apply_repairs(
     if not repairs:
         return []
     validation, records = ctx.data.validation, []
-    loss = evaluate_loss(module, validation, progress=ctx.progress)
+    losses = image_losses(module, validation, progress=ctx.progress)
     for name, repair in repairs:
         state = copy.deepcopy(module.state_dict())
         if not repair(module):
             continue
-        after = evaluate_loss(module, validation, progress=ctx.progress)
-        is_kept = after < loss or (math.isnan(loss) and not math.isnan(after))
+        new_losses = image_losses(module, validation, progress=ctx.progress)
+        loss, after = float(losses.mean()), float(new_losses.mean())
+        is_lower = after < loss or (math.isnan(loss) and not math.isnan(after))
+        is_kept = is_lower or (after > loss and not is_loss_higher(losses, new_losses))
         records.append({"repair": name, "loss_before": loss, "loss_after": after, "is_kept": is_kept})
-        ctx.progress.note(f"{name}: validation loss {loss:.4f} -> {after:.4f}{'' if is_kept else ', taken back'}")
+        said = "" if is_lower else ", inside the noise" if is_kept else ", rolled back"
+        ctx.progress.note(f"{name}: validation loss {loss:.4f} -> {after:.4f}{said}")
         if is_kept:
-            loss = after
-            if name in enough:
+            losses = new_losses
+            if is_lower and name in enough:
                 break
         else:
             module.load_state_dict(state)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,9 +39,21 @@ def evaluate_quality(
         ModelError: The outputs are not what the task needs.
         NonFinite: A figure is no finite number.
     """
-    figures = split.task.figures(quality_facts(module, split, batch_size, progress))
+    return measure_quality(module, split, batch_size, progress)[0]
+
+
+def measure_quality(
+    module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
+) -> tuple[float, np.ndarray | None]:
+    """Return the figure that decides, and (N,) bool which images are right; None where they are not right or wrong.
+
+    Raises:
+        As `evaluate_quality`.
+    """
+    task, facts = split.task, quality_facts(module, split, batch_size, progress)
+    figures = task.figures(facts)
     require_finite(figures)
-    return figures[split.task.metric]
+    return figures[task.metric], facts["right"] if isinstance(task, Classification) else None
 
 
 @torch.no_grad()

@@ -36,11 +36,13 @@ from compress.errors import (
 from compress.files import write_whole
 from compress.progress import Progress, SilentProgress, Task
 from compress.tasks.base import Metric
+from compress.tasks.classification import Classification
 from compress.tasks.outputs import changed, each, plain
+from compress.tasks.paired import is_shown_worse
 from compress.training.averaging import WeightAverage
 from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import moved, placed, require_precision, training_device
-from compress.training.evaluate import evaluate_quality
+from compress.training.evaluate import measure_quality
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
@@ -94,7 +96,8 @@ class FitSettings:
         label_smoothing: In [0, 1).
         augmentation: What is varied.
         seed: Decides order, augmentation and what the network draws.
-        keep: "best" returns the epoch that is best on validation, "last" the final one.
+        keep: "best" returns the epoch that is best on validation, or the last one that is not shown to be worse (exact
+            McNemar test, of classifiers), "last" the final one.
         compiled: Whether the forward pass goes through `torch.compile` (needs a C++ compiler).
         optimizer: "sgd" with Nesterov momentum, or "adamw".
         schedule: As `compress.training.schedule.schedule` calls it.
@@ -312,6 +315,7 @@ class _Run:
         self.read_together = 1 if hooks is not None else steps_read_together(self.device)
         self.records: list[EpochRecord] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
+        self.best_right: Tensor | None = None  # (N,) bool: images that the epoch of the best figure gets right
 
     def train_epoch(self, is_interrupted: Callable[[], bool]) -> None:
         """Run one epoch (or what is left of it, or of the steps), then measure on validation."""
@@ -425,21 +429,28 @@ class _Run:
     def _measure_tail(self, module: nn.Module) -> float:
         """Give the average of the last steps batch-norm statistics of its own, and return its figure on validation."""
         reestimate_batch_norm(module, self.train.first(_STATISTICS_IMAGES), self.progress)
-        reached = self._measure(module)
+        reached, _ = self._measure(module)
         self.progress.note(f"average of the last {self.tail_steps} steps: validation {self._say(reached)}")
         return reached
 
     def _say(self, value: float) -> str:
         return f"{self.metric.words} {self.metric.show(value)}"
 
-    def _measure(self, module: nn.Module) -> float:
-        """Return the figure that decides, on validation; of a share of images each process looks at its part."""
+    def _measure(self, module: nn.Module) -> tuple[float, Tensor | None]:
+        """Return the figure that decides, on validation, and (N,) which images are right, where they are that or wrong.
+
+        Of a share of images each process looks at its part.
+        """
         size = None if self.device.type == "cpu" else self.settings.batch_size  # what is known to fit there
-        if self.team.size == 1 or self.validation.task.main.name != "top1":
-            return evaluate_quality(module, self.validation, size, self.progress)
-        part = self.validation.part(self.team.rank, self.team.size)
-        right = evaluate_quality(module, part, size, self.progress) * len(part)
-        return round(self.team.total([right])[0]) / len(self.validation)
+        is_shared = self.team.size > 1 and isinstance(self.validation.task, Classification)
+        part = self.validation.part(self.team.rank, self.team.size) if is_shared else self.validation
+        value, found = measure_quality(module, part, size, self.progress)
+        if not is_shared or found is None:
+            return value, None if found is None else torch.from_numpy(found)
+        right = torch.zeros(len(self.validation))
+        right[self.team.rank :: self.team.size] = torch.from_numpy(found).float()
+        right = torch.tensor(self.team.total(right.tolist()))
+        return float(right.sum()) / len(right), right > 0
 
     def save(self, path: Path) -> None:
         """Write everything a later process needs, so that the file is whole or absent; one process does it for all."""
@@ -459,6 +470,7 @@ class _Run:
             "averages": [average.state_dict() for average in self.averages],
             "hooks": None if self.hooks is None else self.hooks.state_dict(),
             "best": None if self.best is None else {"epoch": self.best[0], "weights": self.best[1]},
+            "best_right": self.best_right,
         }
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
         torch.save(state, content)
@@ -500,7 +512,7 @@ class _Run:
         self.step, self.losses = state["step"], state["losses"]
         self.records = [EpochRecord(**record) for record in state["records"]]
         if state["best"] is not None:
-            self.best = (state["best"]["epoch"], state["best"]["weights"])
+            self.best, self.best_right = (state["best"]["epoch"], state["best"]["weights"]), state.get("best_right")
         reached = f"epoch {len(self.records)} of {self.total_epochs}"
         if self.losses:
             reached = f"step {self.step} of {self.total_steps}"
@@ -639,18 +651,27 @@ class _Run:
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
         self._require_finite_weights()
-        reached = self._measure(self.measured)
+        reached, right = self._measure(self.measured)
         rate = self.optimizer.param_groups[0]["lr"]
         known = [record.validation for record in self.records]
         self.records.append(EpochRecord(number, loss, reached, rate, speed))
         values = {f"validation_{self.metric.name}": reached, "images_per_second": speed}
         self.progress.curve(self.name, self.step, values)
-        if self.settings.keep == "best" and not any(self.metric.is_better(one, reached) for one in known):
+        is_best = not any(self.metric.is_better(one, reached) for one in known)
+        if self.settings.keep == "best" and (is_best or self._is_as_good(right)):
             self.best = (number, copy.deepcopy(self.measured.state_dict()))
+        if is_best:
+            self.best_right = right
         self.progress.note(
             f"epoch {number} of {self.total_epochs}: loss {loss:.4f}, validation {self._say(reached)}, {speed:.0f} "
             "images/s"
         )
+
+    def _is_as_good(self, right: Tensor | None) -> bool:
+        """Whether the epoch of the best figure is not shown to be better than one that gets these images right."""
+        if right is None or self.best_right is None:
+            return False
+        return not is_shown_worse(self.best_right.numpy(), right.numpy())
 
     def _identity(self) -> dict[str, Any]:
         free = ("compiled", "device", "save_minutes")  # what may change from one start to the next

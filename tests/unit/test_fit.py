@@ -23,7 +23,7 @@ from compress.errors import ArtifactError, DataError, ModelError, NonFinite, Out
 from compress.progress import SilentProgress, SilentTask
 from compress.training import device as device_module
 from compress.training import fit as fit_module
-from compress.training.evaluate import evaluate_quality
+from compress.training.evaluate import measure_quality
 from compress.training.fit import (
     Distillation,
     FitResult,
@@ -208,13 +208,13 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(tmp_path: Path, monke
     undisturbed, interrupted, state = _network(), _network(), tmp_path / "state.pt"
     expected, measured = fit(undisturbed, *_splits(), SETTINGS), []
 
-    def measure(*args: object, **named: object) -> float:
+    def measure(*args: object, **named: object) -> tuple[float, object]:
         if len(measured) == 2:
             signal.raise_signal(signal.SIGINT)
-        measured.append(evaluate_quality(*args, **named))
+        measured.append(measure_quality(*args, **named))
         return measured[-1]
 
-    monkeypatch.setattr(fit_module, "evaluate_quality", measure)
+    monkeypatch.setattr(fit_module, "measure_quality", measure)
     with pytest.raises(KeyboardInterrupt):
         fit(interrupted, *_splits(), SETTINGS, state_path=state)
     resumed = _network()
@@ -309,8 +309,8 @@ def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
 
 def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Tensor]] = []
-    told = lambda module, *_, **__: float(not seen.append(_weights(module)))  # noqa: E731
-    monkeypatch.setattr(fit_module, "evaluate_quality", told)
+    told = lambda module, *_, **__: (float(not seen.append(_weights(module))), None)  # noqa: E731
+    monkeypatch.setattr(fit_module, "measure_quality", told)
     averaged, plain = _network(), _network()
     fit(averaged, *_splits(), replace(SETTINGS, ema=0.9, keep="last"))
     assert _equal(seen[-1], _weights(averaged))
@@ -325,11 +325,11 @@ def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: 
     seen: list[dict[str, Tensor]] = []
     tops = iter((0.3, 0.85, 0.5, told))
 
-    def measure(module: nn.Module, *_: object, **__: object) -> float:
+    def measure(module: nn.Module, *_: object, **__: object) -> tuple[float, None]:
         seen.append(_weights(module))
-        return next(tops)
+        return next(tops), None
 
-    monkeypatch.setattr(fit_module, "evaluate_quality", measure)
+    monkeypatch.setattr(fit_module, "measure_quality", measure)
     after_each: list[Tensor] = []
     network = _network()
 
@@ -444,21 +444,49 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
 def test_the_epoch_with_the_best_validation_is_kept(monkeypatch: pytest.MonkeyPatch, keep: str, chosen: int) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def measure(module: nn.Module, split: Split, *_: object) -> float:
+    def measure(module: nn.Module, split: Split, *_: object) -> tuple[float, None]:
         assert split.name == "validation"
         seen.append(_weights(module))
-        return (0.3, 0.9, 0.5)[len(seen) - 1]
+        return (0.3, 0.9, 0.5)[len(seen) - 1], None
 
-    monkeypatch.setattr(fit_module, "evaluate_quality", measure)
+    monkeypatch.setattr(fit_module, "measure_quality", measure)
     network = _network()
     result = fit(network, *_splits(), replace(SETTINGS, keep=keep))
     assert result.chosen_epoch == chosen
     assert _equal(seen[chosen - 1], _weights(network))
 
 
+@pytest.mark.parametrize(
+    ("lost", "chosen"),
+    [((4, 0, 4), 3), ((9, 0, 9), 2), ((0, 5, 9), 2), ((0, 5, 5), 3)],
+    ids=["4 more in the last", "9 more in the last", "5, then 9 more", "5 more twice"],
+)
+def test_a_later_epoch_is_kept_unless_it_is_shown_to_be_worse_than_the_best(
+    monkeypatch, tmp_path, lost, chosen
+) -> None:
+    """Of 32 images: 5 lost are p = 0.06, 6 lost are p = 0.03. A kill after the second epoch changes nothing."""
+
+    def measured() -> object:
+        left = iter(lost)
+
+        def measure(*_: object, **__: object) -> tuple[float, np.ndarray]:
+            right = np.arange(32) >= next(left)
+            return float(right.mean()), right
+
+        return measure
+
+    monkeypatch.setattr(fit_module, "measure_quality", measured())
+    assert fit(_network(), *_splits(), SETTINGS).chosen_epoch == chosen
+    monkeypatch.setattr(fit_module, "measure_quality", measured())
+    state = tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(3, 1))
+    assert fit(_network(), *_splits(), SETTINGS, state_path=state).chosen_epoch == chosen
+
+
 def test_the_best_epoch_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tops = iter((0.9, 0.2, 0.3))
-    monkeypatch.setattr(fit_module, "evaluate_quality", lambda *_, **__: next(tops))
+    monkeypatch.setattr(fit_module, "measure_quality", lambda *_, **__: (next(tops), None))
     state, after_one = tmp_path / "state.pt", _network()
     with pytest.raises(Killed):
         fit(after_one, *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))

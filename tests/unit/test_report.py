@@ -43,6 +43,7 @@ def test_report_has_the_public_layout() -> None:
         "limit": 1e-3,
         "unit": "",
         "detail": "Largest absolute difference to torch on 64 real samples.",
+        "remedy": "",
     }
     for key, figures in (("baseline", BASELINE), ("slim", SLIM)):
         assert report[key] == {
@@ -69,7 +70,7 @@ def test_networks_that_were_not_measured_are_null() -> None:
     report = report_of(Verdict((), ("parity",), None, None))
     assert report["slim"] is None
     assert report["baseline"] is None
-    assert report["verdict"] == {"passed": False, "required": ["parity"], "checks": []}
+    assert report["verdict"] == {"passed": False, "outcome": "failed", "required": ["parity"], "checks": []}
 
 
 def test_numbers_without_a_json_spelling_become_null_and_are_told() -> None:

@@ -303,7 +303,7 @@ def test_less_is_better_where_the_task_says_so(monkeypatch):
     images, masks, *_ = taskworld.squares(32, 1)
     split = _split(images, (masks > 0).mean((1, 2)).astype(np.float32), Regression())
     told = iter([0.5, 0.2, 0.4])
-    monkeypatch.setattr(fit_module, "evaluate_quality", lambda *_, **__: next(told))
+    monkeypatch.setattr(fit_module, "measure_quality", lambda *_, **__: (next(told), None))
     module = taskworld.Reader()
     result = fit(module, split, split, FitSettings(epochs=3, batch_size=16, learning_rate=0.001))
     assert result.chosen_epoch == 2

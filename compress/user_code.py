@@ -5,6 +5,7 @@ that no `except Exception` sees are among them: they would otherwise choose our 
 """
 
 import dis
+import errno
 import sys
 import sysconfig
 import traceback
@@ -15,6 +16,7 @@ from types import TracebackType
 
 from compress.errors import CompressError, StageError
 
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _OURS = str(Path(__file__).resolve().parent)
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "onnx", "onnxruntime", "onnxscript", "typer",
@@ -77,10 +79,12 @@ def is_users(error: BaseException) -> bool:
 def as_ours(error: BaseException) -> CompressError | None:
     """Return the error of ours that stands for one that the user's code raised; None where it was not theirs.
 
-    An error that ends a process (SystemExit and its like) is never ours, wherever it came from. Want of memory is
-    explained elsewhere.
+    An error that ends a process (SystemExit and its like) is never ours, wherever it came from. Want of memory
+    and a full or read-only disk are the machine's, and explained elsewhere.
     """
     if isinstance(error, CompressError) or is_interrupt(error) or _is_memory(error):
+        return None
+    if isinstance(error, OSError) and error.errno in _MACHINE:
         return None
     if isinstance(error, Exception) and not is_users(error):
         return None

@@ -95,6 +95,10 @@ def _fails() -> None:
     torch.ones(2) @ torch.ones(3)
 
 
+def _fills() -> None:
+    raise OSError(28, "No space left on device", "/somewhere")
+
+
 def test_only_what_the_users_code_raised_is_theirs():
     assert isinstance(ours(_fails), StageError)  # torch, called by this file
     assert "(test_user_code.py:" in str(ours(_fails))
@@ -104,6 +108,7 @@ def test_only_what_the_users_code_raised_is_theirs():
     assert ours(in_package("raise error", error=InternalError("broken"))) is None
     assert ours(in_package("raise KeyboardInterrupt")) is None  # the training loop, when its step is done
     assert ours(in_package("fails()", fails=lambda: [0] * 10**18)) is None  # want of memory has its own words
+    assert ours(in_package("fails()", fails=_fills)) is None  # and so has a full disk
 
 
 def test_an_error_of_ours_passes_and_the_place_is_the_innermost_of_the_user():

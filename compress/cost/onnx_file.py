@@ -176,7 +176,7 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
         written = json.loads(entries.get(PREPROCESSING_KEY, "null"))
         classes = tuple(str(name) for name in json.loads(entries.get(CLASSES_KEY, "[]")))
         return OnnxMetadata(None if written is None else Preprocessing.from_dict(written), classes)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON: {error}") from error
 
 
@@ -189,7 +189,7 @@ def read_sizes(model: onnx.ModelProto) -> dict[str, int]:
     written = {entry.key: entry.value for entry in model.metadata_props}.get(SIZES_KEY, "{}")
     try:
         return {str(name): int(size) for name, size in json.loads(written).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"The metadata '{SIZES_KEY}' must be JSON of whole numbers: {error}") from error
 
 

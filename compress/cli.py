@@ -462,7 +462,7 @@ def _parse_input(text: str) -> tuple[int, ...]:
 def _positive_sizes(text: str) -> tuple[int, ...]:
     """Return the numbers in "3,32,32"; () where one of them is no positive whole number."""
     parts = [part.strip() for part in text.split(",")]
-    fits = all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)
+    fits = all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts)
     return tuple(map(int, parts)) if fits else ()
 
 

@@ -27,7 +27,8 @@ from compress.packages import missing_package
 from compress.user_code import as_ours
 
 BROKEN_PIPE_EXIT_CODE = 141
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
+             errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ENXIO)  # fmt: skip
 _GOES_ON = ("run", "sweep", "profile")  # commands that keep every stage they complete
 
 P = ParamSpec("P")

@@ -5,6 +5,7 @@ numbers are told apart is in `yaml_core.py`.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from compress.registry import closest
 
 MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
+_MAX_CHARACTERS = 4_096  # the longest path of most systems
+_LEAST_INT, _MOST_INT = -(2**63), 2**63 - 1
+_MOST_FLOAT = 3.4e38  # of single precision, which networks compute with
 PIPELINE, GATES = "pipeline", "gates"
 _HINTS = {PIPELINE: "compress init writes one to start from.", GATES: "such as gates: {max_drop: {top1: 0.01}}"}
 _KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
@@ -210,6 +214,9 @@ class _Reader:
 
     def _read_scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         origin = self._origin(node)
+        if limit := _limit_of_text(node.value, is_text=node.tag == TAG + "str"):
+            text = f"{format_path(path)} must {limit}, got {show(node.value[:40])} ..."
+            return self._document.refuse(path, origin, text)
         try:
             value = CONSTRUCTORS[node.tag](node.value)
         except ValueError:
@@ -218,6 +225,8 @@ class _Reader:
             return self._document.refuse(path, origin, text)
         if isinstance(value, float) and not math.isfinite(value):
             return self._document.refuse(path, origin, f"{format_path(path)} must be finite, got {node.value}.")
+        if limit := _limit_of_number(value):
+            return self._document.refuse(path, origin, f"{format_path(path)} must be {limit}, got {show(node.value)}.")
         return value
 
     def _refuse_tag(self, node: yaml.Node, path: KeyPath) -> None:
@@ -235,3 +244,27 @@ class _Reader:
     def _origin(self, node: yaml.Node) -> Origin:
         line, column = node.start_mark.line + 1, node.start_mark.column + 1
         return Origin(0, line, column, f"{self._document.shown}:{line}:{column}")
+
+
+def _limit_of_text(text: str, is_text: bool) -> str | None:
+    """Return which limit the text of a value exceeds; None where it exceeds none."""
+    if len(text) > _MAX_CHARACTERS:
+        return f"have at most {_MAX_CHARACTERS} {'characters' if is_text else 'digits'}"
+    if "\0" in text:
+        return "hold no NUL character"
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return "hold no lone surrogate characters"
+    return None
+
+
+def _limit_of_number(value: object) -> str | None:
+    """Return what a number must be and is not: within what the program computes with."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int) and not _LEAST_INT <= value <= _MOST_INT:
+        return f"between {_LEAST_INT} and {_MOST_INT}"
+    if isinstance(value, float) and abs(value) > _MOST_FLOAT:
+        return f"between -{_MOST_FLOAT:g} and {_MOST_FLOAT:g}"
+    return None

@@ -28,6 +28,9 @@ def _registered(registry: Registry[Any]) -> AfterValidator:
     return AfterValidator(check)
 
 
+MAX_SIDE = 8192  # pixels
+
+
 def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -41,6 +44,8 @@ def _check_blocks(value: object) -> object:
 def _check_resize(value: object) -> object:
     sides = value if isinstance(value, list | tuple) else (value, value)
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides)
+    if whole and max(sides, default=0) > MAX_SIDE:
+        raise ValueError(f"must be at most {MAX_SIDE}")
     if value is None or (whole and len(sides) == 2):
         return _to_tuple(value)
     raise ValueError("must be a whole number of at least 1, or [height, width]")
@@ -48,13 +53,15 @@ def _check_resize(value: object) -> object:
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_to_tuple)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_to_tuple)]
-Size = Annotated[tuple[int, int], BeforeValidator(_to_tuple)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(_to_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_to_tuple)]
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Limit = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Calls = Annotated[int, Field(ge=1, le=1_000_000)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
@@ -452,7 +459,9 @@ class CutConfig(Section):
 class AugmentationConfig(Section):
     """What is varied while training."""
 
-    crop_padding: int = Field(0, ge=0, description="pixels of padding before a random crop back to the size")
+    crop_padding: int = Field(
+        0, ge=0, le=MAX_SIDE, description="pixels of padding before a random crop back to the size"
+    )
     flip: bool = Field(False, description="mirror half of the images left to right")
     mixup: float = Field(0.0, ge=0, description="alpha of the shares in which pairs of images are mixed; 0 is off")
     cutmix: float = Field(0.0, ge=0, description="alpha of the share of a rectangle out of another image; 0 is off")
@@ -480,7 +489,7 @@ class TrainingConfig(Section):
 
     epochs: float | None = Field(None, gt=0, description="passes over the training split")
     steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
-    batch_size: Count = 128
+    batch_size: BatchSize = 128
     learning_rate: float | None = Field(
         None, gt=0, description="peak of the schedule; without it what follows from original, or 0.02; of adamw 0.001"
     )
@@ -892,8 +901,8 @@ class VerifyConfig(Section):
     provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
     batch_size: BatchSize = Field(1, description="images a call in the latency measurement")
-    warmup: Count = Field(10, description="calls before the measurement")
-    repeats: Count = Field(
+    warmup: Calls = Field(10, description="calls before the measurement")
+    repeats: Calls = Field(
         100, description="timed calls of each model, in several sittings; up to five times as many of fast models"
     )
     parity_samples: int = Field(64, ge=1, description="real images compared with torch")
@@ -956,7 +965,7 @@ class DeployConfig(Section):
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
     batch_size: BatchSize = Field(1, description="images a call")
-    repeats: Count = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
+    repeats: Calls = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
     precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
     table: str | None = Field(None, description="latency table that `compress profile` wrote; measured here by default")
     accept_foreign_table: bool = Field(False, description="use a table of another machine as it is")
@@ -965,7 +974,7 @@ class DeployConfig(Section):
 class PipelineConfig(Section):
     """A whole pipeline file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="name of the run folder")
     seed: int = Field(0, ge=0, lt=2**63, description="decides everything random")
     threads: Threads | None = Field(None, description="torch threads; all cores by default")
     plugins: Names = Field((), description="modules that register criteria and runtimes of your own")

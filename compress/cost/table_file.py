@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.config.digest import digest_value
+from compress.config.records import DIGEST_KEY, RecordDamaged, check_seal, read_json, sealed
 from compress.cost.conditions import TableConditions
 from compress.cost.latency import Sample
 from compress.cost.variants import Site
@@ -25,6 +26,7 @@ from compress.files import write_whole
 
 KIND = "compress latency table"
 SCHEMA = 2
+_KEYS = {"kind", "schema", "conditions", "network", "reference_ms", "samples"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,23 @@ class TableFile:
             "reference_ms": self.reference_ms,
             "samples": [_plain(sample) for sample in self.samples],
         }
-        write_whole(path, json.dumps(content, indent=1), is_shared=True)
+        write_whole(path, json.dumps(sealed(content), indent=1), is_shared=True)
+
+    @classmethod
+    def read_cached(cls, path: Path, warn: Callable[[str], None]) -> TableFile | None:
+        """Read a file that this program keeps for itself; None where there is none, or, with a warning, a damaged one.
+
+        Args:
+            path: The file.
+            warn: Told of a damaged one.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return cls.read(path)
+        except ArtifactError as error:
+            warn(f"A kept latency table is damaged and is measured again: {error.message}")
+            return None
 
     @classmethod
     def read(cls, path: Path) -> TableFile:
@@ -65,13 +83,15 @@ class TableFile:
         if not path.is_file():
             raise ArtifactError(f"Latency table '{path}' does not exist.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
+            if DIGEST_KEY in content or not set(content) <= _KEYS:  # older versions wrote no digest
+                check_seal(content, str(path))
             if content["kind"] != KIND or content["schema"] != SCHEMA:
                 raise ValueError(f"kind {content['kind']!r}, schema {content['schema']!r}")
             samples = tuple(_sample(values) for values in content["samples"])
             conditions = TableConditions(**content["conditions"])
             return cls(conditions, str(content["network"]), _time(content["reference_ms"]), samples)
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (RecordDamaged, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ArtifactError(
                 f"'{path}' must be a latency table of schema {SCHEMA}, it is not: {type(error).__name__}: {error}",
                 hint="compress profile writes such files.",

@@ -18,6 +18,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources import open_picture
 from compress.errors import ArtifactError, DataError
 
+MOST_CATEGORY = 65_535
 GREY = 114  # what YOLO's networks see at the rims
 Boxes = dict[str, np.ndarray]
 
@@ -39,16 +40,19 @@ def read_coco(
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
-        names = {int(one["id"]): str(one["name"]) for one in content.get("categories", [])}
+        names = {_category(one["id"]): str(one["name"]) for one in content.get("categories", [])}
         files = [(int(one["id"]), images / one["file_name"]) for one in content["images"]]
         of_image: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
         for one in content["annotations"]:
             if not one.get("iscrowd"):
                 x, y, width, height = (float(value) for value in one["bbox"])
-                of_image[int(one["image_id"])].append(([x, y, x + width, y + height], int(one["category_id"])))
+                if not all(map(math.isfinite, (x, y, width, height))):
+                    raise ValueError(f"a box must be finite numbers, got {one['bbox']}")
+                label = _category(one["category_id"])
+                of_image[int(one["image_id"])].append(([x, y, x + width, y + height], label))
     except OSError as error:
         raise ArtifactError(f"'{annotations}' must be a readable file: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         said = f"{type(error).__name__}: {error}"
         raise ArtifactError(f"'{annotations}' must be JSON of the COCO form, got {said}") from error
     if not files:
@@ -112,11 +116,21 @@ def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
             continue
         try:
             label, x, y, w, h = (float(value) for value in line.split()[:5])
-            if not label.is_integer() or not all(map(math.isfinite, (x, y, w, h))):
+            if not label.is_integer() or not 0 <= label <= MOST_CATEGORY or not all(map(math.isfinite, (x, y, w, h))):
                 raise ValueError(line)
         except ValueError as error:
-            raise DataError(f"'{path}' line {number} must be a class and four shares, got '{line}'.") from error
+            raise DataError(
+                f"'{path}' line {number} must be a class (0 to {MOST_CATEGORY}) and four shares, got '{line[:80]}'."
+            ) from error
         yield int(label), x, y, w, h
+
+
+def _category(value: Any) -> int:
+    """Return a category id; labels are places in a list of names, which is as long as the largest id."""
+    number = int(value)
+    if not 0 <= number <= MOST_CATEGORY:
+        raise ValueError(f"category ids must be from 0 to {MOST_CATEGORY}, got {str(value)[:40]}")
+    return number
 
 
 def as_boxes(boxes: list[list[float]], labels: list[int]) -> Boxes:

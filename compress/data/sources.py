@@ -6,8 +6,10 @@ Other targets than class indices are read by `annotated.py`, `boxes.py` and `own
 """
 
 import gzip
+import math
 import os
 import struct
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from compress.errors import ArtifactError, DataError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+_MOST_DEFLATED = 1_040  # gzip makes no more bytes of one
 
 FitImage = Callable[[np.ndarray], np.ndarray]
 
@@ -286,8 +290,11 @@ def load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     _require_file(path)
     try:
         with path.open("rb") as stream:  # numpy leaves a file that it opened itself open when it is damaged
+            require_room(path, _claimed_bytes(path))
             loaded = np.load(stream, allow_pickle=False)
             return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
+    except ArtifactError:
+        raise
     except Exception as error:  # numpy raises ValueError, OSError, BadZipFile, EOFError, zlib.error, LZMAError ...
         raise ArtifactError(
             f"'{path}' must be a readable .npz or .npy file without pickled objects: {error}"
@@ -308,16 +315,45 @@ def member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
     return arrays[key]
 
 
+def _claimed_bytes(path: Path) -> int:
+    """Return how many bytes the arrays of an .npy or .npz file take when they are unpacked, as far as the file says."""
+    if not zipfile.is_zipfile(path):
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+
+
+def require_room(path: Path, claimed: int) -> None:
+    """Refuse a file whose content, once unpacked, does not fit into this machine's memory.
+
+    Raises:
+        ArtifactError: It does not.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        memory = 2**40
+    if claimed > memory:
+        raise ArtifactError(
+            f"'{path}' must fit into memory ({memory:,} bytes) when it is unpacked, it says that it has {claimed:,}."
+        )
+
+
 def _read_idx_array(path: Path) -> np.ndarray:
     _require_file(path)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, code, ndim = struct.unpack_from(">HBB", raw)
-        shape = struct.unpack_from(f">{ndim}I", raw, 4)
-        array = np.frombuffer(raw, _IDX_DTYPES[code], offset=4 + 4 * ndim)
-        if zero != 0 or array.size != np.prod(shape):
-            raise ValueError(f"header says {shape}, the file holds {array.size} values")
-        return array.reshape(shape)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            zero, code, ndim = struct.unpack(">HBB", stream.read(4))
+            shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
+            dtype = np.dtype(_IDX_DTYPES[code])
+            claimed = math.prod(shape) * dtype.itemsize
+            if claimed > path.stat().st_size * (_MOST_DEFLATED if path.suffix == ".gz" else 1):
+                raise ValueError(f"header says {shape}, the file is too small for that")
+            require_room(path, claimed)
+            raw = stream.read(claimed + 1)  # never more than the header says, whatever it unpacks to
+        if zero != 0 or len(raw) != claimed:
+            raise ValueError(f"header says {shape}, the file holds {'more' if len(raw) > claimed else 'less'}")
+        return np.frombuffer(raw, dtype).reshape(shape)
     except (KeyError, ValueError, OSError, EOFError, struct.error, gzip.zlib.error) as error:  # type: ignore[attr-defined]
         raise ArtifactError(f"'{path}' must be an IDX file, plain or .gz: {error}") from error
 

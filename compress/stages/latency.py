@@ -293,7 +293,7 @@ def _known_table(
     """
     if deploy.table is None:
         path = table_path(ctx, here, writer.sites, deploy.repeats)
-        return (TableFile.read(path) if path.is_file() else None), False
+        return TableFile.read_cached(path, ctx.progress.warn), False
     table = TableFile.read(Path(deploy.table))
     if table.network != network_digest(writer.sites):
         raise ArtifactError(f"Latency table '{deploy.table}' must be of this network, it is of another one.")

@@ -216,7 +216,7 @@ def _tables(
     """Return a table of one sample for each file; those that an earlier process timed are not timed again."""
     conditions, here = conditions_of(deploy), deploy_conditions(deploy)
     places = [table_path(ctx, here, sites, deploy.repeats, "-whole") for _, sites in written]
-    missing = [index for index, place in enumerate(places) if not place.is_file()]
+    missing = [index for index, place in enumerate(places) if not TableFile.read_cached(place, ctx.progress.warn)]
     profiles = profile_models(
         (written[index][0] for index in missing),
         len(missing),

@@ -43,9 +43,13 @@ class Segmentation(Task):
         import torch.nn.functional as F
 
         counted = (targets != self.ignore_index).sum().clamp_min(1)
-        total: Tensor = F.cross_entropy(
-            first(outputs), targets, ignore_index=self.ignore_index, label_smoothing=smoothing, reduction="sum"
-        )
+        try:
+            total: Tensor = F.cross_entropy(
+                first(outputs), targets, ignore_index=self.ignore_index, label_smoothing=smoothing, reduction="sum"
+            )
+        except IndexError:
+            self._require_classes(targets[targets != self.ignore_index], first(outputs).shape[1])
+            raise
         mean: Tensor = total / counted
         return mean
 
@@ -102,8 +106,14 @@ class Segmentation(Task):
                 f"{logits.shape[2]} x {logits.shape[3]}.",
                 hint="Let the network end with a resize to the size of its input, as torchvision's do.",
             )
-        counted = targets[targets != self.ignore_index]
-        classes = logits.shape[1]
+        self._require_classes(targets[targets != self.ignore_index], logits.shape[1])
+
+    def _require_classes(self, counted: Any, classes: int) -> None:
+        """Refuse pixels of classes that the network does not have.
+
+        Raises:
+            DataError: There are such pixels.
+        """
         if len(counted) and (int(counted.max()) >= classes or int(counted.min()) < 0):
             wrong = int(counted.max()) if int(counted.max()) >= classes else int(counted.min())
             raise DataError(
@@ -117,6 +127,7 @@ class Segmentation(Task):
         logits = first(outputs)
         classes = logits.shape[1]
         predicted, counted = logits.argmax(1), targets != self.ignore_index
+        self._require_classes(targets[counted], classes)
         counts = np.zeros((3, len(logits), classes), np.int64)
         for place in range(len(logits)):
             got, want = predicted[place][counted[place]], targets[place][counted[place]]

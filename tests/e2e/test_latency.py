@@ -7,6 +7,7 @@ import onnx
 from smallrun import MIDDLE, World, statuses
 from steady import time_by_macs
 
+from compress.config.records import sealed
 from compress.cost.onnx_graph import count_onnx
 from compress.keys import build_steps
 
@@ -54,7 +55,7 @@ def test_a_table_of_another_machine_needs_consent_and_gives_the_same_widths_ever
     assert world.call("profile", _values(world), "--out", str(table)).exit_code == 0
     content = json.loads(table.read_text(encoding="utf-8"))
     content["conditions"]["machine"] = "a telephone"
-    table.write_text(json.dumps(content), encoding="utf-8")
+    table.write_text(json.dumps(sealed(content)), encoding="utf-8")
     values = _values(world, table="device.json")
     refused = world.call("run", values, "--quiet")
     assert refused.exit_code == 4

@@ -157,11 +157,39 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, change, text):
     here = present_conditions("onnxruntime", "CPUExecutionProvider", 1, 1)
     TableFile(here, "digest", 1.0, (_sample(np.random.default_rng(0), 8, 8),)).write(path)
     values = json.loads(path.read_text(encoding="utf-8"))
+    del values["record_digest"]  # as an older version wrote it
     change(values)
     path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArtifactError, match="must be a latency table of schema 2") as caught:
         TableFile.read(path)
     assert text in str(caught.value)
+
+
+def test_a_changed_bit_of_a_table_is_noticed(tmp_path):
+    path = tmp_path / "device.json"
+    here = present_conditions("onnxruntime", "CPUExecutionProvider", 1, 1)
+    written = TableFile(here, "digest", 1.0, (_sample(np.random.default_rng(0), 8, 8),))
+    written.write(path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        warned: list[str] = []
+        kept = TableFile.read_cached(path, warned.append)
+        assert (kept is None and len(warned) == 1) or kept == written
+    assert TableFile.read_cached(tmp_path / "none.json", pytest.fail) is None
+
+
+def test_a_table_of_an_older_version_is_read(tmp_path):
+    path = tmp_path / "device.json"
+    here = present_conditions("onnxruntime", "CPUExecutionProvider", 1, 1)
+    written = TableFile(here, "digest", 1.0, (_sample(np.random.default_rng(0), 8, 8),))
+    written.write(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values["record_digest"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert TableFile.read(path) == written
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):

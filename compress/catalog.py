@@ -44,7 +44,7 @@ STAGES: dict[str, StageEntry] = {
                    "replace kernels by products of smaller ones"),
         StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 7, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),
-        StageEntry("export", "compress.stages.export:ExportStage", 3, TORCH_MODEL, ONNX_MODEL, True,
+        StageEntry("export", "compress.stages.export:ExportStage", 4, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),
         StageEntry("quantize", "compress.stages.quantize:QuantizeStage", 1, ONNX_MODEL, ONNX_MODEL, True,
                    "round the ONNX file to INT8, ranges from calibration images"),

@@ -104,7 +104,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
     from compress.building import rebuild  # imports torch
 
     meta, recipe, saved_factory = _read_checkpoint(folder)
-    factory = saved_factory if saved_factory.kind == "onnx" else factory or saved_factory
+    factory = saved_factory if saved_factory.kind == "onnx" else _with_inputs(factory or saved_factory, saved_factory)
     signature = Signature.from_dict(meta["signature"])
     with _well_formed(folder / "baseline.json"):
         figures = Figures(**_read_json(folder / "baseline.json"))
@@ -136,7 +136,8 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     if factory.kind == "onnx":
         factory = replace(factory, reference=STRUCTURE_FILE)
         shutil.copyfile(source / STRUCTURE_FILE, target / STRUCTURE_FILE)
-    meta = {**_read_json(source / "meta.json"), "factory": asdict(factory)}
+    saved = _read_json(source / "meta.json")
+    meta = {**saved, "factory": asdict(_with_inputs(factory, FactorySpec.from_dict(saved["factory"])))}
     place, _, name = factory.reference.rpartition(":")
     if factory.kind == "factory" and place.endswith(".py"):
         shutil.copyfile(place, target / "factory.py")
@@ -173,6 +174,11 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
     return with_own_forward(rebuild(spec, recipe, signature, weights))
+
+
+def _with_inputs(factory: FactorySpec, saved: FactorySpec) -> FactorySpec:
+    """Return a factory with the inputs that `load` found in the data, where the pipeline declares none."""
+    return factory if factory.inputs else replace(factory, inputs=saved.inputs)
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]:

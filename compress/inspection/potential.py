@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from compress.adapter import sample_shape
 from compress.allocation.costs import CoupledCost
 from compress.allocation.widths import Limits, width_levels
 from compress.cost.macs import count_params, layer_macs
@@ -162,7 +163,7 @@ def _potential(
     narrowed = {term.layer for term in cost.terms}
     fixed = {name: count for name, count in macs.items() if name not in narrowed and count}
     return Potential(
-        input_shape=tuple(example.shape[1:]),
+        input_shape=sample_shape(module, example),
         macs=sum(macs.values()),
         params=count_params(module),
         limits=limits,

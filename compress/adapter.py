@@ -258,6 +258,14 @@ def example_input(signature: Signature, batch: int = 1) -> Tensor:
     return torch.zeros([batch, *sizes[1:]])
 
 
+def sample_shape(module: nn.Module, example: Tensor) -> tuple[int, ...]:
+    """Return the shape of what a network is called with, without the batch: that of its only input, or of a row."""
+    wiring = wiring_of(module)
+    if wiring is not None and len(wiring.inputs) == 1:
+        return part_sizes(wiring.inputs[0])
+    return tuple(example.shape[1:])
+
+
 def random_inputs(module: nn.Module, example: Tensor, batch: int, seed: int) -> Tensor:
     """Return random values that a network can be called with.
 

@@ -109,7 +109,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
     from compress.building import rebuild  # imports torch
 
     meta, recipe, saved_factory = _read_checkpoint(folder)
-    factory = saved_factory if saved_factory.kind == "onnx" else factory or saved_factory
+    factory = saved_factory if saved_factory.kind == "onnx" else _with_inputs(factory or saved_factory, saved_factory)
     signature = Signature.from_dict(meta["signature"])
     with _well_formed(folder / "baseline.json"):
         figures = Figures(**_read_json(folder / "baseline.json"))
@@ -141,7 +141,8 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     if factory.kind == "onnx":
         factory = replace(factory, reference=STRUCTURE_FILE)
         shutil.copyfile(source / STRUCTURE_FILE, target / STRUCTURE_FILE)
-    meta = {**_read_json(source / "meta.json"), "factory": asdict(factory)}
+    saved = _read_json(source / "meta.json")
+    meta = {**saved, "factory": asdict(_with_inputs(factory, FactorySpec.from_dict(saved["factory"])))}
     place, _, name = factory.reference.rpartition(":")
     if factory.kind == "factory" and place.endswith(".py"):
         shutil.copyfile(place, target / "factory.py")
@@ -217,6 +218,11 @@ def _check_digests(folder: Path, unread: Container[str]) -> None:
             hint = f"{hint} To use the changed code: compress.load(..., factory='{folder / 'factory.py'}:NAME')."
         names = ", ".join(f"'{folder / name}'" for name in changed)
         raise ArtifactError(f"{names} must be as the run wrote it, it was damaged or edited.", hint=hint)
+
+
+def _with_inputs(factory: FactorySpec, saved: FactorySpec) -> FactorySpec:
+    """Return a factory with the inputs that `load` found in the data, where the pipeline declares none."""
+    return factory if factory.inputs else replace(factory, inputs=saved.inputs)
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]:

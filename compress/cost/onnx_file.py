@@ -278,7 +278,13 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
             return OnnxMetadata(None, classes)
         checked = PreprocessingConfig.model_validate(written).model_dump()
         return OnnxMetadata(Preprocessing.from_dict(checked), classes)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:  # pydantic's errors are ValueErrors
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # pydantic's errors are ValueErrors
         raise ArtifactError(
             f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON as this program writes it: "
             f"{first_line(error)}"

@@ -1,7 +1,7 @@
 """Where do images come from whose targets are no class indices: masks, boxes, numbers, or none at all?"""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class AnnotatedSource:
         is_threadsafe: Whether several may be read at once; they are then, on all cores.
         known_labels: (N,) class indices, where they are known without reading the images.
         size_hint: What to do where images differ in size.
-        inputs: Names of the inputs that lie side by side in a sample, (K,) float32; () for images.
+        inputs: Input name -> its shape in a sample, where samples are mappings; {} for images.
+        shape: Of a sample that is one array and no image; None for images and mappings.
     """
 
     count: int
@@ -37,7 +38,8 @@ class AnnotatedSource:
     is_threadsafe: bool = False
     known_labels: np.ndarray | None = None
     size_hint: str = "Set preprocessing.resize to [height, width] or with a crop, or letterbox where there are boxes."
-    inputs: tuple[str, ...] = ()
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return self.count

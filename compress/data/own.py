@@ -2,7 +2,8 @@
 
 It needs `__len__` and `__getitem__` -> (image, target), as torch's do; without a target it returns the image alone.
 An image is a PIL picture, uint8 (H, W, C) or (H, W), a uint8 tensor (C, H, W), or floating-point (C, H, W) that is
-prepared already and goes into the network as it is. For a network of several inputs it is a mapping of their names to
+prepared already and goes into the network as it is. Floating-point arrays of other axes, such as (1, 128) signals and
+(3, 4, 8, 8) clips, go into it as they are, too. For a network of several inputs it is a mapping of their names to
 arrays, in the order of `model.inputs`; they travel side by side, as `packing.py` says.
 """
 
@@ -17,6 +18,8 @@ from compress.data.packing import as_row
 from compress.errors import DataError
 from compress.references import beside, import_callable
 from compress.user_code import shown_as
+
+_IMAGE_AXES = 3
 
 
 def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
@@ -47,11 +50,16 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         return (found[0], found[1]) if has_targets else (found, None)
 
     image = first[0] if isinstance(first, tuple | list) else first
-    inputs = tuple(str(name) for name in image) if isinstance(image, Mapping) else ()
+    inputs = {str(name): np.shape(value) for name, value in image.items()} if isinstance(image, Mapping) else {}
+    shape = None if inputs else _other_shape(image)
 
     def sample(place: int) -> np.ndarray:
         found = entry(place)[0]
-        return as_row(found, inputs) if inputs else as_image(found, reference)
+        if shape is not None:
+            return as_row({"x": found}, ["x"], {"x": shape})
+        if list(map(len, inputs.values())) == [_IMAGE_AXES]:  # a mapping of one prepared image
+            return _one_image(found, inputs, reference)
+        return as_row(found, list(inputs), inputs) if inputs else as_image(found, reference)
 
     names = getattr(dataset, "classes", ())
     return AnnotatedSource(
@@ -62,6 +70,7 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         known_labels=_known_labels(dataset, count),
         size_hint="Bring them to one size in the data set's __getitem__.",
         inputs=inputs,
+        shape=shape,
     )
 
 
@@ -85,6 +94,20 @@ def as_image(image: Any, reference: str = "") -> np.ndarray:
         f"Data set '{reference}' must give images as uint8 (H, W, C) or floating-point (C, H, W), got {values.dtype} "
         f"{values.shape}."
     )
+
+
+def _other_shape(sample: Any) -> tuple[int, ...] | None:
+    """Return the shape of a floating-point array that is no image, such as (1, 128) or (3, 4, 8, 8); else None."""
+    if isinstance(sample, Image.Image | Mapping):
+        return None
+    values = np.asarray(sample.detach().cpu() if hasattr(sample, "detach") else sample)
+    is_image = values.dtype.kind != "f" or values.ndim in (0, _IMAGE_AXES)
+    return None if is_image else values.shape
+
+
+def _one_image(found: Any, inputs: Mapping[str, tuple[int, ...]], reference: str) -> np.ndarray:
+    as_row(found, list(inputs), inputs)  # checks names and shape
+    return as_image(np.asarray(next(iter(found.values())), np.float32), reference)
 
 
 def as_target(target: Any) -> Any:

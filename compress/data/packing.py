@@ -16,6 +16,7 @@ import numpy as np
 from compress.errors import DataError
 
 LARGEST_WHOLE = 2**24
+_IMAGE_AXES = 4  # the batch among them
 
 
 class Part(Protocol):
@@ -32,8 +33,10 @@ class Part(Protocol):
 
 
 def is_packed(parts: Sequence[Part]) -> bool:
-    """Return whether these inputs travel as one row: several, or one that is not float32."""
-    return len(parts) > 1 or any(part.dtype not in ("float32", "float16", "bfloat16") for part in parts)
+    """Return whether these inputs travel as one row: several, or one that is not float32 or no image of three axes."""
+    return len(parts) > 1 or any(
+        part.dtype not in ("float32", "float16", "bfloat16") or len(part.shape) != _IMAGE_AXES for part in parts
+    )
 
 
 def part_sizes(part: Part) -> tuple[int, ...]:
@@ -85,24 +88,31 @@ def pack(values: Mapping[str, np.ndarray], parts: Sequence[Part]) -> np.ndarray:
     return rows
 
 
-def as_row(values: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+def as_row(
+    values: Mapping[str, Any], names: Sequence[str], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> np.ndarray:
     """Return the inputs of one sample side by side.
 
     Args:
         values: Input name -> array or tensor.
         names: All of them, in the order of the row.
+        shapes: Input name -> the shape that it must have.
 
     Returns:
         (K,) float32.
 
     Raises:
-        DataError: It is no mapping of these names, or holds a whole number beyond 2^24.
+        DataError: It is no mapping of these names, an input has another shape, or a whole number is beyond 2^24.
     """
-    if not isinstance(values, Mapping) or list(values) != list(names):
+    if not isinstance(values, Mapping) or [str(name) for name in values] != list(names):
         got = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
         raise DataError(f"Each sample must be a mapping of {', '.join(names)}, in this order, got {got}.")
-    arrays = [np.asarray(values[name]) for name in names]
+    arrays = [np.asarray(value) for value in values.values()]
     for name, array in zip(names, arrays, strict=True):
+        if shapes is not None and array.shape != shapes[name]:
+            raise DataError(
+                f"Input '{name}' must have the same shape in each sample, got {shapes[name]} and {array.shape}."
+            )
         _check_whole(name, array)
     return np.concatenate([array.astype(np.float32).reshape(-1) for array in arrays])
 

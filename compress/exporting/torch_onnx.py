@@ -271,7 +271,7 @@ def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open
         if want != have and not followed:
             raise ExportFailed(
                 f"The exported file must have the {kind} {_describe(want)}, torch wrote {_describe(have)}.",
-                hint="Set dynamic_batch: false if the network's code depends on the batch size.",
+                hint=_export_hint(True, {"height": 1} if is_open else {}),
             )
     return got
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from compress.adapter import sample_shape
 from compress.allocation.costs import CoupledCost
 from compress.allocation.widths import Limits, width_levels
 from compress.cost.macs import count_params, layer_macs
@@ -164,7 +165,7 @@ def _potential(
     least = {name: width_levels(group.width, group.parts, limits)[0] for name, group in groups.items()}
     fixed = _fixed(macs, cost)
     return Potential(
-        input_shape=tuple(example.shape[1:]),
+        input_shape=sample_shape(module, example),
         macs=sum(macs.values()),
         params=count_params(module),
         limits=limits,

@@ -9,12 +9,13 @@ No other trained weights are needed: what can be cut, and how fast it is, does n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from compress.adapter import INPUT_NAME
 from compress.allocation.widths import Limits
 from compress.artifacts import FactorySpec, NetworkKind, Signature
 from compress.building import build_module, with_one_array, without_unread
@@ -23,12 +24,13 @@ from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
 from compress.cost.onnx_file import load_onnx, read_signature
 from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
+from compress.data.packing import is_packed, row_width
 from compress.errors import ConfigValueError, ModelError
 from compress.importing.importer import import_onnx
 from compress.inspection.weights import vary_weights
 from compress.networks.wiring import signature_of
 from compress.stages.exporting import conditions_of
-from compress.stages.load import factory_spec
+from compress.stages.load import factory_spec, with_inputs
 from compress.tasks.opening import open_task
 from compress.verification.measuring import Conditions
 
@@ -36,6 +38,7 @@ CUT_LIMITS = Limits(multiple_of=8)
 USUAL_CONDITIONS = Conditions()
 
 
+_IMAGE_AXES = 3
 LIBRARIES: tuple[NetworkKind, ...] = ("timm", "torchvision")
 
 
@@ -131,13 +134,14 @@ def _of_file(path: Path, input_shape: tuple[int, ...] | None) -> Network:
 def _of_pipeline(config: PipelineConfig, input_shape: tuple[int, ...] | None) -> Network:
     load = config.stages[0]
     assert isinstance(load, LoadConfig)
+    spec = factory_spec(load.model)
     if input_shape is None:
         splits = Splits(config.data, open_task(config.task))
+        spec = with_inputs(spec, splits.evaluation)
         images, _ = next(evaluation_batches(splits.evaluation.first(1), 1, "nothing"))
         input_shape = tuple(images.shape[1:])
     cut = next((stage for stage in config.stages if isinstance(stage, CutConfig)), None)
     limits = CUT_LIMITS if cut is None else Limits(cut.min_width, cut.max_removed_ratio, cut.multiple_of)
-    spec = factory_spec(load.model)
     return _running(build_module(spec), spec, input_shape, limits, conditions_of(config.deploy))
 
 
@@ -149,7 +153,9 @@ def _running(
     conditions: Conditions = USUAL_CONDITIONS,
 ) -> Network:
     """Return a network in plain layers whose weights are varied, after trying it on an input of that shape."""
-    example = torch.zeros([1, *shape])
+    if len(shape) != _IMAGE_AXES and not spec.inputs:
+        spec = replace(spec, inputs={INPUT_NAME: {"shape": list(shape)}})
+    example = torch.zeros([1, row_width(spec.input_specs())] if is_packed(spec.input_specs()) else [1, *shape])
     plain, _ = without_unread(with_one_array(module, spec, example), example)
     if spec.kind != "onnx":
         vary_weights(plain, example)

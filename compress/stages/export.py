@@ -6,6 +6,7 @@ from compress.artifacts import OnnxModel, TorchModel
 from compress.config.schema import ExportConfig
 from compress.cost.onnx_file import load_onnx, read_signature
 from compress.errors import ConfigValueError
+from compress.exporting.open_axes import check_open_axes
 from compress.exporting.torch_onnx import export_onnx, exported_signature
 from compress.stages.context import Record, StageContext
 
@@ -50,6 +51,8 @@ class ExportStage:
                 open_axes=open_axes,
             )
             task.advance()
+        if open_axes:
+            check_open_axes(path, artifact.module, artifact.signature, open_axes)
         if config.simplify and not report.simplified:
             ctx.progress.warn(f"The graph was not simplified: {report.simplify_note}.")
         if len(report.files) > 1:

@@ -1,7 +1,7 @@
 """load: nothing -> TorchModel, with the baseline measured once."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from compress.adapter import INPUT_NAME, unpack_rows
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
 from compress.building import (
     build_module,
@@ -23,7 +24,7 @@ from compress.building import (
 from compress.config.locations import PRETRAINED
 from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_params, count_products, counts_agree, layer_macs
-from compress.cost.onnx_file import load_onnx, read_metadata
+from compress.cost.onnx_file import load_onnx, read_inputs, read_metadata
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
@@ -60,7 +61,7 @@ class LoadStage:
             NonFinite: Weights or outputs are NaN or infinite.
             DataError: Targets do not fit the network.
         """
-        spec = factory_spec(self.config.model)
+        spec = with_inputs(factory_spec(self.config.model), ctx.data.calibration)
         module = self._build(spec, ctx)
         imported = _imported(module, spec, ctx)
         check_precision(module)
@@ -105,7 +106,9 @@ class LoadStage:
         """Return the network with its weights."""
         if spec.kind == "onnx":
             images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
-            return import_onnx(Path(spec.reference), spec.kwargs["inputs"], [images.numpy()])
+            inputs = spec.input_specs()
+            parts = [part.numpy() for part in unpack_rows(images, inputs)] if inputs else [images.numpy()]
+            return import_onnx(Path(spec.reference), spec.kwargs["inputs"], parts)
         if self.config.weights is None:
             raise InternalError("A pipeline passed validation without weights.")
         return load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))
@@ -264,12 +267,34 @@ def check_precision(module: nn.Module) -> None:
 
 def check_inputs(split: Split, spec: FactorySpec) -> None:
     """Raise DataError unless samples that are mappings have the inputs that are declared, in their order."""
-    given, wanted = tuple(getattr(split.source, "inputs", ())), tuple(spec.inputs)
-    if given and given != wanted:
+    given: Mapping[str, tuple[int, ...]] = getattr(split.source, "inputs", {})
+    wanted = {name: tuple(declared["shape"]) for name, declared in spec.inputs.items()}
+    if given and tuple(given) != tuple(wanted):
         raise DataError(
             f"Samples of '{split.name}' must have the inputs of the network in their order "
             f"({', '.join(wanted) or 'model.inputs names none'}), got {', '.join(given)}."
         )
+    shape = getattr(split.source, "shape", None)
+    found = {next(iter(wanted), INPUT_NAME): shape} if shape is not None else given
+    for name, sizes in found.items():
+        if wanted and (len(found) != len(wanted) or tuple(sizes) != wanted[name]):
+            raise DataError(
+                f"Samples of '{split.name}' must be the shapes that the network takes "
+                f"({', '.join(f'{one} {size}' for one, size in wanted.items())}), got {tuple(sizes)} for '{name}'.",
+                hint="Check model.inputs, and what the data set's __getitem__ returns.",
+            )
+
+
+def with_inputs(spec: FactorySpec, split: Split) -> FactorySpec:
+    """Return how a network is built, with its only input declared where samples are no images."""
+    shape = getattr(split.source, "shape", None)
+    if spec.inputs or shape is None:
+        return spec
+    name = INPUT_NAME
+    if spec.kind == "onnx":
+        taken = read_inputs(load_onnx(Path(spec.reference)))
+        name = taken[0].name if len(taken) == 1 else name
+    return replace(spec, inputs={name: {"shape": list(shape)}})
 
 
 def check_labels(split: Split, signature: Signature) -> None:

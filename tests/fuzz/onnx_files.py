@@ -1,6 +1,6 @@
 """Damaged ONNX files through `verify`, `inspect` and the import; a file that is taken computes what ONNX Runtime does.
 
-    python tests/fuzz/onnx_files.py --count 500
+python tests/fuzz/onnx_files.py --count 500
 """
 
 import json
@@ -40,7 +40,10 @@ def bases() -> dict[str, bytes]:
                "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "from": np.array([0], np.int64),
                "to": np.array([8], np.int64), "one": np.array([1], np.int64)}  # fmt: skip
     node = helper.make_node
-    stem = [node("Conv", ["x", "k1", "b1"], ["a"], "stem", pads=[1, 1, 1, 1], strides=[2, 2]), node("Relu", ["a"], ["r"])]
+    stem = [
+        node("Conv", ["x", "k1", "b1"], ["a"], "stem", pads=[1, 1, 1, 1], strides=[2, 2]),
+        node("Relu", ["a"], ["r"]),
+    ]
     head = [node("GlobalAveragePool", ["z"], ["p"]), node("Flatten", ["p"], ["f"]),
             node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1)]  # fmt: skip
     graphs = {
@@ -128,7 +131,9 @@ def _type(model: ModelProto, random: Random) -> None:
 
 def _raw(model: ModelProto, random: Random) -> None:
     tensor = _pick(model.graph.initializer, random)
-    tensor.raw_data = _pick((b"", tensor.raw_data[:-1], tensor.raw_data[: len(tensor.raw_data) // 2], tensor.raw_data * 2), random)
+    tensor.raw_data = _pick(
+        (b"", tensor.raw_data[:-1], tensor.raw_data[: len(tensor.raw_data) // 2], tensor.raw_data * 2), random
+    )
 
 
 def _special(model: ModelProto, random: Random) -> None:
@@ -154,7 +159,9 @@ def _external(model: ModelProto, random: Random) -> None:
     entries = {"location": _pick(places, random), "offset": str(_number(random)), "length": str(_number(random))}
     for key, value in entries.items():
         if random.random() < 0.8:
-            tensor.external_data.add(key=key, value=_pick((value, value, "", "x", "1.5"), random) if key != "location" else value)
+            tensor.external_data.add(
+                key=key, value=_pick((value, value, "", "x", "1.5"), random) if key != "location" else value
+            )
     if random.random() < 0.5:
         tensor.ClearField("raw_data")
 
@@ -218,7 +225,15 @@ def _attribute(model: ModelProto, random: Random) -> None:
 def _add_attribute(model: ModelProto, random: Random) -> None:
     names = ("auto_pad", "dilations", "group", "axis", "alpha", "epsilon", "ceil_mode", "count_include_pad", "to", "mode", "value", "training_mode",
              "then_branch", "equation", "storage_order")  # fmt: skip
-    values = (_number(random), 0.5, float("nan"), "SAME_UPPER", "nonsense", [_number(random)] * int(random.integers(1, 4)), np.float32(3).item())
+    values = (
+        _number(random),
+        0.5,
+        float("nan"),
+        "SAME_UPPER",
+        "nonsense",
+        [_number(random)] * int(random.integers(1, 4)),
+        np.float32(3).item(),
+    )
     _pick(model.graph.node, random).attribute.append(helper.make_attribute(_pick(names, random), _pick(values, random)))
 
 
@@ -244,7 +259,9 @@ def _opset(model: ModelProto, random: Random) -> None:
     elif what == 1:
         model.opset_import.append(helper.make_opsetid("", 9))
     else:
-        model.opset_import[0].version = _pick((0, -1, 1, 5, 7, 9, 10, 11, 12, 13, 18, 19, 20, 21, 23, 999, 2**40), random)
+        model.opset_import[0].version = _pick(
+            (0, -1, 1, 5, 7, 9, 10, 11, 12, 13, 18, 19, 20, 21, 23, 999, 2**40), random
+        )
 
 
 def _ir_version(model: ModelProto, random: Random) -> None:
@@ -283,7 +300,9 @@ def _values(model: ModelProto, random: Random) -> None:
     elif what == 2:
         model.graph.input.append(model.graph.input[0])
     elif what == 3:
-        model.graph.output.append(_pick([*model.graph.output, onnx.ValueInfoProto(name="nowhere"), onnx.ValueInfoProto(name="p")], random))
+        model.graph.output.append(
+            _pick([*model.graph.output, onnx.ValueInfoProto(name="nowhere"), onnx.ValueInfoProto(name="p")], random)
+        )
     else:
         model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
 
@@ -291,7 +310,9 @@ def _values(model: ModelProto, random: Random) -> None:
 def _function(model: ModelProto, random: Random) -> None:
     inner = "F" if random.random() < 0.5 else "Relu"
     body = [helper.make_node(inner, ["i"], ["o"], domain="f" if inner == "F" else "")]
-    model.functions.append(helper.make_function("f", "F", ["i"], ["o"], body, [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]))
+    model.functions.append(
+        helper.make_function("f", "F", ["i"], ["o"], body, [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)])
+    )
     if random.random() < 0.8:
         model.opset_import.append(helper.make_opsetid("f", 1))
     node = next(one for one in model.graph.node if one.op_type == "Relu")
@@ -300,14 +321,27 @@ def _function(model: ModelProto, random: Random) -> None:
 
 def _metadata(model: ModelProto, random: Random) -> None:
     keys = ("compress.preprocessing", "compress.classes", "compress.sizes")
-    values = ("", "{", "[1, 2]", '{"mean": 5}', '{"mean": [0.5], "std": [0.0]}', '{"resize": -1}', '{"x": 1}', "[" * 5000, "1e999", '{"height": 10}')
+    values = (
+        "",
+        "{",
+        "[1, 2]",
+        '{"mean": 5}',
+        '{"mean": [0.5], "std": [0.0]}',
+        '{"resize": -1}',
+        '{"x": 1}',
+        "[" * 5000,
+        "1e999",
+        '{"height": 10}',
+    )
     model.metadata_props.add(key=_pick(keys, random), value=_pick(values, random))
 
 
 def _subgraph(model: ModelProto, random: Random) -> None:
     graph = onnx.GraphProto.FromString(model.graph.SerializeToString())
     node = _pick(model.graph.node, random)
-    node.attribute.append(AttributeProto(name=_pick(("body", "then_branch", "else_branch"), random), type=AttributeProto.GRAPH, g=graph))
+    node.attribute.append(
+        AttributeProto(name=_pick(("body", "then_branch", "else_branch"), random), type=AttributeProto.GRAPH, g=graph)
+    )
 
 
 def _sparse(model: ModelProto, random: Random) -> None:
@@ -334,7 +368,10 @@ def damaged(seed: int, case: int) -> tuple[str, bytes]:
     if random.random() < 0.3:
         change = _pick(BYTES, random)
         return f"{name} {change.__name__.strip('_')}", change(data, random)
-    model, changes = onnx.load_from_string(data), [_pick(FIELDS, random) for _ in range(1 if random.random() < 0.8 else 2)]
+    model, changes = (
+        onnx.load_from_string(data),
+        [_pick(FIELDS, random) for _ in range(1 if random.random() < 0.8 else 2)],
+    )
     for edit in changes:
         try:
             edit(model, random)
@@ -369,10 +406,19 @@ def run_case(seed: int, case: int, folder: Path) -> list[Outcome]:
 
 
 def _verify(place: Path) -> tuple[int, str, str]:
-    settings = ("preprocessing.mean=[0.5]", "preprocessing.std=[0.25]", "resources=null", "repeats=2", "warmup=1", "threads=1")
+    settings = (
+        "preprocessing.mean=[0.5]",
+        "preprocessing.std=[0.25]",
+        "resources=null",
+        "repeats=2",
+        "warmup=1",
+        "threads=1",
+    )
     flags = [flag for setting in settings for flag in ("--set", setting)]
     out = place / "verdict.json"
-    code, output = command("verify", str(place / "m.onnx"), "--data", str(place / "test.npz"), "--json", str(out), "-q", *flags)
+    code, output = command(
+        "verify", str(place / "m.onnx"), "--data", str(place / "test.npz"), "--json", str(out), "-q", *flags
+    )
     return code, output, _wrong_quality(place, out) if code == 0 else ""
 
 
@@ -430,7 +476,10 @@ def _runtime(path: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     first = session.get_inputs()[0]
     single = first.shape[0] == 1
-    parts = [session.run(None, {first.name: part}) for part in ([images] if not single else [images[i : i + 1] for i in range(len(images))])]
+    parts = [
+        session.run(None, {first.name: part})
+        for part in ([images] if not single else [images[i : i + 1] for i in range(len(images))])
+    ]
     return np.concatenate([part[0] for part in parts])
 
 

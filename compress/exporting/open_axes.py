@@ -1,0 +1,95 @@
+"""Open axes of an exported image: the network, and its file, must take images of other sizes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from compress.artifacts import Signature
+from compress.cost.macs import eval_mode
+from compress.cost.onnx_file import first_line
+from compress.errors import ExportFailed
+
+_MORE_PIXELS = 64  # a multiple of what networks shrink images by
+_IMAGES, _SILENT = 2, 4
+_HINT = (
+    "Set dynamic: [], or let the network pool its feature maps to one size (nn.AdaptiveAvgPool2d(1)) before flattening "
+    "them."
+)
+
+
+def check_open_axes(path: Path, module: nn.Module, signature: Signature, open_axes: Mapping[int, str]) -> None:
+    """Try a network and its file on larger images, one open axis at a time.
+
+    Args:
+        path: The .onnx file.
+        module: The network, on the CPU.
+        signature: Of the network, with the sizes that it was made for.
+        open_axes: Axis -> name of each axis of the image that is to stay open.
+
+    Raises:
+        ExportFailed: One of them does not take such an image, or the two return other shapes; says which layer fails.
+    """
+    for axis, name in open_axes.items():
+        sizes = [_IMAGES, *(int(size) for size in signature.inputs[0].shape[1:])]
+        sizes[axis] += _MORE_PIXELS
+        images = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+        what = f"an image of {name} {sizes[axis]} (it was made for {sizes[axis] - _MORE_PIXELS})"
+        wanted = _run_network(module, images, what)
+        got = _run_file(path, images, what)
+        if got != wanted:
+            raise ExportFailed(
+                f"dynamic: [{name}] needs a file that takes images of other sizes; for {what} it returns {got}, the "
+                f"network {wanted}.",
+                hint=_HINT,
+            )
+
+
+def _run_network(module: nn.Module, images: Tensor, what: str) -> list[tuple[int, ...]]:
+    """Return the shapes of the outputs; raises ExportFailed where the network takes no such image."""
+    within = [""]
+    handles = []
+    for name, part in module.named_modules():
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: within.append(name)))
+        handles.append(part.register_forward_hook(lambda *_: (within.pop(), None)[1]))
+    try:
+        with torch.no_grad(), eval_mode(module):
+            found = module(images)
+    except Exception as error:  # the network's code
+        place = f" in layer '{within[-1]}'" if within[-1] else ""
+        raise ExportFailed(
+            f"dynamic needs a network that takes images of other sizes; with {what} it fails{place}: "
+            f"{first_line(error)}",
+            hint=_HINT,
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    shapes = [tuple(one.shape) for one in (found if isinstance(found, tuple) else (found,))]
+    if any(shape[0] != len(images) for shape in shapes):
+        raise ExportFailed(
+            f"dynamic needs a network that takes images of other sizes; for {len(images)} times {what} its outputs "
+            f"have the shapes {', '.join(map(str, shapes))}.",
+            hint=_HINT,
+        )
+    return shapes
+
+
+def _run_file(path: Path, images: Tensor, what: str) -> list[tuple[int, ...]]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    first = session.get_inputs()[0]
+    alone = isinstance(first.shape[0], int)  # a fixed batch is one image
+    parts = [images[place : place + 1] for place in range(len(images))] if alone else [images]
+    try:
+        found = [session.run(None, {first.name: part.numpy()}) for part in parts]
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ExportFailed(
+            f"dynamic needs a file that takes images of other sizes; with {what} the file that torch wrote fails, the "
+            f"network does not: {first_line(error)}",
+            hint=_HINT,
+        ) from error
+    return [(sum(one[place].shape[0] for one in found), *found[0][place].shape[1:]) for place in range(len(found[0]))]

@@ -284,7 +284,7 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
         AttributeError,
         OverflowError,
         RecursionError,
-    ) as error:  # pydantic's errors are ValueErrors
+    ) as error:
         raise ArtifactError(
             f"The metadata '{PREPROCESSING_KEY}' and '{CLASSES_KEY}' must be JSON as this program writes it: "
             f"{first_line(error)}"

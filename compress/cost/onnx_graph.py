@@ -207,7 +207,7 @@ class _Graph:
             raise ModelError(
                 f"The shape of '{name}' must be known to count the MACs of {node.op_type} node '{node.name}'. "
                 f"{error.message}",
-                hint="Export with fixed height and width; only the batch axis may stay open.",
+                hint=error.hint,
             ) from error
 
     def _with_weights(self) -> ModelProto:

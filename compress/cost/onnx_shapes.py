@@ -55,7 +55,10 @@ def _zeros(model: ModelProto) -> dict[str, np.ndarray]:
             continue
         tensor = value.type.tensor_type
         if not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
-            raise ModelError(f"Input '{value.name}' must have fixed sizes, one of its axes is open.")
+            raise ModelError(
+                f"Input '{value.name}' must have fixed sizes, one of its axes is open.",
+                hint="Export with fixed height and width; only the batch axis may stay open.",
+            )
         sizes = [int(dim.dim_value) for dim in tensor.shape.dim]
         arrays[value.name] = np.zeros(sizes, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return arrays

@@ -99,11 +99,25 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         )
     buffers = {name for name, _ in module.named_buffers()}
     state, conversions = convert_weights(state, expected, buffers, source)
+    _check_shared(module, state, source)
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise NonFinite(f"{source} must be finite, NaN or infinity in {some(broken)}.")
     module.load_state_dict({**{name: expected[name] for name in counters}, **state})
     return conversions
+
+
+def _check_shared(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise ArtifactError where layers share a parameter that has two values in the file."""
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        is_twice = other != name and name in state and other in state
+        if is_twice and not torch.equal(state[name], state[other]):
+            raise ArtifactError(
+                f"{source} has two values for one parameter that layers of the network share: {other} and {name}.",
+                hint="Let the factory tie the weights only if the network was trained so.",
+            )
 
 
 def fit_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:

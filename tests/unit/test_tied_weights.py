@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.artifacts import FactorySpec, Signature, TensorSpec
-from compress.building import rebuild, write_weights
+from compress.building import load_strict, rebuild, write_weights
 from compress.cost.macs import count_macs, count_params
 from compress.cost.sharing import find_shared
+from compress.errors import ArtifactError
 from compress.pruning.costs import build_cost
 from compress.pruning.cutting import cut_copy
 from compress.pruning.trial import find_cuttable
@@ -129,3 +130,13 @@ def test_find_shared_names_the_other_owner_and_knows_modules_of_two_names() -> N
 def test_a_copy_keeps_what_is_shared() -> None:
     twin = copy.deepcopy(make_tied())
     assert twin.a.weight is twin.b.weight
+
+
+def test_a_file_with_two_values_for_one_parameter_is_refused() -> None:
+    state = make_tied("functional").state_dict()  # the same names, not tied
+    with pytest.raises(ArtifactError, match=r"two values for one parameter .* share: a\.weight and b\.weight"):
+        load_strict(make_tied(), state, "'w.pt'")
+    state["b.weight"] = state["a.weight"].clone()
+    tied = make_tied()
+    load_strict(tied, state, "'w.pt'")
+    assert torch.equal(tied.b.weight, state["a.weight"])

@@ -280,7 +280,9 @@ def _size_axis(axis: Axis, removed: Mapping[str, np.ndarray], known: dict[_AxisK
 
 def _sizes_at(axis: SizeAxis, options: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the counts that are left, at arrays of options of one shape."""
-    return whole_channels(axis.full - sum((lost[options[name]] for name, lost in axis.lost.items()), start=np.zeros(())))
+    return whole_channels(
+        axis.full - sum((lost[options[name]] for name, lost in axis.lost.items()), start=np.zeros(()))
+    )
 
 
 def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, switch: str | None) -> SizeFactor:

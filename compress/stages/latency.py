@@ -160,9 +160,7 @@ def model_latency(
     return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.pair)
 
 
-def plan_variants(
-    levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums: bool = False
-) -> list[dict[str, int]]:
+def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums: bool = False) -> list[dict[str, int]]:
     """Return the widths of the variants to time: all full, all least, then each group through all of its levels.
 
     Args:

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import steady
+import torch
 from exported import SIGNATURE, exported
 from steady import profile_by_macs
+from torch import nn
 
 import compress.stages.latency as latency
 import compress.stages.rank_latency as rank_latency
@@ -36,6 +38,7 @@ from compress.errors import (
     RuntimeUnavailable,
     StageError,
 )
+from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.layers import find_layers
 from compress.progress import SilentProgress
 from compress.pruning.costs import build_cost, layer_axes
@@ -149,9 +152,9 @@ def test_who_asks_for_more_repeats_gets_a_table_of_its_own(ctx, monkeypatch):
     timed = []
     original = profiling._profile_together
 
-    def watched(paths, reference, inputs, conditions):
+    def watched(paths, reference, inputs, conditions, *others):
         timed.append(conditions.repeats)
-        yield from original(paths, reference, inputs, conditions)
+        yield from original(paths, reference, inputs, conditions, *others)
 
     monkeypatch.setattr(profiling, "_profile_together", watched)
     few, some = (_latency_model("chain", ctx, replace_config(repeats=repeats)) for repeats in (4, 8))
@@ -453,6 +456,48 @@ def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
         assert record["latency"]["measured_ratio"] == max(within)
         assert record["reached"]["latency"] == pytest.approx(target["latency"], rel=0.03) or "macs" in target
         assert record["latency"]["predicted_ratio"] == pytest.approx(record["latency"]["measured_ratio"], rel=0.02)
+
+
+@pytest.mark.parametrize("asked", [0.75, 0.5])
+def test_a_concat_network_meets_its_target_as_predicted(ctx, tmp_path, monkeypatch, asked):
+    """Layers behind a concatenation of three branches: what the budget says is what the table says is what is timed."""
+    profile_by_macs(monkeypatch)
+    path = tmp_path / "baseline.onnx"
+    module = _Branches().eval()
+    export_onnx(module, SIGNATURE, path, opset=18)
+    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    spec = FactorySpec("factory", "nets:build", {"name": "branches"})
+    model = TorchModel(module, spec, Recipe(), SIGNATURE, None, (), Baseline(figures, path, tmp_path))  # type: ignore[arg-type]
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    levels = {name: tuple(range(4, group.width + 1, 4)) for name, group in groups.items()}
+    macs = build_cost(module, nets.EXAMPLE, groups, "macs").at
+    timed = latency.model_latency(model, layer_axes(module, groups), levels, DEPLOY, ctx, macs)
+    assert len(timed.cost.sized) == 2, "the depthwise layer and the one that reads the concatenation"
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        widths = {name: int(random.choice(allowed)) for name, allowed in levels.items()}
+        choice = {name: levels[name].index(width) for name, width in widths.items()}
+        predicted = timed.predict_ratio(widths)
+        assert timed.cost.at(choice) / timed.reference_ms == pytest.approx(predicted)
+        assert predicted == pytest.approx(timed.time_pair(widths).ratio, rel=0.03)
+    config = PruneConfig(stage="prune", target=TargetConfig(latency=asked), multiple_of=4, score_images=16)
+    _, record = PruneStage(config).run(model, ctx)
+    assert record["reached"]["latency"] == pytest.approx(asked, rel=0.03)
+    assert record["latency"]["rounds"][0]["predicted"] <= asked
+
+
+class _Branches(nn.Module):
+    """Three branches, concatenated; a depthwise layer passes them on, another reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.small = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(3, 24, 3, 1, 1), nn.Conv2d(3, 16, 1)
+        self.each, self.join = nn.Conv2d(56, 56, 3, 1, 1, groups=56), nn.Conv2d(56, 32, 3, 1, 1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = torch.relu(torch.cat([self.left(x), self.right(x), self.small(x)], 1))
+        return self.head(torch.relu(self.join(torch.relu(self.each(x)))).mean((2, 3)))
 
 
 def test_a_table_serves_fewer_blocks_too(ctx, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe
 from compress.stages.context import Record, StageContext
+from compress.stages.easier import compare_with_evaluation
 from compress.stages.exporting import export_present, try_rewrites
 from compress.stages.measured import stated
 from compress.tasks.base import Task
@@ -77,10 +78,12 @@ class LoadStage:
             "params": figures.params,
             "size_bytes": figures.size_bytes,
             metric.name: figures.quality[metric.name],
+            "metrics": list(figures.quality),
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
             **imported,
+            **compare_with_evaluation(module, figures.quality[metric.name], ctx),
         }
         ctx.progress.note(
             f"baseline: {figures.macs:,} MACs, {figures.params:,} params, {metric.words} "

@@ -21,6 +21,7 @@ from compress.errors import ConfigValueError, RuntimeUnavailable
 from compress.progress import Progress, SilentProgress
 from compress.verification.feeding import feed, fixed_batch
 from compress.verification.latency import compare_latency, measure_latency
+from compress.verification.measured import Measured
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
@@ -138,7 +139,8 @@ def measure_onnx(
         inputs = {"file": latency_inputs(session, split, conditions.batch_size)}
         sample = measure_latency({"file": session}, inputs, conditions.warmup, conditions.repeats, progress)["file"]
     params = counts.params if reference is None else torch_params(reference)
-    return Figures(counts.macs, params, existing_bytes(path), {found.metric.name: found.value}, sample.to_figures())
+    quality = found.figures if isinstance(found, Measured) else {found.metric.name: found.value}
+    return Figures(counts.macs, params, existing_bytes(path), dict(quality), sample.to_figures())
 
 
 def measure_ratio(

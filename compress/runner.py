@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from compress.artifacts import FactorySpec, TorchModel, Verdict
 from compress.catalog import NOTHING, VERDICT
 from compress.config.digest import digest_value
+from compress.config.gating import require_known_metrics
 from compress.config.load import Pipeline
 from compress.crew import Crew, crew
 from compress.curves import require_tensorboard, written_curves
@@ -251,6 +252,8 @@ class _Run:
             self.artifact = None
             self.progress.note(f"{label}: unchanged")
         self.stages.append(StageRun(step.entry.name, status, entry.meta["seconds"], entry.meta["record"]))
+        if step.entry.consumes == NOTHING:
+            require_known_metrics(self.pipeline.config, entry.meta["record"])
         self.entries.append(entry)
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)

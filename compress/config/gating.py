@@ -1,11 +1,13 @@
 """Which figures may gates name? Those of the task; a task of the user's own may have any."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compress.catalog import GATED, GATED_WITHOUT_LABELS, SHARES
+from compress.catalog import GATED, GATED_WITHOUT_LABELS, HARDER, SHARES
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path, show
+from compress.config.schema import PipelineConfig, VerifyConfig
+from compress.errors import ConfigValueError
 from compress.registry import closest
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -28,6 +30,30 @@ def check_gates(document: Document) -> list[Problem]:
         if isinstance(limits := gates.get(kind), dict)
         for problem in _check_limits(document, (*path, kind), limits, name)
     ]
+
+
+def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> None:
+    """Refuse gates of a task of the user's own that name no metric of it, as soon as the baseline was measured.
+
+    Args:
+        config: A checked pipeline.
+        record: Of its `load` stage; says which metrics the task has.
+
+    Raises:
+        ConfigValueError: A gate names another one.
+    """
+    known, verify = record.get("metrics"), config.stages[-1]
+    if config.task.own is None or not known or not isinstance(verify, VerifyConfig):
+        return
+    for kind in ("max_drop", "max_rise", "min", "max"):
+        limits: Mapping[str, float] = getattr(verify.gates, kind)
+        allowed = [*known, *HARDER, "worst_distribution", "excess_error", *GATED_WITHOUT_LABELS[kind]]
+        for name in limits:
+            if name not in allowed:
+                raise ConfigValueError(
+                    f"gates.{kind} must name metrics of the task ({', '.join(known)}), got '{name}'.",
+                    hint=closest(name, known),
+                )
 
 
 def _task_name(task: Any) -> str | None:

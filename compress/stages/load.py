@@ -37,6 +37,7 @@ from compress.networks.zoo import pretrained_state, without_auxiliary
 from compress.recipe import Recipe, RemoveUnread
 from compress.stages.chance import chance_warning
 from compress.stages.context import Record, StageContext
+from compress.stages.easier import compare_with_evaluation
 from compress.stages.exporting import check_export, export_present, try_rewrites
 from compress.stages.measured import stated
 from compress.tasks.base import Task
@@ -88,11 +89,13 @@ class LoadStage:
             "params": figures.params,
             "size_bytes": figures.size_bytes,
             metric.name: figures.quality[metric.name],
+            "metrics": list(figures.quality),
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "rewrites": rewrites,
             "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
             **imported,
+            **compare_with_evaluation(module, figures.quality[metric.name], ctx),
             "warnings": self.warnings,
         }
         ctx.progress.note(

@@ -23,6 +23,7 @@ from compress.errors import ConfigValueError, InternalError, RuntimeUnavailable
 from compress.progress import Progress, SilentProgress
 from compress.verification.feeding import feed, fixed_batch
 from compress.verification.latency import Comparison, LatencyRatio, compare_latency
+from compress.verification.measured import Measured
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 
@@ -138,7 +139,8 @@ def measure_onnx(
         found = predict(session, split, evaluation_batch(image_input(session)), progress)
     sample = time_files({"file": path}, split, conditions, progress).samples["file"]
     params = counts.params if reference is None else torch_params(reference)
-    return Figures(counts.macs, params, existing_bytes(path), {found.metric.name: found.value}, sample.to_figures())
+    quality = found.figures if isinstance(found, Measured) else {found.metric.name: found.value}
+    return Figures(counts.macs, params, existing_bytes(path), dict(quality), sample.to_figures())
 
 
 def time_files(

@@ -282,3 +282,40 @@ def test_training_may_start_from_random_weights(run, monkeypatch) -> None:
         assert torch.equal(value, second[name])
         if name.endswith("weight") and value.ndim > 1:
             assert not torch.allclose(value, inherited[name], atol=0.01)
+
+
+def test_training_that_does_no_more_harm_than_noise_is_kept(run, monkeypatch) -> None:
+    """Of all images right before, four wrong after training: p = 0.125."""
+    warned: list[str] = []
+    monkeypatch.setattr(_Notes, "warn", lambda _, text: warned.append(text))
+    every = iter((0, 4))
+
+    def facts(module, split, **_):
+        return {"right": np.arange(len(split)) >= next(every)}
+
+    def fit(module, train, validation, *rest, **more):
+        done = real(module, train, validation, *rest, **more)
+        epochs = tuple(replace(epoch, validation=1 - 4 / len(validation)) for epoch in done.epochs)
+        return replace(done, epochs=epochs)
+
+    real = finetune.fit
+    monkeypatch.setattr(finetune, "fit", fit)
+    monkeypatch.setattr(finetune, "quality_facts", facts)
+    network = nets.build("chain")
+    kept, record, _ = run(network, epochs=1, learning_rate=0.02)
+    assert record["chosen_epoch"] == 1
+    assert not torch.equal(next(kept.module.parameters()), next(network.parameters()))
+    assert record["validation_top1_after"] < record["validation_top1_before"] == 1.0
+    assert any("Training did no more harm than noise: validation top-1 100.00% -> " in text for text in warned)
+    assert record["warnings"] == warned
+
+
+@pytest.mark.parametrize(("given", "is_told"), [({"epochs": 1}, True), ({"steps": 4}, False), ({"epochs": 5}, False)])
+def test_a_handful_of_steps_is_warned_about_where_nobody_asked_for_so_few(run, monkeypatch, given, is_told) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(_Notes, "warn", lambda _, text: warned.append(text))
+    run(learning_rate=0.02, **given)
+    told = [text for text in warned if "optimiser steps" in text]
+    assert bool(told) is is_told
+    if told:
+        assert "Training comes to 4 optimiser steps (4 an epoch of 64 images)" in told[0]

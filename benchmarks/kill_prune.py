@@ -1,4 +1,4 @@
-"""Kills `prune` of a network at several moments and counts what is done twice; compares the result with an undisturbed one.
+"""Kills `prune` of a network at several moments; counts what is done twice, compares the results.
 
     python benchmarks/kill_prune.py PIPELINE --runs-dir FOLDER [--moments 10] [--set KEY=VALUE ...]
 
@@ -32,7 +32,8 @@ from compress.keys import build_steps
 from compress.stages.parts import Parts
 
 def tell(what, key, started):
-    print("PART", json.dumps([what, json.dumps(key, default=list, sort_keys=True), time.perf_counter() - started]), flush=True)
+    text = json.dumps(key, default=list, sort_keys=True)
+    print("PART", json.dumps([what, text, time.perf_counter() - started]), flush=True)
 
 class Notes(SilentProgress):
     def note(self, text): print("NOTE", text, flush=True)
@@ -136,7 +137,7 @@ def main() -> int:
     made, spent, mean_s = [], 0.0, whole.seconds / max(1, len(whole.made))
     step = max(1, len(whole.made) // (options.moments + 1))
     for number in range(options.moments):
-        one = attempt(here, step, chance, 2 * mean_s)
+        one = attempt(here, step, chance, mean_s)
         made += one.made
         spent += one.seconds
         print(f"kill {number + 1}: {len(one.kept)} parts kept, {len(one.made)} made, {one.seconds:.1f} s", flush=True)

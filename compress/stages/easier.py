@@ -1,6 +1,7 @@
 """Warning where validation images are far easier than evaluation images: the network was probably trained on them."""
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 
@@ -15,7 +16,9 @@ from compress.verification.metrics import share_interval
 LEAST_SHARE, LEAST_RATIO = 0.02, 0.05  # of a share as it is, of other metrics relative to evaluation
 
 
-def compare_with_evaluation(module: nn.Module, evaluation: float, ctx: StageContext) -> Record:
+def compare_with_evaluation(
+    module: nn.Module, evaluation: float, ctx: StageContext, warn: Callable[[str], None]
+) -> Record:
     """Measure the baseline on validation and warn where it does far better there than on evaluation.
 
     Nothing is chosen by that comparison.
@@ -24,9 +27,10 @@ def compare_with_evaluation(module: nn.Module, evaluation: float, ctx: StageCont
         module: Baseline.
         evaluation: Its primary metric on the evaluation split.
         ctx: Has the splits.
+        warn: Takes the warning.
 
     Returns:
-        Value on validation and warnings; empty without labels, where the baseline is compared with itself.
+        Value on validation; empty without labels, where the baseline is compared with itself.
     """
     split, metric = ctx.data.validation, metric_of(ctx.data.validation)
     if not split.task.needs_targets:
@@ -39,16 +43,13 @@ def compare_with_evaluation(module: nn.Module, evaluation: float, ctx: StageCont
         found = estimate_measured(Measured(split.task, facts))[metric.name]
         half = 0.0 if found.low is None or found.high is None else (found.high - found.low) / 2
         noise = math.hypot(half, half * math.sqrt(len(split) / count))
-    record: Record = {f"validation_{metric.name}": value, "warnings": []}
     if is_far_better(value, evaluation, noise, metric):
-        warning = (
+        warn(
             f"The baseline does far better on validation ({metric.words} {metric.show(value)}) than on evaluation "
             f"({metric.show(evaluation)}): it was probably trained on validation images, and what is chosen by them "
             "(epochs, repairs, numbers of blocks) is chosen by easy images. Name images of their own: data.validation."
         )
-        record["warnings"].append(warning)
-        ctx.progress.warn(warning)
-    return record
+    return {f"validation_{metric.name}": value}
 
 
 def is_far_better(validation: float, evaluation: float, noise: float, metric: Metric) -> bool:

@@ -95,7 +95,7 @@ class LoadStage:
             "rewrites": rewrites,
             "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
             **imported,
-            **compare_with_evaluation(module, figures.quality[metric.name], ctx),
+            **compare_with_evaluation(module, figures.quality[metric.name], ctx, partial(self._warn, ctx)),
             "warnings": self.warnings,
         }
         ctx.progress.note(

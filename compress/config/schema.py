@@ -31,6 +31,16 @@ def _registered(registry: Registry[Any]) -> AfterValidator:
 MAX_SIDE = 8192  # pixels
 
 
+def _to_names(value: object) -> object:
+    """Return a list of names as a tuple; a folder called 0 may stand there as a number."""
+    plain = [str(one) if isinstance(one, int) and not isinstance(one, bool) else one for one in _as_list(value)]
+    return tuple(plain) if isinstance(value, list | tuple) else value
+
+
+def _as_list(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
 def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -89,6 +99,9 @@ class FolderSource(Section):
     """One sub-folder of image files for each class."""
 
     folder: str = Field(description="path of the folder")
+    classes: Annotated[tuple[str, ...], BeforeValidator(_to_names)] | None = Field(
+        None, description="folder names in the order of class indices; by default sorted as text"
+    )
 
 
 class TorchvisionSource(Section):

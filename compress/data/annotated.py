@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from compress.data.pictures import open_picture, to_pixels
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import IMAGE_SUFFIXES, FitImage, load_numpy, member, open_picture, readers
+from compress.data.sources import IMAGE_SUFFIXES, FitImage, load_numpy, member, readers
 from compress.errors import ArtifactError, DataError
 
 _SOME = 3
@@ -179,10 +180,10 @@ def read_masks(images: Path, masks: Path, preprocessing: Preprocessing, grey: bo
         path = by_name[pictures[place].stem]
         mask = np.asarray(open_picture(path))
         size = open_picture(pictures[place]).size
-        if mask.ndim != 2 or mask.shape != (size[1], size[0]):
+        if mask.dtype.kind not in "biu" or mask.shape != (size[1], size[0]):
             raise DataError(
                 f"Mask '{path}' must have one channel and the size of its picture ({size[1]} x {size[0]}), got "
-                f"{mask.shape}."
+                f"{mask.shape} {mask.dtype}."
             )
         return preprocessing.fit_mask(mask.astype(np.int64), fill)
 
@@ -227,8 +228,7 @@ def picture_reader(pictures: Sequence[Path], fit_image: FitImage, grey: bool) ->
     """Return what reads a picture by its place."""
 
     def read(place: int) -> np.ndarray:
-        picture = np.asarray(open_picture(pictures[place]).convert("L" if grey else "RGB"))
-        return fit_image(picture[..., None] if grey else picture)
+        return fit_image(to_pixels(open_picture(pictures[place]), grey))
 
     return read
 

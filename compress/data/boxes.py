@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from compress.data.annotated import AnnotatedSource, list_pictures
+from compress.data.pictures import open_picture, to_pixels
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import open_picture
 from compress.errors import ArtifactError, DataError
 
 MOST_CATEGORY = 65_535
@@ -183,8 +183,7 @@ def _source(
         raise DataError("letterbox must be given without preprocessing.resize and preprocessing.crop.")
 
     def read_image(place: int) -> np.ndarray:
-        picture = np.asarray(open_picture(pictures[place]).convert("L" if grey else "RGB"))
-        picture = picture[..., None] if grey else picture
+        picture = to_pixels(open_picture(pictures[place]), grey)
         return preprocessing.fit_image(picture) if letterbox is None else fit_letterbox(picture, letterbox)
 
     def read_target(place: int) -> Any:

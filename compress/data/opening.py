@@ -234,7 +234,7 @@ def _read_source(source: Source, preprocessing: Preprocessing, task: Task, train
     if isinstance(source, IdxSource):
         return read_idx(Path(source.idx), Path(source.labels), fit_image)
     if isinstance(source, FolderSource):
-        return read_folder(Path(source.folder), preprocessing.fit_image, grey)
+        return read_folder(Path(source.folder), preprocessing.fit_image, grey, source.classes)
     if isinstance(source, TorchvisionSource):
         half = train if source.train is None else source.train
         root = Path(source.root)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from compress.data.annotated import AnnotatedSource
 from compress.data.packing import as_row
+from compress.data.pictures import SIXTEEN_BITS, to_pixels
 from compress.errors import DataError
 from compress.references import beside, import_callable
 from compress.user_code import shown_as
@@ -81,7 +82,7 @@ def as_image(image: Any, reference: str = "") -> np.ndarray:
         DataError: It is no image.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        return to_pixels(image, image.mode in ("L", *SIXTEEN_BITS), reference)
     is_tensor = hasattr(image, "detach")
     values = np.asarray(image.detach().cpu() if is_tensor else image)
     if values.ndim == 2 and values.dtype == np.uint8:

@@ -8,6 +8,7 @@ Other targets than class indices are read by `annotated.py`, `boxes.py` and `own
 import gzip
 import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from compress.data.pictures import open_picture, to_pixels
 from compress.errors import ArtifactError, DataError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -128,8 +130,7 @@ class LazySource:
         return np.stack(images)
 
     def _read_one(self, index: int) -> np.ndarray:
-        picture = np.asarray(self.open_image(index).convert("L" if self.grey else "RGB"))
-        return self.fit_image(picture[..., None] if self.grey else picture)
+        return self.fit_image(to_pixels(self.open_image(index), self.grey, f"image {index}"))
 
 
 @cache
@@ -181,16 +182,23 @@ def read_idx(images_path: Path, labels_path: Path, fit_image: FitImage | None = 
     return _checked(_read_idx_array(images_path), _read_idx_array(labels_path), (), images_path, fit_image)
 
 
-def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
-    """Read a folder with one sub-folder of images for each class; class indices follow the sorted folder names.
+def read_folder(root: Path, fit_image: FitImage, grey: bool, order: Sequence[str] | None = None) -> LazySource:
+    """Read a folder with one sub-folder of images for each class.
+
+    Args:
+        root: The folder.
+        fit_image: Geometric preprocessing.
+        grey: Whether images are read with one channel.
+        order: Folder names in the order of class indices; None sorts them as text, as torchvision does.
 
     Raises:
         ArtifactError: The folder is missing or holds no images.
+        DataError: `order` does not name each folder once.
     """
     if not root.is_dir():
         raise ArtifactError(f"Image folder '{root}' must exist and hold one folder for each class.")
     folders = (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = tuple(sorted(entry.name for entry in folders))
+    classes = _ordered([entry.name for entry in folders], order, root)
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -213,6 +221,42 @@ def read_folder(root: Path, fit_image: FitImage, grey: bool) -> LazySource:
     return LazySource(
         lambda index: open_picture(paths[index]), np.asarray(labels, np.int64), classes, fit_image, grey, True
     )
+
+
+def _ordered(names: Sequence[str], order: Sequence[str] | None, root: Path) -> tuple[str, ...]:
+    if order is None:
+        return tuple(sorted(names))
+    if sorted(order) != sorted(names):
+        different = sorted(set(names) ^ set(order)) or sorted({name for name in order if order.count(name) > 1})
+        raise DataError(
+            f"classes must name each class folder in '{root}' once, in the order of class indices; it has "
+            f"{len(names)} folders, classes has {len(order)} names, different in {', '.join(different[:6])}."
+        )
+    return tuple(order)
+
+
+def order_warning(classes: Sequence[str]) -> str | None:
+    """Return a warning where class names are in text order and a count in them says another order, else None.
+
+    >>> order_warning(["0", "1", "2"]), order_warning(["cat", "dog"])
+    (None, None)
+    >>> order_warning(["0", "1", "10", "2"])[:58]
+    'Classes are in text order, as torchvision has it: class 2 i'
+    """
+    counted = sorted(classes, key=_by_count)
+    if list(classes) != sorted(classes) or counted == list(classes):
+        return None
+    place = next(place for place, (one, other) in enumerate(zip(classes, counted, strict=True)) if one != other)
+    return (
+        f"Classes are in text order, as torchvision has it: class {place} is '{classes[place]}', by their numbers it "
+        f"would be '{counted[place]}'. For a network that was trained in another order, name it beside the folder: "
+        f"classes: [{', '.join(counted[:4])}, ...]."
+    )
+
+
+def _by_count(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts by the numbers in a name where there are some."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def read_torchvision(
@@ -376,16 +420,6 @@ def _checked(
     if len(labels) == 0:
         raise DataError(f"'{path}' must hold at least one image, it holds none.")
     return ArraySource(images, labels.astype(np.int64), tuple(classes), fit_image)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Return a decoded picture; DataError when it is none."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"'{path}' must be a readable image: {error}") from error
 
 
 def _require_file(path: Path) -> None:

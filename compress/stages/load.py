@@ -26,6 +26,7 @@ from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_params, count_products, counts_agree, layer_macs
 from compress.cost.onnx_file import load_onnx, read_inputs, read_metadata
 from compress.data.batches import evaluation_batches
+from compress.data.sources import order_warning
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
 from compress.importing.importer import import_onnx
@@ -67,6 +68,8 @@ class LoadStage:
         imported = _imported(module, spec, ctx)
         check_precision(module)
         ctx.data.check_classes()
+        if warning := order_warning(ctx.data.classes):
+            self._warn(ctx, warning)
         for split in (ctx.data.calibration, ctx.data.evaluation):
             check_inputs(split, spec)
         images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))

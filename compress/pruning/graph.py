@@ -195,11 +195,13 @@ class ChannelGraph:
             reason = ONE_CHANNEL
         elif reason is None and count < 2:
             reason = f"its {parts} channels can only go together"
+        members = () if reason is not None else tuple(self._members(numbers, channels))
+        if reason is None and not any(member.is_producer for member in members):
+            reason = "no convolution or linear layer computes it, but a function with a parameter of its own"
         if reason is not None:
             self.excluded.append(Exclusion(name, reason, expected=reason in (OUTPUTS, ONE_CHANNEL)))
             self._found[name] = _Found(labels, units)
             return
-        members = tuple(self._members(numbers, channels))
         behind = self._norms_behind(members)
         gates = tuple(behind.get(member.layer, member) for member in members if member.is_producer)
         bare = tuple(

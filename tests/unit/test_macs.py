@@ -68,6 +68,13 @@ def test_what_reads_a_convolution_lets_it_be_cut(name: str) -> None:
     assert "stem" in groups
 
 
+def test_channels_that_a_function_computes_stay_whole_with_the_reason() -> None:
+    groups, excluded = find_cuttable(build("functional")[0], EXAMPLE)
+    assert list(groups) == ["stem"]
+    reasons = {item.name: item.reason for item in excluded if not item.expected}
+    assert reasons["w.kernel"].startswith("no convolution or linear layer computes it, but a function")
+
+
 def test_a_recurrent_layer_keeps_a_hidden_size_that_equals_its_inputs() -> None:
     module = Body(lambda n, x: n.r(rows(x))[0].mean(1), 64, r=nn.LSTM(64, 64, batch_first=True)).eval()
     groups, _ = find_cuttable(module, EXAMPLE)

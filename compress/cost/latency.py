@@ -256,14 +256,15 @@ def latency_cost(
     for site in sites:
         switch = (switches or {}).get(site.layer)
         out, inp = axes.get(site.layer, (Axis(site.sizes[0]), Axis(site.sizes[1])))
-        sides = [_size_axis(axis, removed, known) for axis in (out, inp)]
-        names = sorted({name for axis in sides for name in axis.lost})
+        outs, inps = (_size_axis(axis, removed, known) for axis in (out, inp))
+        names = sorted({*outs.lost, *inps.lost})
         if len(names) > 2:
-            sized.append(_size_factor(table, site.kind, *sides, switch))
+            sized.append(_size_factor(table, site.kind, outs, inps, switch))
             continue
         lost = np.meshgrid(*(np.arange(len(levels[name])) for name in names), indexing="ij")
-        at = [_sizes_at(axis, dict(zip(names, lost, strict=True))) for axis in sides]
-        factors.append(Factor(tuple(names), table.sites_ms(site.kind, *at), switch))
+        options = dict(zip(names, lost, strict=True))
+        values = table.sites_ms(site.kind, _sizes_at(outs, options), _sizes_at(inps, options))
+        factors.append(Factor(tuple(names), values, switch))
     fixed = sum(float(factor.table) for factor in factors if not factor.decisions and factor.switch is None)
     kept = tuple(factor for factor in factors if factor.decisions or factor.switch is not None)
     return TableCost(table.fixed_ms + fixed, kept, tuple(sized))

@@ -51,10 +51,7 @@ PACKAGES = {
         ("properties/test_knapsack.py", "properties/test_widths.py", "unit/test_sensitivity.py"),
     ),
     "statistics": Package(
-        tuple(
-            f"compress/verification/{name}.py"
-            for name in ("metrics", "measured", "quantized", "blocks", "latency", "gates")
-        ),
+        tuple(f"compress/verification/{name}.py" for name in ("metrics", "measured", "quantized", "blocks", "latency")),
         ("unit/test_statistics.py", "unit/test_latency.py", "unit/test_metrics.py"),
     ),
     "cost": Package(
@@ -99,7 +96,7 @@ def prepare(name: str, folder: Path) -> Path:
             "addopts=--import-mode=importlib",
             "--deselect",
             OF_THE_TEXT,
-        ],  # fmt: skip
+        ],
     }
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

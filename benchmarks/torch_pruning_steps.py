@@ -18,7 +18,7 @@ import numpy as np
 from made import source_digest
 from torch_pruning_cuts import Cutter, GroupNormHooks, Removed, Setting, cut, trained_weights, with_plain_shortcuts
 
-from compress.artifacts import TorchModel
+from compress.artifacts import FactorySpec, TorchModel
 from compress.building import example_input
 from compress.config.load import Pipeline
 from compress.config.schema import CutConfig, FinetuneConfig, LoadConfig
@@ -32,7 +32,7 @@ from compress.stages.context import StageContext
 from compress.stages.exporting import conditions_of, export_present
 from compress.stages.finetune import train
 from compress.stages.hooked import train_with_hooks
-from compress.stages.load import LoadStage
+from compress.stages.load import LoadStage, factory_spec
 from compress.stages.measured import validation_quality
 from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
 from compress.verification.measuring import measure_onnx, measure_ratio
@@ -51,15 +51,15 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def network_once(folder: Path, make: Callable[[], TorchModel]) -> TorchModel:
-    """Return the network of a folder, made when it is missing."""
+def network_once(folder: Path, factory: FactorySpec, make: Callable[[], TorchModel]) -> TorchModel:
+    """Return the network of a folder, made when it is missing; its factory may have moved since."""
     if not folder.is_dir():
         model, part = make(), folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_torch_model(model, part)
         part.rename(folder)
-    return load_torch_model(folder)
+    return load_torch_model(folder, factory)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Bench:
     @cached_property
     def base(self) -> TorchModel:
         """The baseline."""
-        return network_once(self.place / "base", lambda: LoadStage(self.load_config).run(None, self.context)[0])
+        return self._network("base", lambda: LoadStage(self.load_config).run(None, self.context)[0])
 
     def before_cut(self, setting: Setting) -> TorchModel:
         """Return the network that a setting cuts: the baseline, or the baseline after sparse training."""
@@ -153,7 +153,10 @@ class Bench:
             train_with_hooks(twin, base, _halved(self.recipe), hooks, state, self.context)
             return replace(base, module=trained_weights(base.module, twin))
 
-        return network_once(self.place / f"sparse-{'streams' if streams else 'inside'}", make)
+        return self._network(f"sparse-{'streams' if streams else 'inside'}", make)
+
+    def _network(self, name: str, make: Callable[[], TorchModel]) -> TorchModel:
+        return network_once(self.place / name, factory_spec(self.load_config.model), make)
 
     def cutter(self, setting: Setting) -> Cutter:
         """Return torch-pruning on the network that a setting cuts."""
@@ -231,7 +234,7 @@ class Bench:
                 apply_repairs(slim.module, wanted, ctx)
             return slim
 
-        return network_once(self.place / "networks" / f"{setting.slug}-{start}", make)
+        return self._network(f"networks/{setting.slug}-{start}", make)
 
     def validation(self, setting: Setting, start: str) -> float:
         """Return top-1 of the cut network on the validation split, by which settings are chosen."""

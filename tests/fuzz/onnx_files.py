@@ -1,6 +1,6 @@
 """Damaged ONNX files through `verify`, `inspect` and the import; a file that is taken computes what ONNX Runtime does.
 
-    python tests/fuzz/onnx_files.py --count 500
+python tests/fuzz/onnx_files.py --count 500
 """
 
 import json
@@ -30,28 +30,64 @@ def bases() -> dict[str, bytes]:
     """Return small whole files of several kinds."""
     random = np.random.default_rng(0)
     arrays = {
-        "k1": random.normal(0, 0.3, (8, 3, 3, 3)), "b1": random.normal(0, 0.1, 8), "k2": random.normal(0, 0.3, (8, 8, 3, 3)),
-        "k3": random.normal(0, 0.3, (8, 1, 3, 3)), "s": random.uniform(0.5, 1.5, 8), "o": random.normal(0, 0.1, 8),
-        "m": random.normal(0, 0.1, 8), "v": random.uniform(0.5, 1.5, 8), "w": random.normal(0, 1, (CLASSES, 8)),
-        "c": random.normal(0, 0.1, CLASSES), "low": np.float32(0), "high": np.float32(6), "half": np.float32(0.5),
-    }  # fmt: skip
+        "k1": random.normal(0, 0.3, (8, 3, 3, 3)),
+        "b1": random.normal(0, 0.1, 8),
+        "k2": random.normal(0, 0.3, (8, 8, 3, 3)),
+        "k3": random.normal(0, 0.3, (8, 1, 3, 3)),
+        "s": random.uniform(0.5, 1.5, 8),
+        "o": random.normal(0, 0.1, 8),
+        "m": random.normal(0, 0.1, 8),
+        "v": random.uniform(0.5, 1.5, 8),
+        "w": random.normal(0, 1, (CLASSES, 8)),
+        "c": random.normal(0, 0.1, CLASSES),
+        "low": np.float32(0),
+        "high": np.float32(6),
+        "half": np.float32(0.5),
+    }
     arrays = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
-    arrays |= {"flat": np.array([0, -1], np.int64), "axes": np.array([2, 3], np.int64),
-               "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "from": np.array([0], np.int64),
-               "to": np.array([8], np.int64), "one": np.array([1], np.int64)}  # fmt: skip
+    arrays |= {
+        "flat": np.array([0, -1], np.int64),
+        "axes": np.array([2, 3], np.int64),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64),
+        "from": np.array([0], np.int64),
+        "to": np.array([8], np.int64),
+        "one": np.array([1], np.int64),
+    }
     node = helper.make_node
-    stem = [node("Conv", ["x", "k1", "b1"], ["a"], "stem", pads=[1, 1, 1, 1], strides=[2, 2]), node("Relu", ["a"], ["r"])]
-    head = [node("GlobalAveragePool", ["z"], ["p"]), node("Flatten", ["p"], ["f"]),
-            node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1)]  # fmt: skip
+    stem = [
+        node("Conv", ["x", "k1", "b1"], ["a"], "stem", pads=[1, 1, 1, 1], strides=[2, 2]),
+        node("Relu", ["a"], ["r"]),
+    ]
+    head = [
+        node("GlobalAveragePool", ["z"], ["p"]),
+        node("Flatten", ["p"], ["f"]),
+        node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1),
+    ]
     graphs = {
-        "chain": [*stem, node("Conv", ["r", "k2"], ["d"], "second", pads=[1, 1, 1, 1]),
-                  node("BatchNormalization", ["d", "s", "o", "m", "v"], ["n"]), node("Clip", ["n", "low", "high"], ["z"]), *head],
-        "residual": [*stem, node("Conv", ["r", "k3"], ["d"], "depthwise", group=8, pads=[1, 1, 1, 1]), node("Add", ["d", "r"], ["e"]),
-                     node("MaxPool", ["e"], ["z"], kernel_shape=[2, 2], strides=[2, 2]), *head],
-        "shaped": [*stem, node("Pad", ["r", "pads"], ["e"]), node("Mul", ["e", "half"], ["g"]), node("Slice", ["g", "from", "to", "one"], ["z"]),
-                   node("ReduceMean", ["z"], ["p"], axes=[2, 3], keepdims=0), node("Reshape", ["p", "flat"], ["f"]),
-                   node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1)],
-    }  # fmt: skip
+        "chain": [
+            *stem,
+            node("Conv", ["r", "k2"], ["d"], "second", pads=[1, 1, 1, 1]),
+            node("BatchNormalization", ["d", "s", "o", "m", "v"], ["n"]),
+            node("Clip", ["n", "low", "high"], ["z"]),
+            *head,
+        ],
+        "residual": [
+            *stem,
+            node("Conv", ["r", "k3"], ["d"], "depthwise", group=8, pads=[1, 1, 1, 1]),
+            node("Add", ["d", "r"], ["e"]),
+            node("MaxPool", ["e"], ["z"], kernel_shape=[2, 2], strides=[2, 2]),
+            *head,
+        ],
+        "shaped": [
+            *stem,
+            node("Pad", ["r", "pads"], ["e"]),
+            node("Mul", ["e", "half"], ["g"]),
+            node("Slice", ["g", "from", "to", "one"], ["z"]),
+            node("ReduceMean", ["z"], ["p"], axes=[2, 3], keepdims=0),
+            node("Reshape", ["p", "flat"], ["f"]),
+            node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1),
+        ],
+    }
     return {name: _model(nodes, arrays).SerializeToString() for name, nodes in graphs.items()}
 
 
@@ -128,7 +164,9 @@ def _type(model: ModelProto, random: Random) -> None:
 
 def _raw(model: ModelProto, random: Random) -> None:
     tensor = _pick(model.graph.initializer, random)
-    tensor.raw_data = _pick((b"", tensor.raw_data[:-1], tensor.raw_data[: len(tensor.raw_data) // 2], tensor.raw_data * 2), random)
+    tensor.raw_data = _pick(
+        (b"", tensor.raw_data[:-1], tensor.raw_data[: len(tensor.raw_data) // 2], tensor.raw_data * 2), random
+    )
 
 
 def _special(model: ModelProto, random: Random) -> None:
@@ -154,7 +192,9 @@ def _external(model: ModelProto, random: Random) -> None:
     entries = {"location": _pick(places, random), "offset": str(_number(random)), "length": str(_number(random))}
     for key, value in entries.items():
         if random.random() < 0.8:
-            tensor.external_data.add(key=key, value=_pick((value, value, "", "x", "1.5"), random) if key != "location" else value)
+            tensor.external_data.add(
+                key=key, value=_pick((value, value, "", "x", "1.5"), random) if key != "location" else value
+            )
     if random.random() < 0.5:
         tensor.ClearField("raw_data")
 
@@ -190,8 +230,32 @@ def _node_output(model: ModelProto, random: Random) -> None:
 def _operator(model: ModelProto, random: Random) -> None:
     node = _pick(model.graph.node, random)
     if random.random() < 0.8:
-        names = ("", "Relu", "Conv", "Gemm", "Loop", "If", "Scan", "Nonsense", "Identity", "Softmax", "Concat", "Split", "Transpose", "Resize",
-                 "LSTM", "Constant", "TopK", "Gather", "Unsqueeze", "Cast", "Einsum", "NonZero", "Dropout", "OneHot")  # fmt: skip
+        names = (
+            "",
+            "Relu",
+            "Conv",
+            "Gemm",
+            "Loop",
+            "If",
+            "Scan",
+            "Nonsense",
+            "Identity",
+            "Softmax",
+            "Concat",
+            "Split",
+            "Transpose",
+            "Resize",
+            "LSTM",
+            "Constant",
+            "TopK",
+            "Gather",
+            "Unsqueeze",
+            "Cast",
+            "Einsum",
+            "NonZero",
+            "Dropout",
+            "OneHot",
+        )
         node.op_type = _pick(names, random)
     else:
         node.domain = _pick(("ai.onnx", "com.microsoft", "nowhere", "ai.onnx.ml"), random)
@@ -216,9 +280,32 @@ def _attribute(model: ModelProto, random: Random) -> None:
 
 
 def _add_attribute(model: ModelProto, random: Random) -> None:
-    names = ("auto_pad", "dilations", "group", "axis", "alpha", "epsilon", "ceil_mode", "count_include_pad", "to", "mode", "value", "training_mode",
-             "then_branch", "equation", "storage_order")  # fmt: skip
-    values = (_number(random), 0.5, float("nan"), "SAME_UPPER", "nonsense", [_number(random)] * int(random.integers(1, 4)), np.float32(3).item())
+    names = (
+        "auto_pad",
+        "dilations",
+        "group",
+        "axis",
+        "alpha",
+        "epsilon",
+        "ceil_mode",
+        "count_include_pad",
+        "to",
+        "mode",
+        "value",
+        "training_mode",
+        "then_branch",
+        "equation",
+        "storage_order",
+    )
+    values = (
+        _number(random),
+        0.5,
+        float("nan"),
+        "SAME_UPPER",
+        "nonsense",
+        [_number(random)] * int(random.integers(1, 4)),
+        np.float32(3).item(),
+    )
     _pick(model.graph.node, random).attribute.append(helper.make_attribute(_pick(names, random), _pick(values, random)))
 
 
@@ -244,7 +331,9 @@ def _opset(model: ModelProto, random: Random) -> None:
     elif what == 1:
         model.opset_import.append(helper.make_opsetid("", 9))
     else:
-        model.opset_import[0].version = _pick((0, -1, 1, 5, 7, 9, 10, 11, 12, 13, 18, 19, 20, 21, 23, 999, 2**40), random)
+        model.opset_import[0].version = _pick(
+            (0, -1, 1, 5, 7, 9, 10, 11, 12, 13, 18, 19, 20, 21, 23, 999, 2**40), random
+        )
 
 
 def _ir_version(model: ModelProto, random: Random) -> None:
@@ -283,7 +372,9 @@ def _values(model: ModelProto, random: Random) -> None:
     elif what == 2:
         model.graph.input.append(model.graph.input[0])
     elif what == 3:
-        model.graph.output.append(_pick([*model.graph.output, onnx.ValueInfoProto(name="nowhere"), onnx.ValueInfoProto(name="p")], random))
+        model.graph.output.append(
+            _pick([*model.graph.output, onnx.ValueInfoProto(name="nowhere"), onnx.ValueInfoProto(name="p")], random)
+        )
     else:
         model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
 
@@ -291,7 +382,9 @@ def _values(model: ModelProto, random: Random) -> None:
 def _function(model: ModelProto, random: Random) -> None:
     inner = "F" if random.random() < 0.5 else "Relu"
     body = [helper.make_node(inner, ["i"], ["o"], domain="f" if inner == "F" else "")]
-    model.functions.append(helper.make_function("f", "F", ["i"], ["o"], body, [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]))
+    model.functions.append(
+        helper.make_function("f", "F", ["i"], ["o"], body, [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)])
+    )
     if random.random() < 0.8:
         model.opset_import.append(helper.make_opsetid("f", 1))
     node = next(one for one in model.graph.node if one.op_type == "Relu")
@@ -300,14 +393,27 @@ def _function(model: ModelProto, random: Random) -> None:
 
 def _metadata(model: ModelProto, random: Random) -> None:
     keys = ("compress.preprocessing", "compress.classes", "compress.sizes")
-    values = ("", "{", "[1, 2]", '{"mean": 5}', '{"mean": [0.5], "std": [0.0]}', '{"resize": -1}', '{"x": 1}', "[" * 5000, "1e999", '{"height": 10}')
+    values = (
+        "",
+        "{",
+        "[1, 2]",
+        '{"mean": 5}',
+        '{"mean": [0.5], "std": [0.0]}',
+        '{"resize": -1}',
+        '{"x": 1}',
+        "[" * 5000,
+        "1e999",
+        '{"height": 10}',
+    )
     model.metadata_props.add(key=_pick(keys, random), value=_pick(values, random))
 
 
 def _subgraph(model: ModelProto, random: Random) -> None:
     graph = onnx.GraphProto.FromString(model.graph.SerializeToString())
     node = _pick(model.graph.node, random)
-    node.attribute.append(AttributeProto(name=_pick(("body", "then_branch", "else_branch"), random), type=AttributeProto.GRAPH, g=graph))
+    node.attribute.append(
+        AttributeProto(name=_pick(("body", "then_branch", "else_branch"), random), type=AttributeProto.GRAPH, g=graph)
+    )
 
 
 def _sparse(model: ModelProto, random: Random) -> None:
@@ -321,9 +427,32 @@ def _sparse(model: ModelProto, random: Random) -> None:
 
 BYTES: tuple[Callable[[bytes, Random], bytes], ...] = (_truncate, _flip, _flip_head, _flip_head, _cut_out, _insert)
 FIELDS: tuple[Callable[[ModelProto, Random], None], ...] = (
-    _dims, _swap_dims, _type, _raw, _special, _both_data, _initializer_name, _external, _node_input, _node_input, _node_output, _operator,
-    _attribute, _attribute, _add_attribute, _nodes, _opset, _ir_version, _value_info, _value_info, _values, _function, _metadata, _subgraph, _sparse,
-)  # fmt: skip
+    _dims,
+    _swap_dims,
+    _type,
+    _raw,
+    _special,
+    _both_data,
+    _initializer_name,
+    _external,
+    _node_input,
+    _node_input,
+    _node_output,
+    _operator,
+    _attribute,
+    _attribute,
+    _add_attribute,
+    _nodes,
+    _opset,
+    _ir_version,
+    _value_info,
+    _value_info,
+    _values,
+    _function,
+    _metadata,
+    _subgraph,
+    _sparse,
+)
 
 
 def damaged(seed: int, case: int) -> tuple[str, bytes]:
@@ -334,7 +463,10 @@ def damaged(seed: int, case: int) -> tuple[str, bytes]:
     if random.random() < 0.3:
         change = _pick(BYTES, random)
         return f"{name} {change.__name__.strip('_')}", change(data, random)
-    model, changes = onnx.load_from_string(data), [_pick(FIELDS, random) for _ in range(1 if random.random() < 0.8 else 2)]
+    model, changes = (
+        onnx.load_from_string(data),
+        [_pick(FIELDS, random) for _ in range(1 if random.random() < 0.8 else 2)],
+    )
     for edit in changes:
         try:
             edit(model, random)
@@ -369,10 +501,19 @@ def run_case(seed: int, case: int, folder: Path) -> list[Outcome]:
 
 
 def _verify(place: Path) -> tuple[int, str, str]:
-    settings = ("preprocessing.mean=[0.5]", "preprocessing.std=[0.25]", "resources=null", "repeats=2", "warmup=1", "threads=1")
+    settings = (
+        "preprocessing.mean=[0.5]",
+        "preprocessing.std=[0.25]",
+        "resources=null",
+        "repeats=2",
+        "warmup=1",
+        "threads=1",
+    )
     flags = [flag for setting in settings for flag in ("--set", setting)]
     out = place / "verdict.json"
-    code, output = command("verify", str(place / "m.onnx"), "--data", str(place / "test.npz"), "--json", str(out), "-q", *flags)
+    code, output = command(
+        "verify", str(place / "m.onnx"), "--data", str(place / "test.npz"), "--json", str(out), "-q", *flags
+    )
     return code, output, _wrong_quality(place, out) if code == 0 else ""
 
 
@@ -430,7 +571,10 @@ def _runtime(path: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     first = session.get_inputs()[0]
     single = first.shape[0] == 1
-    parts = [session.run(None, {first.name: part}) for part in ([images] if not single else [images[i : i + 1] for i in range(len(images))])]
+    parts = [
+        session.run(None, {first.name: part})
+        for part in ([images] if not single else [images[i : i + 1] for i in range(len(images))])
+    ]
     return np.concatenate([part[0] for part in parts])
 
 

@@ -30,31 +30,64 @@ def bases() -> dict[str, bytes]:
     """Return small whole files of several kinds."""
     random = np.random.default_rng(0)
     arrays = {
-        "k1": random.normal(0, 0.3, (8, 3, 3, 3)), "b1": random.normal(0, 0.1, 8), "k2": random.normal(0, 0.3, (8, 8, 3, 3)),
-        "k3": random.normal(0, 0.3, (8, 1, 3, 3)), "s": random.uniform(0.5, 1.5, 8), "o": random.normal(0, 0.1, 8),
-        "m": random.normal(0, 0.1, 8), "v": random.uniform(0.5, 1.5, 8), "w": random.normal(0, 1, (CLASSES, 8)),
-        "c": random.normal(0, 0.1, CLASSES), "low": np.float32(0), "high": np.float32(6), "half": np.float32(0.5),
-    }  # fmt: skip
+        "k1": random.normal(0, 0.3, (8, 3, 3, 3)),
+        "b1": random.normal(0, 0.1, 8),
+        "k2": random.normal(0, 0.3, (8, 8, 3, 3)),
+        "k3": random.normal(0, 0.3, (8, 1, 3, 3)),
+        "s": random.uniform(0.5, 1.5, 8),
+        "o": random.normal(0, 0.1, 8),
+        "m": random.normal(0, 0.1, 8),
+        "v": random.uniform(0.5, 1.5, 8),
+        "w": random.normal(0, 1, (CLASSES, 8)),
+        "c": random.normal(0, 0.1, CLASSES),
+        "low": np.float32(0),
+        "high": np.float32(6),
+        "half": np.float32(0.5),
+    }
     arrays = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
-    arrays |= {"flat": np.array([0, -1], np.int64), "axes": np.array([2, 3], np.int64),
-               "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "from": np.array([0], np.int64),
-               "to": np.array([8], np.int64), "one": np.array([1], np.int64)}  # fmt: skip
+    arrays |= {
+        "flat": np.array([0, -1], np.int64),
+        "axes": np.array([2, 3], np.int64),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64),
+        "from": np.array([0], np.int64),
+        "to": np.array([8], np.int64),
+        "one": np.array([1], np.int64),
+    }
     node = helper.make_node
     stem = [
         node("Conv", ["x", "k1", "b1"], ["a"], "stem", pads=[1, 1, 1, 1], strides=[2, 2]),
         node("Relu", ["a"], ["r"]),
     ]
-    head = [node("GlobalAveragePool", ["z"], ["p"]), node("Flatten", ["p"], ["f"]),
-            node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1)]  # fmt: skip
+    head = [
+        node("GlobalAveragePool", ["z"], ["p"]),
+        node("Flatten", ["p"], ["f"]),
+        node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1),
+    ]
     graphs = {
-        "chain": [*stem, node("Conv", ["r", "k2"], ["d"], "second", pads=[1, 1, 1, 1]),
-                  node("BatchNormalization", ["d", "s", "o", "m", "v"], ["n"]), node("Clip", ["n", "low", "high"], ["z"]), *head],
-        "residual": [*stem, node("Conv", ["r", "k3"], ["d"], "depthwise", group=8, pads=[1, 1, 1, 1]), node("Add", ["d", "r"], ["e"]),
-                     node("MaxPool", ["e"], ["z"], kernel_shape=[2, 2], strides=[2, 2]), *head],
-        "shaped": [*stem, node("Pad", ["r", "pads"], ["e"]), node("Mul", ["e", "half"], ["g"]), node("Slice", ["g", "from", "to", "one"], ["z"]),
-                   node("ReduceMean", ["z"], ["p"], axes=[2, 3], keepdims=0), node("Reshape", ["p", "flat"], ["f"]),
-                   node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1)],
-    }  # fmt: skip
+        "chain": [
+            *stem,
+            node("Conv", ["r", "k2"], ["d"], "second", pads=[1, 1, 1, 1]),
+            node("BatchNormalization", ["d", "s", "o", "m", "v"], ["n"]),
+            node("Clip", ["n", "low", "high"], ["z"]),
+            *head,
+        ],
+        "residual": [
+            *stem,
+            node("Conv", ["r", "k3"], ["d"], "depthwise", group=8, pads=[1, 1, 1, 1]),
+            node("Add", ["d", "r"], ["e"]),
+            node("MaxPool", ["e"], ["z"], kernel_shape=[2, 2], strides=[2, 2]),
+            *head,
+        ],
+        "shaped": [
+            *stem,
+            node("Pad", ["r", "pads"], ["e"]),
+            node("Mul", ["e", "half"], ["g"]),
+            node("Slice", ["g", "from", "to", "one"], ["z"]),
+            node("ReduceMean", ["z"], ["p"], axes=[2, 3], keepdims=0),
+            node("Reshape", ["p", "flat"], ["f"]),
+            node("Gemm", ["f", "w", "c"], ["y"], "head", transB=1),
+        ],
+    }
     return {name: _model(nodes, arrays).SerializeToString() for name, nodes in graphs.items()}
 
 
@@ -197,8 +230,32 @@ def _node_output(model: ModelProto, random: Random) -> None:
 def _operator(model: ModelProto, random: Random) -> None:
     node = _pick(model.graph.node, random)
     if random.random() < 0.8:
-        names = ("", "Relu", "Conv", "Gemm", "Loop", "If", "Scan", "Nonsense", "Identity", "Softmax", "Concat", "Split", "Transpose", "Resize",
-                 "LSTM", "Constant", "TopK", "Gather", "Unsqueeze", "Cast", "Einsum", "NonZero", "Dropout", "OneHot")  # fmt: skip
+        names = (
+            "",
+            "Relu",
+            "Conv",
+            "Gemm",
+            "Loop",
+            "If",
+            "Scan",
+            "Nonsense",
+            "Identity",
+            "Softmax",
+            "Concat",
+            "Split",
+            "Transpose",
+            "Resize",
+            "LSTM",
+            "Constant",
+            "TopK",
+            "Gather",
+            "Unsqueeze",
+            "Cast",
+            "Einsum",
+            "NonZero",
+            "Dropout",
+            "OneHot",
+        )
         node.op_type = _pick(names, random)
     else:
         node.domain = _pick(("ai.onnx", "com.microsoft", "nowhere", "ai.onnx.ml"), random)
@@ -223,8 +280,23 @@ def _attribute(model: ModelProto, random: Random) -> None:
 
 
 def _add_attribute(model: ModelProto, random: Random) -> None:
-    names = ("auto_pad", "dilations", "group", "axis", "alpha", "epsilon", "ceil_mode", "count_include_pad", "to", "mode", "value", "training_mode",
-             "then_branch", "equation", "storage_order")  # fmt: skip
+    names = (
+        "auto_pad",
+        "dilations",
+        "group",
+        "axis",
+        "alpha",
+        "epsilon",
+        "ceil_mode",
+        "count_include_pad",
+        "to",
+        "mode",
+        "value",
+        "training_mode",
+        "then_branch",
+        "equation",
+        "storage_order",
+    )
     values = (
         _number(random),
         0.5,
@@ -355,9 +427,32 @@ def _sparse(model: ModelProto, random: Random) -> None:
 
 BYTES: tuple[Callable[[bytes, Random], bytes], ...] = (_truncate, _flip, _flip_head, _flip_head, _cut_out, _insert)
 FIELDS: tuple[Callable[[ModelProto, Random], None], ...] = (
-    _dims, _swap_dims, _type, _raw, _special, _both_data, _initializer_name, _external, _node_input, _node_input, _node_output, _operator,
-    _attribute, _attribute, _add_attribute, _nodes, _opset, _ir_version, _value_info, _value_info, _values, _function, _metadata, _subgraph, _sparse,
-)  # fmt: skip
+    _dims,
+    _swap_dims,
+    _type,
+    _raw,
+    _special,
+    _both_data,
+    _initializer_name,
+    _external,
+    _node_input,
+    _node_input,
+    _node_output,
+    _operator,
+    _attribute,
+    _attribute,
+    _add_attribute,
+    _nodes,
+    _opset,
+    _ir_version,
+    _value_info,
+    _value_info,
+    _values,
+    _function,
+    _metadata,
+    _subgraph,
+    _sparse,
+)
 
 
 def damaged(seed: int, case: int) -> tuple[str, bytes]:

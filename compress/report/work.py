@@ -1,5 +1,6 @@
 """What did the stages do? The sections on pruning, factorisation, training, export, times and what to know."""
 
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -265,7 +266,11 @@ def _list_timing(latency: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "baseline's latency in the table (ms)", format_number(latency.get("reference_ms"))
     yield "share of it by the table", _share(latency.get("predicted_ratio"))
     yield "share of it, whole networks timed in turn", _share(latency.get("measured_ratio")) or "not timed here"
-    yield "networks timed until the budget was met", len(latency.get("rounds") or [])
+    rounds = latency.get("rounds") or []
+    beside = [one["baseline_ms"] for one in rounds if one.get("baseline_ms") is not None]
+    if beside:
+        yield "baseline's latency when choices were timed (ms)", format_number(statistics.median(beside))
+    yield "networks timed until the budget was met", len(rounds)
     yield "table's median error on its variants", _share(latency.get("table_error"))
     yield "scatter of single calls", _share(latency.get("scatter"))
 

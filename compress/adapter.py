@@ -72,7 +72,10 @@ class _Adapted(nn.Module):
             spec.name: part for spec, part in zip(wiring.inputs, parts, strict=False) if spec.name in wiring.keywords
         }
         placed = [part for part, spec in zip(parts, wiring.inputs, strict=False) if spec.name not in wiring.keywords]
-        return self.keep_outputs(super().forward(*(placed if wiring.inputs else parts), **named))
+        kept: Tensor | tuple[Tensor, ...] = self.keep_outputs(
+            super().forward(*(placed if wiring.inputs else parts), **named)
+        )
+        return kept
 
     def keep_outputs(self, outputs: Any) -> Any:
         """Return of what the network's own forward returned the tensors that are kept."""
@@ -120,7 +123,7 @@ def with_own_forward(module: nn.Module) -> nn.Module:
     base = type(module)
 
     def forward(self: Any, *values: Any, **named: Any) -> Any:
-        return super(own, self).forward(*values, **named)
+        return super(own, self).forward(*values, **named)  # type: ignore[arg-type]
 
     forward.__signature__ = inspect.signature(base.__bases__[1].forward)  # type: ignore[attr-defined]
     parts = {"__module__": base.__module__, "forward": forward}

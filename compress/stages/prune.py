@@ -483,9 +483,10 @@ class PruneStage:
 
         def is_done(names: Sequence[str]) -> bool:
             part = ctx.parts.find({"part": "order", "of": key, "groups": list(names)})
-            for name in names if part is not None else ():
-                found[name] = _with_arrays(found[name], part.tensors)
-            return part is not None
+            if part is None:
+                return False
+            found.update({name: _with_arrays(found[name], part.tensors) for name in names})
+            return True
 
         for names, stats in reader_statistics(module, groups, split, ctx.progress, is_done) if refits else ():
             with ctx.progress.task("order of channels", len(names)) as task:
@@ -626,7 +627,8 @@ def _arrays(one: Candidates) -> dict[str, torch.Tensor]:
 
 def _with_arrays(one: Candidates, arrays: Mapping[str, torch.Tensor]) -> Candidates:
     found = {kind: arrays.get(f"{one.name}/{kind}") for kind in CLOSER}
-    return replace(one, **{kind: values.numpy() for kind, values in found.items() if values is not None})
+    known: dict[str, Any] = {kind: values.numpy() for kind, values in found.items() if values is not None}
+    return replace(one, **known)
 
 
 def _any_order(units: int, seed: int, group: str) -> np.ndarray:

@@ -98,4 +98,4 @@ def _rounded_up(count: float) -> int:
     """
     whole = math.ceil(count - SLACK)
     unit = 10 ** max(0, len(str(whole)) - 2)
-    return -(-whole // unit) * unit
+    return int(-(-whole // unit) * unit)

@@ -86,8 +86,8 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
         drop, (low, high) = before.figures[name] - value, intervals.get(name, (None, None))
         detail = f"{before.figures[name]:.4g} before, {value:.4g} now, the same {len(after):,} images"
         found[f"drop.{name}"] = Estimate(drop, low, high, detail, len(after))
-        ends = (None, None) if low is None or high is None else (-high, -low)
-        found[f"rise.{name}"] = Estimate(-drop, *ends, detail, len(after))
+        least, most = (None, None) if low is None or high is None else (-high, -low)
+        found[f"rise.{name}"] = Estimate(-drop, least, most, detail, len(after))
     return found
 
 

@@ -344,9 +344,10 @@ def test_removing_blocks_alone_is_enough_and_statistics_are_measured_again(prune
     assert sorted(record["removed_blocks"]) == ["body.1", "body.2"]
     assert [type(edit) for edit in slim.recipe.edits] == [RemoveBlock, RemoveBlock]
     before = nets.build("residual").body[0][1].running_mean
-    tried = record["repairs"][-1]  # the others change no running mean of the first norm
-    assert tried["repair"] == "batch_norm"
-    assert not (torch.equal(slim.module.body[0][1].running_mean, before) and tried["is_kept"])
+    kept = {one["repair"] for one in record["repairs"] if one["is_kept"]}  # of the last block
+    assert kept or len(record["repairs"]) == len(repair)
+    if "batch_norm" in kept:  # the others change no running mean of the first norm
+        assert not torch.equal(slim.module.body[0][1].running_mean, before)
     _hold_replay(slim, "residual")
 
 
@@ -481,7 +482,7 @@ def test_repairs_keep_the_structure_and_give_finite_weights(prune, name, repair)
     _hold_replay(slim, name)
 
 
-def test_repairs_are_kept_only_if_they_lower_the_validation_loss(prune, data):
+def test_repairs_are_rolled_back_only_where_they_raise_the_validation_loss(prune, data):
     outcomes = set()
     for name in nets.NAMES:
         slim, record, said = prune(name, criterion="l1", residual="cut")
@@ -491,13 +492,25 @@ def test_repairs_are_kept_only_if_they_lower_the_validation_loss(prune, data):
         loss = evaluate_loss(prune(name, criterion="l1", residual="cut", repair=())[0].module, data.validation)
         for entry in tried:
             assert entry["loss_before"] == pytest.approx(loss, abs=1e-6)
-            assert entry["is_kept"] == (entry["loss_after"] < entry["loss_before"])
+            assert entry["is_kept"] or entry["loss_after"] >= entry["loss_before"]
             loss = entry["loss_after"] if entry["is_kept"] else loss
             outcomes.add((entry["repair"], entry["is_kept"]))
         assert evaluate_loss(slim.module, data.validation) == pytest.approx(loss, abs=1e-6)
-        assert sum("taken back" in note for note in said.notes) == sum(not entry["is_kept"] for entry in tried)
-    both = {(repair, is_kept) for repair in ("least_squares", "batch_norm") for is_kept in (True, False)}
-    assert both <= outcomes, "repairs should be seen to be kept and to be taken back"
+        assert sum("rolled back" in note for note in said.notes) == sum(not entry["is_kept"] for entry in tried)
+    assert {("least_squares", True), ("batch_norm", True)} <= outcomes, "repairs should be seen to be kept"
+
+
+def test_a_repair_inside_the_noise_is_kept_and_more_are_tried(data, tmp_path, monkeypatch):
+    """Losses of the validation images: lower, higher by noise, higher for each image, the same."""
+    noise = torch.tensor([0.5, -0.4] * 16)
+    told = iter([torch.full((32,), 1.0), torch.full((32,), 0.9), 0.9 + noise, 0.91 + noise, 0.91 + noise])
+    monkeypatch.setattr(repairing, "image_losses", lambda *_, **__: next(told))
+    ctx = StageContext(tmp_path, 0, data, _Listener())
+    repairs = [(name, lambda module: ("changed",)) for name in ("first", "second", "third")]
+    records = apply_repairs(nets.build("chain"), repairs, ctx, enough=("second",))
+    assert [one["is_kept"] for one in records] == [True, True, False]
+    assert [one["loss_after"] for one in records] == [pytest.approx(value) for value in (0.9, 0.95, 0.96)]
+    assert records[2]["loss_before"] == pytest.approx(0.95)
 
 
 def test_input_is_left_untouched(prune, tmp_path):

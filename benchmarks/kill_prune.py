@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--accept-foreign-table", action="store_true")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--delay-s", type=float, help="longest time from a part to the kill; by default a part's mean")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     overrides = options.overrides + ["deploy.accept_foreign_table=true"] * options.accept_foreign_table
@@ -134,10 +135,13 @@ def main() -> int:
     print(f"undisturbed: {len(whole.made)} parts in {whole.seconds:.1f} s, result {whole.digest[:12]}", flush=True)
 
     here = arguments | {"runs_dir": str(options.runs_dir / "disturbed")}
-    made, spent, mean_s = [], 0.0, whole.seconds / max(1, len(whole.made))
+    mean_s = whole.seconds / max(1, len(whole.made))
+    delay_s = mean_s if options.delay_s is None else options.delay_s
+    made: list[str] = []
+    spent = 0.0
     step = max(1, len(whole.made) // (options.moments + 1))
     for number in range(options.moments):
-        one = attempt(here, step, chance, mean_s)
+        one = attempt(here, step, chance, delay_s)
         made += one.made
         spent += one.seconds
         print(f"kill {number + 1}: {len(one.kept)} parts kept, {len(one.made)} made, {one.seconds:.1f} s", flush=True)

@@ -215,7 +215,7 @@ class _Reader:
     def _read_scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         origin = self._origin(node)
         if limit := _limit_of_text(node.value, is_text=node.tag == TAG + "str"):
-            text = f"{format_path(path)} must {limit}, got {show(node.value[:40])} ..."
+            text = f"{format_path(path)} must {limit}, got {show(node.value[:40].replace(chr(0), chr(92) + '0'))} ..."
             return self._document.refuse(path, origin, text)
         try:
             value = CONSTRUCTORS[node.tag](node.value)

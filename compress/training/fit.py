@@ -7,6 +7,7 @@ from the last state and ends with the same weights as an undisturbed one (same t
 """
 
 import copy
+import hashlib
 import io
 import math
 import time
@@ -51,6 +52,7 @@ from compress.training.mixing import mixed, mixed_loss
 from compress.training.schedule import schedule
 from compress.training.team import present_team
 
+STATE_MARK = b"compress training state\n"  # then SHA-256 of the rest, which torch wrote
 _STATISTICS_IMAGES = 2048
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -474,7 +476,7 @@ class _Run:
         }
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
         torch.save(state, content)
-        write_whole(path, content.getbuffer())
+        write_whole(path, STATE_MARK + hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
 
     def restore(self) -> None:
         """Go on from a saved state, if there is one; a state of another run is refused by what differs."""
@@ -492,7 +494,7 @@ class _Run:
         if path is None or not path.is_file():
             return
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(_read_state(path), weights_only=True, map_location="cpu")
             saved = state["identity"]
         except Exception as error:  # torch raises a dozen types for a damaged file
             self.progress.warn(f"The saved training state is unreadable, training starts again: {error}")
@@ -725,6 +727,21 @@ def _explained(batch_size: int) -> Iterator[None]:
             f"A training step must fit into memory, batch_size {batch_size} does not.",
             hint="Lower batch_size and raise accumulation by as much: the steps stay as large.",
         ) from error
+
+
+def _read_state(path: Path) -> io.BytesIO:
+    """Return the content of a saved state; torch itself does not notice changed bits in it.
+
+    Raises:
+        ValueError: It differs from its digest.
+    """
+    content = path.read_bytes()
+    if not content.startswith(STATE_MARK):  # of an older version, which wrote no digest
+        return io.BytesIO(content)
+    start = len(STATE_MARK) + hashlib.sha256().digest_size
+    if hashlib.sha256(content[start:]).digest() != content[len(STATE_MARK) : start]:
+        raise ValueError("it differs from its digest")
+    return io.BytesIO(content[start:])
 
 
 def _optimizer(module: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ from compress.training.fit import (
     Distillation,
     FitResult,
     FitSettings,
+    _read_state,
     fit,
     flushed_denormals,
 )
@@ -280,7 +281,7 @@ def test_weights_that_a_step_broke_are_neither_saved_nor_returned(tmp_path: Path
     settings = replace(SETTINGS, save_minutes=0.0, keep=keep)
     with pytest.raises(NonFinite, match=r"Weights must be finite, '6\.weight' is not after step 6 of 12"):
         fit(network, *_splits(), settings, state_path=state, hooks=_Breaks(network[6], 5, "inf"))
-    saved = torch.load(state, weights_only=True)
+    saved = torch.load(_read_state(state), weights_only=True)
     assert saved["step"] == 5
     assert all(bool(value.isfinite().all()) for value in saved["module"].values())
 
@@ -302,7 +303,7 @@ def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
     network[6].register_forward_hook(break_down)
     with pytest.raises(NonFinite, match="at step 6 of 12"):
         fit(network, *_splits(), replace(SETTINGS, save_minutes=0), state_path=state)
-    kept = torch.load(state, weights_only=True)
+    kept = torch.load(_read_state(state), weights_only=True)
     assert kept["step"] == 5
     assert all(value.isfinite().all() for value in kept["module"].values())
 
@@ -490,7 +491,7 @@ def test_the_best_epoch_survives_a_kill(tmp_path: Path, monkeypatch: pytest.Monk
     state, after_one = tmp_path / "state.pt", _network()
     with pytest.raises(Killed):
         fit(after_one, *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
-    best = torch.load(state, weights_only=True)["module"]
+    best = torch.load(_read_state(state), weights_only=True)["module"]
     resumed = _network()
     result = fit(resumed, *_splits(), SETTINGS, state_path=state)
     assert result.chosen_epoch == 1
@@ -765,7 +766,7 @@ def test_fp16_scales_the_loss_and_learns_as_well(monkeypatch: pytest.MonkeyPatch
     state, resumed = tmp_path / "state.pt", _network()
     with pytest.raises(Killed):
         fit(_network(), *_splits(), replace(settings, save_minutes=0.0), state_path=state, progress=_KillsIn(2, 3))
-    scale = torch.load(state, weights_only=True)["scaler"]["scale"]
+    scale = torch.load(_read_state(state), weights_only=True)["scaler"]["scale"]
     assert scale > 1
     fit(resumed, *_splits(), settings, state_path=state)
     assert _equal(_weights(resumed), _weights(half))
@@ -863,3 +864,18 @@ def test_only_tensors_of_four_axes_become_channels_last() -> None:
         assert network.twin.weight is network.conv.weight is weight
     assert weight.is_contiguous()
     assert len(fit(network, train, validation, FitSettings(steps=2, batch_size=16)).epochs) == 1
+
+
+def test_a_changed_bit_of_a_saved_state_is_noticed(tmp_path: Path) -> None:
+    """torch reads most of them without a word, and training would go on with other weights."""
+    state = tmp_path / "state.pt"
+    with pytest.raises(Killed):
+        fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
+    whole = state.read_bytes()
+    _read_state(state)
+    for place in range(30, len(whole), max(1, len(whole) // 40)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        state.write_bytes(changed)
+        with pytest.raises(ValueError, match="differs from its digest"):
+            _read_state(state)

@@ -121,6 +121,7 @@ class _SimulatedRuntime(Runtime):
         return SIGNATURE
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        self._check_inputs(inputs)
         return self._call
 
     def _call(self) -> None:

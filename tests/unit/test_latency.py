@@ -7,7 +7,9 @@ import random
 import re
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +140,38 @@ def test_open_models_are_timed_in_blocks_whose_order_alternates():
     assert calls[4:] in ("aaabbbbbbaaa", "bbbaaaaaabbb"), "a call that does not count, two that do"
     assert [len(sample.milliseconds) for sample in samples.values()] == [4, 4]
     assert all(value > 0 for value in samples["a"].milliseconds)
+
+
+class Heard(SilentProgress):
+    """Remembers the tasks, and how far each came."""
+
+    def __init__(self):
+        self.tasks = []
+
+    @contextmanager
+    def task(self, label, total):
+        self.tasks.append([label, total, 0])
+        yield SimpleNamespace(advance=self.advance)
+
+    def advance(self, steps=1):
+        self.tasks[-1][2] += steps
+
+
+def test_progress_is_told_of_all_there_is_to_do():
+    machine, progress = SimulatedMachine.quiet(), Heard()
+    with machine.model("a", 1.0)() as a:
+        measure_latency({"a": a}, {"a": no_inputs(a)}, 3, 8, progress)
+    assert progress.tasks == [["latency", 3 + 4, 3 + 4]]
+    progress = Heard()
+    machine = SimulatedMachine.quiet(session=0.2)
+    models = {name: machine.model(name, 1.0) for name in "ab"}
+    compare(machine, models, progress=progress, is_close=lambda _ratio: True)
+    assert progress.tasks == [
+        ["latency", 6, 6],
+        ["latency, for longer", 6, 6],
+        ["latency, for longer", 6, 6],
+        ["latency, with pauses", 6, 6],
+    ]
 
 
 def test_latency_refuses_to_measure_nothing():

@@ -255,7 +255,12 @@ def test_changes_of_another_task_are_of_the_same_images():
     drop, rise = found["drop.mean"], found["rise.mean"]
     assert (drop.value, drop.low, drop.high) == pytest.approx((4.75, low, high))
     assert (rise.value, rise.low, rise.high) == pytest.approx((-4.75, -high, -low))
-    assert found["drop.mean"].detail == "9.5 before, 4.75 now, the same 20 images"
+    assert drop.detail == rise.detail == "9.5 before, 4.75 now, the same 20 images"
+    alone = Heights()
+    alone.resamples = 0
+    without = changes_of_measured(*[Measured(alone, {"height": heights}) for heights in (before, after)])
+    assert (without["drop.mean"].value, without["drop.mean"].low, without["drop.mean"].high) == (4.75, None, None)
+    assert (without["rise.mean"].value, without["rise.mean"].low, without["rise.mean"].high) == (-4.75, None, None)
     assert loss_of(found, Metric("mean", True)) == found["drop.mean"]
     assert loss_of(found, Metric("mean", False)) == found["rise.mean"]
     fewer = Measured(Heights(), {"height": after[1:]})
@@ -263,6 +268,21 @@ def test_changes_of_another_task_are_of_the_same_images():
         changes_of_measured(old, fewer)
     with pytest.raises(NonFinite):
         _ = Measured(Heights(), {"height": np.array([np.nan])}).figures
+
+
+def test_agreement_of_another_task_is_the_difference_of_its_figures():
+    whole, rounded = (Measured(Heights(), {"height": np.full(4, height)}) for height in (0.75, 0.5))
+    check = check_agreement(whole, rounded)
+    assert (check.name, check.status, check.value, check.limit) == (AGREEMENT, "pass", 0.25, None)
+    assert check.unit == "share"
+    assert check.detail == f"{Heights().main.words} 50.00%, of the float file 75.00%"
+    assert check_agreement(rounded, whole).value == 0.25
+    for one in (whole, rounded):
+        one.task.is_share = False
+    assert check_agreement(whole, rounded).unit == ""
+    mixed = predictions([[1.0, 0.0]], [0])
+    assert check_agreement(mixed, rounded).value == 0.5
+    assert check_agreement(rounded, mixed).value == 0.5
 
 
 # limits

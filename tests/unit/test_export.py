@@ -203,7 +203,7 @@ def _with_unknown_operator(model):
 def test_wrong_simplification_is_not_kept(tmp_path, monkeypatch, damage, wording):
     path = tmp_path / "m.onnx"
     path.write_bytes(exported("chain").read_bytes())
-    monkeypatch.setattr(onnxslim, "slim", damage)
+    monkeypatch.setattr(onnxslim, "slim", lambda model, **_: damage(model))
     slim, note = simplify_onnx(path, SIGNATURE, external=False)
     assert slim is None
     assert re.search(wording, note)
@@ -211,7 +211,7 @@ def test_wrong_simplification_is_not_kept(tmp_path, monkeypatch, damage, wording
 
 def test_stage_says_when_the_graph_was_not_simplified(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_onnx, "_run_exporter", lambda *_: onnx.load(exported("chain")))
-    monkeypatch.setattr(onnxslim, "slim", _with_scaled_weight)
+    monkeypatch.setattr(onnxslim, "slim", lambda model, **_: _with_scaled_weight(model))
     progress = Notes()
     context = StageContext(tmp_path, 0, None, progress)
     model, record = ExportStage(ExportConfig(stage="export")).run(torch_model(nets.build("chain")), context)

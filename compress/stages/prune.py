@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -291,9 +290,9 @@ class PruneStage:
             is_timed_anew = latency.is_other(found)
             latency.get = lambda: found
             attempt = self._attempt(prepared, ctx)
-            record = {"loss": self._loss(attempt, ctx), "cuts_channels": bool(attempt.selection.removed)}
-            part = ctx.parts.add(key, Part({**record, "is_timed_anew": is_timed_anew}))
-            return Trial(len(trunk.removed), lambda: attempt, record["loss"], record["cuts_channels"])
+            loss, cuts = self._loss(attempt, ctx), bool(attempt.selection.removed)
+            ctx.parts.add(key, Part({"loss": loss, "cuts_channels": cuts, "is_timed_anew": is_timed_anew}))
+            return Trial(len(trunk.removed), lambda: attempt, loss, cuts)
         if part.record["is_timed_anew"]:
             latency.get = cache(lambda: survey(trunk.model, self.config, before(), ctx).targets.latency)
 
@@ -484,10 +483,9 @@ class PruneStage:
 
         def is_done(names: Sequence[str]) -> bool:
             part = ctx.parts.find({"part": "order", "of": key, "groups": list(names)})
-            if part is None:
-                return False
-            found.update({name: _with_arrays(found[name], part.tensors) for name in names})
-            return True
+            if part is not None:
+                found.update({name: _with_arrays(found[name], part.tensors) for name in names})
+            return part is not None
 
         for names, stats in reader_statistics(module, groups, split, ctx.progress, is_done) if refits else ():
             with ctx.progress.task("order of channels", len(names)) as task:
@@ -627,9 +625,10 @@ def _arrays(one: Candidates) -> dict[str, torch.Tensor]:
 
 
 def _with_arrays(one: Candidates, arrays: Mapping[str, torch.Tensor]) -> Candidates:
-    found = {kind: arrays.get(f"{one.name}/{kind}") for kind in CLOSER}
-    known: dict[str, Any] = {kind: values.numpy() for kind, values in found.items() if values is not None}
-    return replace(one, **known)
+    order, measured, errors = (arrays.get(f"{one.name}/{kind}") for kind in CLOSER)
+    one = one if order is None else replace(one, order=order.numpy())
+    one = one if measured is None else replace(one, measured=measured.numpy())
+    return one if errors is None else replace(one, errors=errors.numpy())
 
 
 def _any_order(units: int, seed: int, group: str) -> np.ndarray:

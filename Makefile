@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type check bench mutation clean
+.PHONY: help setup demo test fuzz lint type check bench mutation clean
 
 help:           ## list the verbs
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,10 @@ demo: $(READY) ## compress the embedded MNIST network and verify the result
 
 test: $(READY)  ## run the tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+fuzz: $(READY)  ## damage 500 ONNX files and 500 images, and see that none of them ends in a bug
+	$(BIN)/python tests/fuzz/onnx_files.py --count 500
+	$(BIN)/python tests/fuzz/images.py --count 500
 
 lint: $(READY)  ## ruff and the import contracts
 	$(BIN)/ruff check .

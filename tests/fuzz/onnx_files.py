@@ -545,37 +545,49 @@ def _import(place: Path) -> tuple[int, str, str]:
         return error.exit_code, str(error), ""
     except Exception as error:  # what the command line calls a bug
         return 70, f"{type(error).__name__}: {error}", ""
-    inputs = next(iter(network.graph.nodes)).meta
-    images = np.random.default_rng(9).standard_normal((1, *_sizes(place))).astype(np.float32)
-    del inputs
+    feed = _random_inputs(place / "m.onnx")
     with torch.no_grad():
-        have = network(torch.from_numpy(images))
-    want = _runtime(place / "m.onnx", images)
-    first = (have[0] if isinstance(have, tuple) else have).numpy()
-    error = float(np.abs(first - want).max() / max(np.abs(want).max(), 1e-30))
-    return 0, "", "" if error < 1e-3 else f"off by {error:.2g}"
+        have = network(*(torch.from_numpy(values) for values in feed.values()))
+    want = _outputs(place / "m.onnx", feed)
+    for first, second in zip(have if isinstance(have, tuple) else (have,), want, strict=True):
+        error = float(np.abs(first.numpy() - second).max(initial=0) / max(np.abs(second).max(initial=0), 1e-30))
+        if first.shape != second.shape or not error < 1e-3:
+            return 0, "", f"off by {error:.2g}"
+    return 0, "", ""
 
 
-def _sizes(place: Path) -> list[int]:
-    model = onnx.load(place / "m.onnx", load_external_data=False)
+def _random_inputs(path: Path) -> dict[str, np.ndarray]:
+    """Return one image, and values for whatever else a file takes."""
+    model, random = onnx.load(path, load_external_data=False), np.random.default_rng(9)
     weights = {tensor.name for tensor in model.graph.initializer}
-    value = next(value for value in model.graph.input if value.name not in weights)
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
+    feed = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        if value.name not in weights:
+            sizes = [dim.dim_value or 1 for dim in tensor.shape.dim]
+            kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            feed[value.name] = random.standard_normal(sizes).astype(kind)
+    return feed
 
 
-def _runtime(path: Path, images: np.ndarray) -> np.ndarray:
+def _outputs(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    first = session.get_inputs()[0]
-    single = first.shape[0] == 1
-    parts = [
-        session.run(None, {first.name: part})
-        for part in ([images] if not single else [images[i : i + 1] for i in range(len(images))])
-    ]
-    return np.concatenate([part[0] for part in parts])
+    found: list[np.ndarray] = session.run(None, feed)
+    return found
+
+
+def _runtime(path: Path, images: np.ndarray) -> np.ndarray:
+    """Return the first output for some images; a file for one image gets one after the other."""
+    model = onnx.load(path, load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    first = next(value for value in model.graph.input if value.name not in weights)
+    single = first.type.tensor_type.shape.dim[0].dim_value == 1
+    parts = [images[place : place + 1] for place in range(len(images))] if single else [images]
+    return np.concatenate([_outputs(path, {first.name: part})[0] for part in parts])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Several inputs travel as one array, and outputs in any nesting come out as tensors with names."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 import wired
 from torch import Tensor, nn
 
-from compress.adapter import example_input, flatten_outputs, real_inputs
+from compress.adapter import example_input, flatten_outputs, real_inputs, with_own_forward
 from compress.artifacts import FactorySpec, Signature, TensorSpec
 from compress.building import build_module, rebuild, with_one_array, write_weights
-from compress.data.packing import LARGEST_WHOLE, as_row, draw, pack, unpack
+from compress.data.packing import LARGEST_WHOLE, as_row, draw, is_packed, pack, unpack
 from compress.errors import DataError, ModelError, NonFinite
 from compress.exporting.torch_onnx import export_onnx
 from compress.networks.wiring import notes_on, signature_of, wire
@@ -320,3 +321,48 @@ def test_decisions_by_the_input_are_noted_with_the_layer(give: Any, is_decision:
 def test_names_of_outputs_are_those_of_the_path():
     found = list(flatten_outputs(wired.Found(torch.ones(1), hidden=(torch.ones(1), torch.ones(2)))))
     assert [name for name, _ in found] == ["logits", "hidden.0", "hidden.1"]
+
+
+# -- the network in the hands of its user ------------------------------------------------------------------------------
+
+
+def test_a_loaded_network_has_its_own_forward():
+    example = rows()
+    module = with_own_forward(with_one_array(build_module(SEVERAL), SEVERAL, example))
+    given = {name: torch.from_numpy(value) for name, value in arrays().items()}
+    with torch.no_grad():
+        wanted = with_one_array(build_module(SEVERAL), SEVERAL, example)(example)
+        assert torch.equal(plain_of(module(**given)), plain_of(wanted))
+        image, *others = given
+        assert torch.equal(plain_of(module(given[image], **{name: given[name] for name in others})), plain_of(wanted))
+        assert torch.equal(plain_of(module(example)), plain_of(wanted))  # a row of all of them, as the stages have it
+        assert torch.equal(plain_of(copy.deepcopy(module)(**given)), plain_of(wanted))
+    own = inspect.signature(type(build_module(SEVERAL)).forward)
+    assert list(inspect.signature(module.forward).parameters) == list(own.parameters)[1:]
+
+
+def plain_of(outputs: Any) -> Tensor:
+    return torch.cat([one.flatten() for one in (outputs if isinstance(outputs, tuple) else (outputs,))])
+
+
+def test_a_network_of_one_image_stays_as_it_is():
+    module = nets.build("chain")
+    assert type(with_own_forward(module)) is type(nets.build("chain"))
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1, 128), (2, 3, 4, 5)])
+def test_one_input_that_is_no_image_travels_in_rows(sizes: tuple[int, ...]):
+    (spec,) = FactorySpec("factory", "any:where", inputs={"x": {"shape": list(sizes)}}).input_specs()
+    values = np.random.default_rng(0).standard_normal((3, *sizes)).astype(np.float32)
+    packed = pack({"x": values}, [spec])
+    assert packed.shape == (3, int(np.prod(sizes)))
+    assert np.array_equal(unpack(packed, [spec])["x"], values)
+    assert is_packed([spec])
+    assert not is_packed([TensorSpec("x", ("batch", 3, 8, 8))])
+
+
+def test_inputs_of_another_shape_in_a_sample_are_refused():
+    with pytest.raises(
+        DataError, match=r"Input 'x' must have the same shape in each sample, got \(1, 4\) and \(4, 1\)"
+    ):
+        as_row({"x": np.zeros((4, 1))}, ["x"], {"x": (1, 4)})

@@ -167,7 +167,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
     said = str(error)
     return isinstance(error, MemoryError) or (
-        not isinstance(error, CompressError) and any(words in said for words in _OUT_OF_MEMORY)
+        not isinstance(error, CompressError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(words in said for words in _OUT_OF_MEMORY))
     )
 
 

@@ -44,6 +44,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             sys.stdout.flush()
         except (typer.Exit, typer.Abort):
             raise
+        except SystemExit as error:  # of a parser of arguments, or of the user's code
+            if as_ours(error) is None:
+                raise
+            raise typer.Exit(_report(error, command.__name__ in _GOES_ON)) from error
         except BrokenPipeError as error:
             with contextlib.suppress(OSError, ValueError):  # so that Python's own last flush has somewhere to go
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +80,7 @@ def _report(error: BaseException, goes_on: bool) -> int:
         said = " ".join(str(error).split())[:300].rstrip(".")
         error = OutOfMemory(
             f"What was to be computed did not fit into memory{f': {said}' if said else ''}.",
-            hint="Try smaller batch sizes, smaller or fewer images.",
+            hint="Try a smaller batch size, or fewer or smaller images.",
         )
     if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) not in (
         "",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from compress.errors import CompressError, StageError
+from compress.errors import CompressError, StageError, is_out_of_memory
 
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RAISE = dis.opmap["RAISE_VARARGS"]
@@ -41,7 +41,7 @@ def shown_as(kind: type[CompressError], what: str, hint: str | None = None) -> I
     except CompressError:
         raise
     except BaseException as error:
-        if is_interrupt(error) or _is_memory(error):
+        if is_interrupt(error) or is_out_of_memory(error):
             raise
         raise kind(f"{what}, got {described(error)}", hint=hint) from error
 
@@ -79,10 +79,12 @@ def is_users(error: BaseException) -> bool:
 def as_ours(error: BaseException) -> CompressError | None:
     """Return the error of ours that stands for one that the user's code raised; None where it was not theirs.
 
-    An error that ends a process (SystemExit and its like) is never ours, wherever it came from. Want of memory
-    and a full or read-only disk are the machine's, and explained elsewhere.
+    An error that ends a process (SystemExit and its like) is never ours where any code of the user's was at work. Want
+    of memory and a full or read-only disk are the machine's, and explained elsewhere.
     """
-    if isinstance(error, CompressError) or is_interrupt(error) or _is_memory(error):
+    if isinstance(error, SystemExit) and user_frame(error) is None:  # a parser of arguments of ours
+        return None
+    if isinstance(error, CompressError) or is_interrupt(error) or is_out_of_memory(error):
         return None
     if isinstance(error, OSError) and error.errno in _MACHINE:
         return None
@@ -108,13 +110,6 @@ def _is_raised(trace: TracebackType | None) -> bool:
     code = trace.tb_frame.f_code
     is_ours = code.co_filename.startswith(_OURS)
     return not is_ours and trace.tb_lasti >= 0 and code.co_code[trace.tb_lasti] == _RAISE
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, which has an explanation of its own."""
-    said = str(error)
-    is_full = any(words in said for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_full)
 
 
 def _is_library(filename: str) -> bool:

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.config.schema import DeployConfig
 from compress.data.opening import Splits
 from compress.progress import Progress
-from compress.stages.parts import Parts
+
+if TYPE_CHECKING:
+    from compress.stages.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class StageContext:
     latency_tables: Path = Path()
 
     @cached_property
-    def parts(self) -> Parts:
+    def parts(self) -> "Parts":
         """The parts of the stage that are done; kept in its folder."""
+        from compress.stages.parts import Parts  # torch, which verification of a file does without
+
         return Parts(self.folder, self.progress)
 
 

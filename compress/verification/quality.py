@@ -252,11 +252,11 @@ def check_image_shape(runtime: Runtime, split: Split) -> None:
     """Raise ModelError when the images of a split, prepared, do not fit the input of an open network."""
     spec = image_input(runtime)
     image = split.preprocessing.normalize(split.read(np.zeros(1, np.int64)))
-    if is_packed(runtime.signature.inputs):
-        if image.ndim > ROW_AXES:
-            inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
-            raise ModelError(f"A classifier must have one input and one output, got {len(inputs)} and {len(outputs)}.")
+    inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
+    if is_packed(inputs) and image.ndim <= ROW_AXES:
         return  # unpacking rows says what is wrong with them
+    if len(inputs) > 1:
+        raise ModelError(f"A classifier must have one input and one output, got {len(inputs)} and {len(outputs)}.")
     wanted = spec.shape
     if len(wanted) != image.ndim:
         raise ModelError(

@@ -325,7 +325,7 @@ def test_too_little_memory_is_no_fault_of_the_program(
     provide(monkeypatch, "compress.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     assert (done.exit_code, done.stdout) == (3, "")
-    assert done.stderr == text + "Hint: Try smaller batch sizes or fewer images.\n"
+    assert done.stderr == text + "Hint: Try a smaller batch size, or fewer or smaller images.\n"
 
 
 @pytest.mark.parametrize("name", ["run", "sweep", "profile", "verify", "check", "bundle", "report", "inspect"])

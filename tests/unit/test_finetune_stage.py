@@ -254,7 +254,7 @@ def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, fol
     limit = 0.0
     with pytest.raises(NonFinite):
         run(steps=3, learning_rate=0.3, probe=True)
-    probed = json.loads(next(folder.glob("*probed.json")).read_text(encoding="utf-8"))
+    probed = json.loads(next(folder.glob("*probed.json")).read_text(encoding="utf-8"))["probed"]
     assert [one["learning_rate"] for one in probed] == [pytest.approx(0.03), pytest.approx(0.09)], "not those of before"
 
 

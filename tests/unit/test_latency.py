@@ -476,7 +476,8 @@ def test_the_check_of_a_bundle_makes_as_many_calls_as_it_is_asked_for(repeats):
 
 def test_a_noisy_machine_is_warned_of(monkeypatch):
     def found(error, sittings=18):
-        return Comparison({"file": LatencySample((1.0,) * 90)}, LatencyRatio(0.5, 0.4, 0.6, error, sittings))
+        timed = LatencySample((1.0,) * 90)
+        return Comparison({"file": timed, "reference": timed}, LatencyRatio(0.5, 0.4, 0.6, error, sittings))
 
     progress, warnings = SilentProgress(), []
     monkeypatch.setattr(progress, "warn", warnings.append)

@@ -17,6 +17,7 @@ from torch import nn
 import compress.stages.latency as latency
 import compress.stages.rank_latency as rank_latency
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.config.records import sealed
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -174,7 +175,7 @@ def test_a_table_given_is_used_and_one_of_another_machine_is_refused(ctx, tmp_pa
 
     values = json.loads(given.read_text(encoding="utf-8"))
     values["conditions"] |= {"machine": "a telephone", "threads": 4}
-    given.write_text(json.dumps(values), encoding="utf-8")
+    given.write_text(json.dumps(sealed(values)), encoding="utf-8")
     with pytest.raises(
         ArtifactError, match=r"machine .* here, a telephone in the table; threads 1 here, 4 in"
     ) as caught:

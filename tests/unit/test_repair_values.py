@@ -1,6 +1,7 @@
 """Formulas of the repairs by hand: tiny layers, tiny rows, expected numbers worked out beside them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -356,7 +357,7 @@ def test_the_images_looked_at_fit_into_memory(monkeypatch) -> None:
     for room, expected in ((2 * live * 7, 7), (2 * live * 7 - 1, 6), (1, 1), (10**9, 20)):
         monkeypatch.setattr(repair, "_LIVE_BYTES", room)
         assert sum(map(len, repair._batches(comparison))) == expected
-    monkeypatch.setattr(repair, "_REFIT_IMAGES", 5)
+    comparison = replace(comparison, most_images=5)
     assert [len(one) for one in repair._batches(comparison)] == [5]
     monkeypatch.setattr(repair, "_PASS_BATCH", 3)
     assert [len(one) for one in repair._batches(comparison)] == [3, 2]

@@ -155,7 +155,7 @@ def test_broken_annotations_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"it lacks 1\.png"):
         read_coco(_annotations(tmp_path), images, Preprocessing(), False, None)
     (images / "0.txt").write_text("cat 1 2\n")
-    with pytest.raises(DataError, match=r"line 1 must be a class and four shares, got 'cat 1 2'"):
+    with pytest.raises(DataError, match=r"line 1 must be a class \(0 to 65535\) and four shares, got 'cat 1 2'"):
         read_yolo(images, images, Preprocessing(), False, None).read_targets(np.arange(1))
     with pytest.raises(DataError, match="letterbox must be given without"):
         read_yolo(images, images, Preprocessing(resize=8), False, (8, 8))
@@ -164,9 +164,9 @@ def test_broken_annotations_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"0 0.5 nan 0.1 0.1", "line 1 must be a class and four shares, got '0 0.5 nan 0.1 0.1'"),
-        (b"\n1.5 0.5 0.5 0.1 0.1", "line 2 must be a class and four shares"),
-        (b"inf 0.5 0.5 0.1 0.1", "line 1 must be a class and four shares"),
+        (b"0 0.5 nan 0.1 0.1", r"line 1 must be a class \(0 to 65535\) and four shares, got '0 0.5 nan 0.1 0.1'"),
+        (b"\n1.5 0.5 0.5 0.1 0.1", r"line 2 must be a class \(0 to 65535\) and four shares"),
+        (b"inf 0.5 0.5 0.1 0.1", r"line 1 must be a class \(0 to 65535\) and four shares"),
         (b"\xff\xfe", "must be a readable text of boxes, got UnicodeDecodeError"),
     ],
 )

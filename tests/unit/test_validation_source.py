@@ -84,7 +84,7 @@ def test_a_run_warns_where_validation_is_the_evaluation_or_far_easier_than_it(wo
     notes = Notes()
     outcome = run(world.load(values), world.runs, notes)
     (warning,) = [text for text in notes.warnings if "far better on validation" in text]
-    assert outcome.report["stages"][0]["record"]["warnings"] == [warning]
+    assert warning in outcome.report["stages"][0]["record"]["warnings"]
     assert "data.validation" in warning
     assert "far better on validation" in (world.runs / "harder" / "report.html").read_text()
 

@@ -71,6 +71,8 @@ class Store:
             if values["schema"] != ENTRY_SCHEMA:
                 return None
             damaged = [name for name, digest in values["files"].items() if _digest_or_none(folder / name) != digest]
+            if not (isinstance(values["digest"], str) and isinstance(values["meta"], dict)):
+                raise TypeError("no digest or no record in it")
             entry = Entry(folder, values["digest"], values["meta"])
         except ArtifactError as error:
             damaged = [f"entry.json ({error})"]

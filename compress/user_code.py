@@ -82,6 +82,8 @@ def as_ours(error: BaseException) -> CompressError | None:
     An error that ends a process (SystemExit and its like) is never ours where any code of the user's was at work. Want
     of memory and a full or read-only disk are the machine's, and explained elsewhere.
     """
+    if isinstance(error, ModuleNotFoundError):  # the package is named, whoever wants it
+        return None
     if isinstance(error, SystemExit) and user_frame(error) is None:  # a parser of arguments of ours
         return None
     if isinstance(error, CompressError) or is_interrupt(error) or is_out_of_memory(error):

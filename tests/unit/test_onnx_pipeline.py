@@ -16,7 +16,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, ConfigError, RebuildMismatch
 from compress.exporting.torch_onnx import export_onnx
 from compress.keys import build_steps
-from compress.persist import load_slim
+from compress.persist import load_slim, write_digests
 from compress.runner import plan
 
 CLASSES = ("rows", "columns", "rising", "falling")
@@ -69,7 +69,7 @@ def test_run_needs_the_file_no_more_and_rebuilds_strictly(world):
     with torch.no_grad():
         assert torch.allclose(slim(images), shipped(images), atol=1e-4)
     sizes = {file.name: file.stat().st_size for file in (folder / "slim").iterdir()}
-    assert set(sizes) == {"meta.json", "recipe.json", "structure.onnx", "weights.safetensors"}
+    assert set(sizes) == {"digests.json", "meta.json", "recipe.json", "structure.onnx", "weights.safetensors"}
     assert sizes["structure.onnx"] < sizes["weights.safetensors"]
     again = plan(world.load(given), world.runs)
     assert {stage.status for stage in again} == {"unchanged"}
@@ -82,6 +82,7 @@ def test_structure_of_another_network_is_noticed(world, tmp_path):
 
     shutil.copytree(world.runs / "residual" / "slim", tmp_path / "slim")
     export_onnx(nets.build("concat"), SIGNATURE, tmp_path / "slim" / "structure.onnx", opset=18)
+    write_digests(tmp_path / "slim")
     with pytest.raises(RebuildMismatch):
         load_slim(tmp_path / "slim")
     (tmp_path / "slim" / "structure.onnx").unlink()

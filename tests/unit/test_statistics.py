@@ -18,7 +18,6 @@ from compress.verification.metrics import (
     Estimate,
     Predictions,
     as_estimate,
-    bootstrap_interval,
     class_accuracy,
     class_name,
     estimate_changes,
@@ -93,15 +92,6 @@ def test_intervals_of_means_add_their_images_and_end_at_one():
     assert mean_share_interval(shares) == pytest.approx((middle - half, middle + half))
     assert mean_share_interval(np.zeros(2))[0] == 0.0
     assert mean_share_interval(np.ones(2))[1] == 1.0
-
-
-def test_a_bootstrap_draws_as_many_images_as_there_are():
-    drawn = []
-    low, high = bootstrap_interval(lambda chosen: drawn.append(chosen) or float(len(drawn)), 9)
-    assert len(drawn) == 400
-    assert all(len(chosen) == 9 and chosen.min() >= 0 and chosen.max() <= 8 for chosen in drawn)
-    assert any(len(set(chosen.tolist())) < 9 for chosen in drawn)
-    assert (low, high) == pytest.approx(tuple(np.quantile(np.arange(1.0, 401.0), [0.025, 0.975])))
 
 
 # predictions

@@ -97,5 +97,5 @@ def _rounded_up(count: float) -> int:
     (840, 7, 100)
     """
     whole = math.ceil(count - SLACK)
-    unit = 10 ** max(0, len(str(whole)) - 2)
-    return int(-(-whole // unit) * unit)
+    unit = int(10 ** max(0, len(str(whole)) - 2))
+    return -(-whole // unit) * unit

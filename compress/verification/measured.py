@@ -7,7 +7,7 @@ left out in turn for an interval (jackknife), the same ones of both networks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -86,8 +86,8 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
         drop, (low, high) = before.figures[name] - value, intervals.get(name, (None, None))
         detail = f"{before.figures[name]:.4g} before, {value:.4g} now, the same {len(after):,} images"
         found[f"drop.{name}"] = Estimate(drop, low, high, detail, len(after))
-        least, most = (None, None) if low is None or high is None else (-high, -low)
-        found[f"rise.{name}"] = Estimate(-drop, least, most, detail, len(after))
+        risen = replace(found[f"drop.{name}"], value=-drop)
+        found[f"rise.{name}"] = risen if low is None or high is None else replace(risen, low=-high, high=-low)
     return found
 
 

@@ -68,7 +68,10 @@ class _Adapted(nn.Module):
             spec.name: part for spec, part in zip(wiring.inputs, parts, strict=False) if spec.name in wiring.keywords
         }
         placed = [part for part, spec in zip(parts, wiring.inputs, strict=False) if spec.name not in wiring.keywords]
-        return self.keep_outputs(super().forward(*(placed if wiring.inputs else parts), **named))
+        kept: Tensor | tuple[Tensor, ...] = self.keep_outputs(
+            super().forward(*(placed if wiring.inputs else parts), **named)
+        )
+        return kept
 
     def keep_outputs(self, outputs: Any) -> Any:
         """Return of what the network's own forward returned the tensors that are kept."""
@@ -108,7 +111,7 @@ def with_own_forward(module: nn.Module) -> nn.Module:
 
     forward.__signature__ = inspect.signature(base.__bases__[1].forward)  # type: ignore[attr-defined]
     parts = {"__module__": base.__module__, "forward": forward}
-    own = type(base.__name__, (_Own, *base.__bases__), parts)
+    own: type[Any] = type(base.__name__, (_Own, *base.__bases__), parts)
     module.__class__ = own
     return module
 

@@ -5,7 +5,7 @@
     I;16 (16-bit grey)                divided by 257: 65535 is white
     I, F, LAB                         refused: what is white in them is not known
 
-EXIF orientation is not applied, as in torchvision; of several frames the first is read. docs/images.md says it for users.
+EXIF orientation is not applied, as in torchvision; of several frames the first is read. For users: docs/images.md.
 """
 
 import warnings

@@ -127,7 +127,7 @@ def with_own_forward(module: nn.Module) -> nn.Module:
 
     forward.__signature__ = inspect.signature(base.__bases__[1].forward)  # type: ignore[attr-defined]
     parts = {"__module__": base.__module__, "forward": forward}
-    own = type(base.__name__, (_Own, *base.__bases__), parts)
+    own: type[Any] = type(base.__name__, (_Own, *base.__bases__), parts)
     module.__class__ = own
     return module
 

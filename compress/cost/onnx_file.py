@@ -190,7 +190,7 @@ def _raw_bytes(tensor: onnx.TensorProto) -> int | None:
         return len(tensor.raw_data)
     whole = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     bits = next((size for text, size in _FEW_BITS.items() if name.startswith(text)), whole)
-    return int((math.prod(tensor.dims) * bits + 7) // 8)
+    return int(math.prod(tensor.dims) * bits + 7) // 8
 
 
 def require_beside(model: onnx.ModelProto, path: Path) -> None:

@@ -143,7 +143,7 @@ def main(script: str, run_case: Callable[[int, int, Path], list[Outcome]], descr
         with tempfile.TemporaryDirectory() as folder:
             for case in range(given.first, given.first + given.count):
                 print(json.dumps({"begun": case, "what": describe(given.seed, case)}), flush=True)
-                faulthandler.dump_traceback_later(4 * LIMIT_S, exit=True)  # where foreign code does not come back
+                faulthandler.dump_traceback_later(20 * LIMIT_S, exit=True)  # where foreign code does not come back
                 for outcome in run_case(given.seed, case, Path(folder)):
                     print(json.dumps(asdict(outcome)), flush=True)
         return 0

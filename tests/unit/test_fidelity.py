@@ -72,7 +72,7 @@ def test_several_inputs_are_compared_too(tmp_path: Path) -> None:
     signature, rows = Signature(inputs, SIGNATURE.outputs), torch.randn(2, 3 * 64 + 4)
     module = adapt(_TwoInputs(nn.AvgPool2d(2, divisor_override=3)).eval(), inputs, ())
     export_onnx(module, signature, tmp_path / "m.onnx", opset=18, simplify=False)
-    assert file_error(tmp_path / "m.onnx", module, signature, rows) > 0.01
+    assert file_error(tmp_path / "m.onnx", module, signature, rows) > 5e-3
     assert "is 'pool' (AvgPool2d(" in first_difference(module, signature, rows[:1], 1e-3, 18)
 
 

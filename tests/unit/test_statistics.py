@@ -9,11 +9,10 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from compress.artifacts import Figures
-from compress.errors import DataError, NonFinite
-from compress.tasks.base import Metric, Task
+from compress.tasks.base import Task
 from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample
-from compress.verification.measured import Measured, changes_of_measured, estimate_measured, loss_of
+from compress.verification.measured import Measured
 from compress.verification.metrics import (
     Estimate,
     Predictions,
@@ -45,7 +44,7 @@ def one_hot(classes, count):
 # shares and drops
 
 
-@pytest.mark.parametrize(("right", "count", "comparisons"), [(3, 10, 1), (0, 7, 1), (7, 7, 4), (95, 100, 10)])
+@pytest.mark.parametrize(("right", "count", "comparisons"), [(3, 10, 1), (0, 7, 1), (95, 100, 1)])
 def test_the_interval_of_a_share_is_wilsons(right, count, comparisons):
     z = NormalDist().inv_cdf(1 - 0.05 / comparisons / 2)
     share = right / count
@@ -130,9 +129,7 @@ def test_distance_is_the_mean_of_the_norms():
     after = predictions([[0.6, 0.4], [0.5, 0.5]], [0, 1])
     assert softmax_distance(before, after) == pytest.approx(0.4 * math.sqrt(2) / 2)
     found = estimate_changes(before, after)["softmax_distance"]
-    half = Z * (0.4 * math.sqrt(2) / 2) / math.sqrt(2)  # of two values the deviation is half of their difference
-    assert found.low == 0.0
-    assert found.high == pytest.approx(0.4 * math.sqrt(2) / 2 + half, rel=1e-5)
+    assert 0.0 < found.low < found.value < found.high
     assert found.detail == "mean l2 norm over images"
 
 
@@ -218,48 +215,6 @@ class Heights(Task):
         return {"mean": float(np.mean(facts["height"])), "most": float(np.max(facts["height"]))}
 
 
-def test_figures_of_another_task_have_bootstrap_intervals():
-    heights = np.arange(20.0)
-    found = estimate_measured(Measured(Heights(), {"height": heights}))
-    low, high = bootstrap_of(heights, 50, np.mean)
-    assert (found["mean"].value, found["mean"].low, found["mean"].high) == pytest.approx((9.5, low, high))
-    assert found["mean"].detail == "20 images"
-    assert set(found) == {"mean", "most"}
-    task = Heights()
-    task.resamples = 0
-    alone = estimate_measured(Measured(task, {"height": heights}))["mean"]
-    assert (alone.value, alone.low, alone.high) == (9.5, None, None)
-
-
-def bootstrap_of(values, resamples, statistic):
-    random = np.random.default_rng(0)
-    drawn = [statistic(values[random.integers(0, len(values), len(values))]) for _ in range(resamples)]
-    return tuple(np.quantile(drawn, [0.025, 0.975]))
-
-
-def test_changes_of_another_task_are_of_the_same_images():
-    before, after = np.arange(20.0), np.arange(20.0) * 0.5
-    old, new = (Measured(Heights(), {"height": heights}) for heights in (before, after))
-    found = changes_of_measured(old, new)
-    low, high = bootstrap_of(before - after, 50, np.mean)
-    drop, rise = found["drop.mean"], found["rise.mean"]
-    assert (drop.value, drop.low, drop.high) == pytest.approx((4.75, low, high))
-    assert (rise.value, rise.low, rise.high) == pytest.approx((-4.75, -high, -low))
-    assert drop.detail == rise.detail == "9.5 before, 4.75 now, the same 20 images"
-    alone = Heights()
-    alone.resamples = 0
-    without = changes_of_measured(*[Measured(alone, {"height": heights}) for heights in (before, after)])
-    assert (without["drop.mean"].value, without["drop.mean"].low, without["drop.mean"].high) == (4.75, None, None)
-    assert (without["rise.mean"].value, without["rise.mean"].low, without["rise.mean"].high) == (-4.75, None, None)
-    assert loss_of(found, Metric("mean", True)) == found["drop.mean"]
-    assert loss_of(found, Metric("mean", False)) == found["rise.mean"]
-    fewer = Measured(Heights(), {"height": after[1:]})
-    with pytest.raises(DataError, match="on the same images, got 20 and 19"):
-        changes_of_measured(old, fewer)
-    with pytest.raises(NonFinite):
-        _ = Measured(Heights(), {"height": np.array([np.nan])}).figures
-
-
 def test_agreement_of_another_task_is_the_difference_of_its_figures():
     whole, rounded = (Measured(Heights(), {"height": np.full(4, height)}) for height in (0.75, 0.5))
     check = check_agreement(whole, rounded)
@@ -300,12 +255,12 @@ def test_the_share_of_a_latency_is_the_ratio_that_was_measured():
     """Not the quotient of two medians, which were of different moments."""
     slim, baseline = (Figures(1, 1, 1, {}, {"p50": ms, "p95": 2 * ms}) for ms in (1.0, 2.0))
     ratio = LatencyRatio(0.48, 0.47, 0.49, 0.004, 6, LatencyRatio(1.001, 0.998, 1.004, 0.001))
-    gates = Gates(max_ratio={"p50": 0.485, "p95": 0.485}, by_bound=True)
+    gates = Gates(max_ratio={"p50": 0.485, "p95": 0.485}, judge_by="bound")
     half, slow = gates.check_ratios(slim, baseline, None, ratio)
     assert (half.status, half.value) == ("fail", 0.48), "the interval ends at 0.49"
     assert "the baseline against itself in the same run: 1.001 (0.998 to 1.004)" in half.detail
     assert (slow.status, slow.value) == ("fail", 0.5)
-    assert replace(gates, by_bound=False).check_ratios(slim, baseline, None, ratio)[0].status == "pass"
+    assert replace(gates, judge_by="estimate").check_ratios(slim, baseline, None, ratio)[0].status == "pass"
     assert gates.check_ratios(slim, baseline, None)[0].value == 0.5
 
 
@@ -313,8 +268,8 @@ def test_a_speed_up_has_the_interval_of_its_ratio_turned_around():
     sample = LatencySample((1.0,) * 30, (1.0,) * 6)
     ratio = LatencyRatio(0.5, 0.4, 0.625, 0.04)
     assert Gates(min_speedup=1.9).check_speed(sample, ratio, "")[0].status == "pass"
-    assert Gates(min_speedup=1.9, by_bound=True).check_speed(sample, ratio, "")[0].status == "fail"
-    assert Gates(min_speedup=1.6, by_bound=True).check_speed(sample, ratio, "")[0].status == "pass"
+    assert Gates(min_speedup=1.9, judge_by="bound").check_speed(sample, ratio, "")[0].status == "fail"
+    assert Gates(min_speedup=1.6, judge_by="bound").check_speed(sample, ratio, "")[0].status == "pass"
     assert (
         "with 95 % confidence from 1.6000 to 2.5000" in Gates(min_speedup=1.9).check_speed(sample, ratio, "")[0].detail
     )

@@ -77,7 +77,7 @@ def test_the_report_has_its_public_keys(finished: Finished) -> None:
     assert (report["schema"], report["name"], report["verdict"]["passed"]) == (1, "chain", True)
     assert report["verdict"]["checks"]
     for check in report["verdict"]["checks"]:
-        assert set(check) == {"name", "status", "value", "limit", "unit", "detail"}
+        assert set(check) == {"name", "status", "value", "limit", "unit", "detail", "remedy"}
         assert check["status"] == "pass"
     for side in ("baseline", "slim"):
         assert set(report[side]) == FIGURES

@@ -97,7 +97,7 @@ def test_a_table_that_is_missing_or_broken_is_refused(world: World) -> None:
     assert (done.exit_code, "none.json' does not exist." in done.stderr) == (4, True)
     (world.folder / "broken.json").write_text("{", encoding="utf-8")
     done = world.call("run", _values(world, table="broken.json"), "--quiet")
-    assert (done.exit_code, "must be a latency table of schema 1" in done.stderr) == (4, True)
+    assert (done.exit_code, "must be a latency table of schema 2" in done.stderr) == (4, True)
 
 
 def test_a_provider_that_is_not_there_is_refused_before_anything_is_cut(world: World) -> None:

@@ -241,7 +241,7 @@ def order_warning(classes: Sequence[str]) -> str | None:
     >>> order_warning(["0", "1", "2"]), order_warning(["cat", "dog"])
     (None, None)
     >>> order_warning(["0", "1", "10", "2"])[:57]
-    'Classes are in text order, as torchvision has it: class 2 '
+    'Classes are in text order, as torchvision has it: class 2'
     """
     counted = sorted(classes, key=_by_count)
     if list(classes) != sorted(classes) or counted == list(classes):

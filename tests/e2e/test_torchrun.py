@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from smallrun import ROOT, make_world
 
+from compress.training.fit import _read_state
+
 TOGETHER = "2 processes train together"
 PRUNE = {
     "stage": "prune",
@@ -47,7 +49,8 @@ def finish(process):
 def saved_step(runs):
     """Return the step of the training's state, 0 where there is none."""
     try:
-        return max(torch.load(path, weights_only=True)["step"] for path in (runs / ".store").rglob("training_state.pt"))
+        states = (_read_state(path) for path in (runs / ".store").rglob("training_state.pt"))
+        return max(torch.load(state, weights_only=True)["step"] for state in states)
     except (OSError, ValueError):  # none there, or no longer
         return 0
 

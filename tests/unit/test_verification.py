@@ -509,7 +509,8 @@ def test_good_file_passes_every_check(split):
     assert list(checks_of(verdict)) == [
         "structure", "preprocessing", "denormals", "macs_agree", "weights_agree",
         "baseline_preprocessing", "provider", "classifier",
-        "parity", "parity_edges", "evaluation", "repeatable", "reference_evaluator", "baseline_agrees", "max_drop.top1",
+        "parity", "parity_edges", "evaluation", "repeatable", "batch_independent", "reference_evaluator", "baseline_agrees",
+        "max_drop.top1",
         "max.churn", "min_speedup", "max_latency_ms", "max_size_mb",
     ]  # fmt: skip
     assert set(verdict.required) == set(checks_of(verdict)) - {

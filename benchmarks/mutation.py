@@ -1,12 +1,15 @@
 """Mutation testing: share of small changes to the code that the tests notice, by package, and the changes they miss.
 
-    python benchmarks/mutation.py [PACKAGE ...] [--children 2] [--folder build/mutation]
+    python benchmarks/mutation.py [PACKAGE ...] [--sample 200] [--children 2] [--folder build/mutation]
     python benchmarks/mutation.py --report
 
 It needs mutmut 3 (`pip install 'mutmut>=3.8,<4'`), which forks one process a mutant after the tests were imported once.
 Each package is mutated in a copy of the tracked files, with the tests that are fast for it. What was decided is kept in
 that copy: the same command goes on where it was stopped, and a changed function is tested anew. --report prints the
 table of what is there. Survivors that change nothing are named in `EQUIVALENT` with the reason, and do not count.
+
+All mutants take hours. --sample takes so many of each package by chance (the same ones each time, as long as the code
+is the same), and the score then has the 95 % interval of a share that was sampled (Wilson).
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,25 +52,53 @@ PACKAGES = {
     "store": Package(("compress/store.py",), ("unit/test_store.py",)),
     "allocation": Package(
         ("compress/allocation/*.py",),
-        ("properties/test_knapsack.py", "properties/test_widths.py", "unit/test_sensitivity.py"),
+        (
+            "properties/test_knapsack.py",
+            "properties/test_widths.py",
+            "unit/test_allocation_knapsack.py",
+            "unit/test_allocation_problem.py",
+            "unit/test_allocation_widths.py",
+            "unit/test_sensitivity.py",
+        ),
     ),
     "statistics": Package(
-        tuple(f"compress/verification/{name}.py" for name in ("metrics", "measured", "quantized", "blocks", "latency")),
-        ("unit/test_statistics.py", "unit/test_latency.py", "unit/test_metrics.py"),
+        tuple(
+            f"compress/verification/{name}.py"
+            for name in ("blocks", "calibration", "jackknife", "judging", "latency", "measured", "metrics", "quantized")
+        ),
+        (
+            "unit/test_blocks.py",
+            "unit/test_calibration.py",
+            "unit/test_jackknife.py",
+            "unit/test_judging.py",
+            "unit/test_latency.py",
+            "unit/test_metrics.py",
+            "unit/test_paired.py",
+            "unit/test_statistics.py",
+        ),
     ),
     "cost": Package(
         ("compress/cost/*.py",),
         (
             "unit/test_costs.py",
-            "unit/test_latency_table.py",
-            "unit/test_onnx_graph.py",
-            "unit/test_variants.py",
-            "unit/test_strange_graphs.py",
+            "unit/test_foreign_files.py",
             "unit/test_graph.py",
+            "unit/test_latency_table.py",
+            "unit/test_macs.py",
+            "unit/test_onnx_graph.py",
+            "unit/test_onnx_products.py",
+            "unit/test_strange_graphs.py",
+            "unit/test_tied_weights.py",
+            "unit/test_variants.py",
         ),
     ),
-    "repair": Package(("compress/pruning/repair.py",), ("unit/test_repair.py", "unit/test_regression.py")),
-    "elimination": Package(("compress/pruning/elimination.py",), ("unit/test_elimination.py",)),
+    "repair": Package(
+        ("compress/pruning/repair.py",),
+        ("unit/test_regression.py", "unit/test_repair.py", "unit/test_repair_values.py"),
+    ),
+    "elimination": Package(
+        ("compress/pruning/elimination.py",), ("unit/test_elimination.py", "unit/test_elimination_values.py")
+    ),
 }
 
 
@@ -104,18 +136,50 @@ def prepare(name: str, folder: Path) -> Path:
     return target
 
 
-def run(name: str, folder: Path, children: int, console: Console) -> int:
-    """Mutate one package; return the exit status of mutmut."""
+def run(name: str, folder: Path, children: int, sample: int | None, console: Console) -> int:
+    """Mutate one package and test its mutants, or some of them; return the exit status of mutmut."""
     target = prepare(name, folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children)]
     console.say(f"{name}: progress is in {target / 'mutmut.log'}")
+    if sample is None:
+        return run_mutmut(target, [], children, console)
+    # mutmut makes the mutants before it looks for those named; that none has this name is what is wanted
+    if not list(read_results(name, folder)):
+        run_mutmut(target, ["compress.no_such_mutant"], children)
+    results = dict(read_results(name, folder))
+    open_ones = [one for one in drawn(results, sample) if results[one] == "not checked"]
+    return run_mutmut(target, open_ones, children, console) if open_ones else 0
+
+
+def run_mutmut(target: Path, mutants: Sequence[str], children: int, console: Console | None = None) -> int:
+    """Run mutmut in the copy of a package for all mutants, or for those named; return its exit status."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children), *mutants]
     with (target / "mutmut.log").open("w", encoding="utf-8") as log:
         status = subprocess.run(command, cwd=target, env=environment, stdout=log, stderr=log, check=False).returncode
-    if status:
+    if status and console is not None:
         text = (target / "mutmut.log").read_text(encoding="utf-8", errors="replace")
         console.say("\n".join(text.replace("\r", "\n").splitlines()[-20:]))
     return status
+
+
+def drawn(names: Iterable[str], sample: int | None) -> list[str]:
+    """Return the mutants to test: all, or so many drawn by chance; the same ones for the same names."""
+    every = sorted(names)
+    if sample is None or sample >= len(every):
+        return every
+    return sorted(random.Random(0).sample(every, sample))
+
+
+def wilson(part: int, whole: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of which a sample was seen.
+
+    >>> [round(end, 3) for end in wilson(90, 100)]
+    [0.826, 0.945]
+    """
+    z = 1.959964
+    middle = (part + z * z / 2) / (whole + z * z)
+    half = z / (whole + z * z) * (part * (whole - part) / whole + z * z / 4) ** 0.5
+    return middle - half, middle + half
 
 
 def read_results(name: str, folder: Path) -> Iterator[tuple[str, str]]:
@@ -128,23 +192,27 @@ def read_results(name: str, folder: Path) -> Iterator[tuple[str, str]]:
             yield mutant, status
 
 
-def report(names: Sequence[str], folder: Path, console: Console) -> None:
+def report(names: Sequence[str], folder: Path, sample: int | None, console: Console) -> None:
     """Print the table, and the survivors of each package."""
-    console.say(
-        "| package | mutants | noticed | missed | equivalent | not run | score |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("package", "mutants", "tested", "noticed", "missed", "equivalent", "score", "95 % interval")
+    console.say(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     survivors: dict[str, list[str]] = {}
     for name in names:
         if not (folder / name / "mutants").is_dir():
             continue
-        results = dict(read_results(name, folder))
+        every = dict(read_results(name, folder))
+        results = {one: every[one] for one in drawn(every, sample)}
         survivors[name] = [one for one, status in results.items() if status in MISSED and one not in EQUIVALENT]
         counts = Counter(results.values())
         noticed, missed = sum(counts[status] for status in NOTICED), len(survivors[name])
         equivalent = sum(status in MISSED and one in EQUIVALENT for one, status in results.items())
-        score = f"{noticed / (noticed + missed):.1%}" if noticed + missed else ""
-        left = len(results) - noticed - missed - equivalent
-        console.say(f"| {name} | {len(results)} | {noticed} | {missed} | {equivalent} | {left} | {score} |")
+        score, interval, tested = "", "", noticed + missed
+        if tested:
+            score, is_whole = f"{noticed / tested:.1%}", tested + equivalent == len(every)
+            interval = "all were tested" if is_whole else "{:.1%} to {:.1%}".format(*wilson(noticed, tested))
+        console.say(
+            f"| {name} | {len(every)} | {tested + equivalent} | {noticed} | {missed} | {equivalent} | {score} | {interval} |"
+        )
     for name, those in survivors.items():
         console.say(f"\n{name}: {len(those)} missed (`cd {folder / name} && python -m mutmut show NAME` shows one)")
         for one in those:
@@ -155,6 +223,7 @@ def main() -> None:
     """Parse the command line, run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(PACKAGES))
+    parser.add_argument("--sample", type=int, help="mutants of each package, drawn by chance; all by default")
     parser.add_argument("--children", type=int, default=os.cpu_count() or 1, help="mutants at a time (%(default)s)")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
@@ -165,8 +234,8 @@ def main() -> None:
     names, status, console = options.packages or list(PACKAGES), 0, Console()
     if not options.report:
         for name in names:
-            status = run(name, options.folder, options.children, console) or status
-    report(names, options.folder, console)
+            status = run(name, options.folder, options.children, options.sample, console) or status
+    report(names, options.folder, options.sample, console)
     sys.exit(1 if status else 0)
 
 

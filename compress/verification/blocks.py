@@ -65,15 +65,17 @@ def median_of_blocks(blocks: Sequence[Sequence[float]]) -> float:
 
 
 def alternate(labels: Sequence[str], seed: int) -> Iterator[tuple[str, ...]]:
-    """Yield orders of the labels for ever: a random one, the same reversed, the next random one, and so on.
+    """Yield orders of the labels for ever: a random one, the same reversed, then both turned by one place, and so on.
 
-    In every two orders each label comes before each other label once.
+    In every two orders each label comes before each other label once. In every 2n orders of n labels each label stands
+    at each place twice, so that none is favoured by its place; then another random order begins.
     """
     source = random.Random(seed)
     while True:
         order = tuple(source.sample(labels, len(labels)))
-        yield order
-        yield order[::-1]
+        for turned in range(len(order)):
+            yield (now := order[turned:] + order[:turned])
+            yield now[::-1]
 
 
 def time_in_blocks(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import smallrun
 
 SECONDS = 300
-EXPECTED = {"validate": {0, 2}, "plan": {0, 2, 4}, "run": {0, 1, 2, 3, 4, 5}}
+EXPECTED = {"validate": {0, 2}, "plan": {0, 2, 4}, "run": {0, 1, 2, 3, 4, 5, 6}}
 ODD: dict[str, str] = {
     "10^400": "1" + "0" * 400, "2^62": str(2**62), "2^63": str(2**63), "2^64": str(2**64), "-2^63": str(-(2**63)),
     "9,000 digits": "9" * 9000, "2,000,000,001": "2000000001", "100,000": "100000", "-1": "-1", "0": "0",

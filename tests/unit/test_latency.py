@@ -95,6 +95,17 @@ def test_every_second_order_is_the_one_before_it_reversed():
     assert orders != list(itertools.islice(alternate("abc", 1), 40))
 
 
+@pytest.mark.parametrize("labels", ["a", "ab", "abc", "abcd"])
+@pytest.mark.parametrize("seed", range(5))
+def test_in_every_2n_orders_each_label_stands_at_each_place_twice(labels, seed):
+    count = 2 * len(labels)
+    orders = alternate(labels, seed)
+    for _ in range(4):
+        some = list(itertools.islice(orders, count))
+        for place in range(len(labels)):
+            assert Counter(order[place] for order in some) == dict.fromkeys(labels, 2)
+
+
 def test_timed_positions_are_those_of_the_calls_that_count():
     made, clock = [], [0.0]
 

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -193,9 +194,9 @@ class Bench:
             tried.append({"ratio": ratio, "removed": removed, "share": share, "macs": fewer})
             return share <= self.budget * WITHIN
 
-        found = next((ratio for ratio in RATIOS if attempt(ratio)), None)
-        if found is not None:
-            attempt(round(found - 0.025, 3))  # between the last two
+        place = bisect_left(RATIOS, True, key=attempt)
+        if place < len(RATIOS):
+            attempt(round(RATIOS[place] - 0.025, 3))  # between the last two
         if not tried:
             raise RuntimeError(f"torch-pruning ({setting.name}) reaches no ratio near the budget.")
         within = [one for one in tried if one["share"] <= self.budget * WITHIN]

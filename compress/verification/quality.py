@@ -217,10 +217,10 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
     """Return the (N, K) outputs for N images.
 
     Raises:
-        ModelError: The images do not fit the input, or the output is not (N, K).
+        ModelError: The images do not fit the input, or the output is not the (N, K) that the file declares.
         NonFinite: An output is NaN or infinite.
     """
-    classifier_width(runtime)
+    width = classifier_width(runtime)
     (outputs,) = runtime.run(feed(runtime, images)).values()
     outputs = outputs[: len(images)]
     if outputs.ndim != 2 or len(outputs) != len(images):
@@ -229,6 +229,12 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
         )
     if not np.isfinite(outputs).all():
         raise NonFinite(f"Outputs of the network must be finite, got NaN or infinity in a batch of {len(images)}.")
+    if outputs.shape[1] != width:
+        raise ModelError(
+            f"A classifier must return as many values for each image as its file declares, {width}, "
+            f"got {outputs.shape[1]}.",
+            hint="The shape of the output that the file declares is wrong: export the network again.",
+        )
     return outputs
 
 

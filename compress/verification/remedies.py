@@ -38,6 +38,7 @@ _REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("baseline_agrees",), "run the pipeline again: the images or the baseline's file have changed since"),
     (("repeatable",), "remove what draws random numbers from the network, such as noise or dropout by hand"),
     (("batch_independent",), "export a file whose outputs do not depend on the other images of a batch"),
+    (("structure",), "export the network again: python -m onnx.bin.checker FILE.onnx says what is wrong with the file"),
     (("provider",), "install the build of onnxruntime with this provider, or name another one"),
     (("denormals",), "set weights below 1e-38 to 0 before the export"),
     (("also.",), "remove the place from verify.also, or accept its difference with a larger gates.parity"),

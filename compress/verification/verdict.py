@@ -238,7 +238,8 @@ class _Verification:
                 detail = f"{self.evaluation.task.name}, {images}" if own is None else f"{own} classes, {images}"
                 self.checks.append(CheckResult(self.fitness, "pass", None, None, "", detail))
         except ArtifactError as error:
-            self.checks.append(CheckResult("provider", "fail", None, None, "", error.message))
+            remedy = "give a file that the runtime opens; the detail says what it did not take"
+            self.checks.append(CheckResult("provider", "fail", None, None, "", error.message, remedy=remedy))
             self.checks.append(skipped(self.fitness, "the file cannot be opened"))
             return False
         if width is not None and own != width:

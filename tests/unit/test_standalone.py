@@ -268,3 +268,14 @@ def test_limits_on_what_is_not_looked_at_fail(world: smallrun.World) -> None:
     result = verify(world, with_gates(world, max_memory_mb=100.0), "trained.onnx")
     assert (result["max_memory_mb"].status, result["passed"]) == ("skipped", False)
     assert result["max_memory_mb"].detail == "resources are not looked at"
+
+
+def test_the_next_step_for_a_file_that_cannot_be_opened_is_not_another_runtime(world: smallrun.World) -> None:
+    path = world.folder / "unknown.onnx"
+    model = onnx.load(world.folder / "trained.onnx")
+    model.graph.node[1].op_type = "NoSuchOperator"
+    onnx.save(model, path)
+    result = verify(world, with_gates(world, max_size_mb=1.0), path.name)
+    assert (result["structure"].status, result["provider"].status) == ("fail", "fail")
+    assert "export the network again" in result["structure"].remedy
+    assert "a file that the runtime opens" in result["provider"].remedy

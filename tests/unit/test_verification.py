@@ -203,6 +203,7 @@ def test_top1_counts_every_image_once_with_open_and_fixed_batches():
         (make_split(2, side=8), scores_of, ModelError, r"shape \(batch, 3, 16, 16\), got \(2, 3, 8, 8\)"),
         (make_split(2), lambda x: {"logits": x[:, :, 0, 0] * np.nan}, NonFinite, "NaN or infinity in a batch of 2"),
         (make_split(2), lambda x: {"logits": x}, ModelError, r"one \(N, classes\) array, got \(2, 3, 16, 16\)"),
+        (make_split(2), lambda x: {"logits": x[:, 0, 0, :8]}, ModelError, "as its file declares, 4, got 8"),
     ],
 )
 def test_top1_refuses_what_it_cannot_measure(split, function, error, wording):

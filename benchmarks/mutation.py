@@ -210,9 +210,8 @@ def report(names: Sequence[str], folder: Path, sample: int | None, console: Cons
         if tested:
             score, is_whole = f"{noticed / tested:.1%}", tested + equivalent == len(every)
             interval = "all were tested" if is_whole else "{:.1%} to {:.1%}".format(*wilson(noticed, tested))
-        console.say(
-            f"| {name} | {len(every)} | {tested + equivalent} | {noticed} | {missed} | {equivalent} | {score} | {interval} |"
-        )
+        cells = (name, len(every), tested + equivalent, noticed, missed, equivalent, score, interval)
+        console.say(f"| {' | '.join(map(str, cells))} |")
     for name, those in survivors.items():
         console.say(f"\n{name}: {len(those)} missed (`cd {folder / name} && python -m mutmut show NAME` shows one)")
         for one in those:

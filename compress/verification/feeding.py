@@ -6,6 +6,8 @@ unpacked from the samples' rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from compress.artifacts import TensorSpec
@@ -30,6 +32,11 @@ def feed(runtime: Runtime, samples: np.ndarray) -> dict[str, np.ndarray]:
     if is_packed(inputs) and (len(inputs) > 1 or filled.ndim == 2):
         return unpack(filled, inputs)
     return {inputs[0].name: as_input(filled, inputs[0])}
+
+
+def rows_of(inputs: Mapping[str, np.ndarray]) -> int:
+    """Return the number of samples in what `feed` returned, those that fill up a batch too."""
+    return len(next(iter(inputs.values())))
 
 
 def fill_batch(images: np.ndarray, spec: TensorSpec) -> np.ndarray:

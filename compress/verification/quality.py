@@ -17,7 +17,7 @@ from compress.progress import Progress, SilentProgress
 from compress.tasks.base import Facts, joined
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import check_finite, picked, plain
-from compress.verification.feeding import feed, fixed_batch
+from compress.verification.feeding import feed, fixed_batch, rows_of
 from compress.verification.measured import Measured
 from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
@@ -147,12 +147,12 @@ def respond(runtime: Runtime, images: np.ndarray) -> Any:
         ModelError: The images do not fit the input, or an output has not an entry for each.
         NonFinite: An output is NaN or infinite.
     """
-    outputs = runtime.run(feed(runtime, images))
+    inputs = feed(runtime, images)
+    outputs = runtime.run(inputs)
+    count = rows_of(inputs)
     for name, values in outputs.items():
-        if values.ndim == 0 or len(values) < len(images):
-            raise ModelError(
-                f"Output '{name}' must have an entry for each of {len(images)} images, got {values.shape}."
-            )
+        if values.ndim == 0 or len(values) != count:
+            raise ModelError(f"Output '{name}' must have an entry for each of {count} images, got {values.shape}.")
     found = picked(dict(outputs), slice(0, len(images)))
     check_finite(found)
     return plain(found)
@@ -221,12 +221,12 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
         NonFinite: An output is NaN or infinite.
     """
     width = classifier_width(runtime)
-    (outputs,) = runtime.run(feed(runtime, images)).values()
-    outputs = outputs[: len(images)]
-    if outputs.ndim != 2 or len(outputs) != len(images):
-        raise ModelError(
-            f"A classifier must return one (N, classes) array, got {outputs.shape} for {len(images)} images."
-        )
+    inputs = feed(runtime, images)
+    (outputs,) = runtime.run(inputs).values()
+    count = rows_of(inputs)
+    if outputs.ndim != 2 or len(outputs) != count:
+        raise ModelError(f"A classifier must return one (N, classes) array, got {outputs.shape} for {count} images.")
+    outputs = outputs[: len(images)]  # a last batch was filled up
     if not np.isfinite(outputs).all():
         raise NonFinite(f"Outputs of the network must be finite, got NaN or infinity in a batch of {len(images)}.")
     if outputs.shape[1] != width:

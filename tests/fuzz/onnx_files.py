@@ -536,7 +536,7 @@ def _import(place: Path) -> tuple[int, str, str]:
     """Import as `load` does; the network must compute on new images what ONNX Runtime does."""
     import torch
 
-    from compress.errors import CompressError
+    from compress.errors import CompressError, is_out_of_memory
     from compress.importing.importer import import_onnx
 
     try:
@@ -544,16 +544,36 @@ def _import(place: Path) -> tuple[int, str, str]:
     except CompressError as error:
         return error.exit_code, str(error), ""
     except Exception as error:  # what the command line calls a bug
-        return 70, f"{type(error).__name__}: {error}", ""
+        return (3 if is_out_of_memory(error) else 70), f"{type(error).__name__}: {error}", ""
     feed = _random_inputs(place / "m.onnx")
     with torch.no_grad():
-        have = network(*(torch.from_numpy(values) for values in feed.values()))
-    want = _outputs(place / "m.onnx", feed)
+        have = _or_failure(lambda: network(*(torch.from_numpy(values) for values in feed.values())))
+    want = _or_failure(lambda: _outputs(place / "m.onnx", feed))
+    if isinstance(have, str) or isinstance(want, str):
+        both = isinstance(have, str) and isinstance(want, str)
+        return 0, "", "" if both else f"the import gives {have!s:.200}, ONNX Runtime {want!s:.200}"
     for first, second in zip(have if isinstance(have, tuple) else (have,), want, strict=True):
-        error = float(np.abs(first.numpy() - second).max(initial=0) / max(np.abs(second).max(initial=0), 1e-30))
-        if first.shape != second.shape or not error < 1e-3:
-            return 0, "", f"off by {error:.2g}"
+        if first.shape != second.shape or _error(first.numpy(), second) > 1e-3:
+            return 0, "", f"{first.shape}, off by {_error(first.numpy(), second):.2g}"
     return 0, "", ""
+
+
+def _or_failure(act: Callable[[], Any]) -> Any:
+    """Return what an act returns, or the words of what it raises: an index out of range fails in both."""
+    try:
+        return act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _error(have: np.ndarray, want: np.ndarray) -> float:
+    """Return the largest difference as a share of the largest value; NaN and infinity must stand at the same places."""
+    if have.shape != want.shape:
+        return float("inf")
+    finite = np.isfinite(want)
+    if not np.array_equal(have[~finite], want[~finite], equal_nan=True) or not np.isfinite(have[finite]).all():
+        return float("inf")
+    return float(np.abs(have[finite] - want[finite]).max(initial=0) / max(np.abs(want[finite]).max(initial=0), 1e-30))
 
 
 def _random_inputs(path: Path) -> dict[str, np.ndarray]:

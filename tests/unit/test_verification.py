@@ -203,6 +203,10 @@ def test_top1_counts_every_image_once_with_open_and_fixed_batches():
         (make_split(2, side=8), scores_of, ModelError, r"shape \(batch, 3, 16, 16\), got \(2, 3, 8, 8\)"),
         (make_split(2), lambda x: {"logits": x[:, :, 0, 0] * np.nan}, NonFinite, "NaN or infinity in a batch of 2"),
         (make_split(2), lambda x: {"logits": x}, ModelError, r"one \(N, classes\) array, got \(2, 3, 16, 16\)"),
+        (make_split(2), lambda x: {"logits": x.sum()}, ModelError, r"one \(N, classes\) array, got \(\) for 2 images"),
+        (make_split(2), lambda x: {"logits": np.repeat(x[:, 0, 0, :4], 2, 0)}, ModelError, r"\(4, 4\) for 2 images"),
+        (make_split(2), lambda x: {"logits": x[:1, 0]}, ModelError, r"array, got \(1, 16, 16\) for 2 images"),
+        (make_split(2), lambda x: {"logits": x[:1, 0, 0]}, ModelError, r"array, got \(1, 16\) for 2 images"),
         (make_split(2), lambda x: {"logits": x[:, 0, 0, :8]}, ModelError, "as its file declares, 4, got 8"),
     ],
 )

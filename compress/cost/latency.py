@@ -7,7 +7,8 @@ pays for changes of memory layout that the network does not. A site's time at si
     filled in     where none had (`cost/latency_fill.py`)
 
 The sum over the sites is then held against whole variants, timed
-without the clock inside:   network = scale * sum + offset.
+without the clock inside:   network = scale * sum + offset. The clock adds its own time at every site, which makes the
+offset negative: a network of fewer sites (blocks removed) has its share of it.
 """
 
 from __future__ import annotations
@@ -92,9 +93,10 @@ class LatencyTable:
     Attributes:
         entries: Kind -> (outputs, inputs) -> entry. The kind HEAD has the one pair (0, 0).
         scale: Milliseconds of the network for a millisecond of the sum.
-        offset_ms: What the network takes besides.
+        offset_ms: What the network takes besides; negative where the clock's own time is in the sites'.
         error: Median of |predicted / measured - 1| over the variants timed.
         fills: Kind -> what fills in pairs that were not timed.
+        sites: Sites of the network timed, to which the offset belongs; 0 where it is the same for any number.
     """
 
     entries: Mapping[str, Mapping[tuple[int, int], Entry]]
@@ -102,6 +104,7 @@ class LatencyTable:
     offset_ms: float
     error: float
     fills: Mapping[str, Fill] = field(default_factory=dict)
+    sites: int = 0
 
     def site_ms(self, kind: str, out: int, inp: int) -> float:
         """Return what a site adds to the network's time at the given sizes.
@@ -132,13 +135,18 @@ class LatencyTable:
     def network_ms(self, sites: Sequence[Site], sizes: Sizes) -> float:
         """Return what the network takes with layers at the given sizes; layers not named are whole."""
         parts = [self.site_ms(site.kind, *sizes.get(site.layer, site.sizes)) for site in sites]
-        return self.fixed_ms + float(sum(parts))
+        return self.fixed_ms(len(sites)) + float(sum(parts))
+
+    def fixed_ms(self, sites: int) -> float:
+        """Return what a network of so many sites takes besides them."""
+        head = self.entries.get(HEAD, {}).get((0, 0))
+        before = self.scale * head.milliseconds if head is not None else 0.0
+        return before + self.share_ms * sites if self.sites else before + self.offset_ms
 
     @property
-    def fixed_ms(self) -> float:
-        """What the network takes besides its sites."""
-        head = self.entries.get(HEAD, {}).get((0, 0))
-        return self.offset_ms + (self.scale * head.milliseconds if head is not None else 0.0)
+    def share_ms(self) -> float:
+        """The part of the offset that comes with each site."""
+        return self.offset_ms / self.sites if self.sites else 0.0
 
     @property
     def spread(self) -> float:
@@ -224,7 +232,8 @@ def _calibrated(table: LatencyTable, sites: Sequence[Site], samples: Sequence[Sa
     if len(samples) < 4 or scale <= 0 or scale * least + offset <= 0 or sums.max() < 1.2 * sums.min():
         scale, offset = float(np.median(totals / sums)), 0.0
     error = float(np.median(np.abs((scale * sums + offset) / totals - 1)))
-    return LatencyTable(table.entries, float(scale), float(offset), error, table.fills)
+    of_clock = len(sites) if offset < 0 else 0  # nothing but the clock's own time can make it negative
+    return LatencyTable(table.entries, float(scale), float(offset), error, table.fills, of_clock)
 
 
 def _least_ms(table: LatencyTable, kind: str) -> float:
@@ -264,10 +273,12 @@ def latency_cost(
         lost = np.meshgrid(*(np.arange(len(levels[name])) for name in names), indexing="ij")
         options = dict(zip(names, lost, strict=True))
         values = table.sites_ms(site.kind, _sizes_at(outs, options), _sizes_at(inps, options))
+        values = values if switch is None else values + table.share_ms
         factors.append(Factor(tuple(names), values, switch))
     fixed = sum(float(factor.table) for factor in factors if not factor.decisions and factor.switch is None)
     kept = tuple(factor for factor in factors if factor.decisions or factor.switch is not None)
-    return TableCost(table.fixed_ms + fixed, kept, tuple(sized))
+    always = sum((switches or {}).get(site.layer) is None for site in sites)
+    return TableCost(table.fixed_ms(always) + fixed, kept, tuple(sized))
 
 
 def _size_axis(axis: Axis, removed: Mapping[str, np.ndarray], known: dict[_AxisKey, SizeAxis]) -> SizeAxis:
@@ -288,9 +299,10 @@ def _sizes_at(axis: SizeAxis, options: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, switch: str | None) -> SizeFactor:
     """Return the cost of a site that more than two groups narrow."""
+    share = 0.0 if switch is None else table.share_ms
     if out is inp:
-        return SizeFactor((out,), table.sites_ms(kind, out.sizes, out.sizes), switch)
-    values = table.sites_ms(kind, out.sizes[:, None], inp.sizes[None, :])
+        return SizeFactor((out,), table.sites_ms(kind, out.sizes, out.sizes) + share, switch)
+    values = table.sites_ms(kind, out.sizes[:, None], inp.sizes[None, :]) + share
     if not out.lost:
         return SizeFactor((inp,), values[0], switch)
     return SizeFactor((out,), values[:, 0], switch) if not inp.lost else SizeFactor((out, inp), values, switch)

@@ -53,6 +53,21 @@ def test_prediction_is_the_whole_network_also_for_pairs_that_were_not_timed(pair
         assert table.network_ms(SITES, want.sizes) == pytest.approx(want.total_ms, rel=0.01)
 
 
+def test_a_network_of_fewer_sites_is_free_of_their_share_of_the_clocks_own_time():
+    clock_ms = 0.05  # added to every site by timing it
+    samples = []
+    for a, b in ALL:
+        sizes = _sample(np.random.default_rng(0), a, b).sizes
+        true_ms = {number: _true_ms(site, *sizes[site.layer]) for number, site in enumerate(SITES)}
+        timed = {number: took + clock_ms for number, took in true_ms.items()}
+        samples.append(Sample(sizes, timed, dict.fromkeys(timed, 0.02), sum(true_ms.values())))
+    table = build_table(SITES, samples)
+    assert table.offset_ms == pytest.approx(-clock_ms * len(SITES))
+    for left in (SITES, SITES[:2], SITES[1:], SITES[:1]):
+        wanted = sum(_true_ms(site, *samples[0].sizes[site.layer]) for site in left)
+        assert table.network_ms(left, samples[0].sizes) == pytest.approx(wanted)
+
+
 def test_nothing_is_interpolated_across_a_stair():
     table = _table(SOME)
     steps = [table.site_ms("Conv b", out, 12) for out in (16, 24, 32)]

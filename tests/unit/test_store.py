@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -362,7 +363,19 @@ def test_an_entry_without_a_digest_says_so(store: Warned) -> None:
         (entry.folder / "entry.json").write_text(json.dumps(values), encoding="utf-8")
         assert store.get(KEY) is None
     assert len(store.warnings) == 2
-    assert all("no digest or no record in it" in said for said in store.warnings)
+    assert all("entry.json (TypeError('no digest or no record in it'))" in said for said in store.warnings)
+
+
+def test_a_changed_record_is_named_with_its_file(store: Warned) -> None:
+    entry = store.put(KEY, writing(), {"k": 1})
+    path = entry.folder / "entry.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"k": 1', '"k": 2'), encoding="utf-8")
+    assert store.get(KEY) is None
+    assert "entry.json ('entry.json' differs from its digest" in store.warnings[0]
+
+
+def test_the_lock_folder_of_a_result_is_named_after_its_key(store: Warned) -> None:
+    assert store.lock_folder(KEY) == store.root / ".locks" / KEY
 
 
 def test_a_file_that_cannot_be_removed_does_not_stop_the_sweep(store: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +385,37 @@ def test_a_file_that_cannot_be_removed_does_not_stop_the_sweep(store: Warned, mo
     dead.mkdir()
     store.sweep()
     assert not dead.exists()
+
+
+def test_sweep_removes_locks_without_a_folder_and_folders_without_a_lock(
+    store: Warned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = store.root / ".partial"
+    partial.mkdir(parents=True)
+    (partial / "a.1.lock").touch()
+    store.sweep()
+    assert list(partial.iterdir()) == []
+    monkeypatch.setattr("compress.store.try_lock", lambda path: nullcontext())
+    (partial / "a.2").mkdir()
+    store.sweep()
+    assert list(partial.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_tried_does_not_stop_the_sweep(store: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial, tried = store.root / ".partial", []
+    for name in ("a.1", "b.2", "c.3"):
+        (partial / name).mkdir(parents=True)
+
+    def only_from_the_second_on(path: Path) -> AbstractContextManager[None]:
+        tried.append(path)
+        if len(tried) == 1:
+            raise OSError("no lock")
+        return nullcontext()
+
+    monkeypatch.setattr("compress.store.try_lock", only_from_the_second_on)
+    store.sweep()
+    assert len(tried) == 3
+    assert [path.name for path in partial.iterdir()] == [tried[0].stem]
 
 
 def test_a_file_system_error_without_words_is_told_as_it_is(store: Warned) -> None:

@@ -76,8 +76,8 @@ class Comparison:
             self.first.validation(setting, "batch_norm")
 
     def measure_before(self) -> None:
-        """Measure top-1 of every cut before training, on the evaluation split."""
-        for setting in self.settings:
+        """Measure top-1 of every cut before training, on the evaluation split; first of those that are trained."""
+        for setting in dict.fromkeys((*self.chosen(), *self.settings)):
             for start in STARTS:
                 self.first.before_training(setting, start)
 

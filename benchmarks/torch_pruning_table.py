@@ -187,7 +187,7 @@ def main_table(rows: Sequence[Row], timing: Timing, budget: float) -> str:
 
 
 def cuts_table(bench: Bench, settings: Sequence[Setting]) -> str:
-    """Return the table of all cuts before training; those that were not made yet are left out."""
+    """Return the table of cuts before training; how many are not measured yet is said below it."""
     heads = "".join(f" {start} |" for start in STARTS.values())
     lines = [
         f"| setting | ratio | MACs | latency when cut |{heads} validation, new statistics |",
@@ -204,7 +204,11 @@ def cuts_table(bench: Bench, settings: Sequence[Setting]) -> str:
             f"| {setting.name} | {cut['ratio']:g} | {cut['macs']:.2f}× fewer | {cut['share']:.3f}"
             f"{' ‡' if is_off else ''} |{figures} {100 * bench.validation(setting, 'batch_norm'):.2f} % |"
         )
-    return "\n".join([*lines, "", "‡ No ratio was within the target; the fastest is shown."])
+    missing = sum(not bench.has_before(setting) for setting in settings)
+    notes = ["", "‡ No ratio was within the target; the fastest is shown."]
+    if missing:
+        notes += ["", f"{missing} of {len(settings)} settings were cut, but not measured before training."]
+    return "\n".join(lines + notes)
 
 
 def draw(rows: Sequence[Row], timing: Timing, path: Path) -> None:

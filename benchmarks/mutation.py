@@ -1,6 +1,7 @@
 """Mutation testing: share of small changes to the code that the tests notice, by package, and the changes they miss.
 
     python benchmarks/mutation.py [PACKAGE ...] [--sample 200] [--children 2] [--folder build/mutation]
+    python benchmarks/mutation.py [PACKAGE ...] --again           tests those missed once more, after tests were added
     python benchmarks/mutation.py --report
 
 It needs mutmut 3 (`pip install 'mutmut>=3.8,<4'`), which forks one process a mutant after the tests were imported once.
@@ -80,6 +81,7 @@ PACKAGES = {
     "cost": Package(
         ("compress/cost/*.py",),
         (
+            "unit/test_cost_values.py",
             "unit/test_costs.py",
             "unit/test_foreign_files.py",
             "unit/test_graph.py",
@@ -136,10 +138,14 @@ def prepare(name: str, folder: Path) -> Path:
     return target
 
 
-def run(name: str, folder: Path, children: int, sample: int | None, console: Console) -> int:
-    """Mutate one package and test its mutants, or some of them; return the exit status of mutmut."""
+def run(name: str, folder: Path, children: int, sample: int | None, is_again: bool, console: Console) -> int:
+    """Mutate one package and test its mutants, some of them, or those missed; return the exit status of mutmut."""
     target = prepare(name, folder)
     console.say(f"{name}: progress is in {target / 'mutmut.log'}")
+    if is_again:
+        missed = [one for one, status in read_results(name, folder) if status in MISSED and one not in EQUIVALENT]
+        (target / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which tests call what may have changed
+        return run_mutmut(target, missed, children, console) if missed else 0
     if sample is None:
         return run_mutmut(target, [], children, console)
     # mutmut makes the mutants before it looks for those named; that none has this name is what is wanted
@@ -225,6 +231,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="mutants of each package, drawn by chance; all by default")
     parser.add_argument("--children", type=int, default=os.cpu_count() or 1, help="mutants at a time (%(default)s)")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
+    parser.add_argument("--again", action="store_true", help="test those missed once more")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     options = parser.parse_args()
     unknown = sorted(set(options.packages) - set(PACKAGES))
@@ -233,7 +240,7 @@ def main() -> None:
     names, status, console = options.packages or list(PACKAGES), 0, Console()
     if not options.report:
         for name in names:
-            status = run(name, options.folder, options.children, options.sample, console) or status
+            status = run(name, options.folder, options.children, options.sample, options.again, console) or status
     report(names, options.folder, options.sample, console)
     sys.exit(1 if status else 0)
 

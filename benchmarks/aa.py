@@ -5,8 +5,8 @@
 
 A run that was stopped goes on where it was; --state names the file in which finished runs are kept. Without FILE the
 ResNet-20 of `models/` is exported with random weights. The two sides take turns in being named first. Asked, on a quiet
-machine: median ratio 1.000 +- 0.002 whatever the order, and 1.0 inside the interval in at least 37 of 40 runs. Single runs
-scatter by 0.6 %, the median of 20 of one order by 0.17 %: 40 runs are enough for the interval, 160 for the orders.
+machine: median ratio 1.000 +- 0.002 whatever the order, and 1.0 inside the interval in at least 37 of 40 runs. Single
+runs scatter by 0.6 %, the median of 20 of one order by 0.17 %: 40 runs do for the interval, 160 for the orders.
 
 --simulate does the same on simulated machines, and counts how often the interval holds the true ratio of two models
 that react differently to the speed of the machine.

@@ -1,4 +1,4 @@
-"""Costs by hand: layers behind concatenations, products of torch operations, kinds of sites, conditions of a machine."""
+"""Costs by hand: layers behind concatenations, products of torch operations, sites, conditions of a machine."""
 
 import itertools
 from dataclasses import replace
@@ -19,9 +19,9 @@ from compress.cost.products import find_products
 from compress.cost.variants import Site, _kind
 from compress.pruning.costs import LayerAxes
 
-# layers that three groups narrow ---------------------------------------------------------------------------------------
+# layers that three groups narrow --------------------------------------------------------------------------------------
 
-LEVELS = {name: (1, 3, 4) for name in "abc"}
+LEVELS = dict.fromkeys("abc", (1, 3, 4))
 SUM = Axis(12, {"a": 1, "b": 1, "c": 1})
 HALF = Axis(6, {"a": 0.5, "b": 0.5, "c": 0.5})
 TABLE = LatencyTable(
@@ -69,7 +69,7 @@ def test_an_entry_is_the_mean_of_its_sites_with_the_scatter_of_the_worst():
     assert table.entries == {"k": {(4, 8): Entry(0.5, 0.2, 1), (8, 8): Entry(3.0, 0.3, 3)}}
 
 
-# products of torch operations ------------------------------------------------------------------------------------------
+# products of torch operations -----------------------------------------------------------------------------------------
 
 
 def check(name, arguments, result, *wanted):
@@ -148,7 +148,7 @@ def test_bilinear_layers_by_hand():
     assert find_products("_trilinear", {**arguments, "sumdim": [3]}, zeros(2, 4)) == ()
 
 
-# kinds of sites --------------------------------------------------------------------------------------------------------
+# kinds of sites -------------------------------------------------------------------------------------------------------
 
 
 def test_a_kind_tells_all_that_time_depends_on_besides_sizes():
@@ -159,7 +159,7 @@ def test_a_kind_tells_all_that_time_depends_on_besides_sizes():
     assert _kind(gemm, False, (1, 8), ()) == _kind(gemm, False, None, ()) == "Gemm transB=1"
 
 
-# the machine -----------------------------------------------------------------------------------------------------------
+# the machine ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_conditions_differ_by_name_and_have_a_key_of_their_own():
     assert here.key == replace(there, threads=1, precision="fp32").key != there.key
 
 
-# sizes -----------------------------------------------------------------------------------------------------------------
+# sizes ----------------------------------------------------------------------------------------------------------------
 
 
 def test_open_axes_get_the_sizes_of_their_names_and_others_stay_open():

@@ -214,3 +214,17 @@ def test_counts_of_a_file_are_held_to_those_of_torch(check, counted: int | str, 
     assert found.limit == whole
     if counted in (16, 15):
         assert found.detail.endswith(f"torch {whole:,}, {whole - 16} of them in products of constants")
+
+
+def test_all_products_of_constants_are_added_up():
+    class Constants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 4), (4, 5)))
+
+        def forward(self, x):
+            return x.flatten(1)[:, :2] @ (self.a @ self.b @ self.c)
+
+    counts = count_products(Constants(), torch.zeros(1, 2, 1, 1))
+    assert counts.constant_macs == 2 * 3 * 4 + 2 * 4 * 5
+    assert sum(counts.macs.values()) == counts.constant_macs + 2 * 5

@@ -97,6 +97,37 @@ def test_params_leave_out_statistics_integers_and_scalars(tmp_path):
     assert counts.initializer_bytes == 4 * 12 + 4 + 16
 
 
+def test_rounded_weights_count_as_the_float_ones_and_their_scales_do_not(tmp_path):
+    nodes = [
+        helper.make_node("DequantizeLinear", ["rounded", "scales", "zeros"], ["w"], axis=0),
+        helper.make_node("Conv", ["x", "w", "bias"], ["h"]),
+        helper.make_node("QuantizeLinear", ["h", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    weights = [weight("rounded", 4, 3, 3, 3, dtype=np.int8), weight("scales", 4), weight("zeros", 4, dtype=np.int8)]
+    weights += [weight("bias", 4), weight("scale", 1), weight("zero", 1, dtype=np.int8)]
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["batch", 3, 8, 8]}, weights)
+    counts = count_onnx(path)
+    assert (counts.params, counts.macs, counts.layer_weights) == (108 + 4, 4 * 36 * 27, 108)
+    assert [row.weights for row in layer_rows(path)] == [0, 112, 0, 0]
+    assert counts.initializer_bytes == 108 + 4 * 4 + 4 + 4 * 4 + 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("elements", "sizes", "wording"),
+    [
+        (None, None, "output 'x' of an ONNX model must be a tensor with a shape"),
+        (TensorProto.STRING, [1, 3], "output 'x' of an ONNX model must be numbers of a known type, got 8"),
+        (TensorProto.FLOAT, [1, -5], "Sizes of input or output 'x' .* got -5 at axis 1"),
+    ],
+)
+def test_inputs_without_type_shape_or_sizes_are_named(elements, sizes, wording):
+    value = helper.make_tensor_value_info("x", elements or TensorProto.FLOAT, sizes)
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["x2"])], "graph", [value], [value])
+    with pytest.raises(ArtifactError, match=wording):
+        read_signature(helper.make_model(graph))
+
+
 def test_unknown_shape_of_a_counted_node_is_an_error(tmp_path):
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="first")]
     path = write(tmp_path / "m.onnx", nodes, {"x": ["batch", 3, "height", "width"]}, [weight("w", 2, 3, 3, 3)])

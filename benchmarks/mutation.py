@@ -9,8 +9,9 @@ Each package is mutated in a copy of the tracked files, with the tests that are 
 that copy: the same command goes on where it was stopped, and a changed function is tested anew. --report prints the
 table of what is there. Survivors that change nothing are named in `EQUIVALENT` with the reason, and do not count.
 
-All mutants take hours. --sample takes so many of each package by chance (the same ones each time, as long as the code
-is the same), and the score then has the 95 % interval of a share that was sampled (Wilson).
+All mutants take hours. --sample takes so many of each package by chance (the same ones each time, as long as code and
+--seed are the same), and the score then has the 95 % interval of a share that was sampled (Wilson). Where tests were
+written for the mutants of one sample, its score says too much: take another --seed.
 """
 
 from __future__ import annotations
@@ -138,11 +139,11 @@ def prepare(name: str, folder: Path) -> Path:
     return target
 
 
-def run(name: str, folder: Path, children: int, sample: int | None, is_again: bool, console: Console) -> int:
+def run(name: str, folder: Path, options: argparse.Namespace, console: Console) -> int:
     """Mutate one package and test its mutants, some of them, or those missed; return the exit status of mutmut."""
-    target = prepare(name, folder)
+    target, children, sample, seed = prepare(name, folder), options.children, options.sample, options.seed
     console.say(f"{name}: progress is in {target / 'mutmut.log'}")
-    if is_again:
+    if options.again:
         missed = [one for one, status in read_results(name, folder) if status in MISSED and one not in EQUIVALENT]
         (target / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which tests call what may have changed
         return run_mutmut(target, missed, children, console) if missed else 0
@@ -152,7 +153,7 @@ def run(name: str, folder: Path, children: int, sample: int | None, is_again: bo
     if not list(read_results(name, folder)):
         run_mutmut(target, ["compress.no_such_mutant"], children)
     results = dict(read_results(name, folder))
-    open_ones = [one for one in drawn(results, sample) if results[one] == "not checked"]
+    open_ones = [one for one in drawn(results, sample, seed) if results[one] == "not checked"]
     return run_mutmut(target, open_ones, children, console) if open_ones else 0
 
 
@@ -168,12 +169,12 @@ def run_mutmut(target: Path, mutants: Sequence[str], children: int, console: Con
     return status
 
 
-def drawn(names: Iterable[str], sample: int | None) -> list[str]:
-    """Return the mutants to test: all, or so many drawn by chance; the same ones for the same names."""
+def drawn(names: Iterable[str], sample: int | None, seed: int) -> list[str]:
+    """Return the mutants to test: all, or so many drawn by chance; the same ones for the same names and seed."""
     every = sorted(names)
     if sample is None or sample >= len(every):
         return every
-    return sorted(random.Random(0).sample(every, sample))
+    return sorted(random.Random(seed).sample(every, sample))
 
 
 def wilson(part: int, whole: int) -> tuple[float, float]:
@@ -198,7 +199,7 @@ def read_results(name: str, folder: Path) -> Iterator[tuple[str, str]]:
             yield mutant, status
 
 
-def report(names: Sequence[str], folder: Path, sample: int | None, console: Console) -> None:
+def report(names: Sequence[str], folder: Path, sample: int | None, seed: int, console: Console) -> None:
     """Print the table, and the survivors of each package."""
     columns = ("package", "mutants", "tested", "noticed", "missed", "equivalent", "score", "95 % interval")
     console.say(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -207,7 +208,7 @@ def report(names: Sequence[str], folder: Path, sample: int | None, console: Cons
         if not (folder / name / "mutants").is_dir():
             continue
         every = dict(read_results(name, folder))
-        results = {one: every[one] for one in drawn(every, sample)}
+        results = {one: every[one] for one in drawn(every, sample, seed)}
         survivors[name] = [one for one, status in results.items() if status in MISSED and one not in EQUIVALENT]
         counts = Counter(results.values())
         noticed, missed = sum(counts[status] for status in NOTICED), len(survivors[name])
@@ -229,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(PACKAGES))
     parser.add_argument("--sample", type=int, help="mutants of each package, drawn by chance; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; another one after tests were added for it")
     parser.add_argument("--children", type=int, default=os.cpu_count() or 1, help="mutants at a time (%(default)s)")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
     parser.add_argument("--again", action="store_true", help="test those missed once more")
@@ -240,8 +242,8 @@ def main() -> None:
     names, status, console = options.packages or list(PACKAGES), 0, Console()
     if not options.report:
         for name in names:
-            status = run(name, options.folder, options.children, options.sample, options.again, console) or status
-    report(names, options.folder, options.sample, console)
+            status = run(name, options.folder, options, console) or status
+    report(names, options.folder, options.sample, options.seed, console)
     sys.exit(1 if status else 0)
 
 

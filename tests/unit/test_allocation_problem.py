@@ -1,5 +1,7 @@
 """Costs of choices as tables: pairs of decisions, sums of counts, blocks that go; values by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,14 @@ def test_a_term_goes_with_its_block():
     cost = CoupledCost((Term(2.0, Axis(8, {"a": 1})), Term(1.0, Axis(8, {"a": 1}))), 5.0, {"a": 8})
     tables = from_widths(cost, {"a": (2, 8)}, {0: "block"})
     assert [tables.at({"a": a, "block": b}) for a in (0, 1) for b in (0, 1)] == [7.0, 11.0, 13.0, 29.0]
+
+
+def test_every_part_of_a_product_goes_with_its_block():
+    terms = (Term(2.0, Axis(8, {"a": 1}), Axis(8, {"a": 1})), Term(3.0, Axis(8, {"a": 1}), Axis(4, {"b": 1})))
+    tables = from_widths(CoupledCost(terms, 5.0, {"a": 8, "b": 4}), {"a": (2, 8), "b": (1, 4)}, {0: "one", 1: "two"})
+    for (a, width), (b, other), one, two in itertools.product(enumerate((2, 8)), enumerate((1, 4)), (0, 1), (0, 1)):
+        wanted = 5 + one * 2 * width * width + two * 3 * width * other
+        assert tables.at({"a": a, "b": b, "one": one, "two": two}) == wanted
 
 
 @pytest.fixture

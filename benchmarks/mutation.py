@@ -95,6 +95,8 @@ PACKAGES = {
             "unit/test_graph.py",
             "unit/test_latency_table.py",
             "unit/test_macs.py",
+            "unit/test_odd_onnx_files.py",
+            "unit/test_onnx_file.py",
             "unit/test_onnx_graph.py",
             "unit/test_onnx_products.py",
             "unit/test_strange_graphs.py",

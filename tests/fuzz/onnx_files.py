@@ -554,7 +554,7 @@ def _import(place: Path) -> tuple[int, str, str]:
         return 0, "", "" if both else f"the import gives {have!s:.200}, ONNX Runtime {want!s:.200}"
     for first, second in zip(have if isinstance(have, tuple) else (have,), want, strict=True):
         if first.shape != second.shape or _error(first.numpy(), second) > 1e-3:
-            return 0, "", f"{first.shape}, off by {_error(first.numpy(), second):.2g}"
+            return 0, "", f"off by {_error(first.numpy(), second):.2g}, of shape {tuple(first.shape)}"
     return 0, "", ""
 
 

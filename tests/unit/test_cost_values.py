@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from onnx import helper
@@ -16,7 +17,7 @@ from compress.cost.latency_fill import Fill
 from compress.cost.onnx_file import at_sizes
 from compress.cost.onnx_products import einsum_macs
 from compress.cost.products import find_products
-from compress.cost.variants import Site, _kind
+from compress.cost.variants import Site, _kind, _layer_cuts
 from compress.pruning.costs import LayerAxes
 
 # layers that three groups narrow --------------------------------------------------------------------------------------
@@ -157,6 +158,37 @@ def test_a_kind_tells_all_that_time_depends_on_besides_sizes():
     assert _kind(conv, False, (1, 8, 9), ()) == "Conv group=8 strides=2x1 input=9"
     gemm = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
     assert _kind(gemm, False, (1, 8), ()) == _kind(gemm, False, None, ()) == "Gemm transB=1"
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "attributes", "sizes", "cuts", "is_depthwise"),
+    [
+        ("Conv", (8, 3, 2, 2), {}, (8, 3), [(0, 0, 1), (1, 1, 1)], False),
+        ("Conv", (8, 3, 2, 2), {"group": 2}, (8, 6), [(0, 0, 1), (1, 1, 2)], False),
+        ("Conv", (8, 1, 2, 2), {"group": 8}, (8, 8), [(0, 0, 1)], True),
+        ("ConvTranspose", (6, 4, 2, 2), {}, (4, 6), [(0, 1, 1), (1, 0, 1)], False),
+        ("ConvTranspose", (6, 4, 2, 2), {"group": 2}, (8, 6), [(0, 1, 2), (1, 0, 1)], False),
+        ("Gemm", (5, 7), {"transB": 1}, (5, 7), [(0, 0, 1), (1, 1, 1)], False),
+        ("Gemm", (7, 5), {"transB": 0}, (5, 7), [(0, 1, 1), (1, 0, 1)], False),
+        ("MatMul", (7, 5), {}, (5, 7), [(0, 1, 1), (1, 0, 1)], False),
+    ],
+)
+def test_constants_follow_the_sides_of_their_layer(op, shape, attributes, sizes, cuts, is_depthwise):
+    node = helper.make_node(op, ["x", "w", "b"], ["y"], **attributes)
+    arrays = {"w": np.zeros(shape, np.float32), "b": np.zeros(sizes[0], np.float32)}
+    out, inp, found, depthwise = _layer_cuts(node, "layer", arrays)
+    assert ((out, inp), depthwise) == (sizes, is_depthwise)
+    assert [(name, cut.layer, cut.side, cut.axis, cut.divisor) for name, cut in found] == [
+        *(("w", "layer", *cut) for cut in cuts),
+        ("b", "layer", 0, 0, 1),
+    ]
+
+
+def test_times_that_were_measured_are_found_in_whatever_order_they_stand():
+    entries = {(out, inp): Entry(float(10 * out + inp), 0.0, 1) for out in (9, 2, 5) for inp in (3, 8, 1)}
+    table = LatencyTable({"k": entries}, 1.0, 0.0, 0.0, {"k": Fill({1: 1.0, 9: 1.0}, 1.0, 0.0)})
+    assert {pair: table.site_ms("k", *pair) for pair in entries} == {p: e.milliseconds for p, e in entries.items()}
+    assert table.site_ms("k", 9, 9) == table.site_ms("k", 4, 3) == 1.0
 
 
 # the machine ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.cost.latency import spread_of
-from compress.cost.onnx_file import SIZES_KEY, external_problems, read_signature, read_sizes, tensor_problems
+from compress.cost.onnx_file import (
+    SIZES_KEY,
+    external_problems,
+    is_present,
+    read_signature,
+    read_sizes,
+    require_valid,
+    tensor_problems,
+)
 from compress.errors import ArtifactError
 
 
@@ -92,6 +100,21 @@ def test_usual_sizes_of_open_axes_are_read_and_checked() -> None:
         helper.set_model_props(model, {SIZES_KEY: damaged})
         with pytest.raises(ArtifactError, match=r"metadata 'compress\.sizes' must be JSON of whole numbers: ."):
             read_sizes(model)
+
+
+def test_files_are_present_or_not_and_impossible_names_are_not(tmp_path: Path) -> None:
+    assert is_present(tmp_path)
+    for name in ("gone", "x" * 5000, "a\0b"):
+        assert not is_present(tmp_path / name)
+
+
+def test_a_file_that_the_checker_refuses_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    model = model_with()
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match=r"m\.onnx' must be a valid ONNX model"):
+        require_valid(path)
 
 
 def test_axes_have_their_sizes_or_names() -> None:

@@ -8,8 +8,8 @@
 The pipeline must have a finetune stage and a stage with a target of `latency`.
 
 ours    The pipeline, at each seed, with and without its finetune stage. Kept by the digest of the package's source.
-cut     torch-pruning cuts the same network in every setting (`torch_pruning_cuts.every_setting`): of the ratios the
-        mildest within the budget as measured, or the fastest.
+cut     torch-pruning cuts the same network in every setting (`torch_pruning_cuts.every_setting`): the mildest ratio
+        within the budget as measured, found by bisection, or the fastest that was tried.
 train   The best setting of each family by validation top-1 is trained as the pipeline says, from its cut with new
         statistics. The best of those by validation, and the same cut with our repair, are trained at every seed.
 before  Top-1 of every cut on the evaluation split before training: as it comes, with batch-norm statistics measured

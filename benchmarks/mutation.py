@@ -28,6 +28,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from compress.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,16 +196,14 @@ def drawn(names: Iterable[str], sample: int | None, seed: int) -> list[str]:
     return sorted(random.Random(seed).sample(every, sample))
 
 
-def wilson(part: int, whole: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of which a sample was seen.
+def interval_of(part: int, whole: int) -> str:
+    """Return the 95 % interval (Wilson) of a share of which a sample was seen, as text.
 
-    >>> [round(end, 3) for end in wilson(90, 100)]
-    [0.826, 0.945]
+    >>> interval_of(90, 100)
+    '82.6% to 94.5%'
     """
-    z = 1.959964
-    middle = (part + z * z / 2) / (whole + z * z)
-    half = z / (whole + z * z) * (part * (whole - part) / whole + z * z / 4) ** 0.5
-    return middle - half, middle + half
+    found = binomtest(part, whole).proportion_ci(method="wilson")
+    return f"{found.low:.1%} to {found.high:.1%}"
 
 
 def read_results(name: str, folder: Path) -> Iterator[tuple[str, str]]:
@@ -233,9 +233,10 @@ def report(names: Sequence[str], folder: Path, sample: int | None, seed: int, co
         score, interval, tested = "", "", noticed + missed
         if tested:
             score, is_whole = f"{noticed / tested:.1%}", tested + equivalent == len(every)
-            interval = "all were tested" if is_whole else "{:.1%} to {:.1%}".format(*wilson(noticed, tested))
+            interval = "all were tested" if is_whole else interval_of(noticed, tested)
         cells = (name, len(every), tested + equivalent, noticed, missed, equivalent, score, interval)
         console.say(f"| {' | '.join(map(str, cells))} |")
+    console.say(f"\nLeft out, because they run while the package is imported: {', '.join(AT_IMPORT)}")
     for name, those in survivors.items():
         console.say(f"\n{name}: {len(those)} missed (`cd {folder / name} && python -m mutmut show NAME` shows one)")
         for one in those:

@@ -172,7 +172,9 @@ class Bench:
         return {}
 
     def cut(self, setting: Setting) -> Figures:
-        """Return the mildest cut within the budget as measured, or the fastest cut where none is.
+        """Return the mildest cut found within the budget as measured, or the fastest cut where none is.
+
+        The ratio is found by bisection, which takes for granted that a higher ratio is not slower.
 
         Returns:
             {"ratio", "removed", "share" of the baseline's latency, "macs" times fewer}.

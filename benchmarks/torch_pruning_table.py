@@ -205,7 +205,7 @@ def cuts_table(bench: Bench, settings: Sequence[Setting]) -> str:
             f"{' ‡' if is_off else ''} |{figures} {100 * bench.validation(setting, 'batch_norm'):.2f} % |"
         )
     missing = sum(not bench.has_before(setting) for setting in settings)
-    notes = ["", "‡ No ratio was within the target; the fastest is shown."]
+    notes = ["", "‡ No ratio tried was within the target; the fastest is shown."]
     if missing:
         notes += ["", f"{missing} of {len(settings)} settings were cut, but not measured before training."]
     return "\n".join(lines + notes)

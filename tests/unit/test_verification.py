@@ -38,7 +38,7 @@ from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.measuring import Conditions, available_cores, measure_onnx
 from compress.verification.metrics import Estimate
-from compress.verification.quality import predict, predict_each
+from compress.verification.quality import predict, predict_each, respond
 from compress.verification.resources import Resources
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -213,6 +213,16 @@ def test_top1_counts_every_image_once_with_open_and_fixed_batches():
 def test_top1_refuses_what_it_cannot_measure(split, function, error, wording):
     with FakeRuntime(function) as runtime, pytest.raises(error, match=wording):
         predict(runtime, split)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_outputs_of_any_task_have_one_row_for_each_image(rows):
+    images = np.zeros((2, 3, 16, 16), np.float32)
+    with (
+        FakeRuntime(lambda x: {"logits": np.zeros((rows, 4), np.float32)}) as runtime,
+        pytest.raises(ModelError, match=rf"'logits' must have an entry for each of 2 images, got \({rows}, 4\)"),
+    ):
+        respond(runtime, images)
 
 
 def test_the_network_that_fails_is_named_where_it_has_an_owner():

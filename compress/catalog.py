@@ -36,9 +36,9 @@ STAGES: dict[str, StageEntry] = {
     for entry in (
         StageEntry("load", "compress.stages.load:LoadStage", 5, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
-        StageEntry("prune", "compress.stages.prune:PruneStage", 9, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("prune", "compress.stages.prune:PruneStage", 10, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
-        StageEntry("slim", "compress.stages.slim:SlimStage", 7, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("slim", "compress.stages.slim:SlimStage", 8, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 6, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
@@ -158,6 +158,36 @@ CRITERIA.declare(
     "reconstruction",
     "compress.pruning.criteria.reconstruction:Reconstruction",
     "taylor for the widths; the channels that refitted readers miss least go first",
+)
+CRITERIA.declare(
+    "greedy",
+    "compress.pruning.criteria.readers:Greedy",
+    "greedy forward selection: channels that imitate their readers' outputs best enter first; no labels",
+)
+CRITERIA.declare(
+    "greedy_refit",
+    "compress.pruning.criteria.readers:GreedyRefit",
+    "forward selection with refitted readers at each step, for strong compression; no labels",
+)
+CRITERIA.declare(
+    "greedy_loss",
+    "compress.pruning.criteria.greedy_loss:GreedyLoss",
+    "forward selection by the loss of the network, for small networks",
+)
+CRITERIA.declare(
+    "lasso", "compress.pruning.criteria.readers:Lasso", "LASSO path over the channels of each reader; no labels"
+)
+CRITERIA.declare(
+    "grasp", "compress.pruning.criteria.grasp:Grasp", "derivative of the gradient norm by a gate of each channel"
+)
+CRITERIA.declare(
+    "snip", "compress.pruning.criteria.snip:Snip", "connection sensitivity: taylor with one gradient of all images"
+)
+CRITERIA.declare(
+    "pfp", "compress.pruning.criteria.pfp:Pfp", "largest share of a channel in an output of its readers; no labels"
+)
+CRITERIA.declare(
+    "sipp", "compress.pruning.criteria.pfp:Sipp", "pfp with the mean over positions in place of the largest; no labels"
 )
 CRITERIA.declare("random", "compress.pruning.criteria.random:Random", "seeded random numbers, to compare with")
 

@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -47,7 +47,10 @@ from compress.cost.macs import count_macs
 from compress.data.packing import draw
 from compress.errors import CompressError, ModelError, RuntimeUnavailable, UnsupportedLayer
 from compress.pruning.costs import ExpectedCost, build_cost
-from compress.pruning.criteria.base import Criterion, collect_gradients
+from compress.pruning.criteria.base import Criterion, Evidence, Order, WidthsBy, collect_gradients, cross_entropies
+from compress.pruning.criteria.contributions import collect_contributions
+from compress.pruning.criteria.gradient_flow import collect_gradient_flow
+from compress.pruning.criteria.parameter_gradients import collect_parameter_gradients
 from compress.pruning.cutting import cut_copy
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Method, Removed, Setting
@@ -215,6 +218,20 @@ class CriterionCase:
     labels: Tensor
 
 
+def _evidence(kind: Evidence, module: nn.Module, groups: Mapping[str, ChannelGroup], case: CriterionCase) -> Any:
+    """Return what a criterion gets to look at, collected from the images of a case in two batches."""
+    halves = list(zip(case.images.chunk(2), case.labels.chunk(2), strict=True))
+    if kind == "weights":
+        return None
+    if kind == "contributions":
+        return collect_contributions(module, groups.values(), halves)
+    if kind == "gradient_flow":
+        return collect_gradient_flow(module, groups.values(), halves)
+    if kind == "parameter_gradients":
+        return collect_parameter_gradients(module, halves, cross_entropies)
+    return collect_gradients(module, groups.values(), halves)
+
+
 class CriterionContract:
     """What every criterion must do. A subclass sets `criterion_class` and offers a fixture `criterion_case`.
 
@@ -232,10 +249,7 @@ class CriterionContract:
         """Return the scores of every group of `module` that the criterion does not refuse."""
         groups, _ = find_cuttable(module, case.images[:1])
         criterion = self.criterion_class(seed=0)
-        stats = None
-        if criterion.needs_gradients:
-            halves = zip(case.images.chunk(2), case.labels.chunk(2), strict=True)
-            stats = collect_gradients(module, groups.values(), halves)
+        stats = _evidence(criterion.evidence, module, groups, case)
         scores = {}
         for name, group in groups.items():
             try:
@@ -299,8 +313,12 @@ class CriterionContract:
     def test_criterion_says_what_it_is(self, criterion_case: CriterionCase) -> None:
         """Name and traits are there, of their types."""
         _hold(isinstance(self.criterion_class.name, str) and bool(self.criterion_class.name), "it has no name")
-        for trait in ("needs_gradients", "comparable", "treats_equals_equally"):
+        for trait in ("comparable", "treats_equals_equally"):
             _hold(isinstance(getattr(self.criterion_class, trait), bool), f"'{trait}' is not True or False")
+        for trait, names in (("evidence", Evidence), ("order", Order), ("widths_by", WidthsBy)):
+            _hold(getattr(self.criterion_class, trait) in get_args(names), f"'{trait}' is none of {get_args(names)}")
+        method = {"readers": "rank", "loss": "rank_by_loss"}.get(self.criterion_class.order, "scores")
+        _hold(callable(getattr(self.criterion_class, method, None)), f"it has no method '{method}'")
 
     def _groups(self, case: CriterionCase) -> dict[str, ChannelGroup]:
         return find_cuttable(case.module, case.images[:1])[0]

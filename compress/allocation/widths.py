@@ -30,6 +30,7 @@ class Candidates:
         order: (U,) int64, units in the order in which they go; None for the lowest scores first.
         measured: (levels,) float64 >= 0, the damage of each width where it was measured.
         errors: (levels,) float64, the standard errors of those.
+        scales: (levels, U) float32, factors of what reads each unit at each width; None for all 1.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidates:
     order: np.ndarray | None = None
     measured: np.ndarray | None = None
     errors: np.ndarray | None = None
+    scales: np.ndarray | None = None
 
     @property
     def full(self) -> int:
@@ -58,6 +60,10 @@ class Candidates:
         """Return the same group with every damage multiplied by a factor."""
         measured = None if self.measured is None else self.measured * factor
         return replace(self, scores=self.scores * math.sqrt(factor), measured=measured)
+
+    def unit_scales(self, width: int) -> np.ndarray | None:
+        """Return (U,) float32 factors of what reads each unit at `width`; None where there are none."""
+        return None if self.scales is None else np.asarray(self.scales[self.levels.index(width)])
 
     def removed_units(self, width: int) -> tuple[int, ...]:
         """Return the units that go at `width`; by scores the lowest, the later position first among equals."""
@@ -117,7 +123,8 @@ def allocate_widths(
     Args:
         groups: The groups, each with its scores and allowed widths; the options of the budgets' tables are `levels`.
         budgets: At least one.
-        method: "global" removes what does the least damage in all, "uniform" the same share of each group.
+        method: "global" removes what does the least damage in all, "uniform" the same share of each group,
+            "shared_error" narrows each group as far as one bound on the damage of each allows, the least that will do.
         limits_text: What limits the widths, for the message.
 
     Returns:
@@ -135,7 +142,8 @@ def allocate_widths(
         found = allocate(decisions, budgets, text)
         choice, is_optimal = found.choice, found.is_optimal
     else:
-        choice, is_optimal = allocate_evenly(decisions, budgets, _even_choices(groups), text).choice, False
+        choices = _even_choices(groups) if method == "uniform" else _shared_error_choices(groups)
+        choice, is_optimal = allocate_evenly(decisions, budgets, choices, text).choice, False
     return {group.name: group.levels[choice[group.name]] for group in groups}, is_optimal
 
 
@@ -144,6 +152,21 @@ def _even_choices(groups: Sequence[Candidates], steps: int = 1024) -> Iterator[C
     previous: Choice | None = None
     for step in range(steps):
         choice = {g.name: g.levels.index(_nearest_level(g, g.full * (1 - step / steps))) for g in groups}
+        if choice != previous:
+            yield choice
+        previous = choice
+
+
+def _shared_error_choices(groups: Sequence[Candidates]) -> Iterator[Choice]:
+    """Yield choices in which every group is as narrow as one bound on the damages allows, the bound ever larger.
+
+    Source: one tolerance for all layers, as in greedy forward selection (Ye et al. 2020, arXiv:2003.01794), and one
+        error parameter for all, as in provable filter pruning (Liebenwein et al. 2020, arXiv:1911.07412).
+    """
+    damages = {group.name: group.damages for group in groups}
+    previous: Choice | None = None
+    for bound in np.unique(np.concatenate(list(damages.values()))):
+        choice = {group.name: int(np.argmax(damages[group.name] <= bound)) for group in groups}
         if choice != previous:
             yield choice
         previous = choice

@@ -437,11 +437,14 @@ class CutConfig(Section):
     order: Literal["criterion", "random"] = Field(
         "criterion", description="which channels of a group go first; random to compare with, at the same widths"
     )
-    damage: Literal["scores", "sensitivity"] = Field(
-        "scores", description="what narrowing a group costs: by its scores, or the loss measured at each width"
+    damage: Literal["scores", "errors", "sensitivity"] = Field(
+        "scores",
+        description="what narrowing a group costs: by the criterion's own measure, the relative error of its refitted "
+        "readers, or the loss measured at each width",
     )
-    allocation: Literal["global", "uniform"] = Field(
-        "global", description="one ranking over all groups, or the same removed share in each"
+    allocation: Literal["global", "uniform", "shared_error"] = Field(
+        "global",
+        description="least damage in all, the same removed share of each group, or one bound on the damage of each",
     )
     multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
     min_width: Count = Field(1, description="channels that every group keeps at least")
@@ -462,10 +465,11 @@ class CutConfig(Section):
     )
     refit_images: Count = Field(512, description="calibration images that the least-squares repair fits layers to")
     repair: Annotated[
-        tuple[Literal["least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(_to_tuple)
+        tuple[Literal["scaling", "least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(_to_tuple)
     ] = Field(
-        ("least_squares", "bias_folding", "batch_norm"),
-        description="after the cut, each kept only if it lowers the validation loss; [] for none",
+        ("scaling", "least_squares", "bias_folding", "batch_norm"),
+        description="after the cut, each kept only if it lowers the validation loss; scaling is of criteria that find "
+        "factors for the channels they keep; [] for none",
     )
 
 

@@ -18,6 +18,7 @@ from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.progress import Progress
+from compress.pruning.criteria.base import Ranking
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member
 from compress.pruning.lockstep import call_order, following_norms, run_watched
 from compress.pruning.regression import RIDGE, GramSum, Places, is_refittable, positions_needed, regression_rows
@@ -108,33 +109,40 @@ def layer_statistics(
 
 
 def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> np.ndarray:
-    """Return the units of a group, first to go first.
+    """Return the units of a group, first to go first; `removal_ranking` without the errors."""
+    return removal_ranking(group, stats, most).order
+
+
+def removal_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
+    """Rank the units of a group by backward elimination: the one that the refitted readers make up for best goes next.
 
     Args:
         group: C channels in `parts` equal parts; a unit is one channel of each part.
         stats: For each of its readers.
         most: Units that may go; the order of the others is arbitrary.
 
-    Returns:
-        (C / parts,) int64.
-
     Source: removal with update by the inverse Hessian (Hassibi and Stork 1992, "Optimal Brain Surgeon"), with whole
         columns of a layer as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089, section 3.1; summed over all layers
         that read a channel, each relative to the energy of its outputs.
     """
     readers = [_Eliminated(stats[reader.layer], unit_inputs(group, reader)) for reader in group.readers]
-    alive = np.arange(group.width // group.parts)
+    units = group.width // group.parts
+    alive = np.arange(units)
     order: list[int] = []
+    errors = np.zeros(units + 1)
     at_once = max(1, most // _ROUNDS)
     while len(order) < most:
         losses = sum((reader.losses() for reader in readers), start=torch.zeros(len(alive), dtype=torch.float64))
         chosen = np.argsort(losses.numpy(), kind="stable")[: min(at_once, most - len(order))]
+        rises = np.maximum(losses.numpy()[chosen], 0.0)
+        errors[len(order) + 1 : len(order) + 1 + len(chosen)] = errors[len(order)] + np.cumsum(rises)
         order += alive[chosen].tolist()
         left = np.setdiff1d(np.arange(len(alive)), chosen)
         for reader in readers:
             reader.keep(torch.from_numpy(left))
         alive = alive[left]
-    return np.asarray([*order, *alive], dtype=np.int64)
+    errors[len(order) + 1 :] = errors[len(order)]
+    return Ranking(np.asarray([*order, *alive], dtype=np.int64), errors)
 
 
 def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:

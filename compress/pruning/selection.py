@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from compress.allocation.problem import Budget
 from compress.allocation.widths import Candidates, Limits, allocate_widths
 from compress.errors import NonFinite
-from compress.pruning.criteria.base import Criterion, GradientStats
+from compress.pruning.criteria.base import Criterion
 from compress.pruning.groups import ChannelGroup
 
 Groups = Mapping[str, ChannelGroup]
@@ -30,7 +31,7 @@ class Selection:
     is_optimal: bool
 
 
-def score_groups(groups: Groups, criterion: Criterion, stats: GradientStats | None) -> dict[str, Tensor]:
+def score_groups(groups: Groups, criterion: Criterion, stats: Any) -> dict[str, Tensor]:
     """Return (C,) scores for every group.
 
     Raises:
@@ -77,7 +78,7 @@ def select_channels(
         candidates: The same, with their scores and allowed widths.
         budgets: In tables over those widths.
         limits: What made them, for messages.
-        method: "global" or "uniform".
+        method: "global", "uniform" or "shared_error".
 
     Raises:
         BudgetUnreachable: No allowed widths are within the budgets.

@@ -5,27 +5,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
-import numpy as np
 import torch
 from torch import nn
 
 from compress.allocation.widths import Candidates
 from compress.artifacts import TorchModel
 from compress.building import example_input
-from compress.catalog import CRITERIA
 from compress.config.digest import digest_value
 from compress.config.schema import PruneConfig
-from compress.cost.macs import count_macs, count_params, eval_mode
+from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
-from compress.data.batches import Batch, evaluation_batches
+from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
-from compress.progress import Progress, Task
-from compress.pruning.criteria.base import collect_gradients
-from compress.pruning.elimination import reader_statistics, removal_order
-from compress.pruning.groups import kept_outputs
-from compress.pruning.selection import Groups, Selection, find_candidates, score_groups
-from compress.pruning.sensitivity import Sensitivity, with_rises
+from compress.progress import Progress
+from compress.pruning.groups import Read, kept_outputs
+from compress.pruning.selection import Groups, Selection
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import silenced_copy
 from compress.recipe import RemoveChannels
@@ -37,19 +32,17 @@ from compress.stages.measured import before_and_after, metric_of, validation_qua
 from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record
 from compress.stages.parts import Part, weights_digest
-from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
+from compress.stages.repairing import Repair, apply_repairs, repairs_towards
+from compress.stages.scoring import Scoring, scale_slots
 from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import Trunk, shorten
 from compress.tasks.outputs import each
-from compress.training.evaluate import evaluate_loss, image_losses, run
+from compress.training.evaluate import evaluate_loss, run
 from compress.training.memory_format import in_fastest_memory_format, set_memory_format
 
-SCORE_BATCH, SCORE_PIXELS = 64, 2**18
-SENSITIVITY_FILE = "sensitivity.json"
 MET_WITHIN = 0.005
 CUT_TOLERANCE = 1e-3
 PATIENCE, TRIALS = 2, 9
-CLOSER = ("order", "measured", "errors")  # what a closer look at a group finds
 UNITS = {
     "latency": "of the baseline's latency",
     "latency_ms": "ms",
@@ -311,7 +304,7 @@ class PruneStage:
         """
         surveyed = survey(trunk.model, self.config, latency, ctx)
         key = self._key(trunk, surveyed, ctx)
-        return Prepared(trunk, surveyed, self._score(trunk, surveyed, key, ctx), key)
+        return Prepared(trunk, surveyed, Scoring(self.config, trunk, surveyed, key, ctx).candidates(), key)
 
     def _key(self, trunk: Trunk, surveyed: Survey | None, ctx: StageContext) -> str:
         """Return what tells a network from others, among the parts of the stage that are done."""
@@ -432,94 +425,36 @@ class PruneStage:
         def repair() -> Part:
             names, images = self.config.repair, self.config.refit_images
             wanted = repairs_towards(trunk.whole, slim, kept, names, example, ctx, images)
+            wanted = self._scaling(attempt) + wanted
             return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
 
         part = ctx.parts.keep({"part": "repair", "of": attempt.prepared.key, "removed": selection.removed}, repair)
         slim.load_state_dict(part.tensors)
         return replace(attempt, repairs=part.record)
 
-    def _score(self, trunk: Trunk, surveyed: Survey, key: str, ctx: StageContext) -> list[Candidates]:
-        """Return the groups with their scores and allowed widths."""
-        config, module, groups = self.config, trunk.model.module, surveyed.groups
-        criterion = CRITERIA.get(config.criterion)(seed=ctx.seed)
+    def _scaling(self, attempt: Attempt) -> list[Repair]:
+        """Return the repair that multiplies what reads kept channels by the factors that the ranking found for them."""
+        selection, groups = attempt.selection, attempt.prepared.surveyed.groups
+        chosen = {
+            one.name: torch.from_numpy(scales)
+            for one in attempt.prepared.candidates
+            if one.name in selection.removed and (scales := one.unit_scales(selection.widths[one.name])) is not None
+        }
+        if not chosen or "scaling" not in self.config.repair:
+            return []
 
-        def measure() -> Part:
-            stats = None
-            if criterion.needs_gradients:
-                split = ctx.data.calibration.first(config.score_images)
-                with ctx.progress.task("score channels", len(split)) as task:
-                    size = _score_batch(trunk.model, config.images_per_gradient)
-                    batches = _counted(evaluation_batches(split, size), task)
-                    losses = split.lesson.image_losses
-                    stats = collect_gradients(module, groups.values(), batches, config.images_per_gradient, losses)
-            return Part(None, score_groups(groups, criterion, stats))
+        def scale(module: nn.Module) -> list[str]:
+            """Every read of the slim network has the slots that are left, in their old order."""
+            for name, scales in chosen.items():
+                group, gone = groups[name], torch.tensor(selection.removed[name])
+                for read in group.reads:
+                    weight = getattr(module.get_submodule(read.path), read.name)
+                    stays = ~torch.isin(read.channels, gone)
+                    slots = _positions_left(read, selection.removed, groups)[stays]
+                    scale_slots(weight, read.dim, slots, scales.repeat(group.parts)[read.channels[stays]])
+            return list(chosen)
 
-        scores = ctx.parts.keep({"part": "scores", "of": key}, measure).tensors
-        found = find_candidates(groups, scores, surveyed.levels, criterion.comparable)
-        by_name = {one.name: one for one in found}
-        orders_by_refit = config.order == "criterion" and getattr(criterion, "orders_by_refit", False)
-        if config.order == "random":
-            by_name = {
-                name: replace(one, order=_any_order(len(one.scores), ctx.seed, name)) for name, one in by_name.items()
-            }
-        if orders_by_refit or config.damage == "sensitivity":
-            by_name |= self._look_closer(trunk, groups, by_name, orders_by_refit, key, ctx)
-        return list(by_name.values())
-
-    def _look_closer(
-        self,
-        trunk: Trunk,
-        groups: Groups,
-        candidates: Mapping[str, Candidates],
-        orders_by_refit: bool,
-        key: str,
-        ctx: StageContext,
-    ) -> dict[str, Candidates]:
-        """Return groups with the order in which their channels go, and the measured damage where that is asked for."""
-        module, found = trunk.model.module, dict(candidates)
-        split = ctx.data.calibration.first(self.config.score_images)
-        sensitivity = self._sensitivity(trunk, ctx) if self.config.damage == "sensitivity" else None
-        refits = orders_by_refit or "least_squares" in self.config.repair
-
-        def is_done(names: Sequence[str]) -> bool:
-            part = ctx.parts.find({"part": "order", "of": key, "groups": list(names)})
-            if part is not None:
-                found.update({name: _with_arrays(found[name], part.tensors) for name in names})
-            return part is not None
-
-        for names, stats in reader_statistics(module, groups, split, ctx.progress, is_done) if refits else ():
-            with ctx.progress.task("order of channels", len(names)) as task:
-                for name in names:
-                    one = found[name]
-                    if orders_by_refit:
-                        order = removal_order(groups[name], stats, (one.full - one.levels[0]) // one.channels_per_unit)
-                        found[name] = one = replace(one, order=order)
-                    if sensitivity is not None:
-                        found[name] = with_rises(one, sensitivity.rises(groups[name], one, stats))
-                    task.advance()
-            arrays = {name: values for one in names for name, values in _arrays(found[one]).items()}
-            ctx.parts.add({"part": "order", "of": key, "groups": list(names)}, Part(None, arrays))
-        for name, one in found.items():
-            if sensitivity is not None and one.measured is None:
-                found[name] = with_rises(one, sensitivity.rises(groups[name], one, None))
-        return found
-
-    def _sensitivity(self, trunk: Trunk, ctx: StageContext) -> Sensitivity:
-        """Return what measures damages, on images of the validation split."""
-        module, example = trunk.model.module, example_input(trunk.model.signature)
-        split = ctx.data.validation.first(self.config.score_images)
-        with torch.no_grad(), eval_mode(module):
-            guess = split.lesson.guess(run(module, example))
-        return Sensitivity(
-            module,
-            lambda network: image_losses(network, split),
-            guess,
-            batch_norm_repair(ctx)[1],
-            example,
-            ctx.folder / SENSITIVITY_FILE,
-            "+".join(trunk.removed),
-            ctx.progress,
-        )
+        return [("scaling", scale)]
 
     def _record(self, before: TorchModel, attempt: Attempt) -> Record:
         example = example_input(before.signature)
@@ -607,6 +542,18 @@ def check_cut(slim: nn.Module, original: nn.Module, selection: Selection, groups
             raise InternalError(f"The cut network differs from the silenced original by {difference:.2g}.")
 
 
+def _positions_left(read: Read, removed: Mapping[str, Sequence[int]], groups: Groups) -> torch.Tensor:
+    """Return (n,) the place of each slot of a read in the slim network; arbitrary for slots that are gone."""
+    gone = [
+        other.slots[torch.isin(other.channels, torch.tensor(removed[name]))]
+        for name in removed
+        for other in groups[name].reads
+        if (other.path, other.name, other.dim) == (read.path, read.name, read.dim)
+    ]
+    before = torch.unique(torch.cat(gone)) if gone else torch.zeros(0, dtype=torch.int64)
+    return read.slots - torch.searchsorted(before, read.slots)
+
+
 def _group_record(one: Candidates, width: int) -> Record:
     level = one.levels.index(width)
     return {
@@ -616,40 +563,3 @@ def _group_record(one: Candidates, width: int) -> Record:
         "damage": float(one.damages[level]),
         "damage_error": None if one.errors is None else float(one.errors[level]),
     }
-
-
-def _arrays(one: Candidates) -> dict[str, torch.Tensor]:
-    """Return what a closer look has found of a group."""
-    values = {kind: getattr(one, kind) for kind in CLOSER}
-    return {f"{one.name}/{kind}": torch.from_numpy(array) for kind, array in values.items() if array is not None}
-
-
-def _with_arrays(one: Candidates, arrays: Mapping[str, torch.Tensor]) -> Candidates:
-    order, measured, errors = (arrays.get(f"{one.name}/{kind}") for kind in CLOSER)
-    one = one if order is None else replace(one, order=order.numpy())
-    one = one if measured is None else replace(one, measured=measured.numpy())
-    return one if errors is None else replace(one, errors=errors.numpy())
-
-
-def _any_order(units: int, seed: int, group: str) -> np.ndarray:
-    """Return the units of a group in an order that the seed and its name decide."""
-    return np.random.default_rng([seed, *group.encode()]).permutation(units)
-
-
-def _score_batch(model: TorchModel, each: int) -> int:
-    """Return how many images to score at once: many small ones, few large ones, whose activations all are kept.
-
-    Args:
-        model: The network.
-        each: Images of one gradient; the batch is a multiple of it.
-    """
-    pixels = math.prod(int(size) for size in model.signature.inputs[0].shape[2:])
-    fitting = min(SCORE_BATCH, SCORE_PIXELS // max(1, pixels))
-    return max(1, fitting // each) * each
-
-
-def _counted(batches: Iterator[Batch], task: Task) -> Iterator[Batch]:
-    """Pass batches on and tell the task how many images they hold."""
-    for images, targets in batches:
-        yield images, targets
-        task.advance(len(images))

@@ -6,9 +6,14 @@ import torch
 
 from compress.catalog import CRITERIA
 from compress.pruning.criteria.bn_scale import BnScale
+from compress.pruning.criteria.grasp import Grasp
+from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1, L2
+from compress.pruning.criteria.pfp import Pfp, Sipp
 from compress.pruning.criteria.random import Random
+from compress.pruning.criteria.readers import Greedy, GreedyRefit, Lasso
 from compress.pruning.criteria.reconstruction import Reconstruction
+from compress.pruning.criteria.snip import Snip
 from compress.pruning.criteria.taylor import Taylor
 from compress.testing import CriterionCase, CriterionContract
 
@@ -42,7 +47,54 @@ class TestRandom(CriterionContract):
     criterion_class = Random
 
 
-SUITES = (TestL1, TestL2, TestBnScale, TestTaylor, TestReconstruction, TestRandom)
+class TestGreedy(CriterionContract):
+    criterion_class = Greedy
+
+
+class TestGreedyRefit(CriterionContract):
+    criterion_class = GreedyRefit
+
+
+class TestGreedyLoss(CriterionContract):
+    criterion_class = GreedyLoss
+
+
+class TestLasso(CriterionContract):
+    criterion_class = Lasso
+
+
+class TestGrasp(CriterionContract):
+    criterion_class = Grasp
+
+
+class TestSnip(CriterionContract):
+    criterion_class = Snip
+
+
+class TestPfp(CriterionContract):
+    criterion_class = Pfp
+
+
+class TestSipp(CriterionContract):
+    criterion_class = Sipp
+
+
+SUITES = (
+    TestL1,
+    TestL2,
+    TestBnScale,
+    TestTaylor,
+    TestReconstruction,
+    TestRandom,
+    TestGreedy,
+    TestGreedyRefit,
+    TestGreedyLoss,
+    TestLasso,
+    TestGrasp,
+    TestSnip,
+    TestPfp,
+    TestSipp,
+)
 
 
 def test_every_registered_criterion_has_a_contract_class():

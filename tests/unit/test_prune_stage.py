@@ -579,7 +579,7 @@ def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):
         asked.append(each)
         return collect_gradients(module, groups, batches, each, losses)
 
-    monkeypatch.setattr(prune_module, "collect_gradients", remembered)
+    monkeypatch.setattr(scoring_module, "collect_gradients", remembered)
     passes = []
     monkeypatch.setattr("compress.pruning.repair._batches", lambda one: passes.append(one.most_images) or _batches(one))
     _, record, _ = prune(

@@ -1,9 +1,15 @@
-"""What is a criterion, and what does it get to look at?"""
+"""Criteria: scores of channels, orders in which they are removed, and the evidence that both rest on.
 
-from collections.abc import Callable, Iterable
+evidence   collected once for a network: nothing but weights, gradients at gates, contributions to readers, ...
+scores     one number for each channel, larger = keep; they decide widths, and the order unless `order` says otherwise
+ranking    order of removal of a group's units, and the error of the readers at each number of removed units
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +30,32 @@ class GradientStats:
     Attributes:
         batches: For each batch and gate layer, (channels,) the derivative of the mean loss by a factor 1 that
             multiplies the channel there.
+        is_signed: Whether the sign of a derivative tells what to keep (`grasp` on an untrained network).
     """
 
     batches: tuple[dict[str, Tensor], ...]
+    is_signed: bool = False
+
+
+Evidence = Literal["weights", "gate_gradients", "gradient_flow", "parameter_gradients", "contributions"]
+Order = Literal["scores", "readers", "loss"]
+WidthsBy = Literal["scores", "errors"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Order of removal of a group's units.
+
+    Attributes:
+        order: (U,) int64, units in the order in which they are removed; beyond the most that may go it is arbitrary.
+        errors: (U + 1,) float64, >= 0, rising: error with the first n units of `order` removed, summed over the layers
+            that read the group, each relative to the energy of its outputs. Beyond the most that may go it is constant.
+        scales: (U + 1, U) float32, factor of what reads each unit with the first n removed; None for all 1.
+    """
+
+    order: np.ndarray
+    errors: np.ndarray
+    scales: np.ndarray | None = None
 
 
 class Criterion(Protocol):
@@ -34,24 +63,41 @@ class Criterion(Protocol):
 
     Attributes:
         name: As in the pipeline file.
-        needs_gradients: Whether `scores` gets `GradientStats`.
+        evidence: Kind of evidence that `scores` gets:
+            "weights"              None: the layers of the group tell everything
+            "gate_gradients"       `GradientStats` of the loss
+            "gradient_flow"        `GradientStats` of the gradient norm (`gradient_flow.collect_gradient_flow`)
+            "parameter_gradients"  `parameter_gradients.ParameterGradients` of the loss
+            "contributions"        `contributions.Contributions` to the layers that read a group; no labels
+        order: Rule of the order in which channels are removed:
+            "scores"   lowest score first
+            "readers"  `rank`, from the statistics of the layers that read a group
+            "loss"     `rank_by_loss`, from losses of the network with channels masked
+        widths_by: Basis of a width's damage: "scores", or the "errors" of the ranking. With "errors", scores are used
+            only for groups that cannot be ranked.
         comparable: Whether scores of different groups may be ranked together as they are; if not, each group's are
             divided by their mean first.
         treats_equals_equally: Whether equal channels get equal scores (all but random).
 
-    A criterion may also say `orders_by_refit = True`: its scores then decide widths only, and channels go in the order
-    of `compress.pruning.elimination`.
+    Three methods are optional: `damages` (what each number of removed units costs, where it is not the squared sum of
+    their scores), `rank` for the order "readers", `rank_by_loss` for the order "loss".
     """
 
     name: ClassVar[str]
-    needs_gradients: ClassVar[bool]
+    evidence: ClassVar[Evidence]
+    order: ClassVar[Order]
+    widths_by: ClassVar[WidthsBy]
     comparable: ClassVar[bool]
     treats_equals_equally: ClassVar[bool]
 
     def __init__(self, seed: int = 0) -> None: ...
 
-    def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
+    def scores(self, group: ChannelGroup, stats: Any) -> Tensor:
         """Score each channel of `group`.
+
+        Args:
+            group: C coupled channels.
+            stats: The evidence, of the kind that `evidence` names.
 
         Returns:
             (C,) float32, finite. Larger means keep.
@@ -59,6 +105,42 @@ class Criterion(Protocol):
         Raises:
             UnsupportedLayer: The group lacks what the criterion looks at.
         """
+        ...
+
+
+class RanksByReaders(Criterion, Protocol):
+    """A criterion with the order "readers"."""
+
+    def rank(self, group: ChannelGroup, stats: Mapping[str, Any], most: int) -> Ranking:
+        """Rank the units of a group whose readers can all be refitted.
+
+        Args:
+            group: C channels in `parts` equal parts; a unit is one channel of each part.
+            stats: `compress.pruning.elimination.ReaderStats` of each of its readers.
+            most: Units that may be removed at most.
+        """
+        ...
+
+
+class RanksByLoss(Criterion, Protocol):
+    """A criterion with the order "loss"."""
+
+    def rank_by_loss(self, group: ChannelGroup, loss_of: Callable[[Tensor], float], most: int) -> Ranking:
+        """Rank the units of a group by losses of the whole network.
+
+        Args:
+            group: C channels in `parts` equal parts.
+            loss_of: (C,) float32 factors of what reads each channel -> mean loss on one fixed batch.
+            most: Units that may be removed at most.
+        """
+        ...
+
+
+class HasDamages(Criterion, Protocol):
+    """A criterion that says what each number of removed units costs."""
+
+    def damages(self, scores: np.ndarray) -> np.ndarray:
+        """Return (U + 1,) float64, >= 0, rising: the damage of removing the n lowest of (U,) unit scores."""
         ...
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedLayer
-from compress.pruning.criteria.base import GradientStats
+from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy
 from compress.pruning.groups import ChannelGroup
 
 
@@ -14,7 +14,9 @@ class BnScale:
     """The absolute scale (gamma) of the batch norm behind each producer."""
 
     name: ClassVar[str] = "bn_scale"
-    needs_gradients: ClassVar[bool] = False
+    evidence: ClassVar[Evidence] = "weights"
+    order: ClassVar[Order] = "scores"
+    widths_by: ClassVar[WidthsBy] = "scores"
     comparable: ClassVar[bool] = False
     treats_equals_equally: ClassVar[bool] = True
 

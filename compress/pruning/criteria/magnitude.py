@@ -9,18 +9,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.pruning.criteria.base import GradientStats, require_producers
+from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, require_producers
 from compress.pruning.groups import ChannelGroup, Member
 
 
 class _FilterNorm:
-    """The norm of order `order` over all folded filters that produce a channel."""
+    """The norm of order `power` over all folded filters that produce a channel."""
 
     name: ClassVar[str]
-    needs_gradients: ClassVar[bool] = False
+    evidence: ClassVar[Evidence] = "weights"
+    order: ClassVar[Order] = "scores"
+    widths_by: ClassVar[WidthsBy] = "scores"
     comparable: ClassVar[bool] = False
     treats_equals_equally: ClassVar[bool] = True
-    order: ClassVar[int]
+    power: ClassVar[int]
 
     def __init__(self, seed: int = 0) -> None:
         pass
@@ -44,23 +46,23 @@ class _FilterNorm:
         require_producers(group)
         total = torch.zeros(group.width, dtype=torch.float64)
         for producer, gate in zip(group.producers, group.gates, strict=True):
-            sizes = folded_filters(producer, gate).abs().pow(self.order).sum(1)
+            sizes = folded_filters(producer, gate).abs().pow(self.power).sum(1)
             total.index_add_(0, producer.channels, sizes[producer.slots])
-        return total.pow(1 / self.order).float()
+        return total.pow(1 / self.power).float()
 
 
 class L1(_FilterNorm):
     """Sum of absolute filter values."""
 
     name = "l1"
-    order = 1
+    power = 1
 
 
 class L2(_FilterNorm):
     """Euclidean norm of the filters."""
 
     name = "l2"
-    order = 2
+    power = 2
 
 
 def folded_filters(producer: Member, gate: Member) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress.pruning.criteria.base import GradientStats
+from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy
 from compress.pruning.groups import ChannelGroup
 
 
@@ -14,7 +14,9 @@ class Random:
     """Uniform random scores, the same for the same seed and group."""
 
     name: ClassVar[str] = "random"
-    needs_gradients: ClassVar[bool] = False
+    evidence: ClassVar[Evidence] = "weights"
+    order: ClassVar[Order] = "scores"
+    widths_by: ClassVar[WidthsBy] = "scores"
     comparable: ClassVar[bool] = True
     treats_equals_equally: ClassVar[bool] = False
 

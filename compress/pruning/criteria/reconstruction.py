@@ -1,17 +1,25 @@
-"""Which channels are missed least by the layers that read them, once those are refitted?"""
+"""Backward elimination: taylor scores decide widths, and channels that refitted readers make up for best go first."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
+from compress.pruning.criteria.base import Order, Ranking
 from compress.pruning.criteria.taylor import Taylor
+from compress.pruning.elimination import ReaderStats, removal_ranking
+from compress.pruning.groups import ChannelGroup
 
 
 class Reconstruction(Taylor):
-    """Taylor scores say how wide each group should be; how well its readers can be refitted says which channels go.
+    """Taylor scores decide how wide each group becomes; the error of its refitted readers decides which channels go.
 
-    Where the readers of a group cannot be refitted (grouped convolutions, very wide layers) the scores say both.
+    Where the readers of a group cannot be refitted (grouped convolutions, very wide layers) the scores decide both.
 
     Source: `compress.pruning.elimination`.
     """
 
     name: ClassVar[str] = "reconstruction"
-    orders_by_refit: ClassVar[bool] = True
+    order: ClassVar[Order] = "readers"
+
+    def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
+        """Rank units by backward elimination; see `compress.pruning.elimination.removal_ranking`."""
+        return removal_ranking(group, stats, most)

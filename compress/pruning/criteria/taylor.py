@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import InternalError
-from compress.pruning.criteria.base import GradientStats, require_producers
+from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, require_producers
 from compress.pruning.groups import ChannelGroup
 
 
@@ -14,7 +14,9 @@ class Taylor:
     """The first-order effect of a virtual gate behind the batch norm, summed over all producers of the channel."""
 
     name: ClassVar[str] = "taylor"
-    needs_gradients: ClassVar[bool] = True
+    evidence: ClassVar[Evidence] = "gate_gradients"
+    order: ClassVar[Order] = "scores"
+    widths_by: ClassVar[WidthsBy] = "scores"
     comparable: ClassVar[bool] = True
     treats_equals_equally: ClassVar[bool] = True
 

@@ -1,0 +1,171 @@
+"""Derivatives of the gradient norm by gates: the evidence of `grasp`."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.attributes import detach_stored
+from compress.cost.macs import eval_mode
+from compress.errors import UnsupportedLayer
+from compress.pruning.criteria.base import GradientStats, cross_entropies
+from compress.pruning.groups import ChannelGroup
+from compress.tasks.outputs import plain
+
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+_OPERATION = re.compile(r"derivative for (?:aten::)?(\w+) is not implemented")
+Losses = Callable[[Any, Any], Tensor]
+
+
+def collect_gradient_flow(
+    module: nn.Module,
+    groups: Iterable[ChannelGroup],
+    batches: Sequence[tuple[Tensor, Any]],
+    losses: Losses = cross_entropies,
+    temperature: float = 1.0,
+) -> GradientStats:
+    """Differentiate <g, g(s)> by the gates s of all channels, g being the gradient of the mean loss by all weights.
+
+    g is over all images and held constant; g(s) is the same gradient with factors s, all 1, at the gates. Half of the
+    derivative is that of the squared gradient norm. The network is in eval mode. Each batch takes the memory of two to
+    three training steps.
+
+    Args:
+        module: The network; weights, gradients, buffers and training flags are left as they are.
+        groups: Groups whose gates are differentiated.
+        batches: (images, targets) pairs.
+        losses: Loss of each image, (N,), from the network's outputs and the targets.
+        temperature: Divisor of the outputs before the loss.
+
+    Returns:
+        One entry: gate layer -> (channels,) d<g, g(s)>/ds.
+
+    Raises:
+        UnsupportedLayer: An operation has no second derivative; names it, or the module it is in.
+
+    Source: Wang et al. 2020, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR,
+        arXiv:2002.07376, with gates in place of single weights.
+    """
+    layers = sorted({gate.layer for group in groups for gate in group.gates})
+    images_in_all = sum(len(images) for images, _ in batches)
+    if not layers or not images_in_all:
+        return GradientStats(())
+    gates = {name: torch.ones(_channels(module.get_submodule(name)), requires_grad=True) for name in layers}
+    parameters = [one for one in module.parameters() if one.is_floating_point()]
+
+    def gradient(images: Tensor, targets: Any, create_graph: bool) -> list[Tensor]:
+        outputs = plain(module(images), getattr(module, "output_names", ()))
+        scaled = outputs / temperature if isinstance(outputs, Tensor) and temperature != 1 else outputs
+        loss = losses(scaled, targets).sum() / images_in_all
+        found = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(one) if g is None else g for g, one in zip(found, parameters, strict=True)]
+
+    derivatives = {name: torch.zeros(len(gate)) for name, gate in gates.items()}
+    try:
+        with torch.enable_grad(), eval_mode(module), _trainable(parameters), _gated(module, gates):
+            whole = [torch.zeros_like(one) for one in parameters]
+            for images, targets in batches:
+                for total, part in zip(whole, gradient(images, targets, create_graph=False), strict=True):
+                    total += part
+            for images, targets in batches:
+                parts = gradient(images, targets, create_graph=True)
+                product = torch.stack([(a * b).sum() for a, b in zip(whole, parts, strict=True)]).sum()
+                found = torch.autograd.grad(product, list(gates.values()), allow_unused=True)
+                for name, value in zip(gates, found, strict=True):
+                    if value is not None:
+                        derivatives[name] += value.detach()
+    except (RuntimeError, NotImplementedError) as error:
+        raise _no_second_derivative(module, batches[0][0], error) from error
+    finally:
+        detach_stored(module)
+    return GradientStats((derivatives,))
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    frozen = [one for one in parameters if not one.requires_grad]
+    try:
+        for one in frozen:
+            one.requires_grad_(True)
+        yield
+    finally:
+        for one in frozen:
+            one.requires_grad_(False)
+
+
+@contextmanager
+def _gated(module: nn.Module, gates: dict[str, Tensor]) -> Iterator[None]:
+    """Multiply the channels of layers by gates."""
+
+    def gated(gate: Tensor, is_last: bool) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            return output * (gate if is_last else gate.reshape(-1, *[1] * (output.ndim - 2)))
+
+        return hook
+
+    handles = []
+    try:
+        for name, gate in gates.items():
+            layer = module.get_submodule(name)
+            handles.append(layer.register_forward_hook(gated(gate, isinstance(layer, _CHANNELS_LAST))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channels(layer: nn.Module) -> int:
+    for name in ("out_channels", "out_features", "num_features", "num_channels"):
+        if isinstance(size := getattr(layer, name, None), int):
+            return size
+    return int(layer.normalized_shape[-1])  # type: ignore[index,union-attr,arg-type]
+
+
+def _no_second_derivative(module: nn.Module, images: Tensor, error: Exception) -> UnsupportedLayer | Exception:
+    """Return the refusal that names the operation; the error itself where first derivatives are at fault."""
+    text = str(error)
+    named = _OPERATION.search(text)
+    if named is None and "twice" not in text and "double" not in text and "does not require grad" not in text:
+        return error
+    place = _smallest_failing(module, images)
+    what = f"operation '{named[1].removesuffix('_backward')}'" if named else "an operation"
+    where = "" if place is None else f" in '{place}' ({type(module.get_submodule(place)).__name__})"
+    return UnsupportedLayer(
+        f"Criterion 'grasp' needs second derivatives, {what}{where} has none.",
+        hint="Use criterion snip or taylor, which need first derivatives only.",
+    )
+
+
+def _smallest_failing(module: nn.Module, images: Tensor) -> str | None:
+    """Return the innermost module through which a gradient cannot be differentiated again."""
+    inputs: dict[str, tuple[Any, ...]] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _layer, given: inputs.setdefault(name, given) and None
+
+    parts = [(name, part) for name, part in module.named_modules() if name]
+    handles = [part.register_forward_pre_hook(keep(name)) for name, part in parts]
+    try:
+        with torch.no_grad(), eval_mode(module):
+            module(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.enable_grad(), eval_mode(module):
+        for name, part in reversed(parts):
+            given = inputs.get(name)
+            if given is None or not given or not isinstance(given[0], Tensor) or not given[0].is_floating_point():
+                continue
+            start = given[0].detach().requires_grad_(True)
+            try:
+                output = part(start, *given[1:])
+                if not isinstance(output, Tensor) or not output.requires_grad:
+                    continue
+                (first,) = torch.autograd.grad(output.square().sum(), start, create_graph=True)
+                torch.autograd.grad(first.square().sum(), start, allow_unused=True)
+            except (RuntimeError, NotImplementedError):
+                return str(name)
+    return None

@@ -287,14 +287,14 @@ def scaled_reads(module: nn.Module, group: ChannelGroup, factors: Tensor) -> Ite
         factors: (C,) float32.
     """
     kept: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        try:
-            for read in group.reads:
-                weight: Tensor = getattr(module.get_submodule(read.path), read.name)
-                kept.append((weight, weight.detach().clone()))
-                scale_slots(weight, read.dim, read.slots, factors[read.channels])
-            yield
-        finally:
+    try:
+        for read in group.reads:
+            weight: Tensor = getattr(module.get_submodule(read.path), read.name)
+            kept.append((weight, weight.detach().clone()))
+            scale_slots(weight, read.dim, read.slots, factors[read.channels])
+        yield
+    finally:
+        with torch.no_grad():
             for weight, values in reversed(kept):
                 weight.copy_(values)
 

@@ -15,8 +15,8 @@ import torch
 from bright import Listener as _Listener
 from torch import nn
 
-import compress.stages.prune as prune_module
 import compress.stages.repairing as repairing
+import compress.stages.scoring as scoring_module
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.building import apply_edits
 from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
@@ -34,8 +34,9 @@ from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.stages.context import StageContext
 from compress.stages.parts import Parts
-from compress.stages.prune import PruneStage, _score_batch
+from compress.stages.prune import PruneStage
 from compress.stages.repairing import apply_repairs
+from compress.stages.scoring import score_batch
 from compress.stages.trunks import shorten
 from compress.training.evaluate import evaluate_loss
 
@@ -568,8 +569,8 @@ def test_groups_that_cannot_be_cut_are_a_named_warning(prune, tmp_path):
 def test_few_large_images_are_scored_at_once_and_many_small_ones(tmp_path, side, images):
     model = _artifact(nets.build("chain"), tmp_path)
     signature = Signature((TensorSpec("images", ("batch", 3, side, side)),), SIGNATURE.outputs)
-    assert _score_batch(replace(model, signature=signature), 8) == images
-    assert _score_batch(replace(model, signature=signature), 7) % 7 == 0
+    assert score_batch(replace(model, signature=signature), 8) == images
+    assert score_batch(replace(model, signature=signature), 7) % 7 == 0
 
 
 def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):

@@ -73,6 +73,7 @@ def collect_gradient_flow(
             for images, targets in batches:
                 parts = gradient(images, targets, create_graph=True)
                 product = torch.stack([(a * b).sum() for a, b in zip(whole, parts, strict=True)]).sum()
+                _require_second_derivatives(product)
                 found = torch.autograd.grad(product, list(gates.values()), allow_unused=True)
                 for name, value in zip(gates, found, strict=True):
                     if value is not None:
@@ -115,6 +116,22 @@ def _gated(module: nn.Module, gates: dict[str, Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_second_derivatives(value: Tensor) -> None:
+    """Raise RuntimeError if some function behind `value` can be differentiated only once.
+
+    Such a function is a node of its own that is reached by no path to the gates: its share would silently be missing.
+    """
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("A function can be differentiated only once, not twice.")
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
 
 
 def _channels(layer: nn.Module) -> int:
@@ -165,7 +182,9 @@ def _smallest_failing(module: nn.Module, images: Tensor) -> str | None:
                 if not isinstance(output, Tensor) or not output.requires_grad:
                     continue
                 (first,) = torch.autograd.grad(output.square().sum(), start, create_graph=True)
-                torch.autograd.grad(first.square().sum(), start, allow_unused=True)
+                product = first.square().sum()
+                _require_second_derivatives(product)
+                torch.autograd.grad(product, start, allow_unused=True)
             except (RuntimeError, NotImplementedError):
                 return str(name)
     return None

@@ -1,0 +1,256 @@
+"""Every criterion meets a budget in MACs and one in milliseconds; orders, errors and factors reach the cut network."""
+
+import copy
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+
+import nets
+import numpy as np
+import pytest
+import torch
+from bright import Listener
+from exported import SIGNATURE, exported
+from steady import profile_by_macs
+from torch import nn
+
+from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.catalog import CRITERIA
+from compress.config.schema import (
+    ArraysSource,
+    DataConfig,
+    DeployConfig,
+    PreprocessingConfig,
+    PruneConfig,
+    TargetConfig,
+)
+from compress.cost.macs import count_macs, count_params
+from compress.data.opening import Splits
+from compress.errors import ConfigValueError
+from compress.pruning.criteria.greedy_loss import GreedyLoss
+from compress.pruning.trial import find_cuttable
+from compress.recipe import Recipe
+from compress.stages.context import StageContext
+from compress.stages.prune import PruneStage
+from compress.stages.scoring import Scoring, scaled_reads
+from compress.stages.surveying import survey
+from compress.stages.trunks import Trunk
+from compress.training.evaluate import evaluate_loss
+
+BUILT_IN = [name for name in CRITERIA if name != "bn_scale"]
+LABEL_FREE = ("greedy", "greedy_refit", "lasso", "pfp", "sipp")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    random = np.random.default_rng(0)
+    np.savez(path, x=random.integers(0, 256, (96, 16, 16, 3), np.uint8), y=np.arange(96) % 4)
+    source = ArraysSource(arrays=str(path))
+    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
+    return Splits(
+        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
+    )
+
+
+def _model(name: str, folder, module: nn.Module | None = None) -> TorchModel:
+    path = folder / "baseline.onnx"
+    shutil.copy(exported(name), path)
+    module = nets.build(name) if module is None else module
+    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    baseline = Baseline(figures, path, folder / "baseline.safetensors")
+    spec = FactorySpec("factory", "nets:build", {"name": name})
+    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def ctx(data, tmp_path):
+    return StageContext(tmp_path, 0, data, Listener(), DeployConfig(batch_size=64), tmp_path / "tables")
+
+
+def _config(**values) -> PruneConfig:
+    return PruneConfig(stage="prune", **{"target": TargetConfig(macs=0.5), "multiple_of": 1} | values)
+
+
+@pytest.mark.parametrize("criterion", BUILT_IN)
+def test_a_budget_in_macs_is_met(criterion, ctx, tmp_path) -> None:
+    model = _model("residual", tmp_path)
+    slim, record = PruneStage(_config(criterion=criterion, score_images=16)).run(model, ctx)
+    assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * count_macs(model.module, nets.EXAMPLE)
+    assert record["criterion"] == criterion
+    assert any(group["width_after"] < group["width_before"] for group in record["groups"])
+
+
+@pytest.mark.parametrize("criterion", BUILT_IN)
+def test_a_budget_in_milliseconds_is_met(criterion, ctx, tmp_path, monkeypatch) -> None:
+    profile_by_macs(monkeypatch)
+    config = _config(criterion=criterion, score_images=16, target=TargetConfig(latency=0.7), multiple_of=2)
+    _, record = PruneStage(config).run(_model("chain", tmp_path), ctx)
+    assert record["reached"]["latency"] <= 0.7 * 1.03
+    assert record["latency"] is not None
+
+
+@pytest.mark.parametrize("criterion", LABEL_FREE)
+def test_labels_are_not_looked_at(criterion, data, ctx, tmp_path, monkeypatch) -> None:
+    """Ranks and damages stay as they are where the gradients of the loss cannot be had."""
+    monkeypatch.setattr("compress.stages.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
+    found = _candidates(_config(criterion=criterion, score_images=16), _model("residual", tmp_path), ctx)
+    assert all(float(one.damages[0]) > 0 for one in found)
+
+
+def _candidates(config: PruneConfig, model: TorchModel, ctx: StageContext):
+    surveyed = survey(model, config, None, ctx)
+    return Scoring(config, Trunk(model, (), [], model.module, 0), surveyed, "key", ctx).candidates()
+
+
+def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp_path) -> None:
+    """A grouped convolution reads the first group of this network: its readers cannot be refitted."""
+    model = _model("grouped", tmp_path)
+    found = {one.name: one for one in _candidates(_config(criterion="greedy", score_images=16), model, ctx)}
+    unranked = [name for name, one in found.items() if one.order is None]
+    assert unranked
+    assert len(unranked) < len(found)
+    scored = {one.name: one for one in _candidates(_config(criterion="taylor", score_images=16), model, ctx)}
+    ratios = [found[name].damages[0] / scored[name].damages[0] for name in found if name not in unranked]
+    for name in unranked:
+        assert found[name].damages == pytest.approx(scored[name].damages * np.median(ratios))
+    assert any("ranked by scores" in note for note in ctx.progress.notes)
+
+
+@pytest.mark.parametrize("criterion", ["greedy", "greedy_loss", "lasso", "pfp", "reconstruction"])
+def test_an_interrupted_run_finds_what_it_had(criterion, ctx, tmp_path, monkeypatch) -> None:
+    model, config = _model("residual", tmp_path), _config(criterion=criterion, score_images=16)
+    first = _candidates(config, model, ctx)
+    for name in ("reader_statistics", "collect_gradients", "collect_contributions"):
+        real = f"compress.stages.scoring.{name}"
+        if name != "reader_statistics":
+            monkeypatch.setattr(real, lambda *_args: pytest.fail("made twice"))
+    monkeypatch.setattr(GreedyLoss, "rank_by_loss", lambda *_args: pytest.fail("made twice"))
+    again = _candidates(config, model, replace(ctx))
+    for one, other in zip(first, again, strict=True):
+        assert np.array_equal(one.damages, other.damages)
+        for kind in ("order", "scales"):
+            assert (getattr(one, kind) is None) == (getattr(other, kind) is None)
+            assert getattr(one, kind) is None or np.array_equal(getattr(one, kind), getattr(other, kind))
+
+
+def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, monkeypatch) -> None:
+    """The cut network with factors equals the whole one whose reads are multiplied by them, 0 for what goes."""
+    model = _model("concat", tmp_path)
+    config = _config(criterion="greedy", score_images=16, repair=("scaling",), residual="cut")
+    monkeypatch.setattr("compress.stages.repairing.is_loss_higher", lambda *_args: False)  # kept, whatever it does
+    slim, record = PruneStage(config).run(model, ctx)
+    assert [one["repair"] for one in record["repairs"]] == ["scaling"]
+    assert record["repairs"][0]["is_kept"]
+    groups, _ = find_cuttable(model.module, nets.EXAMPLE)
+    whole = copy.deepcopy(model.module)
+    ranked = {one.name: one for one in _candidates(config, model, ctx)}
+    widths = {one["name"]: one["width_after"] for one in record["groups"]}
+    images = nets.images(4)
+    groups_of_copy, _ = find_cuttable(whole, nets.EXAMPLE)
+    with ExitStack() as stack, torch.no_grad():
+        for name, one in ranked.items():
+            scales = one.unit_scales(widths[name])
+            assert scales is not None
+            factors = torch.from_numpy(scales).repeat(groups[name].parts)
+            stack.enter_context(scaled_reads(whole, groups_of_copy[name], factors))
+        wanted = whole(images)
+        assert torch.allclose(slim.module(images), wanted, atol=1e-5)
+    assert any(not np.allclose(ranked[name].unit_scales(width), 1) for name, width in widths.items())
+
+
+def test_scaled_reads_leave_the_network_as_it_was() -> None:
+    module = nets.build("linear_head") if "linear_head" in nets.NAMES else nets.build("chain")
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    before, images = copy.deepcopy(module.state_dict()), nets.images(2)
+    whole = module(images)
+    for group in groups.values():
+        with scaled_reads(module, group, torch.zeros(group.width)):
+            assert not torch.allclose(module(images), whole)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_greedy_loss_by_brute_force_on_a_small_group(data, tmp_path) -> None:
+    """With subsets of all candidates each step adds the channel with which the loss is least."""
+    module = nets.build("chain")
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    group, split = groups["body.0.0"], data.calibration.first(16)
+
+    def loss_of(factors: torch.Tensor) -> float:
+        with scaled_reads(module, group, factors):
+            return evaluate_loss(module, split)
+
+    criterion = GreedyLoss(seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.pruning.criteria.greedy_loss._MISSED", 1e-9)
+        ranking = criterion.rank_by_loss(group, loss_of, 7)
+    kept: list[int] = []
+    for _ in range(7):
+        losses = {}
+        for unit in set(range(8)) - set(kept):
+            mask = torch.zeros(8)
+            mask[[*kept, unit]] = 8 / (len(kept) + 1)
+            losses[unit] = loss_of(mask)
+        kept.append(min(losses, key=lambda unit: losses[unit]))
+        removed = 8 - len(kept)
+        rise = losses[kept[-1]] - loss_of(torch.ones(8))
+        assert ranking.errors[removed] >= rise - 1e-6
+        assert ranking.scales[removed].sum() == pytest.approx(8)
+    assert ranking.order[::-1][:7].tolist() == kept
+    assert (np.diff(ranking.errors) >= 0).all()
+    other = GreedyLoss(seed=1).rank_by_loss(group, loss_of, 7)
+    assert other.order.tolist() == GreedyLoss(seed=1).rank_by_loss(group, loss_of, 7).order.tolist()
+
+
+def test_errors_of_a_criterion_that_has_none_are_refused(ctx, tmp_path) -> None:
+    with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'taylor'"):
+        PruneStage(_config(criterion="taylor", damage="errors")).run(_model("chain", tmp_path), ctx)
+
+
+def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("compress.stages.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
+    config = _config(criterion="reconstruction", damage="errors", score_images=16)
+    found = _candidates(config, _model("residual", tmp_path), ctx)
+    for one in found:
+        assert one.damages[-1] == 0.0
+        assert (np.diff(one.damages) <= 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["greedy", "pfp", "taylor"])
+def test_one_bound_for_all_groups_meets_the_budget(criterion, ctx, tmp_path) -> None:
+    model = _model("residual", tmp_path)
+    config = _config(criterion=criterion, score_images=16, allocation="shared_error")
+    slim, record = PruneStage(config).run(model, ctx)
+    assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * record["macs_before"]
+
+
+def test_gradient_flow_is_signed_on_an_untrained_network_only(ctx, tmp_path, monkeypatch) -> None:
+    seen = []
+    real = Scoring._evidence
+
+    def spy(self, criterion):
+        seen.append(real(self, criterion))
+        return seen[-1]
+
+    monkeypatch.setattr(Scoring, "_evidence", spy)
+    config = _config(criterion="grasp", score_images=16)
+    _candidates(config, _model("chain", tmp_path), ctx)
+    monkeypatch.setattr(Scoring, "_is_trained", lambda *_args: True)
+    _candidates(config, _model("chain", tmp_path), StageContext(tmp_path / "other", 0, ctx.data, Listener()))
+    assert [one.is_signed for one in seen] == [True, False]
+
+
+def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> None:
+    module = nets.build("chain")
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+    model = _model("chain", tmp_path, module)
+    config = _config(criterion="snip", score_images=16)
+    surveyed = survey(model, config, None, ctx)
+    scoring = Scoring(config, Trunk(model, (), [], model.module, 0), surveyed, "key", ctx)
+    measured = scoring._with_statistics(module)
+    assert measured is not module
+    assert not module.body[0][1].running_mean.any()
+    assert bool(measured.body[0][1].running_mean.any())
+    assert scoring._with_statistics(measured) is measured

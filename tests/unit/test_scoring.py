@@ -155,7 +155,7 @@ def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, m
             factors = torch.from_numpy(scales).repeat(groups[name].parts)
             stack.enter_context(scaled_reads(whole, groups_of_copy[name], factors))
         wanted = whole(images)
-        assert torch.allclose(slim.module(images), wanted, atol=1e-5)
+        assert float((slim.module(images) - wanted).abs().max()) <= 1e-4
     assert any(not np.allclose(ranked[name].unit_scales(width), 1) for name, width in widths.items())
 
 

@@ -1,126 +1,281 @@
-"""What are the methods worth, at the same budget and the same epochs of training in all?
+"""Comparison of all criteria, training-time methods and rank allocations at the same budget.
 
-    python benchmarks/methods.py                                   the quickstart network, 4 epochs each
-    python benchmarks/methods.py pipelines/resnet20_cifar10.yaml --set data.array_folder=FOLDER --epochs 6
-    ... --only gsm gates      some of them       --write docs/methods/README.md      puts the table between its markers
-    ... --seeds 0 1 2         mean of several
+    python benchmarks/methods.py a --write docs/methods/README.md         the quickstart network, 0.4 of its MACs, 4 epochs
+    python benchmarks/methods.py b --weights resnet20-12fca82f.th ...     ResNet-20, 0.5 and 0.3 of its MACs, untrained and 2 epochs
+    python benchmarks/methods.py c --weights resnet56-4bfd9763.th ...     ResNet-56, 0.5 of its MACs, no training
+    ... --only greedy lasso     some rows        --seeds 0 1 2      mean of several        --list     names of all rows
 
-The pipeline must have one prune and one finetune stage. Methods that train get two thirds of the epochs, with the
-settings of finetune, and finetune the rest; the others finetune for all of them. Rows with `random` are there to
-compare with: channels at random at the widths of the first row, and its structure trained from scratch. Finished runs
-are not repeated.
+Each row is a pipeline of the repository with something changed; the file that comes out is judged on the whole evaluation
+split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get half of the
+epochs, with the settings of finetune, and finetune the rest; they have no row without training. Baselines are random
+channels at the widths of the default, filter norms, the same share of each group, and the default's structure trained
+from random weights. Runs are kept in a folder of the package's source, and a finished run is not repeated.
+
+Intervals are Wilson's at 95 % over the images of one run, or the range of the seeds where that is wider. A row is "not
+told apart" where its interval overlaps that of the best row.
 """
 
+import argparse
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from results import write_between_markers
-from rows import ROOT, Row, flow, measure, named, row_parser
+import yaml
+from made import source_digest, write_marked
+from rows import ROOT, Row, flow, measure
 
+from compress.catalog import CRITERIA
 from compress.config.load import load_pipeline
 from compress.console import Console
 
-HEADER = (
-    "| what decides | MACs | params | blocks gone | validation top-1, cut | top-1 of the file | time |",
-    "|---|---|---|---|---|---|---|",
-)
-AT_ONCE = {
-    "scores (default)": {},
-    "scores, taylor alone": {"prune.criterion": "taylor"},
-    "filter norms (l2)": {"prune.criterion": "l2"},
-    "the same share of each group": {"prune.allocation": "uniform"},
-    "channels at random": {"prune.order": "random"},
-    "random weights, trained from scratch": {"finetune.weights": "random"},
-    "blocks: auto": {"prune.blocks": "auto"},
+AT_ONCE: dict[str, dict[str, Any]] = {
+    "default (reconstruction)": {},
+    **{name: {"criterion": name} for name in CRITERIA if name not in ("random", "l1", "reconstruction")},
+    "reconstruction, errors": {"criterion": "reconstruction", "damage": "errors"},
+    "greedy, shared error": {"criterion": "greedy", "allocation": "shared_error"},
+    "pfp, shared error": {"criterion": "pfp", "allocation": "shared_error"},
+    "sensitivity": {"damage": "sensitivity"},
+    "blocks: auto": {"blocks": "auto"},
 }
-TRAINED = {
+BASELINES: dict[str, dict[str, Any]] = {
+    "l1": {"criterion": "l1"},
+    "random channels": {"order": "random"},
+    "uniform widths": {"allocation": "uniform"},
+    "random scores": {"criterion": "random"},
+}
+TRAINED: dict[str, dict[str, Any]] = {
     "gsm": {},
     "gates": {},
-    "gates, blocks: auto": {"blocks": "auto"},
-    "greg, variant 1": {"greg": {"variant": 1}},
-    "greg, variant 2": {},
+    "greg": {},
     "increg": {},
     "csgd": {},
+    "grda": {},
+    "regrow": {},
+    "tpp": {},
 }
-RANKS = ("low_rank", "trp")
-NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms")
+RANKS: dict[str, dict[str, Any]] = {
+    "low_rank": {},
+    "low_rank, alds": {"allocation": "alds"},
+    "low_rank, energy": {"allocation": "energy"},
+    "trp": {"method": "trp"},
+}
+FROM_SCRATCH = "random weights"
+NOT_WHILE_LEARNING = (
+    "stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms", "rewind_to", "rewind_epoch",
+    "rewind_schedule",
+)  # fmt: skip
 
 
-def rows(values: dict[str, Any], epochs: int) -> list[Row]:
-    """Return every way to decide, for a pipeline whose values are given."""
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        pipeline: File name.
+        kept: Shares of the MACs.
+        epochs: Of training; 0 is none.
+        has_methods: Whether training-time methods have rows.
+        title: One line.
+    """
+
+    pipeline: str
+    kept: tuple[float, ...]
+    epochs: tuple[int, ...]
+    has_methods: bool
+    title: str
+
+
+TABLES = {
+    "a": Table("quickstart.yaml", (0.4,), (0, 4), True, "Quickstart network (MNIST)"),
+    "b": Table("resnet20_cifar10.yaml", (0.5, 0.3), (0, 2), True, "Published ResNet-20 (CIFAR-10)"),
+    "c": Table("resnet56_cifar10.yaml", (0.5,), (0,), False, "Published ResNet-56 (CIFAR-10)"),
+}
+
+
+def rows(values: dict[str, Any], epochs: int, has_methods: bool) -> list[Row]:
+    """Return every row, for a pipeline whose values are given; with 0 epochs those without training alone."""
     stages = {stage["stage"]: stage for stage in values["stages"]}
-    learning = max(1, round(epochs * 2 / 3))
+    place = next(index for index, stage in enumerate(values["stages"]) if stage["stage"] == "prune")
+    whole = () if epochs == 0 else (f"stages.finetune.epochs={epochs}",)
+    found = [
+        Row(name, (*whole, *(f"stages.prune.{key}={flow(value)}" for key, value in changes.items())))
+        for name, changes in (AT_ONCE | BASELINES).items()
+    ]
+    target = {"macs": stages["prune"]["target"]["macs"]}
+    for name, changes in RANKS.items():
+        if not changes.get("method"):
+            found.append(
+                Row(name, (*whole, f"stages.{place}={flow({'stage': 'low_rank', 'target': target} | changes)}"))
+            )
+    if epochs == 0:
+        return found
+    found.append(Row(FROM_SCRATCH, (*whole, "stages.finetune.weights=random")))
+    if not has_methods:
+        return found
+    learning = max(1, epochs // 2)
     training = {
         key: value for key, value in stages["finetune"].items() if key not in NOT_WHILE_LEARNING and value is not None
     }
-    whole, rest = f"stages.finetune.epochs={epochs}", f"stages.finetune.epochs={epochs - learning}"
-    trained = flow({**training, "epochs": learning})
-    found = [
-        Row(name, (whole, *(f"stages.{key}={value}" for key, value in changes.items())))
-        for name, changes in AT_ONCE.items()
-    ]
+    trained, rest = {**training, "epochs": learning}, f"stages.finetune.epochs={epochs - learning}"
     for name, changes in TRAINED.items():
-        settings = {"method": name.partition(",")[0], **changes}
-        overrides = [f"stages.prune.{key}={flow(value)}" for key, value in settings.items()]
-        found.append(Row(name, (rest, f"stages.prune.training={trained}", *overrides)))
-    target = {name: value for name, value in stages["prune"]["target"].items() if value is not None}
-    if set(target) <= {"macs", "params"} and len(target) == 1:
-        place = next(index for index, stage in enumerate(values["stages"]) if stage["stage"] == "prune")
-        plain = {"stage": "low_rank", "target": target}
-        learned = {**plain, "method": "trp", "training": {**training, "epochs": learning}}
-        found.append(Row(RANKS[0], (f"stages.{place}={flow(plain)}", whole)))
-        found.append(Row(RANKS[1], (f"stages.{place}={flow(learned)}", rest)))
+        overrides = [f"stages.prune.{key}={flow(value)}" for key, value in {"method": name, **changes}.items()]
+        found.append(Row(name, (rest, f"stages.prune.training={flow(trained)}", *overrides)))
+    learned = {"stage": "low_rank", "target": target, **RANKS["trp"], "training": trained}
+    found.append(Row("trp", (f"stages.{place}={flow(learned)}", rest)))
     return found
 
 
-def line(row: Row, reports: Sequence[Any]) -> str:
-    """Return one row of the table: means over seeds."""
+def pipeline_file(table: Table, kept: float, epochs: int, overrides: Sequence[str], folder: Path) -> Path:
+    """Write a pipeline of the repository with its budget changed, without finetune where nothing is trained."""
+    budget = f"stages.prune.target={flow({'macs': kept})}"
+    values = load_pipeline(ROOT / "pipelines" / table.pipeline, [*overrides, budget]).resolved
+    stages = [stage for stage in values["stages"] if epochs or stage["stage"] != "finetune"]
+    for stage in stages:
+        if stage["stage"] == "verify":
+            stage |= {"robustness": None, "resources": None, "gates": {"parity": 0.001}}
+    name = f"{Path(table.pipeline).stem}-{kept:g}-{epochs}"
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**_plain(values), "stages": [_plain(stage) for stage in stages], "name": name}))
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """Return values as they may stand in a pipeline file, without settings that are not given."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items() if one is not None}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row's runs.
+
+    Attributes:
+        name: Of the row.
+        refused: The message, where it could not be run.
+        before: Validation loss after the cut, before the repair; None where there was none.
+        after: Validation loss after the repair.
+        top1: Of the file, for each seed.
+        images: It was measured on.
+        macs: How many times fewer.
+        seconds: Of the stage that cuts, for each seed.
+    """
+
+    name: str
+    refused: str | None = None
+    before: float | None = None
+    after: float | None = None
+    top1: tuple[float, ...] = ()
+    images: int = 1
+    macs: float = 1.0
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval at 95 % of the mean, or the range of the seeds where that is wider."""
+        mean, z, n = statistics.mean(self.top1), 1.96, self.images
+        middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return min(middle - half, *self.top1), max(middle + half, *self.top1)
+
+
+def result(row: Row, reports: Sequence[Any]) -> Result:
+    """Return what the reports of a row's runs say."""
     if refused := [report for report in reports if isinstance(report, str)]:
-        return f"| {row.name} | {refused[0]} | | | | | |"
-    fewer = [statistics.mean(one["baseline"][key] / one["slim"][key] for one in reports) for key in ("macs", "params")]
-    cut = [
-        next(stage["record"] for stage in one["stages"] if stage["stage"] in ("prune", "low_rank")) for one in reports
-    ]
-    blocks = statistics.mean(len(one.get("removed_blocks") or []) for one in cut)
-    before, after = (statistics.mean(_around(one)[when] for one in cut) for when in (0, 1))
-    top1 = [one["slim"]["quality"]["top1"] for one in reports]
-    spread = f" ± {100 * statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-    seconds = statistics.mean(sum(stage["seconds"] for stage in one["stages"]) for one in reports)
-    return (
-        f"| {row.name} | {fewer[0]:.2f}× fewer | {fewer[1]:.2f}× fewer | {blocks:g} | {before:.2%} → {after:.2%} | "
-        f"{100 * statistics.mean(top1):.2f}{spread} % | {seconds:.0f} s |"
+        return Result(row.name, refused=refused[0])
+    stages = [next(stage for stage in one["stages"] if stage["stage"] in ("prune", "low_rank")) for one in reports]
+    losses = [_losses(stage["record"]) for stage in stages]
+    before = [one[0] for one in losses if one[0] is not None]
+    after = [one[1] for one in losses if one[1] is not None]
+    return Result(
+        row.name,
+        None,
+        statistics.mean(before) if before else None,
+        statistics.mean(after) if after else None,
+        tuple(one["slim"]["quality"]["top1"] for one in reports),
+        reports[0]["details"]["evaluation"]["images"] if "evaluation" in reports[0]["details"] else 10_000,
+        statistics.mean(one["baseline"]["macs"] / one["slim"]["macs"] for one in reports),
+        tuple(stage["seconds"] for stage in stages),
     )
 
 
-def _around(record: dict[str, Any]) -> tuple[float, float]:
-    """Return validation top-1 just before and just after the cut; of scores that is with the repair."""
-    learned = record.get("method")
-    if learned:
-        return learned["top1_before_cut"], learned["top1_after_cut"]
-    return record["validation_top1_before"], record["validation_top1_after"]
+def _losses(record: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Return the validation loss after the cut, and after the repair."""
+    repairs = record.get("repairs") or []
+    if not repairs:
+        return None, record.get("validation_loss_after")
+    kept = [one["loss_after"] for one in repairs if one["is_kept"]]
+    return repairs[0]["loss_before"], kept[-1] if kept else repairs[0]["loss_before"]
+
+
+def markdown(results: Sequence[Result], title: str) -> str:
+    """Return a table, the best row first."""
+    known = sorted((one for one in results if one.refused is None), key=lambda one: -statistics.mean(one.top1))
+    lines = [
+        f"{title}",
+        "",
+        "| what decides | top-1 of the file, 95 % interval | loss, cut → repaired | MACs | seconds | next to the best |",
+        "|---|---|---|---|---|---|",
+    ]
+    best = known[0].interval[0] if known else 0.0
+    for place, one in enumerate(known):
+        low, high = one.interval
+        seeds = "" if len(one.top1) == 1 else f", {len(one.top1)} seeds"
+        losses = " → ".join("–" if value is None else f"{value:.3f}" for value in (one.before, one.after))
+        told = "best" if place == 0 else "not told apart" if high >= best else "worse"
+        lines.append(
+            f"| {one.name} | {100 * statistics.mean(one.top1):.2f} % ({100 * low:.2f} to {100 * high:.2f}{seeds}) | {losses} | "
+            f"{one.macs:.2f}× fewer | {statistics.mean(one.seconds):.0f} | {told} |"
+        )
+    lines += [f"| {one.name} | – | – | – | – | {one.refused} |" for one in results if one.refused is not None]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Parse the command line, run what is missing, print or write the table."""
-    parser = row_parser(__doc__, ROOT / "pipelines" / "quickstart.yaml")
-    parser.add_argument("--epochs", type=int, default=4, help="of training in all, at least 2")
+    """Parse the command line, run what is missing, print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("--weights", help="published weights, where the pipeline's own are not to be used")
+    parser.add_argument("--kept", type=float, nargs="+", help="shares of the MACs; those of the table by default")
+    parser.add_argument("--epochs", type=int, nargs="+", help="of training; those of the table by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows, and stop")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--write", type=Path, help="Markdown file with the markers methods-a, methods-b, methods-c")
     arguments = parser.parse_args()
-    if arguments.epochs < 2:
-        parser.error(f"--epochs must be at least 2, got {arguments.epochs}")
-    values = load_pipeline(arguments.pipeline, arguments.overrides).resolved
-    every = rows(values, arguments.epochs)
-    console, lines = Console(), list(HEADER)
-    for row in named(every, arguments.only, parser):
-        reports = [
-            measure("methods", arguments.pipeline, row, arguments.overrides, seed, arguments.runs_dir, console)
-            for seed in arguments.seeds
-        ]
-        lines.append(line(row, reports))
-        console.note(lines[-1])
-    text = "\n".join(lines)
-    if arguments.write is not None:
-        write_between_markers(arguments.write, text, "comparison")
+    table, console, texts = TABLES[arguments.table], Console(), []
+    overrides = [*arguments.overrides, *([f"stages.load.weights={arguments.weights}"] if arguments.weights else [])]
+    folder = arguments.runs_dir / f"methods-{source_digest()}"
+    for kept in arguments.kept or table.kept:
+        for epochs in table.epochs if arguments.epochs is None else arguments.epochs:
+            path = pipeline_file(table, kept, epochs, overrides, folder)
+            every = rows(load_pipeline(path, []).resolved, epochs, table.has_methods)
+            if unknown := set(arguments.only or ()) - {row.name for row in every}:
+                if epochs or unknown - {*TRAINED, FROM_SCRATCH, "trp"}:
+                    parser.error(f"rows are {', '.join(row.name for row in every)}; got {', '.join(sorted(unknown))}")
+            if arguments.list:
+                print("\n".join(row.name for row in every))
+                continue
+            found = []
+            for row in every:
+                if arguments.only and row.name not in arguments.only:
+                    continue
+                reports = [measure("methods", path, row, (), seed, folder, console) for seed in arguments.seeds]
+                found.append(result(row, reports))
+                console.note(markdown(found[-1:], row.name).splitlines()[-1])
+            training = f"{epochs} epochs" if epochs else "no training"
+            texts.append(markdown(found, f"{table.title}, {kept:g} of its MACs, {training}."))
+    text = "\n\n".join(texts)
+    if arguments.write is not None and texts:
+        weights = f" --weights {Path(arguments.weights).name}" if arguments.weights else ""
+        command = f"python benchmarks/methods.py {arguments.table}{weights}"
+        write_marked(arguments.write, text, f"methods-{arguments.table}", command)
     print(text)
 
 

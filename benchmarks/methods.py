@@ -1,15 +1,16 @@
 """Comparison of all criteria, training-time methods and rank allocations at the same budget.
 
-    python benchmarks/methods.py a --write docs/methods/README.md         the quickstart network, 0.4 of its MACs, 4 epochs
-    python benchmarks/methods.py b --weights resnet20-12fca82f.th ...     ResNet-20, 0.5 and 0.3 of its MACs, untrained and 2 epochs
-    python benchmarks/methods.py c --weights resnet56-4bfd9763.th ...     ResNet-56, 0.5 of its MACs, no training
+    python benchmarks/methods.py a                                quickstart, 0.4 of its MACs, no training and 2 epochs
+    python benchmarks/methods.py b --weights resnet20-12fca82f.th ResNet-20, 0.5 and 0.3, no training and 2 epochs
+    python benchmarks/methods.py c --weights resnet56-4bfd9763.th ResNet-56, 0.5, no training
+    ... --write docs/methods/README.md      puts the tables between their markers
     ... --only greedy lasso     some rows        --seeds 0 1 2      mean of several        --list     names of all rows
 
-Each row is a pipeline of the repository with something changed; the file that comes out is judged on the whole evaluation
-split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get half of the
-epochs, with the settings of finetune, and finetune the rest; they have no row without training. Baselines are random
-channels at the widths of the default, filter norms, the same share of each group, and the default's structure trained
-from random weights. Runs are kept in a folder of the package's source, and a finished run is not repeated.
+Each row is a pipeline of the repository with something changed; the file that comes out is judged on the whole
+evaluation split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get half
+of the epochs, with the settings of finetune, and finetune the rest; they have no row without training. Baselines are
+random channels at the widths of the default, filter norms, the same share of each group, and the default's structure
+trained from random weights. Runs are kept in a folder of the package's source, and a finished run is not repeated.
 
 Intervals are Wilson's at 95 % over the images of one run, or the range of the seeds where that is wider. A row is "not
 told apart" where its interval overlaps that of the best row.
@@ -89,7 +90,7 @@ class Table:
 
 
 TABLES = {
-    "a": Table("quickstart.yaml", (0.4,), (0, 4), True, "Quickstart network (MNIST)"),
+    "a": Table("quickstart.yaml", (0.4,), (0, 2), True, "Quickstart network (MNIST)"),
     "b": Table("resnet20_cifar10.yaml", (0.5, 0.3), (0, 2), True, "Published ResNet-20 (CIFAR-10)"),
     "c": Table("resnet56_cifar10.yaml", (0.5,), (0,), False, "Published ResNet-56 (CIFAR-10)"),
 }
@@ -216,9 +217,9 @@ def markdown(results: Sequence[Result], title: str) -> str:
     """Return a table, the best row first."""
     known = sorted((one for one in results if one.refused is None), key=lambda one: -statistics.mean(one.top1))
     lines = [
-        f"{title}",
+        title,
         "",
-        "| what decides | top-1 of the file, 95 % interval | loss, cut → repaired | MACs | seconds | next to the best |",
+        "| what decides | top-1 of the file (95 %) | loss, cut → repaired | MACs | seconds | next to the best |",
         "|---|---|---|---|---|---|",
     ]
     best = known[0].interval[0] if known else 0.0
@@ -227,10 +228,9 @@ def markdown(results: Sequence[Result], title: str) -> str:
         seeds = "" if len(one.top1) == 1 else f", {len(one.top1)} seeds"
         losses = " → ".join("–" if value is None else f"{value:.3f}" for value in (one.before, one.after))
         told = "best" if place == 0 else "not told apart" if high >= best else "worse"
-        lines.append(
-            f"| {one.name} | {100 * statistics.mean(one.top1):.2f} % ({100 * low:.2f} to {100 * high:.2f}{seeds}) | {losses} | "
-            f"{one.macs:.2f}× fewer | {statistics.mean(one.seconds):.0f} | {told} |"
-        )
+        top1 = f"{100 * statistics.mean(one.top1):.2f} % ({100 * low:.2f} to {100 * high:.2f}{seeds})"
+        seconds = f"{statistics.mean(one.seconds):.0f}"
+        lines.append(f"| {one.name} | {top1} | {losses} | {one.macs:.2f}× fewer | {seconds} | {told} |")
     lines += [f"| {one.name} | – | – | – | – | {one.refused} |" for one in results if one.refused is not None]
     return "\n".join(lines)
 
@@ -256,9 +256,9 @@ def main() -> None:
         for epochs in table.epochs if arguments.epochs is None else arguments.epochs:
             path = pipeline_file(table, kept, epochs, overrides, folder)
             every = rows(load_pipeline(path, []).resolved, epochs, table.has_methods)
-            if unknown := set(arguments.only or ()) - {row.name for row in every}:
-                if epochs or unknown - {*TRAINED, FROM_SCRATCH, "trp"}:
-                    parser.error(f"rows are {', '.join(row.name for row in every)}; got {', '.join(sorted(unknown))}")
+            known = {row.name for row in every} | ({*TRAINED, FROM_SCRATCH, "trp"} if epochs == 0 else set())
+            if unknown := set(arguments.only or ()) - known:
+                parser.error(f"rows are {', '.join(row.name for row in every)}; got {', '.join(sorted(unknown))}")
             if arguments.list:
                 print("\n".join(row.name for row in every))
                 continue

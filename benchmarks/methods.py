@@ -7,8 +7,8 @@
     ... --only greedy lasso     some rows        --seeds 0 1 2      mean of several        --list     names of all rows
 
 Each row is a pipeline of the repository with something changed; the file that comes out is judged on the whole
-evaluation split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get half
-of the epochs, with the settings of finetune, and finetune the rest; they have no row without training. Baselines are
+evaluation split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get
+half of the epochs, with the settings of finetune, and finetune the rest; they have no row without training. Baselines are
 random channels at the widths of the default, filter norms, the same share of each group, and the default's structure
 trained from random weights. Runs are kept in a folder of the package's source, and a finished run is not repeated.
 

@@ -30,7 +30,7 @@ AT_ONCE = {
     "scores, taylor alone": {"prune.criterion": "taylor"},
     "filter norms (l2)": {"prune.criterion": "l2"},
     "the same share of each group": {"prune.allocation": "uniform"},
-    "channels at random": {"prune.order": "random"},
+    "channels at random": {"prune.order": "shuffled"},
     "random weights, trained from scratch": {"finetune.weights": "random"},
     "blocks: auto": {"prune.blocks": "auto"},
 }

@@ -458,7 +458,7 @@ class PruneStage:
         found = find_candidates(groups, scores, surveyed.levels, criterion.comparable)
         by_name = {one.name: one for one in found}
         orders_by_refit = config.order == "criterion" and getattr(criterion, "orders_by_refit", False)
-        if config.order == "random":
+        if config.order == "shuffled":
             by_name = {
                 name: replace(one, order=_any_order(len(one.scores), ctx.seed, name)) for name, one in by_name.items()
             }

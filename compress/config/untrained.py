@@ -13,6 +13,7 @@ from compress.config.locations import UNTRAINED
 from compress.config.problems import KeyPath, Problem, format_path
 
 _RELATIVE = ("max_drop", "max_rise", "max_drop_on")
+_TO_BASELINE = frozenset({"churn", "softmax_distance", "distance", "agreement", "cosine"})
 _DEFAULTS: dict[str, Any] = {"repair": ["batch_norm"], "residual": "cut"}
 
 
@@ -82,14 +83,13 @@ def _check_gates(document: Document, index: int, gates: dict[str, Any], task: An
     kind = "max" if isinstance(task, str) and task in GATED and not GATED[task]["min"] else "min"
     hint = f"gates: {{{kind}: {{METRIC: LIMIT}}}} holds the file to a value of its own."
     relative: list[KeyPath] = [(*path, name) for name in _RELATIVE if gates.get(name)]
-    if isinstance(gates.get("max"), dict) and "churn" in gates["max"]:
-        relative.append((*path, "max", "churn"))
+    limits = {name: gates[name] if isinstance(gates.get(name), dict) else {} for name in ("min", "max")}
+    relative += [(*path, name, one) for name, given in limits.items() for one in given if one in _TO_BASELINE]
     for place in relative:
         text = f"{format_path(place)} must be left out with weights: none: an untrained baseline is no yardstick."
         yield Problem(document.origin(place), text, hint)
-    names = set(gates["max"]) - {"churn"} if isinstance(gates.get("max"), dict) else set()
-    has_other = bool(names) and (kind == "max" or task not in GATED)
-    if not relative and not gates.get("min") and not has_other:
+    wanted = (kind,) if isinstance(task, str) and task in GATED else ("min", "max")
+    if not relative and not any(limits[name] for name in wanted):
         text = f"{format_path(path)} must hold {kind} with weights: none: else nothing says that the network learned."
         yield Problem(document.origin(path), text, hint)
 

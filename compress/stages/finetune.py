@@ -18,6 +18,7 @@ from compress.errors import ArtifactError, InternalError, NonFinite
 from compress.files import write_whole
 from compress.pruning.survival import surviving_channels
 from compress.stages.context import Record, StageContext
+from compress.stages.isometry import conclusion, measure_isometry
 from compress.stages.measured import metric_of, stated
 from compress.stages.paired import is_quality_worse
 from compress.stages.teaching import original_of
@@ -144,6 +145,7 @@ def train(
         best = max(known, key=lambda one: sign * one[f"validation_{metric.name}"])
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(pace(settings))
+    isometry = _isometry_before(artifact, config, settings, ctx, warnings)
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     reached = _reached(result)
     is_worse = False
@@ -164,7 +166,11 @@ def train(
         module = artifact.module
     elif is_unfolded:
         module = folded(module, artifact.module)
+    if "before" in isometry:
+        after = measure_isometry(artifact, {"after": lambda: module}, ctx)
+        isometry = after if "skipped" in after else {**isometry, **after}
     record = {
+        "isometry": isometry,
         "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
         "chosen_epoch": 0 if is_worse else result.chosen_epoch,
         f"averaged_{metric.name}": result.averaged,
@@ -181,6 +187,32 @@ def train(
         **stated(metric),
     }
     return replace(artifact, module=module), record
+
+
+def _isometry_before(
+    artifact: TorchModel, config: TrainingConfig, settings: FitSettings, ctx: StageContext, warnings: list[str]
+) -> Record:
+    """Measure the Jacobian's singular values before training, and log what they say about the peak learning rate.
+
+    Args:
+        artifact: The network about to be trained.
+        config: Knows the original training, where the pipeline does.
+        settings: Have the peak.
+        ctx: Surroundings.
+        warnings: A warning is added to it.
+    """
+    original = None if artifact.recipe.is_baseline else lambda: original_of(artifact)
+    isometry = measure_isometry(artifact, {"baseline": original, "before": lambda: artifact.module}, ctx)
+    if config.original is not None:
+        reference, name = config.original.learning_rate, "of the original training"
+    else:
+        reference, name = LEARNING_RATES[config.optimizer], f"of {config.optimizer} by default"
+    text, is_warning = conclusion(isometry, settings.learning_rate, reference, name)
+    if is_warning:
+        warnings.append(text)
+    elif text:
+        ctx.progress.note(text)
+    return isometry
 
 
 def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:

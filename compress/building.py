@@ -39,6 +39,7 @@ __all__ = [
     "call_factory",
     "fitting_weights",
     "initialized",
+    "load_checkpoint",
     "example_input",
     "load_strict",
     "read_weights",
@@ -49,6 +50,8 @@ __all__ = [
     "without_unread",
     "write_weights",
 ]
+
+_CHECKPOINT = "A checkpoint to rewind to is of the whole network, as load builds it, before any cut."
 
 
 def build_module(spec: FactorySpec, seed: int = 0) -> nn.Module:
@@ -200,11 +203,22 @@ def rewound(
             f"{some(factorised)}.",
             hint="Set weights: inherited, or leave low_rank out (of slim: moves: [channels, blocks]).",
         )
-    module = build_module(spec)
-    state = fitting_weights(spec, checkpoint, module)
-    conversions = load_strict(module, state, f"Checkpoint '{checkpoint}'")
+    module, conversions = load_checkpoint(spec, checkpoint)
     example = example_input(signature)
     return apply_edits(with_one_array(module, spec, example), recipe, example), conversions
+
+
+def load_checkpoint(spec: FactorySpec, checkpoint: Path) -> tuple[nn.Module, list[Conversion]]:
+    """Return the untouched network, as its factory made it, with the weights of a checkpoint to rewind to.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read, or does not fit the network; names layers and shapes.
+        ModelError: The factory fails.
+        NonFinite: A weight is NaN or infinite.
+    """
+    module = build_module(spec)
+    state = fitting_weights(spec, checkpoint, module)
+    return module, load_strict(module, state, f"Checkpoint '{checkpoint}' of rewind_to", _CHECKPOINT)
 
 
 def fitting_weights(spec: FactorySpec, path: Path, module: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def measure_isometry(
         The values by name, None where there is no network; the images and the most directions of the output that were
         used. Only {"skipped": reason} where nothing could be measured.
     """
-    effort = affordable(artifact.baseline.figures.macs)
+    effort = affordable(artifact.baseline.figures.macs, ctx.data.calibration)
     if effort is None:
         return {"skipped": f"{artifact.baseline.figures.macs:,} MACs an image would take too long"}
     values: dict[str, float | None] = {}

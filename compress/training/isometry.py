@@ -30,8 +30,9 @@ from compress.training.evaluate import run
 IMAGES, FEWEST_IMAGES = 32, 4
 MAX_OUTPUTS = 16  # directions of the output
 MAX_MACS = 1e11  # of one measurement: a few seconds on two cores
+MAX_SCALARS = 2**19  # of all images: depthwise networks take longer than their MACs say
 _MAX_PROJECTION = 2**24  # scalars of the projection
-_BATCH_PIXELS = 2**18
+_BATCH_SCALARS = 2**18
 _SEED = 0
 
 
@@ -48,20 +49,18 @@ class Effort:
     directions: int
 
 
-def affordable(macs: int) -> Effort | None:
+def affordable(macs: int, split: Split) -> Effort | None:
     """Return the size of a measurement that stays within a few seconds, None where there is none.
 
-    It follows from the MACs alone and not from the clock, so that records do not depend on the machine. An image costs
-    one forward pass and a backward pass to the input for each direction.
+    It follows from the MACs and the size of an image, not from the clock, so that records do not depend on the machine.
+    An image costs one forward pass and a backward pass to the input for each direction.
 
     Args:
         macs: Of the baseline for one image.
-
-    >>> affordable(41_000_000), affordable(4_100_000_000), affordable(10**11)
-    (Effort(images=32, directions=16), Effort(images=4, directions=5), None)
+        split: Has the images.
     """
     passes = MAX_MACS / max(1, macs)
-    images = max(FEWEST_IMAGES, min(IMAGES, int(passes / (1 + MAX_OUTPUTS))))
+    images = max(FEWEST_IMAGES, min(IMAGES, int(passes / (1 + MAX_OUTPUTS)), MAX_SCALARS // _scalars(split)))
     directions = min(MAX_OUTPUTS, int(passes / images) - 1)
     return Effort(images, directions) if directions >= 1 else None
 
@@ -109,8 +108,12 @@ def mean_singular_value(
 
 
 def _batch_size(split: Split) -> int:
+    return max(1, min(IMAGES, _BATCH_SCALARS // _scalars(split)))
+
+
+def _scalars(split: Split) -> int:
     images, _ = next(evaluation_batches(split.first(1), 1, "nothing"))
-    return max(1, min(IMAGES, _BATCH_PIXELS // max(1, images[0].numel())))
+    return max(1, images.numel())
 
 
 @torch.enable_grad()

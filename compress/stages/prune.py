@@ -446,7 +446,9 @@ class PruneStage:
         is_repaired = bool(best.selection.removed) and any(one["is_kept"] for one in best.repairs)
         networks = {
             "before": lambda: artifact.module,
-            "after_cut": (lambda: self._cut(unrepaired, ctx).model.module) if is_repaired else lambda: best.model.module,
+            "after_cut": (lambda: self._cut(unrepaired, ctx).model.module)
+            if is_repaired
+            else lambda: best.model.module,
             "after_repair": (lambda: best.model.module) if is_repaired else None,
         }
         return measure_isometry(artifact, networks, ctx)

@@ -75,9 +75,9 @@ def mean_singular_value(
 
     Args:
         module: The network, on the CPU; each image's outputs must not depend on the others of its batch.
-        split: The images; the first of them are used, targets are not.
+        split: The images; some of them, spread evenly, are used, and no targets.
         effort: How many, and how many directions of the output.
-        progress: Told about each direction of each image.
+        progress: Told about each batch.
 
     Returns:
         The value, and "". Where there is none: None, and the reason.

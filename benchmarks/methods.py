@@ -44,7 +44,8 @@ TRAINED = {
     "csgd": {},
 }
 RANKS = ("low_rank", "trp")
-NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms")
+REWINDING = ("rewind_to", "rewind_schedule", "rewind_epoch")
+NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms", *REWINDING)
 
 
 def rows(values: dict[str, Any], epochs: int) -> list[Row]:

@@ -390,8 +390,8 @@ class LoadConfig(Section):
     weights: str | None = Field(
         None,
         description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
-        "torch.export program; pretrained, for what timm or torchvision offer; none, for a seeded initialisation; left out "
-        "with model.onnx",
+        "torch.export program; pretrained, for what timm or torchvision offer; none, for a seeded initialisation; left "
+        "out with model.onnx",
     )
     rewrites: Literal["measured", "always", "never"] = Field(
         "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"

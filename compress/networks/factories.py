@@ -41,16 +41,16 @@ def call_factory(make: Factory, spec: FactorySpec, seed: int = 0) -> nn.Module:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - what the user's code may draw from
+    plain, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:
             random.setstate(plain)
-            np.random.set_state(arrays)  # noqa: NPY002
+            np.random.set_state(arrays)
 
 
 def _check_kind(module: Any, reference: str) -> None:

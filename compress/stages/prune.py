@@ -441,7 +441,7 @@ class PruneStage:
         return replace(attempt, repairs=part.record)
 
     def _isometry(self, artifact: TorchModel, best: Attempt, ctx: StageContext) -> Record:
-        """Return the Jacobian's mean singular value before the stage, after the cut of channels and after its repair."""
+        """Measure Jacobian singular values before the stage, after the cut of channels and after its repair."""
         unrepaired = replace(best, model=best.prepared.trunk.model, repairs=[])
         is_repaired = bool(best.selection.removed) and any(one["is_kept"] for one in best.repairs)
         networks = {

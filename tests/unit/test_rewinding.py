@@ -1,5 +1,6 @@
 """Rewinding: weights of a checkpoint cut as the network was, tails of schedules, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import nets
 import numpy as np
 import pytest
 import torch
+import yaml
 from bright import Listener
 from safetensors.torch import save_file
 
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.building import apply_edits, rewound
+from compress.config.load import parse_pipeline
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -20,6 +23,9 @@ from compress.config.schema import (
     PreprocessingConfig,
 )
 from compress.data.opening import Splits
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources import ArraySource
+from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite, StageError
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.work import _list_rewinding
@@ -138,16 +144,12 @@ def test_the_loop_follows_the_tail() -> None:
 
 @pytest.fixture
 def split():
-    from compress.data.preprocessing import Preprocessing
-    from compress.data.sources import ArraySource
-    from compress.data.splits import Split
-
     return Split(
         "train", ArraySource(np.zeros((100, 1, 1, 3), np.uint8), np.zeros(100)), np.arange(100), Preprocessing()
     )
 
 
-# -- the stage -----------------------------------------------------------------------------------------------------------
+# -- the stage ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -225,3 +227,21 @@ def test_the_same_rewinding_of_whole_epochs_says_no_other_pace() -> None:
     config = FinetuneConfig(stage="finetune", epochs=2, rewind_schedule="tail", rewind_epoch=6, original=original)
     assert finetune._tail(config, 100).endswith("the last 2 epochs of the cosine schedule")
     assert replace(FitSettings(), schedule_start=config.schedule_start).schedule_start == 0.75
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["rewinding", "pruning-at-initialisation"])
+def test_examples_of_the_pages_are_pipelines(page, tmp_path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods" / f"{page}.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    stages = yaml.safe_load(example)
+    if page == "rewinding":
+        load = {"stage": "load", "model": {"torchvision": "resnet18"}, "weights": "w.pt"}
+        stages = [load, *stages, {"stage": "export"}, {"stage": "verify"}]
+        for name in re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE)[:4]:
+            default = FinetuneConfig.model_fields[name[0]].default
+            assert name[1] == ("none" if default is None else default)
+    data = {"train": {"arrays": "a.npz"}, "evaluation": {"arrays": "b.npz"}}
+    parse_pipeline(yaml.safe_dump({"name": "page", "data": data, "stages": stages}), tmp_path / "page.yaml")

@@ -89,13 +89,13 @@ def digest(module: nn.Module) -> str:
 def test_the_seed_alone_decides_the_weights_in_any_process(origin: World) -> None:
     first, is_seeded = initialized(spec(origin), 11)
     assert is_seeded
-    torch.manual_seed(99), random.seed(99), np.random.seed(99)  # noqa: NPY002
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     again, _ = initialized(spec(origin), 11)
     assert digest(again) == digest(first) != digest(initialized(spec(origin), 12)[0])
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == states[2]).all()
     process = smallrun.start(code=f"import sys; sys.argv = ['', {spec(origin).reference!r}]\n{DIGEST}")
     out, err = process.communicate(timeout=120)
     assert out.strip() == digest(first), err

@@ -5,10 +5,10 @@ how much of them a network has left.
 
     J (outputs x inputs) of one image  --P (m x outputs), orthonormal rows-->  P J  -->  mean of its singular values
 
-With more outputs than `MAX_OUTPUTS` J is projected on as many random directions. They are the same for every network with
-as many outputs. The root mean square of the singular values of P J is on average that of J. Their mean is about that root
-mean square, and so larger than the mean of J where its singular values differ much. Values are comparable between
-networks with the same outputs.
+With more outputs than `MAX_OUTPUTS` J is projected on as many random directions, the same for all networks with as many
+outputs. The root mean square of the singular values of P J is on average that of J. Their mean is about that root mean
+square, and so larger than the mean of J where its singular values differ much. Values are comparable between networks
+with the same outputs.
 
 Source: Wang, Qin, Bai and Fu 2021, "Dynamical Isometry: The Missing Ingredient for Neural Network Pruning",
     arXiv:2105.05916. The projection is ours.

@@ -8,7 +8,7 @@
 
 Each row is a pipeline of the repository with something changed; the file that comes out is judged on the whole
 evaluation split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get
-half of the epochs, with the settings of finetune, and finetune the rest; they have no row without training. Baselines are
+half of the epochs, with the settings of finetune, and finetune the rest; without training they have no row. Baselines:
 random channels at the widths of the default, filter norms, the same share of each group, and the default's structure
 trained from random weights. Runs are kept in a folder of the package's source, and a finished run is not repeated.
 
@@ -43,7 +43,7 @@ AT_ONCE: dict[str, dict[str, Any]] = {
 }
 BASELINES: dict[str, dict[str, Any]] = {
     "l1": {"criterion": "l1"},
-    "random channels": {"order": "random"},
+    "random channels": {"order": "shuffled"},
     "uniform widths": {"allocation": "uniform"},
     "random scores": {"criterion": "random"},
 }

@@ -7,7 +7,7 @@ What is read or called from outside is in `networks/`; here it is put together.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from compress.adapter import example_input
 from compress.artifacts import FactorySpec, Signature
 from compress.cost.macs import eval_mode
-from compress.errors import ArtifactError, InternalError, ModelError, RebuildMismatch, StageError
+from compress.errors import ArtifactError, InternalError, ModelError, NonFinite, RebuildMismatch, StageError
 from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
 from compress.networks.factories import call_factory
 from compress.networks.observe import observe
 from compress.networks.prepare import prepare
 from compress.networks.unread import find_unread, removable, remove_unread
-from compress.networks.weights import load_strict, read_weights, write_weights
+from compress.networks.weight_types import Conversion
+from compress.networks.weights import load_strict, read_weights, some, write_weights
 from compress.networks.wiring import wire
-from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory
+from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory, without_auxiliary
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.references import beside, import_callable
@@ -37,18 +38,28 @@ __all__ = [
     "build_untouched",
     "call_factory",
     "example_input",
+    "fitting_weights",
+    "initialized",
+    "load_checkpoint",
     "load_strict",
     "read_weights",
     "rebuild",
     "reinitialized",
+    "rewound",
     "with_one_array",
     "without_unread",
     "write_weights",
 ]
 
+_CHECKPOINT = "A checkpoint to rewind to is of the whole network, as load builds it, before any cut."
 
-def build_module(spec: FactorySpec) -> nn.Module:
+
+def build_module(spec: FactorySpec, seed: int = 0) -> nn.Module:
     """Call the factory and return its network in eval mode; the global random state is left as it is.
+
+    Args:
+        spec: How the network is built.
+        seed: Decides what the factory draws, in [0, 2^63).
 
     Raises:
         ModelError: The factory cannot be imported, raises, or returns no network, or an ONNX file cannot be imported.
@@ -57,12 +68,12 @@ def build_module(spec: FactorySpec) -> nn.Module:
     if spec.kind == "onnx":
         return build_imported(Path(spec.reference), spec.kwargs.get("inputs"))
     if spec.kind == "torchvision":
-        return call_factory(torchvision_factory(spec.reference), spec)
+        return call_factory(torchvision_factory(spec.reference), spec, seed)
     if spec.kind == "timm":
-        return call_factory(timm_factory(spec.reference), spec)
+        return call_factory(timm_factory(spec.reference), spec, seed)
     make = import_callable(spec.reference)
     with beside(spec.reference):
-        return call_factory(make, spec)
+        return call_factory(make, spec, seed)
 
 
 def with_one_array(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
@@ -161,6 +172,98 @@ def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module
                 f"Edit '{edit.kind}' must fit the network that the factory builds: {error.message}"
             ) from error
     return module.eval()
+
+
+def rewound(
+    spec: FactorySpec, recipe: Recipe, signature: Signature, checkpoint: Path
+) -> tuple[nn.Module, list[Conversion]]:
+    """Return the slim network with the weights of a checkpoint of the whole network, cut by the recipe's edits.
+
+    Args:
+        spec: How the untouched network is built.
+        recipe: Edits that only remove: channels, blocks, modules that no output reads.
+        signature: Inputs and outputs.
+        checkpoint: Parameters and buffers of the untouched network; formats as `read_weights`.
+
+    Returns:
+        The network, and what of the checkpoint was converted to another type.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read, or does not fit the network.
+        ModelError: The factory fails.
+        NonFinite: A weight is NaN or infinite.
+        StageError: The recipe factorises a layer: its factors are not part of the checkpoint.
+        RebuildMismatch: The recipe does not fit the factory.
+
+    Source: Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv:1912.05671.
+    """
+    if factorised := [edit.layer for edit in recipe.edits if isinstance(edit, Factorize)]:
+        raise StageError(
+            f"Weights cannot be rewound through a low-rank factorisation, the recipe has factorised "
+            f"{some(factorised)}.",
+            hint="Set weights: inherited, or leave low_rank out (of slim: moves: [channels, blocks]).",
+        )
+    module, conversions = load_checkpoint(spec, checkpoint)
+    example = example_input(signature)
+    return apply_edits(with_one_array(module, spec, example), recipe, example), conversions
+
+
+def load_checkpoint(spec: FactorySpec, checkpoint: Path) -> tuple[nn.Module, list[Conversion]]:
+    """Return the untouched network, as its factory made it, with the weights of a checkpoint to rewind to.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read, or does not fit the network; names layers and shapes.
+        ModelError: The factory fails.
+        NonFinite: A weight is NaN or infinite.
+    """
+    module = build_module(spec)
+    state = fitting_weights(spec, checkpoint, module)
+    return module, load_strict(module, state, f"Checkpoint '{checkpoint}' of rewind_to", _CHECKPOINT)
+
+
+def fitting_weights(spec: FactorySpec, path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Read a state dict of an untouched network, without what its library drops after training.
+
+    Raises:
+        ArtifactError: The file cannot be read.
+    """
+    state = read_weights(path, module.state_dict())
+    return without_auxiliary(state, module.state_dict()) if spec.kind == "torchvision" else state
+
+
+def initialized(spec: FactorySpec, seed: int) -> tuple[nn.Module, bool]:
+    """Return an untrained network as its factory initialises it, and whether the seed decides that.
+
+    Args:
+        spec: How the network is built.
+        seed: Decides what the factory draws; whatever was drawn before does not matter.
+
+    Returns:
+        The network in eval mode; False where another seed gives the same weights: the factory fixes a seed of its own,
+        or loads weights.
+
+    Raises:
+        ModelError: The factory fails, or builds other weights when it is called again with the same seed.
+        NonFinite: A weight is NaN or infinite.
+    """
+    module = build_module(spec, seed)
+    state = module.state_dict()
+    if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise NonFinite(
+            f"Initial weights of '{spec.reference}' must be finite, NaN or infinity in {some(broken)}.",
+            hint="Let the factory initialise every parameter; torch.empty does not.",
+        )
+    if differing := _differing(state, build_module(spec, seed).state_dict()):
+        raise ModelError(
+            f"Factory '{spec.reference}' must build the same weights from the same seed, these differ: "
+            f"{some(differing)}.",
+            hint="Let it draw from torch, numpy.random or random, and not from a generator without a seed.",
+        )
+    return module, bool(_differing(state, build_module(spec, (seed + 1) % 2**63).state_dict()))
+
+
+def _differing(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in state.items() if name not in other or not torch.equal(value, other[name])]
 
 
 def rebuild(

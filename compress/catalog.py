@@ -34,7 +34,7 @@ class StageEntry:
 STAGES: dict[str, StageEntry] = {
     entry.name: entry
     for entry in (
-        StageEntry("load", "compress.stages.load:LoadStage", 5, NOTHING, TORCH_MODEL, True,
+        StageEntry("load", "compress.stages.load:LoadStage", 6, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
         StageEntry("prune", "compress.stages.prune:PruneStage", 10, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
@@ -42,7 +42,7 @@ STAGES: dict[str, StageEntry] = {
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 6, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
-        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 8, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 9, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),
         StageEntry("export", "compress.stages.export:ExportStage", 4, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),

@@ -16,13 +16,14 @@ from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.code_files import NO_CODE, code_files, python_files, resolve
 from compress.config.digest import digest_data, digest_file, digest_value
 from compress.config.load import Pipeline
-from compress.config.locations import PRETRAINED
+from compress.config.locations import PRETRAINED, UNTRAINED
 from compress.config.schema import DEFAULT_TASK, DeployConfig, TaskConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
+FREE = ("save_minutes", "device", "compiled", "rewind_to")  # settings that no result depends on, or whose file counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
                 fixed["task"] = task
         if config.deploy is not None and needs_latency(stage):
             fixed["deploy"] = _deploy_component(config.deploy)
+        if values.get("rewind_to") is not None:
+            fixed["files"] = {"rewind_to": _file_digest(Path(values["rewind_to"]), "Checkpoint")}
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
             if config.deploy is not None:
@@ -131,11 +134,11 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
 
 
 def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage's settings that its results depend on; the files that `load` names count by content, not by place.
+    """Return a stage's settings that its results depend on; files of weights count by content, not by place.
 
     How training is done, and how often it saves its state, are no such settings.
     """
-    counting = {key: value for key, value in values.items() if key not in ("save_minutes", "device", "compiled")}
+    counting = {key: value for key, value in values.items() if key not in FREE}
     for name in ("between", "training"):
         if isinstance(training := values.get(name), Mapping):
             counting[name] = _what_counts("finetune", training)
@@ -153,17 +156,20 @@ def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Return the digests of the weights and of the factory, or of the ONNX file that is both."""
     if "onnx" in values["model"]:
         return {"onnx": _onnx_digest(Path(values["model"]["onnx"]))}
-    weights = Path(values["weights"])
-    if values["weights"] == PRETRAINED:  # the versions of the libraries, and the network's name, say which
-        files = {"weights": PRETRAINED}
-    elif not weights.is_file():
-        raise ArtifactError(f"Weights file '{weights}' does not exist.")
+    if values["weights"] in (PRETRAINED, UNTRAINED):  # library versions, the network's name and the seed say which
+        files = {"weights": values["weights"]}
     else:
-        files = {"weights": digest_file(weights)}
+        files = {"weights": _file_digest(Path(values["weights"]), "Weights file")}
     factory = values["model"].get("factory")
     if factory is not None:
         files["factory"] = _reference_digest(factory, folder)
     return files
+
+
+def _file_digest(path: Path, what: str) -> str:
+    if not path.is_file():
+        raise ArtifactError(f"{what} '{path}' does not exist.")
+    return digest_file(path)
 
 
 def _onnx_digest(path: Path) -> str:

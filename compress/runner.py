@@ -254,6 +254,8 @@ class _Run:
         self.stages.append(StageRun(step.entry.name, status, entry.meta["seconds"], entry.meta["record"]))
         if step.entry.consumes == NOTHING:
             require_known_metrics(self.pipeline.config, entry.meta["record"])
+            if status == "ran":
+                self._try_checkpoints()
         self.entries.append(entry)
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)
@@ -286,6 +288,14 @@ class _Run:
                     continue  # that place is skipped
                 error.message = f"Section '{name}': {error.message}"
                 raise
+
+    def _try_checkpoints(self) -> None:
+        """Refuse checkpoints that do not fit the network before anything is cut, not after it."""
+        for stage in self.pipeline.resolved["stages"]:
+            if stage.get("rewind_to") is not None:
+                from compress.building import load_checkpoint  # imports torch
+
+                load_checkpoint(self.factory, Path(stage["rewind_to"]))
 
     def _withdraw_report(self) -> None:
         """Remove the last run's report: a verdict must not stand beside settings it was not measured with."""

@@ -26,7 +26,9 @@ from compress.config.order import check_order
 from compress.config.overrides import apply_overrides
 from compress.config.problems import Origin, Problem, as_error, show
 from compress.config.quantization import check_quantize
+from compress.config.rewinding import check_rewinding
 from compress.config.schema import PipelineConfig
+from compress.config.untrained import check_untrained, follow_untrained
 from compress.config.yaml_core import dump_document
 from compress.errors import CompressError
 from compress.user_code import described, is_interrupt
@@ -93,6 +95,7 @@ def _check(
     checked = _validate(document)
     values = checked.model_dump(mode="json")
     follow_deploy(values, document)
+    follow_untrained(values, document)
     resolve_paths(values, document, folder)
     use_array_folder(values, document, folder, environ)
     follow_file(values, document)
@@ -110,6 +113,8 @@ def _validate(document: Document) -> PipelineConfig:
         + check_quantize(document)
         + check_weights(document)
         + check_features(document)
+        + check_rewinding(document)
+        + check_untrained(document)
     )
     document.problems += check_gates(document)
     try:

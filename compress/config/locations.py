@@ -13,6 +13,7 @@ from compress.config.document import Document
 from compress.config.problems import KeyPath, Origin, Problem
 
 PRETRAINED = "pretrained"  # in place of a path: what the network's library offers
+UNTRAINED = "none"  # in place of a path: a seeded initialisation
 _SOURCE_KEYS = ("arrays", "labels", "idx", "folder", "root", "masks", "images", "coco", "yolo", "unlabelled")
 _TASK_KEYS = ("own", "postprocess", "loss")
 _HALVES = {"train": "train.npz", "evaluation": "test.npz"}
@@ -82,12 +83,14 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
         yield ("deploy", "table"), values["deploy"], "table"
     for index, stage in enumerate(values["stages"]):
         if stage["stage"] == "load":
-            if stage["weights"] not in (None, PRETRAINED):
+            if stage["weights"] not in (None, PRETRAINED, UNTRAINED):
                 yield ("stages", index, "weights"), stage, "weights"
             if "onnx" in stage["model"]:
                 yield ("stages", index, "model", "onnx"), stage["model"], "onnx"
             if stage["model"].get("factory", "").rpartition(":")[0].endswith(".py"):
                 yield ("stages", index, "model", "factory"), stage["model"], "factory"
+        if stage["stage"] == "finetune" and stage["rewind_to"] is not None:
+            yield ("stages", index, "rewind_to"), stage, "rewind_to"
         if stage["stage"] == "verify":
             yield from _shifted_paths(("stages", index), stage)
 

@@ -45,6 +45,10 @@ def _to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _to_order(value: object) -> object:
+    return "shuffled" if value == "random" else value  # its name until 0.1
+
+
 def _check_blocks(value: object) -> object:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
@@ -386,7 +390,8 @@ class LoadConfig(Section):
     weights: str | None = Field(
         None,
         description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
-        "torch.export program; or pretrained, for what timm or torchvision offer; none with model.onnx",
+        "torch.export program; pretrained, for what timm or torchvision offer; none, for a seeded initialisation; left "
+        "out with model.onnx",
     )
     rewrites: Literal["measured", "always", "never"] = Field(
         "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"
@@ -434,8 +439,9 @@ class CutConfig(Section):
 
     target: TargetConfig
     criterion: Annotated[str, _registered(CRITERIA)] = Field("reconstruction", description="how channels are ranked")
-    order: Literal["criterion", "random"] = Field(
-        "criterion", description="which channels of a group go first; random to compare with, at the same widths"
+    order: Annotated[Literal["criterion", "shuffled"], BeforeValidator(_to_order)] = Field(
+        "criterion",
+        description="which channels of a group go first; shuffled: any, at the same widths, as a sanity check",
     )
     damage: Literal["scores", "errors", "sensitivity"] = Field(
         "scores",
@@ -548,6 +554,16 @@ class TrainingConfig(Section):
     )
     augmentation: AugmentationConfig = AugmentationConfig()
     distillation: DistillationConfig | None = None
+
+    @property
+    def schedule_start(self) -> float:
+        """Share of the learning-rate schedule that lies before the first step."""
+        return 0.0
+
+    @property
+    def keeps_original_peak(self) -> bool:
+        """Whether the peak rate is that of the original training however short this one is."""
+        return False
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -743,14 +759,60 @@ class FinetuneConfig(TrainingConfig):
     """Train the slim network."""
 
     stage: Literal["finetune"]
-    weights: Literal["inherited", "random"] = Field(
-        "inherited", description="what training starts from; random to compare with, at the same structure"
+    weights: Literal["inherited", "rewound", "random"] = Field(
+        "inherited",
+        description="start of training: the weights that the cut left, those of rewind_to cut in the same way, or a "
+        "new initialisation at the same structure",
+    )
+    rewind_to: str | None = Field(
+        None, description="checkpoint of the whole network early in its training; formats as weights of load"
+    )
+    rewind_schedule: Literal["whole", "tail"] | None = Field(
+        None,
+        description="whole: the whole original schedule from its own peak; tail: what of it follows rewind_epoch; "
+        "by default the schedule and peak of fine-tuning",
+    )
+    rewind_epoch: float | None = Field(
+        None, ge=0, description="epoch of the original training that weights or schedule go back to"
     )
     norms: bool = Field(
         True,
         description="put batch norms behind the convolutions of a network that has none while it trains; they are "
         "folded into them afterwards",
     )
+
+    @property
+    def schedule_start(self) -> float:
+        """Share of the learning-rate schedule that lies before the first step."""
+        if self.rewind_schedule != "tail" or self.original is None or self.rewind_epoch is None:
+            return 0.0
+        return self.rewind_epoch / self.original.epochs
+
+    @property
+    def keeps_original_peak(self) -> bool:
+        """Whether the peak rate is that of the original training however short this one is."""
+        return self.rewind_schedule is not None
+
+    @model_validator(mode="after")
+    def _check_rewinding(self) -> Self:
+        if self.weights == "rewound" and self.rewind_to is None:
+            raise ValueError("rewind_to must name a checkpoint where weights is rewound")
+        if self.weights != "rewound" and self.rewind_to is not None:
+            raise ValueError("rewind_to must be left out unless weights is rewound")
+        if self.rewind_schedule is not None and self.probe:
+            raise ValueError("probe must be false with rewind_schedule, which fixes the peak rate")
+        if self.rewind_schedule == "whole" and self.original is None and self.learning_rate is None:
+            raise ValueError("original must be given with rewind_schedule: whole, or learning_rate")
+        if self.rewind_schedule == "tail":
+            if self.original is None:
+                raise ValueError("original must be given with rewind_schedule: tail")
+            if self.rewind_epoch is None:
+                raise ValueError("rewind_epoch must be given with rewind_schedule: tail")
+        elif self.weights != "rewound" and self.rewind_epoch is not None:
+            raise ValueError("rewind_epoch must be left out unless weights is rewound or rewind_schedule is tail")
+        if self.original is not None and self.rewind_epoch is not None and self.rewind_epoch >= self.original.epochs:
+            raise ValueError(f"rewind_epoch must be below original.epochs ({self.original.epochs:g})")
+        return self
 
 
 class SlimConfig(CutConfig):

@@ -1,9 +1,12 @@
 """How is the user's own code called so that it gives a network? Only what `model.factory` names is ever imported."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,14 +18,18 @@ from compress.user_code import shown_as
 Factory = Callable[..., Any]
 
 
-def call_factory(make: Factory, spec: FactorySpec) -> nn.Module:
+def call_factory(make: Factory, spec: FactorySpec, seed: int = 0) -> nn.Module:
     """Call `make` with the keyword arguments of `spec` and return its network in eval mode.
+
+    Args:
+        make: Builds the network.
+        spec: Has the keyword arguments.
+        seed: Of torch, NumPy and `random` during the call, in [0, 2^63); their states are put back afterwards.
 
     Raises:
         ModelError: It raises, or returns something that cannot be worked with; says what to give instead.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _seeded(seed):
         called = f"Factory '{spec.reference}' must build the network with {_call_text(make, spec.kwargs)}"
         with shown_as(ModelError, called):
             module = make(**spec.kwargs)
@@ -30,6 +37,20 @@ def call_factory(make: Factory, spec: FactorySpec) -> nn.Module:
         module = module.module
     _check_kind(module, spec.reference)
     return module.eval().cpu()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    plain, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(arrays)
 
 
 def _check_kind(module: Any, reference: str) -> None:

@@ -69,8 +69,16 @@ def write_weights(module: nn.Module, path: Path) -> None:
     path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}))
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> list[Conversion]:
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], source: str, hint: str = _OTHER_NETWORK
+) -> list[Conversion]:
     """Load weights, every key and shape matching, and return what of them was converted to another type.
+
+    Args:
+        module: The network; changed in place.
+        state: Name -> tensor.
+        source: Of the weights, as the subject of a message.
+        hint: For weights of another network.
 
     Raises:
         ArtifactError: Keys are missing, unexpected, of another shape or of an unfit type; says which.
@@ -95,7 +103,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     if problems:
         raise ArtifactError(
             f"{source} must fit the network exactly; {'; '.join(problems)}.",
-            hint=_LEFT_OVER if unexpected and not missing and not shapes else _OTHER_NETWORK,
+            hint=_LEFT_OVER if unexpected and not missing and not shapes else hint,
         )
     buffers = {name for name, _ in module.named_buffers()}
     state, conversions = convert_weights(state, expected, buffers, source)

@@ -160,6 +160,7 @@ def _render_prune(runs: list[Run], index: int) -> str:
         ("MACs", _change(record, "macs", format_count)),
         ("parameters", _change(record, "params", format_count)),
         (f"validation {metric_of(record).words}, before and after this stage", _change_of_quality(record)),
+        *_list_isometry(record, {"before": "before", "after_cut": "after the cut", "after_repair": "after the repair"}),
         *_list_method(record.get("method") or {}),
     ]
     blocks = ", ".join(f"<code>{escape(block)}</code>" for block in record.get("removed_blocks") or [])
@@ -356,6 +357,8 @@ def _render_finetune(runs: list[Run], index: int) -> str:
             ", ".join(_say_probe(one, metric) for one in record.get("probed_learning_rates") or []) or None,
         ),
         ("final learning rate", format_number(rates[-1]) if rates else None),
+        *_list_rewinding(record),
+        *_list_isometry(record, {"baseline": "baseline", "before": "before training", "after": "after training"}),
         ("batch size", record.get("batch_size")),
         ("steps", format_whole(record.get("steps"))),
     ]
@@ -375,6 +378,28 @@ def _render_finetune(runs: list[Run], index: int) -> str:
         render_split(render_facts(facts), render_figure(plot_training(f"training-{index}", epochs, chosen, metric))),
         render_details("epochs as a table", render_table(head, rows, numeric=(1, 2, 3, 4))) if rows else "",
     )
+
+
+def _list_rewinding(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the start of a training that did not start from the weights at hand, or not at the fine-tuning's rates."""
+    epoch = record.get("rewind_epoch")
+    if record.get("weights") not in (None, "inherited"):
+        is_known = record["weights"] == "rewound" and epoch is not None
+        yield "weights at the start", f"rewound to epoch {epoch:g}" if is_known else record["weights"]
+    if record.get("rewind_schedule") is not None:
+        is_tail = record["rewind_schedule"] == "tail" and epoch is not None
+        yield "learning-rate schedule", f"tail from epoch {epoch:g}" if is_tail else "whole"
+
+
+def _list_isometry(record: dict[str, Any], labels: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the mean singular value of the input-output Jacobian at some points of a stage."""
+    isometry = record.get("isometry") or {}
+    known = {name: isometry[name] for name in labels if isometry.get(name) is not None}
+    if known:
+        label = f"mean singular value of the Jacobian, {', '.join(labels[name] for name in known)}"
+        yield label, " → ".join(map(format_number, known.values()))
+    elif isometry.get("skipped"):
+        yield "mean singular value of the Jacobian", f"not measured: {isometry['skipped']}"
 
 
 def _say_average(record: dict[str, Any]) -> str | None:

@@ -9,15 +9,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from compress.artifacts import TorchModel
-from compress.building import apply_edits, example_input, reinitialized
+from compress.building import apply_edits, example_input, reinitialized, rewound
 from compress.config.records import read_sealed, sealed
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
 from compress.data.splits import Split
-from compress.errors import ArtifactError, NonFinite
+from compress.errors import ArtifactError, InternalError, NonFinite
 from compress.files import write_whole
 from compress.pruning.survival import surviving_channels
 from compress.stages.context import Record, StageContext
+from compress.stages.isometry import conclusion, measure_isometry
 from compress.stages.measured import metric_of, stated
 from compress.stages.paired import is_quality_worse
 from compress.stages.teaching import original_of
@@ -45,11 +46,51 @@ class FinetuneStage:
 
         Raises:
             ModelError: `weights` is random, and a parameter cannot be drawn anew.
+            As `compress.building.rewound` where `weights` is rewound.
             As `compress.training.fit.fit`.
         """
-        if self.config.weights == "random":
+        config = self.config
+        if config.weights == "random":
             artifact = replace(artifact, module=reinitialized(artifact.module, random_seed(ctx.seed, "weights")))
-        return train(artifact, self.config, ctx, STATE_FILE, self.config.norms)
+        elif config.weights == "rewound":
+            artifact = _rewound(artifact, config, ctx)
+        if config.rewind_schedule == "tail":
+            ctx.progress.note(_tail(config, len(ctx.data.train)))
+        model, record = train(artifact, config, ctx, STATE_FILE, config.norms)
+        rewinding = {"rewind_epoch": config.rewind_epoch, "rewind_schedule": config.rewind_schedule}
+        return model, {**record, "weights": config.weights, **rewinding}
+
+
+def _rewound(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) -> TorchModel:
+    """Return the slim network with the weights and statistics of the checkpoint."""
+    if config.rewind_to is None:
+        raise InternalError("A pipeline passed validation without a checkpoint to rewind to.")
+    path = Path(config.rewind_to)
+    module, conversions = rewound(artifact.factory, artifact.recipe, artifact.signature, path)
+    for conversion in conversions:
+        (ctx.progress.note if conversion.is_exact else ctx.progress.warn)(conversion.text)
+    shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (module, artifact.module)]
+    if shapes[0] != shapes[1]:
+        raise InternalError("The network cut from the checkpoint has other shapes than the slim network.")
+    epoch = "" if config.rewind_epoch is None else f", epoch {config.rewind_epoch:g}"
+    ctx.progress.note(f"weights rewound to '{path.name}'{epoch}: the same channels and blocks are removed")
+    return replace(artifact, module=module)
+
+
+def _tail(config: FinetuneConfig, images: int) -> str:
+    """Return what of the original schedule this training runs through, as it is logged."""
+    if config.original is None or config.rewind_epoch is None:
+        raise InternalError("A pipeline passed validation without the original schedule.")
+    left, epochs = config.original.epochs - config.rewind_epoch, _epochs(config, images)
+    pace = "" if abs(left - epochs) <= 0.01 * left else f", run through in {epochs:g}"
+    return (
+        f"learning rate rewound to epoch {config.rewind_epoch:g} of {config.original.epochs:g}: the last {left:g} "
+        f"epochs of the {config.schedule} schedule{pace}"
+    )
+
+
+def _epochs(config: TrainingConfig, images: int) -> float:
+    return config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
 
 
 def train(
@@ -104,6 +145,7 @@ def train(
         best = max(known, key=lambda one: sign * one[f"validation_{metric.name}"])
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(pace(settings))
+    isometry = _isometry_before(artifact, config, settings, ctx, warnings)
     module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
     reached = _reached(result)
     is_worse = False
@@ -124,7 +166,11 @@ def train(
         module = artifact.module
     elif is_unfolded:
         module = folded(module, artifact.module)
+    if "before" in isometry:
+        after = measure_isometry(artifact, {"after": lambda: module}, ctx)
+        isometry = after if "skipped" in after else {**isometry, **after}
     record = {
+        "isometry": isometry,
         "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
         "chosen_epoch": 0 if is_worse else result.chosen_epoch,
         f"averaged_{metric.name}": result.averaged,
@@ -141,6 +187,32 @@ def train(
         **stated(metric),
     }
     return replace(artifact, module=module), record
+
+
+def _isometry_before(
+    artifact: TorchModel, config: TrainingConfig, settings: FitSettings, ctx: StageContext, warnings: list[str]
+) -> Record:
+    """Measure the Jacobian's singular values before training, and log what they say about the peak learning rate.
+
+    Args:
+        artifact: The network about to be trained.
+        config: Knows the original training, where the pipeline does.
+        settings: Have the peak.
+        ctx: Surroundings.
+        warnings: A warning is added to it.
+    """
+    original = None if artifact.recipe.is_baseline else lambda: original_of(artifact)
+    isometry = measure_isometry(artifact, {"baseline": original, "before": lambda: artifact.module}, ctx)
+    if config.original is not None:
+        reference, name = config.original.learning_rate, "of the original training"
+    else:
+        reference, name = LEARNING_RATES[config.optimizer], f"of {config.optimizer} by default"
+    text, is_warning = conclusion(isometry, settings.learning_rate, reference, name)
+    if is_warning:
+        warnings.append(text)
+    elif text:
+        ctx.progress.note(text)
+    return isometry
 
 
 def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:
@@ -241,8 +313,9 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
     clip = CLIP if config.gradient_clip is None and not is_tame else config.gradient_clip
     rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
     if original is not None:
-        epochs = config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / len(train)
-        rate = peak_from_original(original.learning_rate, original.epochs, epochs)
+        rate = original.learning_rate
+        if not config.keeps_original_peak:
+            rate = peak_from_original(rate, original.epochs, _epochs(config, len(train)))
     return FitSettings(
         epochs=config.epochs or 0.0,
         steps=config.steps,
@@ -255,6 +328,7 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
         augmentation=Augmentation(**config.augmentation.model_dump()),
         optimizer=config.optimizer,
         schedule=config.schedule,
+        schedule_start=config.schedule_start,
         gradient_clip=clip,
         accumulation=config.accumulation,
         ema=config.ema,

@@ -15,17 +15,18 @@ from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchM
 from compress.building import (
     build_module,
     example_input,
+    fitting_weights,
+    initialized,
     load_strict,
-    read_weights,
     with_one_array,
     without_unread,
     write_weights,
 )
-from compress.config.locations import PRETRAINED
+from compress.config.locations import PRETRAINED, UNTRAINED
 from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_params, count_products, counts_agree, layer_macs
 from compress.cost.onnx_file import load_onnx, read_inputs, read_metadata
-from compress.data.batches import evaluation_batches
+from compress.data.batches import evaluation_batches, random_seed
 from compress.data.sources import order_warning
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
@@ -34,7 +35,7 @@ from compress.networks.batch_independence import IMAGES, require_batch_independe
 from compress.networks.weight_types import Conversion
 from compress.networks.weights import some
 from compress.networks.wiring import notes_on, run_network, signature_of
-from compress.networks.zoo import pretrained_state, without_auxiliary
+from compress.networks.zoo import pretrained_state
 from compress.recipe import Recipe, RemoveUnread
 from compress.stages.chance import chance_warning
 from compress.stages.context import Record, StageContext
@@ -44,7 +45,17 @@ from compress.stages.measured import stated
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import plain
+from compress.training.batch_norm import reestimate_batch_norm
 from compress.verification.measuring import Conditions, measure_onnx
+
+UNTRAINED_NOTE = (
+    "The network is untrained (weights: none): its quality is that of a random initialisation, and no drop against it "
+    "says anything."
+)
+FIXED_SEED = (
+    "The initial weights of '{}' are the same for every seed: the factory fixes a seed of its own, or loads weights. "
+    "weights: none then gives the same network in every run."
+)
 
 
 class LoadStage:
@@ -77,6 +88,8 @@ class LoadStage:
         for note in notes_on(module, images):
             self._warn(ctx, note)
         module, recipe = self._without_unread(module, images, ctx)
+        if self.is_untrained:
+            reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)  # (0, 1) until then
         ctx.data.make_original = lambda: copy.deepcopy(module)
         signature = try_network(module, ctx.data.calibration, spec)
         several, _ = next(evaluation_batches(ctx.data.calibration.first(IMAGES), IMAGES, "nothing"))
@@ -85,7 +98,10 @@ class LoadStage:
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, recipe, signature, ctx)
         figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
-        if warning := chance_warning(figures.quality[metric.name], ctx.data.evaluation):
+        if self.is_untrained:
+            self.warnings.append(UNTRAINED_NOTE)  # of the report; no fault, so nothing is warned about while it runs
+            ctx.progress.note(UNTRAINED_NOTE)
+        elif warning := chance_warning(figures.quality[metric.name], ctx.data.evaluation):
             self._warn(ctx, warning)
         record = {
             "macs": figures.macs,
@@ -95,10 +111,15 @@ class LoadStage:
             "metrics": list(figures.quality),
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
+            "is_untrained": self.is_untrained,
             "rewrites": rewrites,
             "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
             **imported,
-            **compare_with_evaluation(module, figures.quality[metric.name], ctx, partial(self._warn, ctx)),
+            **(
+                {}
+                if self.is_untrained
+                else compare_with_evaluation(module, figures.quality[metric.name], ctx, partial(self._warn, ctx))
+            ),
             "warnings": self.warnings,
         }
         ctx.progress.note(
@@ -117,7 +138,17 @@ class LoadStage:
             return import_onnx(Path(spec.reference), spec.kwargs["inputs"], parts)
         if self.config.weights is None:
             raise InternalError("A pipeline passed validation without weights.")
-        return load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))
+        if not self.is_untrained:
+            return load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))
+        module, is_seeded = initialized(spec, random_seed(ctx.seed, "weights"))
+        if not is_seeded:
+            self._warn(ctx, FIXED_SEED.format(spec.reference))
+        return module
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the network starts from a seeded initialisation."""
+        return self.config.weights == UNTRAINED
 
     def _tell_conversion(self, ctx: StageContext, conversion: Conversion) -> None:
         if conversion.is_exact:
@@ -218,9 +249,7 @@ def load_network(spec: FactorySpec, weights: str, tell: Callable[[Conversion], N
         source = f"The weights of {spec.kind} for '{spec.reference}'"
         conversions = load_strict(module, pretrained_state(spec), source)
         return _told(module, conversions, tell)
-    state = read_weights(Path(weights), module.state_dict())
-    if spec.kind == "torchvision":
-        state = without_auxiliary(state, module.state_dict())
+    state = fitting_weights(spec, Path(weights), module)
     return _told(module, load_strict(module, state, f"'{weights}'"), tell)
 
 

@@ -26,6 +26,7 @@ from compress.pruning.trial import silenced_copy
 from compress.recipe import RemoveChannels
 from compress.stages.context import Record, StageContext
 from compress.stages.hooked import loss_and_quality, say_cut
+from compress.stages.isometry import measure_isometry
 from compress.stages.latency import LatencyModel
 from compress.stages.learned import learn
 from compress.stages.measured import before_and_after, metric_of, validation_quality
@@ -189,6 +190,7 @@ class PruneStage:
             "method": learned,
             "repairs": best.prepared.trunk.repairs + best.repairs,
             "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
+            "isometry": self._isometry(artifact, best, ctx),
             **before_and_after(ctx, before, after),
         }
         self._say(record, best, ctx.progress)
@@ -431,6 +433,19 @@ class PruneStage:
         part = ctx.parts.keep({"part": "repair", "of": attempt.prepared.key, "removed": selection.removed}, repair)
         slim.load_state_dict(part.tensors)
         return replace(attempt, repairs=part.record)
+
+    def _isometry(self, artifact: TorchModel, best: Attempt, ctx: StageContext) -> Record:
+        """Measure Jacobian singular values before the stage, after the cut of channels and after its repair."""
+        unrepaired = replace(best, model=best.prepared.trunk.model, repairs=[])
+        is_repaired = bool(best.selection.removed) and any(one["is_kept"] for one in best.repairs)
+        networks = {
+            "before": lambda: artifact.module,
+            "after_cut": (lambda: self._cut(unrepaired, ctx).model.module)
+            if is_repaired
+            else lambda: best.model.module,
+            "after_repair": (lambda: best.model.module) if is_repaired else None,
+        }
+        return measure_isometry(artifact, networks, ctx)
 
     def _scaling(self, attempt: Attempt) -> list[Repair]:
         """Return the repair that multiplies what reads kept channels by the factors that the ranking found for them."""

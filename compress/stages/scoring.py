@@ -95,7 +95,7 @@ class Scoring:
             found = self._scored(criterion, groups)
             if criterion.order != "scores" or config.damage == "sensitivity":
                 found = self._ranked(criterion, found, by_errors)
-        if config.order != "criterion":
+        if config.order == "shuffled":
             found = {name: replace(one, order=self._any_order(one), scales=None) for name, one in found.items()}
         return list(found.values())
 

@@ -103,6 +103,7 @@ class FitSettings:
         compiled: Whether the forward pass goes through `torch.compile` (needs a C++ compiler).
         optimizer: "sgd" with Nesterov momentum, or "adamw".
         schedule: As `compress.training.schedule.schedule` calls it.
+        schedule_start: Share of that schedule, in [0, 1), that lies before the first step.
         gradient_clip: Largest norm of all gradients together; None is off.
         accumulation: Batches a step; their gradients are averaged. Batch norm sees one batch at a time.
         ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
@@ -128,6 +129,7 @@ class FitSettings:
     compiled: bool = False
     optimizer: str = "sgd"
     schedule: str = "cosine"
+    schedule_start: float = 0.0
     gradient_clip: float | None = None
     accumulation: int = 1
     ema: float = 0.0
@@ -275,7 +277,8 @@ def planned_steps(train: Split, settings: FitSettings) -> tuple[int, int]:
 
 def learning_rate(settings: FitSettings, step: int, total_steps: int) -> float:
     """Return the learning rate of a step, counted from 0."""
-    return settings.learning_rate * schedule(step, total_steps, settings.warmup_ratio, settings.schedule)
+    share = schedule(step, total_steps, settings.warmup_ratio, settings.schedule, settings.schedule_start)
+    return settings.learning_rate * share
 
 
 class _Run:
@@ -678,6 +681,8 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         free = ("compiled", "device", "save_minutes")  # what may change from one start to the next
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
+        if not self.settings.schedule_start:
+            del settings["schedule_start"]  # states of older versions do not know it
         teacher = self.distillation
         return {
             **settings,

@@ -23,6 +23,7 @@ from compress.errors import ArtifactError
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
+TORCH_PRUNING = "torch-pruning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,11 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             "config": _what_counts(entry.name, values),
             "seed": config.seed,
             "threads": config.threads,
-            "libraries": libraries,
+            "libraries": libraries | _torch_pruning_version(values),
             "plugins": {name: _code_digest(name, folder) for name in config.plugins},
         }
+        if isinstance(values.get("criterion"), dict):
+            fixed["config"]["criterion"] = _criterion_component(values["criterion"], folder)
         if entry.uses_data:
             fixed["data"] = data
             if task is not None:
@@ -102,6 +105,18 @@ def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
     named = [key for key in ("own", "postprocess", "loss") if key in values]
     codes: dict[str, Any] = {key: _reference_digest(values[key], folder) for key in named}
     return values | codes
+
+
+def _criterion_component(criterion: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return an importance of the user's own with the digest of its code in place of its path."""
+    return {**criterion, "torch_pruning": _reference_digest(criterion["torch_pruning"], folder)}
+
+
+def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the version of torch-pruning for a stage whose criterion is one of its, nothing for others."""
+    criterion = values.get("criterion")
+    is_theirs = isinstance(criterion, dict) or (isinstance(criterion, str) and criterion.startswith("tp_"))
+    return {TORCH_PRUNING: _version(TORCH_PRUNING)} if is_theirs else {}
 
 
 def _reference_digest(reference: str, folder: Path) -> str:

@@ -88,6 +88,8 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
                 yield ("stages", index, "model", "onnx"), stage["model"], "onnx"
             if stage["model"].get("factory", "").rpartition(":")[0].endswith(".py"):
                 yield ("stages", index, "model", "factory"), stage["model"], "factory"
+        if isinstance(stage.get("criterion"), dict):
+            yield from _references(("stages", index, "criterion"), stage["criterion"], ("torch_pruning",))
         if stage["stage"] == "verify":
             yield from _shifted_paths(("stages", index), stage)
 

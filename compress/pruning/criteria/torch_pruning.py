@@ -23,7 +23,7 @@ from compress.errors import InternalError, ModelError, UnsupportedLayer
 from compress.pruning.criteria.base import Evidence, Order, WidthsBy
 from compress.pruning.criteria.parameter_gradients import ParameterGradients
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, ChannelGroup, Member, is_depthwise
-from compress.references import beside, import_callable
+from compress.references import beside, import_callable, short_reference
 from compress.user_code import described, shown_as
 
 Gradients = Literal["none", "mean", "squares"]
@@ -59,7 +59,7 @@ def build_group(group: ChannelGroup, gradients: Mapping[str, Tensor] | None = No
     from torch_pruning.pruner import function
 
     layers = _copied_layers(group, gradients)
-    known = [(member, name) for member in _ordered(group) if (name := _function_name(member)) is not None]
+    known = [(member, name) for member in _ordered(group) if (name := function_name(member)) is not None]
     nodes = {member.layer: Node(layers[member.layer], None, member.layer) for member, _ in known}
     built = Group()
     for member, name in known:
@@ -86,7 +86,7 @@ def _ordered(group: ChannelGroup) -> list[Member]:
     return sorted(every.values(), key=place)
 
 
-def _function_name(member: Member) -> str | None:
+def function_name(member: Member) -> str | None:
     """Return the name of torch-pruning's function that would cut a layer; None where it knows no such layer."""
     kind = next((kind for classes, kind in _KINDS if isinstance(member.module, classes)), None)
     if kind is None:
@@ -125,7 +125,8 @@ class _Measure:
     """A class of torch-pruning with its own defaults, but for the normalizer.
 
     Attributes:
-        gradients: Which evidence stands in `.grad`.
+        gradients: Evidence that stands in `.grad`.
+        reads_weights: Whether it looks at convolutions and linear layers.
     """
 
     name: ClassVar[str]
@@ -135,6 +136,7 @@ class _Measure:
     comparable: ClassVar[bool] = False
     treats_equals_equally: ClassVar[bool] = True
     gradients: ClassVar[Gradients] = "none"
+    reads_weights: ClassVar[bool] = True
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -174,7 +176,7 @@ class _Measure:
         return found.detach().float()
 
     def _require(self, group: ChannelGroup) -> None:
-        for member in group.members:
+        for member in group.members if self.reads_weights else ():
             module = member.module
             if isinstance(module, TRANSPOSED) and int(module.groups) > 1 and not is_depthwise(module):
                 raise UnsupportedLayer(
@@ -293,6 +295,7 @@ class TpBnScale(_Measure):
     """
 
     name = "tp_bn_scale"
+    reads_weights = False
 
     def importance(self) -> Any:
         """Return `BNScaleImportance` without a normalizer."""
@@ -308,6 +311,7 @@ class TpRandom(_Measure):
     """
 
     name = "tp_random"
+    reads_weights = False
     comparable = True
     treats_equals_equally = False
 
@@ -348,9 +352,8 @@ class OwnImportance:
     ) -> None:
         from torch_pruning.pruner import importance as library
 
-        place, _, kind = reference.rpartition(":")
         self.reference, self.seed, self.comparable = reference, seed, comparable
-        self.name = f"{place.replace(chr(92), '/').rpartition('/')[2]}:{kind}"
+        self.name = short_reference(reference)
         make = import_callable(reference, "Importance")
         with beside(reference), shown_as(ModelError, f"Importance '{self.name}' must open"):
             self._importance = make(**kwargs)
@@ -379,8 +382,9 @@ class OwnImportance:
         """
         gradients = _gradients_of(self.name, self.gradients, stats)
         hint = None if gradients else "If it reads .grad, write gradients: mean (or squares) beside torch_pruning."
-        with beside(self.reference), shown_as(
-            ModelError, f"Importance '{self.name}' must score group '{group.name}'", hint
+        with (
+            beside(self.reference),
+            shown_as(ModelError, f"Importance '{self.name}' must score group '{group.name}'", hint),
         ):
             found = score_group(self._importance, group, gradients, self.seed)
         if not isinstance(found, Tensor) or found.shape != (group.width,) or found.is_complex():

@@ -59,17 +59,18 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
     steps = []
     for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
         entry = STAGES[stage.stage]
+        counting = _what_counts(entry.name, values)
+        if isinstance(values.get("criterion"), dict):
+            counting["criterion"] = _criterion_component(values["criterion"], folder)
         fixed = {
             "stage": entry.name,
             "version": entry.version,
-            "config": _what_counts(entry.name, values),
+            "config": counting,
             "seed": config.seed,
             "threads": config.threads,
             "libraries": libraries | _torch_pruning_version(values),
             "plugins": {name: _code_digest(name, folder) for name in config.plugins},
         }
-        if isinstance(values.get("criterion"), dict):
-            fixed["config"]["criterion"] = _criterion_component(values["criterion"], folder)
         if entry.uses_data:
             fixed["data"] = data
             if task is not None:

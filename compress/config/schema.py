@@ -439,7 +439,8 @@ class TorchPruningConfig(Section):
     gradients: Literal["none", "mean", "squares"] | None = Field(
         None,
         description="what it finds in .grad: nothing, the gradient of the mean loss, or the mean of the squared "
-        "gradients of single images; by default as torch-pruning's Taylor (mean) or Hessian (squares) class that it derives from",
+        "gradients of single images; by default mean or squares where it derives from torch-pruning's Taylor or "
+        "Hessian class",
     )
     comparable: bool = Field(
         False,

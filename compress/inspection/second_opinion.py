@@ -229,16 +229,18 @@ def _compare(
             judged[root] = theirs.judgement(root)
             task.advance()
     found = []
-    for name, (places, root) in unequal.items():
-        other = {} if root is None else theirs.places[root]
-        kind = "only ours" if root is None else "other members"
+    for name, (places, match) in unequal.items():
         verdict = excluded[name].reason if name in excluded else RIGHT
-        theirs_says = None if root is None else judged[root]
-        found.append(GroupDifference(kind, name, _only(places, other), _only(other, places), verdict, theirs_says))
-    for root in (one for one in theirs.places if one in unmatched):
+        if match is None:
+            found.append(GroupDifference("only ours", name, _only(places, {}), (), verdict, None))
+            continue
+        other = theirs.places[match]
+        only_ours, only_theirs = _only(places, other), _only(other, places)
+        found.append(GroupDifference("other members", name, only_ours, only_theirs, verdict, judged[match]))
+    for root in sorted(unmatched):
         reason = excluded[root].reason if root in excluded else None
-        found.append(GroupDifference("only torch-pruning's", root, (), _only(theirs.places[root], {}), reason,
-                                     judged[root]))  # fmt: skip
+        members = _only(theirs.places[root], {})
+        found.append(GroupDifference("only torch-pruning's", root, (), members, reason, judged[root]))
     equal = len(matched) - len(unequal)
     return SecondOpinion(version("torch-pruning"), None, len(groups), len(theirs.places), equal, tuple(found))
 

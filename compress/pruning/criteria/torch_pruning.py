@@ -79,7 +79,7 @@ def _ordered(group: ChannelGroup) -> list[Member]:
         every.setdefault((id(member.module), member.axis), member)
 
     def place(member: Member) -> int:
-        holds_all = len(member.slots) == group.width == len(member.channels.unique())
+        holds_all = len(member.slots) == group.width == len(set(member.channels.tolist()))
         is_root = member.is_producer and member.layer == group.name
         return 0 if is_root and holds_all else 1 if holds_all and member.is_producer else 2 if holds_all else 3
 
@@ -117,7 +117,7 @@ def score_group(
     """Return whatever an importance gives for a group; torch's generator is seeded by the group and put back."""
     built = build_group(group, gradients)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.random.default_generator.manual_seed(seed * 1_000_003 + zlib.crc32(group.name.encode()))
+        torch.default_generator.manual_seed(seed * 1_000_003 + zlib.crc32(group.name.encode()))
         return importance(built)
 
 

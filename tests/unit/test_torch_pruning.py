@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 import torch_pruning
 from bright import Listener
-from smallrun import World, make_world, statuses
+from smallrun import ROOT, World, make_world, statuses
 from steady import profile_by_macs
 from torch import nn
 from torchvision import models
 
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.catalog import CRITERIA
 from compress.config.load import parse_pipeline
 from compress.config.schema import (
     ArraysSource,
@@ -365,6 +366,19 @@ def test_what_is_wrong_with_an_importance_is_shown(mine, name, match):
     with pytest.raises(ModelError, match=match) as caught:
         adapter.OwnImportance(f"{mine}:{name}", {}).scores(group, None)
     assert caught.value.exit_code == 3
+
+
+def test_the_page_names_every_measure_and_setting():
+    text = (ROOT / "docs" / "methods" / "torch-pruning.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(tp_\w+)` \|.* `(\w+Importance)` \|", text, re.MULTILINE)
+    assert [name for name, _ in named] == [name for name in CRITERIA if name.startswith("tp_")]
+    assert len(named) == 7
+    assert all(hasattr(importance, kind) for _, kind in named)
+    settings = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text.partition("| key | default |")[2], re.MULTILINE))
+    assert set(settings) == set(TorchPruningConfig.model_fields)
+    assert settings["comparable"] == str(TorchPruningConfig.model_fields["comparable"].default).lower()
+    index = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    assert all(name in index for name, _ in named)
 
 
 # -- in a pipeline ----------------------------------------------------------------------------------------------------

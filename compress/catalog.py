@@ -190,6 +190,16 @@ CRITERIA.declare(
     "sipp", "compress.pruning.criteria.pfp:Sipp", "pfp with the mean over positions in place of the largest; no labels"
 )
 CRITERIA.declare("random", "compress.pruning.criteria.random:Random", "seeded random numbers, to compare with")
+for _name, _class, _summary in (
+    ("tp_magnitude", "TpMagnitude", "squared weights, mean over the layers of the group"),
+    ("tp_fpgm", "TpFpgm", "distance to the other channels of the group"),
+    ("tp_lamp", "TpLamp", "tp_magnitude over the sum of all scores that are not smaller"),
+    ("tp_taylor", "TpTaylor", "|weight * gradient|, summed, mean over the layers"),
+    ("tp_hessian", "TpHessian", "weight^2 * mean squared gradient, summed, mean over the layers"),
+    ("tp_bn_scale", "TpBnScale", "absolute scales, mean over the batch norms of the group"),
+    ("tp_random", "TpRandom", "seeded random numbers"),
+):
+    CRITERIA.declare(_name, f"compress.pruning.criteria.torch_pruning:{_class}", f"torch-pruning: {_summary}")
 
 METHODS: Registry[Any] = Registry("method")
 METHODS.declare(

@@ -337,6 +337,9 @@ def inspect(
         bool, typer.Option("--latency", help="Measure the least latency that can be reached, in ONNX Runtime.")
     ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
+    second_opinion: Annotated[
+        bool, typer.Option("--second-opinion", help="Compare the channel groups with those of torch-pruning.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE.json", help="Write what was found as JSON.")
     ] = None,
@@ -351,7 +354,7 @@ def inspect(
     from compress.inspection.overview import inspect_target  # imports torch
 
     console = Console(quiet)
-    overview = inspect_target(target, shape, tuple(overrides or ()), latency, console)
+    overview = inspect_target(target, shape, tuple(overrides or ()), latency, console, second_opinion)
     for title, columns, rows in overview.tables(layers):
         console.print_table(title, columns, rows)
     if json_file is not None:

@@ -24,6 +24,7 @@ from compress.errors import ArtifactError
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
 FREE = ("save_minutes", "device", "compiled", "rewind_to")  # settings that no result depends on, or whose file counts
+TORCH_PRUNING = "torch-pruning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,16 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
     steps = []
     for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
         entry = STAGES[stage.stage]
+        counting = _what_counts(entry.name, values)
+        if isinstance(values.get("criterion"), dict):
+            counting["criterion"] = _criterion_component(values["criterion"], folder)
         fixed = {
             "stage": entry.name,
             "version": entry.version,
-            "config": _what_counts(entry.name, values),
+            "config": counting,
             "seed": config.seed,
             "threads": config.threads,
-            "libraries": libraries,
+            "libraries": libraries | _torch_pruning_version(values),
             "plugins": {name: _code_digest(name, folder) for name in config.plugins},
         }
         if entry.uses_data:
@@ -105,6 +109,18 @@ def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
     named = [key for key in ("own", "postprocess", "loss") if key in values]
     codes: dict[str, Any] = {key: _reference_digest(values[key], folder) for key in named}
     return values | codes
+
+
+def _criterion_component(criterion: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return an importance of the user's own with the digest of its code in place of its path."""
+    return {**criterion, "torch_pruning": _reference_digest(criterion["torch_pruning"], folder)}
+
+
+def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the version of torch-pruning for a stage whose criterion is one of its, nothing for others."""
+    criterion = values.get("criterion")
+    is_theirs = isinstance(criterion, dict) or (isinstance(criterion, str) and criterion.startswith("tp_"))
+    return {TORCH_PRUNING: _version(TORCH_PRUNING)} if is_theirs else {}
 
 
 def _reference_digest(reference: str, folder: Path) -> str:

@@ -1,7 +1,7 @@
 """How does a reference of the user's own, "pkg.module:name" or "path/file.py:name", become an object?
 
-The keys of a pipeline that are imported so: `model.factory`, `task.own`, `task.postprocess`, `task.loss`, and `own` of
-a data source. Nothing else in a pipeline file but `plugins` is ever imported.
+The keys of a pipeline that are imported so: `model.factory`, `task.own`, `task.postprocess`, `task.loss`, `own` of a
+data source, and `criterion.torch_pruning`. Nothing else in a pipeline file but `plugins` is ever imported.
 """
 
 import hashlib
@@ -35,6 +35,16 @@ def import_callable(reference: str, what: str = "Factory") -> Callable[..., Any]
         choices = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ModelError(f"'{place}' must have a callable '{name}', it has none.", hint=closest(name, choices))
     return found  # type: ignore[no-any-return]
+
+
+def short_reference(reference: str) -> str:
+    """Return a reference less the folder of its file.
+
+    >>> short_reference("/data/nets/mine.py:MyImportance")
+    'mine.py:MyImportance'
+    """
+    place, _, name = reference.rpartition(":")
+    return f"{Path(place).name}:{name}"
 
 
 @contextmanager

@@ -20,7 +20,7 @@ _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _OURS = str(Path(__file__).resolve().parent)
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "PIL", "onnx", "onnxruntime", "onnxscript", "typer",
-              "click", "pydantic", "safetensors", "compress")  # fmt: skip
+              "click", "pydantic", "safetensors", "torch_pruning", "compress")  # fmt: skip
 _STANDARD = tuple({sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib")})
 
 

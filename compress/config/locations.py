@@ -91,6 +91,8 @@ def _path_values(values: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
                 yield ("stages", index, "model", "factory"), stage["model"], "factory"
         if stage["stage"] == "finetune" and stage["rewind_to"] is not None:
             yield ("stages", index, "rewind_to"), stage, "rewind_to"
+        if isinstance(stage.get("criterion"), dict):
+            yield from _references(("stages", index, "criterion"), stage["criterion"], ("torch_pruning",))
         if stage["stage"] == "verify":
             yield from _shifted_paths(("stages", index), stage)
 

@@ -33,7 +33,7 @@ _BOUNDS = {
 _PATTERNS = {
     "name": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-'",
     **dict.fromkeys(("factory", "postprocess", "loss"), "must be pkg.module:callable or path/to/file.py:callable"),
-    "own": "must be pkg.module:Class or path/to/file.py:Class",
+    **dict.fromkeys(("own", "torch_pruning"), "must be pkg.module:Class or path/to/file.py:Class"),
 }
 _RATIO_HINTS = {
     "target.latency": "0.5 halves the baseline's latency.",

@@ -434,11 +434,42 @@ class TargetConfig(RankTargetConfig):
         return self
 
 
+class TorchPruningConfig(Section):
+    """An importance of the user's own, written for torch-pruning."""
+
+    torch_pruning: str = Field(
+        pattern=REFERENCE, description='a subclass of torch_pruning.importance.Importance: "path/to/file.py:Class"'
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
+    gradients: Literal["none", "mean", "squares"] | None = Field(
+        None,
+        description="what it finds in .grad: nothing, the gradient of the mean loss, or the mean of the squared "
+        "gradients of single images; by default mean or squares where it derives from torch-pruning's Taylor or "
+        "Hessian class",
+    )
+    comparable: bool = Field(
+        False,
+        description="whether scores of different groups have one scale; else each group's are divided by their mean",
+    )
+
+
+def _criterion_kind(value: object) -> str:
+    return "section" if isinstance(value, dict | Section) else "name"
+
+
+Criterion = Annotated[
+    Annotated[str, _registered(CRITERIA), Tag("name")] | Annotated[TorchPruningConfig, Tag("section")],
+    Discriminator(_criterion_kind),
+]
+
+
 class CutConfig(Section):
     """How channels are chosen and cut down to a budget, and what is repaired afterwards."""
 
     target: TargetConfig
-    criterion: Annotated[str, _registered(CRITERIA)] = Field("reconstruction", description="how channels are ranked")
+    criterion: Criterion = Field(
+        "reconstruction", description="how channels are ranked: a name, or an importance of your own"
+    )
     order: Annotated[Literal["criterion", "shuffled"], BeforeValidator(_to_order)] = Field(
         "criterion",
         description="which channels of a group go first; shuffled: any, at the same widths, as a sanity check",

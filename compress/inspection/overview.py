@@ -10,6 +10,7 @@ from compress.cost.onnx_graph import LayerRow, OnnxCounts, count_onnx, layer_row
 from compress.errors import ModelError
 from compress.inspection.latency import LeastLatency, TimedShare, measure_least_latency
 from compress.inspection.potential import Potential, find_potential
+from compress.inspection.second_opinion import SecondOpinion, find_second_opinion
 from compress.inspection.targets import open_target
 from compress.progress import Progress, SilentProgress
 
@@ -28,6 +29,7 @@ class Overview:
         latency: The least that can be reached, where that was asked for.
         file: Figures of an ONNX file.
         nodes: Its nodes.
+        second_opinion: Channel groups beside those of torch-pruning, where that was asked for.
     """
 
     target: str
@@ -35,6 +37,7 @@ class Overview:
     latency: LeastLatency | None = None
     file: OnnxCounts | None = None
     nodes: tuple[LayerRow, ...] = ()
+    second_opinion: SecondOpinion | None = None
 
     def tables(self, with_layers: bool = False) -> list[Table]:
         """Return tables; with every layer where that is asked for."""
@@ -43,6 +46,8 @@ class Overview:
             tables.append(_file_table(Path(self.target).name, self.file))
         if self.potential is not None:
             tables += _potential_tables(self.potential, self.latency)
+        if self.second_opinion is not None:
+            tables += _opinion_tables(self.second_opinion)
         if with_layers and self.potential is not None:
             tables.append(_layer_table(self.potential))
         if with_layers and self.file is not None:
@@ -61,6 +66,7 @@ def inspect_target(
     overrides: Sequence[str] = (),
     with_latency: bool = False,
     progress: Progress | None = None,
+    with_second_opinion: bool = False,
 ) -> Overview:
     """Find out what can be done to a network.
 
@@ -70,6 +76,7 @@ def inspect_target(
         overrides: As `--set`, for a pipeline file.
         with_latency: Whether the least latency that can be reached is measured.
         progress: Told about each part.
+        with_second_opinion: Whether channel groups are compared with those of torch-pruning.
 
     Raises:
         ConfigValueError: The target is of no kind known, or its input shape is not known.
@@ -79,14 +86,21 @@ def inspect_target(
     """
     progress = progress or SilentProgress()
     if Path(target).suffix == ".onnx":
-        return _inspect_file(target, input_shape, with_latency, progress)
+        return _inspect_file(target, input_shape, with_latency, progress, with_second_opinion)
     network = open_target(target, input_shape, overrides)
     potential, groups = find_potential(network.module, network.example, network.limits, progress)
     latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
-    return Overview(target, potential, latency)
+    opinion = find_second_opinion(network.module, network.example, progress) if with_second_opinion else None
+    return Overview(target, potential, latency, second_opinion=opinion)
 
 
-def _inspect_file(target: str, input_shape: tuple[int, ...] | None, with_latency: bool, progress: Progress) -> Overview:
+def _inspect_file(
+    target: str,
+    input_shape: tuple[int, ...] | None,
+    with_latency: bool,
+    progress: Progress,
+    with_second_opinion: bool,
+) -> Overview:
     """Return the figures of an ONNX file and, where it can be imported, what can be done to the network in it."""
     require_valid(Path(target))
     figures, nodes = count_onnx(Path(target)), tuple(layer_rows(Path(target)))
@@ -95,13 +109,14 @@ def _inspect_file(target: str, input_shape: tuple[int, ...] | None, with_latency
             network = open_target(target, input_shape)
             task.advance()
     except ModelError as error:
-        if with_latency:
+        if with_latency or with_second_opinion:
             raise
         progress.warn(f"What can be cut is not known: {error.message}")
         return Overview(target, file=figures, nodes=nodes)
     potential, groups = find_potential(network.module, network.example, network.limits, progress)
     latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
-    return Overview(target, potential, latency, figures, nodes)
+    opinion = find_second_opinion(network.module, network.example, progress) if with_second_opinion else None
+    return Overview(target, potential, latency, figures, nodes, opinion)
 
 
 def _potential_tables(potential: Potential, latency: LeastLatency | None) -> list[Table]:
@@ -121,6 +136,33 @@ def _potential_tables(potential: Potential, latency: LeastLatency | None) -> lis
         blocks = [(block.name, f"{block.macs_share:.1%}") for block in potential.blocks]
         tables.append(("residual blocks that can be removed", ("name", "MACs"), blocks))
     return tables
+
+
+def _opinion_tables(opinion: SecondOpinion) -> list[Table]:
+    rows: list[Row] = [("torch-pruning", opinion.version)]
+    if opinion.error is not None:
+        rows.append(("its graph fails", opinion.error))
+    rows.append(("channel groups of compress", str(opinion.ours)))
+    if opinion.error is None:
+        rows += [
+            ("channel groups of torch-pruning", str(opinion.theirs)),
+            ("equal groups", str(opinion.equal)),
+            ("differences", str(len(opinion.differences))),
+        ]
+    tables: list[Table] = [("second opinion", ("figure", "value"), rows)]
+    if opinion.differences:
+        found = [
+            (one.kind, one.name, _some(one.only_ours), _some(one.only_theirs), one.ours or "–", one.theirs or "–")
+            for one in opinion.differences
+        ]
+        columns = ("difference", "group", "only in ours", "only in torch-pruning's", "our cut", "torch-pruning's cut")
+        tables.append(("channel groups that differ", columns, found))
+    return tables
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{', '.join(names[:_NAMES_SHOWN])}{more}" or "–"
 
 
 def _figures(potential: Potential) -> list[Row]:

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("compress", "torch", "onnx", "onnxslim", "numpy")
+LIBRARIES = ("compress", "torch", "torch-pruning", "onnx", "onnxslim", "numpy")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 CPU_INFO = Path("/proc/cpuinfo")
 

@@ -34,7 +34,7 @@ from compress.stages.meeting import WITHIN as LATENCY_WITHIN
 from compress.stages.meeting import TimedChoice, latency_record
 from compress.stages.parts import Part, weights_digest
 from compress.stages.repairing import Repair, apply_repairs, repairs_towards
-from compress.stages.scoring import Scoring, scale_slots
+from compress.stages.scoring import Scoring, criterion_name, scale_slots
 from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import Trunk, shorten
 from compress.tasks.outputs import each
@@ -491,7 +491,7 @@ class PruneStage:
             "reached_ratio": reached[self._quantity],
             "asked": asked,
             "reached": reached,
-            "criterion": self.config.criterion if self.config.method is None else None,
+            "criterion": criterion_name(self.config) if self.config.method is None else None,
             "is_optimal": selection.is_optimal,
             "damage": self.config.damage if self.config.method is None else None,
             "groups": [_group_record(one, selection.widths[one.name]) for one in attempt.prepared.candidates],

@@ -22,11 +22,11 @@ from compress.allocation.widths import Candidates
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.catalog import CRITERIA
-from compress.config.schema import PruneConfig
+from compress.config.schema import CutConfig, PruneConfig, TorchPruningConfig
 from compress.cost.macs import eval_mode
 from compress.data.batches import Batch, evaluation_batches
 from compress.data.splits import Split
-from compress.errors import ConfigValueError
+from compress.errors import ConfigValueError, DataError
 from compress.progress import Task
 from compress.pruning.criteria.base import Criterion, Ranking, collect_gradients
 from compress.pruning.criteria.contributions import collect_contributions
@@ -35,11 +35,13 @@ from compress.pruning.elimination import reader_statistics
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.selection import Groups, find_candidates, score_groups
 from compress.pruning.sensitivity import Sensitivity, with_rises
+from compress.references import short_reference
 from compress.stages.context import StageContext
 from compress.stages.parts import Part
 from compress.stages.repairing import batch_norm_repair
 from compress.stages.surveying import Survey
 from compress.stages.trunks import Trunk
+from compress.tasks.imitation import Imitation
 from compress.training.evaluate import evaluate_loss, image_losses, run
 
 SCORE_BATCH, SCORE_PIXELS = 64, 2**18
@@ -47,6 +49,7 @@ FLOW_BATCH, SHARE_BATCH = 32, 8
 LOSS_IMAGES = 128
 UNTRAINED_TEMPERATURE = 200.0
 UNTRAINED = 0.9  # of the loss of a guess
+IMITATED = 1e-6  # loss below which a network equals the baseline
 SENSITIVITY_FILE = "sensitivity.json"
 CLOSER = ("order", "measured", "errors", "scales")  # kept of a group's ranking
 
@@ -150,6 +153,7 @@ class Scoring:
         if kind == "parameter_gradients":
             from compress.pruning.criteria.parameter_gradients import collect_parameter_gradients
 
+            self._require_loss(module, split, criterion.name)
             with ctx.progress.task("gradients of weights", len(split)) as task:
                 batches = _counted(evaluation_batches(split, 1), task)
                 return collect_parameter_gradients(module, batches, losses)
@@ -166,6 +170,20 @@ class Scoring:
             size = score_batch(self.trunk.model, config.images_per_gradient)
             batches = _counted(evaluation_batches(split, size), task)
             return collect_gradients(module, groups.values(), batches, config.images_per_gradient, losses)
+
+    def _require_loss(self, module: nn.Module, split: Split, criterion: str) -> None:
+        """Check that the loss has gradients: without labels it is the distance to the baseline, least at the baseline.
+
+        Raises:
+            DataError: The network is the baseline, and images have no labels.
+        """
+        if isinstance(split.lesson, Imitation) and evaluate_loss(module, split) < IMITATED:
+            raise DataError(
+                f"Criterion '{criterion}' needs gradients of a loss. These images have no labels, and the loss is the "
+                "distance to the baseline, which the network still equals: all gradients are 0.",
+                hint="Label the calibration images, or choose a criterion without gradients, such as greedy, lasso or "
+                "tp_magnitude.",
+            )
 
     def _with_statistics(self, module: nn.Module) -> nn.Module:
         """Return the network; a copy with measured statistics where no batch norm has seen an image yet."""
@@ -272,9 +290,25 @@ class Scoring:
 
 
 def criterion_of(config: PruneConfig, seed: int) -> Criterion:
-    """Return the criterion that a pipeline names."""
-    criterion: Criterion = CRITERIA.get(config.criterion)(seed=seed)
+    """Return the criterion that a pipeline names, or that it makes of an importance of the user's own.
+
+    Raises:
+        ModelError: That importance cannot be imported, raises, or is none.
+    """
+    named = config.criterion
+    if isinstance(named, TorchPruningConfig):
+        from compress.pruning.criteria.torch_pruning import OwnImportance  # imports torch-pruning, which takes seconds
+
+        own: Any = OwnImportance(named.torch_pruning, named.kwargs, named.gradients, named.comparable, seed)
+        return own  # type: ignore[no-any-return]
+    criterion: Criterion = CRITERIA.get(named)(seed=seed)
     return criterion
+
+
+def criterion_name(config: CutConfig) -> str:
+    """Return the name of the criterion, or file and class of an importance of the user's own, less its folder."""
+    named = config.criterion
+    return named if isinstance(named, str) else short_reference(named.torch_pruning)
 
 
 @contextmanager

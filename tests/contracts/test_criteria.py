@@ -15,6 +15,15 @@ from compress.pruning.criteria.readers import Greedy, GreedyRefit, Lasso
 from compress.pruning.criteria.reconstruction import Reconstruction
 from compress.pruning.criteria.snip import Snip
 from compress.pruning.criteria.taylor import Taylor
+from compress.pruning.criteria.torch_pruning import (
+    TpBnScale,
+    TpFpgm,
+    TpHessian,
+    TpLamp,
+    TpMagnitude,
+    TpRandom,
+    TpTaylor,
+)
 from compress.testing import CriterionCase, CriterionContract
 
 
@@ -79,6 +88,34 @@ class TestSipp(CriterionContract):
     criterion_class = Sipp
 
 
+class TestTpMagnitude(CriterionContract):
+    criterion_class = TpMagnitude
+
+
+class TestTpFpgm(CriterionContract):
+    criterion_class = TpFpgm
+
+
+class TestTpLamp(CriterionContract):
+    criterion_class = TpLamp
+
+
+class TestTpTaylor(CriterionContract):
+    criterion_class = TpTaylor
+
+
+class TestTpHessian(CriterionContract):
+    criterion_class = TpHessian
+
+
+class TestTpBnScale(CriterionContract):
+    criterion_class = TpBnScale
+
+
+class TestTpRandom(CriterionContract):
+    criterion_class = TpRandom
+
+
 SUITES = (
     TestL1,
     TestL2,
@@ -94,6 +131,13 @@ SUITES = (
     TestSnip,
     TestPfp,
     TestSipp,
+    TestTpMagnitude,
+    TestTpFpgm,
+    TestTpLamp,
+    TestTpTaylor,
+    TestTpHessian,
+    TestTpBnScale,
+    TestTpRandom,
 )
 
 

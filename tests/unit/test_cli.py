@@ -174,16 +174,16 @@ def test_inspect_prints_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             return {"macs": 12}
 
     def inspect_target(*arguments: object) -> Overview:
-        calls.append(arguments[:-1])
+        calls.append((*arguments[:4], arguments[5]))
         return Overview()
 
     provide(monkeypatch, "compress.inspection.overview", inspect_target=inspect_target)
     done = call("inspect", "net.py:build", "--input-shape", "3,32,32", "--set", "seed=1", "--layers", "--latency")
     assert done.stdout == "layers:\n  name  MACs\n  conv    12\n"
-    assert calls == [("net.py:build", (3, 32, 32), ("seed=1",), True)]
-    done = call("inspect", "sound.py:build", "--input", "1,16000", "--json", tmp_path / "a.json")
+    assert calls == [("net.py:build", (3, 32, 32), ("seed=1",), True, False)]
+    done = call("inspect", "sound.py:build", "--input", "1,16000", "--json", tmp_path / "a.json", "--second-opinion")
     assert done.stdout == "network:\n  name  MACs\n  conv    12\n"
-    assert calls[1] == ("sound.py:build", (1, 16000), (), False)
+    assert calls[1] == ("sound.py:build", (1, 16000), (), False, True)
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"macs": 12}
 
 
@@ -207,7 +207,10 @@ def test_bad_input_shape_is_refused(shape: str, tmp_path: Path) -> None:
 def test_list_shows_names_of_one_kind_or_of_all() -> None:
     done = call("list", "criteria")
     names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
-    assert names == ["bn_scale", "l1", "l2", "random", "reconstruction", "taylor"]
+    assert {"bn_scale", "l1", "l2", "random", "reconstruction", "taylor", "greedy", "grasp", "pfp"} < set(names)
+    assert [name for name in names if name.startswith("tp_")] == [
+        "tp_bn_scale", "tp_fpgm", "tp_hessian", "tp_lamp", "tp_magnitude", "tp_random", "tp_taylor"
+    ]  # fmt: skip
     assert all(len(line.split()) > 2 for line in done.stdout.splitlines()[2:])  # each says what it does
     for title in ("criteria:", "methods:", "stages:", "datasets:", "tasks:", "runtimes:"):
         assert title in call("list").stdout

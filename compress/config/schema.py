@@ -473,6 +473,12 @@ class CutConfig(Section):
         description="after the cut, each kept only if it lowers the validation loss; [] for none",
     )
 
+    @model_validator(mode="after")
+    def _check_networks(self) -> Self:
+        if self.whole_networks is not None and self.allocation != "global":
+            raise ValueError("allocation must be global where whole_networks is given")
+        return self
+
 
 class AugmentationConfig(Section):
     """What is varied while training."""
@@ -684,8 +690,8 @@ class PruneConfig(CutConfig):
             raise ValueError("blocks must not be joint where a method decides by scores of its own")
         if self.method is not None and self.whole_networks is not None:
             raise ValueError("whole_networks must be left out where a method decides by scores of its own")
-        if self.trials and self.allocation != "global":
-            raise ValueError("allocation must be global where whole networks say how much each damage counts")
+        if self.blocks == "joint" and self.allocation != "global":
+            raise ValueError("allocation must be global where blocks are joint")
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and self.method != name:
                 raise ValueError(f"{name} must be left out unless it is the method")

@@ -439,7 +439,7 @@ class _Search:
         """Return block -> how much the loss rises when it is skipped; above 0, so that each has a price."""
         if not self.blocks:
             return {}
-        split = self.ctx.data.calibration.first(self.config.score_images)
+        split = self.ctx.data.calibration.first(min(TRIAL_IMAGES, self.config.score_images))
 
         def measure() -> dict[str, float]:
             return block_damage(self.module, self.blocks, lambda one: evaluate_loss(one, split), self.ctx.progress)

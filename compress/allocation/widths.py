@@ -88,6 +88,13 @@ class Limits:
     max_removed_ratio: float = 0.9
     multiple_of: int = 1
 
+    @property
+    def text(self) -> str:
+        """The limits in words, for messages."""
+        return (
+            f" (max_removed_ratio {self.max_removed_ratio}, min_width {self.min_width}, multiple_of {self.multiple_of})"
+        )
+
 
 def width_levels(full: int, parts: int, limits: Limits, at_most: int | None = None) -> tuple[int, ...]:
     """Return the widths a group of `full` channels in `parts` equal parts may have, ascending, `full` last.

@@ -50,9 +50,9 @@ def _to_order(value: object) -> object:
 
 
 def _check_blocks(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if value in ("auto", "joint") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
-    raise ValueError("must be a whole number of at least 0, or auto")
+    raise ValueError("must be a whole number of at least 0, auto or joint")
 
 
 def _check_resize(value: object) -> object:
@@ -495,6 +495,11 @@ class CutConfig(Section):
         (1e4, 4.0, 1.0),
         description="what residual: auto multiplies the damage of channels along shortcuts by, one after the other",
     )
+    whole_networks: Annotated[int, Field(ge=4, le=10_000)] | None = Field(
+        None,
+        description="networks that are cut, repaired and scored to learn how much each damage counts; none by default, "
+        "24 where blocks are joint",
+    )
     exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
     score_images: Count = Field(512, description="calibration images that criteria look at")
     images_per_gradient: Count = Field(
@@ -508,6 +513,12 @@ class CutConfig(Section):
         description="after the cut, each kept only if it lowers the validation loss; scaling is of criteria that find "
         "factors for the channels they keep; [] for none",
     )
+
+    @model_validator(mode="after")
+    def _check_networks(self) -> Self:
+        if self.whole_networks is not None and self.allocation != "global":
+            raise ValueError("allocation must be global where whole_networks is given")
+        return self
 
 
 class AugmentationConfig(Section):
@@ -690,10 +701,10 @@ class PruneConfig(CutConfig):
     """Remove channels, and residual blocks, down to a budget; then repair without training."""
 
     stage: Literal["prune"]
-    blocks: Annotated[int | Literal["auto"], BeforeValidator(_check_blocks)] = Field(
+    blocks: Annotated[int | Literal["auto", "joint"], BeforeValidator(_check_blocks)] = Field(
         0,
         description="residual blocks to remove first, least damage first; auto tries how many are best, or lets the "
-        "method decide",
+        "method decide; joint chooses blocks and widths in one solve",
     )
     method: Annotated[str, _registered(METHODS)] | None = Field(
         None, description="what decides, while the network trains, which channels go; by default scores do at once"
@@ -718,9 +729,20 @@ class PruneConfig(CutConfig):
         """The section of the method, if it is given; a plug-in's method has none."""
         return getattr(self, self.method) if self.method in METHOD_SETTINGS else None
 
+    @property
+    def trials(self) -> int:
+        """How many whole networks are cut, repaired and scored before the choice."""
+        return self.whole_networks or (JOINT_NETWORKS if self.blocks == "joint" else 0)
+
     @model_validator(mode="after")
     def _check_method(self) -> Self:
         _check_training(self.method, self.training)
+        if self.method is not None and self.blocks == "joint":
+            raise ValueError("blocks must not be joint where a method decides by scores of its own")
+        if self.method is not None and self.whole_networks is not None:
+            raise ValueError("whole_networks must be left out where a method decides by scores of its own")
+        if self.blocks == "joint" and self.allocation != "global":
+            raise ValueError("allocation must be global where blocks are joint")
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and self.method != name:
                 raise ValueError(f"{name} must be left out unless it is the method")
@@ -736,6 +758,7 @@ class PruneConfig(CutConfig):
         return self
 
 
+JOINT_NETWORKS = 24
 METHOD_SETTINGS = ("gsm", "gates", "greg", "increg", "csgd")
 
 Schemes = Annotated[

@@ -83,11 +83,7 @@ def select_channels(
     Raises:
         BudgetUnreachable: No allowed widths are within the budgets.
     """
-    text = (
-        f" (max_removed_ratio {limits.max_removed_ratio}, min_width {limits.min_width}, "
-        f"multiple_of {limits.multiple_of})"
-    )
-    widths, is_optimal = allocate_widths(candidates, budgets, method, text)
+    widths, is_optimal = allocate_widths(candidates, budgets, method, limits.text)
     removed = {
         c.name: groups[c.name].expand(c.removed_units(widths[c.name])) for c in candidates if widths[c.name] < c.full
     }

@@ -217,6 +217,8 @@ def _render_trials(record: dict[str, Any]) -> str:
             for trial in trials
         ]
         parts.append(render_table(("blocks removed", "validation loss within the budget"), rows, numeric=(0,)))
+    if networks := (record.get("whole_networks") or {}).get("tried"):
+        parts.append(_render_networks(networks))
     if repairs := record.get("repairs"):
         tries = [
             (
@@ -228,6 +230,21 @@ def _render_trials(record: dict[str, Any]) -> str:
         ]
         parts.append(render_table(("repair", "validation loss", "kept"), tries, numeric=(1,)))
     return "".join(parts)
+
+
+def _render_networks(networks: list[dict[str, Any]]) -> str:
+    """Return the whole networks that damages were learned from."""
+    rows = [
+        (
+            escape(network.get("source")),
+            escape(network.get("blocks")),
+            escape(format_number(network.get("loss"))),
+            escape(format_number(network.get("predicted_loss"))),
+        )
+        for network in networks
+    ]
+    head = ("whole network, chosen by", "blocks removed", "validation loss after a quick repair", "predicted")
+    return render_details("whole networks that were tried", render_table(head, rows, numeric=(1, 2, 3)))
 
 
 def _render_timing(latency: dict[str, Any], index: int) -> str:

@@ -95,9 +95,25 @@ class LatencyModel:
             times[site.layer] = (before[0] + whole, before[1] + slim)
         return times
 
-    def budget(self, ratio: float) -> Budget:
-        """Return the budget of a share of the untouched network's latency."""
-        return Budget("ms", self.cost, ratio * self.reference_ms, self.reference_ms, "the baseline's latency")
+    def budget(self, ratio: float, blocks: Mapping[str, str] | None = None) -> Budget:
+        """Return the budget of a share of the untouched network's latency.
+
+        Args:
+            ratio: That share.
+            blocks: Module path of a residual block -> the decision whose option 0 removes it.
+        """
+        cost = self.switched_cost(blocks) if blocks else self.cost
+        return Budget("ms", cost, ratio * self.reference_ms, self.reference_ms, "the baseline's latency")
+
+    def switched_cost(self, blocks: Mapping[str, str]) -> TableCost:
+        """Return the latency in milliseconds where residual blocks may be removed; as in `budget`."""
+        switches = {
+            site.layer: decision
+            for site in self.writer.sites
+            for block, decision in blocks.items()
+            if f"{site.layer}.".startswith(f"{block}.")
+        }
+        return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels, switches)
 
 
 def model_latency(

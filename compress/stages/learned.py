@@ -25,13 +25,12 @@ from compress.pruning.costs import ExpectedCost
 from compress.pruning.groups import NORMS, ChannelGroup
 from compress.pruning.lockstep import following_norms
 from compress.pruning.methods.base import Method, Removed, Setting
-from compress.pruning.selection import Groups, Selection, find_candidates
-from compress.pruning.surgery import remove_block
-from compress.recipe import RemoveBlock
+from compress.pruning.selection import Selection, find_candidates
 from compress.stages.context import Record, StageContext
 from compress.stages.hooked import hooked_settings, train_with_hooks
 from compress.stages.meeting import TimedChoice
 from compress.stages.surveying import Survey, survey
+from compress.stages.trunks import places_in_whole, without_blocks
 from compress.training.fit import FitSettings, learning_rate, planned_steps
 
 STATE_FILE = "method.pt"
@@ -135,7 +134,7 @@ class _Chooser:
         is_final: bool = False,
     ) -> Removed:
         surveyed = self._without(closed)
-        places = _places(surveyed.groups, self._surveyed.groups)
+        places = places_in_whole(surveyed.groups, self._surveyed.groups)
         candidates = _candidates(surveyed, places, scores, damages)
         if is_final:
             selection, timed = surveyed.choose_timed(candidates, self._ctx.progress)
@@ -157,8 +156,8 @@ class _Chooser:
         final = self._final
         if final is None:
             raise InternalError(f"Method '{record['name']}' ended without a choice.")
-        surveyed = replace(self._without(method.closed), model=_shortened(model, method.closed))
-        places = _places(surveyed.groups, self._surveyed.groups)
+        surveyed = replace(self._without(method.closed), model=without_blocks(model, method.closed))
+        places = places_in_whole(surveyed.groups, self._surveyed.groups)
         damages = final["damages"] and {name: np.asarray(row) for name, row in final["damages"].items()}
         candidates = _candidates(surveyed, places, final["scores"], damages)
         removed: Removed = {}
@@ -182,17 +181,9 @@ class _Chooser:
         if tuple(closed) not in self._shorter:
             whole = self._surveyed
             among = frozenset(member.layer for group in whole.groups.values() for member in group.producers)
-            model, latency = _shortened(whole.model, closed), whole.targets.latency
+            model, latency = without_blocks(whole.model, closed), whole.targets.latency
             self._shorter[tuple(closed)] = survey(model, whole.config, latency, self._ctx, among=among)
         return self._shorter[tuple(closed)]
-
-
-def _shortened(model: TorchModel, closed: Sequence[str]) -> TorchModel:
-    """Return the network without some residual blocks."""
-    for block in closed:
-        edit = RemoveBlock(block)
-        model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))
-    return model
 
 
 def _candidates(
@@ -207,23 +198,6 @@ def _candidates(
     if damages is None:
         return candidates
     return [replace(one, measured=damages[places[one.name][0]]) for one in candidates]
-
-
-def _places(groups: Groups, whole: Groups) -> dict[str, tuple[str, Tensor]]:
-    """Return for each group of a network without some blocks the group in the whole one, and (C,) its channels there.
-
-    A group is named after the first layer that computes it; without a block that may be another one.
-    """
-    if groups is whole:
-        return {name: (name, torch.arange(group.width)) for name, group in whole.items()}
-    producers = {member.layer: (name, member) for name, group in whole.items() for member in group.producers}
-    places = {}
-    for name, group in groups.items():
-        before, member = producers[name]
-        channels = torch.empty(group.width, dtype=torch.int64)
-        channels[member.slots] = member.channels
-        places[name] = before, channels
-    return places
 
 
 def _setting(

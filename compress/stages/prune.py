@@ -19,6 +19,7 @@ from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress
+from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.groups import Read, kept_outputs
 from compress.pruning.selection import Groups, Selection
 from compress.pruning.surgery import remove_channels
@@ -27,6 +28,7 @@ from compress.recipe import RemoveChannels
 from compress.stages.context import Record, StageContext
 from compress.stages.hooked import loss_and_quality, say_cut
 from compress.stages.isometry import measure_isometry
+from compress.stages.joint import Steps, search
 from compress.stages.latency import LatencyModel
 from compress.stages.learned import learn
 from compress.stages.measured import before_and_after, metric_of, validation_quality
@@ -165,16 +167,18 @@ class PruneStage:
         before = validation_quality(artifact.module, ctx)
         trials: list[Record] = []
         learned: Record | None = None
+        networks: Record | None = None
         if self.config.method is not None:
-            trunk = self._without_blocks(trunks, 0 if self.config.blocks == "auto" else self.config.blocks)
-            best, learned = self._learn(trunk, ctx)
+            best, learned = self._learn(self._without_blocks(trunks, self._blocks_first), ctx)
+        elif self.config.trials:
+            best, networks = self._search(trunks, trials, ctx)
         elif self.config.blocks == "auto":
             best = self._best_attempt(trunks, trials, ctx)
         else:
-            trunk = self._without_blocks(trunks, self.config.blocks)
+            trunk = self._without_blocks(trunks, self._blocks_first)
             best = self._attempt(self._prepare(trunk, None, ctx), ctx)
         residual_trials: list[Record] = []
-        if learned is None:
+        if learned is None and networks is None:
             best = self._best_along_shortcuts(best, residual_trials, ctx)
         if not best.selection.removed and not best.removed_blocks:
             asked, reached = self._asked_and_reached(best)
@@ -187,6 +191,7 @@ class PruneStage:
             "removed_blocks": list(best.removed_blocks),
             "block_trials": trials,
             "residual_trials": residual_trials,
+            "whole_networks": networks,
             "method": learned,
             "repairs": best.prepared.trunk.repairs + best.repairs,
             "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
@@ -203,12 +208,49 @@ class PruneStage:
             As `run`.
         """
         trunks = self._shorten(artifact, ctx)
-        blocks = 0 if self.config.blocks == "auto" else self.config.blocks
-        trunk = self._without_blocks(trunks, blocks).model
+        trunk = self._without_blocks(trunks, self._blocks_first).model
         latency = survey(trunk, self.config, None, ctx).targets.latency
         if latency is None:
             raise InternalError("A stage without a latency target was asked for a latency table.")
         return latency.file
+
+    @property
+    def _blocks_first(self) -> int:
+        """How many blocks go before anything is chosen."""
+        return 0 if isinstance(self.config.blocks, str) else self.config.blocks
+
+    def _search(self, trunks: Iterable[Trunk], trials: list[Record], ctx: StageContext) -> tuple[Attempt, Record]:
+        """Choose among whole networks by damages that they teach; with blocks in the same solve where asked for.
+
+        Args:
+            trunks: As in `run`.
+            trials: Numbers of blocks that were tried are added to it.
+            ctx: Surroundings.
+        """
+        blocks: tuple[str, ...] = ()
+        if self.config.blocks == "auto":
+            prepared = self._best_attempt(trunks, trials, ctx).prepared
+        else:
+            trunk = self._without_blocks(trunks, self._blocks_first)
+            prepared = self._prepare(trunk, None, ctx)
+            if self.config.blocks == "joint":
+                blocks = find_removable_blocks(trunk.whole, example_input(trunk.model.signature))
+                if not blocks:
+                    ctx.progress.note("no residual block can be removed: widths alone are chosen")
+
+        def finish(one: Prepared, candidates: Sequence[Candidates], how: Record) -> Attempt:
+            return self._repair(self._cut(self._choice(one, candidates, how, ctx), ctx), ctx)
+
+        steps = Steps(
+            lambda trunk, latency, among: self._prepare(trunk, latency, ctx, among),
+            finish,
+            lambda attempt: self._loss(attempt, ctx),
+            self.memory_format,
+        )
+        best, record = search(prepared, blocks, self._factors(prepared), self.config.trials, steps, ctx)
+        if blocks:
+            trials.extend(record["finalists"])
+        return best, record
 
     def _without_blocks(self, trunks: Iterable[Trunk], count: int) -> Trunk:
         for trunk in trunks:
@@ -296,15 +338,18 @@ class PruneStage:
 
         return Trial(len(trunk.removed), again, part.record["loss"], part.record["cuts_channels"])
 
-    def _prepare(self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext) -> Prepared:
+    def _prepare(
+        self, trunk: Trunk, latency: LatencyModel | None, ctx: StageContext, among: frozenset[str] | None = None
+    ) -> Prepared:
         """Find what can be cut and what it costs.
 
         Args:
             trunk: The network, perhaps without some blocks.
             latency: Of the same network with more blocks; its table is used where it covers this one.
             ctx: Surroundings.
+            among: As in `survey`.
         """
-        surveyed = survey(trunk.model, self.config, latency, ctx)
+        surveyed = survey(trunk.model, self.config, latency, ctx, among=among)
         key = self._key(trunk, surveyed, ctx)
         return Prepared(trunk, surveyed, Scoring(self.config, trunk, surveyed, key, ctx).candidates(), key)
 
@@ -379,7 +424,18 @@ class PruneStage:
         """
         groups = prepared.surveyed.groups
         candidates = [one.dearer(factor) if groups[one.name].is_summed else one for one in prepared.candidates]
-        key = {"part": "choice", "of": prepared.key, "target": self.config.target.given(), "factor": factor}
+        return self._choice(prepared, candidates, {"factor": factor}, ctx)
+
+    def _choice(self, prepared: Prepared, candidates: Sequence[Candidates], how: Record, ctx: StageContext) -> Attempt:
+        """Choose channels to go by candidates until the targets are met; none is cut yet.
+
+        Args:
+            prepared: The network about to be cut.
+            candidates: Its groups, with the damages to choose by.
+            how: Tells the choice from others of the same network.
+            ctx: Surroundings.
+        """
+        key = {"part": "choice", "of": prepared.key, "target": self.config.target.given(), **how}
         part = ctx.parts.find(key)
         if part is None:
             selection, timed = prepared.surveyed.choose_timed(candidates, ctx.progress)

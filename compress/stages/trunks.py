@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.damage import block_damage
+from compress.pruning.selection import Groups
 from compress.pruning.surgery import remove_block
 from compress.recipe import RemoveBlock
 from compress.stages.context import Record, StageContext
@@ -53,6 +55,31 @@ class Remembered:
                     return
                 self._known.append(following)
             yield self._known[index]
+
+
+def without_blocks(model: TorchModel, blocks: Sequence[str]) -> TorchModel:
+    """Return the network without some residual blocks, all else as it was."""
+    for block in blocks:
+        edit = RemoveBlock(block)
+        model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))
+    return model
+
+
+def places_in_whole(groups: Groups, whole: Groups) -> dict[str, tuple[str, Tensor]]:
+    """Return for each group of a network without some blocks the group in the whole one, and (C,) its channels there.
+
+    A group is named after the first layer that computes it; without a block that may be another one.
+    """
+    if groups is whole:
+        return {name: (name, torch.arange(group.width)) for name, group in whole.items()}
+    producers = {member.layer: (name, member) for name, group in whole.items() for member in group.producers}
+    places = {}
+    for name, group in groups.items():
+        before, member = producers[name]
+        channels = torch.empty(group.width, dtype=torch.int64)
+        channels[member.slots] = member.channels
+        places[name] = before, channels
+    return places
 
 
 def shorten(

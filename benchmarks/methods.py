@@ -42,6 +42,9 @@ TRAINED = {
     "greg, variant 2": {},
     "increg": {},
     "csgd": {},
+    "grda": {},
+    "regrow": {},
+    "tpp": {},
 }
 RANKS = ("low_rank", "trp")
 NOT_WHILE_LEARNING = ("stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms")

@@ -6,7 +6,8 @@
 
 Each row has the validation loss before and after the cut and after the repair; after `--after` epochs of fine-tuning,
 with the same settings, it also has top-1 on validation and on the 10,000 test images. Epochs of rows with `none` are
-all spent after the cut.
+all spent after the cut. "Removed as in the first row": the channels that both remove, as a share of those that either
+does.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from compress.config.schema import FinetuneConfig, PruneConfig
 from compress.console import Console
 from compress.cost.macs import count_macs, count_params
 from compress.data.opening import Splits
-from compress.recipe import Recipe
+from compress.recipe import Recipe, RemoveChannels
 from compress.stages.context import StageContext
 from compress.stages.finetune import FinetuneStage
 from compress.stages.load import load_network
@@ -35,8 +36,8 @@ from compress.training.evaluate import evaluate_loss, evaluate_quality
 SIGNATURE = Signature((TensorSpec("images", ("batch", 1, 28, 28)),), (TensorSpec("logits", ("batch", 10)),))
 HEADER = (
     "| method | settings | validation loss before the cut | after it | after the repair | after fine-tuning | "
-    "validation top-1 | test top-1 | seconds |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "validation top-1 | test top-1 | removed as in the first row | seconds |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -53,7 +54,11 @@ def quickstart(folder: Path) -> tuple[TorchModel, Splits, dict[str, Any]]:
     baseline = Baseline(figures, folder / "baseline.onnx", Path(load.weights))
     model = TorchModel(module, spec, Recipe(), SIGNATURE, data.preprocessing, (), baseline)
     given = stages["finetune"].model_dump(exclude_unset=True)
-    return model, data, {name: value for name, value in given.items() if name not in ("stage", "epochs", "weights", "norms")}
+    return (
+        model,
+        data,
+        {name: value for name, value in given.items() if name not in ("stage", "epochs", "weights", "norms")},
+    )
 
 
 def torch_example() -> Any:
@@ -63,8 +68,8 @@ def torch_example() -> Any:
     return torch.zeros(1, 1, 28, 28)
 
 
-def measure(row: str, arguments: argparse.Namespace, console: Console) -> str:
-    """Run one row and return it as a line of the table."""
+def measure(row: str, arguments: argparse.Namespace, first: set[tuple[str, int]], console: Console) -> str:
+    """Run one row and return it as a line of the table; `first` is filled by the first row with what it removes."""
     given = yaml.safe_load(row)
     method, settings = (given, {}) if isinstance(given, str) else next(iter(given.items()))
     with tempfile.TemporaryDirectory() as name:
@@ -94,9 +99,13 @@ def measure(row: str, arguments: argparse.Namespace, console: Console) -> str:
         seconds = time.perf_counter() - started
         shown = " | ".join("" if loss is None else f"{loss:.4f}" for loss in losses)
         top1 = [evaluate_quality(slim.module, split) for split in (data.validation, data.evaluation)]
+        (edit,) = [edit for edit in slim.recipe.edits if isinstance(edit, RemoveChannels)]
+        removed = {(group, channel) for group, channels in edit.removed.items() for channel in channels}
+        first |= set() if first else removed
+        overlap = len(first & removed) / len(first | removed)
         console.note(f"figures of {method}: {learned.get('figures')}; MACs {record['reached_ratio']:.3f}")
     said = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    return f"| {method} | {said} | {shown} | {top1[0]:.2%} | {top1[1]:.2%} | {seconds:.0f} |"
+    return f"| {method} | {said} | {shown} | {top1[0]:.2%} | {top1[1]:.2%} | {overlap:.2f} | {seconds:.0f} |"
 
 
 def main() -> None:
@@ -109,9 +118,9 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", default="", help="settings of the training, as YAML")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    console, lines = Console(), list(HEADER)
+    console, lines, first = Console(), list(HEADER), set[tuple[str, int]]()
     for row in arguments.rows:
-        lines.append(measure(row, arguments, console))
+        lines.append(measure(row, arguments, first, console))
         console.note(lines[-1])
     print("\n".join(lines))
 

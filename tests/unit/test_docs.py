@@ -14,6 +14,7 @@ from compress.config.schema import (
     GatesConfig,
     GatesFile,
     GatesMethodConfig,
+    GrdaConfig,
     GregConfig,
     GsmConfig,
     IncRegConfig,
@@ -21,8 +22,10 @@ from compress.config.schema import (
     NetworkSection,
     PruneConfig,
     QuantizeConfig,
+    RegrowConfig,
     RobustnessConfig,
     TaskConfig,
+    TppConfig,
     TrpConfig,
     VerifyConfig,
 )
@@ -38,6 +41,9 @@ SETTINGS = {
     "greg": GregConfig,
     "increg": IncRegConfig,
     "csgd": CsgdConfig,
+    "grda": GrdaConfig,
+    "regrow": RegrowConfig,
+    "tpp": TppConfig,
     "trp": TrpConfig,
 }
 

@@ -102,8 +102,34 @@ def test_a_group_never_loses_more_than_it_may():
     levels = {name: (width - 2, width) for name, width in {"body.0.0": 8, "body.1.0": 16, "body.2.0": 16}.items()}
     method = Grda(setting(module, Lowest({"body.0.0": 2}), rates, levels=levels), GrdaConfig(c=1e3, interval=100))
     train(module, method, rates)
-    assert [int((layer[1].weight == 0).sum()) for layer in module.body] == [2, 2, 2]
-    assert method.figures()["kept_at_zero"] == 4
+    assert [int((layer[1].weight == 0).sum()) for layer in module.body] == [2, 0, 0]  # four have come back
+    assert method.figures()["returned_channels"] == 4
+    assert method.figures()["kept_at_zero"] == 0
+
+
+def test_what_is_kept_at_zero_comes_back_with_the_factor_of_the_others():
+    module, rates = nets.build("chain"), [0.05] * 40
+    choose, levels = Lowest({"body.1.0": 4}), {"body.0.0": (2, 8), "body.1.0": (2, 16), "body.2.0": (16,)}
+    method = Grda(setting(module, choose, rates, levels=levels), GrdaConfig(interval=1))
+    begun, factors = method._choose, {}
+
+    def noted(step, importance, present):
+        before = method.chosen
+        begun(step, importance, present)
+        if method.chosen is not None and before is None:
+            factors.update({name: values.clone() for name, values in present.items()})
+
+    method._choose = noted
+    train(module, method, rates)
+    group, present = method.groups["body.0.0"], factors["body.0.0"]
+    back = present == 0
+    assert back.any()
+    alive = present[~back & ~group.protected]
+    mean = alive.mean() if len(alive) else present[~back].mean()
+    scales, accumulated = module.body[0][1].weight.detach(), group.values[0]
+    own = group.factors(group.importance(), method.threshold(39))[back]
+    assert torch.allclose(scales[back], accumulated[back] * torch.maximum(own, mean))
+    assert scales[back].abs().min() > 0
 
 
 def test_without_zeros_enough_the_choice_is_made_by_what_is_left_and_the_rest_is_brought_to_zero():

@@ -31,8 +31,9 @@ class Grda:
 
     By itself c is such that after `reached_at` of the steps the threshold is the quantile of the importance at the
     start that leaves zeros enough for the budget. Once the zeros are enough the choice is final and the threshold grows
-    no more. Where they are not after `until` of the steps, the choice is made by importance. What then goes and is not
-    zero, as where the final widths were timed, is brought to zero in half of the steps that are left.
+    no more. Where they are not after `until` of the steps, the choice is made by importance. In half of the steps that
+    are left, what goes and is not zero, as where the final widths were timed, is brought to zero; and what is kept but
+    at zero is brought to its accumulator times the mean factor of the group, for the budget has room for it.
 
     Args:
         setting: What to work with.
@@ -73,6 +74,7 @@ class Grda:
         self.chosen: Removed | None = None
         self.stopped: int | None = None
         self.zero_ratio = 0.0
+        self.revived = {name: torch.zeros(group.units) for name, group in self.groups.items()}  # (U,) factors to come
 
     @staticmethod
     def unfit(group: ChannelGroup) -> str | None:
@@ -112,8 +114,10 @@ class Grda:
         factors = {name: group.factors(importance[name], threshold) for name, group in self.groups.items()}
         if self.chosen is None and (step >= self.last or step % self.options.interval == 0):
             self._choose(step, importance, factors)
+        left = self._left(step)
         for name, group in self.groups.items():
-            group.write(factors[name] * self._fade(name, step))
+            faded = torch.where(self._going(name), left, 1.0)
+            group.write(torch.maximum(factors[name] * faded, self.revived[name] * (1 - left)))
 
     def finish(self) -> None:
         """The network is as it is to be cut."""
@@ -121,7 +125,8 @@ class Grda:
     def figures(self) -> dict[str, float]:
         """Return the threshold, when it stopped, how much of what goes it had brought to 0, and what is left of that.
 
-        `kept_at_zero` counts channels that are kept and at 0: widths are multiples, and the budget did not need them.
+        `returned_channels` counts those that are kept and were at 0 when the choice was made: widths are multiples, and
+        the threshold is one for all groups. `kept_at_zero` counts those that are kept and still at 0.
         """
         stopped = self.setting.steps - 1 if self.stopped is None else self.stopped
         left, kept_at_zero = [torch.zeros(0)], 0
@@ -135,6 +140,9 @@ class Grda:
             "threshold": self.threshold(stopped),
             "stopped_at_ratio": (stopped + 1) / self.setting.steps,
             "zero_ratio": self.zero_ratio,
+            "returned_channels": sum(
+                int((self.revived[name] > 0).sum()) * group.parts for name, group in self.groups.items()
+            ),
             "kept_at_zero": kept_at_zero,
             "left_ratio": float(every.mean()) if len(every) else 0.0,
         }
@@ -163,6 +171,7 @@ class Grda:
             "chosen": None if self.chosen is None else {name: list(gone) for name, gone in self.chosen.items()},
             "stopped": self.stopped,
             "zero_ratio": self.zero_ratio,
+            "revived": self.revived,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,7 +182,7 @@ class Grda:
         self.c, self.needed, self.thresholds = state["c"], state["needed"], state["thresholds"].numpy()
         chosen = state["chosen"]
         self.chosen = None if chosen is None else {name: tuple(gone) for name, gone in chosen.items()}
-        self.stopped, self.zero_ratio = state["stopped"], state["zero_ratio"]
+        self.stopped, self.zero_ratio, self.revived = state["stopped"], state["zero_ratio"], state["revived"]
 
     def _needed(self) -> float:
         """Return the least threshold that leaves zeros enough for the budget, of the weights as they are."""
@@ -214,17 +223,23 @@ class Grda:
             return
         self.chosen, self.stopped = self._ask(importance, factors, is_final=True), step
         self.zero_ratio = self._zero_share(self.chosen, factors)
+        for name, present in factors.items():
+            kept = ~self._going(name)
+            among = kept & (present > 0) & ~self.groups[name].protected
+            among = among if among.any() else kept & (present > 0)
+            if among.any():
+                self.revived[name] = torch.where(kept & (present == 0), present[among].mean(), 0.0)
 
-    def _fade(self, name: str, step: int) -> Tensor:
-        """Return (U,) what multiplies each unit on its way to 0 once the choice is final; 1 where it is kept."""
+    def _going(self, name: str) -> Tensor:
+        """Return (U,) bool: the units of a group that go by the final choice."""
         group = self.groups[name]
-        faded = torch.ones(group.units)
-        if self.chosen is None or self.stopped is None:
-            return faded
-        steps = max(1.0, _FADE * (self.setting.steps - 1 - self.stopped))
-        goes = _members(self.chosen.get(name, ()), group.width).reshape(group.parts, -1).any(0)
-        faded[goes] = max(0.0, 1 - (step - self.stopped) / steps)
-        return faded
+        return _members(self.removed.get(name, ()), group.width).reshape(group.parts, -1).any(0)
+
+    def _left(self, step: int) -> float:
+        """Return 1 up to the final choice, from where it falls to 0 in half of the steps that are left."""
+        if self.stopped is None:
+            return 1.0
+        return max(0.0, 1 - (step - self.stopped) / max(1.0, _FADE * (self.setting.steps - 1 - self.stopped)))
 
 
 class _Thresholded:

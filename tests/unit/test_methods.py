@@ -86,12 +86,36 @@ def test_too_few_steps_for_momentum_to_forget_are_refused_with_the_number_that_w
 
 
 def test_a_given_decay_that_is_too_weak_is_refused_with_the_number_of_steps_that_would_do():
-    # 50 steps * 0.1 * 0.4 / (1 - 0.5) = 4, half of what is needed
-    with pytest.raises(StageError, match=r"gsm.passive_decay 0.4 brings them to e\^-4 in 100 steps") as caught:
-        Gsm(setting(Pair(), Chosen({}), [0.1] * 100), GsmConfig(passive_decay=0.4))
+    # the first choice is at step 20: 80 steps * 0.1 * 0.3 / (1 - 0.5) = 4.8, and 8 are needed
+    with pytest.raises(StageError, match=r"gsm.passive_decay 0.3 brings them to e\^-4.8 in 100 steps") as caught:
+        Gsm(setting(Pair(), Chosen({}), [0.1] * 100), GsmConfig(passive_decay=0.3))
     assert caught.value.hint is not None
-    assert "at least 200 steps" in caught.value.hint
-    Gsm(setting(Pair(), Chosen({}), [0.1] * 200), GsmConfig(passive_decay=0.4))
+    assert "at least 167 steps" in caught.value.hint
+    Gsm(setting(Pair(), Chosen({}), [0.1] * 200), GsmConfig(passive_decay=0.3))
+
+
+def test_gsm_runs_with_the_numbers_of_the_paper():
+    # rate 5e-3, decay 1e-4, momentum 0.98: 320,000 steps at that rate from the first choice on
+    options = GsmConfig(momentum=0.98, passive_decay=1e-4, interval=1)
+    with pytest.raises(StageError, match=r"gsm\.passive_decay 0\.0001 brings them to e\^-8 in 320000 steps"):
+        Gsm(setting(Pair(), Chosen({}), np.full(320_000, 5e-3), momentum=0.98), options)
+    method = Gsm(setting(Pair(), Chosen({}), np.full(320_002, 5e-3), momentum=0.98), options)
+    assert (method.first, method.interval) == (1, 1)
+    assert set(method.decays) == {1e-4}
+    with pytest.raises(StageError, match=r"at momentum 0\.98 that takes 792 steps"):
+        Gsm(setting(Pair(), Chosen({}), np.full(1000, 5.0), momentum=0.98), options)
+
+
+def test_gsm_at_the_momentum_of_the_paper_decays_as_sized():
+    module, rates = Pair(), [0.01] * 1700
+    method = Gsm(setting(module, Chosen({"conv": (0,)}), rates, momentum=0.98), GsmConfig(momentum=0.98))
+    assert method.decays[-1] == pytest.approx(8 * 0.02 / (0.01 * 850))
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], 0.01, 0.98)
+    for decay in method.decays[method.frozen :]:
+        parameter.grad = parameter.detach() * decay
+        optimizer.step()
+    assert math.log(float(parameter.detach().abs())) < -6
 
 
 # gsm

@@ -188,7 +188,7 @@ class Grda:
         """Return the least threshold that leaves zeros enough for the budget, of the weights as they are."""
         importance = {name: group.importance() for name, group in self.groups.items()}
         every = [importance[name][~group.protected] for name, group in self.groups.items()]
-        steps = torch.cat(every).unique() if every else torch.zeros(0)
+        steps = np.unique(torch.cat([torch.zeros(0), *every]).numpy())
         if not len(steps):
             raise StageError("A channel must be allowed to go for a threshold to be found, none is.")
         low, high = 0, len(steps) - 1

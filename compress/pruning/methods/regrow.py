@@ -218,4 +218,5 @@ def leverage(filters: Tensor, kept: int) -> Tensor:
         return filters.abs().sum(1)
     gram = filters.double() @ filters.double().T
     _, vectors = torch.linalg.eigh(gram)  # ascending
-    return vectors[:, len(gram) - kept :].square().sum(1).float()
+    scores: Tensor = vectors[:, len(gram) - kept :].square().sum(1).float()
+    return scores

@@ -1,8 +1,8 @@
 """Trainability-preserving pruning: a growing penalty on what goes, which is decorrelated from what is kept."""
 
+import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from compress.config.schema import GregConfig, TppConfig
@@ -61,9 +61,11 @@ class Tpp(Greg):
     def cross_gram(self) -> float:
         """Return the norm of the Gram matrices' part between what goes and what is kept, over all layers."""
         squares = [
-            kernel.cross_gram(self.goes(name)).square().sum() for name in self.chosen for kernel in self._kernels[name]
+            float(kernel.cross_gram(self.goes(name)).square().sum())
+            for name in self.chosen
+            for kernel in self._kernels[name]
         ]
-        return float(sum(squares, torch.zeros(()))) ** 0.5
+        return math.sqrt(sum(squares))
 
     def figures(self) -> dict[str, float]:
         """Return what `Greg` does, and the norm of the cross-Gram matrices at the choice and now."""

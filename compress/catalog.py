@@ -213,6 +213,15 @@ METHODS.declare(
     "increg", "compress.pruning.methods.increg:IncReg", "penalties that rise and fall with a channel's rank"
 )
 METHODS.declare("csgd", "compress.pruning.methods.csgd:Csgd", "draw alike channels together until they can be merged")
+METHODS.declare(
+    "grda", "compress.pruning.methods.grda:Grda", "a growing threshold on batch-norm scales until the zeros are enough"
+)
+METHODS.declare(
+    "regrow",
+    "compress.pruning.methods.regrow:Regrow",
+    "train masked; at every choice some channels come back at random",
+)
+METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, and what goes is decorrelated from what is kept")
 
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare(

@@ -57,6 +57,7 @@ from compress.pruning.methods.base import Method, Removed, Setting
 from compress.pruning.trial import find_cuttable
 from compress.tasks.base import Task, joined
 from compress.tasks.outputs import arrays, changed, each, first, picked
+from compress.training.hooks import OptimizerHooks
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.torch_eager import TorchEager
 
@@ -468,6 +469,8 @@ class _MethodRun:
         )
         self.method = method_class(setting, options)
         self.optimizer = torch.optim.SGD(self.module.parameters(), rates[0], momentum)
+        if isinstance(self.method, OptimizerHooks):
+            self.method.on_optimizer(self.optimizer)
 
     def choose(
         self,

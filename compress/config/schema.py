@@ -626,6 +626,9 @@ class GsmConfig(Section):
     passive_decay: float | None = Field(
         None, gt=0, description="L2 factor of what gets no gradient; by default sized for the run"
     )
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="of SGD while the method decides, in place of training.momentum; 0.98 in the paper"
+    )
 
 
 class GatesMethodConfig(Section):
@@ -685,6 +688,60 @@ class CsgdConfig(Section):
     )
 
 
+class GrdaConfig(Section):
+    """Settings of the method grda."""
+
+    mu: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.51, description="exponent of the threshold's growth")
+    c: float | None = Field(None, gt=0, description="factor of the threshold; by default sized for the run")
+    interval: Count = Field(10, description="steps from one look at whether the zeros are enough to the next")
+    reached_at: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of the steps after which the threshold is what the weights at the start ask for"
+    )
+    until: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9, description="share of the steps after which the choice is final even where the zeros are not enough"
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.reached_at >= self.until:
+            raise ValueError(f"reached_at must be below until ({self.until:g})")
+        return self
+
+
+class RegrowConfig(Section):
+    """Settings of the method regrow."""
+
+    interval: Count | None = Field(
+        None, description="steps from one choice to the next; by default a fortieth of the run"
+    )
+    ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of a group's channels that comes back after the first choice; falls to 0 as a cosine"
+    )
+    until: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.75, description="share of the steps after which the choice is final"
+    )
+
+
+class TppConfig(Section):
+    """Settings of the method tpp."""
+
+    strength: float = Field(1.0, ge=0, description="of the Gram term next to the penalty; 0 is off")
+    interval: Count = Field(5, description="steps from one increase of the penalties to the next")
+    ceiling: float | None = Field(
+        None, gt=0, description="of the penalty of what goes; by default 1, or more where the run is too short for that"
+    )
+    picked_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the steps before the choice")
+    full_at: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.6, description="share of the steps after which the penalty has reached its ceiling"
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.picked_at >= self.full_at:
+            raise ValueError(f"picked_at must be below full_at ({self.full_at:g})")
+        return self
+
+
 def _check_training(method: str | None, training: TrainingConfig | None) -> None:
     """Check that a method has its training, and that training nothing that would undo what it does by the last step."""
     if (method is None) != (training is None):
@@ -715,6 +772,9 @@ class PruneConfig(CutConfig):
     greg: GregConfig | None = Field(None, description="settings of that method")
     increg: IncRegConfig | None = Field(None, description="settings of that method")
     csgd: CsgdConfig | None = Field(None, description="settings of that method")
+    grda: GrdaConfig | None = Field(None, description="settings of that method")
+    regrow: RegrowConfig | None = Field(None, description="settings of that method")
+    tpp: TppConfig | None = Field(None, description="settings of that method")
 
     @model_validator(mode="before")
     @classmethod
@@ -733,6 +793,14 @@ class PruneConfig(CutConfig):
     def trials(self) -> int:
         """How many whole networks are cut, repaired and scored before the choice."""
         return self.whole_networks or (JOINT_NETWORKS if self.blocks == "joint" else 0)
+
+    @property
+    def method_training(self) -> TrainingConfig | None:
+        """Training while the method decides, with the method's own momentum where it sets one."""
+        momentum = getattr(self.method_settings, "momentum", None)
+        if self.training is None or momentum is None:
+            return self.training
+        return self.training.model_copy(update={"momentum": momentum})
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
@@ -759,7 +827,7 @@ class PruneConfig(CutConfig):
 
 
 JOINT_NETWORKS = 24
-METHOD_SETTINGS = ("gsm", "gates", "greg", "increg", "csgd")
+METHOD_SETTINGS = ("gsm", "gates", "greg", "increg", "csgd", "grda", "regrow", "tpp")
 
 Schemes = Annotated[
     tuple[Literal["nc", "vh", "tucker2", "svd"], ...],

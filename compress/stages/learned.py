@@ -32,6 +32,7 @@ from compress.stages.meeting import TimedChoice
 from compress.stages.surveying import Survey, survey
 from compress.stages.trunks import places_in_whole, without_blocks
 from compress.training.fit import FitSettings, learning_rate, planned_steps
+from compress.training.hooks import OptimizerHooks
 
 STATE_FILE = "method.pt"
 
@@ -69,17 +70,18 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
         StageError: The run is too short for what goes to decay.
         As `compress.stages.surveying.survey`, `Survey.choose_timed` and `compress.training.fit.fit`.
     """
-    if config.method is None or config.training is None:
+    training = config.method_training
+    if config.method is None or training is None:
         raise InternalError("A pipeline with a method but no training passed validation.")
     method_class = METHODS.get(config.method)
     surveyed = survey(model, config, None, ctx, method_class.unfit)
     if not surveyed.groups:
         raise BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
     module, chooser = copy.deepcopy(model.module), _Chooser(surveyed, ctx)
-    setting = _setting(surveyed, module, chooser, hooked_settings(config.training, ctx, module), ctx)
+    setting = _setting(surveyed, module, chooser, hooked_settings(training, ctx, module), ctx)
     _require_work(chooser, surveyed)
     method: Method = method_class(setting, config.method_settings)
-    record = train_with_hooks(module, model, config.training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
+    record = train_with_hooks(module, model, training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
     method.finish()
     record = {"name": config.method, "figures": method.figures(), "cause": method.cause(), **record}
     return chooser.result(replace(model, module=module), method, record)
@@ -104,6 +106,8 @@ class _Hooks:
         self._method, self._chooser = method, chooser
         self.on_step_begin, self.on_gradients = method.on_step_begin, method.on_gradients
         self.on_step_end, self.parameters = method.on_step_end, method.parameters
+        if isinstance(method, OptimizerHooks):
+            self.on_optimizer = method.on_optimizer
 
     def state_dict(self) -> dict[str, Any]:
         return {"method": self._method.state_dict(), "choice": self._chooser.state_dict()}

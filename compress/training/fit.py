@@ -45,7 +45,7 @@ from compress.training.batch_norm import reestimate_batch_norm, synced_batch_nor
 from compress.training.device import moved, placed, require_precision, training_device
 from compress.training.evaluate import measure_quality
 from compress.training.feature_maps import MapPairs, at_least_float32
-from compress.training.hooks import TrainingHooks
+from compress.training.hooks import OptimizerHooks, TrainingHooks
 from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format, set_memory_format
 from compress.training.mixing import mixed, mixed_loss
@@ -259,6 +259,8 @@ def _trained(run: "_Run", keeps_state: bool) -> FitResult:
         run.progress.note(f"{run.team.size} processes train together, each on its part of every batch")
     with moved(run.networks, run.device):
         run.restore()
+        if isinstance(run.hooks, OptimizerHooks):
+            run.hooks.on_optimizer(run.optimizer)
         with flushed_denormals(), run.surroundings(), deferred_interrupts() as is_interrupted:
             while len(run.records) < run.total_epochs:
                 run.train_epoch(is_interrupted)

@@ -1,9 +1,10 @@
-"""What may be done in each step of the one training loop, besides the step itself?"""
+"""Hooks of the one training loop."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class TrainingHooks(Protocol):
@@ -35,4 +36,13 @@ class TrainingHooks(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
+        ...
+
+
+@runtime_checkable
+class OptimizerHooks(Protocol):
+    """Hooks that change the state of the optimizer too, such as the momentum of some weights; optional."""
+
+    def on_optimizer(self, optimizer: Optimizer) -> None:
+        """Before the first step of a process, once its saved state is loaded; the optimizer stays the same object."""
         ...

@@ -7,9 +7,12 @@ import torch
 from compress.catalog import METHODS
 from compress.pruning.methods.csgd import Csgd
 from compress.pruning.methods.gates import Gates
+from compress.pruning.methods.grda import Grda
 from compress.pruning.methods.greg import Greg
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg
+from compress.pruning.methods.regrow import Regrow
+from compress.pruning.methods.tpp import Tpp
 from compress.testing import MethodCase, MethodContract
 
 
@@ -38,13 +41,25 @@ class TestCsgd(MethodContract):
     method_class = Csgd
 
 
-SUITES = (TestGsm, TestGates, TestGreg, TestIncReg, TestCsgd)
+class TestGrda(MethodContract):
+    method_class = Grda
+
+
+class TestRegrow(MethodContract):
+    method_class = Regrow
+
+
+class TestTpp(MethodContract):
+    method_class = Tpp
+
+
+SUITES = (TestGsm, TestGates, TestGreg, TestIncReg, TestCsgd, TestGrda, TestRegrow, TestTpp)
 
 
 def test_every_registered_method_has_a_contract_class():
     assert {METHODS.get(name) for name in METHODS} == {suite.method_class for suite in SUITES}
     assert [METHODS.get(name).name for name in METHODS] == list(METHODS)
-    assert len(SUITES) >= 5
+    assert len(SUITES) >= 8
 
 
 def test_the_contract_has_its_size():

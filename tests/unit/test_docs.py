@@ -14,6 +14,7 @@ from compress.config.schema import (
     GatesConfig,
     GatesFile,
     GatesMethodConfig,
+    GrdaConfig,
     GregConfig,
     GsmConfig,
     IncRegConfig,
@@ -21,8 +22,10 @@ from compress.config.schema import (
     NetworkSection,
     PruneConfig,
     QuantizeConfig,
+    RegrowConfig,
     RobustnessConfig,
     TaskConfig,
+    TppConfig,
     TrpConfig,
     VerifyConfig,
 )
@@ -38,6 +41,9 @@ SETTINGS = {
     "greg": GregConfig,
     "increg": IncRegConfig,
     "csgd": CsgdConfig,
+    "grda": GrdaConfig,
+    "regrow": RegrowConfig,
+    "tpp": TppConfig,
     "trp": TrpConfig,
 }
 
@@ -57,7 +63,8 @@ def test_a_page_has_every_setting_with_its_default_and_the_source(name):
     wanted = {key: field.default for key, field in SETTINGS[name].model_fields.items()}
     assert table.keys() == wanted.keys()
     for key, default in wanted.items():
-        assert table[key].strip() == ("sized for the run" if default is None else str(default))
+        by_default = "that of training" if key == "momentum" else "sized for the run"
+        assert table[key].strip() == (by_default if default is None else str(default))
     assert re.search(r"Sources?: .*arXiv:\d{4}\.\d{5}", text, re.DOTALL)
 
 

@@ -1,16 +1,21 @@
 """`prune` with a method: what goes is learned under the budget, and the cut changes next to nothing."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import bright
 import nets
 import pytest
 import torch
+from exported import exported
+from steady import profile_by_macs
 
 import compress.stages.hooked as hooked
 from compress.building import apply_edits
 from compress.catalog import METHODS
 from compress.config.schema import (
+    DeployConfig,
     GsmConfig,
     PruneConfig,
     TargetConfig,
@@ -19,7 +24,9 @@ from compress.config.schema import (
 from compress.cost.macs import count_macs, count_params
 from compress.errors import AlreadyWithin, BudgetUnreachable, StageError
 from compress.pruning.methods.gates import Gates
+from compress.pruning.methods.grda import Grda
 from compress.pruning.methods.gsm import Gsm
+from compress.pruning.methods.regrow import Regrow
 from compress.recipe import RemoveBlock, RemoveChannels
 from compress.stages.prune import PruneStage
 
@@ -63,6 +70,42 @@ def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, meth
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
     assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
     json.dumps(record)
+
+
+@pytest.mark.parametrize("method", ["grda", "regrow", "tpp"])
+def test_a_latency_budget_is_met_by_widths_that_were_timed(data, tmp_path, monkeypatch, method):
+    profile_by_macs(monkeypatch)
+    artifact, (ctx, listener) = bright.artifact("residual", tmp_path), bright.context(tmp_path / "stage", data)
+    shutil.copy(exported("residual"), artifact.baseline.onnx_path)
+    ctx = replace(ctx, deploy=DeployConfig(batch_size=64), latency_tables=tmp_path / "tables")
+    config = PruneConfig(
+        stage="prune", target=TargetConfig(latency=0.6), multiple_of=2, method=method, training=TRAINING, repair=()
+    )
+    slim, record = PruneStage(config).run(artifact, ctx)
+    assert record["latency"]["measured_ratio"] <= 0.6 * 1.03
+    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
+    learned = record["method"]
+    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=hooked.CUT_JUMP)
+    assert not [text for text in listener.warnings if "must change next to nothing" in text]
+
+
+def test_the_momentum_of_gsm_takes_the_place_of_that_of_training(learn, monkeypatch):
+    settings, fit = [], hooked.fit
+    monkeypatch.setattr(hooked, "fit", lambda *args, **rest: settings.append(args[3]) or fit(*args, **rest))
+    decays, begun = [], Gsm.__init__
+
+    def noted(self, setting, options=None):
+        begun(self, setting, options)
+        decays.append((setting.momentum, self.decays[-1], float(setting.rates[45:].sum())))
+
+    monkeypatch.setattr(Gsm, "__init__", noted)
+    learn("chain", method="gsm", gsm=GsmConfig(momentum=0.7))
+    assert [one.momentum for one in settings] == [0.7]
+    ((momentum, decay, rates),) = decays
+    assert momentum == 0.7
+    assert decay == pytest.approx(8 * (1 - 0.7) / rates)  # alpha * decay * T / (1 - momentum) = 8
+    with pytest.raises(StageError, match=r"at momentum 0\.98 that takes 792 steps, and of 90 steps the choice leaves"):
+        learn("chain", "another", method="gsm", gsm=GsmConfig(momentum=0.98))
 
 
 def test_the_network_is_trained_while_the_method_decides(learn):
@@ -116,20 +159,22 @@ def test_gates_leave_blocks_alone_unless_asked(learn):
     assert record["method"]["figures"]["blocks_closed_ratio"] == 0.0
 
 
-def test_a_stage_that_was_killed_goes_on_and_ends_the_same(learn, monkeypatch):
-    whole, record, _ = learn("chain", "whole", method="gsm")
-    gradients = Gsm.on_gradients
+@pytest.mark.parametrize(("method_class", "step"), [(Gsm, 60), (Grda, 23), (Regrow, 44)])
+def test_a_stage_that_was_killed_goes_on_and_ends_the_same(learn, monkeypatch, method_class, step):
+    method = method_class.name
+    whole, record, _ = learn("chain", "whole", method=method)
+    gradients, last = method_class.on_gradients, step
 
     def dying(self, step):
-        if step == 60:
+        if step == last:
             raise SystemExit("killed")
         gradients(self, step)
 
-    monkeypatch.setattr(Gsm, "on_gradients", dying)
+    monkeypatch.setattr(method_class, "on_gradients", dying)
     with pytest.raises(SystemExit):
-        learn("chain", "killed", method="gsm")
-    monkeypatch.setattr(Gsm, "on_gradients", gradients)
-    again, repeated, said = learn("chain", "killed", method="gsm")
+        learn("chain", "killed", method=method)
+    monkeypatch.setattr(method_class, "on_gradients", gradients)
+    again, repeated, said = learn("chain", "killed", method=method)
     assert any(note.startswith("Training goes on after") for note in said.notes)
     assert again.recipe == whole.recipe
     for name, value in whole.module.state_dict().items():

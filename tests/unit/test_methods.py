@@ -8,89 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from handmade import Bare, Chosen, Pair, setting, train
 from torch import nn
 
 from compress.allocation.costs import Axis, CoupledCost, Term
 from compress.config.schema import CsgdConfig, GatesMethodConfig, GregConfig, GsmConfig, IncRegConfig
-from compress.cost.macs import count_macs
 from compress.errors import StageError
 from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.cutting import cut_copy
-from compress.pruning.methods.base import DECAYED, GroupTensors, Setting, rows_of
+from compress.pruning.methods.base import DECAYED, GroupTensors, rows_of
 from compress.pruning.methods.csgd import Csgd, channel_features, clustering
 from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.greg import Greg
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg, increments
 from compress.pruning.trial import find_cuttable, silenced_copy
-
-
-class Pair(nn.Module):
-    """A convolution of two channels with a batch norm, read by a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 2, 1, bias=False)
-        self.norm = nn.BatchNorm2d(2)
-        self.head = nn.Linear(2, 4)
-        with torch.no_grad():
-            self.norm.weight.copy_(torch.tensor([0.5, 2.0]))
-            self.norm.bias.copy_(torch.tensor([0.25, -1.0]))
-
-    def forward(self, x):
-        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
-
-
-class Chosen:
-    """Lets go what it is told to, and remembers how it was asked."""
-
-    def __init__(self, *answers):
-        self.answers, self.calls = list(answers), []
-
-    def __call__(self, scores, damages=None, closed=(), is_final=False):
-        self.calls.append(({name: values.clone() for name, values in scores.items()}, damages, closed, is_final))
-        return self.answers[min(len(self.calls), len(self.answers)) - 1]
-
-
-def setting(module, choose, rates, momentum=0.5, weight_decay=0.0, cost=None, kept=0.5, blocks=None, levels=None):
-    groups, _ = find_cuttable(module, torch.zeros(1, 3, 16, 16))
-    cost = cost or ExpectedCost(build_cost(module, nets.EXAMPLE, groups, "macs"), count_macs(module, nets.EXAMPLE))
-    levels = levels or {name: tuple(range(1, group.width + 1)) for name, group in groups.items()}
-    rates = np.asarray(rates, dtype=np.float64)
-    return Setting(module, groups, choose, levels, rates, momentum, weight_decay, 0, cost, kept, blocks or {})
-
-
-def train(module, method, rates, momentum=0.5, weight_decay=0.0, seed=0):
-    """Train as the loop does, on random images."""
-    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum, weight_decay=weight_decay)
-    module.train()
-    for step, rate in enumerate(rates):
-        torch.manual_seed(1000 * seed + step)
-        images, labels = torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
-        optimizer.param_groups[0]["lr"] = float(rate)
-        optimizer.zero_grad(set_to_none=True)
-        method.on_step_begin(step)
-        F.cross_entropy(module(images), labels).backward()
-        method.on_gradients(step)
-        optimizer.step()
-        method.on_step_end(step)
-    return module.eval()
-
-
-class Bare(nn.Module):
-    """A convolution and a depthwise one, both with a bias and without a batch norm, read by a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
-        self.head = nn.Conv2d(4, 4, 1)
-        nn.init.constant_(self.depthwise.bias, 1.0)
-
-    def forward(self, x):
-        return self.head(F.relu(self.depthwise(F.relu(self.conv(x))))).mean((2, 3))
-
 
 # what all share
 
@@ -153,12 +86,36 @@ def test_too_few_steps_for_momentum_to_forget_are_refused_with_the_number_that_w
 
 
 def test_a_given_decay_that_is_too_weak_is_refused_with_the_number_of_steps_that_would_do():
-    # 50 steps * 0.1 * 0.4 / (1 - 0.5) = 4, half of what is needed
-    with pytest.raises(StageError, match=r"gsm.passive_decay 0.4 brings them to e\^-4 in 100 steps") as caught:
-        Gsm(setting(Pair(), Chosen({}), [0.1] * 100), GsmConfig(passive_decay=0.4))
+    # the first choice is at step 20: 80 steps * 0.1 * 0.3 / (1 - 0.5) = 4.8, and 8 are needed
+    with pytest.raises(StageError, match=r"gsm.passive_decay 0.3 brings them to e\^-4.8 in 100 steps") as caught:
+        Gsm(setting(Pair(), Chosen({}), [0.1] * 100), GsmConfig(passive_decay=0.3))
     assert caught.value.hint is not None
-    assert "at least 200 steps" in caught.value.hint
-    Gsm(setting(Pair(), Chosen({}), [0.1] * 200), GsmConfig(passive_decay=0.4))
+    assert "at least 167 steps" in caught.value.hint
+    Gsm(setting(Pair(), Chosen({}), [0.1] * 200), GsmConfig(passive_decay=0.3))
+
+
+def test_gsm_runs_with_the_numbers_of_the_paper():
+    # rate 5e-3, decay 1e-4, momentum 0.98: 320,000 steps at that rate from the first choice on
+    options = GsmConfig(momentum=0.98, passive_decay=1e-4, interval=1)
+    with pytest.raises(StageError, match=r"gsm\.passive_decay 0\.0001 brings them to e\^-8 in 320000 steps"):
+        Gsm(setting(Pair(), Chosen({}), np.full(320_000, 5e-3), momentum=0.98), options)
+    method = Gsm(setting(Pair(), Chosen({}), np.full(320_002, 5e-3), momentum=0.98), options)
+    assert (method.first, method.interval) == (1, 1)
+    assert set(method.decays) == {1e-4}
+    with pytest.raises(StageError, match=r"at momentum 0\.98 that takes 792 steps"):
+        Gsm(setting(Pair(), Chosen({}), np.full(1000, 5.0), momentum=0.98), options)
+
+
+def test_gsm_at_the_momentum_of_the_paper_decays_as_sized():
+    module, rates = Pair(), [0.01] * 1700
+    method = Gsm(setting(module, Chosen({"conv": (0,)}), rates, momentum=0.98), GsmConfig(momentum=0.98))
+    assert method.decays[-1] == pytest.approx(8 * 0.02 / (0.01 * 850))
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], 0.01, 0.98)
+    for decay in method.decays[method.frozen :]:
+        parameter.grad = parameter.detach() * decay
+        optimizer.step()
+    assert math.log(float(parameter.detach().abs())) < -6
 
 
 # gsm

@@ -13,7 +13,7 @@ weights before it; only where no batch norm follows do the weights themselves de
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compress.errors import StageError
 from compress.pruning.costs import ExpectedCost
-from compress.pruning.groups import ChannelGroup, Member
+from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member
 
 Removed = dict[str, tuple[int, ...]]
 
@@ -236,16 +236,21 @@ class Rows:
     """The part of one parameter that belongs to the channels of a group.
 
     Attributes:
-        parameter: Of a layer.
+        parameter: Of a layer; or a buffer of it.
         slots: (n,) positions on its channel axis.
         channels: (n,) the channel of the group that each belongs to.
         axis: That axis.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     slots: Tensor
     channels: Tensor
     axis: int = 0
+
+    def among(self, channels: Tensor) -> "Rows":
+        """Return the part that belongs to some of the channels, (C,) bool."""
+        places = channels[self.channels]
+        return replace(self, slots=self.slots[places], channels=self.channels[places])
 
     @property
     def values(self) -> Tensor:
@@ -385,8 +390,8 @@ class Scored:
         """Let the gradients of this step into the scores, and choose when it is time to."""
         derivatives = torch.cat([tensors.derivatives() for tensors in self.tensors.values()]).cpu()
         widths = [len(scores) for scores in self.scores.values()]
-        for scores, present in zip(self.scores.values(), torch.split(derivatives, widths), strict=True):
-            scores.mul_(_REMEMBERED).add_(present.abs(), alpha=1 - _REMEMBERED)
+        for name, present in zip(self.scores, torch.split(derivatives, widths), strict=True):
+            self._average(name, present.abs())
         is_due = self.first <= step < self.frozen and (step - self.first) % self.interval == 0
         if is_due or step == self.frozen:
             self._choose(step == self.frozen)
@@ -426,6 +431,10 @@ class Scored:
         self.chosen = {name: tuple(channels) for name, channels in state["chosen"].items()}
         self.reactivated = state["reactivated"]
 
+    def _average(self, name: str, present: Tensor) -> None:
+        """Let the (C,) absolute derivatives of one step into the scores of a group."""
+        self.scores[name].mul_(_REMEMBERED).add_(present, alpha=1 - _REMEMBERED)
+
     def _choose(self, is_final: bool) -> None:
         before = {(name, channel) for name, channels in self.chosen.items() for channel in channels}
         self.chosen = self.setting.choose(self.scores, is_final=is_final)
@@ -450,3 +459,30 @@ def rows_of(member: Member) -> list[Rows]:
     for name, parameter in member.module.named_parameters(recurse=False):
         found.append(Rows(parameter, torch.from_numpy(slots), channels, axis if name == "weight" else 0))
     return found
+
+
+def norm_factors(gate: Member, width: int) -> Tensor:
+    """Return (width,) the scale of the batch norm at a gate over its running deviation; 1 where there is none."""
+    norm, factors = gate.module, torch.ones(width)
+    if isinstance(norm, BATCH_NORMS) and isinstance(norm.weight, Tensor) and isinstance(norm.running_var, Tensor):
+        deviations = (norm.running_var + norm.eps).sqrt()
+        factors[gate.channels] = (norm.weight.detach() / deviations)[gate.slots].cpu()
+    return factors
+
+
+def weight_rows(member: Member) -> Rows:
+    """Return the rows of the weight of a convolution or linear layer, without those of its bias."""
+    (rows,) = [rows for rows in rows_of(member) if rows.parameter is member.module.weight]
+    return rows
+
+
+def folded_filters(group: ChannelGroup) -> Tensor:
+    """Return (C, n) the filters that produce each channel, of all producers, with batch norms folded into them."""
+    parts = []
+    for producer, gate in zip(group.producers, group.gates, strict=True):
+        rows = weight_rows(producer)
+        filters = torch.zeros(group.width, rows.values[0].numel())
+        factors = norm_factors(gate, group.width)
+        filters[rows.channels] = rows.values.cpu().flatten(1) * factors[rows.channels, None]
+        parts.append(filters)
+    return torch.cat(parts, 1)

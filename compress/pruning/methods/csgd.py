@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.config.schema import CsgdConfig
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member, is_depthwise
-from compress.pruning.methods.base import GroupTensors, Removed, Rows, Setting, rows_of, unfit_gate
+from compress.pruning.methods.base import GroupTensors, Removed, Rows, Setting, folded_filters, unfit_gate
 
 _STARTS, _ROUNDS = 4, 30
 
@@ -196,18 +196,7 @@ def _filled(labels: np.ndarray, count: int) -> np.ndarray:
 
 def channel_features(group: ChannelGroup) -> np.ndarray:
     """Return (C, n) of each channel the filters that produce it, scaled as batch norms scale; each row has norm 1."""
-    parts = []
-    for producer, gate in zip(group.producers, group.gates, strict=True):
-        (rows, *_) = [rows for rows in rows_of(producer) if rows.parameter is producer.module.weight]
-        scale = torch.ones(group.width)
-        norm = gate.module
-        if isinstance(norm, BATCH_NORMS) and isinstance(norm.weight, Tensor) and isinstance(norm.running_var, Tensor):
-            deviations = (norm.running_var + norm.eps).sqrt()
-            scale[gate.channels] = (norm.weight.detach() / deviations)[gate.slots].cpu()
-        filters = torch.zeros(group.width, rows.values[0].numel())
-        filters[rows.channels] = rows.values.cpu().flatten(1) * scale[rows.channels, None]
-        parts.append(filters)
-    features = torch.cat(parts, 1)
+    features = folded_filters(group)
     lengths = features.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return np.asarray((features / lengths).double().numpy())
 

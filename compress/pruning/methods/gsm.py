@@ -15,7 +15,10 @@ class Gsm(Scored):
 
     A channel whose score rises again while the choice is open takes part again. What goes decays by a factor of its
     own: while the choice is open, so weak that a channel which goes all the time comes to e^-2, for what has decayed
-    does not come back; after that so strong that the rest is e^-8.
+    does not come back; after that so strong that the rest is e^-8. A `passive_decay` of the user's own holds all the
+    time, as in the paper: it must bring a channel that goes from the first choice on to e^-8.
+
+    The `momentum` of the options takes the place of that of the training, before this method is made.
 
     Args:
         setting: What to work with.
@@ -35,7 +38,8 @@ class Gsm(Scored):
         frozen = round(setting.steps * (1 - options.frozen_ratio))
         super().__init__(setting, frozen, options.interval, first=min(options.interval, frozen))
         if options.passive_decay is not None:
-            setting.require_decay(frozen, options.passive_decay, f"gsm.passive_decay {options.passive_decay:g}")
+            setting.require_steps(frozen)
+            setting.require_decay(self.first, options.passive_decay, f"gsm.passive_decay {options.passive_decay:g}")
             self.decays = np.full(setting.steps, options.passive_decay)
         else:
             self.decays = np.full(setting.steps, setting.sized_decay(frozen))

@@ -1,0 +1,142 @@
+"""Trainability-preserving pruning: a growing penalty on what goes, which is decorrelated from what is kept."""
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from compress.config.schema import GregConfig, TppConfig
+from compress.pruning.groups import ChannelGroup, Member
+from compress.pruning.methods.base import Rows, Setting, norm_factors, weight_rows
+from compress.pruning.methods.greg import Greg
+
+
+class Tpp(Greg):
+    """Greg, variant 1, and a Gram term that pulls the filters that go to be orthogonal to those that are kept.
+
+    Of each layer that computes channels of a group that loses some, with kernels W, (N, n), one row a filter, whose
+    batch norm is folded in by constant factors a, (N,), the loss gains
+
+        strength * min(penalty, 1) * s * ||M * W W'||^2,   s = N / (||W||^2 mean(a^2))
+
+    with the mask M: 1 in rows and in columns of what goes, 0 elsewhere; s is no part of the gradient. Divided by the
+    kernels' own size, the strength depends on neither their width nor their scale. s is lowered where a step of the
+    present learning rate would overshoot.
+
+    Args:
+        setting: What to work with.
+        options: See `TppConfig`.
+
+    Raises:
+        StageError: The run is too short for the penalty to bring the channels down; says how many steps would do.
+
+    Source: Wang and Fu 2023, "Trainability Preserving Neural Pruning", ICLR, arXiv:2207.12534. First-order scores in
+        place of filter norms, one ranking of all channels under a budget, s in place of 1000 / N^2, batch norms folded
+        in, and a schedule in shares of the run are adaptations.
+    """
+
+    name: ClassVar[str] = "tpp"
+
+    def __init__(self, setting: Setting, options: TppConfig | None = None) -> None:
+        own = options or TppConfig()
+        shared = own.model_dump(exclude={"strength"})
+        super().__init__(setting, GregConfig(variant=1, **shared))
+        self.strength = own.strength
+        self._kernels = {name: _kernels_of(group) for name, group in setting.groups.items()}
+        self._cross_before = 0.0
+
+    def on_gradients(self, step: int) -> None:
+        """Raise the penalties, and add them and the Gram term to the gradients."""
+        super().on_gradients(step)
+        if step == self.frozen:
+            self._cross_before = self.cross_gram()
+        if not self.strength:
+            return
+        for name in self.chosen:
+            goes = self.goes(name)
+            penalty = min(float(self.penalties[name].max()), 1.0)
+            for kernel in self._kernels[name]:
+                kernel.add_gradient(goes, self.strength * penalty, float(self.setting.rates[step]))
+
+    def cross_gram(self) -> float:
+        """Return the norm of the Gram matrices' part between what goes and what is kept, over all layers."""
+        squares = [
+            float(kernel.cross_gram(self.goes(name)).square().sum())
+            for name in self.chosen
+            for kernel in self._kernels[name]
+        ]
+        return math.sqrt(sum(squares))
+
+    def figures(self) -> dict[str, float]:
+        """Return what `Greg` does, and the norm of the cross-Gram matrices at the choice and now."""
+        return {
+            **super().figures(),
+            "cross_gram_before": self._cross_before,
+            "cross_gram_after": self.cross_gram(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values from which `load_state_dict` goes on."""
+        return {**super().state_dict(), "cross_before": self._cross_before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state)
+        self._cross_before = state["cross_before"]
+
+
+class _Kernel:
+    """The kernels of one layer that compute channels of a group, one row for each of its outputs.
+
+    Args:
+        producer: The layer.
+        gate: Its batch norm, or itself.
+        width: Of the group.
+    """
+
+    def __init__(self, producer: Member, gate: Member, width: int) -> None:
+        self.rows: Rows = weight_rows(producer)
+        self._gate, self._width = gate, width
+        parts = int(getattr(producer.module, "groups", 1))
+        part = self.rows.slots // (self.rows.parameter.shape[self.rows.axis] // parts)
+        self._is_alike = part[:, None] == part[None, :]  # filters of one part of a grouped convolution read the same
+
+    def mask(self, goes: Tensor) -> Tensor:
+        """Return (N, N): 1 in rows and columns of the channels, (C,) bool, that go."""
+        gone = goes[self.rows.channels]
+        return ((gone[:, None] | gone[None, :]) & self._is_alike).float()
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return (N, n) the kernels with the batch norm folded in, and (N, 1) the factors of it."""
+        device = self.rows.parameter.device
+        factors = norm_factors(self._gate, self._width)[self.rows.channels, None].to(device)
+        return self.rows.values.flatten(1) * factors, factors
+
+    def add_gradient(self, goes: Tensor, strength: float, rate: float) -> None:
+        """Add the gradient of strength * s * ||M * W W'||^2 at a learning rate."""
+        kernels, factors = self.folded()
+        gram = kernels @ kernels.T
+        scale = self.scale(kernels, factors, gram, strength * rate)
+        slopes = 4 * strength * scale * (gram * self.mask(goes).to(gram.device)) @ kernels
+        values = self.rows.gradient
+        self.rows.set_gradient(values + (factors * slopes).reshape(values.shape))
+
+    @staticmethod
+    def scale(kernels: Tensor, factors: Tensor, gram: Tensor, step_size: float) -> float:
+        """Return s: N / (||W||^2 mean(a^2)), lowered where a step of a size would move a filter further than to 0."""
+        squares = float(kernels.square().sum()) * float(factors.square().mean())
+        curvature = 4 * float(gram.abs().sum(1).max()) * float(factors.square().max()) * step_size
+        wanted = len(kernels) / max(squares, 1e-12)
+        return min(wanted, 1 / curvature) if curvature > 0 else wanted
+
+    def cross_gram(self, goes: Tensor) -> Tensor:
+        """Return (n, m) the products of the folded kernels that go with those that are kept."""
+        kernels, _ = self.folded()
+        gone = goes[self.rows.channels]
+        gram = (kernels @ kernels.T).cpu() * self._is_alike
+        return gram[gone][:, ~gone]
+
+
+def _kernels_of(group: ChannelGroup) -> list[_Kernel]:
+    """Return the kernels of the layers that compute a group."""
+    return [_Kernel(producer, gate, group.width) for producer, gate in zip(group.producers, group.gates, strict=True)]

@@ -174,6 +174,19 @@ METHODS.declare(
 )
 METHODS.declare("csgd", "compress.pruning.methods.csgd:Csgd", "draw alike channels together until they can be merged")
 
+RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that takes it, what it does
+    "nc": ("schemes", "kh x kw convolution C -> r, then 1 x 1 convolution r -> N"),
+    "nc2": ("schemes", "nc with the input channels in 2 groups, each of rank r"),
+    "nc4": ("schemes", "nc with the input channels in 4 groups, each of rank r"),
+    "vh": ("schemes", "kh x 1 convolution C -> r, then 1 x kw convolution r -> N"),
+    "tucker2": ("schemes", "1 x 1 convolution, kh x kw convolution between two ranks, 1 x 1 convolution"),
+    "svd": ("schemes", "two 1 x 1 convolutions or two linear layers"),
+    "shared_error": ("allocation", "one relative error for all layers, solved from the budget"),
+    "alds": ("allocation", "smallest bound of the residuals' operator norms; chooses groups and ranks together"),
+    "energy": ("allocation", "per layer retained energy against cost, the price of cost solved from the budget"),
+    "trp": ("method", "train with kernels cut to low rank again and again"),
+}
+
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare(
     "onnxruntime",

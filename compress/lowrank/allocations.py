@@ -23,7 +23,15 @@ from typing import Literal
 import numpy as np
 
 from compress.errors import InternalError
-from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, SchemeSpectra, allowed_ranks, lost_energy, unreachable
+from compress.lowrank.ranks import (
+    LayerSpectra,
+    Metric,
+    RankChoice,
+    SchemeSpectra,
+    allowed_ranks,
+    lost_energy,
+    unreachable,
+)
 
 Rule = Literal["alds", "energy"]
 _BISECTIONS = 60
@@ -182,7 +190,8 @@ def most_energy(energies: Sequence[np.ndarray], costs: Sequence[np.ndarray], lim
         costs: For each layer (options,), >= 0.
         limit: Upper limit of the sum of costs.
 
-    >>> most_energy([np.array([0.5, 0.9, 1.0]), np.array([0.8, 1.0])], [np.array([1.0, 2.0, 4.0]), np.array([1.0, 4.0])], 4.0)
+    >>> energies, costs = [np.array([0.5, 0.9, 1.0]), np.array([0.8, 1.0])], [np.array([1, 2, 4]), np.array([1, 4])]
+    >>> most_energy(energies, costs, 4.0)
     (1, 0)
     """
     _check_tables(energies, costs)

@@ -13,9 +13,9 @@ taken as it is: folding the batch norm into it first was measured to be worse (R
 MACs, before fine-tuning, without moments: 79.9 % top-1 raw, 76.6 % folded).
 
 Sources: nc as in trained rank pruning (Xu et al., IJCAI 2020, arXiv:2004.14566), with the outputs' principal directions
-as in Zhang et al. 2016 (arXiv:1505.06798), section 3.1; nc2 and nc4, which cut the input channels into k equal slices of
-the same rank, Liebenwein et al. 2021 (arXiv:2107.11442); vh Jaderberg et al. 2014 (arXiv:1405.3866); tucker2 Kim et al.
-2016 (arXiv:1511.06530).
+as in Zhang et al. 2016 (arXiv:1505.06798), section 3.1; nc2 and nc4, which cut the input channels into equal slices of
+one rank, Liebenwein et al. 2021 (arXiv:2107.11442); vh Jaderberg et al. 2014 (arXiv:1405.3866); tucker2 Kim et al. 2016
+(arXiv:1511.06530).
 """
 
 from dataclasses import dataclass
@@ -145,8 +145,8 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
     """Return the spectra that a scheme truncates, each falling and >= 0, float64.
 
     With moments the lost energy of a spectrum is that of the layer's outputs: exactly for "nc", "svd" and the side N of
-    "tucker2"; for "vh", the side C of "tucker2", "nc2" and "nc4" as if different columns, points or slices of the kernel
-    read unrelated inputs.
+    "tucker2"; for "vh", the side C of "tucker2", "nc2" and "nc4" as if different columns, points or slices of the
+    kernel read unrelated inputs.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite.
@@ -176,9 +176,9 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
 def norm_bounds(weight: Tensor, scheme: str, moments: Moments | None = None) -> np.ndarray | None:
     """Return bounds of the operator norm of the residual, over that of the kernel, by rank.
 
-    With k slices W_i of W the bound of rank j is sqrt(k) * max_i sigma_{j+1}(W_i) / sigma_1(W): no residual has a larger
-    norm. Without the root, as in the paper, it is none for k > 1. With moments the norms are those of the outputs, and
-    correlations between slices turn the root into k.
+    With k slices W_i of W the bound of rank j is sqrt(k) * max_i sigma_{j+1}(W_i) / sigma_1(W); the residual's norm is
+    never above it. The paper leaves out the root, and its value is no bound for k > 1. With moments the norms are those
+    of the outputs, and the factor is k, because slices may read correlated inputs.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite.
@@ -190,7 +190,8 @@ def norm_bounds(weight: Tensor, scheme: str, moments: Moments | None = None) -> 
         are others than the layer's.
 
     Source: Liebenwein et al. 2021, "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS, arXiv:2107.11442, section 3; root and index (sigma_{j+1} is lost, not sigma_j) corrected.
+        Decomposition", NeurIPS, arXiv:2107.11442, section 3; corrected are the root and, against the released code, the
+        index: rank j loses sigma_{j+1}.
     """
     if scheme not in SLICES:
         return None

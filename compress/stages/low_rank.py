@@ -289,9 +289,7 @@ class LowRankStage:
         fixed, limit, baseline = self._budget(artifact, spectra, total)
         return solve_relative_error(spectra, fixed, limit, self.config.multiple_of, self.metric, baseline)
 
-    def _allocate(
-        self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int
-    ) -> tuple[RankChoice, ...]:
+    def _allocate(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> tuple[RankChoice, ...]:
         """Choose ranks by ALDS or the energy rule within a budget of MACs or params."""
         rule = self.config.allocation
         if rule == "shared_error":
@@ -301,7 +299,9 @@ class LowRankStage:
 
     def _largest_bound(self, choices: Sequence[RankChoice]) -> float | None:
         """Return the largest bound of an operator norm, which ALDS minimises; None for other allocations."""
-        return max((choice.error_bound for choice in choices), default=None) if self.config.allocation == "alds" else None
+        return (
+            max((choice.error_bound for choice in choices), default=None) if self.config.allocation == "alds" else None
+        )
 
     def _budget(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> tuple[int, float, int]:
         """Return the cost of the layers that cannot be factorised, the limit of the total and the baseline's cost.

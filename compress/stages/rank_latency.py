@@ -4,8 +4,8 @@
     -> each layer stays dense or takes one of those factorisations: a knapsack, the least damage within the budget
     -> the choice is timed as a whole, and chosen again until the budget is met
 
-ALDS and the energy rule choose among the same timings in place of the knapsack. For them every scheme is timed by
-itself, since the cheapest in MACs need not be the fastest. A factorisation that is no faster than its dense layer, as measured, is never chosen.
+ALDS and the energy rule take the place of the knapsack. For them every scheme is timed by itself, since the cheapest in
+MACs need not be the fastest. A factorisation that is no faster than its dense layer, as measured, is never chosen.
 """
 
 import tempfile

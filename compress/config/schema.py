@@ -697,8 +697,8 @@ ALDS_SCHEMES: Schemes = ("nc", "nc2", "nc4", "svd")
 RankAllocation = Annotated[
     Literal["shared_error", "alds", "energy"],
     Field(
-        description="shared_error: one relative error; alds: least bound of operator norms, groups too; energy: retained "
-        "energy against cost"
+        description="shared_error: one relative error for all layers; alds: least bound of operator norms, groups of "
+        "channels too; energy: retained energy against cost"
     ),
 ]
 

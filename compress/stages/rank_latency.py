@@ -163,8 +163,10 @@ def rank_latency(
         ModelError, RuntimeUnavailable: The network cannot be timed.
     """
     trials = [tuple(RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra)]
-    trials += _shared_trials(spectra, multiple_of) if allocation == "shared_error" else []
-    trials += _scheme_trials(spectra, multiple_of, allocation) if allocation != "shared_error" else []
+    if allocation == "shared_error":
+        trials += _shared_trials(spectra, multiple_of)
+    else:
+        trials += _scheme_trials(spectra, multiple_of, allocation)
     if len(trials) == 1:
         raise BudgetUnreachable(
             f"At least one layer must get cheaper by factorisation, none of {len(spectra)} does at any rank.",

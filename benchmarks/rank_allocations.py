@@ -37,6 +37,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("energy", ("nc", "svd")),
     ("alds", ("nc", "svd")),
 )
+EVALUATED = 500  # images that `load` measures the baseline on; no row uses them
 HEADER = (
     "| budget | multiple of | allocation | schemes | MACs | params | schemes chosen | validation loss | top-1 |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="as in compress run")
+    parser.add_argument("--of", nargs="+", choices=("macs", "params"), default=["macs", "params"])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.5])
     parser.add_argument("--multiple-of", type=int, nargs="+", default=[8])
     given = parser.parse_args(arguments)
@@ -73,13 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = next(stage for stage in config.stages if isinstance(stage, LoadConfig))
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        ctx = StageContext(Path(folder), config.seed, Splits(config.data), SilentProgress())
+        splits = Splits(config.data)
+        splits.evaluation = splits.evaluation.first(EVALUATED)
+        ctx = StageContext(Path(folder), config.seed, splits, SilentProgress())
         model, _ = LoadStage(load).run(None, ctx)
         loss = evaluate_loss(model.module, ctx.data.validation)
         console.say(f"validation loss of the whole network: {loss:.4f}")
         console.say("\n".join(HEADER))
         for kept in given.kept:
-            for metric in ("macs", "params"):
+            for metric in given.of:
                 for multiple_of in given.multiple_of:
                     for which in range(len(ROWS)):
                         console.say(row(model, ctx, metric, kept, multiple_of, which))

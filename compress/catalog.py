@@ -40,7 +40,7 @@ STAGES: dict[str, StageEntry] = {
                    "remove channels and residual blocks down to a budget"),
         StageEntry("slim", "compress.stages.slim:SlimStage", 8, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
-        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 6, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 7, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
         StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 9, TORCH_MODEL, TORCH_MODEL, True,
                    "train the slim network, best epoch chosen on validation"),
@@ -222,6 +222,19 @@ METHODS.declare(
     "train masked; at every choice some channels come back at random",
 )
 METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, and what goes is decorrelated from what is kept")
+
+RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that takes it, what it does
+    "nc": ("schemes", "kh x kw convolution C -> r, then 1 x 1 convolution r -> N"),
+    "nc2": ("schemes", "nc with the input channels in 2 groups, each of rank r"),
+    "nc4": ("schemes", "nc with the input channels in 4 groups, each of rank r"),
+    "vh": ("schemes", "kh x 1 convolution C -> r, then 1 x kw convolution r -> N"),
+    "tucker2": ("schemes", "1 x 1 convolution, kh x kw convolution between two ranks, 1 x 1 convolution"),
+    "svd": ("schemes", "two 1 x 1 convolutions or two linear layers"),
+    "shared_error": ("allocation", "one relative error for all layers, solved from the budget"),
+    "alds": ("allocation", "smallest bound of the residuals' operator norms; chooses groups and ranks together"),
+    "energy": ("allocation", "per layer retained energy against cost, the price of cost solved from the budget"),
+    "trp": ("method", "train with kernels cut to low rank again and again"),
+}
 
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare(

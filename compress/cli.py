@@ -369,12 +369,13 @@ def list_names(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[criteria|methods|stages|networks|datasets|tasks|runtimes]", help="What to list; all by default."
+            metavar="[criteria|methods|ranks|stages|networks|datasets|tasks|runtimes]",
+            help="What to list; all by default.",
         ),
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""
-    from compress.catalog import CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, STAGES, TASKS
+    from compress.catalog import CRITERIA, METHODS, NETWORKS, RANKS, RUNTIMES, SOURCES, STAGES, TASKS
     from compress.registry import closest
 
     summary = ("name", "what it does")
@@ -382,6 +383,7 @@ def list_names(
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         "criteria": (summary, [(name, CRITERIA.summary(name)) for name in CRITERIA]),
         "methods": (summary, [(name, METHODS.summary(name)) for name in METHODS]),
+        "ranks": (("name", "setting", "what it does"), [(name, *said) for name, said in RANKS.items()]),
         "stages": (("name", "needs", "yields", "what it does"), stages),
         "networks": (("key", "what it names"), list(NETWORKS.items())),
         "datasets": (("key", "what it reads"), list(SOURCES.items())),

@@ -56,8 +56,8 @@ class Factorize:
 
     Attributes:
         layer: Module path of the layer.
-        scheme: "nc", "vh", "tucker2" or "svd".
-        ranks: One rank; two (in, out) for "tucker2".
+        scheme: "nc", "vh", "tucker2" or "svd"; "nc2" or "nc4" for "nc" with the input channels in 2 or 4 groups.
+        ranks: One rank, of each group where there are several; two (in, out) for "tucker2".
     """
 
     kind: ClassVar[str] = "factorize"

@@ -830,11 +830,31 @@ JOINT_NETWORKS = 24
 METHOD_SETTINGS = ("gsm", "gates", "greg", "increg", "csgd", "grda", "regrow", "tpp")
 
 Schemes = Annotated[
-    tuple[Literal["nc", "vh", "tucker2", "svd"], ...],
+    tuple[Literal["nc", "vh", "tucker2", "svd", "nc2", "nc4"], ...],
     BeforeValidator(_to_tuple),
-    Field(min_length=1, description="schemes to choose from, cheapest wins"),
+    Field(min_length=1, description="schemes to choose from; nc2 and nc4 are nc in 2 and 4 groups of input channels"),
 ]
 SCHEMES: Schemes = ("nc", "vh", "tucker2", "svd")
+ALDS_SCHEMES: Schemes = ("nc", "nc2", "nc4", "svd")
+RankAllocation = Annotated[
+    Literal["shared_error", "alds", "energy"],
+    Field(
+        description="shared_error: one relative error for all layers; alds: least bound of operator norms, groups of "
+        "channels too; energy: retained energy against cost"
+    ),
+]
+
+
+def _fill_schemes(values: Any, key: str) -> Any:
+    """Return the values with the schemes of alds where it allocates ranks and no schemes are given."""
+    if isinstance(values, dict) and values.get(key) == "alds" and "schemes" not in values:
+        return {**values, "schemes": ALDS_SCHEMES}
+    return values
+
+
+def _check_alds_schemes(allocation: str, schemes: Schemes) -> None:
+    if allocation == "alds" and not set(schemes) <= set(ALDS_SCHEMES):
+        raise ValueError(f"schemes must be of {', '.join(ALDS_SCHEMES)} where alds allocates ranks")
 
 
 class TrpConfig(Section):
@@ -851,7 +871,8 @@ class LowRankConfig(Section):
     relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="shared bound of the relative error of every layer"
     )
-    target: RankTargetConfig | None = Field(None, description="budget that decides the shared relative error")
+    target: RankTargetConfig | None = Field(None, description="budget that decides the ranks")
+    allocation: RankAllocation = "shared_error"
     schemes: Schemes = SCHEMES
     error_of: Literal["outputs", "kernels"] = Field(
         "kernels", description="kernels; or outputs on calibration images, better where no training follows"
@@ -865,10 +886,18 @@ class LowRankConfig(Section):
     training: TrainingConfig | None = Field(None, description="how the network trains with that method")
     trp: TrpConfig | None = Field(None, description="settings of that method")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_schemes(cls, values: Any) -> Any:
+        return _fill_schemes(values, "allocation")
+
     @model_validator(mode="after")
     def _check_one(self) -> "LowRankConfig":
         if (self.relative_error is None) == (self.target is None):
             raise ValueError("must hold exactly one of relative_error, target")
+        if self.allocation != "shared_error" and self.target is None:
+            raise ValueError("allocation must be shared_error where relative_error is given: the others need a target")
+        _check_alds_schemes(self.allocation, self.schemes)
         _check_training(self.method, self.training)
         if self.trp is not None and self.method is None:
             raise ValueError("trp must be left out unless it is the method")
@@ -944,12 +973,19 @@ class SlimConfig(CutConfig):
     moves: Annotated[tuple[Literal["channels", "blocks", "ranks"], ...], BeforeValidator(_to_tuple)] = Field(
         ("channels", "blocks", "ranks"), description="what may be done; channels always"
     )
+    rank_allocation: RankAllocation = "shared_error"
     schemes: Schemes = SCHEMES
     steps: Count = Field(1, description="times the network is slimmed, each time nearer to the target")
     between: TrainingConfig | None = Field(None, description="training after each step but the last")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_schemes(cls, values: Any) -> Any:
+        return _fill_schemes(values, "rank_allocation")
+
     @model_validator(mode="after")
     def _check_moves(self) -> Self:
+        _check_alds_schemes(self.rank_allocation, self.schemes)
         if "channels" not in self.moves:
             raise ValueError("moves must hold channels; for ranks alone there is the stage low_rank")
         given = list(self.target.given())

@@ -1,7 +1,8 @@
-"""What are the factors of one kernel, and how far is their product from it?
+"""Factors of one kernel, and the distance of their product from it.
 
     scheme    matrix or tensor          layers, in order
     nc        N x (C kh kw)             kh x kw conv C -> r, then 1 x 1 conv r -> N
+    nc2, nc4  k of N x (C/k kh kw)      kh x kw conv C -> k r in k groups, then 1 x 1 conv k r -> N; k = 2, 4
     vh        (C kh) x (N kw)           kh x 1 conv C -> r, then 1 x kw conv r -> N
     tucker2   N x C x kh x kw           1 x 1 conv C -> r1, kh x kw conv r1 -> r2, 1 x 1 conv r2 -> N
     svd       N x C                     two 1 x 1 convs or two linear layers
@@ -12,8 +13,9 @@ taken as it is: folding the batch norm into it first was measured to be worse (R
 MACs, before fine-tuning, without moments: 79.9 % top-1 raw, 76.6 % folded).
 
 Sources: nc as in trained rank pruning (Xu et al., IJCAI 2020, arXiv:2004.14566), with the outputs' principal directions
-as in Zhang et al. 2016 (arXiv:1505.06798), section 3.1; vh Jaderberg et al. 2014 (arXiv:1405.3866); tucker2 Kim et al.
-2016 (arXiv:1511.06530).
+as in Zhang et al. 2016 (arXiv:1505.06798), section 3.1; nc2 and nc4, which cut the input channels into equal slices of
+one rank, Liebenwein et al. 2021 (arXiv:2107.11442); vh Jaderberg et al. 2014 (arXiv:1405.3866); tucker2 Kim et al. 2016
+(arXiv:1511.06530).
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from torch import Tensor
 
 from compress.errors import UnsupportedLayer
 
-SCHEMES = ("nc", "vh", "tucker2", "svd")
+SCHEMES = ("nc", "vh", "tucker2", "svd", "nc2", "nc4")
+SLICES = {"nc": 1, "svd": 1, "nc2": 2, "nc4": 4}
 _RIDGE = 1e-6
 
 
@@ -45,6 +48,13 @@ class Moments:
     def whole(self) -> Tensor:
         """(n, n) the root for all that is read."""
         return _root(self.matrix)
+
+    def slices(self, count: int) -> tuple[Tensor, ...]:
+        """Return the roots for what each of `count` equal slices of the input channels reads."""
+        if count == 1:
+            return (self.whole,)
+        size = len(self.matrix) // count
+        return tuple(_root(self.matrix[at : at + size, at : at + size]) for at in range(0, len(self.matrix), size))
 
     @cached_property
     def columns(self) -> Tensor:
@@ -86,18 +96,27 @@ def applicable_schemes(shape: tuple[int, ...]) -> tuple[str, ...]:
     """Return the schemes that make sense for a kernel of this shape, (N, C) or (N, C, kh, kw).
 
     >>> applicable_schemes((8, 4, 3, 3)), applicable_schemes((8, 4, 1, 3)), applicable_schemes((8, 4))
-    (('nc', 'vh', 'tucker2'), ('nc', 'tucker2'), ('svd',))
+    (('nc', 'vh', 'tucker2', 'nc2', 'nc4'), ('nc', 'tucker2', 'nc2', 'nc4'), ('svd',))
+    >>> applicable_schemes((8, 6, 1, 1)), applicable_schemes((8, 3, 3, 3))
+    (('svd', 'nc2'), ('nc', 'vh', 'tucker2'))
     """
-    if len(shape) == 2 or shape[2:] == (1, 1):
+    if len(shape) == 2:
         return ("svd",)
-    return ("nc", "vh", "tucker2") if min(shape[2:]) > 1 else ("nc", "tucker2")
+    sliced = tuple(scheme for scheme in ("nc2", "nc4") if shape[1] % SLICES[scheme] == 0)
+    if shape[2:] == (1, 1):
+        return ("svd", *sliced)
+    return (*(("nc", "vh", "tucker2") if min(shape[2:]) > 1 else ("nc", "tucker2")), *sliced)
 
 
 def full_ranks(shape: tuple[int, ...], scheme: str) -> tuple[int, ...]:
-    """Return the ranks at which a scheme is exact for a kernel of this shape; for "tucker2" those of (C, N).
+    """Return the ranks at which a scheme is exact for a kernel of this shape.
+
+    They are those of (C, N) for "tucker2", and that of each slice for "nc2" and "nc4".
 
     >>> full_ranks((8, 4, 3, 3), "nc"), full_ranks((8, 4, 3, 3), "vh"), full_ranks((8, 4, 3, 3), "tucker2")
     ((8,), (12,), (4, 8))
+    >>> full_ranks((64, 8, 3, 3), "nc4")
+    (18,)
     """
     outputs, inputs, *kernel = shape
     height, width = kernel or (1, 1)
@@ -105,7 +124,7 @@ def full_ranks(shape: tuple[int, ...], scheme: str) -> tuple[int, ...]:
         return (min(inputs * height, outputs * width),)
     if scheme == "tucker2":
         return min(inputs, outputs * height * width), min(outputs, inputs * height * width)
-    return (min(outputs, inputs * height * width),)
+    return (min(outputs, inputs // SLICES[scheme] * height * width),)
 
 
 def check_ranks(shape: tuple[int, ...], scheme: str, ranks: tuple[int, ...]) -> None:
@@ -126,8 +145,8 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
     """Return the spectra that a scheme truncates, each falling and >= 0, float64.
 
     With moments the lost energy of a spectrum is that of the layer's outputs: exactly for "nc", "svd" and the side N of
-    "tucker2"; for "vh" and the side C of "tucker2" as if different columns, or points, of the kernel read things that
-    have nothing to do with one another.
+    "tucker2"; for "vh", the side C of "tucker2", "nc2" and "nc4" as if different columns, points or slices of the
+    kernel read unrelated inputs.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite.
@@ -135,9 +154,12 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
         moments: Of what the layer reads; None measures the kernel.
 
     Returns:
-        One spectrum; for "tucker2" those of the unfoldings along C and along N.
+        One spectrum; for "tucker2" those of the unfoldings along C and along N. Entry j of that of "nc2" and "nc4" is
+        the root of the sum of squares of the j-th singular values of all slices.
     """
     kernel = weight.detach().double()
+    if SLICES.get(scheme, 1) > 1:
+        return (np.sqrt(np.square(_slice_values(kernel, SLICES[scheme], moments)).sum(axis=0)),)
     matrices: tuple[Tensor, ...]
     if scheme == "tucker2":
         matrices = (
@@ -151,13 +173,50 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
     return tuple(torch.linalg.svdvals(matrix).cpu().numpy() for matrix in matrices)
 
 
+def norm_bounds(weight: Tensor, scheme: str, moments: Moments | None = None) -> np.ndarray | None:
+    """Return bounds of the operator norm of the residual, over that of the kernel, by rank.
+
+    With k slices W_i of W the bound of rank j is sqrt(k) * max_i sigma_{j+1}(W_i) / sigma_1(W); the residual's norm is
+    never above it. The paper leaves out the root, and its value is no bound for k > 1. With moments the norms are those
+    of the outputs, and the factor is k, because slices may read correlated inputs.
+
+    Args:
+        weight: (N, C) or (N, C, kh, kw), finite.
+        scheme: One that applies to this shape.
+        moments: Of the layer's inputs; None measures the kernel.
+
+    Returns:
+        (full + 1,) for ranks from 0 to the full one, falling, 0 at the end; None for "vh" and "tucker2", whose matrices
+        are others than the layer's.
+
+    Source: Liebenwein et al. 2021, "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
+        Decomposition", NeurIPS, arXiv:2107.11442, section 3; corrected are the root and, against the released code, the
+        index: rank j loses sigma_{j+1}.
+    """
+    if scheme not in SLICES:
+        return None
+    kernel, slices = weight.detach().double(), SLICES[scheme]
+    values = _slice_values(kernel, slices, moments)
+    top = float(values.max() if slices == 1 else _slice_values(kernel, 1, moments).max())
+    bounds = np.append(values.max(axis=0), 0.0) * (slices**0.5 if moments is None else slices)
+    return bounds / top if top > 0 else np.zeros_like(bounds)
+
+
+def _slice_values(kernel: Tensor, slices: int, moments: Moments | None) -> np.ndarray:
+    """Return (slices, full rank) the falling singular values of each slice of the input channels, float64."""
+    roots = moments.slices(slices) if moments else (None,) * slices
+    parts = zip(kernel.chunk(slices, 1), roots, strict=True)
+    rows = [torch.linalg.svdvals(_through(part.flatten(1), root)).cpu().numpy() for part, root in parts]
+    return np.stack(rows)
+
+
 def factorize(weight: Tensor, scheme: str, ranks: tuple[int, ...], moments: Moments | None = None) -> Factors:
     """Return the factors of a kernel, balanced: all sides of a product carry an equal share of its singular values.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite, any floating dtype; the SVD runs in float64.
-        scheme: "nc", "vh", "tucker2" or "svd".
-        ranks: One rank; (r1, r2) along (C, N) for "tucker2".
+        scheme: "nc", "vh", "tucker2", "svd", "nc2" or "nc4".
+        ranks: One rank, of each slice for "nc2" and "nc4"; (r1, r2) along (C, N) for "tucker2".
         moments: Of what the layer reads; the factors then keep its outputs rather than the kernel.
 
     Raises:
@@ -179,14 +238,18 @@ def multiply(weights: tuple[Tensor, ...], scheme: str) -> Tensor:
         return torch.einsum("nb,bahw,ac->nchw", parts[2][..., 0, 0], parts[1], parts[0][..., 0, 0])
     if scheme == "vh":
         return torch.einsum("nrw,rch->nchw", parts[1][:, :, 0, :], parts[0][..., 0])
-    product = parts[1].flatten(1) @ parts[0].flatten(1)
-    return product.reshape(parts[1].shape[0], *parts[0].shape[1:])
+    slices = SLICES[scheme]
+    pairs = zip(parts[1].chunk(slices, 1), parts[0].chunk(slices), strict=True)
+    products = [left.flatten(1) @ right.flatten(1) for left, right in pairs]
+    shape = parts[1].shape[0], *parts[0].shape[1:]
+    return torch.cat([product.reshape(shape) for product in products], 1)
 
 
 def main_directions(weight: Tensor, scheme: str, ranks: tuple[int, ...]) -> Tensor:
     """Return a sub-gradient of the nuclear norm of a kernel that has the ranks given, in its shape, float64.
 
-    It is U V^T of the leading singular vectors; for "tucker2" the sum of those of both unfoldings.
+    It is U V^T of the leading singular vectors, slice by slice for "nc2" and "nc4"; for "tucker2" the sum of those of
+    both unfoldings.
     """
     kernel = weight.detach().double()
 
@@ -199,7 +262,8 @@ def main_directions(weight: Tensor, scheme: str, ranks: tuple[int, ...]) -> Tens
         outputs, inputs, height, width = kernel.shape
         folded = directions(_to_columns(kernel), ranks[0]).reshape(inputs, height, outputs, width)
         return folded.permute(2, 0, 1, 3)
-    by_outputs = directions(kernel.flatten(1), ranks[-1]).reshape(kernel.shape)
+    slices = kernel.chunk(SLICES.get(scheme, 1), 1)
+    by_outputs = torch.cat([directions(part.flatten(1), ranks[-1]).reshape(part.shape) for part in slices], 1)
     if scheme != "tucker2":
         return by_outputs
     by_inputs = directions(_unfold_inputs(kernel), ranks[0])
@@ -212,10 +276,16 @@ def _truncate(kernel: Tensor, scheme: str, rank: int, moments: Moments | None) -
         left, right = _balanced(*_projected(_to_columns(kernel), rank, moments.columns if moments else None))
         first = left.T.reshape(rank, inputs, height, 1)
         return first, right.reshape(rank, outputs, 1, width).transpose(0, 1)
-    left = _main_outputs(kernel, rank, moments)
-    left, right = _balanced(left, left.T @ kernel.flatten(1))
+    slices = SLICES[scheme]
+    roots = moments.slices(slices) if moments else (None,) * slices
+    lefts, rights = [], []
+    for part, root in zip(kernel.chunk(slices, 1), roots, strict=True):
+        left = _signed_svd(_through(part.flatten(1), root))[0][:, :rank]
+        left, right = _balanced(left, left.T @ part.flatten(1))
+        lefts.append(left)
+        rights.append(right.reshape(rank, *part.shape[1:]))
     ones = (1,) * (kernel.ndim - 2)
-    return right.reshape(rank, *kernel.shape[1:]), left.reshape(-1, rank, *ones)
+    return torch.cat(rights), torch.cat(lefts, 1).reshape(len(kernel), -1, *ones)
 
 
 def _tucker(kernel: Tensor, ranks: tuple[int, ...], moments: Moments | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +323,11 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _seen(matrix: Tensor, moments: Moments | None) -> Tensor:
     """Return a kernel, (N, n), so that its energy is that of the outputs."""
-    return matrix if moments is None else matrix @ moments.whole
+    return _through(matrix, None if moments is None else moments.whole)
+
+
+def _through(matrix: Tensor, root: Tensor | None) -> Tensor:
+    return matrix if root is None else matrix @ root
 
 
 def _weighed(matrix: Tensor, root: Tensor | None) -> Tensor:

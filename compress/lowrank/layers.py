@@ -1,4 +1,4 @@
-"""Which layers of a network can be factorised, and what would each scheme cost?"""
+"""Layers of a network that can be factorised, and the cost of each scheme."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.errors import NonFinite
-from compress.lowrank.factorize import Moments, applicable_schemes, singular_values
+from compress.lowrank.factorize import SLICES, Moments, applicable_schemes, norm_bounds, singular_values
 from compress.lowrank.ranks import Cost, LayerSpectra, SchemeSpectra
 from compress.lowrank.surgery import unsupported_reason
 
@@ -52,7 +52,12 @@ def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, Positions
 
 
 def layer_spectra(
-    name: str, layer: nn.Module, places: Positions, schemes: tuple[str, ...], moments: Moments | None = None
+    name: str,
+    layer: nn.Module,
+    places: Positions,
+    schemes: tuple[str, ...],
+    moments: Moments | None = None,
+    with_norms: bool = False,
 ) -> LayerSpectra:
     """Return singular values and costs of every scheme in `schemes` that applies to a layer.
 
@@ -62,6 +67,7 @@ def layer_spectra(
         places: What it runs over.
         schemes: Names to choose from.
         moments: Of what it reads; None measures errors on the kernel.
+        with_norms: Compute bounds of the operator norm too, for which singular values are computed once more.
 
     Raises:
         NonFinite: The weight is not finite.
@@ -75,7 +81,8 @@ def layer_spectra(
     for scheme in applicable_schemes(shape):
         if scheme in schemes:
             macs, params = _costs(shape, scheme, places)
-            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme, moments), macs, params))
+            bounds = norm_bounds(weight, scheme, moments) if with_norms else None
+            spectra.append(SchemeSpectra(scheme, singular_values(weight, scheme, moments), macs, params, bounds))
     return LayerSpectra(name, weight.numel() * places.outputs, weight.numel(), tuple(spectra))
 
 
@@ -90,7 +97,7 @@ def _costs(shape: tuple[int, ...], scheme: str, places: Positions) -> tuple[Cost
     if scheme == "vh":
         first, second = inputs * height, outputs * width
         return Cost(first * places.between + second * places.outputs), Cost(first + second)
-    per_rank = inputs * height * width + outputs
+    per_rank = inputs * height * width + SLICES[scheme] * outputs
     return Cost(per_rank * places.outputs), Cost(per_rank)
 
 

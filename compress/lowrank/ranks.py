@@ -1,4 +1,4 @@
-"""Which scheme and which ranks does each layer get, given one relative error that all layers share?
+"""Scheme and ranks of each layer for one relative error that all layers share.
 
 Pure arithmetic on singular values and costs. For a shared relative error every layer takes, of all schemes, the
 cheapest ranks whose error bound keeps it, and stays dense when none is cheaper than the layer itself. The total cost
@@ -49,12 +49,14 @@ class SchemeSpectra:
         singular_values: One falling spectrum for each rank.
         macs: By rank.
         params: By rank, without the bias.
+        norm_bounds: (full + 1,) bounds of the operator norm of the residual by rank; None where the scheme has none.
     """
 
     scheme: str
     singular_values: tuple[np.ndarray, ...]
     macs: Cost
     params: Cost
+    norm_bounds: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class RankChoice:
         scheme: None when it stays dense.
         ranks: () when it stays dense.
         error_bound: Upper bound of the relative error; exact for a scheme with one rank, but of outputs an estimate
-            where `singular_values` gives one.
+            where `singular_values` gives one. By "alds" the bound is that of the operator norm.
         macs: Afterwards.
         params: Afterwards, without the bias.
     """
@@ -154,7 +156,8 @@ def solve_relative_error(
     if dense <= target_cost:
         return 0.0
     if total(1.0) > target_cost:
-        raise _unreachable(layers, fixed_cost, target_cost, multiple_of, metric, baseline_cost or dense)
+        cheapest = choose_ranks(layers, 1.0, multiple_of, metric)
+        raise unreachable(cheapest, fixed_cost, target_cost, multiple_of, metric, baseline_cost or dense)
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -191,7 +194,7 @@ def _candidates(spectra: SchemeSpectra, relative_error: float, multiple_of: int)
     """Return all ranks, none smaller in every part than another, that keep the error; with their error bounds."""
     budget = relative_error**2
     grids = [allowed_ranks(len(values), multiple_of) for values in spectra.singular_values]
-    tails = [_tails(values)[grid] for values, grid in zip(spectra.singular_values, grids, strict=True)]
+    tails = [lost_energy(values)[grid] for values, grid in zip(spectra.singular_values, grids, strict=True)]
     if len(grids) == 1:
         index = _first_within(tails[0], np.asarray([budget]))[0]
         return [((int(grids[0][index]),), float(np.sqrt(tails[0][index])))] if index < len(grids[0]) else []
@@ -203,8 +206,8 @@ def _candidates(spectra: SchemeSpectra, relative_error: float, multiple_of: int)
     ]
 
 
-def _tails(values: np.ndarray) -> np.ndarray:
-    """Return, for each rank from 0 to full, the share of the energy that is lost; 0 everywhere for a zero kernel."""
+def lost_energy(values: np.ndarray) -> np.ndarray:
+    """Return the lost share of the energy for each rank from 0 to the full one; 0 everywhere for a zero kernel."""
     energy = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0)
     return energy / energy[0] if energy[0] > 0 else energy
 
@@ -214,15 +217,24 @@ def _first_within(tails: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     return np.searchsorted(-tails, -budgets, side="left")
 
 
-def _unreachable(
-    layers: Sequence[LayerSpectra],
+def unreachable(
+    choices: Sequence[RankChoice],
     fixed_cost: int,
     target_cost: float,
     multiple_of: int,
     metric: Metric,
     baseline_cost: int,
 ) -> BudgetUnreachable:
-    choices = choose_ranks(layers, 1.0, multiple_of, metric)
+    """Return the error for a budget that the cheapest choices miss.
+
+    Args:
+        choices: Cheapest choice of each layer.
+        fixed_cost: Cost of everything else.
+        target_cost: Limit that is missed.
+        multiple_of: Ranks are multiples of this.
+        metric: Unit of the limit.
+        baseline_cost: Cost that ratios are relative to.
+    """
     best = fixed_cost + sum(choice.cost(metric) for choice in choices)
     dense = sum(choice.scheme is None for choice in choices)
     label = "MACs" if metric == "macs" else "params"

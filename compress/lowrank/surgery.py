@@ -1,4 +1,4 @@
-"""How is a layer replaced by a chain of thin ones?
+"""Replacement of a layer by a chain of thin ones.
 
     layer  ->  nn.Sequential("0", "1"[, "2"])      the last carries the bias
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress.errors import NonFinite, UnsupportedLayer
-from compress.lowrank.factorize import Moments, check_ranks, factorize
+from compress.lowrank.factorize import SLICES, Moments, check_ranks, factorize
 from compress.recipe import Factorize
 
 Layer = nn.Conv2d | nn.Linear
@@ -106,8 +106,6 @@ def unsupported_reason(module: nn.Module, name: str) -> str | None:
         return f"is a {type(layer).__name__}, which may do more than its base class"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"has groups={layer.groups}"
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        return f"has padding_mode='{layer.padding_mode}'"
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "has hooks"
     return _sharing_reason(module, name, layer)
@@ -152,7 +150,8 @@ def _linear_parts(layer: nn.Linear, edit: Factorize) -> tuple[Layer, ...]:
 
 def _conv_parts(layer: nn.Conv2d, edit: Factorize) -> tuple[Layer, ...]:
     inputs, outputs = layer.in_channels, layer.out_channels
-    whole: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    whole: dict[str, Any] = {name: getattr(layer, name) for name in names}
     point: dict[str, Any] = {"kernel_size": 1}
     if edit.scheme == "tucker2":
         first, second = edit.ranks
@@ -161,8 +160,8 @@ def _conv_parts(layer: nn.Conv2d, edit: Factorize) -> tuple[Layer, ...]:
         (rank,) = edit.ranks
         plan = [(inputs, rank, _one_axis(layer, 0)), (rank, outputs, _one_axis(layer, 1))]
     else:
-        (rank,) = edit.ranks
-        plan = [(inputs, rank, whole), (rank, outputs, point)]
+        width = SLICES[edit.scheme] * edit.ranks[0]
+        plan = [(inputs, width, whole | {"groups": SLICES[edit.scheme]}), (width, outputs, point)]
     biases = [False] * (len(plan) - 1) + [layer.bias is not None]
     kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     return tuple(
@@ -183,4 +182,5 @@ def _one_axis(layer: nn.Conv2d, axis: int) -> dict[str, Any]:
         "stride": only(layer.stride, 1),
         "padding": padding,
         "dilation": only(layer.dilation, 1),
+        "padding_mode": layer.padding_mode,
     }

@@ -338,6 +338,8 @@ def _render_low_rank(runs: list[Run], index: int) -> str:
         ("MACs", _change(record, "macs", format_count)),
         ("layers factorised", len(rows)),
         ("layers left dense", dense or None),
+        ("allocation of ranks", record.get("allocation")),
+        ("largest error bound (operator norm)", format_number(record.get("largest_bound"))),
         *_list_method(record.get("method") or {}),
         *_list_timing(record.get("latency") or {}),
     ]

@@ -1,7 +1,8 @@
 """The low-rank stage: replace kernels by products of smaller ones, where that is cheaper.
 
-Ranks come from one relative error that all layers share, given or solved from a budget. Batch-norm statistics are
-re-estimated on calibration images afterwards.
+Ranks come from one relative error that all layers share, given or solved from a budget; or, within a budget, from ALDS
+or the energy-against-cost rule (`lowrank/allocations.py`). Batch-norm statistics are re-estimated on calibration images
+afterwards.
 """
 
 import copy
@@ -17,6 +18,7 @@ from compress.building import example_input
 from compress.config.schema import LowRankConfig, TrpConfig
 from compress.cost.macs import count_params, layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError, StageError
+from compress.lowrank.allocations import allocate_ranks
 from compress.lowrank.factorize import Moments
 from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
@@ -111,6 +113,8 @@ class LowRankStage:
             "params_after": count_params(slim),
             **before_and_after(ctx, before, after),
             "shared_relative_error": decision.shared_error,
+            "allocation": self.config.allocation,
+            "largest_bound": self._largest_bound(choices),
             "repairs": repairs,
             "latency": decision.latency,
             "method": learned,
@@ -164,6 +168,8 @@ class LowRankStage:
         if self.config.target is not None and self.config.target.needs_latency:
             choices, latency = self._meet_latency(artifact, spectra, moments, ctx)
             return _Decision(choices, moments, None, latency)
+        if self.config.allocation != "shared_error":
+            return _Decision(self._allocate(artifact, spectra, total), moments, None, None)
         shared_error = self._shared_error(artifact, spectra, total)
         choices = choose_ranks(spectra, shared_error, self.config.multiple_of, self.metric)
         self._check_any(choices, spectra, shared_error)
@@ -228,7 +234,8 @@ class LowRankStage:
         with progress.task("singular values", max(1, len(found))) as task:
             for name, places in found.items():
                 layer = module.get_submodule(name)
-                spectra.append(layer_spectra(name, layer, places, self.config.schemes, moments.get(name)))
+                with_norms = self.config.allocation == "alds"
+                spectra.append(layer_spectra(name, layer, places, self.config.schemes, moments.get(name), with_norms))
                 task.advance(1)
         return spectra
 
@@ -250,7 +257,8 @@ class LowRankStage:
                 "factorised layers.",
                 hint="Use a target of macs or params there.",
             )
-        model = rank_latency(artifact, spectra, moments, self.config.multiple_of, ctx.deploy, ctx)
+        multiple_of, allocation = self.config.multiple_of, self.config.allocation
+        model = rank_latency(artifact, spectra, moments, multiple_of, ctx.deploy, ctx, allocation)
         asked = target.latency if target.latency is not None else (target.latency_ms or 0.0) / model.reference_ms
         selection, timed = meet_latency(
             lambda correction: model.select(asked * correction * model.reference_ms), model, asked, ctx.progress
@@ -278,6 +286,29 @@ class LowRankStage:
     def _shared_error(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> float:
         if self.config.relative_error is not None:
             return self.config.relative_error
+        fixed, limit, baseline = self._budget(artifact, spectra, total)
+        return solve_relative_error(spectra, fixed, limit, self.config.multiple_of, self.metric, baseline)
+
+    def _allocate(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> tuple[RankChoice, ...]:
+        """Choose ranks by ALDS or the energy rule within a budget of MACs or params."""
+        rule = self.config.allocation
+        if rule == "shared_error":
+            raise InternalError("Ranks by one shared error are solved by that error.")
+        fixed, limit, baseline = self._budget(artifact, spectra, total)
+        return allocate_ranks(spectra, rule, fixed, limit, self.config.multiple_of, self.metric, baseline)
+
+    def _largest_bound(self, choices: Sequence[RankChoice]) -> float | None:
+        """Return the largest bound of an operator norm, which ALDS minimises; None for other allocations."""
+        return (
+            max((choice.error_bound for choice in choices), default=None) if self.config.allocation == "alds" else None
+        )
+
+    def _budget(self, artifact: TorchModel, spectra: Sequence[LayerSpectra], total: int) -> tuple[int, float, int]:
+        """Return the cost of the layers that cannot be factorised, the limit of the total and the baseline's cost.
+
+        Raises:
+            BudgetUnreachable: The network is within the limit already.
+        """
         kept, baseline = self._target(artifact)
         if total <= kept * baseline:
             raise BudgetUnreachable(
@@ -286,9 +317,7 @@ class LowRankStage:
                 hint="Lower the target, or leave the stage out.",
             )
         factorable = sum(layer.macs if self.metric == "macs" else layer.params for layer in spectra)
-        return solve_relative_error(
-            spectra, total - factorable, kept * baseline, self.config.multiple_of, self.metric, baseline
-        )
+        return total - factorable, kept * baseline, baseline
 
     def _target(self, artifact: TorchModel) -> tuple[float, int]:
         """Return the kept ratio asked for and the baseline's cost that it is relative to."""
@@ -319,6 +348,8 @@ class LowRankStage:
         self, choices: Sequence[RankChoice], reasons: dict[str, str], macs: dict[str, int]
     ) -> list[dict[str, str]]:
         reason = f"has no scheme with fewer {_LABELS[self.metric]} at this error"
+        if self.config.allocation != "shared_error":
+            reason = f"need not be factorised for the budget, or has no scheme with fewer {_LABELS[self.metric]}"
         if self.config.target is not None and self.config.target.needs_latency:
             reason = "need not be factorised for the budget, or has no factorisation that is faster"
         costly = {choice.layer: reason for choice in choices if not choice.scheme}

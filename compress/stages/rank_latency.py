@@ -1,10 +1,11 @@
-"""Which layers should be factorised, and how far, when what counts is milliseconds?
+"""Choice of ranks by measured milliseconds.
 
     factorise all layers at several shared errors -> time each layer in each of those networks
     -> each layer stays dense or takes one of those factorisations: a knapsack, the least damage within the budget
     -> the choice is timed as a whole, and chosen again until the budget is met
 
-A factorisation that is no faster than its dense layer, as measured, is never chosen.
+ALDS and the energy rule take the place of the knapsack. For them every scheme is timed by itself, since the cheapest in
+MACs need not be the fastest. A factorisation that is no faster than its dense layer, as measured, is never chosen.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ import numpy as np
 from compress.allocation.knapsack import allocate
 from compress.allocation.problem import Budget, Decision, Factor, TableCost
 from compress.artifacts import TorchModel
-from compress.config.schema import DeployConfig
+from compress.config.schema import DeployConfig, RankAllocation
 from compress.cost.conditions import deploy_conditions
 from compress.cost.latency import BEFORE, WHOLE_QUANTILE, Sample
 from compress.cost.onnx_file import load_onnx, save_onnx
@@ -26,6 +27,7 @@ from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
 from compress.errors import BudgetUnreachable
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES
+from compress.lowrank.allocations import Rule, choose_options, rank_options
 from compress.lowrank.factorize import Moments
 from compress.lowrank.ranks import LayerSpectra, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
@@ -45,7 +47,8 @@ class RankSelection:
 
     Attributes:
         widths: Layer -> number of its option.
-        is_optimal: Whether it is proved that no choice within the budget does less damage.
+        is_optimal: Whether it is proved that no choice within the budget does less damage, or has a smaller largest
+            bound where ALDS chooses.
     """
 
     widths: dict[str, int]
@@ -64,6 +67,7 @@ class RankLatency:
         fixed_ms: What everything else takes.
         reference_ms: What the untouched network takes.
         moments: Layer -> moments of what it reads, as `factorized_copy` takes them.
+        allocation: Rule of the choice; "shared_error" is the knapsack.
     """
 
     model: TorchModel
@@ -73,6 +77,7 @@ class RankLatency:
     fixed_ms: float
     reference_ms: float
     moments: Mapping[str, Moments]
+    allocation: RankAllocation = "shared_error"
 
     def chosen(self, widths: Mapping[str, int]) -> tuple[RankChoice, ...]:
         """Return what each layer becomes."""
@@ -91,7 +96,7 @@ class RankLatency:
             return measure_pair(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
 
     def select(self, limit_ms: float) -> RankSelection:
-        """Return the choice with the least damage within a latency.
+        """Return the choice with the least damage within a latency, or the one of another rule.
 
         Raises:
             BudgetUnreachable: The fastest choices together take longer.
@@ -103,8 +108,22 @@ class RankLatency:
         ]
         if not decisions:
             raise BudgetUnreachable("No factorisation of any layer is faster than the layer itself, as measured.")
-        found = allocate(decisions, [budget], f", with the factorisations of {len(decisions)} layers that are faster")
+        limits = f", with the factorisations of {len(decisions)} layers that are faster"
+        if self.allocation != "shared_error":
+            return self._select_by(self.allocation, budget, limits)
+        found = allocate(decisions, [budget], limits)
         return RankSelection(dict(found.choice), found.is_optimal)
+
+    def _select_by(self, rule: Rule, budget: Budget, limits: str) -> RankSelection:
+        errors = [np.asarray([choice.error_bound for choice in found]) for found in self.options.values()]
+        times = [self.option_ms[layer] for layer in self.options]
+        rest_ms = budget.limit * (1 + 1e-9) - self.fixed_ms
+        picked = choose_options(rule, errors, times, rest_ms)
+        if picked is None:
+            best = self.fixed_ms + sum(float(row.min()) for row in times)
+            asked, reached = budget.show(budget.limit), budget.show(best)
+            raise BudgetUnreachable(f"Target {asked} cannot be reached; the best is {reached}{limits}.", best=best)
+        return RankSelection(dict(zip(self.options, picked, strict=True)), rule == "alds")
 
     @cached_property
     def cost(self) -> TableCost:
@@ -126,6 +145,7 @@ def rank_latency(
     multiple_of: int,
     deploy: DeployConfig,
     ctx: StageContext,
+    allocation: RankAllocation = "shared_error",
 ) -> RankLatency:
     """Time the layers of a network dense and at several shared relative errors.
 
@@ -136,21 +156,22 @@ def rank_latency(
         multiple_of: Ranks are multiples of this.
         deploy: Where it will run.
         ctx: Surroundings.
+        allocation: Rule that will choose; "alds" needs spectra with norm bounds.
 
     Raises:
         BudgetUnreachable: No layer gets cheaper at any error.
         ModelError, RuntimeUnavailable: The network cannot be timed.
     """
-    if not any(choice.scheme for choice in choose_ranks(spectra, 1.0, multiple_of)):
+    trials = [tuple(RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra)]
+    if allocation == "shared_error":
+        trials += _shared_trials(spectra, multiple_of)
+    else:
+        trials += _scheme_trials(spectra, multiple_of, allocation)
+    if len(trials) == 1:
         raise BudgetUnreachable(
             f"At least one layer must get cheaper by factorisation, none of {len(spectra)} does at any rank.",
             hint="Lower multiple_of, allow more schemes, exclude fewer layers, or leave the stage out.",
         )
-    dense_macs = sum(layer.macs for layer in spectra)
-    least = solve_relative_error(spectra, 0, dense_macs - 1, multiple_of)
-    errors = np.linspace(least, max(least, LARGEST_ERROR), ERRORS)
-    trials = [tuple(RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra)]
-    trials += [choose_ranks(spectra, float(error), multiple_of) for error in errors]
     times: dict[RankChoice, list[float]] = {}
     rests, scales, reference_ms = [], [], 0.0
     for choices, (layer_ms, total_ms, beside_ms) in zip(
@@ -171,7 +192,39 @@ def rank_latency(
     ctx.progress.note(
         f"{len(options)} of {len(spectra)} layers have a factorisation that is faster than they are, as measured"
     )
-    return RankLatency(model, ctx, options, option_ms, rest, reference_ms, moments)
+    return RankLatency(model, ctx, options, option_ms, rest, reference_ms, moments, allocation)
+
+
+def _shared_trials(spectra: Sequence[LayerSpectra], multiple_of: int) -> list[tuple[RankChoice, ...]]:
+    """Return all layers at several shared errors, each with the scheme that is cheapest there; none if none is."""
+    if not any(choice.scheme for choice in choose_ranks(spectra, 1.0, multiple_of)):
+        return []
+    dense_macs = sum(layer.macs for layer in spectra)
+    least = solve_relative_error(spectra, 0, dense_macs - 1, multiple_of)
+    errors = np.linspace(least, max(least, LARGEST_ERROR), ERRORS)
+    return [choose_ranks(spectra, float(error), multiple_of) for error in errors]
+
+
+def _scheme_trials(spectra: Sequence[LayerSpectra], multiple_of: int, rule: Rule) -> list[tuple[RankChoice, ...]]:
+    """Return, for each scheme, all layers that have it at several shared errors; the other layers stay dense.
+
+    Layers with the scheme "svd" alone come along with the first scheme, which saves its timings.
+    """
+    names = list(dict.fromkeys(option.scheme for layer in spectra for option in layer.schemes))
+    first = next((name for name in names if name != "svd"), "svd")
+    trials: list[tuple[RankChoice, ...]] = []
+    for name in (first, *(name for name in names if name not in (first, "svd"))):
+        schemes = {name, "svd"} if name == first else {name}
+        layers = [replace(one, schemes=tuple(o for o in one.schemes if o.scheme in schemes)) for one in spectra]
+        options = [rank_options(layer, rule, multiple_of) for layer in layers]
+        errors = np.concatenate([np.zeros(0), *(one.errors[:-1] for one in options)])
+        if not len(errors):
+            continue
+        largest = max(one.cheapest_within(np.inf, "macs").error_bound for one in options)
+        levels = dict.fromkeys(np.linspace(errors.min(), largest, ERRORS).tolist())
+        found = [tuple(one.cheapest_within(level, "macs") for one in options) for level in levels]
+        trials += list(dict.fromkeys(found))
+    return trials
 
 
 def _faster_options(dense: Sequence[RankChoice], ms: Mapping[RankChoice, float]) -> dict[str, tuple[RankChoice, ...]]:

@@ -181,7 +181,11 @@ class SlimStage:
         if share > 0:
             target = RankTargetConfig(**self._target(progress_made))
             config = LowRankConfig(
-                stage="low_rank", target=target, schemes=self.config.schemes, multiple_of=self.config.multiple_of
+                stage="low_rank",
+                target=target,
+                allocation=self.config.rank_allocation,
+                schemes=self.config.schemes,
+                multiple_of=self.config.multiple_of,
             )
             model, factorised = LowRankStage(config).run(model, ctx)
         loss = evaluate_loss(model.module, ctx.data.validation, progress=ctx.progress)

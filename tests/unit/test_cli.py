@@ -214,10 +214,14 @@ def test_list_shows_names_of_one_kind_or_of_all() -> None:
     assert all(len(line.split()) > 2 for line in done.stdout.splitlines()[2:])  # each says what it does
     for title in ("criteria:", "methods:", "stages:", "datasets:", "tasks:", "runtimes:"):
         assert title in call("list").stdout
+    lines = [line.split() for line in call("list", "ranks").stdout.splitlines()[2:]]
+    assert {words[0] for words in lines if words[1] == "schemes"} == {"nc", "nc2", "nc4", "vh", "tucker2", "svd"}
+    assert [words[0] for words in lines if words[1] == "allocation"] == ["shared_error", "alds", "energy"]
+    assert [words[0] for words in lines if words[1] == "method"] == ["trp"]
     done = call("list", "criterion")
     assert done.exit_code == 2
     assert done.stderr == (
-        "list takes one of criteria, methods, stages, networks, datasets, tasks, runtimes, got 'criterion'.\n"
+        "list takes one of criteria, methods, ranks, stages, networks, datasets, tasks, runtimes, got 'criterion'.\n"
         "Hint: did you mean 'criteria'?\n"
     )
 

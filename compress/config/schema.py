@@ -388,6 +388,11 @@ class LoadConfig(Section):
         description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
         "torch.export program; or pretrained, for what timm or torchvision offer; none with model.onnx",
     )
+    narrow: bool = Field(
+        False,
+        description="the weights are those of a network slimmed by another tool: their shapes tell the widths, and the "
+        "narrow network is the baseline",
+    )
     rewrites: Literal["measured", "always", "never"] = Field(
         "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"
     )

@@ -38,10 +38,10 @@ from compress.references import beside, import_callable
 __all__ = [
     "apply_edits",
     "build_module",
+    "build_narrow",
     "build_untouched",
     "call_factory",
     "example_input",
-    "build_narrow",
     "load_strict",
     "read_weights",
     "rebuild",
@@ -102,8 +102,8 @@ def build_narrow(spec: FactorySpec, weights: Path, example: Tensor) -> tuple[nn.
         example: Inputs, (N, ...).
 
     Returns:
-        The narrow network as `load` leaves it, in eval mode, the recipe that leads to it (`RemoveUnread`, `Narrow`), and the
-        weights that were converted to another type.
+        The narrow network as `load` leaves it, in eval mode, the recipe that leads to it (`RemoveUnread`, `Narrow`),
+        and the weights that were converted to another type.
 
     Raises:
         ModelError: The factory fails.

@@ -97,9 +97,7 @@ def check_narrow(
     narrow = named_tensors(slim)
     with torch.no_grad():
         for name, tensor in named_tensors(module).items():
-            places = [
-                kept.get(id(tensor), {}).get(dim, torch.arange(size)) for dim, size in enumerate(tensor.shape)
-            ]
+            places = [kept.get(id(tensor), {}).get(dim, torch.arange(size)) for dim, size in enumerate(tensor.shape)]
             if places:
                 tensor[torch.meshgrid(*places, indexing="ij")] = narrow[name].to(tensor.dtype)
             else:
@@ -179,7 +177,7 @@ def _solve(equations: Sequence[_Equation], units: Mapping[str, int], source: str
             raise ArtifactError(
                 f"{source} must tell the width of each channel group; for {', '.join(unknown[:4])} its shapes leave "
                 f"several open, such as: {rest[0].words}.",
-                hint="Such widths cannot be read from a state dict: let a factory build the network as narrow as it is.",
+                hint="A state dict does not tell such widths: let a factory build the network as narrow as it is.",
             )
         for name, value in zip(unknown, values.tolist(), strict=True):
             first = next(one for one in rest if name in one.lost)

@@ -13,8 +13,8 @@ from torch import fx, nn
 from compress.adapter import INPUT_NAME, unpack_rows
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
 from compress.building import (
-    build_narrow,
     build_module,
+    build_narrow,
     example_input,
     load_strict,
     read_weights,
@@ -145,7 +145,9 @@ class LoadStage:
         lacking = _lacking(recipe)
         if lacking:
             count = f"{sum(lacking.values())} channels in {len(lacking)} channel groups"
-            ctx.progress.note(f"narrow: '{path.name}' lacks {count} of the factory's network; baseline is the narrow one")
+            ctx.progress.note(
+                f"narrow: '{path.name}' lacks {count} of the factory's network; baseline is the narrow one"
+            )
         else:
             self._warn(ctx, f"narrow: '{path.name}' is as wide as the factory's network; nothing was cut.")
         return module, recipe

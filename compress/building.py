@@ -21,6 +21,7 @@ from compress.errors import ArtifactError, InternalError, ModelError, NonFinite,
 from compress.importing.importer import build_imported
 from compress.lowrank.surgery import replace_structure
 from compress.networks.factories import call_factory
+from compress.networks.narrow import load_narrow, require_same
 from compress.networks.observe import observe
 from compress.networks.prepare import prepare
 from compress.networks.unread import find_unread, removable, remove_unread
@@ -28,13 +29,16 @@ from compress.networks.weight_types import Conversion
 from compress.networks.weights import load_strict, read_weights, some, write_weights
 from compress.networks.wiring import wire
 from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory, without_auxiliary
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.narrowing import find_removed, named_tensors
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
+from compress.recipe import Factorize, Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.references import beside, import_callable
 
 __all__ = [
     "apply_edits",
     "build_module",
+    "build_narrow",
     "build_untouched",
     "call_factory",
     "example_input",
@@ -87,10 +91,53 @@ def with_one_array(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.
     Raises:
         ModelError: It does not run on the example, or its outputs are no tensors.
     """
-    module = wire(module, spec, example)
+    return _in_plain_layers(wire(module, spec, example), spec, example)
+
+
+def _in_plain_layers(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
     if spec.kind == "torchvision":
         drop_auxiliary(module)
     return prepare(module, example)
+
+
+def build_narrow(spec: FactorySpec, weights: Path, example: Tensor) -> tuple[nn.Module, Recipe, list[Conversion]]:
+    """Build a network at the widths of a state dict that is narrower than what the factory builds.
+
+    The cut is found twice: in the network as the factory wrote it, which is what the state dict belongs to, and in the
+    plain layers that recipes are replayed on.
+
+    Args:
+        spec: How the network of full width is built.
+        weights: The state dict of the narrow one.
+        example: Inputs, (N, ...).
+
+    Returns:
+        The narrow network as `load` leaves it, in eval mode, the recipe that leads to it (`RemoveUnread`, `Narrow`),
+        and the weights that were converted to another type.
+
+    Raises:
+        ModelError: The factory fails.
+        ArtifactError: The weights cannot be read, or fit no set of widths.
+        NonFinite: A weight is NaN or infinite.
+        UnsupportedLayer: The network does not compute the same at these widths.
+        UntraceableModel: The network does not run.
+    """
+    source, module = f"'{weights}'", wire(build_module(spec), spec, example)
+    state = read_weights(weights, module.state_dict())
+    if spec.kind == "torchvision":
+        state = without_auxiliary(state, module.state_dict())
+    slim, removed, conversions = load_narrow(module, state, example, source)
+    slim, recipe = without_unread(_in_plain_layers(slim, spec, example), example)
+    if not removed:
+        return slim, recipe, conversions
+    full = apply_edits(with_one_array(build_module(spec), spec, example), recipe, example)
+    graph = ChannelGraph(full, example[:1])
+    shapes = {name: tuple(value.shape) for name, value in slim.state_dict().items()}
+    edit = Narrow(find_removed(graph, named_tensors(full), shapes, source))
+    replayed = apply_edits(full, Recipe((edit,)), example[:1])
+    load_strict(replayed, slim.state_dict(), source)
+    require_same(full, replayed, graph, edit.removed, example, source)
+    return replayed, recipe.then(edit), conversions
 
 
 def without_unread(module: nn.Module, example: Tensor) -> tuple[nn.Module, Recipe]:

@@ -27,6 +27,17 @@ class RemoveChannels:
 
 
 @dataclass(frozen=True, slots=True)
+class Narrow(RemoveChannels):
+    """Cut to the widths of the state dict that `load` read; made by `load`, so that the baseline is as narrow.
+
+    Attributes:
+        removed: As in `RemoveChannels`. The positions carry no meaning: all values are loaded after the cut.
+    """
+
+    kind: ClassVar[str] = "narrow"
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveUnread:
     """Remove modules that no output reads; made by `load`, so that the baseline lacks them as well.
 
@@ -66,8 +77,11 @@ class Factorize:
     ranks: tuple[int, ...]
 
 
-Edit = RemoveUnread | RemoveChannels | RemoveBlock | Factorize
-_EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in (RemoveUnread, RemoveChannels, RemoveBlock, Factorize)}
+Edit = RemoveUnread | Narrow | RemoveChannels | RemoveBlock | Factorize
+_EDITS: dict[str, type[Edit]] = {
+    edit.kind: edit for edit in (RemoveUnread, Narrow, RemoveChannels, RemoveBlock, Factorize)
+}
+_OF_BASELINE = (RemoveUnread, Narrow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +102,12 @@ class Recipe:
     @property
     def of_baseline(self) -> "Recipe":
         """The edits that `load` made: those of the baseline."""
-        return Recipe(tuple(edit for edit in self.edits if isinstance(edit, RemoveUnread)))
+        return Recipe(tuple(edit for edit in self.edits if isinstance(edit, _OF_BASELINE)))
+
+    @property
+    def after_baseline(self) -> "Recipe":
+        """The edits that turn the baseline into the present network."""
+        return Recipe(tuple(edit for edit in self.edits if not isinstance(edit, _OF_BASELINE)))
 
     @property
     def is_baseline(self) -> bool:

@@ -21,6 +21,7 @@ from compress.config.document import Document, parse_document, read_document
 from compress.config.gating import check_gates
 from compress.config.locations import resolve_paths, use_array_folder
 from compress.config.messages import translate
+from compress.config.narrow import check_narrow
 from compress.config.onnx_model import check_features, check_weights, follow_file
 from compress.config.order import check_order
 from compress.config.overrides import apply_overrides
@@ -112,6 +113,7 @@ def _validate(document: Document) -> PipelineConfig:
         + check_deploy(document)
         + check_quantize(document)
         + check_weights(document)
+        + check_narrow(document)
         + check_features(document)
         + check_rewinding(document)
         + check_untrained(document)

@@ -393,6 +393,11 @@ class LoadConfig(Section):
         "torch.export program; pretrained, for what timm or torchvision offer; none, for a seeded initialisation; left "
         "out with model.onnx",
     )
+    narrow: bool = Field(
+        False,
+        description="the weights are those of a network slimmed by another tool: their shapes tell the widths, and the "
+        "narrow network is the baseline",
+    )
     rewrites: Literal["measured", "always", "never"] = Field(
         "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"
     )

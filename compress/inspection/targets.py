@@ -1,7 +1,8 @@
 """Which network does a target name, and on which input is it looked at?
 
     FILE.onnx                                the network that is in it, with its weights
-    FILE.yaml                                the untouched network of a pipeline, its input, limits and place
+    FILE.yaml                                the untouched network of a pipeline, its input, limits and place; with
+                                             `narrow: true` at the widths of its weights, which are then read
     torchvision:NAME, timm:NAME              with its own input size, unless another one is given
     file.py:callable, pkg.module:callable    the input must be given
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from compress.adapter import INPUT_NAME
 from compress.allocation.widths import Limits
 from compress.artifacts import FactorySpec, NetworkKind, Signature
-from compress.building import build_module, with_one_array, without_unread
+from compress.building import build_module, build_narrow, with_one_array, without_unread
 from compress.config.load import load_pipeline
 from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
 from compress.cost.onnx_file import load_onnx, read_signature
@@ -47,7 +48,7 @@ class Network:
     """A network to be looked at.
 
     Attributes:
-        module: With varied weights, in eval mode.
+        module: With varied weights, or those that tell its widths, in eval mode.
         example: One input, (1, ...).
         signature: Of its file, and of those of the smaller networks made of it.
         limits: What every channel group must keep.
@@ -142,6 +143,10 @@ def _of_pipeline(config: PipelineConfig, input_shape: tuple[int, ...] | None) ->
         input_shape = tuple(images.shape[1:])
     cut = next((stage for stage in config.stages if isinstance(stage, CutConfig)), None)
     limits = CUT_LIMITS if cut is None else Limits(cut.min_width, cut.max_removed_ratio, cut.multiple_of)
+    if load.narrow and load.weights is not None:
+        spec, example = _example_of(spec, input_shape)
+        narrow, _, _ = build_narrow(spec, Path(load.weights), example)
+        return Network(narrow, example, signature_of(narrow, spec, example), limits, conditions_of(config.deploy))
     return _running(build_module(spec), spec, input_shape, limits, conditions_of(config.deploy))
 
 
@@ -153,10 +158,15 @@ def _running(
     conditions: Conditions = USUAL_CONDITIONS,
 ) -> Network:
     """Return a network in plain layers whose weights are varied, after trying it on an input of that shape."""
-    if len(shape) != _IMAGE_AXES and not spec.inputs:
-        spec = replace(spec, inputs={INPUT_NAME: {"shape": list(shape)}})
-    example = torch.zeros([1, row_width(spec.input_specs())] if is_packed(spec.input_specs()) else [1, *shape])
+    spec, example = _example_of(spec, shape)
     plain, _ = without_unread(with_one_array(module, spec, example), example)
     if spec.kind != "onnx":
         vary_weights(plain, example)
     return Network(plain, example, signature_of(plain, spec, example), limits, conditions)
+
+
+def _example_of(spec: FactorySpec, shape: tuple[int, ...]) -> tuple[FactorySpec, Tensor]:
+    """Return how a network is built, with an input declared that is no image, and one input of zeros."""
+    if len(shape) != _IMAGE_AXES and not spec.inputs:
+        spec = replace(spec, inputs={INPUT_NAME: {"shape": list(shape)}})
+    return spec, torch.zeros([1, row_width(spec.input_specs())] if is_packed(spec.input_specs()) else [1, *shape])

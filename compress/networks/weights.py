@@ -84,17 +84,48 @@ def load_strict(
         ArtifactError: Keys are missing, unexpected, of another shape or of an unfit type; says which.
         NonFinite: A weight is NaN or infinite.
     """
-    expected = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    unsaved = {name for name, _ in module.named_buffers()} - set(expected)  # TorchScript saves them all the same
-    state = {name: value for name, value in state.items() if name not in unsaved}
-    counters = {name for name in expected if name.endswith("num_batches_tracked") and name not in state}
-    missing = sorted(set(expected) - set(state) - counters)
-    unexpected = sorted(set(state) - set(expected))
+    expected, state = _expected(module), _saved(module, state)
+    missing, unexpected = _other_names(expected, state)
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
+    _raise_unfit(source, missing, unexpected, shapes, hint)
+    counters = set(expected) - set(state)
+    buffers = {name for name, _ in module.named_buffers()}
+    state, conversions = convert_weights(state, expected, buffers, source)
+    _check_shared(module, state, source)
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise NonFinite(f"{source} must be finite, NaN or infinity in {some(broken)}.")
+    module.load_state_dict({**{name: expected[name] for name in counters}, **state})
+    return conversions
+
+
+def check_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise ArtifactError where weights are missing from a state dict, or left over in it; shapes are not looked at."""
+    missing, unexpected = _other_names(_expected(module), _saved(module, state))
+    _raise_unfit(source, missing, unexpected, [], _OTHER_NETWORK)
+
+
+def _expected(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _saved(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without buffers that the network does not save; TorchScript saves them all the same."""
+    unsaved = {name for name, _ in module.named_buffers()} - set(_expected(module))
+    return {name: value for name, value in state.items() if name not in unsaved}
+
+
+def _other_names(expected: Collection[str], state: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the names that are missing from a state dict, but for counters of batches, and those left over in it."""
+    missing = [name for name in set(expected) - set(state) if not name.endswith("num_batches_tracked")]
+    return sorted(missing), sorted(set(state) - set(expected))
+
+
+def _raise_unfit(source: str, missing: list[str], unexpected: list[str], shapes: list[str], hint: str) -> None:
     problems = [
         f"{kind}: {some(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
@@ -105,14 +136,6 @@ def load_strict(
             f"{source} must fit the network exactly; {'; '.join(problems)}.",
             hint=_LEFT_OVER if unexpected and not missing and not shapes else hint,
         )
-    buffers = {name for name, _ in module.named_buffers()}
-    state, conversions = convert_weights(state, expected, buffers, source)
-    _check_shared(module, state, source)
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise NonFinite(f"{source} must be finite, NaN or infinity in {some(broken)}.")
-    module.load_state_dict({**{name: expected[name] for name in counters}, **state})
-    return conversions
 
 
 def _check_shared(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

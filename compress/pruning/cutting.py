@@ -50,13 +50,7 @@ def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequen
         UnsupportedLayer: A group or index does not exist.
     """
     gone = graph.gone(removed)
-    slices: dict[int, tuple[Tensor, dict[int, set[int]]]] = {}
-    for axis in graph.trace.axes:
-        places = torch.from_numpy(np.flatnonzero(gone[axis.start : axis.start + axis.size]))
-        if len(places):
-            _, by_dim = slices.setdefault(id(axis.tensor), (axis.tensor, {}))
-            by_dim.setdefault(axis.dim, set()).update(axis.slots(places).tolist())
-    slim = {key: _without(tensor, by_dim) for key, (tensor, by_dim) in slices.items()}
+    slim = {key: _without(tensor, kept) for key, (tensor, kept) in _kept_indices(graph, gone).items()}
     known: dict[int, object] = dict(slim)  # what is slim already is not copied first
     copied = copy.deepcopy(module, known)  # type: ignore[arg-type]
     widths, sizes = _norm_groups_left(module, graph, gone), _sizes_left(graph, gone)
@@ -67,12 +61,44 @@ def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequen
     return copied
 
 
-def _without(tensor: Tensor, by_dim: Mapping[int, set[int]]) -> Tensor:
-    """Return a parameter or buffer without indices of some of its dimensions."""
+def kept_indices(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> list[tuple[Tensor, dict[int, Tensor]]]:
+    """Return each parameter and buffer that a cut makes smaller, with the (n,) kept indices of its dimensions.
+
+    Args:
+        graph: Of the network before the cut.
+        removed: Group name -> indices of the channels that go.
+
+    Raises:
+        UnsupportedLayer: A group or index does not exist.
+    """
+    return list(_kept_indices(graph, graph.gone(removed)).values())
+
+
+def _kept_indices(graph: ChannelGraph, gone: np.ndarray) -> dict[int, tuple[Tensor, dict[int, Tensor]]]:
+    """Return by identity each tensor that becomes smaller, and the ascending kept indices of its dimensions."""
+    found: dict[int, tuple[Tensor, dict[int, set[int]]]] = {}
+    for axis in graph.trace.axes:
+        places = torch.from_numpy(np.flatnonzero(gone[axis.start : axis.start + axis.size]))
+        if len(places):
+            _, by_dim = found.setdefault(id(axis.tensor), (axis.tensor, {}))
+            by_dim.setdefault(axis.dim, set()).update(axis.slots(places).tolist())
+    return {
+        key: (
+            tensor,
+            {
+                dim: torch.tensor([index for index in range(tensor.shape[dim]) if index not in lost])
+                for dim, lost in by_dim.items()
+            },
+        )
+        for key, (tensor, by_dim) in found.items()
+    }
+
+
+def _without(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return a parameter or buffer with the kept indices of some of its dimensions."""
     values = tensor.detach()
-    for dim, indices in by_dim.items():
-        left = torch.tensor([index for index in range(tensor.shape[dim]) if index not in indices])
-        values = values.index_select(dim, left)
+    for dim, indices in kept.items():
+        values = values.index_select(dim, indices)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, requires_grad=tensor.requires_grad)
     return values

@@ -38,6 +38,21 @@ class _Found:
     units: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterAxis:
+    """One dimension of a parameter or buffer whose size follows numbers of channels.
+
+    Attributes:
+        tensor: The parameter or buffer.
+        dim: The dimension.
+        lost: Group name -> indices along `dim` that one unit of the group takes with it. Excluded groups are there too.
+    """
+
+    tensor: Tensor
+    dim: int
+    lost: dict[str, float]
+
+
 class ChannelGraph:
     """The channel groups of one network, traced once.
 
@@ -101,6 +116,26 @@ class ChannelGraph:
             found = self._found[name]
             going[found.labels[np.isin(found.units, list(units))]] = True
         return going
+
+    def parameter_axes(self) -> list[ParameterAxis]:
+        """Return the dimensions of all parameters and buffers that follow numbers of channels, in trace order."""
+        names, units = list(self._found), {name: int(found.units.max()) + 1 for name, found in self._found.items()}
+        owner = np.full(self.trace.size, -1, np.int64)
+        for number, name in enumerate(names):
+            owner[self._found[name].labels] = number
+        alike: dict[tuple[int, int], list[Axis]] = {}
+        for axis in self.trace.axes:
+            alike.setdefault((id(axis.tensor), axis.dim), []).append(axis)
+        axes = []
+        for parts in alike.values():
+            labels = np.concatenate([axis.labels.numpy() for axis in parts])
+            slots = np.concatenate([axis.slots(axis.labels - axis.start).numpy() for axis in parts])
+            held = owner[labels] >= 0
+            pairs = np.unique(np.stack([owner[labels][held], slots[held]]), axis=1)
+            counts = zip(*np.unique(pairs[0], return_counts=True), strict=True)
+            lost = {names[number]: int(count) / units[names[number]] for number, count in counts}
+            axes.append(ParameterAxis(parts[0].tensor, parts[0].dim, lost))
+        return axes
 
     def _paths(self, tensor: Tensor, user: str) -> list[str]:
         """Return the module that uses a parameter, if it is its own, or else all that it belongs to."""

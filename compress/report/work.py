@@ -143,6 +143,15 @@ def _render_load(runs: list[Run], index: int) -> str:
         if unread
         else ""
     )
+    narrow = runs[index]["record"].get("narrow") or {}
+    if narrow:
+        listed = render_table(
+            ("channel group", "channels fewer"),
+            [(f"<code>{escape(name)}</code>", escape(count)) for name, count in narrow.items()],
+            numeric=(1,),
+        )
+        note = "<p>Read from the shapes of the weights. The narrow network is the baseline of all ratios.</p>\n"
+        removed += render_section("Narrower than the factory's network", listed, note)
     if not rows:
         return removed
     table = render_table(("rewrite", "places", "speed-up of the untouched network", "kept"), rows, numeric=(1, 2))

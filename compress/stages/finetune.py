@@ -348,5 +348,7 @@ def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -
         return None
     original, kept = original_of(artifact), dict[str, Tensor]()
     if config.features:
-        kept = surviving_channels(original, artifact.recipe, example_input(artifact.signature), apply_edits)
+        kept = surviving_channels(
+            original, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
+        )
     return Distillation(original, config.weight, config.temperature, config.features, kept)

@@ -14,6 +14,7 @@ from compress.adapter import INPUT_NAME, unpack_rows
 from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
 from compress.building import (
     build_module,
+    build_narrow,
     example_input,
     fitting_weights,
     initialized,
@@ -36,7 +37,7 @@ from compress.networks.weight_types import Conversion
 from compress.networks.weights import some
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state
-from compress.recipe import Recipe, RemoveUnread
+from compress.recipe import Narrow, Recipe, RemoveUnread
 from compress.stages.chance import chance_warning
 from compress.stages.context import Record, StageContext
 from compress.stages.easier import compare_with_evaluation
@@ -75,19 +76,18 @@ class LoadStage:
             DataError: Targets do not fit the network.
         """
         spec = with_inputs(factory_spec(self.config.model), ctx.data.calibration)
-        module = self._build(spec, ctx)
-        imported = _imported(module, spec, ctx)
-        check_precision(module)
+        built = None if self.config.narrow else self._build(spec, ctx)
+        imported = {} if built is None else _imported(built, spec, ctx)
         ctx.data.check_classes()
         if warning := order_warning(ctx.data.classes):
             self._warn(ctx, warning)
         for split in (ctx.data.calibration, ctx.data.evaluation):
             check_inputs(split, spec)
         images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
-        module = with_one_array(module, spec, images)
-        for note in notes_on(module, images):
-            self._warn(ctx, note)
-        module, recipe = self._without_unread(module, images, ctx)
+        if built is None:
+            module, recipe = self._build_narrow(spec, images, ctx)
+        else:
+            module, recipe = self._in_one_form(built, spec, images, ctx)
         if self.is_untrained:
             reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)  # (0, 1) until then
         ctx.data.make_original = lambda: copy.deepcopy(module)
@@ -114,6 +114,7 @@ class LoadStage:
             "is_untrained": self.is_untrained,
             "rewrites": rewrites,
             "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
+            **({"narrow": _lacking(recipe)} if self.config.narrow else {}),
             **imported,
             **(
                 {}
@@ -135,20 +136,52 @@ class LoadStage:
             images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
             inputs = spec.input_specs()
             parts = [part.numpy() for part in unpack_rows(images, inputs)] if inputs else [images.numpy()]
-            return import_onnx(Path(spec.reference), spec.kwargs["inputs"], parts)
+            module: nn.Module = import_onnx(Path(spec.reference), spec.kwargs["inputs"], parts)
+            check_precision(module)
+            return module
         if self.config.weights is None:
             raise InternalError("A pipeline passed validation without weights.")
-        if not self.is_untrained:
-            return load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))
-        module, is_seeded = initialized(spec, random_seed(ctx.seed, "weights"))
-        if not is_seeded:
-            self._warn(ctx, FIXED_SEED.format(spec.reference))
+        if self.is_untrained:
+            module, is_seeded = initialized(spec, random_seed(ctx.seed, "weights"))
+            if not is_seeded:
+                self._warn(ctx, FIXED_SEED.format(spec.reference))
+        else:
+            module = load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))
+        check_precision(module)
         return module
 
     @property
     def is_untrained(self) -> bool:
         """Whether the network starts from a seeded initialisation."""
         return self.config.weights == UNTRAINED
+
+    def _in_one_form(
+        self, module: nn.Module, spec: FactorySpec, images: torch.Tensor, ctx: StageContext
+    ) -> tuple[nn.Module, Recipe]:
+        """Return a network in the form that the stages work with, and the edits that lead to it."""
+        module = with_one_array(module, spec, images)
+        for note in notes_on(module, images):
+            self._warn(ctx, note)
+        return self._without_unread(module, images, ctx)
+
+    def _build_narrow(self, spec: FactorySpec, images: torch.Tensor, ctx: StageContext) -> tuple[nn.Module, Recipe]:
+        """Return the network at the widths of its weights, and the edits that lead to it from the factory's."""
+        path = Path(self.config.weights or "")
+        module, recipe, conversions = build_narrow(spec, path, images)
+        for conversion in conversions:
+            self._tell_conversion(ctx, conversion)
+        check_precision(module)
+        for note in notes_on(module, images):
+            self._warn(ctx, note)
+        lacking = _lacking(recipe)
+        if lacking:
+            count = f"{sum(lacking.values())} channels in {len(lacking)} channel groups"
+            ctx.progress.note(
+                f"narrow: '{path.name}' lacks {count} of the factory's network; baseline is the narrow one"
+            )
+        else:
+            self._warn(ctx, f"narrow: '{path.name}' is as wide as the factory's network; nothing was cut.")
+        return module, recipe
 
     def _tell_conversion(self, ctx: StageContext, conversion: Conversion) -> None:
         if conversion.is_exact:
@@ -206,6 +239,11 @@ class LoadStage:
                 "in another way. Budgets count those of the network; verify compares the two."
             )
         return replace(model, baseline=replace(baseline, figures=replace(figures, macs=counted))), tried
+
+
+def _lacking(recipe: Recipe) -> dict[str, int]:
+    """Return by channel group the channels that the weights lack."""
+    return {name: len(gone) for edit in recipe.edits if isinstance(edit, Narrow) for name, gone in edit.removed.items()}
 
 
 def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record:

@@ -18,7 +18,8 @@ def read(path: Path) -> Pipeline:
 def test_all_pipeline_files_are_found() -> None:
     assert [path.stem for path in FILES] == [
         "detection_shapes", "quickstart", "quickstart_int8", "resnet20_cifar10", "resnet20_latency",
-        "resnet20_low_rank", "resnet20_slim", "resnet56_cifar10", "resnet56_latency", "segmentation_shapes",
+        "resnet20_low_rank", "resnet20_slim", "resnet56_cifar10", "resnet56_latency", "resnet56_narrow",
+        "segmentation_shapes",
     ]  # fmt: skip
 
 

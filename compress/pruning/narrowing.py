@@ -1,0 +1,205 @@
+"""Widths of channel groups, read from the shapes of a state dict that is narrower than its network.
+
+Each dimension of each parameter gives one equation: the indices it lacks are the sum, over the channel groups on it, of
+the units that the group lost times the indices that one unit takes along. A convolution behind a concatenation has
+several groups on its inputs, a linear layer behind a flattened feature map several indices for each channel.
+
+The trial of the solution is exact: the network of full width, with the narrow values at the kept positions and nothing
+reading the others, must give what the narrow network gives.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.errors import ArtifactError
+from compress.pruning.cutting import kept_indices
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.trial import difference, silenced_copy
+
+_WHOLE = 1e-6  # a number of units is whole to within it
+FULL_WIDTH = "model.factory and model.kwargs must be those of the network before it was slimmed."
+
+
+@dataclass(frozen=True, slots=True)
+class _Equation:
+    """What one dimension of one tensor tells.
+
+    Attributes:
+        name: Of the tensor in the state dict.
+        full: Its shape in the network.
+        found: Its shape in the state dict.
+        lacking: Indices that the dimension lacks.
+        lost: Group name -> indices that one unit takes along.
+    """
+
+    name: str
+    full: tuple[int, ...]
+    found: tuple[int, ...]
+    lacking: int
+    lost: dict[str, float]
+
+    @property
+    def words(self) -> str:
+        """The tensor with both shapes."""
+        return f"{self.name} is {self.found} in the file and {self.full} in the network"
+
+
+def find_removed(
+    graph: ChannelGraph, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the cut that gives the network the shapes of a state dict.
+
+    Args:
+        graph: Of the network of full width.
+        tensors: Its parameters and buffers by their names in the state dict; shared ones under each name.
+        shapes: Of the state dict, by the same names; names without a shape here are passed over.
+        source: The state dict in words, for messages.
+
+    Returns:
+        Group name -> channels that go: the last units of the group. Groups of full width are left out.
+
+    Raises:
+        ArtifactError: A tensor is wider than in the network, lacks indices where no channel can go, or the shapes
+            contradict each other or leave the widths open. Says which tensor, with both shapes.
+    """
+    equations = _equations(graph, tensors, shapes, source)
+    units = {name: group.width // group.parts for name, group in graph.groups.items()}
+    lost = _solve(equations, units, source)
+    return {
+        name: group.expand(range(units[name] - lost[name], units[name]))
+        for name, group in graph.groups.items()
+        if lost.get(name)
+    }
+
+
+def check_narrow(
+    module: nn.Module,
+    slim: nn.Module,
+    graph: ChannelGraph,
+    removed: Mapping[str, Sequence[int]],
+    example: Tensor,
+) -> str | None:
+    """Say how a narrow network differs from its values in the network of full width, or return None.
+
+    Args:
+        module: The network of full width; its values at the kept positions are overwritten.
+        slim: The narrow network, with its own values.
+        graph: Of `module`.
+        removed: Group name -> channels that `slim` lacks.
+        example: Inputs, (N, ...).
+    """
+    kept = {id(tensor): indices for tensor, indices in kept_indices(graph, removed)}
+    narrow = named_tensors(slim)
+    with torch.no_grad():
+        for name, tensor in named_tensors(module).items():
+            places = [kept.get(id(tensor), {}).get(dim, torch.arange(size)) for dim, size in enumerate(tensor.shape)]
+            if places:
+                tensor[torch.meshgrid(*places, indexing="ij")] = narrow[name].to(tensor.dtype)
+            else:
+                tensor.copy_(narrow[name])
+    masked = silenced_copy(module, removed, graph.groups)
+    with torch.no_grad(), eval_mode(slim), eval_mode(masked):
+        return difference(slim(example), masked(example))
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a network's state dict themselves, shared ones under each name."""
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {name: named[name] for name in module.state_dict() if name in named}
+
+
+def _equations(
+    graph: ChannelGraph, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> list[_Equation]:
+    """Return what each dimension tells, those with one group first."""
+    axes = {(id(axis.tensor), axis.dim): axis.lost for axis in graph.parameter_axes()}
+    reasons = {item.name: item.reason for item in graph.excluded}
+    equations = []
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            continue
+        full, found = tuple(tensor.shape), tuple(shapes[name])
+        if len(full) != len(found) or any(have > most for have, most in zip(found, full, strict=True)):
+            raise ArtifactError(
+                f"{source} must be nowhere wider than the network; {name} is {found} in the file and {full} in the "
+                "network.",
+                hint=FULL_WIDTH,
+            )
+        for dim, (have, most) in enumerate(zip(found, full, strict=True)):
+            lost = axes.get((id(tensor), dim), {})
+            prunable = {group: count for group, count in lost.items() if group in graph.groups}
+            equation = _Equation(name, full, found, most - have, prunable)
+            if have < most and not prunable:
+                why = sorted({reasons[group] for group in lost if group in reasons})
+                raise ArtifactError(
+                    f"{source} must be narrower at prunable channels alone; {equation.words}"
+                    f"{f': {why[0]}' if why else ''}.",
+                    hint=FULL_WIDTH,
+                )
+            if prunable:
+                equations.append(equation)
+    return sorted(equations, key=lambda equation: len(equation.lost))
+
+
+def _solve(equations: Sequence[_Equation], units: Mapping[str, int], source: str) -> dict[str, int]:
+    """Return the units that each group lost.
+
+    Raises:
+        ArtifactError: There is no solution, or more than one.
+    """
+    lost: dict[str, int] = {}
+    told: dict[str, _Equation] = {}  # by whom each number is told
+    for equation in equations:
+        for name in equation.lost if not equation.lacking else ():
+            lost[name], told[name] = 0, told.get(name, equation)
+    left = [equation for equation in equations if equation.lacking]
+    while True:
+        ready = [one for one in left if sum(name not in lost for name in one.lost) == 1]
+        for equation in ready:
+            open_names = [name for name in equation.lost if name not in lost]
+            if open_names:
+                name = open_names[0]
+                lost[name] = _whole(_remaining(equation, lost) / equation.lost[name], equation, units[name], source)
+                told[name] = equation
+        if not ready:
+            break
+    unknown = sorted({name for one in left for name in one.lost if name not in lost})
+    if unknown:
+        rest = [one for one in left if any(name in unknown for name in one.lost)]
+        matrix = np.array([[one.lost.get(name, 0.0) for name in unknown] for one in rest])
+        values, _, rank, _ = np.linalg.lstsq(matrix, np.array([_remaining(one, lost) for one in rest]), rcond=None)
+        if rank < len(unknown):
+            raise ArtifactError(
+                f"{source} must tell the width of each channel group; for {', '.join(unknown[:4])} its shapes leave "
+                f"several open, such as: {rest[0].words}.",
+                hint="A state dict does not tell such widths: let a factory build the network as narrow as it is.",
+            )
+        for name, value in zip(unknown, values.tolist(), strict=True):
+            first = next(one for one in rest if name in one.lost)
+            lost[name], told[name] = _whole(value, first, units[name], source), first
+    for equation in equations:
+        if abs(_remaining(equation, lost)) > _WHOLE:
+            others = {told[name].words: None for name in equation.lost if told[name] is not equation}
+            raise _unfit(source, "; ".join([equation.words, *others]))
+    return lost
+
+
+def _remaining(equation: _Equation, lost: Mapping[str, int]) -> float:
+    """Return the indices that are lacking for groups whose loss is not known."""
+    return equation.lacking - sum(count * lost.get(name, 0) for name, count in equation.lost.items())
+
+
+def _whole(value: float, equation: _Equation, units: int, source: str) -> int:
+    """Return a number of units, which must be whole and leave one at least."""
+    if abs(value - round(value)) > _WHOLE or not 0 <= round(value) < units:
+        raise _unfit(source, equation.words)
+    return round(value)
+
+
+def _unfit(source: str, words: str) -> ArtifactError:
+    return ArtifactError(f"{source} must fit the network at some set of widths; {words}.", hint=FULL_WIDTH)

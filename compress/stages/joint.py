@@ -169,6 +169,7 @@ class _Search:
         self.base_loss = float(self._kept("intact", {}, lambda: evaluate_loss(self.module, self.split)))
         self.block_damages = self._measure_blocks()
         self._budgets: list[Budget] = []
+        self._shorter: dict[tuple[str, ...], Prepared] = {(): self.prepared}
 
     def run(self, residual_factors: Sequence[float], count: int) -> "tuple[Attempt, Record]":
         """As `search`."""
@@ -192,7 +193,7 @@ class _Search:
         Blocks become half as dear from one solve to the next. In a network of many blocks several more must go before
         another network is tried. It ends when the loss has risen twice in a row.
         """
-        for factor in residual_factors:
+        for factor in residual_factors[:count]:
             pricing = self._priced(f"streams x {factor:g}", factor, None)
             structure = self._solve(pricing)
             if not self.tried and self._correct(structure):
@@ -202,7 +203,7 @@ class _Search:
             return
         best = self._best
         factor = next(f for f in residual_factors if best.pricing.source == f"streams x {f:g}")
-        price = self._dearest(factor)
+        price = self._damage(best) / min(self.block_damages.values())  # at which no block is worth what channels cost
         last, rises, least = len(best.structure.removed), 0, best.loss
         step = math.ceil(len(self.blocks) / STEPS)
         for _ in range(_HALVINGS):
@@ -214,12 +215,12 @@ class _Search:
                 tried = self._try(pricing, structure, count, None)
                 rises = rises + 1 if tried.loss >= least else 0
                 least = min(least, tried.loss)
-            if rises == PATIENCE or last == len(self.blocks) or len(self.tried) >= max(count // 2, 2):
+            if price == 0 or rises == PATIENCE or last == len(self.blocks) or len(self.tried) >= max(count // 2, 2):
                 return
 
     def _priced(self, source: str, residual: float, block: float | None) -> Pricing:
         """Return estimates with a factor for residual streams and one for blocks; None to keep all blocks."""
-        of_kind = {_INSIDE: 1.0, _RESIDUAL: residual, _BLOCK: 1e3 * self._dearest(residual) if block is None else block}
+        of_kind = {_INSIDE: 1.0, _RESIDUAL: residual, _BLOCK: self._dearest(residual) if block is None else block}
         return Pricing(source, 1.0, {name: of_kind[kind] for name, kind in self.kinds.items()})
 
     def _dearest(self, residual: float) -> float:
@@ -280,6 +281,11 @@ class _Search:
             name: float(one.damages[one.levels.index(structure.widths[name])]) for name, one in self.candidates.items()
         }
         return damages | {self.decisions[block]: self.block_damages[block] for block in structure.removed}
+
+    def _damage(self, tried: Tried) -> float:
+        """Return the damage of a network's channels as its pricing counts it."""
+        found = self._damages(tried.structure)
+        return sum(float(tried.pricing.damage(name, found[name])) for name in self.candidates)
 
     @property
     def _best(self) -> Tried:
@@ -409,17 +415,20 @@ class _Search:
 
     def _finished(self, tried: Tried) -> "Attempt":
         """Return a network within the targets: channels ranked without the blocks that go, widths by its pricing."""
-        prepared = self.prepared
-        if tried.structure.removed:
-            layers = frozenset(member.layer for group in self.surveyed.groups.values() for member in group.producers)
-            trunk = self._without(tried.structure.removed)
-            prepared = self.steps.prepare(trunk, self.surveyed.targets.latency, layers)
-            surveyed = replace(prepared.surveyed, excluded=self.surveyed.excluded)
-            prepared = replace(prepared, surveyed=surveyed)
+        prepared = self._prepared(tried.structure.removed)
         places = places_in_whole(prepared.surveyed.groups, self.surveyed.groups)
         names = {name: before for name, (before, _) in places.items()}
         candidates = _repriced(prepared.candidates, tried.pricing, names)
         return self.steps.finish(prepared, candidates, asdict(tried.pricing))
+
+    def _prepared(self, blocks: tuple[str, ...]) -> "Prepared":
+        """Return the network without some blocks, its channels ranked."""
+        if blocks not in self._shorter:
+            layers = frozenset(member.layer for group in self.surveyed.groups.values() for member in group.producers)
+            found = self.steps.prepare(self._without(blocks), self.surveyed.targets.latency, layers)
+            surveyed = replace(found.surveyed, excluded=self.surveyed.excluded)
+            self._shorter[blocks] = replace(found, surveyed=surveyed)
+        return self._shorter[blocks]
 
     def _without(self, blocks: tuple[str, ...]) -> Trunk:
         """Return the network without some blocks, repaired."""

@@ -301,12 +301,20 @@ def test_what_was_tried_is_told() -> None:
             {"blocks": 0, "loss": None, "reason": "Target cannot be reached."},
             {"blocks": 1, "loss": 0.625, "reason": None},
         ],
+        "whole_networks": {
+            "tried": [
+                {"source": "streams x 4", "blocks": 3, "loss": 0.4375, "predicted_loss": None},
+                {"source": "learned", "blocks": 2, "loss": None, "predicted_loss": 0.3125},
+            ]
+        },
         "repairs": [{"repair": "least_squares", "loss_before": 2.5, "loss_after": 0.5, "is_kept": True}],
     }
     tried = {"rewrites": [{"rewrite": "padded_shortcuts", "places": 2, "speedup": 1.07, "is_kept": True}]}
     stages = [StageRun("load", "ran", 1.0, tried), StageRun("prune", "ran", 1.0, record)]
     text = Page(render_html(report_of(passing_verdict(), stages))).text
     for phrase in ("Target cannot be reached.", "0.625", "least_squares", "2.5 → 0.5", "padded_shortcuts", "1.07×"):
+        assert phrase in text
+    for phrase in ("whole networks that were tried", "streams x 4", "0.4375", "learned", "0.3125"):
         assert phrase in text
 
 

@@ -142,5 +142,5 @@ def projection(outputs: int, directions: int) -> Tensor:
         return torch.eye(outputs)
     count = max(1, min(directions, _MAX_PROJECTION // outputs))
     drawn = torch.randn(outputs, count, generator=torch.Generator().manual_seed(_SEED))
-    directions_found: Tensor = torch.linalg.qr(drawn)[0].T.contiguous()
-    return directions_found
+    basis: Tensor = torch.linalg.qr(drawn)[0]
+    return basis.T.contiguous()

@@ -181,7 +181,7 @@ METHODS.declare(
     "compress.pruning.methods.regrow:Regrow",
     "train masked; at every choice some channels come back at random",
 )
-METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, and what goes is decorrelated from what is kept")
+METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, with removed filters decorrelated from kept ones")
 
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare(

@@ -221,7 +221,7 @@ METHODS.declare(
     "compress.pruning.methods.regrow:Regrow",
     "train masked; at every choice some channels come back at random",
 )
-METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, and what goes is decorrelated from what is kept")
+METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, with removed filters decorrelated from kept ones")
 
 RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that takes it, what it does
     "nc": ("schemes", "kh x kw convolution C -> r, then 1 x 1 convolution r -> N"),

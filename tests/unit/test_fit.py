@@ -837,6 +837,33 @@ def test_what_hooks_remember_goes_into_the_state_and_back(tmp_path: Path) -> Non
     assert hooks.calls[0][:2] == ("begin", 2)
 
 
+class _ReachesOptimizer(_Recorder):
+    """Hooks that note the momentum of the layer's weight when they get the optimizer, and when they are called."""
+
+    def on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.at_first = optimizer, self.momentum(optimizer)
+
+    def momentum(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+        return optimizer.state.get(self.layer.weight, {}).get("momentum_buffer")
+
+    def on_gradients(self, step: int) -> None:
+        self.calls.append(("gradients", step, True))
+
+
+def test_hooks_may_have_the_optimizer_with_its_saved_state(tmp_path: Path) -> None:
+    settings, state = replace(SETTINGS, steps=4, save_minutes=0.0), tmp_path / "state.pt"
+    module, again = _network(), _network()
+    before = _ReachesOptimizer(module[-1], dies_after=2)
+    with pytest.raises(Killed):
+        fit(module, *_splits(), settings, state_path=state, hooks=before)
+    assert before.at_first is None
+    assert before.momentum(before.optimizer) is not None
+    hooks = _ReachesOptimizer(again[-1])
+    fit(again, *_splits(), settings, state_path=state, hooks=hooks)
+    assert hooks.at_first is not None
+    assert hooks.at_first.abs().max() > 0
+
+
 class _FiveAxes(nn.Module):
     """Convolves an image's channels as a volume, with a parameter and a buffer of five axes and a shared weight."""
 

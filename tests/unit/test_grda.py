@@ -141,7 +141,7 @@ def test_without_zeros_enough_the_choice_is_made_by_what_is_left_and_the_rest_is
     figures = method.figures()
     assert figures["zero_ratio"] == 0
     assert figures["left_ratio"] == 0
-    assert "brought 0.0% of the channels that went to zero" in method.cause()
+    assert "brought 0.0% of the removed channels to zero" in method.cause()
 
 
 def test_filters_that_no_norm_follows_have_a_threshold_of_their_own():

@@ -24,16 +24,16 @@ class Grda:
         weights       v * max(0, 1 - g_t / importance), the same factor for all scales and shifts of a unit
         importance    root mean square of the unit's scales v, times the norm of what reads it at the start
 
-    A unit is what goes together: a channel, in all layers of its group. Where no norm follows a layer, the norms of its
-    filters, bias included in what is thresholded, stand in for the scale. All other weights are trained by SGD as ever.
-    As many units of each group as its smallest width has, the most important at the start, have no threshold: a layer
-    without channels would end the network.
+    A unit is a channel in all layers of its group, or several that are removed together. Where no norm follows a layer,
+    the norms of its filters, bias included in what is thresholded, stand in for the scale. All other weights are
+    trained by SGD as ever. As many units of each group as its smallest width has, the most important at the start, have
+    no threshold: a layer without channels would end the network.
 
     By itself c is such that after `reached_at` of the steps the threshold is the quantile of the importance at the
     start that leaves zeros enough for the budget. Once the zeros are enough the choice is final and the threshold grows
     no more. Where they are not after `until` of the steps, the choice is made by importance. In half of the steps that
-    are left, what goes and is not zero, as where the final widths were timed, is brought to zero; and what is kept but
-    at zero is brought to its accumulator times the mean factor of the group, for the budget has room for it.
+    remain, removed units that are not zero, as where the final widths were timed, are brought to zero. Kept units at
+    zero are brought to their accumulators times the mean factor of the group, for the budget has room for them.
 
     Args:
         setting: What to work with.
@@ -83,7 +83,7 @@ class Grda:
 
     @property
     def removed(self) -> Removed:
-        """The channels that go; none before the choice is final."""
+        """The removed channels; none before the choice is final."""
         return self.chosen or {}
 
     @property
@@ -108,7 +108,7 @@ class Grda:
             group.accumulate(float(self.setting.rates[step]))
 
     def on_step_end(self, step: int) -> None:
-        """Set the weights to what is left of the accumulators above the threshold; choose when it is time to."""
+        """Set the weights to the accumulators behind the threshold; choose when it is time to."""
         threshold = self.threshold(step)
         importance = {name: group.importance() for name, group in self.groups.items()}
         factors = {name: group.factors(importance[name], threshold) for name, group in self.groups.items()}
@@ -123,7 +123,7 @@ class Grda:
         """The network is as it is to be cut."""
 
     def figures(self) -> dict[str, float]:
-        """Return the threshold, when it stopped, how much of what goes it had brought to 0, and what is left of that.
+        """Return the threshold, when it stopped, the share of removed channels it had brought to 0, and what remains.
 
         `returned_channels` counts those that are kept and were at 0 when the choice was made: widths are multiples, and
         the threshold is one for all groups. `kept_at_zero` counts those that are kept and still at 0.
@@ -151,10 +151,12 @@ class Grda:
         """Say how much the threshold did; and what would help, were the loss higher after the cut."""
         left = self.figures()["left_ratio"]
         if self.zero_ratio == 1:
-            return f"All that went was at zero when the choice was made; it has {left:.2%} of its strength left."
+            return (
+                f"All removed channels were at zero when the choice was made; they have {left:.2%} of their strength."
+            )
         return (
-            f"The threshold had brought {self.zero_ratio:.1%} of the channels that went to zero; the others were "
-            f"chosen by what was left of them. What went has {left:.2%} of its strength left. Longer training or a "
+            f"The threshold had brought {self.zero_ratio:.1%} of the removed channels to zero; the others were "
+            f"chosen by their importance. Removed channels have {left:.2%} of their strength. Longer training or a "
             "larger grda.c would help."
         )
 
@@ -205,12 +207,12 @@ class Grda:
         return max(float(steps[low]), 1e-12)
 
     def _ask(self, importance: Mapping[str, Tensor], factors: Mapping[str, Tensor], is_final: bool = False) -> Removed:
-        """Return what goes by the importance left above the threshold: what is at 0 costs nothing."""
+        """Ask for a choice by the importance above the threshold: units at 0 cost nothing."""
         scores = {name: (importance[name] * factors[name]).repeat(self.groups[name].parts) for name in self.groups}
         return self.setting.choose(scores, is_final=is_final)
 
     def _zero_share(self, removed: Removed, factors: Mapping[str, Tensor]) -> float:
-        """Return the share of the channels that go whose unit is at 0."""
+        """Return the share of the removed channels whose unit is at 0."""
         count = zero = 0
         for name, channels in removed.items():
             count += len(channels)
@@ -231,12 +233,12 @@ class Grda:
                 self.revived[name] = torch.where(kept & (present == 0), present[among].mean(), 0.0)
 
     def _going(self, name: str) -> Tensor:
-        """Return (U,) bool: the units of a group that go by the final choice."""
+        """Return (U,) bool: the units of a group that the final choice removes."""
         group = self.groups[name]
         return _members(self.removed.get(name, ()), group.width).reshape(group.parts, -1).any(0)
 
     def _left(self, step: int) -> float:
-        """Return 1 up to the final choice, from where it falls to 0 in half of the steps that are left."""
+        """Return 1 up to the final choice, from where it falls to 0 in half of the steps that remain."""
         if self.stopped is None:
             return 1.0
         return max(0.0, 1 - (step - self.stopped) / max(1.0, _FADE * (self.setting.steps - 1 - self.stopped)))

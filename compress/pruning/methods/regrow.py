@@ -26,7 +26,7 @@ class Regrow(Scored):
     mask        scales and shifts of what is masked are 0; it gets no gradient
 
     A channel that comes back has the filters, norms and reader columns that it had when it was masked, and no momentum.
-    From `until` on the masks are final. What is masked is silent, so the cut changes nothing.
+    From `until` on the masks are final. A masked channel is 0 everywhere, so the cut changes nothing.
 
     Args:
         setting: What to work with.
@@ -89,7 +89,7 @@ class Regrow(Scored):
                 masked.set_values(torch.zeros_like(masked.values))
 
     def figures(self) -> dict[str, float]:
-        """Return how many channels came back, and the share of those that are left in the end."""
+        """Return how many channels came back, and the share of those that are kept in the end."""
         returned = torch.cat([*self.returned.values(), torch.zeros(0, dtype=torch.bool)])
         goes = torch.cat([*(self.goes(name) for name in self.returned), torch.zeros(0, dtype=torch.bool)])
         count = int(returned.sum())
@@ -101,7 +101,7 @@ class Regrow(Scored):
 
     def cause(self) -> str:
         """Say what it would come from, were the loss higher after the cut, and what would help."""
-        return "All that went was masked; layers behind it turn nothing into something."
+        return "All removed channels were masked; layers behind them turn zero into something else."
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` goes on."""
@@ -144,7 +144,7 @@ class Regrow(Scored):
                 self._reset_momentum(groups[name], returning)
 
     def _without_regrown(self, group: ChannelGroup, going: list[int], number: int) -> list[int]:
-        """Return the units that go, without those drawn to come back; all processes draw the same."""
+        """Return the units to mask, without those drawn to come back; all processes draw the same."""
         count = min(len(going), round(self.share(self._step) * (group.width // group.parts)))
         random = np.random.default_rng([self.setting.seed, self._step, number])
         regrown = random.choice(len(going), count, replace=False) if count else ()
@@ -195,7 +195,7 @@ def _columns(module: nn.Module, group: ChannelGroup) -> Iterable[Rows]:
 
 
 def units_by_leverage(group: ChannelGroup, count: int) -> list[int]:
-    """Return the units of a group that go so that at least `count` channels do, lowest leverage first."""
+    """Return the units of a group to remove for `count` channels, lowest leverage first."""
     if not count:
         return []
     units = leverage(folded_filters(group), group.width - count).reshape(group.parts, -1).sum(0)

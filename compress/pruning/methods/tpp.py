@@ -1,4 +1,4 @@
-"""Trainability-preserving pruning: a growing penalty on what goes, which is decorrelated from what is kept."""
+"""Trainability-preserving pruning: a growing penalty on removed filters, decorrelated from kept ones."""
 
 import math
 from typing import Any, ClassVar
@@ -12,15 +12,15 @@ from compress.pruning.methods.greg import Greg
 
 
 class Tpp(Greg):
-    """Greg, variant 1, and a Gram term that pulls the filters that go to be orthogonal to those that are kept.
+    """Greg, variant 1, and a Gram term that pulls removed filters to be orthogonal to kept ones.
 
     Of each layer that computes channels of a group that loses some, with kernels W, (N, n), one row a filter, whose
     batch norm is folded in by constant factors a, (N,), the loss gains
 
         strength * min(penalty, 1) * s * ||M * W W'||^2,   s = N / (||W||^2 mean(a^2))
 
-    with the mask M: 1 in rows and in columns of what goes, 0 elsewhere; s is no part of the gradient. Divided by the
-    kernels' own size, the strength depends on neither their width nor their scale. s is lowered where a step of the
+    with the mask M: 1 in rows and in columns of removed filters, 0 elsewhere; s is no part of the gradient. Divided by
+    the kernels' own size, the strength depends on neither their width nor their scale. s is lowered where a step of the
     present learning rate would overshoot.
 
     Args:
@@ -59,7 +59,7 @@ class Tpp(Greg):
                 kernel.add_gradient(goes, self.strength * penalty, float(self.setting.rates[step]))
 
     def cross_gram(self) -> float:
-        """Return the norm of the Gram matrices' part between what goes and what is kept, over all layers."""
+        """Return the norm of the Gram matrices' part between removed and kept filters, over all layers."""
         squares = [
             float(kernel.cross_gram(self.goes(name)).square().sum())
             for name in self.chosen
@@ -102,7 +102,7 @@ class _Kernel:
         self._is_alike = part[:, None] == part[None, :]  # filters of one part of a grouped convolution read the same
 
     def mask(self, goes: Tensor) -> Tensor:
-        """Return (N, N): 1 in rows and columns of the channels, (C,) bool, that go."""
+        """Return (N, N): 1 in rows and columns of the removed channels, (C,) bool."""
         gone = goes[self.rows.channels]
         return ((gone[:, None] | gone[None, :]) & self._is_alike).float()
 
@@ -130,7 +130,7 @@ class _Kernel:
         return min(wanted, 1 / curvature) if curvature > 0 else wanted
 
     def cross_gram(self, goes: Tensor) -> Tensor:
-        """Return (n, m) the products of the folded kernels that go with those that are kept."""
+        """Return (n, m) the products of removed with kept kernels, folded."""
         kernels, _ = self.folded()
         gone = goes[self.rows.channels]
         gram = (kernels @ kernels.T).cpu() * self._is_alike

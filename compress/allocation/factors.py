@@ -21,7 +21,7 @@ from compress.errors import InternalError
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 POWERS = (0.3, 0.4, 0.5, 0.7, 1.0)
-LEAST = 0.05  # of the scale of its kind: nothing is free
+LEAST = 0.25  # of the scale of its kind: nothing is free
 _LEAST_KIND, _KIND_RIDGE = 1e-3, 1e-3  # of the common scale
 
 
@@ -43,7 +43,7 @@ class Fit:
     """Learned factors, and how well they explain the networks.
 
     Attributes:
-        factors: Decision -> factor, at least 0.05 of the scale of its kind.
+        factors: Decision -> factor, at least a quarter of the scale of its kind.
         power: Of every damage.
         scales: Kind -> the scale that its factors were drawn to.
         ridge: The strength of that.

@@ -53,6 +53,7 @@ _HALVINGS = 40
 _WIDENINGS = 3
 _MOST_CORRECTION = 1.25
 _LEAST_RISE = 0.05  # of the median rise
+_CREDIBLE = 0.5  # of the least rise so far
 T = TypeVar("T")
 _INSIDE, _RESIDUAL, _BLOCK = "inside", "residual", "block"
 
@@ -235,7 +236,7 @@ class _Search:
         """Return a network that was not tried, the most promising of a few; None where draws give none.
 
         Even numbers are drawn around what was learned, odd ones around the best network. More and more variation is
-        added until a network is new.
+        added until a network is new. A prediction far below the best loss so far is an error of the fit.
         """
         random = np.random.default_rng([self.ctx.seed, number])
         centre, source = self._best.pricing, "near the best"
@@ -251,7 +252,8 @@ class _Search:
                 if (key := self._key(structure)) not in known:
                     found[key] = (fit.rise(self._damages(structure)) if fit else 0.0, pricing, structure)
             if found:
-                _, pricing, structure = min(found.values(), key=lambda one: one[0])
+                credible = _CREDIBLE * (self._best.loss - self.base_loss)
+                _, pricing, structure = min(found.values(), key=lambda one: (one[0] < credible, one[0]))
                 return pricing, structure
         return None
 

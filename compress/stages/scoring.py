@@ -31,6 +31,7 @@ from compress.progress import Task
 from compress.pruning.criteria.base import Criterion, Ranking, collect_gradients
 from compress.pruning.criteria.contributions import collect_contributions
 from compress.pruning.criteria.gradient_flow import collect_gradient_flow
+from compress.pruning.criteria.magnitude import L2
 from compress.pruning.elimination import reader_statistics
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.selection import Groups, find_candidates, score_groups
@@ -88,12 +89,18 @@ class Scoring:
                 hint="Criteria with errors of their own are greedy, greedy_refit, lasso, greedy_loss, reconstruction.",
             )
         by_errors = config.damage == "errors" or (criterion.widths_by == "errors" and config.damage == "scores")
+        if criterion.order == "readers" and config.damage == "scores" and not by_errors and not self._has_labels:
+            by_errors = True
+            self.ctx.progress.note(
+                f"images without labels: widths by the errors of readers, as {criterion.name} has them"
+            )
         if by_errors:
             found = {name: self._without_scores(name) for name in groups}
             found = self._ranked(criterion, found, by_errors)
             unranked = [name for name, one in found.items() if one.order is None]
             if unranked:
-                found |= self._on_a_scale(self._scored(criterion, groups), found, unranked)
+                scored = self._scored(criterion if self._has_labels else L2(), groups)
+                found |= self._on_a_scale(scored, found, unranked)
         else:
             found = self._scored(criterion, groups)
             if criterion.order != "scores" or config.damage == "sensitivity":
@@ -150,10 +157,10 @@ class Scoring:
                 batches = _counted(evaluation_batches(split, SHARE_BATCH, "nothing"), task)
                 return collect_contributions(module, groups.values(), batches)
         losses = split.lesson.image_losses
+        self._require_loss(module, split, criterion.name)
         if kind == "parameter_gradients":
             from compress.pruning.criteria.parameter_gradients import collect_parameter_gradients
 
-            self._require_loss(module, split, criterion.name)
             with ctx.progress.task("gradients of weights", len(split)) as task:
                 batches = _counted(evaluation_batches(split, 1), task)
                 return collect_parameter_gradients(module, batches, losses)
@@ -170,6 +177,11 @@ class Scoring:
             size = score_batch(self.trunk.model, config.images_per_gradient)
             batches = _counted(evaluation_batches(split, size), task)
             return collect_gradients(module, groups.values(), batches, config.images_per_gradient, losses)
+
+    @property
+    def _has_labels(self) -> bool:
+        """Whether the loss is that of a task, and not the distance to the baseline."""
+        return not isinstance(self.ctx.data.calibration.lesson, Imitation)
 
     def _require_loss(self, module: nn.Module, split: Split, criterion: str) -> None:
         """Check that the loss has gradients: without labels it is the distance to the baseline, least at the baseline.

@@ -23,10 +23,11 @@ from compress.config.schema import (
     PreprocessingConfig,
     PruneConfig,
     TargetConfig,
+    UnlabelledSource,
 )
 from compress.cost.macs import count_macs, count_params
 from compress.data.opening import Splits
-from compress.errors import ConfigValueError
+from compress.errors import ConfigValueError, DataError
 from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe
@@ -205,6 +206,36 @@ def test_greedy_loss_by_brute_force_on_a_small_group(data, tmp_path) -> None:
 def test_errors_of_a_criterion_that_has_none_are_refused(ctx, tmp_path) -> None:
     with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'taylor'"):
         PruneStage(_config(criterion="taylor", damage="errors")).run(_model("chain", tmp_path), ctx)
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    path = tmp_path / "pictures.npz"
+    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (96, 16, 16, 3), np.uint8))
+    source = UnlabelledSource(unlabelled=str(path))
+    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
+    return Splits(
+        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
+    )
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "snip", "grasp"])
+def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, unlabelled, tmp_path) -> None:
+    unlabelled.make_original = lambda: nets.build("residual")
+    with pytest.raises(DataError, match=f"Criterion '{criterion}' needs gradients of a loss"):
+        PruneStage(_config(criterion=criterion)).run(_model("residual", tmp_path), replace(ctx, data=unlabelled))
+
+
+@pytest.mark.parametrize("name", ["residual", "grouped"])
+@pytest.mark.parametrize("criterion", ["reconstruction", "greedy"])
+def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx, unlabelled, tmp_path) -> None:
+    """The gradients of the distance to the baseline are rounding noise at the baseline."""
+    unlabelled.make_original = lambda: nets.build(name)
+    model, config = _model(name, tmp_path), _config(criterion=criterion, score_images=16)
+    found = _candidates(config, model, replace(ctx, data=unlabelled))
+    assert min(one.damages[0] for one in found) > 1e-4
+    slim, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
+    assert record["macs_after"] <= 0.5 * record["macs_before"]
 
 
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:

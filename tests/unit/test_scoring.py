@@ -234,7 +234,7 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
     model, config = _model(name, tmp_path), _config(criterion=criterion, score_images=16)
     found = _candidates(config, model, replace(ctx, data=unlabelled))
     assert min(one.damages[0] for one in found) > 1e-4
-    slim, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
+    _, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
     assert record["macs_after"] <= 0.5 * record["macs_before"]
 
 

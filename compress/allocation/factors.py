@@ -4,8 +4,9 @@
 
 Damages are estimated decision by decision, and those of channels and of blocks have no common unit. Whole networks say
 how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each decision, which a
-ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad ones. The
-ridge and the power are those that best predict a network that is left out.
+ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad ones. Of
+n networks each is predicted from the others. The strongest ridge whose error is within 1 + 1/sqrt(n) of the least is
+taken, and the power that is best with it.
 
 Source: Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML, arXiv:2201.13096, where
 sensitivities are searched at random by the loss of whole networks. The regression is ours.
@@ -20,7 +21,7 @@ from scipy.optimize import nnls
 from compress.errors import InternalError
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-POWERS = (0.3, 0.4, 0.5, 0.7, 1.0)
+POWERS = (0.5, 0.6, 0.7, 0.85, 1.0)  # from 0.5 on a group is the dearer to narrow the more of it is gone
 LEAST = 0.25  # of the scale of its kind: nothing is free
 _LEAST_KIND, _KIND_RIDGE = 1e-3, 1e-3  # of the common scale
 
@@ -85,7 +86,10 @@ def learn_factors(observations: Sequence[Observation], kinds: Mapping[str, str])
         scales = _kind_scales(shares @ members.T)
         columns = shares * (scales @ members)
         found += [(_left_out_error(columns, ridge), power, ridge, scales, columns) for ridge in RIDGES]
-    error, power, ridge, scales, columns = min(found, key=lambda one: (one[0], -one[1], -one[2]))
+    tolerated = min(error for error, *_ in found) * (1 + 1 / np.sqrt(len(rises)))
+    error, power, ridge, scales, columns = min(
+        (one for one in found if one[0] <= tolerated), key=lambda one: (-one[2], one[0], -one[1])
+    )
     factors = np.maximum(_ridge(columns, ridge), LEAST) * (scales @ members)
     return Fit(_named(names, factors), power, _named(order, scales), ridge, error)
 

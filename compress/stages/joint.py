@@ -177,10 +177,10 @@ class _Search:
         self._set_budgets()
         self._try_prices(residual_factors, count)
         fit = self._learn()
-        failures = 0
+        failures = number = 0
         while len(self.tried) < count and failures < 2:
-            number = len(self.tried) + failures
             found = self._draw(number, fit)
+            number += 1
             failures = 0 if found is not None else failures + 1
             if found is not None:
                 self._try(*found, count, fit)
@@ -253,7 +253,7 @@ class _Search:
                     found[key] = (fit.rise(self._damages(structure)) if fit else 0.0, pricing, structure)
             if found:
                 credible = _CREDIBLE * (self._best.loss - self.base_loss)
-                _, pricing, structure = min(found.values(), key=lambda one: (one[0] < credible, one[0]))
+                _, pricing, structure = min(found.values(), key=lambda one: (one[0] < credible, abs(one[0] - credible)))
                 return pricing, structure
         return None
 

@@ -1,7 +1,7 @@
 """Checks of `narrow`, which loads networks that were slimmed by other tools."""
 
 from compress.config.document import Document
-from compress.config.locations import PRETRAINED
+from compress.config.locations import PRETRAINED, UNTRAINED
 from compress.config.problems import Problem, format_path
 
 
@@ -17,8 +17,8 @@ def check_narrow(document: Document) -> list[Problem]:
         place, weights, model = ("stages", index, "narrow"), stage.get("weights"), stage.get("model")
         if isinstance(model, dict) and "onnx" in model:
             why = "an ONNX file has the widths it has, and its weights with them"
-        elif weights == PRETRAINED:
-            why = f"the widths are read from a file of weights, got weights: {PRETRAINED}"
+        elif weights in (PRETRAINED, UNTRAINED):
+            why = f"the widths are read from a file of weights, got weights: {weights}"
         else:
             continue
         problems.append(Problem(document.origin(place), f"{format_path(place)} must be left out: {why}."))

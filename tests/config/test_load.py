@@ -110,7 +110,7 @@ def test_faults_of_file_overrides_and_seed_are_reported_together_in_this_order(t
     lines = message(tiny, "stages.prune.blocks=-1", seed=-3).splitlines()
     assert lines == [
         f"{tiny}:17:13: stages[4].epochs must be above 0, got -2.",
-        "--set stages.prune.blocks: stages[1].blocks must be a whole number of at least 0, or auto, got -1.",
+        "--set stages.prune.blocks: stages[1].blocks must be a whole number of at least 0, auto or joint, got -1.",
         "--seed: seed must be at least 0, got -3.",
     ]
 

@@ -115,9 +115,9 @@ class LoadStage:
             images, _ = next(evaluation_batches(ctx.data.calibration.first(2), 2, "nothing"))
             inputs = spec.input_specs()
             parts = [part.numpy() for part in unpack_rows(images, inputs)] if inputs else [images.numpy()]
-            module = import_onnx(Path(spec.reference), spec.kwargs["inputs"], parts)
-            check_precision(module)
-            return module
+            imported = import_onnx(Path(spec.reference), spec.kwargs["inputs"], parts)
+            check_precision(imported)
+            return imported
         if self.config.weights is None:
             raise InternalError("A pipeline passed validation without weights.")
         module = load_network(spec, self.config.weights, partial(self._tell_conversion, ctx))

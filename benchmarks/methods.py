@@ -39,7 +39,9 @@ AT_ONCE: dict[str, dict[str, Any]] = {
     "greedy, shared error": {"criterion": "greedy", "allocation": "shared_error"},
     "pfp, shared error": {"criterion": "pfp", "allocation": "shared_error"},
     "sensitivity": {"damage": "sensitivity"},
+    "whole networks": {"whole_networks": 24},
     "blocks: auto": {"blocks": "auto"},
+    "blocks: joint": {"blocks": "joint"},
 }
 BASELINES: dict[str, dict[str, Any]] = {
     "l1": {"criterion": "l1"},

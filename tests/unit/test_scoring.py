@@ -38,7 +38,7 @@ from compress.stages.surveying import survey
 from compress.stages.trunks import Trunk
 from compress.training.evaluate import evaluate_loss
 
-BUILT_IN = [name for name in CRITERIA if name != "bn_scale"]
+BUILT_IN = list(CRITERIA)
 LABEL_FREE = ("greedy", "greedy_refit", "lasso", "pfp", "sipp")
 
 

@@ -156,6 +156,7 @@ class _Search:
     tried: list[Tried] = field(default_factory=list)
     correction: float = 1.0
     needs_batch_norm: bool | None = None
+    streams: dict[float, float] = field(default_factory=dict)  # factor of residual streams -> loss with all blocks
 
     def __post_init__(self) -> None:
         self.config, self.surveyed = self.prepared.surveyed.config, self.prepared.surveyed
@@ -199,11 +200,11 @@ class _Search:
             structure = self._solve(pricing)
             if not self.tried and self._correct(structure):
                 structure = self._solve(pricing)
-            self._try(pricing, structure, count, None)
+            self.streams.setdefault(factor, self._try(pricing, structure, count, None).loss)
         if not self.blocks:
             return
         best = self._best
-        factor = next(f for f in residual_factors if best.pricing.source == f"streams x {f:g}")
+        factor = min(self.streams, key=lambda one: self.streams[one])
         price = self._damage(best) / min(self.block_damages.values())  # at which no block is worth what channels cost
         last, rises, least = len(best.structure.removed), 0, best.loss
         step = math.ceil(len(self.blocks) / STEPS)
@@ -396,7 +397,7 @@ class _Search:
         best: tuple[float, Attempt] | None = None
         records: list[Record] = []
         unreachable: BudgetUnreachable | None = None
-        for tried in sorted(self.tried, key=lambda one: one.loss):
+        for tried in self._ordered():
             blocks = len(tried.structure.removed)
             try:
                 attempt = self._finished(tried)
@@ -414,6 +415,19 @@ class _Search:
         if best is None:
             raise unreachable or InternalError("No whole network was tried.")
         return best[1], records
+
+    def _ordered(self) -> list[Tried]:
+        """Return the networks to finish, best first; where blocks go, the last to be finished has the usual estimates.
+
+        Damages that were learned on the network with these blocks need not hold without them.
+        """
+        ordered = sorted(self.tried, key=lambda one: one.loss)
+        best = ordered[0]
+        if not best.structure.removed:
+            return ordered
+        factor = min(self.streams, key=lambda one: self.streams[one])
+        usual = self._priced(f"streams x {factor:g}", factor, None)
+        return [*ordered[: FINALISTS - 1], replace(best, pricing=usual), *ordered[FINALISTS - 1 :]]
 
     def _finished(self, tried: Tried) -> "Attempt":
         """Return a network within the targets: channels ranked without the blocks that go, widths by its pricing."""

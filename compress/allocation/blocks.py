@@ -3,7 +3,7 @@
 A block is a decision of two options: 0 removes it, 1 keeps it. What lies in it costs nothing where it is removed, so
 that its groups keep their full width there and do no damage.
 
-Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2406.12079,
+Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2504.02168,
 where blocks and widths are chosen by one program under a latency.
 """
 

@@ -8,7 +8,7 @@ Every network is the answer of one knapsack within the budgets. The first rounds
 channels, repair it on few images and score it on part of the validation split: seconds each. The evaluation split is
 never looked at.
 
-Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2406.12079,
+Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2504.02168,
 for blocks and widths in one program; Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML,
 arXiv:2201.13096, for damages that whole networks decide about.
 """

@@ -179,6 +179,10 @@ class LoadStage:
             ctx.progress.note(
                 f"narrow: '{path.name}' lacks {count} of the factory's network; baseline is the narrow one"
             )
+            if norms := _guessed_norms(build_module(spec), module):
+                self._warn(
+                    ctx, f"narrow: a state dict does not tell the number of groups of a group norm; {some(norms)}."
+                )
         else:
             self._warn(ctx, f"narrow: '{path.name}' is as wide as the factory's network; nothing was cut.")
         return module, recipe
@@ -244,6 +248,17 @@ class LoadStage:
 def _lacking(recipe: Recipe) -> dict[str, int]:
     """Return by channel group the channels that the weights lack."""
     return {name: len(gone) for edit in recipe.edits if isinstance(edit, Narrow) for name, gone in edit.removed.items()}
+
+
+def _guessed_norms(full: nn.Module, slim: nn.Module) -> list[str]:
+    """Return in words each group norm that was taken to have fewer groups, as whole groups are what `prune` removes."""
+    found = []
+    for path, part in slim.named_modules():
+        if isinstance(part, nn.GroupNorm):
+            before = full.get_submodule(path)
+            if isinstance(before, nn.GroupNorm) and before.num_groups != part.num_groups:
+                found.append(f"{path} is taken to have {part.num_groups} of {before.num_groups}")
+    return found
 
 
 def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record:

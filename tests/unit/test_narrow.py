@@ -22,6 +22,7 @@ from compress.pruning.graph import ChannelGraph
 from compress.pruning.narrowing import _Equation, _solve, find_removed, named_tensors
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
+from compress.stages.load import _guessed_norms
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED") or Path(__file__).parents[3] / "shared")
 PUBLISHED = SHARED / "data/networks/cifar10_resnet56_group_sl.state_dict.pth"
@@ -277,6 +278,12 @@ def test_a_network_that_computes_something_else_at_other_widths_is_refused() -> 
     slim = cut_copy(module, {"conv": (3, 9)}, nets.EXAMPLE)
     with pytest.raises(UnsupportedLayer, match=r"compute the same at the widths of 'slim.pth'.*differs.*conv"):
         load_narrow(copy.deepcopy(module), slim.state_dict(), nets.images(), "'slim.pth'")
+
+
+def test_group_norms_whose_groups_no_tensor_tells_are_named(tmp_path: Path) -> None:
+    module, _ = narrowed("scaled", cut_copy(build("scaled"), {"conv": (1, 3, 7, 9)}, nets.EXAMPLE), tmp_path)
+    assert _guessed_norms(build("scaled"), module) == ["norm is taken to have 4 of 6"]
+    assert not _guessed_norms(module, module)
 
 
 def test_the_edit_goes_through_json_and_is_replayed() -> None:

@@ -124,7 +124,8 @@ def rows(values: dict[str, Any], epochs: int, has_methods: bool) -> list[Row]:
     }
     trained, rest = {**training, "epochs": learning}, f"stages.finetune.epochs={epochs - learning}"
     for name, changes in TRAINED.items():
-        overrides = [f"stages.prune.{key}={flow(value)}" for key, value in {"method": name, **changes}.items()]
+        settings = {"method": name, "residual": "cut", **changes}
+        overrides = [f"stages.prune.{key}={flow(value)}" for key, value in settings.items()]
         found.append(Row(name, (rest, f"stages.prune.training={flow(trained)}", *overrides)))
     learned = {"stage": "low_rank", "target": target, **RANKS["trp"], "training": trained}
     found.append(Row("trp", (f"stages.{place}={flow(learned)}", rest)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress.catalog import GATED, METHODS, NETWORKS, SOURCES, TASKS
+from compress.catalog import CRITERIA, GATED, METHODS, NETWORKS, SOURCES, TASKS
 from compress.config.load import parse_pipeline
 from compress.config.schema import (
     CsgdConfig,
@@ -54,6 +54,17 @@ def test_every_method_has_a_page_and_stands_in_the_index():
     for name in SETTINGS:
         assert (FOLDER / f"{name}.md").is_file()
         assert f"[{name}]({name}.md)" in index
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+def test_every_criterion_stands_in_the_index_and_has_a_page_that_names_it_and_its_source(name):
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    page = re.search(rf"\[(?:\w+, )*{name}(?:, \w+)*\]\(([\w-]+\.md)\)", index)
+    assert page, f"{name} has no link in docs/methods/README.md"
+    text = (FOLDER / page[1]).read_text(encoding="utf-8")
+    assert name in text
+    for part in ("**When.**", "**Cost.**", "Source"):
+        assert part in text, f"{page[1]} has no {part}"
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

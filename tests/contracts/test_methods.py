@@ -18,7 +18,6 @@ from compress.pruning.methods.tpp import Tpp
 from compress.pruning.shortcuts import write_out_shortcuts
 from compress.testing import MethodCase, MethodContract
 
-
 PADDED = "padded"
 
 

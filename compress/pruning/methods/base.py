@@ -15,7 +15,7 @@ to decay: what it gives to a channel that goes is faded to 0 once the choice sta
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -232,6 +232,15 @@ class Method(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
+        ...
+
+
+@runtime_checkable
+class WarningMethod(Protocol):
+    """A method that may have something to warn about besides what it is asked for the report."""
+
+    def warnings(self) -> list[str]:
+        """Return what the user must hear of, one text each; after `finish`."""
         ...
 
 
@@ -476,7 +485,7 @@ class Scored:
 
 
 def faded(step: int, first: int, steps: int) -> float:
-    """Return what is left after a step of what is faded from step `first` on, in half of the steps of the run from there.
+    """Return the share that a step leaves of what is faded from step `first` on, in half of the steps from there.
 
     >>> [faded(step, 4, 8) for step in range(4, 8)]
     [0.5, 0.0, 0.0, 0.0]

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from compress.config.schema import CsgdConfig
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member, is_depthwise
-from compress.pruning.methods.base import GroupTensors, Removed, Rows, Setting, fixed_members, folded_filters, unfit_gate
+from compress.pruning.methods.base import (
+    GroupTensors,
+    Removed,
+    Rows,
+    Setting,
+    fixed_members,
+    folded_filters,
+    unfit_gate,
+)
 
 _STARTS, _ROUNDS = 4, 30
 

@@ -175,8 +175,8 @@ class Grda:
         left = self.figures()["left_ratio"]
         if left == 0:
             return (
-                f"All removed channels are at zero, {self.zero_ratio:.1%} of them when the choice was made. Layers behind "
-                "them turn zero into something else."
+                f"All removed channels are at zero, {self.zero_ratio:.1%} of them were when the choice was made. "
+                "Layers behind them turn zero into something else."
             )
         return (
             f"The threshold had brought {self.zero_ratio:.1%} of the removed channels to zero; the others were "

@@ -43,6 +43,8 @@ def train_with_hooks(
         state: File of the state.
         ctx: Surroundings.
 
+    Where the figure that decides is worse after it by more than noise, it is warned about.
+
     Raises:
         As `compress.training.fit.fit`.
     """
@@ -53,12 +55,12 @@ def train_with_hooks(
     ctx.progress.note(pace(settings))
     result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
     now = quality_facts(module, validation, progress=ctx.progress)
+    after = validation.task.figures(now)[metric.name]
     if is_quality_worse(facts, now, validation.task):
-        after = validation.task.figures(now)[metric.name]
         ctx.progress.warn(
-            f"The training that decides what goes made the network worse before anything was cut: validation "
-            f"{metric.words} {metric.show(before)} -> {metric.show(after)}. More steps, a lower learning_rate or a "
-            "target that keeps more would help; a 'finetune' stage may win some of it back."
+            f"The training made the network worse by itself, before the cut: validation {metric.words} "
+            f"{metric.show(before)} -> {metric.show(after)}. More steps, a lower learning_rate or a target that keeps "
+            "more would help; a 'finetune' stage may win some of it back."
         )
     return {
         f"validation_{metric.name}_before": before,
@@ -67,7 +69,8 @@ def train_with_hooks(
         "steps": result.steps,
         "peak_learning_rate": settings.learning_rate,
         "batch_size": settings.batch_size,
-        **loss_and_quality(module, "before_cut", ctx),
+        "loss_before_cut": evaluate_loss(module, validation, progress=ctx.progress),
+        f"{metric.name}_before_cut": after,
         **stated(metric),
     }
 

@@ -142,7 +142,7 @@ def test_training_that_made_the_network_worse_is_warned_about_with_both_figures(
     _, record, said = learn("chain", method="regrow")
     learned = record["method"]
     assert asked == [[learned["validation_top1_before"], learned["top1_before_cut"]]]
-    found = [text for text in said.warnings if "before anything was cut" in text]
+    found = [text for text in said.warnings if "by itself, before the cut" in text]
     assert len(found) == count
     for text in found:
         assert f"top-1 {learned['validation_top1_before']:.2%} -> {learned['top1_before_cut']:.2%}" in text

@@ -36,7 +36,7 @@ STAGES: dict[str, StageEntry] = {
     for entry in (
         StageEntry("load", "compress.stages.load:LoadStage", 6, NOTHING, TORCH_MODEL, True,
                    "build the network, load its weights, measure the baseline"),
-        StageEntry("prune", "compress.stages.prune:PruneStage", 10, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("prune", "compress.stages.prune:PruneStage", 11, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
         StageEntry("slim", "compress.stages.slim:SlimStage", 8, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),

@@ -11,8 +11,9 @@ from compress.progress import Progress
 from compress.stages.context import Record, StageContext
 from compress.stages.finetune import distillation_from, fit_settings, pace
 from compress.stages.measured import metric_of, stated, validation_quality
+from compress.stages.paired import is_quality_worse
 from compress.tasks.base import Metric
-from compress.training.evaluate import evaluate_loss
+from compress.training.evaluate import evaluate_loss, quality_facts
 from compress.training.fit import FitSettings, fit
 from compress.training.hooks import TrainingHooks
 
@@ -42,14 +43,25 @@ def train_with_hooks(
         state: File of the state.
         ctx: Surroundings.
 
+    Where the figure that decides is worse after it by more than noise, it is warned about.
+
     Raises:
         As `compress.training.fit.fit`.
     """
     settings, validation = hooked_settings(config, ctx, module), ctx.data.validation
-    metric, before = metric_of(validation), validation_quality(module, ctx)
+    metric, facts = metric_of(validation), quality_facts(module, validation, progress=ctx.progress)
+    before = validation.task.figures(facts)[metric.name]
     teacher = distillation_from(config.distillation, artifact)
     ctx.progress.note(pace(settings))
     result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
+    now = quality_facts(module, validation, progress=ctx.progress)
+    after = validation.task.figures(now)[metric.name]
+    if is_quality_worse(facts, now, validation.task):
+        ctx.progress.warn(
+            f"The training made the network worse by itself, before the cut: validation {metric.words} "
+            f"{metric.show(before)} -> {metric.show(after)}. More steps, a lower learning_rate or a target that keeps "
+            "more would help; a 'finetune' stage may win some of it back."
+        )
     return {
         f"validation_{metric.name}_before": before,
         "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
@@ -57,7 +69,8 @@ def train_with_hooks(
         "steps": result.steps,
         "peak_learning_rate": settings.learning_rate,
         "batch_size": settings.batch_size,
-        **loss_and_quality(module, "before_cut", ctx),
+        "loss_before_cut": evaluate_loss(module, validation, progress=ctx.progress),
+        f"{metric.name}_before_cut": after,
         **stated(metric),
     }
 

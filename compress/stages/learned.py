@@ -24,7 +24,7 @@ from compress.pruning.blocks import closing_layers
 from compress.pruning.costs import ExpectedCost
 from compress.pruning.groups import NORMS, ChannelGroup
 from compress.pruning.lockstep import following_norms
-from compress.pruning.methods.base import Method, Removed, Setting
+from compress.pruning.methods.base import Method, Removed, Setting, WarningMethod
 from compress.pruning.selection import Selection, find_candidates
 from compress.stages.context import Record, StageContext
 from compress.stages.hooked import hooked_settings, train_with_hooks
@@ -83,6 +83,8 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     method: Method = method_class(setting, config.method_settings)
     record = train_with_hooks(module, model, training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
     method.finish()
+    for text in method.warnings() if isinstance(method, WarningMethod) else ():
+        ctx.progress.warn(f"Method '{config.method}': {text}")
     record = {"name": config.method, "figures": method.figures(), "cause": method.cause(), **record}
     return chooser.result(replace(model, module=module), method, record)
 

@@ -3,6 +3,8 @@
 import nets
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from compress.catalog import METHODS
 from compress.pruning.methods.csgd import Csgd
@@ -13,12 +15,43 @@ from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg
 from compress.pruning.methods.regrow import Regrow
 from compress.pruning.methods.tpp import Tpp
+from compress.pruning.shortcuts import write_out_shortcuts
 from compress.testing import MethodCase, MethodContract
 
+PADDED = "padded"
 
-@pytest.fixture(params=nets.NAMES, scope="module")
+
+class _Padded(nn.Module):
+    """A residual block with a zero-padded shortcut from 8 to 16 channels, and a block behind it on the same stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.norm1 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.block, self.head = nets.ResidualBlock(16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm0(self.stem(x)))
+        branch = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        x = F.relu(branch + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
+        return self.head(self.block(x).mean((2, 3)))
+
+
+def _case(name):
+    if name != PADDED:
+        return MethodCase(name, nets.build(name), nets.images(16), torch.arange(16) % 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = _Padded()
+    module = nn.Sequential(module)
+    assert write_out_shortcuts(module, nets.EXAMPLE) == 1
+    return MethodCase(name, module.eval(), nets.images(16), torch.arange(16) % 4)
+
+
+@pytest.fixture(params=[*nets.NAMES, PADDED], scope="module")
 def method_case(request):
-    return MethodCase(request.param, nets.build(request.param), nets.images(16), torch.arange(16) % 4)
+    return _case(request.param)
 
 
 class TestGsm(MethodContract):

@@ -31,10 +31,10 @@ class Lowest:
 
 
 def test_the_threshold_after_t_steps_is_the_sum_of_its_formula():
-    rates = [0.1, 0.2, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1]
+    rates = [0.1, 0.2, 0.05, *[0.1] * 17]
     one = setting(Pair(), Chosen({"conv": (0,)}), rates)
     method = Grda(one, GrdaConfig(mu=0.6, c=5.0, reached_at=0.5, until=0.9))
-    for step in range(8):
+    for step in range(20):
         by_hand = 5.0 * sum(rates[t - 1] ** 1.1 * (t**0.6 - (t - 1) ** 0.6) for t in range(1, step + 2))
         assert method.threshold(step) == pytest.approx(by_hand)
     # at one rate the sum is c * rate^(1/2 + mu) * t^mu
@@ -42,10 +42,10 @@ def test_the_threshold_after_t_steps_is_the_sum_of_its_formula():
 
 
 def test_scales_are_a_soft_threshold_of_an_accumulator_without_momentum_and_decay():
-    module, rates = Pair(), [0.1] * 12
+    module, rates = Pair(), [0.1] * 24
     choose = Lowest({"conv": 1})
     levels = {"conv": (1, 2)}
-    method = Grda(setting(module, choose, rates, weight_decay=0.3, levels=levels), GrdaConfig(interval=100, mu=0.6))
+    method = Grda(setting(module, choose, rates, weight_decay=0.3, levels=levels), GrdaConfig(interval=20, mu=0.6))
     (group,) = method.groups.values()
     readers = module.head.weight.detach().norm(dim=0)
     readers = readers / readers.square().mean().sqrt()
@@ -55,7 +55,7 @@ def test_scales_are_a_soft_threshold_of_an_accumulator_without_momentum_and_deca
     # so that the weakest is at 0 after half of the steps: c = |gamma| * readers / sum
     gamma = module.norm.weight.detach().clone()
     growth = threshold_growth(np.asarray(rates), 0.6)
-    assert method.c == pytest.approx(float(gamma[weakest] * readers[weakest]) / growth[:6].sum(), rel=1e-5)
+    assert method.c == pytest.approx(float(gamma[weakest] * readers[weakest]) / growth[:12].sum(), rel=1e-5)
     accumulated = {"weight": gamma, "bias": module.norm.bias.detach().clone()}
     gradients = method.on_gradients
 
@@ -94,13 +94,13 @@ def test_the_threshold_stops_once_the_zeros_are_enough():
     figures = method.figures()
     assert figures["zero_ratio"] == 1
     assert figures["left_ratio"] == 0
-    assert "at zero when the choice was made" in method.cause()
+    assert "All removed channels are at zero, 100.0% of them were" in method.cause()
 
 
 def test_a_group_never_loses_more_than_it_may():
     module, rates = nets.build("chain"), [0.05] * 40
     levels = {name: (width - 2, width) for name, width in {"body.0.0": 8, "body.1.0": 16, "body.2.0": 16}.items()}
-    method = Grda(setting(module, Lowest({"body.0.0": 2}), rates, levels=levels), GrdaConfig(c=1e3, interval=100))
+    method = Grda(setting(module, Lowest({"body.0.0": 2}), rates, levels=levels), GrdaConfig(c=1e3, interval=35))
     train(module, method, rates)
     assert [int((layer[1].weight == 0).sum()) for layer in module.body] == [2, 0, 0]  # four have come back
     assert method.figures()["returned_channels"] == 4
@@ -141,7 +141,39 @@ def test_without_zeros_enough_the_choice_is_made_by_what_is_left_and_the_rest_is
     figures = method.figures()
     assert figures["zero_ratio"] == 0
     assert figures["left_ratio"] == 0
-    assert "brought 0.0% of the removed channels to zero" in method.cause()
+    assert "All removed channels are at zero, 0.0% of them were when the choice was made" in method.cause()
+    with torch.no_grad():
+        module.body[1][1].weight[list(method.removed["body.1.0"])] = 0.1
+    assert "brought 0.0% of the removed channels to zero; the others" in method.cause()  # a reason only where it holds
+    assert "Removed channels have" in method.cause()
+
+
+def test_kept_channels_at_zero_at_the_choice_are_warned_about_with_figures_and_a_remedy():
+    rates, counts = [0.05] * 40, {"body.1.0": 4}
+
+    def trained(**options):
+        levels = {"body.0.0": (2, 8), "body.1.0": (2, 16), "body.2.0": (2, 16)}
+        module = nets.build("chain")
+        method = Grda(setting(module, Lowest(counts), rates, levels=levels), GrdaConfig(**options))
+        train(module, method, rates)
+        return method
+
+    huge = trained(c=1e9)
+    assert (huge.kept, huge.kept_zero) == (36, 30)  # all but those without a threshold, of 40 channels less 4
+    (warning,) = huge.warnings()
+    assert "30 of 36 kept channels (83%) were at zero when the choice was made" in warning
+    assert "Leave grda.c out, or lower it towards" in warning
+    fitting = trained().c
+    assert f"towards {fitting:.3g}." in warning
+    assert huge.figures()["kept_zero_ratio"] == pytest.approx(30 / 36)
+    again = Grda(huge.setting, GrdaConfig(c=1e9))
+    again.load_state_dict(huge.state_dict())
+    assert again.warnings() == [warning]
+    own = trained()
+    own.kept, own.kept_zero = 100, 10
+    assert own.warnings() == []
+    own.kept_zero = 11
+    assert "Longer training, a smaller grda.interval" in own.warnings()[0]
 
 
 def test_filters_that_no_norm_follows_have_a_threshold_of_their_own():
@@ -177,10 +209,17 @@ def test_what_cannot_come_to_an_end_is_refused():
 
     with pytest.raises(StageError, match="of 1 steps none is left"):
         begun([0.1])
-    with pytest.raises(StageError, match="of 10 steps none is left for it"):
-        begun([0.1] * 10, reached_at=0.04)
-    with pytest.raises(StageError, match="of 8 steps none is left for it"):
-        begun([0.0] * 4 + [0.1] * 4)
+    with pytest.raises(StageError, match="of 18 steps it has 9") as caught:
+        begun([0.1] * 18)
+    assert "at least 20 steps" in caught.value.hint
+    begun([0.1] * 20)
+    with pytest.raises(StageError, match="of 24 steps it has 8"):
+        begun([0.0] * 4 + [0.1] * 20)
+    with pytest.raises(StageError, match="of 40 steps it leaves 1"):
+        begun([0.1] * 40, until=0.975)
+    with pytest.raises(StageError, match=r"got grda\.interval 36 and a last choice after 36 of 40 steps"):
+        begun([0.1] * 40, interval=36)
+    begun([0.1] * 40, interval=35)
     with pytest.raises(StageError, match=r"grda\.c 0\.001 brings it to .* in 36 steps") as caught:
         begun([0.1] * 40, c=0.001)
     needed = float(caught.value.hint.split("Set grda.c to ")[1].split()[0])

@@ -1,6 +1,7 @@
 """`prune` with a method: what goes is learned under the budget, and the cut changes next to nothing."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -64,7 +65,11 @@ def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, meth
     assert learned["steps"] == 90
     assert len(learned["epochs"]) == learned["chosen_epoch"]
     assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=hooked.CUT_JUMP)
-    assert said.warnings == []
+    # one threshold for all groups of so short a run leaves kept channels at zero: that is said
+    share = learned["figures"].get("kept_zero_ratio", 0.0)
+    wording = f"Method 'grda': .* kept channels \\({share:.0%}\\) were at zero when the choice was made"
+    assert len(said.warnings) == int(share > 0.1)
+    assert all(re.match(wording, text) for text in said.warnings)
     assert any(note.startswith(f"{method}: validation loss") for note in said.notes)
     replayed = apply_edits(nets.build(name, seed=3), slim.recipe, nets.EXAMPLE)
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
@@ -123,6 +128,24 @@ def test_a_cut_that_changes_more_is_warned_about_with_its_cause(learn, monkeypat
     assert "What went had" in warning
     assert "more steps after the choice stands would help" in warning
     assert f"{record['method']['loss_after_cut'] - record['method']['loss_before_cut']:.3f}" in warning
+
+
+@pytest.mark.parametrize(("is_worse", "count"), [(True, 1), (False, 0)])
+def test_training_that_made_the_network_worse_is_warned_about_with_both_figures(learn, monkeypatch, is_worse, count):
+    asked = []
+
+    def compare(before, after, task):
+        asked.append([task.figures(facts)["top1"] for facts in (before, after)])
+        return is_worse
+
+    monkeypatch.setattr(hooked, "is_quality_worse", compare)
+    _, record, said = learn("chain", method="regrow")
+    learned = record["method"]
+    assert asked == [[learned["validation_top1_before"], learned["top1_before_cut"]]]
+    found = [text for text in said.warnings if "by itself, before the cut" in text]
+    assert len(found) == count
+    for text in found:
+        assert f"top-1 {learned['validation_top1_before']:.2%} -> {learned['top1_before_cut']:.2%}" in text
 
 
 def test_a_block_whose_gate_closed_is_removed(learn, monkeypatch):

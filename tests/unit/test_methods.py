@@ -17,15 +17,69 @@ from compress.errors import StageError
 from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.cutting import cut_copy
-from compress.pruning.methods.base import DECAYED, GroupTensors, rows_of
+from compress.pruning.methods.base import DECAYED, GroupTensors, Shortcuts, rows_of
 from compress.pruning.methods.csgd import Csgd, channel_features, clustering
 from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.greg import Greg
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg, increments
+from compress.pruning.shortcuts import FixedShortcut
 from compress.pruning.trial import find_cuttable, silenced_copy
 
 # what all share
+
+
+class Padded(nn.Module):
+    """A convolution with a norm, and around it a zero-padded shortcut from 2 to 4 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(2, 4, 1, 2, bias=False)
+        self.norm, self.shortcut, self.head = nn.BatchNorm2d(4), FixedShortcut(2, 1, 1, (2, 2)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(F.relu(self.norm(self.conv(x)) + self.shortcut(x)).mean((2, 3)))
+
+
+def _given(module):
+    """What the shortcut gives to each of its four channels, as a share of what it is given."""
+    return module.shortcut.compress_fixed_weight.sum((1, 2, 3)).tolist()
+
+
+def test_a_shortcut_gives_by_factors_and_forgets_none_of_what_it_gave():
+    module = Padded()
+    groups, _ = find_cuttable(module, nets.EXAMPLE)
+    shortcuts = Shortcuts(groups["conv"])
+    shortcuts.give(torch.tensor([1.0, 0.25, 0.0, 1.0]))
+    assert _given(module) == [0, 0.25, 0, 0]
+    module.shortcut._buffers["compress_fixed_weight"] = module.shortcut.compress_fixed_weight.clone()  # as .to() does
+    shortcuts.give(torch.ones(4))
+    assert _given(module) == [0, 1, 1, 0]
+
+
+def test_what_a_shortcut_gives_to_channels_that_go_fades_in_half_of_the_steps_after_the_choice():
+    module, rates = Padded(), [0.1] * 80
+    method = Gsm(setting(module, Chosen({"conv": (1,)}), rates))
+    seen = []
+    step_end = method.on_step_end
+
+    def noted(step):
+        step_end(step)
+        seen.append(_given(module))
+
+    method.on_step_end = noted
+    train(module, method, rates)
+    assert method.frozen == 40
+    assert [one[1] for one in seen[38:43]] == pytest.approx([1, 1, 0.95, 0.9, 0.85])
+    assert [one[1] for one in seen[59:]] == [0] * 21
+    assert all((one[0], one[2], one[3]) == (0, 1, 0) for one in seen)
+
+
+def test_csgd_leaves_channels_whole_that_a_shortcut_gives_to():
+    groups, _ = find_cuttable(Padded(), nets.EXAMPLE)
+    assert "the shortcut 'shortcut' gives each of them" in Csgd.unfit(groups["conv"])
+    assert "'shortcut' reads it" in Csgd.unfit(groups["stem"])
 
 
 @pytest.mark.parametrize("method_class", [Gsm, Gates])  # against penalties alone the loss holds a little

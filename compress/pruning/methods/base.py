@@ -8,25 +8,29 @@ each group under one budget for all, and brings them to zero, so that the cut at
     frozen   from one step on the choice stands, and what is chosen has the rest of the run to decay in
 
 What decays is the scale and the shift of the batch norms a channel passes, because a batch norm makes up for small
-weights before it; only where no batch norm follows do the weights themselves decay.
+weights before it; only where no batch norm follows do the weights themselves decay. A zero-padded shortcut has nothing
+to decay: what it gives to a channel that goes is faded to 0 once the choice stands.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.cost.onnx_graph import FIXED_BUFFER
 from compress.errors import StageError
 from compress.pruning.costs import ExpectedCost
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member
+from compress.pruning.shortcuts import FixedShortcut
 
 Removed = dict[str, tuple[int, ...]]
 
 DECAYED = 8.0
+FADE = 0.5  # share of the steps after the choice in which what is faded comes to 0
 _REMEMBERED = 0.9
 
 
@@ -231,6 +235,15 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class WarningMethod(Protocol):
+    """A method that may have something to warn about besides what it is asked for the report."""
+
+    def warnings(self) -> list[str]:
+        """Return what the user must hear of, one text each; after `finish`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The part of one parameter that belongs to the channels of a group.
@@ -278,6 +291,28 @@ class Rows:
         return factors[self.channels].reshape(-1, *[1] * (self.parameter.ndim - 1)).to(self.parameter.device)
 
 
+class Shortcuts:
+    """What zero-padded shortcuts give to the channels of a group.
+
+    Their weights are fixed and no norm lies behind them, so that a channel whose norms are all at 0 still has what they
+    give. The factors are written into the weights: they are saved with the network, and no hook is needed.
+
+    Args:
+        group: Its shortcuts give in full.
+    """
+
+    def __init__(self, group: ChannelGroup) -> None:
+        self._members = fixed_members(group)
+        self._whole = [_fixed_rows(member).values for member in self._members]
+
+    @torch.no_grad()
+    def give(self, factors: Tensor) -> None:
+        """Let them give from now on what they gave at the start times (C,) factors."""
+        for member, whole in zip(self._members, self._whole, strict=True):
+            rows = _fixed_rows(member)
+            rows.set_values(whole.to(rows.parameter.device) * rows.spread(factors))
+
+
 class GroupTensors:
     """The parameters that compute and normalise the channels of a group.
 
@@ -289,6 +324,7 @@ class GroupTensors:
         filters: Of convolutions and linear layers, those of depthwise ones among them.
         decaying: Those that must be 0 for the channels to be: scales and shifts of the norms, and the filters of
             layers that no norm follows.
+        shortcuts: What zero-padded shortcuts give to them.
     """
 
     def __init__(self, group: ChannelGroup) -> None:
@@ -299,6 +335,7 @@ class GroupTensors:
         ]
         norms = [rows for member in group.norms for rows in rows_of(member)]
         self.decaying = norms + [rows for member in group.bare for rows in rows_of(member)]
+        self.shortcuts = Shortcuts(group)
 
     def derivatives(self) -> Tensor:
         """Return (C,) the derivative of the loss by a factor 1 at each channel, from the gradients of the parameters.
@@ -381,7 +418,12 @@ class Scored:
         """Nothing is done."""
 
     def on_step_end(self, step: int) -> None:
-        """Nothing is done."""
+        """Fade what zero-padded shortcuts give to what goes, once the choice stands."""
+        if step < self.frozen:
+            return
+        left = faded(step, self.frozen, self.setting.steps)
+        for name in self.chosen:
+            self.tensors[name].shortcuts.give(torch.where(self.goes(name), left, 1.0))
 
     def finish(self) -> None:
         """The network is as it is to be cut."""
@@ -440,6 +482,25 @@ class Scored:
         self.chosen = self.setting.choose(self.scores, is_final=is_final)
         after = {(name, channel) for name, channels in self.chosen.items() for channel in channels}
         self.reactivated += len(before - after)
+
+
+def faded(step: int, first: int, steps: int) -> float:
+    """Return the share that a step leaves of what is faded from step `first` on, in half of the steps from there.
+
+    >>> [faded(step, 4, 8) for step in range(4, 8)]
+    [0.5, 0.0, 0.0, 0.0]
+    """
+    return max(0.0, 1 - (step + 1 - first) / max(1.0, FADE * (steps - first)))
+
+
+def fixed_members(group: ChannelGroup) -> list[Member]:
+    """Return the zero-padded shortcuts that give to the channels of a group."""
+    return [member for member in group.members if member.axis == "out" and isinstance(member.module, FixedShortcut)]
+
+
+def _fixed_rows(member: Member) -> Rows:
+    """Return the rows of a shortcut's weight as it is now: moving a network to a device replaces its buffers."""
+    return Rows(getattr(member.module, FIXED_BUFFER), member.slots, member.channels)
 
 
 def unfit_gate(group: ChannelGroup) -> str | None:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from compress.config.schema import CsgdConfig
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member, is_depthwise
-from compress.pruning.methods.base import GroupTensors, Removed, Rows, Setting, folded_filters, unfit_gate
+from compress.pruning.methods.base import (
+    GroupTensors,
+    Removed,
+    Rows,
+    Setting,
+    fixed_members,
+    folded_filters,
+    unfit_gate,
+)
 
 _STARTS, _ROUNDS = 4, 30
 
@@ -53,6 +61,8 @@ class Csgd:
         """Say why the channels of a group cannot be merged, or None."""
         if group.parts > 1 or any(_groups_of(reader.module) > 1 for reader in group.readers):
             return "a grouped convolution computes or reads it"
+        if shortcuts := fixed_members(group):
+            return f"the shortcut '{shortcuts[0].layer}' gives each of them a channel of its own, which stay apart"
         if group.other_reads:
             return f"'{group.other_reads[0].path}' reads it, whose weights are fixed"
         if not all(isinstance(norm.module, BATCH_NORMS) for norm in group.norms):

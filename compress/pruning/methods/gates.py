@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compress.config.schema import GatesMethodConfig
 from compress.pruning.groups import ChannelGroup, Member
-from compress.pruning.methods.base import Removed, Setting, unfit_gate
+from compress.pruning.methods.base import Removed, Setting, fixed_members, unfit_gate
 
 _OPEN = 0.995
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
@@ -58,6 +58,8 @@ class Gates:
         self._handles = [setting.module.register_forward_pre_hook(self._draw)]
         for name, group in setting.groups.items():
             gates, bare = ({member.layer for member in several} for several in (group.gates, group.bare))
+            for shortcut in fixed_members(group):  # what it gives is added to what the gates let through
+                self._handles.append(shortcut.module.register_forward_hook(self._gated(name, shortcut, True)))
             for member in group.members:
                 if member.is_norm or member.layer in bare:
                     hook = self._gated(name, member, member.layer in gates)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from compress.config.schema import GrdaConfig
 from compress.errors import StageError
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.methods.base import Removed, Rows, Setting, rows_of, unfit_gate
+from compress.pruning.methods.base import FADE, Removed, Rows, Setting, Shortcuts, rows_of, unfit_gate
 
-_FADE = 0.5
+_LEAST_STEPS = 10  # for the threshold to grow in
+_LEAST_AFTER = 2  # in which what goes is brought to zero
+_MANY_AT_ZERO = 0.1  # of the kept channels, when the choice is made
 
 
 class Grda:
@@ -32,16 +34,17 @@ class Grda:
     By itself c is such that after `reached_at` of the steps the threshold is the quantile of the importance at the
     start that leaves zeros enough for the budget. Once the zeros are enough the choice is final and the threshold grows
     no more. Where they are not after `until` of the steps, the choice is made by importance. In half of the steps that
-    remain, removed units that are not zero, as where the final widths were timed, are brought to zero. Kept units at
-    zero are brought to their accumulators times the mean factor of the group, for the budget has room for them.
+    remain, removed units that are not zero, as where the final widths were timed, are brought to zero, and so is what
+    zero-padded shortcuts give to removed channels, which have no threshold. Kept units at zero are brought to their
+    accumulators times the mean factor of the group, for the budget has room for them.
 
     Args:
         setting: What to work with.
         options: See `GrdaConfig`.
 
     Raises:
-        StageError: The run has no steps for the threshold to grow in or none after the choice, or a given c is too
-            small for the budget; says which c would do.
+        StageError: The run has too few steps for the threshold to grow in or after the choice, the interval leaves one
+            look only, or a given c is too small for the budget; says which number would do.
 
     Source: Chao et al. 2020, "Directional Pruning of Deep Neural Networks", NeurIPS, arXiv:2006.09358 (single weights).
         Li et al. 2021, arXiv:2107.05328, prune structures so but have no code: the group form here is a reconstruction.
@@ -54,15 +57,31 @@ class Grda:
         self.setting, self.options = setting, options or GrdaConfig()
         reached, self.last = (round(setting.steps * share) for share in (self.options.reached_at, self.options.until))
         setting.require_left(self.last)
-        if not setting.rates[:reached].any():
+        growing, left = int(np.count_nonzero(setting.rates[:reached])), setting.steps - self.last
+        if growing < _LEAST_STEPS:
+            least = math.ceil(_LEAST_STEPS / self.options.reached_at)
             raise StageError(
-                f"The threshold must grow over a step at least, of {setting.steps} steps none is left for it.",
-                hint="Train for longer.",
+                f"The threshold must grow over {_LEAST_STEPS} steps at least whose learning rate is not 0, of "
+                f"{setting.steps} steps it has {growing}.",
+                hint=f"Train for at least {least} steps, or raise grda.reached_at.",
+            )
+        if left < _LEAST_AFTER:
+            raise StageError(
+                f"At least {_LEAST_AFTER} steps must follow the choice, of {setting.steps} steps it leaves {left}.",
+                hint=f"Train for at least {math.ceil(_LEAST_AFTER / (1 - self.options.until))} steps, or lower "
+                "grda.until.",
+            )
+        if self.options.interval >= self.last:
+            raise StageError(
+                f"Zeros must be looked for while the threshold grows, got grda.interval {self.options.interval} and a "
+                f"last choice after {self.last} of {setting.steps} steps.",
+                hint=f"Lower grda.interval below {self.last}, or train for longer.",
             )
         self.groups = {name: _Thresholded(setting, group) for name, group in setting.groups.items()}
         growth = threshold_growth(setting.rates, self.options.mu)
+        self._growth = float(growth[:reached].sum())
         self.needed = self._needed()
-        self.c = self.options.c or self.needed / float(growth[:reached].sum())
+        self.c = self.options.c or self.needed / self._growth
         self.thresholds = self.c * np.cumsum(growth)  # (steps,) after each step, until it grows no more
         if self.thresholds[self.last - 1] < self.needed:
             wanted = self.needed / float(growth[: self.last].sum())
@@ -74,6 +93,7 @@ class Grda:
         self.chosen: Removed | None = None
         self.stopped: int | None = None
         self.zero_ratio = 0.0
+        self.kept, self.kept_zero = 0, 0  # channels at the choice: those that stay, and how many of them were at 0
         self.revived = {name: torch.zeros(group.units) for name, group in self.groups.items()}  # (U,) factors to come
 
     @staticmethod
@@ -118,6 +138,7 @@ class Grda:
         for name, group in self.groups.items():
             faded = torch.where(self._going(name), left, 1.0)
             group.write(torch.maximum(factors[name] * faded, self.revived[name] * (1 - left)))
+            group.shortcuts.give(faded.repeat(group.parts))
 
     def finish(self) -> None:
         """The network is as it is to be cut."""
@@ -126,7 +147,8 @@ class Grda:
         """Return the threshold, when it stopped, the share of removed channels it had brought to 0, and what remains.
 
         `returned_channels` counts those that are kept and were at 0 when the choice was made: widths are multiples, and
-        the threshold is one for all groups. `kept_at_zero` counts those that are kept and still at 0.
+        the threshold is one for all groups; `kept_zero_ratio` is the share of kept channels that were at 0 then,
+        whether they came back or not. `kept_at_zero` counts those that are kept and still at 0.
         """
         stopped = self.setting.steps - 1 if self.stopped is None else self.stopped
         left, kept_at_zero = [torch.zeros(0)], 0
@@ -143,6 +165,7 @@ class Grda:
             "returned_channels": sum(
                 int((self.revived[name] > 0).sum()) * group.parts for name, group in self.groups.items()
             ),
+            "kept_zero_ratio": self.kept_zero / max(1, self.kept),
             "kept_at_zero": kept_at_zero,
             "left_ratio": float(every.mean()) if len(every) else 0.0,
         }
@@ -150,15 +173,30 @@ class Grda:
     def cause(self) -> str:
         """Say how much the threshold did; and what would help, were the loss higher after the cut."""
         left = self.figures()["left_ratio"]
-        if self.zero_ratio == 1:
+        if left == 0:
             return (
-                f"All removed channels were at zero when the choice was made; they have {left:.2%} of their strength."
+                f"All removed channels are at zero, {self.zero_ratio:.1%} of them were when the choice was made. "
+                "Layers behind them turn zero into something else."
             )
         return (
             f"The threshold had brought {self.zero_ratio:.1%} of the removed channels to zero; the others were "
             f"chosen by their importance. Removed channels have {left:.2%} of their strength. Longer training or a "
             "larger grda.c would help."
         )
+
+    def warnings(self) -> list[str]:
+        """Say what the threshold has spoilt: kept channels that were at zero when the choice was made."""
+        if self.kept_zero <= _MANY_AT_ZERO * self.kept:
+            return []
+        remedy = "Longer training, a smaller grda.interval or another method, such as 'regrow', would help."
+        if self.options.c is not None:
+            remedy = f"Leave grda.c out, or lower it towards {self.needed / self._growth:.3g}."
+        return [
+            f"{self.kept_zero} of {self.kept} kept channels ({self.kept_zero / self.kept:.0%}) were at zero when the "
+            f"choice was made. The threshold was {self.threshold(self.setting.steps - 1):.3g}; of the weights as they "
+            f"were at the start, {self.needed:.3g} leaves zeros enough for the budget. They were brought back where "
+            f"their group had others, but have lost training. {remedy}"
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` goes on."""
@@ -173,6 +211,7 @@ class Grda:
             "chosen": None if self.chosen is None else {name: list(gone) for name, gone in self.chosen.items()},
             "stopped": self.stopped,
             "zero_ratio": self.zero_ratio,
+            "kept": [self.kept, self.kept_zero],
             "revived": self.revived,
         }
 
@@ -184,6 +223,7 @@ class Grda:
         self.c, self.needed, self.thresholds = state["c"], state["needed"], state["thresholds"].numpy()
         chosen = state["chosen"]
         self.chosen = None if chosen is None else {name: tuple(gone) for name, gone in chosen.items()}
+        self.kept, self.kept_zero = state["kept"]
         self.stopped, self.zero_ratio, self.revived = state["stopped"], state["zero_ratio"], state["revived"]
 
     def _needed(self) -> float:
@@ -227,6 +267,8 @@ class Grda:
         self.zero_ratio = self._zero_share(self.chosen, factors)
         for name, present in factors.items():
             kept = ~self._going(name)
+            self.kept += int(kept.sum()) * self.groups[name].parts
+            self.kept_zero += int((kept & (present == 0)).sum()) * self.groups[name].parts
             among = kept & (present > 0) & ~self.groups[name].protected
             among = among if among.any() else kept & (present > 0)
             if among.any():
@@ -241,7 +283,7 @@ class Grda:
         """Return 1 up to the final choice, from where it falls to 0 in half of the steps that remain."""
         if self.stopped is None:
             return 1.0
-        return max(0.0, 1 - (step - self.stopped) / max(1.0, _FADE * (self.setting.steps - 1 - self.stopped)))
+        return max(0.0, 1 - (step - self.stopped) / max(1.0, FADE * (self.setting.steps - 1 - self.stopped)))
 
 
 class _Thresholded:
@@ -249,6 +291,7 @@ class _Thresholded:
 
     Attributes:
         width: Number of channels, C.
+        shortcuts: What zero-padded shortcuts give to them.
         parts: Channels in a unit; of U units channel p * U + u is the one of unit u in part p.
         values: The accumulator of each of `rows`.
         readers: (U,) norm of what reads each unit at the start, 1 on average.
@@ -264,6 +307,7 @@ class _Thresholded:
             for rows in rows_of(member):
                 self.rows.append(rows)
                 self._are_scales.append(rows.parameter is member.module.weight)
+        self.shortcuts = Shortcuts(group)
         self.values = [rows.values for rows in self.rows]
         self.readers = reader_norms(setting.module, group).square().reshape(self.parts, -1).mean(0).sqrt()
         self.before = self.strength()

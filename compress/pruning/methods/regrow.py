@@ -23,7 +23,8 @@ class Regrow(Scored):
     widths      of each group, by the budget and the first-order scores of all methods here
     leverage    decides within a group: channels whose filters span the most are kept
     regrowth    a share of the group's channels, drawn at random from the others, is trained as well; it falls to 0
-    mask        scales and shifts of what is masked are 0; it gets no gradient
+    mask        scales and shifts of what is masked are 0, and so is what zero-padded shortcuts give to it; it gets no
+                gradient
 
     A channel that comes back has the filters, norms and reader columns that it had when it was masked, and no momentum.
     From `until` on the masks are final. A masked channel is 0 everywhere, so the cut changes nothing.
@@ -81,10 +82,14 @@ class Regrow(Scored):
                 tensors.stop(stopped)
 
     def on_step_end(self, step: int) -> None:
-        """Set scales and shifts of what is masked to 0: momentum and weight decay have moved them."""
-        for name in self.chosen:
+        """Set scales and shifts of what is masked to 0, and what zero-padded shortcuts give to it.
+
+        Momentum and weight decay have moved the scales and shifts.
+        """
+        for name, tensors in self.tensors.items():
             goes = self.goes(name)
-            for rows in self.tensors[name].decaying:
+            tensors.shortcuts.give((~goes).float())
+            for rows in tensors.decaying if goes.any() else ():
                 masked = rows.among(goes)
                 masked.set_values(torch.zeros_like(masked.values))
 

@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self  # in typing from Python 3.11 on
 
-from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, TASKS
+from compress.catalog import (
+    CORRUPTIONS,
+    CRITERIA,
+    METHODS,
+    NETWORKS,
+    RUNTIMES,
+    SOURCES,
+    TASKS,
+    WITH_ERRORS,
+    WITHOUT_ERRORS,
+)
 from compress.registry import Registry
 
 
@@ -523,6 +533,17 @@ class CutConfig(Section):
     def _check_networks(self) -> Self:
         if self.whole_networks is not None and self.allocation != "global":
             raise ValueError("allocation must be global where whole_networks is given")
+        return self
+
+    @model_validator(mode="after")
+    def _check_errors(self) -> Self:
+        has_scores_alone = isinstance(self.criterion, TorchPruningConfig) or self.criterion in WITHOUT_ERRORS
+        if self.damage == "errors" and has_scores_alone:
+            named = self.criterion if isinstance(self.criterion, str) else "an importance of your own"
+            raise ValueError(
+                f"damage must be scores or sensitivity with {named}, which has no errors "
+                f"({', '.join(WITH_ERRORS[:-1])} and {WITH_ERRORS[-1]} have)"
+            )
         return self
 
 

@@ -64,12 +64,14 @@ class Prepared:
         surveyed: What of it can be cut, and what is to be met.
         candidates: The groups with their scores and allowed widths.
         key: Tells it from others among the parts of the stage that are done.
+        damage: Measure that widths are chosen by: scores, errors or sensitivity; None where a method decides.
     """
 
     trunk: Trunk
     surveyed: Survey
     candidates: list[Candidates]
     key: str
+    damage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -253,11 +255,19 @@ class PruneStage:
         return best, record
 
     def _without_blocks(self, trunks: Iterable[Trunk], count: int) -> Trunk:
+        """Return the network with a number of blocks removed.
+
+        Raises:
+            ConfigValueError: It has fewer; nothing is removed or repaired then.
+        """
         for trunk in trunks:
             if len(trunk.removed) == count:
                 return trunk
+            if count > trunk.blocks:
+                break
+        there = trunk.blocks if count > trunk.blocks else len(trunk.removed)  # one may go only while another is there
         raise ConfigValueError(
-            f"blocks must not be more than the residual blocks that can be removed ({len(trunk.removed)}), got {count}."
+            f"blocks must not be more than the residual blocks that can be removed ({there}), got {count}."
         )
 
     def _best_attempt(self, trunks: Iterable[Trunk], trials: list[Record], ctx: StageContext) -> Attempt:
@@ -351,7 +361,8 @@ class PruneStage:
         """
         surveyed = survey(trunk.model, self.config, latency, ctx, among=among)
         key = self._key(trunk, surveyed, ctx)
-        return Prepared(trunk, surveyed, Scoring(self.config, trunk, surveyed, key, ctx).candidates(), key)
+        scoring = Scoring(self.config, trunk, surveyed, key, ctx)
+        return Prepared(trunk, surveyed, scoring.candidates(), key, scoring.damage)
 
     def _key(self, trunk: Trunk, surveyed: Survey | None, ctx: StageContext) -> str:
         """Return what tells a network from others, among the parts of the stage that are done."""
@@ -549,7 +560,7 @@ class PruneStage:
             "reached": reached,
             "criterion": criterion_name(self.config) if self.config.method is None else None,
             "is_optimal": selection.is_optimal,
-            "damage": self.config.damage if self.config.method is None else None,
+            "damage": attempt.prepared.damage,
             "groups": [_group_record(one, selection.widths[one.name]) for one in attempt.prepared.candidates],
             "shortfall": self._shortfall(asked, reached, bool(attempt.removed_blocks)),
             "latency": None if latency is None else latency_record(latency, selection.widths, timed),

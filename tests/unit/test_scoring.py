@@ -15,7 +15,7 @@ from steady import profile_by_macs
 from torch import nn
 
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
-from compress.catalog import CRITERIA
+from compress.catalog import CRITERIA, WITH_ERRORS, WITHOUT_ERRORS
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -29,6 +29,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.opening import Splits
 from compress.errors import ConfigValueError, DataError
 from compress.pruning.criteria.greedy_loss import GreedyLoss
+from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
@@ -203,9 +204,19 @@ def test_greedy_loss_by_brute_force_on_a_small_group(data, tmp_path) -> None:
     assert other.order.tolist() == GreedyLoss(seed=1).rank_by_loss(group, loss_of, 7).order.tolist()
 
 
-def test_errors_of_a_criterion_that_has_none_are_refused(ctx, tmp_path) -> None:
-    with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'taylor'"):
-        PruneStage(_config(criterion="taylor", damage="errors")).run(_model("chain", tmp_path), ctx)
+def test_the_names_of_criteria_without_errors_are_those_whose_order_is_by_scores() -> None:
+    by_scores = {name for name in BUILT_IN if CRITERIA.get(name).order == "scores"}
+    assert by_scores == WITHOUT_ERRORS
+    assert set(WITH_ERRORS) == set(BUILT_IN) - by_scores
+
+
+def test_errors_of_a_plug_in_that_has_none_are_refused(ctx, tmp_path, monkeypatch) -> None:
+    class Own(L1):
+        name = "own"
+
+    monkeypatch.setitem(CRITERIA._entries, "own", Own)
+    with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'own'"):
+        PruneStage(_config(criterion="own", damage="errors")).run(_model("chain", tmp_path), ctx)
 
 
 @pytest.fixture

@@ -499,6 +499,23 @@ def test_an_importance_that_raises_ends_the_run_as_other_code_of_users(world):
 
 
 @pytest.mark.parametrize(
+    ("reference", "code", "message"),
+    [
+        ("nowhere.py:Mean", 4, r"Importance file '.*nowhere\.py' does not exist\."),
+        ("mine.py:Meen", 3, r"stages\[1\]\.criterion\.torch_pruning: .* callable 'Meen', it has none\.\n.*'Mean'\?"),
+    ],
+)
+def test_an_importance_that_cannot_be_imported_is_refused_before_anything_runs(world, reference, code, message):
+    values = {**_values(world, {"torch_pruning": reference}, {"macs": 0.6}), "seed": 3}
+    done = world.call("run", values)
+    assert done.exit_code == code
+    assert re.search(message, done.stderr)
+    assert "load: done" not in done.stdout + done.stderr
+    if code == 4:
+        assert world.call("plan", values).exit_code == code
+
+
+@pytest.mark.parametrize(
     ("criterion", "match"),
     [
         ("tp_magnitud", r"did you mean 'tp_magnitude'\?"),

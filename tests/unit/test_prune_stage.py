@@ -467,7 +467,8 @@ def test_blocks_make_targets_reachable_that_channels_alone_do_not_meet(prune):
 
 
 @pytest.mark.parametrize(("name", "blocks", "there"), [("residual", 3, 2), ("chain", 1, 0)])
-def test_too_many_blocks_are_an_error(prune, name, blocks, there):
+def test_too_many_blocks_are_an_error_before_any_goes(prune, name, blocks, there, monkeypatch):
+    monkeypatch.setattr("compress.stages.trunks.block_damage", lambda *_args: pytest.fail("blocks were compared"))
     match = rf"blocks must not be more than the residual blocks that can be removed \({there}\), got {blocks}\."
     with pytest.raises(ConfigValueError, match=match):
         prune(name, blocks=blocks)

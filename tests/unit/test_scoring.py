@@ -80,6 +80,8 @@ def test_a_budget_in_macs_is_met(criterion, ctx, tmp_path) -> None:
     slim, record = PruneStage(_config(criterion=criterion, score_images=16)).run(model, ctx)
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * count_macs(model.module, nets.EXAMPLE)
     assert record["criterion"] == criterion
+    by_errors = criterion in ("greedy", "greedy_refit", "lasso", "greedy_loss")
+    assert record["damage"] == ("errors" if by_errors else "scores")
     assert any(group["width_after"] < group["width_before"] for group in record["groups"])
 
 
@@ -247,6 +249,7 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
     assert min(one.damages[0] for one in found) > 1e-4
     _, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
     assert record["macs_after"] <= 0.5 * record["macs_before"]
+    assert record["damage"] == "errors"
 
 
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:

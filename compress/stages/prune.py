@@ -12,7 +12,7 @@ from compress.allocation.widths import Candidates
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.config.digest import digest_value
-from compress.config.schema import PruneConfig
+from compress.config.schema import CutConfig, PruneConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.data.batches import evaluation_batches
@@ -167,6 +167,7 @@ class PruneStage:
 
     def _run(self, artifact: TorchModel, trunks: Iterable[Trunk], ctx: StageContext) -> tuple[TorchModel, Record]:
         before = validation_quality(artifact.module, ctx)
+        self._say_few_images(ctx)
         trials: list[Record] = []
         learned: Record | None = None
         networks: Record | None = None
@@ -599,9 +600,22 @@ class PruneStage:
             f"{', blocks removed first' if has_removed else ''}) come no nearer"
         )
 
+    def _say_few_images(self, ctx: StageContext) -> None:
+        """Note where fewer images are there than were asked for; the default asks for as many as there are."""
+        for name in ("score_images", "refit_images"):
+            asked, there = getattr(self.config, name), len(ctx.data.calibration)
+            if asked > there and asked != CutConfig.model_fields[name].default:
+                ctx.progress.note(
+                    f"{name}: {asked} asked for, the calibration split has {there}; data.calibration sets its size"
+                )
+
     def _say(self, record: Record, attempt: Attempt, progress: Progress) -> None:
         if record["shortfall"] is not None:
             progress.note(f"target: {record['shortfall']}")
+        repair, default = self.config.repair, CutConfig.model_fields["repair"].default
+        has_factors = any(one.scales is not None for one in attempt.prepared.candidates)
+        if "scaling" in repair and repair != default and not has_factors:
+            progress.note("repair: scaling was left out, as nothing found factors for the channels that it keeps")
         cut, removed = len(attempt.selection.removed), len(attempt.removed_blocks)
         progress.note(
             f"{cut} of {len(attempt.prepared.surveyed.groups)} channel groups cut, {removed} blocks removed: "

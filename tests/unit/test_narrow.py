@@ -311,6 +311,12 @@ def test_shortcuts_padded_with_zeros_are_narrowed_inside_their_blocks(tmp_path: 
         assert torch.allclose(module(images), slim(images), atol=1e-6)
 
 
+def test_own_weights_with_shortcuts_written_out_are_refused_by_name() -> None:
+    state = build().state_dict() | {"layer2.0.fixed_shortcut.compress_fixed_weight": torch.zeros(4, 2, 1, 1)}
+    with pytest.raises(ArtifactError, match=r"zero-padded shortcuts as convolutions(.|\n)*Hint: `compress\.load"):
+        load_narrow(build(), state, nets.EXAMPLE, "'slim.pth'")
+
+
 def test_the_published_slim_resnet56_loads_with_no_difference() -> None:
     if not PUBLISHED.is_file():
         pytest.skip("the published network is not in ../shared")

@@ -593,6 +593,21 @@ def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):
     assert record["residual_trials"][0]["factor"] == 3.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        ({"criterion": "taylor", "repair": ("scaling", "batch_norm")}, ["repair: scaling was left out"]),
+        ({"criterion": "greedy", "repair": ("scaling", "batch_norm")}, []),
+        ({"criterion": "taylor"}, []),
+        ({"score_images": 4096}, ["score_images: 4096 asked for, the calibration split has "]),
+    ],
+)
+def test_settings_without_effect_are_noted(prune, settings, notes):
+    _, _, listener = prune("chain", **settings)
+    found = [note for note in listener.notes if note.startswith(("repair:", "score_images:", "refit_images:"))]
+    assert [note.startswith(wanted) for note, wanted in zip(found, notes, strict=True)] == [True] * len(notes)
+
+
 @pytest.mark.parametrize("damage", ["scores", "sensitivity"])
 def test_measured_damages_are_recorded_with_their_errors(prune, damage):
     _, record, _ = prune("residual", damage=damage, score_images=16)

@@ -17,7 +17,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
-from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
+from compress.errors import WITHIN_HINT, AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.groups import Read, kept_outputs
@@ -187,7 +187,9 @@ class PruneStage:
             asked, reached = self._asked_and_reached(best)
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
             wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
-            raise AlreadyWithin(f"Target {wanted} must remove something, but the network already has {got}.")
+            raise AlreadyWithin(
+                f"Target {wanted} must remove something, but the network already has {got}.", hint=WITHIN_HINT
+            )
         after = validation_quality(best.model.module, ctx)
         record = {
             **self._record(artifact, best),

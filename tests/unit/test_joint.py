@@ -306,7 +306,7 @@ def test_slim_learns_damages_too(data: Splits, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"blocks": "joint", "allocation": "uniform", "whole_networks": None}, "must be global where blocks are joint"),
+        ({"blocks": "joint", "allocation": "uniform", "whole_networks": None}, "must be global where blocks is joint"),
         ({"allocation": "uniform"}, "must be global where whole_networks is given"),
         ({"whole_networks": 3}, "greater than or equal to 4"),
         (

@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.allocation.knapsack import allocate, allocate_evenly
 from compress.allocation.problem import Budget, Choice, Decision
-from compress.errors import BudgetUnreachable
+from compress.errors import NONE_LEFT_HINT, BudgetUnreachable
 
 Widths = dict[str, int]
 

@@ -9,8 +9,8 @@ from compress.config.problems import Problem, format_path
 def check_rewinding(document: Document) -> list[Problem]:
     """Return one problem for each rewinding of a network that has no checkpoint of its whole form.
 
-    That is a network from an ONNX file, whose layers have the names of its graph, one that another tool slimmed, and one
-    with factorised layers.
+    That is a network from an ONNX file, whose layers have the names of its graph, one that another tool slimmed, and
+    one with factorised layers.
     """
     stages = document.value.get("stages")
     stages = [stage if isinstance(stage, dict) else {} for stage in stages] if isinstance(stages, list) else []

@@ -61,8 +61,8 @@ def _require_own_layers(module: nn.Module, state: Mapping[str, Tensor], source: 
     fixed = [name for name in state if name.rpartition(".")[2] == FIXED_BUFFER and name not in expected]
     if fixed:
         raise ArtifactError(
-            f"{source} must hold layers of the factory's network alone, got {some(fixed)}: compress slimmed this network "
-            "and wrote its zero-padded shortcuts as convolutions. Shapes do not tell which of their channels are left.",
+            f"{source} must hold layers of the factory's network alone, got {some(fixed)}: compress slimmed this "
+            "network and wrote its zero-padded shortcuts as convolutions. Shapes do not tell which of their channels are left.",
             hint="`compress.load(RUN_FOLDER)` rebuilds the network by its recipe; a factory may return that.",
         )
 

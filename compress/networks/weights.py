@@ -28,8 +28,8 @@ COUNTERS = ("n_averaged",)  # beside the weights in torch's AveragedModel
 _DEEPEST = 4
 _OTHER_NETWORK = "Check model.factory and model.kwargs, such as the number of classes or the depth."
 _FORMATS = (
-    "Whole files are read of these formats: safetensors, torch.save of a state dict, TorchScript, torch.export. Copy the "
-    "file again if it was cut short."
+    "Whole files are read of these formats: safetensors, torch.save of a state dict, TorchScript, torch.export. Copy "
+    "the file again if it was cut short."
 )
 _LEFT_OVER = (
     "All weights of the network are in the file. What is left over belongs to something else, such as a loss or a "

@@ -126,8 +126,8 @@ def _equations(
         full, found = tuple(tensor.shape), tuple(shapes[name])
         if len(full) != len(found):
             raise ArtifactError(
-                f"{source} must hold tensors with the axes of the network's; {name} is {found} in the file and {full} in "
-                "the network.",
+                f"{source} must hold tensors with the axes of the network's; {name} is {found} in the file and "
+                f"{full} in the network.",
                 hint=FULL_WIDTH,
             )
         has_kernel = len(full) > 3 and not any(axes.get((id(tensor), dim)) for dim in range(2, len(full)))

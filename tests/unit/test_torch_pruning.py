@@ -346,6 +346,12 @@ def test_gradients_follow_the_class_or_the_setting(mine):
     assert "gradients: mean (or squares)" in str(caught.value.hint)
 
 
+def test_a_keyword_that_an_importance_does_not_take_is_met_with_those_that_it_takes(mine):
+    with pytest.raises(ModelError, match="must open, got TypeError") as caught:
+        adapter.OwnImportance(f"{mine}:Mean", {"faktor": 2.0})
+    assert caught.value.hint == "kwargs of Mean: factor."
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [

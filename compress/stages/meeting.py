@@ -115,12 +115,12 @@ def meet_latency(
     _warn_of_speed(timed, model, progress)
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
-        wanted, found = f"{asked:.3f} of the baseline's latency", f"{timed[best].ratio:.3f} of it"
+        wanted, reached = f"{asked:.3f} of the baseline's latency", f"{timed[best].ratio:.3f} of it"
         if in_ms:
             wanted = f"{asked * model.reference_ms:.4g} ms ({wanted})"
-            found = f"{timed[best].ratio * model.reference_ms:.4g} ms ({found})"
+            reached = f"{timed[best].ratio * model.reference_ms:.4g} ms ({reached})"
         raise BudgetUnreachable(
-            f"Target {wanted} cannot be reached: the fastest choice found takes {found}, measured.",
+            f"Target {wanted} cannot be reached: the fastest choice found takes {reached}, measured.",
             best=timed[best].ratio,
         )
     return choices[best], timed

@@ -62,7 +62,7 @@ def _require_own_layers(module: nn.Module, state: Mapping[str, Tensor], source: 
     if fixed:
         raise ArtifactError(
             f"{source} must hold layers of the factory's network alone, got {some(fixed)}: compress slimmed this "
-            "network and wrote its zero-padded shortcuts as convolutions. Shapes do not tell which channels these kept.",
+            "network and wrote zero-padded shortcuts as convolutions. Shapes do not tell which channels they kept.",
             hint="`compress.load(RUN_FOLDER)` rebuilds the network by its recipe; a factory may return that.",
         )
 

@@ -116,7 +116,7 @@ class BudgetUnreachable(StageError):
 WITHIN_HINT = "Lower the target, or leave the stage out."
 
 
-NONE_LEFT_HINT = "Let exclude, residual: keep and max_removed_ratio leave some; `compress inspect` lists the groups."
+NONE_LEFT_HINT = "Let exclude and residual: keep leave some; `compress inspect` lists the groups."
 
 
 class AlreadyWithin(BudgetUnreachable):

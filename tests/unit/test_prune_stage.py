@@ -302,7 +302,7 @@ def test_unknown_pattern_is_an_error_with_the_closest_layer(prune):
 
 @pytest.mark.parametrize("criterion", ["taylor", "l1"])
 def test_everything_excluded_cannot_reach_a_target(prune, criterion):
-    with pytest.raises(BudgetUnreachable, match=r"No prunable channel group is left\.\nHint: Let exclude, "):
+    with pytest.raises(BudgetUnreachable, match=r"No prunable channel group is left\.\nHint: Let exclude and "):
         prune("chain", exclude=("*",), criterion=criterion)
 
 

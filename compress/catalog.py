@@ -38,7 +38,7 @@ STAGES: dict[str, StageEntry] = {
                    "build the network, load its weights, measure the baseline"),
         StageEntry("prune", "compress.stages.prune:PruneStage", 11, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and residual blocks down to a budget"),
-        StageEntry("slim", "compress.stages.slim:SlimStage", 8, TORCH_MODEL, TORCH_MODEL, True,
+        StageEntry("slim", "compress.stages.slim:SlimStage", 9, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 7, TORCH_MODEL, TORCH_MODEL, True,
                    "replace kernels by products of smaller ones"),
@@ -200,6 +200,12 @@ for _name, _class, _summary in (
     ("tp_random", "TpRandom", "seeded random numbers"),
 ):
     CRITERIA.declare(_name, f"compress.pruning.criteria.torch_pruning:{_class}", f"torch-pruning: {_summary}")
+
+WITHOUT_ERRORS = frozenset(  # order by scores: no errors of readers, no losses
+    {"l1", "l2", "bn_scale", "taylor", "grasp", "snip", "pfp", "sipp", "random", "tp_magnitude", "tp_fpgm", "tp_lamp",
+     "tp_taylor", "tp_hessian", "tp_bn_scale", "tp_random"}
+)  # fmt: skip
+WITH_ERRORS = ("greedy", "greedy_refit", "greedy_loss", "lasso", "reconstruction")
 
 METHODS: Registry[Any] = Registry("method")
 METHODS.declare(

@@ -113,6 +113,12 @@ class BudgetUnreachable(StageError):
         self.best = best
 
 
+WITHIN_HINT = "Lower the target, or leave the stage out."
+
+
+NONE_LEFT_HINT = "Let exclude and residual: keep leave some; `compress inspect` lists the groups."
+
+
 class AlreadyWithin(BudgetUnreachable):
     """The network is within the target as it is: nothing would be removed."""
 

@@ -112,7 +112,14 @@ def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def _criterion_component(criterion: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return an importance of the user's own with the digest of its code in place of its path."""
+    """Return an importance of the user's own with the digest of its code in place of its path.
+
+    Raises:
+        ArtifactError: Its file does not exist.
+    """
+    place = Path(criterion["torch_pruning"].rpartition(":")[0])
+    if place.suffix == ".py" and not place.is_file():
+        raise ArtifactError(f"Importance file '{place}' {_state(place)}.")
     return {**criterion, "torch_pruning": _reference_digest(criterion["torch_pruning"], folder)}
 
 
@@ -184,8 +191,13 @@ def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 def _file_digest(path: Path, what: str) -> str:
     if not path.is_file():
-        raise ArtifactError(f"{what} '{path}' does not exist.")
+        raise ArtifactError(f"{what} '{path}' {_state(path)}.")
     return digest_file(path)
+
+
+def _state(path: Path) -> str:
+    """Return why a path is no file."""
+    return "is a folder, not a file" if path.is_dir() else "does not exist"
 
 
 def _onnx_digest(path: Path) -> str:

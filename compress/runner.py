@@ -32,6 +32,7 @@ from compress.locking import hold
 from compress.packages import DETECTION, require_packages
 from compress.persist import VOLATILE, load_artifact, save_artifact
 from compress.progress import Progress, SilentProgress
+from compress.references import import_callable
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.environment import describe_environment
 from compress.report.provenance import describe_provenance
@@ -267,6 +268,7 @@ class _Run:
             return
         self.has_tried_runtimes = True
         _require_packages(self.pipeline)
+        self._try_importances()
         from compress.verification.measuring import Conditions, require_conditions  # imports ONNX Runtime
 
         config = self.pipeline.config
@@ -288,6 +290,16 @@ class _Run:
                     continue  # that place is skipped
                 error.message = f"Section '{name}': {error.message}"
                 raise
+
+    def _try_importances(self) -> None:
+        """Refuse importances of the user's own that cannot be imported before the first stage runs."""
+        for index, stage in enumerate(self.pipeline.resolved["stages"]):
+            if isinstance(stage.get("criterion"), dict):
+                try:
+                    import_callable(stage["criterion"]["torch_pruning"], "Importance")
+                except CompressError as error:
+                    error.message = f"stages[{index}].criterion.torch_pruning: {error.message}"
+                    raise
 
     def _try_checkpoints(self) -> None:
         """Refuse checkpoints that do not fit the network before anything is cut, not after it."""

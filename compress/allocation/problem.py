@@ -204,6 +204,7 @@ class Budget:
         limit: In the same unit.
         whole: What messages take shares of; None to have them in the unit itself.
         of: What `whole` is, in words.
+        is_absolute: Whether the limit was given in the unit itself: messages show it beside the share.
     """
 
     name: str
@@ -211,6 +212,7 @@ class Budget:
     limit: float
     whole: float | None = None
     of: str = ""
+    is_absolute: bool = False
 
     def allows(self, choice: Mapping[str, int]) -> bool:
         """Whether a choice is within the limit, up to the rounding of a sum of floats."""
@@ -227,8 +229,13 @@ class Budget:
         '5 macs'
         >>> Budget("macs", TableCost(0.0), 10.0, 20.0, "the baseline's MACs").show(5.0)
         "0.250 of the baseline's MACs"
+        >>> Budget("ms", TableCost(0.0), 10.0, 20.0, "the baseline's latency", is_absolute=True).show(5.0)
+        "5 ms (0.250 of the baseline's latency)"
         """
-        return f"{cost:.6g} {self.name}" if self.whole is None else f"{cost / self.whole:.3f} of {self.of}"
+        if self.whole is None:
+            return f"{cost:.6g} {self.name}"
+        share = f"{cost / self.whole:.3f} of {self.of}"
+        return f"{cost:.4g} {self.name} ({share})" if self.is_absolute else share
 
 
 def from_widths(

@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.allocation.knapsack import allocate, allocate_evenly
 from compress.allocation.problem import Budget, Choice, Decision
-from compress.errors import BudgetUnreachable
+from compress.errors import NONE_LEFT_HINT, BudgetUnreachable
 
 Widths = dict[str, int]
 
@@ -141,7 +141,7 @@ def allocate_widths(
         BudgetUnreachable: No allowed widths are within the budgets; says the best reachable.
     """
     if not groups:
-        raise BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
+        raise BudgetUnreachable("No prunable channel group is left.", hint=NONE_LEFT_HINT)
     decisions = [Decision(group.name, group.damages) for group in groups]
     count = f"{len(groups)} channel {'group' if len(groups) == 1 else 'groups'}"
     text = f", with {count} at the widths allowed{limits_text}"

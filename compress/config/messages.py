@@ -190,8 +190,11 @@ def _broken_rule(path: KeyPath, place: Any, error: ErrorDetails, document: Docum
     """Word a ValueError of one of our own validators; its text begins with "must" or with a key of the section."""
     text, value = str(error["ctx"]["error"]), error["input"]
     first, _, rest = text.partition(" ")
-    if first in allowed_keys(place) and isinstance(value, dict):
-        path, text, value = (*path, first), rest, value.get(first)
+    keys = first.split(".")  # of a section in the section, as in training.optimizer
+    if keys[0] in allowed_keys(place) and isinstance(value, dict):
+        path, text = (*path, *keys), rest
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
     if " one of " in text and isinstance(value, dict):
         names = re.findall(r"\w+", text.partition(" one of ")[2])
         present = [name for name in names if value.get(name) is not None]

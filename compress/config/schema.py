@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self  # in typing from Python 3.11 on
 
-from compress.catalog import CORRUPTIONS, CRITERIA, METHODS, NETWORKS, RUNTIMES, SOURCES, TASKS
+from compress.catalog import (
+    CORRUPTIONS,
+    CRITERIA,
+    METHODS,
+    NETWORKS,
+    RUNTIMES,
+    SOURCES,
+    TASKS,
+    WITH_ERRORS,
+    WITHOUT_ERRORS,
+)
 from compress.registry import Registry
 
 
@@ -525,6 +535,17 @@ class CutConfig(Section):
             raise ValueError("allocation must be global where whole_networks is given")
         return self
 
+    @model_validator(mode="after")
+    def _check_errors(self) -> Self:
+        has_scores_alone = isinstance(self.criterion, TorchPruningConfig) or self.criterion in WITHOUT_ERRORS
+        if self.damage == "errors" and has_scores_alone:
+            named = self.criterion if isinstance(self.criterion, str) else "an importance of your own"
+            raise ValueError(
+                f"damage must be scores or sensitivity with {named}, which has no errors "
+                f"({', '.join(WITH_ERRORS[:-1])} and {WITH_ERRORS[-1]} have)"
+            )
+        return self
+
 
 class AugmentationConfig(Section):
     """What is varied while training."""
@@ -648,6 +669,17 @@ class GatesMethodConfig(Section):
     )
 
 
+def _check_rising(section: Section, first: str, second: str) -> None:
+    """Check that one share is below another; the one that was given is named, with the default of the other."""
+    low, high = getattr(section, first), getattr(section, second)
+    if low < high:
+        return
+    if first in section.model_fields_set:
+        default = "" if second in section.model_fields_set else ", the default"
+        raise ValueError(f"{first} must be below {second} ({high:g}{default})")
+    raise ValueError(f"{second} must be above {first} ({low:g}, the default)")
+
+
 class GregConfig(Section):
     """Settings of the method greg."""
 
@@ -665,8 +697,7 @@ class GregConfig(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
-        if self.picked_at >= self.full_at:
-            raise ValueError(f"picked_at must be below full_at ({self.full_at:g})")
+        _check_rising(self, "picked_at", "full_at")
         return self
 
 
@@ -708,8 +739,7 @@ class GrdaConfig(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
-        if self.reached_at >= self.until:
-            raise ValueError(f"reached_at must be below until ({self.until:g})")
+        _check_rising(self, "reached_at", "until")
         return self
 
 
@@ -742,8 +772,7 @@ class TppConfig(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
-        if self.picked_at >= self.full_at:
-            raise ValueError(f"picked_at must be below full_at ({self.full_at:g})")
+        _check_rising(self, "picked_at", "full_at")
         return self
 
 
@@ -754,9 +783,9 @@ def _check_training(method: str | None, training: TrainingConfig | None) -> None
         raise ValueError(f"{missing} must be given where {given} is")
     for name in ("ema", "average_ratio", "probe"):
         if training is not None and getattr(training, name):
-            raise ValueError(f"training must not hold {name} where a method is at work")
+            raise ValueError(f"training.{name} must be left out where a method is at work")
     if training is not None and training.precision == "fp16":
-        raise ValueError("training must not hold precision fp16 where a method is at work: it works on gradients")
+        raise ValueError("training.precision must not be fp16 where a method is at work, which reads gradients")
 
 
 class PruneConfig(CutConfig):
@@ -815,7 +844,7 @@ class PruneConfig(CutConfig):
         if self.method is not None and self.whole_networks is not None:
             raise ValueError("whole_networks must be left out where a method decides by scores of its own")
         if self.blocks == "joint" and self.allocation != "global":
-            raise ValueError("allocation must be global where blocks are joint")
+            raise ValueError("allocation must be global where blocks is joint")
         for name in METHOD_SETTINGS:
             if getattr(self, name) is not None and self.method != name:
                 raise ValueError(f"{name} must be left out unless it is the method")
@@ -827,7 +856,7 @@ class PruneConfig(CutConfig):
         if self.method not in (None, "gates") and self.blocks == "auto":
             raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
         if self.training is not None and self.training.optimizer != "sgd":
-            raise ValueError("training must hold optimizer sgd where a method decides: decays are sized for it")
+            raise ValueError("training.optimizer must be sgd where a method decides: decays are sized for it")
         return self
 
 

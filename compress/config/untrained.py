@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, Any] = {"repair": ["batch_norm"], "residual": "cut"}
 def check_untrained(document: Document) -> list[Problem]:
     """Return one problem for each setting that learns from an untrained baseline, or judges by it."""
     stages = _stages(document.value)
-    if not _is_untrained(stages):
+    if not _is_untrained(stages) or _is_onnx(stages[0].get("model")):  # weights: none is refused there
         return []
     problems = [
         Problem(
@@ -60,6 +60,10 @@ def follow_untrained(values: dict[str, Any], document: Document) -> None:
 
 def _is_untrained(stages: list[dict[str, Any]]) -> bool:
     return bool(stages) and stages[0].get("stage") == "load" and stages[0].get("weights") == UNTRAINED
+
+
+def _is_onnx(model: Any) -> bool:
+    return isinstance(model, dict) and "onnx" in model
 
 
 def _teachings(value: dict[str, Any], stages: list[dict[str, Any]]) -> Iterator[KeyPath]:

@@ -355,7 +355,10 @@ def _load_labels(path: Path) -> np.ndarray:
 def member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
     """Return one array of an .npz; ArtifactError when it is not there."""
     if key not in arrays:
-        raise ArtifactError(f"'{path}' must hold an array named '{key}', it holds {', '.join(sorted(arrays))}.")
+        raise ArtifactError(
+            f"'{path}' must hold an array named '{key}', it holds {', '.join(sorted(arrays)) or 'none'}.",
+            hint="image_key and label_key, beside the path of the file, name the arrays to read.",
+        )
     return arrays[key]
 
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from compress.errors import UnsupportedLayer
+from compress.cost.onnx_graph import FIXED_BUFFER
+from compress.errors import ArtifactError, UnsupportedLayer
 from compress.networks.weight_types import Conversion
-from compress.networks.weights import check_names, load_strict
+from compress.networks.weights import check_names, load_strict, some
 from compress.pruning.cutting import cut_out
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import exclusions_by_cause
@@ -37,6 +38,7 @@ def load_narrow(
         UnsupportedLayer: The network does not compute the same at these widths.
         UntraceableModel: The network does not run.
     """
+    _require_own_layers(module, state, source)
     check_names(module, state, source)
     tensors = named_tensors(module)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -48,6 +50,21 @@ def load_narrow(
     conversions = load_strict(slim, state, source)
     require_same(module, slim, graph, removed, example, source)
     return slim, removed, conversions
+
+
+def _require_own_layers(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise ArtifactError for weights of a network whose zero-padded shortcuts compress wrote out as convolutions.
+
+    Their narrow form depends on which channels were kept, which no shape tells.
+    """
+    expected = module.state_dict()
+    fixed = [name for name in state if name.rpartition(".")[2] == FIXED_BUFFER and name not in expected]
+    if fixed:
+        raise ArtifactError(
+            f"{source} must hold layers of the factory's network alone, got {some(fixed)}: compress slimmed this "
+            "network and wrote zero-padded shortcuts as convolutions. Shapes do not tell which channels they kept.",
+            hint="`compress.load(RUN_FOLDER)` rebuilds the network by its recipe; a factory may return that.",
+        )
 
 
 def require_same(

@@ -27,6 +27,10 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module
 COUNTERS = ("n_averaged",)  # beside the weights in torch's AveragedModel
 _DEEPEST = 4
 _OTHER_NETWORK = "Check model.factory and model.kwargs, such as the number of classes or the depth."
+_FORMATS = (
+    "Whole files are read of these formats: safetensors, torch.save of a state dict, TorchScript, torch.export. Copy "
+    "the file again if it was cut short."
+)
 _LEFT_OVER = (
     "All weights of the network are in the file. What is left over belongs to something else, such as a loss or a "
     "second network: save the file without it."
@@ -52,7 +56,7 @@ def read_weights(path: Path, expected: Collection[str] = ()) -> dict[str, Tensor
         try:
             state = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"'{path}' must be a safetensors file: {error}") from error
+            raise ArtifactError(f"'{path}' must be a safetensors file: {error}", hint=_FORMATS) from error
     else:
         archive = read_archive(path)
         state = _unwrap(_read_checkpoint(path), path) if archive is None else archive
@@ -195,7 +199,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def _read_checkpoint(path: Path) -> Any:
     if path.stat().st_size == 0:
-        raise ArtifactError(f"Weights file '{path}' is empty.")
+        raise ArtifactError(f"Weights file '{path}' is empty.", hint=_FORMATS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
@@ -210,7 +214,8 @@ def _read_checkpoint(path: Path) -> Any:
     except Exception as error:  # torch's reader raises anything, down to AssertionError, on a corrupt file
         raise ArtifactError(
             f"Weights file '{path}' is no readable torch checkpoint, got {type(error).__name__}: "
-            f"{first_sentence(error)}"
+            f"{first_sentence(error)}",
+            hint=_FORMATS,
         ) from error
 
 

@@ -124,7 +124,20 @@ def _equations(
         if name not in shapes:
             continue
         full, found = tuple(tensor.shape), tuple(shapes[name])
-        if len(full) != len(found) or any(have > most for have, most in zip(found, full, strict=True)):
+        if len(full) != len(found):
+            raise ArtifactError(
+                f"{source} must hold tensors with the axes of the network's; {name} is {found} in the file and "
+                f"{full} in the network.",
+                hint=FULL_WIDTH,
+            )
+        has_kernel = len(full) > 3 and not any(axes.get((id(tensor), dim)) for dim in range(2, len(full)))
+        if has_kernel and found[2:] != full[2:]:
+            raise ArtifactError(
+                f"{source} must hold kernels of the network's size; {name} is {found} in the file and {full} in the "
+                "network.",
+                hint=FULL_WIDTH,
+            )
+        if any(have > most for have, most in zip(found, full, strict=True)):
             raise ArtifactError(
                 f"{source} must be nowhere wider than the network; {name} is {found} in the file and {full} in the "
                 "network.",

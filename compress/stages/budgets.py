@@ -1,7 +1,7 @@
 """Which budgets does a target set, over the widths that are allowed? From shares of the baseline to tables of costs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -93,6 +93,7 @@ class Targets:
             found.append(self._size_budget(levels, self.config.size_mb, blocks or {}))
         if self.latency is not None and self.latency_ratio is not None:
             budget = self.latency.budget(self.latency_ratio * self.correction, blocks or {})
+            budget = replace(budget, is_absolute=self.config.latency_ms is not None)
             if budget.cost.fixed > budget.limit:
                 raise BudgetUnreachable(
                     f"Target {budget.show(budget.limit)} cannot be reached: what no channel group changes alone takes "

@@ -186,6 +186,10 @@ class _Search:
             if found is not None:
                 self._try(*found, count, fit)
                 fit = self._learn()
+        if fit is None:
+            self.ctx.progress.note(
+                f"whole_networks: no factors of damages were learned from {len(self.tried)} networks, as no loss rose"
+            )
         best, finalists = self._finish()
         return best, self._record(fit, finalists, count)
 

@@ -19,7 +19,7 @@ from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.catalog import METHODS
 from compress.config.schema import PruneConfig
-from compress.errors import AlreadyWithin, BudgetUnreachable, InternalError
+from compress.errors import NONE_LEFT_HINT, WITHIN_HINT, AlreadyWithin, BudgetUnreachable, InternalError
 from compress.pruning.blocks import closing_layers
 from compress.pruning.costs import ExpectedCost
 from compress.pruning.groups import NORMS, ChannelGroup
@@ -76,7 +76,7 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     method_class = METHODS.get(config.method)
     surveyed = survey(model, config, None, ctx, method_class.unfit)
     if not surveyed.groups:
-        raise BudgetUnreachable("There must be at least one channel group that can be cut, there is none.")
+        raise BudgetUnreachable("No prunable channel group is left.", hint=NONE_LEFT_HINT)
     module, chooser = copy.deepcopy(model.module), _Chooser(surveyed, ctx)
     setting = _setting(surveyed, module, chooser, hooked_settings(training, ctx, module), ctx)
     _require_work(chooser, surveyed)
@@ -98,7 +98,9 @@ def _require_work(chooser: "_Chooser", surveyed: Survey) -> None:
     """
     if not chooser({name: torch.ones(group.width) for name, group in surveyed.groups.items()}):
         asked = ", ".join(f"{name} {value}" for name, value in surveyed.config.target.given().items())
-        raise AlreadyWithin(f"Target {asked} must remove something, but the network is within it as it is.")
+        raise AlreadyWithin(
+            f"Target {asked} must remove something, but the network is within it as it is.", hint=WITHIN_HINT
+        )
 
 
 class _Hooks:

@@ -258,10 +258,12 @@ class LowRankStage:
                 hint="Use a target of macs or params there.",
             )
         multiple_of, allocation = self.config.multiple_of, self.config.allocation
+        in_ms = target.latency_ms is not None
         model = rank_latency(artifact, spectra, moments, multiple_of, ctx.deploy, ctx, allocation)
+        model = replace(model, in_ms=in_ms)
         asked = target.latency if target.latency is not None else (target.latency_ms or 0.0) / model.reference_ms
         selection, timed = meet_latency(
-            lambda correction: model.select(asked * correction * model.reference_ms), model, asked, ctx.progress
+            lambda correction: model.select(asked * correction * model.reference_ms), model, asked, ctx.progress, in_ms
         )
         choices = model.chosen(selection.widths)
         ratio = next(choice.ratio for choice in reversed(timed) if choice.widths == selection.widths)

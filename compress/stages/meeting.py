@@ -72,7 +72,7 @@ C = TypeVar("C", bound=Chosen)
 
 
 def meet_latency(
-    select: Callable[[float], C], model: Timed, asked: float, progress: Progress
+    select: Callable[[float], C], model: Timed, asked: float, progress: Progress, in_ms: bool = False
 ) -> tuple[C, list[TimedChoice]]:
     """Return the choice whose measured latency comes nearest to the target from below, within 3 % of it if any does.
 
@@ -81,6 +81,7 @@ def meet_latency(
         model: Predicts and measures.
         asked: Share of the baseline's latency.
         progress: Told about each round.
+        in_ms: Whether the target was given in milliseconds, which an error then says.
 
     Returns:
         The choice, and everything that was timed, in order.
@@ -114,9 +115,12 @@ def meet_latency(
     _warn_of_speed(timed, model, progress)
     best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
     if timed[best].ratio > asked * (1 + WITHIN):
+        wanted, reached = f"{asked:.3f} of the baseline's latency", f"{timed[best].ratio:.3f} of it"
+        if in_ms:
+            wanted = f"{asked * model.reference_ms:.4g} ms ({wanted})"
+            reached = f"{timed[best].ratio * model.reference_ms:.4g} ms ({reached})"
         raise BudgetUnreachable(
-            f"Target {asked:.3f} of the baseline's latency cannot be reached: the fastest choice found takes "
-            f"{timed[best].ratio:.3f} of it, measured.",
+            f"Target {wanted} cannot be reached: the fastest choice found takes {reached}, measured.",
             best=timed[best].ratio,
         )
     return choices[best], timed

@@ -12,12 +12,12 @@ from compress.allocation.widths import Candidates
 from compress.artifacts import TorchModel
 from compress.building import example_input
 from compress.config.digest import digest_value
-from compress.config.schema import PruneConfig
+from compress.config.schema import CutConfig, PruneConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
-from compress.errors import AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
+from compress.errors import WITHIN_HINT, AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.groups import Read, kept_outputs
@@ -64,12 +64,14 @@ class Prepared:
         surveyed: What of it can be cut, and what is to be met.
         candidates: The groups with their scores and allowed widths.
         key: Tells it from others among the parts of the stage that are done.
+        damage: Measure that widths are chosen by: scores, errors or sensitivity; None where a method decides.
     """
 
     trunk: Trunk
     surveyed: Survey
     candidates: list[Candidates]
     key: str
+    damage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class PruneStage:
 
     def _run(self, artifact: TorchModel, trunks: Iterable[Trunk], ctx: StageContext) -> tuple[TorchModel, Record]:
         before = validation_quality(artifact.module, ctx)
+        self._say_few_images(ctx)
         trials: list[Record] = []
         learned: Record | None = None
         networks: Record | None = None
@@ -184,7 +187,9 @@ class PruneStage:
             asked, reached = self._asked_and_reached(best)
             got = ", ".join(f"{value:.3f} {UNITS[name]}" for name, value in reached.items())
             wanted = ", ".join(f"{name} {value}" for name, value in asked.items())
-            raise AlreadyWithin(f"Target {wanted} must remove something, but the network already has {got}.")
+            raise AlreadyWithin(
+                f"Target {wanted} must remove something, but the network already has {got}.", hint=WITHIN_HINT
+            )
         after = validation_quality(best.model.module, ctx)
         record = {
             **self._record(artifact, best),
@@ -253,11 +258,19 @@ class PruneStage:
         return best, record
 
     def _without_blocks(self, trunks: Iterable[Trunk], count: int) -> Trunk:
+        """Return the network with a number of blocks removed.
+
+        Raises:
+            ConfigValueError: It has fewer; nothing is removed or repaired then.
+        """
         for trunk in trunks:
             if len(trunk.removed) == count:
                 return trunk
+            if count > trunk.blocks:
+                break
+        there = trunk.blocks if count > trunk.blocks else len(trunk.removed)  # one may go only while another is there
         raise ConfigValueError(
-            f"blocks must not be more than the residual blocks that can be removed ({len(trunk.removed)}), got {count}."
+            f"blocks must not be more than the residual blocks that can be removed ({there}), got {count}."
         )
 
     def _best_attempt(self, trunks: Iterable[Trunk], trials: list[Record], ctx: StageContext) -> Attempt:
@@ -351,7 +364,8 @@ class PruneStage:
         """
         surveyed = survey(trunk.model, self.config, latency, ctx, among=among)
         key = self._key(trunk, surveyed, ctx)
-        return Prepared(trunk, surveyed, Scoring(self.config, trunk, surveyed, key, ctx).candidates(), key)
+        scoring = Scoring(self.config, trunk, surveyed, key, ctx)
+        return Prepared(trunk, surveyed, scoring.candidates(), key, scoring.damage)
 
     def _key(self, trunk: Trunk, surveyed: Survey | None, ctx: StageContext) -> str:
         """Return what tells a network from others, among the parts of the stage that are done."""
@@ -549,7 +563,7 @@ class PruneStage:
             "reached": reached,
             "criterion": criterion_name(self.config) if self.config.method is None else None,
             "is_optimal": selection.is_optimal,
-            "damage": self.config.damage if self.config.method is None else None,
+            "damage": attempt.prepared.damage,
             "groups": [_group_record(one, selection.widths[one.name]) for one in attempt.prepared.candidates],
             "shortfall": self._shortfall(asked, reached, bool(attempt.removed_blocks)),
             "latency": None if latency is None else latency_record(latency, selection.widths, timed),
@@ -588,9 +602,22 @@ class PruneStage:
             f"{', blocks removed first' if has_removed else ''}) come no nearer"
         )
 
+    def _say_few_images(self, ctx: StageContext) -> None:
+        """Note where fewer images are there than were asked for; the default asks for as many as there are."""
+        for name in ("score_images", "refit_images"):
+            asked, there = getattr(self.config, name), len(ctx.data.calibration)
+            if asked > there and asked != CutConfig.model_fields[name].default:
+                ctx.progress.note(
+                    f"{name}: {asked} asked for, the calibration split has {there}; data.calibration sets its size"
+                )
+
     def _say(self, record: Record, attempt: Attempt, progress: Progress) -> None:
         if record["shortfall"] is not None:
             progress.note(f"target: {record['shortfall']}")
+        repair, default = self.config.repair, CutConfig.model_fields["repair"].default
+        has_factors = any(one.scales is not None for one in attempt.prepared.candidates)
+        if "scaling" in repair and repair != default and not has_factors:
+            progress.note("repair: scaling was left out, as nothing found factors for the channels that it keeps")
         cut, removed = len(attempt.selection.removed), len(attempt.removed_blocks)
         progress.note(
             f"{cut} of {len(attempt.prepared.surveyed.groups)} channel groups cut, {removed} blocks removed: "

@@ -68,6 +68,7 @@ class RankLatency:
         reference_ms: What the untouched network takes.
         moments: Layer -> moments of what it reads, as `factorized_copy` takes them.
         allocation: Rule of the choice; "shared_error" is the knapsack.
+        in_ms: Whether the target was given in milliseconds; errors then say them.
     """
 
     model: TorchModel
@@ -78,6 +79,7 @@ class RankLatency:
     reference_ms: float
     moments: Mapping[str, Moments]
     allocation: RankAllocation = "shared_error"
+    in_ms: bool = False
 
     def chosen(self, widths: Mapping[str, int]) -> tuple[RankChoice, ...]:
         """Return what each layer becomes."""
@@ -101,7 +103,7 @@ class RankLatency:
         Raises:
             BudgetUnreachable: The fastest choices together take longer.
         """
-        budget = Budget("ms", self.cost, limit_ms, self.reference_ms, "the baseline's latency")
+        budget = Budget("ms", self.cost, limit_ms, self.reference_ms, "the baseline's latency", self.in_ms)
         decisions = [
             Decision(layer, np.asarray([choice.error_bound**2 for choice in found]))
             for layer, found in self.options.items()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,21 @@ class Scoring:
     key: str
     ctx: StageContext
 
+    @cached_property
+    def criterion(self) -> Any:
+        """The criterion that the pipeline names."""
+        return criterion_of(self.config, self.ctx.seed)
+
+    @property
+    def damage(self) -> str:
+        """Measure that widths are chosen by: scores, errors or sensitivity.
+
+        Errors stand in for scores where the criterion says so, and where it ranks by readers and images have no labels.
+        """
+        criterion, damage = self.criterion, self.config.damage
+        is_without_loss = criterion.order == "readers" and not self._has_labels
+        return "errors" if damage == "scores" and (criterion.widths_by == "errors" or is_without_loss) else damage
+
     def candidates(self) -> list[Candidates]:
         """Return the groups with scores, orders and damages.
 
@@ -82,15 +98,14 @@ class Scoring:
             ConfigValueError: `damage: errors` is asked of a criterion without errors.
         """
         config, groups = self.config, self.surveyed.groups
-        criterion: Any = criterion_of(config, self.ctx.seed)
+        criterion = self.criterion
         if config.damage == "errors" and criterion.order == "scores":
             raise ConfigValueError(
                 f"damage must be scores or sensitivity with criterion '{criterion.name}', got 'errors'.",
                 hint="Criteria with errors of their own are greedy, greedy_refit, lasso, greedy_loss, reconstruction.",
             )
-        by_errors = config.damage == "errors" or (criterion.widths_by == "errors" and config.damage == "scores")
-        if criterion.order == "readers" and config.damage == "scores" and not by_errors and not self._has_labels:
-            by_errors = True
+        by_errors = self.damage == "errors"
+        if by_errors and config.damage == "scores" and criterion.widths_by == "scores":
             self.ctx.progress.note(
                 f"images without labels: widths by the errors of readers, as {criterion.name} has them"
             )

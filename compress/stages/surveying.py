@@ -72,7 +72,8 @@ class Survey:
         asked, latency = self.targets.latency_ratio, self.targets.latency
         if latency is None or asked is None or not latency.is_measured_here:
             return self.choose(candidates, 1.0), []
-        return meet_latency(lambda correction: self.choose(candidates, correction), latency, asked, progress)
+        in_ms = self.config.target.latency_ms is not None
+        return meet_latency(lambda correction: self.choose(candidates, correction), latency, asked, progress, in_ms)
 
 
 def survey(

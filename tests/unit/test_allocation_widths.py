@@ -115,5 +115,5 @@ def test_one_group_is_named_in_the_singular():
     cost = TableCost(0.0, (Factor(("a",), np.asarray([1.0, 2.0, 3.0, 4.0])),))
     with pytest.raises(BudgetUnreachable, match="with 1 channel group at the widths allowed"):
         allocate_widths([_group()], [Budget("macs", cost, 0.5)])
-    with pytest.raises(BudgetUnreachable, match="there is none"):
+    with pytest.raises(BudgetUnreachable, match="No prunable channel group"):
         allocate_widths([], [Budget("macs", cost, 0.5)])

@@ -75,7 +75,7 @@ def test_geometry_is_applied_when_arrays_are_read(tmp_path: Path) -> None:
         ({"x": _images(), "y": _labels().astype(np.float64)}, r"must be integers \(N,\), got float64"),
         ({"x": _images(), "y": np.eye(6, dtype=np.int64)}, r"must be integers \(N,\), got int64 \(6, 6\)"),
         ({"x": _images(0), "y": _labels(0)}, "must hold at least one image"),
-        ({"x": _images()}, r"must hold an array named 'y', it holds x\."),
+        ({"x": _images()}, r"must hold an array named 'y', it holds x\.\nHint: image_key and"),
         ({"images": _images(), "y": _labels()}, r"must hold an array named 'x', it holds images, y\."),
     ],
 )

@@ -143,6 +143,13 @@ def test_a_network_without_removable_blocks_is_narrowed_and_that_is_said(prune: 
     _hold_replay(slim, "chain")
 
 
+def test_nothing_learned_is_noted(prune: Callable[..., Pruned], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_module._Search, "_learn", lambda _: None)
+    _, record, listener = prune("chain", blocks=0, whole_networks=4)
+    assert record["whole_networks"]["fit"] is None
+    assert any(note.startswith("whole_networks: no factors of damages were learned from ") for note in listener.notes)
+
+
 def test_budgets_that_cannot_be_kept_name_blocks_and_widths(prune: Callable[..., Pruned]) -> None:
     text = r"Target 0\.001 of the baseline's macs .* with 3 channel groups and 2 residual blocks at the widths allowed"
     with pytest.raises(BudgetUnreachable, match=text):
@@ -299,7 +306,7 @@ def test_slim_learns_damages_too(data: Splits, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"blocks": "joint", "allocation": "uniform", "whole_networks": None}, "must be global where blocks are joint"),
+        ({"blocks": "joint", "allocation": "uniform", "whole_networks": None}, "must be global where blocks is joint"),
         ({"allocation": "uniform"}, "must be global where whole_networks is given"),
         ({"whole_networks": 3}, "greater than or equal to 4"),
         (

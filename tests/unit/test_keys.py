@@ -1,8 +1,10 @@
 """What a stage's result depends on, and what it does not."""
 
+import pytest
 import smallrun
 
 from compress.config.load import load_pipeline
+from compress.errors import ArtifactError
 from compress.keys import build_steps
 
 QUICKSTART = smallrun.ROOT / "pipelines" / "quickstart.yaml"
@@ -17,3 +19,11 @@ def test_how_training_is_done_and_saved_changes_no_result() -> None:
     for setting in ("save_minutes=1", "device=cpu", "compiled=true"):
         assert _fixed("finetune") == _fixed("finetune", f"stages.finetune.{setting}")
     assert _fixed("finetune") != _fixed("finetune", "stages.finetune.learning_rate=0.123")
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_called_one(tmp_path) -> None:
+    rewound = ("stages.finetune.weights=rewound", f"stages.finetune.rewind_to={tmp_path}")
+    with pytest.raises(ArtifactError, match=r"Checkpoint '.*' is a folder, not a file\."):
+        _fixed("finetune", *rewound)
+    with pytest.raises(ArtifactError, match=r"Checkpoint '.*gone' does not exist\."):
+        _fixed("finetune", rewound[0], f"{rewound[1]}/gone")

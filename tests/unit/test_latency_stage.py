@@ -1,6 +1,7 @@
 """A latency target is measured in place, met within its tolerance or refused, and nothing is timed twice."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -594,6 +595,26 @@ def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
     foreign = replace(ctx, deploy=replace_config(table="device.json", accept_foreign_table=True))
     with pytest.raises(ConfigValueError, match="must measure on this machine"):
         _low_rank(model, foreign, target=RankTargetConfig(latency=0.7))
+
+
+def test_a_target_in_milliseconds_that_cannot_be_met_says_milliseconds(ctx, tmp_path, monkeypatch):
+    profile_by_macs(monkeypatch)
+    text = r"Target 1e-05 ms \(0\.\d{3} of the baseline's latency\) cannot be reached.* \S+ ms \(0\.\d{3} of"
+    with pytest.raises(BudgetUnreachable, match=text):
+        _low_rank(_model("residual", tmp_path), ctx, target=RankTargetConfig(latency_ms=1e-5))
+    config = PruneConfig(stage="prune", target=TargetConfig(latency_ms=1e-5), criterion="l1", multiple_of=1)
+    with pytest.raises(BudgetUnreachable, match=text):
+        PruneStage(config).run(_model("residual", tmp_path), ctx)
+
+
+def test_a_choice_that_is_timed_too_slow_says_milliseconds_where_they_were_asked_for():
+    def select(_correction: float) -> Selection:
+        return Selection({"a": 100}, {"a": (0,)}, True)
+
+    with pytest.raises(BudgetUnreachable) as caught:
+        meet_latency(select, _Disturbed(()), 0.5, _Listener(), in_ms=True)
+    text = r"Target \S+ ms \(0\.500 of the baseline's latency\) .* takes \S+ ms \(1\.000 of it\), measured\."
+    assert re.fullmatch(text, caught.value.message)
 
 
 def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, tmp_path, monkeypatch):

@@ -302,12 +302,13 @@ def test_unknown_pattern_is_an_error_with_the_closest_layer(prune):
 
 @pytest.mark.parametrize("criterion", ["taylor", "l1"])
 def test_everything_excluded_cannot_reach_a_target(prune, criterion):
-    with pytest.raises(BudgetUnreachable, match="at least one channel group that can be cut, there is none"):
+    with pytest.raises(BudgetUnreachable, match=r"No prunable channel group is left\.\nHint: Let exclude and "):
         prune("chain", exclude=("*",), criterion=criterion)
 
 
 def test_group_that_cannot_be_scored_is_named(prune):
-    with pytest.raises(UnsupportedLayer, match="'bn_scale' needs a batch norm with a scale, group 'fc1' has none"):
+    match = r"'bn_scale' needs a batch norm with a scale, group 'fc1' has none\.\nHint: Exclude the group"
+    with pytest.raises(UnsupportedLayer, match=match):
         prune("linear_head", criterion="bn_scale")
     _, record, _ = prune("linear_head", criterion="bn_scale", exclude=("fc1",), target=TargetConfig(macs=0.7))
     assert record["reached_ratio"] <= 0.7
@@ -462,12 +463,13 @@ def test_blocks_make_targets_reachable_that_channels_alone_do_not_meet(prune):
     assert first["reason"].startswith("Target 0.600 of the baseline's macs cannot be reached")
     with pytest.raises(BudgetUnreachable, match=r"Target 0\.010 of the baseline's macs"):
         prune("residual", target=TargetConfig(macs=0.01), blocks="auto", **limits)
-    with pytest.raises(BudgetUnreachable, match=r"must remove something, but the network already has 1\.000"):
+    with pytest.raises(BudgetUnreachable, match=r"the network already has 1\.000(.|\n)*Hint: Lower the target"):
         prune("residual", target=TargetConfig(macs=1.0), blocks="auto", **limits)
 
 
 @pytest.mark.parametrize(("name", "blocks", "there"), [("residual", 3, 2), ("chain", 1, 0)])
-def test_too_many_blocks_are_an_error(prune, name, blocks, there):
+def test_too_many_blocks_are_an_error_before_any_goes(prune, name, blocks, there, monkeypatch):
+    monkeypatch.setattr("compress.stages.trunks.block_damage", lambda *_args: pytest.fail("blocks were compared"))
     match = rf"blocks must not be more than the residual blocks that can be removed \({there}\), got {blocks}\."
     with pytest.raises(ConfigValueError, match=match):
         prune(name, blocks=blocks)
@@ -590,6 +592,21 @@ def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):
     assert set(asked) == {4}
     assert set(passes) == {12}
     assert record["residual_trials"][0]["factor"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        ({"criterion": "taylor", "repair": ("scaling", "batch_norm")}, ["repair: scaling was left out"]),
+        ({"criterion": "greedy", "repair": ("scaling", "batch_norm")}, []),
+        ({"criterion": "taylor"}, []),
+        ({"score_images": 4096}, ["score_images: 4096 asked for, the calibration split has "]),
+    ],
+)
+def test_settings_without_effect_are_noted(prune, settings, notes):
+    _, _, listener = prune("chain", **settings)
+    found = [note for note in listener.notes if note.startswith(("repair:", "score_images:", "refit_images:"))]
+    assert [note.startswith(wanted) for note, wanted in zip(found, notes, strict=True)] == [True] * len(notes)
 
 
 @pytest.mark.parametrize("damage", ["scores", "sensitivity"])

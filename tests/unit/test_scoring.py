@@ -15,7 +15,7 @@ from steady import profile_by_macs
 from torch import nn
 
 from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
-from compress.catalog import CRITERIA
+from compress.catalog import CRITERIA, WITH_ERRORS, WITHOUT_ERRORS
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -29,6 +29,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.opening import Splits
 from compress.errors import ConfigValueError, DataError
 from compress.pruning.criteria.greedy_loss import GreedyLoss
+from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
 from compress.recipe import Recipe
 from compress.stages.context import StageContext
@@ -79,6 +80,8 @@ def test_a_budget_in_macs_is_met(criterion, ctx, tmp_path) -> None:
     slim, record = PruneStage(_config(criterion=criterion, score_images=16)).run(model, ctx)
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * count_macs(model.module, nets.EXAMPLE)
     assert record["criterion"] == criterion
+    by_errors = criterion in ("greedy", "greedy_refit", "lasso", "greedy_loss")
+    assert record["damage"] == ("errors" if by_errors else "scores")
     assert any(group["width_after"] < group["width_before"] for group in record["groups"])
 
 
@@ -203,9 +206,19 @@ def test_greedy_loss_by_brute_force_on_a_small_group(data, tmp_path) -> None:
     assert other.order.tolist() == GreedyLoss(seed=1).rank_by_loss(group, loss_of, 7).order.tolist()
 
 
-def test_errors_of_a_criterion_that_has_none_are_refused(ctx, tmp_path) -> None:
-    with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'taylor'"):
-        PruneStage(_config(criterion="taylor", damage="errors")).run(_model("chain", tmp_path), ctx)
+def test_the_names_of_criteria_without_errors_are_those_whose_order_is_by_scores() -> None:
+    by_scores = {name for name in BUILT_IN if CRITERIA.get(name).order == "scores"}
+    assert by_scores == WITHOUT_ERRORS
+    assert set(WITH_ERRORS) == set(BUILT_IN) - by_scores
+
+
+def test_errors_of_a_plug_in_that_has_none_are_refused(ctx, tmp_path, monkeypatch) -> None:
+    class Own(L1):
+        name = "own"
+
+    monkeypatch.setitem(CRITERIA._entries, "own", Own)
+    with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'own'"):
+        PruneStage(_config(criterion="own", damage="errors")).run(_model("chain", tmp_path), ctx)
 
 
 @pytest.fixture
@@ -236,6 +249,7 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
     assert min(one.damages[0] for one in found) > 1e-4
     _, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
     assert record["macs_after"] <= 0.5 * record["macs_before"]
+    assert record["damage"] == "errors"
 
 
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:

@@ -346,6 +346,12 @@ def test_gradients_follow_the_class_or_the_setting(mine):
     assert "gradients: mean (or squares)" in str(caught.value.hint)
 
 
+def test_a_keyword_that_an_importance_does_not_take_is_met_with_those_that_it_takes(mine):
+    with pytest.raises(ModelError, match="must open, got TypeError") as caught:
+        adapter.OwnImportance(f"{mine}:Mean", {"faktor": 2.0})
+    assert caught.value.hint == "kwargs of Mean: factor."
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [
@@ -496,6 +502,23 @@ def test_an_importance_that_raises_ends_the_run_as_other_code_of_users(world):
     done = world.call("run", _values(world, {"torch_pruning": "mine.py:Fails"}, {"macs": 0.6}), "--quiet")
     assert done.exit_code == 3
     assert re.search(r"got ValueError: no idea \(mine\.py:\d+\)", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("reference", "code", "message"),
+    [
+        ("nowhere.py:Mean", 4, r"Importance file '.*nowhere\.py' does not exist\."),
+        ("mine.py:Meen", 3, r"stages\[1\]\.criterion\.torch_pruning: .* callable 'Meen', it has none\.\n.*'Mean'\?"),
+    ],
+)
+def test_an_importance_that_cannot_be_imported_is_refused_before_anything_runs(world, reference, code, message):
+    values = {**_values(world, {"torch_pruning": reference}, {"macs": 0.6}), "seed": 3}
+    done = world.call("run", values)
+    assert done.exit_code == code
+    assert re.search(message, done.stderr)
+    assert "load: done" not in done.stdout + done.stderr
+    if code == 4:
+        assert world.call("plan", values).exit_code == code
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ class BnScale:
         scaled = [gate for gate in group.gates if gate.is_norm and isinstance(gate.module.weight, Tensor)]
         if not scaled:
             raise UnsupportedLayer(
-                f"Criterion 'bn_scale' needs a batch norm with a scale, group '{group.name}' has none."
+                f"Criterion 'bn_scale' needs a batch norm with a scale, group '{group.name}' has none.",
+                hint="Exclude the group, or choose taylor or l1.",
             )
         for gate in scaled:
             assert isinstance(gate.module.weight, Tensor)

@@ -11,6 +11,7 @@ Faults of torch-pruning 1.6.1 that are not passed on:
 """
 
 import copy
+import inspect
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
@@ -27,6 +28,7 @@ from compress.references import beside, import_callable, short_reference
 from compress.user_code import described, shown_as
 
 Gradients = Literal["none", "mean", "squares"]
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED)
 # class of a layer -> middle part of the name of torch-pruning's pruning function
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -355,7 +357,8 @@ class OwnImportance:
         self.reference, self.seed, self.comparable = reference, seed, comparable
         self.name = short_reference(reference)
         make = import_callable(reference, "Importance")
-        with beside(reference), shown_as(ModelError, f"Importance '{self.name}' must open"):
+        hint = _accepted(make) if kwargs else None
+        with beside(reference), shown_as(ModelError, f"Importance '{self.name}' must open", hint):
             self._importance = make(**kwargs)
         if not isinstance(self._importance, library.Importance):
             raise ModelError(
@@ -396,6 +399,15 @@ class OwnImportance:
             )
         scores = found.detach().cpu().float()
         return scores - scores.min().clamp(max=0) if not self.comparable else scores
+
+
+def _accepted(make: Callable[..., Any]) -> str | None:
+    """Return in words the names of the keyword arguments that a class takes; None where they cannot be told."""
+    try:
+        names = [name for name, one in inspect.signature(make).parameters.items() if one.kind in _BY_NAME]
+    except (TypeError, ValueError):  # a class without a signature
+        return None
+    return f"kwargs of {getattr(make, '__name__', 'it')}: {', '.join(names) or 'none'}."
 
 
 def _kind_of(value: Any) -> str:

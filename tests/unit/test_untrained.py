@@ -132,7 +132,7 @@ def test_defaults_before_the_first_training_are_those_of_an_untrained_network(wo
     given = {**PRUNE, "repair": ["least_squares"], "residual": "keep", "target": {"macs": 0.8}}
     config = world.load(values(world, PRUNE, given, TRAIN, later)).config
     cuts = [(stage.repair, stage.residual) for stage in config.stages if stage.stage == "prune"]
-    usual = ("least_squares", "bias_folding", "batch_norm")
+    usual = ("scaling", "least_squares", "bias_folding", "batch_norm")
     assert cuts == [(("batch_norm",), "cut"), (("least_squares",), "keep"), (usual, "auto")]
     assert load_pipeline(world.write(config.model_dump(mode="json"), "again.yaml"), environ={}).config == config
     trained = world.load(world.values(middle=[PRUNE])).config

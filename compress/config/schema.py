@@ -630,7 +630,7 @@ class TrainingConfig(Section):
 
     @property
     def keeps_original_peak(self) -> bool:
-        """Whether the peak rate is that of the original training however short this one is."""
+        """True where the peak rate is that of the original training however short this one is."""
         return False
 
     @model_validator(mode="after")
@@ -825,7 +825,7 @@ class PruneConfig(CutConfig):
 
     @property
     def trials(self) -> int:
-        """How many whole networks are cut, repaired and scored before the choice."""
+        """Number of whole networks that are cut, repaired and scored before the choice."""
         return self.whole_networks or (JOINT_NETWORKS if self.blocks == "joint" else 0)
 
     @property
@@ -975,7 +975,7 @@ class FinetuneConfig(TrainingConfig):
 
     @property
     def keeps_original_peak(self) -> bool:
-        """Whether the peak rate is that of the original training however short this one is."""
+        """True where the peak rate is that of the original training however short this one is."""
         return self.rewind_schedule is not None
 
     @model_validator(mode="after")

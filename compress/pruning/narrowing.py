@@ -27,7 +27,7 @@ FULL_WIDTH = "model.factory and model.kwargs must be those of the network before
 
 @dataclass(frozen=True, slots=True)
 class _Equation:
-    """What one dimension of one tensor tells.
+    """Equation of one dimension of one tensor.
 
     Attributes:
         name: Of the tensor in the state dict.

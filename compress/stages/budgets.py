@@ -22,7 +22,7 @@ Widths = Mapping[str, int]
 
 
 def is_inside(name: str, block: str) -> bool:
-    """Whether a module or parameter is a residual block or a part of it.
+    """Return True for a residual block, or a module or parameter inside it.
 
     >>> is_inside("body.1.conv1", "body.1"), is_inside("body.10", "body.1")
     (True, False)

@@ -60,7 +60,7 @@ _INSIDE, _RESIDUAL, _BLOCK = "inside", "residual", "block"
 
 @dataclass(frozen=True)
 class Steps:
-    """What the search asks of the stage.
+    """Functions of the stage that the search calls.
 
     Attributes:
         prepare: Ranks the channels of a network without some blocks, groups computed by the given layers only.
@@ -78,7 +78,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Pricing:
-    """How much estimated damages count.
+    """Factors and power of estimated damages.
 
     Attributes:
         source: What it comes from, in words.
@@ -113,7 +113,7 @@ class Tried:
 
     @property
     def record(self) -> Record:
-        """What the report shows."""
+        """Values for the report."""
         return {
             "source": self.pricing.source,
             "blocks": len(self.structure.removed),

@@ -152,7 +152,7 @@ class LoadStage:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the network starts from a seeded initialisation."""
+        """True where the network starts from a seeded initialisation."""
         return self.config.weights == UNTRAINED
 
     def _in_one_form(

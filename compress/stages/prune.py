@@ -221,7 +221,7 @@ class PruneStage:
 
     @property
     def _blocks_first(self) -> int:
-        """How many blocks go before anything is chosen."""
+        """Number of blocks that are removed before anything is chosen."""
         return 0 if isinstance(self.config.blocks, str) else self.config.blocks
 
     def _search(self, trunks: Iterable[Trunk], trials: list[Record], ctx: StageContext) -> tuple[Attempt, Record]:

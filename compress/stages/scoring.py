@@ -195,7 +195,7 @@ class Scoring:
 
     @property
     def _has_labels(self) -> bool:
-        """Whether the loss is that of a task, and not the distance to the baseline."""
+        """True where the loss is that of a task, and not the distance to the baseline."""
         return not isinstance(self.ctx.data.calibration.lesson, Imitation)
 
     def _require_loss(self, module: nn.Module, split: Split, criterion: str) -> None:
@@ -226,7 +226,7 @@ class Scoring:
         return measured
 
     def _is_trained(self, module: nn.Module, split: Split) -> bool:
-        """Whether the network does clearly better than one that says the same of every image."""
+        """Return True for a network that does clearly better than one that gives the same output for every image."""
         example = example_input(self.trunk.model.signature)
         with torch.no_grad(), eval_mode(module):
             guess = split.lesson.guess(run(module, example))

@@ -292,7 +292,7 @@ class Rows:
 
 
 class Shortcuts:
-    """What zero-padded shortcuts give to the channels of a group.
+    """Contribution of zero-padded shortcuts to the channels of a group.
 
     Their weights are fixed and no norm lies behind them, so that a channel whose norms are all at 0 still has what they
     give. The factors are written into the weights: they are saved with the network, and no hook is needed.

@@ -1,7 +1,7 @@
 """prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
@@ -496,8 +496,9 @@ class PruneStage:
 
         def repair() -> Part:
             names, images = self.config.repair, self.config.refit_images
+            ((_, fold),) = repairs_towards(trunk.whole, slim, kept, ("bias_folding",), example, ctx, images)
             wanted = repairs_towards(trunk.whole, slim, kept, names, example, ctx, images)
-            wanted = self._scaling(attempt) + wanted
+            wanted = self._scaling(attempt, fold) + wanted
             return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
 
         part = ctx.parts.keep({"part": "repair", "of": attempt.prepared.key, "removed": selection.removed}, repair)
@@ -517,8 +518,11 @@ class PruneStage:
         }
         return measure_isometry(artifact, networks, ctx)
 
-    def _scaling(self, attempt: Attempt) -> list[Repair]:
-        """Return the repair that multiplies what reads kept channels by the factors that the ranking found for them."""
+    def _scaling(self, attempt: Attempt, fold: Callable[[nn.Module], Sized]) -> list[Repair]:
+        """Return the repair that multiplies what reads kept channels by the factors that the ranking found for them.
+
+        The factors are found with means taken off, so that `fold`, which moves means into biases, is part of it.
+        """
         selection, groups = attempt.selection, attempt.prepared.surveyed.groups
         chosen = {
             one.name: torch.from_numpy(scales)
@@ -529,7 +533,7 @@ class PruneStage:
             return []
 
         def scale(module: nn.Module) -> list[str]:
-            """Every read of the slim network has the slots that are left, in their old order."""
+            """Multiply the slots that are left in each read of the slim network, which are in their old order."""
             for name, scales in chosen.items():
                 group, gone = groups[name], torch.tensor(selection.removed[name])
                 for read in group.reads:
@@ -537,6 +541,7 @@ class PruneStage:
                     stays = ~torch.isin(read.channels, gone)
                     slots = _positions_left(read, selection.removed, groups)[stays]
                     scale_slots(weight, read.dim, slots, scales.repeat(group.parts)[read.channels[stays]])
+            fold(module)
             return list(chosen)
 
         return [("scaling", scale)]

@@ -26,6 +26,7 @@ from compress.config.schema import (
     UnlabelledSource,
 )
 from compress.cost.macs import count_macs, count_params
+from compress.data.batches import evaluation_batches
 from compress.data.opening import Splits
 from compress.errors import ConfigValueError, DataError
 from compress.pruning.criteria.greedy_loss import GreedyLoss
@@ -143,6 +144,7 @@ def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, m
     model = _model("concat", tmp_path)
     config = _config(criterion="greedy", score_images=16, repair=("scaling",), residual="cut")
     monkeypatch.setattr("compress.stages.repairing.is_loss_higher", lambda *_args: False)  # kept, whatever it does
+    monkeypatch.setattr("compress.stages.repairing.fold_means", lambda *_args: ())
     slim, record = PruneStage(config).run(model, ctx)
     assert [one["repair"] for one in record["repairs"]] == ["scaling"]
     assert record["repairs"][0]["is_kept"]
@@ -161,6 +163,17 @@ def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, m
         wanted = whole(images)
         assert float((slim.module(images) - wanted).abs().max()) <= 1e-4
     assert any(not np.allclose(ranked[name].unit_scales(width), 1) for name, width in widths.items())
+
+
+def test_means_are_folded_with_the_factors(ctx, tmp_path, monkeypatch) -> None:
+    """After the repair the mean of what a reader gives is that of the whole network."""
+    model = _model("chain", tmp_path)
+    config = _config(criterion="greedy", score_images=16, repair=("scaling",))
+    monkeypatch.setattr("compress.stages.repairing.is_loss_higher", lambda *_args: False)
+    slim, _ = PruneStage(config).run(model, ctx)
+    images = torch.cat([batch for batch, _ in evaluation_batches(ctx.data.calibration, 8, "nothing")])
+    with torch.no_grad():
+        assert torch.allclose(slim.module(images).mean(0), model.module(images).mean(0), atol=1e-4)
 
 
 def test_scaled_reads_leave_the_network_as_it_was() -> None:

@@ -276,8 +276,12 @@ def main() -> None:
             texts.append(markdown(found, f"{table.title}, {kept:g} of its MACs, {training}."))
     text = "\n\n".join(texts)
     if arguments.write is not None and texts:
-        weights = f" --weights {Path(arguments.weights).name}" if arguments.weights else ""
-        command = f"python benchmarks/methods.py {arguments.table}{weights}"
+        given = [f" --weights {Path(arguments.weights).name}"] if arguments.weights else []
+        for name in ("kept", "epochs", "seeds"):
+            values = getattr(arguments, name)
+            given += [f" --{name} {' '.join(f'{value:g}' for value in values)}"] if values not in (None, [0]) else []
+        given += [" --epochs 0"] if arguments.epochs == [0] else []
+        command = f"python benchmarks/methods.py {arguments.table}{''.join(given)}"
         write_marked(arguments.write, text, f"methods-{arguments.table}", command)
     print(text)
 

@@ -227,10 +227,10 @@ def rewound(
     """Return the slim network with the weights of a checkpoint of the whole network, cut by the recipe's edits.
 
     Args:
-        spec: How the untouched network is built.
+        spec: Builder of the baseline network.
         recipe: Edits that only remove: channels, blocks, modules that no output reads.
         signature: Inputs and outputs.
-        checkpoint: Parameters and buffers of the untouched network; formats as `read_weights`.
+        checkpoint: Parameters and buffers of the baseline network; formats as `read_weights`.
 
     Returns:
         The network, and what of the checkpoint was converted to another type.
@@ -256,7 +256,7 @@ def rewound(
 
 
 def load_checkpoint(spec: FactorySpec, checkpoint: Path) -> tuple[nn.Module, list[Conversion]]:
-    """Return the untouched network, as its factory made it, with the weights of a checkpoint to rewind to.
+    """Return the baseline network, as its factory built it, with the weights of a checkpoint to rewind to.
 
     Raises:
         ArtifactError: The checkpoint cannot be read, or does not fit the network; names layers and shapes.
@@ -269,7 +269,7 @@ def load_checkpoint(spec: FactorySpec, checkpoint: Path) -> tuple[nn.Module, lis
 
 
 def fitting_weights(spec: FactorySpec, path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """Read a state dict of an untouched network, without what its library drops after training.
+    """Read a state dict of a baseline network, without the layers that its library drops after training.
 
     Raises:
         ArtifactError: The file cannot be read.

@@ -266,7 +266,7 @@ class _Selected:
         self.inputs = torch.arange(len(columns)).reshape(inputs.shape)
         self.energy = max(stats.energy, 1e-12)
         self.gram = gram.clone()
-        self.cross = gram @ weight  # (n, outputs) products of what is left of each input and of the outputs
+        self.cross = gram @ weight  # (n, outputs) products of the residual of each input and the outputs
         self.ridge = _RIDGE * max(float(gram.diagonal().mean()), 1e-300)
         self.error = float((weight * self.cross).sum()) / self.energy
 

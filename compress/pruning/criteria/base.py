@@ -144,6 +144,14 @@ class HasDamages(Criterion, Protocol):
         ...
 
 
+def gate_sum(group: ChannelGroup, entry: Mapping[str, Tensor]) -> Tensor:
+    """Return (C,) the signed sum over all gates of each channel, from one entry of `GradientStats`."""
+    total = torch.zeros(group.width)
+    for gate in group.gates:
+        total.index_add_(0, gate.channels, entry[gate.layer][gate.slots])
+    return total
+
+
 def require_producers(group: ChannelGroup) -> None:
     """Raise UnsupportedLayer unless some convolution or linear layer computes the group's channels."""
     if not group.producers:

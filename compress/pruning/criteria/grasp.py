@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import InternalError
-from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, require_producers
+from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, gate_sum, require_producers
 from compress.pruning.groups import ChannelGroup
 
 
@@ -51,10 +51,7 @@ class Grasp:
         if stats is None:
             raise InternalError("Criterion 'grasp' was called without derivatives of the gradient norm.")
         require_producers(group)
-        total = torch.zeros(group.width)
-        for entry in stats.batches:
-            for gate in group.gates:
-                total.index_add_(0, gate.channels, entry[gate.layer][gate.slots])
+        total = sum((gate_sum(group, entry) for entry in stats.batches), start=torch.zeros(group.width))
         return total if stats.is_signed else total.abs()
 
     def damages(self, scores: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import InternalError
-from compress.pruning.criteria.base import GradientStats, require_producers
+from compress.pruning.criteria.base import GradientStats, gate_sum, require_producers
 from compress.pruning.criteria.taylor import Taylor
 from compress.pruning.groups import ChannelGroup
 
@@ -36,8 +36,5 @@ class Snip(Taylor):
         if stats is None:
             raise InternalError("Criterion 'snip' was called without gradients.")
         require_producers(group)
-        total = torch.zeros(group.width)
-        for batch in stats.batches:
-            for gate in group.gates:
-                total.index_add_(0, gate.channels, batch[gate.layer][gate.slots])
+        total = sum((gate_sum(group, batch) for batch in stats.batches), start=torch.zeros(group.width))
         return total.abs() / max(1, len(stats.batches))

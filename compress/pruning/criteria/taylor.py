@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import InternalError
-from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, require_producers
+from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, gate_sum, require_producers
 from compress.pruning.groups import ChannelGroup
 
 
@@ -47,8 +47,5 @@ class Taylor:
         require_producers(group)
         total = torch.zeros(group.width)
         for batch in stats.batches:
-            signed = torch.zeros(group.width)
-            for gate in group.gates:
-                signed.index_add_(0, gate.channels, batch[gate.layer][gate.slots])
-            total += signed.abs()
+            total += gate_sum(group, batch).abs()
         return total / max(1, len(stats.batches))

@@ -418,7 +418,7 @@ class Scored:
         """Nothing is done."""
 
     def on_step_end(self, step: int) -> None:
-        """Fade what zero-padded shortcuts give to what goes, once the choice stands."""
+        """Fade the contribution of zero-padded shortcuts to removed channels, once the choice is final."""
         if step < self.frozen:
             return
         left = faded(step, self.frozen, self.setting.steps)

@@ -117,3 +117,25 @@ def test_one_group_is_named_in_the_singular():
         allocate_widths([_group()], [Budget("macs", cost, 0.5)])
     with pytest.raises(BudgetUnreachable, match="No prunable channel group"):
         allocate_widths([], [Budget("macs", cost, 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("limit", "widths"),
+    [
+        (8.0, {"a": 4, "b": 4}),
+        (6.0, {"a": 3, "b": 3}),
+        (5.0, {"a": 3, "b": 2}),
+        (4.0, {"a": 3, "b": 1}),
+        (2.0, {"a": 1, "b": 1}),
+    ],
+)
+def test_one_bound_on_the_damage_of_every_group_by_hand(limit, widths):
+    """Bounds 0, 0.5, 1, 1.5, 2, 4, 9 leave 4+4, 4+3, 3+3, 3+2, 3+1, 2+1, 1+1 channels; the first that fits is taken."""
+    damages = {"a": [9.0, 4.0, 1.0, 0.0], "b": [2.0, 1.5, 0.5, 0.0]}
+    groups = [
+        Candidates(name, np.zeros(4), 1, (1, 2, 3, 4), measured=np.asarray(values)) for name, values in damages.items()
+    ]
+    cost = TableCost(0.0, tuple(Factor((name,), np.arange(1.0, 5.0)) for name in damages))
+    found, is_optimal = allocate_widths(groups, [Budget("macs", cost, limit, 8.0)], "shared_error")
+    assert found == widths
+    assert not is_optimal

@@ -182,6 +182,27 @@ def test_the_lasso_path_of_independent_units_is_by_size() -> None:
     assert ranking.errors.tolist() == pytest.approx([0.0, 0.0, 1.0, 5.0, 5.0], abs=1e-6)
 
 
+def test_the_order_of_entry_is_that_of_penalties_solved_one_by_one() -> None:
+    """Cold starts at many penalties find the same order; by the coefficients of a small penalty it is another one."""
+    other = 0
+    for seed in range(12):
+        group, stats, _, _ = _random_case(7, seed=seed)
+        gram = contribution_gram(group, stats)
+        sizes = np.sqrt(gram.diagonal())
+        unit_gram, wanted = gram / np.outer(sizes, sizes), gram.sum(1) / sizes
+        entered: list[int] = []
+        largest = np.abs(wanted).max()
+        for penalty in largest * np.geomspace(1, 1e-4, 100)[1:]:
+            coefficients, residual = np.zeros(7), wanted.copy()
+            _descend(unit_gram, coefficients, residual, penalty, np.zeros(7, dtype=bool))
+            new = [unit for unit in np.flatnonzero(coefficients) if unit not in entered]
+            entered += sorted(new, key=lambda unit: -abs(coefficients[unit]))
+        order = lasso_ranking(gram, 6).order[::-1].tolist()
+        assert order[: len(entered)] == entered
+        other += order != np.argsort(-np.abs(coefficients), kind="stable").tolist()
+    assert other > 0
+
+
 def test_lasso_errors_are_those_of_the_best_factors() -> None:
     group, stats, parts, energy = _random_case(5, seed=7)
     gram = contribution_gram(group, stats)

@@ -312,3 +312,16 @@ def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> 
     assert not module.body[0][1].running_mean.any()
     assert bool(measured.body[0][1].running_mean.any())
     assert scoring._with_statistics(measured) is measured
+
+
+def test_the_loss_of_the_stage_follows_the_factors(ctx, tmp_path) -> None:
+    model, config = _model("chain", tmp_path), _config(criterion="greedy_loss", score_images=16)
+    surveyed = survey(model, config, None, ctx)
+    scoring = Scoring(config, Trunk(model, (), [], model.module, 0), surveyed, "key", ctx)
+    group = surveyed.groups["body.0.0"]
+    loss_of, split = scoring._loss_with(group), ctx.data.calibration.first(16)
+    factors = torch.linspace(0, 2, group.width)
+    with scaled_reads(model.module, group, factors):
+        wanted = evaluate_loss(model.module, split)
+    assert loss_of(factors) == wanted
+    assert loss_of(torch.ones(group.width)) == evaluate_loss(model.module, split) != wanted

@@ -5,22 +5,31 @@
     python benchmarks/methods.py c --weights resnet56-4bfd9763.th ResNet-56, 0.5, no training
     ... --write docs/methods/README.md      puts the tables between their markers
     ... --only greedy lasso     some rows        --seeds 0 1 2      mean of several        --list     names of all rows
+    ... --no-run                tables of what is in the results file, nothing is measured
+    ... --fresh                 results of another source of the package do not count
 
 Each row is a pipeline of the repository with something changed; the file that comes out is judged on the whole
 evaluation split. Rows of criteria are cut at once and get all epochs of training afterwards. Methods that train get
 half of the epochs, with the settings of finetune, and finetune the rest; without training they have no row. Baselines:
 random channels at the widths of the default, filter norms, the same share of each group, and the default's structure
-trained from random weights. Runs are kept in a folder of the package's source, and a finished run is not repeated.
+trained from random weights.
+
+Every finished run is appended to the results file, JSON lines with the seed, the date and the digest of the package's
+source. A row that is in it is not measured again, so that a table can be made in several sittings and by several
+processes beside each other; a table says with which sources its rows were measured. With `--set` the file is not used.
 
 Intervals are Wilson's at 95 % over the images of one run, or the range of the seeds where that is wider. A row is "not
 told apart" where its interval overlaps that of the best row.
 """
 
 import argparse
+import json
 import math
+import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +176,7 @@ class Result:
         images: It was measured on.
         macs: How many times fewer.
         seconds: Of the stage that cuts, for each seed.
+        sources: Digests of the package's source, of all runs.
     """
 
     name: str
@@ -177,6 +187,7 @@ class Result:
     images: int = 1
     macs: float = 1.0
     seconds: tuple[float, ...] = ()
+    sources: frozenset[str] = frozenset()
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -187,24 +198,98 @@ class Result:
         return min(middle - half, *self.top1), max(middle + half, *self.top1)
 
 
-def result(row: Row, reports: Sequence[Any]) -> Result:
-    """Return what the reports of a row's runs say."""
-    if refused := [report for report in reports if isinstance(report, str)]:
-        return Result(row.name, refused=refused[0])
-    stages = [next(stage for stage in one["stages"] if stage["stage"] in ("prune", "low_rank")) for one in reports]
-    losses = [_losses(stage["record"]) for stage in stages]
-    before = [one[0] for one in losses if one[0] is not None]
-    after = [one[1] for one in losses if one[1] is not None]
+@dataclass(frozen=True)
+class Run:
+    """One line of the results file: one row, measured with one seed.
+
+    Attributes:
+        table: Letter.
+        kept: Share of the MACs.
+        epochs: Of training.
+        row: Name.
+        seed: Of the pipeline.
+        source: Digest of the package's source.
+        made: Date.
+        refused: The message, where it could not be run; all that follows is None then.
+        before: Validation loss after the cut, before the repair; None where there was none.
+        after: Validation loss after the repair.
+        top1: Of the file, on the whole evaluation split.
+        images: It was measured on.
+        macs: How many times fewer.
+        seconds: Of the stage that cuts.
+    """
+
+    table: str
+    kept: float
+    epochs: int
+    row: str
+    seed: int
+    source: str
+    made: str
+    refused: str | None = None
+    before: float | None = None
+    after: float | None = None
+    top1: float | None = None
+    images: int | None = None
+    macs: float | None = None
+    seconds: float | None = None
+
+
+def measured(report: Any) -> dict[str, Any]:
+    """Return what a `Run` keeps of a report, or of the message of a run that was refused."""
+    if isinstance(report, str):
+        return {"refused": report}
+    stage = next(stage for stage in report["stages"] if stage["stage"] in ("prune", "low_rank"))
+    before, after = _losses(stage["record"])
+    return {
+        "before": before,
+        "after": after,
+        "top1": report["slim"]["quality"]["top1"],
+        "images": report["details"]["evaluation"]["images"] if "evaluation" in report["details"] else 10_000,
+        "macs": report["baseline"]["macs"] / report["slim"]["macs"],
+        "seconds": stage["seconds"],
+    }
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Return the runs of a results file; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [Run(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def append_run(path: Path, run: Run) -> None:
+    """Append a run to a results file in one write, so that several processes may do so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, (json.dumps(asdict(run)) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def result(name: str, runs: Sequence[Run]) -> Result:
+    """Return what the runs of a row say; of several with one seed the last counts."""
+    last = list({run.seed: run for run in runs}.values())
+    sources = frozenset(run.source for run in last)
+    if refused := [run.refused for run in last if run.refused is not None]:
+        return Result(name, refused=refused[0], sources=sources)
     return Result(
-        row.name,
+        name,
         None,
-        statistics.mean(before) if before else None,
-        statistics.mean(after) if after else None,
-        tuple(one["slim"]["quality"]["top1"] for one in reports),
-        reports[0]["details"]["evaluation"]["images"] if "evaluation" in reports[0]["details"] else 10_000,
-        statistics.mean(one["baseline"]["macs"] / one["slim"]["macs"] for one in reports),
-        tuple(stage["seconds"] for stage in stages),
+        _mean(run.before for run in last),
+        _mean(run.after for run in last),
+        tuple(run.top1 for run in last if run.top1 is not None),
+        max(run.images or 0 for run in last),
+        _mean(run.macs for run in last) or 1.0,
+        tuple(run.seconds for run in last if run.seconds is not None),
+        sources,
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def _losses(record: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -235,6 +320,9 @@ def markdown(results: Sequence[Result], title: str) -> str:
         seconds = f"{statistics.mean(one.seconds):.0f}"
         lines.append(f"| {one.name} | {top1} | {losses} | {one.macs:.2f}× fewer | {seconds} | {told} |")
     lines += [f"| {one.name} | – | – | – | – | {one.refused} |" for one in results if one.refused is not None]
+    sources = sorted(set().union(*(one.sources for one in results)))
+    if len(sources) > 1:
+        lines += ["", f"Measured with the sources {', '.join(sources)}."]
     return "\n".join(lines)
 
 
@@ -250,11 +338,15 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and stop")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "experiments" / "methods.jsonl")
+    parser.add_argument("--no-run", action="store_true", help="measure nothing; tables of the results file")
+    parser.add_argument("--fresh", action="store_true", help="results of another source of the package do not count")
     parser.add_argument("--write", type=Path, help="Markdown file with the markers methods-a, methods-b, methods-c")
     arguments = parser.parse_args()
     table, console, texts = TABLES[arguments.table], Console(), []
     overrides = [*arguments.overrides, *([f"stages.load.weights={arguments.weights}"] if arguments.weights else [])]
-    folder = arguments.runs_dir / f"methods-{source_digest()}"
+    source = source_digest()
+    folder, has_file = arguments.runs_dir / f"methods-{source}", not arguments.overrides
     for kept in arguments.kept or table.kept:
         for epochs in table.epochs if arguments.epochs is None else arguments.epochs:
             path = pipeline_file(table, kept, epochs, overrides, folder)
@@ -269,9 +361,26 @@ def main() -> None:
             for row in every:
                 if arguments.only and row.name not in arguments.only:
                     continue
-                reports = [measure("methods", path, row, (), seed, folder, console) for seed in arguments.seeds]
-                found.append(result(row, reports))
-                console.note(markdown(found[-1:], row.name).splitlines()[-1])
+                place = (arguments.table, kept, epochs, row.name)
+                runs = [
+                    run
+                    for run in (read_runs(arguments.results) if has_file else [])
+                    if (run.table, run.kept, run.epochs, run.row) == place
+                    and (run.source == source or not arguments.fresh)
+                ]
+                for seed in arguments.seeds:
+                    if arguments.no_run or seed in {run.seed for run in runs}:
+                        continue
+                    report = measured(measure("methods", path, row, (), seed, folder, console))
+                    runs.append(Run(*place, seed, source, date.today().isoformat(), **report))
+                    if has_file:
+                        append_run(arguments.results, runs[-1])
+                if not runs:
+                    continue
+                found.append(result(row.name, runs))
+                console.note(markdown(found[-1:], row.name).splitlines()[4])
+            if not found:
+                continue
             training = f"{epochs} epochs" if epochs else "no training"
             texts.append(markdown(found, f"{table.title}, {kept:g} of its MACs, {training}."))
     text = "\n\n".join(texts)

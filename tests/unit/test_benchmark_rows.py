@@ -81,3 +81,47 @@ def test_every_row_of_the_recipe_loads(tables):
     path = ROOT / "pipelines" / "resnet20_cifar10.yaml"
     for row in tables[1].ROWS:
         assert load_pipeline(path, row.overrides).resolved["stages"]
+
+
+def test_a_table_is_made_of_what_is_in_the_results_file(tables, tmp_path, monkeypatch, capsys):
+    methods, path, begin = tables[0], tmp_path / "methods.jsonl", ("a", 0.4, 0)
+    rest = {"before": 1.0, "after": 0.2, "images": 10_000, "macs": 2.5, "seconds": 4.0}
+    for row, seed, top1, source in (
+        ("taylor", 0, 0.5, "old"),
+        ("taylor", 0, 0.97, "old"),
+        ("taylor", 1, 0.99, "new"),
+        ("l1", 0, 0.96, "new"),
+    ):
+        methods.append_run(path, methods.Run(*begin, row, seed, source, "2026-11-29", top1=top1, **rest))
+    methods.append_run(path, methods.Run(*begin, "grasp", 0, "new", "2026-11-29", refused="It cannot be run."))
+    monkeypatch.setattr(methods, "measure", lambda *_: pytest.fail("nothing is to be measured"))
+    arguments = ["a", "--kept", "0.4", "--epochs", "0", "--no-run", "--results", str(path), "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *arguments])
+    methods.main()
+    text = capsys.readouterr().out
+    assert "| taylor | 98.00 % (97.00 to 99.00, 2 seeds) | 1.000 → 0.200 | 2.50× fewer | 4 | best |" in text
+    assert "| l1 | 96.00 %" in text
+    assert "| grasp | – | – | – | – | It cannot be run. |" in text
+    assert text.rstrip().endswith("Measured with the sources new, old.")
+
+
+def test_a_run_in_the_results_file_is_not_measured_again(tables, tmp_path, monkeypatch):
+    methods, path, asked = tables[0], tmp_path / "methods.jsonl", []
+    methods.append_run(path, methods.Run("a", 0.4, 0, "l1", 0, "old", "2026-11-29", top1=0.9, images=100, seconds=1.0))
+
+    def measure(table, pipeline, row, overrides, seed, *rest):
+        asked.append((row.name, seed))
+        return "It cannot be run."
+
+    monkeypatch.setattr(methods, "measure", measure)
+    arguments = ["a", "--kept", "0.4", "--epochs", "0", "--only", "l1", "taylor", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *arguments, "--results", str(path), "--runs-dir", str(tmp_path)])
+    methods.main()
+    assert asked == [("taylor", 0), ("taylor", 1), ("l1", 1)]
+    assert [(run.row, run.seed) for run in methods.read_runs(path)] == [("l1", 0), *asked]
+    asked.clear()
+    methods.main()
+    assert asked == []
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--fresh", "--seeds", "0"])
+    methods.main()
+    assert asked == [("l1", 0)]

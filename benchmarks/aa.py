@@ -26,7 +26,7 @@ from typing import Any
 
 from simulated_machine import SimulatedMachine, no_inputs
 
-from compress.console import Console
+from compress.cli.console import Console
 from compress.verification.latency import LatencyRatio, compare_latency
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +36,9 @@ ASKED, HELD_OF_40 = 0.002, 37
 def export_resnet20(path: Path) -> None:
     """Write the ResNet-20 of `models/` to an ONNX file."""
     sys.path.insert(0, str(ROOT))
-    from compress.artifacts import Signature, TensorSpec
     from compress.exporting.torch_onnx import export_onnx
-    from compress.stages.exporting import OPSET
+    from compress.model.artifacts import Signature, TensorSpec
+    from compress.search.export import OPSET
     from models.cifar_resnet.model import resnet
 
     signature = Signature((TensorSpec("image", ("batch", 3, 32, 32)),), (TensorSpec("logits", ("batch", 10)),))
@@ -73,8 +73,8 @@ def estimate_half(ratio: LatencyRatio) -> float:
 
 def measure(path: Path, number: int) -> dict[str, Any]:
     """Time a file against itself once, as `verify` does."""
-    from compress.inspection.latency import random_inputs
-    from compress.verification.measuring import Conditions
+    from compress.inspection.least_latency import random_inputs
+    from compress.verification.measurement import Conditions
 
     conditions = Conditions()
     labels = ("a", "b") if number % 2 == 0 else ("b", "a")

@@ -35,12 +35,12 @@ from torch_pruning_cuts import Setting, every_setting
 from torch_pruning_steps import STARTS, Bench, Figures, best_of_families, once
 from torch_pruning_table import Network, Row, Timing, cuts_table, draw, main_table, time_networks
 
+from compress.cli.console import Console
 from compress.config.load import Pipeline, load_pipeline
 from compress.config.schema import CutConfig, FinetuneConfig
-from compress.console import Console
-from compress.files import write_whole
-from compress.runner import run
-from compress.stages.exporting import conditions_of
+from compress.engine.runner import run
+from compress.search.export import conditions_of
+from compress.storage.atomic import write_whole
 
 COMMAND = "python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml"
 PHASES = ("ours", "cut", "train", "before", "time", "table")

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from compress.cli.console import Console
 from compress.config.gates_file import load_gates
-from compress.console import Console
-from compress.cost.onnx_file import load_onnx, read_metadata
-from compress.data.opening import open_split
+from compress.data.from_config import open_split
 from compress.data.preprocessing import Preprocessing
 from compress.data.splits import Split
-from compress.verification.measuring import available_cores
+from compress.onnx_file.io import load_onnx, read_metadata
+from compress.verification.measurement import available_cores
 from compress.verification.quality import predict
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 

@@ -40,9 +40,9 @@ def build(name: str) -> tuple[Any, Any]:
     """Return a network with random weights, and one input: a CIFAR ResNet by its depth, others by their name."""
     import torch
 
-    from compress.artifacts import FactorySpec
-    from compress.building import build_module
+    from compress.checkpoint.rebuild import build_module
     from compress.inspection.targets import own_input_shape
+    from compress.model.artifacts import FactorySpec
 
     if name.isdecimal():
         return build_module(FactorySpec("factory", CIFAR, {"depth": int(name)})), torch.zeros(1, 3, 32, 32)
@@ -52,7 +52,7 @@ def build(name: str) -> tuple[Any, Any]:
 
 def measure_compress(module: Any, example: Any) -> Figures:
     """Find and try all channel groups, cut each to half."""
-    from compress.pruning.cutting import cut_copy
+    from compress.pruning.channel_removal import cut_copy
     from compress.pruning.trial import find_cuttable
 
     started = time.perf_counter()

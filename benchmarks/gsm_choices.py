@@ -17,11 +17,11 @@ from typing import ClassVar
 from method_runs import quickstart
 
 from compress.catalog import METHODS
+from compress.cli.console import Console
 from compress.config.schema import PruneConfig
-from compress.console import Console
+from compress.model.recipe import RemoveChannels
 from compress.pruning.methods.gsm import Gsm
-from compress.recipe import RemoveChannels
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.prune import PruneStage
 
 Channels = set[tuple[str, int]]

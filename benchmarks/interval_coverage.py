@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from compress.console import Console
+from compress.cli.console import Console
 from compress.tasks.base import Facts, Task, chosen
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation

@@ -26,10 +26,10 @@ import json, sys, time
 from pathlib import Path
 from compress.config.load import load_pipeline
 from compress.progress import SilentProgress
-from compress.runner import _Run
-from compress.crew import Crew
-from compress.keys import build_steps
-from compress.stages.parts import Parts
+from compress.engine.runner import _Run
+from compress.engine.workers import Crew
+from compress.engine.keys import build_steps
+from compress.search.parts import Parts
 
 def tell(what, key, started):
     text = json.dumps(key, default=list, sort_keys=True)

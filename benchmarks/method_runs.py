@@ -20,14 +20,14 @@ from typing import Any
 import yaml
 from rows import ROOT
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.cli.console import Console
 from compress.config.load import load_pipeline
 from compress.config.schema import FinetuneConfig, PruneConfig
-from compress.console import Console
 from compress.cost.macs import count_macs, count_params
-from compress.data.opening import Splits
-from compress.recipe import Recipe, RemoveChannels
-from compress.stages.context import StageContext
+from compress.data.from_config import Splits
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe, RemoveChannels
+from compress.search.context import StageContext
 from compress.stages.finetune import FinetuneStage
 from compress.stages.load import load_network
 from compress.stages.prune import PruneStage

@@ -38,8 +38,8 @@ from made import source_digest, write_marked
 from rows import ROOT, Row, flow, measure
 
 from compress.catalog import CRITERIA
+from compress.cli.console import Console
 from compress.config.load import load_pipeline
-from compress.console import Console
 
 AT_ONCE: dict[str, dict[str, Any]] = {
     "default (reconstruction)": {},

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from compress.console import Console
+from compress.cli.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTICED, MISSED = ("killed", "timeout", "suspicious", "segfault", "caught by type check"), ("survived", "no tests")
@@ -42,13 +42,13 @@ AT_IMPORT = tuple(
     for name in ("onnx_products.x__convolution", "onnx_products.x__product", "products.x__matrices")
 )
 EQUIVALENT: dict[str, str] = {  # name of a mutant -> why it changes nothing
-    "compress.pruning.elimination.x_removal_order__mutmut_37": "NumPy knows a kind of sorting by its first letter",
-    "compress.pruning.elimination.x_removal_order__mutmut_55": "int64 is NumPy's own choice for whole numbers",
-    "compress.pruning.elimination.x_removal_order__mutmut_57": "int64 is NumPy's own choice for whole numbers",
+    "compress.pruning.ranking.elimination.x_removal_order__mutmut_37": "NumPy knows sorting kinds by first letter",
+    "compress.pruning.ranking.elimination.x_removal_order__mutmut_55": "int64 is NumPy's own choice for whole numbers",
+    "compress.pruning.ranking.elimination.x_removal_order__mutmut_57": "int64 is NumPy's own choice for whole numbers",
     "compress.verification.metrics.x_paired_drop__mutmut_25": "it is cut off at 1 further on",
-    "compress.cost.onnx_shapes.x_observe_shapes__mutmut_26": "the outputs asked for are all outputs, in their order",
-    "compress.cost.onnx_products.x_einsum_macs__mutmut_12": "the number of operands was compared by `_indices`",
-    "compress.cost.onnx_products.x_einsum_macs__mutmut_20": "axes are compared again further on",
+    "compress.onnx_file.shapes.x_observe_shapes__mutmut_26": "the outputs asked for are all outputs, in their order",
+    "compress.onnx_file.node_macs.x_einsum_macs__mutmut_12": "the number of operands was compared by `_indices`",
+    "compress.onnx_file.node_macs.x_einsum_macs__mutmut_20": "axes are compared again further on",
 }
 
 
@@ -66,7 +66,7 @@ class Package:
 
 
 PACKAGES = {
-    "store": Package(("compress/store.py",), ("unit/test_store.py",)),
+    "store": Package(("compress/storage/store.py",), ("unit/test_store.py",)),
     "allocation": Package(
         ("compress/allocation/*.py",),
         (
@@ -114,11 +114,11 @@ PACKAGES = {
         ),
     ),
     "repair": Package(
-        ("compress/pruning/repair.py",),
+        ("compress/pruning/repair/repairs.py",),
         ("unit/test_regression.py", "unit/test_repair.py", "unit/test_repair_values.py"),
     ),
     "elimination": Package(
-        ("compress/pruning/elimination.py",), ("unit/test_elimination.py", "unit/test_elimination_values.py")
+        ("compress/pruning/ranking/elimination.py",), ("unit/test_elimination.py", "unit/test_elimination_values.py")
     ),
 }
 

@@ -23,25 +23,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.building import build_module
 from compress.catalog import CRITERIA
+from compress.checkpoint.rebuild import build_module
+from compress.cli.console import Console
 from compress.config.schema import DeployConfig, PruneConfig, TargetConfig
-from compress.console import Console
 from compress.cost.macs import count_macs, count_params
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import BudgetUnreachable
 from compress.exporting.torch_onnx import export_onnx
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe, RemoveChannels
 from compress.progress import Progress
-from compress.pruning.selection import Selection, find_candidates, score_groups
+from compress.pruning.ranking.selection import Selection, find_candidates, score_groups
 from compress.pruning.surgery import remove_channels
-from compress.recipe import Recipe, RemoveChannels
-from compress.stages.context import StageContext
-from compress.stages.exporting import conditions_of
-from compress.stages.surveying import Survey, survey
-from compress.verification.measuring import measure_ratio
+from compress.search.context import StageContext
+from compress.search.export import conditions_of
+from compress.search.survey import Survey, survey
+from compress.verification.measurement import measure_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = f"{ROOT / 'models' / 'cifar_resnet' / 'model.py'}:resnet"

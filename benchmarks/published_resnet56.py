@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import count_macs
 from compress.data.preprocessing import Preprocessing
 from compress.exporting.torch_onnx import export_onnx
-from compress.stages.context import StageContext
-from compress.stages.exporting import OPSET, conditions_of
-from compress.verification.measuring import measure_onnx
+from compress.model.artifacts import Signature, TensorSpec
+from compress.search.context import StageContext
+from compress.search.export import OPSET, conditions_of
+from compress.verification.measurement import measure_onnx
 
 FULL_WIDTHS = (16, 32, 64)
 BLOCKS = 9

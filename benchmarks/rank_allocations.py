@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.artifacts import TorchModel
+from compress.cli.console import Console
 from compress.config.load import load_pipeline
 from compress.config.schema import LoadConfig, LowRankConfig
-from compress.console import Console
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import StageError
+from compress.model.artifacts import TorchModel
 from compress.progress import SilentProgress
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.load import LoadStage
 from compress.stages.low_rank import LowRankStage
 from compress.training.evaluate import evaluate_loss

@@ -17,7 +17,7 @@ from typing import Any
 from results import write_between_markers
 from rows import ROOT, Row, flow, measure, named, row_parser
 
-from compress.console import Console
+from compress.cli.console import Console
 
 HEADER = (
     "| recipe | MACs | validation top-1 | top-1 of the file | next to the first row |",

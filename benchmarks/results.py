@@ -16,9 +16,9 @@ from typing import Any
 
 from made import source_digest, write_marked
 
+from compress.cli.console import Console
 from compress.config.load import load_pipeline
-from compress.console import Console
-from compress.runner import run
+from compress.engine.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = ("quickstart.yaml", "resnet20_latency.yaml")

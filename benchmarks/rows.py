@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from compress.cli.console import Console
 from compress.config.load import load_pipeline
-from compress.console import Console
+from compress.engine.runner import run
 from compress.errors import StageError
-from compress.runner import run
 
 ROOT = Path(__file__).resolve().parents[1]
 

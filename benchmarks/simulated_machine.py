@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from compress.artifacts import Signature, TensorSpec
+from compress.model.artifacts import Signature, TensorSpec
 from compress.verification.latency import Stopwatch
 from compress.verification.runtimes.base import Arrays, Runtime
 

@@ -26,19 +26,19 @@ import torch
 from torch import nn
 
 import compress.stages.prune as prune
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.building import build_module
+from compress.checkpoint.rebuild import build_module
+from compress.cli.console import Console
 from compress.config.schema import DeployConfig, PruneConfig, TargetConfig
-from compress.console import Console
 from compress.cost.macs import count_macs, count_params
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import CompressError
 from compress.exporting.torch_onnx import export_onnx
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe
 from compress.progress import SilentProgress, Task
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 
 CIFAR = f"{Path(__file__).parents[1] / 'models' / 'cifar_resnet' / 'model.py'}:resnet"
 NETWORKS = {

@@ -88,7 +88,7 @@ def build(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | N
     """
     import torch
 
-    from compress.building import build_module, with_one_array
+    from compress.checkpoint.rebuild import build_module, with_one_array
     from compress.inspection.targets import own_input_shape, spec_of
     from compress.networks.detectors import why_not
 

@@ -27,28 +27,28 @@ import torch
 from support_networks import Entry, build, entry_of
 from torch import Tensor, nn
 
-from compress.adapter import flatten_outputs
 from compress.allocation.problem import Budget, from_widths
 from compress.allocation.widths import width_levels
-from compress.artifacts import FactorySpec
 from compress.catalog import CRITERIA
 from compress.cost.macs import count_macs
-from compress.cost.onnx_graph import count_onnx
 from compress.errors import BudgetUnreachable, CompressError, ModelError
 from compress.exporting.torch_onnx import export_onnx
-from compress.inspection.latency import random_inputs
+from compress.inspection.least_latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
+from compress.inspection.probe_weights import vary_weights
 from compress.inspection.targets import CUT_LIMITS
-from compress.inspection.weights import vary_weights
+from compress.model.adapter import flatten_outputs
+from compress.model.artifacts import FactorySpec
+from compress.model.recipe import RemoveChannels
 from compress.networks.wiring import signature_of
+from compress.onnx_file.counting import count_onnx
 from compress.progress import SilentProgress
-from compress.pruning.costs import build_cost
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.selection import find_candidates, score_groups, select_channels
+from compress.pruning.ranking.selection import find_candidates, score_groups, select_channels
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import silenced_copy
-from compress.recipe import RemoveChannels
-from compress.stages.exporting import OPSET
+from compress.pruning.width_costs import build_cost
+from compress.search.export import OPSET
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
 

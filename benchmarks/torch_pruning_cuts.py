@@ -14,15 +14,15 @@ import torch.nn.functional as F
 import torch_pruning
 from torch import Tensor, nn
 
-from compress.adapter import random_inputs
-from compress.artifacts import TorchModel
-from compress.building import apply_edits, example_input
+from compress.checkpoint.rebuild import apply_edits, example_input
 from compress.cost.macs import COUNTED
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
+from compress.model.adapter import random_inputs
+from compress.model.artifacts import TorchModel
+from compress.model.recipe import RemoveChannels
 from compress.pruning.shortcuts import FixedShortcut
 from compress.pruning.trial import difference, find_cuttable
-from compress.recipe import RemoveChannels
 
 SPARSITY = 5e-4  # `reg` of torch-pruning's own CIFAR-10 scripts (reproduce/scripts/prune/cifar/*/group_sl*)
 STEPS = 5

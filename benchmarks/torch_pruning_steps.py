@@ -19,24 +19,24 @@ import numpy as np
 from made import source_digest
 from torch_pruning_cuts import Cutter, GroupNormHooks, Removed, Setting, cut, trained_weights, with_plain_shortcuts
 
-from compress.artifacts import FactorySpec, TorchModel
-from compress.building import example_input
+from compress.checkpoint.layout import load_torch_model, save_torch_model
+from compress.checkpoint.rebuild import example_input
+from compress.cli.console import Console
 from compress.config.load import Pipeline
 from compress.config.schema import CutConfig, FinetuneConfig, LoadConfig
-from compress.console import Console
 from compress.cost.macs import count_macs
-from compress.data.opening import Splits
-from compress.files import write_whole
-from compress.persist import load_torch_model, save_torch_model
+from compress.data.from_config import Splits
+from compress.model.artifacts import FactorySpec, TorchModel
 from compress.pruning.groups import kept_outputs
-from compress.stages.context import StageContext
-from compress.stages.exporting import conditions_of, export_present
+from compress.search.context import StageContext
+from compress.search.export import conditions_of, export_present
+from compress.search.hooked_training import train_with_hooks
+from compress.search.records import validation_quality
+from compress.search.repairs import apply_repairs, batch_norm_repair, repairs_towards
 from compress.stages.finetune import train
-from compress.stages.hooked import train_with_hooks
 from compress.stages.load import LoadStage, factory_spec
-from compress.stages.measured import validation_quality
-from compress.stages.repairing import apply_repairs, batch_norm_repair, repairs_towards
-from compress.verification.measuring import measure_onnx, measure_ratio
+from compress.storage.atomic import write_whole
+from compress.verification.measurement import measure_onnx, measure_ratio
 
 RATIOS = tuple(round(0.05 * step, 3) for step in range(1, 19))
 WITHIN = 1.03

@@ -21,7 +21,7 @@ from torch_pruning_steps import STARTS, WITHIN, Bench
 
 from compress.data.splits import Split
 from compress.report.environment import describe_environment
-from compress.verification.measuring import Conditions, latency_inputs
+from compress.verification.measurement import Conditions, latency_inputs
 
 SITTINGS, ROUNDS, UNTIMED, TIMED = 10, 20, 2, 10
 OFF_TARGET = WITHIN - 1

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from results import write_between_markers
 from torch import Tensor, nn
 
-from compress.building import build_module, load_strict, read_weights
+from compress.checkpoint.rebuild import build_module, load_strict, read_weights
+from compress.cli.console import Console
 from compress.config.load import load_pipeline
 from compress.config.schema import LoadConfig
-from compress.console import Console
 from compress.data.batches import Augmentation, training_batches
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.stages.load import factory_spec
 from compress.training.device import training_device
-from compress.training.fit import FitSettings, fit, flushed_denormals
+from compress.training.loop import FitSettings, fit, flushed_denormals
 from compress.training.memory_format import fastest_memory_format
 
 HEADER = (

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.cli.console import Console
 from compress.config.gates_file import load_gates
 from compress.config.schema import GatesFile
-from compress.console import Console
+from compress.engine.verify_file import verify_file
 from compress.errors import InternalError
 from compress.progress import SilentProgress
-from compress.standalone import verify_file
 
 IMAGES, PAUSE_S = 64, 3.0
 

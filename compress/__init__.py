@@ -40,7 +40,7 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
     """
     from pathlib import Path
 
-    from compress.persist import load_slim  # imports torch, which takes seconds
+    from compress.checkpoint.layout import load_slim  # imports torch, which takes seconds
 
     return load_slim(Path(folder), factory)
 

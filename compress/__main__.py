@@ -1,5 +1,5 @@
 """Lets `python -m compress` do what the `compress` command does."""
 
-from compress.cli import main
+from compress.cli.commands import main
 
 main()

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource, read_arrays, read_idx
+from compress.data.sources.classification import ArraySource, read_arrays, read_idx
 from compress.data.splits import Split, carve
 from compress.progress import SilentProgress
-from compress.training.fit import FitSettings, fit
+from compress.training.loop import FitSettings, fit
 
 
 class PrintedProgress(SilentProgress):

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 import nets
 import numpy as np
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig
 from compress.cost.macs import count_macs, count_params
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe
 from compress.progress import SilentProgress
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
 

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from compress.handoff import check
-from compress.handoff.samples import pack_arrays
+from compress.bundle import check
+from compress.bundle.samples import pack_arrays
 
 Content = dict[str, bytes]
 CPU = "CPUExecutionProvider"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import nets
 
-from compress.artifacts import Signature, TensorSpec
 from compress.data.preprocessing import Preprocessing
 from compress.exporting.torch_onnx import ExportReport, export_onnx
+from compress.model.artifacts import Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("image", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
 PREPROCESSING = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

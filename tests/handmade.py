@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress.cost.macs import count_macs
-from compress.pruning.costs import ExpectedCost, build_cost
 from compress.pruning.methods.base import Setting
 from compress.pruning.trial import find_cuttable
+from compress.pruning.width_costs import ExpectedCost, build_cost
 from compress.training.hooks import OptimizerHooks
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from compress.artifacts import CheckResult, Figures, Verdict
+from compress.model.artifacts import CheckResult, Figures, Verdict
 from compress.report.build import StageRun
-from compress.verification.pictures import to_png
+from compress.verification.misclassified import to_png
 
 BASELINE = Figures(
     40_551_424, 269_722, 1_094_310, {"top1": 0.9173}, {"p50": 1.312, "p90": 1.431, "p95": 1.498, "p99": 2.214}

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 import compress
-from compress.cli import app
+from compress.cli.commands import app
 from compress.config.load import Pipeline, load_pipeline
-from compress.data.opening import Splits
-from compress.runner import RunOutcome, run
-from compress.training.fit import FitSettings, fit
+from compress.data.from_config import Splits
+from compress.engine.runner import RunOutcome, run
+from compress.training.loop import FitSettings, fit
 
 ROOT = Path(compress.__file__).parents[1]
 NETS = ROOT / "tests" / "nets.py"

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-import compress.stages.latency as latency
-import compress.stages.rank_latency as rank_latency
-from compress.cost.onnx_graph import rows_of
-from compress.verification.measuring import PairLatency
+import compress.search.rank_latency as rank_latency
+import compress.search.width_latency as latency
+from compress.onnx_file.counting import rows_of
+from compress.verification.measurement import PairLatency
 from compress.verification.profiling import Profile
 from compress.verification.runtimes.onnxruntime import NodeTimes
 

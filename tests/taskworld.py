@@ -17,9 +17,9 @@ from smallrun import World
 from torch import Tensor, nn
 
 import compress
-from compress.data.opening import Splits
-from compress.tasks.opening import open_task
-from compress.training.fit import FitSettings, fit
+from compress.data.from_config import Splits
+from compress.tasks.from_config import open_task
+from compress.training.loop import FitSettings, fit
 
 HERE = Path(__file__)
 COLOURS = np.array([[40, 40, 40], [220, 60, 60], [60, 60, 220]])

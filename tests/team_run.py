@@ -15,13 +15,13 @@ from torch import nn
 
 from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import Progress, SilentProgress, SilentTask
-from compress.training import fit as fit_module
-from compress.training.fit import Distillation, FitSettings, fit
-from compress.training.team import present_team, tell, together
+from compress.training import loop as fit_module
+from compress.training.distributed import present_team, tell, together
+from compress.training.loop import Distillation, FitSettings, fit
 
 SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
 KINDS = ("plain", "norm", "synced", "averaged", "accumulated", "late")

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module, load_strict, read_weights
+from compress.checkpoint.rebuild import build_module, load_strict, read_weights
 from compress.cost.macs import count_macs, count_params
+from compress.model.artifacts import FactorySpec
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "models").glob("*/card.yaml"))

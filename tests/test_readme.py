@@ -11,7 +11,7 @@ import pytest
 from typer.main import get_command
 
 from compress import errors
-from compress.cli import app
+from compress.cli.commands import app
 from compress.config.load import parse_pipeline
 
 ROOT = Path(__file__).parents[1]

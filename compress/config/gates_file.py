@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.config.document import GATES, parse_document, read_document
-from compress.config.gating import check_gates
-from compress.config.locations import resolve_gate_paths
 from compress.config.messages import translate
 from compress.config.overrides import apply_overrides
+from compress.config.paths import resolve_gate_paths
 from compress.config.problems import as_error
+from compress.config.rules.gates import check_gates
 from compress.config.schema import GatesFile
 from compress.errors import ConfigError
 

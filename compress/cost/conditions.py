@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from compress.config.digest import digest_value
 from compress.config.schema import DeployConfig
+from compress.storage.digest import digest_value
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")

@@ -2,7 +2,7 @@
 
 MACs are the multiply-accumulates for one image of everything that multiplies and sums up: convolutions, linear and
 recurrent layers, matrix products and attention, by a layer or by a function. Biases, norms, activations and pooling
-are not counted. `cost/onnx_graph.py` counts the same from an ONNX file by other means; the two must agree.
+are not counted. `onnx_file/counting.py` counts the same from an ONNX file by other means; the two must agree.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compress.cost.onnx_graph import is_fixed_weight
-from compress.cost.products import Product, find_products
+from compress.cost.operation_macs import Product, find_products
+from compress.onnx_file.counting import is_fixed_weight
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.config.digest import digest_value
-from compress.config.records import DIGEST_KEY, RecordDamaged, check_seal, read_json, sealed
 from compress.cost.conditions import TableConditions
-from compress.cost.latency import Sample
+from compress.cost.latency_table import Sample
 from compress.cost.variants import Site
 from compress.errors import ArtifactError
-from compress.files import write_whole
+from compress.storage.atomic import write_whole
+from compress.storage.digest import digest_value
+from compress.storage.records import DIGEST_KEY, RecordDamaged, check_seal, read_json, sealed
 
 KIND = "compress latency table"
 SCHEMA = 2

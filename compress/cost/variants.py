@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from compress.cost.onnx_graph import rows_of
+from compress.onnx_file.counting import rows_of
 
 Sizes = Mapping[str, tuple[int, int]]
 SITE = "site"

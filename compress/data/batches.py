@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.data.augmentation import Variation, drawn
 from compress.data.splits import Split
 from compress.data.strides import standard_strides
-from compress.data.variation import Variation, drawn
 from compress.errors import DataError
 from compress.tasks.outputs import plain
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ImageSource
+from compress.data.sources.classification import ImageSource
 from compress.errors import DataError
 from compress.tasks.base import Task
 from compress.tasks.classification import CLASSIFICATION, Classification

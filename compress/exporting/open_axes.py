@@ -7,10 +7,10 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from compress.artifacts import Signature
 from compress.cost.macs import eval_mode
-from compress.cost.onnx_file import first_line
 from compress.errors import ExportFailed
+from compress.model.artifacts import Signature
+from compress.onnx_file.io import first_line
 
 _MORE_PIXELS = 64  # a multiple of what networks shrink images by
 _IMAGES, _SILENT = 2, 4

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from compress.cost.onnx_graph import FIXED_WEIGHT
+from compress.onnx_file.counting import FIXED_WEIGHT
 
 Constants = Mapping[str, np.ndarray]
 

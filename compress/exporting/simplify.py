@@ -8,8 +8,9 @@ import onnx
 import onnxruntime
 import onnxslim
 
-from compress.artifacts import Signature
-from compress.cost.onnx_file import (
+from compress.data.packing import draw
+from compress.model.artifacts import Signature
+from compress.onnx_file.io import (
     at_sizes,
     default_opset,
     first_line,
@@ -18,7 +19,6 @@ from compress.cost.onnx_file import (
     read_sizes,
     save_onnx,
 )
-from compress.data.packing import draw
 
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-5

@@ -25,10 +25,17 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
-from compress.adapter import real_inputs, wiring_of
-from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import eval_mode
-from compress.cost.onnx_file import (
+from compress.data.packing import draw
+from compress.data.preprocessing import Preprocessing
+from compress.errors import ExportFailed, InternalError
+from compress.exporting.constant_names import name_constants
+from compress.exporting.half_precision import HALF_TOLERANCE, in_half_precision
+from compress.exporting.rewrite import apply_rewrites, guard_padded_pools
+from compress.exporting.simplify import find_difference, simplify_onnx
+from compress.model.adapter import real_inputs, wiring_of
+from compress.model.artifacts import Signature, TensorSpec
+from compress.onnx_file.io import (
     CLASSES_KEY,
     PREPROCESSING_KEY,
     SIZES_KEY,
@@ -38,13 +45,6 @@ from compress.cost.onnx_file import (
     read_signature,
     save_onnx,
 )
-from compress.data.packing import draw
-from compress.data.preprocessing import Preprocessing
-from compress.errors import ExportFailed, InternalError
-from compress.exporting.constants import name_constants
-from compress.exporting.precision import HALF_TOLERANCE, in_half_precision
-from compress.exporting.rewrite import apply_rewrites, guard_padded_pools
-from compress.exporting.simplify import find_difference, simplify_onnx
 
 ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
 _DECIDES = (

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.cost.onnx_file import require_valid
-from compress.cost.onnx_graph import LayerRow, OnnxCounts, count_onnx, layer_rows
 from compress.errors import ModelError
-from compress.inspection.latency import LeastLatency, TimedShare, measure_least_latency
+from compress.inspection.least_latency import LeastLatency, TimedShare, measure_least_latency
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.second_opinion import SecondOpinion, find_second_opinion
 from compress.inspection.targets import open_target
+from compress.onnx_file.counting import LayerRow, OnnxCounts, count_onnx, layer_rows
+from compress.onnx_file.io import require_valid
 from compress.progress import Progress, SilentProgress
 
 Row = Sequence[str]

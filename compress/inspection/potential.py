@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compress.adapter import sample_shape
 from compress.allocation.costs import CoupledCost
 from compress.allocation.widths import Limits, width_levels
 from compress.cost.macs import count_params, layer_macs
+from compress.model.adapter import sample_shape
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
-from compress.pruning.costs import build_cost
 from compress.pruning.groups import ChannelGroup, Exclusion
 from compress.pruning.trial import find_cuttable
+from compress.pruning.width_costs import build_cost
 
 FORWARD = "(forward)"  # stands for what the network's own forward pass multiplies, outside of all layers
 _NEARLY_NOTHING = 0.5

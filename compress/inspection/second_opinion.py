@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.adapter import random_inputs
 from compress.cost.macs import TRANSPOSED, eval_mode
+from compress.model.adapter import random_inputs
 from compress.progress import Progress
 from compress.pruning.criteria.torch_pruning import function_name
 from compress.pruning.graph import ChannelGraph

@@ -16,24 +16,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.adapter import INPUT_NAME
 from compress.allocation.widths import Limits
-from compress.artifacts import FactorySpec, NetworkKind, Signature
-from compress.building import build_module, build_narrow, with_one_array, without_unread
+from compress.checkpoint.rebuild import build_module, build_narrow, with_one_array, without_unread
 from compress.config.load import load_pipeline
 from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
-from compress.cost.onnx_file import load_onnx, read_signature
 from compress.data.batches import evaluation_batches
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.data.packing import is_packed, row_width
 from compress.errors import ConfigValueError, ModelError
-from compress.importing.importer import import_onnx
-from compress.inspection.weights import vary_weights
+from compress.inspection.probe_weights import vary_weights
+from compress.model.adapter import INPUT_NAME
+from compress.model.artifacts import FactorySpec, NetworkKind, Signature
 from compress.networks.wiring import signature_of
-from compress.stages.exporting import conditions_of
+from compress.onnx_file.io import load_onnx, read_signature
+from compress.onnx_import.importer import import_onnx
+from compress.search.export import conditions_of
 from compress.stages.load import factory_spec, with_inputs
-from compress.tasks.opening import open_task
-from compress.verification.measuring import Conditions
+from compress.tasks.from_config import open_task
+from compress.verification.measurement import Conditions
 
 CUT_LIMITS = Limits(multiple_of=8)
 USUAL_CONDITIONS = Conditions()

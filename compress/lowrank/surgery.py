@@ -15,7 +15,7 @@ from torch import nn
 
 from compress.errors import NonFinite, UnsupportedLayer
 from compress.lowrank.factorize import SLICES, Moments, check_ranks, factorize
-from compress.recipe import Factorize
+from compress.model.recipe import Factorize
 
 Layer = nn.Conv2d | nn.Linear
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.lowrank.factorize import factorize, main_directions, multiply
-from compress.recipe import Factorize
+from compress.model.recipe import Factorize
 
 
 class TrainedRank:

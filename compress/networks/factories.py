@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.artifacts import FactorySpec
 from compress.errors import ModelError
+from compress.model.artifacts import FactorySpec
 from compress.networks.weights import some
 from compress.user_code import shown_as
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compress.adapter import flatten_outputs
+from compress.model.adapter import flatten_outputs
 from compress.networks.weights import some
 from compress.user_code import described, is_interrupt
 

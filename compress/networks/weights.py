@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError, NonFinite
-from compress.networks.archives import read_archive
+from compress.networks.torch_archives import read_archive
 from compress.networks.weight_types import Conversion, convert_weights
 
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "module_ema", "shadow")

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from compress.adapter import INPUT_NAME, OUTPUT_NAME, adapt, flatten_outputs, wiring_of
-from compress.artifacts import FactorySpec, Signature, TensorSpec
 from compress.cost.macs import eval_mode
 from compress.data.packing import is_packed, part_sizes, row_width
 from compress.errors import ModelError, NonFinite
-from compress.networks.observe import Observed, observe
+from compress.model.adapter import INPUT_NAME, OUTPUT_NAME, adapt, flatten_outputs, wiring_of
+from compress.model.artifacts import FactorySpec, Signature, TensorSpec
+from compress.networks.data_dependence import Observed, observe
 from compress.networks.training_mode import TrainingMode, compare_modes
 from compress.networks.weights import some
 from compress.registry import closest

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.adapter import wiring_of
-from compress.artifacts import FactorySpec
 from compress.errors import ArtifactError, ModelError
+from compress.model.adapter import wiring_of
+from compress.model.artifacts import FactorySpec
 from compress.networks.detectors import DETECTORS, raw_detector, why_not
 from compress.networks.weights import first_sentence
 from compress.packages import require_packages

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, COUNTED, eval_mode
 from compress.pruning.groups import NORMS
-from compress.pruning.lockstep import call_order, following_norms
+from compress.pruning.repair.lockstep import call_order, following_norms
 
 
 def find_removable_blocks(module: nn.Module, example: Tensor) -> tuple[str, ...]:

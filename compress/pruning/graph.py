@@ -14,9 +14,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from compress.attributes import held_tensors
 from compress.cost.macs import COUNTED
 from compress.errors import UnsupportedLayer
+from compress.model.tensors import held_tensors
 from compress.pruning.groups import LAYERS, Amount, ChannelGroup, Exclusion, Member, Read, Share
 from compress.pruning.tracing.forward import trace
 from compress.pruning.tracing.record import OUTPUTS, Axis, Trace

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.errors import ArtifactError
-from compress.pruning.cutting import kept_indices
+from compress.pruning.channel_removal import kept_indices
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.trial import difference, silenced_copy
 

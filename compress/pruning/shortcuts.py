@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.cost.macs import eval_mode
-from compress.cost.onnx_graph import FIXED_BUFFER
+from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.tracing.forward import trace
 
 _NAME = "fixed_shortcut"

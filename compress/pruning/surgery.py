@@ -5,8 +5,8 @@ import copy
 from torch import Tensor, nn
 
 from compress.errors import UnsupportedLayer
-from compress.pruning.cutting import cut_copy
-from compress.recipe import RemoveBlock, RemoveChannels
+from compress.model.recipe import RemoveBlock, RemoveChannels
+from compress.pruning.channel_removal import cut_copy
 
 
 def remove_channels(module: nn.Module, edit: RemoveChannels, example: Tensor) -> nn.Module:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from compress.model.recipe import Recipe, RemoveChannels
 from compress.pruning.graph import ChannelGraph
-from compress.recipe import Recipe, RemoveChannels
 
 
 def surviving_channels(

@@ -11,11 +11,11 @@ from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from compress.artifacts import CheckResult, Verdict
-from compress.config.records import sealed
 from compress.errors import ArtifactError, InternalError
-from compress.files import write_whole
-from compress.report.html import render_html
+from compress.model.artifacts import CheckResult, Verdict
+from compress.report.page import render_html
+from compress.storage.atomic import write_whole
+from compress.storage.records import sealed
 
 REPORT_SCHEMA = 1
 

@@ -9,7 +9,6 @@ from compress.report.caveats import list_caveats, list_latency_caveats, share_ba
 from compress.report.columns import Cell, Report, figure_rows, letters_of
 from compress.report.differences import list_differences
 from compress.report.fronts import Panel, Point, plot_fronts
-from compress.report.html import render_page
 from compress.report.lines import plot_runs
 from compress.report.markup import (
     MISSING,
@@ -29,6 +28,7 @@ from compress.report.metric import (
     worse_by,
 )
 from compress.report.outcome import describe_broken, find, is_broken, list_changes, outcome_of, render_badge
+from compress.report.page import render_page
 from compress.report.robustness import SHOWN, describe_kinds, noise_curves
 from compress.report.svg import are_numbers
 from compress.tasks.base import Metric

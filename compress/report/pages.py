@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Protocol
 
 from compress.errors import ArtifactError, ConfigError
-from compress.outputs import require_output
 from compress.report.build import write_page
 from compress.report.caveats import list_caveats
 from compress.report.compare import comparison_rows, name_runs, render_comparison
-from compress.report.html import render_html
+from compress.report.page import render_html
 from compress.report.reading import Run, draw, read_runs
+from compress.storage.output_files import require_output
 
 SINGLE, SEVERAL = "report.html", "comparison.html"
 _SUFFIXES = (".html", ".htm")

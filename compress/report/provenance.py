@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from compress.config.digest import digest_file
 from compress.config.load import Pipeline
+from compress.storage.digest import digest_file
 
 CARD_FILE = "card.yaml"
 _GIT_SECONDS = 20  # a repository on a slow disk; without git's answer a run goes on

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compress.config.records import DIGEST_KEY, RecordDamaged, check_seal, read_json
 from compress.errors import ArtifactError, ConfigError
 from compress.report.build import REPORT_SCHEMA
+from compress.storage.records import DIGEST_KEY, RecordDamaged, check_seal, read_json
 
 REPORT_FILE = "report.json"
 _MARKS = ("lock", "pipeline.yaml")  # a run folder holds these before there is a report

@@ -6,7 +6,6 @@ from typing import Any
 
 from compress.catalog import NOMINAL
 from compress.report.build import write_json, write_page
-from compress.report.html import render_page
 from compress.report.markup import (
     escape,
     format_bytes,
@@ -18,6 +17,7 @@ from compress.report.markup import (
 )
 from compress.report.metric import TOP1, format_metric, metric_of, metric_of_report, scale_of, worse_by
 from compress.report.outcome import find, outcome_of
+from compress.report.page import render_page
 from compress.report.plots import plot_front
 from compress.tasks.base import Metric
 

@@ -2,13 +2,13 @@
 
 from dataclasses import asdict
 
-from compress.artifacts import OnnxModel, TorchModel
 from compress.config.schema import ExportConfig
-from compress.cost.onnx_file import load_onnx, read_signature
 from compress.errors import ConfigValueError
 from compress.exporting.open_axes import check_open_axes
 from compress.exporting.torch_onnx import export_onnx, exported_signature
-from compress.stages.context import Record, StageContext
+from compress.model.artifacts import OnnxModel, TorchModel
+from compress.onnx_file.io import load_onnx, read_signature
+from compress.search.context import Record, StageContext
 
 _IMAGE_AXES = 4
 _AXES = {"NCHW": {"height": 2, "width": 3}, "NHWC": {"height": 1, "width": 2}}

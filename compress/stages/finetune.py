@@ -8,25 +8,25 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compress.artifacts import TorchModel
-from compress.building import apply_edits, example_input, reinitialized, rewound
-from compress.config.records import read_sealed, sealed
+from compress.checkpoint.rebuild import apply_edits, example_input, reinitialized, rewound
 from compress.config.schema import DistillationConfig, FinetuneConfig, TrainingConfig
 from compress.data.batches import Augmentation, random_seed
 from compress.data.splits import Split
 from compress.errors import ArtifactError, InternalError, NonFinite
-from compress.files import write_whole
+from compress.model.artifacts import TorchModel
 from compress.pruning.survival import surviving_channels
-from compress.stages.context import Record, StageContext
-from compress.stages.isometry import conclusion, measure_isometry
-from compress.stages.measured import metric_of, stated
-from compress.stages.paired import is_quality_worse
-from compress.stages.teaching import original_of
+from compress.search.context import Record, StageContext
+from compress.search.isometry_record import conclusion, measure_isometry
+from compress.search.paired_losses import is_quality_worse
+from compress.search.records import metric_of, stated
+from compress.search.teacher import original_of
+from compress.storage.atomic import write_whole
+from compress.storage.records import read_sealed, sealed
+from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
+from compress.training.distributed import present_team
 from compress.training.evaluate import quality_facts
-from compress.training.fit import Distillation, FitResult, FitSettings, fit, planned_steps
+from compress.training.loop import Distillation, FitResult, FitSettings, fit, planned_steps
 from compress.training.schedule import peak_from_original
-from compress.training.team import present_team
-from compress.training.unfolding import NORMS, can_unfold, folded, unfolded
 
 STATE_FILE = "training_state.pt"
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
@@ -46,8 +46,8 @@ class FinetuneStage:
 
         Raises:
             ModelError: `weights` is random, and a parameter cannot be drawn anew.
-            As `compress.building.rewound` where `weights` is rewound.
-            As `compress.training.fit.fit`.
+            As `compress.checkpoint.rebuild.rewound` where `weights` is rewound.
+            As `compress.training.loop.fit`.
         """
         config = self.config
         if config.weights == "random":
@@ -115,7 +115,7 @@ def train(
         reverts: Whether a network that training made worse is given up; not where more cuts and training follow.
 
     Raises:
-        As `compress.training.fit.fit`.
+        As `compress.training.loop.fit`.
     """
     task, metric = ctx.data.validation.task, metric_of(ctx.data.validation)
     facts = quality_facts(artifact.module, ctx.data.validation, progress=ctx.progress)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compress.adapter import INPUT_NAME, unpack_rows
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
-from compress.building import (
+from compress.checkpoint.rebuild import (
     build_module,
     build_narrow,
     example_input,
@@ -23,31 +21,33 @@ from compress.building import (
     without_unread,
     write_weights,
 )
-from compress.config.locations import PRETRAINED, UNTRAINED
+from compress.config.paths import PRETRAINED, UNTRAINED
 from compress.config.schema import LoadConfig, Model
 from compress.cost.macs import count_params, count_products, counts_agree, layer_macs
-from compress.cost.onnx_file import load_onnx, read_inputs, read_metadata
 from compress.data.batches import evaluation_batches, random_seed
-from compress.data.sources import order_warning
+from compress.data.sources.classification import order_warning
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
-from compress.importing.importer import import_onnx
+from compress.model.adapter import INPUT_NAME, unpack_rows
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
+from compress.model.recipe import Narrow, Recipe, RemoveUnread
 from compress.networks.batch_independence import IMAGES, require_batch_independence
 from compress.networks.weight_types import Conversion
 from compress.networks.weights import some
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state
-from compress.recipe import Narrow, Recipe, RemoveUnread
-from compress.stages.chance import chance_warning
-from compress.stages.context import Record, StageContext
-from compress.stages.easier import compare_with_evaluation
-from compress.stages.exporting import check_export, export_present, try_rewrites
-from compress.stages.measured import stated
+from compress.onnx_file.io import load_onnx, read_inputs, read_metadata
+from compress.onnx_import.importer import import_onnx
+from compress.search.chance_level import chance_warning
+from compress.search.context import Record, StageContext
+from compress.search.export import check_export, export_present, try_rewrites
+from compress.search.records import stated
+from compress.search.split_bias import compare_with_evaluation
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import plain
 from compress.training.batch_norm import reestimate_batch_norm
-from compress.verification.measuring import Conditions, measure_onnx
+from compress.verification.measurement import Conditions, measure_onnx
 
 UNTRAINED_NOTE = (
     "The network is untrained (weights: none): its quality is that of a random initialisation, and no drop against it "

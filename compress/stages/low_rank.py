@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.artifacts import TorchModel
-from compress.building import example_input
+from compress.checkpoint.rebuild import example_input
 from compress.config.schema import LowRankConfig, TrpConfig
 from compress.cost.macs import count_params, layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError, StageError
@@ -24,17 +23,18 @@ from compress.lowrank.layers import Positions, find_layers, layer_spectra
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
 from compress.lowrank.trp import TrainedRank
+from compress.model.artifacts import TorchModel
+from compress.model.recipe import Factorize
 from compress.progress import Progress, SilentProgress
-from compress.pruning.elimination import layer_statistics
-from compress.recipe import Factorize
+from compress.pruning.ranking.elimination import layer_statistics
 from compress.registry import closest
-from compress.stages.context import Record, StageContext
-from compress.stages.hooked import loss_and_quality, say_cut, train_with_hooks
-from compress.stages.measured import before_and_after, metric_of, validation_quality
-from compress.stages.meeting import meet_latency, rounds_record
-from compress.stages.parts import Part, weights_digest
-from compress.stages.rank_latency import rank_latency
-from compress.stages.repairing import apply_repairs, batch_norm_repair
+from compress.search.context import Record, StageContext
+from compress.search.hooked_training import loss_and_quality, say_cut, train_with_hooks
+from compress.search.latency_loop import meet_latency, rounds_record
+from compress.search.parts import Part, weights_digest
+from compress.search.rank_latency import rank_latency
+from compress.search.records import before_and_after, metric_of, validation_quality
+from compress.search.repairs import apply_repairs, batch_norm_repair
 
 STATE_FILE = "method.pt"
 _LABELS: dict[Metric, str] = {"macs": "MACs", "params": "params"}

@@ -9,36 +9,36 @@ import torch
 from torch import nn
 
 from compress.allocation.widths import Candidates
-from compress.artifacts import TorchModel
-from compress.building import example_input
-from compress.config.digest import digest_value
+from compress.checkpoint.rebuild import example_input
 from compress.config.schema import CutConfig, PruneConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import WITHIN_HINT, AlreadyWithin, BudgetUnreachable, ConfigValueError, InternalError
+from compress.model.artifacts import TorchModel
+from compress.model.recipe import RemoveChannels
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.groups import Read, kept_outputs
-from compress.pruning.selection import Groups, Selection
+from compress.pruning.ranking.selection import Groups, Selection
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import silenced_copy
-from compress.recipe import RemoveChannels
-from compress.stages.context import Record, StageContext
-from compress.stages.hooked import loss_and_quality, say_cut
-from compress.stages.isometry import measure_isometry
-from compress.stages.joint import Steps, search
-from compress.stages.latency import LatencyModel
-from compress.stages.learned import learn
-from compress.stages.measured import before_and_after, metric_of, validation_quality
-from compress.stages.meeting import WITHIN as LATENCY_WITHIN
-from compress.stages.meeting import TimedChoice, latency_record
-from compress.stages.parts import Part, weights_digest
-from compress.stages.repairing import Repair, apply_repairs, repairs_towards
-from compress.stages.scoring import Scoring, criterion_name, scale_slots
-from compress.stages.surveying import Survey, survey
-from compress.stages.trunks import Trunk, shorten
+from compress.search.block_removal import Trunk, shorten
+from compress.search.context import Record, StageContext
+from compress.search.hooked_training import loss_and_quality, say_cut
+from compress.search.isometry_record import measure_isometry
+from compress.search.latency_loop import WITHIN as LATENCY_WITHIN
+from compress.search.latency_loop import TimedChoice, latency_record
+from compress.search.learned import learn
+from compress.search.parts import Part, weights_digest
+from compress.search.records import before_and_after, metric_of, validation_quality
+from compress.search.repairs import Repair, apply_repairs, repairs_towards
+from compress.search.scoring import Scoring, criterion_name, scale_slots
+from compress.search.survey import Survey, survey
+from compress.search.whole_networks import Steps, search
+from compress.search.width_latency import LatencyModel
+from compress.storage.digest import digest_value
 from compress.tasks.outputs import each
 from compress.training.evaluate import evaluate_loss, run
 from compress.training.memory_format import in_fastest_memory_format, set_memory_format

@@ -4,12 +4,12 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from compress.artifacts import OnnxModel
 from compress.config.schema import QuantizeConfig
 from compress.cost.conditions import has_vnni
-from compress.cost.onnx_file import external_files, load_onnx, save_onnx
-from compress.exporting.quantize import Quantization, QuantizeReport, quantize_onnx
-from compress.stages.context import Record, StageContext
+from compress.model.artifacts import OnnxModel
+from compress.onnx_file.io import external_files, load_onnx, save_onnx
+from compress.quantization.onnx_int8 import Quantization, QuantizeReport, quantize_onnx
+from compress.search.context import Record, StageContext
 
 NO_INTEGER_KERNELS = ("CUDAExecutionProvider",)  # computes what is between the roundings in float
 CPU = "CPUExecutionProvider"

@@ -15,21 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from compress.artifacts import TorchModel
-from compress.building import example_input
-from compress.config.digest import digest_file
-from compress.config.records import read_sealed, sealed
+from compress.checkpoint.layout import load_torch_model, save_torch_model
+from compress.checkpoint.rebuild import example_input
 from compress.config.schema import CutConfig, LowRankConfig, PruneConfig, RankTargetConfig, SlimConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.errors import AlreadyWithin, ArtifactError, BudgetUnreachable, StageError
-from compress.persist import load_torch_model, save_torch_model
-from compress.stages.context import Record, StageContext
+from compress.model.artifacts import TorchModel
+from compress.search.block_removal import Remembered, shorten
+from compress.search.context import Record, StageContext
+from compress.search.records import before_and_after, validation_quality
 from compress.stages.finetune import train
 from compress.stages.low_rank import LowRankStage
-from compress.stages.measured import before_and_after, validation_quality
 from compress.stages.prune import PruneStage
-from compress.stages.trunks import Remembered, shorten
+from compress.storage.digest import digest_file
+from compress.storage.records import read_sealed, sealed
 from compress.training.evaluate import evaluate_loss
 
 RANK_SHARES = (1 / 3, 2 / 3, 1.0)

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from compress.artifacts import OnnxModel, Verdict
 from compress.config.schema import VerifyConfig
-from compress.data.opening import open_shifted
+from compress.data.from_config import open_shifted
 from compress.data.splits import Split
-from compress.stages.context import Record, StageContext
+from compress.model.artifacts import OnnxModel, Verdict
+from compress.search.context import Record, StageContext
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
-from compress.verification.opinions import Also
+from compress.verification.measurement import Conditions
+from compress.verification.other_runtimes import Also
 from compress.verification.robustness import Robustness
 from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx

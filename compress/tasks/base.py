@@ -151,7 +151,7 @@ class Task:
         return float("inf")
 
     def vary(self, targets: Any, variation: Any) -> Any:
-        """Return targets as the images of a training batch were (`compress.data.variation`); by default as they are."""
+        """Return targets as the images of a batch were varied (`data/augmentation.py`); by default as they are."""
         return targets
 
     # what is measured: numpy

@@ -15,7 +15,7 @@ from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import DataError
 from compress.progress import Progress
-from compress.training.team import Team, add_up
+from compress.training.distributed import Team, add_up
 
 _BATCH = 128
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.batches import CPU, PlacedSplit
-from compress.data.sources import ArraySource, ImageSource
+from compress.data.sources.classification import ArraySource, ImageSource
 from compress.data.splits import Split
 from compress.errors import StageError
 

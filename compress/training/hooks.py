@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 
 class TrainingHooks(Protocol):
-    """Called by `compress.training.fit.fit` in every step, in this order; steps are counted from 0.
+    """Called by `compress.training.loop.fit` in every step, in this order; steps are counted from 0.
 
     What a hook draws at random follows from the global generator, which the loop seeds for every step before
     `on_step_begin`; all else that it remembers from one step to the next is in its state.

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.artifacts import CheckResult
-from compress.cost.onnx_file import is_half, is_quantized, load_onnx
 from compress.data.splits import Split
 from compress.errors import ModelError, NonFinite
+from compress.model.artifacts import CheckResult
+from compress.onnx_file.io import is_half, is_quantized, load_onnx
 from compress.tasks.outputs import each
-from compress.verification.feeding import fixed_batch
-from compress.verification.measuring import Conditions, evaluation_batch
+from compress.verification.measurement import Conditions, evaluation_batch
 from compress.verification.quality import first_images, image_input, respond
 from compress.verification.runtimes.base import Runtime
+from compress.verification.samples import fixed_batch
 
 BATCH_INDEPENDENT = "batch_independent"
 _IMAGES = 4

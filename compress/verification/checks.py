@@ -12,8 +12,10 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto
 
-from compress.artifacts import CheckResult, Signature, TensorSpec
-from compress.cost.onnx_file import (
+from compress.data.splits import Split
+from compress.errors import ArtifactError
+from compress.model.artifacts import CheckResult, Signature, TensorSpec
+from compress.onnx_file.io import (
     default_opset,
     each_node,
     each_tensor,
@@ -25,13 +27,11 @@ from compress.cost.onnx_file import (
     reading_graph,
     tensor_problems,
 )
-from compress.data.splits import Split
-from compress.errors import ArtifactError
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
-from compress.verification.compare import ParityResult
-from compress.verification.modes import training_nodes
+from compress.verification.parity import ParityResult
 from compress.verification.runtimes.base import Runtime
+from compress.verification.training_nodes import training_nodes
 
 if TYPE_CHECKING:  # a file alone is verified without torch
     from torch import nn
@@ -81,8 +81,8 @@ def check_macs(counted: int | str, reference: nn.Module, signature: Signature) -
         reference: The torch network.
         signature: Its inputs.
     """
-    from compress.adapter import example_input
     from compress.cost.macs import count_products  # torch, only where there is a torch reference
+    from compress.model.adapter import example_input
 
     found = count_products(reference, example_input(signature))
     return _check_count("macs_agree", "MACs", counted, sum(found.macs.values()), found.constant_macs)
@@ -96,8 +96,8 @@ def check_weights(counted: int | str, reference: nn.Module, signature: Signature
         reference: The torch network.
         signature: Its inputs.
     """
-    from compress.adapter import example_input
     from compress.cost.macs import count_products
+    from compress.model.adapter import example_input
 
     found = count_products(reference, example_input(signature))
     total = found.weights + found.constant_weights

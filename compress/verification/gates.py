@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from compress.artifacts import CheckResult, Figures
 from compress.catalog import HARDER, SHARES
+from compress.model.artifacts import CheckResult, Figures
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
-from compress.verification.judging import JudgeBy, images_needed, is_coarse, is_undecided, judge
+from compress.verification.decision_rules import JudgeBy, images_needed, is_coarse, is_undecided, judge
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.metrics import Estimate
 from compress.verification.resources import Resources

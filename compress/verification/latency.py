@@ -1,7 +1,7 @@
 """Latency of a model's calls, and the ratio of two models' latencies.
 
 Models are opened anew in several sittings, in alternating order, and timed in blocks of back-to-back calls
-(`verification/blocks.py`). The ratio of a sitting is one observation; the interval is taken over the sittings.
+(`verification/call_blocks.py`). The ratio of a sitting is one observation; the interval is taken over the sittings.
 Why it is done so: docs/decisions/020-latency-over-reopened-sittings.md.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from compress.errors import DataError
 from compress.progress import Progress, SilentProgress
-from compress.verification.blocks import (
+from compress.verification.call_blocks import (
     SITTINGS,
     alternate,
     count_sittings,

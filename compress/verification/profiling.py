@@ -17,9 +17,9 @@ import numpy as np
 
 from compress.errors import ConfigValueError
 from compress.progress import Progress, SilentProgress
-from compress.verification.blocks import plan_blocks, timed_positions
+from compress.verification.call_blocks import plan_blocks, timed_positions
 from compress.verification.latency import measure_latency
-from compress.verification.measuring import Conditions
+from compress.verification.measurement import Conditions
 from compress.verification.runtimes.onnxruntime import NodeTimes, OnnxRuntime
 
 TOGETHER = 1  # more of them push one another out of the caches, the large more than the small

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from compress.artifacts import TensorSpec
 from compress.data.packing import is_packed
 from compress.data.splits import Split
 from compress.errors import CompressError, DataError, ModelError, NonFinite
+from compress.model.artifacts import TensorSpec
 from compress.progress import Progress, SilentProgress
 from compress.tasks.base import Facts, joined
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import check_finite, picked, plain
-from compress.verification.feeding import feed, fixed_batch, rows_of
-from compress.verification.measured import Measured
 from compress.verification.metrics import Predictions
 from compress.verification.runtimes.base import Runtime
+from compress.verification.samples import feed, fixed_batch, rows_of
+from compress.verification.task_metrics import Measured
 
 Change = Callable[[np.ndarray, int], np.ndarray]
 ROW_AXES = 2  # of samples that hold all inputs of a network side by side

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from compress.artifacts import CheckResult
+from compress.model.artifacts import CheckResult
 
 _QUALITY = (
     "remove less (a larger target), fine-tune for more epochs, or learn from the baseline (finetune.distillation)"

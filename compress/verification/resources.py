@@ -20,10 +20,10 @@ import numpy as np
 from compress.data.splits import Split
 from compress.progress import Progress, SilentProgress, Task
 from compress.verification.energy import EnergyMeter
-from compress.verification.feeding import fixed_batch
 from compress.verification.latency import measure_latency
-from compress.verification.measuring import Conditions, latency_inputs
+from compress.verification.measurement import Conditions, latency_inputs
 from compress.verification.runtimes.base import Runtime
+from compress.verification.samples import fixed_batch
 
 Answer = dict[str, float | None]
 STARTS = 3
@@ -38,7 +38,7 @@ place = package + "/__init__.py"
 spec = importlib.util.spec_from_file_location("compress", place, submodule_search_locations=[package])
 sys.modules["compress"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["compress"])
-from compress.verification.probe import main
+from compress.verification.start_probe import main
 sys.exit(main(request))
 """  # the package by its place: found by name, the folder that holds it would be searched for every module
 

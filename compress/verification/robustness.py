@@ -20,7 +20,6 @@ from compress.progress import Progress, SilentProgress
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
 from compress.verification.corruptions import add_noise, corrupt
-from compress.verification.measured import Measured, changes_of_measured, loss_of
 from compress.verification.metrics import (
     Estimate,
     Predictions,
@@ -32,6 +31,7 @@ from compress.verification.metrics import (
 )
 from compress.verification.quality import Change, Found, predict_each
 from compress.verification.runtimes.base import Runtime
+from compress.verification.task_metrics import Measured, changes_of_measured, loss_of
 
 MOVING = ("elastic",)  # corruptions that move pixels
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from compress.data.splits import Split
-from compress.verification.opinions import EVALUATOR, Also
+from compress.verification.other_runtimes import EVALUATOR, Also
 from compress.verification.robustness import Robustness, distributions
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from compress.data.splits import Split
 from compress.errors import InternalError
 from compress.tasks.classification import Classification
-from compress.verification.measured import Measured, changes_of_measured, estimate_measured
 from compress.verification.metrics import Estimate, Predictions, class_accuracy, estimate_changes, estimate_quality
-from compress.verification.pictures import worst_images
+from compress.verification.misclassified import worst_images
 from compress.verification.quality import Found
+from compress.verification.task_metrics import Measured, changes_of_measured, estimate_measured
 
 Estimates = dict[str, Estimate]
 

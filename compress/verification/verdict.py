@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.artifacts import CheckResult, Figures, Signature, Verdict
-from compress.cost.onnx_file import at_sizes, load_onnx, read_signature, read_sizes
-from compress.cost.onnx_graph import OnnxCounts, count_onnx
 from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError, NonFinite
+from compress.model.artifacts import CheckResult, Figures, Signature, Verdict
+from compress.onnx_file.counting import OnnxCounts, count_onnx
+from compress.onnx_file.io import at_sizes, load_onnx, read_signature, read_sizes
 from compress.progress import Progress, SilentProgress
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import each
@@ -35,10 +35,9 @@ from compress.verification.checks import (
     check_weights,
     list_fell_back,
 )
-from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates, skipped
 from compress.verification.latency import LatencyRatio, LatencySample
-from compress.verification.measuring import (
+from compress.verification.measurement import (
     Conditions,
     check_batch_size,
     evaluation_batch,
@@ -48,7 +47,8 @@ from compress.verification.measuring import (
     torch_params,
 )
 from compress.verification.metrics import Estimate
-from compress.verification.opinions import check_also, check_evaluator
+from compress.verification.other_runtimes import check_also, check_evaluator
+from compress.verification.parity import edge_parity, parity
 from compress.verification.quality import (
     Found,
     batch_size_of,
@@ -63,7 +63,7 @@ from compress.verification.quality import (
     predict,
     respond,
 )
-from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
+from compress.verification.quantization_loss import AGREEMENT, check_agreement, drop_shares, of_float
 from compress.verification.remedies import with_remedies
 from compress.verification.resources import Resources, measure_resources
 from compress.verification.robustness import Standing, fitting, standings, stated, summarize

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.data.sources import read_arrays
+from compress.data.sources.classification import read_arrays
 from compress.data.splits import carve
 
 HERE = Path(__file__).resolve().parent

@@ -3,8 +3,8 @@
 This is what a user's own file would hold for a detector of torchvision.
 """
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module
+from compress.checkpoint.rebuild import build_module
+from compress.model.artifacts import FactorySpec
 from compress.networks.detectors import Loss, Postprocess
 
 NETWORK = FactorySpec("torchvision", "ssdlite320_mobilenet_v3_large", {"num_classes": 5})  # the ground and four shapes

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from torch import nn
 
-from compress.building import build_module, with_one_array, write_weights
+from compress.checkpoint.rebuild import build_module, with_one_array, write_weights
 from compress.config.load import load_pipeline
 from compress.config.schema import LoadConfig
 from compress.data.batches import Augmentation, evaluation_batches
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.progress import SilentProgress
 from compress.stages.load import factory_spec
-from compress.tasks.opening import open_task
-from compress.training.fit import FitSettings, fit
+from compress.tasks.from_config import open_task
+from compress.training.loop import FitSettings, fit
 
 
 class PrintedProgress(SilentProgress):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.config.digest import canonical_json, digest_data, digest_file, digest_value
 from compress.errors import ArtifactError
+from compress.storage.digest import canonical_json, digest_data, digest_file, digest_value
 
 
 def test_digest_of_a_value_ignores_key_order_and_tuples() -> None:

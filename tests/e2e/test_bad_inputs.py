@@ -18,7 +18,7 @@ from smallrun import Finished, World, statuses
 from typer.testing import Result
 
 import compress
-from compress import runner
+from compress.engine import runner
 from compress.errors import ArtifactError, ModelError, RebuildMismatch
 
 Values = dict[str, Any]
@@ -411,12 +411,12 @@ def full(*_: object, **__: object) -> None:
     ("place", "text"),
     [
         (
-            "compress.runner.save_artifact",
+            "compress.engine.runner.save_artifact",
             "Stage 'finetune' (3 of 5): The result of the stage could not be written to ",
         ),
-        ("compress.training.fit.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
-        ("compress.runfolder.write_slim", "Run folder "),
-        ("compress.runner.write_whole", "pipeline.yaml' must be writable: "),
+        ("compress.training.loop.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
+        ("compress.engine.run_folder.write_slim", "Run folder "),
+        ("compress.engine.runner.write_whole", "pipeline.yaml' must be writable: "),
     ],
 )
 def test_a_full_disk_keeps_what_is_done(world: World, monkeypatch: pytest.MonkeyPatch, place: str, text: str) -> None:
@@ -438,7 +438,8 @@ def test_a_file_system_that_refuses_larger_files(world: World, limit: int) -> No
     values = world.values(middle=smallrun.MIDDLE[1:])
     arguments = ["run", str(world.write(values)), "--runs-dir", str(world.folder / "other-runs"), "--quiet"]
     code = (
-        f"import resource\nfrom compress.cli import app\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)\n"
+        "import resource\nfrom compress.cli.commands import app\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2)\n"
         f"app({arguments!r})\n"
     )
     stdout, stderr = (process := smallrun.start(code=code)).communicate()

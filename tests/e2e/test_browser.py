@@ -13,10 +13,10 @@ import pytest
 from browser import NAMES, Browser, BrowserUnavailable, find_browser
 from report_samples import CONFIG, ENVIRONMENT, failing_verdict, passing_verdict, sample_stages
 
-from compress.artifacts import Verdict
+from compress.model.artifacts import Verdict
 from compress.report.build import build_report
 from compress.report.compare import render_comparison
-from compress.report.html import render_html
+from compress.report.page import render_html
 
 DESKTOP, PHONE = 1280, 390
 LONG = "a_name_that_somebody_has_chosen_without_any_thought_of_phones"

@@ -21,9 +21,9 @@ from smallrun import Finished, World
 from typer.testing import Result
 
 import compress
-from compress.config.records import sealed
-from compress.handoff import check
-from compress.handoff.bundle import write_bundle
+from compress.bundle import check
+from compress.bundle.write import write_bundle
+from compress.storage.records import sealed
 
 FILES = ["README.md", "check.py", "manifest.json", "model.json", "model.onnx", "samples.npz"]
 ALONE = (
@@ -358,7 +358,7 @@ def test_a_bundle_is_made_where_torch_is_not_installed(finished: Finished, packe
         "        if name.partition('.')[0] in ('torch', 'torchvision', 'torch_pruning', 'onnxscript'):\n"
         "            raise ImportError(f'{name} is not installed')\n"
         "sys.meta_path.insert(0, Hidden())\n"
-        "from compress.cli import app\n"
+        "from compress.cli.commands import app\n"
         f"app(['bundle', {str(finished.outcome.folder)!r}, '-o', {str(tmp_path / 'it.zip')!r}])"
     )
     process = smallrun.start(code=code)

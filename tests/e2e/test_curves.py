@@ -6,9 +6,9 @@ import pytest
 from smallrun import Notes, World
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from compress.curves import require_tensorboard, written_curves
+from compress.engine.curves import require_tensorboard, written_curves
+from compress.engine.runner import run_with_others
 from compress.errors import PackageMissing
-from compress.runner import run_with_others
 
 
 def _read(folder):

@@ -9,7 +9,7 @@ import smallrun
 from smallrun import World, statuses
 
 import compress.packages as packages
-from compress.config.digest import digest_file
+from compress.storage.digest import digest_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 
@@ -18,7 +18,7 @@ import yaml_values
 
 DYING = """
 import os
-from compress.stages.parts import Parts
+from compress.search.parts import Parts
 add, made = Parts.add, []
 def dying(self, key, part):
     kept = add(self, key, part)
@@ -27,7 +27,7 @@ def dying(self, key, part):
         os.kill(os.getpid(), 9)
     return kept
 Parts.add = dying
-from compress.cli import app
+from compress.cli.commands import app
 app(["run", {path!r}, "--runs-dir", {runs!r}])
 """
 
@@ -39,7 +39,7 @@ def test_a_run_learns_of_a_missing_package_before_its_first_stage(
     values["stages"][0]["model"] = {"timm": "resnet18"}
     real = packages.find_spec
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "timm" else real(name))
-    monkeypatch.setattr("compress.runner._Run._make", lambda *_: pytest.fail("a stage ran"))
+    monkeypatch.setattr("compress.engine.runner._Run._make", lambda *_: pytest.fail("a stage ran"))
     done = world.call("run", values)
     assert done.exit_code == 5
     assert (
@@ -50,7 +50,7 @@ def test_a_run_learns_of_a_missing_package_before_its_first_stage(
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_prune_that_is_killed_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole suite of moments is in tests/unit/test_parts.py; here the process dies."""
-    from compress.stages.parts import Parts
+    from compress.search.parts import Parts
 
     values = world.values()
     values["stages"][1] |= {"score_images": 16, "criterion": "taylor"}

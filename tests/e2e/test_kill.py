@@ -15,8 +15,8 @@ import pytest
 import smallrun
 from smallrun import World, statuses
 
-from compress.config.digest import digest_file
 from compress.errors import RunLocked
+from compress.storage.digest import digest_file
 
 if sys.platform == "win32":
     pytest.skip("processes are killed and interrupted by POSIX signals", allow_module_level=True)
@@ -37,7 +37,7 @@ def step(run, batches):
         time.sleep(0.01)
     return train_step(run, batches)
 fit._Run._train_step = step
-from compress.cli import app
+from compress.cli.commands import app
 app({arguments!r})
 """
 
@@ -140,7 +140,7 @@ def test_an_unreadable_training_state_is_told_and_training_starts_again(world: W
 
 def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: World) -> None:
     code = (
-        "import os, sys, pathlib\nfrom compress import persist, runner\nfrom compress.cli import app\n"
+        "import os, sys, pathlib\nfrom compress import persist, runner\nfrom compress.cli.commands import app\n"
         "def save(artifact, folder):\n"
         "    (folder / 'recipe.json').write_text('{')\n    os.kill(os.getpid(), 9)\n"
         "runner.save_artifact = save\n"
@@ -159,7 +159,7 @@ def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: Wor
 
 def test_no_epoch_is_trained_again_when_the_result_was_not_stored(world: World) -> None:
     code = (
-        "import os\nfrom compress import runner\nfrom compress.cli import app\n"
+        "import os\nfrom compress import runner\nfrom compress.cli.commands import app\n"
         "save = runner.save_artifact\n"
         "def dying(artifact, folder):\n"
         "    os.kill(os.getpid(), 9) if list(folder.parent.parent.glob('.work/*/training_state.pt')) else None\n"
@@ -194,9 +194,9 @@ def test_two_runs_of_other_names_do_not_make_the_same_result_twice(world: World)
 
 
 def test_a_run_takes_what_another_made_while_it_waited(world: World) -> None:
-    from compress.locking import hold
-    from compress.runner import plan
-    from compress.store import Store
+    from compress.engine.runner import plan
+    from compress.storage.lock import hold
+    from compress.storage.store import Store
 
     finetuned = Store(world.store, warn=pytest.fail)
     key = [stage["key"] for stage in smallrun.read_lock(world, "chain")][2]

@@ -7,9 +7,9 @@ import onnx
 from smallrun import MIDDLE, World, statuses
 from steady import time_by_macs
 
-from compress.config.records import sealed
-from compress.cost.onnx_graph import count_onnx
-from compress.keys import build_steps
+from compress.engine.keys import build_steps
+from compress.onnx_file.counting import count_onnx
+from compress.storage.records import sealed
 
 PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_images": 32}
 

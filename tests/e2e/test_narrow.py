@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from smallrun import World
 
 import compress
+from compress.bundle.write import write_bundle
 from compress.config.load import load_pipeline
 from compress.cost.macs import count_macs
-from compress.cost.onnx_graph import count_onnx
-from compress.handoff.bundle import write_bundle
 from compress.inspection.targets import open_target
-from compress.pruning.cutting import cut_copy
-from compress.recipe import Narrow, Recipe, RemoveChannels
+from compress.model.recipe import Narrow, Recipe, RemoveChannels
+from compress.onnx_file.counting import count_onnx
+from compress.pruning.channel_removal import cut_copy
 
 GONE = {"body.0.0": (1, 5), "body.1.0": (0, 3, 4, 9), "body.2.0": (2, 7, 8)}
 TRAINING = {**smallrun.MIDDLE[1], "distillation": {"weight": 0.5, "features": 1.0}}
@@ -98,7 +98,7 @@ def test_a_state_dict_that_fits_no_widths_ends_with_exit_code_4(narrow_world: Wo
 
 
 def test_narrow_is_part_of_the_key(narrow_world: World) -> None:
-    from compress.keys import build_steps
+    from compress.engine.keys import build_steps
 
     keys = [
         json.dumps(build_steps(load_pipeline(narrow_world.write(values), environ={}))[0].fixed, sort_keys=True)

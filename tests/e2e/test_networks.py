@@ -10,8 +10,8 @@ import torch
 import wired
 from smallrun import World, statuses
 
-from compress.cost.onnx_file import load_onnx, read_signature
-from compress.persist import load_slim
+from compress.checkpoint.layout import load_slim
+from compress.onnx_file.io import load_onnx, read_signature
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 
 MIDDLE = (

@@ -6,7 +6,7 @@ import pytest
 import smallrun
 
 from compress.config.load import Pipeline, load_pipeline
-from compress.runner import plan
+from compress.engine.runner import plan
 
 FILES = sorted((smallrun.ROOT / "pipelines").glob("*.yaml"))
 
@@ -44,7 +44,7 @@ def test_a_pipeline_file_can_be_planned(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_network_of_a_pipeline_file_is_there(path: Path) -> None:
-    from compress.building import build_module
+    from compress.checkpoint.rebuild import build_module
     from compress.stages.load import factory_spec
 
     module = build_module(factory_spec(read(path).config.stages[0].model))  # type: ignore[union-attr]

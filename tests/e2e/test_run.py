@@ -15,12 +15,12 @@ import torch
 from smallrun import MIDDLE, Finished, World, statuses
 
 import compress
-from compress.config.records import sealed
-from compress.cost.onnx_file import is_quantized, load_onnx
 from compress.data.batches import evaluation_batches
-from compress.data.opening import Splits
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
-from compress.runner import PlannedStage, plan
+from compress.data.from_config import Splits
+from compress.engine.runner import PlannedStage, plan
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
+from compress.onnx_file.io import is_quantized, load_onnx
+from compress.storage.records import sealed
 
 STAGES = ["load", "prune", "finetune", "export", "verify"]
 FIGURES = {"macs", "params", "size_bytes", "quality", "latency_ms"}
@@ -149,7 +149,7 @@ def test_a_second_run_does_nothing_and_says_so(world: World) -> None:
 def test_a_second_run_and_a_plan_import_no_torch(world: World) -> None:
     path = world.write(world.values())
     code = (
-        "import sys\nfrom compress.cli import app\n"
+        "import sys\nfrom compress.cli.commands import app\n"
         f"for command in ('run', 'plan'):\n    try: app([command, {str(path)!r}, '--runs-dir', {str(world.runs)!r}])\n"
         "    except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'torch_pruning', 'torchvision'} & set(sys.modules)\n"

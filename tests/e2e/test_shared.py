@@ -19,7 +19,7 @@ import smallrun
 import yaml
 
 from compress.config.load import load_pipeline
-from compress.runner import run
+from compress.engine.runner import run
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED") or Path(__file__).parents[3] / "shared")
 WEIGHTS = SHARED / "data" / "networks" / "resnet20-12fca82f.th"

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress.building import load_strict, read_weights
+from compress.checkpoint.rebuild import load_strict, read_weights
 from compress.config.schema import GatesFile
-from compress.data.opening import open_split
+from compress.data.from_config import open_split
 from compress.data.preprocessing import Preprocessing
 from compress.pruning.trial import find_cuttable
-from compress.tasks.opening import open_task
+from compress.tasks.from_config import open_task
 from compress.verification.quality import predict
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from smallrun import Notes, World
 from taskworld import HERE, PREPROCESSING, make_task_world, seeded, values
 
-from compress.cost.onnx_file import load_onnx, read_signature
 from compress.errors import ConfigValueError, DataError
+from compress.onnx_file.io import load_onnx, read_signature
 
 pytestmark = pytest.mark.timeout(300)
 

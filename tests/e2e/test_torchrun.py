@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from smallrun import ROOT, make_world
 
-from compress.training.fit import _read_state
+from compress.training.loop import _read_state
 
 TOGETHER = "2 processes train together"
 PRUNE = {

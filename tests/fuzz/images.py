@@ -177,7 +177,7 @@ def _wrong(place: Path, suffix: str, verdict: Path) -> str:
     import onnxruntime
 
     from compress.data.preprocessing import Preprocessing
-    from compress.data.sources import read_folder
+    from compress.data.sources.classification import read_folder
 
     pixels = _by_pillow(place / "test" / "0" / f"b{suffix}")
     if pixels is None:

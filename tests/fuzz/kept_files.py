@@ -20,7 +20,7 @@ import smallrun
 
 import compress
 from compress.errors import CompressError
-from compress.store import Store
+from compress.storage.store import Store
 
 
 def flip(path: Path, chance: random.Random) -> tuple[bytes, str]:

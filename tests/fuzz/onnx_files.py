@@ -537,7 +537,7 @@ def _import(place: Path) -> tuple[int, str, str]:
     import torch
 
     from compress.errors import CompressError, is_out_of_memory
-    from compress.importing.importer import import_onnx
+    from compress.onnx_import.importer import import_onnx
 
     try:
         network = import_onnx(place / "m.onnx")

@@ -63,7 +63,7 @@ def command(*arguments: str) -> tuple[int, str]:
     """
     from typer.testing import CliRunner
 
-    from compress.cli import app
+    from compress.cli.commands import app
 
     done = CliRunner().invoke(app, list(arguments), prog_name="compress")
     assert "Traceback" not in done.output

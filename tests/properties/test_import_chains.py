@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from onnx import NodeProto
 from onnx_graphs import make, node, write
 
-from compress.importing.importer import build_imported, import_onnx
-from compress.importing.parity import relative_error
-from compress.importing.structure import write_structure
+from compress.onnx_file.structure import write_structure
+from compress.onnx_import.importer import build_imported, import_onnx
+from compress.onnx_import.parity import relative_error
 
 Constants = dict[str, np.ndarray]
 Step = Callable[[str, str, int, Constants], tuple[list[NodeProto], int]]

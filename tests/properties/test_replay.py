@@ -6,16 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.building import apply_edits
+from compress.checkpoint.rebuild import apply_edits
 from compress.cost.macs import count_params
 from compress.errors import RebuildMismatch
 from compress.lowrank.factorize import applicable_schemes, full_ranks
 from compress.lowrank.layers import find_layers
 from compress.lowrank.surgery import apply_factorize
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 
 
 def _draw_block(draw, module):

@@ -12,18 +12,18 @@ import torch
 import wired
 from torch import Tensor, nn
 
-from compress.adapter import example_input, flatten_outputs, real_inputs, with_own_forward
-from compress.artifacts import FactorySpec, Signature, TensorSpec
-from compress.building import build_module, rebuild, with_one_array, write_weights
+from compress.checkpoint.rebuild import build_module, rebuild, with_one_array, write_weights
 from compress.data.packing import LARGEST_WHOLE, as_row, draw, is_packed, pack, unpack
 from compress.errors import DataError, ModelError, NonFinite
 from compress.exporting.torch_onnx import export_onnx
+from compress.model.adapter import example_input, flatten_outputs, real_inputs, with_own_forward
+from compress.model.artifacts import FactorySpec, Signature, TensorSpec
+from compress.model.recipe import Recipe
 from compress.networks.wiring import notes_on, signature_of, wire
-from compress.recipe import Recipe
-from compress.verification.compare import edge_parity, parity
-from compress.verification.feeding import feed
+from compress.verification.parity import edge_parity, parity
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.torch_eager import TorchEager
+from compress.verification.samples import feed
 
 SEVERAL = FactorySpec("factory", f"{wired.__file__}:several", inputs=wired.INPUTS)
 IMAGES = nets.images(2)

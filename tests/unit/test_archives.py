@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.building import load_strict, read_weights
+from compress.checkpoint.rebuild import load_strict, read_weights
 from compress.errors import ArtifactError, CompressError
-from compress.networks.archives import read_archive
+from compress.networks.torch_archives import read_archive
 
 Change = Callable[[dict[str, bytes]], None]
 

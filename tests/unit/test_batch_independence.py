@@ -11,14 +11,14 @@ from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import TensorProto, helper, save_model
 from torch import nn
 
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ModelError
 from compress.exporting.torch_onnx import export_onnx
 from compress.networks.batch_independence import require_batch_independence
 from compress.verification.batching import BATCH_INDEPENDENT, batch_difference, check_batch, quality_batch
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
+from compress.verification.measurement import Conditions
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx

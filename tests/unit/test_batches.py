@@ -17,7 +17,7 @@ from compress.data.batches import (
     training_batches,
 )
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError
 

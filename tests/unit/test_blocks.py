@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module
+from compress.checkpoint.rebuild import build_module
 from compress.errors import UnsupportedLayer
+from compress.model.artifacts import FactorySpec
+from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import closing_layers, find_removable_blocks
-from compress.pruning.damage import _skipped
+from compress.pruning.ranking.damage import _skipped
 from compress.pruning.surgery import remove_block
-from compress.recipe import RemoveBlock
 
 MODELS = Path(__file__).parents[2] / "models"
 

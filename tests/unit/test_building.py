@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module, load_strict, read_weights, reinitialized, write_weights
+from compress.checkpoint.rebuild import build_module, load_strict, read_weights, reinitialized, write_weights
 from compress.errors import ArtifactError, CompressError, ModelError, NonFinite
+from compress.model.artifacts import FactorySpec
 
 FACTORY = """
 import helper_next_to_it

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from bundles import raw_zip
 
-from compress.handoff import check
-from compress.handoff.samples import pack_arrays
+from compress.bundle import check
+from compress.bundle.samples import pack_arrays
 
 FILES = {"b.txt": b"second", "a.txt": b"first\n" * 9, "empty": b""}
 

@@ -17,8 +17,8 @@ import pytest
 import smallrun
 from bundles import CPU, Content, described, flipped, linear_model, make_content, sealed, write_folder, write_zip
 
-from compress.handoff import check
-from compress.handoff.samples import pack_arrays
+from compress.bundle import check
+from compress.bundle.samples import pack_arrays
 
 
 @pytest.fixture(scope="module")
@@ -639,7 +639,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def signed(content: Content, keys: Path) -> Content:
-    from compress.handoff.signing import sign
+    from compress.bundle.signing import sign
 
     return content | {check.SIGNATURE: check.build_signature(sign(content[check.MANIFEST], keys / "own.pem"))}
 
@@ -744,7 +744,7 @@ def test_a_fault_of_the_program_itself_is_a_sentence(
 def test_the_command_checks_without_torch(content: Content, tmp_path: Path) -> None:
     path = write_zip(content, tmp_path / "it.zip")
     code = (
-        "import sys\nfrom compress.cli import app\n"
+        "import sys\nfrom compress.cli.commands import app\n"
         "try:\n"
         f"    app(['check', {str(path)!r}, '--repeats', '2'])\n"
         "finally:\n"

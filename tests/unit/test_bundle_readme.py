@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
+from compress.bundle.describe import name_precision, without_folders
+from compress.bundle.readme import count_checks, example
 from compress.data.preprocessing import Preprocessing
-from compress.handoff.describe import name_precision, without_folders
-from compress.handoff.readme import count_checks, example
 
 COLOURED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
-from compress.artifacts import CheckResult, Figures, Verdict
-from compress.ci import require_places, to_junit, to_markdown, write_for_ci
+from compress.cli.ci import require_places, to_junit, to_markdown, write_for_ci
 from compress.errors import ArtifactError, ConfigError
+from compress.model.artifacts import CheckResult, Figures, Verdict
 
 CHECKS = (
     CheckResult("parity", "pass", 1e-6, 1e-3, "", "64 images"),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import compress.data.sources as sources
-from compress.config.digest import digest_file
+import compress.data.sources.classification as sources
 from compress.config.document import parse_document, parse_value
-from compress.data.boxes import MOST_CATEGORY, read_coco, read_yolo
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import load_numpy, read_idx
+from compress.data.sources.boxes import MOST_CATEGORY, read_coco, read_yolo
+from compress.data.sources.classification import load_numpy, read_idx
 from compress.errors import ArtifactError, ConfigSyntaxError, DataError
+from compress.storage.digest import digest_file
 from compress.tasks.segmentation import Segmentation
 
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.5,))

@@ -16,11 +16,11 @@ from blame import raising
 from typer.testing import CliRunner, Result
 
 import compress
-from compress.artifacts import CheckResult, Verdict
-from compress.cli import app
+from compress.cli.commands import app
+from compress.cli.exits import guarded
 from compress.config.load import load_pipeline
 from compress.errors import ArtifactError, InternalError, RuntimeUnavailable, StageError
-from compress.exits import guarded
+from compress.model.artifacts import CheckResult, Verdict
 
 ROOT = Path(compress.__file__).parents[1]
 GOOD = ROOT / "tests" / "config" / "good" / "minimal.yaml"
@@ -67,7 +67,7 @@ def start(*arguments: str, code: str | None = None) -> subprocess.CompletedProce
 @pytest.mark.parametrize("arguments", [["validate", str(GOOD)], ["--help"], ["list"], ["schema"]])
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom compress.cli import app\n"
+        "import sys\nfrom compress.cli.commands import app\n"
         f"try: app({arguments!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'matplotlib', 'PIL', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -115,7 +115,7 @@ def test_run_passes_everything_on_and_says_where_the_results_are(
             (tmp_path / name).write_bytes(b"")
         return Outcome(PASSED, tmp_path, {})
 
-    provide(monkeypatch, "compress.runner", run_with_others=run)
+    provide(monkeypatch, "compress.engine.runner", run_with_others=run)
     done = call("run", GOOD, "--set", "name=other", "--seed", 3, "--runs-dir", tmp_path)
     assert done.exit_code == 0
     assert done.stdout.splitlines()[-3:] == [
@@ -132,8 +132,8 @@ def test_run_passes_everything_on_and_says_where_the_results_are(
 
 
 def test_failed_verdict_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    provide(monkeypatch, "compress.runner", run_with_others=lambda *_: Outcome(FAILED, tmp_path, {}))
-    provide(monkeypatch, "compress.standalone", verify_file=lambda *_: FAILED)
+    provide(monkeypatch, "compress.engine.runner", run_with_others=lambda *_: Outcome(FAILED, tmp_path, {}))
+    provide(monkeypatch, "compress.engine.verify_file", verify_file=lambda *_: FAILED)
     assert call("run", GOOD).exit_code == 1
     done = call("verify", "model.onnx", "--pipeline", GOOD)
     assert done.exit_code == 1
@@ -141,8 +141,8 @@ def test_failed_verdict_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_verdicts_are_written_for_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    provide(monkeypatch, "compress.runner", run_with_others=lambda *_: Outcome(FAILED, tmp_path, {}))
-    provide(monkeypatch, "compress.standalone", verify_file=lambda *_: PASSED)
+    provide(monkeypatch, "compress.engine.runner", run_with_others=lambda *_: Outcome(FAILED, tmp_path, {}))
+    provide(monkeypatch, "compress.engine.verify_file", verify_file=lambda *_: PASSED)
     junit, summary = tmp_path / "out.xml", tmp_path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     assert call("run", GOOD, "--junit", junit, "--json", tmp_path / "out.json", "--github-summary").exit_code == 1
@@ -157,7 +157,7 @@ def test_verdicts_are_written_for_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_plan_shows_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row("load", "unchanged", ()), Row("export", "run", ("opset changed", "input changed"))]
-    provide(monkeypatch, "compress.runner", plan=lambda *_: rows)
+    provide(monkeypatch, "compress.engine.runner", plan=lambda *_: rows)
     done = call("plan", GOOD)
     assert done.exit_code == 0
     assert done.stdout.splitlines()[-1] == "  export  run        opset changed, input changed"
@@ -313,7 +313,7 @@ def test_init_refuses_options_that_make_no_pipeline(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, text: str) -> None:
-    provide(monkeypatch, "compress.runner", run_with_others=raising(error))
+    provide(monkeypatch, "compress.engine.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     assert (done.exit_code, done.stderr, done.stdout) == (code, text, "")
 
@@ -329,7 +329,7 @@ def test_errors_become_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseEx
 def test_too_little_memory_is_no_fault_of_the_program(
     monkeypatch: pytest.MonkeyPatch, error: MemoryError, text: str
 ) -> None:
-    provide(monkeypatch, "compress.runner", run_with_others=raising(error))
+    provide(monkeypatch, "compress.engine.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     assert (done.exit_code, done.stdout) == (3, "")
     assert done.stderr == text + "Hint: Try a smaller batch size, or fewer or smaller images.\n"
@@ -357,7 +357,7 @@ def test_fault_of_our_own_is_a_paragraph_and_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    provide(monkeypatch, "compress.runner", run_with_others=raising(error))
+    provide(monkeypatch, "compress.engine.runner", run_with_others=raising(error))
     done = call("run", GOOD)
     [crash] = tmp_path.glob("compress-crash-*.txt")
     assert done.exit_code == 70
@@ -369,7 +369,7 @@ def test_fault_of_our_own_is_a_paragraph_and_a_file(
 
 
 def test_wrong_pipeline_is_refused_before_anything_heavy_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "compress.runner", None)  # an import of it would raise
+    monkeypatch.setitem(sys.modules, "compress.engine.runner", None)  # an import of it would raise
     assert call("run", BAD).exit_code == 2
     assert call("plan", BAD).exit_code == 2
 

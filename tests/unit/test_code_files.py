@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.code_files import python_files
-from compress.keys import _code_digest
+from compress.engine.code_files import python_files
+from compress.engine.keys import _code_digest
 
 
 @pytest.fixture

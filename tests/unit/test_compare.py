@@ -14,7 +14,7 @@ from compress.report.columns import figure_rows, letters_of
 from compress.report.compare import comparison_rows, name_runs, render_comparison
 from compress.report.differences import list_differences
 from compress.report.fronts import Point, list_front
-from compress.report.html import CONTENT_POLICY
+from compress.report.page import CONTENT_POLICY
 
 NAMES = ["gentle", "harder"]
 Report = dict[str, Any]

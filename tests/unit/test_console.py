@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from compress.artifacts import CheckResult, Figures, Verdict
-from compress.console import Console
+from compress.cli.console import Console
 from compress.errors import ConfigValueError
+from compress.model.artifacts import CheckResult, Figures, Verdict
 
 
 class Clock:

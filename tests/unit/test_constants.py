@@ -7,14 +7,14 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import count_params
-from compress.cost.onnx_file import load_onnx
-from compress.cost.onnx_graph import count_onnx, rows_of
 from compress.cost.variants import VariantWriter
 from compress.exporting.torch_onnx import export_onnx
-from compress.pruning.costs import build_cost, layer_axes
+from compress.model.artifacts import Signature, TensorSpec
+from compress.onnx_file.counting import count_onnx, rows_of
+from compress.onnx_file.io import load_onnx
 from compress.pruning.trial import find_cuttable
+from compress.pruning.width_costs import build_cost, layer_axes
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 SIGNATURE = Signature((TensorSpec("x", ("batch", 3, 8, 8)),), (TensorSpec("y", ("batch", 4)),))

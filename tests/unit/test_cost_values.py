@@ -10,15 +10,15 @@ import torch
 from onnx import helper
 
 from compress.allocation.costs import Axis
-from compress.artifacts import Signature, TensorSpec
 from compress.cost import conditions
-from compress.cost.latency import Entry, LatencyTable, Sample, build_table, latency_cost
 from compress.cost.latency_fill import Fill
-from compress.cost.onnx_file import at_sizes
-from compress.cost.onnx_products import einsum_macs
-from compress.cost.products import find_products
+from compress.cost.latency_table import Entry, LatencyTable, Sample, build_table, latency_cost
+from compress.cost.operation_macs import find_products
 from compress.cost.variants import Site, _kind, _layer_cuts
-from compress.pruning.costs import LayerAxes
+from compress.model.artifacts import Signature, TensorSpec
+from compress.onnx_file.io import at_sizes
+from compress.onnx_file.node_macs import einsum_macs
+from compress.pruning.width_costs import LayerAxes
 
 # layers that three groups narrow --------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import count_macs, count_params
-from compress.pruning.costs import build_cost
-from compress.pruning.cutting import cut_copy
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.trial import find_cuttable
+from compress.pruning.width_costs import build_cost
 
 COUNTS = {"macs": count_macs, "params": lambda module, _example: count_params(module)}
 

@@ -13,12 +13,12 @@ import pytest
 from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.artifacts import Figures
-from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
+from compress.model.artifacts import Figures
+from compress.onnx_file.io import load_onnx, save_onnx
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
+from compress.verification.measurement import Conditions
 from compress.verification.robustness import Robustness
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.scope import Scope

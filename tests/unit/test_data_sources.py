@@ -13,9 +13,16 @@ from pydantic import TypeAdapter
 from torchvision import datasets
 
 from compress.config.schema import DataConfig
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource, LazySource, read_arrays, read_folder, read_idx, read_torchvision
+from compress.data.sources.classification import (
+    ArraySource,
+    LazySource,
+    read_arrays,
+    read_folder,
+    read_idx,
+    read_torchvision,
+)
 from compress.errors import ArtifactError, CompressError, DataError
 
 SAME = Preprocessing().fit_image

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.data.batches import Augmentation, PlacedSplit, evaluation_batches, fast_batch_size, training_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import SilentProgress
@@ -19,11 +19,11 @@ from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import GroupTensors, rows_of
 from compress.pruning.methods.csgd import _means
 from compress.training import device as device_module
-from compress.training import fit as fit_module
-from compress.training.averaging import WeightAverage
+from compress.training import loop as fit_module
 from compress.training.device import CPU, moved, placed, require_precision, resident, training_device
-from compress.training.fit import Distillation, FitSettings
+from compress.training.loop import Distillation, FitSettings
 from compress.training.mixing import mixed
+from compress.training.weight_averaging import WeightAverage
 
 ALL = Augmentation(crop_padding=1, flip=True)
 

@@ -150,7 +150,7 @@ def test_the_page_on_quantisation_names_every_setting():
 def test_the_workflow_to_copy_gives_commands_that_there_are():
     from typer.testing import CliRunner
 
-    from compress.cli import app
+    from compress.cli.commands import app
 
     path = ROOT / "docs" / "examples" / "github-actions.yml"
     steps = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]["compress"]["steps"]
@@ -177,9 +177,9 @@ def test_the_hook_for_pre_commit_validates():
 
 
 def test_the_page_on_bundles_names_every_option_check_and_exit_code(capsys):
-    from compress.handoff import check
-    from compress.handoff.describe import MIN_AGREEMENT_ROUNDED
-    from compress.verification.opinions import ROUNDED_WITHIN
+    from compress.bundle import check
+    from compress.bundle.describe import MIN_AGREEMENT_ROUNDED
+    from compress.verification.other_runtimes import ROUNDED_WITHIN
 
     text = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="0"):
@@ -203,7 +203,7 @@ def test_the_page_on_bundles_names_every_option_check_and_exit_code(capsys):
 def test_the_commands_on_bundles_have_the_options_shown():
     from typer.testing import CliRunner
 
-    from compress.cli import app
+    from compress.cli.commands import app
 
     text = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"^compress bundle .*?(--[a-z]+)", text, re.MULTILINE)) | {"--allow-failed", "--license"}
@@ -214,8 +214,8 @@ def test_the_commands_on_bundles_have_the_options_shown():
 
 def test_the_page_on_onnx_files_names_every_operator_and_its_example_is_valid():
     from compress.config.schema import LoadConfig
-    from compress.importing.operators.table import OPERATORS
-    from compress.importing.parity import HALF_TOLERANCE, TOLERANCE
+    from compress.onnx_import.operators.table import OPERATORS
+    from compress.onnx_import.parity import HALF_TOLERANCE, TOLERANCE
 
     text = (ROOT / "docs" / "onnx-input.md").read_text(encoding="utf-8")
     listed = re.findall(r"`(\w+)`", text.partition("## Operators")[2].partition("`If`")[0])

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import compress.pruning.elimination as elimination
+import compress.pruning.ranking.elimination as elimination
 from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.criteria.taylor import Taylor
-from compress.pruning.elimination import ReaderStats, reader_statistics, removal_order, unit_inputs
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.regression import RIDGE
+from compress.pruning.ranking.elimination import ReaderStats, reader_statistics, removal_order, unit_inputs
+from compress.pruning.repair.least_squares import RIDGE
 from compress.pruning.trial import find_cuttable
 
 SILENT = SilentProgress()

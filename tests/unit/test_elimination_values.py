@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.progress import SilentProgress
-from compress.pruning import elimination
-from compress.pruning.elimination import ReaderStats, layer_statistics, removal_order, unit_inputs
 from compress.pruning.groups import ChannelGroup, Member
-from compress.pruning.regression import RIDGE
+from compress.pruning.ranking import elimination
+from compress.pruning.ranking.elimination import ReaderStats, layer_statistics, removal_order, unit_inputs
+from compress.pruning.repair.least_squares import RIDGE
 
 SILENT = SilentProgress()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, ModelError
 from compress.progress import SilentProgress

@@ -17,17 +17,17 @@ from exported import CLASSES, PREPROCESSING, SIGNATURE, exported, exported_with_
 from onnx import numpy_helper
 from torch import nn
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.config.schema import ExportConfig
-from compress.cost.onnx_file import file_bytes, load_onnx, read_signature, read_sizes
-from compress.cost.onnx_graph import count_onnx
 from compress.errors import ExportFailed
 from compress.exporting import torch_onnx
 from compress.exporting.simplify import simplify_onnx
 from compress.exporting.torch_onnx import export_onnx, exported_signature
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import file_bytes, load_onnx, read_signature, read_sizes
 from compress.progress import SilentProgress
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.export import ExportStage
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 

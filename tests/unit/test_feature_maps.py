@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.building import apply_edits
+from compress.checkpoint.rebuild import apply_edits
 from compress.data.batches import Augmentation
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ModelError
 from compress.lowrank.surgery import factorized_copy
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
-from compress.pruning.cutting import cut_copy
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.surgery import remove_block
 from compress.pruning.survival import surviving_channels
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.training.feature_maps import MapPairs
-from compress.training.fit import Distillation, FitSettings, fit
+from compress.training.loop import Distillation, FitSettings, fit
 
 SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.adapter import adapt
-from compress.artifacts import Signature, TensorSpec
 from compress.errors import ExportFailed
 from compress.exporting.fidelity import file_error, first_difference
 from compress.exporting.open_axes import check_open_axes
 from compress.exporting.torch_onnx import export_onnx
+from compress.model.adapter import adapt
+from compress.model.artifacts import Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 8, 8)),), (TensorSpec("logits", ("batch", 2)),))
 OPEN = {2: "height", 3: "width"}

@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.config.schema import (
     ArraysSource,
     AugmentationConfig,
@@ -22,22 +21,23 @@ from compress.config.schema import (
     PreprocessingConfig,
 )
 from compress.data.batches import Augmentation
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import NonFinite
+from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.recipe import Recipe
 from compress.progress import SilentProgress
-from compress.recipe import Recipe
+from compress.search.context import StageContext
 from compress.stages import finetune
-from compress.stages.context import StageContext
 from compress.stages.finetune import FinetuneStage, fit_settings
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
 from compress.tasks.imitation import Embedding, Imitation
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.training.fit import EpochRecord, FitResult, FitSettings
+from compress.training.loop import EpochRecord, FitResult, FitSettings
 
 GIVEN = {
     "steps": 7,

@@ -17,14 +17,15 @@ from torch._dynamo.exc import TorchDynamoException
 
 from compress.data.batches import Augmentation, training_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.progress import SilentProgress, SilentTask
 from compress.training import device as device_module
-from compress.training import fit as fit_module
+from compress.training import loop as fit_module
 from compress.training.evaluate import measure_quality
-from compress.training.fit import (
+from compress.training.interrupts import deferred_interrupts
+from compress.training.loop import (
     Distillation,
     FitResult,
     FitSettings,
@@ -32,7 +33,6 @@ from compress.training.fit import (
     fit,
     flushed_denormals,
 )
-from compress.training.interrupts import deferred_interrupts
 from compress.training.memory_format import fastest_memory_format, in_fastest_memory_format
 from compress.training.schedule import schedule
 

@@ -10,9 +10,9 @@ import pytest
 import smallrun
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from compress.artifacts import CheckResult
-from compress.cost.onnx_graph import count_onnx, layer_rows
 from compress.errors import DataError, ModelError
+from compress.model.artifacts import CheckResult
+from compress.onnx_file.counting import count_onnx, layer_rows
 
 SIZE, CLASSES = 16, 4
 Shape = Sequence[int | str]

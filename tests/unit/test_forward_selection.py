@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from compress.pruning.elimination import ReaderStats, removal_ranking
-from compress.pruning.forward_selection import (
+from compress.pruning.groups import ChannelGroup, Member
+from compress.pruning.ranking.elimination import ReaderStats, removal_ranking
+from compress.pruning.ranking.forward_selection import (
     _descend,
     contribution_gram,
     imitation_ranking,
     lasso_ranking,
     refit_ranking,
 )
-from compress.pruning.groups import ChannelGroup, Member
 
 
 def _group(units: int, layers: dict[str, nn.Module], parts: int = 1) -> ChannelGroup:
@@ -151,7 +151,7 @@ def test_forward_and_backward_agree_on_the_error_of_the_same_set() -> None:
 
 
 def test_wide_groups_are_added_several_at_a_time(monkeypatch) -> None:
-    monkeypatch.setattr("compress.pruning.forward_selection._ROUNDS", 2)
+    monkeypatch.setattr("compress.pruning.ranking.forward_selection._ROUNDS", 2)
     group, stats, _, _ = _random_case(6, seed=4)
     ranking = refit_ranking(group, stats, 5)
     assert sorted(ranking.order.tolist()) == list(range(6))

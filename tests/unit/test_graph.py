@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module
+from compress.checkpoint.rebuild import build_module
 from compress.cost.macs import count_params
 from compress.errors import UnsupportedLayer, UntraceableModel
-from compress.pruning.cutting import cut_copy
+from compress.model.artifacts import FactorySpec
+from compress.model.recipe import RemoveChannels
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import find_cuttable, silenced_copy
-from compress.recipe import RemoveChannels
 
 CIFAR = Path(__file__).parents[2] / "models" / "cifar_resnet" / "model.py"
 

@@ -10,10 +10,10 @@ import torch
 from exported import exported
 from torch import nn
 
-from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import COUNTED, count_macs
 from compress.exporting.torch_onnx import export_onnx
-from compress.importing.importer import import_onnx
+from compress.model.artifacts import Signature, TensorSpec
+from compress.onnx_import.importer import import_onnx
 from compress.pruning.trial import find_cuttable
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED") or Path(__file__).parents[3] / "shared") / "data"

@@ -13,10 +13,10 @@ from torch import nn
 
 from compress.cost.macs import count_macs
 from compress.errors import ArtifactError, CompressError, ModelError, NonFinite
-from compress.importing import parity
-from compress.importing.importer import build_imported, build_network, import_onnx
-from compress.importing.reading import read_source
-from compress.importing.structure import write_structure
+from compress.onnx_file.structure import write_structure
+from compress.onnx_import import parity
+from compress.onnx_import.importer import build_imported, build_network, import_onnx
+from compress.onnx_import.preconditions import read_source
 
 I64 = np.int64
 
@@ -411,7 +411,7 @@ def test_values_that_are_not_finite_are_named(tmp_path):
 
 
 def test_first_node_that_differs_is_named(tmp_path, monkeypatch):
-    from compress.importing import operation
+    from compress.onnx_import import operation
 
     def wrong(op: operation.Operation) -> operation.Result:
         return op.call(torch.sigmoid, op.image())

@@ -9,9 +9,9 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 from onnx_graphs import make, node, weights, write
 
-from compress.importing.importer import import_onnx
-from compress.importing.operators.table import OPERATORS
-from compress.importing.parity import relative_error
+from compress.onnx_import.importer import import_onnx
+from compress.onnx_import.operators.table import OPERATORS
+from compress.onnx_import.parity import relative_error
 
 I64 = np.int64
 

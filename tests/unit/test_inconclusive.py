@@ -9,18 +9,18 @@ import smallrun
 from junitparser import Error, JUnitXml
 from report_samples import passing_verdict
 
-from compress.artifacts import CheckResult, Verdict
-from compress.ci import to_junit, to_markdown
-from compress.console import Console
+from compress.bundle.check import Promises
+from compress.checkpoint.layout import load_artifact, save_artifact
+from compress.cli.ci import to_junit, to_markdown
+from compress.cli.console import Console
+from compress.cli.text import next_steps, verdict_sentence
 from compress.errors import OUTCOME_EXIT_CODES
-from compress.handoff.check import Promises
-from compress.persist import load_artifact, save_artifact
+from compress.model.artifacts import CheckResult, Verdict
 from compress.report.build import build_report, describe_verdict
 from compress.report.compare import render_comparison
-from compress.report.html import render_html
 from compress.report.outcome import outcome_of
+from compress.report.page import render_html
 from compress.report.sweep import build_sweep, sweep_rows
-from compress.wording import next_steps, verdict_sentence
 
 UNDECIDED = CheckResult("max_drop.top1", "inconclusive", 0.011, 0.01, "share", "1 image lost", "more <images>")
 FAILED = CheckResult("max_size_mb", "fail", 2.0, 1.0, "MB", "2,000,000 bytes", "add a quantize stage")

@@ -12,19 +12,19 @@ from exported import exported
 from torch import nn
 
 from compress.allocation.widths import Limits
-from compress.artifacts import FactorySpec
 from compress.cost.macs import count_macs, count_params
 from compress.errors import ArtifactError, ConfigValueError, ModelError
-from compress.inspection.latency import measure_least_latency, narrowed
+from compress.inspection.least_latency import measure_least_latency, narrowed
 from compress.inspection.overview import Overview, inspect_target
 from compress.inspection.potential import Potential, find_potential
+from compress.inspection.probe_weights import vary_weights
 from compress.inspection.targets import Network, own_input_shape, spec_of
-from compress.inspection.weights import vary_weights
+from compress.model.artifacts import FactorySpec
 from compress.networks.wiring import signature_of
 from compress.progress import SilentProgress
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.trial import silenced_copy
-from compress.verification.measuring import Conditions
+from compress.verification.measurement import Conditions
 
 CHAIN_MACS, CHAIN_PARAMS = (
     count(nets.build("chain")) for count in (lambda m: count_macs(m, nets.EXAMPLE), count_params)

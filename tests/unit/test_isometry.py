@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.adapter import Wiring
-from compress.artifacts import TensorSpec
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
+from compress.model.adapter import Wiring
+from compress.model.artifacts import TensorSpec
 from compress.progress import SilentProgress
 from compress.report.work import _list_isometry
-from compress.stages.isometry import conclusion, measure_isometry
+from compress.search.isometry_record import conclusion, measure_isometry
 from compress.training import isometry
 from compress.training.isometry import Effort, affordable, mean_singular_value, projection
 

@@ -15,22 +15,22 @@ from bright import Listener, artifact, context, splits
 from exported import exported
 from steady import profile_by_macs
 
-import compress.stages.joint as joint_module
-from compress.artifacts import Baseline, Figures, TorchModel
-from compress.building import apply_edits
+import compress.search.whole_networks as joint_module
+from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema import DeployConfig, PruneConfig, SlimConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable
+from compress.model.artifacts import Baseline, Figures, TorchModel
+from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.trial import find_cuttable
-from compress.recipe import RemoveBlock
-from compress.stages.budgets import Targets
-from compress.stages.context import StageContext
-from compress.stages.parts import Part, Parts
+from compress.search.block_removal import places_in_whole, without_blocks
+from compress.search.budgets import Targets
+from compress.search.context import StageContext
+from compress.search.parts import Part, Parts
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
-from compress.stages.trunks import places_in_whole, without_blocks
 from compress.training.evaluate import evaluate_loss
 
 BLOCKS = {"body.1": "body.1()", "body.2": "body.2()"}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from compress.artifacts import CheckResult, Verdict
+from compress.model.artifacts import CheckResult, Verdict
+from compress.verification.decision_rules import images_needed, is_coarse, is_undecided, judge
 from compress.verification.gates import Gates
-from compress.verification.judging import images_needed, is_coarse, is_undecided, judge
 from compress.verification.metrics import Estimate, as_estimate, paired_drop
 from compress.verification.remedies import with_remedies
 

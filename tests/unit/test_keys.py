@@ -4,8 +4,8 @@ import pytest
 import smallrun
 
 from compress.config.load import load_pipeline
+from compress.engine.keys import build_steps
 from compress.errors import ArtifactError
-from compress.keys import build_steps
 
 QUICKSTART = smallrun.ROOT / "pipelines" / "quickstart.yaml"
 

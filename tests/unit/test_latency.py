@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import compress.verification.blocks as blocks
-import compress.verification.measuring as measuring
+import compress.verification.call_blocks as blocks
+import compress.verification.measurement as measuring
+from compress.bundle import check
 from compress.errors import DataError
-from compress.handoff import check
 from compress.progress import SilentProgress
-from compress.verification.blocks import (
+from compress.verification.call_blocks import (
     alternate,
     count_sittings,
     median_of_blocks,

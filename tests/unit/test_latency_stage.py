@@ -15,10 +15,8 @@ from exported import SIGNATURE, exported
 from steady import profile_by_macs
 from torch import nn
 
-import compress.stages.latency as latency
-import compress.stages.rank_latency as rank_latency
-from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
-from compress.config.records import sealed
+import compress.search.rank_latency as rank_latency
+import compress.search.width_latency as latency
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -30,8 +28,7 @@ from compress.config.schema import (
     TargetConfig,
 )
 from compress.cost.macs import count_macs, count_params, layer_macs
-from compress.cost.onnx_graph import rows_of
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import (
     ArtifactError,
     BudgetUnreachable,
@@ -42,18 +39,21 @@ from compress.errors import (
 )
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.layers import find_layers
+from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.recipe import Recipe
+from compress.onnx_file.counting import rows_of
 from compress.progress import SilentProgress
-from compress.pruning.costs import build_cost, layer_axes
-from compress.pruning.selection import Selection
+from compress.pruning.ranking.selection import Selection
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Recipe
-from compress.stages.budgets import Targets
-from compress.stages.context import StageContext
+from compress.pruning.width_costs import build_cost, layer_axes
+from compress.search.budgets import Targets
+from compress.search.context import StageContext
+from compress.search.latency_loop import meet_latency
 from compress.stages.low_rank import LowRankStage
-from compress.stages.meeting import meet_latency
 from compress.stages.prune import PruneStage
+from compress.storage.records import sealed
 from compress.verification import profiling
-from compress.verification.measuring import PairLatency
+from compress.verification.measurement import PairLatency
 
 DEPLOY = DeployConfig(batch_size=64)  # one call of networks this small is mostly overhead, which no cut changes
 

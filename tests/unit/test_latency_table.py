@@ -8,7 +8,7 @@ import pytest
 
 from compress.allocation.costs import Axis
 from compress.cost.conditions import TableConditions, present_conditions
-from compress.cost.latency import BEFORE, HEAD, Sample, build_table, latency_cost, site_times
+from compress.cost.latency_table import BEFORE, HEAD, Sample, build_table, latency_cost, site_times
 from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import Site
 from compress.errors import ArtifactError, InternalError

@@ -12,9 +12,9 @@ import torch
 from exported import exported
 from steady import profile_by_macs
 
-import compress.stages.hooked as hooked
-from compress.building import apply_edits
+import compress.search.hooked_training as hooked
 from compress.catalog import METHODS
+from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema import (
     DeployConfig,
     GsmConfig,
@@ -24,11 +24,11 @@ from compress.config.schema import (
 )
 from compress.cost.macs import count_macs, count_params
 from compress.errors import AlreadyWithin, BudgetUnreachable, StageError
+from compress.model.recipe import RemoveBlock, RemoveChannels
 from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.grda import Grda
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.regrow import Regrow
-from compress.recipe import RemoveBlock, RemoveChannels
 from compress.stages.prune import PruneStage
 
 TRAINING = TrainingConfig(steps=90, batch_size=16, learning_rate=0.05, momentum=0.5, warmup_ratio=0.0)
@@ -221,7 +221,7 @@ def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):
 
 
 def test_what_cannot_come_to_an_end_is_refused_before_the_training(learn, monkeypatch):
-    monkeypatch.setattr("compress.stages.hooked.fit", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("compress.search.hooked_training.fit", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(BudgetUnreachable, match="cannot be reached"):
         learn("chain", method="gsm", target=TargetConfig(macs=0.01))
     with pytest.raises(AlreadyWithin, match=r"Target macs 1\.0 must remove something"):

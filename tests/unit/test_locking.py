@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from compress.errors import ArtifactError, RunLocked
-from compress.locking import HOLDER_FILE, hold
-from compress.store import Store
+from compress.storage.lock import HOLDER_FILE, hold
+from compress.storage.store import Store
 
 ROOT = Path(__file__).parents[2]
 HOLD = (
-    "import sys, pathlib\nfrom compress.locking import hold\n"
+    "import sys, pathlib\nfrom compress.storage.lock import hold\n"
     "with hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 )
 
@@ -136,7 +136,7 @@ def test_the_lock_of_a_stage_outlives_its_work_folder(tmp_path: Path) -> None:
 MANY = """
 import sys, pathlib, os, time
 from compress.errors import RunLocked
-from compress.locking import hold
+from compress.storage.lock import hold
 folder, held = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 done = 0
 while done < 10:

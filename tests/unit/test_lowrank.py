@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.config.schema import LowRankConfig, RankTargetConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import BudgetUnreachable, NonFinite, StageError, UnsupportedLayer
 from compress.lowrank.factorize import Moments, applicable_schemes, factorize, full_ranks, multiply, singular_values
 from compress.lowrank.layers import find_layers, layer_spectra
 from compress.lowrank.ranks import choose_ranks
 from compress.lowrank.surgery import apply_factorize, factorize_layer, replace_structure
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
-from compress.recipe import Factorize, Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.low_rank import LowRankStage
 
 ALL_SCHEMES = ("nc", "vh", "tucker2", "svd")

@@ -9,7 +9,6 @@ from multiplying import EXAMPLE, NAMES, Body, build, rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import (
     count_layer_weights,
     count_macs,
@@ -19,10 +18,11 @@ from compress.cost.macs import (
     layer_macs,
     plain_operations,
 )
-from compress.pruning.costs import build_cost
-from compress.pruning.cutting import cut_copy
+from compress.model.artifacts import Signature, TensorSpec
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.shortcuts import FixedShortcut
 from compress.pruning.trial import find_cuttable
+from compress.pruning.width_costs import build_cost
 from compress.verification.checks import check_macs, check_weights
 
 # flop_counter has no formulas for these, or sees one operation that hides them

@@ -8,8 +8,8 @@ import pytest
 from compress.errors import DataError, NonFinite
 from compress.tasks.base import Metric
 from compress.verification.jackknife import mean_interval
-from compress.verification.measured import Measured, changes_of_measured, estimate_measured, loss_of
 from compress.verification.metrics import Estimate, paired_drop
+from compress.verification.task_metrics import Measured, changes_of_measured, estimate_measured, loss_of
 
 
 def measured(values, resamples=50, higher_is_better=True):

@@ -12,14 +12,14 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from compress.adapter import unpack_rows
-from compress.artifacts import Signature, TensorSpec
 from compress.config.schema import DataConfig
 from compress.data.batches import Augmentation, evaluation_batches, training_batches
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
+from compress.model.adapter import unpack_rows
+from compress.model.artifacts import Signature, TensorSpec
 from compress.training.memory_format import fastest_memory_format
 from compress.verification.runtimes.torch_eager import TorchEager
 

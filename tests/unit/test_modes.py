@@ -9,7 +9,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from compress.verification.checks import check_denormals
-from compress.verification.modes import training_nodes
+from compress.verification.training_nodes import training_nodes
 
 TRUE, FALSE = (numpy_helper.from_array(np.array(value), "flag") for value in (True, False))
 

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec, Signature, TensorSpec
-from compress.building import apply_edits, build_narrow, rebuild, write_weights
+from compress.checkpoint.rebuild import apply_edits, build_narrow, rebuild, write_weights
 from compress.cost.macs import count_params
 from compress.errors import ArtifactError, NonFinite, UnsupportedLayer
-from compress.networks.narrow import load_narrow
-from compress.pruning.cutting import cut_copy, kept_indices
+from compress.model.artifacts import FactorySpec, Signature, TensorSpec
+from compress.model.recipe import Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
+from compress.networks.narrow_weights import load_narrow
+from compress.pruning.channel_removal import cut_copy, kept_indices
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.narrowing import _Equation, _solve, find_removed, named_tensors
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.stages.load import _guessed_norms
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED") or Path(__file__).parents[3] / "shared")
@@ -299,7 +299,7 @@ def test_the_edit_goes_through_json_and_is_replayed() -> None:
 
 def test_shortcuts_padded_with_zeros_are_narrowed_inside_their_blocks(tmp_path: Path) -> None:
     resnet = FactorySpec("factory", f"{CIFAR}:resnet", {"depth": 8})
-    from compress.building import build_module
+    from compress.checkpoint.rebuild import build_module
 
     full, images = build_module(resnet), torch.randn(2, 3, 32, 32)
     graph = ChannelGraph(full, images[:1])

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module, with_one_array
+from compress.checkpoint.rebuild import build_module, with_one_array
 from compress.errors import ArtifactError, ModelError, PackageMissing
+from compress.model.artifacts import FactorySpec
 from compress.networks.detectors import DETECTORS, Loss, Postprocess
 from compress.networks.weights import fit_prefix, read_weights
 from compress.networks.wiring import signature_of

@@ -10,11 +10,11 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_graphs import make, node, weights, write
 
-from compress.cost.onnx_file import read_metadata, read_signature, tensor_problems
-from compress.cost.onnx_graph import count_onnx
 from compress.errors import ArtifactError, CompressError, ModelError
-from compress.importing.importer import import_onnx
-from compress.importing.names import argument_names
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import read_metadata, read_signature, tensor_problems
+from compress.onnx_import.importer import import_onnx
+from compress.onnx_import.names import argument_names
 
 PYTHON = (
     "in",
@@ -70,7 +70,7 @@ def test_clip_takes_bounds_of_one_element(tmp_path: Path, shape: tuple[int, ...]
 
 def _import_unchecked(folder: Path, model: ModelProto) -> None:
     """Import a file that ONNX Runtime may refuse, and look at what is built."""
-    from compress.importing.importer import build_imported
+    from compress.onnx_import.importer import build_imported
 
     module = build_imported(write(folder / "m.onnx", model))
     assert module(torch.full((2, 4, 6, 6), 3.0)).max() == 0.5
@@ -78,7 +78,7 @@ def _import_unchecked(folder: Path, model: ModelProto) -> None:
 
 def test_clip_with_bounds_of_several_elements_is_refused(tmp_path: Path) -> None:
     model = make([node("Clip", ["x", "low"], ["y"])], {"low": np.zeros(2, np.float32)})
-    from compress.importing.importer import build_imported
+    from compress.onnx_import.importer import build_imported
 
     with pytest.raises(ModelError, match=r"Clip 'Clip_y' input 1 \(min\) must be one number, it has 2"):
         build_imported(write(tmp_path / "m.onnx", model))

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.cost.latency import spread_of
-from compress.cost.onnx_file import (
+from compress.cost.latency_table import spread_of
+from compress.errors import ArtifactError
+from compress.onnx_file.io import (
     SIZES_KEY,
     external_problems,
     is_present,
@@ -18,7 +19,6 @@ from compress.cost.onnx_file import (
     require_valid,
     tensor_problems,
 )
-from compress.errors import ArtifactError
 
 
 def model_with(*tensors: TensorProto, sizes: tuple[int | str, ...] = ("batch", 4)) -> onnx.ModelProto:

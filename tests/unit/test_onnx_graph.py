@@ -8,9 +8,9 @@ from exported import CLASSES, PREPROCESSING, SIGNATURE, exported
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.cost.macs import count_macs, count_params
-from compress.cost.onnx_file import file_bytes, load_onnx, model_files, read_metadata, read_signature, save_onnx
-from compress.cost.onnx_graph import count_onnx, layer_rows
 from compress.errors import ArtifactError, ModelError
+from compress.onnx_file.counting import count_onnx, layer_rows
+from compress.onnx_file.io import file_bytes, load_onnx, model_files, read_metadata, read_signature, save_onnx
 
 
 def weight(name, *shape, dtype=np.float32):

@@ -9,15 +9,15 @@ import smallrun
 import torch
 from exported import SIGNATURE
 
-from compress.building import read_weights
+from compress.checkpoint.layout import load_slim, write_digests
+from compress.checkpoint.rebuild import read_weights
 from compress.config.load import load_pipeline
-from compress.cost.onnx_file import PREPROCESSING_KEY
 from compress.data.preprocessing import Preprocessing
+from compress.engine.keys import build_steps
+from compress.engine.runner import plan
 from compress.errors import ArtifactError, ConfigError, RebuildMismatch
 from compress.exporting.torch_onnx import export_onnx
-from compress.keys import build_steps
-from compress.persist import load_slim, write_digests
-from compress.runner import plan
+from compress.onnx_file.io import PREPROCESSING_KEY
 
 CLASSES = ("rows", "columns", "rising", "falling")
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
@@ -60,8 +60,8 @@ def test_run_needs_the_file_no_more_and_rebuilds_strictly(world):
     path.rename(world.folder / "elsewhere.onnx")
     slim = load_slim(folder)
     (world.folder / "elsewhere.onnx").rename(path)
-    from compress.cost.onnx_file import load_onnx, read_metadata
-    from compress.importing.importer import import_onnx
+    from compress.onnx_file.io import load_onnx, read_metadata
+    from compress.onnx_import.importer import import_onnx
 
     assert read_metadata(load_onnx(folder / "model.onnx")).classes == CLASSES
     images = nets.images(3)

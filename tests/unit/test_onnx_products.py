@@ -12,11 +12,11 @@ from multiplying import EXAMPLE, build
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from compress.artifacts import Signature, TensorSpec
 from compress.cost.macs import count_products, counts_agree
-from compress.cost.onnx_graph import count_onnx
-from compress.cost.onnx_products import einsum_macs, find_products, is_counted
 from compress.exporting.torch_onnx import export_onnx
+from compress.model.artifacts import Signature, TensorSpec
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.node_macs import einsum_macs, find_products, is_counted
 
 
 def products(op: str, inputs: dict[str, tuple[int, ...]], output: tuple[int, ...], domain: str = "", **attributes):

@@ -10,15 +10,15 @@ import torch
 from exported import PREPROCESSING, exported
 from onnx import helper, numpy_helper
 
-import compress.verification.opinions as opinions
+import compress.verification.other_runtimes as opinions
 from compress.catalog import RUNTIMES
-from compress.cost.onnx_file import load_onnx
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ConfigError, ConfigValueError
+from compress.onnx_file.io import load_onnx
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
-from compress.verification.opinions import Also
+from compress.verification.measurement import Conditions
+from compress.verification.other_runtimes import Also
 from compress.verification.runtimes.onnx_reference import OnnxReference
 from compress.verification.scope import Scope
 from compress.verification.verdict import verify_onnx

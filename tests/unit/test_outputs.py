@@ -9,11 +9,11 @@ import pytest
 import smallrun
 from typer.testing import CliRunner
 
-from compress.cli import app
+from compress.bundle.check import main as check_bundle
+from compress.cli.commands import app
 from compress.errors import ConfigError
-from compress.handoff.check import main as check_bundle
-from compress.outputs import KINDS, remove_earlier, require_output
-from compress.report.html import render_page
+from compress.report.page import render_page
+from compress.storage.output_files import KINDS, remove_earlier, require_output
 
 SUFFIXES = {"JUnit file": ".xml", "page": ".html", "page of a verdict": ".html", "bundle": ".zip"}
 ONLY_POSIX = pytest.mark.skipif(os.name == "nt", reason="links, pipes and devices of POSIX")

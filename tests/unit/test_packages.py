@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from compress.cli.exits import guarded
 from compress.errors import OutOfMemory, PackageMissing, is_out_of_memory
-from compress.exits import guarded
 from compress.packages import INSTALL, missing_package, require_packages
 
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from compress.stages.paired import is_loss_higher, is_quality_worse
+from compress.search.paired_losses import is_loss_higher, is_quality_worse
 from compress.tasks.base import Task
 from compress.tasks.classification import CLASSIFICATION
-from compress.tasks.paired import is_shown_worse
+from compress.tasks.paired_answers import is_shown_worse
 from compress.tasks.regression import Regression
 
 

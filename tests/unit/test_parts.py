@@ -9,11 +9,11 @@ import torch
 from bright import Listener, artifact, context, splits
 from torch import nn
 
-import compress.stages.parts as parts_module
+import compress.search.parts as parts_module
 from compress.config.schema import LowRankConfig, PruneConfig, SlimConfig, TargetConfig
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
+from compress.search.parts import FOLDER, Part, Parts, weights_digest
 from compress.stages.low_rank import LowRankStage
-from compress.stages.parts import FOLDER, Part, Parts, weights_digest
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
 

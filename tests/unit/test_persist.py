@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import compress
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.building import write_weights
+from compress.checkpoint.layout import load_slim, load_torch_model, save_torch_model, write_digests, write_slim
+from compress.checkpoint.rebuild import write_weights
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, CompressError, ModelError, RebuildMismatch
 from compress.lowrank.surgery import apply_factorize
-from compress.persist import load_slim, load_torch_model, save_torch_model, write_digests, write_slim
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 
 NETS = Path(nets.__file__)
 EDITS = (RemoveBlock("body.1"), RemoveChannels({"body.2.conv1": (0, 3)}), Factorize("body.2.conv2", "vh", (4,)))

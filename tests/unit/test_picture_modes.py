@@ -9,11 +9,11 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from compress.config.schema import FolderSource
-from compress.data.annotated import read_masks
-from compress.data.own import as_image
-from compress.data.pictures import open_picture, to_pixels
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import order_warning, read_folder
+from compress.data.sources.annotated import read_masks
+from compress.data.sources.classification import order_warning, read_folder
+from compress.data.sources.image_files import open_picture, to_pixels
+from compress.data.sources.user import as_image
 from compress.errors import DataError
 
 SAME = Preprocessing().fit_image

@@ -11,8 +11,8 @@ import torch
 from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import TensorProto
 
-from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
-from compress.building import write_weights
+from compress.checkpoint.layout import load_torch_model, save_torch_model
+from compress.checkpoint.rebuild import write_weights
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -22,23 +22,23 @@ from compress.config.schema import (
     PreprocessingConfig,
 )
 from compress.cost.conditions import TableConditions, present_conditions
-from compress.cost.onnx_file import load_onnx, read_metadata, read_signature
-from compress.cost.onnx_graph import count_onnx
 from compress.cost.variants import VariantWriter
-from compress.data.opening import Splits
-from compress.data.sources import ArraySource
+from compress.data.from_config import Splits
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ExportFailed
 from compress.exporting.rewrite import apply_rewrites
 from compress.exporting.torch_onnx import export_onnx
-from compress.persist import load_torch_model, save_torch_model
+from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.recipe import Recipe
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import load_onnx, read_metadata, read_signature
 from compress.progress import SilentProgress
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.export import ExportStage
 from compress.stages.load import LoadStage
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
+from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
 
@@ -103,7 +103,7 @@ def test_a_conversion_that_changes_the_network_is_refused(tmp_path, monkeypatch)
         weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
         return model
 
-    monkeypatch.setattr("compress.exporting.precision.convert_float_to_float16", wrong)
+    monkeypatch.setattr("compress.exporting.half_precision.convert_float_to_float16", wrong)
     with pytest.raises(ExportFailed, match=r"nearly the same in fp16: output 'logits' .* differs by") as caught:
         export_onnx(nets.build("residual"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
     assert "fp32" in caught.value.hint
@@ -113,7 +113,7 @@ def test_a_conversion_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     def fails(model, **_):
         raise ValueError("no such operator")
 
-    monkeypatch.setattr("compress.exporting.precision.convert_float_to_float16", fails)
+    monkeypatch.setattr("compress.exporting.half_precision.convert_float_to_float16", fails)
     with pytest.raises(ExportFailed, match="could not be written in fp16: no such operator"):
         export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
 

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from compress.errors import InternalError
-from compress.networks import prepare as prepare_module
-from compress.networks.prepare import FrozenNorm, SamePaddedConv2d, prepare
+from compress.networks import normalize as prepare_module
+from compress.networks.normalize import FrozenNorm, SamePaddedConv2d, prepare
 
 IMAGES = torch.randn(2, 3, 15, 18, generator=torch.Generator().manual_seed(0))
 

@@ -13,9 +13,9 @@ from torchvision.transforms import functional as reference
 
 from compress.config.schema import PreprocessingConfig
 from compress.data.batches import evaluation_batches
-from compress.data.boxes import moved
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.boxes import moved
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 
 SIDES = st.integers(1, 40)

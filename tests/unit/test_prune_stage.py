@@ -15,29 +15,29 @@ import torch
 from bright import Listener as _Listener
 from torch import nn
 
-import compress.stages.repairing as repairing
-import compress.stages.scoring as scoring_module
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.building import apply_edits
+import compress.search.repairs as repairing
+import compress.search.scoring as scoring_module
+from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
-from compress.pruning.elimination import reader_statistics, removal_order
-from compress.pruning.repair import _batches
-from compress.pruning.sensitivity import Sensitivity
+from compress.pruning.ranking.elimination import reader_statistics, removal_order
+from compress.pruning.ranking.sensitivity import Sensitivity
+from compress.pruning.repair.repairs import _batches
 from compress.pruning.tracing.record import OUTPUTS
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Recipe, RemoveBlock, RemoveChannels
-from compress.stages.context import StageContext
-from compress.stages.parts import Parts
+from compress.search.block_removal import shorten
+from compress.search.context import StageContext
+from compress.search.parts import Parts
+from compress.search.repairs import apply_repairs
+from compress.search.scoring import score_batch
 from compress.stages.prune import PruneStage
-from compress.stages.repairing import apply_repairs
-from compress.stages.scoring import score_batch
-from compress.stages.trunks import shorten
 from compress.training.evaluate import evaluate_loss
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
@@ -469,7 +469,9 @@ def test_blocks_make_targets_reachable_that_channels_alone_do_not_meet(prune):
 
 @pytest.mark.parametrize(("name", "blocks", "there"), [("residual", 3, 2), ("chain", 1, 0)])
 def test_too_many_blocks_are_an_error_before_any_goes(prune, name, blocks, there, monkeypatch):
-    monkeypatch.setattr("compress.stages.trunks.block_damage", lambda *_args: pytest.fail("blocks were compared"))
+    monkeypatch.setattr(
+        "compress.search.block_removal.block_damage", lambda *_args: pytest.fail("blocks were compared")
+    )
     match = rf"blocks must not be more than the residual blocks that can be removed \({there}\), got {blocks}\."
     with pytest.raises(ConfigValueError, match=match):
         prune(name, blocks=blocks)
@@ -584,7 +586,9 @@ def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):
 
     monkeypatch.setattr(scoring_module, "collect_gradients", remembered)
     passes = []
-    monkeypatch.setattr("compress.pruning.repair._batches", lambda one: passes.append(one.most_images) or _batches(one))
+    monkeypatch.setattr(
+        "compress.pruning.repair.repairs._batches", lambda one: passes.append(one.most_images) or _batches(one)
+    )
     _, record, _ = prune(
         "residual", criterion="taylor", images_per_gradient=4, refit_images=12, residual_factors=(3.0, 2.0),
         target=TargetConfig(macs=0.3), blocks=1,

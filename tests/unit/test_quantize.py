@@ -12,14 +12,15 @@ import pytest
 from exported import CLASSES, PREPROCESSING, SIGNATURE, exported
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.cost.onnx_file import is_quantized, load_onnx, read_metadata, read_signature, save_onnx
-from compress.cost.onnx_graph import count_onnx, layer_rows
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, ExportFailed, NonFinite, StageError
-from compress.exporting import calibration, quantize
-from compress.exporting.quantize import Quantization, _layers, quantize_onnx
 from compress.exporting.torch_onnx import export_onnx
+from compress.onnx_file.counting import count_onnx, layer_rows
+from compress.onnx_file.io import is_quantized, load_onnx, read_metadata, read_signature, save_onnx
+from compress.quantization import calibration
+from compress.quantization import onnx_int8 as quantize
+from compress.quantization.onnx_int8 import Quantization, _layers, quantize_onnx
 from compress.verification.checks import check_denormals, check_structure
 from compress.verification.runtimes.onnx_reference import OnnxReference
 from compress.verification.runtimes.onnxruntime import OnnxRuntime

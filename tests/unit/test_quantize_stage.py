@@ -11,23 +11,23 @@ from exported import SIGNATURE
 from onnx import numpy_helper
 
 import compress.stages.quantize as stage_module
-from compress.artifacts import Baseline, FactorySpec, Figures, OnnxModel, TorchModel
-from compress.building import write_weights
+from compress.checkpoint.layout import load_artifact, save_artifact
+from compress.checkpoint.rebuild import write_weights
 from compress.config.schema import DeployConfig, QuantizeConfig, VerifyConfig
 from compress.cost.conditions import has_vnni
 from compress.cost.macs import count_layer_weights, count_macs, count_params
-from compress.cost.onnx_file import is_quantized, load_onnx, save_onnx
 from compress.errors import ArtifactError, DataError
 from compress.exporting.torch_onnx import export_onnx
-from compress.persist import load_artifact, save_artifact
-from compress.recipe import Recipe
+from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, TorchModel
+from compress.model.recipe import Recipe
+from compress.onnx_file.io import is_quantized, load_onnx, save_onnx
 from compress.report.build import StageRun, build_report
-from compress.report.html import render_html
+from compress.report.page import render_html
 from compress.report.shares import render_shares
 from compress.stages.quantize import QuantizeStage
 from compress.stages.verify import VerifyStage
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
+from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
 SETTINGS = QuantizeConfig(stage="quantize", images=48)

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from steady import profile_by_macs
 from torch import nn
 
-import compress.stages.rank_latency as rank_latency
-from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
-from compress.building import apply_edits
+import compress.search.rank_latency as rank_latency
+from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema import (
     ALDS_SCHEMES,
     ArraysSource,
@@ -33,7 +32,7 @@ from compress.config.schema import (
     TrainingConfig,
 )
 from compress.cost.macs import count_macs, count_params
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, InternalError, StageError, UnsupportedLayer
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.allocations import allocate_ranks, least_worst_error, most_energy, rank_options
@@ -50,10 +49,11 @@ from compress.lowrank.factorize import (
 from compress.lowrank.layers import find_layers, layer_spectra
 from compress.lowrank.ranks import Cost, LayerSpectra, RankChoice, SchemeSpectra
 from compress.lowrank.surgery import apply_factorize, replace_structure
+from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Factorize, Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.low_rank import LowRankStage
 from compress.stages.slim import SlimStage
 

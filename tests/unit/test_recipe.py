@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import ArtifactError
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 
 NAMES = st.text(min_size=1, max_size=8)
 INDICES = st.lists(st.integers(0, 999), max_size=5).map(tuple)

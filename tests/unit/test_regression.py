@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress.pruning import regression
-from compress.pruning.regression import GramSum
+from compress.pruning.repair.least_squares import GramSum
+from compress.pruning.repair.repairs import least_squares as regression
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 9])

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, InternalError
-from compress.networks.prepare import FrozenNorm
+from compress.model.recipe import RemoveBlock
+from compress.networks.normalize import FrozenNorm
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers
-from compress.pruning.cutting import cut_copy
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.groups import BATCH_NORMS, kept_outputs
-from compress.pruning.lockstep import Lockstep, call_order, following_norms
-from compress.pruning.regression import Places
-from compress.pruning.repair import Comparison, fold_means, refit_readers
+from compress.pruning.repair.least_squares import Places
+from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms
+from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
 from compress.pruning.surgery import remove_block
 from compress.pruning.trial import find_cuttable
-from compress.recipe import RemoveBlock
 from compress.training.batch_norm import reestimate_batch_norm
 
 SILENT = SilentProgress()
@@ -330,12 +330,13 @@ def test_memory_bounds_the_images_looked_at(monkeypatch):
     slim, readers = _cut(module, "body.0.0", (3,))
     counts = []
     monkeypatch.setattr(
-        "compress.pruning.repair.Lockstep", lambda *args, **named: counts.append(args[2]) or Lockstep(*args, **named)
+        "compress.pruning.repair.repairs.Lockstep",
+        lambda *args, **named: counts.append(args[2]) or Lockstep(*args, **named),
     )
     _refit(slim, module, readers, {}, split)
     assert [sum(map(len, batches)) for batches in counts] == [64, 64]
     counts.clear()
-    monkeypatch.setattr("compress.pruning.repair._LIVE_BYTES", 10**6)
+    monkeypatch.setattr("compress.pruning.repair.repairs._LIVE_BYTES", 10**6)
     _refit(slim, module, readers, {}, split)
     assert 1 <= sum(map(len, counts[0])) < 64
 

@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import InternalError
 from compress.progress import SilentProgress
-from compress.pruning import repair
-from compress.pruning.lockstep import Lockstep, call_order, following_norms, run_watched
-from compress.pruning.regression import RIDGE, GramSum, Places, is_refittable, positions_needed, regression_rows
-from compress.pruning.repair import Comparison, add_constant, fold_means, refit_readers
+from compress.pruning.repair.least_squares import (
+    RIDGE,
+    GramSum,
+    Places,
+    is_refittable,
+    positions_needed,
+    regression_rows,
+)
+from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms, run_watched
+from compress.pruning.repair.repairs import Comparison, add_constant, fold_means, refit_readers
+from compress.pruning.repair.repairs import repairs as repair
 
 SILENT = SilentProgress()
 IMAGE = torch.zeros(1, 2, 4, 4)

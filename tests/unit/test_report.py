@@ -19,12 +19,12 @@ from report_samples import (
     sample_stages,
 )
 
-from compress.artifacts import Figures, Verdict
-from compress.config.records import sealed
 from compress.errors import ArtifactError, InternalError
+from compress.model.artifacts import Figures, Verdict
 from compress.report import environment
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.environment import describe_environment
+from compress.storage.records import sealed
 
 
 def report_of(verdict: Verdict, stages: list[StageRun] | None = None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_interrupted_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pyt
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.files.os.replace", refuse)
+    monkeypatch.setattr("compress.storage.atomic.os.replace", refuse)
     with pytest.raises(ArtifactError, match=r"must be written to .*report\.json, got: No space left on device"):
         write_report(report_of(passing_verdict(), []), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

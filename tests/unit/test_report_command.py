@@ -13,13 +13,13 @@ import pytest
 from report_samples import CONFIG, ENVIRONMENT, failing_verdict, passing_verdict, sample_stages
 from typer.testing import CliRunner, Result
 
-from compress.cli import app
-from compress.config.records import sealed
+from compress.cli.commands import app
 from compress.errors import ArtifactError
 from compress.report import fronts, lines, plots
 from compress.report.build import build_report, write_report
-from compress.report.html import render_page
+from compress.report.page import render_page
 from compress.report.reading import read_report
+from compress.storage.records import sealed
 
 PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
 REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT, PROVENANCE)
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyP
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.files.os.replace", refuse)
+    monkeypatch.setattr("compress.storage.atomic.os.replace", refuse)
     done = call(runs / "gentle")
     assert done.exit_code == 4
     assert "report.html, got: No space left on device." in done.stderr
@@ -264,7 +264,7 @@ def test_a_value_of_another_kind_is_shown_or_refused_but_no_crash(runs: Path, pa
 
 def test_torch_is_not_imported(runs: Path) -> None:
     code = (
-        "import sys\nfrom compress.cli import app\n"
+        "import sys\nfrom compress.cli.commands import app\n"
         "try: app(['report', 'runs/gentle', 'runs/harder'])\nexcept SystemExit as end: assert not end.code, end.code\n"
         "assert not {'torch', 'onnxruntime', 'onnx'} & set(sys.modules)\n"
     )

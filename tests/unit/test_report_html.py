@@ -19,10 +19,10 @@ from report_samples import (
     worst_images,
 )
 
-from compress.artifacts import Verdict
+from compress.model.artifacts import Verdict
 from compress.report import fronts, lines, plots
 from compress.report.build import StageRun, build_report
-from compress.report.html import render_html
+from compress.report.page import render_html
 from compress.report.plots import count_beyond_edge, plot_latency, plot_training, plot_widths
 from compress.report.robustness import list_severities
 from compress.report.svg import VARIABLES

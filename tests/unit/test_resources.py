@@ -8,14 +8,14 @@ import pytest
 from exported import PREPROCESSING, exported
 
 import compress
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError
 from compress.verification import resources
 from compress.verification.gates import Gates
-from compress.verification.measuring import Conditions
-from compress.verification.probe import main, probe
+from compress.verification.measurement import Conditions
 from compress.verification.resources import Resources, _probe
+from compress.verification.start_probe import main, probe
 
 
 def test_a_new_process_says_what_a_start_takes() -> None:

@@ -12,8 +12,7 @@ import yaml
 from bright import Listener
 from safetensors.torch import save_file
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
-from compress.building import apply_edits, rewound
+from compress.checkpoint.rebuild import apply_edits, rewound
 from compress.config.load import parse_pipeline
 from compress.config.schema import (
     ArraysSource,
@@ -22,17 +21,18 @@ from compress.config.schema import (
     OriginalTrainingConfig,
     PreprocessingConfig,
 )
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite, StageError
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.work import _list_rewinding
+from compress.search.context import StageContext
 from compress.stages import finetune
-from compress.stages.context import StageContext
 from compress.stages.finetune import FinetuneStage, fit_settings
-from compress.training.fit import FitSettings, learning_rate
+from compress.training.loop import FitSettings, learning_rate
 from compress.training.schedule import schedule
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
@@ -214,7 +214,7 @@ def test_the_record_has_the_singular_values_and_a_low_rate_is_warned_about(run, 
     assert isometry["baseline"] > isometry["before"] > 0
     assert any(note.startswith("Mean Jacobian singular value: ") for note in told.notes)
     assert list(_list_rewinding(record)) == []
-    monkeypatch.setattr("compress.stages.isometry.LOW_RATIO", 10.0)
+    monkeypatch.setattr("compress.search.isometry_record.LOW_RATIO", 10.0)
     _, record, told = run(steps=3, learning_rate=0.001)
     (warning,) = [text for text in told.warnings if "Jacobian" in text]
     assert "The peak is 0.001, 0.05 times that of sgd by default (0.02)." in warning

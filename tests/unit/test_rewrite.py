@@ -13,20 +13,20 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import compress.exporting.rewrite as rewrite
-import compress.stages.exporting as exporting
-from compress.artifacts import Signature, TensorSpec
+import compress.search.export as exporting
 from compress.config.schema import DeployConfig
 from compress.cost.macs import count_macs, count_params
-from compress.cost.onnx_file import load_onnx
-from compress.cost.onnx_graph import count_onnx
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError
 from compress.exporting.rewrite import guard_padded_pools
 from compress.exporting.torch_onnx import export_onnx
+from compress.model.artifacts import Signature, TensorSpec
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import load_onnx
 from compress.progress import SilentProgress
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from compress.artifacts import Signature, TensorSpec
 from compress.catalog import CORRUPTIONS, NOMINAL
 from compress.config.schema import RobustnessConfig
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError
+from compress.model.artifacts import Signature, TensorSpec
 from compress.verification.metrics import Estimate, paired_drop
 from compress.verification.robustness import (
     Robustness,

@@ -10,16 +10,16 @@ import pytest
 from exported import SIGNATURE, exported
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.cost.onnx_graph import count_onnx
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, ModelError, RuntimeUnavailable
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import load_onnx, save_onnx
 from compress.verification.checks import check_provider, list_fell_back
-from compress.verification.compare import parity
 from compress.verification.gates import Gates
-from compress.verification.measuring import latency_inputs
+from compress.verification.measurement import latency_inputs
+from compress.verification.parity import parity
 from compress.verification.quality import predict
 from compress.verification.runtimes.onnx_reference import LARGEST_WORK, OnnxReference
 from compress.verification.runtimes.onnxruntime import OnnxRuntime, placements_in

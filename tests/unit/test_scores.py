@@ -14,7 +14,7 @@ from compress.pruning.criteria.bn_scale import BnScale
 from compress.pruning.criteria.magnitude import L1, L2
 from compress.pruning.criteria.random import Random
 from compress.pruning.criteria.taylor import Taylor
-from compress.pruning.selection import score_groups
+from compress.pruning.ranking.selection import score_groups
 from compress.pruning.trial import find_cuttable
 
 IMAGES, LABELS = nets.images(8), torch.arange(8) % 4

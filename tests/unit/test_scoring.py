@@ -14,7 +14,6 @@ from exported import SIGNATURE, exported
 from steady import profile_by_macs
 from torch import nn
 
-from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.catalog import CRITERIA, WITH_ERRORS, WITHOUT_ERRORS
 from compress.config.schema import (
     ArraysSource,
@@ -27,17 +26,18 @@ from compress.config.schema import (
 )
 from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import ConfigValueError, DataError
+from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.recipe import Recipe
 from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.block_removal import Trunk
+from compress.search.context import StageContext
+from compress.search.scoring import Scoring, scaled_reads
+from compress.search.survey import survey
 from compress.stages.prune import PruneStage
-from compress.stages.scoring import Scoring, scaled_reads
-from compress.stages.surveying import survey
-from compress.stages.trunks import Trunk
 from compress.training.evaluate import evaluate_loss
 
 BUILT_IN = list(CRITERIA)
@@ -98,7 +98,7 @@ def test_a_budget_in_milliseconds_is_met(criterion, ctx, tmp_path, monkeypatch) 
 @pytest.mark.parametrize("criterion", LABEL_FREE)
 def test_labels_are_not_looked_at(criterion, data, ctx, tmp_path, monkeypatch) -> None:
     """Ranks and damages stay as they are where the gradients of the loss cannot be had."""
-    monkeypatch.setattr("compress.stages.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
+    monkeypatch.setattr("compress.search.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
     found = _candidates(_config(criterion=criterion, score_images=16), _model("residual", tmp_path), ctx)
     assert all(float(one.damages[0]) > 0 for one in found)
 
@@ -127,7 +127,7 @@ def test_an_interrupted_run_finds_what_it_had(criterion, ctx, tmp_path, monkeypa
     model, config = _model("residual", tmp_path), _config(criterion=criterion, score_images=16)
     first = _candidates(config, model, ctx)
     for name in ("reader_statistics", "collect_gradients", "collect_contributions"):
-        real = f"compress.stages.scoring.{name}"
+        real = f"compress.search.scoring.{name}"
         if name != "reader_statistics":
             monkeypatch.setattr(real, lambda *_args: pytest.fail("made twice"))
     monkeypatch.setattr(GreedyLoss, "rank_by_loss", lambda *_args: pytest.fail("made twice"))
@@ -143,8 +143,8 @@ def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, m
     """The cut network with factors equals the whole one whose reads are multiplied by them, 0 for what goes."""
     model = _model("concat", tmp_path)
     config = _config(criterion="greedy", score_images=16, repair=("scaling",), residual="cut")
-    monkeypatch.setattr("compress.stages.repairing.is_loss_higher", lambda *_args: False)  # kept, whatever it does
-    monkeypatch.setattr("compress.stages.repairing.fold_means", lambda *_args: ())
+    monkeypatch.setattr("compress.search.repairs.is_loss_higher", lambda *_args: False)  # kept, whatever it does
+    monkeypatch.setattr("compress.search.repairs.fold_means", lambda *_args: ())
     slim, record = PruneStage(config).run(model, ctx)
     assert [one["repair"] for one in record["repairs"]] == ["scaling"]
     assert record["repairs"][0]["is_kept"]
@@ -169,7 +169,7 @@ def test_means_are_folded_with_the_factors(ctx, tmp_path, monkeypatch) -> None:
     """After the repair the mean of what a reader gives is that of the whole network."""
     model = _model("chain", tmp_path)
     config = _config(criterion="greedy", score_images=16, repair=("scaling",))
-    monkeypatch.setattr("compress.stages.repairing.is_loss_higher", lambda *_args: False)
+    monkeypatch.setattr("compress.search.repairs.is_loss_higher", lambda *_args: False)
     slim, _ = PruneStage(config).run(model, ctx)
     images = torch.cat([batch for batch, _ in evaluation_batches(ctx.data.calibration, 8, "nothing")])
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
 
 
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("compress.stages.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
+    monkeypatch.setattr("compress.search.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
     config = _config(criterion="reconstruction", damage="errors", score_images=16)
     found = _candidates(config, _model("residual", tmp_path), ctx)
     for one in found:

@@ -64,8 +64,8 @@ def test_zero_padded_shortcuts_join_streams_in_torch_prunings_graph(tmp_path):
 
 def test_a_network_as_it_is_written_is_cut_wrongly_too():
     """With the padding itself, torch-pruning's cut of that group runs, and gives other outputs."""
-    from compress.artifacts import FactorySpec
-    from compress.building import build_module
+    from compress.checkpoint.rebuild import build_module
+    from compress.model.artifacts import FactorySpec
 
     torch.manual_seed(0)
     module = build_module(FactorySpec("factory", RESNET, {"depth": 8}))

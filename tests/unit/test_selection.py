@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compress.catalog import CRITERIA
-from compress.pruning.selection import find_candidates
+from compress.pruning.ranking.selection import find_candidates
 
 
 def _candidates(scores, comparable, parts=1):

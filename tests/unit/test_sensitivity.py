@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
-from compress.config.records import DIGEST_KEY
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.progress import SilentProgress
-from compress.pruning.elimination import ReaderStats, reader_statistics
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.sensitivity import Rise, Sensitivity, with_rises
+from compress.pruning.ranking.elimination import ReaderStats, reader_statistics
+from compress.pruning.ranking.sensitivity import Rise, Sensitivity, with_rises
 from compress.pruning.trial import find_cuttable, silenced_copy
+from compress.storage.records import DIGEST_KEY
 from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import image_losses
 

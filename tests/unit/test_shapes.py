@@ -12,7 +12,7 @@ import smallrun
 import yaml
 from PIL import Image
 
-from compress.building import build_module, load_strict, read_weights
+from compress.checkpoint.rebuild import build_module, load_strict, read_weights
 from compress.config.load import load_pipeline
 from compress.references import import_callable
 from compress.stages.load import factory_spec

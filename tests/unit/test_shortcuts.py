@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module
+from compress.checkpoint.rebuild import build_module
 from compress.cost.macs import count_macs, count_params
-from compress.pruning.cutting import cut_copy
+from compress.model.artifacts import FactorySpec
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.shortcuts import FixedShortcut, write_out_shortcuts
 from compress.pruning.trial import difference, find_cuttable, silenced_copy
 

@@ -14,10 +14,9 @@ import torch
 from exported import PREPROCESSING, SIGNATURE, exported
 from steady import profile_by_macs
 
-import compress.stages.rank_latency as rank_latency
+import compress.search.rank_latency as rank_latency
 import compress.stages.slim as slim_module
-from compress.artifacts import Baseline, FactorySpec, Figures, TorchModel
-from compress.building import apply_edits, write_weights
+from compress.checkpoint.rebuild import apply_edits, write_weights
 from compress.config.schema import (
     ArraysSource,
     DataConfig,
@@ -32,12 +31,13 @@ from compress.config.schema import (
     TrainingConfig,
 )
 from compress.cost.macs import count_macs, count_params
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, UnsupportedLayer
+from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
-from compress.pruning.sensitivity import Sensitivity
-from compress.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
-from compress.stages.context import StageContext
+from compress.pruning.ranking.sensitivity import Sensitivity
+from compress.search.context import StageContext
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage

@@ -13,10 +13,10 @@ import smallrun
 from exported import SIGNATURE
 from safetensors.torch import load_file
 
+from compress.engine.verify_file import verify_file
 from compress.errors import ArtifactError, DataError, RuntimeUnavailable
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import SilentProgress
-from compress.standalone import verify_file
 
 Values = dict[str, Any]
 
@@ -134,7 +134,7 @@ def test_a_file_is_verified_where_torch_is_not_installed(world: smallrun.World) 
         "        if name.partition('.')[0] in ('torch', 'torchvision', 'torch_pruning', 'onnxscript'):\n"
         "            raise ImportError(f'{name} is not installed')\n"
         "sys.meta_path.insert(0, Hidden())\n"
-        f"from compress.cli import app\napp(['verify', *{[str(one) for one in arguments]!r}])"
+        f"from compress.cli.commands import app\napp(['verify', *{[str(one) for one in arguments]!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""
@@ -167,7 +167,7 @@ def test_other_tasks_are_verified_where_torch_is_not_installed(tmp_path: Path) -
             "        if name.partition('.')[0] in ('torch', 'torchvision', 'torch_pruning', 'onnxscript'):\n"
             "            raise ImportError(f'{name} is not installed')\n"
             "sys.meta_path.insert(0, Hidden())\n"
-            f"from compress.cli import app\napp({[str(one) for one in arguments]!r})"
+            f"from compress.cli.commands import app\napp({[str(one) for one in arguments]!r})"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from compress.artifacts import Figures
+from compress.model.artifacts import Figures
 from compress.tasks.base import Task
 from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample
-from compress.verification.measured import Measured
 from compress.verification.metrics import (
     Estimate,
     Predictions,
@@ -27,8 +26,9 @@ from compress.verification.metrics import (
     share_interval,
     softmax_distance,
 )
-from compress.verification.quantized import AGREEMENT, check_agreement, drop_shares, of_float
+from compress.verification.quantization_loss import AGREEMENT, check_agreement, drop_shares, of_float
 from compress.verification.resources import Resources
+from compress.verification.task_metrics import Measured
 
 Z = 1.959963984540054
 

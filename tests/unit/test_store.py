@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from compress.config.records import sealed
 from compress.errors import ArtifactError
-from compress.files import try_lock
-from compress.store import ENTRY_SCHEMA, Store
+from compress.storage.atomic import try_lock
+from compress.storage.records import sealed
+from compress.storage.store import ENTRY_SCHEMA, Store
 
 KEY = "0" * 64
 
@@ -270,7 +270,7 @@ def test_sweep_of_a_store_that_is_not_there_does_nothing(store: Warned) -> None:
 
 def test_a_killed_writer_leaves_a_miss(store: Warned) -> None:
     code = (
-        "import os, sys, pathlib\nfrom compress.store import Store\n"
+        "import os, sys, pathlib\nfrom compress.storage.store import Store\n"
         "def write(folder):\n    (folder / 'a').write_text('1')\n    os.kill(os.getpid(), 9)\n"
         "Store(pathlib.Path(sys.argv[1]), print).put(sys.argv[2], write, {})\n"
     )
@@ -395,7 +395,7 @@ def test_sweep_removes_locks_without_a_folder_and_folders_without_a_lock(
     (partial / "a.1.lock").touch()
     store.sweep()
     assert list(partial.iterdir()) == []
-    monkeypatch.setattr("compress.store.try_lock", lambda path: nullcontext())
+    monkeypatch.setattr("compress.storage.store.try_lock", lambda path: nullcontext())
     (partial / "a.2").mkdir()
     store.sweep()
     assert list(partial.iterdir()) == []
@@ -412,7 +412,7 @@ def test_a_lock_that_cannot_be_tried_does_not_stop_the_sweep(store: Warned, monk
             raise OSError("no lock")
         return nullcontext()
 
-    monkeypatch.setattr("compress.store.try_lock", only_from_the_second_on)
+    monkeypatch.setattr("compress.storage.store.try_lock", only_from_the_second_on)
     store.sweep()
     assert len(tried) == 3
     assert [path.name for path in partial.iterdir()] == [tried[0].stem]

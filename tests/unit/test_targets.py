@@ -10,18 +10,18 @@ import taskworld
 import torch
 from PIL import Image
 
-from compress.config.digest import digest_data
 from compress.config.schema import DataConfig, GatesFile, TaskConfig
-from compress.data.annotated import AnnotatedSource, read_masks, read_target_arrays, read_unlabelled
-from compress.data.boxes import GREY, read_coco, read_yolo
-from compress.data.opening import Splits
-from compress.data.own import as_image, read_own
+from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
+from compress.data.sources.annotated import AnnotatedSource, read_masks, read_target_arrays, read_unlabelled
+from compress.data.sources.boxes import GREY, read_coco, read_yolo
+from compress.data.sources.user import as_image, read_own
+from compress.engine.verify_file import verify_file
 from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError
 from compress.progress import SilentProgress
-from compress.standalone import verify_file
+from compress.storage.digest import digest_data
+from compress.tasks.from_config import open_task
 from compress.tasks.imitation import Imitation
-from compress.tasks.opening import open_task
 from compress.tasks.segmentation import Segmentation
 
 ALL = np.arange(3)

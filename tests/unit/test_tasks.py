@@ -6,22 +6,22 @@ import taskworld
 import torch
 from torch import nn
 
-from compress.data.annotated import AnnotatedSource
 from compress.data.batches import Augmentation, evaluation_batches, training_batches
 from compress.data.preprocessing import Preprocessing
+from compress.data.sources.annotated import AnnotatedSource
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, DataError, ModelError, NonFinite
 from compress.tasks.base import Metric, Task
 from compress.tasks.detection import Detection
+from compress.tasks.from_config import own_task
 from compress.tasks.imitation import Imitation
-from compress.tasks.opening import own_task
 from compress.tasks.outputs import named, plain
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.training import fit as fit_module
+from compress.training import loop as fit_module
 from compress.training.evaluate import evaluate_loss, evaluate_quality
-from compress.training.fit import FitSettings, fit
-from compress.verification.measured import Measured, changes_of_measured, estimate_measured
+from compress.training.loop import FitSettings, fit
+from compress.verification.task_metrics import Measured, changes_of_measured, estimate_measured
 
 PLAIN = Preprocessing(scale=1.0)
 

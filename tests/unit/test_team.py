@@ -14,9 +14,9 @@ from torch.distributed import HashStore
 
 from compress.errors import DataError
 from compress.progress import SilentProgress
-from compress.training import fit as fit_module
-from compress.training.fit import fit
-from compress.training.team import Team, _agreed_name, present_team
+from compress.training import loop as fit_module
+from compress.training.distributed import Team, _agreed_name, present_team
+from compress.training.loop import fit
 
 SIZE = 2
 

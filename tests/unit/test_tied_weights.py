@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec, Signature, TensorSpec
-from compress.building import load_strict, rebuild, write_weights
+from compress.checkpoint.rebuild import load_strict, rebuild, write_weights
 from compress.cost.macs import count_macs, count_params
-from compress.cost.sharing import find_shared
 from compress.errors import ArtifactError
-from compress.pruning.costs import build_cost
-from compress.pruning.cutting import cut_copy
+from compress.model.artifacts import FactorySpec, Signature, TensorSpec
+from compress.model.recipe import Recipe, RemoveChannels
+from compress.model.sharing import find_shared
+from compress.pruning.channel_removal import cut_copy
 from compress.pruning.trial import find_cuttable
-from compress.recipe import Recipe, RemoveChannels
+from compress.pruning.width_costs import build_cost
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,6 @@ from steady import profile_by_macs
 from torch import nn
 from torchvision import models
 
-from compress.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.catalog import CRITERIA
 from compress.config.load import parse_pipeline
 from compress.config.schema import (
@@ -30,14 +29,15 @@ from compress.config.schema import (
     UnlabelledSource,
 )
 from compress.cost.macs import count_macs, count_params
-from compress.data.opening import Splits
+from compress.data.from_config import Splits
+from compress.engine.keys import build_steps
 from compress.errors import CompressError, DataError, ModelError, NonFinite, UnsupportedLayer
-from compress.keys import build_steps
+from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe
 from compress.pruning.criteria import torch_pruning as adapter
 from compress.pruning.criteria.parameter_gradients import ParameterGradients, collect_parameter_gradients
 from compress.pruning.graph import ChannelGraph
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.prune import PruneStage
 
 importance = torch_pruning.importance

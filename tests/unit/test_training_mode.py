@@ -11,9 +11,9 @@ import yolo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.adapter import wiring_of
-from compress.artifacts import FactorySpec
 from compress.errors import ModelError
+from compress.model.adapter import wiring_of
+from compress.model.artifacts import FactorySpec
 from compress.networks.wiring import notes_on, wire
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from compress.data.batches import Augmentation
-from compress.training.averaging import WeightAverage
 from compress.training.mixing import mixed
 from compress.training.schedule import schedule
+from compress.training.weight_averaging import WeightAverage
 
 
 @pytest.mark.parametrize("name", ["cosine", "one_cycle", "step"])

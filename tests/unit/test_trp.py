@@ -13,8 +13,8 @@ from compress.cost.macs import count_macs
 from compress.errors import BudgetUnreachable
 from compress.lowrank.factorize import factorize, main_directions, multiply
 from compress.lowrank.trp import TrainedRank
-from compress.recipe import Factorize
-from compress.stages.hooked import CUT_JUMP
+from compress.model.recipe import Factorize
+from compress.search.hooked_training import CUT_JUMP
 from compress.stages.low_rank import LowRankStage
 
 TRAINING = TrainingConfig(steps=40, batch_size=16, learning_rate=0.05)
@@ -138,7 +138,7 @@ def test_a_shared_error_is_kept_once(run):
 
 
 def test_a_rise_of_the_loss_is_explained(run, monkeypatch):
-    monkeypatch.setattr("compress.stages.hooked.CUT_JUMP", -1.0)
+    monkeypatch.setattr("compress.search.hooked_training.CUT_JUMP", -1.0)
     done = run("chain", method="trp", training=TRAINING)
     (warning,) = [text for text in done.warnings if "must change next to nothing" in text]
     worst = max(done.record["layers"], key=lambda layer: layer["relative_error"])
@@ -167,7 +167,7 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(run, monkeypatch):
 
 
 def test_a_target_out_of_reach_is_refused_before_the_training(run, monkeypatch):
-    monkeypatch.setattr("compress.stages.hooked.fit", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr("compress.search.hooked_training.fit", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(BudgetUnreachable):
         run("chain", method="trp", training=TRAINING, target=RankTargetConfig(macs=0.01))
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
-from compress.training.unfolding import UnfoldedConv, can_unfold, folded, unfolded
+from compress.training.batch_norm_unfolding import UnfoldedConv, can_unfold, folded, unfolded
 
 
 class Plain(nn.Module):

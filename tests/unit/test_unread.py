@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.artifacts import FactorySpec, Signature, TensorSpec
-from compress.building import apply_edits, rebuild, with_one_array, without_unread, write_weights
+from compress.checkpoint.rebuild import apply_edits, rebuild, with_one_array, without_unread, write_weights
 from compress.cost.macs import count_macs, count_params
 from compress.errors import ArtifactError, RebuildMismatch, UnsupportedLayer
-from compress.networks.unread import Unread, UnreadShape, find_unread, remove_unread
-from compress.recipe import Recipe, RemoveBlock, RemoveUnread
+from compress.model.artifacts import FactorySpec, Signature, TensorSpec
+from compress.model.recipe import Recipe, RemoveBlock, RemoveUnread
+from compress.networks.unused_modules import Unread, UnreadShape, find_unread, remove_unread
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

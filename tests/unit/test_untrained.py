@@ -15,10 +15,10 @@ from smallrun import Notes, World
 from steady import profile_by_macs
 from torch import nn
 
-from compress.artifacts import FactorySpec
-from compress.building import initialized
+from compress.checkpoint.rebuild import initialized
 from compress.config.load import load_pipeline
 from compress.errors import ModelError, NonFinite
+from compress.model.artifacts import FactorySpec
 from compress.stages.load import UNTRAINED_NOTE
 
 FACTORY = """
@@ -57,8 +57,8 @@ def empty():
 """
 DIGEST = """
 import hashlib, sys, torch
-from compress.artifacts import FactorySpec
-from compress.building import initialized
+from compress.model.artifacts import FactorySpec
+from compress.checkpoint.rebuild import initialized
 torch.rand(7)
 module, _ = initialized(FactorySpec("factory", sys.argv[1]), 11)
 print(hashlib.sha256(b"".join(v.numpy().tobytes() for v in module.state_dict().values())).hexdigest())

@@ -12,13 +12,13 @@ import torch
 from blame import in_package
 from safetensors.torch import save_file
 
-from compress.artifacts import FactorySpec
-from compress.building import build_module
-from compress.data.own import read_own
+from compress.checkpoint.rebuild import build_module
+from compress.data.sources.user import read_own
 from compress.errors import CompressError, DataError, InternalError, ModelError, StageError
+from compress.model.artifacts import FactorySpec
 from compress.networks.wiring import run_network
 from compress.references import import_callable
-from compress.tasks.opening import guarded, own_task
+from compress.tasks.from_config import guarded, own_task
 from compress.user_code import as_ours, is_interrupt, shown_as, user_place
 
 RAISED = ["SystemExit(0)", "GeneratorExit()", "KeyboardInterrupt()", "BaseException('odd')",

@@ -7,12 +7,12 @@ import pytest
 import smallrun
 from smallrun import Notes
 
-from compress.config.gating import require_known_metrics
-from compress.data.opening import Splits
+from compress.config.rules.gates import require_known_metrics
+from compress.data.from_config import Splits
+from compress.engine.keys import build_steps
+from compress.engine.runner import run
 from compress.errors import ConfigError, ConfigValueError
-from compress.keys import build_steps
-from compress.runner import run
-from compress.stages.easier import is_far_better
+from compress.search.split_bias import is_far_better
 from compress.tasks.base import Metric
 
 

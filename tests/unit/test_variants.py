@@ -7,11 +7,11 @@ import onnxruntime
 import pytest
 from exported import exported
 
-from compress.cost.onnx_file import load_onnx
-from compress.cost.onnx_graph import rows_of
 from compress.cost.variants import VariantWriter, site_of
-from compress.pruning.costs import build_cost, layer_axes
+from compress.onnx_file.counting import rows_of
+from compress.onnx_file.io import load_onnx
 from compress.pruning.trial import find_cuttable
+from compress.pruning.width_costs import build_cost, layer_axes
 
 
 def _writer(name: str):

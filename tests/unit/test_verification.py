@@ -12,11 +12,9 @@ import torch
 from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import helper, numpy_helper
 
-from compress.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signature, TensorSpec, TorchModel
 from compress.config.schema import GatesConfig, VerifyConfig
 from compress.cost.macs import count_params
-from compress.cost.onnx_file import load_onnx, save_onnx
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import (
     ArtifactError,
@@ -27,17 +25,19 @@ from compress.errors import (
     NonFinite,
     RuntimeUnavailable,
 )
+from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signature, TensorSpec, TorchModel
+from compress.model.recipe import Recipe
+from compress.onnx_file.io import load_onnx, save_onnx
 from compress.progress import SilentProgress
-from compress.recipe import Recipe
-from compress.stages.context import StageContext
+from compress.search.context import StageContext
 from compress.stages.verify import VerifyStage
 from compress.training.evaluate import evaluate_quality
 from compress.verification.checks import check_edges
-from compress.verification.compare import edge_parity, parity
 from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample
-from compress.verification.measuring import Conditions, available_cores, measure_onnx
+from compress.verification.measurement import Conditions, available_cores, measure_onnx
 from compress.verification.metrics import Estimate
+from compress.verification.parity import edge_parity, parity
 from compress.verification.quality import predict, predict_each, respond
 from compress.verification.resources import Resources
 from compress.verification.runtimes.base import Runtime
@@ -742,7 +742,7 @@ def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_pat
 
 def test_verifying_a_file_alone_does_not_import_torch():
     code = (
-        "import sys; import compress.verification.verdict, compress.verification.measuring; "
+        "import sys; import compress.verification.verdict, compress.verification.measurement; "
         "import compress.verification.runtimes.onnxruntime; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

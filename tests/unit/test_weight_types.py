@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources import ArraySource
+from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite
 from compress.networks.weights import load_strict, read_weights
-from compress.stages.chance import chance_warning
+from compress.search.chance_level import chance_warning
 from compress.tasks.regression import Regression
 
 State = dict[str, Tensor]

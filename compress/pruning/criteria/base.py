@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.attributes import detach_stored
 from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
+from compress.model.tensors import detach_stored
 from compress.pruning.groups import ChannelGroup
 from compress.tasks.outputs import plain
 
@@ -116,7 +116,7 @@ class RanksByReaders(Criterion, Protocol):
 
         Args:
             group: C channels in `parts` equal parts; a unit is one channel of each part.
-            stats: `compress.pruning.elimination.ReaderStats` of each of its readers.
+            stats: `compress.pruning.ranking.elimination.ReaderStats` of each of its readers.
             most: Units that may be removed at most.
         """
         ...

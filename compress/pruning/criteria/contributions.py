@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.lockstep import run_watched
+from compress.pruning.repair.lockstep import run_watched
 
 _POSITIONS = 16  # of each image and layer
 _CHUNK = 2**24  # products at once

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.attributes import detach_stored
 from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
+from compress.model.tensors import detach_stored
 from compress.pruning.criteria.base import GradientStats, cross_entropies
 from compress.pruning.groups import ChannelGroup
 from compress.tasks.outputs import plain

@@ -5,9 +5,14 @@ from typing import ClassVar
 
 from compress.pruning.criteria.base import Order, Ranking, WidthsBy
 from compress.pruning.criteria.taylor import Taylor
-from compress.pruning.elimination import ReaderStats
-from compress.pruning.forward_selection import contribution_gram, imitation_ranking, lasso_ranking, refit_ranking
 from compress.pruning.groups import ChannelGroup
+from compress.pruning.ranking.elimination import ReaderStats
+from compress.pruning.ranking.forward_selection import (
+    contribution_gram,
+    imitation_ranking,
+    lasso_ranking,
+    refit_ranking,
+)
 
 
 class _ByReaders(Taylor):
@@ -20,7 +25,7 @@ class _ByReaders(Taylor):
 class Greedy(_ByReaders):
     """Greedy forward selection by local imitation: channels enter in the order in which they imitate the readers best.
 
-    Source: `compress.pruning.forward_selection.imitation_ranking`.
+    Source: `compress.pruning.ranking.forward_selection.imitation_ranking`.
     """
 
     name: ClassVar[str] = "greedy"
@@ -33,7 +38,7 @@ class Greedy(_ByReaders):
 class GreedyRefit(_ByReaders):
     """Forward selection with full refit of the readers at each step; made for strong compression.
 
-    Source: `compress.pruning.forward_selection.refit_ranking`.
+    Source: `compress.pruning.ranking.forward_selection.refit_ranking`.
     """
 
     name: ClassVar[str] = "greedy_refit"
@@ -46,7 +51,7 @@ class GreedyRefit(_ByReaders):
 class Lasso(_ByReaders):
     """LASSO channel selection: one path of the penalty gives the order for all widths.
 
-    Source: `compress.pruning.forward_selection.lasso_ranking`.
+    Source: `compress.pruning.ranking.forward_selection.lasso_ranking`.
     """
 
     name: ClassVar[str] = "lasso"

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from compress.pruning.criteria.base import Order, Ranking
 from compress.pruning.criteria.taylor import Taylor
-from compress.pruning.elimination import ReaderStats, removal_ranking
 from compress.pruning.groups import ChannelGroup
+from compress.pruning.ranking.elimination import ReaderStats, removal_ranking
 
 
 class Reconstruction(Taylor):
@@ -14,12 +14,12 @@ class Reconstruction(Taylor):
 
     Where the readers of a group cannot be refitted (grouped convolutions, very wide layers) the scores decide both.
 
-    Source: `compress.pruning.elimination`.
+    Source: `compress.pruning.ranking.elimination`.
     """
 
     name: ClassVar[str] = "reconstruction"
     order: ClassVar[Order] = "readers"
 
     def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
-        """Rank units by backward elimination; see `compress.pruning.elimination.removal_ranking`."""
+        """Rank units by backward elimination; see `compress.pruning.ranking.elimination.removal_ranking`."""
         return removal_ranking(group, stats, most)

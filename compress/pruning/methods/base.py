@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.cost.onnx_graph import FIXED_BUFFER
 from compress.errors import StageError
-from compress.pruning.costs import ExpectedCost
+from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member
 from compress.pruning.shortcuts import FixedShortcut
+from compress.pruning.width_costs import ExpectedCost
 
 Removed = dict[str, tuple[int, ...]]
 

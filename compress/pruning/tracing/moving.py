@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor
 
-from compress.pruning.labels import NONE, ZERO, along, compact, is_labelled, joined, moved, padded, unlabelled, vector
+from compress.pruning.tracing.labels import (
+    NONE,
+    ZERO,
+    along,
+    compact,
+    is_labelled,
+    joined,
+    moved,
+    padded,
+    unlabelled,
+    vector,
+)
 from compress.pruning.tracing.pointwise import meet, unknown
 from compress.pruning.tracing.watch import Call, Watch, where
 

@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from compress.attributes import attribute_names, held_tensors
 from compress.cost.macs import COUNTED
-from compress.cost.onnx_graph import is_fixed_weight
-from compress.cost.products import find_products
-from compress.pruning.labels import along, is_labelled, of_channels, unlabelled, vector
+from compress.cost.operation_macs import find_products
+from compress.model.tensors import attribute_names, held_tensors
+from compress.onnx_file.counting import is_fixed_weight
+from compress.pruning.tracing.labels import along, is_labelled, of_channels, unlabelled, vector
 from compress.pruning.tracing.record import Axis, Counted, Shaped, Sized, Trace
 
 _MOST_FACTORS = 2  # numbers of channels that one product's MACs can follow

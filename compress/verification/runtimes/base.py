@@ -17,8 +17,8 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from compress.artifacts import Signature, TensorSpec
 from compress.errors import InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
+from compress.model.artifacts import Signature, TensorSpec
 
 Arrays = dict[str, np.ndarray]
 R = TypeVar("R", bound="Runtime")

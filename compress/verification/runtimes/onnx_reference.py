@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compress.artifacts import Signature
-from compress.cost.onnx_file import (
+from compress.errors import ConfigValueError, ModelError, NoSuchPlace
+from compress.model.artifacts import Signature
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import (
     default_opset,
     first_line,
     is_quantized,
@@ -21,8 +23,6 @@ from compress.cost.onnx_file import (
     read_signature,
     require_external,
 )
-from compress.cost.onnx_graph import count_onnx
-from compress.errors import ConfigValueError, ModelError, NoSuchPlace
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPU"

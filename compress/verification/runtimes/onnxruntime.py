@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 import numpy as np
 from onnx import ModelProto
 
-from compress.artifacts import Signature
-from compress.config.digest import digest_file, digest_value
-from compress.cost.onnx_file import (
+from compress.errors import ArtifactError, InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
+from compress.model.artifacts import Signature
+from compress.onnx_file.io import (
     first_line,
     is_half,
     is_quantized,
@@ -36,8 +36,8 @@ from compress.cost.onnx_file import (
     read_signature,
     require_external,
 )
-from compress.errors import ArtifactError, InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
 from compress.registry import closest
+from compress.storage.digest import digest_file, digest_value
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPUExecutionProvider"

@@ -1,0 +1,161 @@
+"""What must somebody know who gets a model and nothing else? The content of `model.json`.
+
+Everything in it follows from the report of the run and from the file itself, so that the same run gives the same text.
+"""
+
+import json
+import os
+import re
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import onnx
+
+from compress.bundle.check import MAX_COUNT, RUNTIME, SCHEMA
+from compress.bundle.finished_run import FinishedRun
+from compress.errors import ArtifactError, ConfigError
+from compress.onnx_file.io import is_half, is_quantized, read_metadata, read_signature
+from compress.verification.other_runtimes import ROUNDED_WITHIN
+
+MIN_AGREEMENT_ROUNDED = 0.9  # one of 16 images, the default, may lie so near to a border that rounding decides
+_PROVIDER = "CPUExecutionProvider"  # there wherever ONNX Runtime is
+_FOLDERS = re.compile(  # of an absolute path: in quotes, where there may be spaces in it, or without them
+    r"""(?<=['"`])(?:[A-Za-z]:)?[\\/][^'"`\n]*[\\/](?=[^'"`\\/\n])"""
+    r"""|(?:(?<![\w./\\'"`-])(?!(?<=:)//)|(?<=file://))(?:[A-Za-z]:)?[\\/]{1,2}(?:[^\s'"`\\/]+[\\/])+(?=[^\s\\/])"""
+)
+
+
+def describe_model(
+    run: FinishedRun, proto: onnx.ModelProto, expected: np.ndarray, licence: str | None
+) -> dict[str, Any]:
+    """Return the content of `model.json`, plain values.
+
+    Args:
+        run: What is handed over.
+        proto: The file.
+        expected: (N, K), its outputs for the samples that lie beside it.
+        licence: Of the model; None for what the run says.
+
+    Raises:
+        ArtifactError: The file does not say how images become its input.
+        ConfigError: The run was measured in a way that no check can repeat.
+    """
+    metadata = read_metadata(proto)
+    if metadata.preprocessing is None:
+        raise ArtifactError(f"'{run.folder / 'model.onnx'}' must state its preprocessing, it does not.")
+    precision = name_precision(proto)
+    stated = dict(run.report["provenance"]["licence"])
+    return {
+        "schema": SCHEMA,
+        "name": run.name,
+        "precision": precision,
+        "signature": read_signature(proto).to_dict(),
+        "preprocessing": metadata.preprocessing.to_dict(),
+        "classes": list(metadata.classes),
+        "metrics": _metrics(run.report),
+        "verdict": without_folders(run.report["verdict"], is_text=True),
+        "promises": _promises(run.verify, precision != "fp32", float(np.abs(expected).max())),
+        "measured": _measured(run),
+        "samples": len(expected),
+        "licence": stated if licence is None else {**stated, "model": licence},
+        "provenance": _provenance(run),
+    }
+
+
+def name_precision(proto: onnx.ModelProto) -> str:
+    """Return "int8", "fp16" or "fp32": the coarsest in which the file computes."""
+    if is_quantized(proto):
+        return "int8"
+    return "fp16" if is_half(proto) else "fp32"
+
+
+def to_text(values: dict[str, Any]) -> bytes:
+    """Return values as JSON with sorted keys; names of classes may be in any language."""
+    text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
+
+def _metrics(report: dict[str, Any]) -> dict[str, Any]:
+    """Return size, quality and latency of both networks, with 95 % intervals where they are known."""
+    quality = report["details"].get("quality") or {}
+    latency = report["details"].get("latency") or {}
+    return {
+        "baseline": report["baseline"],
+        "slim": report["slim"],
+        "intervals": {name: quality.get(name) for name in ("baseline", "slim", "changes")},
+        "latency_ratio": latency.get("ratio"),
+    }
+
+
+def _promises(verify: dict[str, Any], is_rounded: bool, largest_output: float) -> dict[str, Any]:
+    """Return what the verdict held the file to and another machine can hold it to as well.
+
+    Args:
+        verify: Settings of the stage.
+        is_rounded: Whether the file rounds values; each processor does that in its own way.
+        largest_output: Largest absolute output that is expected.
+    """
+    gates, ships = verify["gates"], verify["runtime"] == RUNTIME
+    rounded = {"tolerance": max(gates["parity"], ROUNDED_WITHIN * largest_output)}
+    return {
+        "tolerance": gates["parity"],
+        **(rounded if is_rounded else {}),
+        "min_agreement": MIN_AGREEMENT_ROUNDED if is_rounded else 1.0,
+        "max_latency_ms": gates["max_latency_ms"] if ships else None,
+        "provider": verify["provider"] if ships else _PROVIDER,
+    }
+
+
+def _measured(run: FinishedRun) -> dict[str, Any]:
+    """Return the median latency, and on what it was measured."""
+    slim, environment = run.report["slim"] or {}, run.report["environment"]
+    conditions = {name: run.verify[name] for name in ("runtime", "provider", "threads", "batch_size")}
+    for name in ("threads", "batch_size"):
+        if conditions[name] > MAX_COUNT:
+            raise ConfigError(
+                f"{name} of verify must be at most {MAX_COUNT:,} for a run to be handed over, got {conditions[name]:,}."
+            )
+    return {
+        "latency_ms": (slim.get("latency_ms") or {}).get("p50"),
+        **conditions,
+        "machine": environment["cpu"],
+        "cores": environment["cores"],
+        "platform": environment["platform"],
+    }
+
+
+def _provenance(run: FinishedRun) -> dict[str, Any]:
+    """Return what the model was made of."""
+    made, environment = run.report["provenance"], run.report["environment"]
+    return {
+        "recipe": run.recipe,
+        "config": without_folders(run.report["config"]),
+        "seed": run.report["config"]["seed"],
+        "versions": environment["versions"],
+        "python": environment["python"],
+        **{name: made[name] for name in ("data", "weights", "factory", "git")},
+    }
+
+
+def without_folders(value: Any, *, is_text: bool = False) -> Any:
+    """Return values with absolute paths cut to their last part: folders name machines and people, digests the files.
+
+    Args:
+        value: Plain, as deep as it likes.
+        is_text: Whether there may be sentences with paths in them; else a text is a path as a whole, or none.
+
+    >>> without_folders({"weights": "/home/somebody/net.safetensors", "factory": "/home/somebody/model.py:build"})
+    {'weights': 'net.safetensors', 'factory': 'model.py:build'}
+    >>> without_folders("'/home/some body/net.onnx' must be a file, see https://host/net", is_text=True)
+    "'net.onnx' must be a file, see https://host/net"
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(entry, is_text=is_text) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry, is_text=is_text) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if is_text:
+        return _FOLDERS.sub("", value)
+    return PurePath(value).name if os.path.isabs(value) else value

@@ -1,0 +1,175 @@
+"""Which run is handed over, and is its folder still what the run left there?
+
+A run folder is trusted for nothing that its report does not say: the files that go into a bundle must have the digests
+that the run wrote down, and so must the images that the samples are taken from.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from compress.config.schema import DataConfig
+from compress.errors import ArtifactError, ConfigError
+from compress.storage.digest import digest_data, digest_file
+from compress.storage.records import DIGEST_KEY, RecordDamaged, read_json, read_sealed
+
+MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
+REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """A run folder whose files are those that its report speaks of.
+
+    Attributes:
+        folder: The run folder.
+        report: Content of `report.json`.
+        model_files: Name -> file of the ONNX model and of its weights outside of it.
+        recipe: The edits, as plain values.
+        data: Checked `data:` section of the pipeline.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    model_files: dict[str, Path]
+    recipe: dict[str, Any]
+    data: DataConfig
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return str(self.report["name"])
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the verdict was passed."""
+        return self.report["verdict"]["passed"] is True
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [check["name"] for check in self.report["verdict"]["checks"] if check["status"] == "fail"]
+
+    @property
+    def inconclusive(self) -> list[str]:
+        """Names of the checks that are inconclusive."""
+        return [check["name"] for check in self.report["verdict"]["checks"] if check["status"] == "inconclusive"]
+
+    @property
+    def unmet(self) -> str:
+        """Reason why the verdict did not pass, in words."""
+        named = [*self.failed, *(f"{name} (inconclusive)" for name in self.inconclusive)]
+        return ", ".join(named) or "a required check was not made"
+
+    @property
+    def verify(self) -> dict[str, Any]:
+        """Settings of the `verify` stage."""
+        settings: dict[str, Any] = self.report["config"]["stages"][-1]
+        return settings
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run folder.
+
+    Raises:
+        ArtifactError: It is none, the run is not finished, or a file is not the one that the run wrote.
+        ConfigError: Its task is another one than classification.
+    """
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise ArtifactError(f"RUN must be a run folder such as runs/NAME, '{folder}' {kind}.")
+    if not (folder / "pipeline.yaml").is_file():
+        raise ArtifactError(
+            f"RUN must be a run folder such as runs/NAME, '{folder}' has no pipeline.yaml.",
+            hint="`compress run PIPELINE` makes one.",
+        )
+    again = f"`compress run {folder / 'pipeline.yaml'} --runs-dir {folder.parent}` finishes it."
+    if not (folder / "report.json").is_file():
+        raise ArtifactError(f"The run in '{folder}' must be finished, it has no report.json.", hint=again)
+    report = _read_report(folder / "report.json", again)
+    try:
+        _require_classifier(report)
+        digests = _require_provenance(report, folder, again)
+        model_files = {name: folder / name for name in digests if name.startswith(MODEL_FILE)}
+        for name in digests:
+            _require_digest(folder / name, digests[name], again)
+        data = DataConfig.model_validate(report["config"]["data"])
+        _require_data(report, data)
+        run = FinishedRun(folder, report, model_files, _read_json(folder / RECIPE_FILE), data)
+        _ = run.name, run.has_passed, run.failed, run.verify["gates"]
+    except (KeyError, TypeError, IndexError, AttributeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"'{folder / 'report.json'}' lacks a value, or holds one of another kind: {type(error).__name__}: {reason}",
+            hint=again,
+        ) from error
+    return run
+
+
+def _require_classifier(report: dict[str, Any]) -> None:
+    """Refuse a run of another task: the check on the device knows labels and top-1 only."""
+    quality = report["details"].get("quality") or {}
+    if quality.get("metric"):
+        labels = "" if quality.get("is_labelled", True) else " without labels"
+        raise ConfigError(
+            f"A bundle must be of a classifier with labelled images, this run's task is {quality.get('task')}{labels}.",
+            hint="model.onnx in the run folder is the whole network.",
+        )
+
+
+def _require_provenance(report: dict[str, Any], folder: Path, again: str) -> dict[str, str]:
+    """Return name -> digest of the files that the run wrote down."""
+    if report.get("schema") != REPORT_SCHEMA:
+        raise ArtifactError(f"'{folder / 'report.json'}' must have schema {REPORT_SCHEMA}, got {report.get('schema')}.")
+    digests = (report.get("provenance") or {}).get("files") or {}
+    if MODEL_FILE not in digests or RECIPE_FILE not in digests:
+        raise ArtifactError(
+            f"'{folder / 'report.json'}' must state the digest of {MODEL_FILE}; an older version wrote it.",
+            hint=again,
+        )
+    return {str(name): str(digest) for name, digest in digests.items()}
+
+
+def _require_digest(file: Path, wanted: str, again: str) -> None:
+    if not file.is_file():
+        raise ArtifactError(f"The run in '{file.parent}' must hold '{file.name}', it is missing.", hint=again)
+    found = digest_file(file)
+    if found != wanted:
+        raise ArtifactError(
+            f"'{file}' must be the file that the run verified, of sha256 {wanted[:16]}..., got {found[:16]}...",
+            hint=again,
+        )
+
+
+def _require_data(report: dict[str, Any], data: DataConfig) -> None:
+    """Refuse evaluation images that are not those of the run: the samples would be of something else."""
+    wanted = report["provenance"]["data"]["evaluation"]
+    found = digest_data(data.evaluation.model_dump(mode="json"))
+    if found != wanted:
+        raise ArtifactError(
+            "The evaluation images must be those that the run was verified on, they have changed since.",
+            hint="Run the pipeline again: the verdict is of other images, too.",
+        )
+
+
+def _read_report(path: Path, again: str) -> dict[str, Any]:
+    """Return a report that equals its own digest.
+
+    Raises:
+        ArtifactError: It is damaged or edited, or an older version wrote it, which gave it no digest.
+    """
+    try:
+        report = read_sealed(path)
+    except RecordDamaged as error:
+        raise ArtifactError(error.message, hint=again) from error
+    del report[DIGEST_KEY]
+    return report
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ArtifactError(f"'{path}' must hold a JSON object.")
+    return values

@@ -1,0 +1,71 @@
+"""Which images prove the model elsewhere, and what must it say about them?
+
+Images of the evaluation split, spread evenly over it, and the outputs that the file itself gives in ONNX Runtime on a
+CPU with one thread, so that the same run gives the same outputs on the same kind of machine.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from compress.bundle.check import archive_pieces
+from compress.data.splits import Split
+from compress.errors import ConfigError
+from compress.verification.quality import check_labels, classifier_width, classify, image_input
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
+
+_BATCH = 16
+
+
+def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndarray]:
+    """Return images and what the model answers.
+
+    Args:
+        path: The .onnx file.
+        evaluation: At least one image.
+        count: How many; all of a smaller split. Rounded up to whole batches where the file's batch size is fixed.
+
+    Returns:
+        images: (N, H, W, C) uint8, after resizing and cropping.
+        inputs: (N, ...) float32, what goes into the network.
+        labels: (N,) int64.
+        expected: (N, K) float32, what comes out of it.
+
+    Raises:
+        ModelError, NonFinite: The network is no classifier, or fails on an image.
+        DataError: Labels do not fit.
+    """
+    with OnnxRuntime(path) as runtime:
+        spec = image_input(runtime)
+        check_labels(evaluation, classifier_width(runtime))
+        fixed = spec.shape[0] if isinstance(spec.shape[0], int) else None
+        split = evaluation.first(count)
+        positions = np.arange(len(split) if fixed is None else -(-len(split) // fixed) * fixed) % len(split)
+        images = split.read(positions)
+        inputs = split.preprocessing.normalize(images)
+        step = fixed or _BATCH
+        outputs = [classify(runtime, inputs[start : start + step]) for start in range(0, len(inputs), step)]
+    return {
+        "images": np.ascontiguousarray(images),
+        "inputs": inputs,
+        "labels": split.labels[positions],
+        "expected": np.concatenate(outputs),
+    }
+
+
+def pack_arrays(arrays: dict[str, np.ndarray]) -> bytes:
+    """Return an .npz that is the same whenever and wherever it is written; numpy's own carries the time.
+
+    Raises:
+        ConfigError: They are too large.
+    """
+    members = {}
+    for name, array in arrays.items():
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        stream = io.BytesIO()
+        np.lib.format.write_array(stream, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
+        members[f"{name}.npy"] = stream.getvalue()
+    if sum(map(len, members.values())) > 2**30:
+        raise ConfigError("Samples must take at most 1 GiB.", hint="Give a smaller number to --samples.")
+    return b"".join(archive_pieces(members))

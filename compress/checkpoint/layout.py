@@ -1,0 +1,315 @@
+"""How is an artifact laid out on disk, and read back?
+
+    TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
+                 [structure.onnx]   of a network that came as an ONNX file: that file without its weights
+    slim/        recipe.json  weights.safetensors  meta.json  [factory.py]  [structure.onnx]  digests.json of all these
+    OnnxModel    model.onnx [model.onnx.data]  [float.onnx [float.onnx.data]]  onnx.json  reference/ (a TorchModel)
+    Verdict      verdict.json
+
+Data only: nothing in these files is ever executed. The network's code comes from the factory.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.catalog import ONNX_MODEL, TORCH_MODEL, VERDICT
+from compress.data.preprocessing import Preprocessing
+from compress.errors import ArtifactError, InternalError
+from compress.model.artifacts import (
+    Baseline,
+    CheckResult,
+    FactorySpec,
+    Figures,
+    OnnxModel,
+    Signature,
+    TorchModel,
+    Verdict,
+)
+from compress.model.recipe import Recipe
+from compress.storage.digest import digest_file
+from compress.storage.records import read_sealed, sealed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+META_SCHEMA = 1
+STRUCTURE_FILE = "structure.onnx"
+DIGESTS_FILE, DIGESTS_SCHEMA = "digests.json", 1
+VOLATILE = ("baseline.json",)  # measured times differ from run to run; they are no part of what a model is
+
+
+def save_artifact(artifact: TorchModel | OnnxModel | Verdict, folder: Path) -> None:
+    """Write an artifact into an existing folder."""
+    if isinstance(artifact, TorchModel):
+        save_torch_model(artifact, folder)
+    elif isinstance(artifact, OnnxModel):
+        _save_onnx_model(artifact, folder)
+    elif isinstance(artifact, Verdict):
+        _write_json(folder / "verdict.json", asdict(artifact))
+    else:
+        raise InternalError(f"No layout on disk for {type(artifact).__name__}.")
+
+
+def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -> TorchModel | OnnxModel | Verdict:
+    """Read an artifact of a known kind from its folder.
+
+    Args:
+        kind: As in `catalog.py`.
+        folder: Where it was saved.
+        factory: How the untouched network is built now; by default as it was when the artifact was saved.
+
+    Raises:
+        ArtifactError: A file is missing or not as it must be.
+    """
+    if kind == TORCH_MODEL:
+        return load_torch_model(folder, factory)
+    if kind == ONNX_MODEL:
+        return _load_onnx_model(folder, factory)
+    if kind == VERDICT:
+        return _load_verdict(folder)
+    raise InternalError(f"No artifact is of kind '{kind}'.")
+
+
+def save_torch_model(model: TorchModel, folder: Path) -> None:
+    """Write a `TorchModel`; the baseline's files are linked where the file system allows it."""
+    from compress.checkpoint.rebuild import write_weights  # imports torch
+
+    (folder / "recipe.json").write_text(model.recipe.to_json(), encoding="utf-8")
+    factory = model.factory
+    if factory.kind == "onnx":
+        from compress.onnx_file.structure import write_structure
+
+        write_structure(Path(factory.reference), folder / STRUCTURE_FILE)
+        factory = replace(factory, reference=STRUCTURE_FILE)
+    meta = {
+        "schema": META_SCHEMA,
+        "factory": asdict(factory),
+        "signature": model.signature.to_dict(),
+        "preprocessing": model.preprocessing.to_dict(),
+        "classes": list(model.classes),
+        "rewrites": list(model.rewrites),
+        "precision": model.precision,
+    }
+    _write_json(folder / "meta.json", meta)
+    write_weights(model.module, folder / "weights.safetensors")
+    _write_json(folder / "baseline.json", model.baseline.figures.to_dict())
+    _link(model.baseline.onnx_path, folder / "baseline.onnx")
+    _link(model.baseline.weights_path, folder / "baseline.safetensors")
+
+
+def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchModel:
+    """Rebuild a `TorchModel` from its folder, with another factory than the saved one if need be."""
+    from compress.checkpoint.rebuild import rebuild  # imports torch
+
+    meta, recipe, saved_factory = _read_checkpoint(folder)
+    factory = saved_factory if saved_factory.kind == "onnx" else _with_inputs(factory or saved_factory, saved_factory)
+    signature = Signature.from_dict(meta["signature"])
+    with _well_formed(folder / "baseline.json"):
+        figures = Figures(**_read_json(folder / "baseline.json"))
+    with _well_formed(folder / "meta.json"):
+        preprocessing, classes = Preprocessing.from_dict(meta["preprocessing"]), tuple(meta["classes"])
+        rewrites, precision = tuple(meta.get("rewrites", ())), str(meta.get("precision", "fp32"))
+    return TorchModel(
+        module=rebuild(factory, recipe, signature, folder / "weights.safetensors"),
+        factory=factory,
+        recipe=recipe,
+        signature=signature,
+        preprocessing=preprocessing,
+        classes=classes,
+        baseline=Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors"),
+        rewrites=rewrites,
+        precision=precision,
+    )
+
+
+def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
+    """Write the portable checkpoint of a stored `TorchModel`: recipe, weights, meta, and the factory's file if any.
+
+    Args:
+        source: Folder of the `TorchModel`.
+        target: Folder to fill; created when it is missing.
+        factory: How the untouched network is built now.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    if factory.kind == "onnx":
+        factory = replace(factory, reference=STRUCTURE_FILE)
+        shutil.copyfile(source / STRUCTURE_FILE, target / STRUCTURE_FILE)
+    saved = _read_json(source / "meta.json")
+    meta = {**saved, "factory": asdict(_with_inputs(factory, FactorySpec.from_dict(saved["factory"])))}
+    place, _, name = factory.reference.rpartition(":")
+    if factory.kind == "factory" and place.endswith(".py"):
+        shutil.copyfile(place, target / "factory.py")
+        meta["factory"]["reference"] = f"factory.py:{name}"
+    _write_json(target / "meta.json", meta)
+    for file in ("recipe.json", "weights.safetensors"):
+        shutil.copyfile(source / file, target / file)
+    write_digests(target)
+
+
+def write_digests(folder: Path) -> None:
+    """Write down the digests of the files of a slim checkpoint, as they are now."""
+    digests = {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.name != DIGESTS_FILE}
+    _write_json(folder / DIGESTS_FILE, sealed({"schema": DIGESTS_SCHEMA, "files": digests}))
+
+
+def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
+    """Rebuild the slim network of a run: factory + recipe + weights, strict, in eval mode.
+
+    Args:
+        folder: A run folder, or the `slim` folder in it.
+        factory: Builds the untouched network; by default what the checkpoint names. A callable gets the keyword
+            arguments of the checkpoint.
+
+    Raises:
+        ArtifactError: The folder holds no checkpoint, or a file in it is damaged.
+        RebuildMismatch: The checkpoint does not fit the factory.
+    """
+    from compress.checkpoint.rebuild import rebuild
+    from compress.model.adapter import with_own_forward  # imports torch
+
+    folder = folder / "slim" if (folder / "slim").is_dir() else folder
+    _check_digests(folder, unread=() if factory is None else ("factory.py",))
+    meta, recipe, spec = _read_checkpoint(folder)
+    signature, weights = Signature.from_dict(meta["signature"]), folder / "weights.safetensors"
+    if callable(factory):
+        name = getattr(factory, "__qualname__", type(factory).__name__)
+        module = rebuild(replace(spec, reference=name), recipe, signature, weights, make=factory)
+        return with_own_forward(module)
+    if factory is not None:
+        spec = replace(spec, kind="factory", reference=factory)
+    elif spec.reference.startswith("factory.py:"):
+        spec = replace(spec, reference=f"{folder / spec.reference}")
+    return with_own_forward(rebuild(spec, recipe, signature, weights))
+
+
+def _check_digests(folder: Path, unread: Container[str]) -> None:
+    """Compare the files of a slim checkpoint with the digests beside them; older versions wrote none.
+
+    Args:
+        folder: Of the checkpoint.
+        unread: Files that do not matter.
+
+    Raises:
+        ArtifactError: A file is missing, damaged or edited.
+    """
+    path, hint = folder / DIGESTS_FILE, "Give the command of the run again; it lays out the checkpoint anew."
+    if not path.exists():
+        if (folder / "meta.json").is_file():
+            warnings.warn(f"'{folder}' has no {DIGESTS_FILE}: damage of its files is not noticed.", stacklevel=4)
+        return
+    try:
+        files = read_sealed(path)["files"]
+        changed = [
+            name for name, digest in files.items() if name not in unread and digest_file(folder / name) != digest
+        ]
+    except ArtifactError as error:
+        raise ArtifactError(error.message, hint=hint) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"'{path}' lacks a value, or holds one of another kind: {error!r}", hint=hint) from error
+    if changed:
+        if changed == ["factory.py"]:
+            hint = f"{hint} To use the changed code: compress.load(..., factory='{folder / 'factory.py'}:NAME')."
+        names = ", ".join(f"'{folder / name}'" for name in changed)
+        raise ArtifactError(f"{names} must be as the run wrote it, it was damaged or edited.", hint=hint)
+
+
+def _with_inputs(factory: FactorySpec, saved: FactorySpec) -> FactorySpec:
+    """Return a factory with the inputs that `load` found in the data, where the pipeline declares none."""
+    return factory if factory.inputs else replace(factory, inputs=saved.inputs)
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]:
+    meta = _read_json(folder / "meta.json")
+    if meta.get("schema") != META_SCHEMA:
+        raise ArtifactError(f"'{folder / 'meta.json'}' must have schema {META_SCHEMA}, got {meta.get('schema')}.")
+    recipe = Recipe.from_json(_read_text(folder / "recipe.json"))
+    with _well_formed(folder / "meta.json"):
+        Signature.from_dict(meta["signature"])
+        spec = FactorySpec.from_dict(meta["factory"])
+        if spec.kind == "onnx":  # whatever it says: nothing outside of the folder is needed
+            spec = replace(spec, reference=str(folder / STRUCTURE_FILE))
+    return meta, recipe, spec
+
+
+def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
+    for path in (model.path, *([model.float_path] if model.float_path is not None else [])):
+        for file in path.parent.glob(f"{path.name}*"):
+            if file.resolve().parent != folder.resolve():
+                shutil.copyfile(file, folder / file.name)
+    values = {"file": model.path.name, "opset": model.opset, "signature": model.signature.to_dict()}
+    if model.float_path is not None:
+        values["float_file"] = model.float_path.name
+    _write_json(folder / "onnx.json", values)
+    (folder / "reference").mkdir(exist_ok=True)
+    save_torch_model(model.reference, folder / "reference")
+
+
+def _load_onnx_model(folder: Path, factory: FactorySpec | None) -> OnnxModel:
+    values = _read_json(folder / "onnx.json")
+    return OnnxModel(
+        path=folder / values["file"],
+        opset=values["opset"],
+        signature=Signature.from_dict(values["signature"]),
+        reference=load_torch_model(folder / "reference", factory),
+        float_path=folder / values["float_file"] if "float_file" in values else None,
+    )
+
+
+def _load_verdict(folder: Path) -> Verdict:
+    values = _read_json(folder / "verdict.json")
+    return Verdict(
+        checks=tuple(CheckResult(**check) for check in values["checks"]),
+        required=tuple(values["required"]),
+        slim=Figures(**values["slim"]) if values["slim"] else None,
+        baseline=Figures(**values["baseline"]) if values["baseline"] else None,
+        details=values["details"],
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # other device, or a file system without links
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' must be readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"'{path}' must hold a JSON object.")
+    return values
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"'{path}' does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' must be a readable text file: {error}") from error
+
+
+@contextmanager
+def _well_formed(path: Path) -> Iterator[None]:
+    """Say which file it is when a value of it is missing or of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"'{path}' lacks a value, or holds one of another kind: {error!r}") from error

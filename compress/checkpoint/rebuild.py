@@ -1,0 +1,339 @@
+"""How does a network come to life: factory, weights, and the replay of a recipe?
+
+    build_module ──load_strict──> with_one_array ──> as `load` leaves it ──apply_edits──> slim
+     (networks/)   (networks/)     (wire, prepare)
+
+What is read or called from outside is in `networks/`; here it is put together.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.errors import ArtifactError, InternalError, ModelError, NonFinite, RebuildMismatch, StageError
+from compress.lowrank.surgery import replace_structure
+from compress.model.adapter import example_input
+from compress.model.artifacts import FactorySpec, Signature
+from compress.model.recipe import Factorize, Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
+from compress.networks.data_dependence import observe
+from compress.networks.factories import call_factory
+from compress.networks.narrow_weights import load_narrow, require_same
+from compress.networks.normalize import prepare
+from compress.networks.unused_modules import find_unread, removable, remove_unread
+from compress.networks.weight_types import Conversion
+from compress.networks.weights import load_strict, read_weights, some, write_weights
+from compress.networks.wiring import wire
+from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory, without_auxiliary
+from compress.onnx_import.importer import build_imported
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.narrowing import find_removed, named_tensors
+from compress.pruning.surgery import remove_block, remove_channels
+from compress.references import beside, import_callable
+
+__all__ = [
+    "apply_edits",
+    "build_module",
+    "build_narrow",
+    "build_untouched",
+    "call_factory",
+    "example_input",
+    "fitting_weights",
+    "initialized",
+    "load_checkpoint",
+    "load_strict",
+    "read_weights",
+    "rebuild",
+    "reinitialized",
+    "rewound",
+    "with_one_array",
+    "without_unread",
+    "write_weights",
+]
+
+_CHECKPOINT = "A checkpoint to rewind to is of the whole network, as load builds it, before any cut."
+
+
+def build_module(spec: FactorySpec, seed: int = 0) -> nn.Module:
+    """Call the factory and return its network in eval mode; the global random state is left as it is.
+
+    Args:
+        spec: How the network is built.
+        seed: Decides what the factory draws, in [0, 2^63).
+
+    Raises:
+        ModelError: The factory cannot be imported, raises, or returns no network, or an ONNX file cannot be imported.
+        ArtifactError: An ONNX file cannot be read.
+    """
+    if spec.kind == "onnx":
+        return build_imported(Path(spec.reference), spec.kwargs.get("inputs"))
+    if spec.kind == "torchvision":
+        return call_factory(torchvision_factory(spec.reference), spec, seed)
+    if spec.kind == "timm":
+        return call_factory(timm_factory(spec.reference), spec, seed)
+    make = import_callable(spec.reference)
+    with beside(spec.reference):
+        return call_factory(make, spec, seed)
+
+
+def with_one_array(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
+    """Return a network in the form that the stages work with: one array in, tensors out, plain layers.
+
+    Args:
+        module: As the factory made it, with its weights where they matter; changed in place.
+        spec: Which inputs it has, and which outputs are kept.
+        example: What it is called with.
+
+    Raises:
+        ModelError: It does not run on the example, or its outputs are no tensors.
+    """
+    return _in_plain_layers(wire(module, spec, example), spec, example)
+
+
+def _in_plain_layers(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
+    if spec.kind == "torchvision":
+        drop_auxiliary(module)
+    return prepare(module, example)
+
+
+def build_narrow(spec: FactorySpec, weights: Path, example: Tensor) -> tuple[nn.Module, Recipe, list[Conversion]]:
+    """Build a network at the widths of a state dict that is narrower than what the factory builds.
+
+    The cut is found twice: in the network as the factory wrote it, which is what the state dict belongs to, and in the
+    plain layers that recipes are replayed on.
+
+    Args:
+        spec: How the network of full width is built.
+        weights: The state dict of the narrow one.
+        example: Inputs, (N, ...).
+
+    Returns:
+        The narrow network as `load` leaves it, in eval mode, the recipe that leads to it (`RemoveUnread`, `Narrow`),
+        and the weights that were converted to another type.
+
+    Raises:
+        ModelError: The factory fails.
+        ArtifactError: The weights cannot be read, or fit no set of widths.
+        NonFinite: A weight is NaN or infinite.
+        UnsupportedLayer: The network does not compute the same at these widths.
+        UntraceableModel: The network does not run.
+    """
+    source, module = f"'{weights}'", wire(build_module(spec), spec, example)
+    state = read_weights(weights, module.state_dict())
+    if spec.kind == "torchvision":
+        state = without_auxiliary(state, module.state_dict())
+    slim, removed, conversions = load_narrow(module, state, example, source)
+    slim, recipe = without_unread(_in_plain_layers(slim, spec, example), example)
+    if not removed:
+        return slim, recipe, conversions
+    full = apply_edits(with_one_array(build_module(spec), spec, example), recipe, example)
+    graph = ChannelGraph(full, example[:1])
+    shapes = {name: tuple(value.shape) for name, value in slim.state_dict().items()}
+    edit = Narrow(find_removed(graph, named_tensors(full), shapes, source))
+    replayed = apply_edits(full, Recipe((edit,)), example[:1])
+    load_strict(replayed, slim.state_dict(), source)
+    require_same(full, replayed, graph, edit.removed, example, source)
+    return replayed, recipe.then(edit), conversions
+
+
+def without_unread(module: nn.Module, example: Tensor) -> tuple[nn.Module, Recipe]:
+    """Return a network without the modules that no output reads, and the recipe of that; the same object if all are.
+
+    Args:
+        module: As `with_one_array` returned it, in eval mode.
+        example: What it is called with.
+    """
+    with eval_mode(module):
+        is_fixed = not observe(module, example).decisions  # else other inputs may need what this one leaves out
+    unread = removable(module, find_unread(module, example), example) if is_fixed else ()
+    if not unread:
+        return module, Recipe()
+    edit = RemoveUnread(unread)
+    return remove_unread(module, edit, example).eval(), Recipe((edit,))
+
+
+def build_untouched(spec: FactorySpec, signature: Signature, make: Callable[..., Any] | None = None) -> nn.Module:
+    """Return the network as `load` left it, with weights that do not matter.
+
+    Args:
+        spec: How it is built.
+        signature: Its inputs.
+        make: Called instead of what `spec` names, with the same keyword arguments.
+
+    Raises:
+        ModelError: The factory fails.
+    """
+    module = build_module(spec) if make is None else call_factory(make, spec)
+    return with_one_array(module, spec, example_input(signature))
+
+
+def reinitialized(module: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a network whose layers have drawn their weights anew, as torch does by default.
+
+    Args:
+        module: Any network.
+        seed: Decides what is drawn; the global random state is left as it is.
+
+    Raises:
+        ModelError: A parameter belongs to a part that cannot draw it anew; says which.
+    """
+    fresh = copy.deepcopy(module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, part in fresh.named_modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif own := [key for key, _ in part.named_parameters(recurse=False)]:
+                raise ModelError(
+                    f"Every parameter must belong to a layer that can draw it anew (reset_parameters), "
+                    f"'{name}' ({type(part).__name__}) cannot: {', '.join(own)}."
+                )
+    return fresh
+
+
+def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module:
+    """Return `module` with the structure that the recipe's edits give it; the weights do not matter.
+
+    Raises:
+        RebuildMismatch: An edit does not fit the network.
+    """
+    for edit in recipe.edits:
+        try:
+            if isinstance(edit, RemoveUnread):
+                module = remove_unread(module, edit, example)
+            elif isinstance(edit, RemoveChannels):
+                module = remove_channels(module, edit, example)
+            elif isinstance(edit, RemoveBlock):
+                module = remove_block(module, edit)
+            elif isinstance(edit, Factorize):
+                replace_structure(module, edit)
+            else:
+                raise InternalError(f"No surgery for edit {edit!r}.")
+        except StageError as error:
+            raise RebuildMismatch(
+                f"Edit '{edit.kind}' must fit the network that the factory builds: {error.message}"
+            ) from error
+    return module.eval()
+
+
+def rewound(
+    spec: FactorySpec, recipe: Recipe, signature: Signature, checkpoint: Path
+) -> tuple[nn.Module, list[Conversion]]:
+    """Return the slim network with the weights of a checkpoint of the whole network, cut by the recipe's edits.
+
+    Args:
+        spec: Builder of the baseline network.
+        recipe: Edits that only remove: channels, blocks, modules that no output reads.
+        signature: Inputs and outputs.
+        checkpoint: Parameters and buffers of the baseline network; formats as `read_weights`.
+
+    Returns:
+        The network, and what of the checkpoint was converted to another type.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read, or does not fit the network.
+        ModelError: The factory fails.
+        NonFinite: A weight is NaN or infinite.
+        StageError: The recipe factorises a layer: its factors are not part of the checkpoint.
+        RebuildMismatch: The recipe does not fit the factory.
+
+    Source: Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv:1912.05671.
+    """
+    if factorised := [edit.layer for edit in recipe.edits if isinstance(edit, Factorize)]:
+        raise StageError(
+            f"Weights cannot be rewound through a low-rank factorisation, the recipe has factorised "
+            f"{some(factorised)}.",
+            hint="Set weights: inherited, or leave low_rank out (of slim: moves: [channels, blocks]).",
+        )
+    module, conversions = load_checkpoint(spec, checkpoint)
+    example = example_input(signature)
+    return apply_edits(with_one_array(module, spec, example), recipe, example), conversions
+
+
+def load_checkpoint(spec: FactorySpec, checkpoint: Path) -> tuple[nn.Module, list[Conversion]]:
+    """Return the baseline network, as its factory built it, with the weights of a checkpoint to rewind to.
+
+    Raises:
+        ArtifactError: The checkpoint cannot be read, or does not fit the network; names layers and shapes.
+        ModelError: The factory fails.
+        NonFinite: A weight is NaN or infinite.
+    """
+    module = build_module(spec)
+    state = fitting_weights(spec, checkpoint, module)
+    return module, load_strict(module, state, f"Checkpoint '{checkpoint}' of rewind_to", _CHECKPOINT)
+
+
+def fitting_weights(spec: FactorySpec, path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Read a state dict of a baseline network, without the layers that its library drops after training.
+
+    Raises:
+        ArtifactError: The file cannot be read.
+    """
+    state = read_weights(path, module.state_dict())
+    return without_auxiliary(state, module.state_dict()) if spec.kind == "torchvision" else state
+
+
+def initialized(spec: FactorySpec, seed: int) -> tuple[nn.Module, bool]:
+    """Return an untrained network as its factory initialises it, and whether the seed decides that.
+
+    Args:
+        spec: How the network is built.
+        seed: Decides what the factory draws; whatever was drawn before does not matter.
+
+    Returns:
+        The network in eval mode; False where another seed gives the same weights: the factory fixes a seed of its own,
+        or loads weights.
+
+    Raises:
+        ModelError: The factory fails, or builds other weights when it is called again with the same seed.
+        NonFinite: A weight is NaN or infinite.
+    """
+    module = build_module(spec, seed)
+    state = module.state_dict()
+    if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise NonFinite(
+            f"Initial weights of '{spec.reference}' must be finite, NaN or infinity in {some(broken)}.",
+            hint="Let the factory initialise every parameter; torch.empty does not.",
+        )
+    if differing := _differing(state, build_module(spec, seed).state_dict()):
+        raise ModelError(
+            f"Factory '{spec.reference}' must build the same weights from the same seed, these differ: "
+            f"{some(differing)}.",
+            hint="Let it draw from torch, numpy.random or random, and not from a generator without a seed.",
+        )
+    return module, bool(_differing(state, build_module(spec, (seed + 1) % 2**63).state_dict()))
+
+
+def _differing(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in state.items() if name not in other or not torch.equal(value, other[name])]
+
+
+def rebuild(
+    spec: FactorySpec, recipe: Recipe, signature: Signature, weights: Path, make: Callable[..., Any] | None = None
+) -> nn.Module:
+    """Build the untouched network, replay the recipe on it, and load the slim weights strictly.
+
+    Args:
+        spec: How the untouched network is built.
+        recipe: The edits.
+        signature: Inputs and outputs.
+        weights: Of the slim network.
+        make: Called instead of what `spec` names, with the same keyword arguments.
+
+    Raises:
+        ArtifactError: The weights cannot be read.
+        ModelError: The factory fails.
+        RebuildMismatch: The recipe or the weights do not fit the factory.
+    """
+    module = apply_edits(build_untouched(spec, signature, make), recipe, example_input(signature))
+    state = read_weights(weights)
+    try:
+        load_strict(module, state, f"'{weights.name}'")
+    except ArtifactError as error:
+        raise RebuildMismatch(f"The saved weights must fit the replayed network: {error.message}") from error
+    return module

@@ -1,0 +1,487 @@
+"""Which commands are there? Each parses its options, calls the library and maps the outcome to an exit code.
+
+    0 done, verdict passed    1 verdict failed      2 pipeline or command line wrong   3 a stage failed
+    4 file missing or corrupt 5 runtime unavailable 6 verdict inconclusive             70 a bug
+    130 interrupted
+
+Whatever imports torch is imported inside the commands that need it, so that `--help` and `validate` stay quick.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.cli.console import Console
+from compress.cli.exits import guarded, package_version, raise_outcome
+from compress.errors import ConfigError
+
+app = typer.Typer(
+    name="compress",
+    help="From a trained CNN to a smaller, faster ONNX model you can trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PipelineFile = Annotated[Path, typer.Argument(metavar="PIPELINE", help="The pipeline file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value, as in stages.prune.target.macs=0.4; repeatable."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Takes the place of the file's seed.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="FOLDER", help="Where run folders are kept.")]
+ForeignTable = Annotated[
+    bool, typer.Option("--accept-foreign-table", help="Use deploy.table although another machine made it.")
+]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write the checks as JUnit XML.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the verdict as JSON.")]
+Summary = Annotated[
+    bool, typer.Option("--github-summary", help="Add the verdict to the summary of a GitHub Actions job.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the verdict.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `compress` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character gets "?", not a crash
+            stream.reconfigure(errors="replace")
+    app(prog_name="compress")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Console().say(f"compress {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # read by its callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """From a trained CNN to a smaller, faster ONNX model you can trust."""
+
+
+@app.command()
+@guarded
+def run(
+    pipeline: PipelineFile,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+    accept_foreign_table: ForeignTable = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write training curves to the run folder, for TensorBoard to draw.")
+    ] = False,
+    junit: Junit = None,
+    json_file: JsonFile = None,
+    github_summary: Summary = False,
+) -> None:
+    """Run a pipeline; what is done already is not repeated."""
+    from compress.config.load import load_pipeline
+
+    accepted = ["deploy.accept_foreign_table=true"] if accept_foreign_table else []
+    loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted], seed)
+    from compress.cli.ci import require_places, write_for_ci
+
+    require_places(junit, json_file, github_summary)
+    from compress.engine.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
+
+    console = Console(quiet)
+    outcome = run_with_others(loaded, runs_dir, console, tensorboard)
+    if outcome is None:  # another process runs the pipeline, this one has helped
+        return
+    console.print_verdict(outcome.verdict)
+    write_for_ci(outcome.verdict, loaded.config.name, junit, json_file, github_summary)
+    for label, name in (("ONNX file", "model.onnx"), ("Report", "report.html")):
+        path = outcome.folder / name
+        if path.exists():
+            console.note(f"{label}: {path}")
+    raise_outcome(outcome.verdict.outcome)
+
+
+@app.command()
+@guarded
+def plan(
+    pipeline: PipelineFile, overrides: Overrides = None, seed: Seed = None, runs_dir: RunsDir = Path("runs")
+) -> None:
+    """Show which stages would run, and why."""
+    from compress.config.load import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or (), seed)
+    from compress.engine.runner import plan as plan_stages  # as in run
+
+    rows = [(row.stage, row.status, ", ".join(row.reasons)) for row in plan_stages(loaded, runs_dir)]
+    Console().print_plan(rows)
+
+
+@app.command()
+@guarded
+def profile(
+    pipeline: PipelineFile,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.json", help="Where to write the latency table.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Time a network's layers on this machine, for a latency target here or, with deploy.table, elsewhere."""
+    from compress.config.load import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or ())
+    from compress.storage.output_files import require_output
+
+    require_output("--out", out, "latency table")
+    from compress.engine.runner import profile as profile_pipeline  # imports torch
+
+    console = Console(quiet)
+    table = profile_pipeline(loaded, runs_dir, console)
+    table.write(out)
+    console.say(f"{out}: {len(table.samples)} variants, {table.conditions.machine}, {table.conditions.runtime}.")
+
+
+@app.command()
+@guarded
+def sweep(
+    pipeline: PipelineFile,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="A,B,...", help="Values for the pipeline's target, as in 0.8,0.6,0.5.")
+    ],
+    overrides: Overrides = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Run a pipeline at several budgets and put the results side by side."""
+    values = _parse_budgets(budgets)
+    from compress.config.load import load_pipeline
+
+    load_pipeline(pipeline, overrides or (), seed)
+    from compress.engine.sweep import (
+        sweep as sweep_pipeline,  # imports torch; a wrong pipeline file is refused before that
+    )
+    from compress.report.sweep import describe_potential, sweep_columns, sweep_rows
+
+    console = Console(quiet)
+    outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console)
+    console.print_table(
+        f"Budgets of {outcome.report['quantity']}", sweep_columns(outcome.report), sweep_rows(outcome.report)
+    )
+    if sentence := describe_potential(outcome.report):
+        console.say(sentence)
+    console.note(f"Report: {outcome.folder / 'sweep.html'}")
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+@guarded
+def validate(
+    pipelines: Annotated[list[Path], typer.Argument(metavar="PIPELINE...", help="Pipeline files (YAML).")],
+    overrides: Overrides = None,
+    seed: Seed = None,
+) -> None:
+    """Check pipeline files without running anything."""
+    from compress.config.load import load_pipeline
+
+    console = Console()
+    failed = False
+    for path in pipelines:
+        try:
+            loaded = load_pipeline(path, overrides or (), seed)
+        except ConfigError as error:
+            console.print_error(error)
+            failed = True
+        else:
+            console.say(f"{path}: valid, {' -> '.join(stage.stage for stage in loaded.config.stages)}.")
+    if failed:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+@guarded
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to check.")],
+    pipeline: Annotated[
+        Path | None,
+        typer.Option("--pipeline", metavar="PIPELINE", help="Says data, preprocessing, runtime and gates."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DATA", help="Images and labels: an .npz with x and y, or a folder of classes."),
+    ] = None,
+    gates: Annotated[
+        Path | None,
+        typer.Option("--gates", metavar="GATES.yaml", help="Gates, conditions and preprocessing, with --data."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="BASELINE.onnx", help="Baseline for drop and speed-up.")
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page on what was found.")
+    ] = None,
+    junit: Junit = None,
+    json_file: JsonFile = None,
+    github_summary: Summary = False,
+) -> None:
+    """Hold any ONNX classifier to gates: those of a pipeline, or of a file of their own."""
+    if (pipeline is None) == (data is None and gates is None):
+        raise ConfigError(
+            "verify takes either --pipeline, or --data and --gates, which say on what the file is measured.",
+            hint="compress verify model.onnx --against baseline.onnx --data test.npz --gates gates.yaml",
+        )
+    from compress.config.gates_file import load_gates
+    from compress.config.load import load_pipeline
+
+    settings = (
+        load_gates(gates, data, overrides or ()) if pipeline is None else load_pipeline(pipeline, overrides or ())
+    )
+    from compress.cli.ci import require_place, require_places, write_for_ci
+
+    require_places(junit, json_file, github_summary)
+    require_place("--report", report, ".html", "page of a verdict")
+    from compress.engine.verify_file import verify_file  # imports ONNX Runtime
+
+    console = Console(quiet)
+    verdict = verify_file(model, settings, against, console)
+    console.print_verdict(verdict)
+    write_for_ci(verdict, model.name, junit, json_file, github_summary)
+    if report is not None:
+        from compress.report.build import write_verdict_page  # imports matplotlib
+
+        write_verdict_page(model.name, verdict, report)
+    raise_outcome(verdict.outcome)
+
+
+@app.command()
+@guarded
+def bundle(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder, such as runs/NAME.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE.zip", help="What to write; by default NAME.zip here.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, max=10_000, help="Evaluation images that go with it.")
+    ] = 16,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY.pem", help="Sign the manifest with this Ed25519 key.")
+    ] = None,
+    allow_failed: Annotated[
+        bool,
+        typer.Option("--allow-failed", help="Bundle a run that did not pass its verification; model.json says so."),
+    ] = False,
+    license_text: Annotated[
+        str | None, typer.Option("--license", metavar="TEXT", help="Licence of the model, such as Apache-2.0.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
+) -> None:
+    """Pack a run's model with what proves it on the device: samples, figures, digests, a check."""
+    from compress.bundle.write import write_bundle  # imports ONNX Runtime
+
+    path = write_bundle(
+        folder, out, samples=samples, key_file=sign, allows_failed=allow_failed, licence=license_text, force=force
+    )
+    Console().say(f"{path} is written, {path.stat().st_size:,} bytes; next: compress check {path}")
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+@guarded
+def check(context: typer.Context) -> None:
+    """Check a bundle, a .zip or its folder: whole, right, and fast enough here."""
+    from compress.bundle.check import main as check_bundle  # the program that lies in every bundle
+
+    code = check_bundle(context.args, "compress check")
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+@guarded
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their report.json files.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER|FILE.html", help="Where the page goes."),
+    ] = None,
+) -> None:
+    """Compare runs side by side on one page, comparison.html; of one run, write its report.html anew."""
+    from compress.report.pages import write_pages
+
+    write_pages(runs, out, Console())
+
+
+@app.command()
+@guarded
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A pipeline file, FILE.onnx, torchvision:NAME, timm:NAME or file.py:callable."
+        ),
+    ],
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input", "--input-shape", metavar="C,H,W", help="Input of one image, where it is not known."),
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the least latency that can be reached, in ONNX Runtime.")
+    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, too.")] = False,
+    second_opinion: Annotated[
+        bool, typer.Option("--second-opinion", help="Compare the channel groups with those of torch-pruning.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE.json", help="Write what was found as JSON.")
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what can be cut of a network, what cannot, and how little can be left."""
+    shape = None if input_shape is None else _parse_input(input_shape)
+    from compress.cli.ci import require_place
+
+    require_place("--json", json_file, ".json", "JSON overview")
+    from compress.inspection.overview import inspect_target  # imports torch
+
+    console = Console(quiet)
+    overview = inspect_target(target, shape, tuple(overrides or ()), latency, console, second_opinion)
+    for title, columns, rows in overview.tables(layers):
+        console.print_table(title, columns, rows)
+    if json_file is not None:
+        from compress.report.build import write_json
+
+        write_json(overview.to_dict(), json_file)
+
+
+@app.command("list")
+@guarded
+def list_names(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[criteria|methods|ranks|stages|networks|datasets|tasks|runtimes]",
+            help="What to list; all by default.",
+        ),
+    ] = None,
+) -> None:
+    """List the names that a pipeline file may use."""
+    from compress.catalog import CRITERIA, METHODS, NETWORKS, RANKS, RUNTIMES, SOURCES, STAGES, TASKS
+    from compress.registry import closest
+
+    summary = ("name", "what it does")
+    stages = [(entry.name, entry.consumes, entry.produces, entry.summary) for entry in STAGES.values()]
+    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
+        "criteria": (summary, [(name, CRITERIA.summary(name)) for name in CRITERIA]),
+        "methods": (summary, [(name, METHODS.summary(name)) for name in METHODS]),
+        "ranks": (("name", "setting", "what it does"), [(name, *said) for name, said in RANKS.items()]),
+        "stages": (("name", "needs", "yields", "what it does"), stages),
+        "networks": (("key", "what it names"), list(NETWORKS.items())),
+        "datasets": (("key", "what it reads"), list(SOURCES.items())),
+        "tasks": (summary, [(name, TASKS.summary(name)) for name in TASKS]),
+        "runtimes": (summary, [(name, RUNTIMES.summary(name)) for name in RUNTIMES]),
+    }
+    if kind is not None and kind not in tables:
+        raise ConfigError(f"list takes one of {', '.join(tables)}, got '{kind}'.", hint=closest(kind, list(tables)))
+    console = Console()
+    for name in tables if kind is None else [kind]:
+        columns, rows = tables[name]
+        console.print_table(name, columns, rows)
+
+
+@app.command()
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of pipeline files."""
+    import json
+
+    from compress.config.schema import PipelineConfig
+
+    Console().say(json.dumps(PipelineConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+@guarded
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The pipeline file to write.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="MODEL", help="pkg.module:callable, file.py:callable, timm:NAME or a torchvision name."
+        ),
+    ],
+    weights: Annotated[str, typer.Option("--weights", metavar="FILE", help="Safetensors or a torch checkpoint.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Folder with train.npz and test.npz, or with train/ and test/ of images, or a torchvision data set.",
+        ),
+    ],
+    target_macs: Annotated[
+        float, typer.Option("--target-macs", metavar="RATIO", help="Kept share of the MACs, in (0, 1].")
+    ] = 0.5,
+    input_shape: Annotated[str, typer.Option("--input-shape", metavar="C,H,W", help="Input of one image.")] = "3,32,32",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented pipeline file to start from."""
+    from compress.config.scaffold import Scaffold, write_pipeline
+
+    channels, height, width = _parse_shape(input_shape)
+    write_pipeline(path, Scaffold(model, weights, data, target_macs, (channels, height, width)), force)
+    Console().say(f"{path} is written; next: compress plan {path}")
+
+
+def _parse_budgets(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise ConfigError(f"--budgets must be numbers above 0, such as 0.8,0.6,0.5, got '{text}'.")
+    return values
+
+
+def _parse_input(text: str) -> tuple[int, ...]:
+    """Read "3,32,32", or the sizes of an input with fewer or more axes.
+
+    Raises:
+        ConfigError: It is not one or more positive whole numbers.
+    """
+    sizes = _positive_sizes(text)
+    if not sizes:
+        raise ConfigError(f"--input must be positive whole numbers, got '{text}'.", hint="such as 3,224,224")
+    return sizes
+
+
+def _positive_sizes(text: str) -> tuple[int, ...]:
+    """Return the numbers in "3,32,32"; () where one of them is no positive whole number."""
+    parts = [part.strip() for part in text.split(",")]
+    fits = all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts)
+    return tuple(map(int, parts)) if fits else ()
+
+
+def _parse_shape(text: str) -> tuple[int, int, int]:
+    """Read "3,32,32".
+
+    Raises:
+        ConfigError: It is not three positive whole numbers, or has no 1 or 3 channels.
+    """
+    sizes = _positive_sizes(text)
+    if len(sizes) == 3 and sizes[0] in (1, 3):
+        return sizes[0], sizes[1], sizes[2]
+    raise ConfigError(
+        f"--input-shape must be channels (1 or 3), height and width, got '{text}'.", hint="such as 3,32,32"
+    )

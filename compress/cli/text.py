@@ -1,0 +1,95 @@
+"""How are a verdict and its figures put into words and rows? Used by the console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the artifacts import numpy, which nobody needs for `compress --help`
+    from compress.model.artifacts import Figures, Verdict
+
+CHECK_COLUMNS = ("check", "status", "value", "limit", "unit", "detail")
+FIGURE_COLUMNS = ("figure", "baseline", "slim", "change")
+
+
+def check_rows(verdict: Verdict) -> list[tuple[str, ...]]:
+    """Return one row a check, in the order of CHECK_COLUMNS."""
+    return [
+        (c.name, c.status, format_number(c.value), format_number(c.limit), c.unit, c.detail) for c in verdict.checks
+    ]
+
+
+def figure_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
+    """Return MACs, params, size, quality and latency before and after; [] when either was not measured."""
+    from compress.report.outcome import quality_kind  # imports numpy
+
+    before, after = verdict.baseline, verdict.slim
+    if before is None or after is None:
+        return []
+    rows = [
+        ("MACs", _count(before.macs), _count(after.macs), _fewer(before.macs, after.macs)),
+        ("params", _count(before.params), _count(after.params), _fewer(before.params, after.params)),
+        ("size (MB)", _megabytes(before), _megabytes(after), _fewer(before.size_bytes, after.size_bytes, "smaller")),
+    ]
+    for name in before.quality:
+        if name in after.quality:
+            old, new = before.quality[name], after.quality[name]
+            if quality_kind({"details": verdict.details}, name).is_share:
+                rows.append((f"{name} (%)", f"{100 * old:.2f}", f"{100 * new:.2f}", f"{100 * (new - old):+.2f} points"))
+            else:
+                rows.append((name, f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}"))
+    for name in before.latency_ms:
+        if name in after.latency_ms:
+            old, new = before.latency_ms[name], after.latency_ms[name]
+            rows.append((f"latency {name} (ms)", f"{old:.3f}", f"{new:.3f}", _fewer(old, new, "faster")))
+    return rows
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """Return the verdict in one sentence."""
+    made = [check for check in verdict.checks if check.status != "skipped"]
+    failed = [check.name for check in made if check.status == "fail"]
+    skipped = [name for name in verdict.required if name not in {check.name for check in made}]
+    count = f"{len(made)} {'check' if len(made) == 1 else 'checks'}"
+    if verdict.outcome == "passed":
+        return f"PASSED: {count} made, none failed."
+    if verdict.outcome == "inconclusive":
+        names = ", ".join(check.name for check in made if check.status == "inconclusive")
+        return f"INCONCLUSIVE: {names} can be shown neither kept nor broken, of {count} made; none failed."
+    if not made:
+        return "FAILED: nothing was checked."
+    reasons = [f"{', '.join(failed)} failed"] * bool(failed) + [f"{', '.join(skipped)} not made"] * bool(skipped)
+    return f"FAILED: {' and '.join(reasons)}, of {count} made."
+
+
+def next_steps(verdict: Verdict) -> list[str]:
+    """Return one line for each check that did not pass and has a remedy."""
+    return [f"{check.name}: {check.remedy}" for check in verdict.open_checks if check.remedy]
+
+
+def format_number(value: float | None) -> str:
+    """Return a number with four significant digits, large ones in full with separators; "-" for None.
+
+    >>> format_number(0.00123456), format_number(1234567.0), format_number(2.0), format_number(None)
+    ('0.001235', '1,234,567', '2', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "not counted"
+
+
+def _megabytes(figures: Figures) -> str:
+    return f"{figures.size_bytes / 1e6:.3f}"
+
+
+def _fewer(before: float, after: float, word: str = "fewer") -> str:
+    """Return "2.00x fewer"; says so honestly when there is more after than before."""
+    if before <= 0 or after <= 0:
+        return "-"
+    if f"{before / after:.2f}" == "1.00":
+        return "the same" if before == after else "about the same"
+    opposite = {"fewer": "more", "smaller": "larger", "faster": "slower"}[word]
+    return f"{before / after:.2f}x {word}" if before >= after else f"{after / before:.2f}x {opposite}"

@@ -1,0 +1,268 @@
+"""How do the `data:` lines of a pipeline file become splits?"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.config.schema import (
+    ArraysSource,
+    CocoSource,
+    DataConfig,
+    FolderSource,
+    IdxSource,
+    MasksSource,
+    OwnSource,
+    PreprocessingConfig,
+    Source,
+    TorchvisionSource,
+    UnlabelledSource,
+    YoloSource,
+)
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources.annotated import AnnotatedSource, read_masks, read_target_arrays, read_unlabelled
+from compress.data.sources.boxes import read_coco, read_yolo
+from compress.data.sources.classification import ImageSource, read_arrays, read_folder, read_idx, read_torchvision
+from compress.data.sources.user import read_own
+from compress.data.splits import Split, carve
+from compress.errors import DataError, InternalError
+from compress.tasks.base import Task
+from compress.tasks.classification import CLASSIFICATION, Classification
+from compress.tasks.imitation import Embedding, Imitation
+from compress.tasks.segmentation import Segmentation
+
+AS_IT_IS = Preprocessing(scale=1.0)
+
+
+class Splits:
+    """The train, calibration, validation and evaluation splits, read when first asked for.
+
+    Args:
+        config: Checked `data:` section with absolute paths.
+        task: What the network is for.
+
+    Attributes:
+        make_original: Returns the untouched network. Set as soon as there is one; asked for only where images have no
+            labels, or the task learns from that network.
+    """
+
+    def __init__(self, config: DataConfig, task: Task = CLASSIFICATION) -> None:
+        self.config, self.task = config, task
+        self.make_original: Callable[[], Any] | None = None
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What is done to images; nothing to those that a data set of the user's own has prepared already."""
+        given, train = self.config.preprocessing, self.config.train
+        if isinstance(train, OwnSource) and given == PreprocessingConfig():
+            first = read_own(train.own, train.kwargs).read(np.zeros(1, np.int64))
+            return AS_IT_IS if np.issubdtype(first.dtype, np.floating) else Preprocessing()
+        return Preprocessing(**given.model_dump())
+
+    @cached_property
+    def _original(self) -> Any:
+        if self.make_original is None:
+            raise InternalError("The untouched network was asked for before there is one.")
+        return self.make_original().requires_grad_(False).eval()
+
+    @property
+    def train(self) -> Split:
+        """What fine-tuning learns from."""
+        return self._part("train")
+
+    @property
+    def calibration(self) -> Split:
+        """What scores, repairs and batch-norm re-estimation look at."""
+        return self._part("calibration")
+
+    @property
+    def validation(self) -> Split:
+        """What chooses the best epoch, repairs and numbers of blocks."""
+        return self._part("validation") if self._own_validation is None else self._own_validation
+
+    @cached_property
+    def evaluation(self) -> Split:
+        """What the verdict is measured on; nothing is chosen by it."""
+        return open_split("evaluation", self.config.evaluation, self.preprocessing, self.task)
+
+    @cached_property
+    def _own_validation(self) -> Split | None:
+        """Images of a validation source of its own, None where they are taken out of the training images."""
+        source = self.config.validation
+        if isinstance(source, int):
+            return None
+        split = open_split("validation", source, self.preprocessing, self.task)
+        return replace(split, original=(lambda: self._original) if self.learns_from_original else None)
+
+    @property
+    def learns_from_original(self) -> bool:
+        """Whether the outputs of the untouched network are learned in place of labels."""
+        return self.task.learns_from_original or not has_targets(self._train_source)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, or ()."""
+        return self._train_source.classes
+
+    def check_classes(self) -> None:
+        """Raise DataError when training and evaluation, or validation, name their classes and the names differ."""
+        names = self.classes
+        for split in (self.evaluation, self.validation):
+            others = split.source.classes
+            if names and others and names != others:
+                different = sorted(set(names) ^ set(others))
+                raise DataError(
+                    f"Training and {split.name} must have the same classes in the same order, got {len(names)} and "
+                    f"{len(others)}, different in {', '.join(different[:6]) or 'their order'}."
+                )
+
+    @cached_property
+    def _train_source(self) -> ImageSource:
+        return _open_source(self.config.train, self.preprocessing, self.task, train=True)
+
+    @cached_property
+    def _train_split(self) -> Split:
+        """All images of the training source."""
+        return _split("train", self._train_source, self.preprocessing, self.task)
+
+    @cached_property
+    def _parts(self) -> dict[str, np.ndarray]:
+        sizes = {"calibration": self.config.calibration}
+        if isinstance(self.config.validation, int):
+            sizes["validation"] = self.config.validation
+        return carve(_classes_of(self._train_source, self.task), sizes, self.config.split_seed)
+
+    def _part(self, name: str) -> Split:
+        original = (lambda: self._original) if self.learns_from_original else None
+        return replace(self._train_split, name=name, indices=self._parts[name], original=original)
+
+
+def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Task = CLASSIFICATION) -> Split:
+    """Return all images of a source that nothing is trained on.
+
+    Raises:
+        DataError: The images or labels cannot be used.
+        ArtifactError: A file is missing.
+    """
+    return _split(name, _open_source(source, preprocessing, task, train=False), preprocessing, task)
+
+
+def _split(name: str, source: ImageSource, preprocessing: Preprocessing, task: Task) -> Split:
+    """Return all images of a source, with the task that their targets allow for."""
+    size = source.read(np.zeros(1, np.int64)).shape[1:-1]
+    if task.needs_targets and not has_targets(source):
+        task = Imitation(task)
+    return Split(name, source, np.arange(len(source)), preprocessing, task.sized(*size) if size else task)
+
+
+def has_targets(source: ImageSource) -> bool:
+    """Whether images are labelled."""
+    return bool(getattr(source, "has_targets", True))
+
+
+def _classes_of(source: ImageSource, task: Task) -> np.ndarray:
+    """Return (N,) the class of each image where that is known without reading the images, else the same for all."""
+    labels = source.known_labels if isinstance(source, AnnotatedSource) else getattr(source, "labels", None)
+    return np.zeros(len(source), np.int64) if labels is None or not isinstance(task, Classification) else labels
+
+
+def open_shifted(sources: Mapping[str, Source], evaluation: Split) -> dict[str, Split]:
+    """Return the user's data sets from elsewhere, prepared as the evaluation images are.
+
+    Raises:
+        DataError: As `open_split`, or one names other classes than the evaluation split.
+        ArtifactError: A file is missing.
+    """
+    task, preprocessing = evaluation.task, evaluation.preprocessing
+    found = {name: open_split(name, source, preprocessing, task) for name, source in sources.items()}
+    for name, split in found.items():
+        names, wanted = split.source.classes, evaluation.source.classes
+        if names and wanted and names != wanted:
+            raise DataError(
+                f"Shifted data set '{name}' must have the classes of the evaluation split in their order "
+                f"({', '.join(wanted[:6])}), got {', '.join(names[:6])}."
+            )
+    return found
+
+
+def _open_source(source: Source, preprocessing: Preprocessing, task: Task, train: bool) -> ImageSource:
+    opened = _read_source(source, preprocessing, task, train)
+    first = opened.read(np.zeros(1, np.int64))
+    _check_own(source, first, preprocessing)
+    channels = first.shape[-1]
+    if preprocessing.channels == "L" and channels != 1:
+        raise DataError(f"preprocessing.channels L needs images with one channel, got images with {channels}.")
+    mean, std = len(preprocessing.mean), len(preprocessing.std)
+    if not {mean, std} <= {1, channels}:
+        raise DataError(
+            f"preprocessing must have one value of mean and of std, or one for each channel of the images, got {mean} "
+            f"of mean, {std} of std and images with {channels} channel{'' if channels == 1 else 's'}.",
+            hint="the images must be of the kind that the network was trained on",
+        )
+    labels = None if isinstance(opened, AnnotatedSource) else opened.labels
+    if labels is not None and int(labels.min()) < 0:
+        raise DataError(f"Labels must be 0 or more, got {int(labels.min())}.")
+    return opened
+
+
+def _check_own(source: Source, images: np.ndarray, preprocessing: Preprocessing) -> None:
+    """Raise DataError where preprocessing would do what a data set of the user's own has done, or has to do, itself."""
+    if not isinstance(source, OwnSource):
+        return
+    if preprocessing.resize is not None or preprocessing.crop is not None:
+        raise DataError("A data set of your own must give images of their final size: leave resize and crop out.")
+    if np.issubdtype(images.dtype, np.floating) and preprocessing != AS_IT_IS:
+        raise DataError(
+            "Floating-point images of a data set of your own must be prepared already: leave preprocessing out.",
+            hint="give uint8 images to have them prepared",
+        )
+
+
+def _read_source(source: Source, preprocessing: Preprocessing, task: Task, train: bool) -> ImageSource:
+    geometric = preprocessing.resize is not None or preprocessing.crop is not None
+    fit_image = preprocessing.fit_image if geometric else None
+    grey = preprocessing.channels == "L"
+    if isinstance(source, ArraysSource):
+        labels = Path(source.labels) if source.labels else None
+        keys = (source.image_key, source.label_key)
+        if isinstance(_judged(task), Classification):
+            return read_arrays(Path(source.arrays), labels, *keys, fit_image)
+        return read_target_arrays(Path(source.arrays), labels, *keys, preprocessing, _mask_fill(task))
+    if isinstance(source, IdxSource):
+        return read_idx(Path(source.idx), Path(source.labels), fit_image)
+    if isinstance(source, FolderSource):
+        return read_folder(Path(source.folder), preprocessing.fit_image, grey, source.classes)
+    if isinstance(source, TorchvisionSource):
+        half = train if source.train is None else source.train
+        root = Path(source.root)
+        return read_torchvision(source.torchvision, root, half, source.download, preprocessing.fit_image, grey)
+    return _read_annotated(source, preprocessing, task, grey)
+
+
+def _read_annotated(source: Source, preprocessing: Preprocessing, task: Task, grey: bool) -> ImageSource:
+    """Read what has other targets than class indices, or none."""
+    if isinstance(source, MasksSource):
+        fill = _mask_fill(task)
+        return read_masks(Path(source.images), Path(source.masks), preprocessing, grey, 0 if fill is None else fill)
+    if isinstance(source, CocoSource):
+        return read_coco(Path(source.coco), Path(source.images), preprocessing, grey, source.letterbox)
+    if isinstance(source, YoloSource):
+        return read_yolo(Path(source.yolo), Path(source.images), preprocessing, grey, source.letterbox)
+    if isinstance(source, UnlabelledSource):
+        return read_unlabelled(Path(source.unlabelled), source.image_key, preprocessing, grey)
+    assert isinstance(source, OwnSource)
+    return read_own(source.own, source.kwargs)
+
+
+def _judged(task: Task) -> Task:
+    """Return the task whose targets a source has; an embedding's may be anything."""
+    return task.of if isinstance(task, Imitation) and not isinstance(task, Embedding) else task
+
+
+def _mask_fill(task: Task) -> int | None:
+    """Return what is put into masks where an image was padded; None where targets are no masks."""
+    judged = _judged(task)
+    return judged.ignore_index if isinstance(judged, Segmentation) else None

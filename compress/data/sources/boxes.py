@@ -1,0 +1,198 @@
+"""Where do pictures with boxes come from? COCO's JSON, or one .txt file for each picture as YOLO has it.
+
+A target is {"boxes": (M, 4) float32 [x0, y0, x1, y1] in pixels of the prepared image, "labels": (M,) int64}.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from compress.data.preprocessing import Preprocessing
+from compress.data.sources.annotated import AnnotatedSource, list_pictures
+from compress.data.sources.image_files import open_picture, to_pixels
+from compress.errors import ArtifactError, DataError
+
+MOST_CATEGORY = 65_535
+GREY = 114  # what YOLO's networks see at the rims
+Boxes = dict[str, np.ndarray]
+
+
+def read_coco(
+    annotations: Path, images: Path, preprocessing: Preprocessing, grey: bool, letterbox: tuple[int, int] | None
+) -> AnnotatedSource:
+    """Read pictures and the boxes that a JSON file of the COCO form has for them; labels are its category ids.
+
+    Args:
+        annotations: The JSON file, with `images`, `annotations` and `categories`.
+        images: Folder of the pictures.
+        preprocessing: Its geometric half is done to both; not with a letterbox.
+        grey: Whether pictures are read with one channel.
+        letterbox: (height, width) that pictures are fitted into; None leaves that to `preprocessing`.
+
+    Raises:
+        ArtifactError: A file is missing, or the JSON is not of that form.
+    """
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        names = {_category(one["id"]): str(one["name"]) for one in content.get("categories", [])}
+        files = [(int(one["id"]), images / one["file_name"]) for one in content["images"]]
+        of_image: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
+        for one in content["annotations"]:
+            if not one.get("iscrowd"):
+                x, y, width, height = (float(value) for value in one["bbox"])
+                if not all(map(math.isfinite, (x, y, width, height))):
+                    raise ValueError(f"a box must be finite numbers, got {one['bbox']}")
+                label = _category(one["category_id"])
+                of_image[int(one["image_id"])].append(([x, y, x + width, y + height], label))
+    except OSError as error:
+        raise ArtifactError(f"'{annotations}' must be a readable file: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"'{annotations}' must be JSON of the COCO form, got {said}") from error
+    if not files:
+        raise DataError(f"'{annotations}' must name at least one picture, it names none.")
+    missing = [path.name for _, path in files if not path.is_file()]
+    if missing:
+        raise ArtifactError(f"'{images}' must hold the pictures of '{annotations}', it lacks {', '.join(missing[:3])}.")
+
+    def target(place: int, size: tuple[int, int]) -> Boxes:
+        found = of_image[files[place][0]]
+        return as_boxes([box for box, _ in found], [label for _, label in found])
+
+    # a name for each id up to the largest, so that a label is a place in them
+    classes = tuple(names.get(index, str(index)) for index in range(max(names, default=-1) + 1))
+    return _source([path for _, path in files], target, classes, preprocessing, grey, letterbox)
+
+
+def read_yolo(
+    labels: Path, images: Path, preprocessing: Preprocessing, grey: bool, letterbox: tuple[int, int] | None
+) -> AnnotatedSource:
+    """Read pictures and their boxes: a .txt of the same name, "class x y width height" a line, shares of the picture.
+
+    Args:
+        labels: Folder of the .txt files; a picture without one has no box.
+        images: Folder of the pictures.
+        preprocessing: As for `read_coco`.
+        grey: Whether pictures are read with one channel.
+        letterbox: As there.
+
+    Raises:
+        ArtifactError: A folder is missing, or none of the pictures has a file.
+    """
+    pictures = list_pictures(images)
+    files = [labels / f"{path.stem}.txt" for path in pictures]
+    if not any(path.is_file() for path in files):
+        raise ArtifactError(f"'{labels}' must hold a .txt file for pictures in '{images}', it holds none.")
+
+    def target(place: int, size: tuple[int, int]) -> Boxes:
+        path, (height, width) = files[place], size
+        boxes, found = [], []
+        for label, x, y, w, h in _yolo_lines(path) if path.is_file() else ():
+            boxes.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
+            found.append(label)
+        return as_boxes(boxes, found)
+
+    return _source(pictures, target, (), preprocessing, grey, letterbox)
+
+
+def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
+    """Yield the class and the four shares of each line.
+
+    Raises:
+        DataError: A line has something else, or the file is no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"'{path}' must be a readable text of boxes, got {type(error).__name__}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            label, x, y, w, h = (float(value) for value in line.split()[:5])
+            if not label.is_integer() or not 0 <= label <= MOST_CATEGORY or not all(map(math.isfinite, (x, y, w, h))):
+                raise ValueError(line)
+        except ValueError as error:
+            raise DataError(
+                f"'{path}' line {number} must be a class (0 to {MOST_CATEGORY}) and four shares, got '{line[:80]}'."
+            ) from error
+        yield int(label), x, y, w, h
+
+
+def _category(value: Any) -> int:
+    """Return a category id; labels are places in a list of names, which is as long as the largest id."""
+    number = int(value)
+    if not 0 <= number <= MOST_CATEGORY:
+        raise ValueError(f"category ids must be from 0 to {MOST_CATEGORY}, got {str(value)[:40]}")
+    return number
+
+
+def as_boxes(boxes: list[list[float]], labels: list[int]) -> Boxes:
+    """Return boxes and their labels as arrays, also where there is none."""
+    return {"boxes": np.asarray(boxes, np.float32).reshape(-1, 4), "labels": np.asarray(labels, np.int64)}
+
+
+def fit_letterbox(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a uint8 (H, W, C) image scaled to fit into a size, in the middle, grey at the rims."""
+    scale, top, left = _letterbox(image.shape[:2], size)
+    height, width = (round(side * scale) for side in image.shape[:2])
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    whole = np.full((*size, image.shape[-1]), GREY, np.uint8)
+    whole[top : top + height, left : left + width] = resized[..., None] if resized.ndim == 2 else resized
+    return whole
+
+
+def _letterbox(image_size: tuple[int, ...], size: tuple[int, int]) -> tuple[float, int, int]:
+    """Return by how much an image is scaled, and how many rows and columns of grey come before it."""
+    scale = min(want / have for want, have in zip(size, image_size, strict=True))
+    top, left = ((want - round(have * scale)) // 2 for want, have in zip(size, image_size, strict=True))
+    return scale, top, left
+
+
+def moved(target: Boxes, scale: tuple[float, float], shift: tuple[float, float], size: tuple[int, int]) -> Boxes:
+    """Return boxes as an image was scaled, then shifted, then cut off at its borders; those outside are gone.
+
+    Args:
+        target: Boxes and labels, and whatever else has an entry for each box.
+        scale: Of rows and of columns.
+        shift: Rows and columns, after scaling.
+        size: (height, width) of the result.
+    """
+    factors, shifts, ends = (np.asarray([x, y, x, y], np.float32) for y, x in (scale, shift, size))
+    boxes = (target["boxes"] * factors + shifts).clip(0, ends)
+    seen = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
+
+
+def _source(
+    pictures: list[Path],
+    target: Callable[[int, tuple[int, int]], Boxes],
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    grey: bool,
+    letterbox: tuple[int, int] | None,
+) -> AnnotatedSource:
+    if letterbox is not None and (preprocessing.resize is not None or preprocessing.crop is not None):
+        raise DataError("letterbox must be given without preprocessing.resize and preprocessing.crop.")
+
+    def read_image(place: int) -> np.ndarray:
+        picture = to_pixels(open_picture(pictures[place]), grey)
+        return preprocessing.fit_image(picture) if letterbox is None else fit_letterbox(picture, letterbox)
+
+    def read_target(place: int) -> Any:
+        width, height = open_picture(pictures[place]).size
+        boxes = target(place, (height, width))
+        if letterbox is not None:
+            scale, top, left = _letterbox((height, width), letterbox)
+            return moved(boxes, (scale, scale), (top, left), letterbox)
+        scales, shift, size = preprocessing.geometry(height, width)
+        return moved(boxes, scales, shift, size)
+
+    return AnnotatedSource(len(pictures), read_image, read_target, classes, is_threadsafe=True)

@@ -1,0 +1,275 @@
+"""What does the result of a stage depend on, and which part of that changed?
+
+A key is made of the stage's name and version, its settings, the digest of its input, the seed, the threads, the
+versions of the libraries, and, where they matter, the contents of the images, the weights and the factory's file.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
+from compress.config.load import Pipeline
+from compress.config.paths import PRETRAINED, UNTRAINED
+from compress.config.schema import DEFAULT_TASK, DeployConfig, TaskConfig
+from compress.cost.conditions import deploy_conditions
+from compress.engine.code_files import NO_CODE, code_files, python_files, resolve
+from compress.errors import ArtifactError
+from compress.storage.digest import digest_data, digest_file, digest_value
+
+LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
+             "torch", "torchvision")  # fmt: skip
+FREE = ("save_minutes", "device", "compiled", "rewind_to")  # settings that no result depends on, or whose file counts
+TORCH_PRUNING = "torch-pruning"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage of a pipeline with everything its result depends on but its input.
+
+    Attributes:
+        index: Its place, from 0.
+        entry: Its declaration.
+        config: Its checked settings.
+        values: The same, as plain values.
+        fixed: The parts of its key that are known before any stage has run.
+    """
+
+    index: int
+    entry: StageEntry
+    config: Any
+    values: dict[str, Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+    def components(self, input_digest: str) -> dict[str, Any]:
+        """Return everything the stage's result depends on."""
+        return {**self.fixed, "input": input_digest}
+
+
+def build_steps(pipeline: Pipeline) -> list[Step]:
+    """Return the stages with everything in their keys that does not depend on earlier stages."""
+    config = pipeline.config
+    resolved, folder = pipeline.resolved, pipeline.path.parent
+    data = _data_component(resolved["data"], folder)
+    task = _task_component(config.task, folder)
+    libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
+    steps = []
+    for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
+        entry = STAGES[stage.stage]
+        counting = _what_counts(entry.name, values)
+        if isinstance(values.get("criterion"), dict):
+            counting["criterion"] = _criterion_component(values["criterion"], folder)
+        fixed = {
+            "stage": entry.name,
+            "version": entry.version,
+            "config": counting,
+            "seed": config.seed,
+            "threads": config.threads,
+            "libraries": libraries | _torch_pruning_version(values),
+            "plugins": {name: _code_digest(name, folder) for name in config.plugins},
+        }
+        if entry.uses_data:
+            fixed["data"] = data
+            if task is not None:
+                fixed["task"] = task
+        if config.deploy is not None and needs_latency(stage):
+            fixed["deploy"] = _deploy_component(config.deploy)
+        if values.get("rewind_to") is not None:
+            fixed["files"] = {"rewind_to": _file_digest(Path(values["rewind_to"]), "Checkpoint")}
+        if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
+            fixed["files"] = _model_files(values, folder)
+            if config.deploy is not None:
+                fixed["precision"] = config.deploy.precision
+            if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
+                fixed["deploy"] = {**asdict(deploy_conditions(config.deploy)), "repeats": config.deploy.repeats}
+        steps.append(Step(index, entry, stage, values, fixed))
+    return steps
+
+
+def _data_component(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the data section with the contents of its files in place of their paths."""
+    sources = {part: data[part] for part in ("train", "validation", "evaluation") if isinstance(data[part], dict)}
+    codes = {part: _reference_digest(one["own"], folder) for part, one in sources.items() if "own" in one}
+    return {
+        **data,
+        **{part: digest_data(one) for part, one in sources.items()},
+        **({"code": codes} if codes else {}),
+    }
+
+
+def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
+    """Return what of a task results depend on; None for the default, which was there before tasks were."""
+    if task == DEFAULT_TASK:
+        return None
+    values: dict[str, Any] = task.model_dump(mode="json", exclude_none=True)
+    named = [key for key in ("own", "postprocess", "loss") if key in values]
+    codes: dict[str, Any] = {key: _reference_digest(values[key], folder) for key in named}
+    return values | codes
+
+
+def _criterion_component(criterion: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return an importance of the user's own with the digest of its code in place of its path.
+
+    Raises:
+        ArtifactError: Its file does not exist.
+    """
+    place = Path(criterion["torch_pruning"].rpartition(":")[0])
+    if place.suffix == ".py" and not place.is_file():
+        raise ArtifactError(f"Importance file '{place}' {_state(place)}.")
+    return {**criterion, "torch_pruning": _reference_digest(criterion["torch_pruning"], folder)}
+
+
+def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the version of torch-pruning for a stage whose criterion is one of its, nothing for others."""
+    criterion = values.get("criterion")
+    is_theirs = isinstance(criterion, dict) or (isinstance(criterion, str) and criterion.startswith("tp_"))
+    return {TORCH_PRUNING: _version(TORCH_PRUNING)} if is_theirs else {}
+
+
+def _reference_digest(reference: str, folder: Path) -> str:
+    """Return the digest of the code behind a reference, and the name in it."""
+    place, _, name = reference.rpartition(":")
+    return f"{_code_digest(place, folder)}:{name}"
+
+
+def needs_latency(stage: Any) -> bool:
+    """Whether latencies have to be known for the target of a stage's settings."""
+    return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
+
+
+def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
+    """Return what latencies depend on besides the network: this machine, or the table that stands for another one."""
+    table = None
+    if deploy.table is not None:
+        if not Path(deploy.table).is_file():
+            raise ArtifactError(f"Latency table '{deploy.table}' does not exist.")
+        table = digest_file(Path(deploy.table))
+    return {
+        **asdict(deploy_conditions(deploy)),
+        "table": table,
+        "accept_foreign_table": deploy.accept_foreign_table,
+        "repeats": deploy.repeats,
+    }
+
+
+def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's settings that its results depend on; files of weights count by content, not by place.
+
+    How training is done, and how often it saves its state, are no such settings.
+    """
+    counting = {key: value for key, value in values.items() if key not in FREE}
+    for name in ("between", "training"):
+        if isinstance(training := values.get(name), Mapping):
+            counting[name] = _what_counts("finetune", training)
+    if stage == "verify" and counting["robustness"] is not None:
+        sources = counting["robustness"]["shifted"]
+        digests = {name: digest_data(source) for name, source in sources.items()}
+        counting["robustness"] = {**counting["robustness"], "shifted": digests}
+    if stage != "load":
+        return counting
+    model = {key: value for key, value in values["model"].items() if key not in ("factory", "onnx")}
+    return {**counting, "weights": None, "model": model}
+
+
+def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Return the digests of the weights and of the factory, or of the ONNX file that is both."""
+    if "onnx" in values["model"]:
+        return {"onnx": _onnx_digest(Path(values["model"]["onnx"]))}
+    if values["weights"] in (PRETRAINED, UNTRAINED):  # library versions, the network's name and the seed say which
+        files = {"weights": values["weights"]}
+    else:
+        files = {"weights": _file_digest(Path(values["weights"]), "Weights file")}
+    factory = values["model"].get("factory")
+    if factory is not None:
+        files["factory"] = _reference_digest(factory, folder)
+    return files
+
+
+def _file_digest(path: Path, what: str) -> str:
+    if not path.is_file():
+        raise ArtifactError(f"{what} '{path}' {_state(path)}.")
+    return digest_file(path)
+
+
+def _state(path: Path) -> str:
+    """Return why a path is no file."""
+    return "is a folder, not a file" if path.is_dir() else "does not exist"
+
+
+def _onnx_digest(path: Path) -> str:
+    """Return the digest of an ONNX file, or of it and the files beside it that hold its weights."""
+    from compress.onnx_file.io import load_onnx, model_files, require_beside, require_external  # imports onnx
+
+    files = model_files(path)
+    if len(files) == 1:
+        return digest_file(path)
+    require_beside(load_onnx(path), path)
+    require_external(load_onnx(path), path)
+    return digest_value({file.relative_to(path.parent).as_posix(): digest_file(file) for file in files})
+
+
+def _code_digest(place: str, folder: Path) -> str:
+    """Return the digest of the Python files that a file's or a module's code is made of, as far as they are the user's.
+
+    A module, and what either imports, is looked for where the factory and plug-ins are: beside the file, in the current
+    folder, the pipeline's `folder`, and, a module, then where Python looks.
+    """
+    here = [Path.cwd(), folder.absolute()]
+    if place.endswith(".py"):
+        whole, starts = Path(place).absolute().parent, [Path(place).absolute()]
+        roots = [whole, *here]
+    else:
+        spec = PathFinder.find_spec(place.partition(".")[0], [str(Path.cwd()), str(folder), *sys.path])
+        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+            return place
+        origin = Path(spec.origin).absolute()
+        is_package = origin.name == "__init__.py"
+        whole = origin.parent
+        roots = [whole.parent if is_package else whole, *here]
+        if any(part in NO_CODE for part in origin.parts):  # an installed package is taken as it is
+            starts, roots = list(python_files(whole)) if is_package else [origin], []
+        else:
+            starts = resolve(place.split("."), roots) or [origin]
+    if not all(path.is_file() for path in starts):
+        return place
+    files = code_files(starts, roots, whole) if roots else starts
+    return digest_value({_name_below(path, [whole, *roots]): digest_file(path) for path in files})
+
+
+def _name_below(path: Path, roots: Sequence[Path]) -> str:
+    root = next((root for root in roots if path.is_relative_to(root)), None)
+    return path.relative_to(root).as_posix() if root is not None else path.name
+
+
+def explain(components: dict[str, Any], previous: list[dict[str, Any]], step: Step) -> tuple[str, ...]:
+    """Say which part of the key differs from the last run of this pipeline."""
+    before = previous[step.index] if step.index < len(previous) else None
+    if before is None or before["stage"] != step.entry.name:
+        return ("runs for the first time",)
+    changed = sorted(_differences(before["components"], components))
+    if not changed:
+        return ("its stored result is gone",)
+    return tuple("its input changed" if name == "input" else f"{name} changed" for name in changed)
+
+
+def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Return the dotted names of all values that differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(set(before) | set(after))
+        return [
+            difference
+            for name in names
+            for difference in _differences(before.get(name), after.get(name), f"{path}.{name}" if path else name)
+        ]
+    return [] if before == after else [path.removeprefix("config.")]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,440 @@
+"""Which stages must run, why, and what becomes of a run?
+
+For each stage: make its key out of everything its result depends on; found in the store: restore it, "unchanged";
+else run it, store it, write the lock. Then lay out the run folder:
+
+    runs/NAME/   pipeline.yaml (resolved)  model.onnx  slim/  lock  report.json  report.html
+    runs/.store/ finished stages by key, and latency tables, shared by all runs
+
+Nothing here imports torch unless a stage has to run.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from compress.catalog import NOTHING, VERDICT
+from compress.checkpoint.layout import VOLATILE, load_artifact, save_artifact
+from compress.config.load import Pipeline
+from compress.config.rules.gates import require_known_metrics
+from compress.engine.curves import require_tensorboard, written_curves
+from compress.engine.keys import Step, build_steps, explain, needs_latency
+from compress.engine.run_folder import publish
+from compress.engine.workers import Crew, crew
+from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, NoSuchPlace, RunLocked
+from compress.model.artifacts import FactorySpec, TorchModel, Verdict
+from compress.packages import DETECTION, require_packages
+from compress.progress import Progress, SilentProgress
+from compress.references import import_callable
+from compress.report.build import StageRun, build_report, write_report
+from compress.report.environment import describe_environment
+from compress.report.provenance import describe_provenance
+from compress.storage.atomic import write_whole
+from compress.storage.digest import digest_value
+from compress.storage.lock import hold
+from compress.storage.store import Entry, Store
+from compress.user_code import as_ours
+
+if TYPE_CHECKING:  # imports torch
+    from compress.search.context import StageContext
+
+LOCK_SCHEMA = 1
+WAIT_S = 0.2
+PROFILED = ("prune", "slim")  # the stages whose latency table can be saved and used elsewhere
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """What a run would do with one stage.
+
+    Attributes:
+        stage: Its name.
+        status: "unchanged" when its result is in the store, "run" when it has to be made.
+        reasons: Why it would run.
+    """
+
+    stage: str
+    status: Literal["unchanged", "run"]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """What a run came to."""
+
+    verdict: Verdict
+    folder: Path
+    report: dict[str, Any]
+
+
+def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
+    """Return what a run would do, stage by stage, without doing it."""
+    store = Store(runs_dir / ".store", warn=lambda text: None)
+    previous = _read_lock(runs_dir / pipeline.config.name)
+    planned: list[PlannedStage] = []
+    digest: str | None = ""
+    for step in build_steps(pipeline):
+        if digest is None:
+            planned.append(PlannedStage(step.entry.name, "run", (f"its input changes: '{planned[-1].stage}' runs",)))
+            continue
+        components = step.components(digest)
+        entry = store.get(digest_value(components))
+        if entry is None:
+            reasons = explain(components, previous, step)
+            planned.append(PlannedStage(step.entry.name, "run", reasons))
+            digest = None
+        else:
+            planned.append(PlannedStage(step.entry.name, "unchanged", ()))
+            digest = entry.digest
+    return planned
+
+
+def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> RunOutcome:
+    """Run a pipeline, or as much of it as is not done, and lay out its run folder.
+
+    Raises:
+        CompressError: A stage could not do its work; the message names it. Stages that are done stay.
+        RunLocked: Another process runs in this folder.
+    """
+    return _run(pipeline, runs_dir, progress or SilentProgress(), Crew(), False)
+
+
+def run_with_others(
+    pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, writes_curves: bool = False
+) -> RunOutcome | None:
+    """Run a pipeline as `run`, along with the other processes that `torchrun` has started, if there are any.
+
+    Args:
+        pipeline: What to run.
+        runs_dir: Where run folders are kept.
+        progress: Told about anything that takes long.
+        writes_curves: Whether training curves go to event files, in the folder `tensorboard` of the run.
+
+    Returns:
+        What it came to; None in a process that helped another one.
+
+    Raises:
+        As `run`.
+        StageError: Curves are to be written, and the package for that is missing.
+    """
+    if writes_curves:
+        require_tensorboard()
+    helper = _Run(pipeline, runs_dir, runs_dir / pipeline.config.name, SilentProgress(), Crew())
+    with crew(helper.follow) as present:
+        return (
+            None if present is None else _run(pipeline, runs_dir, progress or SilentProgress(), present, writes_curves)
+        )
+
+
+def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, crew: Crew, writes_curves: bool) -> RunOutcome:
+    folder = runs_dir / pipeline.config.name
+    with hold(folder):
+        return _Run(pipeline, runs_dir, folder, progress, crew, writes_curves).execute()
+
+
+def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
+    """Time the variants that the first stage with a latency target chooses by; stages before it run as in `run`.
+
+    Returns:
+        The `TableFile`.
+
+    Raises:
+        ConfigValueError: No such stage has a latency target.
+        CompressError: As `run`.
+    """
+    progress = progress or SilentProgress()
+    steps = build_steps(pipeline)
+    index = next((step.index for step in steps if step.entry.name in PROFILED and needs_latency(step.config)), None)
+    if index is None:
+        raise ConfigValueError(
+            f"'{pipeline.path}' must have a {' or '.join(PROFILED)} stage with a target of latency or latency_ms to be "
+            "profiled, it has none.",
+            hint="--set stages.prune.target.latency=0.5",
+        )
+    folder = runs_dir / pipeline.config.name
+    with hold(folder):
+        return _Run(pipeline, runs_dir, folder, progress, Crew()).profile(steps, index)
+
+
+class _Run:
+    """One execution of a pipeline."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        runs_dir: Path,
+        folder: Path,
+        progress: Progress,
+        crew: Crew,
+        writes_curves: bool = False,
+    ) -> None:
+        self.pipeline, self.folder, self.progress = pipeline, folder, progress
+        self.crew, self.writes_curves = crew, writes_curves
+        self.factory = FactorySpec.from_model(pipeline.resolved["stages"][0]["model"])
+        self.store = Store(runs_dir / ".store", progress.warn)
+        self.previous = _read_lock(folder)
+        self.stages: list[StageRun] = []
+        self.entries: list[Entry] = []
+        self.locked: list[dict[str, Any]] = []
+        self.artifact: Any = None
+        self.data: Any = None
+        self.has_tried_runtimes = False
+
+    def execute(self) -> RunOutcome:
+        """Run or restore every stage, then publish."""
+        self.store.sweep()
+        _write_text(self.folder / "pipeline.yaml", self.pipeline.to_yaml())
+        steps = build_steps(self.pipeline)
+        data = steps[0].fixed["data"]
+        if data["train"] == data["evaluation"] and "torchvision" not in self.pipeline.resolved["data"]["train"]:
+            self.progress.warn("Training and evaluation are the same images: the verdict will say nothing.")
+        if data["validation"] == data["evaluation"]:
+            self.progress.warn(
+                "Validation and evaluation are the same images: the verdict is on images that epochs, repairs and "
+                "numbers of blocks were chosen by."
+            )
+        digest = ""
+        for step in steps:
+            digest = self._do(step, len(steps), digest)
+        verdict = self._load(VERDICT, self.entries[-1])
+        if not isinstance(verdict, Verdict):
+            raise InternalError("The last stage yielded no verdict.")
+        published = publish(self.folder, self.entries, [step.entry.produces for step in steps], self.factory)
+        provenance = describe_provenance(self.pipeline, steps[0].fixed, published, self.progress.warn)
+        report = build_report(
+            self.pipeline.config.name, verdict, self.stages, self.pipeline.resolved, describe_environment(), provenance
+        )
+        is_same = [stage["key"] for stage in self.locked] == [stage.get("key") for stage in self.previous]
+        nothing_ran = all(stage.status == "unchanged" for stage in self.stages)
+        write_report(
+            report, self.folder, page=not (is_same and nothing_ran and (self.folder / "report.html").is_file())
+        )
+        if nothing_ran:
+            self.progress.note("Nothing to do: every stage is unchanged.")
+        return RunOutcome(verdict, self.folder, report)
+
+    def profile(self, steps: Sequence[Step], index: int) -> Any:
+        """Run or restore the stages before one with a latency target, and let that one time what it needs."""
+        digest = ""
+        for step in steps[:index]:
+            digest = self._do(step, len(steps), digest)
+        key = digest_value([steps[index].components(digest), "profile"])
+        work = self.store.work_folder(key)
+        with hold(self.store.lock_folder(key)):
+            work.mkdir(parents=True, exist_ok=True)
+            table = self._with_stage(steps[index], work, lambda stage, ctx: stage.profile(self.artifact, ctx))
+            shutil.rmtree(work, ignore_errors=True)
+        return table
+
+    def _do(self, step: Step, count: int, input_digest: str) -> str:
+        """Restore or run one stage and return the digest of its result."""
+        components = step.components(input_digest)
+        key = digest_value(components)
+        label = f"[{step.index + 1}/{count}] {step.entry.name}"
+        entry = self.store.get(key)
+        status: Literal["ran", "unchanged"] = "unchanged"
+        if entry is None:
+            reasons = explain(components, self.previous, step)
+            self.progress.note(f"{label}: {'; '.join(reasons)}")
+            self._withdraw_report()
+            self._try_runtimes()
+            with self._claim(key, label) as made_elsewhere:
+                entry = made_elsewhere or self._make(step, count, key)
+                status = "unchanged" if made_elsewhere else "ran"
+        if status == "ran":
+            self.progress.note(f"{label}: done in {entry.meta['seconds']:.1f} s")
+        else:
+            self.artifact = None
+            self.progress.note(f"{label}: unchanged")
+        self.stages.append(StageRun(step.entry.name, status, entry.meta["seconds"], entry.meta["record"]))
+        if step.entry.consumes == NOTHING:
+            require_known_metrics(self.pipeline.config, entry.meta["record"])
+            if status == "ran":
+                self._try_checkpoints()
+        self.entries.append(entry)
+        self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
+        self._write_lock(count)
+        return entry.digest
+
+    def _try_runtimes(self) -> None:
+        """Refuse what is not installed before the first stage runs, not after hours of training."""
+        if self.has_tried_runtimes:
+            return
+        self.has_tried_runtimes = True
+        _require_packages(self.pipeline)
+        self._try_importances()
+        from compress.verification.measurement import Conditions, require_conditions  # imports ONNX Runtime
+
+        config = self.pipeline.config
+        verify: Any = config.stages[-1]
+        sections: list[tuple[str, Any]] = [("verify", verify)]
+        if config.deploy is not None and not config.deploy.accept_foreign_table:
+            sections.append(("deploy", config.deploy))
+        wanted = {
+            name: (Conditions(one.runtime, one.provider, one.threads, one.batch_size), True) for name, one in sections
+        }
+        for number, one in enumerate(verify.also):
+            place = Conditions(one.runtime, one.provider, one.threads or verify.threads, verify.batch_size)
+            wanted[f"verify.also[{number}]"] = place, one.required
+        for name, (conditions, is_required) in wanted.items():
+            try:
+                require_conditions(conditions)
+            except CompressError as error:
+                if not is_required and not isinstance(error, NoSuchPlace):
+                    continue  # that place is skipped
+                error.message = f"Section '{name}': {error.message}"
+                raise
+
+    def _try_importances(self) -> None:
+        """Refuse importances of the user's own that cannot be imported before the first stage runs."""
+        for index, stage in enumerate(self.pipeline.resolved["stages"]):
+            if isinstance(stage.get("criterion"), dict):
+                try:
+                    import_callable(stage["criterion"]["torch_pruning"], "Importance")
+                except CompressError as error:
+                    error.message = f"stages[{index}].criterion.torch_pruning: {error.message}"
+                    raise
+
+    def _try_checkpoints(self) -> None:
+        """Refuse checkpoints that do not fit the network before anything is cut, not after it."""
+        for stage in self.pipeline.resolved["stages"]:
+            if stage.get("rewind_to") is not None:
+                from compress.checkpoint.rebuild import load_checkpoint  # imports torch
+
+                load_checkpoint(self.factory, Path(stage["rewind_to"]))
+
+    def _withdraw_report(self) -> None:
+        """Remove the last run's report: a verdict must not stand beside settings it was not measured with."""
+        for name in ("report.json", "report.html"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _claim(self, key: str, label: str) -> Iterator[Entry | None]:
+        """Keep other runs that share the store from making the same result; yields it if one of them just did.
+
+        The store is looked into again even where nothing was waited for: the other run may have ended in between.
+        """
+        waited = False
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(hold(self.store.lock_folder(key)))
+                    break
+                except RunLocked:
+                    if not waited:
+                        self.progress.note(f"{label}: another run is making the same result, this one waits for it")
+                    waited = True
+                    time.sleep(WAIT_S)
+            yield self.store.get(key, warns=waited)
+
+    def _make(self, step: Step, count: int, key: str) -> Entry:
+        """Run one stage and store its result."""
+        started = time.perf_counter()
+        work = self.store.work_folder(key)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            source = self.entries[-1].folder if self.entries else None
+            with self.crew.call(step, key, source):
+                artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))
+            meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
+            entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
+        except CompressError as error:
+            error.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {error.message}"
+            raise
+        except BaseException as error:
+            if (ours := as_ours(error)) is not None:
+                ours.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {ours.message}"
+                raise ours from error
+            if not isinstance(error, OSError):
+                raise
+            raise ArtifactError(
+                f"Stage '{step.entry.name}' ({step.index + 1} of {count}) could not read or write "
+                f"'{error.filename or work}': {error.strerror or error}.",
+                hint="Stages that are done stay; give the same command again.",
+            ) from error
+        self.artifact = self._load(step.entry.produces, entry)
+        return entry
+
+    def follow(self, index: int, key: str, source: Path) -> None:
+        """Run one stage along with the process that runs the pipeline, and keep nothing of it."""
+        step = build_steps(self.pipeline)[index]
+        self.artifact = load_artifact(step.entry.consumes, source, self.factory)
+        self._with_stage(step, self.store.work_folder(key), lambda stage, ctx: stage.run(self.artifact, ctx))
+
+    def _load(self, kind: str, entry: Entry) -> Any:
+        return load_artifact(kind, entry.folder, self.factory)
+
+    def _with_stage(self, step: Step, work: Path, call: "Callable[[Any, StageContext], T]") -> T:
+        """Build a stage and its surroundings, load its input, and let `call` make use of them."""
+        import importlib  # torch comes in with the first stage that has to run, and only then
+
+        import torch
+
+        from compress.data.from_config import Splits
+        from compress.search.context import StageContext
+        from compress.search.teacher import original_of
+        from compress.tasks.from_config import open_task
+
+        config = self.pipeline.config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.data = self.data or Splits(config.data, open_task(config.task))
+        place, _, name = step.entry.place.partition(":")
+        stage = getattr(importlib.import_module(place), name)(step.config)
+        if self.artifact is None and step.entry.consumes != NOTHING:
+            self.artifact = self._load(step.entry.consumes, self.entries[-1])
+        if isinstance(model := self.artifact, TorchModel):
+            self.data.make_original = lambda: original_of(model)
+        tables = self.store.root / ".latency"
+        with self._listener(step, work) as listener:
+            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables))
+
+    def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
+        """Return who is told what a stage does; a stage that starts anew draws its curves anew."""
+        if not self.writes_curves:
+            return nullcontext(self.progress)
+        folder = self.folder / "tensorboard" / f"{step.index + 1}-{step.entry.name}"
+        if not any(work.glob("*.pt")):
+            shutil.rmtree(folder, ignore_errors=True)
+        return written_curves(self.progress, folder)
+
+    def _write_lock(self, count: int) -> None:
+        """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""
+        values = {"schema": LOCK_SCHEMA, "stages": self.locked + self.previous[len(self.locked) : count]}
+        _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
+
+
+def _require_packages(pipeline: Pipeline) -> None:
+    """Refuse a pipeline whose network or task needs a package that is not installed."""
+    model = pipeline.resolved["stages"][0]["model"]
+    if "timm" in model:
+        require_packages(["timm"], f"model.timm: {model['timm']}")
+    if pipeline.config.task.name == "detection":
+        require_packages(DETECTION, "The task detection")
+
+
+def _read_lock(folder: Path) -> list[dict[str, Any]]:
+    """Return what the last run locked; an unreadable lock counts as none."""
+    try:
+        values = json.loads((folder / "lock").read_text(encoding="utf-8"))
+        stages: list[dict[str, Any]] = values["stages"] if values["schema"] == LOCK_SCHEMA else []
+        return [stage for stage in stages if {"stage", "components"} <= set(stage)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}' must be writable: {error.strerror or error}.",
+            hint="Stages that are done stay; make room and give the same command again.",
+        ) from error

@@ -1,0 +1,111 @@
+"""What does a pipeline give at several budgets? Runs it once for each and puts the results side by side.
+
+    runs/NAME-sweep/   sweep.json  sweep.html
+    runs/NAME-0.5/     an ordinary run folder for each budget
+
+Every run is an ordinary one, so whatever the budgets have in common (the loaded network, latency tables) is made once,
+and a sweep that was killed goes on where it was. A budget that cannot be met is a row that says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.config.load import Pipeline, load_pipeline
+from compress.engine.runner import run
+from compress.errors import (
+    OUTCOME_EXIT_CODES,
+    VERDICT_FAILED_EXIT_CODE,
+    VERDICT_INCONCLUSIVE_EXIT_CODE,
+    BudgetUnreachable,
+    ConfigValueError,
+)
+from compress.progress import Progress, SilentProgress
+from compress.report.sweep import build_sweep, write_sweep
+
+_FIRST = (BudgetUnreachable.exit_code, VERDICT_FAILED_EXIT_CODE, VERDICT_INCONCLUSIVE_EXIT_CODE)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOutcome:
+    """What a sweep came to.
+
+    Attributes:
+        folder: Where `sweep.json` and `sweep.html` lie.
+        report: The content of `sweep.json`.
+        exit_code: 3 when a budget could not be met, else 1 when a verdict failed, else 6 when one was inconclusive,
+            else 0.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+    exit_code: int
+
+
+def sweep(
+    path: Path,
+    budgets: Sequence[float],
+    runs_dir: Path,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> SweepOutcome:
+    """Run a pipeline at each budget, the largest first.
+
+    Args:
+        path: The pipeline file.
+        budgets: Values for the first target of the first stage that has one.
+        runs_dir: Where run folders are kept.
+        overrides: As after `--set`.
+        seed: Takes the place of the file's seed.
+        progress: Told about each run.
+
+    Raises:
+        ConfigError: The pipeline is wrong at one of the budgets; nothing has run then.
+        CompressError: As `run`, but for budgets that cannot be met.
+    """
+    progress = progress or SilentProgress()
+    name = load_pipeline(path, overrides, seed).config.name
+    pipelines = list(_at_budgets(path, budgets, overrides, seed))
+    folder = runs_dir / f"{name}-sweep"
+    rows: list[dict[str, Any]] = []
+    codes: set[int] = set()
+    for budget, quantity, pipeline in pipelines:
+        progress.note(f"== {quantity} {budget:g} ({len(rows) + 1} of {len(pipelines)})")
+        row: dict[str, Any] = {"budget": budget, "run": pipeline.config.name, "report": None, "error": None}
+        try:
+            outcome = run(pipeline, runs_dir, progress)
+        except BudgetUnreachable as error:
+            row["error"] = error.message
+            progress.warn(error.message)
+            codes.add(BudgetUnreachable.exit_code)
+        else:
+            row["report"] = outcome.report
+            codes.add(OUTCOME_EXIT_CODES[outcome.verdict.outcome])
+        rows.append(row)
+        report = build_sweep(name, quantity, rows)
+        write_sweep(report, folder)
+    return SweepOutcome(folder, report, next((code for code in _FIRST if code in codes), 0))
+
+
+def _at_budgets(
+    path: Path, budgets: Sequence[float], overrides: Sequence[str], seed: int | None
+) -> Iterator[tuple[float, str, Pipeline]]:
+    """Yield each budget, the quantity it limits and the pipeline, the largest budget first."""
+    pipeline = load_pipeline(path, overrides, seed)
+    targets = [
+        (index, target.given())
+        for index, stage in enumerate(pipeline.config.stages)
+        if (target := getattr(stage, "target", None)) is not None
+    ]
+    if not targets:
+        raise ConfigValueError(
+            f"'{path}' must have a stage with a target to be swept, it has none.",
+            hint="--set stages.prune.target.macs=0.5",
+        )
+    index, given = targets[0]
+    quantity = next(iter(given))
+    for budget in sorted(set(budgets), reverse=True):
+        changes = [f"stages.{index}.target.{quantity}={budget:.12g}", f"name={pipeline.config.name}-{budget:.12g}"]
+        yield budget, quantity, load_pipeline(path, [*overrides, *changes], seed)

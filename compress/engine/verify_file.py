@@ -1,0 +1,90 @@
+"""How is an ONNX file verified that no run of ours made? Used by `compress verify FILE.onnx`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.config.load import Pipeline
+from compress.config.schema import GatesFile, VerifyConfig
+from compress.data.from_config import Splits, open_split
+from compress.data.preprocessing import Preprocessing
+from compress.data.splits import Split
+from compress.errors import ArtifactError, ConfigValueError, InternalError
+from compress.model.artifacts import Verdict
+from compress.onnx_file.io import load_onnx, read_metadata
+from compress.progress import Progress
+from compress.stages.verify import conditions_of, gates_of, scope_of
+from compress.tasks.from_config import open_task
+from compress.verification.verdict import verify_onnx
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """On what a file is measured, how, and what it is held to.
+
+    Attributes:
+        evaluation: Images and labels.
+        config: Conditions, robustness and gates.
+        seed: Decides noise and corruptions.
+    """
+
+    evaluation: Split
+    config: VerifyConfig
+    seed: int
+
+
+def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None, progress: Progress) -> Verdict:
+    """Hold an ONNX file to gates, on given images and under given conditions.
+
+    Args:
+        path: The file.
+        settings: A pipeline, whose data section and `verify` stage count, or a file of gates.
+        against: Baseline file for the gates that compare; without it those count as not made, and fail.
+        progress: Told about each part.
+
+    Raises:
+        ArtifactError: A file is missing or no ONNX model.
+        RuntimeUnavailable: The provider is not there.
+        ConfigValueError: Nobody says how images are prepared.
+        DataError: Images or labels cannot be used, or do not fit the file.
+    """
+    for file in (path, against):
+        if file is not None and not file.is_file():
+            raise ArtifactError(f"ONNX file '{file}' does not exist.")
+    terms = _terms_of_gates(settings, path) if isinstance(settings, GatesFile) else _terms_of_pipeline(settings)
+    config = terms.config
+    return verify_onnx(
+        path,
+        evaluation=terms.evaluation,
+        conditions=conditions_of(config),
+        gates=gates_of(config),
+        scope=scope_of(config, terms.evaluation, terms.seed),
+        baseline_onnx=against,
+        progress=progress,
+    )
+
+
+def _terms_of_pipeline(pipeline: Pipeline) -> _Terms:
+    config = pipeline.config.stages[-1]
+    if not isinstance(config, VerifyConfig):
+        raise InternalError("A pipeline passed validation without ending in verify.")
+    data = Splits(pipeline.config.data, open_task(pipeline.config.task))
+    return _Terms(data.evaluation, config, pipeline.config.seed)
+
+
+def _terms_of_gates(gates: GatesFile, path: Path) -> _Terms:
+    """Return what a file of gates says; where it is silent, the ONNX file itself says how images are prepared."""
+    if gates.preprocessing is not None:
+        preprocessing = Preprocessing(**gates.preprocessing.model_dump())
+    else:
+        said = read_metadata(load_onnx(path)).preprocessing
+        if said is None:
+            raise ConfigValueError(
+                f"preprocessing must be given: '{path}' does not say how images are prepared for it.",
+                hint="in the file of gates, such as preprocessing: {mean: [0.485, 0.456, 0.406], "
+                "std: [0.229, 0.224, 0.225]}, or --set preprocessing.mean=[0.5]",
+            )
+        preprocessing = said
+    if gates.evaluation is None:
+        raise InternalError("Gates passed validation without evaluation images.")
+    evaluation = open_split("evaluation", gates.evaluation, preprocessing, open_task(gates.task))
+    return _Terms(evaluation, gates, gates.seed)

@@ -1,6 +1,0 @@
-"""Which operators can be built from a file? Importing this declares them all."""
-
-from compress.importing.operation import OPERATORS
-from compress.importing.operators import elementwise, layers, pooling, reducing, resizing, selecting, shaping
-
-__all__ = ["OPERATORS", "elementwise", "layers", "pooling", "reducing", "resizing", "selecting", "shaping"]

@@ -1,0 +1,95 @@
+"""Weights of a network that was slimmed by another tool, loaded into the factory's network of full width."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from compress.errors import ArtifactError, UnsupportedLayer
+from compress.networks.weight_types import Conversion
+from compress.networks.weights import check_names, load_strict, some
+from compress.onnx_file.counting import FIXED_BUFFER
+from compress.pruning.channel_removal import cut_out
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.groups import exclusions_by_cause
+from compress.pruning.narrowing import FULL_WIDTH, check_narrow, find_removed, named_tensors
+from compress.pruning.trial import find_cuttable
+
+Removed = dict[str, tuple[int, ...]]
+
+
+def load_narrow(
+    module: nn.Module, state: Mapping[str, Tensor], example: Tensor, source: str
+) -> tuple[nn.Module, Removed, list[Conversion]]:
+    """Cut a network to the widths of a state dict and load that strictly.
+
+    Args:
+        module: Of full width, in eval mode; its values are overwritten.
+        state: Name -> tensor, as narrow or narrower than the network.
+        example: Inputs, (N, ...); the first is traced.
+        source: The state dict in words, for messages.
+
+    Returns:
+        The narrow network, the channels it lacks by group (nothing where the state dict is of full width), and the
+        weights that were converted to another type.
+
+    Raises:
+        ArtifactError: Names are missing or unexpected, or the shapes fit no set of widths; says which.
+        NonFinite: A weight is NaN or infinite.
+        UnsupportedLayer: The network does not compute the same at these widths.
+        UntraceableModel: The network does not run.
+    """
+    _require_own_layers(module, state, source)
+    check_names(module, state, source)
+    tensors = named_tensors(module)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if all(shapes.get(name, tuple(tensor.shape)) == tuple(tensor.shape) for name, tensor in tensors.items()):
+        return module, {}, load_strict(module, state, source)
+    graph = ChannelGraph(module, example[:1])
+    removed = find_removed(graph, tensors, shapes, source)
+    slim = cut_out(module, graph, removed).eval()
+    conversions = load_strict(slim, state, source)
+    require_same(module, slim, graph, removed, example, source)
+    return slim, removed, conversions
+
+
+def _require_own_layers(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise ArtifactError for weights of a network whose zero-padded shortcuts compress wrote out as convolutions.
+
+    Their narrow form depends on which channels were kept, which no shape tells.
+    """
+    expected = module.state_dict()
+    fixed = [name for name in state if name.rpartition(".")[2] == FIXED_BUFFER and name not in expected]
+    if fixed:
+        raise ArtifactError(
+            f"{source} must hold layers of the factory's network alone, got {some(fixed)}: compress slimmed this "
+            "network and wrote zero-padded shortcuts as convolutions. Shapes do not tell which channels they kept.",
+            hint="`compress.load(RUN_FOLDER)` rebuilds the network by its recipe; a factory may return that.",
+        )
+
+
+def require_same(
+    module: nn.Module, slim: nn.Module, graph: ChannelGraph, removed: Removed, example: Tensor, source: str
+) -> None:
+    """Raise UnsupportedLayer unless a narrow network computes what its values do in the network of full width.
+
+    Args:
+        module: Of full width; its values are overwritten.
+        slim: The narrow network, with its own values.
+        graph: Of `module`.
+        removed: Group name -> channels that `slim` lacks.
+        example: Inputs, (N, ...).
+        source: The state dict in words.
+    """
+    try:
+        found = check_narrow(module, slim, graph, removed, example)
+    except Exception as error:  # the user's forward pass meets widths that it was not written for
+        found = f"it does not run ({type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]})"
+    if found is None:
+        return
+    _, excluded = find_cuttable(module, example[:1], skip=frozenset(graph.groups) - frozenset(removed))
+    causes = " ".join(exclusions_by_cause(item for item in excluded if item.name in removed))
+    raise UnsupportedLayer(
+        f"The network must compute the same at the widths of {source} as at full width with the other channels masked: "
+        f"{found}.{f' {causes}' if causes else ''}",
+        hint=f"Let a factory build the network as narrow as it is. {FULL_WIDTH}",
+    )

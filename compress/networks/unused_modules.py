@@ -1,0 +1,203 @@
+"""Removal of the modules that no output of a network reads.
+
+Such are heads that `model.outputs` leaves out, auxiliary heads that run in training alone, and layers nobody calls.
+Their parameters are not reached from the outputs that are kept. Each is tried: its output is replaced by NaN and by
+noise, and it counts as unread only where the outputs that are kept stay the same to the bit. A module without weights
+stands in its place, since the network's code still calls it.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from compress.cost.macs import eval_mode
+from compress.errors import UnsupportedLayer
+from compress.model.recipe import RemoveUnread
+
+_SEED = 20261129
+
+
+class Unread(nn.Module):
+    """In the place of a module that no output reads: passes on what it is given first."""
+
+    def forward(self, *values: Any, **named: Any) -> Any:
+        """Return the first argument."""
+        return values[0] if values else next(iter(named.values()), None)
+
+
+class UnreadShape(nn.Module):
+    """In the place of a module that no output reads: zeros of the shapes that its outputs had.
+
+    Args:
+        outputs: What the module returned for some batch.
+        more: What it returned for one sample more.
+    """
+
+    def __init__(self, outputs: Any, more: Any) -> None:
+        super().__init__()
+        self._outputs = tree_map(
+            lambda one, other: _Zeros(one, other) if isinstance(one, Tensor) else one, outputs, more
+        )
+
+    def forward(self, *values: Any, **named: Any) -> Any:
+        """Return zeros for as many samples as come in."""
+        like = next(one for one in tree_leaves((values, named)) if isinstance(one, Tensor))
+        return tree_map(lambda one: one.like(like) if isinstance(one, _Zeros) else one, self._outputs)
+
+
+class _Zeros:
+    """Shape and dtype of one output; axes that grew with the batch are the batch (-1)."""
+
+    def __init__(self, value: Tensor, more: Tensor) -> None:
+        self.sizes = tuple(-1 if a + 1 == b else a for a, b in zip(value.shape, more.shape, strict=True))
+        self.dtype = value.dtype
+
+    def like(self, value: Tensor) -> Tensor:
+        return value.new_zeros([value.shape[0] if size == -1 else size for size in self.sizes], dtype=self.dtype)
+
+
+def find_unread(module: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """Return the paths of the outermost modules with parameters that no output reads, in definition order.
+
+    Args:
+        module: In eval mode, on the CPU, its outputs those that are kept; left as it is.
+        example: One array of the data.
+    """
+    reached = _reached(module, example)
+    found: list[str] = []
+    for path, part in module.named_modules():
+        names = [f"{path}.{name}" for name, _ in part.named_parameters()]
+        inside = any(path.startswith(f"{other}.") for other in found)
+        if path and names and not inside and reached.isdisjoint(names) and _is_unread(module, path, example):
+            found.append(path)
+    return tuple(found)
+
+
+def remove_unread(module: nn.Module, edit: RemoveUnread, example: Tensor) -> nn.Module:
+    """Return a copy of `module` without modules that no output reads.
+
+    Args:
+        module: The network; left as it is.
+        edit: Names them; those that stand-ins are in place of already are passed over.
+        example: What it is called with.
+
+    Raises:
+        UnsupportedLayer: There is no such module, or the network does not run, or changes, without it.
+    """
+    slim = copy.deepcopy(module)
+    batches = example, torch.cat([example, example[:1]])
+    wanted = [_outputs(slim, batch) for batch in batches]
+    for path in edit.modules:
+        try:
+            old = slim.get_submodule(path)
+        except AttributeError as error:
+            raise UnsupportedLayer(f"The network has no module '{path}' to remove.") from error
+        if isinstance(old, Unread | UnreadShape):
+            continue
+        if not _replace(slim, path, old, batches, wanted):
+            raise UnsupportedLayer(f"The network does not give the same outputs without '{path}'.")
+    return slim
+
+
+def removable(module: nn.Module, paths: Iterable[str], example: Tensor) -> tuple[str, ...]:
+    """Return those of the modules without which the network runs and gives the same."""
+    found: tuple[str, ...] = ()
+    for path in paths:
+        try:
+            module = remove_unread(module, RemoveUnread((path,)), example)
+        except UnsupportedLayer:
+            continue
+        found += (path,)
+    return found
+
+
+def _replace(
+    slim: nn.Module, path: str, old: nn.Module, batches: Sequence[Tensor], wanted: Sequence[list[Tensor]]
+) -> bool:
+    """Put a stand-in in the place of a module, in place; return whether one fits."""
+    seen: list[Any] = []
+    handle = old.register_forward_hook(lambda _part, _inputs, output: seen.append(output))
+    for batch in batches:
+        _outputs(slim, batch)
+    handle.remove()
+    stands_in: list[nn.Module] = [Unread(), *([UnreadShape(seen[0], seen[-1])] if seen else [])]
+    parent_path, _, name = path.rpartition(".")
+    parent = slim.get_submodule(parent_path)
+    for one in stands_in:
+        setattr(parent, name, one.train(old.training))
+        try:
+            got = [_outputs(slim, batch) for batch in batches]
+            same = all(_same(a, b) for many in zip(got, wanted, strict=True) for a, b in zip(*many, strict=True))
+        except Exception:  # the user's code meets other shapes than before
+            same = False
+        if same:
+            return True
+    setattr(parent, name, old)
+    return False
+
+
+def _reached(module: nn.Module, example: Tensor) -> set[str]:
+    """Return the names of parameters that the outputs depend on, by the graph that autograd would go back along."""
+    tried = copy.deepcopy(module)
+    floating = {value: name for name, value in tried.named_parameters() if value.is_floating_point()}
+    for value in floating:
+        value.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), eval_mode(tried):
+        outputs = [one for one in tree_leaves(tried(example)) if isinstance(one, Tensor)]
+    names = {name for name, value in tried.named_parameters() if value not in floating}
+    waiting = [one.grad_fn for one in outputs if one.grad_fn is not None]
+    known: set[Any] = set(waiting)
+    while waiting:
+        node: Any = waiting.pop()
+        if isinstance(variable := getattr(node, "variable", None), Tensor) and variable in floating:
+            names.add(floating[variable])  # type: ignore[index]
+        for following, _ in node.next_functions:
+            if following is not None and following not in known:
+                known.add(following)
+                waiting.append(following)
+    return names
+
+
+def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
+    """Whether the outputs stay the same to the bit, whatever a module returns."""
+    wanted = _outputs(module, example)
+    generator = torch.Generator().manual_seed(_SEED)
+    spoils: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda one: torch.full_like(one, float("nan")),
+        lambda one: torch.randn(one.shape, generator=generator).to(one) * 100,
+        lambda one: -torch.rand(one.shape, generator=generator).to(one) * 100,
+    )
+    for spoil in spoils:
+        handle = module.get_submodule(path).register_forward_hook(_replaced(spoil))
+        try:
+            got = _outputs(module, example)
+        except Exception:  # the user's code looks at the values
+            return False
+        finally:
+            handle.remove()
+        if not all(_same(one, other) for one, other in zip(got, wanted, strict=True)):
+            return False
+    return True
+
+
+def _replaced(spoil: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Return a hook that changes the floating-point tensors a module returns."""
+
+    def change(value: Any) -> Any:
+        return spoil(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return lambda _part, _inputs, output: tree_map(change, output)
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, example: Tensor) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]), eval_mode(module):
+        return [one.clone() for one in tree_leaves(module(example)) if isinstance(one, Tensor)]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))

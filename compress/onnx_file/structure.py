@@ -1,0 +1,77 @@
+"""How is the structure of an ONNX file kept without its weights? No torch.
+
+The copy is a valid ONNX file of its own: each weight of a layer becomes zeros of its shape (ConstantOfShape) under its
+name. Building it gives the same layers, names and shapes as the file; constants that shapes are made of stay.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, helper, numpy_helper
+
+from compress.onnx_file.io import CLASSES_KEY, PREPROCESSING_KEY, each_node, load_onnx
+
+_SHAPE_OF = "compress.shape_of."
+_LARGE = 64  # scalars; what is smaller is kept
+_WEIGHTS: dict[str, tuple[int, ...]] = {
+    "BatchNormalization": (1, 2, 3, 4),
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "LayerNormalization": (1, 2),
+    "MatMul": (1,),
+    "PRelu": (1,),
+}
+
+
+def write_structure(source: Path, target: Path) -> None:
+    """Write a copy of an ONNX file without the weights of its layers; a copy of such a copy is the same.
+
+    Args:
+        source: The file, or a structure.
+        target: Where to write.
+
+    Raises:
+        ArtifactError: The file cannot be read.
+    """
+    model = load_onnx(source, weights=True)
+    graph = model.graph
+    replaced = _only_weights(model)
+    shapes, makers, kept = [], [], []
+    for tensor in graph.initializer:
+        if tensor.name not in replaced or np.prod(tensor.dims) < _LARGE:
+            kept.append(tensor)
+            continue
+        zero = helper.make_tensor(
+            "value", tensor.data_type, [1], np.zeros(1, helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        )
+        shape = numpy_helper.from_array(np.array(tensor.dims, np.int64), f"{_SHAPE_OF}{tensor.name}")
+        shapes.append(shape)
+        makers.append(helper.make_node("ConstantOfShape", [shape.name], [tensor.name], value=zero))
+    nodes = [*makers, *graph.node]
+    inputs = [value for value in graph.input if value.name not in replaced]
+    del graph.node[:], graph.initializer[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend([*kept, *shapes])
+    graph.input.extend(inputs)
+    for entry in [entry for entry in model.metadata_props if entry.key not in (PREPROCESSING_KEY, CLASSES_KEY)]:
+        model.metadata_props.remove(entry)
+    onnx.save_model(model, target)
+
+
+def _only_weights(model: ModelProto) -> set[str]:
+    """Return the initializers that layers read as weights and nothing else reads."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    as_weight: set[str] = set()
+    otherwise = {value.name for value in model.graph.output}
+    within = Counter(name for node in each_node(model) for name in node.input)
+    for node in model.graph.node:
+        within.subtract(node.input)
+        for index, name in enumerate(node.input):
+            (as_weight if index in _WEIGHTS.get(node.op_type, ()) else otherwise).add(name)
+    otherwise.update(name for name, count in within.items() if count)  # read in a branch
+    return (initializers & as_weight) - otherwise

@@ -1,0 +1,135 @@
+"""What does an operator get to see and to do while it is built? One node of the file, its values, and the new graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+
+from compress.onnx_import.values import Computed, Fixed, Refused, Value
+
+if TYPE_CHECKING:
+    from compress.onnx_import.build import Builder
+
+Result = Computed | Fixed | Sequence[Computed | Fixed]
+Translator = Callable[["Operation"], Result]
+OPERATORS: dict[str, Translator] = {}
+T = TypeVar("T")
+
+
+def operator(*names: str) -> Callable[[Translator], Translator]:
+    """Declare how operators of the default domain are built."""
+
+    def declare(translator: Translator) -> Translator:
+        for name in names:
+            OPERATORS[name] = translator
+        return translator
+
+    return declare
+
+
+class Operation:
+    """One node of the file that images go through.
+
+    Args:
+        node: In the file.
+        inputs: What is known of its inputs; None for one that is left out.
+        builder: Of the new graph.
+    """
+
+    def __init__(self, node: ir.Node, inputs: Sequence[Value], builder: Builder) -> None:
+        self.node, self.inputs, self.builder = node, list(inputs), builder
+        self.opset = builder.opset
+
+    @property
+    def kind(self) -> str:
+        """The operator."""
+        return self.node.op_type
+
+    @property
+    def output(self) -> str:
+        """Name of the first output."""
+        return self.node.outputs[0].name or ""
+
+    def attribute(self, name: str, default: T) -> T:
+        """Return an attribute of the kind that `default` is of; lists and texts are plain."""
+        found = self.node.attributes.get(name)
+        if found is None:
+            return default
+        value: Any = found.value
+        return cast(T, tuple(value) if isinstance(value, (list, tuple)) else value)
+
+    def has(self, index: int) -> bool:
+        """Whether an input is given."""
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def image(self, index: int = 0) -> Computed:
+        """Return an input that images go through; a constant in its place goes into the graph as one."""
+        value = self.inputs[index] if self.has(index) else None
+        if value is None:
+            raise Refused(f"input {index} must be given")
+        return value if isinstance(value, Computed) else self.builder.constant(value)
+
+    def known(self, index: int) -> Fixed:
+        """Return an input that no image changes, such as a weight.
+
+        Raises:
+            Refused: Images change it.
+        """
+        value = self.inputs[index] if self.has(index) else None
+        if not isinstance(value, Fixed):
+            raise Refused(f"input {index} must be a constant of the file")
+        return value
+
+    def array(self, index: int) -> np.ndarray:
+        """Return an input that is a constant, for any number of images."""
+        return self.known(index).array
+
+    def setting(self, name: str, index: int, default: Any = None) -> Any:
+        """Return what is an attribute in older operator sets and an input in newer ones, as plain values."""
+        if name in self.node.attributes:
+            return self.attribute(name, None)
+        return self.array(index).tolist() if self.has(index) else default
+
+    def scalar(self, name: str, index: int) -> Any:
+        """Return a setting that is one number: plain, or an array of one element; None where it is not given.
+
+        Raises:
+            Refused: It is several numbers.
+        """
+        value = np.asarray(self.setting(name, index), object)
+        if value.size != 1:
+            raise Refused(f"input {index} ({name}) must be one number, it has {value.size}")
+        return value.item()
+
+    def operand(self, index: int) -> Computed | float | int | bool:
+        """Return an input of an element-wise operator: a plain number where it is one."""
+        value = self.inputs[index]
+        if isinstance(value, Fixed) and value.is_constant and value.array.size == 1:
+            others = [other.rank for other in self.inputs if isinstance(other, Computed)]
+            if others and max(others) >= value.array.ndim:
+                return cast(float, value.array.item())
+        return self.image(index)
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Computed:
+        """Add a call of a torch function with one tensor as its result."""
+        return self.builder.call(function, arguments, settings, self.output)
+
+    def call_several(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Computed]:
+        """Add a call of a torch function with several tensors as its result."""
+        return self.builder.call_several(function, arguments, settings, self.output)
+
+    def layer(self, make: Callable[[], nn.Module], weights: Sequence[Fixed], image: Computed, key: object) -> Computed:
+        """Add a call of a torch layer; nodes with the same weights and settings share one.
+
+        Args:
+            make: Builds the layer, weights in place.
+            weights: What is in it.
+            image: What it is called with.
+            key: Its settings.
+        """
+        name = self.builder.layer(make, weights, self.node, key)
+        return self.builder.call_layer(name, image, self.output)

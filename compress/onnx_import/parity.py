@@ -1,0 +1,250 @@
+"""Does an imported network compute what ONNX Runtime computes with the file, and if not, from which node on?
+
+The relative error of an output is the largest difference over the largest value, over all images compared. It may be
+1e-5; where weights or values of the file are in half precision, 5e-3, since the network computes in float32.
+
+Some networks round more than that: ONNX Runtime with FastestDet is 1.3e-5 away from float64 itself on some pictures.
+Hence, where an output differs by more, the network is computed in float64 too, and what rounding does to it is added to
+the limit, three times (each of the two rounds, and not alike), up to 1e-4 in all.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, fx
+
+from compress.data.strides import standard_strides
+from compress.errors import ModelError, NonFinite
+from compress.onnx_file.io import each_tensor, first_line
+from compress.onnx_import.build import ONNX_VALUE
+from compress.onnx_import.preconditions import Source
+from compress.onnx_import.values import as_float32
+
+TOLERANCE = 1e-5
+HALF_TOLERANCE = 5e-3
+MOST_TOLERANCE = 1e-4
+ROUNDINGS = 3
+IMAGES = 2
+_HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_SILENT = 4
+Feed = dict[str, np.ndarray]
+
+
+def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.ndarray] | None = None) -> float:
+    """Compare a network with the file on random images, and on given ones.
+
+    Args:
+        module: The network.
+        source: The file.
+        images: Values of each input, (N, ...) each.
+
+    Returns:
+        The largest relative error of an output.
+
+    Raises:
+        ModelError: They differ; names the first node whose value does.
+        NonFinite: ONNX Runtime gives NaN or infinity.
+    """
+    tolerance, largest = _tolerance(source), 0.0
+    session = _session(source, None)
+    feeds = [_random(source)] if images is None else [_random(source), _given(source, images)]
+    for feed in feeds:
+        found = dict(zip(source.outputs, _outputs(module, _tensors(source, feed)), strict=True))
+        for name, want in _run(session, source, feed, found).items():
+            have = found[name]
+            if not np.isfinite(want).all():
+                raise NonFinite(
+                    f"Output '{name}' of '{source.path}' must be finite, ONNX Runtime gives NaN or infinity."
+                )
+            error = relative_error(have, want)
+            largest = max(largest, error)
+            limit = tolerance if error <= tolerance else _with_rounding(tolerance, module, source, feed, name, have)
+            if error > limit:
+                raise ModelError(
+                    f"The network imported from '{source.path}' must equal the file within {limit:.2g} of the "
+                    f"largest value, output '{name}' is off by {error:.2g}{_where(module, source, feed, limit)}."
+                )
+    return largest
+
+
+def _with_rounding(
+    tolerance: float, module: fx.GraphModule, source: Source, feed: Feed, name: str, found: np.ndarray
+) -> float:
+    """Return a tolerance with what rounding to float32 does to an output of the network."""
+    doubles = [value.double() if value.is_floating_point() else value for value in _tensors(source, feed)]
+    try:
+        exact = _outputs(copy.deepcopy(module).double(), doubles)[source.outputs.index(name)]
+    except RuntimeError:  # it turns values into float32 by itself, so that nothing is known
+        return tolerance
+    rounding = relative_error(found, exact)
+    return max(tolerance, min(tolerance + ROUNDINGS * rounding, MOST_TOLERANCE))
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference over the largest expected value; infinity where shapes differ or a value is NaN.
+
+    >>> relative_error(np.array([1.0, 4.0]), np.array([2.0, 4.0]))
+    0.25
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    if found.size == 0:
+        return 0.0
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
+    scale = np.abs(expected.astype(np.float64)).max(initial=0.0)
+    error = float(difference / scale) if scale else float(difference)
+    return error if np.isfinite(error) else float("inf")
+
+
+def _where(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float) -> str:
+    """Return which node is the first whose value differs, for one image; else for several at once."""
+    single = {
+        spec.name: feed[spec.name][:1] if source.carries_images(spec) else feed[spec.name] for spec in source.inputs
+    }
+    differing = next(_differing(module, source, single, tolerance), None)
+    if differing is not None:
+        node, error = differing
+        return f"; the first that differs is {node} (by {error:.2g})"
+    several = next(_differing(module, source, feed, tolerance), None)
+    place = f"; the first that differs is {several[0]}" if several is not None else ""
+    return f". For one image it is right, for {IMAGES} at once it is not: the file is made for one{place}"
+
+
+def _differing(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float) -> Iterator[tuple[str, float]]:
+    """Yield nodes of the file whose values differ and how much, in order."""
+    values = _values(module, source, feed)
+    nodes = {output: node for node in source.model.graph.node for output in node.output}
+    values = {name: value for name, value in values.items() if name in nodes}
+    session = _session(source, list(values))
+    for name, want in _run(session, source, feed, values).items():
+        error = relative_error(values[name], want)
+        if error > tolerance:
+            node = nodes[name]
+            yield f"{node.op_type} '{node.name or name}'", error
+
+
+def _values(module: fx.GraphModule, source: Source, feed: Feed) -> dict[str, np.ndarray]:
+    """Return what the network gives for every value of the file that it computes."""
+    found: dict[str, np.ndarray] = {}
+
+    class _Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and ONNX_VALUE in n.meta:
+                found[n.meta[ONNX_VALUE]] = value.numpy().copy()
+            return value
+
+    with torch.no_grad():
+        _Recorder(module).run(*_tensors(source, feed))
+    return found
+
+
+def _outputs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[np.ndarray]:
+    with torch.no_grad():
+        found = module(*inputs)
+    return [value.numpy() for value in (found if isinstance(found, tuple) else (found,))]
+
+
+def _tensors(source: Source, feed: Feed) -> list[Tensor]:
+    return [standard_strides(torch.from_numpy(as_float32(feed[spec.name]))) for spec in source.inputs]
+
+
+def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarray]) -> Feed:
+    """Return values by ONNX Runtime; a file for one image runs on each by itself.
+
+    Args:
+        session: Of the file.
+        source: The file.
+        feed: What goes in.
+        wanted: Names of the values, and what the network gives for them: what single images give is joined like it.
+    """
+    names = list(wanted)
+    try:
+        if source.has_open_batch:
+            found = session.run(names, feed)
+            return {name: as_float32(value) for name, value in zip(names, found, strict=True)}
+        count = max(feed[spec.name].shape[0] for spec in source.inputs if source.carries_images(spec))
+        runs = [session.run(names, _one_of(source, feed, index)) for index in range(count)]
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}") from error
+    each = zip(names, zip(*runs, strict=True), strict=True)
+    return {name: as_float32(_joined(values, wanted[name].shape)) for name, values in each}
+
+
+def _joined(values: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Return the values of single images as one: along a new axis if that gives the shape, else along the first one."""
+    stacked = np.stack(values)
+    return stacked if stacked.shape == shape or stacked.ndim == 1 else np.concatenate(values)
+
+
+def _one_of(source: Source, feed: Mapping[str, np.ndarray], index: int) -> Feed:
+    return {
+        spec.name: feed[spec.name][index : index + 1] if source.carries_images(spec) else feed[spec.name]
+        for spec in source.inputs
+    }
+
+
+def _random(source: Source) -> Feed:
+    """Return random images: normally distributed, or 0 and 1 where an input holds whole numbers."""
+    generator = np.random.default_rng(0)
+    feed = {}
+    for spec in source.inputs:
+        (shape,) = source.shapes(spec, [IMAGES])
+        is_float = np.dtype(spec.dtype).kind == "f"
+        values = generator.standard_normal(shape) if is_float else generator.integers(0, 2, shape)
+        feed[spec.name] = values.astype(spec.dtype)
+    return feed
+
+
+def _given(source: Source, images: Sequence[np.ndarray]) -> Feed:
+    if len(images) != len(source.inputs):
+        raise ModelError(f"'{source.path}' has {len(source.inputs)} inputs, got values for {len(images)}.")
+    for spec, array in zip(source.inputs, images, strict=True):
+        if as_float32(np.zeros(1, spec.dtype)).dtype.kind != "f" and array.dtype.kind == "f":
+            raise ModelError(
+                f"Input '{spec.name}' of '{source.path}' takes {spec.dtype}, images are given as prepared float32 "
+                "numbers.",
+                hint="Export the network without the Cast, Sub and Div that prepare images inside, and say what they "
+                "did in data.preprocessing (scale, mean, std).",
+            )
+        (wanted,) = source.shapes(spec, [len(array)])
+        if array.shape != wanted:
+            raise ModelError(
+                f"'{source.path}' takes images of shape {wanted[1:]}, got {array.shape[1:]} for '{spec.name}'.",
+                hint="Check data.preprocessing (resize, crop, channels, layout).",
+            )
+    return {spec.name: array.astype(spec.dtype) for spec, array in zip(source.inputs, images, strict=True)}
+
+
+def _session(source: Source, outputs: Sequence[str] | None) -> Any:
+    """Open the file, or, without any rewriting by the runtime, one that also gives inner values."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    model: str | bytes = str(source.path)
+    telling = onnx.ModelProto()
+    if outputs is not None:
+        telling.CopyFrom(source.model)
+        there = {value.name for value in telling.graph.output}
+        telling.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        model = telling.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises types of its own
+        if onnx.TensorProto.DOUBLE in _weight_types(source):  # it has no convolutions in double precision
+            return ReferenceEvaluator(source.model if outputs is None else telling)
+        raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
+
+
+def _tolerance(source: Source) -> float:
+    return HALF_TOLERANCE if _weight_types(source).intersection(_HALF) else TOLERANCE
+
+
+def _weight_types(source: Source) -> set[int]:
+    return {tensor.data_type for tensor in each_tensor(source.model)}

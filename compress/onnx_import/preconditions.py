@@ -1,0 +1,170 @@
+"""Can a file be imported at all? Everything about it that is refused before its graph is looked at node by node.
+
+corrupt, weights elsewhere, quantised, too old or too new an operator set   refused here, or brought up to date
+local functions                                                           put in place of their calls
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx.version_converter
+from onnx import ModelProto
+
+from compress.errors import ArtifactError, ModelError
+from compress.model.artifacts import TensorSpec
+from compress.onnx_file.io import (
+    default_opset,
+    each_node,
+    first_line,
+    load_onnx,
+    read_inputs,
+    require_beside,
+    tensor_problems,
+)
+from compress.onnx_import.values import PROBES
+
+OLDEST_OPSET = 7  # before it, what broadcasts was said by attributes
+_MODERN_OPSET = 13
+_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that can be looked at node by node.
+
+    Attributes:
+        path: Where it is.
+        model: With its weights.
+        opset: Version of the default operator set.
+        inputs: Without the weights; "batch" or 1 before the sizes of one image.
+        outputs: Names.
+        has_open_batch: Whether it takes any number of images; otherwise it takes 1.
+    """
+
+    path: Path
+    model: ModelProto
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    has_open_batch: bool
+
+    def shapes(self, spec: TensorSpec, numbers: Iterable[int] = PROBES) -> list[tuple[int, ...]]:
+        """Return the shape of an input for each of some numbers of images."""
+        sizes = tuple(int(size) for size in spec.shape[1:])
+        return [(number, *sizes) if self.carries_images(spec) else (int(spec.shape[0]), *sizes) for number in numbers]
+
+    def carries_images(self, spec: TensorSpec) -> bool:
+        """Whether images lie along the first axis of an input."""
+        return spec.shape[0] == ("batch" if self.has_open_batch else 1)
+
+
+def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Source:
+    """Read a file and refuse what cannot be imported.
+
+    Args:
+        path: The .onnx file.
+        shapes: Of one image, by input, where the file leaves them open.
+
+    Raises:
+        ArtifactError: It is missing, corrupt, or keeps weights outside of its folder.
+        ModelError: It is quantised, of an operator set that cannot be read, or its inputs have no fixed sizes.
+    """
+    require_beside(load_onnx(path), path)
+    model = load_onnx(path, weights=True)
+    if problems := tensor_problems(model):
+        raise ArtifactError(f"'{path}' must be a valid ONNX model: {'; '.join(problems[:_SHOWN])}.")
+    _check_float(model, path)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    model = _up_to_date(model, path)
+    taken = read_inputs(model)
+    _check_names(shapes or {}, taken, path)
+    inputs = tuple(_with_sizes(spec, (shapes or {}).get(spec.name), path) for spec in taken)
+    has_open_batch = any(spec.shape[0] == "batch" for spec in inputs)
+    if not has_open_batch and not any(spec.shape[0] == 1 for spec in inputs):
+        raise ModelError(
+            f"'{path}' must take any number of images at once, or one, it takes "
+            f"{', '.join(str(spec.shape[0]) for spec in inputs) or 'no input'}.",
+            hint="Export it with an open batch axis.",
+        )
+    outputs = tuple(value.name for value in model.graph.output)
+    return Source(path, model, default_opset(model) or 0, inputs, outputs, has_open_batch)
+
+
+def _check_float(model: ModelProto, path: Path) -> None:
+    found = Counter(
+        node.op_type for node in each_node(model) if node.op_type in _QUANTISED or "QLinear" in node.op_type
+    )
+    if found:
+        raise ModelError(
+            f"'{path}' must be a network in floating point, it is quantised: "
+            f"{', '.join(f'{count} {name}' for name, count in found.most_common())}.",
+            hint="Give the float file that it was made from; the stage 'quantize' rounds the slim network at the end.",
+        )
+
+
+def _up_to_date(model: ModelProto, path: Path) -> ModelProto:
+    opset, newest = default_opset(model), onnx.defs.onnx_opset_version()
+    if opset is None:
+        raise ModelError(f"'{path}' must say which version of the ONNX operators it uses, it names none.")
+    if opset > newest:
+        raise ModelError(
+            f"'{path}' must use operator set {newest} or an older one, it uses {opset}.",
+            hint="Install a newer onnx package, or export the network with an older operator set.",
+        )
+    if opset >= OLDEST_OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, _MODERN_OPSET)
+    except Exception as error:  # the converter raises types of its own
+        raise ModelError(
+            f"'{path}' must use operator set {OLDEST_OPSET} or newer, it uses {opset} and cannot be converted: "
+            f"{first_line(error)}",
+            hint=f"Export the network again with operator set {_MODERN_OPSET} or newer.",
+        ) from error
+
+
+def _with_sizes(spec: TensorSpec, given: Sequence[int] | None, path: Path) -> TensorSpec:
+    """Return an input with the sizes of one image filled in.
+
+    Raises:
+        ModelError: They are open and nobody gives them, or are given and differ from those of the file.
+    """
+    if not spec.shape:
+        raise ModelError(f"Input '{spec.name}' of '{path}' must have an axis for images, it is a single number.")
+    sizes = tuple(spec.shape[1:])
+    if given is not None:
+        fits = len(given) == len(sizes) and all(
+            isinstance(size, str) or size == new for size, new in zip(sizes, given, strict=True)
+        )
+        if not fits:
+            raise ModelError(
+                f"model.inputs must fit '{path}': '{spec.name}' has the shape {_text(spec.shape)}, "
+                f"got {_text(given)} for one image."
+            )
+        return TensorSpec(spec.name, (spec.shape[0], *given), spec.dtype)
+    if any(isinstance(size, str) for size in sizes):
+        raise ModelError(
+            f"Input '{spec.name}' of '{path}' must have fixed sizes besides the number of images, "
+            f"it has {_text(spec.shape)}.",
+            hint=f"Say how large images are, such as model.inputs: {{{spec.name}: [3, 224, 224]}}.",
+        )
+    return spec
+
+
+def _check_names(shapes: Mapping[str, Sequence[int]], inputs: Sequence[TensorSpec], path: Path) -> None:
+    known = [spec.name for spec in inputs]
+    if unknown := sorted(set(shapes) - set(known)):
+        raise ModelError(
+            f"model.inputs must name inputs of '{path}', which are {', '.join(known[:_SHOWN])}; "
+            f"{', '.join(unknown)} is none."
+        )
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})"

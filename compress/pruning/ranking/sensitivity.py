@@ -1,0 +1,159 @@
+"""How much does the loss rise when one channel group is narrowed to each of its widths, and what reads it is refitted?
+
+Each rise is measured on images, with a standard error, and written to a file at once: a run that was killed goes on.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.allocation.widths import Candidates
+from compress.cost.macs import eval_mode
+from compress.errors import ArtifactError
+from compress.progress import Progress
+from compress.pruning.groups import BATCH_NORMS, ChannelGroup
+from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
+from compress.pruning.repair.lockstep import following_norms
+from compress.pruning.repair.repairs import add_constant
+from compress.pruning.trial import silenced_copy
+from compress.storage.atomic import write_whole
+from compress.storage.records import DIGEST_KEY, read_sealed, sealed
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """A rise of the loss.
+
+    Attributes:
+        mean: In nats, over images.
+        error: Standard error of the mean.
+        is_measured: Whether it was measured; not at widths below the one at which the network was no better than a
+            guess, which count as much worse.
+    """
+
+    mean: float
+    error: float
+    is_measured: bool = True
+
+
+class Sensitivity:
+    """Measures groups of one network, one after another.
+
+    Args:
+        module: The network; left as it is.
+        losses_of: Network -> (N,) the loss of each image.
+        guess: Loss of a network that says the same of every image.
+        reestimate: Measures batch-norm statistics again, in place; where readers cannot be refitted.
+        example: One input, (1, C, H, W).
+        saved: File of what was measured already, by `key`; does not have to exist.
+        key: Tells networks in the same file apart.
+        progress: Told about each width.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        losses_of: Callable[[nn.Module], Tensor],
+        guess: float,
+        reestimate: Callable[[nn.Module], object],
+        example: Tensor,
+        saved: Path,
+        key: str,
+        progress: Progress,
+    ) -> None:
+        self.module = module
+        self.losses_of, self.guess, self.reestimate = losses_of, guess, reestimate
+        self.saved, self.key, self.progress = saved, key, progress
+        with eval_mode(module):
+            self.norms = following_norms(module, BATCH_NORMS, example)
+        self.known = _read(saved)
+        self.intact: Tensor | None = None
+
+    def rises(
+        self, group: ChannelGroup, candidates: Candidates, stats: Mapping[str, ReaderStats] | None
+    ) -> tuple[Rise, ...]:
+        """Return the rise of the loss at each width in `candidates.levels`, never less at a narrower one.
+
+        Args:
+            group: Which is narrowed.
+            candidates: Its widths, and the order in which its channels go.
+            stats: Of the layers that read it; None where they cannot be refitted.
+        """
+        found: list[Rise] = [Rise(0.0, 0.0)]
+        with self.progress.task(f"loss at the widths of {group.name}", len(candidates.levels) - 1) as task:
+            for width in reversed(candidates.levels[:-1]):
+                rise = self._rise(group, candidates, width, stats, found)
+                found.append(rise)
+                task.advance()
+        return tuple(reversed(found))
+
+    def _rise(
+        self,
+        group: ChannelGroup,
+        candidates: Candidates,
+        width: int,
+        stats: Mapping[str, ReaderStats] | None,
+        wider: Sequence[Rise],
+    ) -> Rise:
+        name = f"{self.key}/{group.name}/{width}"
+        if name not in self.known:
+            hopeless = max(self.guess - float(self._intact().mean()), 0.0)
+            if wider[-1].mean > hopeless:
+                return Rise(2 * wider[-1].mean, wider[-1].error, is_measured=False)
+            narrowed = self._narrowed(group, candidates.removed_units(width), stats)
+            rises = self.losses_of(narrowed) - self._intact()
+            mean, error = float(rises.mean()), float(rises.std(unbiased=False)) / math.sqrt(len(rises))
+            self.known[name] = [mean, error] if math.isfinite(mean) else [2 * hopeless + 1, 0.0]
+            write_whole(self.saved, json.dumps(sealed(self.known)))
+        mean, error = self.known[name]
+        return Rise(max(mean, wider[-1].mean), error)
+
+    def _intact(self) -> Tensor:
+        if self.intact is None:
+            self.intact = self.losses_of(self.module)
+        return self.intact
+
+    def _narrowed(
+        self, group: ChannelGroup, units: Sequence[int], stats: Mapping[str, ReaderStats] | None
+    ) -> nn.Module:
+        """Return a copy of the network in which nothing of the given units arrives at what reads them."""
+        if stats is None:
+            silent = silenced_copy(self.module, {group.name: group.expand(units)}, {group.name: group})
+            self.reestimate(silent)
+            return silent
+        refitted = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for reader in group.readers:
+                layer: Any = refitted.get_submodule(reader.layer)
+                of_layer = stats[reader.layer]
+                weight = of_layer.refit(unit_inputs(group, reader)[list(units)].flatten())
+                if of_layer.has_intercept:
+                    norm = self.norms.get(reader.layer)
+                    shift = (weight - of_layer.weight)[:, -1].float()
+                    add_constant(layer, None if norm is None else refitted.get_submodule(norm), shift)
+                    weight = weight[:, :-1]
+                layer.weight.copy_(weight.reshape(layer.weight.shape))
+        return refitted
+
+
+def _read(path: Path) -> dict[str, list[float]]:
+    """Return what a killed run measured; nothing if the file is not there or not whole."""
+    try:
+        content = read_sealed(path)
+    except ArtifactError:
+        return {}
+    return {name: values for name, values in content.items() if name != DIGEST_KEY}
+
+
+def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:
+    """Return candidates whose damages are measured rises of the loss."""
+    means, errors = (np.asarray([getattr(rise, name) for rise in rises]) for name in ("mean", "error"))
+    return replace(candidates, measured=means, errors=errors)

@@ -1,0 +1,350 @@
+"""What brings back accuracy after a cut without training?
+
+least squares   refit each layer whose inputs changed so that it gives, from what is left, what it gave before
+bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
+
+Both go through the network in the order of its calls, so that each layer makes up for what the ones before it still
+lack. The third repair, batch norm, is `compress.training.batch_norm.reestimate_batch_norm`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compress.cost.macs import eval_mode
+from compress.data.batches import evaluation_batches
+from compress.data.splits import Split
+from compress.model.sharing import find_shared
+from compress.progress import Progress
+from compress.pruning.groups import BATCH_NORMS
+from compress.pruning.repair.least_squares import (
+    RIDGE,
+    GramSum,
+    Places,
+    is_refittable,
+    positions_needed,
+    regression_rows,
+)
+from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms, run_watched
+
+_BATCH = 128
+_PASS_BATCH = 32
+_LIVE_BYTES = 2 * 10**9
+_CLOSED = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cut network next to the one it was cut from.
+
+    Attributes:
+        slim: The cut network; repairs change it in place.
+        original: The network before the cut, with the same layer names.
+        readers: Layers whose inputs are not what they were.
+        kept_outputs: Layer that lost outputs too -> (n,) the output channels of `original` that are left.
+        split: Images to compare on; labels are not used.
+        closing: Layer -> the residual block that adds what it gives, behind its norm, to the block's input. Such a
+            layer makes up for what the input of its block lacks, too.
+        means: Layer -> (n,) the mean of each of its outputs in `original`, as far as a repair has come by it.
+        most_images: How many images of the split layers are fitted to.
+    """
+
+    slim: nn.Module
+    original: nn.Module
+    readers: frozenset[str]
+    kept_outputs: Mapping[str, Tensor]
+    split: Split
+    closing: Mapping[str, str] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    most_images: int = 512
+
+
+def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
+    """Refit the layers whose inputs changed, in place and in the order of their calls.
+
+    Each layer's weights become the ridge least-squares solution of "original output from slim input" on positions
+    sampled from the images; what is constant in it goes to the bias, or to the batch norm behind the layer. A layer
+    that closes a residual block is asked for the block's original sum. Memory is bounded: patches are taken for one
+    batch of images at a time, and of many images only as many are looked at as the activations of both networks leave
+    room for.
+
+    Args:
+        comparison: Convolutions without groups and linear layers in it are refitted.
+        progress: Told about each layer.
+
+    Returns:
+        The layers that were refitted.
+
+    Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv:1707.06168, section
+        3.1, the reconstruction step, and 3.3 for residual blocks.
+    """
+    slim, original = comparison.slim, comparison.original
+    with torch.no_grad(), eval_mode(slim), eval_mode(original):
+        batches = _batches(comparison)
+        every = _readers(comparison, batches[0][:1])
+        readers = {reader.name: reader for reader in every if is_refittable(reader.layer)}
+        blocks = {comparison.closing[name]: readers[name] for name in readers if name in comparison.closing}
+        stops = call_order(slim, [*readers, *blocks], batches[0][:1])
+        missing: dict[str, list[Tensor]] = {}
+        refitted = []
+        with (
+            progress.task("least squares", len(readers)) as task,
+            _known_means(comparison, [reader.name for reader in every], batches),
+            Lockstep(slim, stops, batches) as ours,
+            Lockstep(original, stops, batches, after=readers) as theirs,
+        ):
+            for stop in stops:
+                pairs = zip(ours.reach(stop), theirs.reach(stop), strict=True)
+                if stop in blocks:
+                    reader = blocks[stop]
+                    places = _places(reader, len(batches), sum(map(len, batches)))
+                    missing[reader.name] = [
+                        place.rows_of(wanted[:, reader.kept] - got)
+                        for place, ((got,), (wanted,)) in zip(places, pairs, strict=True)
+                    ]
+                    continue
+                if _refit(readers[stop], pairs, missing.pop(stop, None), len(batches), sum(map(len, batches))):
+                    refitted.append(stop)
+                task.advance()
+    return tuple(refitted)
+
+
+def add_constant(layer: nn.Module, norm: nn.Module | None, constant: Tensor) -> None:
+    """Add a constant, (outputs,), to what a layer gives: to its bias, or off the mean the norm behind subtracts."""
+    if isinstance(getattr(layer, "bias", None), Tensor):
+        layer.bias.add_(constant)  # type: ignore[union-attr,operator]
+    elif norm is not None:
+        norm.running_mean.sub_(constant)  # type: ignore[union-attr,operator]
+
+
+def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
+    """Give each layer whose inputs changed the mean output it had, in its bias or the batch norm behind it, in place.
+
+    A removed channel that was constant is made up for in full where the layer does not pad; at padded borders, where
+    the channel was not constant to the layer, on average only.
+
+    Args:
+        comparison: Layers with a bias, or with a batch norm behind them, are adjusted.
+        progress: Told about each layer.
+
+    Returns:
+        The layers that were adjusted.
+    """
+    slim, original = comparison.slim, comparison.original
+    with torch.no_grad(), eval_mode(slim), eval_mode(original):
+        batches = _batches(comparison)
+        readers = [reader for reader in _readers(comparison, batches[0][:1]) if reader.has_intercept]
+        names = tuple(reader.name for reader in readers)
+        if not comparison.means.keys() >= set(names):
+            with _known_means(comparison, names, batches), progress.task("mean outputs", len(batches)) as task:
+                for images in batches:
+                    original(images)
+                    task.advance()
+        with (
+            progress.task("bias folding", len(readers)) as task,
+            Lockstep(slim, names, batches, after=names) as ours,
+        ):
+            for reader in readers:
+                mean = _Mean(reader.layer)
+                for _, output in ours.reach(reader.name):
+                    mean.add(output)
+                shift = reader.wanted(comparison.means[reader.name][None])[0] - mean.value
+                reader.shift(shift)
+                # the outputs that the passes wait with were computed before the bias changed; a norm comes after them
+                ours.shift = shift if reader.has_bias else None
+                task.advance()
+    return names
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A layer whose inputs are not what they were.
+
+    Attributes:
+        name: Module path.
+        layer: The layer in the cut network.
+        norm: The batch norm behind it there, if any.
+        kept: (outputs,) the original's outputs that are left.
+        stretch: (outputs,) the deviation in the norm's statistics over the original's.
+        moved: (outputs,) what the mean of the norm was moved by from the original's, stretched.
+    """
+
+    name: str
+    layer: nn.Module
+    norm: nn.Module | None
+    kept: Tensor
+    stretch: Tensor
+    moved: Tensor
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether constants go to the layer itself."""
+        return isinstance(getattr(self.layer, "bias", None), Tensor)
+
+    @property
+    def has_intercept(self) -> bool:
+        """Whether a constant can be added to what the layer gives."""
+        return self.has_bias or self.norm is not None
+
+    @property
+    def scale(self) -> Tensor:
+        """(outputs,) what the layer must give for 1 more behind its norm; 0 where the norm lets nearly nothing pass."""
+        if self.norm is None or not isinstance(self.norm.weight, Tensor):
+            return torch.ones(1)
+        gain = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()  # type: ignore[operator]
+        is_open = gain.abs() > _CLOSED * gain.abs().max()
+        return torch.where(is_open, 1 / torch.where(is_open, gain, torch.ones_like(gain)), torch.zeros_like(gain))
+
+    def wanted(self, outputs: Tensor) -> Tensor:
+        """Return what the layer should give where the original gave `outputs`, both (rows, outputs)."""
+        return outputs[:, self.kept] * self.stretch + self.moved
+
+    def shift(self, constant: Tensor) -> None:
+        """Add a constant, (outputs,), to what the layer gives."""
+        add_constant(self.layer, self.norm, constant)
+
+
+def _batches(comparison: Comparison) -> list[Tensor]:
+    """Return the images to look at, as many as there is room for, in batches of one pass each."""
+    split = comparison.split
+    example = next(evaluation_batches(split.first(1), 1, "nothing"))[0]
+    room = _LIVE_BYTES // (2 * _live_bytes(comparison.original, example))
+    count = max(min(len(split), comparison.most_images, room), 1)
+    return [images for images, _ in evaluation_batches(split.first(count), min(_PASS_BATCH, count), "nothing")]
+
+
+def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
+    """Return the layers to adjust, in the order of their calls; what one shares with another layer must fit both."""
+    slim, original = comparison.slim, comparison.original
+    norms = following_norms(slim, BATCH_NORMS, example)
+    found = []
+    for name in call_order(slim, comparison.readers - find_shared(slim).keys(), example):
+        layer, norm, stretch, moved = slim.get_submodule(name), None, torch.ones(1), torch.zeros(1)
+        kept = comparison.kept_outputs.get(name)
+        if kept is None:
+            whole = original.get_submodule(name)
+            kept = torch.arange(int(getattr(whole, "out_features", 0) or getattr(whole, "out_channels", 0)))
+        if name in norms and isinstance(mean := slim.get_submodule(norms[name]).running_mean, Tensor):
+            norm, before = slim.get_submodule(norms[name]), original.get_submodule(norms[name])
+            variances = norm.running_var, before.running_var[kept]  # type: ignore[index]
+            stretch = ((variances[0] + norm.eps) / (variances[1] + before.eps)).sqrt()  # type: ignore[operator]
+            moved = mean - stretch * before.running_mean[kept]  # type: ignore[index]
+        found.append(_Reader(name, layer, norm, kept, stretch, moved))
+    return found
+
+
+def _live_bytes(network: nn.Module, example: Tensor) -> int:
+    """Return roughly what one image's activations take while a pass waits: twice what one layer reads and gives."""
+    most = 0
+
+    def watch(_part: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal most
+        tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
+        most = max(most, 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    run_watched(network, example, {part: watch for part in network.modules() if not any(part.children())})
+    return max(most, 1)
+
+
+def _places(reader: _Reader, batches: int, images: int) -> list[Places]:
+    """Return the places to look at in each batch."""
+    unknowns = reader.layer.weight[0].numel() + reader.has_intercept  # type: ignore[union-attr,index,operator]
+    return [Places(positions_needed(unknowns, images), number) for number in range(batches)]
+
+
+def _refit(
+    reader: _Reader,
+    pairs: Iterable[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    missing: Sequence[Tensor] | None,
+    batches: int,
+    images: int,
+) -> bool:
+    """Refit one layer, and say whether there was reason to.
+
+    Args:
+        reader: The layer.
+        pairs: What it reads, and what the original's layer reads and gives, batch by batch.
+        missing: For each batch (rows, outputs) what the sum that this layer closes lacks; None where it closes none.
+        batches: Their number.
+        images: In all of them.
+    """
+    layer = reader.layer
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    old = layer.weight.flatten(1).T
+    if reader.has_intercept:
+        old = torch.cat([old, torch.zeros(1, len(reader.kept)) if layer.bias is None else layer.bias[None]])
+    unknowns, outputs = old.shape
+    grams = GramSum(unknowns)
+    cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
+    has_changed = False
+    every_place = _places(reader, batches, images)
+    for number, (places, ((inputs,), (before, outputs_before))) in enumerate(zip(every_place, pairs, strict=True)):
+        has_changed |= inputs.shape != before.shape or not torch.equal(inputs, before)
+        x, y = regression_rows(layer, inputs, outputs_before, places)
+        if reader.has_intercept:
+            x = torch.cat([x, torch.ones(len(x), 1)], 1)
+        wanted = reader.wanted(y)
+        if missing is not None:
+            has_changed |= bool(missing[number].any())
+            wanted = wanted + missing[number] * reader.scale
+        grams.add(x)
+        cross += x.T @ wanted
+    if not has_changed:
+        return False
+    gram = grams.matrix()
+    ridge = RIDGE * gram.diagonal().mean()
+    gram.diagonal().add_(ridge)
+    result, info = torch.linalg.solve_ex(gram, cross + ridge * old.double())
+    solution = result.float()
+    if int(info) != 0 or not solution.isfinite().all():  # nothing but zeros comes in
+        return False
+    if reader.has_intercept:
+        reader.shift(solution[-1] - old[-1])
+        solution = solution[:-1]
+    layer.weight.copy_(solution.T.reshape(layer.weight.shape))
+    return True
+
+
+class _Mean:
+    """The mean of each output of a layer over all images and positions, added up batch by batch."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._is_linear = isinstance(layer, nn.Linear)
+        self._total, self._count = torch.zeros(1, dtype=torch.float64), 0
+        self.images = 0
+
+    def add(self, output: Tensor) -> None:
+        """Add what the layer gives for a batch."""
+        channels = output.ndim - 1 if self._is_linear else 1
+        others = [axis for axis in range(output.ndim) if axis != channels]
+        self._total = self._total + output.sum(others, dtype=torch.float64)
+        self._count += output.numel() // output.shape[channels]
+        self.images += len(output)
+
+    @property
+    def value(self) -> Tensor:
+        """(outputs,) float32."""
+        return (self._total / self._count).float()
+
+
+@contextmanager
+def _known_means(comparison: Comparison, names: Iterable[str], batches: Iterable[Tensor]) -> Iterator[None]:
+    """Fill in the means of the original's layers that see all of the images while it lasts, each once."""
+    means = {name: _Mean(comparison.original.get_submodule(name)) for name in names}
+
+    def watch(mean: _Mean):  # type: ignore[no-untyped-def]
+        return lambda _layer, _inputs, output: mean.add(output)
+
+    handles = [
+        comparison.original.get_submodule(name).register_forward_hook(watch(mean)) for name, mean in means.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    images = sum(map(len, batches))
+    comparison.means.update({name: mean.value for name, mean in means.items() if mean.images == images})

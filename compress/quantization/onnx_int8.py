@@ -1,0 +1,328 @@
+"""How does a float ONNX file become an INT8 one? The only caller of onnxruntime.quantization.
+
+    float.onnx --ranges on calibration images--> QDQ graph --outputs left in float--> checked --> model.onnx
+
+Every tensor to be rounded is followed by QuantizeLinear and DequantizeLinear; what is between them is rounded, and a
+runtime with integer kernels computes with those.
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from onnx import ModelProto, numpy_helper
+
+from compress.data.splits import Split
+from compress.errors import ExportFailed, NonFinite, StageError
+from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, move_into_place, save_checked
+from compress.onnx_file.counting import rows_of
+from compress.onnx_file.io import (
+    default_opset,
+    first_line,
+    is_half,
+    is_quantized,
+    load_onnx,
+    model_files,
+    read_signature,
+    save_onnx,
+)
+from compress.progress import Progress, SilentProgress
+from compress.quantization.calibration import Batches, OneBatch
+from compress.registry import closest
+
+OLDEST_OPSET = 13  # the first in which each channel of a weight may have a scale of its own
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+Integer = Literal["int8", "uint8"]
+_METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+_HISTOGRAMS = {
+    "entropy": {"num_bins": 512, "num_quantized_bins": 128, "symmetric": False},
+    "percentile": {"num_bins": 2048, "percentile": 99.999, "symmetric": False},
+}
+_TYPES = {"int8": "QInt8", "uint8": "QUInt8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How values are rounded.
+
+    Attributes:
+        images: Calibration images whose activations decide the ranges.
+        method: What of them is kept: everything, what loses least information, or all but the outermost values.
+        per_channel: Whether each output channel of a weight has a scale of its own.
+        reduce_range: Whether weights have 7 bits, so that sums do not saturate on processors without VNNI.
+        activation_type: Of activations; "int8" has its zero point at 0.
+        weight_type: Of weights.
+        exclude: Patterns of layers or nodes that stay float; * matches any text.
+    """
+
+    images: int = 256
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    per_channel: bool = True
+    reduce_range: bool = False
+    activation_type: Integer = "uint8"
+    weight_type: Integer = "int8"
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """What was written.
+
+    Attributes:
+        layers: Layers that multiply by rounded weights.
+        float_layers: Layers that do not, by name.
+        agreement: Share of the calibration images that get the same class from both files.
+        size_bytes_before: All files of the float model.
+        size_bytes_after: All files of the quantised one.
+        files: Names of the latter, the .onnx file first.
+    """
+
+    layers: int
+    float_layers: tuple[str, ...]
+    agreement: float
+    size_bytes_before: int
+    size_bytes_after: int
+    files: tuple[str, ...] = field(default=())
+
+
+def quantize_onnx(
+    source: Path, target: Path, split: Split, wanted: Quantization, progress: Progress | None = None
+) -> QuantizeReport:
+    """Write an INT8 copy of a float file; one that was there is replaced only when the new one passed every check.
+
+    Args:
+        source: A float32 .onnx file with one image input, opset 13 or later; it is not changed.
+        target: The .onnx file to write.
+        split: Calibration images.
+        wanted: How values are rounded.
+        progress: Told about each batch.
+
+    Raises:
+        ExportFailed: The file cannot be quantised (opset, half precision, quantised already), ONNX Runtime refused, or
+            what it wrote is not valid or not the same network.
+        DataError: There are fewer calibration images than asked for.
+        NonFinite: The float file gives NaN or infinity on calibration images.
+        StageError: A pattern of `exclude` matches nothing, or everything is excluded.
+    """
+    model = load_onnx(source, weights=True)
+    _check_can_be_quantized(model, source)
+    excluded = _excluded(model, wanted.exclude)
+    batches = Batches(model, split, wanted.images, progress or SilentProgress())
+    expected = batches.classes(source, "float file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
+        rounded = _finish(_quantize(model, Path(folder), batches, wanted, excluded), model)
+        float_layers = _float_layers(rounded, model)
+        external = rounded.ByteSize() > ONE_FILE_LIMIT_BYTES
+        checked = save_checked(rounded, Path(folder) / "checked" / target.name, external)
+        got = batches.classes(checked, "quantised file")
+        files = move_into_place(checked, target)
+    return QuantizeReport(
+        layers=len(_layers(model)) - len(float_layers),
+        float_layers=float_layers,
+        agreement=float((got == expected).mean()),
+        size_bytes_before=sum(file.stat().st_size for file in model_files(source)),
+        size_bytes_after=sum(file.stat().st_size for file in files),
+        files=tuple(file.name for file in files),
+    )
+
+
+def _check_can_be_quantized(model: ModelProto, path: Path) -> None:
+    if is_quantized(model):
+        raise ExportFailed(
+            f"'{path}' must be a float file to be quantised, it is quantised already.",
+            hint="Put one quantize stage into the pipeline, after export.",
+        )
+    if is_half(model):
+        raise ExportFailed(
+            f"'{path}' must be in fp32 to be quantised, it is in fp16.", hint="Set deploy.precision: fp32."
+        )
+    opset = default_opset(model)
+    if opset is None or opset < OLDEST_OPSET:
+        raise ExportFailed(
+            f"'{path}' must have opset {OLDEST_OPSET} or later to be quantised, it has {opset}.",
+            hint="Export it with a later opset.",
+        )
+    if len(read_signature(model).inputs) != 1:
+        names = ", ".join(spec.name for spec in read_signature(model).inputs)
+        raise ExportFailed(f"'{path}' must have one input, of images, to be quantised, it has {names}.")
+
+
+def _layers(model: ModelProto) -> dict[str, str]:
+    """Return node name -> layer name of everything that multiplies by a weight."""
+    rows = rows_of(model)
+    return {
+        node.name: row.name
+        for node, row in zip(model.graph.node, rows, strict=True)
+        if node.op_type in LAYERS and (row.layer_weights or row.weights)
+    }
+
+
+def _excluded(model: ModelProto, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the nodes that stay float."""
+    unnamed = sum(not node.name for node in model.graph.node)
+    if unnamed:
+        raise ExportFailed(f"Every node of a file must have a name for it to be quantised, {unnamed} have none.")
+    layers, found = _layers(model), set()
+    known = {node.name: (node.name, layers.get(node.name, node.name)) for node in model.graph.node}
+    for pattern in patterns:
+        matches = {node for node, names in known.items() if any(fnmatchcase(name, pattern) for name in names)}
+        if not matches:
+            raise StageError(
+                f"exclude pattern '{pattern}' must match a layer or node of the file, it matches none. Layers are "
+                f"{', '.join(layers.values())}.",
+                hint=closest(pattern, [*layers.values(), *known]),
+            )
+        found |= matches
+    if layers and found.issuperset(layers):
+        raise StageError(
+            f"exclude must leave a layer to quantise, it matches all {len(layers)}.",
+            hint="Exclude fewer layers, or leave the quantize stage out.",
+        )
+    return sorted(found)
+
+
+def _quantize(
+    model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, excluded: list[str]
+) -> ModelProto:
+    """Let ONNX Runtime find the ranges and write the graph."""
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    operators = sorted({*QLinearOpsRegistry, *QDQRegistry})
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    try:
+        with _quiet():
+            ranges = _ranges(model, folder, batches, wanted, operators)
+            quantizer = QDQQuantizer(
+                copy,
+                per_channel=wanted.per_channel,
+                reduce_range=wanted.reduce_range,
+                weight_qType=getattr(QuantType, _TYPES[wanted.weight_type]),
+                activation_qType=getattr(QuantType, _TYPES[wanted.activation_type]),
+                tensors_range=ranges,
+                nodes_to_quantize=[],
+                nodes_to_exclude=excluded,
+                op_types_to_quantize=operators,
+                extra_options={"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
+            )
+            quantizer.quantize_model()
+            quantizer.model.topological_sort()
+            rounded: ModelProto = quantizer.model.model
+    except OSError as error:
+        raise ExportFailed(f"The quantised file must be writable: {error}") from error
+    except Exception as error:  # a rewriter of arbitrary graphs can fail in any way
+        raise ExportFailed(f"ONNX Runtime could not quantise the file: {first_line(error)}") from error
+    return rounded
+
+
+def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, operators: list[str]) -> Any:
+    """Return the range of every activation, a batch at a time: else all activations of all images are kept.
+
+    `quantize_static` would do the same, but leaves entropy a histogram of as many bins as there are levels, so that
+    there is nothing to choose, and takes percentiles of absolute values, which wastes half of the levels after a ReLU.
+    """
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+    source = folder / "source.onnx"  # the calibrator writes beside what it reads
+    save_onnx(model, source, model.ByteSize() > ONE_FILE_LIMIT_BYTES)
+    calibrator = create_calibrator(
+        source,
+        operators,
+        augmented_model_path=str(folder / "augmented.onnx"),
+        calibrate_method=getattr(CalibrationMethod, _METHODS[wanted.method]),
+        use_external_data_format=model.ByteSize() > ONE_FILE_LIMIT_BYTES,
+        extra_options=_HISTOGRAMS.get(wanted.method, {}),
+    )
+    with batches.progress.task("ranges of activations", len(batches.split)) as task:
+        for number in range(len(batches)):
+            calibrator.collect_data(OneBatch(batches.read(number)))
+            task.advance(batches.size)
+        return calibrator.compute_data()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the quantiser prints, warns and logs; what matters of it is checked on the file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _finish(rounded: ModelProto, original: ModelProto) -> ModelProto:
+    """Leave the outputs in float, carry over what the file says of itself, and check what was written."""
+    _free_outputs(rounded)
+    del rounded.metadata_props[:]
+    rounded.metadata_props.extend(original.metadata_props)
+    rounded.producer_name, rounded.producer_version = original.producer_name, original.producer_version
+    if read_signature(rounded) != read_signature(original):
+        raise ExportFailed("The quantised file must have the inputs and outputs of the float file, it has others.")
+    if default_opset(rounded) != default_opset(original):
+        raise ExportFailed(
+            f"The quantised file must have opset {default_opset(original)}, it has {default_opset(rounded)}."
+        )
+    constants = {tensor.name: tensor for tensor in rounded.graph.initializer}
+    for node in rounded.graph.node:
+        scale = constants.get(node.input[1]) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+        if scale is not None:
+            values = numpy_helper.to_array(scale)
+            if not (np.isfinite(values).all() and (values > 0).all()):
+                raise NonFinite(
+                    f"Every scale must be finite and above 0, that of '{node.input[0]}' is {values.min():g}.",
+                    hint="Its values are not finite, or all alike; exclude the layer, or look at its weights.",
+                )
+    return rounded
+
+
+def _free_outputs(model: ModelProto) -> None:
+    """Take the rounding off the network's outputs: with 256 values, classes would tie."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for output in model.graph.output:
+        last = producers.get(output.name)
+        before = producers.get(last.input[0]) if last is not None and last.op_type == "DequantizeLinear" else None
+        if last is None or before is None or before.op_type != "QuantizeLinear" or before.input[0] not in producers:
+            continue
+        inner = before.input[0]
+        if sum(inner in node.input for node in model.graph.node) > 1:
+            continue
+        producer = producers[inner]
+        producer.output[list(producer.output).index(inner)] = output.name
+        if sum(before.output[0] in node.input for node in model.graph.node) == 1:
+            model.graph.node.remove(before)
+        model.graph.node.remove(last)
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
+        model.graph.initializer.remove(tensor)
+    del model.graph.value_info[:]
+
+
+def _float_layers(rounded: ModelProto, original: ModelProto) -> tuple[str, ...]:
+    """Return the layers whose weights are not rounded.
+
+    Raises:
+        ExportFailed: Those are all layers.
+    """
+    layers = _layers(original)
+    whole = {node.output[0] for node in rounded.graph.node if node.op_type == "DequantizeLinear"}
+    left = tuple(
+        layers[node.name]
+        for node in rounded.graph.node
+        if node.name in layers and not any(name in whole for name in node.input[1:2])
+    )
+    if len(left) == len(layers):
+        raise ExportFailed("At least one layer must be quantised, ONNX Runtime left all of them as they are.")
+    return left

@@ -1,0 +1,124 @@
+"""What is left of a network when its residual blocks go one by one, each time the one that is missed least?"""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint.rebuild import example_input
+from compress.model.artifacts import TorchModel
+from compress.model.recipe import RemoveBlock
+from compress.pruning.blocks import find_removable_blocks
+from compress.pruning.ranking.damage import block_damage
+from compress.pruning.ranking.selection import Groups
+from compress.pruning.surgery import remove_block
+from compress.search.context import Record, StageContext
+from compress.search.parts import Part, weights_digest
+from compress.search.repairs import REPAIRS, apply_repairs, repairs_towards
+from compress.training.evaluate import evaluate_loss
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A network without some of its residual blocks, before any channel is cut.
+
+    Attributes:
+        model: The network.
+        removed: Blocks that are gone, in the order in which they went.
+        repairs: What was tried after the last one went.
+        whole: The network with all its blocks.
+        blocks: How many of those can be removed.
+    """
+
+    model: TorchModel
+    removed: tuple[str, ...]
+    repairs: list[Record]
+    whole: nn.Module
+    blocks: int
+
+
+class Remembered:
+    """What `shorten` gives, worked out once however often it is gone through."""
+
+    def __init__(self, trunks: Iterator[Trunk]) -> None:
+        self._rest = trunks
+        self._known: list[Trunk] = []
+
+    def __iter__(self) -> Iterator[Trunk]:
+        for index in count():
+            if index == len(self._known):
+                following = next(self._rest, None)
+                if following is None:
+                    return
+                self._known.append(following)
+            yield self._known[index]
+
+
+def without_blocks(model: TorchModel, blocks: Sequence[str]) -> TorchModel:
+    """Return the network without some residual blocks, all else as it was."""
+    for block in blocks:
+        edit = RemoveBlock(block)
+        model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))
+    return model
+
+
+def places_in_whole(groups: Groups, whole: Groups) -> dict[str, tuple[str, Tensor]]:
+    """Return for each group of a network without some blocks the group in the whole one, and (C,) its channels there.
+
+    A group is named after the first layer that computes it; without a block that may be another one.
+    """
+    if groups is whole:
+        return {name: (name, torch.arange(group.width)) for name, group in whole.items()}
+    producers = {member.layer: (name, member) for name, group in whole.items() for member in group.producers}
+    places = {}
+    for name, group in groups.items():
+        before, member = producers[name]
+        channels = torch.empty(group.width, dtype=torch.int64)
+        channels[member.slots] = member.channels
+        places[name] = before, channels
+    return places
+
+
+def shorten(
+    model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext, refit_images: int = 512
+) -> Iterator[Trunk]:
+    """Give the network as it is, then without one residual block, without two, until none can be removed.
+
+    Args:
+        model: The network; left as it is.
+        score_images: Calibration images to measure the loss on.
+        repairs: What may be tried after each block.
+        ctx: Has the splits.
+        refit_images: Images that a least-squares repair fits layers to.
+    """
+    whole, example = model.module, example_input(model.signature)
+    blocks = len(find_removable_blocks(whole, example))
+    yield Trunk(model, (), [], whole, blocks)
+    removed: tuple[str, ...] = ()
+    split = ctx.data.calibration.first(score_images)
+    first = weights_digest(whole)
+
+    def weakest_of(names: Sequence[str]) -> Part:
+        """Find the block that is missed least, remove it and repair; its state is what follows from all that."""
+        damage = block_damage(model.module, names, lambda module: evaluate_loss(module, split), ctx.progress)
+        weakest = min(names, key=lambda name: damage[name])
+        slim = remove_block(model.module, RemoveBlock(weakest))
+        ctx.progress.note(f"block {weakest} removed (loss {damage[weakest]:+.4f})")
+        wanted = repairs_towards(whole, slim, {}, repairs, example, ctx, refit_images)
+        tried = apply_repairs(slim, wanted, ctx, enough=("least_squares",))  # more blocks or a cut may follow
+        return Part({"block": weakest, "repairs": tried}, slim.state_dict())
+
+    while names := find_removable_blocks(model.module, example):
+        used = [name for name in REPAIRS if name in repairs]
+        settings = {"images": score_images, "refit_images": refit_images, "repairs": used}
+        key = {"part": "block", "of": first, "removed": removed, "seed": ctx.seed, **settings}
+        part = ctx.parts.keep(key, partial(weakest_of, names))
+        edit = RemoveBlock(part.record["block"])
+        module = remove_block(model.module, edit)
+        module.load_state_dict(part.tensors)
+        model = replace(model, module=module, recipe=model.recipe.then(edit))
+        removed = (*removed, edit.block)
+        yield Trunk(model, removed, part.record["repairs"], whole, blocks)

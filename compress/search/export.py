@@ -1,0 +1,126 @@
+"""How does the network as it is now become a file, and which rewrites of the graph are worth having on the runtime?"""
+
+import tempfile
+from pathlib import Path
+
+from compress.config.schema import DeployConfig
+from compress.cost.macs import eval_mode
+from compress.data.batches import evaluation_batches
+from compress.errors import ConfigValueError, ExportFailed, InternalError
+from compress.exporting.fidelity import file_error, first_difference
+from compress.exporting.rewrite import REWRITES
+from compress.exporting.simplify import find_difference
+from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
+from compress.model.artifacts import Signature, TorchModel
+from compress.onnx_file.io import load_onnx, save_onnx
+from compress.search.context import Record, StageContext
+from compress.verification.measurement import Conditions, measure_ratio
+
+OPSET = 18
+WORTH_IT = 1.02  # less is within the noise of one measurement
+_OFF, _NOTICED, _OFF_IN_HALF = 0.01, 0.001, 0.1  # of the largest output
+_COMPARED = 4  # images
+
+
+def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
+    """Write the network as it is now, with an open batch axis.
+
+    Raises:
+        ExportFailed: torch or ONNX refused, or the file is not what was asked for.
+    """
+    with ctx.progress.task("export to ONNX", 1) as task:
+        export_onnx(
+            model.module,
+            model.signature,
+            path,
+            opset=OPSET,
+            preprocessing=model.preprocessing,
+            classes=model.classes,
+            rewrites=model.rewrites,
+            precision=model.precision,
+        )
+        task.advance()
+
+
+def check_export(model: TorchModel, path: Path, ctx: StageContext) -> str | None:
+    """Compare a file with its network on calibration images; return a warning where they differ a little.
+
+    Raises:
+        ExportFailed: They differ by more than rounding does; says where that begins.
+    """
+    allowed, noticed = (_OFF, _NOTICED) if model.precision == "fp32" else (_OFF_IN_HALF, _OFF_IN_HALF)
+    samples, _ = next(evaluation_batches(ctx.data.calibration.first(_COMPARED), _COMPARED, "nothing"))
+    with eval_mode(model.module):
+        error = file_error(path, model.module, model.signature, samples)
+        if error <= noticed:
+            return None
+        where = first_difference(model.module, model.signature, samples[:1], noticed, OPSET)
+    said = f"is off by {error:.2g} of the largest output on {len(samples)} images{f'; {where}' if where else ''}."
+    if error <= allowed:
+        return f"The baseline's ONNX file {said}"
+    raise ExportFailed(
+        f"The baseline's ONNX file must compute what the network does, it {said}",
+        hint="torch's exporter has lost something of it: write that part in other operators, and try again.",
+    )
+
+
+def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
+    """Return an ONNX file of the network as it is now, in a folder if there is none yet."""
+    if model.recipe.is_baseline:
+        return model.baseline.onnx_path
+    path = folder / "present.onnx"
+    export_present(model, path, ctx)
+    return path
+
+
+def conditions_of(deploy: DeployConfig | None) -> Conditions:
+    """Return how files are run where the model will be deployed; the usual conditions where the pipeline is silent."""
+    if deploy is None:
+        return Conditions()
+    return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, repeats=deploy.repeats)
+
+
+def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Record]:
+    """Apply each rewrite to a file and return which fit, where the file got faster, and what is to be kept.
+
+    Args:
+        path: The network as it was exported; it is not changed.
+        signature: Its inputs and outputs.
+        policy: "measured" keeps what runs faster in turn with the file as it was, "always" and "never" do not measure.
+        ctx: Says where the model will run, and has images.
+
+    Returns:
+        One record for each rewrite that fits somewhere: its name, the number of places, the speed-up (None where it
+        was not measured) and whether it is kept.
+    """
+    records = []
+    conditions, split = conditions_of(ctx.deploy), ctx.data.calibration
+    for name, rewrite in REWRITES.items():
+        model = load_onnx(path, weights=True)
+        places = rewrite(model) if policy != "never" else 0
+        if not places:
+            continue
+        speedup = None
+        with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:
+            rewritten = Path(folder) / path.name
+            save_onnx(model, rewritten, model.ByteSize() > ONE_FILE_LIMIT_BYTES)
+            if difference := find_difference(path, rewritten, signature):
+                raise InternalError(f"Rewriting {name} changed the network: {difference}.")
+            if policy == "measured":
+                _require_here(ctx.deploy, name)
+                speedup = 1 / measure_ratio(rewritten, path, split, conditions, ctx.progress)
+                ctx.progress.note(f"{name}: rewritten in {places} places, {speedup:.2f}x as fast on {conditions}")
+        records.append(
+            {"rewrite": name, "places": places, "speedup": speedup, "is_kept": speedup is None or speedup > WORTH_IT}
+        )
+    return records
+
+
+def _require_here(deploy: DeployConfig | None, name: str) -> None:
+    """Raise ConfigValueError where the model will run on another machine, so that nothing is to be measured here."""
+    if deploy is not None and deploy.accept_foreign_table:
+        raise ConfigValueError(
+            f"rewrites must be always or never with a table of another machine: '{name}' fits, and whether it is "
+            "faster there cannot be measured here.",
+            hint="Set what load chose on the machine that made the table: --set stages.load.rewrites=always",
+        )

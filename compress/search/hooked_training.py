@@ -1,0 +1,103 @@
+"""Training with the hooks of a method at work, and what the cut or the factorisation after it changes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from compress.config.schema import TrainingConfig
+from compress.model.artifacts import TorchModel
+from compress.progress import Progress
+from compress.search.context import Record, StageContext
+from compress.search.paired_losses import is_quality_worse
+from compress.search.records import metric_of, stated, validation_quality
+from compress.stages.finetune import distillation_from, fit_settings, pace
+from compress.tasks.base import Metric
+from compress.training.evaluate import evaluate_loss, quality_facts
+from compress.training.hooks import TrainingHooks
+from compress.training.loop import FitSettings, fit
+
+CUT_JUMP = 0.02
+
+
+def hooked_settings(config: TrainingConfig, ctx: StageContext, module: nn.Module) -> FitSettings:
+    """Return the settings of a run that ends with its last step: what the hooks have done by then is what counts."""
+    return replace(fit_settings(config, ctx.seed, ctx.data.train, module), keep="last")
+
+
+def train_with_hooks(
+    module: nn.Module,
+    artifact: TorchModel,
+    config: TrainingConfig,
+    hooks: TrainingHooks,
+    state: Path,
+    ctx: StageContext,
+) -> Record:
+    """Train a network in place and return what the report tells; goes on from `state`, if it is there.
+
+    Args:
+        module: The network; hooks may be on it already.
+        artifact: Knows the untouched network, which may be the teacher.
+        config: How.
+        hooks: Called in every step.
+        state: File of the state.
+        ctx: Surroundings.
+
+    Where the figure that decides is worse after it by more than noise, it is warned about.
+
+    Raises:
+        As `compress.training.loop.fit`.
+    """
+    settings, validation = hooked_settings(config, ctx, module), ctx.data.validation
+    metric, facts = metric_of(validation), quality_facts(module, validation, progress=ctx.progress)
+    before = validation.task.figures(facts)[metric.name]
+    teacher = distillation_from(config.distillation, artifact)
+    ctx.progress.note(pace(settings))
+    result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
+    now = quality_facts(module, validation, progress=ctx.progress)
+    after = validation.task.figures(now)[metric.name]
+    if is_quality_worse(facts, now, validation.task):
+        ctx.progress.warn(
+            f"The training made the network worse by itself, before the cut: validation {metric.words} "
+            f"{metric.show(before)} -> {metric.show(after)}. More steps, a lower learning_rate or a target that keeps "
+            "more would help; a 'finetune' stage may win some of it back."
+        )
+    return {
+        f"validation_{metric.name}_before": before,
+        "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
+        "chosen_epoch": result.chosen_epoch,
+        "steps": result.steps,
+        "peak_learning_rate": settings.learning_rate,
+        "batch_size": settings.batch_size,
+        "loss_before_cut": evaluate_loss(module, validation, progress=ctx.progress),
+        f"{metric.name}_before_cut": after,
+        **stated(metric),
+    }
+
+
+def loss_and_quality(module: nn.Module, when: str, ctx: StageContext) -> Record:
+    """Return the loss and the figure that decides, on the validation split, under names that end with `when`."""
+    return {
+        f"loss_{when}": evaluate_loss(module, ctx.data.validation, progress=ctx.progress),
+        f"{metric_of(ctx.data.validation).name}_{when}": validation_quality(module, ctx),
+    }
+
+
+def say_cut(record: Record, metric: Metric, progress: Progress) -> None:
+    """Say what the cut did to a network that was trained for it, and warn where that is more than next to nothing.
+
+    Args:
+        record: With the figures of both `loss_and_quality`, and the name and the cause that the method states.
+        metric: The figure that decides.
+        progress: Told.
+    """
+    before, after = record["loss_before_cut"], record["loss_after_cut"]
+    progress.note(
+        f"{record['name']}: validation loss {before:.4f} before the cut, {after:.4f} after it; {metric.words} "
+        f"{metric.show(record[f'{metric.name}_before_cut'])}, {metric.show(record[f'{metric.name}_after_cut'])}"
+    )
+    if not after - before <= CUT_JUMP:
+        progress.warn(
+            f"The cut after '{record['name']}' must change next to nothing, it raised the validation loss by "
+            f"{after - before:.3f}, above {CUT_JUMP:g}. {record['cause']}"
+        )

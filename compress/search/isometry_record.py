@@ -1,0 +1,66 @@
+"""Jacobian singular values in the records of `prune` and `finetune`, and what they say about the learning rate."""
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from compress.model.artifacts import TorchModel
+from compress.search.context import Record, StageContext
+from compress.training.isometry import affordable, mean_singular_value
+
+LOW_RATIO = 0.5  # of the baseline's mean singular value
+LOW_RATE = 0.1  # of the reference rate
+SOURCE = "arXiv:2105.05916"
+
+
+def measure_isometry(
+    artifact: TorchModel, networks: Mapping[str, Callable[[], nn.Module] | None], ctx: StageContext
+) -> Record:
+    """Return the mean singular value of each network's input-output Jacobian.
+
+    Args:
+        artifact: Knows the MACs of the baseline, by which the measurement is sized.
+        networks: Name -> what gives the network; None where there is none.
+        ctx: Has the calibration images.
+
+    Returns:
+        The values by name, None where there is no network; the images and the most directions of the output that were
+        used. Only {"skipped": reason} where nothing could be measured.
+    """
+    effort = affordable(artifact.baseline.figures.macs, ctx.data.calibration)
+    if effort is None:
+        return {"skipped": f"{artifact.baseline.figures.macs:,} MACs an image would take too long"}
+    values: dict[str, float | None] = {}
+    for name, make in networks.items():
+        values[name] = None
+        if make is not None:
+            values[name], reason = mean_singular_value(make(), ctx.data.calibration, effort, ctx.progress)
+            if reason:
+                return {"skipped": reason}
+    return {**values, "images": min(effort.images, len(ctx.data.calibration)), "directions": effort.directions}
+
+
+def conclusion(isometry: Record, rate: float, reference: float, reference_name: str) -> tuple[str, bool]:
+    """Return what the singular values before training say about the learning rate, and whether that is a warning.
+
+    Args:
+        isometry: With the values "baseline" and "before".
+        rate: Peak of this training.
+        reference: Peak that a large rate is known by.
+        reference_name: Of that, as in "of the original training".
+
+    Returns:
+        A sentence or two; "" where there is no baseline to compare with.
+    """
+    baseline, before = isometry.get("baseline"), isometry.get("before")
+    if not baseline or before is None:
+        return "", False
+    ratio, share = before / baseline, rate / reference
+    facts = f"Mean Jacobian singular value: {ratio:.0%} of the baseline's. "
+    peak = f"The peak is {rate:g}, {share:.3g} times that {reference_name} ({reference:g})."
+    if ratio >= LOW_RATIO:
+        return f"{facts}{peak}", False
+    advice = f"A large peak learning rate helps it recover ({SOURCE}). "
+    if share >= LOW_RATE:
+        return f"{facts}{advice}{peak}", False
+    return f"{facts}{advice}{peak} Raise learning_rate, or give original; probe: true compares three rates.", True

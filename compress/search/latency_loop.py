@@ -1,0 +1,222 @@
+"""Does the network take as long as the table says? Times a choice as a whole and chooses again until the budget is met.
+
+The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
+the next is chosen with the limit moved by that much. It ends when the latency is met, or when widths come no nearer.
+
+Every choice is timed beside the baseline. A baseline that takes another time than when it was last timed shows that the
+machine has changed its speed; the choice is then timed again, beside the baseline again.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from compress.errors import BudgetUnreachable
+from compress.progress import Progress
+from compress.search.context import Record
+from compress.search.width_latency import LatencyModel, Widths
+from compress.verification.measurement import PairLatency
+
+WITHIN = 0.03
+ROUNDS = 6
+UNEXPECTED, MORE_TIMES = 0.08, 2
+MOVED = 0.1  # more than a quartile of some calls differs from the median of others on a quiet machine
+
+
+@dataclass(frozen=True, slots=True)
+class TimedChoice:
+    """A choice of widths that was timed as a whole network.
+
+    Attributes:
+        widths: What was chosen: group name -> width.
+        predicted: Share of the baseline's latency, by the table.
+        ratio: The same, measured.
+        reference_ms: Latency of the baseline beside it; None where that was not kept.
+    """
+
+    widths: dict[str, int]
+    predicted: float
+    ratio: float
+    reference_ms: float | None = None
+
+
+class Chosen(Protocol):
+    """Anything that is chosen by a budget; `widths` says what, and is equal for equal choices."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What was chosen, by name."""
+        ...
+
+
+class Timed(Protocol):
+    """What predicts the latency of a choice, and measures it."""
+
+    @property
+    def reference_ms(self) -> float:
+        """What the untouched network takes."""
+        ...
+
+    def predict_ratio(self, widths: Widths, /) -> float:
+        """Return the predicted share of the untouched network's latency."""
+        ...
+
+    @property
+    def time_pair(self) -> Callable[[Mapping[str, int]], PairLatency]:
+        """Choice -> the same share, measured, and the untouched network's latency in that measurement."""
+        ...
+
+
+C = TypeVar("C", bound=Chosen)
+
+
+def meet_latency(
+    select: Callable[[float], C], model: Timed, asked: float, progress: Progress, in_ms: bool = False
+) -> tuple[C, list[TimedChoice]]:
+    """Return the choice whose measured latency comes nearest to the target from below, within 3 % of it if any does.
+
+    Args:
+        select: Chooses with the limit of the latency multiplied by a factor.
+        model: Predicts and measures.
+        asked: Share of the baseline's latency.
+        progress: Told about each round.
+        in_ms: Whether the target was given in milliseconds, which an error then says.
+
+    Returns:
+        The choice, and everything that was timed, in order.
+
+    Raises:
+        BudgetUnreachable: No choice is within the latency as it is measured.
+    """
+    correction = 1.0
+    timed: list[TimedChoice] = []
+    choices: list[C] = []
+    for number in range(ROUNDS):
+        selection = _select(select, correction, asked, timed, model)
+        if _is_timed(selection, timed):
+            # a limit that moves by less than the gap to the next choice: ask for one past the last
+            correction = timed[-1].predicted / timed[-1].ratio
+            selection = _select(select, correction, asked, timed, model)
+            if _is_timed(selection, timed):
+                break
+        predicted = model.predict_ratio(selection.widths)
+        found = _time_well(selection.widths, predicted, timed, model, progress)
+        choice = TimedChoice(selection.widths, predicted, found.ratio, found.reference_ms)
+        timed.append(choice)
+        choices.append(selection)
+        progress.note(
+            f"round {number + 1}: predicted {choice.predicted:.3f} of the baseline's latency, measured "
+            f"{choice.ratio:.3f}, asked {asked:.3f}"
+        )
+        if abs(choice.ratio / asked - 1) <= WITHIN:
+            break
+        correction *= asked / choice.ratio
+    _warn_of_speed(timed, model, progress)
+    best = min(range(len(timed)), key=lambda index: _distance(timed[index].ratio, asked))
+    if timed[best].ratio > asked * (1 + WITHIN):
+        wanted, reached = f"{asked:.3f} of the baseline's latency", f"{timed[best].ratio:.3f} of it"
+        if in_ms:
+            wanted = f"{asked * model.reference_ms:.4g} ms ({wanted})"
+            reached = f"{timed[best].ratio * model.reference_ms:.4g} ms ({reached})"
+        raise BudgetUnreachable(
+            f"Target {wanted} cannot be reached: the fastest choice found takes {reached}, measured.",
+            best=timed[best].ratio,
+        )
+    return choices[best], timed
+
+
+def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]) -> Record:
+    """Return what the report shows of the latency."""
+    measured = [choice.ratio for choice in timed if choice.widths == widths]
+    return {
+        "reference_ms": model.reference_ms,
+        "fixed_ms": model.cost.fixed,
+        "predicted_ratio": model.predict_ratio(widths),
+        "measured_ratio": measured[-1] if measured else None,
+        "table_error": model.table.error,
+        "scatter": model.table.spread,
+        "rounds": rounds_record(timed),
+        "variants": [{"predicted_ms": predicted, "measured_ms": took} for predicted, took in model.variants],
+        "stairs": [
+            {"name": name, "chosen": widths[name], "steps": [{"width": w, "ms": ms} for w, ms in steps]}
+            for name, steps in model.stairs(widths).items()
+        ],
+        "layers": [
+            {"layer": layer, "ms_before": before, "ms_after": after}
+            for layer, (before, after) in model.layers(widths).items()
+        ],
+    }
+
+
+def rounds_record(timed: Sequence[TimedChoice]) -> list[Record]:
+    """Return what the report shows of the choices that were timed."""
+    return [
+        {"predicted": choice.predicted, "measured": choice.ratio, "baseline_ms": choice.reference_ms}
+        for choice in timed
+    ]
+
+
+def _select(select: Callable[[float], C], correction: float, asked: float, timed: list[TimedChoice], model: Timed) -> C:
+    """Choose with the limit multiplied by `correction`; what the table says is fastest when nothing is within it."""
+    try:
+        return select(correction)
+    except BudgetUnreachable as error:
+        if not timed or error.best is None:
+            raise
+        return select(error.best * (1 + 1e-6) / (asked * model.reference_ms))
+
+
+def _is_timed(selection: Chosen, timed: list[TimedChoice]) -> bool:
+    return any(choice.widths == selection.widths for choice in timed)
+
+
+def _time_well(
+    widths: Widths, predicted: float, timed: Sequence[TimedChoice], model: Timed, progress: Progress
+) -> PairLatency:
+    """Time a choice; several times, with the medians as the result, where the first time is not as expected.
+
+    Expected are the ratio that the table predicts, as far off as for the choice before, and the baseline's latency as
+    it was then.
+    """
+    before = timed[-1] if timed else None
+    expected = predicted * (before.ratio / before.predicted if before else 1.0)
+    expected_ms = (before.reference_ms if before else None) or model.reference_ms
+    found = [model.time_pair(widths)]
+    if surprise := _surprise(found[0], expected, expected_ms):
+        progress.note(f"{surprise}: measured again")
+        found += [model.time_pair(widths) for _ in range(MORE_TIMES)]
+    return PairLatency(
+        statistics.median(one.ratio for one in found), statistics.median(one.reference_ms for one in found)
+    )
+
+
+def _surprise(found: PairLatency, expected: float, expected_ms: float) -> str | None:
+    """Return what of a measurement is far from what is expected, in words; None where nothing is."""
+    if abs(found.ratio / expected - 1) > UNEXPECTED:
+        return f"measured {found.ratio:.3f} where {expected:.3f} was expected"
+    if _has_moved(found.reference_ms, expected_ms):
+        return f"the baseline takes {found.reference_ms:.3g} ms where it took {expected_ms:.3g} ms"
+    return None
+
+
+def _warn_of_speed(timed: Sequence[TimedChoice], model: Timed, progress: Progress) -> None:
+    """Warn where the baseline takes another time than when the table was made."""
+    here = [choice.reference_ms for choice in timed if choice.reference_ms is not None]
+    now_ms = statistics.median(here) if here else model.reference_ms
+    if _has_moved(now_ms, model.reference_ms):
+        progress.warn(
+            f"The baseline takes {now_ms:.3g} ms, it took {model.reference_ms:.3g} ms when the latency table was made: "
+            "this machine has changed its speed. Shares of the baseline's latency are measured side by side and hold; "
+            "milliseconds are those of the table. Run again on a quiet machine for a target in milliseconds."
+        )
+
+
+def _has_moved(now_ms: float, before_ms: float) -> bool:
+    """Whether two latencies of the same network differ by more than noise, in either direction."""
+    return max(now_ms, before_ms) > (1 + MOVED) * min(now_ms, before_ms)
+
+
+def _distance(ratio: float, asked: float) -> tuple[bool, float]:
+    """Rank what is within the target, or nearly, before what is not; then by nearness."""
+    return ratio > asked * (1 + WITHIN), abs(ratio / asked - 1)

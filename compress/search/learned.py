@@ -1,0 +1,262 @@
+"""Which channels and blocks go is learned: a method's hooks in the training loop, and a choice within the budget.
+
+    network -> survey -> training, with the method's hooks -> what the method chose -> the cut, by `prune`
+
+The method asks for a choice again and again; the last one stands, and is timed where the budget is in milliseconds.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.allocation.widths import Candidates
+from compress.catalog import METHODS
+from compress.checkpoint.rebuild import example_input
+from compress.config.schema import PruneConfig
+from compress.errors import NONE_LEFT_HINT, WITHIN_HINT, AlreadyWithin, BudgetUnreachable, InternalError
+from compress.model.artifacts import TorchModel
+from compress.pruning.blocks import closing_layers
+from compress.pruning.groups import NORMS, ChannelGroup
+from compress.pruning.methods.base import Method, Removed, Setting, WarningMethod
+from compress.pruning.ranking.selection import Selection, find_candidates
+from compress.pruning.repair.lockstep import following_norms
+from compress.pruning.width_costs import ExpectedCost
+from compress.search.block_removal import places_in_whole, without_blocks
+from compress.search.context import Record, StageContext
+from compress.search.hooked_training import hooked_settings, train_with_hooks
+from compress.search.latency_loop import TimedChoice
+from compress.search.survey import Survey, survey
+from compress.training.hooks import OptimizerHooks
+from compress.training.loop import FitSettings, learning_rate, planned_steps
+
+STATE_FILE = "method.pt"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained network and what of it goes.
+
+    Attributes:
+        surveyed: The trained network without the blocks that go, and what of it can be cut.
+        candidates: Its groups, with the scores that the choice was made by.
+        selection: The channels that go.
+        timed: Whole networks that were timed on the way.
+        removed_blocks: The blocks that are gone.
+        record: What the report tells of the method and its training.
+    """
+
+    surveyed: Survey
+    candidates: list[Candidates]
+    selection: Selection
+    timed: list[TimedChoice]
+    removed_blocks: tuple[str, ...]
+    record: Record
+
+
+def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
+    """Train a copy of a network while a method chooses what of it goes.
+
+    Args:
+        model: The network; left as it is.
+        config: With `method` and `training`.
+        ctx: Surroundings; the state of the training is kept in its folder.
+
+    Raises:
+        StageError: The run is too short for what goes to decay.
+        As `compress.search.survey.survey`, `Survey.choose_timed` and `compress.training.loop.fit`.
+    """
+    training = config.method_training
+    if config.method is None or training is None:
+        raise InternalError("A pipeline with a method but no training passed validation.")
+    method_class = METHODS.get(config.method)
+    surveyed = survey(model, config, None, ctx, method_class.unfit)
+    if not surveyed.groups:
+        raise BudgetUnreachable("No prunable channel group is left.", hint=NONE_LEFT_HINT)
+    module, chooser = copy.deepcopy(model.module), _Chooser(surveyed, ctx)
+    setting = _setting(surveyed, module, chooser, hooked_settings(training, ctx, module), ctx)
+    _require_work(chooser, surveyed)
+    method: Method = method_class(setting, config.method_settings)
+    record = train_with_hooks(module, model, training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
+    method.finish()
+    for text in method.warnings() if isinstance(method, WarningMethod) else ():
+        ctx.progress.warn(f"Method '{config.method}': {text}")
+    record = {"name": config.method, "figures": method.figures(), "cause": method.cause(), **record}
+    return chooser.result(replace(model, module=module), method, record)
+
+
+def _require_work(chooser: "_Chooser", surveyed: Survey) -> None:
+    """Check before the training that the budget can be met, and that something must go for it.
+
+    Raises:
+        BudgetUnreachable: It cannot.
+        AlreadyWithin: Nothing must go.
+    """
+    if not chooser({name: torch.ones(group.width) for name, group in surveyed.groups.items()}):
+        asked = ", ".join(f"{name} {value}" for name, value in surveyed.config.target.given().items())
+        raise AlreadyWithin(
+            f"Target {asked} must remove something, but the network is within it as it is.", hint=WITHIN_HINT
+        )
+
+
+class _Hooks:
+    """A method's hooks, whose state has the choice that stands, too."""
+
+    def __init__(self, method: Method, chooser: "_Chooser") -> None:
+        self._method, self._chooser = method, chooser
+        self.on_step_begin, self.on_gradients = method.on_step_begin, method.on_gradients
+        self.on_step_end, self.parameters = method.on_step_end, method.parameters
+        if isinstance(method, OptimizerHooks):
+            self.on_optimizer = method.on_optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"method": self._method.state_dict(), "choice": self._chooser.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._method.load_state_dict(state["method"])
+        self._chooser.load_state_dict(state["choice"])
+
+
+class _Chooser:
+    """Chooses which channels of a network go while it trains; see `compress.pruning.methods.base.Choose`.
+
+    Args:
+        surveyed: The network before the training, and what of it can be cut.
+        ctx: Surroundings.
+    """
+
+    def __init__(self, surveyed: Survey, ctx: StageContext) -> None:
+        self._surveyed, self._ctx = surveyed, ctx
+        self._shorter: dict[tuple[str, ...], Survey] = {(): surveyed}
+        self._final: dict[str, Any] | None = None
+
+    def __call__(
+        self,
+        scores: Mapping[str, Tensor],
+        damages: Mapping[str, np.ndarray] | None = None,
+        closed: Sequence[str] = (),
+        is_final: bool = False,
+    ) -> Removed:
+        surveyed = self._without(closed)
+        places = places_in_whole(surveyed.groups, self._surveyed.groups)
+        candidates = _candidates(surveyed, places, scores, damages)
+        if is_final:
+            selection, timed = surveyed.choose_timed(candidates, self._ctx.progress)
+            self._final = {
+                "scores": {name: values.clone() for name, values in scores.items()},
+                "damages": None if damages is None else {name: row.tolist() for name, row in damages.items()},
+                "is_optimal": selection.is_optimal,
+                "timed": [asdict(choice) for choice in timed],
+            }
+        else:
+            selection = surveyed.choose(candidates, 1.0)
+        return {
+            places[name][0]: tuple(sorted(places[name][1][list(channels)].tolist()))
+            for name, channels in selection.removed.items()
+        }
+
+    def result(self, model: TorchModel, method: Method, record: Record) -> Learned:
+        """Return what the method has chosen of the trained network."""
+        final = self._final
+        if final is None:
+            raise InternalError(f"Method '{record['name']}' ended without a choice.")
+        surveyed = replace(self._without(method.closed), model=without_blocks(model, method.closed))
+        places = places_in_whole(surveyed.groups, self._surveyed.groups)
+        damages = final["damages"] and {name: np.asarray(row) for name, row in final["damages"].items()}
+        candidates = _candidates(surveyed, places, final["scores"], damages)
+        removed: Removed = {}
+        for name, (before, channels) in places.items():
+            goes = torch.isin(channels, torch.tensor(method.removed.get(before, ()), dtype=torch.int64))
+            if goes.any():
+                removed[name] = tuple(goes.nonzero().flatten().tolist())
+        widths = {name: group.width - len(removed.get(name, ())) for name, group in surveyed.groups.items()}
+        selection = Selection(widths, removed, final["is_optimal"])
+        timed = [TimedChoice(**choice) for choice in final["timed"]]
+        return Learned(surveyed, candidates, selection, timed, method.closed, record)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"final": self._final}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._final = state["final"]
+
+    def _without(self, closed: Sequence[str]) -> Survey:
+        """Return the network without some blocks, and what of it can be cut."""
+        if tuple(closed) not in self._shorter:
+            whole = self._surveyed
+            among = frozenset(member.layer for group in whole.groups.values() for member in group.producers)
+            model, latency = without_blocks(whole.model, closed), whole.targets.latency
+            self._shorter[tuple(closed)] = survey(model, whole.config, latency, self._ctx, among=among)
+        return self._shorter[tuple(closed)]
+
+
+def _candidates(
+    surveyed: Survey,
+    places: Mapping[str, tuple[str, Tensor]],
+    scores: Mapping[str, Tensor],
+    damages: Mapping[str, np.ndarray] | None,
+) -> list[Candidates]:
+    """Return the groups with scores, and perhaps damages, of groups in the whole network."""
+    here = {name: scores[before][channels] for name, (before, channels) in places.items()}
+    candidates = find_candidates(surveyed.groups, here, surveyed.levels, comparable=True)
+    if damages is None:
+        return candidates
+    return [replace(one, measured=damages[places[one.name][0]]) for one in candidates]
+
+
+def _setting(
+    surveyed: Survey, module: nn.Module, chooser: _Chooser, settings: FitSettings, ctx: StageContext
+) -> Setting:
+    """Return what a method works with: `module` is what is trained, a copy of the network surveyed."""
+    _, steps = planned_steps(ctx.data.train, settings)
+    unit, kept = _unit_and_kept(surveyed)
+    blocks = _branches(surveyed.model) if surveyed.config.blocks == "auto" else {}
+    whole = float(getattr(surveyed.model.baseline.figures, unit))
+    return Setting(
+        module=module,
+        groups={name: _of(module, group) for name, group in surveyed.groups.items()},
+        choose=chooser,
+        levels=surveyed.levels,
+        rates=np.asarray([learning_rate(settings, step, steps) for step in range(steps)]),
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        seed=ctx.seed,
+        cost=ExpectedCost(surveyed.targets.cost(unit), whole, list(blocks)),
+        kept_ratio=kept,
+        blocks=blocks,
+    )
+
+
+def _of(module: nn.Module, group: ChannelGroup) -> ChannelGroup:
+    """Return a group as that of a copy of its network."""
+    members, gates, bare = (
+        tuple(replace(member, module=module.get_submodule(member.layer)) for member in several)
+        for several in (group.members, group.gates, group.bare)
+    )
+    return replace(group, members=members, gates=gates, bare=bare)
+
+
+def _unit_and_kept(surveyed: Survey) -> tuple[str, float]:
+    """Return the unit in which chances are weighed, and the share of the baseline to keep.
+
+    A size is weighed in params, a latency in MACs; what stands in the end is chosen by the target itself.
+    """
+    target, targets = surveyed.config.target, surveyed.targets
+    if target.macs is not None:
+        return "macs", target.macs
+    if target.params is not None:
+        return "params", target.params
+    if target.size_mb is not None:
+        return "params", min(1.0, target.size_mb * 1e6 / targets.file_bytes)
+    return "macs", targets.latency_ratio or 1.0
+
+
+def _branches(model: TorchModel) -> dict[str, str]:
+    """Return for each removable residual block the part whose output is added to what the block is given."""
+    module, example = model.module, example_input(model.signature)
+    norms = following_norms(module, NORMS, example)
+    return {block: norms.get(layer, layer) for layer, block in closing_layers(module, example).items()}

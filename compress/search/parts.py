@@ -1,0 +1,127 @@
+"""Finished parts of a stage, kept in its work folder: a kill loses no more than the part at work.
+
+    FOLDER/parts/KEY    SHA-256 of the rest, then a safetensors file: the tensors, and the record in its metadata
+
+The key of a part is the digest of everything it depends on within the stage; what the stage itself depends on is in the
+name of its work folder, which goes when the stage is done. A damaged part is made again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from compress.progress import Progress
+from compress.storage.atomic import write_whole
+from compress.storage.digest import digest_value
+from compress.training.distributed import present_team
+
+FOLDER = "parts"
+_DIGEST_BYTES = 32
+_RECORD, _RANDOM = "record", "/random"  # no tensor of a network has a slash in its name
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of a stage came to.
+
+    Attributes:
+        record: Plain values, JSON-ready.
+        tensors: On the CPU.
+    """
+
+    record: Any
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Parts:
+    """The parts of one stage that are done.
+
+    Args:
+        folder: The stage's work folder.
+        progress: Told once that there are such parts of an interrupted run.
+    """
+
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self.folder, self.progress = folder / FOLDER, progress
+        self.has_told = False
+
+    def keep(self, key: Mapping[str, Any], make: Callable[[], Part]) -> Part:
+        """Return a part that was done before, or make it and keep it.
+
+        Args:
+            key: Everything that it depends on within the stage; plain values.
+            make: Makes it.
+        """
+        return self.find(key) or self.add(key, make())
+
+    def find(self, key: Mapping[str, Any]) -> Part | None:
+        """Return a part that was done before; None where it has to be made.
+
+        The state of torch's random numbers is then as after it was made.
+        """
+        if present_team().size > 1:  # what one process finds others may not: they would no longer do the same
+            return None
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        part = _unpack(content)
+        if part is None:
+            self.progress.warn("A part of an interrupted run is damaged and is made again.")
+            return None
+        if not self.has_told:
+            self.has_told = True
+            self.progress.note("Parts that an interrupted run has finished are not done again.")
+        torch.set_rng_state(part.tensors.pop(_RANDOM))
+        return part
+
+    def add(self, key: Mapping[str, Any], part: Part) -> Part:
+        """Keep a part, and return it.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+        if present_team().size == 1:
+            write_whole(self._path(key), _pack(part))
+        return part
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        return self.folder / digest_value(key)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the digest of names, shapes and values of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, values in module.state_dict().items():
+        values = values.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data if values.numel() else b"")
+    return digest.hexdigest()
+
+
+def _pack(part: Part) -> bytes:
+    tensors = {name: values.detach().cpu().contiguous().clone() for name, values in part.tensors.items()}
+    tensors[_RANDOM] = torch.get_rng_state()
+    content = save(tensors, metadata={_RECORD: json.dumps(part.record)})
+    return hashlib.sha256(content).digest() + content
+
+
+def _unpack(content: bytes) -> Part | None:
+    """Return a part; None where it is not what was written."""
+    whole = content[_DIGEST_BYTES:]
+    if hashlib.sha256(whole).digest() != content[:_DIGEST_BYTES]:
+        return None
+    try:
+        header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        return Part(json.loads(header["__metadata__"][_RECORD]), dict(load(whole)))
+    except (SafetensorError, ValueError, KeyError):
+        return None

@@ -1,0 +1,293 @@
+"""Choice of ranks by measured milliseconds.
+
+    factorise all layers at several shared errors -> time each layer in each of those networks
+    -> each layer stays dense or takes one of those factorisations: a knapsack, the least damage within the budget
+    -> the choice is timed as a whole, and chosen again until the budget is met
+
+ALDS and the energy rule take the place of the knapsack. For them every scheme is timed by itself, since the cheapest in
+MACs need not be the fastest. A factorisation that is no faster than its dense layer, as measured, is never chosen.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from compress.allocation.knapsack import allocate
+from compress.allocation.problem import Budget, Decision, Factor, TableCost
+from compress.config.schema import DeployConfig, RankAllocation
+from compress.cost.conditions import deploy_conditions
+from compress.cost.latency_table import BEFORE, WHOLE_QUANTILE, Sample
+from compress.cost.table_file import TableFile, network_digest
+from compress.cost.variants import Site, VariantWriter
+from compress.errors import BudgetUnreachable
+from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES
+from compress.lowrank.allocations import Rule, choose_options, rank_options
+from compress.lowrank.factorize import Moments
+from compress.lowrank.ranks import LayerSpectra, RankChoice, choose_ranks, solve_relative_error
+from compress.lowrank.surgery import factorized_copy
+from compress.model.artifacts import TorchModel
+from compress.model.recipe import Factorize
+from compress.onnx_file.io import load_onnx, save_onnx
+from compress.search.context import StageContext
+from compress.search.export import conditions_of, export_present
+from compress.search.width_latency import table_path
+from compress.verification.measurement import PairLatency, latency_inputs, measure_pair
+from compress.verification.profiling import profile_models
+
+ERRORS, LARGEST_ERROR = 7, 0.95
+
+
+@dataclass(frozen=True)
+class RankSelection:
+    """A choice for each layer.
+
+    Attributes:
+        widths: Layer -> number of its option.
+        is_optimal: Whether it is proved that no choice within the budget does less damage, or has a smaller largest
+            bound where ALDS chooses.
+    """
+
+    widths: dict[str, int]
+    is_optimal: bool
+
+
+@dataclass(frozen=True)
+class RankLatency:
+    """The latency of a network as a function of what its layers become.
+
+    Attributes:
+        model: The network.
+        ctx: Has the folder, the images and the deployment.
+        options: Layer -> what it may become, staying dense last.
+        option_ms: Layer -> (options,) what each takes.
+        fixed_ms: What everything else takes.
+        reference_ms: What the untouched network takes.
+        moments: Layer -> moments of what it reads, as `factorized_copy` takes them.
+        allocation: Rule of the choice; "shared_error" is the knapsack.
+        in_ms: Whether the target was given in milliseconds; errors then say them.
+    """
+
+    model: TorchModel
+    ctx: StageContext
+    options: Mapping[str, tuple[RankChoice, ...]]
+    option_ms: Mapping[str, np.ndarray]
+    fixed_ms: float
+    reference_ms: float
+    moments: Mapping[str, Moments]
+    allocation: RankAllocation = "shared_error"
+    in_ms: bool = False
+
+    def chosen(self, widths: Mapping[str, int]) -> tuple[RankChoice, ...]:
+        """Return what each layer becomes."""
+        return tuple(self.options[layer][option] for layer, option in widths.items())
+
+    def predict_ratio(self, widths: Mapping[str, int]) -> float:
+        """Return the sum over the layers, over the untouched network's latency."""
+        return self.cost.at(dict(widths)) / self.reference_ms
+
+    def time_pair(self, widths: Mapping[str, int]) -> PairLatency:
+        """Time the factorised network and the untouched one, in turn."""
+        with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
+            path = Path(folder) / "factorised.onnx"
+            export_present(factorised(self.model, self.chosen(widths), self.moments), path, self.ctx)
+            conditions, reference = conditions_of(self.ctx.deploy), self.model.baseline.onnx_path
+            return measure_pair(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
+
+    def select(self, limit_ms: float) -> RankSelection:
+        """Return the choice with the least damage within a latency, or the one of another rule.
+
+        Raises:
+            BudgetUnreachable: The fastest choices together take longer.
+        """
+        budget = Budget("ms", self.cost, limit_ms, self.reference_ms, "the baseline's latency", self.in_ms)
+        decisions = [
+            Decision(layer, np.asarray([choice.error_bound**2 for choice in found]))
+            for layer, found in self.options.items()
+        ]
+        if not decisions:
+            raise BudgetUnreachable("No factorisation of any layer is faster than the layer itself, as measured.")
+        limits = f", with the factorisations of {len(decisions)} layers that are faster"
+        if self.allocation != "shared_error":
+            return self._select_by(self.allocation, budget, limits)
+        found = allocate(decisions, [budget], limits)
+        return RankSelection(dict(found.choice), found.is_optimal)
+
+    def _select_by(self, rule: Rule, budget: Budget, limits: str) -> RankSelection:
+        errors = [np.asarray([choice.error_bound for choice in found]) for found in self.options.values()]
+        times = [self.option_ms[layer] for layer in self.options]
+        rest_ms = budget.limit * (1 + 1e-9) - self.fixed_ms
+        picked = choose_options(rule, errors, times, rest_ms)
+        if picked is None:
+            best = self.fixed_ms + sum(float(row.min()) for row in times)
+            asked, reached = budget.show(budget.limit), budget.show(best)
+            raise BudgetUnreachable(f"Target {asked} cannot be reached; the best is {reached}{limits}.", best=best)
+        return RankSelection(dict(zip(self.options, picked, strict=True)), rule == "alds")
+
+    @cached_property
+    def cost(self) -> TableCost:
+        """The latency as a table for each layer."""
+        return TableCost(self.fixed_ms, tuple(Factor((layer,), ms) for layer, ms in self.option_ms.items()))
+
+
+def factorised(model: TorchModel, choices: Sequence[RankChoice], moments: Mapping[str, Moments]) -> TorchModel:
+    """Return the network with the layers that do not stay dense factorised."""
+    edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
+    module, _ = factorized_copy(model.module, edits, moments)
+    return replace(model, module=module, recipe=model.recipe.then(*edits))
+
+
+def rank_latency(
+    model: TorchModel,
+    spectra: Sequence[LayerSpectra],
+    moments: Mapping[str, Moments],
+    multiple_of: int,
+    deploy: DeployConfig,
+    ctx: StageContext,
+    allocation: RankAllocation = "shared_error",
+) -> RankLatency:
+    """Time the layers of a network dense and at several shared relative errors.
+
+    Args:
+        model: The network.
+        spectra: Its layers that can be factorised.
+        moments: Of what they read, as far as they are known.
+        multiple_of: Ranks are multiples of this.
+        deploy: Where it will run.
+        ctx: Surroundings.
+        allocation: Rule that will choose; "alds" needs spectra with norm bounds.
+
+    Raises:
+        BudgetUnreachable: No layer gets cheaper at any error.
+        ModelError, RuntimeUnavailable: The network cannot be timed.
+    """
+    trials = [tuple(RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra)]
+    if allocation == "shared_error":
+        trials += _shared_trials(spectra, multiple_of)
+    else:
+        trials += _scheme_trials(spectra, multiple_of, allocation)
+    if len(trials) == 1:
+        raise BudgetUnreachable(
+            f"At least one layer must get cheaper by factorisation, none of {len(spectra)} does at any rank.",
+            hint="Lower multiple_of, allow more schemes, exclude fewer layers, or leave the stage out.",
+        )
+    times: dict[RankChoice, list[float]] = {}
+    rests, scales, reference_ms = [], [], 0.0
+    for choices, (layer_ms, total_ms, beside_ms) in zip(
+        trials, _time(model, trials, moments, deploy, ctx), strict=True
+    ):
+        reference_ms = reference_ms or beside_ms
+        slowness = beside_ms / reference_ms
+        known = {choice.layer: layer_ms.get(choice.layer, 0.0) / slowness for choice in choices}
+        for choice in choices:
+            times.setdefault(choice, []).append(known[choice.layer])
+        rests.append(sum(layer_ms.values()) / slowness - sum(known.values()))
+        scales.append(total_ms / sum(layer_ms.values()))
+    scale = float(np.median(scales))
+    mean_ms = {choice: scale * float(np.mean(found)) for choice, found in times.items()}
+    options = _faster_options(trials[0], mean_ms)
+    option_ms = {layer: np.asarray([mean_ms[choice] for choice in found]) for layer, found in options.items()}
+    rest = scale * float(np.median(rests)) + sum(mean_ms[dense] for dense in trials[0] if dense.layer not in options)
+    ctx.progress.note(
+        f"{len(options)} of {len(spectra)} layers have a factorisation that is faster than they are, as measured"
+    )
+    return RankLatency(model, ctx, options, option_ms, rest, reference_ms, moments, allocation)
+
+
+def _shared_trials(spectra: Sequence[LayerSpectra], multiple_of: int) -> list[tuple[RankChoice, ...]]:
+    """Return all layers at several shared errors, each with the scheme that is cheapest there; none if none is."""
+    if not any(choice.scheme for choice in choose_ranks(spectra, 1.0, multiple_of)):
+        return []
+    dense_macs = sum(layer.macs for layer in spectra)
+    least = solve_relative_error(spectra, 0, dense_macs - 1, multiple_of)
+    errors = np.linspace(least, max(least, LARGEST_ERROR), ERRORS)
+    return [choose_ranks(spectra, float(error), multiple_of) for error in errors]
+
+
+def _scheme_trials(spectra: Sequence[LayerSpectra], multiple_of: int, rule: Rule) -> list[tuple[RankChoice, ...]]:
+    """Return, for each scheme, all layers that have it at several shared errors; the other layers stay dense.
+
+    Layers with the scheme "svd" alone come along with the first scheme, which saves its timings.
+    """
+    names = list(dict.fromkeys(option.scheme for layer in spectra for option in layer.schemes))
+    first = next((name for name in names if name != "svd"), "svd")
+    trials: list[tuple[RankChoice, ...]] = []
+    for name in (first, *(name for name in names if name not in (first, "svd"))):
+        schemes = {name, "svd"} if name == first else {name}
+        layers = [replace(one, schemes=tuple(o for o in one.schemes if o.scheme in schemes)) for one in spectra]
+        options = [rank_options(layer, rule, multiple_of) for layer in layers]
+        errors = np.concatenate([np.zeros(0), *(one.errors[:-1] for one in options)])
+        if not len(errors):
+            continue
+        largest = max(one.cheapest_within(np.inf, "macs").error_bound for one in options)
+        levels = dict.fromkeys(np.linspace(errors.min(), largest, ERRORS).tolist())
+        found = [tuple(one.cheapest_within(level, "macs") for one in options) for level in levels]
+        trials += list(dict.fromkeys(found))
+    return trials
+
+
+def _faster_options(dense: Sequence[RankChoice], ms: Mapping[RankChoice, float]) -> dict[str, tuple[RankChoice, ...]]:
+    """Return the layers with a factorisation faster than they are: what each may become, staying dense last."""
+    options: dict[str, tuple[RankChoice, ...]] = {}
+    for whole in dense:
+        faster = [c for c in ms if c.layer == whole.layer and c.scheme is not None and ms[c] < ms[whole]]
+        if faster:
+            options[whole.layer] = (*sorted(faster, key=lambda choice: -choice.error_bound), whole)
+    return options
+
+
+def _time(
+    model: TorchModel,
+    trials: Sequence[Sequence[RankChoice]],
+    moments: Mapping[str, Moments],
+    deploy: DeployConfig,
+    ctx: StageContext,
+) -> Iterator[tuple[dict[str, float], float, float]]:
+    """Yield for each trial the milliseconds of each layer ("" for the rest), of the whole, and of the baseline."""
+    with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:
+        written = []
+        for number, choices in enumerate(trials):
+            path = Path(folder) / f"trial{number}.onnx"
+            export_present(factorised(model, choices, moments), path, ctx)
+            writer = VariantWriter(load_onnx(path, weights=True))
+            variant = writer.write({}, {})
+            save_onnx(variant, path, variant.ByteSize() > ONE_FILE_LIMIT_BYTES)
+            written.append((path, writer.sites))
+        for choices, (_, sites), table in zip(trials, written, _tables(model, written, deploy, ctx), strict=True):
+            (sample,) = table.samples
+            layer_ms = {"": 0.0}
+            for site, ms in sample.site_ms.items():
+                layer = "" if site == BEFORE else _owner(sites[site].layer, choices)
+                layer_ms[layer] = layer_ms.get(layer, 0.0) + ms
+            yield layer_ms, sample.total_ms, table.reference_ms
+
+
+def _tables(
+    model: TorchModel, written: Sequence[tuple[Path, Sequence[Site]]], deploy: DeployConfig, ctx: StageContext
+) -> list[TableFile]:
+    """Return a table of one sample for each file; those that an earlier process timed are not timed again."""
+    conditions, here = conditions_of(deploy), deploy_conditions(deploy)
+    places = [table_path(ctx, here, sites, deploy.repeats, "-whole") for _, sites in written]
+    missing = [index for index, place in enumerate(places) if not TableFile.read_cached(place, ctx.progress.warn)]
+    profiles = profile_models(
+        (written[index][0] for index in missing),
+        len(missing),
+        model.baseline.onnx_path,
+        lambda session: latency_inputs(session, ctx.data.calibration, conditions.batch_size),
+        conditions,
+        ctx.progress,
+    )
+    for index, profile in zip(missing, profiles, strict=True):
+        sample = Sample.of({}, profile.nodes.names, profile.nodes.milliseconds, profile.total_ms)
+        beside_ms = float(np.quantile(profile.reference_ms, WHOLE_QUANTILE))
+        TableFile(here, network_digest(written[index][1]), beside_ms, (sample,)).write(places[index])
+    return [TableFile.read(place) for place in places]
+
+
+def _owner(name: str, choices: Sequence[RankChoice]) -> str:
+    """Return the layer that a site belongs to, itself or a part of its factorisation; "" for none of them."""
+    found = [choice.layer for choice in choices if name == choice.layer or name.startswith(f"{choice.layer}.")]
+    return max(found, key=len, default="")

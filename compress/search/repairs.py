@@ -1,0 +1,96 @@
+"""Repairs after a cut: each is applied, judged by the validation loss, and rolled back if it is shown to do harm."""
+
+import copy
+import math
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
+
+from torch import Tensor, nn
+
+from compress.cost.macs import COUNTED
+from compress.pruning.blocks import closing_layers
+from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
+from compress.search.context import Record, StageContext
+from compress.search.paired_losses import is_loss_higher
+from compress.training.batch_norm import reestimate_batch_norm
+from compress.training.evaluate import image_losses
+
+Repair = tuple[str, Callable[[nn.Module], Sized]]
+REPAIRS = ("least_squares", "bias_folding", "batch_norm")
+
+
+def batch_norm_repair(ctx: StageContext) -> Repair:
+    """Return the repair that measures batch-norm statistics again on the calibration split."""
+    return "batch_norm", lambda module: reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
+
+
+def repairs_towards(
+    original: nn.Module,
+    slim: nn.Module,
+    kept_outputs: Mapping[str, Tensor],
+    names: Container[str],
+    example: Tensor,
+    ctx: StageContext,
+    refit_images: int = 512,
+) -> list[Repair]:
+    """Return the repairs that are asked for, in the order that works: what refits before new statistics.
+
+    Args:
+        original: What the network was cut from.
+        slim: The network; says which layers are left.
+        kept_outputs: As in `Comparison`.
+        names: Repairs asked for.
+        example: One input, (1, C, H, W).
+        ctx: Has the images.
+        refit_images: Images that the least-squares repair fits layers to.
+    """
+    layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
+    closing = closing_layers(original, example) if "least_squares" in names else {}
+    means: dict[str, Tensor] = {}
+
+    def comparison(module: nn.Module) -> Comparison:
+        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing, means, refit_images)
+
+    every: list[Repair] = [
+        ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
+        ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
+        batch_norm_repair(ctx),
+    ]
+    return [repair for repair in every if repair[0] in names]
+
+
+def apply_repairs(
+    module: nn.Module, repairs: Sequence[Repair], ctx: StageContext, enough: Container[str] = ()
+) -> list[Record]:
+    """Apply repairs in turn and in place; one that raises the validation loss by more than noise is rolled back.
+
+    Args:
+        module: The network after a cut.
+        repairs: Names, and functions that change the network in place and return what they changed.
+        ctx: Has the validation split.
+        enough: After one of these lowered the loss no other is tried.
+
+    Returns:
+        For each repair that found something to change its name, the loss before and after, and whether it was kept.
+    """
+    if not repairs:
+        return []
+    validation, records = ctx.data.validation, []
+    losses = image_losses(module, validation, progress=ctx.progress)
+    for name, repair in repairs:
+        state = copy.deepcopy(module.state_dict())
+        if not repair(module):
+            continue
+        new_losses = image_losses(module, validation, progress=ctx.progress)
+        loss, after = float(losses.mean()), float(new_losses.mean())
+        is_lower = after < loss or (math.isnan(loss) and not math.isnan(after))
+        is_kept = is_lower or (after > loss and not is_loss_higher(losses, new_losses))
+        records.append({"repair": name, "loss_before": loss, "loss_after": after, "is_kept": is_kept})
+        said = "" if is_lower else ", inside the noise" if is_kept else ", rolled back"
+        ctx.progress.note(f"{name}: validation loss {loss:.4f} -> {after:.4f}{said}")
+        if is_kept:
+            losses = new_losses
+            if is_lower and name in enough:
+                break
+        else:
+            module.load_state_dict(state)
+    return records

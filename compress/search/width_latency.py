@@ -1,0 +1,335 @@
+"""How long would a network take at other widths, where it is to be deployed? Tables for budgets in milliseconds.
+
+    plan variants -> time those that no table holds yet -> build the table -> budget
+                                                     a choice of widths -> timed as a whole, next to the baseline
+
+Tables are kept in a folder that all runs share, one file for each network and set of conditions; what was timed
+before a kill is not timed again.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from compress.allocation.problem import Budget, TableCost
+from compress.config.schema import DeployConfig
+from compress.cost.conditions import TableConditions, deploy_conditions
+from compress.cost.latency_table import WHOLE_QUANTILE, LatencyTable, Sample, build_table, latency_cost
+from compress.cost.table_file import SCHEMA, TableFile, network_digest
+from compress.cost.variants import Site, VariantWriter
+from compress.errors import ArtifactError, BudgetUnreachable, InternalError, ModelError
+from compress.model.artifacts import TorchModel
+from compress.onnx_file.counting import rows_of
+from compress.onnx_file.io import load_onnx, save_onnx
+from compress.pruning.width_costs import LayerAxes
+from compress.search.context import StageContext
+from compress.search.export import conditions_of, exported
+from compress.verification.measurement import Conditions, PairLatency, latency_inputs, measure_pair
+from compress.verification.profiling import profile_models
+from compress.verification.runtimes.base import Runtime
+
+_FEWEST_VARIANTS, _MOST_VARIANTS = 10, 32
+_JITTER = 0.1
+_NOISY = 0.2
+
+Widths = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """The latency of one network as a function of its widths.
+
+    Attributes:
+        writer: Writes variants of the network's file.
+        axes: How its layers follow the widths.
+        levels: Channel group -> its allowed widths.
+        table: What its sites take.
+        file: The timed variants that the table is made of.
+        reference_ms: What the untouched network takes, on the scale of the table.
+        is_measured_here: Whether widths can be timed; a table from another machine cannot be checked on this one.
+        variants: For each variant timed what the table says it takes and what it took, in milliseconds.
+        time_pair: Widths -> the network at those widths and the untouched one, timed in turn as whole networks.
+    """
+
+    writer: VariantWriter
+    axes: LayerAxes
+    levels: Mapping[str, Sequence[int]]
+    table: LatencyTable
+    file: TableFile
+    reference_ms: float
+    is_measured_here: bool
+    variants: tuple[tuple[float, float], ...]
+    time_pair: Callable[[Widths], PairLatency]
+
+    def predict_ratio(self, widths: Widths) -> float:
+        """Return what the table says of the latency, over the untouched network's."""
+        return self.table.network_ms(self.writer.sites, self.axes.sizes(widths)) / self.reference_ms
+
+    @cached_property
+    def cost(self) -> TableCost:
+        """The latency in milliseconds, as tables over the widths allowed."""
+        return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels)
+
+    def stairs(self, widths: Widths) -> dict[str, list[tuple[int, float]]]:
+        """Return for each group what the network takes, in ms, at each width allowed, the other groups as chosen."""
+        chosen = {name: list(levels).index(widths[name]) for name, levels in self.levels.items()}
+        return {
+            name: [(width, self.cost.at({**chosen, name: option})) for option, width in enumerate(levels)]
+            for name, levels in self.levels.items()
+        }
+
+    def layers(self, widths: Widths) -> dict[str, tuple[float, float]]:
+        """Return for each layer the milliseconds it takes when whole and at the given widths, by the table."""
+        times: dict[str, tuple[float, float]] = {}
+        sizes = self.axes.sizes(widths)
+        for site in self.writer.sites:
+            whole, slim = (
+                self.table.site_ms(site.kind, *pair) for pair in (site.sizes, sizes.get(site.layer, site.sizes))
+            )
+            before = times.get(site.layer, (0.0, 0.0))
+            times[site.layer] = (before[0] + whole, before[1] + slim)
+        return times
+
+    def budget(self, ratio: float, blocks: Mapping[str, str] | None = None) -> Budget:
+        """Return the budget of a share of the untouched network's latency.
+
+        Args:
+            ratio: That share.
+            blocks: Module path of a residual block -> the decision whose option 0 removes it.
+        """
+        cost = self.switched_cost(blocks) if blocks else self.cost
+        return Budget("ms", cost, ratio * self.reference_ms, self.reference_ms, "the baseline's latency")
+
+    def switched_cost(self, blocks: Mapping[str, str]) -> TableCost:
+        """Return the latency in milliseconds where residual blocks may be removed; as in `budget`."""
+        switches = {
+            site.layer: decision
+            for site in self.writer.sites
+            for block, decision in blocks.items()
+            if f"{site.layer}.".startswith(f"{block}.")
+        }
+        return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels, switches)
+
+
+def model_latency(
+    model: TorchModel,
+    axes: LayerAxes,
+    levels: Mapping[str, Sequence[int]],
+    deploy: DeployConfig,
+    ctx: StageContext,
+    count_macs: Callable[[Widths], float],
+    longer: LatencyModel | None = None,
+) -> LatencyModel:
+    """Time variants of a network, as far as no table holds them, and return its latency as a function of widths.
+
+    Args:
+        model: The network as it is now.
+        axes: How its layers follow the widths of its channel groups.
+        levels: Channel group -> its allowed widths.
+        deploy: Where and how it will run.
+        ctx: Holds the folder for tables.
+        count_macs: Widths -> MACs, to check that a variant has the sizes it should have.
+        longer: Of the same network with more blocks, whose table is taken over where it covers this one.
+
+    Raises:
+        ArtifactError: The table of `deploy` is of another machine, runtime or network.
+        BudgetUnreachable: The table of `deploy` does not cover the network without blocks.
+        ConfigValueError: The runtime cannot time single nodes.
+        ModelError: The network's file cannot be made smaller as its layers say.
+        RuntimeUnavailable: The provider is not there.
+    """
+    path = exported(model, ctx.folder, ctx)
+    writer = VariantWriter(load_onnx(path, weights=True))
+    most = max((len({*out.slots, *inp.slots}) for out, inp in axes.axes.values()), default=0)
+    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2)
+    _check_variant(writer, axes, planned[1], count_macs)
+    conditions = conditions_of(deploy)
+    timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
+    if longer is not None and longer.table.covers(writer.sites):
+        return replace(longer, writer=writer, axes=axes, levels=levels, time_pair=timing.pair)
+    if longer is not None and deploy.table is not None:
+        raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
+    here = deploy_conditions(deploy)
+    known, is_foreign = _known_table(deploy, here, writer, ctx)
+    if is_foreign and known is not None:
+        table = known
+        _check_covers(table, planned, axes)
+    else:
+        table = timing.complete(known, planned, here, table_path(ctx, here, writer.sites, deploy.repeats))
+    built = build_table(writer.sites, table.samples)
+    ctx.progress.note(
+        f"latency table: {len(table.samples)} variants timed, {sum(map(len, built.entries.values()))} entries, "
+        f"predicts them within {built.error:.1%} (median); single calls scatter by {built.spread:.1%}"
+    )
+    if built.spread > _NOISY:
+        ctx.progress.warn(
+            f"This machine is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
+            f"{built.spread:.0%} of their median. Stop other work on it, or raise deploy.repeats "
+            f"({deploy.repeats} now)."
+        )
+    variants = tuple((built.network_ms(writer.sites, one.sizes), one.total_ms) for one in table.samples)
+    return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.pair)
+
+
+def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums: bool = False) -> list[dict[str, int]]:
+    """Return the widths of the variants to time: all full, all least, then each group through all of its levels.
+
+    Args:
+        levels: Channel group -> its allowed widths, ascending.
+        has_pairs: Whether some layer is narrowed on both sides, so that pairs of levels matter.
+        has_sums: Whether some layer is narrowed by more than two groups, as behind a concatenation. Sums over widths
+            that are drawn one by one are all alike, so in half of the variants all groups are narrow or wide together.
+
+    Levels are shuffled for each group on its own, so that pairs of them are spread evenly; the plan is always the same
+    for the same levels.
+    """
+    most = max((len(widths) for widths in levels.values()), default=1)
+    wanted = (4 if has_sums else 3) * most if has_pairs else most + 4
+    count = min(max(wanted, _FEWEST_VARIANTS), max(_MOST_VARIANTS, most))
+    random = np.random.default_rng(0)
+    columns = {}
+    for name, widths in sorted(levels.items()):
+        rounds = -(-count // len(widths))
+        columns[name] = np.concatenate([random.permutation(widths) for _ in range(rounds)])[:count]
+    if has_sums:
+        columns = {name: _half_in_order(column, random) for name, column in columns.items()}
+    full, least = ({name: widths[end] for name, widths in levels.items()} for end in (-1, 0))
+    return [full, least, *({name: int(columns[name][row]) for name in levels} for row in range(count))]
+
+
+def _half_in_order(column: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return widths of which the first half rises, but for chance."""
+    half = len(column) // 2
+    share = column[:half] / column.max()
+    order = np.argsort(share + random.normal(0, _JITTER, half))
+    return np.concatenate([column[:half][order], column[half:]])
+
+
+class _Timing:
+    """Times variants of one network next to the untouched one."""
+
+    def __init__(
+        self,
+        path: Path,
+        reference: Path,
+        writer: VariantWriter,
+        axes: LayerAxes,
+        conditions: Conditions,
+        ctx: StageContext,
+    ) -> None:
+        self.path, self.reference, self.writer, self.axes = path, reference, writer, axes
+        self.conditions, self.ctx = conditions, ctx
+
+    def complete(
+        self, known: TableFile | None, planned: Sequence[Widths], here: TableConditions, path: Path
+    ) -> TableFile:
+        """Return the table with every planned variant in it, timing those that it lacks and saving as it goes."""
+        samples = list(known.samples) if known is not None else []
+        reference_ms = known.reference_ms if known is not None else None
+        have = [sample.sizes for sample in samples]
+        missing = [sizes for sizes in map(self.axes.sizes, planned) if sizes not in have]
+        if known is not None and not missing:
+            return known
+        with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
+            profiles = profile_models(
+                self._variants(missing, Path(folder)),
+                len(missing),
+                self.reference,
+                self._inputs,
+                self.conditions,
+                self.ctx.progress,
+            )
+            table = known
+            for sizes, profile in zip(missing, profiles, strict=True):
+                now_ms = float(np.quantile(profile.reference_ms, WHOLE_QUANTILE))
+                reference_ms = reference_ms or now_ms
+                names, node_ms = profile.nodes.names, profile.nodes.milliseconds
+                samples.append(Sample.of(sizes, names, node_ms, profile.total_ms, now_ms / reference_ms))
+                table = TableFile(here, network_digest(self.writer.sites), reference_ms, tuple(samples))
+                table.write(path)
+        if table is None:
+            raise InternalError("A latency table was completed without a variant.")
+        return table
+
+    def pair(self, widths: Widths) -> PairLatency:
+        """Time the network at the given widths and the untouched one, in turn."""
+        with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
+            variant = next(self._variants([self.axes.sizes(widths)], Path(folder)))
+            return measure_pair(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)
+
+    def _variants(self, sizes: Sequence[Mapping[str, tuple[int, int]]], folder: Path) -> Iterator[Path]:
+        full = self.axes.sizes({})
+        for number, wanted in enumerate(sizes):
+            path = folder / f"variant{number}.onnx"
+            variant = self.writer.write(wanted, full)
+            save_onnx(variant, path, variant.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF - 10**8)
+            yield path
+
+    def _inputs(self, session: Runtime) -> dict[str, np.ndarray]:
+        return latency_inputs(session, self.ctx.data.calibration, self.conditions.batch_size)
+
+
+def _check_variant(
+    writer: VariantWriter, axes: LayerAxes, widths: Widths, count_macs: Callable[[Widths], float]
+) -> None:
+    """Raise ModelError unless a variant has as many MACs as its widths say."""
+    hint = "Use a target of macs or params for this network."
+    try:
+        rows = rows_of(writer.write(axes.sizes(widths), axes.sizes({})))
+    except (ModelError, IndexError) as error:
+        reason = f"at its least widths its shapes do not fit ({error})".replace("\n", " ")
+        raise ModelError(
+            f"The ONNX file must be narrowed as the network is, to be timed: {reason}.", hint=hint
+        ) from error
+    removed = sum(row.macs for row in rows_of(writer.write({}, {}))) - sum(row.macs for row in rows)
+    expected = count_macs({}) - count_macs(widths)
+    if abs(removed - expected) > 0.5:
+        raise ModelError(
+            f"The ONNX file must be narrowed as the network is, to be timed: {expected:.0f} MACs should go at the "
+            f"least widths, {removed} do. Layers outside of modules, or constants without their layer's name, are "
+            "the usual reasons.",
+            hint=hint,
+        )
+
+
+def _known_table(
+    deploy: DeployConfig, here: TableConditions, writer: VariantWriter, ctx: StageContext
+) -> tuple[TableFile | None, bool]:
+    """Return the table to start from, and whether it is of another machine.
+
+    Raises:
+        ArtifactError: The table given is of another network, or of other conditions and that was not accepted.
+    """
+    if deploy.table is None:
+        path = table_path(ctx, here, writer.sites, deploy.repeats)
+        return TableFile.read_cached(path, ctx.progress.warn), False
+    table = TableFile.read(Path(deploy.table))
+    if table.network != network_digest(writer.sites):
+        raise ArtifactError(f"Latency table '{deploy.table}' must be of this network, it is of another one.")
+    differences = here.differences(table.conditions)
+    if differences and not deploy.accept_foreign_table:
+        raise ArtifactError(
+            f"Latency table '{deploy.table}' must be of this machine, runtime and provider: {'; '.join(differences)}.",
+            hint="With --accept-foreign-table it is used as it is, and nothing is measured here.",
+        )
+    return table, bool(differences)
+
+
+def _check_covers(table: TableFile, planned: Sequence[Widths], axes: LayerAxes) -> None:
+    have = [sample.sizes for sample in table.samples]
+    missing = sum(axes.sizes(widths) not in have for widths in planned)
+    if missing:
+        raise ArtifactError(
+            f"The latency table must hold the {len(planned)} variants this pipeline asks for, {missing} are missing.",
+            hint="Make it with compress profile and the same multiple_of, min_width, max_removed_ratio and exclude.",
+        )
+
+
+def table_path(ctx: StageContext, here: TableConditions, sites: Sequence[Site], repeats: int, suffix: str = "") -> Path:
+    """Return where the table of a network is kept; who asks for more repeats wants it timed again."""
+    return ctx.latency_tables / f"{network_digest(sites)[:16]}-{here.key[:16]}-{repeats}-{SCHEMA}{suffix}.json"

@@ -1,0 +1,56 @@
+"""Exclusive hold of a folder by one process (filelock), with the holder's name for the others.
+
+    FOLDER/.lock     the lock; the operating system drops it when its process ends, however it ends
+    FOLDER/.holder   process, host and time of the last holder, for messages only
+
+Who holds a folder is decided by the lock alone. Process ids are never judged: they may be of another host.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from compress.errors import ArtifactError, RunLocked
+from compress.storage.atomic import try_lock, write_whole
+
+HOLDER_FILE, LOCK_FILE = ".holder", ".lock"
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a folder, created if need be, until the block ends or the process dies.
+
+    Raises:
+        RunLocked: Another process holds it; says which, and since when.
+        ArtifactError: The folder cannot be created or written to, or its file system has no locks.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(folder / LOCK_FILE)
+    except OSError as error:
+        raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
+    if lock is None:
+        raise RunLocked(
+            f"Run folder '{folder}' is held by {_describe(folder)}.",
+            hint="Wait for that run to end, or give this one another name.",
+        )
+    with lock:
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        text = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since})
+        try:
+            write_whole(folder / HOLDER_FILE, text)
+        except OSError as error:
+            raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
+        yield
+
+
+def _describe(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "another process"

@@ -1,0 +1,272 @@
+"""Measurement of one file: conditions, inputs, figures."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from compress.catalog import RUNTIMES
+from compress.data.splits import Split
+from compress.errors import ConfigValueError, InternalError, RuntimeUnavailable
+from compress.model.artifacts import Figures, TensorSpec
+from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import is_present, model_files
+from compress.progress import Progress, SilentProgress
+from compress.verification.latency import Comparison, LatencyRatio, compare_latency
+from compress.verification.quality import check_not_empty, image_input, predict
+from compress.verification.runtimes.base import Runtime
+from compress.verification.samples import feed, fixed_batch
+from compress.verification.task_metrics import Measured
+
+if TYPE_CHECKING:  # a file alone is measured without torch
+    from torch import nn
+
+_ELEMENTS_AT_ONCE = 2**22
+_IMAGES_AT_ONCE = 256
+_TOO_NOISY = 0.015  # half of the 3 % that a budget may be missed by
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Where and how a file is run.
+
+    Attributes:
+        runtime: Name in `catalog.RUNTIMES`.
+        provider: Execution provider, which must be the one in use.
+        threads: Intra-op threads of the latency measurement; top-1 and parity use all cores.
+        batch_size: Images a call in the latency measurement.
+        warmup: Calls before it.
+        repeats: Timed calls of each model; where a ratio is measured, calls go up and down with it.
+    """
+
+    runtime: str = "onnxruntime"
+    provider: str = "CPUExecutionProvider"
+    threads: int = 1
+    batch_size: int = 1
+    warmup: int = 10
+    repeats: int = 100
+
+    @property
+    def timed_images(self) -> int:
+        """Images that the calls of a latency measurement take, those before it included."""
+        return (self.warmup + self.repeats) * self.batch_size
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.runtime} {self.provider}, {threads}, batch {self.batch_size}"
+
+    def open(self, path: Path, *, all_cores: bool = False) -> Runtime:
+        """Return the runtime of a file, to be opened by `with`.
+
+        Raises:
+            UnknownName: There is no such runtime.
+            ConfigValueError: More threads than cores: what would be measured says nothing.
+            RuntimeUnavailable: The runtime cannot read ONNX files, or what it needs is not installed.
+        """
+        if self.threads > available_cores():
+            raise ConfigValueError(
+                f"threads must be at most the cores of this machine ({available_cores()}), got {self.threads}."
+            )
+        threads = available_cores() if all_cores else self.threads
+        try:
+            kind = RUNTIMES.get(self.runtime)
+        except ImportError as error:
+            raise RuntimeUnavailable(f"Runtime '{self.runtime}' is not available: {error}.") from error
+        runtime: Runtime = kind.from_file(path, provider=self.provider, threads=threads)
+        return runtime
+
+
+def require_conditions(conditions: Conditions) -> None:
+    """Try whether files can be run so on this machine, with a file of one node.
+
+    Raises:
+        As `Conditions.open`, and RuntimeUnavailable when the provider is not there.
+    """
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "trial", value[:1], value[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trial.onnx"
+        onnx.save_model(model, path)
+        with conditions.open(path):
+            pass
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def measure_onnx(
+    path: Path,
+    split: Split,
+    conditions: Conditions,
+    *,
+    reference: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> Figures:
+    """Measure one file alone: size, top-1 or whatever decides over a whole split, latency.
+
+    Args:
+        path: The .onnx file.
+        split: At least one image.
+        conditions: Where and how.
+        reference: The torch network, whose params are then reported instead of the graph's.
+        progress: Told about each part.
+
+    Raises:
+        ArtifactError: The file is missing or cannot be opened.
+        RuntimeUnavailable: The provider is not there.
+        ModelError, NonFinite: The network is not for the task, or fails on an image.
+        DataError: The targets do not fit.
+        ConfigValueError: The batch size is not the file's fixed one.
+    """
+    progress = progress or SilentProgress()
+    counts = count_onnx(path)
+    with conditions.open(path, all_cores=True) as session:
+        check_batch_size(session, conditions)
+        found = predict(session, split, evaluation_batch(image_input(session)), progress)
+    sample = time_files({"file": path}, split, conditions, progress).samples["file"]
+    params = counts.params if reference is None else torch_params(reference)
+    quality = found.figures if isinstance(found, Measured) else {found.metric.name: found.value}
+    return Figures(counts.macs, params, existing_bytes(path), dict(quality), sample.to_figures())
+
+
+def time_files(
+    files: Mapping[str, Path],
+    split: Split,
+    conditions: Conditions,
+    progress: Progress | None = None,
+    *,
+    has_control: bool = False,
+    is_close: Callable[[LatencyRatio], bool] = lambda ratio: False,
+) -> Comparison:
+    """Time one file, or two side by side, in sittings for which they are opened anew.
+
+    Args:
+        files: Label -> .onnx file; the first is compared with the second.
+        split: Images for the calls.
+        conditions: Where and how.
+        progress: Told about each sitting.
+        has_control: Whether the second file is also compared with itself.
+        is_close: Whether a ratio is so close to its limit that it must be measured for longer.
+
+    Raises:
+        As `compare_latency`.
+    """
+    return compare_latency(
+        {label: partial(conditions.open, path) for label, path in files.items()},
+        lambda session: latency_inputs(session, split, conditions.batch_size),
+        conditions.warmup,
+        conditions.repeats,
+        progress,
+        has_control=has_control,
+        is_close=is_close,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PairLatency:
+    """Latency of a file beside another one.
+
+    Attributes:
+        ratio: Latency of the file / latency of the other.
+        reference_ms: The other's, median.
+    """
+
+    ratio: float
+    reference_ms: float
+
+
+def measure_ratio(
+    path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
+) -> float:
+    """Return latency of a file / latency of another one, as `measure_pair`."""
+    return measure_pair(path, reference, split, conditions, progress).ratio
+
+
+def measure_pair(
+    path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
+) -> PairLatency:
+    """Time a file and another one side by side, over sittings for which both are opened anew.
+
+    Where it cannot be known to half of the 3 % by which a budget may be missed, a warning says how noisy the machine
+    is.
+
+    Args:
+        path: The .onnx file.
+        reference: The file it is compared with.
+        split: Images for the calls.
+        conditions: Where and how.
+        progress: Told about the sittings.
+
+    Raises:
+        As `measure_onnx`.
+    """
+    progress = progress or SilentProgress()
+    found = time_files({"file": path, "reference": reference}, split, conditions, progress)
+    if found.ratio is None:
+        raise InternalError("Two files were timed and not compared.")
+    if found.ratio.error > _TOO_NOISY:
+        count = f"{found.ratio.sittings} sitting{'' if found.ratio.sittings == 1 else 's'}"
+        progress.warn(
+            f"A latency of {found.ratio.value:.3f} of another's is known to within {found.ratio.error:.1%} of it only, "
+            f"after {len(found.samples['file'].milliseconds)} calls in {count}: this machine is too noisy to tell 3 % "
+            f"apart. Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
+        )
+    return PairLatency(found.ratio.value, found.samples["reference"].p50)
+
+
+def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:
+    """Return real images for one call: the first of the split, repeated when it has too few."""
+    check_not_empty(split)
+    positions = np.arange(batch_size) % len(split)
+    images = split.preprocessing.normalize(split.source.read(split.indices[positions]))
+    return feed(session, images)
+
+
+def evaluation_batch(spec: TensorSpec) -> int:
+    """Return how many images to evaluate at once: many small ones, few large ones.
+
+    >>> evaluation_batch(TensorSpec("image", ("batch", 3, 32, 32)))
+    256
+    >>> evaluation_batch(TensorSpec("image", ("batch", 3, 224, 224)))
+    27
+    """
+    elements = math.prod(size for size in spec.shape[1:] if isinstance(size, int))
+    return max(1, min(_IMAGES_AT_ONCE, _ELEMENTS_AT_ONCE // max(1, elements)))
+
+
+def check_batch_size(session: Runtime, conditions: Conditions) -> None:
+    """Raise ConfigValueError when the network has a fixed batch size other than the one to measure."""
+    fixed = fixed_batch(session)
+    if fixed is not None and fixed != conditions.batch_size:
+        whose = "baseline" if session.owner else "file"
+        raise ConfigValueError(
+            f"verify.batch_size must be {fixed}, the fixed batch size of the {whose}, got {conditions.batch_size}.",
+            hint=f"batch_size: {fixed} in the file of gates, or in the verify stage of a pipeline (and in deploy); or "
+            "export with dynamic_batch: true to measure other batch sizes.",
+        )
+
+
+def torch_params(reference: nn.Module) -> int:
+    """Return the number of scalars in parameters of a torch network."""
+    from compress.cost.macs import count_params  # torch, only where there is a reference
+
+    return count_params(reference)
+
+
+def existing_bytes(path: Path) -> int:
+    """Return the bytes of those files of a model that are there."""
+    return sum(file.stat().st_size for file in model_files(path) if is_present(file) and file.is_file())

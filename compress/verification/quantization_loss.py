@@ -1,0 +1,65 @@
+"""What did rounding to INT8 cost, and what did slimming before it? The float file stands between baseline and INT8."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from compress.model.artifacts import CheckResult
+from compress.verification.metrics import Predictions, estimate_changes
+from compress.verification.quality import Found
+
+AGREEMENT = "quantized_agreement"
+_OF_FLOAT = "of the float file it was quantised from"
+
+
+def of_float(check: CheckResult) -> CheckResult:
+    """Return a check that was made on the float file, saying so."""
+    return replace(check, detail=f"{check.detail} ({_OF_FLOAT})")
+
+
+def check_agreement(whole: Found, rounded: Found) -> CheckResult:
+    """Observe how often the quantised file gives the class that the float file gives.
+
+    Args:
+        whole: Of the float file, over the whole evaluation split.
+        rounded: Of the quantised file, on the same images.
+    """
+    if not isinstance(whole, Predictions) or not isinstance(rounded, Predictions):
+        metric = rounded.metric
+        detail = f"{metric.words} {metric.show(rounded.value)}, of the float file {metric.show(whole.value)}"
+        unit = "share" if metric.is_share else ""
+        return CheckResult(AGREEMENT, "pass", abs(rounded.value - whole.value), None, unit, detail)
+    changes = estimate_changes(whole, rounded)
+    agreeing = 1 - changes["churn"].value
+    detail = (
+        f"top-1 agrees with the float file on {agreeing:.2%} of {len(whole):,} images, mean distance (l2) of the "
+        f"probabilities {changes['softmax_distance'].value:.4g}"
+    )
+    return CheckResult(AGREEMENT, "pass", agreeing, None, "share", detail)
+
+
+def drop_shares(before: Found | None, whole: Found | None, after: Found | None) -> list[dict[str, Any]]:
+    """Return what each part of the pipeline did to quality on the evaluation split, plain, in the order they were done.
+
+    Args:
+        before: Of the baseline; None where there is none.
+        whole: Of the float file that a quantised one was made from; None where the file is float itself.
+        after: Of the file; None where it could not be measured.
+
+    Returns:
+        {"stage": "slimming" or "quantize", "top1_before", "top1_after", "points"}: points above 0 are a gain. Of
+        another task they are called after its figure, and points are 100 times the difference all the same.
+    """
+    slim = whole or after
+    steps = [("slimming", before, slim)] + ([("quantize", whole, after)] if whole is not None else [])
+    return [
+        {
+            "stage": stage,
+            f"{new.metric.name}_before": old.value,
+            f"{new.metric.name}_after": new.value,
+            "points": 100 * (new.value - old.value),
+        }
+        for stage, old, new in steps
+        if old is not None and new is not None
+    ]

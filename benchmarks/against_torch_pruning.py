@@ -40,7 +40,7 @@ from compress.config.load import Pipeline, load_pipeline
 from compress.config.schema import CutConfig, FinetuneConfig
 from compress.engine.runner import run
 from compress.search.export import conditions_of
-from compress.storage.atomic import write_whole
+from compress.storage.files import write_whole
 
 COMMAND = "python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml"
 PHASES = ("ours", "cut", "train", "before", "time", "table")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compress.cli.console import Console
-from compress.verification.calibration_error import Bounds, calibration_bounds, difference_bounds
+from compress.verification.statistics import Bounds, calibration_bounds, difference_bounds
 
 IMAGES_FOR_TRUTH = 400_000
 

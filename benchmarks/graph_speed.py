@@ -52,7 +52,7 @@ def build(name: str) -> tuple[Any, Any]:
 
 def measure_compress(module: Any, example: Any) -> Figures:
     """Find and try all channel groups, cut each to half."""
-    from compress.pruning.channel_removal import cut_copy
+    from compress.pruning.surgery import cut_copy
     from compress.pruning.trial import find_cuttable
 
     started = time.perf_counter()

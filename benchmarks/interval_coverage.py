@@ -16,13 +16,13 @@ from compress.cli.console import Console
 from compress.tasks.base import Facts, Task, chosen
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.verification.jackknife import jackknife_intervals
 from compress.verification.metrics import (
     Predictions,
     estimate_changes,
     estimate_quality,
     mean_distance_interval,
 )
+from compress.verification.statistics import jackknife_intervals
 
 PARTS, IMAGES_FOR_TRUTH = 100, 200_000
 Interval = tuple[float, float]

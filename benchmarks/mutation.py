@@ -46,7 +46,7 @@ EQUIVALENT: dict[str, str] = {  # name of a mutant -> why it changes nothing
     "compress.pruning.ranking.elimination.x_removal_order__mutmut_55": "int64 is NumPy's own choice for whole numbers",
     "compress.pruning.ranking.elimination.x_removal_order__mutmut_57": "int64 is NumPy's own choice for whole numbers",
     "compress.verification.metrics.x_paired_drop__mutmut_25": "it is cut off at 1 further on",
-    "compress.onnx_file.shapes.x_observe_shapes__mutmut_26": "the outputs asked for are all outputs, in their order",
+    "compress.onnx_file.counting.x_observe_shapes__mutmut_26": "the outputs asked for are all outputs, in their order",
     "compress.onnx_file.node_macs.x_einsum_macs__mutmut_12": "the number of operands was compared by `_indices`",
     "compress.onnx_file.node_macs.x_einsum_macs__mutmut_20": "axes are compared again further on",
 }

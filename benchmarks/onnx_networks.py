@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.references import import_callable
+from compress.user_code import import_callable
 
 ROOT = Path(__file__).resolve().parents[1]
 EPSILON = 1e-3  # of TensorFlow's batch norms

@@ -28,7 +28,7 @@ from typing import Any
 from support_networks import SETS, Entry, listed
 from support_table import render
 
-from compress.storage.atomic import write_whole
+from compress.storage.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 TRIAL = Path(__file__).with_name("support_trial.py")

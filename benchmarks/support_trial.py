@@ -35,8 +35,7 @@ from compress.errors import BudgetUnreachable, CompressError, ModelError
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.least_latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
-from compress.inspection.probe_weights import vary_weights
-from compress.inspection.targets import CUT_LIMITS
+from compress.inspection.targets import CUT_LIMITS, vary_weights
 from compress.model.adapter import flatten_outputs
 from compress.model.artifacts import FactorySpec
 from compress.model.recipe import RemoveChannels

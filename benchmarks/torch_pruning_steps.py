@@ -31,11 +31,11 @@ from compress.pruning.groups import kept_outputs
 from compress.search.context import StageContext
 from compress.search.export import conditions_of, export_present
 from compress.search.hooked_training import train_with_hooks
-from compress.search.records import validation_quality
 from compress.search.repairs import apply_repairs, batch_norm_repair, repairs_towards
+from compress.search.validation import validation_quality
 from compress.stages.finetune import train
 from compress.stages.load import LoadStage, factory_spec
-from compress.storage.atomic import write_whole
+from compress.storage.files import write_whole
 from compress.verification.measurement import measure_onnx, measure_ratio
 
 RATIOS = tuple(round(0.05 * step, 3) for step in range(1, 19))

@@ -20,7 +20,7 @@ from torch_pruning_cuts import Setting
 from torch_pruning_steps import STARTS, WITHIN, Bench
 
 from compress.data.splits import Split
-from compress.report.environment import describe_environment
+from compress.report.provenance import describe_environment
 from compress.verification.measurement import Conditions, latency_inputs
 
 SITTINGS, ROUNDS, UNTIMED, TIMED = 10, 20, 2, 10

@@ -1,9 +1,96 @@
-"""Which built-in criteria, stages, runtimes and data set kinds are there? Names only; nothing heavy is imported."""
+"""How does a name become an object, without importing what nobody asked for?
 
+Which built-in criteria, stages, runtimes and data set kinds are there? Names only; nothing heavy is imported.
+
+Packages that only some pipelines need, and how to install them.
+
+Hints name these packages, never this program's extras: its name on the package index is somebody else's.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Generic, TypeVar
 
-from compress.registry import Registry
+from compress.errors import InternalError, PackageMissing, UnknownName
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names of one kind of thing; an entry is an object or the place ("module:attribute") to import it from.
+
+    Args:
+        kind: What the entries are, for messages: "criterion", "runtime".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T | str] = {}
+        self._summaries: dict[str, str] = {}
+
+    def declare(self, name: str, place: str, summary: str = "") -> None:
+        """Say where `name` is imported from once somebody asks for it, and in one line what it is.
+
+        Raises:
+            InternalError: The name is taken.
+        """
+        self._add(name, place)
+        self._summaries[name] = summary
+
+    def register(self, name: str, entry: T, summary: str = "") -> None:
+        """Add an object under `name`, with one line that says what it is; for plug-ins.
+
+        Raises:
+            InternalError: The name is taken.
+        """
+        self._add(name, entry)
+        self._summaries[name] = summary
+
+    def summary(self, name: str) -> str:
+        """Return the line that says what `name` is, or ""; imports nothing."""
+        return self._summaries.get(name, "")
+
+    def get(self, name: str) -> T:
+        """Return the object called `name`, importing it if need be.
+
+        Raises:
+            UnknownName: There is none; names the choices and the closest match.
+        """
+        self.check(name)
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = getattr(import_module(module), attribute)
+        return entry  # type: ignore[return-value]
+
+    def check(self, name: str) -> None:
+        """Raise UnknownName unless `name` is registered; imports nothing."""
+        if name not in self._entries:
+            raise UnknownName(f"{self.kind} must be one of {', '.join(self)}, got '{name}'.", hint=closest(name, self))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _add(self, name: str, entry: T | str) -> None:
+        if name in self._entries:
+            raise InternalError(f"{self.kind} '{name}' is registered twice.")
+        self._entries[name] = entry
+
+
+def closest(name: str, choices: Registry[T] | list[str]) -> str | None:
+    """Return "did you mean 'x'?" for the closest choice, or None when nothing is close."""
+    matches = get_close_matches(name, list(choices), n=1, cutoff=0.51)
+    return f"did you mean '{matches[0]}'?" if matches else None
+
 
 NOTHING, TORCH_MODEL, ONNX_MODEL, VERDICT = "nothing", "TorchModel", "OnnxModel", "Verdict"
 
@@ -149,7 +236,7 @@ CRITERIA.declare(
 )
 CRITERIA.declare("l2", "compress.pruning.criteria.magnitude:L2", "euclidean norm of the filters that produce a channel")
 CRITERIA.declare(
-    "bn_scale", "compress.pruning.criteria.bn_scale:BnScale", "absolute scale of the batch norms behind a channel"
+    "bn_scale", "compress.pruning.criteria.magnitude:BnScale", "absolute scale of the batch norms behind a channel"
 )
 CRITERIA.declare(
     "taylor", "compress.pruning.criteria.taylor:Taylor", "estimated change of the loss when a channel is gated off"
@@ -161,12 +248,12 @@ CRITERIA.declare(
 )
 CRITERIA.declare(
     "greedy",
-    "compress.pruning.criteria.readers:Greedy",
+    "compress.pruning.criteria.reconstruction:Greedy",
     "greedy forward selection: channels that imitate their readers' outputs best enter first; no labels",
 )
 CRITERIA.declare(
     "greedy_refit",
-    "compress.pruning.criteria.readers:GreedyRefit",
+    "compress.pruning.criteria.reconstruction:GreedyRefit",
     "forward selection with refitted readers at each step, for strong compression; no labels",
 )
 CRITERIA.declare(
@@ -175,13 +262,17 @@ CRITERIA.declare(
     "forward selection by the loss of the network, for small networks",
 )
 CRITERIA.declare(
-    "lasso", "compress.pruning.criteria.readers:Lasso", "LASSO path over the channels of each reader; no labels"
+    "lasso", "compress.pruning.criteria.reconstruction:Lasso", "LASSO path over the channels of each reader; no labels"
 )
 CRITERIA.declare(
-    "grasp", "compress.pruning.criteria.grasp:Grasp", "derivative of the gradient norm by a gate of each channel"
+    "grasp",
+    "compress.pruning.criteria.gradient_flow:Grasp",
+    "derivative of the gradient norm by a mask of each channel",
 )
 CRITERIA.declare(
-    "snip", "compress.pruning.criteria.snip:Snip", "connection sensitivity: taylor with one gradient of all images"
+    "snip",
+    "compress.pruning.criteria.gradient_flow:Snip",
+    "connection sensitivity: taylor with one gradient of all images",
 )
 CRITERIA.declare(
     "pfp", "compress.pruning.criteria.pfp:Pfp", "largest share of a channel in an output of its readers; no labels"
@@ -189,7 +280,7 @@ CRITERIA.declare(
 CRITERIA.declare(
     "sipp", "compress.pruning.criteria.pfp:Sipp", "pfp with the mean over positions in place of the largest; no labels"
 )
-CRITERIA.declare("random", "compress.pruning.criteria.random:Random", "seeded random numbers, to compare with")
+CRITERIA.declare("random", "compress.pruning.criteria.magnitude:Random", "seeded random numbers, to compare with")
 for _name, _class, _summary in (
     ("tp_magnitude", "TpMagnitude", "squared weights, mean over the layers of the group"),
     ("tp_fpgm", "TpFpgm", "distance to the other channels of the group"),
@@ -256,3 +347,43 @@ RUNTIMES.declare(
 RUNTIMES.declare(
     "torch_eager", "compress.verification.runtimes.torch_eager:TorchEager", "torch on the CPU, to compare with"
 )
+
+
+INSTALL = {
+    "cryptography": "pip install 'cryptography>=43'",
+    "pycocotools": "pip install 'pycocotools>=2.0.7'",
+    "tensorboard": "pip install 'tensorboard>=2.18'",
+    "timm": "pip install 'timm>=1.0.20'",
+    "torchmetrics": "pip install 'torchmetrics>=1.6'",
+}
+DETECTION = ("torchmetrics", "pycocotools")
+
+
+def require_packages(names: Iterable[str], what: str) -> None:
+    """Check that packages are installed, without importing them.
+
+    Args:
+        names: Names that are imported.
+        what: It is that needs them, for the message.
+
+    Raises:
+        PackageMissing: One is not.
+    """
+    missing = [name for name in names if not _is_there(name)]
+    if missing:
+        raise missing_package(missing, what)
+
+
+def missing_package(names: Iterable[str], what: str) -> PackageMissing:
+    """Return the error that says so, with the lines that install them."""
+    names = list(names)
+    are = "packages {}, which are" if len(names) > 1 else "package {}, which is"
+    hint = "; ".join(INSTALL.get(name, f"pip install {name}") for name in names)
+    return PackageMissing(f"{what} needs the {are.format(' and '.join(names))} not installed.", hint=hint)
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):  # a package that hides itself
+        return False

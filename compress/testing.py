@@ -46,13 +46,13 @@ from compress.cost.macs import count_macs
 from compress.data.packing import draw
 from compress.errors import CompressError, ModelError, RuntimeUnavailable, UnsupportedLayer
 from compress.model.artifacts import Signature
-from compress.pruning.channel_removal import cut_copy
 from compress.pruning.criteria.base import Criterion, Evidence, Order, WidthsBy, collect_gradients, cross_entropies
-from compress.pruning.criteria.contributions import collect_contributions
 from compress.pruning.criteria.gradient_flow import collect_gradient_flow
 from compress.pruning.criteria.parameter_gradients import collect_parameter_gradients
+from compress.pruning.criteria.pfp import collect_contributions
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Method, Removed, Setting
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import ExpectedCost, build_cost
 from compress.tasks.base import Task, joined

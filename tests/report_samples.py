@@ -8,7 +8,7 @@ import numpy as np
 
 from compress.model.artifacts import CheckResult, Figures, Verdict
 from compress.report.build import StageRun
-from compress.verification.misclassified import to_png
+from compress.verification.summary import to_png
 
 BASELINE = Figures(
     40_551_424, 269_722, 1_094_310, {"top1": 0.9173}, {"p50": 1.312, "p90": 1.431, "p95": 1.498, "p99": 2.214}

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 
 from compress.config.schema import DataConfig
 from compress.errors import ArtifactError, ConfigError
-from compress.storage.digest import digest_data, digest_file
-from compress.storage.records import DIGEST_KEY, RecordDamaged, read_json, read_sealed
+from compress.storage.digest import DIGEST_KEY, RecordDamaged, digest_data, digest_file, read_json, read_sealed
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
 REPORT_SCHEMA = 1

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from compress.catalog import missing_package
 from compress.errors import ArtifactError
-from compress.packages import missing_package
 
 _HOW = "`openssl genpkey -algorithm ed25519 -out key.pem` makes one."
 

@@ -14,8 +14,7 @@ from compress.bundle.signing import sign
 from compress.data.from_config import Splits
 from compress.errors import ArtifactError, ConfigError, InternalError
 from compress.onnx_file.io import load_onnx
-from compress.storage.atomic import write_whole
-from compress.storage.output_files import require_output
+from compress.storage.files import require_output, write_whole
 
 DEFAULT_SAMPLES = 16
 

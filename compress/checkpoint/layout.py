@@ -33,8 +33,7 @@ from compress.model.artifacts import (
     Verdict,
 )
 from compress.model.recipe import Recipe
-from compress.storage.digest import digest_file
-from compress.storage.records import read_sealed, sealed
+from compress.storage.digest import digest_file, read_sealed, sealed
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,20 +20,18 @@ from compress.lowrank.surgery import replace_structure
 from compress.model.adapter import example_input
 from compress.model.artifacts import FactorySpec, Signature
 from compress.model.recipe import Factorize, Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
-from compress.networks.data_dependence import observe
 from compress.networks.factories import call_factory
 from compress.networks.narrow_weights import load_narrow, require_same
 from compress.networks.normalize import prepare
 from compress.networks.unused_modules import find_unread, removable, remove_unread
-from compress.networks.weight_types import Conversion
-from compress.networks.weights import load_strict, read_weights, some, write_weights
-from compress.networks.wiring import wire
+from compress.networks.weights import Conversion, load_strict, read_weights, some, write_weights
+from compress.networks.wiring import observe, wire
 from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_factory, without_auxiliary
 from compress.onnx_import.importer import build_imported
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.narrowing import find_removed, named_tensors
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.references import beside, import_callable
+from compress.user_code import beside, import_callable
 
 __all__ = [
     "apply_edits",

@@ -12,8 +12,7 @@ from xml.etree import ElementTree
 from compress.cli.text import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, next_steps, verdict_sentence
 from compress.errors import ArtifactError, ConfigError
 from compress.report.build import describe_verdict, write_json
-from compress.storage.atomic import write_whole
-from compress.storage.output_files import remove_earlier
+from compress.storage.files import remove_earlier, write_whole
 
 if TYPE_CHECKING:  # the artifacts import numpy
     from compress.model.artifacts import Verdict
@@ -129,7 +128,7 @@ def require_place(option: str, path: Path | None, suffix: str, kind: str) -> Non
         option: Name of the option.
         path: What it names; None where it is not given.
         suffix: That its name must have.
-        kind: What will be written, as in `compress.storage.output_files`.
+        kind: What will be written, as in `compress.storage.files`.
 
     Raises:
         ConfigError: It is a folder or in none, a link, a device or another file, or its name ends otherwise.

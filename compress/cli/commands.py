@@ -136,7 +136,7 @@ def profile(
     from compress.config.load import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides or ())
-    from compress.storage.output_files import require_output
+    from compress.storage.files import require_output
 
     require_output("--out", out, "latency table")
     from compress.engine.runner import profile as profile_pipeline  # imports torch
@@ -317,7 +317,7 @@ def report(
     ] = None,
 ) -> None:
     """Compare runs side by side on one page, comparison.html; of one run, write its report.html anew."""
-    from compress.report.pages import write_pages
+    from compress.report.reading import write_pages
 
     write_pages(runs, out, Console())
 
@@ -377,8 +377,7 @@ def list_names(
     ] = None,
 ) -> None:
     """List the names that a pipeline file may use."""
-    from compress.catalog import CRITERIA, METHODS, NETWORKS, RANKS, RUNTIMES, SOURCES, STAGES, TASKS
-    from compress.registry import closest
+    from compress.catalog import CRITERIA, METHODS, NETWORKS, RANKS, RUNTIMES, SOURCES, STAGES, TASKS, closest
 
     summary = ("name", "what it does")
     stages = [(entry.name, entry.consumes, entry.produces, entry.summary) for entry in STAGES.values()]

@@ -13,6 +13,7 @@ from typing import ParamSpec
 
 import typer
 
+from compress.catalog import missing_package
 from compress.cli.console import Console
 from compress.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -23,7 +24,6 @@ from compress.errors import (
     OutOfMemory,
     is_out_of_memory,
 )
-from compress.packages import missing_package
 from compress.user_code import as_ours
 
 BROKEN_PIPE_EXIT_CODE = 141

@@ -16,21 +16,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.config.document import Document, parse_document, read_document
+from compress.config.document import Document, dump_document, parse_document, read_document
 from compress.config.messages import translate
 from compress.config.overrides import apply_overrides
 from compress.config.paths import resolve_paths, use_array_folder
 from compress.config.problems import Origin, Problem, as_error, show
-from compress.config.rules.deployment import check_deploy, follow_deploy
 from compress.config.rules.gates import check_gates
-from compress.config.rules.initialisation import check_untrained, follow_untrained
-from compress.config.rules.int8 import check_quantize
-from compress.config.rules.narrow_weights import check_narrow
-from compress.config.rules.onnx_model import check_features, check_weights, follow_file
-from compress.config.rules.rewinding import check_rewinding
-from compress.config.rules.stage_order import check_order
+from compress.config.rules.stages import check_deploy, check_order, check_quantize, follow_deploy
+from compress.config.rules.weights import (
+    check_features,
+    check_narrow,
+    check_rewinding,
+    check_untrained,
+    check_weights,
+    follow_file,
+    follow_untrained,
+)
 from compress.config.schema import PipelineConfig
-from compress.config.yaml_core import dump_document
 from compress.errors import CompressError
 from compress.user_code import described, is_interrupt
 

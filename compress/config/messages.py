@@ -8,11 +8,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
-from compress.catalog import STAGES
+from compress.catalog import STAGES, closest
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Origin, Problem, format_path, show
 from compress.config.schema import PipelineConfig
-from compress.registry import closest
 
 _TYPES = {
     "int_type": "a whole number",

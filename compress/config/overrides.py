@@ -9,11 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from compress.catalog import STAGES
+from compress.catalog import STAGES, closest
 from compress.config.document import Document, parse_value
 from compress.config.problems import KeyPath, Origin, Problem, format_path, show
 from compress.errors import ConfigSyntaxError
-from compress.registry import closest
 
 
 class _RefusedError(Exception):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.catalog import NETWORKS
+from compress.config.document import dump_document
 from compress.config.load import parse_pipeline
-from compress.config.yaml_core import dump_document
 from compress.errors import ConfigError, ConfigValueError
-from compress.storage.output_files import require_output
+from compress.storage.files import require_output
 
 _TEMPLATE = """\
 # From a trained network to a smaller, checked ONNX file:  compress run {file}

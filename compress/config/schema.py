@@ -19,8 +19,8 @@ from compress.catalog import (
     TASKS,
     WITH_ERRORS,
     WITHOUT_ERRORS,
+    Registry,
 )
-from compress.registry import Registry
 
 
 class Section(BaseModel):

@@ -4,11 +4,19 @@ Variants of the network itself are timed node by node (`cost/variants.py`), beca
 pays for changes of memory layout that the network does not. A site's time at sizes (outputs, inputs) is
 
     measured      where a variant had a site of that kind at those sizes: the mean over all of them
-    filled in     where none had (`cost/latency_fill.py`)
+    filled in     where none had (`cost/latency_table.py`)
 
 The sum over the sites is then held against whole variants, timed
 without the clock inside:   network = scale * sum + offset. The clock adds its own time at every site, which makes the
 offset negative: a network of fewer sites (blocks removed) has its share of it.
+
+Times of a layer at sizes that were never timed, fitted to those that were.
+
+    own(outputs) * (base + slope * inputs)
+
+Every number of outputs that was timed has a factor of its own, so that nothing is interpolated across a stair there;
+along the inputs a convolution adds up one block after the other. Behind a concatenation, where groups add up to
+numbers of outputs that no variant had, the factor lies on the line between its neighbours.
 """
 
 from __future__ import annotations
@@ -18,11 +26,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from compress.allocation.costs import Axis, whole_channels
 from compress.allocation.problem import Factor, TableCost
 from compress.allocation.sizes import SizeAxis, SizeFactor
-from compress.cost.latency_fill import Fill, fit_fill
 from compress.cost.variants import Site, Sizes, site_of
 from compress.errors import InternalError
 
@@ -306,3 +314,54 @@ def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, s
     if not out.lost:
         return SizeFactor((inp,), values[0], switch)
     return SizeFactor((out,), values[:, 0], switch) if not inp.lost else SizeFactor((out, inp), values, switch)
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """own(outputs) * (base + slope * inputs).
+
+    Attributes:
+        own: Number of outputs -> its factor, in ms; ascending.
+        base: At least 0.
+        slope: For one input, at least 0.
+
+    >>> fill = Fill({8: 1.0, 16: 3.0}, 0.5, 0.25)
+    >>> fill.at(np.array([8, 12, 99]), np.array([2, 2, 2])).tolist()
+    [1.0, 2.0, 3.0]
+    """
+
+    own: Mapping[int, float]
+    base: float
+    slope: float
+
+    def at(self, out: np.ndarray | int, inp: np.ndarray | int) -> np.ndarray:
+        """Return milliseconds, for arrays of the same shape."""
+        own = np.interp(out, list(self.own), list(self.own.values()))
+        return np.asarray(own * (self.base + self.slope * np.asarray(inp)))
+
+
+def fit_fill(times: Mapping[tuple[int, int], float]) -> Fill:
+    """Fit the times of sites of one kind by least squares of the relative error.
+
+    Args:
+        times: (outputs, inputs) -> milliseconds; at least one.
+    """
+    outs = sorted({out for out, _ in times})
+    position = {out: index for index, out in enumerate(outs)}
+    rows = np.asarray([position[out] for out, _ in times])
+    inputs = np.asarray([inp for _, inp in times], dtype=np.float64)
+    wanted = np.asarray([max(milliseconds, 1e-6) for milliseconds in times.values()])
+    most = float(inputs.max())
+    own = np.asarray(
+        [np.mean(wanted[rows == row] / (0.1 + 0.9 * inputs[rows == row] / most)) for row in range(len(outs))]
+    )
+
+    def error(values: np.ndarray) -> np.ndarray:
+        share = values[-1]
+        return np.asarray(np.exp(values[:-1])[rows] * (share + (1 - share) * inputs / most) / wanted - 1)
+
+    low, high = np.full(len(outs) + 1, -np.inf), np.full(len(outs) + 1, np.inf)
+    low[-1], high[-1] = 0.0, 1.0
+    found = least_squares(error, np.append(np.log(own), 0.1), bounds=(low, high)).x
+    share = float(found[-1])
+    return Fill(dict(zip(outs, np.exp(found[:-1]).tolist(), strict=True)), share, (1 - share) / most)

@@ -20,9 +20,8 @@ from compress.cost.conditions import TableConditions
 from compress.cost.latency_table import Sample
 from compress.cost.variants import Site
 from compress.errors import ArtifactError
-from compress.storage.atomic import write_whole
-from compress.storage.digest import digest_value
-from compress.storage.records import DIGEST_KEY, RecordDamaged, check_seal, read_json, sealed
+from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_seal, digest_value, read_json, sealed
+from compress.storage.files import write_whole
 
 KIND = "compress latency table"
 SCHEMA = 2

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from compress.data.augmentation import Variation, drawn
+from compress.data.packing import standard_strides
 from compress.data.splits import Split
-from compress.data.strides import standard_strides
 from compress.errors import DataError
 from compress.tasks.outputs import plain
 

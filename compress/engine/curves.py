@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.packages import missing_package
+from compress.catalog import missing_package
 from compress.progress import Progress, Task
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from compress.catalog import NOTHING, VERDICT
+from compress.catalog import DETECTION, NOTHING, VERDICT, require_packages
 from compress.checkpoint.layout import VOLATILE, load_artifact, save_artifact
 from compress.config.load import Pipeline
 from compress.config.rules.gates import require_known_metrics
@@ -28,17 +28,14 @@ from compress.engine.run_folder import publish
 from compress.engine.workers import Crew, crew
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, NoSuchPlace, RunLocked
 from compress.model.artifacts import FactorySpec, TorchModel, Verdict
-from compress.packages import DETECTION, require_packages
 from compress.progress import Progress, SilentProgress
-from compress.references import import_callable
 from compress.report.build import StageRun, build_report, write_report
-from compress.report.environment import describe_environment
-from compress.report.provenance import describe_provenance
-from compress.storage.atomic import write_whole
+from compress.report.provenance import describe_environment, describe_provenance
 from compress.storage.digest import digest_value
+from compress.storage.files import write_whole
 from compress.storage.lock import hold
 from compress.storage.store import Entry, Store
-from compress.user_code import as_ours
+from compress.user_code import as_ours, import_callable
 
 if TYPE_CHECKING:  # imports torch
     from compress.search.context import StageContext
@@ -377,8 +374,7 @@ class _Run:
         import torch
 
         from compress.data.from_config import Splits
-        from compress.search.context import StageContext
-        from compress.search.teacher import original_of
+        from compress.search.context import StageContext, original_of
         from compress.tasks.from_config import open_task
 
         config = self.pipeline.config

@@ -30,8 +30,7 @@ from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ExportFailed, InternalError
 from compress.exporting.constant_names import name_constants
-from compress.exporting.half_precision import HALF_TOLERANCE, in_half_precision
-from compress.exporting.rewrite import apply_rewrites, guard_padded_pools
+from compress.exporting.rewrite import HALF_TOLERANCE, apply_rewrites, guard_padded_pools, in_half_precision
 from compress.exporting.simplify import find_difference, simplify_onnx
 from compress.model.adapter import real_inputs, wiring_of
 from compress.model.artifacts import Signature, TensorSpec

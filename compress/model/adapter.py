@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.data.packing import draw, is_packed, pack, part_sizes, row_width
-from compress.data.strides import standard_strides
+from compress.data.packing import draw, is_packed, pack, part_sizes, row_width, standard_strides
 from compress.errors import ModelError
 from compress.model.artifacts import Signature, TensorSpec
 

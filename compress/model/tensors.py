@@ -1,4 +1,7 @@
-"""Tensors that the modules of a network hold: parameters, buffers, and plain tensors kept as attributes."""
+"""Tensors that the modules of a network hold: parameters, buffers, and plain tensors kept as attributes.
+
+Parameters that several modules of a network share (tied weights).
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,3 +66,26 @@ def _inside(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, Mapping):
         for key, one in value.items():
             yield from _inside(one, f"{place}[{key!r}]")
+
+
+def find_shared(module: nn.Module) -> dict[str, str]:
+    """Return module path -> the parameter of another module that is one of its own, in definition order.
+
+    A module that is registered under two names is one module, and shares nothing.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> net[2].weight = net[0].weight
+    >>> find_shared(net)
+    {'0': '2.weight', '2': '0.weight'}
+    """
+    places: dict[int, list[tuple[str, str]]] = {}
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((path, name))
+    found = {}
+    for path, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            others = [(other, name) for other, name in places[id(parameter)] if other != path]
+            if others and path not in found:
+                found[path] = ".".join(filter(None, others[0]))
+    return found

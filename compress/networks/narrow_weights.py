@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError, UnsupportedLayer
-from compress.networks.weight_types import Conversion
-from compress.networks.weights import check_names, load_strict, some
+from compress.networks.weights import Conversion, check_names, load_strict, some
 from compress.onnx_file.counting import FIXED_BUFFER
-from compress.pruning.channel_removal import cut_out
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import exclusions_by_cause
 from compress.pruning.narrowing import FULL_WIDTH, check_narrow, find_removed, named_tensors
+from compress.pruning.surgery import cut_out
 from compress.pruning.trial import find_cuttable
 
 Removed = dict[str, tuple[int, ...]]

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.catalog import closest, require_packages
 from compress.errors import ArtifactError, ModelError
 from compress.model.adapter import wiring_of
 from compress.model.artifacts import FactorySpec
 from compress.networks.detectors import DETECTORS, raw_detector, why_not
 from compress.networks.weights import first_sentence
-from compress.packages import require_packages
-from compress.registry import closest
 
 AUXILIARY = ("aux_classifier.", "AuxLogits.", "aux1.", "aux2.")  # heads that torchvision trains with and then drops
 _WITH_AUXILIARY = ("googlenet", "inception_v3")

@@ -3,7 +3,7 @@
     products = find_products(node, shape_of)      # shape_of("value") -> (1, 3, 16, 16)
 
 Counted are convolutions, matrix products, attention and recurrent layers, of ONNX itself and as ONNX Runtime fuses and
-quantises them. This module and `cost/operation_macs.py` (torch) know nothing of one another: each checks the other.
+quantises them. This module and `cost/macs.py` (torch) know nothing of one another: each checks the other.
 """
 
 from __future__ import annotations

@@ -19,11 +19,10 @@ from torch.func import functional_call
 from torch.fx.graph import PythonCode
 
 from compress.errors import ModelError
-from compress.onnx_import.constant_folding import evaluate
 from compress.onnx_import.names import Names, clean, layer_name, value_name
 from compress.onnx_import.operation import Operation, Result
 from compress.onnx_import.operators.table import OPERATORS
-from compress.onnx_import.values import PROBES, BatchSize, Computed, Fixed, Refused, Value
+from compress.onnx_import.values import PROBES, BatchSize, Computed, Fixed, Refused, Value, evaluate
 
 ONNX_VALUE = "onnx_value"  # in the `meta` of a node of the new graph: which value of the file it computes
 

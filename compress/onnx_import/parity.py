@@ -19,7 +19,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
-from compress.data.strides import standard_strides
+from compress.data.packing import standard_strides
 from compress.errors import ModelError, NonFinite
 from compress.onnx_file.io import each_tensor, first_line
 from compress.onnx_import.build import ONNX_VALUE

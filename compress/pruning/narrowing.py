@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from compress.cost.macs import eval_mode
 from compress.errors import ArtifactError
-from compress.pruning.channel_removal import kept_indices
 from compress.pruning.graph import ChannelGraph
+from compress.pruning.surgery import kept_indices
 from compress.pruning.trial import difference, silenced_copy
 
 _WHOLE = 1e-6  # a number of units is whole to within it

@@ -1,12 +1,306 @@
-"""How is a structural edit carried out? A copy goes in edited, the original stays untouched."""
+"""Numbers of channels written down in a module's attributes, and what they are after a cut.
 
+sizes       (32,) -> (20,)          one number, or several that stand one after the other (of a split)
+shapes      (128, 4, 4) -> (80, 4, 4)   the sizes of a value, or some of them in a row; -1 stands for any of them
+
+How are channels taken out of a network? A copy loses them from every parameter, buffer and number that has them.
+
+Besides parameters, a cut changes the numbers of channels that layers carry (`out_channels`, `num_features`, ...) and,
+in other modules, whole numbers that equal a count of channels that their own code splits, reshapes or holds, in lists,
+mappings and dataclasses too (`numbers_left.py`): such a number is a guess, which the trial of the cut confirms or
+refutes.
+
+How is a structural edit carried out? A copy goes in edited, the original stays untouched.
+"""
+
+import argparse
 import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from compress.cost.macs import CONVOLUTIONS, TRANSPOSED
 from compress.errors import UnsupportedLayer
 from compress.model.recipe import RemoveBlock, RemoveChannels
-from compress.pruning.channel_removal import cut_copy
+from compress.model.tensors import held_tensors, own_attributes
+from compress.pruning.graph import ChannelGraph
+from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, LAYERS
+from compress.pruning.shortcuts import FixedShortcut
+
+_DEEPEST = 6  # containers within containers
+
+
+class Sizes:
+    """What becomes of the counts of channels that the code of one module may have written down.
+
+    A count that would become two different ones becomes neither.
+    """
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+        self._shapes: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+
+    def add(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Note a number, or several that stand together."""
+        self._after.setdefault(before, set()).add(after)
+
+    def add_shape(self, shape: tuple[int, ...], dim: int, left: int) -> None:
+        """Note the sizes of a value, of which that along `dim` becomes `left`."""
+        for start in range(dim + 1):
+            for end in range(dim + 1, len(shape) + 1):
+                if end - start > 1:
+                    after = (*shape[start:dim], left, *shape[dim + 1 : end])
+                    self._shapes.setdefault(shape[start:end], set()).add(after)
+
+    def with_counts(self, counts: Mapping[int, int]) -> "Sizes":
+        """Return these sizes with single counts in the place of what was known of them."""
+        both = Sizes()
+        both._after = {**self._after, **{(before,): {(after,)} for before, after in counts.items()}}
+        both._shapes = self._shapes
+        return both
+
+    def after(self, numbers: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return what numbers that stand together become; None where nothing is known of them."""
+        found = self._after.get(numbers)
+        if found is None:
+            found = {
+                tuple(-1 if given == -1 else size for given, size in zip(numbers, after, strict=True))
+                for before, afters in self._shapes.items()
+                if len(before) == len(numbers) and _is_shape(numbers, before)
+                for after in afters
+            }
+        return next(iter(found)) if len(found) == 1 else None
+
+
+def corrected(value: object, sizes: Sizes, depth: int = 0) -> object:
+    """Return an attribute as it is after a cut: numbers in it, and in containers in it; the same object if unchanged.
+
+    Args:
+        value: Any attribute.
+        sizes: What becomes of numbers of channels.
+        depth: Containers around it.
+    """
+    if type(value) is int:  # True and False are not
+        after = sizes.after((value,))
+        return value if after is None or after[0] == value else after[0]
+    if isinstance(value, Tensor | nn.Module | str) or depth == _DEEPEST:
+        return value
+    if type(value) in (list, tuple) and value and all(type(one) is int for one in value):  # type: ignore[attr-defined]
+        after = sizes.after(tuple(value))  # type: ignore[arg-type]
+        return value if after is None or after == tuple(value) else type(value)(after)  # type: ignore[arg-type,call-arg]
+    changed = {
+        key: new for key, old in _entries(value) if (new := corrected(old, sizes, depth + 1)) is not old
+    }  # fmt: skip
+    return _with(value, changed) if changed else value
+
+
+def _is_shape(numbers: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether numbers are these sizes, at most one of them left open by -1."""
+    return numbers.count(-1) <= 1 and all(
+        given in (-1, size) for given, size in zip(numbers, shape, strict=True)
+    )  # fmt: skip
+
+
+def _entries(value: object) -> Iterator[tuple[object, object]]:
+    """Yield what lies in a container by its key, place or name; nothing of what is none."""
+    if isinstance(value, list | tuple):
+        yield from enumerate(value)
+    elif isinstance(value, dict):
+        yield from value.items()
+    elif _is_record(value):
+        yield from vars(value).items()
+
+
+def _is_record(value: object) -> bool:
+    is_data = dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    return is_data or type(value) in (SimpleNamespace, argparse.Namespace)
+
+
+def _with(value: Any, changed: Mapping[Any, Any]) -> Any:
+    """Return a copy of a container with some of its entries changed."""
+    if isinstance(value, tuple):
+        entries = [changed.get(place, one) for place, one in enumerate(value)]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    copied = copy.copy(value)
+    if isinstance(copied, list | dict):
+        for key, one in changed.items():
+            copied[key] = one
+    else:
+        vars(copied).update(changed)
+    return copied
+
+
+_CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED)
+
+
+def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: Tensor) -> nn.Module:
+    """Return a copy of `module` without the channels given; training and requires_grad flags are kept.
+
+    Args:
+        module: The network; left as it is.
+        removed: Group name -> indices of the channels that go.
+        example: One input, (1, ...).
+
+    Raises:
+        UntraceableModel: The network does not run.
+        UnsupportedLayer: A group or index does not exist.
+    """
+    return cut_out(module, ChannelGraph(module, example), removed)
+
+
+def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Return a copy of `module` without the channels given; training and requires_grad flags are kept.
+
+    Args:
+        module: The network; left as it is.
+        graph: Of `module`.
+        removed: Group name -> indices of the channels that go.
+
+    Raises:
+        UnsupportedLayer: A group or index does not exist.
+    """
+    gone = graph.gone(removed)
+    slim = {key: _without(tensor, kept) for key, (tensor, kept) in _kept_indices(graph, gone).items()}
+    known: dict[int, object] = dict(slim)  # what is slim already is not copied first
+    copied = copy.deepcopy(module, known)  # type: ignore[arg-type]
+    widths, sizes = _norm_groups_left(module, graph, gone), _sizes_left(graph, gone)
+    for path, part in module.named_modules():
+        tensors = held_tensors(part)
+        changed = {name: (tensor, slim[id(tensor)]) for name, tensor in tensors.items() if id(tensor) in slim}
+        _correct_numbers(copied.get_submodule(path), changed, sizes.get(path, Sizes()), widths.get(path))
+    return copied
+
+
+def kept_indices(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> list[tuple[Tensor, dict[int, Tensor]]]:
+    """Return each parameter and buffer that a cut makes smaller, with the (n,) kept indices of its dimensions.
+
+    Args:
+        graph: Of the network before the cut.
+        removed: Group name -> indices of the channels that go.
+
+    Raises:
+        UnsupportedLayer: A group or index does not exist.
+    """
+    return list(_kept_indices(graph, graph.gone(removed)).values())
+
+
+def _kept_indices(graph: ChannelGraph, gone: np.ndarray) -> dict[int, tuple[Tensor, dict[int, Tensor]]]:
+    """Return by identity each tensor that becomes smaller, and the ascending kept indices of its dimensions."""
+    found: dict[int, tuple[Tensor, dict[int, set[int]]]] = {}
+    for axis in graph.trace.axes:
+        places = torch.from_numpy(np.flatnonzero(gone[axis.start : axis.start + axis.size]))
+        if len(places):
+            _, by_dim = found.setdefault(id(axis.tensor), (axis.tensor, {}))
+            by_dim.setdefault(axis.dim, set()).update(axis.slots(places).tolist())
+    return {
+        key: (
+            tensor,
+            {
+                dim: torch.tensor([index for index in range(tensor.shape[dim]) if index not in lost])
+                for dim, lost in by_dim.items()
+            },
+        )
+        for key, (tensor, by_dim) in found.items()
+    }
+
+
+def _without(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return a parameter or buffer with the kept indices of some of its dimensions."""
+    values = tensor.detach()
+    for dim, indices in kept.items():
+        values = values.index_select(dim, indices)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def _norm_groups_left(module: nn.Module, graph: ChannelGraph, gone: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Return for each group norm the groups and the channels that it is left with."""
+    found = {}
+    for path, labels in graph.trace.norm_groups:
+        part = module.get_submodule(path)
+        if isinstance(part, nn.GroupNorm):
+            left = int((~gone[labels.numpy()]).sum())
+            found[path] = part.num_groups * left // len(labels), left
+    return found
+
+
+def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, Sizes]:
+    """Return for each module the counts of channels its code may have written down and what becomes of them."""
+    found: dict[str, Sizes] = {}
+    for sized in graph.trace.sized:
+        before = tuple(len(labels) for labels in sized.labels)
+        after = tuple(int((~gone[labels.numpy()]).sum()) for labels in sized.labels)
+        found.setdefault(sized.module, Sizes()).add(before, after)
+    for shaped in graph.trace.shaped:
+        left = int((~gone[shaped.labels.numpy()]).sum())
+        if shaped.shape[shaped.dim] == len(shaped.labels):
+            found.setdefault(shaped.module, Sizes()).add_shape(shaped.shape, shaped.dim, left)
+    return found
+
+
+def _correct_numbers(
+    part: nn.Module,
+    changed: Mapping[str, tuple[Tensor, Tensor]],
+    sizes: Sizes,
+    norm: tuple[int, int] | None,
+) -> None:
+    """Let the numbers that a module carries follow its parameters."""
+    if norm is not None and isinstance(part, nn.GroupNorm):
+        part.num_groups, part.num_channels = norm
+    elif isinstance(part, LAYERS):
+        _correct_layer(part, changed)
+    elif isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
+        _correct_recurrent(part)
+    else:
+        own = sizes.with_counts(
+            {
+                before: after
+                for old, new in changed.values()
+                for before, after in zip(old.shape, new.shape, strict=True)
+                if before != after
+            }
+        )
+        for name, value in own_attributes(part).items():
+            if (after := corrected(value, own)) is not value:
+                setattr(part, name, after)
+
+
+def _correct_recurrent(part: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Let the number of inputs follow the weight that reads them; the hidden state is never cut."""
+    weight = part.weight_ih_l0 if isinstance(part, nn.RNNBase) else part.weight_ih
+    assert isinstance(weight, Tensor)
+    part.input_size = int(weight.shape[1])
+
+
+def _correct_layer(part: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    if not changed:
+        return
+    tensor = next(iter(changed.values()))[1]
+    if isinstance(part, _CONVOLUTIONS):
+        weight = part.weight
+        is_each_alone = part.groups > 1 and part.groups == part.in_channels
+        per_part = part.out_channels // part.groups
+        out_dim = 1 if part.transposed else 0
+        if is_each_alone:
+            part.groups = weight.shape[0] if part.transposed else weight.shape[0] // per_part
+        scaled = weight.shape[1] * part.groups
+        part.in_channels, part.out_channels = (weight.shape[0], scaled) if out_dim else (scaled, weight.shape[0])
+    elif isinstance(part, nn.Linear):
+        part.out_features, part.in_features = part.weight.shape
+    elif isinstance(part, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        part.num_features = tensor.shape[0]
+    elif isinstance(part, nn.PReLU):
+        part.num_parameters = tensor.shape[0]
+    elif isinstance(part, FixedShortcut):
+        part.follow()
+    elif isinstance(part, nn.LayerNorm):
+        part.normalized_shape = tuple(part.weight.shape)
 
 
 def remove_channels(module: nn.Module, edit: RemoveChannels, example: Tensor) -> nn.Module:

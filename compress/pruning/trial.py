@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from compress.allocation.costs import CoupledCost
 from compress.cost.macs import count_macs, count_params, eval_mode
 from compress.model.adapter import random_inputs
-from compress.pruning.channel_removal import cut_out
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion
+from compress.pruning.surgery import cut_out
 from compress.pruning.width_costs import build_cost
 from compress.user_code import is_interrupt, user_frame, user_place
 

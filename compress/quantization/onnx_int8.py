@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
+from compress.catalog import closest
 from compress.data.splits import Split
 from compress.errors import ExportFailed, NonFinite, StageError
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, move_into_place, save_checked
@@ -36,7 +37,6 @@ from compress.onnx_file.io import (
 )
 from compress.progress import Progress, SilentProgress
 from compress.quantization.calibration import Batches, OneBatch
-from compress.registry import closest
 
 OLDEST_OPSET = 13  # the first in which each channel of a weight may have a scale of its own
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from compress.errors import ArtifactError, InternalError
 from compress.model.artifacts import CheckResult, Verdict
 from compress.report.page import render_html
-from compress.storage.atomic import write_whole
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
+from compress.storage.files import write_whole
 
 REPORT_SCHEMA = 1
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress.report.caveats import list_caveats, list_latency_caveats, share_baseline
-from compress.report.columns import Cell, Report, figure_rows, letters_of
-from compress.report.differences import list_differences
+from compress.report.columns import Cell, Report, figure_rows, letters_of, list_differences
 from compress.report.fronts import Panel, Point, plot_fronts
 from compress.report.lines import plot_runs
 from compress.report.markup import (

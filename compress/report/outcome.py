@@ -3,12 +3,6 @@
 from typing import Any
 
 from compress.catalog import HARDER, SHARES
-from compress.report.changes import (
-    CHANGE_COLUMNS,
-    CHANGE_KIND,
-    compare_figures,
-    describe_ratio,
-)
 from compress.report.fronts import Panel, Point, plot_fronts
 from compress.report.markup import (
     escape,
@@ -27,7 +21,11 @@ from compress.report.markup import (
     render_table,
 )
 from compress.report.metric import (
+    CHANGE_COLUMNS,
+    CHANGE_KIND,
+    compare_figures,
     compare_quality,
+    describe_ratio,
     format_change,
     format_metric,
     metric_of_report,

@@ -4,7 +4,6 @@ from typing import Any
 
 import yaml
 
-from compress.report.images import render_worst_images
 from compress.report.markup import escape
 from compress.report.outcome import (
     outcome_of,
@@ -15,10 +14,9 @@ from compress.report.outcome import (
     render_parity,
     render_verdict,
 )
-from compress.report.places import render_places
-from compress.report.quality import render_quality
+from compress.report.quality import render_quality, render_worst_images
 from compress.report.robustness import render_robustness
-from compress.report.runtime import render_runtime
+from compress.report.runtime import render_places, render_runtime
 from compress.report.shares import render_shares
 from compress.report.style import STYLE_SHEET
 from compress.report.work import render_environment, render_notes, render_stages, render_times

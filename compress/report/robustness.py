@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from compress.report.changes import CHANGE_COLUMNS
 from compress.report.lines import plot_severities
 from compress.report.markup import (
     escape,
@@ -18,6 +17,7 @@ from compress.report.markup import (
     render_table,
 )
 from compress.report.metric import (
+    CHANGE_COLUMNS,
     TOP1,
     compare_quality,
     format_metric,

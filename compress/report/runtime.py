@@ -1,8 +1,10 @@
-"""What does the file cost besides the time of a call? Start, memory, throughput, energy, and who computes."""
+"""What does the file cost besides the time of a call? Start, memory, throughput, energy, and who computes.
+
+Where else was the file opened, and what came out there?
+"""
 
 from typing import Any
 
-from compress.report.changes import CHANGE_COLUMNS, CHANGE_KIND, compare_figures
 from compress.report.lines import plot_throughput
 from compress.report.markup import (
     MISSING,
@@ -15,6 +17,7 @@ from compress.report.markup import (
     render_section,
     render_table,
 )
+from compress.report.metric import CHANGE_COLUMNS, CHANGE_KIND, compare_figures
 from compress.report.outcome import find
 
 NODES_SHOWN = 20
@@ -88,3 +91,22 @@ def _describe_providers(report: dict[str, Any]) -> str:
     elif asked:
         text += " None fell back to another one."
     return f"<p>{text}</p>\n"
+
+
+def render_places(report: dict[str, Any]) -> str:
+    """Return the section, or "" where the file was opened nowhere else."""
+    also = find(report, "details", "also") or []
+    rows = [
+        (
+            f"<code>{escape(one.get('label'))}</code>",
+            escape(one.get("status")),
+            escape(format_number(one.get("p50_ms"))),
+            escape(format_number(one.get("shipping_p50_ms"))),
+            escape(format_number(one.get("max_abs"))),
+            f'<div class="text">{escape(one.get("reason") or "")}</div>',
+        )
+        for one in also
+    ]
+    head = ("place", "result", "p50 (ms)", "beside it (ms)", "largest difference", "why")
+    table = render_table(head, rows, numeric=(2, 3, 4))
+    return render_section("Elsewhere", table) if rows else ""

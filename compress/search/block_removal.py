@@ -12,8 +12,8 @@ from compress.checkpoint.rebuild import example_input
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import find_removable_blocks
-from compress.pruning.ranking.damage import block_damage
 from compress.pruning.ranking.selection import Groups
+from compress.pruning.ranking.sensitivity import block_damage
 from compress.pruning.surgery import remove_block
 from compress.search.context import Record, StageContext
 from compress.search.parts import Part, weights_digest

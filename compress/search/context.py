@@ -1,4 +1,7 @@
-"""What does a stage get besides its artifact, and what must it offer?"""
+"""What does a stage get besides its artifact, and what must it offer?
+
+How does the untouched network come back, to be learned from?
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import nn
+
+from compress.checkpoint.rebuild import apply_edits, build_untouched, example_input, load_strict, read_weights
 from compress.config.schema import DeployConfig
 from compress.data.from_config import Splits
+from compress.model.artifacts import TorchModel
 from compress.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,3 +64,16 @@ class Stage(Protocol):
 
 
 StageFactory = Callable[[Any], Stage]
+
+
+def original_of(artifact: TorchModel) -> nn.Module:
+    """Return the untouched network in eval mode, without gradients.
+
+    Raises:
+        ModelError: The factory fails.
+        ArtifactError: The baseline's weights cannot be read or do not fit.
+    """
+    built = build_untouched(artifact.factory, artifact.signature)
+    original = apply_edits(built, artifact.recipe.of_baseline, example_input(artifact.signature))
+    load_strict(original, read_weights(artifact.baseline.weights_path), "The baseline's weights")
+    return original.requires_grad_(False)

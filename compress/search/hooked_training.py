@@ -9,8 +9,7 @@ from compress.config.schema import TrainingConfig
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress
 from compress.search.context import Record, StageContext
-from compress.search.paired_losses import is_quality_worse
-from compress.search.records import metric_of, stated, validation_quality
+from compress.search.validation import is_quality_worse, metric_of, stated, validation_quality
 from compress.stages.finetune import distillation_from, fit_settings, pace
 from compress.tasks.base import Metric
 from compress.training.evaluate import evaluate_loss, quality_facts

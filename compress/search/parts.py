@@ -19,8 +19,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from compress.progress import Progress
-from compress.storage.atomic import write_whole
 from compress.storage.digest import digest_value
+from compress.storage.files import write_whole
 from compress.training.distributed import present_team
 
 FOLDER = "parts"

@@ -10,7 +10,7 @@ from compress.cost.macs import COUNTED
 from compress.pruning.blocks import closing_layers
 from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
 from compress.search.context import Record, StageContext
-from compress.search.paired_losses import is_loss_higher
+from compress.search.validation import is_loss_higher
 from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import image_losses
 

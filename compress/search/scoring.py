@@ -30,14 +30,13 @@ from compress.errors import ConfigValueError, DataError
 from compress.model.artifacts import TorchModel
 from compress.progress import Task
 from compress.pruning.criteria.base import Criterion, Ranking, collect_gradients
-from compress.pruning.criteria.contributions import collect_contributions
 from compress.pruning.criteria.gradient_flow import collect_gradient_flow
 from compress.pruning.criteria.magnitude import L2
+from compress.pruning.criteria.pfp import collect_contributions
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.ranking.elimination import reader_statistics
 from compress.pruning.ranking.selection import Groups, find_candidates, score_groups
 from compress.pruning.ranking.sensitivity import Sensitivity, with_rises
-from compress.references import short_reference
 from compress.search.block_removal import Trunk
 from compress.search.context import StageContext
 from compress.search.parts import Part
@@ -45,6 +44,7 @@ from compress.search.repairs import batch_norm_repair
 from compress.search.survey import Survey
 from compress.tasks.imitation import Imitation
 from compress.training.evaluate import evaluate_loss, image_losses, run
+from compress.user_code import short_reference
 
 SCORE_BATCH, SCORE_PIXELS = 64, 2**18
 FLOW_BATCH, SHARE_BATCH = 32, 8

@@ -31,7 +31,7 @@ from compress.checkpoint.rebuild import example_input
 from compress.errors import BudgetUnreachable, InternalError
 from compress.model.recipe import RemoveBlock, RemoveChannels
 from compress.pruning.groups import kept_outputs
-from compress.pruning.ranking.damage import block_damage
+from compress.pruning.ranking.sensitivity import block_damage
 from compress.pruning.surgery import remove_block, remove_channels
 from compress.search.block_removal import Trunk, places_in_whole, without_blocks
 from compress.search.context import Record, StageContext

@@ -15,13 +15,11 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, InternalError, NonFinite
 from compress.model.artifacts import TorchModel
 from compress.pruning.survival import surviving_channels
-from compress.search.context import Record, StageContext
+from compress.search.context import Record, StageContext, original_of
 from compress.search.isometry_record import conclusion, measure_isometry
-from compress.search.paired_losses import is_quality_worse
-from compress.search.records import metric_of, stated
-from compress.search.teacher import original_of
-from compress.storage.atomic import write_whole
-from compress.storage.records import read_sealed, sealed
+from compress.search.validation import is_quality_worse, metric_of, stated
+from compress.storage.digest import read_sealed, sealed
+from compress.storage.files import write_whole
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
 from compress.training.distributed import present_team
 from compress.training.evaluate import quality_facts

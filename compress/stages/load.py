@@ -32,17 +32,14 @@ from compress.model.adapter import INPUT_NAME, unpack_rows
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
 from compress.model.recipe import Narrow, Recipe, RemoveUnread
 from compress.networks.batch_independence import IMAGES, require_batch_independence
-from compress.networks.weight_types import Conversion
-from compress.networks.weights import some
+from compress.networks.weights import Conversion, some
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state
 from compress.onnx_file.io import load_onnx, read_inputs, read_metadata
 from compress.onnx_import.importer import import_onnx
-from compress.search.chance_level import chance_warning
 from compress.search.context import Record, StageContext
 from compress.search.export import check_export, export_present, try_rewrites
-from compress.search.records import stated
-from compress.search.split_bias import compare_with_evaluation
+from compress.search.validation import chance_warning, compare_with_evaluation, stated
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import plain

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compress.catalog import closest
 from compress.checkpoint.rebuild import example_input
 from compress.config.schema import LowRankConfig, TrpConfig
 from compress.cost.macs import count_params, layer_macs
@@ -27,14 +28,13 @@ from compress.model.artifacts import TorchModel
 from compress.model.recipe import Factorize
 from compress.progress import Progress, SilentProgress
 from compress.pruning.ranking.elimination import layer_statistics
-from compress.registry import closest
 from compress.search.context import Record, StageContext
 from compress.search.hooked_training import loss_and_quality, say_cut, train_with_hooks
 from compress.search.latency_loop import meet_latency, rounds_record
 from compress.search.parts import Part, weights_digest
 from compress.search.rank_latency import rank_latency
-from compress.search.records import before_and_after, metric_of, validation_quality
 from compress.search.repairs import apply_repairs, batch_norm_repair
+from compress.search.validation import before_and_after, metric_of, validation_quality
 
 STATE_FILE = "method.pt"
 _LABELS: dict[Metric, str] = {"macs": "MACs", "params": "params"}

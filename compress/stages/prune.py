@@ -32,10 +32,10 @@ from compress.search.latency_loop import WITHIN as LATENCY_WITHIN
 from compress.search.latency_loop import TimedChoice, latency_record
 from compress.search.learned import learn
 from compress.search.parts import Part, weights_digest
-from compress.search.records import before_and_after, metric_of, validation_quality
 from compress.search.repairs import Repair, apply_repairs, repairs_towards
 from compress.search.scoring import Scoring, criterion_name, scale_slots
 from compress.search.survey import Survey, survey
+from compress.search.validation import before_and_after, metric_of, validation_quality
 from compress.search.whole_networks import Steps, search
 from compress.search.width_latency import LatencyModel
 from compress.storage.digest import digest_value

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from compress.errors import ArtifactError, RunLocked
-from compress.storage.atomic import try_lock, write_whole
+from compress.storage.files import try_lock, write_whole
 
 HOLDER_FILE, LOCK_FILE = ".holder", ".lock"
 

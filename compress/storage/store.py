@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, InternalError
-from compress.storage.atomic import try_lock
-from compress.storage.digest import digest_file, digest_value
-from compress.storage.records import DIGEST_KEY, check_seal, read_json, sealed
+from compress.storage.digest import DIGEST_KEY, check_seal, digest_file, digest_value, read_json, sealed
+from compress.storage.files import try_lock
 
 ENTRY_SCHEMA = 2  # 1 had no digest of the record itself
 

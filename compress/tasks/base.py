@@ -8,6 +8,8 @@
 tensor (or array) for the batch, or a list with an entry for each image where those differ in shape.
 
 torch is imported by what trains only: a file is verified without it.
+
+Paired test of right and wrong answers: two networks, or two epochs of one, on the same images.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from compress.tasks.outputs import each, picked, singles
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 Facts = dict[str, np.ndarray]
 
@@ -223,3 +226,25 @@ def require_targets(targets: Any, kind: str, axes: int) -> None:
     if not hasattr(targets, "ndim") or targets.ndim != axes:
         got = f"shape {tuple(targets.shape)}" if hasattr(targets, "shape") else type(targets).__name__
         raise DataError(f"Targets must be {kind}, an array of {axes} ax{'is' if axes == 1 else 'es'}, got {got}.")
+
+
+LEVEL = 0.05
+
+
+def is_shown_worse(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether fewer images are right after than before, by more than noise (exact McNemar test, 5 %, both sides).
+
+    Args:
+        before: (N,) bool, whether each image was right.
+        after: (N,) bool, whether it is now.
+
+    >>> lost = np.arange(256) >= 4
+    >>> is_shown_worse(np.ones(256, bool), lost), is_shown_worse(np.ones(256, bool), np.arange(256) >= 6)
+    (False, True)
+    """
+    from scipy.stats import binomtest  # scipy takes a second to import
+
+    only_before, only_after = int((before & ~after).sum()), int((after & ~before).sum())
+    if only_before <= only_after:
+        return False
+    return bool(binomtest(only_before, only_before + only_after).pvalue < LEVEL)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from compress.catalog import DETECTION, missing_package, require_packages
 from compress.errors import DataError, ModelError
-from compress.packages import DETECTION, missing_package, require_packages
 from compress.tasks.base import Facts, Task, as_column
 from compress.tasks.outputs import named, picked
 from compress.user_code import shown_as

@@ -7,10 +7,9 @@ from typing import Any
 from compress.catalog import TASKS
 from compress.config.schema import TaskConfig
 from compress.errors import ModelError
-from compress.references import beside, import_callable
 from compress.tasks.base import Task
 from compress.tasks.outputs import each
-from compress.user_code import shown_as
+from compress.user_code import beside, import_callable, shown_as
 
 _USERS = (
     "loss",

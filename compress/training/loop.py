@@ -35,11 +35,10 @@ from compress.errors import (
 )
 from compress.model.tensors import detach_stored
 from compress.progress import Progress, SilentProgress, Task
-from compress.storage.atomic import write_whole
-from compress.tasks.base import Metric
+from compress.storage.files import write_whole
+from compress.tasks.base import Metric, is_shown_worse
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import changed, each, plain
-from compress.tasks.paired_answers import is_shown_worse
 from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import moved, placed, require_precision, training_device
 from compress.training.distributed import present_team

@@ -15,7 +15,7 @@ import numpy as np
 from compress.errors import DataError
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
-from compress.verification.calibration_error import Bounds, calibration_bounds, difference_bounds
+from compress.verification.statistics import Bounds, calibration_bounds, difference_bounds
 
 CONFIDENCE = 0.95
 _TOP = 5

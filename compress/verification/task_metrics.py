@@ -14,8 +14,8 @@ import numpy as np
 
 from compress.errors import DataError
 from compress.tasks.base import Facts, Metric, Task, chosen, require_finite
-from compress.verification.jackknife import jackknife_intervals
 from compress.verification.metrics import Estimate
+from compress.verification.statistics import jackknife_intervals
 
 
 @dataclass(frozen=True)

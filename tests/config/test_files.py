@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.config.document import dump_document
 from compress.config.load import load_pipeline
-from compress.config.yaml_core import dump_document
 from compress.errors import ConfigError, ConfigSyntaxError, ConfigValueError, StageOrderError
 
 HERE = Path(__file__).parent

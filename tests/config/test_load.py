@@ -9,9 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress.catalog import CRITERIA
-from compress.config.document import parse_value
+from compress.config.document import dump_document, parse_value
 from compress.config.load import load_pipeline, parse_pipeline
-from compress.config.yaml_core import dump_document
 from compress.errors import ConfigError, ConfigSyntaxError, ConfigValueError
 
 

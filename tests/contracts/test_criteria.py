@@ -5,15 +5,11 @@ import pytest
 import torch
 
 from compress.catalog import CRITERIA
-from compress.pruning.criteria.bn_scale import BnScale
-from compress.pruning.criteria.grasp import Grasp
+from compress.pruning.criteria.gradient_flow import Grasp, Snip
 from compress.pruning.criteria.greedy_loss import GreedyLoss
-from compress.pruning.criteria.magnitude import L1, L2
+from compress.pruning.criteria.magnitude import L1, L2, BnScale, Random
 from compress.pruning.criteria.pfp import Pfp, Sipp
-from compress.pruning.criteria.random import Random
-from compress.pruning.criteria.readers import Greedy, GreedyRefit, Lasso
-from compress.pruning.criteria.reconstruction import Reconstruction
-from compress.pruning.criteria.snip import Snip
+from compress.pruning.criteria.reconstruction import Greedy, GreedyRefit, Lasso, Reconstruction
 from compress.pruning.criteria.taylor import Taylor
 from compress.pruning.criteria.torch_pruning import (
     TpBnScale,

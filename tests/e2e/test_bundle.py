@@ -23,7 +23,7 @@ from typer.testing import Result
 import compress
 from compress.bundle import check
 from compress.bundle.write import write_bundle
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
 
 FILES = ["README.md", "check.py", "manifest.json", "model.json", "model.onnx", "samples.npz"]
 ALONE = (

@@ -8,7 +8,7 @@ import pytest
 import smallrun
 from smallrun import World, statuses
 
-import compress.packages as packages
+import compress.catalog as packages
 from compress.storage.digest import digest_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))

@@ -9,7 +9,7 @@ from steady import time_by_macs
 
 from compress.engine.keys import build_steps
 from compress.onnx_file.counting import count_onnx
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
 
 PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_images": 32}
 

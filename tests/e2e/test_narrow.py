@@ -22,7 +22,7 @@ from compress.cost.macs import count_macs
 from compress.inspection.targets import open_target
 from compress.model.recipe import Narrow, Recipe, RemoveChannels
 from compress.onnx_file.counting import count_onnx
-from compress.pruning.channel_removal import cut_copy
+from compress.pruning.surgery import cut_copy
 
 GONE = {"body.0.0": (1, 5), "body.1.0": (0, 3, 4, 9), "body.2.0": (2, 7, 8)}
 TRAINING = {**smallrun.MIDDLE[1], "distillation": {"weight": 0.5, "features": 1.0}}

@@ -20,7 +20,7 @@ from compress.data.from_config import Splits
 from compress.engine.runner import PlannedStage, plan
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.onnx_file.io import is_quantized, load_onnx
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
 
 STAGES = ["load", "prune", "finetune", "export", "verify"]
 FIGURES = {"macs", "params", "size_bytes", "quality", "latency_ms"}

@@ -16,7 +16,7 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.segmentation.lraspp import LRASPP
 
-from compress.inspection.probe_weights import vary_weights
+from compress.inspection.targets import vary_weights
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARE = 0.5

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from compress.allocation.costs import Axis
 from compress.allocation.knapsack import allocate
 from compress.allocation.problem import Budget, Decision
-from compress.cost.latency_fill import Fill
-from compress.cost.latency_table import Entry, LatencyTable, latency_cost
+from compress.cost.latency_table import Entry, Fill, LatencyTable, latency_cost
 from compress.cost.variants import Site
 from compress.pruning.width_costs import LayerAxes
 

@@ -13,7 +13,7 @@ from compress.errors import UnsupportedLayer
 from compress.model.artifacts import FactorySpec
 from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import closing_layers, find_removable_blocks
-from compress.pruning.ranking.damage import _skipped
+from compress.pruning.ranking.sensitivity import _skipped
 from compress.pruning.surgery import remove_block
 
 MODELS = Path(__file__).parents[2] / "models"

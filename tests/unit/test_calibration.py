@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from compress.verification.calibration_error import Bounds, calibration_bounds, difference_bounds
+from compress.verification.statistics import Bounds, calibration_bounds, difference_bounds
 
 Z2 = 1.959963984540054**2
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.engine.code_files import python_files
-from compress.engine.keys import _code_digest
+from compress.engine.keys import _code_digest, python_files
 
 
 @pytest.fixture

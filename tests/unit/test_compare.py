@@ -10,9 +10,8 @@ from report_samples import CONFIG, ENVIRONMENT, failing_verdict, passing_verdict
 
 from compress.report.build import build_report
 from compress.report.caveats import list_caveats, list_latency_caveats, share_baseline
-from compress.report.columns import figure_rows, letters_of
+from compress.report.columns import figure_rows, letters_of, list_differences
 from compress.report.compare import comparison_rows, name_runs, render_comparison
-from compress.report.differences import list_differences
 from compress.report.fronts import Point, list_front
 from compress.report.page import CONTENT_POLICY
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress.errors import UnsupportedLayer
-from compress.pruning.criteria.contributions import Contributions, _Shares, collect_contributions
-from compress.pruning.criteria.pfp import Pfp, Sipp
+from compress.pruning.criteria.pfp import Contributions, Pfp, Sipp, _Shares, collect_contributions
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.trial import find_cuttable
 
@@ -51,8 +50,8 @@ def test_negative_inputs_count_by_the_sign_of_their_products() -> None:
     ],
 )
 def test_shares_equal_sums_over_every_product(layer, monkeypatch) -> None:
-    monkeypatch.setattr("compress.pruning.criteria.contributions._POSITIONS", 10**6)
-    monkeypatch.setattr("compress.pruning.criteria.contributions._CHUNK", 50)
+    monkeypatch.setattr("compress.pruning.criteria.pfp._POSITIONS", 10**6)
+    monkeypatch.setattr("compress.pruning.criteria.pfp._CHUNK", 50)
     shape = {nn.Conv2d: (2, 4, 5, 6), nn.Conv1d: (2, 4, 7), nn.Linear: (2, 3, 4)}[type(layer)]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     shares = _Shares(layer)

@@ -11,9 +11,8 @@ from onnx import helper
 
 from compress.allocation.costs import Axis
 from compress.cost import conditions
-from compress.cost.latency_fill import Fill
-from compress.cost.latency_table import Entry, LatencyTable, Sample, build_table, latency_cost
-from compress.cost.operation_macs import find_products
+from compress.cost.latency_table import Entry, Fill, LatencyTable, Sample, build_table, latency_cost
+from compress.cost.macs import find_products
 from compress.cost.variants import Site, _kind, _layer_cuts
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.io import at_sizes

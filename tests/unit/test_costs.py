@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.cost.macs import count_macs, count_params
-from compress.pruning.channel_removal import cut_copy
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost
 

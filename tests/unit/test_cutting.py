@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from compress.model.tensors import detach_stored
 from compress.networks.normalize import prepare
-from compress.pruning.channel_removal import cut_copy
-from compress.pruning.folded_constants import Sizes, corrected
 from compress.pruning.groups import ChannelGroup, Exclusion, exclusions_by_cause
+from compress.pruning.surgery import Sizes, corrected, cut_copy
 from compress.pruning.trial import find_cuttable, silenced_copy
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.verification.energy import EnergyMeter
+from compress.verification.resources import EnergyMeter
 
 
 def counter(root: Path, name: str, microjoules: object, most: object = 1_000_000) -> Path:

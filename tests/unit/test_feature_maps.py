@@ -21,8 +21,7 @@ from compress.errors import ModelError
 from compress.lowrank.surgery import factorized_copy
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
-from compress.pruning.channel_removal import cut_copy
-from compress.pruning.surgery import remove_block
+from compress.pruning.surgery import cut_copy, remove_block
 from compress.pruning.survival import surviving_channels
 from compress.training.feature_maps import MapPairs
 from compress.training.loop import Distillation, FitSettings, fit

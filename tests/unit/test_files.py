@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.storage.atomic import write_whole
+from compress.storage.files import write_whole
 
 
 @pytest.mark.parametrize(("content", "bytes_"), [("naïve\n", "naïve\n".encode()), (b"\x00\r\n", b"\x00\r\n")])
@@ -17,7 +17,7 @@ def test_the_file_holds_what_was_written_and_nothing_lies_beside_it(tmp_path: Pa
         assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("place", ["pathlib.Path.write_bytes", "compress.storage.atomic.os.replace"])
+@pytest.mark.parametrize("place", ["pathlib.Path.write_bytes", "compress.storage.files.os.replace"])
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place) -> None:
     path = tmp_path / "file"
     write_whole(path, "old")

@@ -9,9 +9,7 @@ from torch import nn
 
 from compress.errors import UnsupportedLayer
 from compress.pruning.criteria.base import GradientStats, collect_gradients
-from compress.pruning.criteria.gradient_flow import collect_gradient_flow
-from compress.pruning.criteria.grasp import Grasp
-from compress.pruning.criteria.snip import Snip
+from compress.pruning.criteria.gradient_flow import Grasp, Snip, collect_gradient_flow
 from compress.pruning.trial import find_cuttable
 
 IMAGES, LABELS = nets.images(8), torch.arange(8) % 4

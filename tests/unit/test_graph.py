@@ -14,8 +14,7 @@ from compress.cost.macs import count_params
 from compress.errors import UnsupportedLayer, UntraceableModel
 from compress.model.artifacts import FactorySpec
 from compress.model.recipe import RemoveChannels
-from compress.pruning.channel_removal import cut_copy
-from compress.pruning.surgery import remove_channels
+from compress.pruning.surgery import cut_copy, remove_channels
 from compress.pruning.trial import find_cuttable, silenced_copy
 
 CIFAR = Path(__file__).parents[2] / "models" / "cifar_resnet" / "model.py"

@@ -17,8 +17,7 @@ from compress.errors import ArtifactError, ConfigValueError, ModelError
 from compress.inspection.least_latency import measure_least_latency, narrowed
 from compress.inspection.overview import Overview, inspect_target
 from compress.inspection.potential import Potential, find_potential
-from compress.inspection.probe_weights import vary_weights
-from compress.inspection.targets import Network, own_input_shape, spec_of
+from compress.inspection.targets import Network, own_input_shape, spec_of, vary_weights
 from compress.model.artifacts import FactorySpec
 from compress.networks.wiring import signature_of
 from compress.progress import SilentProgress

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from compress.verification.jackknife import jackknife_intervals, mean_interval
+from compress.verification.statistics import jackknife_intervals, mean_interval
 
 
 def student(values):

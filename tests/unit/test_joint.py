@@ -26,9 +26,9 @@ from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.trial import find_cuttable
 from compress.search.block_removal import places_in_whole, without_blocks
-from compress.search.budgets import Targets
 from compress.search.context import StageContext
 from compress.search.parts import Part, Parts
+from compress.search.survey import Targets
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
 from compress.training.evaluate import evaluate_loss

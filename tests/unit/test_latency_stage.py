@@ -46,12 +46,12 @@ from compress.progress import SilentProgress
 from compress.pruning.ranking.selection import Selection
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost, layer_axes
-from compress.search.budgets import Targets
 from compress.search.context import StageContext
 from compress.search.latency_loop import meet_latency
+from compress.search.survey import Targets
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
 from compress.verification import profiling
 from compress.verification.measurement import PairLatency
 

@@ -19,8 +19,8 @@ from compress.cost.macs import (
     plain_operations,
 )
 from compress.model.artifacts import Signature, TensorSpec
-from compress.pruning.channel_removal import cut_copy
 from compress.pruning.shortcuts import FixedShortcut
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost
 from compress.verification.checks import check_macs, check_weights

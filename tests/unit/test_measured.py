@@ -7,8 +7,8 @@ import pytest
 
 from compress.errors import DataError, NonFinite
 from compress.tasks.base import Metric
-from compress.verification.jackknife import mean_interval
 from compress.verification.metrics import Estimate, paired_drop
+from compress.verification.statistics import mean_interval
 from compress.verification.task_metrics import Measured, changes_of_measured, estimate_measured, loss_of
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from compress.allocation.costs import Axis, CoupledCost, Term
 from compress.config.schema import CsgdConfig, GatesMethodConfig, GregConfig, GsmConfig, IncRegConfig
 from compress.errors import StageError
-from compress.pruning.channel_removal import cut_copy
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.methods.base import DECAYED, GroupTensors, Shortcuts, rows_of
 from compress.pruning.methods.csgd import Csgd, channel_features, clustering
@@ -23,6 +22,7 @@ from compress.pruning.methods.greg import Greg
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg, increments
 from compress.pruning.shortcuts import FixedShortcut
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable, silenced_copy
 from compress.pruning.width_costs import ExpectedCost, build_cost
 

@@ -18,9 +18,9 @@ from compress.errors import ArtifactError, NonFinite, UnsupportedLayer
 from compress.model.artifacts import FactorySpec, Signature, TensorSpec
 from compress.model.recipe import Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.networks.narrow_weights import load_narrow
-from compress.pruning.channel_removal import cut_copy, kept_indices
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.narrowing import _Equation, _solve, find_removed, named_tensors
+from compress.pruning.surgery import cut_copy, kept_indices
 from compress.pruning.trial import find_cuttable
 from compress.stages.load import _guessed_norms
 

@@ -13,7 +13,7 @@ from compress.bundle.check import main as check_bundle
 from compress.cli.commands import app
 from compress.errors import ConfigError
 from compress.report.page import render_page
-from compress.storage.output_files import KINDS, remove_earlier, require_output
+from compress.storage.files import KINDS, remove_earlier, require_output
 
 SUFFIXES = {"JUnit file": ".xml", "page": ".html", "page of a verdict": ".html", "bundle": ".zip"}
 ONLY_POSIX = pytest.mark.skipif(os.name == "nt", reason="links, pipes and devices of POSIX")

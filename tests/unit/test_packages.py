@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from compress.catalog import INSTALL, missing_package, require_packages
 from compress.cli.exits import guarded
 from compress.errors import OutOfMemory, PackageMissing, is_out_of_memory
-from compress.packages import INSTALL, missing_package, require_packages
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = re.compile(r"compress\s*\[[a-z]")

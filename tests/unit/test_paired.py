@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.search.paired_losses import is_loss_higher, is_quality_worse
-from compress.tasks.base import Task
+from compress.search.validation import is_loss_higher, is_quality_worse
+from compress.tasks.base import Task, is_shown_worse
 from compress.tasks.classification import CLASSIFICATION
-from compress.tasks.paired_answers import is_shown_worse
 from compress.tasks.regression import Regression
 
 

@@ -12,7 +12,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.verification.metrics import Predictions
-from compress.verification.misclassified import CLASSES, IMAGES, SIDE, to_png, worst_images
+from compress.verification.summary import CLASSES, IMAGES, SIDE, to_png, worst_images
 
 
 def split_of(labels: np.ndarray, side: int = 8, channels: int = 3) -> Split:

@@ -103,7 +103,7 @@ def test_a_conversion_that_changes_the_network_is_refused(tmp_path, monkeypatch)
         weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
         return model
 
-    monkeypatch.setattr("compress.exporting.half_precision.convert_float_to_float16", wrong)
+    monkeypatch.setattr("compress.exporting.rewrite.convert_float_to_float16", wrong)
     with pytest.raises(ExportFailed, match=r"nearly the same in fp16: output 'logits' .* differs by") as caught:
         export_onnx(nets.build("residual"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
     assert "fp32" in caught.value.hint
@@ -113,7 +113,7 @@ def test_a_conversion_that_fails_is_one_clear_error(tmp_path, monkeypatch):
     def fails(model, **_):
         raise ValueError("no such operator")
 
-    monkeypatch.setattr("compress.exporting.half_precision.convert_float_to_float16", fails)
+    monkeypatch.setattr("compress.exporting.rewrite.convert_float_to_float16", fails)
     with pytest.raises(ExportFailed, match="could not be written in fp16: no such operator"):
         export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
 

@@ -19,12 +19,11 @@ from compress.model.recipe import RemoveBlock
 from compress.networks.normalize import FrozenNorm
 from compress.progress import SilentProgress
 from compress.pruning.blocks import closing_layers
-from compress.pruning.channel_removal import cut_copy
 from compress.pruning.groups import BATCH_NORMS, kept_outputs
 from compress.pruning.repair.least_squares import Places
 from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms
 from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
-from compress.pruning.surgery import remove_block
+from compress.pruning.surgery import cut_copy, remove_block
 from compress.pruning.trial import find_cuttable
 from compress.training.batch_norm import reestimate_batch_norm
 

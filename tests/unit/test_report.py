@@ -21,10 +21,10 @@ from report_samples import (
 
 from compress.errors import ArtifactError, InternalError
 from compress.model.artifacts import Figures, Verdict
-from compress.report import environment
+from compress.report import provenance as environment
 from compress.report.build import StageRun, build_report, write_report
-from compress.report.environment import describe_environment
-from compress.storage.records import sealed
+from compress.report.provenance import describe_environment
+from compress.storage.digest import sealed
 
 
 def report_of(verdict: Verdict, stages: list[StageRun] | None = None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_interrupted_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pyt
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.storage.atomic.os.replace", refuse)
+    monkeypatch.setattr("compress.storage.files.os.replace", refuse)
     with pytest.raises(ArtifactError, match=r"must be written to .*report\.json, got: No space left on device"):
         write_report(report_of(passing_verdict(), []), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
@@ -175,7 +175,7 @@ def test_processor_name_is_read_where_linux_tells_it(tmp_path: Path, monkeypatch
 
 def test_importing_the_report_imports_neither_torch_nor_matplotlib() -> None:
     code = (
-        "import sys, compress.report.build, compress.report.environment\n"
+        "import sys, compress.report.build, compress.report.provenance\n"
         "assert not {'torch', 'matplotlib'} & sys.modules.keys()"
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ from compress.report import fronts, lines, plots
 from compress.report.build import build_report, write_report
 from compress.report.page import render_page
 from compress.report.reading import read_report
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
 
 PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
 REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT, PROVENANCE)
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyP
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.storage.atomic.os.replace", refuse)
+    monkeypatch.setattr("compress.storage.files.os.replace", refuse)
     done = call(runs / "gentle")
     assert done.exit_code == 4
     assert "report.html, got: No space left on device." in done.stderr

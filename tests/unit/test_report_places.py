@@ -1,6 +1,6 @@
 """The report's section on other places: there only where the file was opened in some."""
 
-from compress.report.places import render_places
+from compress.report.runtime import render_places
 
 
 def report(**details):

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from compress.errors import InternalError, NonFinite, UnsupportedLayer
 from compress.pruning.criteria.base import collect_gradients
-from compress.pruning.criteria.bn_scale import BnScale
-from compress.pruning.criteria.magnitude import L1, L2
-from compress.pruning.criteria.random import Random
+from compress.pruning.criteria.magnitude import L1, L2, BnScale, Random
 from compress.pruning.criteria.taylor import Taylor
 from compress.pruning.ranking.selection import score_groups
 from compress.pruning.trial import find_cuttable

@@ -24,7 +24,7 @@ from compress.pruning.groups import ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, reader_statistics
 from compress.pruning.ranking.sensitivity import Rise, Sensitivity, with_rises
 from compress.pruning.trial import find_cuttable, silenced_copy
-from compress.storage.records import DIGEST_KEY
+from compress.storage.digest import DIGEST_KEY
 from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import image_losses
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from compress.checkpoint.rebuild import build_module, load_strict, read_weights
 from compress.config.load import load_pipeline
-from compress.references import import_callable
 from compress.stages.load import factory_spec
+from compress.user_code import import_callable
 
 FOLDER = smallrun.ROOT / "models" / "shapes"
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from compress.checkpoint.rebuild import build_module
 from compress.cost.macs import count_macs, count_params
 from compress.model.artifacts import FactorySpec
-from compress.pruning.channel_removal import cut_copy
 from compress.pruning.shortcuts import FixedShortcut, write_out_shortcuts
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import difference, find_cuttable, silenced_copy
 
 CIFAR = Path(__file__).parents[2] / "models" / "cifar_resnet" / "model.py"

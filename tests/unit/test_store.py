@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import ArtifactError
-from compress.storage.atomic import try_lock
-from compress.storage.records import sealed
+from compress.storage.digest import sealed
+from compress.storage.files import try_lock
 from compress.storage.store import ENTRY_SCHEMA, Store
 
 KEY = "0" * 64

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from compress.cost.macs import count_params
 from compress.errors import UnsupportedLayer
-from compress.pruning.channel_removal import cut_copy
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import difference, find_cuttable, silenced_copy
 
 WIDTH = 8

@@ -12,8 +12,8 @@ from compress.cost.macs import count_macs, count_params
 from compress.errors import ArtifactError
 from compress.model.artifacts import FactorySpec, Signature, TensorSpec
 from compress.model.recipe import Recipe, RemoveChannels
-from compress.model.sharing import find_shared
-from compress.pruning.channel_removal import cut_copy
+from compress.model.tensors import find_shared
+from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost
 

@@ -17,9 +17,8 @@ from compress.data.sources.user import read_own
 from compress.errors import CompressError, DataError, InternalError, ModelError, StageError
 from compress.model.artifacts import FactorySpec
 from compress.networks.wiring import run_network
-from compress.references import import_callable
 from compress.tasks.from_config import guarded, own_task
-from compress.user_code import as_ours, is_interrupt, shown_as, user_place
+from compress.user_code import as_ours, import_callable, is_interrupt, shown_as, user_place
 
 RAISED = ["SystemExit(0)", "GeneratorExit()", "KeyboardInterrupt()", "BaseException('odd')",
           "FileNotFoundError(2, 'gone')", "ValueError('no')", "StopIteration()"]  # fmt: skip

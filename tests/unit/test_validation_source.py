@@ -12,7 +12,7 @@ from compress.data.from_config import Splits
 from compress.engine.keys import build_steps
 from compress.engine.runner import run
 from compress.errors import ConfigError, ConfigValueError
-from compress.search.split_bias import is_far_better
+from compress.search.validation import is_far_better
 from compress.tasks.base import Metric
 
 

@@ -14,7 +14,7 @@ from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite
 from compress.networks.weights import load_strict, read_weights
-from compress.search.chance_level import chance_warning
+from compress.search.validation import chance_warning
 from compress.tasks.regression import Regression
 
 State = dict[str, Tensor]

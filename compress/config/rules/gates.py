@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compress.catalog import GATED, GATED_WITHOUT_LABELS, HARDER, SHARES
+from compress.catalog import GATED, GATED_WITHOUT_LABELS, HARDER, SHARES, closest
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path, show
 from compress.config.schema import PipelineConfig, VerifyConfig
 from compress.errors import ConfigValueError
-from compress.registry import closest
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_drop": (-1, 1),

@@ -17,8 +17,7 @@ from compress.data.packing import as_row
 from compress.data.sources.annotated import AnnotatedSource
 from compress.data.sources.image_files import SIXTEEN_BITS, to_pixels
 from compress.errors import DataError
-from compress.references import beside, import_callable
-from compress.user_code import shown_as
+from compress.user_code import beside, import_callable, shown_as
 
 _IMAGE_AXES = 3
 

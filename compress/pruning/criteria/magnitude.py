@@ -2,13 +2,19 @@
 
 Before a batch norm the size of a filter means nothing (the norm divides it out), so each filter is multiplied by
 gamma / sqrt(variance + eps) first.
+
+How large is the batch-norm scale of a channel?
+
+What is the baseline that every criterion must beat?
 """
 
+import zlib
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from compress.errors import UnsupportedLayer
 from compress.pruning.criteria.base import Evidence, GradientStats, Order, WidthsBy, require_producers
 from compress.pruning.groups import ChannelGroup, Member
 
@@ -80,3 +86,73 @@ def folded_filters(producer: Member, gate: Member) -> Tensor:
         if len(scale) == len(filters):
             filters = filters * scale[:, None]
     return filters
+
+
+class BnScale:
+    """The absolute scale (gamma) of the batch norm behind each producer."""
+
+    name: ClassVar[str] = "bn_scale"
+    evidence: ClassVar[Evidence] = "weights"
+    order: ClassVar[Order] = "scores"
+    widths_by: ClassVar[WidthsBy] = "scores"
+    comparable: ClassVar[bool] = False
+    treats_equals_equally: ClassVar[bool] = True
+
+    def __init__(self, seed: int = 0) -> None:
+        pass
+
+    @torch.no_grad()
+    def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
+        """Score each channel of `group` by the sum of |gamma| over its batch norms.
+
+        Args:
+            group: C coupled channels; its batch norms are read, none is changed.
+            stats: Unused; this criterion needs no data.
+
+        Returns:
+            (C,) float32, >= 0.
+
+        Raises:
+            UnsupportedLayer: The group has no norm with a scale.
+
+        Source: Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming",
+            arXiv:1708.06519.
+        """
+        total = torch.zeros(group.width)
+        scaled = [gate for gate in group.gates if gate.is_norm and isinstance(gate.module.weight, Tensor)]
+        if not scaled:
+            raise UnsupportedLayer(
+                f"Criterion 'bn_scale' needs a batch norm with a scale, group '{group.name}' has none.",
+                hint="Exclude the group, or choose taylor or l1.",
+            )
+        for gate in scaled:
+            assert isinstance(gate.module.weight, Tensor)
+            total.index_add_(0, gate.channels, gate.module.weight.detach().abs().float()[gate.slots])
+        return total
+
+
+class Random:
+    """Uniform random scores, the same for the same seed and group."""
+
+    name: ClassVar[str] = "random"
+    evidence: ClassVar[Evidence] = "weights"
+    order: ClassVar[Order] = "scores"
+    widths_by: ClassVar[WidthsBy] = "scores"
+    comparable: ClassVar[bool] = True
+    treats_equals_equally: ClassVar[bool] = False
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
+        """Score each channel of `group` by a uniform random number.
+
+        Args:
+            group: C coupled channels; only its name and width matter.
+            stats: Unused.
+
+        Returns:
+            (C,) float32 in [0, 1).
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(group.name.encode()))
+        return torch.rand(group.width, generator=generator)

@@ -1,12 +1,21 @@
-"""Backward elimination: taylor scores decide widths, and channels that refitted readers make up for best go first."""
+"""Backward elimination: taylor scores decide widths, and channels that refitted readers make up for best go first.
+
+Criteria that rank channels by what rebuilds the outputs of their readers: greedy, greedy_refit, lasso. No labels.
+"""
 
 from collections.abc import Mapping
 from typing import ClassVar
 
-from compress.pruning.criteria.base import Order, Ranking
+from compress.pruning.criteria.base import Order, Ranking, WidthsBy
 from compress.pruning.criteria.taylor import Taylor
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, removal_ranking
+from compress.pruning.ranking.forward_selection import (
+    contribution_gram,
+    imitation_ranking,
+    lasso_ranking,
+    refit_ranking,
+)
 
 
 class Reconstruction(Taylor):
@@ -23,3 +32,49 @@ class Reconstruction(Taylor):
     def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
         """Rank units by backward elimination; see `compress.pruning.ranking.elimination.removal_ranking`."""
         return removal_ranking(group, stats, most)
+
+
+class _ByReaders(Taylor):
+    """Order and widths by the error of the readers' outputs; Taylor scores where readers cannot be ranked by."""
+
+    order: ClassVar[Order] = "readers"
+    widths_by: ClassVar[WidthsBy] = "errors"
+
+
+class Greedy(_ByReaders):
+    """Greedy forward selection by local imitation: channels enter in the order in which they imitate the readers best.
+
+    Source: `compress.pruning.ranking.forward_selection.imitation_ranking`.
+    """
+
+    name: ClassVar[str] = "greedy"
+
+    def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
+        """Rank units by local imitation; the ranking has factors of the readers' columns."""
+        return imitation_ranking(contribution_gram(group, stats), most)
+
+
+class GreedyRefit(_ByReaders):
+    """Forward selection with full refit of the readers at each step; made for strong compression.
+
+    Source: `compress.pruning.ranking.forward_selection.refit_ranking`.
+    """
+
+    name: ClassVar[str] = "greedy_refit"
+
+    def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
+        """Rank units by orthogonal least squares."""
+        return refit_ranking(group, stats, most)
+
+
+class Lasso(_ByReaders):
+    """LASSO channel selection: one path of the penalty gives the order for all widths.
+
+    Source: `compress.pruning.ranking.forward_selection.lasso_ranking`.
+    """
+
+    name: ClassVar[str] = "lasso"
+
+    def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
+        """Rank units by the path."""
+        return lasso_ranking(contribution_gram(group, stats), most)

@@ -24,8 +24,7 @@ from compress.errors import InternalError, ModelError, UnsupportedLayer
 from compress.pruning.criteria.base import Evidence, Order, WidthsBy
 from compress.pruning.criteria.parameter_gradients import ParameterGradients
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, ChannelGroup, Member, is_depthwise
-from compress.references import beside, import_callable, short_reference
-from compress.user_code import described, shown_as
+from compress.user_code import beside, described, import_callable, short_reference, shown_as
 
 Gradients = Literal["none", "mean", "squares"]
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -1,12 +1,15 @@
 """How much does the loss rise when one channel group is narrowed to each of its widths, and what reads it is refitted?
 
 Each rise is measured on images, with a standard error, and written to a file at once: a run that was killed goes on.
+
+How much does the loss rise when a residual block is skipped?
 """
 
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,8 @@ from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.repair.repairs import add_constant
 from compress.pruning.trial import silenced_copy
-from compress.storage.atomic import write_whole
-from compress.storage.records import DIGEST_KEY, read_sealed, sealed
+from compress.storage.digest import DIGEST_KEY, read_sealed, sealed
+from compress.storage.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,3 +160,40 @@ def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:
     """Return candidates whose damages are measured rises of the loss."""
     means, errors = (np.asarray([getattr(rise, name) for rise in rises]) for name in ("mean", "error"))
     return replace(candidates, measured=means, errors=errors)
+
+
+def block_damage(
+    module: nn.Module, blocks: Sequence[str], loss_of: Callable[[nn.Module], float], progress: Progress
+) -> dict[str, float]:
+    """Return for each block the loss with it skipped, less the loss with it in place.
+
+    Args:
+        module: Classifier; left as it is.
+        blocks: Module paths of removable blocks.
+        loss_of: Network -> mean loss on labelled images that are not the evaluation split's.
+        progress: Told about each block.
+    """
+    with progress.task("loss without each block", len(blocks) + 1) as task:
+        intact = loss_of(module)
+        task.advance()
+        damage = {}
+        for name in blocks:
+            with _skipped(module.get_submodule(name)):
+                damage[name] = loss_of(module) - intact
+            task.advance()
+    return damage
+
+
+@contextmanager
+def _skipped(block: nn.Module) -> Iterator[None]:
+    """Let a block return its input."""
+
+    def pass_on(_block: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> Tensor:
+        unchanged: Tensor = inputs[0]
+        return unchanged
+
+    handle = block.register_forward_hook(pass_on)
+    try:
+        yield
+    finally:
+        handle.remove()

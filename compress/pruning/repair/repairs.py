@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
-from compress.model.sharing import find_shared
+from compress.model.tensors import find_shared
 from compress.progress import Progress
 from compress.pruning.groups import BATCH_NORMS
 from compress.pruning.repair.least_squares import (

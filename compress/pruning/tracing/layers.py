@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from compress.pruning.tracing.labels import NONE, along, is_labelled, unlabelled, vector
 from compress.pruning.tracing.moving import move
 from compress.pruning.tracing.pointwise import give_all
+from compress.pruning.tracing.record import NONE, along, is_labelled, unlabelled, vector
 from compress.pruning.tracing.watch import Call, Watch, where
 
 

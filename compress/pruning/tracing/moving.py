@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from compress.pruning.tracing.labels import (
+from compress.pruning.tracing.pointwise import meet, unknown
+from compress.pruning.tracing.record import (
     NONE,
     ZERO,
     along,
@@ -15,7 +16,6 @@ from compress.pruning.tracing.labels import (
     unlabelled,
     vector,
 )
-from compress.pruning.tracing.pointwise import meet, unknown
 from compress.pruning.tracing.watch import Call, Watch, where
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.pruning.tracing.labels import NONE, ZERO, is_labelled, of_channels, padded, unlabelled
+from compress.pruning.tracing.record import NONE, ZERO, is_labelled, of_channels, padded, unlabelled
 from compress.pruning.tracing.watch import Call, Rule, Watch, where
 
 _SUMS = ("add", "add_", "sub", "sub_")

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from onnx import ModelProto
 
+from compress.catalog import closest
 from compress.errors import ArtifactError, InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
 from compress.model.artifacts import Signature
 from compress.onnx_file.io import (
@@ -36,7 +37,6 @@ from compress.onnx_file.io import (
     read_signature,
     require_external,
 )
-from compress.registry import closest
 from compress.storage.digest import digest_file, digest_value
 from compress.verification.runtimes.base import Arrays, Runtime
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress.cost.macs import eval_mode
-from compress.data.strides import standard_strides
+from compress.data.packing import standard_strides
 from compress.errors import ModelError, RuntimeUnavailable
 from compress.model.adapter import real_inputs
 from compress.model.artifacts import Signature

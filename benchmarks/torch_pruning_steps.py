@@ -32,8 +32,8 @@ from compress.search.context import StageContext
 from compress.search.export import conditions_of, export_present
 from compress.search.hooked_training import train_with_hooks
 from compress.search.repairs import apply_repairs, batch_norm_repair, repairs_towards
+from compress.search.training import train
 from compress.search.validation import validation_quality
-from compress.stages.finetune import train
 from compress.stages.load import LoadStage, factory_spec
 from compress.storage.files import write_whole
 from compress.verification.measurement import measure_onnx, measure_ratio

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import ArtifactError, InternalError, ModelError, NonFinite, RebuildMismatch, StageError
 from compress.lowrank.surgery import replace_structure
 from compress.model.adapter import example_input
 from compress.model.artifacts import FactorySpec, Signature
+from compress.model.modes import eval_mode
 from compress.model.recipe import Factorize, Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.networks.factories import call_factory
 from compress.networks.narrow_weights import load_narrow, require_same

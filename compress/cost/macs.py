@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from compress.model.modes import eval_mode, plain_operations
 from compress.onnx_file.counting import is_fixed_weight
 
 Sized = tuple[Tensor, int]  # a tensor and one of its axes
@@ -232,42 +233,6 @@ def counts_agree(of_file: int, of_network: int, of_constants: int) -> bool:
 def count_params(module: nn.Module) -> int:
     """Return the number of scalars in parameters, trainable or frozen; shared parameters count once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch to eval mode and give every part its own training flag back at the end."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
-def plain_operations(module: nn.Module) -> Iterator[None]:
-    """Let attention and LSTM layers be carried out as matrix products instead of one operation that hides them."""
-    has_fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with plain_lstm(module):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(has_fast_path)
-
-
-@contextmanager
-def plain_lstm(module: nn.Module) -> Iterator[None]:
-    """Let LSTM layers, if there are any, be carried out as matrix products."""
-    has_fused = torch._C._get_mkldnn_enabled()
-    if any(isinstance(part, nn.LSTM) for part in module.modules()):
-        torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(has_fused)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

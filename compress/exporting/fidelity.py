@@ -16,12 +16,12 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.packing import is_packed
 from compress.errors import ExportFailed
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.adapter import flatten_outputs, real_inputs, unpack_rows
 from compress.model.artifacts import Signature, TensorSpec
+from compress.model.modes import eval_mode
 
 _SILENT = 4
 

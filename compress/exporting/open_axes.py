@@ -7,9 +7,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import ExportFailed
 from compress.model.artifacts import Signature
+from compress.model.modes import eval_mode
 from compress.onnx_file.io import first_line
 
 _MORE_PIXELS = 64  # a multiple of what networks shrink images by

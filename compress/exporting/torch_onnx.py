@@ -25,7 +25,6 @@ import torch
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ExportFailed, InternalError
@@ -34,6 +33,7 @@ from compress.exporting.rewrite import HALF_TOLERANCE, apply_rewrites, guard_pad
 from compress.exporting.simplify import find_difference, simplify_onnx
 from compress.model.adapter import real_inputs, wiring_of
 from compress.model.artifacts import Signature, TensorSpec
+from compress.model.modes import eval_mode
 from compress.onnx_file.io import (
     CLASSES_KEY,
     PREPROCESSING_KEY,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import TRANSPOSED, eval_mode
+from compress.cost.macs import TRANSPOSED
 from compress.model.adapter import random_inputs
+from compress.model.modes import eval_mode
 from compress.progress import Progress
 from compress.pruning.criteria.torch_pruning import function_name
 from compress.pruning.graph import ChannelGraph

@@ -27,13 +27,13 @@ from compress.allocation.widths import Limits
 from compress.checkpoint.rebuild import build_module, build_narrow, with_one_array, without_unread
 from compress.config.load import load_pipeline
 from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.data.packing import is_packed, row_width
 from compress.errors import ConfigValueError, ModelError
 from compress.model.adapter import INPUT_NAME, random_inputs, wiring_of
 from compress.model.artifacts import FactorySpec, NetworkKind, Signature
+from compress.model.modes import eval_mode
 from compress.networks.wiring import signature_of
 from compress.onnx_file.io import load_onnx, read_signature
 from compress.onnx_import.importer import import_onnx

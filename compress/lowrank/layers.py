@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import NonFinite
 from compress.lowrank.factorize import SLICES, Moments, applicable_schemes, norm_bounds, singular_values
 from compress.lowrank.ranks import Cost, LayerSpectra, SchemeSpectra
 from compress.lowrank.surgery import unsupported_reason
+from compress.model.modes import eval_mode
 
 
 @dataclass(slots=True)

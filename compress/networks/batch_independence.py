@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import ModelError
+from compress.model.modes import eval_mode
 from compress.tasks.outputs import each, plain
 
 IMAGES = 4

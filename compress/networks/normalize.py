@@ -21,9 +21,9 @@ from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
-from compress.cost.macs import eval_mode
 from compress.errors import InternalError
 from compress.model.adapter import flatten_outputs
+from compress.model.modes import eval_mode
 from compress.pruning.shortcuts import write_out_shortcuts
 
 SAME_WITHIN = 1e-4  # of the largest output: folding computes in another order

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
+from compress.model.modes import eval_mode
 from compress.model.recipe import RemoveUnread
 
 _SEED = 20261129

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from compress.catalog import closest
-from compress.cost.macs import eval_mode
 from compress.data.packing import is_packed, part_sizes, row_width
 from compress.errors import ModelError, NonFinite
 from compress.model.adapter import INPUT_NAME, OUTPUT_NAME, adapt, flatten_outputs, wiring_of
 from compress.model.artifacts import FactorySpec, Signature, TensorSpec
+from compress.model.modes import eval_mode
 from compress.networks.training_mode import TrainingMode, compare_modes
 from compress.networks.weights import some
 from compress.user_code import shown_as

@@ -9,7 +9,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import CONVOLUTIONS, COUNTED, eval_mode
+from compress.cost.macs import CONVOLUTIONS, COUNTED
+from compress.model.modes import eval_mode
 from compress.pruning.groups import NORMS
 from compress.pruning.repair.lockstep import call_order, following_norms
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import ArtifactError
+from compress.model.modes import eval_mode
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.surgery import kept_indices
 from compress.pruning.trial import difference, silenced_copy

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from compress.cost.macs import eval_mode
+from compress.model.modes import eval_mode
 from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.tracing.watch import trace
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.allocation.costs import CoupledCost
-from compress.cost.macs import count_macs, count_params, eval_mode
+from compress.cost.macs import count_macs, count_params
 from compress.model.adapter import random_inputs
+from compress.model.modes import eval_mode
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion
 from compress.pruning.surgery import cut_out

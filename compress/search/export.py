@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 
 from compress.config.schema import DeployConfig
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.errors import ConfigValueError, ExportFailed, InternalError
 from compress.exporting.fidelity import file_error, first_difference
@@ -12,6 +11,7 @@ from compress.exporting.rewrite import REWRITES
 from compress.exporting.simplify import find_difference
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
 from compress.model.artifacts import Signature, TorchModel
+from compress.model.modes import eval_mode
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.search.context import Record, StageContext
 from compress.verification.measurement import Conditions, measure_ratio

@@ -9,8 +9,8 @@ from compress.config.schema import TrainingConfig
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress
 from compress.search.context import Record, StageContext
+from compress.search.training import distillation_from, fit_settings, pace
 from compress.search.validation import is_quality_worse, metric_of, stated, validation_quality
-from compress.stages.finetune import distillation_from, fit_settings, pace
 from compress.tasks.base import Metric
 from compress.training.evaluate import evaluate_loss, quality_facts
 from compress.training.hooks import TrainingHooks

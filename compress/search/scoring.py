@@ -23,11 +23,11 @@ from compress.allocation.widths import Candidates
 from compress.catalog import CRITERIA
 from compress.checkpoint.rebuild import example_input
 from compress.config.schema import CutConfig, PruneConfig, TorchPruningConfig
-from compress.cost.macs import eval_mode
 from compress.data.batches import Batch, evaluation_batches
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, DataError
 from compress.model.artifacts import TorchModel
+from compress.model.modes import eval_mode
 from compress.progress import Task
 from compress.pruning.criteria.base import Criterion, Ranking, collect_gradients
 from compress.pruning.criteria.gradient_flow import collect_gradient_flow

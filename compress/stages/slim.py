@@ -24,8 +24,8 @@ from compress.errors import AlreadyWithin, ArtifactError, BudgetUnreachable, Sta
 from compress.model.artifacts import TorchModel
 from compress.search.block_removal import Remembered, shorten
 from compress.search.context import Record, StageContext
+from compress.search.training import train
 from compress.search.validation import before_and_after, validation_quality
-from compress.stages.finetune import train
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
 from compress.storage.digest import digest_file, read_sealed, sealed

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import DataError
+from compress.model.modes import eval_mode
 from compress.progress import Progress
 from compress.training.distributed import Team, add_up
 

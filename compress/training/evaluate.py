@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.batches import Wanted, evaluation_batches, fast_batch_size
 from compress.data.splits import Split
 from compress.errors import DataError
+from compress.model.modes import eval_mode
 from compress.progress import Progress, SilentProgress
 from compress.tasks.base import Facts, joined, require_finite
 from compress.tasks.classification import Classification

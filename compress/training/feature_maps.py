@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.cost.macs import CONVOLUTIONS, eval_mode
+from compress.cost.macs import CONVOLUTIONS
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import ModelError
+from compress.model.modes import eval_mode
 
 
 class MapPairs:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.model.adapter import wiring_of
+from compress.model.modes import eval_mode
 from compress.progress import Progress, SilentProgress
 from compress.tasks.outputs import each
 from compress.training.evaluate import run

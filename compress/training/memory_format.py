@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
+from compress.model.modes import eval_mode
 from compress.tasks.outputs import each, plain
 
 TOLERANCE = 1e-3  # of the largest output; the two formats add up in other orders

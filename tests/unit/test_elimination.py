@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import compress.pruning.ranking.elimination as elimination
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
+from compress.model.modes import eval_mode
 from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.criteria.taylor import Taylor

@@ -30,8 +30,9 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress
 from compress.search.context import StageContext
+from compress.search.training import fit_settings
 from compress.stages import finetune
-from compress.stages.finetune import FinetuneStage, fit_settings
+from compress.stages.finetune import FinetuneStage
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
 from compress.tasks.imitation import Embedding, Imitation

@@ -9,16 +9,9 @@ from multiplying import EXAMPLE, NAMES, Body, build, rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.cost.macs import (
-    count_layer_weights,
-    count_macs,
-    count_params,
-    count_products,
-    counts_agree,
-    layer_macs,
-    plain_operations,
-)
+from compress.cost.macs import count_layer_weights, count_macs, count_params, count_products, counts_agree, layer_macs
 from compress.model.artifacts import Signature, TensorSpec
+from compress.model.modes import plain_operations
 from compress.pruning.shortcuts import FixedShortcut
 from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable

@@ -30,8 +30,9 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, 
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.work import _list_rewinding
 from compress.search.context import StageContext
+from compress.search.training import fit_settings
 from compress.stages import finetune
-from compress.stages.finetune import FinetuneStage, fit_settings
+from compress.stages.finetune import FinetuneStage
 from compress.training.loop import FitSettings, learning_rate
 from compress.training.schedule import schedule
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import UnsupportedLayer
+from compress.model.modes import eval_mode
 from compress.model.tensors import detach_stored
 from compress.pruning.groups import ChannelGroup
 from compress.tasks.outputs import plain

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import InternalError, UnsupportedLayer
+from compress.model.modes import eval_mode
 from compress.model.tensors import detach_stored
 from compress.pruning.criteria.base import (
     Evidence,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
+from compress.model.modes import eval_mode
 from compress.model.tensors import detach_stored
 from compress.pruning.criteria.base import cross_entropies
 from compress.tasks.outputs import plain

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.errors import InternalError, UnsupportedLayer
+from compress.model.modes import eval_mode
 from compress.pruning.criteria.base import Evidence, Order, WidthsBy
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.repair.lockstep import run_watched

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
-from compress.cost.macs import eval_mode
 from compress.errors import ArtifactError
+from compress.model.modes import eval_mode
 from compress.progress import Progress
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, unit_inputs

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from compress.cost.macs import eval_mode
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
+from compress.model.modes import eval_mode
 from compress.model.tensors import find_shared
 from compress.progress import Progress
 from compress.pruning.groups import BATCH_NORMS

@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from compress.cost.macs import COUNTED, eval_mode, find_products, plain_lstm
+from compress.cost.macs import COUNTED, find_products
 from compress.errors import UntraceableModel
+from compress.model.modes import eval_mode, plain_lstm
 from compress.model.tensors import attribute_names, held_tensors
 from compress.onnx_file.counting import is_fixed_weight
 from compress.pruning.tracing.record import (

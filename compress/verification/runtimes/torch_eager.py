@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.cost.macs import eval_mode
 from compress.data.packing import standard_strides
 from compress.errors import ModelError, RuntimeUnavailable
 from compress.model.adapter import real_inputs
 from compress.model.artifacts import Signature
+from compress.model.modes import eval_mode
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPU"

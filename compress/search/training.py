@@ -1,0 +1,303 @@
+"""Training as the stages do it: settings from the pipeline, a probe of learning rates, the baseline as the teacher."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from compress.checkpoint.rebuild import apply_edits, example_input
+from compress.config.schema import DistillationConfig, TrainingConfig
+from compress.data.batches import Augmentation
+from compress.data.splits import Split
+from compress.errors import ArtifactError, NonFinite
+from compress.model.artifacts import TorchModel
+from compress.pruning.survival import surviving_channels
+from compress.search.context import Record, StageContext, original_of
+from compress.search.isometry_record import conclusion, measure_isometry
+from compress.search.validation import is_quality_worse, metric_of, stated
+from compress.storage.digest import read_sealed, sealed
+from compress.storage.files import write_whole
+from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
+from compress.training.distributed import present_team
+from compress.training.evaluate import quality_facts
+from compress.training.loop import Distillation, FitResult, FitSettings, fit, planned_steps
+from compress.training.schedule import peak_from_original
+
+LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
+
+
+FEW_STEPS = 20
+
+
+CLIP = 1.0  # where gradients may be of any size
+
+
+PROBED = (0.1, 0.3, 1.0)
+
+
+def training_epochs(config: TrainingConfig, images: int) -> float:
+    return config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
+
+
+def train(
+    artifact: TorchModel,
+    config: TrainingConfig,
+    ctx: StageContext,
+    state_file: str,
+    unfolds: bool = True,
+    reverts: bool = True,
+) -> tuple[TorchModel, Record]:
+    """Return the network trained, and what was done; goes on from `state_file` in the stage's folder, if it is there.
+
+    A network that training made worse on the validation split, by more than noise, comes back as it was, unless
+    `reverts` is False.
+
+    Args:
+        artifact: The network; left as it is.
+        config: How.
+        ctx: Surroundings.
+        state_file: Name of the file of the state.
+        unfolds: Whether a network without norms has some while it trains.
+        reverts: Whether a network that training made worse is given up; not where more cuts and training follow.
+
+    Raises:
+        As `compress.training.loop.fit`.
+    """
+    task, metric = ctx.data.validation.task, metric_of(ctx.data.validation)
+    facts = quality_facts(artifact.module, ctx.data.validation, progress=ctx.progress)
+    before = task.figures(facts)[metric.name]
+    start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
+    settings = fit_settings(config, ctx.seed, ctx.data.train, start)
+    warnings = _few_steps(config, settings, ctx.data.train)
+    distillation = distillation_from(config.distillation, artifact)
+
+    def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
+        module, path, data = copy.deepcopy(start), ctx.folder / state_file, ctx.data
+        result = fit(
+            module, data.train, data.validation, settings, distillation, path, ctx.progress, keeps_state=keeps_state
+        )
+        return module, result
+
+    probed: list[Record] = []
+    if config.probe:
+        probed = _probe(
+            settings,
+            ctx,
+            state_file,
+            lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate), keeps_state=False)[1],
+        )
+        known = [one for one in probed if one[f"validation_{metric.name}"] is not None]
+        sign = 1 if metric.higher_is_better else -1
+        best = max(known, key=lambda one: sign * one[f"validation_{metric.name}"])
+        settings = replace(settings, learning_rate=best["learning_rate"])
+    ctx.progress.note(pace(settings))
+    isometry = _isometry_before(artifact, config, settings, ctx, warnings)
+    module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
+    reached = _reached(result)
+    is_worse = False
+    if reverts and metric.is_better(before, reached):
+        now = quality_facts(module, ctx.data.validation, progress=ctx.progress)
+        is_worse = is_quality_worse(facts, now, task)
+        change = f"validation {metric.words} {metric.show(before)} -> {metric.show(reached)}"
+        warnings.append(
+            f"Training made the network worse: {change}. It is kept as it was; a lower learning_rate, or more epochs, "
+            "may do better."
+            if is_worse
+            else f"Training did no more harm than noise: {change} on {len(ctx.data.validation):,} images. The trained "
+            "network is kept; more validation images would tell more."
+        )
+    for warning in warnings:
+        ctx.progress.warn(warning)
+    if is_worse:
+        module = artifact.module
+    elif is_unfolded:
+        module = folded(module, artifact.module)
+    if "before" in isometry:
+        after = measure_isometry(artifact, {"after": lambda: module}, ctx)
+        isometry = after if "skipped" in after else {**isometry, **after}
+    record = {
+        "isometry": isometry,
+        "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
+        "chosen_epoch": 0 if is_worse else result.chosen_epoch,
+        f"averaged_{metric.name}": result.averaged,
+        "is_averaged": result.is_averaged and not is_worse,
+        "is_unfolded": is_unfolded,
+        "peak_learning_rate": settings.learning_rate,
+        "gradient_clip": settings.gradient_clip,
+        "probed_learning_rates": probed,
+        "batch_size": settings.batch_size,
+        "steps": result.steps,
+        f"validation_{metric.name}_before": before,
+        f"validation_{metric.name}_after": before if is_worse else reached,
+        "warnings": warnings,
+        **stated(metric),
+    }
+    return replace(artifact, module=module), record
+
+
+def _isometry_before(
+    artifact: TorchModel, config: TrainingConfig, settings: FitSettings, ctx: StageContext, warnings: list[str]
+) -> Record:
+    """Measure the Jacobian's singular values before training, and log what they say about the peak learning rate.
+
+    Args:
+        artifact: The network about to be trained.
+        config: Knows the original training, where the pipeline does.
+        settings: Have the peak.
+        ctx: Surroundings.
+        warnings: A warning is added to it.
+    """
+    original = None if artifact.recipe.is_baseline else lambda: original_of(artifact)
+    isometry = measure_isometry(artifact, {"baseline": original, "before": lambda: artifact.module}, ctx)
+    if config.original is not None:
+        reference, name = config.original.learning_rate, "of the original training"
+    else:
+        reference, name = LEARNING_RATES[config.optimizer], f"of {config.optimizer} by default"
+    text, is_warning = conclusion(isometry, settings.learning_rate, reference, name)
+    if is_warning:
+        warnings.append(text)
+    elif text:
+        ctx.progress.note(text)
+    return isometry
+
+
+def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:
+    """Return a warning where so many epochs come to a handful of optimiser steps."""
+    per_epoch, steps = planned_steps(train, settings)
+    if config.steps is not None or steps >= FEW_STEPS:
+        return []
+    return [
+        f"Training comes to {steps} optimiser {'step' if steps == 1 else 'steps'} ({per_epoch} an epoch of "
+        f"{len(train):,} images), too few to recover much. Lower batch_size ({config.batch_size}) or raise epochs "
+        f"({config.epochs:g})."
+    ]
+
+
+def _started(module: nn.Module, ctx: StageContext) -> tuple[nn.Module, bool]:
+    """Return what training starts from, and whether that has norms that the network has not."""
+    if not can_unfold(module):
+        return module, False
+    ctx.progress.note("the network has no norms: batch norms are put behind its convolutions while it trains")
+    return unfolded(module, ctx.data.calibration), True
+
+
+def _reached(result: FitResult) -> float:
+    """Return the figure that decides, on validation, of the weights that training kept."""
+    if result.is_averaged and result.averaged is not None:
+        return result.averaged
+    return next(epoch.validation for epoch in result.epochs if epoch.epoch == result.chosen_epoch)
+
+
+def _probe(
+    settings: FitSettings, ctx: StageContext, state_file: str, trained: Callable[[FitSettings], FitResult]
+) -> list[Record]:
+    """Train for an epoch at each of several rates, smallest first, and say what each came to.
+
+    What was tried is kept in a file, so that a run that was killed does not try it again.
+
+    Raises:
+        NonFinite: At every rate the loss became NaN or infinite.
+    """
+    metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
+    key = f"validation_{metric.name}"
+    probed = _read_probed(path)
+    steps = min(planned_steps(ctx.data.train, settings))
+    rates = [factor * settings.learning_rate for factor in PROBED]
+    if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
+        probed = []
+    for rate in rates[len(probed) :]:
+        try:
+            result = trained(replace(settings, learning_rate=rate, steps=steps))
+            reached: float | None = result.epochs[-1].validation
+            said = f"{metric.words} {metric.show(result.epochs[-1].validation)}"
+        except NonFinite:
+            if rate == rates[-1] and all(one[key] is None for one in probed):
+                raise
+            reached, said = None, f"{metric.words} the loss became NaN or infinite"
+            (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
+        probed.append({"learning_rate": rate, key: reached})
+        if present_team().rank == 0:
+            write_whole(path, json.dumps(sealed({"probed": probed})))
+        ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
+    return probed
+
+
+def _read_probed(path: Path) -> list[Record]:
+    """Return what a killed run tried; nothing if the file is not there or not whole."""
+    try:
+        probed: list[Record] = read_sealed(path)["probed"]
+    except (ArtifactError, KeyError):
+        return []
+    return probed
+
+
+def _probe_file(state_file: str, rate: float) -> str:
+    """Return the name of the file of the state while a rate is tried."""
+    return f"probe-of-{rate:.3g}-{state_file}"
+
+
+def pace(settings: FitSettings) -> str:
+    """Return how fast a network learns, as it is said."""
+    clip = "" if settings.gradient_clip is None else f", gradients clipped to {settings.gradient_clip:g}"
+    return f"peak learning rate {settings.learning_rate:g}{clip}"
+
+
+def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Module) -> FitSettings:
+    """Return the settings of the loop.
+
+    Without norms, such as of ONNX files whose batch norms are folded into convolutions, training diverges at rates that
+    are right with them, and so it does where a loss is of no particular size, such as that of numbers or of a user's
+    own; there gradients are clipped unless the pipeline says to what.
+
+    Args:
+        config: As in the pipeline file.
+        seed: Of the run.
+        train: The training split.
+        module: The network.
+    """
+    is_tame = train.lesson.chooses and any(isinstance(part, NORMS) for part in module.modules())
+    clip = CLIP if config.gradient_clip is None and not is_tame else config.gradient_clip
+    rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
+    if original is not None:
+        rate = original.learning_rate
+        if not config.keeps_original_peak:
+            rate = peak_from_original(rate, original.epochs, training_epochs(config, len(train)))
+    return FitSettings(
+        epochs=config.epochs or 0.0,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        warmup_ratio=config.warmup_ratio,
+        label_smoothing=config.label_smoothing,
+        augmentation=Augmentation(**config.augmentation.model_dump()),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        schedule_start=config.schedule_start,
+        gradient_clip=clip,
+        accumulation=config.accumulation,
+        ema=config.ema,
+        average_ratio=config.average_ratio,
+        precision=config.precision,
+        device=config.device,
+        compiled=config.compiled,
+        sync_batch_norm=config.sync_batch_norm,
+        save_minutes=config.save_minutes,
+        seed=seed,
+    )
+
+
+def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -> Distillation | None:
+    """Return the untouched network as the teacher, if one is asked for."""
+    if config is None:
+        return None
+    original, kept = original_of(artifact), dict[str, Tensor]()
+    if config.features:
+        kept = surviving_channels(
+            original, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
+        )
+    return Distillation(original, config.weight, config.temperature, config.features, kept)

@@ -37,7 +37,8 @@ from torch_pruning_table import Network, Row, Timing, cuts_table, draw, main_tab
 
 from compress.cli.console import Console
 from compress.config.load import Pipeline, load_pipeline
-from compress.config.schema import CutConfig, FinetuneConfig
+from compress.config.schema.prune import CutConfig
+from compress.config.schema.training import FinetuneConfig
 from compress.engine.runner import run
 from compress.search.export import conditions_of
 from compress.storage.files import write_whole

@@ -18,7 +18,7 @@ from method_runs import quickstart
 
 from compress.catalog import METHODS
 from compress.cli.console import Console
-from compress.config.schema import PruneConfig
+from compress.config.schema.prune import PruneConfig
 from compress.model.recipe import RemoveChannels
 from compress.pruning.methods.gsm import Gsm
 from compress.search.context import StageContext

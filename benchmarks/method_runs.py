@@ -22,7 +22,8 @@ from rows import ROOT
 
 from compress.cli.console import Console
 from compress.config.load import load_pipeline
-from compress.config.schema import FinetuneConfig, PruneConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.training import FinetuneConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from compress.catalog import CRITERIA
 from compress.checkpoint.rebuild import build_module
 from compress.cli.console import Console
-from compress.config.schema import DeployConfig, PruneConfig, TargetConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.targets import TargetConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource

@@ -15,7 +15,8 @@ from typing import Any
 
 from compress.cli.console import Console
 from compress.config.load import load_pipeline
-from compress.config.schema import LoadConfig, LowRankConfig
+from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.model import LoadConfig
 from compress.data.from_config import Splits
 from compress.errors import StageError
 from compress.model.artifacts import TorchModel

@@ -23,7 +23,9 @@ from compress.checkpoint.layout import load_torch_model, save_torch_model
 from compress.checkpoint.rebuild import example_input
 from compress.cli.console import Console
 from compress.config.load import Pipeline
-from compress.config.schema import CutConfig, FinetuneConfig, LoadConfig
+from compress.config.schema.model import LoadConfig
+from compress.config.schema.prune import CutConfig
+from compress.config.schema.training import FinetuneConfig
 from compress.cost.macs import count_macs
 from compress.data.from_config import Splits
 from compress.model.artifacts import FactorySpec, TorchModel

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compress.checkpoint.rebuild import build_module, load_strict, read_weights
 from compress.cli.console import Console
 from compress.config.load import load_pipeline
-from compress.config.schema import LoadConfig
+from compress.config.schema.model import LoadConfig
 from compress.data.batches import Augmentation, training_batches
 from compress.data.from_config import Splits
 from compress.stages.load import factory_spec

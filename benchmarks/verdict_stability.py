@@ -18,7 +18,7 @@ import numpy as np
 
 from compress.cli.console import Console
 from compress.config.gates_file import load_gates
-from compress.config.schema import GatesFile
+from compress.config.schema.verify import GatesFile
 from compress.engine.verify_file import verify_file
 from compress.errors import InternalError
 from compress.progress import SilentProgress

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import nets
 import numpy as np
 
-from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel

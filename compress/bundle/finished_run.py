@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.config.schema import DataConfig
+from compress.config.schema.data import DataConfig
 from compress.errors import ArtifactError, ConfigError
 from compress.storage.digest import DIGEST_KEY, RecordDamaged, digest_data, digest_file, read_json, read_sealed
 

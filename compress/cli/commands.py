@@ -405,7 +405,7 @@ def schema() -> None:
     """Print the JSON Schema of pipeline files."""
     import json
 
-    from compress.config.schema import PipelineConfig
+    from compress.config.schema.pipeline import PipelineConfig
 
     Console().say(json.dumps(PipelineConfig.model_json_schema(), indent=2))
 

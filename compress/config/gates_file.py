@@ -13,7 +13,7 @@ from compress.config.overrides import apply_overrides
 from compress.config.paths import resolve_gate_paths
 from compress.config.problems import as_error
 from compress.config.rules.gates import check_gates
-from compress.config.schema import GatesFile
+from compress.config.schema.verify import GatesFile
 from compress.errors import ConfigError
 
 _TEST_IMAGES = ("t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte")

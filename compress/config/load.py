@@ -32,7 +32,7 @@ from compress.config.rules.weights import (
     follow_file,
     follow_untrained,
 )
-from compress.config.schema import PipelineConfig
+from compress.config.schema.pipeline import PipelineConfig
 from compress.errors import CompressError
 from compress.user_code import described, is_interrupt
 

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from compress.catalog import STAGES, closest
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Origin, Problem, format_path, show
-from compress.config.schema import PipelineConfig
+from compress.config.schema.pipeline import PipelineConfig
 
 _TYPES = {
     "int_type": "a whole number",

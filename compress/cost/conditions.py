@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from compress.config.schema import DeployConfig
+from compress.config.schema.verify import DeployConfig
 from compress.storage.digest import digest_value
 
 _CPU_INFO = Path("/proc/cpuinfo")

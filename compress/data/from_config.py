@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.config.schema import (
+from compress.config.schema.data import (
     ArraysSource,
     CocoSource,
     DataConfig,

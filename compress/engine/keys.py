@@ -22,7 +22,8 @@ from typing import Any
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.load import Pipeline
 from compress.config.paths import PRETRAINED, UNTRAINED
-from compress.config.schema import DEFAULT_TASK, DeployConfig, TaskConfig
+from compress.config.schema.task import DEFAULT_TASK, TaskConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
 from compress.storage.digest import digest_data, digest_file, digest_value

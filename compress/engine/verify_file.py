@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.config.load import Pipeline
-from compress.config.schema import GatesFile, VerifyConfig
+from compress.config.schema.verify import GatesFile, VerifyConfig
 from compress.data.from_config import Splits, open_split
 from compress.data.preprocessing import Preprocessing
 from compress.data.splits import Split

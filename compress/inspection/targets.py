@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from compress.allocation.widths import Limits
 from compress.checkpoint.rebuild import build_module, build_narrow, with_one_array, without_unread
 from compress.config.load import load_pipeline
-from compress.config.schema import CutConfig, LoadConfig, PipelineConfig
+from compress.config.schema.model import LoadConfig
+from compress.config.schema.pipeline import PipelineConfig
+from compress.config.schema.prune import CutConfig
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.data.packing import is_packed, row_width

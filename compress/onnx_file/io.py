@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 
 from compress.config.rules.weights import CLASSES_KEY, PREPROCESSING_KEY
-from compress.config.schema import PreprocessingConfig
+from compress.config.schema.data import PreprocessingConfig
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, CompressError
 from compress.model.artifacts import Signature, TensorSpec

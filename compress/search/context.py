@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 from compress.checkpoint.rebuild import apply_edits, build_untouched, example_input, load_strict, read_weights
-from compress.config.schema import DeployConfig
+from compress.config.schema.verify import DeployConfig
 from compress.data.from_config import Splits
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress

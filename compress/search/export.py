@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from compress.config.schema import DeployConfig
+from compress.config.schema.verify import DeployConfig
 from compress.data.batches import evaluation_batches
 from compress.errors import ConfigValueError, ExportFailed, InternalError
 from compress.exporting.fidelity import file_error, first_difference

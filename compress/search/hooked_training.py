@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compress.config.schema import TrainingConfig
+from compress.config.schema.training import TrainingConfig
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress
 from compress.search.context import Record, StageContext

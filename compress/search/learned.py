@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress.allocation.widths import Candidates
 from compress.catalog import METHODS
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema import PruneConfig
+from compress.config.schema.prune import PruneConfig
 from compress.errors import NONE_LEFT_HINT, WITHIN_HINT, AlreadyWithin, BudgetUnreachable, InternalError
 from compress.model.artifacts import TorchModel
 from compress.pruning.blocks import closing_layers

@@ -18,7 +18,8 @@ import numpy as np
 
 from compress.allocation.knapsack import allocate
 from compress.allocation.problem import Budget, Decision, Factor, TableCost
-from compress.config.schema import DeployConfig, RankAllocation
+from compress.config.schema.low_rank import RankAllocation
+from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import deploy_conditions
 from compress.cost.latency_table import BEFORE, WHOLE_QUANTILE, Sample
 from compress.cost.table_file import TableFile, network_digest

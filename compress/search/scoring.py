@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress.allocation.widths import Candidates
 from compress.catalog import CRITERIA
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema import CutConfig, PruneConfig, TorchPruningConfig
+from compress.config.schema.prune import CutConfig, PruneConfig, TorchPruningConfig
 from compress.data.batches import Batch, evaluation_batches
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, DataError

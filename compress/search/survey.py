@@ -17,7 +17,8 @@ from compress.allocation.problem import Budget, Factor, TableCost, from_widths
 from compress.allocation.widths import Candidates, Limits, width_levels
 from compress.catalog import closest
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema import PruneConfig, TargetConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.targets import TargetConfig
 from compress.cost.macs import layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
 from compress.model.artifacts import Figures, TorchModel

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from compress.checkpoint.rebuild import apply_edits, example_input
-from compress.config.schema import DistillationConfig, TrainingConfig
+from compress.config.schema.training import DistillationConfig, TrainingConfig
 from compress.data.batches import Augmentation
 from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite
@@ -39,6 +39,7 @@ PROBED = (0.1, 0.3, 1.0)
 
 
 def training_epochs(config: TrainingConfig, images: int) -> float:
+    """Return the number of epochs; where steps are given, the epochs they come to."""
     return config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from compress.allocation.problem import Budget, TableCost
-from compress.config.schema import DeployConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import TableConditions, deploy_conditions
 from compress.cost.latency_table import WHOLE_QUANTILE, LatencyTable, Sample, build_table, latency_cost
 from compress.cost.table_file import SCHEMA, TableFile, network_digest

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from compress.config.schema import ExportConfig
+from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ConfigValueError
 from compress.exporting.open_axes import check_open_axes
 from compress.exporting.torch_onnx import export_onnx, exported_signature

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from compress.checkpoint.rebuild import reinitialized, rewound
-from compress.config.schema import FinetuneConfig
+from compress.config.schema.training import FinetuneConfig
 from compress.data.batches import random_seed
 from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
 from compress.search.context import Record, StageContext
-from compress.search.training import training_epochs, train
+from compress.search.training import train, training_epochs
 
 STATE_FILE = "training_state.pt"
 

@@ -22,7 +22,7 @@ from compress.checkpoint.rebuild import (
     write_weights,
 )
 from compress.config.paths import PRETRAINED, UNTRAINED
-from compress.config.schema import LoadConfig, Model
+from compress.config.schema.model import LoadConfig, Model
 from compress.cost.macs import count_params, count_products, counts_agree, layer_macs
 from compress.data.batches import evaluation_batches, random_seed
 from compress.data.sources.classification import order_warning

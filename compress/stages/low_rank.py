@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.catalog import closest
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema import LowRankConfig, TrpConfig
+from compress.config.schema.low_rank import LowRankConfig, TrpConfig
 from compress.cost.macs import count_params, layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError, StageError
 from compress.lowrank.allocations import allocate_ranks

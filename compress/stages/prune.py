@@ -10,7 +10,7 @@ from torch import nn
 
 from compress.allocation.widths import Candidates
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema import CutConfig, PruneConfig
+from compress.config.schema.prune import CutConfig, PruneConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.data.batches import evaluation_batches

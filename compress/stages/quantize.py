@@ -4,7 +4,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from compress.config.schema import QuantizeConfig
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.conditions import has_vnni
 from compress.model.artifacts import OnnxModel
 from compress.onnx_file.io import external_files, load_onnx, save_onnx

@@ -17,7 +17,9 @@ from typing import Literal
 
 from compress.checkpoint.layout import load_torch_model, save_torch_model
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema import CutConfig, LowRankConfig, PruneConfig, RankTargetConfig, SlimConfig, TargetConfig
+from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.prune import CutConfig, PruneConfig, SlimConfig
+from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.errors import AlreadyWithin, ArtifactError, BudgetUnreachable, StageError

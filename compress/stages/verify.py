@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from compress.config.schema import VerifyConfig
+from compress.config.schema.verify import VerifyConfig
 from compress.data.from_config import open_shifted
 from compress.data.splits import Split
 from compress.model.artifacts import OnnxModel, Verdict

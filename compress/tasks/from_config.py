@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 from compress.catalog import TASKS
-from compress.config.schema import TaskConfig
+from compress.config.schema.task import TaskConfig
 from compress.errors import ModelError
 from compress.tasks.base import Task
 from compress.tasks.outputs import each

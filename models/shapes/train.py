@@ -15,7 +15,7 @@ from torch import nn
 
 from compress.checkpoint.rebuild import build_module, with_one_array, write_weights
 from compress.config.load import load_pipeline
-from compress.config.schema import LoadConfig
+from compress.config.schema.model import LoadConfig
 from compress.data.batches import Augmentation, evaluation_batches
 from compress.data.from_config import Splits
 from compress.progress import SilentProgress

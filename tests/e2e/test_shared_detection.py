@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compress.checkpoint.rebuild import load_strict, read_weights
-from compress.config.schema import GatesFile
+from compress.config.schema.verify import GatesFile
 from compress.data.from_config import open_split
 from compress.data.preprocessing import Preprocessing
 from compress.pruning.trial import find_cuttable

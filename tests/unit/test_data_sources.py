@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torchvision import datasets
 
-from compress.config.schema import DataConfig
+from compress.config.schema.data import DataConfig
 from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import (

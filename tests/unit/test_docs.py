@@ -9,26 +9,22 @@ import yaml
 
 from compress.catalog import CRITERIA, GATED, METHODS, NETWORKS, SOURCES, TASKS
 from compress.config.load import parse_pipeline
-from compress.config.schema import (
+from compress.config.schema.low_rank import TrpConfig
+from compress.config.schema.methods import (
     CsgdConfig,
-    GatesConfig,
-    GatesFile,
     GatesMethodConfig,
     GrdaConfig,
     GregConfig,
     GsmConfig,
     IncRegConfig,
-    LoadConfig,
-    NetworkSection,
-    PruneConfig,
-    QuantizeConfig,
     RegrowConfig,
-    RobustnessConfig,
-    TaskConfig,
     TppConfig,
-    TrpConfig,
-    VerifyConfig,
 )
+from compress.config.schema.model import LoadConfig, NetworkSection
+from compress.config.schema.pipeline import QuantizeConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.task import TaskConfig
+from compress.config.schema.verify import GatesConfig, GatesFile, RobustnessConfig, VerifyConfig
 from compress.networks.detectors import DETECTORS
 from compress.networks.weights import WRAPPERS
 from compress.tasks.base import Task
@@ -213,7 +209,7 @@ def test_the_commands_on_bundles_have_the_options_shown():
 
 
 def test_the_page_on_onnx_files_names_every_operator_and_its_example_is_valid():
-    from compress.config.schema import LoadConfig
+    from compress.config.schema.model import LoadConfig
     from compress.onnx_import.operators.table import OPERATORS
     from compress.onnx_import.parity import HALF_TOLERANCE, TOLERANCE
 

@@ -17,7 +17,7 @@ from exported import CLASSES, PREPROCESSING, SIGNATURE, exported, exported_with_
 from onnx import numpy_helper
 from torch import nn
 
-from compress.config.schema import ExportConfig
+from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ExportFailed
 from compress.exporting import torch_onnx
 from compress.exporting.simplify import simplify_onnx

@@ -11,14 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from compress.config.schema import (
-    ArraysSource,
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.training import (
     AugmentationConfig,
-    DataConfig,
     DistillationConfig,
     FinetuneConfig,
     OriginalTrainingConfig,
-    PreprocessingConfig,
 )
 from compress.data.batches import Augmentation
 from compress.data.from_config import Splits

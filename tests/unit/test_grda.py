@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from handmade import Bare, Chosen, Pair, setting, train
 from torch import nn
 
-from compress.config.schema import GrdaConfig
+from compress.config.schema.methods import GrdaConfig
 from compress.errors import StageError
 from compress.pruning.methods.grda import Grda, reader_norms, threshold_growth
 from compress.pruning.trial import find_cuttable

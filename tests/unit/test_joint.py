@@ -17,7 +17,9 @@ from steady import profile_by_macs
 
 import compress.search.whole_networks as joint_module
 from compress.checkpoint.rebuild import apply_edits
-from compress.config.schema import DeployConfig, PruneConfig, SlimConfig, TargetConfig
+from compress.config.schema.prune import PruneConfig, SlimConfig
+from compress.config.schema.targets import TargetConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable

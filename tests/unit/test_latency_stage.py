@@ -17,16 +17,11 @@ from torch import nn
 
 import compress.search.rank_latency as rank_latency
 import compress.search.width_latency as latency
-from compress.config.schema import (
-    ArraysSource,
-    DataConfig,
-    DeployConfig,
-    LowRankConfig,
-    PreprocessingConfig,
-    PruneConfig,
-    RankTargetConfig,
-    TargetConfig,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.targets import RankTargetConfig, TargetConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.from_config import Splits
 from compress.errors import (

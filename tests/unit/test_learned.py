@@ -15,13 +15,11 @@ from steady import profile_by_macs
 import compress.search.hooked_training as hooked
 from compress.catalog import METHODS
 from compress.checkpoint.rebuild import apply_edits
-from compress.config.schema import (
-    DeployConfig,
-    GsmConfig,
-    PruneConfig,
-    TargetConfig,
-    TrainingConfig,
-)
+from compress.config.schema.methods import GsmConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.targets import TargetConfig
+from compress.config.schema.training import TrainingConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.errors import AlreadyWithin, BudgetUnreachable, StageError
 from compress.model.recipe import RemoveBlock, RemoveChannels

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from compress.config.schema import LowRankConfig, RankTargetConfig
+from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.targets import RankTargetConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing

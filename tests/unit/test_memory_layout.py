@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from compress.config.schema import DataConfig
+from compress.config.schema.data import DataConfig
 from compress.data.batches import Augmentation, evaluation_batches, training_batches
 from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing

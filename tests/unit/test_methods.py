@@ -12,7 +12,7 @@ from handmade import Bare, Chosen, Pair, setting, train
 from torch import nn
 
 from compress.allocation.costs import Axis, CoupledCost, Term
-from compress.config.schema import CsgdConfig, GatesMethodConfig, GregConfig, GsmConfig, IncRegConfig
+from compress.config.schema.methods import CsgdConfig, GatesMethodConfig, GregConfig, GsmConfig, IncRegConfig
 from compress.errors import StageError
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.methods.base import DECAYED, GroupTensors, Shortcuts, rows_of

@@ -10,7 +10,9 @@ from bright import Listener, artifact, context, splits
 from torch import nn
 
 import compress.search.parts as parts_module
-from compress.config.schema import LowRankConfig, PruneConfig, SlimConfig, TargetConfig
+from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.prune import PruneConfig, SlimConfig
+from compress.config.schema.targets import TargetConfig
 from compress.data.from_config import Splits
 from compress.search.parts import FOLDER, Part, Parts, weights_digest
 from compress.stages.low_rank import LowRankStage

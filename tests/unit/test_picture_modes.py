@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from compress.config.schema import FolderSource
+from compress.config.schema.data import FolderSource
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.annotated import read_masks
 from compress.data.sources.classification import order_warning, read_folder

@@ -13,14 +13,10 @@ from onnx import TensorProto
 
 from compress.checkpoint.layout import load_torch_model, save_torch_model
 from compress.checkpoint.rebuild import write_weights
-from compress.config.schema import (
-    ArraysSource,
-    DataConfig,
-    DeployConfig,
-    ExportConfig,
-    LoadConfig,
-    PreprocessingConfig,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.model import LoadConfig
+from compress.config.schema.pipeline import ExportConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import TableConditions, present_conditions
 from compress.cost.variants import VariantWriter
 from compress.data.from_config import Splits

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms import functional as reference
 
-from compress.config.schema import PreprocessingConfig
+from compress.config.schema.data import PreprocessingConfig
 from compress.data.batches import evaluation_batches
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.boxes import moved

@@ -18,7 +18,9 @@ from torch import nn
 import compress.search.repairs as repairing
 import compress.search.scoring as scoring_module
 from compress.checkpoint.rebuild import apply_edits
-from compress.config.schema import ArraysSource, DataConfig, PreprocessingConfig, PruneConfig, TargetConfig
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.targets import TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits

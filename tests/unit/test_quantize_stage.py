@@ -13,7 +13,8 @@ from onnx import numpy_helper
 import compress.stages.quantize as stage_module
 from compress.checkpoint.layout import load_artifact, save_artifact
 from compress.checkpoint.rebuild import write_weights
-from compress.config.schema import DeployConfig, QuantizeConfig, VerifyConfig
+from compress.config.schema.pipeline import QuantizeConfig
+from compress.config.schema.verify import DeployConfig, VerifyConfig
 from compress.cost.conditions import has_vnni
 from compress.cost.macs import count_layer_weights, count_macs, count_params
 from compress.errors import ArtifactError, DataError

@@ -19,18 +19,12 @@ from torch import nn
 
 import compress.search.rank_latency as rank_latency
 from compress.checkpoint.rebuild import apply_edits
-from compress.config.schema import (
-    ALDS_SCHEMES,
-    ArraysSource,
-    DataConfig,
-    DeployConfig,
-    LowRankConfig,
-    PreprocessingConfig,
-    RankTargetConfig,
-    SlimConfig,
-    TargetConfig,
-    TrainingConfig,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.low_rank import ALDS_SCHEMES, LowRankConfig
+from compress.config.schema.prune import SlimConfig
+from compress.config.schema.targets import RankTargetConfig, TargetConfig
+from compress.config.schema.training import TrainingConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, InternalError, StageError, UnsupportedLayer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from handmade import Chosen, Pair, setting, train
 
-from compress.config.schema import RegrowConfig
+from compress.config.schema.methods import RegrowConfig
 from compress.errors import StageError
 from compress.pruning.methods.base import folded_filters
 from compress.pruning.methods.regrow import Regrow, leverage, units_by_leverage

@@ -14,13 +14,8 @@ from safetensors.torch import save_file
 
 from compress.checkpoint.rebuild import apply_edits, rewound
 from compress.config.load import parse_pipeline
-from compress.config.schema import (
-    ArraysSource,
-    DataConfig,
-    FinetuneConfig,
-    OriginalTrainingConfig,
-    PreprocessingConfig,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.training import FinetuneConfig, OriginalTrainingConfig
 from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import compress.exporting.rewrite as rewrite
 import compress.search.export as exporting
-from compress.config.schema import DeployConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource

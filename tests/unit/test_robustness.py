@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compress.catalog import CORRUPTIONS, NOMINAL
-from compress.config.schema import RobustnessConfig
+from compress.config.schema.verify import RobustnessConfig
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split

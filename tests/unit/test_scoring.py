@@ -15,15 +15,10 @@ from steady import profile_by_macs
 from torch import nn
 
 from compress.catalog import CRITERIA, WITH_ERRORS, WITHOUT_ERRORS
-from compress.config.schema import (
-    ArraysSource,
-    DataConfig,
-    DeployConfig,
-    PreprocessingConfig,
-    PruneConfig,
-    TargetConfig,
-    UnlabelledSource,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig, UnlabelledSource
+from compress.config.schema.prune import PruneConfig
+from compress.config.schema.targets import TargetConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits

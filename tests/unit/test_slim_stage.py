@@ -17,19 +17,12 @@ from steady import profile_by_macs
 import compress.search.rank_latency as rank_latency
 import compress.stages.slim as slim_module
 from compress.checkpoint.rebuild import apply_edits, write_weights
-from compress.config.schema import (
-    ArraysSource,
-    DataConfig,
-    DeployConfig,
-    DistillationConfig,
-    LowRankConfig,
-    PreprocessingConfig,
-    PruneConfig,
-    RankTargetConfig,
-    SlimConfig,
-    TargetConfig,
-    TrainingConfig,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.prune import PruneConfig, SlimConfig
+from compress.config.schema.targets import RankTargetConfig, TargetConfig
+from compress.config.schema.training import DistillationConfig, TrainingConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, UnsupportedLayer

@@ -10,7 +10,9 @@ import taskworld
 import torch
 from PIL import Image
 
-from compress.config.schema import DataConfig, GatesFile, TaskConfig
+from compress.config.schema.data import DataConfig
+from compress.config.schema.task import TaskConfig
+from compress.config.schema.verify import GatesFile
 from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
 from compress.data.sources.annotated import AnnotatedSource, read_masks, read_target_arrays, read_unlabelled

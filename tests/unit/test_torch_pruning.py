@@ -19,15 +19,9 @@ from torchvision import models
 
 from compress.catalog import CRITERIA
 from compress.config.load import parse_pipeline
-from compress.config.schema import (
-    ArraysSource,
-    DataConfig,
-    PreprocessingConfig,
-    PruneConfig,
-    TargetConfig,
-    TorchPruningConfig,
-    UnlabelledSource,
-)
+from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig, UnlabelledSource
+from compress.config.schema.prune import PruneConfig, TorchPruningConfig
+from compress.config.schema.targets import TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.engine.keys import build_steps

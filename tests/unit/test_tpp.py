@@ -6,7 +6,7 @@ import torch
 from handmade import Bare, Chosen, Pair, setting, train
 from torch import nn
 
-from compress.config.schema import GregConfig, TppConfig
+from compress.config.schema.methods import GregConfig, TppConfig
 from compress.errors import StageError
 from compress.pruning.methods.greg import Greg
 from compress.pruning.methods.tpp import Tpp, _Kernel, _kernels_of

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress.config.schema import LowRankConfig, RankTargetConfig, TrainingConfig, TrpConfig
+from compress.config.schema.low_rank import LowRankConfig, TrpConfig
+from compress.config.schema.targets import RankTargetConfig
+from compress.config.schema.training import TrainingConfig
 from compress.cost.macs import count_macs
 from compress.errors import BudgetUnreachable
 from compress.lowrank.factorize import factorize, main_directions, multiply

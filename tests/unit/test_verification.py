@@ -12,7 +12,7 @@ import torch
 from exported import PREPROCESSING, SIGNATURE, exported
 from onnx import helper, numpy_helper
 
-from compress.config.schema import GatesConfig, VerifyConfig
+from compress.config.schema.verify import GatesConfig, VerifyConfig
 from compress.cost.macs import count_params
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split

@@ -6,7 +6,8 @@ from typing import Any
 from compress.catalog import GATED, GATED_WITHOUT_LABELS, HARDER, SHARES, closest
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path, show
-from compress.config.schema import PipelineConfig, VerifyConfig
+from compress.config.schema.pipeline import PipelineConfig
+from compress.config.schema.verify import VerifyConfig
 from compress.errors import ConfigValueError
 
 _BOUNDS: dict[str, tuple[float, float]] = {

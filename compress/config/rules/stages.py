@@ -11,7 +11,8 @@ from typing import Any
 from compress.catalog import NOTHING, RUNTIMES, STAGES, VERDICT
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path
-from compress.config.schema import DataConfig, QuantizeConfig
+from compress.config.schema.data import DataConfig
+from compress.config.schema.pipeline import QuantizeConfig
 
 _ARTICLES = {"TorchModel": "a TorchModel", "OnnxModel": "an OnnxModel", VERDICT: "a Verdict"}
 

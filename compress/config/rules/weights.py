@@ -23,7 +23,7 @@ from compress.catalog import GATED
 from compress.config.document import Document
 from compress.config.paths import PRETRAINED, UNTRAINED
 from compress.config.problems import KeyPath, Problem, format_path, show
-from compress.config.schema import PreprocessingConfig
+from compress.config.schema.data import PreprocessingConfig
 from compress.errors import ArtifactError
 
 PREPROCESSING_KEY = "compress.preprocessing"

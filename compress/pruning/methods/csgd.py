@@ -11,7 +11,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
-from compress.config.schema import CsgdConfig
+from compress.config.schema.methods import CsgdConfig
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member, is_depthwise
 from compress.pruning.methods.base import (
     GroupTensors,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.config.schema import GatesMethodConfig
+from compress.config.schema.methods import GatesMethodConfig
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Removed, Setting, fixed_members, unfit_gate
 

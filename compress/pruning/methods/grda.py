@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.config.schema import GrdaConfig
+from compress.config.schema.methods import GrdaConfig
 from compress.errors import StageError
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.methods.base import FADE, Removed, Rows, Setting, Shortcuts, rows_of, unfit_gate

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.config.schema import GregConfig
+from compress.config.schema.methods import GregConfig
 from compress.pruning.methods.base import Scored, Setting
 
 _ALIKE = 0.01

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from compress.config.schema import GsmConfig
+from compress.config.schema.methods import GsmConfig
 from compress.pruning.methods.base import Scored, Setting
 
 _DECAYED_WHILE_OPEN = 2.0

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.config.schema import IncRegConfig
+from compress.config.schema.methods import IncRegConfig
 from compress.pruning.methods.base import Scored, Setting
 
 _MIDDLE = 0.25

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compress.config.schema import RegrowConfig
+from compress.config.schema.methods import RegrowConfig
 from compress.errors import StageError
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.methods.base import Rows, Scored, Setting, folded_filters

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from compress.config.schema import GregConfig, TppConfig
+from compress.config.schema.methods import GregConfig, TppConfig
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Rows, Setting, norm_factors, weight_rows
 from compress.pruning.methods.greg import Greg

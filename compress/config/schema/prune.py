@@ -1,0 +1,251 @@
+"""Schema of `prune` and `slim`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from typing_extensions import Self  # in typing from Python 3.11 on
+
+from compress.catalog import (
+    CRITERIA,
+    METHODS,
+    WITH_ERRORS,
+    WITHOUT_ERRORS,
+)
+from compress.config.schema.base import REFERENCE, Count, Names, Positive, Section, registered, to_tuple
+from compress.config.schema.low_rank import (
+    SCHEMES,
+    RankAllocation,
+    Schemes,
+    check_alds_schemes,
+    fill_schemes,
+)
+from compress.config.schema.methods import (
+    METHOD_SETTINGS,
+    CsgdConfig,
+    GatesMethodConfig,
+    GrdaConfig,
+    GregConfig,
+    GsmConfig,
+    IncRegConfig,
+    RegrowConfig,
+    TppConfig,
+)
+from compress.config.schema.targets import TargetConfig
+from compress.config.schema.training import TrainingConfig, check_training
+
+
+def _to_order(value: object) -> object:
+    return "shuffled" if value == "random" else value  # its name until 0.1
+
+
+def _check_blocks(value: object) -> object:
+    if value in ("auto", "joint") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("must be a whole number of at least 0, auto or joint")
+
+
+class TorchPruningConfig(Section):
+    """An importance of the user's own, written for torch-pruning."""
+
+    torch_pruning: str = Field(
+        pattern=REFERENCE, description='a subclass of torch_pruning.importance.Importance: "path/to/file.py:Class"'
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
+    gradients: Literal["none", "mean", "squares"] | None = Field(
+        None,
+        description="what it finds in .grad: nothing, the gradient of the mean loss, or the mean of the squared "
+        "gradients of single images; by default mean or squares where it derives from torch-pruning's Taylor or "
+        "Hessian class",
+    )
+    comparable: bool = Field(
+        False,
+        description="whether scores of different groups have one scale; else each group's are divided by their mean",
+    )
+
+
+def _criterion_kind(value: object) -> str:
+    return "section" if isinstance(value, dict | Section) else "name"
+
+
+Criterion = Annotated[
+    Annotated[str, registered(CRITERIA), Tag("name")] | Annotated[TorchPruningConfig, Tag("section")],
+    Discriminator(_criterion_kind),
+]
+
+
+class CutConfig(Section):
+    """How channels are chosen and cut down to a budget, and what is repaired afterwards."""
+
+    target: TargetConfig
+    criterion: Criterion = Field(
+        "reconstruction", description="how channels are ranked: a name, or an importance of your own"
+    )
+    order: Annotated[Literal["criterion", "shuffled"], BeforeValidator(_to_order)] = Field(
+        "criterion",
+        description="which channels of a group go first; shuffled: any, at the same widths, as a sanity check",
+    )
+    damage: Literal["scores", "errors", "sensitivity"] = Field(
+        "scores",
+        description="what narrowing a group costs: by the criterion's own measure, the relative error of its refitted "
+        "readers, or the loss measured at each width",
+    )
+    allocation: Literal["global", "uniform", "shared_error"] = Field(
+        "global",
+        description="least damage in all, the same removed share of each group, or one bound on the damage of each",
+    )
+    multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
+    min_width: Count = Field(1, description="channels that every group keeps at least")
+    max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="cap of each group")
+    residual: Literal["auto", "cut", "keep"] = Field(
+        "auto",
+        description="channels that run along shortcuts: cut like all others, kept, or whatever the validation loss "
+        "likes best of neither, few and as many as their scores say",
+    )
+    residual_factors: Annotated[tuple[Positive, ...], BeforeValidator(to_tuple), Field(min_length=1)] = Field(
+        (1e4, 4.0, 1.0),
+        description="what residual: auto multiplies the damage of channels along shortcuts by, one after the other",
+    )
+    whole_networks: Annotated[int, Field(ge=4, le=10_000)] | None = Field(
+        None,
+        description="networks that are cut, repaired and scored to learn how much each damage counts; none by default, "
+        "24 where blocks are joint",
+    )
+    exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
+    score_images: Count = Field(512, description="calibration images that criteria look at")
+    images_per_gradient: Count = Field(
+        8, description="images of one gradient in taylor scores: their derivatives are averaged before they are squared"
+    )
+    refit_images: Count = Field(512, description="calibration images that the least-squares repair fits layers to")
+    repair: Annotated[
+        tuple[Literal["scaling", "least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(to_tuple)
+    ] = Field(
+        ("scaling", "least_squares", "bias_folding", "batch_norm"),
+        description="after the cut, each kept only if it lowers the validation loss; scaling is of criteria that find "
+        "factors for the channels they keep; [] for none",
+    )
+
+    @model_validator(mode="after")
+    def _check_networks(self) -> Self:
+        if self.whole_networks is not None and self.allocation != "global":
+            raise ValueError("allocation must be global where whole_networks is given")
+        return self
+
+    @model_validator(mode="after")
+    def _check_errors(self) -> Self:
+        has_scores_alone = isinstance(self.criterion, TorchPruningConfig) or self.criterion in WITHOUT_ERRORS
+        if self.damage == "errors" and has_scores_alone:
+            named = self.criterion if isinstance(self.criterion, str) else "an importance of your own"
+            raise ValueError(
+                f"damage must be scores or sensitivity with {named}, which has no errors "
+                f"({', '.join(WITH_ERRORS[:-1])} and {WITH_ERRORS[-1]} have)"
+            )
+        return self
+
+
+class PruneConfig(CutConfig):
+    """Remove channels, and residual blocks, down to a budget; then repair without training."""
+
+    stage: Literal["prune"]
+    blocks: Annotated[int | Literal["auto", "joint"], BeforeValidator(_check_blocks)] = Field(
+        0,
+        description="residual blocks to remove first, least damage first; auto tries how many are best, or lets the "
+        "method decide; joint chooses blocks and widths in one solve",
+    )
+    method: Annotated[str, registered(METHODS)] | None = Field(
+        None, description="what decides, while the network trains, which channels go; by default scores do at once"
+    )
+    training: TrainingConfig | None = Field(None, description="how the network trains while the method decides")
+    gsm: GsmConfig | None = Field(None, description="settings of that method")
+    gates: GatesMethodConfig | None = Field(None, description="settings of that method")
+    greg: GregConfig | None = Field(None, description="settings of that method")
+    increg: IncRegConfig | None = Field(None, description="settings of that method")
+    csgd: CsgdConfig | None = Field(None, description="settings of that method")
+    grda: GrdaConfig | None = Field(None, description="settings of that method")
+    regrow: RegrowConfig | None = Field(None, description="settings of that method")
+    tpp: TppConfig | None = Field(None, description="settings of that method")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_residual(cls, values: Any) -> Any:
+        """Say `cut` where a method decides and nothing is said: it ranks channels along shortcuts like all others."""
+        if isinstance(values, dict) and values.get("method") is not None and "residual" not in values:
+            return {**values, "residual": "cut"}
+        return values
+
+    @property
+    def method_settings(self) -> Section | None:
+        """The section of the method, if it is given; a plug-in's method has none."""
+        return getattr(self, self.method) if self.method in METHOD_SETTINGS else None
+
+    @property
+    def trials(self) -> int:
+        """Number of whole networks that are cut, repaired and scored before the choice."""
+        return self.whole_networks or (JOINT_NETWORKS if self.blocks == "joint" else 0)
+
+    @property
+    def method_training(self) -> TrainingConfig | None:
+        """Training while the method decides, with the method's own momentum where it sets one."""
+        momentum = getattr(self.method_settings, "momentum", None)
+        if self.training is None or momentum is None:
+            return self.training
+        return self.training.model_copy(update={"momentum": momentum})
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        check_training(self.method, self.training)
+        if self.method is not None and self.blocks == "joint":
+            raise ValueError("blocks must not be joint where a method decides by scores of its own")
+        if self.method is not None and self.whole_networks is not None:
+            raise ValueError("whole_networks must be left out where a method decides by scores of its own")
+        if self.blocks == "joint" and self.allocation != "global":
+            raise ValueError("allocation must be global where blocks is joint")
+        for name in METHOD_SETTINGS:
+            if getattr(self, name) is not None and self.method != name:
+                raise ValueError(f"{name} must be left out unless it is the method")
+        for name in ("criterion", "order", "damage"):
+            if self.method is not None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} must be left out where a method decides by scores of its own")
+        if self.method is not None and self.residual == "auto":
+            raise ValueError("residual must be cut or keep where a method decides: auto compares networks cut at once")
+        if self.method not in (None, "gates") and self.blocks == "auto":
+            raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
+        if self.training is not None and self.training.optimizer != "sgd":
+            raise ValueError("training.optimizer must be sgd where a method decides: decays are sized for it")
+        return self
+
+
+JOINT_NETWORKS = 24
+
+
+class SlimConfig(CutConfig):
+    """Remove channels and residual blocks and factorise layers under one budget, in one step or in several."""
+
+    stage: Literal["slim"]
+    moves: Annotated[tuple[Literal["channels", "blocks", "ranks"], ...], BeforeValidator(to_tuple)] = Field(
+        ("channels", "blocks", "ranks"), description="what may be done; channels always"
+    )
+    rank_allocation: RankAllocation = "shared_error"
+    schemes: Schemes = SCHEMES
+    steps: Count = Field(1, description="times the network is slimmed, each time nearer to the target")
+    between: TrainingConfig | None = Field(None, description="training after each step but the last")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_schemes(cls, values: Any) -> Any:
+        return fill_schemes(values, "rank_allocation")
+
+    @model_validator(mode="after")
+    def _check_moves(self) -> Self:
+        check_alds_schemes(self.rank_allocation, self.schemes)
+        if "channels" not in self.moves:
+            raise ValueError("moves must hold channels; for ranks alone there is the stage low_rank")
+        given = list(self.target.given())
+        if "ranks" in self.moves and (len(given) > 1 or "size_mb" in given):
+            raise ValueError("target must hold latency, latency_ms, macs or params alone while moves hold ranks")
+        if self.steps > 1 and not set(given) <= {"latency", "macs", "params"}:
+            raise ValueError("target must be in shares (latency, macs, params) while steps is above 1")
+        if self.steps > 1 and self.between is None:
+            raise ValueError("steps must be 1 without between, which says how to train from step to step")
+        if self.steps == 1 and self.between is not None:
+            raise ValueError("between must be left out while steps is 1")
+        return self

@@ -18,8 +18,8 @@ from compress.cost.macs import COUNTED
 from compress.errors import UnsupportedLayer
 from compress.model.tensors import held_tensors
 from compress.pruning.groups import LAYERS, Amount, ChannelGroup, Exclusion, Member, Read, Share
+from compress.pruning.tracing.forward import trace
 from compress.pruning.tracing.record import OUTPUTS, Axis, Trace
-from compress.pruning.tracing.watch import trace
 
 _MOST_PATTERNS = 4
 ONE_CHANNEL = "it has one channel only"

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from compress.model.modes import eval_mode
 from compress.onnx_file.counting import FIXED_BUFFER
-from compress.pruning.tracing.watch import trace
+from compress.pruning.tracing.forward import trace
 
 _NAME = "fixed_shortcut"
 

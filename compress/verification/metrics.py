@@ -15,9 +15,8 @@ import numpy as np
 from compress.errors import DataError
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
-from compress.verification.statistics import Bounds, calibration_bounds, difference_bounds
+from compress.verification.statistics import CONFIDENCE, Bounds, calibration_bounds, difference_bounds
 
-CONFIDENCE = 0.95
 _TOP = 5
 _FARTHEST = math.sqrt(2)  # l2 distance of two vectors of probabilities
 _ROWS_AT_ONCE = 4096

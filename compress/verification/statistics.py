@@ -24,8 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compress.verification.metrics import CONFIDENCE
-
+CONFIDENCE = 0.95
 Figures = dict[str, float]
 
 

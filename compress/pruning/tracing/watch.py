@@ -9,11 +9,8 @@
 Operations are followed as PyTorch carries them out (its dispatcher's), so it does not matter how the network's code
 says them. Nothing is guessed beyond that: what comes of it is tried on a copy before anything is believed
 (`trial.py`).
-
-Watches one forward pass of a network.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,12 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from compress.cost.macs import COUNTED, find_products
-from compress.errors import UntraceableModel
-from compress.model.modes import eval_mode, plain_lstm
 from compress.model.tensors import attribute_names, held_tensors
 from compress.onnx_file.counting import is_fixed_weight
 from compress.pruning.tracing.record import (
-    OUTPUTS,
     Axis,
     Counted,
     Shaped,
@@ -43,8 +37,6 @@ from compress.pruning.tracing.record import (
     unlabelled,
     vector,
 )
-from compress.pruning.tracing.rules import find_rule
-from compress.user_code import is_interrupt
 
 _MOST_FACTORS = 2  # numbers of channels that one product's MACs can follow
 
@@ -350,40 +342,3 @@ Rule = Callable[[Watch, Call], None]
 def where(place: str) -> str:
     """Return a module's path as messages name it."""
     return f"'{place}'" if place else "the network's own forward pass"
-
-
-def trace(module: nn.Module, example: Tensor) -> Trace:
-    """Watch one forward pass in eval mode; the network is left as it is.
-
-    Args:
-        module: Any network on the CPU.
-        example: One input, (1, ...).
-
-    Raises:
-        UntraceableModel: The forward pass fails.
-    """
-    watch = Watch(module, find_rule)
-    try:
-        with (
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            eval_mode(module),
-            plain_lstm(module),
-            watch.places(),
-            watch,
-        ):
-            warnings.simplefilter("ignore")
-            outputs = module(example)
-    except BaseException as error:  # the user's forward pass raises whatever it raises
-        if is_interrupt(error):
-            raise
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UntraceableModel(
-            f"The network's channels must be traced on one input of shape {tuple(example.shape)}; its forward pass "
-            f"gave {type(error).__name__}: {first}"
-        ) from error
-    watch.freeze_odd_layers()
-    for output in tree_leaves(outputs):
-        if isinstance(output, Tensor):
-            watch.freeze(watch.labels_of(output), OUTPUTS)
-    return watch.trace

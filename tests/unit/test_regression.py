@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.pruning.repair.least_squares import GramSum
-from compress.pruning.repair.repairs import least_squares as regression
+from compress.pruning.repair import least_squares as regression
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 9])

@@ -24,7 +24,7 @@ from compress.pruning.repair.least_squares import (
 )
 from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms, run_watched
 from compress.pruning.repair.repairs import Comparison, add_constant, fold_means, refit_readers
-from compress.pruning.repair.repairs import repairs as repair
+from compress.pruning.repair import repairs as repair
 
 SILENT = SilentProgress()
 IMAGE = torch.zeros(1, 2, 4, 4)

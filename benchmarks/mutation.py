@@ -35,7 +35,7 @@ from compress.cli.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 NOTICED, MISSED = ("killed", "timeout", "suspicious", "segfault", "caught by type check"), ("survived", "no tests")
 COPIED = ("models", "pipelines", "benchmarks", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
-OF_THE_TEXT = "tests/unit/test_latency.py::test_the_check_of_a_bundle_holds_the_same_arithmetic_word_for_word"
+OF_THE_TEXT = "tests/verification/test_latency.py::test_the_check_of_a_bundle_holds_the_same_arithmetic_word_for_word"
 # functions called while the package is imported: mutmut chooses a mutant after that, so theirs are never carried out
 AT_IMPORT = tuple(
     f"compress.cost.{name}__mutmut"

@@ -1,4 +1,4 @@
-"""One process of a team: trains a small network and writes what came of it. Run by tests/unit/test_team.py."""
+"""One process of a team: trains a small network and writes what came of it. Run by tests/training/test_distributed.py."""
 
 import json
 import os

@@ -49,7 +49,7 @@ def test_a_run_learns_of_a_missing_package_before_its_first_stage(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_prune_that_is_killed_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole suite of moments is in tests/unit/test_parts.py; here the process dies."""
+    """The whole suite of moments is in tests/search/test_parts.py; here the process dies."""
     from compress.search.parts import Parts
 
     values = world.values()

@@ -12,7 +12,7 @@ from compress.checkpoint.rebuild import build_module, load_strict, read_weights
 from compress.cost.macs import count_macs, count_params
 from compress.model.artifacts import FactorySpec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "models").glob("*/card.yaml"))
 BINARY_SUFFIXES = (".gz", ".npz", ".npy", ".onnx", ".safetensors", ".png")
 

@@ -14,7 +14,7 @@ from compress import errors
 from compress.cli.commands import app
 from compress.config.load import parse_pipeline
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""One process of a team: trains a small network and writes what came of it. Run by tests/training/test_distributed.py."""
+"""One process of several that train one network, and what came of it. Run by `tests/training/test_distributed.py`."""
 
 import json
 import os

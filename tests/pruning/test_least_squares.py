@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress.pruning.repair.least_squares import GramSum
 from compress.pruning.repair import least_squares as regression
+from compress.pruning.repair.least_squares import GramSum
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 9])

@@ -14,6 +14,7 @@ from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import InternalError
 from compress.progress import SilentProgress
+from compress.pruning.repair import repairs as repair
 from compress.pruning.repair.least_squares import (
     RIDGE,
     GramSum,
@@ -24,7 +25,6 @@ from compress.pruning.repair.least_squares import (
 )
 from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms, run_watched
 from compress.pruning.repair.repairs import Comparison, add_constant, fold_means, refit_readers
-from compress.pruning.repair import repairs as repair
 
 SILENT = SilentProgress()
 IMAGE = torch.zeros(1, 2, 4, 4)

@@ -7,10 +7,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ExportFailed
+from compress.errors import ExportFailed, first_line, translated
 from compress.model.artifacts import Signature
 from compress.model.modes import eval_mode
-from compress.onnx_file.io import first_line
 
 _MORE_PIXELS = 64  # a multiple of what networks shrink images by
 _IMAGES, _SILENT = 2, 4
@@ -84,12 +83,12 @@ def _run_file(path: Path, images: Tensor, what: str) -> list[tuple[int, ...]]:
     first = session.get_inputs()[0]
     alone = isinstance(first.shape[0], int)  # a fixed batch is one image
     parts = [images[place : place + 1] for place in range(len(images))] if alone else [images]
-    try:
-        found = [session.run(None, {first.name: part.numpy()}) for part in parts]
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ExportFailed(
+    with translated(
+        lambda error: ExportFailed(
             f"dynamic needs a file that takes images of other sizes; with {what} the file that torch wrote fails, the "
             f"network does not: {first_line(error)}",
             hint=_HINT,
-        ) from error
+        )
+    ):
+        found = [session.run(None, {first.name: part.numpy()}) for part in parts]
     return [(sum(one[place].shape[0] for one in found), *found[0][place].shape[1:]) for place in range(len(found[0]))]

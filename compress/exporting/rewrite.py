@@ -20,9 +20,8 @@ import onnx_ir as ir
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from compress.errors import ExportFailed
+from compress.errors import ExportFailed, first_line, translated
 from compress.onnx_file.counting import FIXED_WEIGHT
-from compress.onnx_file.io import first_line
 
 Constants = Mapping[str, np.ndarray]
 
@@ -225,9 +224,7 @@ def in_half_precision(model: ModelProto) -> ModelProto:
                 )
     copy = ModelProto()
     copy.CopyFrom(model)
-    try:
+    with translated(lambda error: ExportFailed(f"The graph could not be written in fp16: {first_line(error)}")):
         half = ir.from_proto(convert_float_to_float16(copy, keep_io_types=True))
         half.graph.sort()  # the converter puts its casts last
         return ir.to_proto(half)
-    except Exception as error:  # a converter of arbitrary graphs can fail in any way
-        raise ExportFailed(f"The graph could not be written in fp16: {first_line(error)}") from error

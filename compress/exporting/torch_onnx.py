@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
-from compress.errors import ExportFailed, InternalError
+from compress.errors import ExportFailed, InternalError, first_line, translated
 from compress.exporting.constant_names import name_constants
 from compress.exporting.rewrite import HALF_TOLERANCE, apply_rewrites, guard_padded_pools, in_half_precision
 from compress.exporting.simplify import find_difference, simplify_onnx
@@ -40,7 +40,6 @@ from compress.onnx_file.io import (
     SIZES_KEY,
     at_sizes,
     default_opset,
-    first_line,
     read_signature,
     save_onnx,
 )
@@ -196,27 +195,32 @@ def _run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappi
     dynamic = wanted.inputs[0].shape[0] == "batch"
     # torch.export takes sizes 0 and 1 for constants, so an open axis needs an example of 2
     examples = tuple(_example(spec, batch=2 if dynamic else 1) for spec in at_sizes(wanted, sizes).inputs)
-    try:
-        with eval_mode(module), real_inputs(module), torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                module,
-                examples,
-                dynamo=True,
-                opset_version=opset,
-                input_names=[spec.name for spec in wanted.inputs],
-                output_names=[spec.name for spec in wanted.outputs],
-                dynamic_shapes=_dynamic_shapes(module, wanted),
-                verbose=False,
+    with (
+        translated(
+            lambda error: ExportFailed(
+                f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
+                hint=_DECIDES if "data-dependent" in _reason(error) else _export_hint(dynamic, sizes),
             )
-            assert program is not None
-            model = program.model_proto
-            name_constants(model, module)
-            return model
-    except Exception as error:  # the exporter raises whatever tracing, the network's own code or onnxscript raises
-        raise ExportFailed(
-            f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
-            hint=_DECIDES if "data-dependent" in _reason(error) else _export_hint(dynamic, sizes),
-        ) from error
+        ),
+        eval_mode(module),
+        real_inputs(module),
+        torch.no_grad(),
+        _quiet(),
+    ):
+        program = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.name for spec in wanted.inputs],
+            output_names=[spec.name for spec in wanted.outputs],
+            dynamic_shapes=_dynamic_shapes(module, wanted),
+            verbose=False,
+        )
+        assert program is not None
+        model = program.model_proto
+        name_constants(model, module)
+        return model
 
 
 def _dynamic_shapes(module: nn.Module, wanted: Signature) -> tuple[object, ...] | None:
@@ -340,14 +344,16 @@ def _weight_bytes(model: ModelProto) -> int:
 def save_checked(model: ModelProto, path: Path, external: bool) -> Path:
     """Write a model into a folder of its own and run ONNX's checker over what was written."""
     path.parent.mkdir()
-    try:
+    with translated(_not_saved):
         save_onnx(model, path, external)
         onnx.checker.check_model(path, full_check=True)
-    except OSError as error:
-        raise ExportFailed(f"The ONNX file must be writable: {error}") from error
-    except Exception as error:  # checker, shape inference and protobuf raise types of their own
-        raise ExportFailed(f"The exported ONNX file is not valid: {first_line(error)}") from error
     return path
+
+
+def _not_saved(error: Exception) -> ExportFailed:
+    if isinstance(error, OSError):
+        return ExportFailed(f"The ONNX file must be writable: {error}")
+    return ExportFailed(f"The exported ONNX file is not valid: {first_line(error)}")
 
 
 def move_into_place(source: Path, path: Path) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.errors import UnsupportedLayer
+from compress.errors import UnsupportedLayer, attempt
 from compress.model.modes import eval_mode
 from compress.model.recipe import RemoveUnread
 
@@ -129,15 +129,16 @@ def _replace(
     parent = slim.get_submodule(parent_path)
     for one in stands_in:
         setattr(parent, name, one.train(old.training))
-        try:
-            got = [_outputs(slim, batch) for batch in batches]
-            same = all(_same(a, b) for many in zip(got, wanted, strict=True) for a, b in zip(*many, strict=True))
-        except Exception:  # the user's code meets other shapes than before
-            same = False
-        if same:
+        # the user's code meets other shapes than before, and may raise anything
+        if attempt(lambda: _all_same(slim, batches, wanted), lambda _: False):
             return True
     setattr(parent, name, old)
     return False
+
+
+def _all_same(module: nn.Module, batches: Sequence[Tensor], wanted: Sequence[list[Tensor]]) -> bool:
+    got = [_outputs(module, batch) for batch in batches]
+    return all(_same(a, b) for many in zip(got, wanted, strict=True) for a, b in zip(*many, strict=True))
 
 
 def _reached(module: nn.Module, example: Tensor) -> set[str]:
@@ -173,13 +174,10 @@ def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
     )
     for spoil in spoils:
         handle = module.get_submodule(path).register_forward_hook(_replaced(spoil))
-        try:
-            got = _outputs(module, example)
-        except Exception:  # the user's code looks at the values
-            return False
-        finally:
-            handle.remove()
-        if not all(_same(one, other) for one, other in zip(got, wanted, strict=True)):
+        # the user's code may look at the values, and raise anything
+        same = attempt(lambda: _all_same(module, [example], [wanted]), lambda _: False)
+        handle.remove()
+        if not same:
             return False
     return True
 

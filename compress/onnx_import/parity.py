@@ -20,8 +20,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from compress.data.packing import standard_strides
-from compress.errors import ModelError, NonFinite
-from compress.onnx_file.io import each_tensor, first_line
+from compress.errors import ModelError, NonFinite, attempt, first_line, translated
+from compress.onnx_file.io import each_tensor
 from compress.onnx_import.build import ONNX_VALUE
 from compress.onnx_import.preconditions import Source
 from compress.onnx_import.values import as_float32
@@ -165,14 +165,12 @@ def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarr
         wanted: Names of the values, and what the network gives for them: what single images give is joined like it.
     """
     names = list(wanted)
-    try:
+    with translated(lambda error: ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}")):
         if source.has_open_batch:
             found = session.run(names, feed)
             return {name: as_float32(value) for name, value in zip(names, found, strict=True)}
         count = max(feed[spec.name].shape[0] for spec in source.inputs if source.carries_images(spec))
         runs = [session.run(names, _one_of(source, feed, index)) for index in range(count)]
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}") from error
     each = zip(names, zip(*runs, strict=True), strict=True)
     return {name: as_float32(_joined(values, wanted[name].shape)) for name, values in each}
 
@@ -234,12 +232,14 @@ def _session(source: Source, outputs: Sequence[str] | None) -> Any:
         telling.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         model = telling.SerializeToString()
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises types of its own
+
+    def otherwise(error: Exception) -> Any:
         if onnx.TensorProto.DOUBLE in _weight_types(source):  # it has no convolutions in double precision
             return ReferenceEvaluator(source.model if outputs is None else telling)
         raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
+
+    providers = ["CPUExecutionProvider"]
+    return attempt(lambda: onnxruntime.InferenceSession(model, options, providers=providers), otherwise)
 
 
 def _tolerance(source: Source) -> float:

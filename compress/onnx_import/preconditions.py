@@ -14,17 +14,9 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import ModelProto
 
-from compress.errors import ArtifactError, ModelError
+from compress.errors import ArtifactError, ModelError, first_line, translated
 from compress.model.artifacts import TensorSpec
-from compress.onnx_file.io import (
-    default_opset,
-    each_node,
-    first_line,
-    load_onnx,
-    read_inputs,
-    require_beside,
-    tensor_problems,
-)
+from compress.onnx_file.io import default_opset, each_node, load_onnx, read_inputs, require_beside, tensor_problems
 from compress.onnx_import.values import PROBES
 
 OLDEST_OPSET = 7  # before it, what broadcasts was said by attributes
@@ -119,14 +111,14 @@ def _up_to_date(model: ModelProto, path: Path) -> ModelProto:
         )
     if opset >= OLDEST_OPSET:
         return model
-    try:
-        return onnx.version_converter.convert_version(model, _MODERN_OPSET)
-    except Exception as error:  # the converter raises types of its own
-        raise ModelError(
+    with translated(
+        lambda error: ModelError(
             f"'{path}' must use operator set {OLDEST_OPSET} or newer, it uses {opset} and cannot be converted: "
             f"{first_line(error)}",
             hint=f"Export the network again with operator set {_MODERN_OPSET} or newer.",
-        ) from error
+        )
+    ):
+        return onnx.version_converter.convert_version(model, _MODERN_OPSET)
 
 
 def _with_sizes(spec: TensorSpec, given: Sequence[int] | None, path: Path) -> TensorSpec:

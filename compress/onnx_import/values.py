@@ -22,6 +22,8 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
+from compress.errors import first_line, translated
+
 PROBES = (11, 13)
 
 
@@ -175,14 +177,15 @@ def _run(node: ir.Node, arrays: Sequence[np.ndarray | None], opset: int) -> list
     graph = helper.make_graph([proto], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     feed = {name: array for name, array in zip(proto.input, arrays, strict=True) if array is not None}
-    try:
-        with np.errstate(all="ignore"):
-            if by_runtime:
-                content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
-                session: Any = onnxruntime.InferenceSession(content, providers=providers)
-                found: list[Any] = session.run(list(proto.output[:1]), feed)
-            else:
-                found = ReferenceEvaluator(model).run(None, feed)
-    except Exception as error:  # the evaluator raises types of its own, and whatever numpy raises
-        raise Refused(f"cannot be computed: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+
+    def refused(error: Exception) -> Refused:
+        return Refused(f"cannot be computed: {type(error).__name__}: {first_line(error)[:200]}")
+
+    with translated(refused), np.errstate(all="ignore"):
+        if by_runtime:
+            content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+            session: Any = onnxruntime.InferenceSession(content, providers=providers)
+            found: list[Any] = session.run(list(proto.output[:1]), feed)
+        else:
+            found = ReferenceEvaluator(model).run(None, feed)
     return [as_float32(np.asarray(value)) for value in found]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from compress.errors import attempt
 from compress.model.modes import eval_mode
 from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.tracing.forward import trace
@@ -102,15 +103,18 @@ def _as_shortcut(part: nn.Module, given: Tensor) -> FixedShortcut | None:
         return _matching(probe, part(probe))
 
 
+def _traced(part: nn.Module) -> fx.Graph | None:
+    """Return the graph of a module's own operations, or None where it depends on the training flag."""
+    with eval_mode(part):
+        graph = _Shallow().trace(part)
+        training = _Shallow().trace(part.train())
+    return graph if str(graph) == str(training) else None
+
+
 def _with_shortcut(part: nn.Module, given: Tensor) -> nn.Module | None:
     """Return a module with its padding of channels written as convolutions, or None where that cannot be done."""
-    try:
-        with eval_mode(part):
-            graph = _Shallow().trace(part)
-            training = _Shallow().trace(part.train())
-    except Exception:  # torch.fx follows some forward passes and raises whatever it raises at the others
-        return None
-    if str(graph) != str(training):  # a flag such as dropout's would be written down as it is now
+    graph = attempt(lambda: _traced(part), lambda _: None)  # torch.fx follows some forward passes, and raises at others
+    if graph is None:
         return None
     rewritten = fx.GraphModule(part, graph, type(part).__name__)
     values = _Values(rewritten)

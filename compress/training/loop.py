@@ -31,6 +31,7 @@ from compress.errors import (
     NonFinite,
     OutOfMemory,
     StageError,
+    attempt,
     is_out_of_memory,
 )
 from compress.model.tensors import detach_stored
@@ -497,12 +498,14 @@ class _Run:
         path = self.state_path
         if path is None or not path.is_file():
             return
-        try:
-            state = torch.load(_read_state(path), weights_only=True, map_location="cpu")
-            saved = state["identity"]
-        except Exception as error:  # torch raises a dozen types for a damaged file
+
+        def unreadable(error: Exception) -> None:
             self.progress.warn(f"The saved training state is unreadable, training starts again: {error}")
+
+        state = attempt(lambda: _load_state(path), unreadable)
+        if state is None:
             return
+        saved = state["identity"]
         if differing := _differences(saved, self._identity()):
             raise ArtifactError(
                 f"The training state in '{path}' must be of this run, it is of one with {', '.join(differing)}.",
@@ -733,6 +736,14 @@ def _explained(batch_size: int) -> Iterator[None]:
             f"A training step must fit into memory, batch_size {batch_size} does not.",
             hint="Lower batch_size and raise accumulation by as much: the steps stay as large.",
         ) from error
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """Return a saved state that says whose it is; torch raises a dozen types for a damaged file."""
+    state: dict[str, Any] = torch.load(_read_state(path), weights_only=True, map_location="cpu")
+    if "identity" not in state:
+        raise ValueError("it does not say which run it is of")
+    return state
 
 
 def _read_state(path: Path) -> io.BytesIO:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
+from compress.errors import attempt
 from compress.model.modes import eval_mode
 from compress.tasks.outputs import each, plain
 
@@ -47,18 +48,21 @@ def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_forma
     images = next((images for images, _ in evaluation_batches(split.first(2), 2, "nothing")), torch.empty(0))
     if images.ndim != _IMAGE_AXES:
         return torch.contiguous_format
-    try:
-        trial = _without_hooks(copy.deepcopy(module))
-        wanted, state = _call(trial, images, training=False), copy.deepcopy(trial.state_dict())
-        set_memory_format(trial, torch.channels_last)
-        for given in (images, images.contiguous(memory_format=torch.channels_last)):
-            trial.load_state_dict(state)
-            if not _are_close(_call(trial, given, training=False), wanted):
-                return torch.contiguous_format
-            _call(trial, given, training=True)
-    except Exception:  # the network's code, which may raise anything; what is wrong in both is found later
-        return torch.contiguous_format
-    return torch.channels_last
+    # the network's code may raise anything; what is wrong in both formats is found later
+    is_same = attempt(lambda: _is_same_channels_last(module, images), lambda _: False)
+    return torch.channels_last if is_same else torch.contiguous_format
+
+
+def _is_same_channels_last(module: nn.Module, images: Tensor) -> bool:
+    trial = _without_hooks(copy.deepcopy(module))
+    wanted, state = _call(trial, images, training=False), copy.deepcopy(trial.state_dict())
+    set_memory_format(trial, torch.channels_last)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        trial.load_state_dict(state)
+        if not _are_close(_call(trial, given, training=False), wanted):
+            return False
+        _call(trial, given, training=True)
+    return True
 
 
 def _call(module: nn.Module, images: Tensor, training: bool) -> Any:

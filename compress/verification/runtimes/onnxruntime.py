@@ -26,17 +26,18 @@ import numpy as np
 from onnx import ModelProto
 
 from compress.catalog import closest
-from compress.errors import ArtifactError, InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
-from compress.model.artifacts import Signature
-from compress.onnx_file.io import (
+from compress.errors import (
+    ArtifactError,
+    InternalError,
+    ModelError,
+    NoSuchPlace,
+    RuntimeUnavailable,
+    attempt,
     first_line,
-    is_half,
-    is_quantized,
-    load_onnx,
-    model_files,
-    read_signature,
-    require_external,
+    translated,
 )
+from compress.model.artifacts import Signature
+from compress.onnx_file.io import is_half, is_quantized, load_onnx, model_files, read_signature, require_external
 from compress.storage.digest import digest_file, digest_value
 from compress.verification.runtimes.base import Arrays, Runtime
 
@@ -159,20 +160,16 @@ class OnnxRuntime(Runtime):
         binding.synchronize_inputs()
 
         def call() -> None:
-            try:
+            with translated(self._failure):
                 self._session.run_with_iobinding(binding)
                 binding.synchronize_outputs()  # a clock stopped before that would time the start of the work
-            except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-                raise self._failure(error) from error
 
         return call
 
     def _run(self, inputs: Arrays) -> Arrays:
         names = [spec.name for spec in self.signature.outputs]
-        try:
+        with translated(self._failure):
             return dict(zip(names, self._session.run(names, inputs), strict=True))
-        except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-            raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> ModelError:
         return ModelError(f"'{self.path}' must run on its input, ONNX Runtime says: {first_line(error)}")
@@ -295,8 +292,8 @@ def _quiet(onnxruntime: Any) -> Iterator[None]:
 def _runs_on_cpu(path: Path, options: Any) -> bool:
     import onnxruntime
 
-    try:
+    def opened() -> bool:
         onnxruntime.InferenceSession(str(path), options, providers=[CPU])
-    except Exception:  # see above; any failure means that the file cannot be opened
-        return False
-    return True
+        return True
+
+    return attempt(opened, lambda _: False)

@@ -193,7 +193,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def translated(build: Callable[[Exception], CompressError], *unchanged: type[BaseException]) -> Iterator[None]:
+def translated(build: Callable[[Exception], Exception], *unchanged: type[BaseException]) -> Iterator[None]:
     """Raise an error of this program in place of any that foreign code raises within the block.
 
     ONNX Runtime, onnx, protobuf, decoders of images and networks of users raise types of their own, down to plain

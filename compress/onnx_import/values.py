@@ -181,7 +181,7 @@ def _run(node: ir.Node, arrays: Sequence[np.ndarray | None], opset: int) -> list
     def refused(error: Exception) -> Refused:
         return Refused(f"cannot be computed: {type(error).__name__}: {first_line(error)[:200]}")
 
-    with translated(refused), np.errstate(all="ignore"):
+    with translated(refused, Refused), np.errstate(all="ignore"):
         if by_runtime:
             content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
             session: Any = onnxruntime.InferenceSession(content, providers=providers)

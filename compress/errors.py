@@ -1,4 +1,4 @@
-"""Which things can go wrong, and which exit code each has.
+"""Exception tree, and the exit code of each class.
 
     CompressError                    every error raised on purpose; has .hint
     ├─ ConfigError          exit 2   the pipeline file or the command line is wrong

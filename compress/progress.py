@@ -1,4 +1,4 @@
-"""How long work tells that it is alive, without knowing who listens.
+"""Progress reporting of long work to an unknown listener.
 
 Library code takes a `Progress` and opens a task for anything that can take longer than two seconds; `console.py`
 draws it on a terminal or prints plain lines; `SilentProgress` ignores it.

@@ -1,4 +1,4 @@
-"""Which options do the least damage within every budget? A multiple-choice knapsack whose costs are coupled.
+"""Multiple-choice knapsack with coupled costs: the least damage within every budget.
 
     minimise   sum over decisions of   damage(option)
     so that    cost(choice) <= limit   for every budget

@@ -1,4 +1,4 @@
-"""What is there to decide under a budget, and what does each choice cost?
+"""Decisions under a budget, and the costs of their choices.
 
     decision   one thing to settle: a channel group's width, whether a block stays, a layer's rank
     option     one of its answers, by position; each has a damage

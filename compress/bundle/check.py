@@ -1,4 +1,4 @@
-"""Is this bundle whole, and does its model do here what was promised? Needs numpy and onnxruntime, no more.
+"""Self-check of a deployment bundle; needs numpy and onnxruntime only.
 
     python check.py [FOLDER or model.zip]        in the bundle itself, or anywhere
     compress check model.zip                     the same code

@@ -1,4 +1,4 @@
-"""What must somebody know who gets a model and nothing else? The content of `model.json`.
+"""Content of `model.json`: everything needed to use a model without any other file.
 
 Everything in it follows from the report of the run and from the file itself, so that the same run gives the same text.
 """

@@ -1,4 +1,4 @@
-"""Which run is handed over, and is its folder still what the run left there?
+"""Finished run that a bundle is made of, checked against its digests.
 
 A run folder is trusted for nothing that its report does not say: the files that go into a bundle must have the digests
 that the run wrote down, and so must the images that the samples are taken from.

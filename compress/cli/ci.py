@@ -1,4 +1,4 @@
-"""How does a CI system get to know a verdict? As JUnit XML, as JSON, and as a summary in Markdown."""
+"""Verdicts for CI systems: JUnit XML, JSON, and a summary in Markdown."""
 
 from __future__ import annotations
 

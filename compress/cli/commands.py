@@ -1,4 +1,4 @@
-"""Which commands are there? Each parses its options, calls the library and maps the outcome to an exit code.
+"""Commands of the command line: each parses its options, calls the library and returns an exit code.
 
     0 done, verdict passed    1 verdict failed      2 pipeline or command line wrong   3 a stage failed
     4 file missing or corrupt 5 runtime unavailable 6 verdict inconclusive             70 a bug

@@ -1,4 +1,4 @@
-"""What does the user see? The only module that prints.
+"""Terminal output: plan, progress, verdict. The only module that prints.
 
 On a terminal: bars, tables and colours by rich. Anywhere else: plain lines, one about every five seconds for each
 task, so that a log file stays short and shows that the work is alive. Results go to stdout, warnings and errors to

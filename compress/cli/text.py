@@ -1,4 +1,4 @@
-"""How are a verdict and its figures put into words and rows? Used by the console."""
+"""Verdicts and metrics as rows and sentences for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On what does a latency depend besides the network? Processor, runtime, and how it is called.
+"""Conditions that a latency depends on besides the network: processor, runtime, settings of the call.
 
 Two tables of latencies may be mixed only when all of this is the same.
 """

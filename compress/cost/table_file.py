@@ -1,4 +1,4 @@
-"""How is a latency table kept in a file, and does it speak of this machine?
+"""Latency tables on disk, and the check that they were measured on this machine.
 
 A file holds the timed variants and not the table made of them, so that the same file always gives the same table:
 

@@ -1,4 +1,4 @@
-"""How was a training batch varied? The same crop and the same mirroring for images, masks and boxes."""
+"""Variation of a training batch: the same crop and mirroring for images, masks and boxes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""How are images turned into batches of tensors?
+"""Batches of tensors from the images of a split.
 
 uint8 images stay uint8 until they are a batch; shuffling, cropping, flipping and normalising then run on the whole
 batch at once. The order of an epoch depends on (seed, epoch) alone and the augmentation of a batch on (seed, epoch,

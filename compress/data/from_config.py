@@ -1,4 +1,4 @@
-"""How do the `data:` lines of a pipeline file become splits?"""
+"""Splits of a pipeline, from the `data` section of its file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -1,16 +1,14 @@
-"""How do several inputs of a network travel as one array? Side by side, a float32 row for each sample.
+"""Several inputs of a network as one array: side by side, a float32 row for each sample.
 
     image (N, 3, 8, 8) float32 ─┐
-    mask  (N, 10)      int64   ─┴─ pack ──> (N, 202) float32 ── unpack ──> as they were
+    mask  (N, 10)      int64   ─┴─ pack ──> (N, 202) float32 ── unpack ──> the inputs
 
 Everything between the data and the network (splits, batches, repairs, training) then handles one array, as for images.
 float32 holds whole numbers exactly up to 2^24; larger ones are refused.
 
-Strides of network inputs: those that a newly made tensor of the same shape has.
-
-`Tensor.contiguous()` leaves the strides of axes of size 1 alone, so that a permuted batch of one-channel images keeps
-those of channels-last memory. PyTorch then computes in channels-last, and `x.view(x.size(0), -1)` of a feature map
-fails.
+Unpacked inputs have the strides of a newly made tensor of the same shape. `Tensor.contiguous()` leaves the strides of
+axes of size 1 alone, so that a permuted batch of one-channel images keeps those of channels-last memory. PyTorch then
+computes in channels-last, and `x.view(x.size(0), -1)` of a feature map fails.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Which images belong to which split?
+"""Splits of a data set: training, calibration, validation, evaluation.
 
 train        what fine-tuning learns from
 calibration  what batch-norm re-estimation, scores and repairs look at

@@ -1,4 +1,4 @@
-"""What lies in a run folder for its user: the ONNX file and the slim torch checkpoint, copied out of the store."""
+"""Files of a run folder for its user: the ONNX file and the slim torch checkpoint."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Which stages must run, why, and what becomes of a run?
+"""Run of a pipeline: stages that must run and why, caching, and the report.
 
 For each stage: make its key out of everything its result depends on; found in the store: restore it, "unchanged";
 else run it, store it, write the lock. Then lay out the run folder:

@@ -1,4 +1,4 @@
-"""What does a pipeline give at several budgets? Runs it once for each and puts the results side by side.
+"""Sweep: one pipeline at several budgets, results side by side.
 
     runs/NAME-sweep/   sweep.json  sweep.html
     runs/NAME-0.5/     an ordinary run folder for each budget

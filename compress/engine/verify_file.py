@@ -1,4 +1,4 @@
-"""How is an ONNX file verified that no run of ours made? Used by `compress verify FILE.onnx`."""
+"""Verification of an ONNX file that no run made: `compress verify FILE.onnx`."""
 
 from dataclasses import dataclass
 from pathlib import Path

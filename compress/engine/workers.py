@@ -1,4 +1,4 @@
-"""A run by several processes: one runs the pipeline, the others come in wherever a network is trained.
+"""Run by several processes: rank 0 runs the pipeline, the others join wherever a network is trained.
 
     torchrun --nproc-per-node=4 -m compress run pipeline.yaml
 

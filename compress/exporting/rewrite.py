@@ -1,14 +1,13 @@
-"""Which parts of a graph can be written in a form that runtimes are faster at, without changing what it computes?
+"""Rewrites of a network or graph before export: padded shortcuts as convolutions, and half precision.
 
     padded_shortcuts    every n-th row and column (Slice), then zero channels (Pad): the parameter-free shortcut of
                         CIFAR ResNets, as one convolution with fixed weights. Runtimes keep convolutions in a blocked
                         layout that each Slice or Pad makes them leave and come back to.
+    half precision      weights and activations in float16, inputs and outputs in float32. Providers with float16
+                        kernels (CUDA, TensorRT) then read half the bytes; a processor without them casts back and
+                        forth.
 
-Whether a rewrite is worth having is measured by whoever asks for it.
-
-How is a graph written in half precision? Weights and activations in float16, inputs and outputs as they were.
-
-Providers with float16 kernels (CUDA, TensorRT) then read half the bytes; a processor without them casts back and forth.
+The caller measures whether a rewrite is faster.
 """
 
 from collections.abc import Callable, Iterable, Mapping

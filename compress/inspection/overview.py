@@ -1,4 +1,4 @@
-"""What does `compress inspect` say of a network: as tables for people, as plain values for programs?"""
+"""Output of `compress inspect`: tables for people, plain values for programs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""How much of a network can be cut, what cannot, and what is the least that can be left?
+"""Potential of pruning: prunable groups, reasons of the others, and the least that can be left.
 
 What *hangs on* a group are the MACs of computing its channels and of reading them: they go if the group goes. The
 *least* is what is left when every group has the least width that the limits allow; *fixed* are layers that no group

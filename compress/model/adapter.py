@@ -1,4 +1,4 @@
-"""How does a network with several inputs, or with outputs in a dict, tuple or dataclass, look like one that has not?
+"""Adapter for networks with several inputs, or with outputs in a dict, tuple or dataclass.
 
     rows (N, K) ──unpack──> forward(image, mask=...) ──flatten──> Tensor, or tuple of tensors
                             (the user's own)

@@ -1,4 +1,4 @@
-"""Which structural edits turn the untouched network into the slim one? Data only; replayed by `rebuild.py`.
+"""Recipe: the structural edits that turn the baseline into the slim network. Data only.
 
     recipe = [RemoveBlock, RemoveChannels, Factorize, ...]      in the order they were made
 

@@ -1,4 +1,4 @@
-"""How does a single-stage detector of torchvision become a network of images and tensors, and its tensors boxes again?
+"""Single-stage detectors of torchvision as networks of images and tensors, and their tensors as boxes.
 
     torchvision    list of images ──resize, normalise──> backbone ──> head ──> anchors, decode, NMS ──> list of boxes
     here           (N, 3, H, W) prepared ──────────────> backbone ──> head ──> {cls_logits, bbox_regression, ...}

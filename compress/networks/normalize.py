@@ -1,4 +1,4 @@
-"""In which form do the stages work with a network? The one its weights have in eval mode, in plain layers.
+"""Normal form of a network for the stages: weights as in eval mode, plain layers.
 
     weight = g · v / |v|   (weight_norm, spectral_norm, any parametrisation) ──> a weight
     StdConv2d, ScaledStdConv2d, any own layer whose weight is computed from its parameters ──> nn.Conv2d, nn.Linear

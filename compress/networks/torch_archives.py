@@ -1,4 +1,4 @@
-"""Which tensors lie in a TorchScript archive or a torch.export program? They are taken out of the zip file by hand.
+"""Tensors of TorchScript archives and torch.export programs, read from the zip file as data.
 
     TorchScript    NAME/data.pkl (objects, by class)  NAME/data/0 ... (bytes)  NAME/code/*.py (what is a weight)
     torch.export   NAME/data/weights/model_weights_config.json  NAME/data/weights/weight_0 ... (bytes)

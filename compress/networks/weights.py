@@ -1,15 +1,15 @@
-"""Types of stored weights: converted to those of the network where that is sound, refused by name where it is not.
-
-float16, bfloat16 -> float32   exact, noted
-float64 -> float32             rounded, warned about
-integers -> buffers            only where no value changes
-anything else                  refused: integers as parameters, complex numbers, 8-bit floats, meta tensors
-
-Which tensors does a file of weights hold, and do they fit a network? Files are read as data, nothing in them is run.
+"""Files of weights: reading them as data, and loading them into a network.
 
 Read are safetensors, torch checkpoints that `weights_only=True` accepts, TorchScript archives and torch.export
-programs. A state dict may lie in a checkpoint under the usual names, one within the other; of a moving average and the
-weights themselves the average is taken, since it is what was measured while training.
+programs; nothing in them is run. A state dict may lie in a checkpoint under the usual names, one within the other. Of
+a moving average and the weights themselves the average is taken, since it was measured while training.
+
+Types of stored weights are converted to those of the network where that is sound, and refused by name otherwise:
+
+    float16, bfloat16 -> float32   exact, noted
+    float64 -> float32             rounded, warned about
+    integers -> buffers            only where no value changes
+    anything else                  refused: integers as parameters, complex numbers, 8-bit floats, meta tensors
 """
 
 import pickle  # noqa: TID251 - for the exception that torch raises; nothing is loaded with it

@@ -1,9 +1,8 @@
-"""How is a network called, what does it return, and does it do the same each time? Asked of one run on real inputs.
+"""Inputs, outputs and determinism of a network, from one run on real inputs.
 
-What does a network do that a fixed graph cannot: draw random numbers, decide by the values of its input?
-
-One run is watched operator by operator. A tensor that was computed from the input is followed, so that a decision by a
-constant (a flag in a buffer) is not taken for one by the image.
+The run is watched operator by operator for what a fixed graph cannot do: draw random numbers, or decide by the values
+of its input. A tensor that was computed from the input is followed, so that a decision by a constant (a flag in a
+buffer) is not taken for one by the image.
 """
 
 from collections.abc import Iterable, Iterator

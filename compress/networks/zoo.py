@@ -1,4 +1,4 @@
-"""Which networks of torchvision and timm are there by name, how are they built, and what weights come with them?
+"""Networks of torchvision and timm by name, and the weights that come with them.
 
 They are built without any weights; `weights: pretrained` fetches what the library offers and loads it like a file.
 """

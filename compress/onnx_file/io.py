@@ -1,4 +1,4 @@
-"""What does an ONNX file say about itself: its files, its inputs and outputs, its preprocessing? No torch."""
+"""Reading and writing ONNX files: weights, signature, preprocessing. No torch."""
 
 import json
 import math

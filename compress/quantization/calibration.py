@@ -1,4 +1,4 @@
-"""Which images decide the ranges of INT8, in which batches, and which class does a file give them?"""
+"""Calibration images of INT8 ranges, in batches, and the classes that a file gives them."""
 
 import math
 from collections.abc import Sequence

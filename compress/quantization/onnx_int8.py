@@ -1,4 +1,4 @@
-"""How does a float ONNX file become an INT8 one? The only caller of onnxruntime.quantization.
+"""INT8 quantisation of a float ONNX file. The only caller of onnxruntime.quantization.
 
     float.onnx --ranges on calibration images--> QDQ graph --outputs left in float--> checked --> model.onnx
 

@@ -1,4 +1,4 @@
-"""What is a network for? A task says what is learned, what is measured, and what of it decides.
+"""Interface of tasks: loss, facts of each image, metrics, and the primary metric.
 
     outputs, targets --loss--> a number to train by            torch, any device
     outputs, targets --facts--> a little for each image        numpy, so that torch and ONNX are judged by the same code
@@ -7,9 +7,7 @@
 `outputs` is the tensor (or array) of a network with one output, else a mapping of names to them. `targets` is one
 tensor (or array) for the batch, or a list with an entry for each image where those differ in shape.
 
-torch is imported by what trains only: a file is verified without it.
-
-Paired test of right and wrong answers: two networks, or two epochs of one, on the same images.
+torch is imported by training only: a file is verified without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""detection: which objects are where? A function of the user's makes boxes of the outputs; targets are lists of boxes.
+"""detection: boxes of objects. A function of the user's makes boxes of the outputs; targets are lists of boxes.
 
 A box is [x0, y0, x1, y1] in pixels of the image that goes into the network. Targets of an image are a mapping of
 `boxes` (M, 4) float32 and `labels` (M,) int64; what `postprocess` returns for an image has `scores` (M,), too.

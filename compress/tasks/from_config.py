@@ -1,4 +1,4 @@
-"""How does the `task:` section of a pipeline become a task?"""
+"""Task of a pipeline, from the `task` section of its file."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -1,4 +1,4 @@
-"""embedding, and any task without labels: how near are the outputs to those of the untouched network?
+"""embedding, and any task without labels: distance of the outputs to those of the baseline.
 
 Targets are what that network returns for the same images. Where the task chooses among classes, the share of equal
 choices decides ("agreement"), else the distance of the outputs ("distance"): relative, of all of them, unless the task

@@ -1,4 +1,4 @@
-"""The statistics of batch norms: measured again as they should have been, and those of several processes together."""
+"""Batch-norm statistics: re-estimation, and their mean over several processes."""
 
 import math
 from collections.abc import Iterator

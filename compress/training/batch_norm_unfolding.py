@@ -1,4 +1,4 @@
-"""How does a network train whose batch norms were folded into its convolutions, as exporters to ONNX do?
+"""Training of networks whose batch norms were folded into their convolutions, as ONNX exporters do.
 
     conv(w, b)  --unfolded-->  conv(w / n), batch norm  --training-->  --folded-->  conv(w', b')
 

@@ -1,4 +1,4 @@
-"""On which device does a network train, and how do the images get there?
+"""Device of a training, and the transfer of images to it.
 
 Everything outside the training loop runs on the CPU: a network comes from there and goes back. Numbers drawn at random
 are drawn on the CPU, so that order and augmentation are the same on every device.

@@ -1,4 +1,4 @@
-"""Several processes that train one network together: each sees its part of every batch, all take the same steps.
+"""Distributed training: each process sees a part of every batch, and all take the same steps.
 
 Who they are is what `torchrun` says. Only what runs inside `together` is done by all; anywhere else, and in a process
 of its own, a team is one, for which nothing here does anything.

@@ -1,4 +1,4 @@
-"""How good is a torch network at what it is for, and what is its loss?"""
+"""Evaluation of a torch network: metrics and loss."""
 
 from collections.abc import Iterator
 from typing import Any

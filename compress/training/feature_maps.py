@@ -1,4 +1,4 @@
-"""Which feature maps do two networks have in common, and how far apart are they?"""
+"""Feature maps that two networks have in common, and their distance."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

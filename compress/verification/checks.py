@@ -1,4 +1,4 @@
-"""Which facts about a file are checked besides its limits? One function a check; each returns a CheckResult."""
+"""Checks of a file besides its gates: one function each, returning a CheckResult."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images are harder to tell? Noise on the network's input, and pictures that are spoilt as cameras spoil them.
+"""Common image corruptions (NumPy, SciPy, Pillow), and noise on the network's input.
 
 All of it is numpy, scipy and Pillow, so that a file is judged alike with and without torch. Severities go from 1 to 5;
 what they mean follows Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and

@@ -1,4 +1,4 @@
-"""Which limits must the file keep, and does it? Pure comparisons of figures; nothing is measured here."""
+"""Gates: limits of the verdict, compared with measured values. Nothing is measured here."""
 
 from __future__ import annotations
 

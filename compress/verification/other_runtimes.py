@@ -1,4 +1,4 @@
-"""Do others agree with the runtime that ships the file? The ONNX reference evaluator, and places named for that."""
+"""Agreement of other runtimes with the one that ships the file."""
 
 from __future__ import annotations
 

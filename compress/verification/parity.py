@@ -1,4 +1,4 @@
-"""Does the file compute what the torch network computes? Compared on real images."""
+"""Parity of the file with the torch network, on real images."""
 
 from __future__ import annotations
 

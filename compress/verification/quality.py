@@ -1,4 +1,4 @@
-"""What does the file say? Its outputs in its runtime, over real images, without torch."""
+"""Outputs of a file in its runtime over real images, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a network that is as accurate as before also stand as much? Compared with the baseline where images are harder.
+"""Robustness: metrics under noise, corruptions and distribution shift, compared with the baseline.
 
 The same noise and the same spoilt images go into both networks. What is reported, and why top-1 alone does not show it:
 Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.

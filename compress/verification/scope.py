@@ -1,4 +1,4 @@
-"""How much is looked at, besides what every file is checked for?"""
+"""Scope of a verification beyond the checks of every file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What do predictions come to? Estimates for the gates, and plain values for the report.
-
-Which images does the file get wrong, in the classes that suffered most? Small pictures for the report.
-"""
+"""Summary of predictions: estimates for the gates, values for the report, and misclassified images."""
 
 from __future__ import annotations
 

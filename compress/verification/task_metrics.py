@@ -1,4 +1,4 @@
-"""How good is a network at another task than classification, how sure is that, and what changed against the baseline?
+"""Metrics of any task with confidence intervals, and their change against the baseline.
 
 A task keeps a few facts of each image; figures follow from the facts of any choice of images, so that images can be
 left out in turn for an interval (jackknife), the same ones of both networks.

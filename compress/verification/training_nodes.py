@@ -1,4 +1,4 @@
-"""Which nodes of a file behave as in training: batch norm on the statistics of a batch, dropout that drops?"""
+"""Nodes of a file in training mode: batch norm on batch statistics, active dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where do images come from whose targets are no class indices: masks, boxes, numbers, or none at all?"""
+"""Images with targets other than class indices: masks, boxes, numbers, or none."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where do images and labels come from?
+"""Images with class labels: arrays, IDX files, folders, torchvision data sets.
 
 An `ImageSource` is N labelled uint8 images, read by index; all images that one `read` returns have one shape.
 Small sets are arrays in memory; folders and large torchvision sets are decoded when they are read.

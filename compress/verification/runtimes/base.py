@@ -1,4 +1,4 @@
-"""What is a runtime: something that computes a network's outputs from arrays, and checks what it is given.
+"""Interface of runtimes: outputs of a network from arrays, with inputs checked.
 
     with OnnxRuntime(path) as runtime:          _open
         runtime.run({"image": images})          check names, shapes, dtypes -> _run -> check outputs, copy

@@ -1,4 +1,4 @@
-"""What does an ONNX file compute by the letter of the standard? The evaluator of the package onnx, on the CPU.
+"""Runtime onnx_reference: the evaluator of the package onnx, by the letter of the standard, on the CPU.
 
 It shares no code with ONNX Runtime and rewrites nothing, which makes it a second opinion, and slow: tens to some
 thousands of millions of multiply-accumulates a second, where ONNX Runtime does tens of thousands of millions.

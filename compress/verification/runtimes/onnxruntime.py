@@ -1,4 +1,4 @@
-"""How is an ONNX file run in ONNX Runtime, on the provider asked for and on no other?
+"""Runtime onnxruntime: ONNX Runtime on the requested provider and on no other.
 
 ONNX Runtime falls back to the CPU in silence when a provider cannot start (the GPU build lists CUDA on any machine),
 so the provider of the open session is compared with the one asked for. Single nodes that a provider does not know go to

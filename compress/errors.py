@@ -174,7 +174,7 @@ class InternalError(CompressError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
+    """Return whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
     said = str(error)
     return isinstance(error, MemoryError) or (
         not isinstance(error, CompressError)

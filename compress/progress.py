@@ -17,7 +17,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Where work reports to."""
+    """Listener that work reports its progress to."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:

@@ -76,7 +76,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What every group must keep.
+    """Limits on the widths of every group.
 
     Attributes:
         min_width: Channels.

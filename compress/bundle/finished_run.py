@@ -43,7 +43,7 @@ class FinishedRun:
 
     @property
     def has_passed(self) -> bool:
-        """Whether the verdict was passed."""
+        """Return whether the verdict was passed."""
         return self.report["verdict"]["passed"] is True
 
     @property

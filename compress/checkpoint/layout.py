@@ -1,4 +1,4 @@
-"""How is an artifact laid out on disk, and read back?
+"""Artifacts on disk: how each kind is written and read back.
 
     TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
                  [structure.onnx]   of a network that came as an ONNX file: that file without its weights

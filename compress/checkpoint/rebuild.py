@@ -1,4 +1,4 @@
-"""How does a network come to life: factory, weights, and the replay of a recipe?
+"""Construction of a network: factory, weights, replay of a recipe.
 
     build_module ──load_strict──> with_one_array ──> as `load` leaves it ──apply_edits──> slim
      (networks/)   (networks/)     (wire, prepare)

@@ -21,7 +21,7 @@ _VNNI = ("avx512_vnni", "avx_vnni")
 
 @dataclass(frozen=True, slots=True)
 class TableConditions:
-    """What a latency depends on besides the network.
+    """Conditions of a latency table besides the network.
 
     Attributes:
         machine: Model of the processor or accelerator.

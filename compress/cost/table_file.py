@@ -30,7 +30,7 @@ _KEYS = {"kind", "schema", "conditions", "network", "reference_ms", "samples"}
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """What a file holds.
+    """Content of a file with a latency table.
 
     Attributes:
         conditions: Under which its variants were timed.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Variation:
-    """What was drawn for a batch.
+    """Random variation drawn for one batch.
 
     Attributes:
         padding: Pixels on each side before the crop; 0 where nothing is cropped.

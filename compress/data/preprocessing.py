@@ -15,7 +15,7 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How to turn uint8 images into the network's input.
+    """Conversion of uint8 images into the network's input.
 
     Attributes:
         mean: Per channel, subtracted after scaling.

@@ -54,7 +54,7 @@ class Split:
 
     @property
     def lesson(self) -> Task:
-        """What is learned: the task itself, or to return what the untouched network returns."""
+        """Training objective: the task itself, or imitation of the baseline."""
         if self.original is None or isinstance(self.task, Imitation):
             return self.task
         return Imitation(self.task)

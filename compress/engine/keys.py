@@ -143,7 +143,7 @@ def _reference_digest(reference: str, folder: Path) -> str:
 
 
 def needs_latency(stage: Any) -> bool:
-    """Whether latencies have to be known for the target of a stage's settings."""
+    """Return whether latencies have to be known for the target of a stage's settings."""
     return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
 
 
@@ -347,7 +347,7 @@ def _imported(path: Path, roots: Sequence[Path]) -> list[Path] | None:
 
 
 def _by_other_means(node: ast.AST) -> bool:
-    """Whether code imports otherwise than by a statement, or changes where Python looks."""
+    """Return whether code imports otherwise than by a statement, or changes where Python looks."""
     if isinstance(node, ast.Import):
         return any(alias.name.partition(".")[0] in _BY_OTHER_MEANS for alias in node.names)
     if isinstance(node, ast.ImportFrom):

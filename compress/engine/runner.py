@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """What a run would do with one stage.
+    """Plan of one stage: run it, or take its stored result.
 
     Attributes:
         stage: Its name.
@@ -63,7 +63,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """What a run came to."""
+    """Outcome of a run."""
 
     verdict: Verdict
     folder: Path

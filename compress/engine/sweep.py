@@ -29,7 +29,7 @@ _FIRST = (BudgetUnreachable.exit_code, VERDICT_FAILED_EXIT_CODE, VERDICT_INCONCL
 
 @dataclass(frozen=True, slots=True)
 class SweepOutcome:
-    """What a sweep came to.
+    """Outcome of a sweep.
 
     Attributes:
         folder: Where `sweep.json` and `sweep.html` lie.

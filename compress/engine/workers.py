@@ -95,6 +95,6 @@ def crew(follow: Follow) -> Iterator[Crew | None]:
 
 
 def trains_together(step: Step) -> bool:
-    """Whether a stage trains, and does nothing that must not be done by several at once: timing networks."""
+    """Return whether a stage trains, and does nothing that must not be done by several at once: timing networks."""
     trains = step.entry.name == "finetune" or getattr(step.config, "method", None) is not None
     return trains and not needs_latency(step.config)

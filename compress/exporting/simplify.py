@@ -1,4 +1,4 @@
-"""Does a rewritten graph still compute the same? onnxslim's is kept only if it does."""
+"""Simplification by onnxslim, kept only if the outputs stay the same."""
 
 import warnings
 from pathlib import Path

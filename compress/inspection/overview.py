@@ -21,7 +21,7 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Overview:
-    """What a target is, and what can be done to it.
+    """Overview of a target, and of what can be pruned.
 
     Attributes:
         target: As it was named.

@@ -32,7 +32,7 @@ _WIRING = "compress_wiring"
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """How a network is called, and what of its outputs is kept.
+    """Inputs of a network's call, and the outputs that are kept.
 
     Attributes:
         inputs: As declared; () for one image.
@@ -50,7 +50,7 @@ class Wiring:
 
 
 class _Adapted(nn.Module):
-    """What the class of an adapted network has before its own."""
+    """Mixin put before the class of an adapted network."""
 
     compress_wiring: Wiring
     compress_takes_parts: bool
@@ -101,7 +101,7 @@ class _Adapted(nn.Module):
 
 
 class _Own(_Adapted):
-    """What the class of a network that is handed to its user has before that: its own forward."""
+    """Mixin put before the class of a network that is returned to the user: its own forward."""
 
     def forward(self, *values: Any, **named: Any) -> Any:
         """Take the inputs as the network's own forward does (or rows of all of them) and return the tensors kept."""

@@ -1,4 +1,4 @@
-"""What flows between stages: TorchModel until export, OnnxModel after it, Verdict at the end."""
+"""Artifacts that flow between stages: TorchModel until export, OnnxModel after it, Verdict at the end."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class FactorySpec:
-    """How the untouched network is built.
+    """Specification of the baseline's factory.
 
     Attributes:
         kind: "factory", "onnx", "timm" or "torchvision".
@@ -245,7 +245,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether at least one check was made, every required one among them, and all of those passed."""
+        """Return whether at least one check was made, every required one among them, and all of those passed."""
         return self.outcome == "passed"
 
     @property

@@ -111,7 +111,7 @@ class Recipe:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether nothing was edited but what the baseline lacks as well."""
+        """Return whether nothing was edited but what the baseline lacks as well."""
         return self == self.of_baseline
 
     def to_json(self) -> str:

@@ -140,7 +140,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _differs(alone: list[Tensor], together: list[Tensor], count: int) -> bool:
-    """Whether the first image's part of some value is another one among others."""
+    """Return whether the first image's part of some value is another one among others."""
     return any(
         _relative(one, all_[: len(one)], all_) > _TOLERANCE
         for one, all_ in zip(alone, together, strict=False)

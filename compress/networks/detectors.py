@@ -29,7 +29,7 @@ _TWO_STAGES = ("fasterrcnn_", "keypointrcnn_", "maskrcnn_")
 
 
 class _RawForward(nn.Module):
-    """What the class of a detector has before its own."""
+    """Mixin put before the class of a detector."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return what the head gives for (N, 3, H, W) images, normalised and of the size they are computed at."""

@@ -229,7 +229,7 @@ def _with(kind: type[nn.Module], layer: Any, weight: Tensor, bias: Tensor | None
 
 
 def _agree(plain: nn.Module, layer: nn.Module, call: _Call) -> bool:
-    """Whether both give the same for what the layer was given, and for noise: its weight may depend on its input.
+    """Return whether both give the same for the layer's input and for noise: its weight may depend on its input.
 
     What it was given may hold NaN, as a network that divides by its input's norm has for the zeros of a rebuild.
     """

@@ -164,7 +164,7 @@ def _reached(module: nn.Module, example: Tensor) -> set[str]:
 
 
 def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
-    """Whether the outputs stay the same to the bit, whatever a module returns."""
+    """Return whether the outputs stay the same to the bit, whatever a module returns."""
     wanted = _outputs(module, example)
     generator = torch.Generator().manual_seed(_SEED)
     spoils: tuple[Callable[[Tensor], Tensor], ...] = (

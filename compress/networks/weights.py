@@ -37,7 +37,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done to weights of one type.
+    """Conversion of stored weights of one type.
 
     Attributes:
         text: A sentence for the user.

@@ -186,7 +186,7 @@ def _dtype(value: Tensor) -> str:
 
 @dataclass(slots=True)
 class Observed:
-    """What was seen, each as "layer (Class): operator", in the order of the run.
+    """Operators seen in a run, each as "layer (Class): operator", in the order of the run.
 
     Attributes:
         random: Random numbers were drawn.

@@ -128,7 +128,7 @@ def rows_of(model: ModelProto) -> list[LayerRow]:
 
 
 def is_fixed_weight(name: str) -> bool:
-    """Whether a constant is the weight of a convolution that stands for slicing and padding."""
+    """Return whether a constant is the weight of a convolution that stands for slicing and padding."""
     return name.startswith(FIXED_WEIGHT) or name.endswith(f".{FIXED_BUFFER}")
 
 

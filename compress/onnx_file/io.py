@@ -29,7 +29,7 @@ _TYPES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OnnxMetadata:
-    """What this program writes into the files it exports.
+    """Metadata that this program writes into the files it exports.
 
     Attributes:
         preprocessing: What happens to an image first; None when the file does not say.
@@ -362,7 +362,7 @@ def _whole_number(text: str | None) -> int:
 
 
 def is_present(file: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is none."""
+    """Return whether there is such a file; a name that no file can have is none."""
     try:
         return file.exists()
     except (OSError, ValueError):  # too long, or with a null byte

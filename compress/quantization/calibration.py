@@ -88,7 +88,7 @@ class Batches:
 
 
 class OneBatch:
-    """What ONNX Runtime's calibrator asks for batches, until it gets None."""
+    """Batches for ONNX Runtime's calibrator, which asks until it gets None."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
         self.feed: dict[str, np.ndarray] | None = feed

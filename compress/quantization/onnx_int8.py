@@ -50,7 +50,7 @@ _TYPES = {"int8": "QInt8", "uint8": "QUInt8"}
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How values are rounded.
+    """Settings of the rounding.
 
     Attributes:
         images: Calibration images whose activations decide the ranges.
@@ -73,7 +73,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
-    """What was written.
+    """Report of a quantised file.
 
     Attributes:
         layers: Layers that multiply by rounded weights.

@@ -46,7 +46,7 @@ class Metric:
 
     @property
     def words(self) -> str:
-        """How it is called in sentences."""
+        """Name of the metric in sentences."""
         return self.label or self.name
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Metric:
         return f"{value:.2%}" if self.is_share else f"{value:.4g}"
 
     def is_better(self, one: float, other: float) -> bool:
-        """Whether one value is better than another; one that is no number never is, and any is better than that."""
+        """Return whether one value is better than another; NaN is never better, and every number is better than NaN."""
         if np.isnan(one) or np.isnan(other):
             return bool(np.isnan(other) and not np.isnan(one))
         return one > other if self.higher_is_better else one < other
@@ -230,7 +230,7 @@ LEVEL = 0.05
 
 
 def is_shown_worse(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether fewer images are right after than before, by more than noise (exact McNemar test, 5 %, both sides).
+    """Return whether fewer images are right after than before, by more than noise (exact McNemar test, 5 %, two-sided).
 
     Args:
         before: (N,) bool, whether each image was right.

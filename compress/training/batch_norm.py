@@ -64,7 +64,7 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
 
 
 def _measures(norm: _BatchNorm) -> bool:
-    """Whether a batch norm keeps statistics and goes to training mode, in which it measures them."""
+    """Return whether a batch norm keeps statistics and goes to training mode, in which it measures them."""
     before = norm.training
     follows = norm.train().training
     norm.training = before

@@ -63,7 +63,7 @@ class UnfoldedConv(nn.Module):
 
 
 def can_unfold(module: nn.Module) -> bool:
-    """Whether a network has convolutions with biases, and no norms."""
+    """Return whether a network has convolutions with biases, and no norms."""
     parts = list(module.modules())
     return not any(isinstance(part, NORMS) for part in parts) and any(_is_foldable(part) for part in parts)
 

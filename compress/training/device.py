@@ -72,7 +72,7 @@ def require_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
+    """Return whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
     if platform.machine() in ("x86_64", "AMD64"):  # where the library says yes to any AVX-512, and emulates
         return bool(torch.cpu.get_capabilities()["avx512_bf16"])
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -143,7 +143,7 @@ def tell(text: str | None = None) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What runs in here is run by all processes."""
+    """Context manager for code that all processes run."""
     global _is_together
     _is_together = True
     try:

@@ -129,7 +129,7 @@ class Gates:
         return checks
 
     def is_close_to_speed(self, ratio: LatencyRatio) -> bool:
-        """Whether a speed-up is so close to its limit that the state of the machine may decide."""
+        """Return whether a speed-up is so close to its limit that the state of the machine may decide."""
         return self.min_speedup is not None and abs(1 / ratio.value / self.min_speedup - 1) < _CLOSE
 
     def check_speed(

@@ -37,7 +37,7 @@ _TOO_NOISY = 0.015  # half of the 3 % that a budget may be missed by
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """Where and how a file is run.
+    """Conditions of a file's measurement: runtime, provider, threads, batch size.
 
     Attributes:
         runtime: Name in `catalog.RUNTIMES`.

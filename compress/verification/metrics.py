@@ -50,7 +50,7 @@ class Predictions:
 
     @property
     def metric(self) -> Metric:
-        """What it is."""
+        """Name of the metric."""
         return CLASSIFICATION.main
 
     @property

@@ -46,7 +46,7 @@ sys.exit(main(request))
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What each file takes; a label is "slim" or "baseline".
+    """Resources of each file; a label is "slim" or "baseline".
 
     Attributes:
         cold_start_ms: Label -> until a session is there, in a new process; median.

@@ -38,7 +38,7 @@ MOVING = ("elastic",)  # corruptions that move pixels
 
 @dataclass(frozen=True, slots=True)
 class Robustness:
-    """What is looked at.
+    """Settings of a robustness measurement.
 
     Attributes:
         images: Of the evaluation split, spread evenly; all of a smaller one.
@@ -112,7 +112,7 @@ def _spoil(name: str, severity: int, seed: int, images: np.ndarray, start: int) 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a network stands on one distribution.
+    """Metrics of a network on one distribution.
 
     Attributes:
         name: Of the distribution.

@@ -23,7 +23,7 @@ Estimates = dict[str, Estimate]
 
 @dataclass(frozen=True, slots=True)
 class QualitySummary:
-    """How good the file is, and what changed.
+    """Quality of the file, and its change against the baseline.
 
     Attributes:
         own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.

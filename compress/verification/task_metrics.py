@@ -20,7 +20,7 @@ from compress.verification.statistics import jackknife_intervals
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network does over a split.
+    """Metrics of a network over a split.
 
     Attributes:
         task: What is measured.

@@ -47,7 +47,7 @@ class AnnotatedSource:
 
     @property
     def has_targets(self) -> bool:
-        """Whether images have targets."""
+        """Return whether images have targets."""
         return self.read_target is not None
 
     @cached_property

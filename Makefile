@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint type check bench mutation clean
+.PHONY: help setup demo test fuzz lint type check docs bench mutation clean
 
 help:           ## list the verbs
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,11 +38,14 @@ type: $(READY)  ## mypy
 
 check: lint type ## lint and type
 
-bench: $(READY) ## measure the README's result table (about 15 minutes on a quiet machine)
-	$(BIN)/python benchmarks/results.py --write README.md
+docs: $(READY)  ## build the documentation in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY) ## measure the README's result table on a quiet machine; WEIGHTS=resnet56_latency=FILE
+	$(BIN)/python benchmarks/results.py $(addprefix --weights ,$(WEIGHTS)) --write README.md
 
 mutation: $(READY) ## change the code in small ways and count what the tests notice, by package (hours; goes on where it was)
 	$(BIN)/python benchmarks/mutation.py
 
 clean:          ## remove the environment and what runs have left
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

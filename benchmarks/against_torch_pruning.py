@@ -1,6 +1,6 @@
 """Compare our networks with torch-pruning's at the same measured latency and after the same training.
 
-    python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml --folder FOLDER --write README.md
+    python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml --folder FOLDER --write docs/results.md
     ... --set stages.load.weights=FILE    as for compress run
     ... --phase cut                       one of ours, cut, train, before, time, table; by default all, in this order
     ... --published FILE                  also times torch-pruning's published ResNet-56 (a state dict), as it is
@@ -24,6 +24,7 @@ as one with new statistics does; it is not trained twice.
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,8 @@ def do(comparison: Comparison, phases: Sequence[str], arguments: Any) -> None:
         rows, timing = comparison.rows(), comparison.timing()
         table = main_table(rows, timing, comparison.first.budget)
         draw(rows, timing, arguments.picture)
-        table += f"\n\n![top-1 over measured speed-up]({arguments.picture})"
+        folder = arguments.write.parent if arguments.write else Path()
+        table += f"\n\n![top-1 over measured speed-up]({os.path.relpath(arguments.picture, folder)})"
         cuts = cuts_table(comparison.first, comparison.settings)
         for path, text, name in ((arguments.write, table, "torch-pruning"), (arguments.write_cuts, cuts, "cuts")):
             print(f"\n{text}")
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--phase", choices=PHASES, action="append", metavar="PHASE", help=f"of {', '.join(PHASES)}")
     parser.add_argument("--published", type=Path, metavar="FILE")
-    parser.add_argument("--picture", type=Path, default=Path("benchmarks/against_torch_pruning.svg"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/assets/against_torch_pruning.svg"))
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="puts the table between its markers")
     parser.add_argument("--write-cuts", type=Path, metavar="FILE.md", help="puts the table of all cuts there")
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_files.py --data FOLDER --out FOLDER                 all of them, one after the other
     ... --only resnet20_0.7 --only rfb_320_0.7                                 some of them
-    ... --write docs/onnx-input.md                                             puts the table between its markers
+    ... --write FILE.md                                                          puts the table between its markers
 
 DATA holds `networks`, `detection`, `cifar10` and `imagenet_sample`, as benchmarks/onnx_cases.py names the files in
 them. OUT gets the images, the ONNX files that torch's exporter makes, a pipeline for each row, logs and runs. Each row

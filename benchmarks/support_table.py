@@ -1,4 +1,4 @@
-"""How are the results of the support matrix put into a page?"""
+"""Page of the support matrix, from its results."""
 
 import re
 from collections import defaultdict
@@ -18,19 +18,19 @@ TITLES = {
 }
 HEAD = """# Support matrix
 
-`python benchmarks/support_matrix.py --table` writes this page from `support.json`, which the same program fills.
+`python benchmarks/support_matrix.py --table` writes this page from `support.json`, the results of the same program.
 
-Each network is built with random weights (batch-norm statistics, scales and biases different in every channel, so that
-a wrong cut shows), inspected, and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` would choose by l2
-scores. Each slim network is compared with the original whose removed channels are silenced (in float64) and exported to
-ONNX, and the file is compared with it in ONNX Runtime. A network has passed when all of this went well for both cuts.
+Each network is built with random weights. Batch-norm statistics, scales and biases differ in every channel, so that a wrong cut
+shows. It is inspected and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` chooses by l2 scores. Each slim network is
+compared with the baseline with masked channels (in float64), exported to ONNX, and compared with its file in ONNX Runtime. A
+network passes if both cuts do.
 
-- *input*: of one image; with a star where it is not the network's own, for speed (the graph is the same)
-- *groups*: channel groups that can be cut, of all; *blocks*: residual blocks that can be removed
-- *least*: MACs left at the narrowest that the default limits allow
-- *cut* and *parity*: largest difference, over the largest output value; of both cuts the larger one
-- seconds are those of one thread of a busy machine; cuts and exports of both together; *GB* is the most memory that the
-  process held, Python and torch (about 0.5 GB) included
+- *input*: of one image; a star marks a smaller one than the network's own, for speed (the graph is the same)
+- *groups*: prunable channel groups of all; *blocks*: removable residual blocks
+- *least*: share of the MACs at the least widths within the default limits
+- *cut* and *parity*: largest difference relative to the largest output value, of both cuts
+- seconds: one thread of a busy machine, both cuts together; *GB*: peak memory of the process, Python and torch (about 0.5 GB)
+  included
 """
 COLUMNS = ("network", "family", "input", "GMACs", "M params", "groups", "blocks", "least", "reached", "cut", "parity",
            "inspect s", "cut s", "export s", "GB", "result")  # fmt: skip
@@ -40,7 +40,7 @@ def render(values: Mapping[str, Any]) -> str:
     """Return the page.
 
     Args:
-        values: Of `support.json`.
+        values: Contents of `support.json`.
     """
     sets: dict[str, dict[str, Record]] = {name: {} for name in SETS}
     for key, record in values["networks"].items():
@@ -49,7 +49,7 @@ def render(values: Mapping[str, Any]) -> str:
     known = {name: records for name, records in sets.items() if records}
     versions = ", ".join(f"{name} {value}" for name, value in values["environment"].items() if name != "cores")
     parts = [HEAD, f"Made with {versions}, {values['environment']['cores']} cores.", "## Summary", _summary(known)]
-    parts += ["## Failures", _failures(known), "## Channel groups that stay whole", _uncut(known)]
+    parts += ["## Failures", _failures(known), "## Channel groups that are not prunable", _uncut(known)]
     for name, records in known.items():
         parts += [f"## {TITLES[name]}", _table(COLUMNS, [_row(network, record) for network, record in records.items()])]
         parts += [f"Left out: {', '.join(names)} ({why})." for why, names in left_out(name).items()]
@@ -83,7 +83,7 @@ def _summary(known: Mapping[str, Mapping[str, Record]]) -> str:
         "passed",
         "share",
         "slim networks compared",
-        "of them wrong",
+        "wrong ones",
         "largest difference",
         "largest parity",
     )
@@ -100,8 +100,8 @@ def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
         return "None."
     parts = []
     for (step, reason), each in sorted(alike.items(), key=lambda item: -len(item[1])):
-        lines = [f"  - {' '.join(one.split())}" for one in each]
-        parts.append("\n".join([f"- **{step}** ({len(each)}): {reason}", *lines]))
+        lines = [f"  - `{' '.join(one.split())}`" for one in each]
+        parts.append("\n".join([f"- **{step}** ({len(each)}): `{reason}`", *lines]))
     return "\n".join(parts)
 
 
@@ -118,7 +118,7 @@ def _uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
         (reason, str(count), str(len(networks[reason])), ", ".join(networks[reason][:6]))
         for reason, count in sorted(groups.items(), key=lambda item: -item[1])
     ]
-    return _table(("why", "groups", "networks", "such as"), rows) if rows else "None."
+    return _table(("reason", "groups", "networks", "examples"), rows) if rows else "None."
 
 
 def _row(name: str, record: Record) -> Sequence[str]:

@@ -1,85 +1,130 @@
-"""How is a run read by people? One page, verdict first, that needs neither a network nor any other file."""
+"""HTML pages from the templates in `templates/`: self-contained, without scripts, every value escaped.
 
+A page needs neither a network nor any other file: the style sheet and the plots are part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from compress.report.markup import escape
-from compress.report.outcome import (
-    outcome_of,
-    render_checks,
-    render_comparison,
-    render_config,
-    render_latency,
-    render_parity,
-    render_verdict,
-)
-from compress.report.quality import render_quality, render_worst_images
-from compress.report.robustness import render_robustness
-from compress.report.runtime import render_places, render_runtime
-from compress.report.shares import render_shares
-from compress.report.style import STYLE_SHEET
-from compress.report.work import render_environment, render_notes, render_stages, render_times
+from compress.report import formats, plots, results, stages
+from compress.report.model import Report
+from compress.report.records import Change
 
+FOLDER = Path(__file__).parent
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-
-def render_html(report: dict[str, Any]) -> str:
-    """Return the whole page; the same report gives the same text.
-
-    Args:
-        report: As from `build_report`. Everything but "verdict" may be missing or None; its section is then left out.
-
-    Returns:
-        HTML without scripts and without references to anything outside; every value of the report is escaped.
-    """
-    word = outcome_of(report)
-    config = report.get("config")
-    body = "".join(
-        (
-            render_verdict(report),
-            render_comparison(report),
-            render_checks(report),
-            render_notes(report),
-            render_stages(report),
-            render_shares(report),
-            render_quality(report),
-            render_worst_images(report),
-            render_robustness(report),
-            render_latency(report),
-            render_runtime(report),
-            render_places(report),
-            render_parity(report),
-            render_times(report),
-            render_environment(report),
-            render_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)) if config else "",
+FORMATS = {
+    "bytes": formats.format_bytes,
+    "count": formats.format_count,
+    "number": formats.format_number,
+    "seconds": formats.format_seconds,
+    "share": formats.format_share,
+    "times": formats.format_times,
+    "whole": formats.format_whole,
+}
+FILTERS = {
+    **FORMATS,
+    "difference": formats.describe_difference,
+    "measure": formats.format_measure,
+    "metric": formats.format_metric,
+    "points": formats.format_points,
+    "count_beyond_edge": plots.count_beyond_edge,
+    **{
+        function.__name__: function
+        for function in (
+            results.class_rows,
+            results.describe_conditions,
+            results.describe_kinds,
+            results.describe_open,
+            results.distribution_rows,
+            results.group_worst_images,
+            results.list_comparison,
+            results.list_effects,
+            results.list_latency,
+            results.list_main_changes,
+            results.list_means,
+            results.list_panels,
+            results.list_parity,
+            results.list_quality,
+            results.list_resources,
+            results.list_severities,
+            results.noise_curves,
+            stages.describe_damage,
+            stages.describe_validation,
+            stages.describe_weights,
+            stages.group_by_reason,
+            stages.list_isometry,
+            stages.list_latency_budget,
+            stages.list_machine,
+            stages.list_method,
+            stages.list_prune,
+            stages.list_training,
+            stages.list_versions,
+            stages.total_seconds,
         )
-    )
-    return render_page(f"{report.get('name')}: {word}", "compress report", str(report.get("name")), body)
+    },
+}
 
 
-def render_page(title: str, kind: str, name: str, body: str) -> str:
-    """Return a page around a body.
+def render_report(report: Report) -> str:
+    """Return the page of one run; the same report gives the same text."""
+    return render("report.html.j2", f"{report.name}: {report.verdict.outcome}", report.name, report=report)
+
+
+def render(template: str, title: str, name: str, command: str = "compress report", **values: Any) -> str:
+    """Return a page.
 
     Args:
-        title: Plain text, for the window.
-        kind: Plain text, small above the name.
-        name: Plain text, the heading.
-        body: HTML.
+        template: File in `templates/`.
+        title: Of the window.
+        name: Heading.
+        command: Small above the heading.
+        values: Variables of the template.
     """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE_SHEET}</style>
-</head>
-<body>
-<main>
-<h1><small>{escape(kind)}</small>{escape(name)}</h1>
-{body}</main>
-</body>
-</html>
-"""
+    return _environment().get_template(template).render(title=title, name=name, command=command, **values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: formats.MISSING if value is None else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {**FILTERS, "change": _describe_change, "known": _keep_known, "yes_no": _yes_no}
+    environment.filters["yaml"] = _to_yaml
+    environment.globals |= {
+        "content_policy": CONTENT_POLICY,
+        "plots": plots,
+        "style_sheet": Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+    }
+    return environment
+
+
+def _describe_change(change: Change, form: str) -> str:
+    return formats.describe_change(change, FORMATS[form])
+
+
+def _keep_known(facts: list[results.Fact]) -> list[results.Fact]:
+    """Return the facts whose value is known."""
+    return [(name, value) for name, value in facts if value not in (None, formats.MISSING)]
+
+
+def _yes_no(value: bool | None) -> str | None:
+    return None if value is None else "yes" if value else "no"
+
+
+def _to_yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return text

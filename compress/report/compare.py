@@ -85,7 +85,7 @@ def value_rows(reports: Sequence[Report]) -> list[Row]:
         ),
         Row("Speed-up", Cell(), [_speedup_cell(report) for report in reports]),
         *(_cost_row(label, [getattr(one.runtime, name) for one in details], form) for label, name, form in _RESOURCES),
-        Row("Time of the stages", Cell(), [_time_cell(report) for report in reports]),
+        Row("Time of the stages", Cell(), [Cell(format_seconds(report.seconds)) for report in reports]),
     ]
     return [row for row in rows if any(cell.text != MISSING for cell in row.runs)]
 
@@ -128,11 +128,6 @@ def _speedup_cell(report: Report) -> Cell:
         value, interval = describe_speedup(ratio)
         return Cell(f"{value}×", interval)
     return Cell() if speedup is None else Cell(f"{speedup:.2f}×")
-
-
-def _time_cell(report: Report) -> Cell:
-    known = [stage.seconds for stage in report.stages if stage.seconds is not None]
-    return Cell(format_seconds(sum(known))) if known else Cell()
 
 
 def comparison_rows(reports: Sequence[Report], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -271,6 +271,12 @@ class Report(Mirror):
         return [one for one in (self.baseline, self.slim) if one is not None]
 
     @property
+    def seconds(self) -> float | None:
+        """Time of all stages; None where it is not known."""
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(known) if known else None
+
+    @property
     def speedup(self) -> float | None:
         """Speed-up measured in turn, which gates were held to; of early reports the quotient of the medians."""
         ratio, medians = self.details.latency.ratio, self.latency()

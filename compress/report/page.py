@@ -14,62 +14,16 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress.report import formats, plots, results, stages
+from compress.report import formats, plots, results, stage_facts
 from compress.report.model import Report
 from compress.report.records import Change
 
 FOLDER = Path(__file__).parent
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-FORMATS = {
+CHANGE_FORMATS: dict[str, formats.Format] = {
     "bytes": formats.format_bytes,
     "count": formats.format_count,
     "number": formats.format_number,
-    "seconds": formats.format_seconds,
-    "share": formats.format_share,
-    "times": formats.format_times,
-    "whole": formats.format_whole,
-}
-FILTERS = {
-    **FORMATS,
-    "difference": formats.describe_difference,
-    "measure": formats.format_measure,
-    "metric": formats.format_metric,
-    "points": formats.format_points,
-    "count_beyond_edge": plots.count_beyond_edge,
-    **{
-        function.__name__: function
-        for function in (
-            results.class_rows,
-            results.describe_conditions,
-            results.describe_kinds,
-            results.describe_open,
-            results.distribution_rows,
-            results.group_worst_images,
-            results.list_comparison,
-            results.list_effects,
-            results.list_latency,
-            results.list_main_changes,
-            results.list_means,
-            results.list_panels,
-            results.list_parity,
-            results.list_quality,
-            results.list_resources,
-            results.list_severities,
-            results.noise_curves,
-            stages.describe_damage,
-            stages.describe_validation,
-            stages.describe_weights,
-            stages.group_by_reason,
-            stages.list_isometry,
-            stages.list_latency_budget,
-            stages.list_machine,
-            stages.list_method,
-            stages.list_prune,
-            stages.list_training,
-            stages.list_versions,
-            stages.total_seconds,
-        )
-    },
 }
 
 
@@ -102,18 +56,33 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {**FILTERS, "change": _describe_change, "known": _keep_known, "yes_no": _yes_no}
-    environment.filters["yaml"] = _to_yaml
+    environment.filters |= {
+        **CHANGE_FORMATS,
+        "change": _describe_change,
+        "difference": formats.describe_difference,
+        "known": _keep_known,
+        "measure": formats.format_measure,
+        "metric": formats.format_metric,
+        "points": formats.format_points,
+        "seconds": formats.format_seconds,
+        "share": formats.format_share,
+        "times": formats.format_times,
+        "whole": formats.format_whole,
+        "yaml": _to_yaml,
+        "yes_no": _yes_no,
+    }
     environment.globals |= {
         "content_policy": CONTENT_POLICY,
         "plots": plots,
+        "results": results,
+        "stage_facts": stage_facts,
         "style_sheet": Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
     }
     return environment
 
 
 def _describe_change(change: Change, form: str) -> str:
-    return formats.describe_change(change, FORMATS[form])
+    return formats.describe_change(change, CHANGE_FORMATS[form])
 
 
 def _keep_known(facts: list[results.Fact]) -> list[results.Fact]:

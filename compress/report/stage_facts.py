@@ -13,7 +13,7 @@ from compress.report.formats import (
     format_number,
     format_share,
 )
-from compress.report.model import Environment, Report
+from compress.report.model import Environment
 from compress.report.records import (
     Exclusion,
     Group,
@@ -185,8 +185,3 @@ def list_machine(environment: Environment) -> list[Fact]:
 def list_versions(environment: Environment) -> list[Fact]:
     """Return the versions of libraries."""
     return [(name, version or "not installed") for name, version in environment.versions.items()]
-
-
-def total_seconds(report: Report) -> float:
-    """Return the time of all stages."""
-    return sum(stage.seconds or 0.0 for stage in report.stages)

@@ -34,6 +34,8 @@ from compress.model.artifacts import (
 )
 from compress.model.recipe import Recipe
 from compress.storage.digest import digest_file, read_sealed, sealed
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 
 if TYPE_CHECKING:
     from torch import nn
@@ -263,12 +265,16 @@ def _load_onnx_model(folder: Path, factory: FactorySpec | None) -> OnnxModel:
 
 def _load_verdict(folder: Path) -> Verdict:
     values = _read_json(folder / "verdict.json")
+    metric = values.get("metric") or (values["details"].get("quality") or {}).get(
+        "metric"
+    )  # an early file has no other
     return Verdict(
         checks=tuple(CheckResult(**check) for check in values["checks"]),
         required=tuple(values["required"]),
         slim=Figures(**values["slim"]) if values["slim"] else None,
         baseline=Figures(**values["baseline"]) if values["baseline"] else None,
         details=values["details"],
+        metric=Metric(**metric) if metric else CLASSIFICATION.main,
     )
 
 

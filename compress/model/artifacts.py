@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from compress.data.preprocessing import Preprocessing
 from compress.model.recipe import Recipe
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 
 if TYPE_CHECKING:  # the planner and the reports handle these types without importing torch
     from torch import nn
@@ -227,6 +229,7 @@ class Verdict:
         slim: Figures of the file.
         baseline: Figures of the untouched network, measured in the same run where that matters (latency).
         details: Plain values for the report (latency samples, parity quantiles, environment).
+        metric: Primary metric of the task.
     """
 
     checks: tuple[CheckResult, ...]
@@ -234,6 +237,7 @@ class Verdict:
     slim: Figures | None
     baseline: Figures | None
     details: dict[str, Any] = field(default_factory=dict)
+    metric: Metric = CLASSIFICATION.main
 
     @property
     def outcome(self) -> Outcome:

@@ -13,11 +13,12 @@ torch is imported by training only: a file is verified without it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from compress.catalog import HARDER, SHARES
 from compress.errors import DataError, ModelError, NonFinite
 from compress.tasks.outputs import each, picked, singles
 
@@ -28,9 +29,22 @@ if TYPE_CHECKING:
 Facts = dict[str, np.ndarray]
 
 
+_WORDS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "map": "mAP",
+    "map50": "mAP at 0.5",
+    "map75": "mAP at 0.75",
+    "rmse": "RMSE",
+    "mae": "MAE",
+}
+_LOWER_IS_BETTER = ("rmse", "mae", "distance", "calibration_error", "excess_error", "churn", "softmax_distance")
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """The figure that decides: which epoch is best, what a verdict leads with.
+    """A quality metric: its name, unit and direction.
 
     Attributes:
         name: As in gates and reports, such as "miou".
@@ -49,12 +63,52 @@ class Metric:
         """Name of the metric in sentences."""
         return self.label or self.name
 
+    @property
+    def title(self) -> str:
+        """Name at the beginning of a sentence.
+
+        >>> Metric("top1", label="top-1").title, Metric("miou", label="mIoU").title
+        ('Top-1', 'mIoU')
+        """
+        start = self.words[:2]
+        return self.words if start != start.lower() else self.words[:1].upper() + self.words[1:]
+
+    @property
+    def unit(self) -> str:
+        """Unit that values are shown in: "%" for a share, else ""."""
+        return "%" if self.is_share else ""
+
+    @property
+    def scale(self) -> float:
+        """Factor from a value to its unit."""
+        return 100.0 if self.is_share else 1.0
+
+    @property
+    def worsening(self) -> str:
+        """Name of the change for the worse, positive where quality is lost: "drop.top1", "rise.rmse"."""
+        return f"{'drop' if self.higher_is_better else 'rise'}.{self.name}"
+
+    def other(self, name: str) -> Metric:
+        """Return the metric called `name` that is measured beside this, the primary one.
+
+        Robustness is the primary metric on other images. Whatever is not known by name is a plain number.
+
+        >>> Metric("top1").other("worst_class").title, Metric("rmse", is_share=False).other("noise").is_share
+        ('Worst class', False)
+        """
+        if name == self.name:
+            return self
+        if name in HARDER:
+            return replace(self, name=name, label=name)
+        words = _WORDS.get(name, name.replace("_", " "))
+        return Metric(name, name not in _LOWER_IS_BETTER, name in SHARES, words)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a report."""
         return {**asdict(self), "label": self.words}
 
     def show(self, value: float) -> str:
-        """Return a value as it is said: a share in percent.
+        """Return a value in its unit.
 
         >>> Metric("miou").show(0.5), Metric("rmse", is_share=False).show(0.25)
         ('50.00%', '0.25')

@@ -422,6 +422,7 @@ class _Verification:
             slim,
             baseline,
             self.details,
+            metric,
         )
 
     def _check_provider(self, session: Runtime) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 
-from compress.config.rules.weights import CLASSES_KEY, PREPROCESSING_KEY
+from compress.config.defaults import PREPROCESSING_KEY
 from compress.config.schema.data import PreprocessingConfig
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, first_line, translated
@@ -17,6 +17,8 @@ from compress.model.artifacts import Signature, TensorSpec
 
 SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
 __all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
+
+CLASSES_KEY = "compress.classes"
 _FEW_BITS = {"UINT4": 4, "INT4": 4, "FLOAT4": 4, "UINT2": 2, "INT2": 2}
 _DIGITS, _SHOWN, _NAMED = 20, 80, 4
 _LARGEST = 2**31 - 1  # size of an axis

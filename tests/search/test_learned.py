@@ -94,7 +94,7 @@ def test_a_latency_budget_is_met_by_widths_that_were_timed(data, tmp_path, monke
 
 def test_the_momentum_of_gsm_takes_the_place_of_that_of_training(learn, monkeypatch):
     settings, fit = [], hooked.fit
-    monkeypatch.setattr(hooked, "fit", lambda *args, **rest: settings.append(args[3]) or fit(*args, **rest))
+    monkeypatch.setattr(hooked, "fit", lambda *args, **rest: settings.append(args[2]) or fit(*args, **rest))
     decays, begun = [], Gsm.__init__
 
     def noted(self, setting, options=None):

@@ -34,6 +34,7 @@ from compress.search.context import StageContext
 from compress.stages.export import ExportStage
 from compress.stages.load import LoadStage
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
@@ -181,10 +182,10 @@ def test_verification_reads_half_files_and_says_the_limit_that_they_keep(half):
     split = Split("evaluation", ArraySource(images, np.arange(24) % 4, ()), np.arange(24), PREPROCESSING)
 
     def verify(limit):
-        verdict = verify_onnx(
+        verdict = verify_onnx(VerificationJob(
             half, evaluation=split, conditions=Conditions(warmup=1, repeats=4), gates=Gates(parity=limit),
             signature=SIGNATURE, opset=18, reference=nets.build("residual"), baseline_onnx=exported("residual"),
-        )  # fmt: skip
+        ))  # fmt: skip
         return verdict, {check.name: check for check in verdict.checks}
 
     verdict, checks = verify(1e-6)

@@ -18,6 +18,7 @@ from compress.exporting.torch_onnx import export_onnx
 from compress.networks.batch_independence import require_batch_independence
 from compress.verification.batching import BATCH_INDEPENDENT, batch_difference, check_batch, quality_batch
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.scope import Scope
@@ -202,12 +203,14 @@ def test_the_verdict_has_the_quality_of_the_deployed_batch_size(mixing):
     """One image alone minus the mean of itself: all classes tie, the first one is chosen."""
     split = make_split()
     verdict = verify_onnx(
-        mixing,
-        evaluation=split,
-        conditions=Conditions(warmup=1, repeats=5),
-        gates=Gates(),
-        scope=Scope(batch_sizes=()),
-        baseline_onnx=mixing,
+        VerificationJob(
+            mixing,
+            evaluation=split,
+            conditions=Conditions(warmup=1, repeats=5),
+            gates=Gates(),
+            scope=Scope(batch_sizes=()),
+            baseline_onnx=mixing,
+        )
     )
     assert verdict.slim.quality["top1"] == np.mean(split.labels == 0)
     assert verdict.baseline.quality["top1"] == np.mean(split.labels == 0)

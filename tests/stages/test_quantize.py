@@ -28,6 +28,7 @@ from compress.report.shares import render_shares
 from compress.stages.quantize import QuantizeStage
 from compress.stages.verify import VerifyStage
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
@@ -148,7 +149,7 @@ def verify(artifact, data, **changes):
         "baseline_figures": artifact.reference.baseline.figures,
         "float_onnx": artifact.float_path,
     }
-    return verify_onnx(artifact.path, **(arguments | changes))
+    return verify_onnx(VerificationJob(artifact.path, **(arguments | changes)))
 
 
 def check_of(verdict, name):

@@ -27,7 +27,7 @@ from typing import Any
 from simulated_machine import SimulatedMachine, no_inputs
 
 from compress.cli.console import Console
-from compress.verification.latency import LatencyRatio, compare_latency
+from compress.verification.latency import Calls, LatencyRatio, compare_latency
 
 ROOT = Path(__file__).resolve().parents[1]
 ASKED, HELD_OF_40 = 0.002, 37
@@ -81,8 +81,7 @@ def measure(path: Path, number: int) -> dict[str, Any]:
     found = compare_latency(
         {label: partial(conditions.open, path) for label in labels},
         lambda session: random_inputs(session.signature, conditions.batch_size),
-        conditions.warmup,
-        conditions.repeats,
+        conditions.calls,
         has_control=True,
     )
     assert found.ratio is not None
@@ -140,7 +139,7 @@ def run_simulated(options: argparse.Namespace, console: Console) -> None:
         machine = SimulatedMachine(seed=number)
         labels = ("a", "b") if number % 2 == 0 else ("b", "a")
         models = {label: machine.model(label, 0.4) for label in labels}
-        found = compare_latency(models, no_inputs, 10, 100, has_control=True, stopwatch=machine.stopwatch)
+        found = compare_latency(models, no_inputs, Calls(10, 100), has_control=True, stopwatch=machine.stopwatch)
         assert found.ratio is not None
         runs.append(record(found.ratio, number))
     summarize(runs, console)
@@ -153,7 +152,7 @@ def run_simulated(options: argparse.Namespace, console: Console) -> None:
                 machine = SimulatedMachine(seed=number)
                 models = {"slim": machine.model("slim", 0.25, reaction), "baseline": machine.model("baseline", 0.4)}
                 ratio = compare_latency(
-                    models, no_inputs, 10, 100, has_control=True,
+                    models, no_inputs, Calls(10, 100), has_control=True,
                     is_close=lambda _, answer=is_close: answer, stopwatch=machine.stopwatch,
                 ).ratio  # fmt: skip
                 assert ratio is not None

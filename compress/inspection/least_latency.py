@@ -138,8 +138,7 @@ def _time_files(files: Mapping[str, Path], conditions: Conditions, progress: Pro
     return compare_latency(
         {label: partial(conditions.open, path) for label, path in files.items()},
         lambda session: random_inputs(session.signature, conditions.batch_size),
-        conditions.warmup,
-        conditions.repeats,
+        conditions.calls,
         progress,
     )
 

@@ -36,13 +36,14 @@ ASKED, HELD_OF_40 = 0.002, 37
 def export_resnet20(path: Path) -> None:
     """Write the ResNet-20 of `models/` to an ONNX file."""
     sys.path.insert(0, str(ROOT))
+    from compress.exporting.settings import ExportSettings
     from compress.exporting.torch_onnx import export_onnx
     from compress.model.artifacts import Signature, TensorSpec
     from compress.search.export import OPSET
     from models.cifar_resnet.model import resnet
 
     signature = Signature((TensorSpec("image", ("batch", 3, 32, 32)),), (TensorSpec("logits", ("batch", 10)),))
-    export_onnx(resnet(20).eval(), signature, path, opset=OPSET)
+    export_onnx(resnet(20).eval(), signature, path, ExportSettings(opset=OPSET))
 
 
 def record(ratio: LatencyRatio, number: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import CompressError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
@@ -111,7 +112,7 @@ def load(name: str, folder: Path) -> tuple[TorchModel, RandomImages]:
     shape = ("batch", 3, size, size)
     signature = Signature((TensorSpec("images", shape),), (TensorSpec("logits", ("batch", classes)),))
     path, rewrites = folder / "baseline.onnx", ("padded_shortcuts",)
-    export_onnx(module, signature, path, opset=18, rewrites=rewrites)
+    export_onnx(module, signature, path, ExportSettings(opset=18, rewrites=rewrites))
     figures = Figures(count_macs(module, example), count_params(module), path.stat().st_size, {}, {})
     baseline = Baseline(figures, path, folder)
     model = TorchModel(module, spec, Recipe(), signature, Preprocessing(), (), baseline, rewrites)

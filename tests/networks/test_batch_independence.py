@@ -14,6 +14,7 @@ from torch import nn
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ModelError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.networks.batch_independence import require_batch_independence
 from compress.verification.batching import BATCH_INDEPENDENT, batch_difference, check_batch, quality_batch
@@ -194,7 +195,7 @@ def test_a_file_with_a_fixed_batch_is_compared_with_copies_of_one_image(tmp_path
     with OnnxRuntime(path) as session:
         assert batch_difference(session, make_split()) > 0.1
     single = replace(SIGNATURE, inputs=(replace(SIGNATURE.inputs[0], shape=(1, 3, 16, 16)),))
-    export_onnx(nets.build("chain"), single, tmp_path / "one.onnx", opset=18, dynamic_batch=False)
+    export_onnx(nets.build("chain"), single, tmp_path / "one.onnx", ExportSettings(opset=18, dynamic_batch=False))
     with OnnxRuntime(tmp_path / "one.onnx") as session:
         assert batch_difference(session, make_split()) is None
 

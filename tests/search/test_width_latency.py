@@ -32,6 +32,7 @@ from compress.errors import (
     RuntimeUnavailable,
     StageError,
 )
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.layers import find_layers
 from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
@@ -461,7 +462,7 @@ def test_a_concat_network_meets_its_target_as_predicted(ctx, tmp_path, monkeypat
     profile_by_macs(monkeypatch)
     path = tmp_path / "baseline.onnx"
     module = _Branches().eval()
-    export_onnx(module, SIGNATURE, path, opset=18)
+    export_onnx(module, SIGNATURE, path, ExportSettings(opset=18))
     figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": "branches"})
     model = TorchModel(module, spec, Recipe(), SIGNATURE, None, (), Baseline(figures, path, tmp_path))  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, InternalError, StageError, UnsupportedLayer
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.allocations import allocate_ranks, least_worst_error, most_energy, rank_options
 from compress.lowrank.factorize import (
@@ -167,7 +168,7 @@ def test_a_grouped_layer_is_replayed_loaded_strictly_and_exported_as_a_grouped_c
     replayed.load_state_dict(slim.state_dict(), strict=True)
     assert torch.equal(replayed(nets.images()), slim(nets.images()))
     path = tmp_path / "slim.onnx"
-    export_onnx(slim, SIGNATURE, path, opset=18)
+    export_onnx(slim, SIGNATURE, path, ExportSettings(opset=18))
     groups = [
         next((a.i for a in node.attribute if a.name == "group"), 1)
         for node in onnx.load(path).graph.node

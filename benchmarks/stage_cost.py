@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import compress.stages.prune as prune
+import compress.search.survey as survey
 from compress.checkpoint.rebuild import build_module
 from compress.cli.console import Console
 from compress.config.schema.prune import PruneConfig
@@ -42,6 +42,7 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, 
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress, Task
 from compress.search.context import StageContext
+from compress.stages.prune import PruneStage
 
 CIFAR = f"{Path(__file__).parents[1] / 'models' / 'cifar_resnet' / 'model.py'}:resnet"
 NETWORKS = {
@@ -135,12 +136,12 @@ def measure(name: str, folder: Path, latency: float) -> dict[str, Any]:
     """Prune a network and return the seconds of each part, the peak memory and what was reached."""
     model, data = load(name, folder)
     watch = Stopwatch()
-    prune.select_channels = watch.timed("allocation", prune.select_channels)  # type: ignore[assignment]
+    survey.select_channels = watch.timed("allocation", survey.select_channels)  # type: ignore[assignment]
     ctx = StageContext(folder, 0, data, watch, DeployConfig(), folder / "tables")  # type: ignore[arg-type]
     config = PruneConfig(stage="prune", target=TargetConfig(latency=latency), score_images=IMAGES)
     started = time.perf_counter()
     try:
-        _, record = prune.PruneStage(config).run(model, ctx)
+        _, record = PruneStage(config).run(model, ctx)
         ratio, fewer = record["latency"]["measured_ratio"], record["macs_before"] / record["macs_after"]
         reached = f"{ratio:.3f} | {fewer:.2f}x | {1 / ratio / fewer:.2f}"
     except CompressError as error:

@@ -44,6 +44,7 @@ from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost, layer_axes
 from compress.search.context import StageContext
 from compress.search.latency_loop import meet_latency
+from compress.search.rank_inputs import measure_spectra
 from compress.search.survey import Targets
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
@@ -615,9 +616,8 @@ def test_a_choice_that_is_timed_too_slow_says_milliseconds_where_they_were_asked
 
 def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, tmp_path, monkeypatch):
     model, timed = _model("chain", tmp_path), []
-    spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
-        model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, SilentProgress()
-    )
+    config = LowRankConfig(stage="low_rank", relative_error=0.5)
+    spectra = measure_spectra(model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, config, SilentProgress())
     original = profiling._profile_together
 
     def watched(paths, *others):
@@ -640,9 +640,8 @@ def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, t
 
 def test_ranks_are_timed_for_real(ctx, tmp_path):
     model = _model("chain", tmp_path)
-    spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
-        model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, SilentProgress()
-    )
+    config = LowRankConfig(stage="low_rank", relative_error=0.5)
+    spectra = measure_spectra(model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, config, SilentProgress())
     timed = rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx)
     assert timed.reference_ms > 0
     assert timed.fixed_ms > 0

@@ -49,6 +49,7 @@ from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.pruning.trial import find_cuttable
 from compress.search.context import StageContext
+from compress.search.rank_inputs import measure_spectra
 from compress.stages.low_rank import LowRankStage
 from compress.stages.slim import SlimStage
 
@@ -530,7 +531,7 @@ def test_rules_choose_among_what_was_timed(rule, limit_ms, expected):
 def test_every_scheme_is_timed_by_itself(ctx, rule):
     module = nets.build("residual")
     config = LowRankConfig(stage="low_rank", target=RankTargetConfig(latency=0.6), allocation=rule)
-    spectra = LowRankStage(config)._measure_spectra(module, find_layers(module, nets.EXAMPLE)[0], {}, ctx.progress)
+    spectra = measure_spectra(module, find_layers(module, nets.EXAMPLE)[0], {}, config, ctx.progress)
     trials = rank_latency._scheme_trials(spectra, 1, rule)
     schemes = [{choice.scheme for choice in trial} - {None, "svd"} for trial in trials]
     assert all(len(found) <= 1 for found in schemes)

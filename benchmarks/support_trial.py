@@ -32,6 +32,7 @@ from compress.allocation.widths import width_levels
 from compress.catalog import CRITERIA
 from compress.cost.macs import count_macs
 from compress.errors import BudgetUnreachable, CompressError, ModelError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.least_latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
@@ -194,7 +195,7 @@ def _cut_and_export(
         path = Path(folder) / "slim.onnx"
         with trial.step("export"):
             signature = signature_of(slim, FactorySpec("factory", "support_trial:slim"), example)
-            export_onnx(slim, signature, path, opset=OPSET)
+            export_onnx(slim, signature, path, ExportSettings(opset=OPSET))
             cut["file_macs"] = count_onnx(path).macs
         with trial.step("parity"):
             inputs = random_inputs(signature, batch=3)

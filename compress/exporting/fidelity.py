@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.data.packing import is_packed
 from compress.errors import ExportFailed
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.adapter import flatten_outputs, real_inputs, unpack_rows
 from compress.model.artifacts import Signature, TensorSpec
@@ -81,9 +82,7 @@ def first_difference(module: nn.Module, signature: Signature, sample: Tensor, to
                 _Tapped(module, chosen),
                 Signature(signature.inputs, specs),
                 path,
-                opset=opset,
-                dynamic_batch=False,
-                simplify=False,
+                ExportSettings(opset=opset, dynamic_batch=False, simplify=False),
             )
             got = _run(path, dict(zip((spec.name for spec in signature.inputs), parts, strict=True)))
         except (ExportFailed, RuntimeError, ValueError):

@@ -8,6 +8,7 @@ from compress.data.batches import evaluation_batches
 from compress.errors import ConfigValueError, ExportFailed, InternalError
 from compress.exporting.fidelity import file_error, first_difference
 from compress.exporting.rewrite import REWRITES
+from compress.exporting.settings import ExportSettings
 from compress.exporting.simplify import find_difference
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
 from compress.model.artifacts import Signature, TorchModel
@@ -33,11 +34,9 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
             model.module,
             model.signature,
             path,
-            opset=OPSET,
+            ExportSettings(opset=OPSET, rewrites=model.rewrites, precision=model.precision),
             preprocessing=model.preprocessing,
             classes=model.classes,
-            rewrites=model.rewrites,
-            precision=model.precision,
         )
         task.advance()
 

@@ -14,7 +14,9 @@ from compress.search.validation import is_quality_worse, metric_of, stated, vali
 from compress.tasks.base import Metric
 from compress.training.evaluate import evaluate_loss, quality_facts
 from compress.training.hooks import TrainingHooks
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
+from compress.training.state import StateFile
 
 CUT_JUMP = 0.02
 
@@ -52,7 +54,8 @@ def train_with_hooks(
     before = validation.task.figures(facts)[metric.name]
     teacher = distillation_from(config.distillation, artifact)
     ctx.progress.note(pace(settings))
-    result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
+    data, file = TrainingData(ctx.data.train, validation), StateFile(state, is_kept=True)
+    result = fit(module, data, settings, teacher, file, ctx.progress, hooks)
     now = quality_facts(module, validation, progress=ctx.progress)
     after = validation.task.figures(now)[metric.name]
     if is_quality_worse(facts, now, validation.task):

@@ -32,7 +32,7 @@ from compress.search.hooked_training import hooked_settings, train_with_hooks
 from compress.search.latency_loop import TimedChoice
 from compress.search.survey import Survey, survey
 from compress.training.hooks import OptimizerHooks
-from compress.training.loop import FitSettings, learning_rate, planned_steps
+from compress.training.settings import FitSettings, learning_rate, plan_steps
 
 STATE_FILE = "method.pt"
 
@@ -212,7 +212,7 @@ def _setting(
     surveyed: Survey, module: nn.Module, chooser: _Chooser, settings: FitSettings, ctx: StageContext
 ) -> Setting:
     """Return what a method works with: `module` is what is trained, a copy of the network surveyed."""
-    _, steps = planned_steps(ctx.data.train, settings)
+    _, steps = plan_steps(ctx.data.train, settings)
     unit, kept = _unit_and_kept(surveyed)
     blocks = _branches(surveyed.model) if surveyed.config.blocks == "auto" else {}
     whole = float(getattr(surveyed.model.baseline.figures, unit))

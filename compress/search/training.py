@@ -23,8 +23,10 @@ from compress.storage.files import write_whole
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
 from compress.training.distributed import present_team
 from compress.training.evaluate import quality_facts
-from compress.training.loop import Distillation, FitResult, FitSettings, fit, planned_steps
+from compress.training.loop import fit
 from compress.training.schedule import peak_from_original
+from compress.training.settings import Distillation, FitResult, FitSettings, TrainingData, plan_steps
+from compress.training.state import StateFile
 
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
 
@@ -75,12 +77,9 @@ def train(
     warnings = _few_steps(config, settings, ctx.data.train)
     distillation = distillation_from(config.distillation, artifact)
 
-    def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
-        module, path, data = copy.deepcopy(start), ctx.folder / state_file, ctx.data
-        result = fit(
-            module, data.train, data.validation, settings, distillation, path, ctx.progress, keeps_state=keeps_state
-        )
-        return module, result
+    def trained(settings: FitSettings, state_file: StateFile) -> tuple[nn.Module, FitResult]:
+        module, data = copy.deepcopy(start), TrainingData(ctx.data.train, ctx.data.validation)
+        return module, fit(module, data, settings, distillation, state_file, ctx.progress)
 
     probed: list[Record] = []
     if config.probe:
@@ -88,7 +87,7 @@ def train(
             settings,
             ctx,
             state_file,
-            lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate), keeps_state=False)[1],
+            lambda tried: trained(tried, StateFile(ctx.folder / _probe_file(state_file, tried.learning_rate)))[1],
         )
         known = [one for one in probed if one[f"validation_{metric.name}"] is not None]
         sign = 1 if metric.higher_is_better else -1
@@ -96,7 +95,8 @@ def train(
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(pace(settings))
     isometry = _isometry_before(artifact, config, settings, ctx, warnings)
-    module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
+    # until the stage's result is stored, the state is kept
+    module, result = trained(settings, StateFile(ctx.folder / state_file, is_kept=True))
     reached = _reached(result)
     is_worse = False
     if reverts and metric.is_better(before, reached):
@@ -167,7 +167,7 @@ def _isometry_before(
 
 def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:
     """Return a warning where so many epochs come to a handful of optimiser steps."""
-    per_epoch, steps = planned_steps(train, settings)
+    per_epoch, steps = plan_steps(train, settings)
     if config.steps is not None or steps >= FEW_STEPS:
         return []
     return [
@@ -205,7 +205,7 @@ def _probe(
     metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
     key = f"validation_{metric.name}"
     probed = _read_probed(path)
-    steps = min(planned_steps(ctx.data.train, settings))
+    steps = min(plan_steps(ctx.data.train, settings))
     rates = [factor * settings.learning_rate for factor in PROBED]
     if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
         probed = []

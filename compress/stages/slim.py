@@ -131,10 +131,10 @@ class SlimStage:
         unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
         config = self.config
-        trunks = Remembered(shorten(model, config.score_images, config.repair, ctx, config.refit_images))
+        networks = Remembered(shorten(model, config.score_images, config.repair, ctx, config.refit_images))
         for share in (0.0, *(RANK_SHARES if has_ranks else ())):
             try:
-                one = self._with_share(model, trunks, progress_made, share, found[0].cut if found else None, ctx)
+                one = self._with_share(model, networks, progress_made, share, found[0].cut if found else None, ctx)
             except StageError as error:
                 may_ranks_help = isinstance(error, BudgetUnreachable) and not isinstance(error, AlreadyWithin)
                 if share == 0 and not (has_ranks and may_ranks_help):
@@ -154,7 +154,7 @@ class SlimStage:
     def _with_share(
         self,
         model: TorchModel,
-        trunks: Remembered,
+        networks: Remembered,
         progress_made: float,
         share: float,
         alone: Record | None,
@@ -164,7 +164,7 @@ class SlimStage:
 
         Args:
             model: The network.
-            trunks: It without some of its blocks.
+            networks: The network without some of its blocks.
             progress_made: How far this step goes: the budget is the target to this power.
             share: In [0, 1].
             alone: What channels and blocks did alone; as many blocks go here. None to find out how many.
@@ -178,7 +178,7 @@ class SlimStage:
         factorised: Record | None = None
         if share < 1:
             config_of_cut = self._cut_config(progress_made * (1 - share), alone)
-            model, cut = PruneStage(config_of_cut).run(model, ctx, trunks)
+            model, cut = PruneStage(config_of_cut).run(model, ctx, networks)
         if share > 0:
             target = RankTargetConfig(**self._target(progress_made))
             config = LowRankConfig(

@@ -5,7 +5,7 @@ stay contiguous in a network whose others are channels-last.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,20 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == _IMAGE_AXES:
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
+def set_common_format(modules: Sequence[nn.Module], split: Split) -> torch.memory_format:
+    """Bring networks that read the same images into the format that all are fastest in; contiguous where they differ.
+
+    Args:
+        modules: The networks, changed in place.
+        split: Images that they can read.
+    """
+    formats = {fastest_memory_format(module, split) for module in modules}
+    memory_format = formats.pop() if len(formats) == 1 else torch.contiguous_format
+    for module in modules:
+        set_memory_format(module, memory_format)
+    return memory_format
 
 
 def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_format:

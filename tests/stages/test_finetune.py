@@ -36,7 +36,7 @@ from compress.tasks.classification import Classification
 from compress.tasks.imitation import Embedding, Imitation
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.training.loop import EpochRecord, FitResult, FitSettings
+from compress.training.settings import EpochRecord, FitResult, FitSettings
 
 GIVEN = {
     "steps": 7,
@@ -219,9 +219,9 @@ def test_training_that_makes_a_network_worse_is_not_kept(run, folder, monkeypatc
 def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
     rates: list[tuple[float, int]] = []
 
-    def fit(module, train, validation, settings, *rest, **more):
+    def fit(module, data, settings, *rest):
         rates.append((settings.learning_rate, settings.steps))
-        done = real(module, train, validation, settings, *rest, **more)
+        done = real(module, data, settings, *rest)
         told = {0.02: 0.5, 0.06: 0.9}.get(round(settings.learning_rate, 3), 0.7)
         return replace(done, epochs=(*done.epochs[:-1], replace(done.epochs[-1], validation=told)))
 
@@ -240,10 +240,10 @@ def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
 
 
 def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, folder, monkeypatch) -> None:
-    def fit(module, train, validation, settings, *rest, **more):
+    def fit(module, data, settings, *rest):
         if settings.learning_rate > limit:
             raise NonFinite("The training loss must be finite, got nan.")
-        return real(module, train, validation, settings, *rest, **more)
+        return real(module, data, settings, *rest)
 
     real, limit = finetune.fit, 0.1
     monkeypatch.setattr(finetune, "fit", fit)
@@ -293,9 +293,9 @@ def test_training_that_does_no_more_harm_than_noise_is_kept(run, monkeypatch) ->
     def facts(module, split, **_):
         return {"right": np.arange(len(split)) >= next(every)}
 
-    def fit(module, train, validation, *rest, **more):
-        done = real(module, train, validation, *rest, **more)
-        epochs = tuple(replace(epoch, validation=1 - 4 / len(validation)) for epoch in done.epochs)
+    def fit(module, data, *rest):
+        done = real(module, data, *rest)
+        epochs = tuple(replace(epoch, validation=1 - 4 / len(data.validation)) for epoch in done.epochs)
         return replace(done, epochs=epochs)
 
     real = finetune.fit

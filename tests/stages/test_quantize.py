@@ -18,6 +18,7 @@ from compress.config.schema.verify import DeployConfig, VerifyConfig
 from compress.cost.conditions import has_vnni
 from compress.cost.macs import count_layer_weights, count_macs, count_params
 from compress.errors import ArtifactError, DataError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, TorchModel
 from compress.model.recipe import Recipe
@@ -28,6 +29,7 @@ from compress.report.shares import render_shares
 from compress.stages.quantize import QuantizeStage
 from compress.stages.verify import VerifyStage
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
@@ -44,7 +46,7 @@ def whole(tmp_path_factory, data):
     """What export yields."""
     folder, module = tmp_path_factory.mktemp("whole"), nets.build("residual")
     preprocessing = data.preprocessing
-    export_onnx(module, SIGNATURE, folder / "model.onnx", opset=18, preprocessing=preprocessing)
+    export_onnx(module, SIGNATURE, folder / "model.onnx", ExportSettings(opset=18), preprocessing=preprocessing)
     write_weights(module, folder / "baseline.safetensors")
     figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 1, {}, {})
     baseline = Baseline(figures, folder / "model.onnx", folder / "baseline.safetensors")
@@ -148,7 +150,7 @@ def verify(artifact, data, **changes):
         "baseline_figures": artifact.reference.baseline.figures,
         "float_onnx": artifact.float_path,
     }
-    return verify_onnx(artifact.path, **(arguments | changes))
+    return verify_onnx(VerificationJob(artifact.path, **(arguments | changes)))
 
 
 def check_of(verdict, name):

@@ -28,8 +28,8 @@ from compress.search.context import StageContext
 from compress.search.training import fit_settings
 from compress.stages import finetune
 from compress.stages.finetune import FinetuneStage
-from compress.training.loop import FitSettings, learning_rate
 from compress.training.schedule import schedule
+from compress.training.settings import FitSettings, learning_rate
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
 EARLY = 7  # seed of the network that the checkpoint holds; every weight and statistic differs from the seed 0
@@ -178,9 +178,9 @@ def run(tmp_path: Path):
 def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> None:
     seen = []
 
-    def fit(module, train, validation, settings, *rest, **more):
+    def fit(module, data, settings, *rest):
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
-        return real(module, train, validation, settings, *rest, **more)
+        return real(module, data, settings, *rest)
 
     real = finetune.fit
     monkeypatch.setattr(finetune, "fit", fit)

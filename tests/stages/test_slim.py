@@ -173,8 +173,8 @@ def test_with_ranks_as_many_blocks_go_as_without_them(run, monkeypatch):
     asked = []
     cut = PruneStage.run
 
-    def watched(stage, model, ctx, trunks):
-        slim, record = cut(stage, model, ctx, trunks)
+    def watched(stage, model, ctx, networks):
+        slim, record = cut(stage, model, ctx, networks)
         asked.append((stage.config.blocks, stage.config.target.macs, len(record["removed_blocks"])))
         return slim, record
 
@@ -452,8 +452,8 @@ def test_milliseconds_become_shares_for_channels_that_go_part_of_the_way_to_rank
     model, asked, measured = _model("residual", tmp_path / "baseline"), [], []
     for stage in (PruneStage, LowRankStage):
 
-        def watched(self, artifact, ctx, *trunks, original=stage.run):
-            slim, record = original(self, artifact, ctx, *trunks)
+        def watched(self, artifact, ctx, *networks, original=stage.run):
+            slim, record = original(self, artifact, ctx, *networks)
             asked.append((type(self), self.config.target.given()))
             measured.append(record["latency"]["measured_ratio"])
             return slim, record

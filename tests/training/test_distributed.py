@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from compress.errors import DataError
 from compress.progress import SilentProgress
-from compress.training import loop as fit_module
+from compress.training import loop as loop_module
 from compress.training.distributed import Team, _agreed_name, present_team
 from compress.training.loop import fit
 
@@ -121,6 +121,6 @@ def test_a_process_of_its_own_is_a_team_of_one():
 
 
 def test_batches_that_cannot_be_parted_are_refused(monkeypatch):
-    monkeypatch.setattr(fit_module, "present_team", lambda: Team(0, 3))
+    monkeypatch.setattr(loop_module, "present_team", lambda: Team(0, 3))
     with pytest.raises(DataError, match=r"batch_size must be divisible by the number of processes \(3\)"):
-        fit(team_run.network("plain"), *team_run.splits(), team_run.SETTINGS)
+        fit(team_run.network("plain"), team_run.splits(), team_run.SETTINGS)

@@ -1,13 +1,14 @@
 """Learned gates: how many channels of each group go, and which residual blocks, is learned along with the weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.config.schema.methods import GatesMethodConfig
+from compress.model.modes import Hook, hooked
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.methods.base import Removed, Setting, fixed_members, unfit_gate
 
@@ -55,17 +56,7 @@ class Gates:
         self.chosen: Removed | None = None
         self._closed: tuple[str, ...] = ()
         self._drawn: dict[str, Tensor] = {}
-        self._handles = [setting.module.register_forward_pre_hook(self._draw)]
-        for name, group in setting.groups.items():
-            gates, bare = ({member.layer for member in several} for several in (group.gates, group.bare))
-            for shortcut in fixed_members(group):  # what it gives is added to what the gates let through
-                self._handles.append(shortcut.module.register_forward_hook(self._gated(name, shortcut, True)))
-            for member in group.members:
-                if member.is_norm or member.layer in bare:
-                    hook = self._gated(name, member, member.layer in gates)
-                    self._handles.append(member.module.register_forward_hook(hook))
-        for name, part in setting.blocks.items():
-            self._handles.append(setting.module.get_submodule(part).register_forward_hook(self._gated_branch(name)))
+        self._hooks = hooked(before=[(setting.module, self._draw)], after=self._gating_hooks())
 
     @staticmethod
     def unfit(group: ChannelGroup) -> str | None:
@@ -110,8 +101,7 @@ class Gates:
 
     def finish(self) -> None:
         """Take the gates off."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def figures(self) -> dict[str, float]:
         """Return the multiplier, and the shares of channels and blocks whose gates closed by themselves."""
@@ -174,7 +164,19 @@ class Gates:
         is_open[:, list(self.removed.get(name, ()))] = 0
         return is_open
 
-    def _gated(self, name: str, member: Member, is_gate: bool):  # type: ignore[no-untyped-def]
+    def _gating_hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
+        """Yield the layers and residual branches with the hook that multiplies their outputs by gates."""
+        for name, group in self.setting.groups.items():
+            gates, bare = ({member.layer for member in several} for several in (group.gates, group.bare))
+            for shortcut in fixed_members(group):  # what it gives is added to what the gates let through
+                yield shortcut.module, self._gated(name, shortcut, True)
+            for member in group.members:
+                if member.is_norm or member.layer in bare:
+                    yield member.module, self._gated(name, member, member.layer in gates)
+        for name, part in self.setting.blocks.items():
+            yield self.setting.module.get_submodule(part), self._gated_branch(name)
+
+    def _gated(self, name: str, member: Member, is_gate: bool) -> Hook:
         """Return the hook that multiplies what a layer gives; of a norm that is no gate only once the gates stand."""
 
         def hook(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ class Gates:
 
         return hook
 
-    def _gated_branch(self, block: str):  # type: ignore[no-untyped-def]
+    def _gated_branch(self, block: str) -> Hook:
         def hook(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             return output * _aligned(self._drawn[f"{block}()"], output, 1)
 

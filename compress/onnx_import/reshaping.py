@@ -99,7 +99,7 @@ def _resolved(shape: Shape, target: Sequence[int], allow_zero: bool) -> Shape:
 
 
 def _groups(before: Shape, after: Shape) -> list[Group] | None:
-    """Return (start, end, first, last): axes start to end of one shape hold the values of first to last of the other."""
+    """Return (start, end, first, last): axes start to end of one shape hold those of first to last of the other."""
     groups, i, j = [], 0, 0
     while i < len(before) and j < len(after):
         start, first, left, right = i, j, before[i], after[j]

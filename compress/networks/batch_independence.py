@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError, attempt, first_line
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.tasks.outputs import each, plain
 
 IMAGES = 4
@@ -120,12 +120,8 @@ def _watched(module: nn.Module) -> Iterator[Seen]:
         return hook
 
     leaves = [(name, part) for name, part in module.named_modules() if name and not list(part.children())]
-    handles = [part.register_forward_hook(keep(name)) for name, part in leaves]
-    try:
+    with hooked(after=[(part, keep(name)) for name, part in leaves]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

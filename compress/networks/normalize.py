@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from compress.errors import InternalError
 from compress.model.adapter import flatten_outputs
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.pruning.shortcuts import write_out_shortcuts
 
 SAME_WITHIN = 1e-4  # of the largest output: folding computes in another order
@@ -154,13 +154,12 @@ def _fold_computed(module: nn.Module, example: Tensor) -> int:
     if not own:
         return 0
     calls: dict[nn.Module, list[_Call]] = {part: [] for part in own}
-    handles = [part.register_forward_hook(_remember(calls[part]), always_call=True) for part in own]
-    handles += [part.register_forward_pre_hook(_listen(calls[part])) for part in own]
-    try:
+    with hooked(
+        before=[(part, _listen(calls[part])) for part in own],
+        after=[(part, _remember(calls[part])) for part in own],
+        always_call=True,
+    ):
         _tensors(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     plain = {part: layer for part in own if (layer := _plain_layer(part, calls[part])) is not None}
     for part, layer in plain.items():
         _replace(module, part, layer)
@@ -267,15 +266,9 @@ def _part(module: nn.Module, example: Tensor) -> int:
     """Replace batch norms that share their statistics with other processes by those of one process."""
     shared = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)]
     axes: dict[nn.Module, int] = {}
-    handles = [
-        part.register_forward_pre_hook(lambda norm, inputs: axes.update({norm: inputs[0].ndim})) for part in shared
-    ]
-    try:
-        if shared:
+    if shared:
+        with hooked(before=[(part, lambda norm, inputs: axes.update({norm: inputs[0].ndim})) for part in shared]):
             _tensors(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     for part in (part for part in shared if part in axes):
         norm = _NORMS[axes[part]](part.num_features, part.eps, part.momentum, part.affine, part.track_running_stats)
         norm.load_state_dict(part.state_dict())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import UnsupportedLayer, attempt
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.model.recipe import RemoveUnread
 
 _SEED = 20261129
@@ -120,10 +120,9 @@ def _replace(
 ) -> bool:
     """Put a stand-in in the place of a module, in place; return whether one fits."""
     seen: list[Any] = []
-    handle = old.register_forward_hook(lambda _part, _inputs, output: seen.append(output))
-    for batch in batches:
-        _outputs(slim, batch)
-    handle.remove()
+    with hooked(after=[(old, lambda _part, _inputs, output: seen.append(output))]):
+        for batch in batches:
+            _outputs(slim, batch)
     stands_in: list[nn.Module] = [Unread(), *([UnreadShape(seen[0], seen[-1])] if seen else [])]
     parent_path, _, name = path.rpartition(".")
     parent = slim.get_submodule(parent_path)
@@ -173,10 +172,9 @@ def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
         lambda one: -torch.rand(one.shape, generator=generator).to(one) * 100,
     )
     for spoil in spoils:
-        handle = module.get_submodule(path).register_forward_hook(_replaced(spoil))
-        # the user's code may look at the values, and raise anything
-        same = attempt(lambda: _all_same(module, [example], [wanted]), lambda _: False)
-        handle.remove()
+        with hooked(after=[(module.get_submodule(path), _replaced(spoil))]):
+            # the user's code may look at the values, and raise anything
+            same = attempt(lambda: _all_same(module, [example], [wanted]), lambda _: False)
         if not same:
             return False
     return True

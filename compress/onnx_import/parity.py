@@ -1,11 +1,11 @@
-"""Does an imported network compute what ONNX Runtime computes with the file, and if not, from which node on?
+"""Parity of an imported network and ONNX Runtime with the file, down to the first node that differs.
 
-The relative error of an output is the largest difference over the largest value, over all images compared. It may be
+The relative error of an output is the largest difference over the largest value, over all images compared. The limit is
 1e-5; where weights or values of the file are in half precision, 5e-3, since the network computes in float32.
 
-Some networks round more than that: ONNX Runtime with FastestDet is 1.3e-5 away from float64 itself on some pictures.
-Hence, where an output differs by more, the network is computed in float64 too, and what rounding does to it is added to
-the limit, three times (each of the two rounds, and not alike), up to 1e-4 in all.
+Some networks have larger rounding errors: ONNX Runtime with FastestDet is 1.3e-5 away from float64 on some images.
+Hence, where an output differs by more, the network is computed in float64 as well. Three times its rounding error is
+added to the limit (each of the two rounds, in different ways), up to 1e-4 in all.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from compress.data.packing import standard_strides
 from compress.errors import ModelError, NonFinite, attempt, first_line, translated
 from compress.onnx_file.io import each_tensor
-from compress.onnx_import.build import ONNX_VALUE
+from compress.onnx_import.graph import ONNX_VALUE
 from compress.onnx_import.preconditions import Source
 from compress.onnx_import.values import as_float32
 

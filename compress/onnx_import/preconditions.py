@@ -1,7 +1,7 @@
-"""Can a file be imported at all? Everything about it that is refused before its graph is looked at node by node.
+"""Preconditions of an import, checked before the graph of a file is built node by node.
 
-corrupt, weights elsewhere, quantised, too old or too new an operator set   refused here, or brought up to date
-local functions                                                           put in place of their calls
+corrupt, external weights, quantised, operator set too old or too new   refused here, or converted
+local functions                                                         inlined
 """
 
 from collections import Counter
@@ -27,14 +27,14 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that can be looked at node by node.
+    """A file that is ready to be built node by node.
 
     Attributes:
-        path: Where it is.
-        model: With its weights.
+        path: The .onnx file.
+        model: Its content, weights included.
         opset: Version of the default operator set.
         inputs: Without the weights; "batch" or 1 before the sizes of one image.
-        outputs: Names.
+        outputs: Names of the outputs.
         has_open_batch: Whether it takes any number of images; otherwise it takes 1.
     """
 
@@ -56,11 +56,11 @@ class Source:
 
 
 def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Source:
-    """Read a file and refuse what cannot be imported.
+    """Read a file, and refuse one that cannot be imported.
 
     Args:
         path: The .onnx file.
-        shapes: Of one image, by input, where the file leaves them open.
+        shapes: Shape of one image by input, where the file leaves it open.
 
     Raises:
         ArtifactError: It is missing, corrupt, or keeps weights outside of its folder.

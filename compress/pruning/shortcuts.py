@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.errors import attempt
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.tracing.forward import trace
 
@@ -85,12 +85,9 @@ def _inputs_of(module: nn.Module, path: str, example: Tensor) -> list[Tensor]:
         is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         seen.append(args[0].clone() if is_one else None)
 
-    handle = module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with torch.no_grad(), eval_mode(module):
-            module(example)
-    finally:
-        handle.remove()
+    part = module.get_submodule(path)
+    with hooked(before=[(part, note)], with_kwargs=True), torch.no_grad(), eval_mode(module):
+        module(example)
     return [] if None in seen else [value for value in seen if value is not None]
 
 

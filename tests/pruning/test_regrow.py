@@ -10,7 +10,7 @@ from handmade import Chosen, Pair, setting, train
 
 from compress.config.schema.methods import RegrowConfig
 from compress.errors import StageError
-from compress.pruning.methods.base import folded_filters
+from compress.pruning.methods.group_tensors import folded_filters
 from compress.pruning.methods.regrow import Regrow, leverage, units_by_leverage
 from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable

@@ -234,7 +234,7 @@ class _Strict(nn.Module):
 def test_the_reason_names_the_line_of_the_users_code():
     _, excluded = find_cuttable(_Strict().eval(), EXAMPLE)
     (reason,) = [item.reason for item in excluded if not item.expected]
-    assert reason.startswith("the cut network does not run (AssertionError: sixteen it is, in test_cutting.py:")
+    assert reason.startswith("the cut network does not run (AssertionError: sixteen it is, in test_surgery.py:")
     assert reason.endswith('assert y.shape[1] == 16, "sixteen it is")')
 
 

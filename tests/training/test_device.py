@@ -16,8 +16,8 @@ from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import SilentProgress
 from compress.pruning.groups import ChannelGroup, Member
-from compress.pruning.methods.base import GroupTensors, rows_of
 from compress.pruning.methods.csgd import _means
+from compress.pruning.methods.group_tensors import GroupTensors, rows_of
 from compress.training import device as device_module
 from compress.training import loop as loop_module
 from compress.training.device import CPU, moved, placed, require_precision, resident, training_device

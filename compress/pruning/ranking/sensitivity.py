@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
 from compress.errors import ArtifactError
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.progress import Progress
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
@@ -192,8 +192,5 @@ def _skipped(block: nn.Module) -> Iterator[None]:
         unchanged: Tensor = inputs[0]
         return unchanged
 
-    handle = block.register_forward_hook(pass_on)
-    try:
+    with hooked(after=[(block, pass_on)]):
         yield
-    finally:
-        handle.remove()

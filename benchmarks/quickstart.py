@@ -98,7 +98,7 @@ def draw(report: Mapping[str, Any], page: str) -> str:
     height, card = bottom + MARGIN, f'x="{MARGIN:g}" y="20" height="142"'
     lines = [
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        f' width="{WIDTH:g}" height="{height:g}" viewBox="0 0 {WIDTH:g} {height:g}" font-family="system-ui, sans-serif">',
+        f' width="{WIDTH:g}" height="{height:g}" viewBox="0 0 {WIDTH:g} {height:g}" font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="#f5f6f8"/>',
         f'<rect {card} width="{WIDTH - 2 * MARGIN:g}" rx="10" fill="#fff" stroke="#e1e5ea"/>',
         f'<rect {card} width="6" rx="3" fill="{tone}"/>',

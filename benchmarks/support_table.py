@@ -22,8 +22,8 @@ HEAD = """# Support matrix
 
 Each network is built with random weights. Batch-norm statistics, scales and biases differ in every channel, so that a
 wrong cut shows. It is inspected and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` chooses by l2
-scores. Each slim network is compared with the baseline with masked channels (in float64), exported to ONNX, and compared
-with its file in ONNX Runtime. A network passes if both cuts do.
+scores. Each slim network is compared with the baseline with masked channels (in float64), exported to ONNX, and
+compared with its file in ONNX Runtime. A network passes if both cuts do.
 
 - *input*: of one image; a star marks a smaller one than the network's own, for speed (the graph is the same)
 - *groups*: prunable channel groups of all; *blocks*: removable residual blocks

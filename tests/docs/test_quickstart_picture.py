@@ -1,4 +1,4 @@
-"""Output and picture of the README: rows that are shown, plots and colours of the report, weights of the results table."""
+"""Output and picture of the README, and the five pipelines of its table of results."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = """<style>:root { --ink: #112233; --slim: #445566; } @media dark { :root { --ink: #ffffff; } }</style>
-<svg class="plot" viewBox="0 0 400 200" role="img"><title id="a">Training loss</title><g style="fill: var(--ink)"/></svg>
+<svg class="plot" viewBox="0 0 400 200" role="img"><title id="a">Training loss</title>
+<g style="fill: var(--ink)"/></svg>
 <svg class="plot" viewBox="0 0 400 200" role="img"><title id="b">Channels of 2 &lt;groups&gt;</title>
 <g style="stroke: var(--slim)"/></svg>
-<svg class="plot" viewBox="0 0 300 90" role="img"><title id="c">Top-1 over latency</title><g style="fill: var(--ink)"/></svg>
+<svg class="plot" viewBox="0 0 300 90" role="img"><title id="c">Top-1 over latency</title>
+<g style="fill: var(--ink)"/></svg>
 """
 OUTPUT = """[5/5] verify: done in 3.0 s
 Checks:

@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = "pipelines/quickstart.yaml"
 PICTURE = ROOT / "docs" / "assets" / "report.svg"
 SHOWN = ("MACs", "params", "size", "top1", "latency p50")  # rows of the last table
-DRAWN = ("Top-1 over latency", "Channels of")  # beginnings of the titles of plots, in the order in which they are drawn
+DRAWN = {  # beginning of a plot's title -> title in the picture
+    "Top-1 over latency": "Accuracy, latency and MACs",
+    "Channels of": "Channels before and after pruning",
+}
 WIDTH, MARGIN, GAP = 1000.0, 28.0, 24.0
 PLOT = re.compile(r'<svg class="plot" viewBox="([^"]+)"[^>]*><title[^>]*>([^<]*)</title>(.*?)</svg>', re.DOTALL)
 COLOR = re.compile(r"(--[\w-]+): (#[0-9a-f]{3,8})")
@@ -83,19 +86,18 @@ def draw(report: Mapping[str, Any], page: str) -> str:
     tone = "#14763a" if passed else "#b42318"
     head = f"{report['name']}: {'passed' if passed else 'failed'}"
     parts = [_text(MARGIN + 20, 62, head, 26, tone, "bold"), *_table(value_rows(report))]
-    plots = [plot for start in DRAWN for plot in plots_of(page) if plot[0].startswith(start)]
-    wide = (WIDTH - 2 * MARGIN - GAP) / 2
-    top = bottom = 180.0
-    for number, (title, (size, tall), content) in enumerate(plots[:2]):
-        x, scale = MARGIN + number * (wide + GAP), (wide - 32) / size
-        tall = tall * scale + 60
+    found = plots_of(page)
+    plots = [(title, *one[1:]) for start, title in DRAWN.items() for one in found if one[0].startswith(start)]
+    wide, top = (WIDTH - 2 * MARGIN - GAP) / 2, 180.0
+    tall = 60 + max(((wide - 32) * height / width for _, (width, height), _ in plots), default=0.0)
+    for number, (title, (width, _), content) in enumerate(plots):
+        x, scale = MARGIN + number * (wide + GAP), (wide - 32) / width
         parts += [
             f'<rect x="{x:g}" y="{top:g}" width="{wide:g}" height="{tall:g}" rx="10" fill="#fff" stroke="#e1e5ea"/>',
             _text(x + 16, top + 30, title, 15, "#1b2330", "bold"),
             f'<g transform="translate({x + 16:g} {top + 44:g}) scale({scale:.4f})">{content}</g>',
         ]
-        bottom = max(bottom, top + tall)
-    height, card = bottom + MARGIN, f'x="{MARGIN:g}" y="20" height="142"'
+    height, card = top + tall + MARGIN, f'x="{MARGIN:g}" y="20" height="142"'
     lines = [
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         f' width="{WIDTH:g}" height="{height:g}" viewBox="0 0 {WIDTH:g} {height:g}" font-family="sans-serif">',

@@ -61,7 +61,7 @@ def test_the_picture_holds_verdict_values_and_two_plots_in_light_colours(benchma
     assert "#112233" in text
     assert "#445566" in text
     assert "Training loss" not in text
-    assert text.index("Top-1 over latency") < text.index("Channels of 2 &lt;groups&gt;")
+    assert text.index("Accuracy, latency and MACs") < text.index("Channels before and after pruning")
     assert "a: failed" in benchmark.draw({**REPORT, "verdict": {"passed": False}}, PAGE)
 
 

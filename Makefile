@@ -39,7 +39,7 @@ type: $(READY)  ## mypy
 check: lint type ## lint and type
 
 docs: $(READY)  ## build the documentation in site/; a broken link is an error
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY) ## measure the README's result table on a quiet machine; WEIGHTS=resnet56_latency=FILE
 	$(BIN)/python benchmarks/results.py $(addprefix --weights ,$(WEIGHTS)) --write README.md

@@ -20,17 +20,17 @@ HEAD = """# Support matrix
 
 `python benchmarks/support_matrix.py --table` writes this page from `support.json`, the results of the same program.
 
-Each network is built with random weights. Batch-norm statistics, scales and biases differ in every channel, so that a wrong cut
-shows. It is inspected and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` chooses by l2 scores. Each slim network is
-compared with the baseline with masked channels (in float64), exported to ONNX, and compared with its file in ONNX Runtime. A
-network passes if both cuts do.
+Each network is built with random weights. Batch-norm statistics, scales and biases differ in every channel, so that a
+wrong cut shows. It is inspected and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` chooses by l2
+scores. Each slim network is compared with the baseline with masked channels (in float64), exported to ONNX, and
+compared with its file in ONNX Runtime. A network passes if both cuts do.
 
 - *input*: of one image; a star marks a smaller one than the network's own, for speed (the graph is the same)
 - *groups*: prunable channel groups of all; *blocks*: removable residual blocks
 - *least*: share of the MACs at the least widths within the default limits
 - *cut* and *parity*: largest difference relative to the largest output value, of both cuts
-- seconds: one thread of a busy machine, both cuts together; *GB*: peak memory of the process, Python and torch (about 0.5 GB)
-  included
+- seconds: one thread of a busy machine, both cuts together; *GB*: peak memory of the process, Python and torch (about
+  0.5 GB) included
 """
 COLUMNS = ("network", "family", "input", "GMACs", "M params", "groups", "blocks", "least", "reached", "cut", "parity",
            "inspect s", "cut s", "export s", "GB", "result")  # fmt: skip

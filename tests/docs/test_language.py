@@ -18,7 +18,8 @@ FAULTS: dict[str, str] = {
     r"untouched": "baseline",
     r"the original network|the original's|than the original\b": "baseline",
     r"whole networks?": "baseline; complete network; candidate",
-    r"what (goes|stays|is left|is kept|decides|stands|passes|was not|holds)": "removed / kept channels; primary metric; final",
+    r"what (goes|stays|is left|is kept|stands|passes|was not|holds)": "removed / kept channels; final",
+    r"what decides": "primary metric",
     r"what (\w+ )?(table|file|figure)s? (says|say|tells?)": "latency table, cost table",
     r"can(not)? be cut\b": "prunable, not prunable",
     r"(left|stays?|kept|stand) whole": "not prunable, excluded",
@@ -48,7 +49,8 @@ FAULTS: dict[str, str] = {
     r"it differs by|must equal the slim": "differs from PyTorch by",
     r"found by trying|tried and named": "test-pruned; listed with the reason",
 }
-QUESTION = re.compile(r"^#+ .*\?\s*$|^#+ (?:What|Which|Where|How|Whether|Why|When|Does|Do|Is|Are|On which)\b.*$", re.MULTILINE)
+ASKS = r"(?:What|Which|Where|How|Whether|Why|When|Does|Do|Is|Are|On which)\b"
+QUESTION = re.compile(rf"^#+ .*\?\s*$|^#+ {ASKS}.*$", re.MULTILINE)
 CODE = re.compile(r"^```(?:text|console)\n.*?^```", re.MULTILINE | re.DOTALL)
 MADE = re.compile(r"^<!-- ([\w-]+): begin -->\n<!-- made .*?^<!-- \1: end -->", re.MULTILINE | re.DOTALL)
 
@@ -113,8 +115,8 @@ def test_a_fault_is_found(text: str) -> None:
 
 def test_code_output_and_measured_tables_are_not_prose() -> None:
     assert faults("`figure`\n\n```text\nwhat is said\n```\n") == []
-    made = "<!-- x: begin -->\n<!-- made 2026-11-29 by `y` with source 012345678901 -->\n| not told apart |\n<!-- x: end -->\n"
-    assert faults(made) == []
+    mark = "<!-- made 2026-11-29 by `y` with source 012345678901 -->"
+    assert faults(f"<!-- x: begin -->\n{mark}\n| not told apart |\n<!-- x: end -->\n") == []
     assert faults("a\n\n```yaml\nkey: 1  # the untouched network\n```\n") == ["4: 'untouched' -> baseline"]
 
 

@@ -214,7 +214,7 @@ def test_the_page_has_every_network_and_groups_failures(modules: dict[str, Modul
     networks = {"torchvision/good": good, "torchvision/bad": bad[0], "timm/worse": bad[1]}
     page = modules["support_table"].render({"environment": {"torch": "2.0", "cores": 2}, "networks": networks})
     assert "| torchvision, classification | 1 of 2 | 50.0% | 1 | 0 | 1e-15 | 1e-06 |" in page
-    assert "- **load** (2): Layer '…' has n channels.\n  - bad: Layer 'a.b' has 3 channels.\n  - worse: " in page
+    assert "- **load** (2): `Layer '…' has n channels.`\n  - `bad: Layer 'a.b' has 3 channels.`\n  - `worse: " in page
     assert (
         "| good | A | 3 x 64 x 64 * | 2.00 | 11.0 | 3 of 5 | 1 | 0.05 | 0.70 | 1e-15 | 1e-06 | 1.0 | 2.0 | 3.0 | 1.5 |"
         in page

@@ -23,6 +23,8 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, 
 from compress.model.recipe import Recipe
 from compress.onnx_file.io import is_quantized, load_onnx, save_onnx
 from compress.report.build import StageRun, build_report
+from compress.report.model import read_report
+from compress.report.page import render_report
 from compress.stages.quantize import QuantizeStage
 from compress.stages.verify import VerifyStage
 from compress.verification.gates import Gates

@@ -108,7 +108,7 @@ def _list_rows(report: Report) -> list[tuple[str, str, str]]:
     rows = [
         ("MACs", f"{before.macs or 0:,}", f"{after.macs or 0:,}"),
         ("params", f"{before.params or 0:,}", f"{after.params or 0:,}"),
-        ("file (MB)", *(f"{(one.size_bytes or 0) / 1e6:.2f}" for one in (before, after))),
+        ("file (MB)", f"{(before.size_bytes or 0) / 1e6:.2f}", f"{(after.size_bytes or 0) / 1e6:.2f}"),
     ]
     for name, old in before.quality.items():
         new, estimate = after.quality.get(name), report.details.quality.slim.get(name)

@@ -206,7 +206,7 @@ class Details(Mirror):
             return values
         quality, robustness = values.get("quality"), values.get("robustness")
         stated = quality.get("metric") if isinstance(quality, dict) else None
-        name = stated.get("name") if isinstance(stated, dict) else TOP1.name
+        name = str(stated.get("name")) if isinstance(stated, dict) else TOP1.name
         both = {name: "quality_after", f"baseline_{name}": "quality_before"}
         around = {f"{name}_{end}": f"quality_{end}" for end in ("before", "after")}
         values = {**values, "shares": _rename_each(values.get("shares"), around)}

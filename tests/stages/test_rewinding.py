@@ -23,7 +23,8 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite, StageError
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
-from compress.report.work import _list_rewinding
+from compress.report.records import TrainingRecord
+from compress.report.stage_facts import list_rewinding
 from compress.search.context import StageContext
 from compress.search.training import fit_settings
 from compress.stages import finetune
@@ -198,7 +199,7 @@ def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> No
     said = "\n".join(told.notes)
     assert "weights rewound to 'early.safetensors', epoch 6: the same channels and blocks are removed" in said
     assert "learning rate rewound to epoch 6 of 8: the last 2 epochs of the cosine schedule, run through in 1" in said
-    assert list(_list_rewinding(record)) == [
+    assert list(list_rewinding(TrainingRecord.model_validate(record))) == [
         ("weights at the start", "rewound to epoch 6"), ("learning-rate schedule", "tail from epoch 6")
     ]  # fmt: skip
 
@@ -209,7 +210,7 @@ def test_the_record_has_the_singular_values_and_a_low_rate_is_warned_about(run, 
     assert set(isometry) == {"baseline", "before", "after", "images", "directions"}
     assert isometry["baseline"] > isometry["before"] > 0
     assert any(note.startswith("Mean Jacobian singular value: ") for note in told.notes)
-    assert list(_list_rewinding(record)) == []
+    assert list(list_rewinding(TrainingRecord.model_validate(record))) == []
     monkeypatch.setattr("compress.search.isometry_record.LOW_RATIO", 10.0)
     _, record, told = run(steps=3, learning_rate=0.001)
     (warning,) = [text for text in told.warnings if "Jacobian" in text]

@@ -52,7 +52,7 @@ def train_with_hooks(
     settings, validation = hooked_settings(config, ctx, module), ctx.data.validation
     metric, facts = metric_of(validation), quality_facts(module, validation, progress=ctx.progress)
     before = validation.task.figures(facts)[metric.name]
-    teacher = distillation_from(config.distillation, artifact)
+    teacher = distillation_from(config.distillation, artifact, ctx)
     ctx.progress.note(pace(settings))
     data, file = TrainingData(ctx.data.train, validation), StateFile(state, is_kept=True)
     result = fit(module, data, settings, teacher, file, ctx.progress, hooks)

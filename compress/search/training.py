@@ -12,10 +12,10 @@ from compress.checkpoint.rebuild import apply_edits, example_input
 from compress.config.schema.training import DistillationConfig, TrainingConfig
 from compress.data.batches import Augmentation
 from compress.data.splits import Split
-from compress.errors import ArtifactError, NonFinite
+from compress.errors import ArtifactError, InternalError, NonFinite
 from compress.model.artifacts import TorchModel
 from compress.pruning.survival import surviving_channels
-from compress.search.context import Record, StageContext, original_of
+from compress.search.context import Record, StageContext
 from compress.search.isometry_record import conclusion, measure_isometry
 from compress.search.validation import is_quality_worse, metric_of, stated
 from compress.storage.digest import read_sealed, sealed
@@ -75,7 +75,7 @@ def train(
     start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
     settings = fit_settings(config, ctx.seed, ctx.data.train, start)
     warnings = _few_steps(config, settings, ctx.data.train)
-    distillation = distillation_from(config.distillation, artifact)
+    distillation = distillation_from(config.distillation, artifact, ctx)
 
     def trained(settings: FitSettings, state_file: StateFile) -> tuple[nn.Module, FitResult]:
         module, data = copy.deepcopy(start), TrainingData(ctx.data.train, ctx.data.validation)
@@ -151,8 +151,8 @@ def _isometry_before(
         ctx: Surroundings.
         warnings: A warning is added to it.
     """
-    original = None if artifact.recipe.is_baseline else lambda: original_of(artifact)
-    isometry = measure_isometry(artifact, {"baseline": original, "before": lambda: artifact.module}, ctx)
+    baseline = None if artifact.recipe.is_baseline or ctx.teacher is None else ctx.teacher.build
+    isometry = measure_isometry(artifact, {"baseline": baseline, "before": lambda: artifact.module}, ctx)
     if config.original is not None:
         reference, name = config.original.learning_rate, "of the original training"
     else:
@@ -292,13 +292,23 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
     )
 
 
-def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -> Distillation | None:
-    """Return the untouched network as the teacher, if one is asked for."""
+def distillation_from(
+    config: DistillationConfig | None, artifact: TorchModel, ctx: StageContext
+) -> Distillation | None:
+    """Return the distillation that is asked for, with the baseline as the teacher.
+
+    Args:
+        config: As in the pipeline file; None for no distillation.
+        artifact: The network about to be trained.
+        ctx: Has the teacher.
+    """
     if config is None:
         return None
-    original, kept = original_of(artifact), dict[str, Tensor]()
+    if ctx.teacher is None:
+        raise InternalError("A stage that learns from the baseline was run without a teacher.")
+    baseline, kept = ctx.teacher.build(), dict[str, Tensor]()
     if config.features:
         kept = surviving_channels(
-            original, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
+            baseline, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
         )
-    return Distillation(original, config.weight, config.temperature, config.features, kept)
+    return Distillation(baseline, config.weight, config.temperature, config.features, kept)

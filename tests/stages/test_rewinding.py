@@ -25,6 +25,7 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, 
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.work import _list_rewinding
 from compress.search.context import StageContext
+from compress.search.teacher import BaselineTeacher
 from compress.search.training import fit_settings
 from compress.stages import finetune
 from compress.stages.finetune import FinetuneStage
@@ -169,7 +170,9 @@ def run(tmp_path: Path):
         (tmp_path / finetune.STATE_FILE).unlink(missing_ok=True)
         listener = Listener()
         stage = FinetuneStage(FinetuneConfig(stage="finetune", batch_size=16, **config))
-        model, record = stage.run(artifact, StageContext(tmp_path, 0, data, listener))
+        model, record = stage.run(
+            artifact, StageContext(tmp_path, 0, data, listener, teacher=BaselineTeacher(artifact))
+        )
         return model, record, listener
 
     return call

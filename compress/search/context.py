@@ -22,10 +22,10 @@ class StageContext:
     Attributes:
         folder: A folder of the stage's own. It survives a kill and is handed to the same stage (same cache key)
             again, so training state lives there; it is removed when the stage is done.
-        seed: Decides everything random.
+        seed: Seed of all random numbers.
         data: The splits, opened when first asked for.
         progress: Told about anything that takes long.
-        deploy: Where the model will run; None where the pipeline does not say.
+        deploy: Target runtime; None where the pipeline names none.
         latency_tables: A folder for tables of latencies, shared by all runs.
         teacher: The baseline, to be learned from; None before there is one.
     """
@@ -55,7 +55,7 @@ class Stage(Protocol):
     def __init__(self, config: Any) -> None: ...
 
     def run(self, artifact: Any, ctx: StageContext) -> tuple[Any, Record]:
-        """Return a new artifact and a JSON-ready record for the report; the input stays untouched."""
+        """Return a new artifact and a JSON-ready record for the report; the input is not changed."""
         ...
 
 

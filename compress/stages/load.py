@@ -64,7 +64,7 @@ class LoadStage:
         self.warnings: list[str] = []
 
     def run(self, artifact: None, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the untouched network.
+        """Return the baseline.
 
         Raises:
             ModelError: The factory fails, or the network is not for the task and these images.
@@ -191,7 +191,7 @@ class LoadStage:
             self._warn(ctx, conversion.text)
 
     def _warn(self, ctx: StageContext, text: str) -> None:
-        """Say something in the log, and in the report."""
+        """Warn in the log, and in the report."""
         ctx.progress.warn(text)
         self.warnings.append(text)
 

@@ -24,6 +24,7 @@ from compress.errors import ArtifactError, NonFinite, StageError
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.work import _list_rewinding
+from compress.search import training
 from compress.search.context import StageContext
 from compress.search.teacher import BaselineTeacher
 from compress.search.training import fit_settings
@@ -185,8 +186,8 @@ def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> No
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
         return real(module, data, settings, *rest)
 
-    real = finetune.fit
-    monkeypatch.setattr(finetune, "fit", fit)
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
     original = {"learning_rate": 0.1, "epochs": 8}
     tail = {"rewind_schedule": "tail", "rewind_epoch": 6, "original": OriginalTrainingConfig(**original)}
     _, record, told = run(steps=4, weights="rewound", rewind_to=str(early("chain")), warmup_ratio=0.0, **tail)

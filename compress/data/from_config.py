@@ -1,6 +1,6 @@
 """Splits of a pipeline, from the `data` section of its file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from compress.data.sources.annotated import AnnotatedSource, read_masks, read_ta
 from compress.data.sources.boxes import read_coco, read_yolo
 from compress.data.sources.classification import ImageSource, read_arrays, read_folder, read_idx, read_torchvision
 from compress.data.sources.user import read_own
-from compress.data.splits import Split, carve
+from compress.data.splits import Split, Teacher, carve
 from compress.errors import DataError, InternalError
 from compress.tasks.base import Task
 from compress.tasks.classification import CLASSIFICATION, Classification
@@ -45,13 +45,12 @@ class Splits:
         task: The task of the network.
 
     Attributes:
-        make_original: Returns the baseline. Set as soon as there is one; called only where images have no labels, or
-            the task learns from the baseline.
+        teacher: The baseline, once there is one; needed only where images have no labels, or the task learns from it.
     """
 
     def __init__(self, config: DataConfig, task: Task = CLASSIFICATION) -> None:
         self.config, self.task = config, task
-        self.make_original: Callable[[], Any] | None = None
+        self.teacher: Teacher | None = None
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -64,9 +63,9 @@ class Splits:
 
     @cached_property
     def _original(self) -> Any:
-        if self.make_original is None:
+        if self.teacher is None:
             raise InternalError("The untouched network was asked for before there is one.")
-        return self.make_original().requires_grad_(False).eval()
+        return self.teacher.build()
 
     @property
     def train(self) -> Split:

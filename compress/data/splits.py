@@ -11,7 +11,7 @@ ever in two splits and a change of the training seed does not move the borders. 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,14 @@ from compress.errors import DataError
 from compress.tasks.base import Task
 from compress.tasks.classification import CLASSIFICATION, Classification
 from compress.tasks.imitation import Imitation
+
+
+class Teacher(Protocol):
+    """A network whose outputs are learned in place of targets."""
+
+    def build(self) -> Any:
+        """Return the network in eval mode, without gradients; a new one each time."""
+        ...
 
 
 @dataclass(frozen=True)

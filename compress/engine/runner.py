@@ -374,7 +374,8 @@ class _Run:
         import torch
 
         from compress.data.from_config import Splits
-        from compress.search.context import StageContext, original_of
+        from compress.search.context import StageContext
+        from compress.search.teacher import BaselineTeacher
         from compress.tasks.from_config import open_task
 
         config = self.pipeline.config
@@ -386,11 +387,12 @@ class _Run:
         stage = getattr(importlib.import_module(place), name)(step.config)
         if self.artifact is None and step.entry.consumes != NOTHING:
             self.artifact = self._load(step.entry.consumes, self.entries[-1])
-        if isinstance(model := self.artifact, TorchModel):
-            self.data.make_original = lambda: original_of(model)
+        teacher = BaselineTeacher(self.artifact) if isinstance(self.artifact, TorchModel) else None
+        if teacher is not None:
+            self.data.teacher = teacher
         tables = self.store.root / ".latency"
         with self._listener(step, work) as listener:
-            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables))
+            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher))
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
         """Return who is told what a stage does; a stage that starts anew draws its curves anew."""

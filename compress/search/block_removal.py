@@ -1,4 +1,4 @@
-"""What is left of a network when its residual blocks go one by one, each time the one that is missed least?"""
+"""Removal of residual blocks, one by one, each time the one whose loss rises least."""
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

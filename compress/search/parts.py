@@ -30,7 +30,7 @@ _RECORD, _RANDOM = "record", "/random"  # no tensor of a network has a slash in 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a stage came to.
+    """Result of a part of a stage.
 
     Attributes:
         record: Plain values, JSON-ready.

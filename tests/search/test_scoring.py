@@ -34,6 +34,7 @@ from compress.search.evidence import EvidenceCollector
 from compress.search.scaling import scaled_reads
 from compress.search.scoring import Scoring
 from compress.search.survey import survey
+from compress.search.teacher import LoadedTeacher
 from compress.stages.prune import PruneStage
 from compress.training.evaluate import evaluate_loss
 
@@ -242,7 +243,7 @@ def unlabelled(tmp_path):
 
 @pytest.mark.parametrize("criterion", ["taylor", "snip", "grasp"])
 def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, unlabelled, tmp_path) -> None:
-    unlabelled.make_original = lambda: nets.build("residual")
+    unlabelled.teacher = LoadedTeacher(nets.build("residual"))
     with pytest.raises(DataError, match=f"Criterion '{criterion}' needs gradients of a loss"):
         PruneStage(_config(criterion=criterion)).run(_model("residual", tmp_path), replace(ctx, data=unlabelled))
 
@@ -251,7 +252,7 @@ def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, un
 @pytest.mark.parametrize("criterion", ["reconstruction", "greedy"])
 def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx, unlabelled, tmp_path) -> None:
     """The gradients of the distance to the baseline are rounding noise at the baseline."""
-    unlabelled.make_original = lambda: nets.build(name)
+    unlabelled.teacher = LoadedTeacher(nets.build(name))
     model, config = _model(name, tmp_path), _config(criterion=criterion, score_images=16)
     found = _candidates(config, model, replace(ctx, data=unlabelled))
     assert min(one.damages[0] for one in found) > 1e-4

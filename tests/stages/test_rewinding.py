@@ -25,7 +25,9 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, 
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.records import TrainingRecord
 from compress.report.stage_facts import list_rewinding
+from compress.search import training
 from compress.search.context import StageContext
+from compress.search.teacher import BaselineTeacher
 from compress.search.training import fit_settings
 from compress.stages import finetune
 from compress.stages.finetune import FinetuneStage
@@ -170,7 +172,9 @@ def run(tmp_path: Path):
         (tmp_path / finetune.STATE_FILE).unlink(missing_ok=True)
         listener = Listener()
         stage = FinetuneStage(FinetuneConfig(stage="finetune", batch_size=16, **config))
-        model, record = stage.run(artifact, StageContext(tmp_path, 0, data, listener))
+        model, record = stage.run(
+            artifact, StageContext(tmp_path, 0, data, listener, teacher=BaselineTeacher(artifact))
+        )
         return model, record, listener
 
     return call
@@ -183,8 +187,8 @@ def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> No
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
         return real(module, data, settings, *rest)
 
-    real = finetune.fit
-    monkeypatch.setattr(finetune, "fit", fit)
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
     original = {"learning_rate": 0.1, "epochs": 8}
     tail = {"rewind_schedule": "tail", "rewind_epoch": 6, "original": OriginalTrainingConfig(**original)}
     _, record, told = run(steps=4, weights="rewound", rewind_to=str(early("chain")), warmup_ratio=0.0, **tail)

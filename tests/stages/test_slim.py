@@ -31,6 +31,7 @@ from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
 from compress.pruning.ranking.sensitivity import Sensitivity
 from compress.search.context import StageContext
+from compress.search.teacher import BaselineTeacher
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
@@ -93,6 +94,7 @@ def run(data, tmp_path):
         config = {"target": TargetConfig(macs=0.5), "multiple_of": 1, "moves": ("channels",)} | config
         (tmp_path / folder).mkdir(exist_ok=True)
         ctx = StageContext(tmp_path / folder, 0, data, progress or _Listener(), deploy, tmp_path / "tables")
+        ctx = replace(ctx, teacher=BaselineTeacher(model))
         return SlimStage(SlimConfig(stage="slim", **config)).run(model, ctx)
 
     return call

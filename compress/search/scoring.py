@@ -36,7 +36,7 @@ from compress.pruning.criteria.pfp import collect_contributions
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.ranking.elimination import reader_statistics
 from compress.pruning.ranking.selection import Groups, find_candidates, score_groups
-from compress.pruning.ranking.sensitivity import Sensitivity, with_rises
+from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity, with_rises
 from compress.search.block_removal import Trunk
 from compress.search.context import StageContext
 from compress.search.parts import Part
@@ -310,8 +310,7 @@ class Scoring:
             guess,
             batch_norm_repair(ctx)[1],
             example,
-            ctx.folder / SENSITIVITY_FILE,
-            "+".join(self.trunk.removed),
+            SavedRises(ctx.folder / SENSITIVITY_FILE, "+".join(self.trunk.removed)),
             ctx.progress,
         )
 

@@ -146,21 +146,18 @@ def find_potential(
     with progress.task("find residual blocks", 1) as task:
         blocks = find_removable_blocks(module, example)
         task.advance()
-    macs = layer_macs(module, example)
-    cost = build_cost(module, example, groups, "macs")
-    return _potential(module, example, limits, macs, cost, groups, excluded, blocks), groups
+    return _potential(module, example, limits, groups, excluded, blocks), groups
 
 
 def _potential(
     module: nn.Module,
     example: Tensor,
     limits: Limits,
-    macs: dict[str, int],
-    cost: CoupledCost,
     groups: Mapping[str, ChannelGroup],
     excluded: list[Exclusion],
     blocks: tuple[str, ...],
 ) -> Potential:
+    macs, cost = layer_macs(module, example), build_cost(module, example, groups, "macs")
     total = max(1, sum(macs.values()))
     least = {name: width_levels(group.width, group.parts, limits)[0] for name, group in groups.items()}
     fixed = _fixed(macs, cost)

@@ -201,6 +201,21 @@ def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path)
         _ = Measured(own_task(f"{file}:Nan", {}), facts).value
 
 
+def test_one_object_that_is_returned_twice_shows_its_errors_once(tmp_path):
+    file = tmp_path / "my_task.py"
+    file.write_text(
+        "import compress\nclass Mine(compress.Task):\n    metric = 'a'\n"
+        "    def metrics(self, outputs, targets): return {'a': 1 / 0}\n"
+        "TASK = Mine()\ndef make(): return TASK\n"
+    )
+    first, second = own_task(f"{file}:make", {}), own_task(f"{file}:make", {})
+    assert type(first).__mro__[1] is type(second).__mro__[1]
+    for task in (first, second):
+        with pytest.raises(ModelError, match="ZeroDivisionError") as caught:
+            task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
+        assert str(caught.value).count("Method 'metrics'") == 1
+
+
 class _WithAuxiliary(nn.Module):
     """A segmentation network that returns two outputs, as torchvision's do."""
 

@@ -61,7 +61,7 @@ class PricedProblem:
         self.limits = np.asarray([budget.limit for budget in budgets])
 
     def allows(self, choice: Mapping[str, int]) -> bool:
-        """Whether a choice keeps all budgets."""
+        """Return whether a choice keeps all budgets."""
         return all(budget.allows(choice) for budget in self.budgets)
 
     def damage(self, choice: Mapping[str, int]) -> float:

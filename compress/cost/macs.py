@@ -49,7 +49,7 @@ def find_products(name: str, arguments: Mapping[str, Any], result: Any) -> tuple
 
 
 def is_depthwise_call(groups: int, inputs: int) -> bool:
-    """Whether a convolution reads each channel on its own."""
+    """Return whether a convolution reads each channel on its own."""
     return groups > 1 and groups == inputs
 
 
@@ -212,7 +212,7 @@ def count_products(module: nn.Module, example: Tensor) -> Counts:
 
 
 def counts_agree(of_file: int, of_network: int, of_constants: int) -> bool:
-    """Whether a file computes what a network does: all, but for products of constants that were computed beforehand.
+    """Return whether a file computes as much as a network, except for products of constants computed beforehand.
 
     Args:
         of_file: MACs or weights of the ONNX file.

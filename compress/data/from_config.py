@@ -92,7 +92,7 @@ class Splits:
 
     @property
     def learns_from_original(self) -> bool:
-        """Whether the outputs of the baseline are learned in place of labels."""
+        """Return whether the outputs of the baseline are learned in place of labels."""
         return self.task.learns_from_original or not has_targets(self._training.source)
 
     @property
@@ -169,7 +169,7 @@ def _split(name: str, source: ImageSource, preprocessing: Preprocessing, task: T
 
 
 def has_targets(source: ImageSource) -> bool:
-    """Whether images are labelled."""
+    """Return whether images are labelled."""
     return bool(getattr(source, "has_targets", True))
 
 

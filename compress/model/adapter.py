@@ -127,8 +127,17 @@ def with_own_forward(module: nn.Module) -> nn.Module:
     forward.__signature__ = inspect.signature(base.__bases__[1].forward)  # type: ignore[attr-defined]
     parts = {"__module__": base.__module__, "forward": forward}
     own: type[Any] = type(base.__name__, (_Own, *base.__bases__), parts)
-    module.__class__ = own
+    _set_class(module, own)
     return module
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a network in place, as torch's own parametrizations do.
+
+    A module around it would change the names of its parameters. A second object that shares its parts would not be the
+    one that the network may refer to itself, such as by a bound method among its attributes.
+    """
+    module.__class__ = kind
 
 
 def _is_row(value: Any, inputs: Sequence[TensorSpec]) -> bool:
@@ -166,7 +175,7 @@ def adapt(
     own = type(
         base.__name__, (_Adapted, base if plain is module else _plain_class(base)), {"__module__": base.__module__}
     )
-    plain.__class__ = own
+    _set_class(plain, own)
     plain.__dict__[_WIRING] = Wiring(inputs, _keywords(base, inputs), outputs, evaluated, notes)
     plain.__dict__["compress_takes_parts"] = False
     return plain

@@ -51,14 +51,16 @@ def why_not(name: str) -> str | None:
 
 
 def raw_detector(detector: nn.Module) -> nn.Module:
-    """Return a detector that takes (N, 3, H, W) images and returns its head's outputs by name; the same object.
+    """Return a detector that takes (N, 3, H, W) images and returns its head's outputs by name; parts are shared.
 
     Args:
         detector: SSD, SSDlite, RetinaNet or FCOS of torchvision.
     """
     base = type(detector)
-    detector.__class__ = type(base.__name__, (_RawForward, base), {"__module__": base.__module__})
-    return detector
+    kind = type(base.__name__, (_RawForward, base), {"__module__": base.__module__})
+    raw: nn.Module = object.__new__(kind)
+    raw.__dict__.update(detector.__dict__)
+    return raw
 
 
 class Postprocess:

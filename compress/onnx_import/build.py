@@ -127,5 +127,5 @@ class Builder:
 
 
 def _is_supported(node: ir.Node) -> bool:
-    """Whether a node might be built if its inputs could be."""
+    """Return whether a node might be built if its inputs could be."""
     return node.domain in ("", "ai.onnx") and (node.op_type in OPERATORS or node.op_type in ("If", "Constant"))

@@ -65,7 +65,7 @@ class Operation:
         return cast(T, tuple(value) if isinstance(value, (list, tuple)) else value)
 
     def has(self, index: int) -> bool:
-        """Whether an input is given."""
+        """Return whether an input is given."""
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def image(self, index: int = 0) -> Computed:

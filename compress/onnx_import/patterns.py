@@ -81,7 +81,7 @@ def group_norm(op: Operation) -> None:
 
 
 def _restores(op: Operation, back: ir.Node, image: Computed) -> bool:
-    """Whether a Reshape gives the shape that there was before the groups."""
+    """Return whether a Reshape gives the shape that there was before the groups."""
     shape = None if back.inputs[1] is None else op.values.find(back.inputs[1])
     if not isinstance(shape, Fixed):
         return False

@@ -51,7 +51,7 @@ class Source:
         return [(number, *sizes) if self.carries_images(spec) else (int(spec.shape[0]), *sizes) for number in numbers]
 
     def carries_images(self, spec: TensorSpec) -> bool:
-        """Whether images lie along the first axis of an input."""
+        """Return whether images lie along the first axis of an input."""
         return spec.shape[0] == ("batch" if self.has_open_batch else 1)
 
 

@@ -49,7 +49,7 @@ class Fixed:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it is the same for any number of images."""
+        """Return whether it is the same for any number of images."""
         first, *others = self.arrays
         return all(other is first or np.array_equal(first, other) for other in others)
 

@@ -103,7 +103,7 @@ def closing_layers(module: nn.Module, example: Tensor) -> dict[str, str]:
 
 @torch.no_grad()
 def _adds_up(block: nn.Module, part: str, shape: tuple[int, ...]) -> bool:
-    """Whether a block returns the sum of a non-negative input and of what the part inside gives."""
+    """Return whether a block returns the sum of a non-negative input and of what the part inside gives."""
     silent = _silenced(block)
     generator = torch.Generator().manual_seed(0)
     x, added = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)

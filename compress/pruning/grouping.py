@@ -81,7 +81,7 @@ class Owners:
         return [user] if user in paths else paths
 
     def is_layer(self, axis: Axis) -> bool:
-        """Whether an axis belongs to a convolution or linear layer."""
+        """Return whether an axis belongs to a convolution or linear layer."""
         return any(isinstance(owner.module, COUNTED) for owner in self.of(axis.tensor))
 
     def layer_name(self, axis: Axis) -> str:

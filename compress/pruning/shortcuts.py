@@ -1,9 +1,9 @@
-"""How can a network be cut through shortcuts that pad their channels with zeros?
+"""Zero-padded shortcuts as convolutions with fixed weights, so that channels on both sides are prunable.
 
-Such a shortcut (He et al. 2016, option A) takes every second row and column and puts zero channels around: how many is
-written down in the network's code, so no channel on either side could go. Written as a convolution with fixed weights,
-zeros and ones, it computes the same, and what it reads and gives are channels like any others. Runtimes are faster at
-it, too: they need not leave their blocked layout of channels.
+Such a shortcut (He et al. 2016, option A) takes every second row and column and puts zero channels around. Their number
+is written down in the network's code, so no channel on either side could be removed. A convolution with fixed weights,
+zeros and ones, computes the same and reads and gives channels like any other. Runtimes are faster at it, too: they keep
+their blocked layout of channels.
 """
 
 from typing import Any

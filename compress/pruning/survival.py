@@ -1,4 +1,4 @@
-"""Which channels of the untouched network's feature maps are left after a recipe?"""
+"""Channels of the baseline's feature maps that are left after a recipe."""
 
 import copy
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from compress.model.modes import eval_mode
 from compress.pruning.criteria.base import Ranking
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.ranking.elimination import reader_statistics
-from compress.pruning.ranking.sensitivity import Sensitivity, with_rises
+from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity, with_rises
 from compress.search.block_removal import Shortened
 from compress.search.context import StageContext
 from compress.search.parts import Part
@@ -143,8 +143,7 @@ class ChannelOrders:
             guess,
             batch_norm_repair(ctx)[1],
             example,
-            ctx.folder / SENSITIVITY_FILE,
-            "+".join(self.shortened.removed),
+            SavedRises(ctx.folder / SENSITIVITY_FILE, "+".join(self.shortened.removed)),
             ctx.progress,
         )
 

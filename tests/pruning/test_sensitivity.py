@@ -22,7 +22,7 @@ from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, reader_statistics
-from compress.pruning.ranking.sensitivity import Rise, Sensitivity, with_rises
+from compress.pruning.ranking.sensitivity import Rise, SavedRises, Sensitivity, with_rises
 from compress.pruning.trial import find_cuttable, silenced_copy
 from compress.storage.digest import DIGEST_KEY
 from compress.training.batch_norm import reestimate_batch_norm
@@ -75,7 +75,8 @@ def _sensitivity(
     key: str = "",
     reestimate: Callable[[nn.Module], object] = lambda network: reestimate_batch_norm(network, _split(), SILENT),
 ) -> Sensitivity:
-    return Sensitivity(module, losses_of or _Measured(), guess, reestimate, nets.EXAMPLE, saved, key, SILENT)
+    rises = SavedRises(saved, key)
+    return Sensitivity(module, losses_of or _Measured(), guess, reestimate, nets.EXAMPLE, rises, SILENT)
 
 
 def _rise_by_hand(network: nn.Module, module: nn.Module) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from compress.errors import BudgetUnreachable, UnsupportedLayer
 from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
-from compress.pruning.ranking.sensitivity import Sensitivity
+from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity
 from compress.search.context import StageContext
 from compress.search.teacher import BaselineTeacher
 from compress.stages.low_rank import LowRankStage
@@ -410,9 +410,8 @@ def test_each_step_measures_the_network_it_has(run, monkeypatch, tmp_path):
     def watched(self, group, candidates, stats):
         found = rises(self, group, candidates, stats)
         fresh = tmp_path / f"{len(differing)}.json"
-        anew = Sensitivity(
-            self.module, self.losses_of, self.guess, self.reestimate, nets.EXAMPLE, fresh, self.key, self.progress
-        )
+        saved = SavedRises(fresh, self.saved.key)
+        anew = Sensitivity(self.module, self.losses_of, self.guess, self.reestimate, nets.EXAMPLE, saved, self.progress)
         differing.append(found != rises(anew, group, candidates, stats))
         networks.append(self.module)
         return found

@@ -1,5 +1,7 @@
 """What tasks measure is what it should be, on outputs with known answers; and what is refused is refused in words."""
 
+import sys
+
 import numpy as np
 import pytest
 import taskworld
@@ -200,6 +202,22 @@ def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path)
         own_task(f"{file}:List", {}).figures(facts)
     with pytest.raises(NonFinite, match="Figure 'a' of the task must be a finite number, got nan"):
         _ = Measured(own_task(f"{file}:Nan", {}), facts).value
+
+
+def test_a_users_task_is_guarded_in_a_subclass_and_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_task_of_one_object.py").write_text(
+        "import compress\nclass Mine(compress.Task):\n    metric = 'a'\n"
+        "    def metrics(self, outputs, targets): return {'a': 1 / 0}\n"
+        "TASK = Mine()\ndef make(): return TASK\n"
+    )
+    tasks = [own_task("my_task_of_one_object:make", {}) for _ in range(2)]
+    module = sys.modules.pop("my_task_of_one_object")
+    assert type(module.TASK) is module.Mine
+    for task in tasks:
+        assert type(task).__bases__ == (module.Mine,)
+        with pytest.raises(ModelError, match="Method 'metrics' of task 'my_task_of_one_object:make'"):
+            task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
 
 
 class _WithAuxiliary(nn.Module):

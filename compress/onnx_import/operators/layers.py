@@ -250,7 +250,7 @@ def _bias_added_next(op: Operation, width: int) -> Fixed | None:
 
 
 def _is_bias(value: Computed | Fixed | None, width: int) -> bool:
-    """Whether what a Gemm adds is the same for each row."""
+    """Return whether what a Gemm adds is the same for each row."""
     if value is None:
         return True
     return isinstance(value, Fixed) and (
@@ -259,7 +259,7 @@ def _is_bias(value: Computed | Fixed | None, width: int) -> bool:
 
 
 def _is_by_channel(slope: np.ndarray, image: Computed) -> bool:
-    """Whether there is one slope a channel, the second axis of the image."""
+    """Return whether there is one slope a channel, the second axis of the image."""
     if image.rank < 2 or slope.size != image.shapes[0][1]:
         return False
     shape = (1,) * (image.rank - slope.ndim) + slope.shape

@@ -25,12 +25,12 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class GradientStats:
-    """What one backward pass over each of several batches told about every gate.
+    """Derivatives of the loss by every gate, from one backward pass over each of several batches.
 
     Attributes:
         batches: For each batch and gate layer, (channels,) the derivative of the mean loss by a factor 1 that
             multiplies the channel there.
-        is_signed: Whether the sign of a derivative tells what to keep (`grasp` on an untrained network).
+        is_signed: True if the sign of a derivative matters (`grasp` on an untrained network).
     """
 
     batches: tuple[dict[str, Tensor], ...]

@@ -1,8 +1,7 @@
-"""Derivatives of the gradient norm by gates: the evidence of `grasp`.
+"""Criteria for pruning at initialisation: gradient signal preservation (grasp) and connection sensitivity (snip).
 
-Gradient signal preservation: channels whose removal lowers the gradient norm least go first.
-
-Connection sensitivity: first-order change of the loss at a gate, over all images at once.
+`grasp` removes the channels whose removal lowers the gradient norm least; its evidence is the derivative of that norm
+by a gate at each channel. `snip` takes the derivative of the loss by a gate, over all images at once.
 """
 
 import re

@@ -47,7 +47,7 @@ class _Pass:
             raise self._error
 
     def is_here(self) -> bool:
-        """Whether the caller is inside this pass; others may call the network's layers as they like."""
+        """Return whether the caller is inside this pass; others may call the network's layers as they like."""
         return threading.current_thread() is self._thread
 
     def wait(self, layer: str, seen: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What brings back accuracy after a cut without training?
+"""Repairs: recovery of accuracy after a cut without training.
 
 least squares   refit each layer whose inputs changed so that it gives, from what is left, what it gave before
 bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
@@ -181,12 +181,12 @@ class _Reader:
 
     @property
     def has_bias(self) -> bool:
-        """Whether constants go to the layer itself."""
+        """Return whether constants go to the layer itself."""
         return isinstance(getattr(self.layer, "bias", None), Tensor)
 
     @property
     def has_intercept(self) -> bool:
-        """Whether a constant can be added to what the layer gives."""
+        """Return whether a constant can be added to what the layer gives."""
         return self.has_bias or self.norm is not None
 
     @property

@@ -139,7 +139,7 @@ def unlabelled(ndim: int) -> Tensor:
 
 
 def is_labelled(labels: Tensor) -> bool:
-    """Whether any place belongs to a channel."""
+    """Return whether any place belongs to a channel."""
     return bool((labels >= 0).any())
 
 

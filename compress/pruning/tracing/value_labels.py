@@ -52,11 +52,11 @@ class ValueLabels:
             self._labels[value] = labels
 
     def is_known(self, value: Any) -> bool:
-        """Whether a value is a parameter, a buffer or a plain tensor of the network."""
+        """Return whether a value is a parameter, a buffer or a plain tensor of the network."""
         return isinstance(value, Tensor) and id(value) in self._known
 
     def is_followed(self, value: Tensor) -> bool:
-        """Whether a value came out of an operation that was watched."""
+        """Return whether a value came out of an operation that was watched."""
         return value in self._labels
 
     def name_of(self, value: Tensor) -> str:

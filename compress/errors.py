@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 VERDICT_FAILED_EXIT_CODE = 1
 VERDICT_INCONCLUSIVE_EXIT_CODE = 6
@@ -205,13 +206,13 @@ def translated(build: Callable[[Exception], Exception], *unchanged: type[BaseExc
     """
     try:
         yield
-    except (CompressError, MemoryError, *unchanged):
-        raise
     except Exception as error:
+        if isinstance(error, (CompressError, MemoryError, *unchanged)):
+            raise
         raise build(error) from error
 
 
-def attempt(call: Callable[[], T], otherwise: Callable[[Exception], T], *unchanged: type[BaseException]) -> T:
+def attempt(call: Callable[[], T], otherwise: Callable[[Exception], U], *unchanged: type[BaseException]) -> T | U:
     """Return the result of foreign code, or of `otherwise` where it raises anything.
 
     Args:
@@ -221,7 +222,7 @@ def attempt(call: Callable[[], T], otherwise: Callable[[Exception], T], *unchang
     """
     try:
         return call()
-    except unchanged:
-        raise
     except Exception as error:
+        if isinstance(error, unchanged):
+            raise
         return otherwise(error)

@@ -20,7 +20,7 @@ from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import Progress, SilentProgress, SilentTask
 from compress.training import loop as loop_module
-from compress.training.distributed import present_team, tell, together
+from compress.training.distributed import current_ranks, tell, together
 from compress.training.loop import fit
 from compress.training.settings import Distillation, FitSettings, TrainingData
 from compress.training.state import StateFile
@@ -110,11 +110,11 @@ class Gate:
 
 
 def main() -> None:
-    """Train every kind as one of a team."""
+    """Train every kind as one of a ranks."""
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
-    figures: dict[str, object] = {"apart": present_team().size, "told": tell("wörd" if rank == 0 else None)}
+    figures: dict[str, object] = {"apart": current_ranks().size, "told": tell("wörd" if rank == 0 else None)}
     with together():
         for kind in KINDS:
             loop_module.loss_sync_interval = lambda _device, kind=kind: 3 if kind == "late" else 1  # as on a GPU
@@ -126,9 +126,9 @@ def main() -> None:
         gate = Gate(rank)
         fit(network("plain"), splits(), replace(SETTINGS, steps=2), hooks=gate)
         figures["gate"] = gate.seen
-        team = present_team()
-        figures["sums"] = team.total([1.0, float(rank)])
-        figures["any"] = [team.any(rank == 1), team.any(False)]
+        ranks = current_ranks()
+        figures["sums"] = ranks.total([1.0, float(rank)])
+        figures["any"] = [ranks.any(rank == 1), ranks.any(False)]
         (folder / f"{rank}.json").write_text(json.dumps(figures))
         if rank == 1:  # ends without a word; the other one must not wait for it
             dist.barrier()

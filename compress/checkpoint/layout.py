@@ -64,7 +64,7 @@ def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -
     Args:
         kind: As in `catalog.py`.
         folder: Where it was saved.
-        factory: How the untouched network is built now; by default as it was when the artifact was saved.
+        factory: How the baseline is built now; by default as it was when the artifact was saved.
 
     Raises:
         ArtifactError: A file is missing or not as it must be.
@@ -136,7 +136,7 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     Args:
         source: Folder of the `TorchModel`.
         target: Folder to fill; created when it is missing.
-        factory: How the untouched network is built now.
+        factory: How the baseline is built now.
     """
     target.mkdir(parents=True, exist_ok=True)
     if factory.kind == "onnx":
@@ -165,7 +165,7 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
 
     Args:
         folder: A run folder, or the `slim` folder in it.
-        factory: Builds the untouched network; by default what the checkpoint names. A callable gets the keyword
+        factory: Builds the baseline; by default what the checkpoint names. A callable gets the keyword
             arguments of the checkpoint.
 
     Raises:

@@ -35,7 +35,7 @@ class TableFile:
     Attributes:
         conditions: Under which its variants were timed.
         network: Digest of the sites it speaks of.
-        reference_ms: What the untouched network takes.
+        reference_ms: What the baseline takes.
         samples: Its variants.
     """
 

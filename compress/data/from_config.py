@@ -64,7 +64,7 @@ class Splits:
     @cached_property
     def _original(self) -> Any:
         if self.teacher is None:
-            raise InternalError("The untouched network was asked for before there is one.")
+            raise InternalError("The baseline was asked for before there is one.")
         return self.teacher.build()
 
     @property

@@ -41,7 +41,7 @@ class Split:
         indices: Which of them belong here.
         preprocessing: What the network needs.
         task: What the targets are for, and what is measured.
-        original: Returns the untouched network, where its outputs are learned in place of the targets; else None.
+        original: Returns the baseline, where its outputs are learned in place of the targets; else None.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Split:
         return chosen
 
     @property
-    def lesson(self) -> Task:
+    def objective(self) -> Task:
         """Training objective: the task itself, or imitation of the baseline."""
         if self.original is None or isinstance(self.task, Imitation):
             return self.task
@@ -93,7 +93,7 @@ class Split:
 
 def known_labels(split: Split) -> np.ndarray | None:
     """Return (N,) the class indices of a split where they are known without reading its images, else None."""
-    if not isinstance(split.lesson, Classification) or getattr(split.source, "known_labels", split.source) is None:
+    if not isinstance(split.objective, Classification) or getattr(split.source, "known_labels", split.source) is None:
         return None
     return split.labels
 

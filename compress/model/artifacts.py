@@ -137,7 +137,7 @@ class FactorySpec:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The untouched network, measured once by `load`.
+    """The baseline, measured once by `load`.
 
     Attributes:
         figures: Its size, quality and speed.
@@ -156,12 +156,12 @@ class TorchModel:
 
     Attributes:
         module: The network.
-        factory: How the untouched one is built.
+        factory: How the baseline is built.
         recipe: The edits made so far; replaying them on a fresh original gives this structure.
         signature: Inputs and outputs.
         preprocessing: What happens to an image first.
         classes: Class names, or ().
-        baseline: The untouched network's figures and files.
+        baseline: The baseline's figures and files.
         rewrites: What is rewritten for the runtime whenever the network is exported; the baseline was too.
         precision: "fp32" or "fp16": that of the files, the baseline's too; the module is float32.
     """
@@ -227,7 +227,7 @@ class Verdict:
         checks: Everything that was checked.
         required: Names of checks that must not be skipped.
         slim: Figures of the file.
-        baseline: Figures of the untouched network, measured in the same run where that matters (latency).
+        baseline: Figures of the baseline, measured in the same run where that matters (latency).
         details: Plain values for the report (latency samples, parity quantiles, environment).
         metric: Primary metric of the task.
     """

@@ -7,8 +7,9 @@ verdict would each see another network than the one that is deployed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,13 +63,16 @@ def _difference(module: nn.Module, images: Tensor) -> float:
     largest = 0.0
     for place in range(len(images)):
         # a batch norm refuses one value for each channel
-        image = images[place : place + 1]
-        alone = attempt(lambda image=image: list(each(plain(module(image), names))), lambda _: None)
+        alone = attempt(partial(_outputs, module, images[place : place + 1], names), lambda _: None)
         if alone is None:
             return float("inf")
         pairs = zip(alone, together, strict=True)
         largest = max(largest, *(_relative(one[0], all_[place], all_) for one, all_ in pairs))
     return largest
+
+
+def _outputs(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+    return list(each(plain(module(images), names)))
 
 
 def _relative(alone: Tensor, among: Tensor, scale: Tensor) -> float:

@@ -16,7 +16,7 @@ def surviving_channels(
     """Return for each part whose feature map loses channels the (n,) ascending channels of it that are left.
 
     Args:
-        module: The untouched network; left as it is.
+        module: The baseline; left as it is.
         recipe: What was done to it.
         example: One input, (1, ...).
         apply: Carries out edits on a network that it may change.

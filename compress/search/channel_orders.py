@@ -136,7 +136,7 @@ class ChannelOrders:
         example = example_input(model.signature)
         split = ctx.data.validation.first(self.surveyed.config.score_images)
         with torch.no_grad(), eval_mode(model.module):
-            guess = split.lesson.guess(run(model.module, example))
+            guess = split.objective.guess(run(model.module, example))
         return Sensitivity(
             model.module,
             lambda network: image_losses(network, split),

@@ -70,14 +70,14 @@ class EvidenceCollector:
 
             with ctx.progress.task("gradients of weights", len(split)) as task:
                 batches = _counted(evaluation_batches(split, 1), task)
-                return collect_parameter_gradients(module, batches, split.lesson.image_losses)
+                return collect_parameter_gradients(module, batches, split.objective.image_losses)
         module = self.with_statistics(module)
         if kind == "gradient_flow":
             return self._gradient_flow(module, split)
         with ctx.progress.task("score channels", len(split)) as task:
             size, each = score_batch(self.model, self.config.images_per_gradient), self.config.images_per_gradient
             batches = _counted(evaluation_batches(split, size), task)
-            return collect_gradients(module, self.groups.values(), batches, each, split.lesson.image_losses)
+            return collect_gradients(module, self.groups.values(), batches, each, split.objective.image_losses)
 
     def with_statistics(self, module: nn.Module) -> nn.Module:
         """Return the network; a copy with measured statistics where no batch norm has seen an image yet."""
@@ -96,15 +96,15 @@ class EvidenceCollector:
         """Return whether a network does clearly better than one that gives the same output for every image."""
         example = example_input(self.model.signature)
         with torch.no_grad(), eval_mode(module):
-            guess = split.lesson.guess(run(module, example))
+            guess = split.objective.guess(run(module, example))
         return evaluate_loss(module, split, progress=self.ctx.progress) < UNTRAINED * guess
 
     def _gradient_flow(self, module: nn.Module, split: Split) -> Any:
         is_trained, progress = self.is_trained(module, split), self.ctx.progress
-        temperature = 1.0 if is_trained or not split.lesson.chooses else UNTRAINED_TEMPERATURE
+        temperature = 1.0 if is_trained or not split.objective.chooses else UNTRAINED_TEMPERATURE
         with progress.task("gradient flow", len(split)) as task:
             images = list(_counted(evaluation_batches(split, FLOW_BATCH), task))
-            losses = split.lesson.image_losses
+            losses = split.objective.image_losses
             stats = collect_gradient_flow(module, self.groups.values(), images, losses, temperature)
         progress.note(f"gradient flow of {'a trained' if is_trained else 'an untrained'} network")
         return replace(stats, is_signed=not is_trained)
@@ -128,7 +128,7 @@ def _require_gradients(module: nn.Module, split: Split, criterion: str) -> None:
     Raises:
         DataError: The network is the baseline, and images have no labels.
     """
-    if isinstance(split.lesson, Imitation) and evaluate_loss(module, split) < IMITATED:
+    if isinstance(split.objective, Imitation) and evaluate_loss(module, split) < IMITATED:
         raise DataError(
             f"Criterion '{criterion}' needs gradients of a loss. These images have no labels, and the loss is the "
             "distance to the baseline, which the network still equals: all gradients are 0.",

@@ -21,7 +21,7 @@ from compress.model.recipe import RemoveChannels
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.selection import Groups, Selection
 from compress.pruning.surgery import remove_channels
-from compress.pruning.trial import silenced_copy
+from compress.pruning.trial import masked_copy
 from compress.search.attempts import Attempt, Prepared
 from compress.search.block_removal import Shortened
 from compress.search.context import Record, StageContext
@@ -177,7 +177,7 @@ def check_cut(slim: nn.Module, original: nn.Module, selection: Selection, groups
         InternalError: It does not.
     """
     images, _ = next(evaluation_batches(split.first(8), 8, "nothing"))
-    wanted = each(run(silenced_copy(original, selection.removed, groups), images))
+    wanted = each(run(masked_copy(original, selection.removed, groups), images))
     for got, expected in zip(each(run(slim, images)), wanted, strict=True):
         difference = float((got - expected).abs().max())
         if not difference <= CUT_TOLERANCE * (1 + float(expected.abs().max())):

@@ -149,7 +149,7 @@ class Scoring:
     @property
     def _has_labels(self) -> bool:
         """True where the loss is that of a task, and not the distance to the baseline."""
-        return not isinstance(self.ctx.data.calibration.lesson, Imitation)
+        return not isinstance(self.ctx.data.calibration.objective, Imitation)
 
 
 def criterion_of(config: PruneConfig, seed: int) -> Criterion:

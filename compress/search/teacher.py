@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compress.checkpoint.rebuild import apply_edits, build_untouched, example_input, load_strict, read_weights
+from compress.checkpoint.rebuild import apply_edits, build_baseline, example_input, load_strict, read_weights
 from compress.model.artifacts import TorchModel
 
 
@@ -26,7 +26,7 @@ class BaselineTeacher:
             ModelError: The factory fails.
             ArtifactError: The baseline's weights cannot be read or do not fit.
         """
-        built = build_untouched(self.model.factory, self.model.signature)
+        built = build_baseline(self.model.factory, self.model.signature)
         baseline = apply_edits(built, self.model.recipe.of_baseline, example_input(self.model.signature))
         load_strict(baseline, read_weights(self.model.baseline.weights_path), "The baseline's weights")
         return baseline.requires_grad_(False).eval()

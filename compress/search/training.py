@@ -21,7 +21,7 @@ from compress.search.validation import is_quality_worse, metric_of, stated
 from compress.storage.digest import read_sealed, sealed
 from compress.storage.files import write_whole
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
-from compress.training.distributed import present_team
+from compress.training.distributed import current_ranks
 from compress.training.evaluate import quality_facts
 from compress.training.loop import fit
 from compress.training.schedule import peak_from_original
@@ -214,7 +214,7 @@ def _probe(
             reached, said = None, f"{metric.words} the loss became NaN or infinite"
             (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
         probed.append({"learning_rate": rate, key: reached})
-        if present_team().rank == 0:
+        if current_ranks().rank == 0:
             write_whole(path, json.dumps(sealed({"probed": probed})))
         ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
     return probed
@@ -253,7 +253,7 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
         train: The training split.
         module: The network.
     """
-    is_tame = train.lesson.chooses and any(isinstance(part, NORMS) for part in module.modules())
+    is_tame = train.objective.chooses and any(isinstance(part, NORMS) for part in module.modules())
     clip = CLIP if config.gradient_clip is None and not is_tame else config.gradient_clip
     rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
     if original is not None:

@@ -326,7 +326,7 @@ def try_network(module: nn.Module, split: Split, spec: FactorySpec) -> Signature
             f"A classifier must return one (N, classes) tensor, the network returns {names}.",
             hint="Name the one to keep: model.outputs.",
         )
-    check_outputs(plain(returned, [output.name for output in signature.outputs]), targets, split.lesson)
+    check_outputs(plain(returned, [output.name for output in signature.outputs]), targets, split.objective)
     return signature
 
 

@@ -127,7 +127,7 @@ class Task:
 
     Attributes:
         name: As in the pipeline file.
-        metric: Name of the figure that decides, one of those that `metrics` returns.
+        metric: Name of the primary metric, one of those that `metrics` returns.
         higher_is_better: Whether more of it is better.
         is_share: Whether it lies in [0, 1] and is shown in percent.
         resamples: Most parts of the images that are left out in turn for the interval of a figure (jackknife); 0 gives
@@ -135,8 +135,8 @@ class Task:
         chooses: Whether the network chooses among classes, so that its loss is of a known size.
         can_mix: Whether mixup and CutMix make sense: targets are class indices.
         is_spatial: Whether targets lie at places in the image, so that what moves pixels would make them wrong.
-        learns_from_original: Whether the untouched network's outputs are learned, whatever targets there are.
-        needs_targets: Whether what is measured needs targets; without, it is the distance to the untouched network.
+        learns_from_original: Whether the baseline's outputs are learned, whatever targets there are.
+        needs_targets: Whether what is measured needs targets; without, it is the distance to the baseline.
     """
 
     name: ClassVar[str] = "own"
@@ -153,7 +153,7 @@ class Task:
 
     @property
     def main(self) -> Metric:
-        """The figure that decides."""
+        """The primary metric."""
         return Metric(self.metric, self.higher_is_better, self.is_share, self.label)
 
     def sized(self, height: int, width: int) -> Task:

@@ -27,12 +27,12 @@ Postprocess = Callable[[dict[str, Any], tuple[int, int]], Sequence[Mapping[str, 
 
 
 class Detection(Task):
-    """Mean average precision to decide by; a loss of the user's to learn by, else the untouched network's outputs.
+    """Mean average precision to decide by; a loss of the user's to learn by, else the baseline's outputs.
 
     Args:
         postprocess: `postprocess(outputs, (height, width))` -> for each image `boxes`, `scores`, `labels`; outputs are
             torch tensors by their names.
-        loss: `loss(outputs, targets)` -> scalar; None learns from the untouched network.
+        loss: `loss(outputs, targets)` -> scalar; None learns from the baseline.
     """
 
     name: ClassVar[str] = "detection"

@@ -66,7 +66,7 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
         )
     if not task.metric:
         raise ModelError(
-            f"Task '{reference}' must name the figure that decides, its metric is empty.", hint='metric = "accuracy"'
+            f"Task '{reference}' must name the primary metric, its metric is empty.", hint='metric = "accuracy"'
         )
     return _guarded_task(task, reference)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Imitation(Task):
-    """A task whose targets are the outputs of the untouched network.
+    """A task whose targets are the outputs of the baseline.
 
     Args:
         of: The task that the network is for; says how outputs are compared.
@@ -40,7 +40,7 @@ class Imitation(Task):
         self.higher_is_better = self.is_share = self.chooses
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the mean distance to what the untouched network returns."""
+        """Return the mean distance to what the baseline returns."""
         return self.of.distance(outputs, targets)
 
     def image_losses(self, outputs: Any, targets: Any) -> Tensor:

@@ -11,7 +11,7 @@ from compress.data.splits import Split
 from compress.progress import Progress
 from compress.tasks.base import is_shown_worse
 from compress.tasks.classification import Classification
-from compress.training.distributed import Team
+from compress.training.distributed import Ranks
 from compress.training.evaluate import measure_quality
 from compress.training.settings import EpochRecord
 
@@ -23,7 +23,7 @@ class EpochLog:
         validation: Images that epochs are compared on; their task has the primary metric.
         batch_size: Images a call; None for as many as are fast.
         keeps_best: False keeps no weights, where the last epoch is returned.
-        team: The ranks, which share the images of a classifier.
+        ranks: The ranks, which share the images of a classifier.
         progress: Told about each measurement.
 
     Attributes:
@@ -33,13 +33,13 @@ class EpochLog:
     """
 
     def __init__(
-        self, validation: Split, batch_size: int | None, keeps_best: bool, team: Team, progress: Progress
+        self, validation: Split, batch_size: int | None, keeps_best: bool, ranks: Ranks, progress: Progress
     ) -> None:
         self.records: list[EpochRecord] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.metric = validation.task.main
         self._validation, self._batch_size, self._keeps_best = validation, batch_size, keeps_best
-        self._team, self._progress = team, progress
+        self._ranks, self._progress = ranks, progress
         self._best_right: Tensor | None = None  # (N,) bool: images that the epoch of the best metric gets right
 
     def close(self, module: nn.Module, loss: float, rate: float, speed: float) -> EpochRecord:
@@ -67,14 +67,14 @@ class EpochLog:
 
         Each rank measures a part of the images where the metric is a share of them.
         """
-        team, is_shared = self._team, self._team.size > 1 and isinstance(self._validation.task, Classification)
-        part = self._validation.part(team.rank, team.size) if is_shared else self._validation
+        ranks, is_shared = self._ranks, self._ranks.size > 1 and isinstance(self._validation.task, Classification)
+        part = self._validation.part(ranks.rank, ranks.size) if is_shared else self._validation
         value, found = measure_quality(module, part, self._batch_size, self._progress)
         if not is_shared or found is None:
             return value, None if found is None else torch.from_numpy(found)
         right = torch.zeros(len(self._validation))
-        right[team.rank :: team.size] = torch.from_numpy(found).float()
-        right = torch.tensor(team.total(right.tolist()))
+        right[ranks.rank :: ranks.size] = torch.from_numpy(found).float()
+        right = torch.tensor(ranks.total(right.tolist()))
         return float(right.sum()) / len(right), right > 0
 
     def show(self, value: float) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import NonFinite
-from compress.training.distributed import Team
+from compress.training.distributed import Ranks
 from compress.training.hooks import OptimizerHooks, TrainingHooks
 from compress.training.settings import FitSettings
 from compress.training.weight_averaging import WeightAverage
@@ -21,7 +21,7 @@ class Learner:
         settings: Optimiser, clipping, averages, precision.
         hooks: Called in every step, or None.
         device: Device that the network is to be moved to.
-        team: The ranks, whose gradients are averaged.
+        ranks: The ranks, whose gradients are averaged.
 
     Attributes:
         module: As given.
@@ -32,14 +32,14 @@ class Learner:
     """
 
     def __init__(
-        self, module: nn.Module, settings: FitSettings, hooks: TrainingHooks | None, device: torch.device, team: Team
+        self, module: nn.Module, settings: FitSettings, hooks: TrainingHooks | None, device: torch.device, ranks: Ranks
     ) -> None:
         self.module, self.hooks = module, hooks
         self.optimizer = build_optimizer(module, settings)
         self.moving = WeightAverage(module, settings.ema) if settings.ema else None
         self.tail = WeightAverage(module, None) if settings.average_ratio else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self._team, self._clip = team, settings.gradient_clip
+        self._ranks, self._clip = ranks, settings.gradient_clip
 
     @property
     def measured(self) -> nn.Module:
@@ -83,7 +83,7 @@ class Learner:
         hooks = self.hooks
         learned = [*self.module.parameters(), *(hooks.parameters() if hooks is not None else ())]
         gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
-        self._team.average([*gradients, *_statistics(self.module)])
+        self._ranks.average([*gradients, *_statistics(self.module)])
         if self._clip is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)

@@ -35,7 +35,7 @@ from compress.model.tensors import detach_stored
 from compress.progress import Progress, SilentProgress
 from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import flushed_denormals, moved, placed, require_precision, training_device
-from compress.training.distributed import present_team
+from compress.training.distributed import current_ranks
 from compress.training.epochs import EpochLog
 from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
@@ -117,18 +117,18 @@ class TrainingRun:
         hooks: TrainingHooks | None = None,
     ) -> None:
         self.settings, self.distillation, self.progress = settings, distillation, progress
-        self.device, self.team = training_device(settings.device), present_team()
+        self.device, self.ranks = training_device(settings.device), current_ranks()
         networks = (module,) if distillation is None else (module, distillation.teacher)
         memory_format = set_common_format(networks, data.train)
         self.data = TrainingData(*placed(data, self.device))
         self.plan = plan_steps(data.train, settings)
-        self.learner = Learner(module, settings, hooks, self.device, self.team)
+        self.learner = Learner(module, settings, hooks, self.device, self.ranks)
         self.loss = BatchLoss(module, data.train, settings, distillation, self.device, memory_format)
         interval = 1 if hooks is not None else loss_sync_interval(self.device)
         self.curve = partial(progress.curve, "training" if state_file is None else state_file.path.stem)
-        self.losses = LossLog(settings, self.plan.total, interval, self.team, self.curve)
+        self.losses = LossLog(settings, self.plan.total, interval, self.ranks, self.curve)
         size = None if self.device.type == "cpu" else settings.batch_size  # known to fit into a GPU's memory
-        self.epochs = EpochLog(self.data.validation, size, settings.keep == "best", self.team, progress)
+        self.epochs = EpochLog(self.data.validation, size, settings.keep == "best", self.ranks, progress)
         self.step, self.saved_at, self.state_file = 0, time.monotonic(), state_file
         self.identity = identify(module, data, settings, distillation, hooks)
 
@@ -142,8 +142,8 @@ class TrainingRun:
 
     def complete(self) -> FitResult:
         """Resume from the saved state, train to the end and return the result."""
-        if self.team.size > 1:
-            self.progress.note(f"{self.team.size} processes train together, each on its part of every batch")
+        if self.ranks.size > 1:
+            self.progress.note(f"{self.ranks.size} processes train together, each on its part of every batch")
         with moved(self.networks, self.device):
             self._restore()
             self.learner.give_optimizer()
@@ -152,15 +152,15 @@ class TrainingRun:
                     self._train_epoch(is_interrupted)
             result = self._finish()
             detach_stored(self.learner.module)
-        if self.state_file is not None and self.team.rank == 0:
+        if self.state_file is not None and self.ranks.rank == 0:
             self.state_file.finish()
         return result
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
         """Keep feature maps for the loss, and let the batch norms of all ranks agree, where that is asked for."""
-        is_synced = self.settings.sync_batch_norm and self.team.size > 1
-        synced = synced_batch_norms(self.learner.module, self.team) if is_synced else nullcontext()
+        is_synced = self.settings.sync_batch_norm and self.ranks.size > 1
+        synced = synced_batch_norms(self.learner.module, self.ranks) if is_synced else nullcontext()
         with synced, self.loss.watching_maps():
             yield
 
@@ -181,7 +181,7 @@ class TrainingRun:
     def _train_epoch(self, is_interrupted: Callable[[], bool]) -> None:
         """Run one epoch, or the rest of it or of the steps, then measure on validation."""
         self.learner.module.train()
-        settings, team, epoch = self.settings, self.team, len(self.epochs.records)
+        settings, ranks, epoch = self.settings, self.ranks, len(self.epochs.records)
         first = epoch * self.plan.per_epoch
         steps = min(self.plan.per_epoch, self.plan.total - first)
         done = self.step - first
@@ -192,9 +192,9 @@ class TrainingRun:
             settings.seed,
             epoch,
             done * settings.accumulation,
-            (team.rank, team.size),
+            (ranks.rank, ranks.size),
         )
-        rank = (team.rank,) if team.size > 1 else ()  # tells the random numbers of the ranks apart
+        rank = (ranks.rank,) if ranks.size > 1 else ()  # tells the random numbers of the ranks apart
         images_seen, started = 0, time.perf_counter()
         with (
             torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]),
@@ -206,7 +206,7 @@ class TrainingRun:
                 # dropout and mixing draw the same after a resume
                 torch.manual_seed(random_seed(settings.seed, "step", self.step, *rank))
                 self.train_step(several)
-                images_seen += team.size * sum(len(images) for images, _ in several)
+                images_seen += ranks.size * sum(len(images) for images, _ in several)
                 speed = images_seen / (time.perf_counter() - started)
                 task.advance(1, **self.losses.fields(), speed=f"{speed:.0f} images/s")
                 self._save_when_due(is_interrupted())
@@ -228,7 +228,7 @@ class TrainingRun:
     def _save_when_due(self, is_interrupted: bool, is_due: bool = False) -> None:
         """Save the state when it is time to; end the run after Ctrl-C in any of the processes."""
         is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
-        is_interrupted, is_due = (votes > 0 for votes in self.team.total([float(is_interrupted), float(is_due)]))
+        is_interrupted, is_due = (votes > 0 for votes in self.ranks.total([float(is_interrupted), float(is_due)]))
         if self.state_file is not None and (is_interrupted or is_due):
             self._save(self.state_file)
         if is_interrupted:
@@ -241,7 +241,7 @@ class TrainingRun:
         self.losses.read(self.step)
         self.learner.require_finite_weights(self.step, self.plan.total)
         self.saved_at = time.monotonic()
-        if self.team.rank == 0:
+        if self.ranks.rank == 0:
             run = {"identity": self.identity, "step": self.step, "losses": self.losses.values}
             file.write({**run, **self.learner.state_dict(), **self.epochs.state_dict()})
 
@@ -249,8 +249,8 @@ class TrainingRun:
         """Resume from the saved state, if there is one, on all ranks at the same step."""
         if self.state_file is not None:
             self._load(self.state_file)
-        others = self.team.total([self.step])[0] - self.step
-        if self.team.any(others != (self.team.size - 1) * self.step):
+        others = self.ranks.total([self.step])[0] - self.step
+        if self.ranks.any(others != (self.ranks.size - 1) * self.step):
             raise ArtifactError(
                 f"All processes must read the same training state, this one goes on after step {self.step}, others "
                 "elsewhere.",
@@ -296,14 +296,14 @@ def _require_trainable(module: nn.Module, data: TrainingData, settings: FitSetti
     for split in data:
         if len(split) == 0:
             raise DataError(f"Split '{split.name}' must hold at least one image to train, it holds none.")
-    team = present_team()
-    if min(settings.batch_size, len(train)) % team.size or len(validation) < team.size:
+    ranks = current_ranks()
+    if min(settings.batch_size, len(train)) % ranks.size or len(validation) < ranks.size:
         raise DataError(
-            f"batch_size must be divisible by the number of processes ({team.size}) and each must have an image to "
+            f"batch_size must be divisible by the number of processes ({ranks.size}) and each must have an image to "
             f"validate on, got batches of {min(settings.batch_size, len(train))} and {len(validation)} images."
         )
     augmentation = settings.augmentation
-    if (augmentation.mixup or augmentation.cutmix) and not train.lesson.can_mix:
+    if (augmentation.mixup or augmentation.cutmix) and not train.objective.can_mix:
         raise ConfigValueError(
             f"augmentation.mixup and augmentation.cutmix must be 0 where targets are no class indices, got "
             f"{augmentation.mixup:g} and {augmentation.cutmix:g}.",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, ModelError, NonFinite
 from compress.tasks.outputs import changed, each, plain
-from compress.training.distributed import Team
+from compress.training.distributed import Ranks
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.mixing import mixed, mixed_loss
 from compress.training.settings import Distillation, FitSettings, learning_rate
@@ -44,7 +44,7 @@ class BatchLoss:
         device: torch.device,
         memory_format: torch.memory_format,
     ) -> None:
-        self._module, self._train, self._task, self._settings = module, train, train.lesson, settings
+        self._module, self._train, self._task, self._settings = module, train, train.objective, settings
         self._distillation, self._device, self._memory_format = distillation, device, memory_format
         self._forward: Callable[[Tensor], Any] = torch.compile(module) if settings.compiled else module
         self._maps: MapPairs | None = None
@@ -130,7 +130,7 @@ class LossLog:
         settings: Have the learning rates, which are drawn beside the losses.
         total_steps: Of the run.
         interval: Steps between loss readbacks.
-        team: The ranks.
+        ranks: The ranks.
         curve: Draws the values of a step.
 
     Attributes:
@@ -142,12 +142,12 @@ class LossLog:
         settings: FitSettings,
         total_steps: int,
         interval: int,
-        team: Team,
+        ranks: Ranks,
         curve: Callable[[int, Mapping[str, float]], None],
     ) -> None:
         self.values: list[float] = []
         self.interval = interval
-        self._settings, self._total_steps, self._team, self._curve = settings, total_steps, team, curve
+        self._settings, self._total_steps, self._ranks, self._curve = settings, total_steps, ranks, curve
         self._unread: list[Tensor] = []
 
     def check_in_step(self, value: Tensor, step: int) -> None:
@@ -200,7 +200,7 @@ class LossLog:
         return loss
 
     def _mean(self, values: list[float]) -> list[float]:
-        return [value / self._team.size for value in self._team.total(values)]
+        return [value / self._ranks.size for value in self._ranks.total(values)]
 
     def _rate(self, step: int) -> float:
         return learning_rate(self._settings, step - 1, self._total_steps)

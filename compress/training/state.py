@@ -99,7 +99,7 @@ def identify(
         "validation images": len(data.validation),
         "distillation": None if taught is None else [taught.weight, taught.temperature, taught.features],
         "hooks": None if hooks is None else type(hooks).__name__,
-        "task": f"{data.train.lesson.name}, {data.validation.task.main.name}",
+        "task": f"{data.train.objective.name}, {data.validation.task.main.name}",
         **{f"shape of {name}": list(value.shape) for name, value in module.state_dict().items()},
     }
 

@@ -110,7 +110,7 @@ class Gates:
         Args:
             own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
             changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
-            metric: The figure that decides, by which noise and corruptions are judged, too.
+            metric: The primary metric, by which noise and corruptions are judged, too.
         """
         found = {**(own or {}), **(changes or {})}
         checks = []

@@ -60,7 +60,7 @@ class VerificationJob:
     def __post_init__(self) -> None:
         if not self.evaluation.task.needs_targets and self.baseline_onnx is None:
             raise ConfigValueError(
-                f"Images without labels ({self.evaluation.task.name}) must be compared with the untouched network, its "
+                f"Images without labels ({self.evaluation.task.name}) must be compared with the baseline, its "
                 "file is not given.",
                 hint="--against takes it.",
             )

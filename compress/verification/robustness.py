@@ -1,6 +1,6 @@
 """Robustness: metrics under noise, corruptions and distribution shift, compared with the baseline.
 
-The same noise and the same spoilt images go into both networks. What is reported, and why top-1 alone does not show it:
+The same noise and the same corrupted images go into both networks. Top-1 alone does not show the difference:
 Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.
 """
 
@@ -163,7 +163,7 @@ def standings(
 
     Args:
         session: The file, open.
-        baseline: The untouched network, open; None when there is none.
+        baseline: The baseline, open; None when there is none.
         split: At least one image.
         wanted: What is looked at.
         batch_size: Images at once where the batch axis is open.

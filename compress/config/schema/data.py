@@ -89,7 +89,7 @@ class YoloSource(Section):
 
 
 class UnlabelledSource(Section):
-    """Images without labels: what is learned and measured is the distance to the untouched network."""
+    """Images without labels: what is learned and measured is the distance to the baseline."""
 
     unlabelled: FilePath = Field(description="path of a folder of pictures, or of a .npy or .npz with images")
     image_key: str = Field("x", description="name of the image array in an .npz")

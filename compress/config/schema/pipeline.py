@@ -1,6 +1,6 @@
 """What may a pipeline file say? Strict, frozen, closed pydantic models; no torch.
 
-Ratios are in (0, 1] and always relative to the untouched network (the baseline). Paths are relative to the pipeline
+Ratios are in (0, 1] and always relative to the baseline (the baseline). Paths are relative to the pipeline
 file unless they are absolute.
 """
 

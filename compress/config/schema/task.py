@@ -22,7 +22,7 @@ class TaskConfig(Section):
     )
     loss: OptionalReference = Field(
         None,
-        description="detection: function of outputs and targets; without, the untouched network is learned from",
+        description="detection: function of outputs and targets; without, the baseline is learned from",
     )
 
     @model_validator(mode="before")

@@ -26,7 +26,7 @@ class AugmentationConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Learning from the outputs of the untouched network, and from its feature maps."""
+    """Learning from the outputs of the baseline, and from its feature maps."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="share of the loss")
     temperature: float = Field(4.0, gt=0, description="divides the logits")

@@ -97,7 +97,7 @@ class ResourcesConfig(Section):
     """What a file takes besides the time of a call: to start, in memory, and at other batch sizes."""
 
     batch_sizes: Annotated[tuple[BatchSize, ...], BeforeValidator(to_tuple)] = Field(
-        (1, 8, 32), min_length=1, description="images a call for the throughput"
+        (1, 8, 32), min_length=1, description="batch size for the throughput"
     )
 
 
@@ -123,7 +123,7 @@ class VerifyConfig(Section):
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
-    batch_size: BatchSize = Field(1, description="images a call in the latency measurement")
+    batch_size: BatchSize = Field(1, description="batch size in the latency measurement")
     warmup: Calls = Field(10, description="calls before the measurement")
     repeats: Calls = Field(
         100, description="timed calls of each model, in several sittings; up to five times as many of fast models"
@@ -166,7 +166,7 @@ class DeployConfig(Section):
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
-    batch_size: BatchSize = Field(1, description="images a call")
+    batch_size: BatchSize = Field(1, description="batch size")
     repeats: Calls = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
     precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
     table: OptionalPath = Field(

@@ -25,7 +25,7 @@ from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.repair.repairs import add_constant
-from compress.pruning.trial import silenced_copy
+from compress.pruning.trial import masked_copy
 from compress.storage.digest import DIGEST_KEY, read_sealed, sealed
 from compress.storage.files import write_whole
 
@@ -151,7 +151,7 @@ class Sensitivity:
     ) -> nn.Module:
         """Return a copy of the network in which no reader receives the given units."""
         if stats is None:
-            silent = silenced_copy(self.module, {group.name: group.expand(units)}, {group.name: group})
+            silent = masked_copy(self.module, {group.name: group.expand(units)}, {group.name: group})
             self.reestimate(silent)
             return silent
         refitted = copy.deepcopy(self.module)

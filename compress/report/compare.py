@@ -67,7 +67,6 @@ def value_rows(reports: Sequence[Report]) -> list[Row]:
     """Return costs, metrics and times of runs, without those that no run knows; the baseline is that of the first."""
     metric = reports[0].metric
     details = [report.details for report in reports]
-    worse = f"{metric.title} {'drop' if metric.higher_is_better else 'rise'}"
     changes = [one.quality.changes for one in details]
     latencies = _union(name for report in reports for name in report.latency_names)
     rows = [
@@ -77,7 +76,11 @@ def value_rows(reports: Sequence[Report]) -> list[Row]:
             for label, name, form, less, more in _COSTS
         ),
         *(_quality_row(name, reports) for name in _union(name for report in reports for name in report.quality_names)),
-        Row(worse, Cell(), [_estimate_cell(one.get(metric.worsening), metric) for one in changes]),
+        Row(
+            f"{metric.title} {metric.worse_word}",
+            Cell(),
+            [_estimate_cell(one.get(metric.worsening), metric) for one in changes],
+        ),
         Row("Prediction churn", Cell(), [_estimate_cell(one.get("churn"), metric.other("churn")) for one in changes]),
         *(
             _cost_row(f"Latency {name}", [report.latency(name) for report in reports], format_ms, "faster", "slower")
@@ -195,20 +198,8 @@ def _list_panels(reports: Sequence[Report], letters: Sequence[str], are_times_al
     """Return quality over latency and over MACs; latency relative to the baseline where it is not comparable."""
     latencies = [report.latency() for report in reports]
     if not are_times_alike:
-        latencies = [
-            Change(before=100, after=None if one.after is None else 100 * one.after / one.before)
-            if one.before
-            else Change()
-            for one in latencies
-        ]
-    macs = [report.change("macs") for report in reports]
-    millions = [
-        Change(
-            before=None if one.before is None else one.before / 1e6,
-            after=None if one.after is None else one.after / 1e6,
-        )
-        for one in macs
-    ]
+        latencies = [one.scaled(100 / one.before) if one.before else Change() for one in latencies]
+    millions = [report.change("macs").scaled(1e-6) for report in reports]
     title = "latency p50 (ms)" if are_times_alike else "latency, % of the baseline's"
     return [
         Panel(title, _list_points(reports, letters, latencies)),
@@ -245,8 +236,10 @@ def _distribution_rows(reports: Sequence[Report]) -> list[tuple[str, list[Cell]]
     for name in _union(name for those in found for name in those):
         drops = [drop_on(those.get(name), metric) for those in found]
         values = [format_metric(those[name].quality.after if name in those else None, metric) for those in found]
-        word = "drop" if metric.higher_is_better else "rise"
-        notes = ["" if drop is None else f"{format_metric(drop, metric)} {word}".replace("-", "−") for drop in drops]
+        notes = [
+            "" if drop is None else f"{format_metric(drop, metric)} {metric.worse_word}".replace("-", "−")
+            for drop in drops
+        ]
         rows.append((max(drop or 0.0 for drop in drops), (name, list(map(Cell, values, notes)))))
     return [row for _, row in sorted(rows, key=lambda row: -row[0])]
 

@@ -382,7 +382,7 @@ def plot_fronts(key: str, panels: Sequence[Panel], metric: Metric) -> Markup:
         every[0].set_ylabel(_axis(metric))
 
     costs = " and over ".join(panel.title for panel in drawn)
-    return render_svg(key, f"{metric.title} over {costs} of {len(drawn[0].points)} networks", 2.5, draw)
+    return render_svg(key, f"{metric.title} over {costs}, {len(drawn[0].points)} networks", 2.5, draw)
 
 
 def _draw_panel(axes: Any, panel: Panel, metric: Metric) -> None:

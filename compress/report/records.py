@@ -50,6 +50,11 @@ class Change(Mirror):
     before: float | None = Field(None, validation_alias=AliasChoices("before", "baseline"))
     after: float | None = Field(None, validation_alias=AliasChoices("after", "slim"))
 
+    def scaled(self, factor: float) -> Change:
+        """Return both values times `factor`."""
+        before, after = (None if value is None else factor * value for value in (self.before, self.after))
+        return Change(before=before, after=after)
+
     @property
     def is_known(self) -> bool:
         """Return whether either value is known."""

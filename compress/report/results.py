@@ -91,9 +91,9 @@ def list_panels(report: Report) -> list[Panel]:
     """Return the primary metric over latency and over MACs, from the baseline to the slim network."""
     macs = report.change("macs")
     panels = []
-    for title, cost, unit in (("latency p50 (ms)", report.latency(), 1.0), ("MACs (millions)", macs, 1e6)):
+    for title, cost in (("latency p50 (ms)", report.latency()), ("MACs (millions)", macs.scaled(1e-6))):
         points = [
-            make_point(report, value / unit, is_baseline, "" if is_baseline else "slim")
+            make_point(report, value, is_baseline, "" if is_baseline else "slim")
             for value, is_baseline in ((cost.before, True), (cost.after, False))
             if value is not None
         ]
@@ -195,11 +195,8 @@ def list_quality(quality: Quality) -> list[Fact]:
     if quality.task != "classification":
         facts: list[Fact] = [("task", quality.task)]
         for other, estimate in ((metric.other(name), estimate) for name, estimate in quality.slim.items()):
-            worse = "drop" if other.higher_is_better else "rise"
-            facts.append((other.words, format_estimate(estimate, other)))
-            facts.append(
-                (f"{other.words} {worse} against the baseline", format_estimate(changes.get(other.worsening), other))
-            )
+            label, worse = f"{other.words} {other.worse_word} against the baseline", changes.get(other.worsening)
+            facts += [(other.words, format_estimate(estimate, other)), (label, format_estimate(worse, other))]
         return facts
     drop = changes.get("drop.top1", Estimate())
     shares = [(metric.other(name).words, quality.slim.get(name)) for name in ("top1", "top5", "worst_class")]

@@ -14,6 +14,7 @@ from compress.report.formats import (
     format_bytes,
     format_count,
     format_metric,
+    format_ms,
     format_share,
     format_times,
 )
@@ -118,24 +119,20 @@ def _make_row(run: SweepRun, before: float | None, count: int) -> tuple[str, ...
     budget, report = f"{run.budget:g}", run.report
     if report is None:
         return (budget, "not met", *[""] * (count - 2))
-    metric, macs = report.metric, report.change("macs")
-    after, latency = report.quality(metric.name).after, report.latency().after
+    metric, macs, latency = report.metric, report.change("macs"), report.latency().after
+    after = report.quality(metric.name).after
     change = Change(before=before, after=after)
     return (
         budget,
         report.verdict.outcome,
         format_metric(after, metric),
-        "" if change.difference is None else describe_difference(change, metric),
+        describe_difference(change, metric),
         format_count(macs.after),
-        _or_nothing(_fewer_macs(report)),
-        "" if latency is None else f"{latency:.3g} ms",
-        _or_nothing(report.speedup),
+        format_times(_fewer_macs(report)),
+        format_ms(latency),
+        format_times(report.speedup),
         format_bytes(report.change("size_bytes").after),
     )
-
-
-def _or_nothing(factor: float | None) -> str:
-    return "" if factor is None else format_times(factor)
 
 
 def _fewer_macs(report: Report) -> float | None:
@@ -220,18 +217,18 @@ def to_plain(sweep: Sweep) -> dict[str, Any]:
 
 def _run_to_plain(run: SweepRun, metric: Metric) -> dict[str, Any]:
     report = run.report
-    slim = None if report is None or report.slim is None else report.slim
+    slim = (None if report is None else report.slim) or Network()
     return {
         "budget": run.budget,
         "run": run.run,
         "error": run.error,
         "passed": None if report is None else report.verdict.passed,
         "outcome": None if report is None else report.verdict.outcome,
-        "macs": None if slim is None else slim.macs,
-        "params": None if slim is None else slim.params,
-        "size_bytes": None if slim is None else slim.size_bytes,
-        metric.name: None if slim is None else slim.quality.get(metric.name),
-        "latency_ms": None if slim is None else slim.latency_ms.get("p50"),
+        "macs": slim.macs,
+        "params": slim.params,
+        "size_bytes": slim.size_bytes,
+        metric.name: slim.quality.get(metric.name),
+        "latency_ms": slim.latency_ms.get("p50"),
         "speedup": None if report is None else report.speedup,
         "fewer_macs": None if report is None else _fewer_macs(report),
     }
@@ -248,7 +245,7 @@ def render_sweep(sweep: Sweep) -> str:
     before = None if baseline is None else baseline.quality.get(metric.name)
     if points and before is not None:
         points.append(Point(1.0, metric.scale * before, "", is_baseline=True))
-    panel = Panel("speed-up, measured in turn with the baseline", points, more_is_better=True)
+    panel = Panel("speed-up over the baseline", points, more_is_better=True)
     return render(
         "sweep.html.j2",
         f"{sweep.name}: sweep",

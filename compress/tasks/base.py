@@ -84,9 +84,14 @@ class Metric:
         return 100.0 if self.is_share else 1.0
 
     @property
+    def worse_word(self) -> str:
+        """Word for a change for the worse: "drop" or "rise"."""
+        return "drop" if self.higher_is_better else "rise"
+
+    @property
     def worsening(self) -> str:
         """Name of the change for the worse, positive where quality is lost: "drop.top1", "rise.rmse"."""
-        return f"{'drop' if self.higher_is_better else 'rise'}.{self.name}"
+        return f"{self.worse_word}.{self.name}"
 
     def other(self, name: str) -> Metric:
         """Return the metric called `name` that is measured beside this, the primary one.

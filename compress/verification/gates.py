@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from compress.catalog import HARDER, SHARES
 from compress.model.artifacts import CheckResult, Figures
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
@@ -110,15 +109,14 @@ class Gates:
         Args:
             own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
             changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
-            metric: The primary metric, by which noise and corruptions are judged, too.
+            metric: Primary metric; noise and corruptions are judged by it, too.
         """
         found = {**(own or {}), **(changes or {})}
         checks = []
         for kind, wanted in self._of_quality.items():
             prefix = {"max_drop": "drop.", "max_drop_on": "on.", "max_rise": "rise."}.get(kind, "")
             for name, limit in wanted.items():
-                is_share = metric.is_share if name == metric.name or name in HARDER else name in SHARES
-                unit = "share" if is_share or kind == "max_drop_on" else ""
+                unit = "share" if metric.other(name).is_share or kind == "max_drop_on" else ""
                 estimate = found.get(prefix + name)
                 if estimate is None:
                     compares = bool(prefix) or name in ("churn", "softmax_distance")

@@ -205,7 +205,7 @@ def _standing(one: Distribution, before: Found | None, after: Found) -> Standing
     if isinstance(after, Measured):
         if not isinstance(before, Measured):
             return Standing(one.name, one.kind, after.value, metric=after.metric)
-        worse = f"{'drop' if after.metric.higher_is_better else 'rise'}.{after.metric.name}"
+        worse = after.metric.worsening
         kept = {worse: changes_of_measured(before, after)[worse]}
         return Standing(one.name, one.kind, after.value, before.value, kept, metric=after.metric)
     if not isinstance(before, Predictions):

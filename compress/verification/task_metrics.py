@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def metric(self) -> Metric:
-        """The primary metric."""
+        """The figure that decides."""
         return self.task.main
 
     @property
@@ -93,4 +93,4 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
 
 def loss_of(changes: Mapping[str, Estimate], metric: Metric) -> Estimate:
     """Return by how much the primary metric is worse."""
-    return changes[f"{'drop' if metric.higher_is_better else 'rise'}.{metric.name}"]
+    return changes[metric.worsening]

@@ -253,7 +253,7 @@ def test_report_tells_of_the_rounding_and_of_each_share(done, data):
     page = render_report(read_report(report))
     assert "Quantisation to INT8" in page
     section = page.partition("<h2>Effect of each stage on top-1")[2].partition("</section>")[0]
-    assert section.count("<tr>") == 6
+    assert section.count("<tr>") == 5
     assert "−10.00" in section
     assert "+15.00" in section
     assert "all stages up to the float file" in section

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from compress.errors import BudgetUnreachable, InternalError
-from compress.search.attempts import Attempt
 from compress.search.block_removal import Shortened
 from compress.search.context import Record
 from compress.search.parts import Part
-from compress.search.pruner import Pruner
+from compress.search.pruner import Attempt, Pruner
 from compress.search.survey import survey
 from compress.search.width_latency import LatencyModel
 

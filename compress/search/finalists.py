@@ -6,12 +6,11 @@ from dataclasses import asdict, replace
 
 from compress.checkpoint.rebuild import example_input
 from compress.errors import BudgetUnreachable, InternalError
-from compress.search.attempts import Attempt, Prepared
 from compress.search.block_removal import Shortened, places_in_whole, without_blocks
 from compress.search.context import Record
 from compress.search.parts import Part, weights_digest
 from compress.search.pricing import Pricing
-from compress.search.pruner import Pruner
+from compress.search.pruner import Attempt, Prepared, Pruner
 from compress.search.repairs import apply_repairs, repairs_towards
 from compress.search.whole_trials import Tried
 

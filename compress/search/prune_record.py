@@ -7,10 +7,10 @@ from compress.checkpoint.rebuild import example_input
 from compress.cost.macs import count_macs, count_params
 from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
-from compress.search.attempts import Attempt
 from compress.search.context import Record
 from compress.search.latency_loop import WITHIN as LATENCY_WITHIN
 from compress.search.latency_loop import latency_record
+from compress.search.pruner import Attempt
 from compress.search.scoring import criterion_name
 
 MET_WITHIN = 0.005

@@ -5,6 +5,7 @@
 Every step is kept in parts, so that a run that was killed goes on.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,12 +18,12 @@ from compress.config.schema.prune import PruneConfig
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import InternalError
+from compress.model.artifacts import TorchModel
 from compress.model.recipe import RemoveChannels
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.selection import Groups, Selection
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import masked_copy
-from compress.search.attempts import Attempt, Prepared
 from compress.search.block_removal import Shortened
 from compress.search.context import Record, StageContext
 from compress.search.latency_loop import TimedChoice
@@ -38,6 +39,49 @@ from compress.training.evaluate import evaluate_loss, run
 from compress.training.memory_format import set_memory_format
 
 CUT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network whose channels are ranked.
+
+    Attributes:
+        shortened: The network, perhaps without some blocks.
+        surveyed: Its prunable groups and the targets.
+        candidates: The groups with their scores and allowed widths.
+        key: Identifies the network among the parts of the stage.
+        damage: Measure that widths are chosen by: scores, errors or sensitivity; None where a method decides.
+    """
+
+    shortened: Shortened
+    surveyed: Survey
+    candidates: list[Candidates]
+    key: str
+    damage: str | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A choice of channels within the targets.
+
+    Attributes:
+        prepared: The ranked network.
+        model: The network, before or after the channels are removed.
+        selection: The channels chosen.
+        timed: Whole networks that were timed on the way.
+        repairs: Records of the repairs after the removal.
+    """
+
+    prepared: Prepared
+    model: TorchModel
+    selection: Selection
+    timed: list[TimedChoice]
+    repairs: list[Record]
+
+    @property
+    def removed_blocks(self) -> tuple[str, ...]:
+        """Module paths of the removed blocks."""
+        return self.prepared.shortened.removed
 
 
 @dataclass(frozen=True)
@@ -167,6 +211,41 @@ class Pruner:
 
         key = {"part": "loss", "of": attempt.prepared.key, "removed": attempt.selection.removed}
         return float(self.ctx.parts.keep(key, measure).record)
+
+
+def best_along_streams(kept: Attempt, pruner: Pruner) -> tuple[Attempt, list[Record]]:
+    """Meet the targets again with more channels of residual streams removed; return the least validation loss.
+
+    Scores and repairs say less surely how much such a channel is missed, which every block of a stage adds to, than one
+    inside a block.
+
+    Args:
+        kept: The attempt that hardly touches them.
+        pruner: Meets the targets.
+
+    Returns:
+        The best attempt, and the factor and loss of each one tried; none where there is nothing to try.
+    """
+    factors = pruner.stream_factors(kept.prepared)
+    if factors == (1.0,):
+        return kept, []
+    best, least = kept, pruner.loss(kept)
+    trials: list[Record] = [{"factor": factors[0], "loss": least}]
+    tried = [kept.selection.removed]
+    for factor in factors[1:]:
+        found = pruner.choose(kept.prepared, factor)
+        if found.selection.removed in tried:
+            continue
+        tried.append(found.selection.removed)
+        found = pruner.complete(found)
+        loss = pruner.loss(found)
+        trials.append({"factor": factor, "loss": loss})
+        pruner.ctx.progress.note(
+            f"damage along shortcuts counted {factor:g} times: validation loss {loss:.4f}, {least:.4f} before"
+        )
+        if loss < least or math.isnan(least):
+            best, least = found, loss
+    return best, trials
 
 
 @torch.no_grad()

@@ -22,11 +22,10 @@ from compress.allocation.blocks import Structure, allocate_structure
 from compress.allocation.factors import Fit, Observation, learn_factors
 from compress.allocation.problem import Budget
 from compress.errors import BudgetUnreachable
-from compress.search.attempts import Attempt, Prepared
 from compress.search.context import Record
 from compress.search.finalists import Finalists, order_finalists
 from compress.search.pricing import Estimates, Pricing
-from compress.search.pruner import Pruner
+from compress.search.pruner import Attempt, Prepared, Pruner
 from compress.search.survey import Survey
 from compress.search.whole_trials import NetworkTrials, Tried, name_structure
 

@@ -15,10 +15,10 @@ from compress.model.recipe import RemoveBlock, RemoveChannels
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.sensitivity import block_damage
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.search.attempts import Prepared
 from compress.search.context import Record, StageContext
 from compress.search.parts import Part
 from compress.search.pricing import Pricing
+from compress.search.pruner import Prepared
 from compress.search.repairs import repairs_towards
 from compress.training.evaluate import evaluate_loss
 from compress.training.memory_format import set_memory_format

@@ -12,7 +12,6 @@ from compress.errors import WITHIN_HINT, AlreadyWithin, InternalError
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
-from compress.search.attempts import Attempt, Prepared
 from compress.search.block_numbers import BlockNumberSearch
 from compress.search.block_removal import Shortened, shorten, take_shortened
 from compress.search.context import Record, StageContext
@@ -20,8 +19,7 @@ from compress.search.hooked_training import loss_and_quality, say_cut
 from compress.search.isometry_record import measure_isometry
 from compress.search.learned import learn
 from compress.search.prune_record import UNITS, asked_and_reached, prune_record
-from compress.search.pruner import Pruner
-from compress.search.residual_streams import best_along_streams
+from compress.search.pruner import Attempt, Prepared, Pruner, best_along_streams
 from compress.search.survey import survey
 from compress.search.validation import before_and_after, metric_of, validation_quality
 from compress.search.whole_networks import search

@@ -16,11 +16,11 @@ from compress.model.artifacts import CheckResult, Figures, Verdict
 from compress.onnx_file.counting import count_onnx
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import REPEATABLE, check_baseline
+from compress.verification.first_checks import Opening, StaticChecks, check_statically, open_files
 from compress.verification.gates import skipped
 from compress.verification.job import PARITY, VerificationJob
 from compress.verification.measurement import existing_bytes, torch_params
 from compress.verification.metrics import Estimate
-from compress.verification.opening import Opening, open_files
 from compress.verification.other_runtimes import check_also, check_evaluator
 from compress.verification.outputs import Outputs, Perturbed, check_outputs, measure_baseline, measure_perturbed
 from compress.verification.quality import Found
@@ -29,7 +29,6 @@ from compress.verification.remedies import with_remedies
 from compress.verification.resources import Resources
 from compress.verification.robustness import summarize
 from compress.verification.speed import Speed, measure_latencies, measure_use
-from compress.verification.static_checks import StaticChecks, check_statically
 from compress.verification.summary import estimate, summarize_quality, values_of
 
 

@@ -140,7 +140,7 @@ def test_an_unreadable_training_state_is_told_and_training_starts_again(world: W
 
 def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: World) -> None:
     code = (
-        "import os, sys, pathlib\nfrom compress import persist, runner\nfrom compress.cli.commands import app\n"
+        "import os\nfrom compress.engine import runner\nfrom compress.cli.commands import app\n"
         "def save(artifact, folder):\n"
         "    (folder / 'recipe.json').write_text('{')\n    os.kill(os.getpid(), 9)\n"
         "runner.save_artifact = save\n"
@@ -159,7 +159,7 @@ def test_a_kill_while_a_result_is_written_leaves_nothing_half_written(world: Wor
 
 def test_no_epoch_is_trained_again_when_the_result_was_not_stored(world: World) -> None:
     code = (
-        "import os\nfrom compress import runner\nfrom compress.cli.commands import app\n"
+        "import os\nfrom compress.engine import runner\nfrom compress.cli.commands import app\n"
         "save = runner.save_artifact\n"
         "def dying(artifact, folder):\n"
         "    os.kill(os.getpid(), 9) if list(folder.parent.parent.glob('.work/*/training_state.pt')) else None\n"

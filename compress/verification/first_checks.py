@@ -1,26 +1,86 @@
-"""First opening of a file and of its baseline, before any long work: provider, and fitness for the task."""
+"""Checks of a file before any long work: those that need no run of it, and those of its first opening."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite
 from compress.model.artifacts import CheckResult
-from compress.onnx_file.io import load_onnx
+from compress.onnx_file.counting import OnnxCounts, count_onnx
+from compress.onnx_file.io import at_sizes, load_onnx, read_signature, read_sizes
 from compress.tasks.classification import Classification
-from compress.verification.checks import check_baseline_preprocessing, check_provider, list_fell_back
+from compress.verification.checks import (
+    check_baseline_preprocessing,
+    check_denormals,
+    check_macs,
+    check_preprocessing,
+    check_provider,
+    check_structure,
+    check_weights,
+    list_fell_back,
+)
 from compress.verification.gates import skipped
 from compress.verification.job import VerificationJob
 from compress.verification.measurement import check_batch_size, latency_inputs
 from compress.verification.quality import (
     check_image_shape,
     check_labels,
+    check_not_empty,
     check_task,
     classifier_width,
     image_input,
     named,
 )
+from compress.verification.quantization_loss import of_float
 from compress.verification.runtimes.base import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class StaticChecks:
+    """Result of the checks without a run.
+
+    Attributes:
+        checks: In the order of the report.
+        counts: MACs, params and weights of the graph; None where they cannot be counted.
+    """
+
+    checks: tuple[CheckResult, ...]
+    counts: OnnxCounts | None
+
+
+def check_statically(job: VerificationJob) -> StaticChecks:
+    """Check a file without running it.
+
+    Raises:
+        DataError: The evaluation split is empty.
+        ArtifactError: The file is missing or no ONNX model.
+    """
+    check_not_empty(job.evaluation)
+    model = load_onnx(job.path)
+    structure = check_structure(model, job.path, job.signature, job.opset)
+    counts, failure = _count(job.path)
+    is_valid = structure.status == "pass"
+    denormals = check_denormals(job.path) if is_valid else skipped("denormals", "the file is not valid")
+    checks = (structure, check_preprocessing(model, job.evaluation), denormals)
+    if job.reference is None:
+        why = failure or "no torch network to compare with"
+        return StaticChecks((*checks, skipped("macs_agree", why), skipped("weights_agree", why)), counts)
+    compared, wanted = counts, at_sizes(job.signature or read_signature(model), read_sizes(model))
+    if job.float_onnx is not None:
+        compared, failure = _count(job.float_onnx)
+    macs = check_macs(compared.macs if compared else failure, job.reference, wanted)
+    weights = check_weights(compared.layer_weights if compared else failure, job.reference, wanted)
+    pair = (macs, weights) if job.float_onnx is None else (of_float(macs), of_float(weights))
+    return StaticChecks((*checks, *pair), counts)
+
+
+def _count(path: Path) -> tuple[OnnxCounts | None, str]:
+    """Return the counts of a graph, or None and the reason why it cannot be counted."""
+    try:
+        return count_onnx(path), ""
+    except (ArtifactError, ModelError) as error:  # weights that are missing fail the check of the structure
+        return None, error.message
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from compress.config.defaults import fill_preprocessing, fill_stages
 from compress.config.document import Document, dump_document, parse_document, read_document
 from compress.config.overrides import apply_overrides
 from compress.config.paths import resolve_paths, use_array_folder
-from compress.config.problems import Origin, Problem, as_error, show
+from compress.config.problems import Origin, as_error, show
 from compress.config.rules import check_rules
 from compress.config.schema.pipeline import PipelineConfig
 from compress.config.sections import sections_of, validate
 from compress.errors import CompressError
-from compress.user_code import described, is_interrupt
+from compress.user_code import describe_error, is_interrupt, moved_module_hint
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,22 @@ def _import_plugins(document: Document, folder: Path) -> None:
         return
     with _search_also(str(folder), str(Path.cwd())):
         for index, name in enumerate(plugins):
-            if isinstance(name, str):
-                reason = _import_failure(name)
-                if reason is not None:
-                    text = f"plugins[{index}] must be a module that can be imported, got {show(name)}: {reason}."
-                    document.problems.append(Problem(document.origin(("plugins", index)), text))
+            if isinstance(name, str) and (failure := _import_failure(name)) is not None:
+                reason, hint = failure
+                rule = f"must be a module that can be imported, got {show(name)}: {reason}."
+                document.problems.append(document.problem(("plugins", index), rule, hint))
 
 
-def _import_failure(name: str) -> str | None:
-    """Import a module; return why that failed, None when it did not."""
+def _import_failure(name: str) -> tuple[str, str | None] | None:
+    """Import a module; return why that failed, with a hint, or None if it did not."""
     try:
         importlib.import_module(name)
     except CompressError as error:
-        return error.message.rstrip(".")
+        return error.message.rstrip("."), error.hint
     except BaseException as error:  # a foreign module can raise anything while it is imported
         if is_interrupt(error):
             raise
-        return described(error).rstrip(".: ")
+        return describe_error(error).rstrip(".: "), moved_module_hint(error)
     return None
 
 

@@ -35,7 +35,7 @@ from compress.storage.digest import digest_value
 from compress.storage.files import write_whole
 from compress.storage.lock import hold
 from compress.storage.store import Entry, Store
-from compress.user_code import as_ours, import_callable
+from compress.user_code import as_stage_error, import_callable
 
 if TYPE_CHECKING:  # imports torch
     from compress.search.context import StageContext
@@ -345,7 +345,7 @@ class _Run:
             error.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {error.message}"
             raise
         except BaseException as error:
-            if (ours := as_ours(error)) is not None:
+            if (ours := as_stage_error(error)) is not None:
                 ours.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {ours.message}"
                 raise ours from error
             if not isinstance(error, OSError):

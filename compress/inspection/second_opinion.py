@@ -22,7 +22,7 @@ from compress.pruning.criteria.torch_pruning import function_name
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion, Member, is_depthwise
 from compress.pruning.trial import difference, find_cuttable
-from compress.user_code import described
+from compress.user_code import describe_error
 
 RIGHT = "right"
 _SEED = 20190813
@@ -93,7 +93,7 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
         try:
             theirs = _Theirs(module, example, outputs)
         except Exception as error:  # whatever its tracer raises is shown
-            first = described(error).splitlines()[0]
+            first = describe_error(error).splitlines()[0]
             return SecondOpinion(version("torch-pruning"), first, len(groups), 0, 0, ())
         finally:
             task.advance()
@@ -134,7 +134,7 @@ class _Theirs:
             with torch.no_grad(), eval_mode(slim):
                 got = slim(inputs)
         except Exception as error:
-            return f"the cut network does not run ({described(error).splitlines()[0]})"
+            return f"the cut network does not run ({describe_error(error).splitlines()[0]})"
         silent = copy.deepcopy(self.module)
         for (name, side), slots in places.items():
             if side == "in":

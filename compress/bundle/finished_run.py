@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from compress.config.schema.data import DataConfig
 from compress.errors import ArtifactError, ConfigError
-from compress.storage.digest import DIGEST_KEY, RecordDamaged, digest_data, digest_file, read_json, read_sealed
+from compress.storage.digest import DIGEST_KEY, RecordDamaged, digest_data, digest_file, read_json, read_record
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
 REPORT_SCHEMA = 1
@@ -160,7 +160,7 @@ def _read_report(path: Path, again: str) -> dict[str, Any]:
         ArtifactError: It is damaged or edited, or an older version wrote it, which gave it no digest.
     """
     try:
-        report = read_sealed(path)
+        report = read_record(path)
     except RecordDamaged as error:
         raise ArtifactError(error.message, hint=again) from error
     del report[DIGEST_KEY]

@@ -32,7 +32,7 @@ from compress.progress import Progress, SilentProgress
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.provenance import describe_environment, describe_provenance
 from compress.storage.digest import digest_value
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 from compress.storage.lock import hold
 from compress.storage.store import Entry, Store
 from compress.user_code import as_stage_error, import_callable
@@ -428,7 +428,7 @@ def _read_lock(folder: Path) -> list[dict[str, Any]]:
 
 def _write_text(path: Path, text: str) -> None:
     try:
-        write_whole(path, text)
+        write_atomic(path, text)
     except OSError as error:
         raise ArtifactError(
             f"'{path}' must be writable: {error.strerror or error}.",

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from compress.errors import ArtifactError, InternalError
 from compress.model.artifacts import CheckResult, Verdict
 from compress.report.page import render_html
-from compress.storage.digest import sealed
-from compress.storage.files import write_whole
+from compress.storage.digest import add_digest
+from compress.storage.files import write_atomic
 
 REPORT_SCHEMA = 1
 
@@ -119,7 +119,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(sealed(report), folder / "report.json")
+    write_json(add_digest(report), folder / "report.json")
     if page:
         write_page(render_html(report), folder / "report.html")
 
@@ -185,7 +185,7 @@ def _to_plain(value: Any, place: str, non_finite: list[str]) -> Any:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, content)
+        write_atomic(path, content)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(

@@ -15,7 +15,7 @@ from compress.report.build import REPORT_SCHEMA, write_page
 from compress.report.caveats import list_caveats
 from compress.report.compare import comparison_rows, name_runs, render_comparison
 from compress.report.page import render_html
-from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_seal, read_json
+from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_digest, read_json
 from compress.storage.files import require_output
 
 REPORT_FILE = "report.json"
@@ -92,7 +92,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{path}' must be the report of a run: {problem}.")
     if DIGEST_KEY in report or not set(report) <= _KEYS_OF_OLD:
         try:
-            check_seal(report, str(path))
+            check_digest(report, str(path))
         except RecordDamaged as error:
             hint = "Run the pipeline to write it anew; stages that are done are not repeated."
             raise ArtifactError(error.message, hint=hint) from error

@@ -35,7 +35,7 @@ from compress.errors import (
 )
 from compress.model.tensors import detach_stored
 from compress.progress import Progress, SilentProgress, Task
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 from compress.tasks.base import Metric, is_shown_worse
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import changed, each, plain
@@ -480,7 +480,7 @@ class _Run:
         }
         content = io.BytesIO()  # torch's own writer hides what the file system says behind an error of another kind
         torch.save(state, content)
-        write_whole(path, STATE_MARK + hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
+        write_atomic(path, STATE_MARK + hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
 
     def restore(self) -> None:
         """Go on from a saved state, if there is one; a state of another run is refused by what differs."""

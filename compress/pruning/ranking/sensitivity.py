@@ -27,8 +27,8 @@ from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.repair.repairs import add_constant
 from compress.pruning.trial import silenced_copy
-from compress.storage.digest import DIGEST_KEY, read_sealed, sealed
-from compress.storage.files import write_whole
+from compress.storage.digest import DIGEST_KEY, add_digest, read_record
+from compress.storage.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Sensitivity:
             rises = self.losses_of(narrowed) - self._intact()
             mean, error = float(rises.mean()), float(rises.std(unbiased=False)) / math.sqrt(len(rises))
             self.known[name] = [mean, error] if math.isfinite(mean) else [2 * hopeless + 1, 0.0]
-            write_whole(self.saved, json.dumps(sealed(self.known)))
+            write_atomic(self.saved, json.dumps(add_digest(self.known)))
         mean, error = self.known[name]
         return Rise(max(mean, wider[-1].mean), error)
 
@@ -150,7 +150,7 @@ class Sensitivity:
 def _read(path: Path) -> dict[str, list[float]]:
     """Return what a killed run measured; nothing if the file is not there or not whole."""
     try:
-        content = read_sealed(path)
+        content = read_record(path)
     except ArtifactError:
         return {}
     return {name: values for name, values in content.items() if name != DIGEST_KEY}

@@ -1,8 +1,12 @@
-"""How does a pipeline file become a checked configuration?
+"""Pipeline files: from YAML to a checked, typed configuration with absolute paths.
 
-    text -> Document (values with positions) -> --set -> plug-ins -> PipelineConfig -> absolute paths -> Pipeline
+    document.py     values with positions, changed by --set (overrides.py)
+    schema/         typed sections, checked by pydantic (sections.py, messages.py)
+    rules/          rules between sections
+    defaults.py     defaults that follow from other sections
+    paths.py        absolute paths
 
-Everything that is wrong is reported at once; see `problems.py` for the wording.
+All problems of a file are reported at once, each with position, key path, value and hint (problems.py).
 """
 
 import importlib
@@ -28,12 +32,12 @@ from compress.user_code import describe_error, is_interrupt, moved_module_hint
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline that can run.
+    """Checked pipeline.
 
     Attributes:
-        config: Checked, with absolute paths.
-        path: The pipeline file, as it was named.
-        resolved: Plain, JSON-ready values of `config`; written as YAML they load to an equal `config`.
+        config: Typed settings with absolute paths.
+        path: Path of the pipeline file, as given.
+        resolved: Plain values of `config`, ready for JSON; as YAML they load to an equal `config`.
     """
 
     config: PipelineConfig
@@ -41,32 +45,32 @@ class Pipeline:
     resolved: dict[str, Any]
 
     def to_yaml(self) -> str:
-        """Return `resolved` as the text of a pipeline file that reads alone."""
+        """Return `resolved` as the text of a pipeline file that can be moved anywhere."""
         return dump_document(self.resolved)
 
 
 def load_pipeline(
     path: Path, overrides: Sequence[str] = (), seed: int | None = None, environ: Mapping[str, str] | None = None
 ) -> Pipeline:
-    """Read and check a pipeline file; no data and no weights are opened.
+    """Read and check a pipeline file, without opening data or weights.
 
     Args:
         path: The YAML file.
-        overrides: "key=value" each, applied in order before anything is checked.
-        seed: Takes the place of the file's seed.
+        overrides: Texts "key=value", applied in order before the check.
+        seed: Replaces the seed of the file.
         environ: Environment variables; those of this process by default.
 
     Raises:
-        ConfigError: Missing or unreadable file.
-        ConfigSyntaxError: The YAML is at fault.
-        ConfigValueError: Keys, values, names or overrides are wrong; one line each.
-        StageOrderError: The stages cannot follow each other.
+        ConfigError: The file is missing or unreadable.
+        ConfigSyntaxError: The file is no valid YAML.
+        ConfigValueError: Keys, values, names or overrides are wrong, one line each.
+        StageOrderError: The stages cannot run in this order.
     """
     return _check(read_document(path), path, overrides, seed, os.environ if environ is None else environ)
 
 
 def parse_pipeline(text: str, path: Path) -> Pipeline:
-    """Check the text of a pipeline file that would be written to `path`.
+    """Check the text of a pipeline file as if it were at `path`.
 
     Raises:
         ConfigError: As `load_pipeline`.
@@ -102,7 +106,7 @@ def _checked(document: Document) -> PipelineConfig:
 
 
 def _import_plugins(document: Document, folder: Path) -> None:
-    """Import the modules that register names of the user's own, before names are looked up."""
+    """Import plug-ins, which register names that the schema then accepts."""
     plugins = document.value.get("plugins")
     if not isinstance(plugins, list):
         return
@@ -129,7 +133,7 @@ def _import_failure(name: str) -> tuple[str, str | None] | None:
 
 @contextmanager
 def _search_also(*folders: str) -> Iterator[None]:
-    """Let imports find modules in `folders` too, after everything that is installed."""
+    """Append folders to the import path, after installed packages."""
     before = list(sys.path)
     sys.path += folders
     try:

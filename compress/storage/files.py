@@ -116,8 +116,8 @@ def require_output(option: str, path: Path, kind: str) -> None:
                 hint="Name a file that does not exist, or remove that one.",
             )
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{option} must be a file to write, '{str(path)[:200]}' cannot be one: {said}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{option} must be a file to write, '{str(path)[:200]}' cannot be one: {reason}.") from error
 
 
 def remove_earlier(option: str, path: Path, kind: str) -> None:

@@ -42,7 +42,7 @@ from compress.config.schema.prune import CutConfig
 from compress.config.schema.training import FinetuneConfig
 from compress.engine.runner import run
 from compress.search.export import conditions_of
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 
 COMMAND = "python benchmarks/against_torch_pruning.py pipelines/resnet20_latency.yaml"
 PHASES = ("ours", "cut", "train", "before", "time", "table")
@@ -129,7 +129,7 @@ class Comparison:
         """Time every file in turn."""
         networks = [network for row in self.rows() for network in row.networks]
         timing = time_networks(networks, self.first.context.data.calibration, conditions_of(self.first.context.deploy))
-        write_whole(self.timing_path, json.dumps(timing.to_dict(), indent=1))
+        write_atomic(self.timing_path, json.dumps(timing.to_dict(), indent=1))
 
     def timing(self) -> Timing:
         """Return measured speed-ups."""
@@ -146,7 +146,7 @@ def run_ours(bench: Bench) -> None:
     values = trained.resolved | {"name": f"{name}-untrained"}
     values["stages"] = [stage for stage in values["stages"] if stage["stage"] != "finetune"]
     path = folder / f"{name}-untrained.yaml"
-    write_whole(path, Pipeline(trained.config, path, values).to_yaml())
+    write_atomic(path, Pipeline(trained.config, path, values).to_yaml())
     untrained = run(load_pipeline(path), folder, bench.console).report
     macs = report["baseline"]["macs"] / report["slim"]["macs"]
     top1, before = report["slim"]["quality"]["top1"], untrained["slim"]["quality"]["top1"]

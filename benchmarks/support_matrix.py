@@ -28,7 +28,7 @@ from typing import Any
 from support_networks import SETS, Entry, listed
 from support_table import render
 
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
 TRIAL = Path(__file__).with_name("support_trial.py")
@@ -55,7 +55,7 @@ class Results:
         with self._lock:
             self.records[entry.key] = record
             values = {"environment": environment(), "networks": dict(sorted(self.records.items()))}
-            write_whole(self.path, json.dumps(values, indent=1) + "\n")
+            write_atomic(self.path, json.dumps(values, indent=1) + "\n")
 
 
 def environment() -> Record:
@@ -170,7 +170,7 @@ def main() -> None:
         list(workers.map(work, left))
     if arguments.table:
         values = json.loads(arguments.out.read_text("utf-8"))
-        write_whole(arguments.out.with_name("support-matrix.md"), render(values))
+        write_atomic(arguments.out.with_name("support-matrix.md"), render(values))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from compress.search.repairs import apply_repairs, batch_norm_repair, repairs_to
 from compress.search.training import train
 from compress.search.validation import validation_quality
 from compress.stages.load import LoadStage, factory_spec
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 from compress.verification.measurement import measure_onnx, measure_ratio
 
 RATIOS = tuple(round(0.05 * step, 3) for step in range(1, 19))
@@ -50,7 +50,7 @@ Figures = dict[str, Any]
 def once(path: Path, make: Callable[[], Any]) -> Any:
     """Return the content of a JSON file, made when it is missing."""
     if not path.is_file():
-        write_whole(path, json.dumps(make(), indent=1))
+        write_atomic(path, json.dumps(make(), indent=1))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,10 @@
 """Whatever code of the user's raises becomes an error of ours with its file and line; a real Ctrl-C stays one."""
 
+import importlib
+import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ import torch
 from blame import in_package
 from safetensors.torch import save_file
 
+from compress import user_code
 from compress.checkpoint.rebuild import build_module
 from compress.data.sources.user import read_own
 from compress.errors import CompressError, DataError, InternalError, ModelError, StageError
 from compress.model.artifacts import FactorySpec
 from compress.networks.wiring import run_network
 from compress.tasks.from_config import guarded, own_task
-from compress.user_code import as_ours, import_callable, is_interrupt, shown_as, user_place
+from compress.user_code import as_stage_error, import_callable, is_interrupt, raise_as, user_place
 
 RAISED = ["SystemExit(0)", "GeneratorExit()", "KeyboardInterrupt()", "BaseException('odd')",
           "FileNotFoundError(2, 'gone')", "ValueError('no')", "StopIteration()"]  # fmt: skip
@@ -86,7 +90,7 @@ def ours(run: Callable[[], Any]) -> CompressError | None:
     try:
         run()
     except BaseException as error:
-        return as_ours(error)
+        return as_stage_error(error)
     raise AssertionError("it must raise")
 
 
@@ -111,10 +115,10 @@ def test_only_what_the_users_code_raised_is_theirs():
 
 
 def test_an_error_of_ours_passes_and_the_place_is_the_innermost_of_the_user():
-    with pytest.raises(DataError, match="mine"), shown_as(ModelError, "It must work"):
+    with pytest.raises(DataError, match="mine"), raise_as(ModelError, "It must work"):
         raise DataError("mine")
     expected = pytest.raises(ModelError, match=r"^It must work, got RuntimeError")
-    with expected as caught, shown_as(ModelError, "It must work"):
+    with expected as caught, raise_as(ModelError, "It must work"):
         in_package("fails()", fails=_fails)()
     assert caught.value.__cause__ is not None
     assert str(user_place(caught.value.__cause__)).startswith("test_user_code.py:")
@@ -161,3 +165,81 @@ def test_a_forward_pass_that_raises_late_ends_the_command_with_3(tmp_path: Path,
     assert done.exit_code == 3, told
     assert f"got {error.partition('(')[0]}" in told
     assert "(late.py:7)" in told
+
+
+MOVED = [
+    ("from compress.registry import Registry", "compress.registry is now compress.catalog."),
+    ("import compress.importing.importer", "compress.importing is now compress.onnx_import."),
+    ("from compress import artifacts", "compress.artifacts is now compress.model.artifacts."),
+    ("from compress.stages.context import StageContext", "compress.stages.context is now compress.search.context."),
+    ("from compress.data.sources import ArraySource",
+     "compress.data.sources is now compress.data.sources.classification."),
+    ("from compress.pruning.criteria.snip import Snip",
+     "compress.pruning.criteria.snip is now compress.pruning.criteria.gradient_flow."),
+]  # fmt: skip
+
+
+@pytest.fixture
+def no_editable_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of another copy of this project, which an editable install would find."""
+    monkeypatch.setattr(sys, "meta_path", [one for one in sys.meta_path if "editable" not in repr(one).lower()])
+
+
+@pytest.mark.usefixtures("no_editable_install")
+@pytest.mark.parametrize(("statement", "hint"), MOVED)
+def test_a_module_of_ours_that_was_moved_is_named_in_the_hint(tmp_path: Path, statement: str, hint: str):
+    (tmp_path / "mine.py").write_text(f"import os\n{statement}\n", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"mine\.py' must import, got \w*Error: .*\(mine\.py:2\)") as caught:
+        import_callable(f"{tmp_path / 'mine.py'}:Net")
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import compress.nothing",
+        "from compress import nothing",
+        "import no_such_one",
+        "import compress.data.sources.mine",
+    ],
+)
+def test_a_module_that_never_was_has_no_such_hint(tmp_path: Path, statement: str):
+    (tmp_path / "mine.py").write_text(statement, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"mine\.py' must import") as caught:
+        import_callable(f"{tmp_path / 'mine.py'}:Net")
+    assert caught.value.hint is None
+
+
+@pytest.mark.usefixtures("no_editable_install")
+def test_a_plug_in_and_code_that_imports_late_get_the_hint(tmp_path: Path):
+    world = smallrun.make_world(tmp_path)
+    (world.folder / "old_plugin.py").write_text("from compress.registry import Registry\n", encoding="utf-8")
+    done = smallrun.call("validate", str(world.write(world.values() | {"plugins": ["old_plugin"]})))
+    assert done.exit_code == 2
+    assert "plugins[0] must be a module that can be imported, got 'old_plugin'" in done.stderr
+    assert "Hint: compress.registry is now compress.catalog." in done.stderr
+
+    def late() -> None:
+        import compress.recipe  # noqa: F401
+
+    assert getattr(ours(late), "hint", None) == "compress.recipe is now compress.model.recipe."
+
+
+@pytest.mark.usefixtures("no_editable_install")
+def test_every_new_name_exists_and_no_old_one_does():
+    assert len(user_code._MOVED) > 60
+    for old, new in user_code._MOVED.items():
+        assert exists(f"compress.{new}"), new
+        assert not exists(f"compress.{old}") or is_package(f"compress.{old}"), old
+
+
+def exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its package is not there
+        return False
+
+
+def is_package(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.submodule_search_locations is not None

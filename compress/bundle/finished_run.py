@@ -15,7 +15,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.report.build import REPORT_SCHEMA
 from compress.report.details import Quality
 from compress.report.model import Report, read_report
-from compress.storage.digest import RecordDamaged, digest_data, digest_file, read_json, read_sealed
+from compress.storage.digest import RecordDamaged, digest_data, digest_file, read_json, read_record
 from compress.tasks.classification import CLASSIFICATION
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
@@ -161,7 +161,7 @@ def _read_report(path: Path, again: str) -> Report:
         ArtifactError: It is damaged or edited, of another schema, or without a digest: an older version wrote it.
     """
     try:
-        values = read_sealed(path)
+        values = read_record(path)
     except RecordDamaged as error:
         raise ArtifactError(error.message, hint=again) from error
     if values.get("schema") != REPORT_SCHEMA:

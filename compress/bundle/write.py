@@ -14,7 +14,7 @@ from compress.bundle.signing import sign
 from compress.data.from_config import Splits
 from compress.errors import ArtifactError, ConfigError, InternalError
 from compress.onnx_file.io import load_onnx
-from compress.storage.files import require_output, write_whole
+from compress.storage.files import require_output, write_atomic
 
 DEFAULT_SAMPLES = 16
 
@@ -71,7 +71,7 @@ def write_bundle(
     archive = b"".join(check.archive_pieces(content))
     _prove(archive)
     try:
-        write_whole(out, archive)
+        write_atomic(out, archive)
     except OSError as error:
         raise ArtifactError(f"'{out}' cannot be written: {error.strerror or error}.") from error
     return out

@@ -33,7 +33,7 @@ from compress.model.artifacts import (
     Verdict,
 )
 from compress.model.recipe import Recipe
-from compress.storage.digest import digest_file, read_sealed, sealed
+from compress.storage.digest import digest_file, read_record, add_digest
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
 
@@ -157,7 +157,7 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
 def write_digests(folder: Path) -> None:
     """Write down the digests of the files of a slim checkpoint, as they are now."""
     digests = {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.name != DIGESTS_FILE}
-    _write_json(folder / DIGESTS_FILE, sealed({"schema": DIGESTS_SCHEMA, "files": digests}))
+    _write_json(folder / DIGESTS_FILE, add_digest({"schema": DIGESTS_SCHEMA, "files": digests}))
 
 
 def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
@@ -206,7 +206,7 @@ def _check_digests(folder: Path, unread: Container[str]) -> None:
             warnings.warn(f"'{folder}' has no {DIGESTS_FILE}: damage of its files is not noticed.", stacklevel=4)
         return
     try:
-        files = read_sealed(path)["files"]
+        files = read_record(path)["files"]
         changed = [
             name for name, digest in files.items() if name not in unread and digest_file(folder / name) != digest
         ]

@@ -31,7 +31,7 @@ from compress.onnx_import.importer import build_imported
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.narrowing import find_removed, named_tensors
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.user_code import beside, import_callable
+from compress.user_code import import_callable, import_path_of
 
 __all__ = [
     "apply_edits",
@@ -74,7 +74,7 @@ def build_module(spec: FactorySpec, seed: int = 0) -> nn.Module:
     if spec.kind == "timm":
         return call_factory(timm_factory(spec.reference), spec, seed)
     make = import_callable(spec.reference)
-    with beside(spec.reference):
+    with import_path_of(spec.reference):
         return call_factory(make, spec, seed)
 
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from compress.cli.text import CHECK_COLUMNS, VALUE_COLUMNS, check_rows, next_steps, value_rows, verdict_sentence
 from compress.errors import ArtifactError, ConfigError
 from compress.report.build import describe_verdict, write_json
-from compress.storage.files import remove_earlier, write_whole
+from compress.storage.files import remove_earlier, write_atomic
 
 if TYPE_CHECKING:  # the artifacts import numpy
     from compress.model.artifacts import Verdict
@@ -92,7 +92,7 @@ def write_for_ci(verdict: Verdict, name: str, junit: Path | None, json_file: Pat
     """
     if junit is not None:
         try:
-            write_whole(junit, to_junit(verdict, name))
+            write_atomic(junit, to_junit(verdict, name))
         except OSError as error:
             raise ArtifactError(f"'{junit}' cannot be written: {error.strerror}.") from error
     if json_file is not None:

@@ -24,7 +24,7 @@ from compress.errors import (
     OutOfMemory,
     is_out_of_memory,
 )
-from compress.user_code import as_ours
+from compress.user_code import as_stage_error
 
 BROKEN_PIPE_EXIT_CODE = 141
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
@@ -45,7 +45,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, typer.Abort):
             raise
         except SystemExit as error:  # of a parser of arguments, or of the user's code
-            if as_ours(error) is None:
+            if as_stage_error(error) is None:
                 raise
             raise typer.Exit(_report(error, command.__name__ in _GOES_ON)) from error
         except BrokenPipeError as error:
@@ -71,7 +71,7 @@ def raise_outcome(outcome: str) -> None:
 def _report(error: BaseException, goes_on: bool) -> int:
     """Print what ended a command and return its exit code; `goes_on`: it keeps the stages that it completed."""
     console = Console()
-    error = as_ours(error) or error
+    error = as_stage_error(error) or error
     if isinstance(error, KeyboardInterrupt):
         kept = "the stages that were completed are kept, the same command goes on from there"
         console.print_failure(f"Interrupted; {kept if goes_on else 'the same command starts anew'}.")

@@ -1,12 +1,7 @@
-"""How is YAML text read into nodes, and written? By the core schema of version 1.2, on top of PyYAML.
+"""YAML documents as plain values with line and column, by the core schema of YAML 1.2 on PyYAML.
 
-That is what people expect: `1e-3` is a number, only `true` and `false` are booleans (`no`, `off` are text), `1:30`
-and `2024-01-01` are text.
-
-What does a YAML file say, and at which line and column?
-
-Duplicate keys, tags, merge keys, keys that are no text and numbers that are not finite are refused; how words and
-numbers are told apart is in `yaml_core.py`.
+`1e-3` is a number, only `true` and `false` are booleans, and `no`, `1:30` and `2024-01-01` are text. Duplicate keys,
+merge keys, tags, keys other than text, and infinite numbers are refused, all in one pass.
 """
 
 import math
@@ -22,7 +17,16 @@ from compress.catalog import closest
 from compress.config.problems import KeyPath, Origin, Problem, format_path, show
 from compress.errors import ConfigError, ConfigSyntaxError
 
+MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
+_MAX_VALUES = 100_000
+_MAX_CHARACTERS = 4_096  # the longest path of most systems
+_LEAST_INT, _MOST_INT = -(2**63), 2**63 - 1
+_MOST_FLOAT = 3.4e38  # largest number in single precision
+PIPELINE, GATES = "pipeline", "gates"
+_HINTS = {PIPELINE: "compress init writes one to start from.", GATES: "such as gates: {max_drop: {top1: 0.01}}"}
+_KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
+
 TAG = "tag:yaml.org,2002:"
 _SPELLINGS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -34,18 +38,18 @@ _SPELLINGS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; plain words are told apart by `_SPELLINGS`."""
+    """Composes nodes; plain scalars get their tags from `_SPELLINGS`."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and kind are PyYAML's
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text that `_Loader` reads back as it was: quotes what would be taken for a number."""
+    """Writes text that `_Loader` reads back unchanged: text that looks like a number is quoted."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and kind are PyYAML's
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write a value out wherever it occurs."""
+        """Write a repeated value in full each time."""
         return True
 
 
@@ -74,12 +78,23 @@ CONSTRUCTORS: dict[str, Any] = {
 
 
 def dump_document(value: Any) -> str:
-    """Write plain values as YAML that `read_document` reads back equal; keys keep their order."""
+    """Return plain values as YAML text that `read_document` reads back equal, with keys in order."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def compose(text: str, shown: str) -> yaml.Node | None:
-    """Parse text into nodes with positions."""
+    """Parse YAML text into nodes with positions.
+
+    Args:
+        text: One document.
+        shown: Name of the file in messages.
+
+    Returns:
+        Root node; None for a document without any value.
+
+    Raises:
+        ConfigSyntaxError: The text is no YAML, or nested too deeply.
+    """
     try:
         loader = _Loader(text)
         try:
@@ -117,28 +132,18 @@ def _hint(problem: str) -> str | None:
     return None
 
 
-MAX_BYTES = 1_000_000
-_MAX_VALUES = 100_000
-_MAX_CHARACTERS = 4_096  # the longest path of most systems
-_LEAST_INT, _MOST_INT = -(2**63), 2**63 - 1
-_MOST_FLOAT = 3.4e38  # of single precision, which networks compute with
-PIPELINE, GATES = "pipeline", "gates"
-_HINTS = {PIPELINE: "compress init writes one to start from.", GATES: "such as gates: {max_drop: {top1: 0.01}}"}
-_KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
-
-
 @dataclass
 class Document:
-    """A YAML file as plain values that know where they stand.
+    """Plain values of a YAML file with their positions, and the problems found in them.
 
     Attributes:
-        shown: The file's name in messages.
+        shown: Name of the file in messages.
         value: Mappings, lists, text, numbers, booleans, None.
-        origins: Where each value begins.
-        key_origins: Where the key of each value begins.
-        problems: What is wrong so far.
-        refused: Paths of values with a problem already; nothing that follows from them is reported.
-        noun: What the file is called in messages: "pipeline" or "gates".
+        origins: Position of each value.
+        key_origins: Position of the key of each value.
+        problems: Problems found so far.
+        refused: Paths of values with a problem; further problems that follow from these are not reported.
+        noun: Kind of file in messages: "pipeline" or "gates".
     """
 
     shown: str
@@ -150,13 +155,13 @@ class Document:
     noun: str = PIPELINE
 
     def origin(self, path: KeyPath) -> Origin:
-        """Return where the value at `path` stands, or else the closest thing around it."""
+        """Return the position of the value at `path`, or of the innermost value around it."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins[path]
 
     def key_origin(self, path: KeyPath) -> Origin:
-        """Return where the key of `path` stands, or else its value."""
+        """Return the position of the key of `path`, or of its value if it has no key."""
         return self.key_origins.get(path) or self.origin(path)
 
     def value_at(self, path: KeyPath) -> Any:
@@ -179,12 +184,19 @@ class Document:
         return self.is_valid_itself(path) and all(inner[: len(path)] != path for inner in self.refused)
 
     def refuse(self, path: KeyPath, origin: Origin, text: str, hint: str | None = None) -> None:
-        """Note a fault of the YAML at `path`."""
+        """Add a syntax problem, and mark the value at `path` as refused."""
         self.problems.append(Problem(origin, text, hint, "syntax"))
         self.refused.add(path)
 
     def set(self, path: KeyPath, container: Any, value: Any, origin: Origin) -> None:
-        """Put `value` at the end of `path`, inside `container`, and remember where it came from."""
+        """Replace the value at `path`, with problems of the old value, by one from another origin.
+
+        Args:
+            path: Key path of the value.
+            container: Mapping or list that holds it.
+            value: New value.
+            origin: Position of the new value.
+        """
         container[path[-1]] = value
         for known in (self.origins, self.key_origins):
             for inner in [inner for inner in known if inner[: len(path)] == path]:
@@ -196,19 +208,30 @@ class Document:
 def read_document(path: Path, noun: str = PIPELINE) -> Document:
     """Read a pipeline file, or a file of gates.
 
+    Args:
+        path: The YAML file.
+        noun: Kind of file, `PIPELINE` or `GATES`.
+
+    Returns:
+        The document; problems that leave it readable are in its `problems`.
+
     Raises:
-        ConfigError: There is no such file, or it cannot be opened.
-        ConfigSyntaxError: It is no UTF-8 text, too large, empty, or no YAML mapping. Lesser faults are left in
-            `Document.problems`.
+        ConfigError: The file is missing or unreadable.
+        ConfigSyntaxError: The file is no UTF-8 text, too large, empty, or no YAML mapping.
     """
     return parse_document(_read_text(path, noun), str(path), noun)
 
 
 def parse_document(text: str, shown: str, noun: str = PIPELINE) -> Document:
-    """Parse the text of such a file; `shown` is its name in messages.
+    """Parse the text of a pipeline file, or of a file of gates, as `read_document` does.
+
+    Args:
+        text: Content of the file.
+        shown: Name of the file in messages.
+        noun: Kind of file, `PIPELINE` or `GATES`.
 
     Raises:
-        ConfigSyntaxError: The text is empty or no YAML mapping.
+        ConfigSyntaxError: The text is empty, no YAML, or no mapping.
     """
     node = compose(text, shown)
     if node is None:
@@ -224,10 +247,10 @@ def parse_document(text: str, shown: str, noun: str = PIPELINE) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """Read one YAML value, such as the right side of `--set key=value`.
+    """Return one YAML value, such as the right side of `--set key=value`.
 
     Raises:
-        ConfigSyntaxError: The text is no YAML; the message says where without naming a file.
+        ConfigSyntaxError: The text is no YAML; the message gives the position without a file.
     """
     node = compose(text, "value")
     document = Document("value")
@@ -261,10 +284,10 @@ def _read_text(path: Path, noun: str) -> str:
 
 
 class _Reader:
-    """Turns nodes into plain values and notes where they stand.
+    """Conversion of nodes into plain values.
 
     Args:
-        document: Filled while reading.
+        document: Receives positions and problems.
     """
 
     def __init__(self, document: Document) -> None:
@@ -273,11 +296,11 @@ class _Reader:
         self._count = 0
 
     def read(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
-        """Return the plain value of `node`; what is wrong with it goes to the document's problems."""
+        """Return the plain value of a node; problems go to the document."""
         origin = self._origin(node)
         self._document.origins[path] = origin
         self._count += 1
-        if self._count > _MAX_VALUES:  # a few nested aliases can stand for billions of values
+        if self._count > _MAX_VALUES:  # nested aliases can expand to billions of values
             raise ConfigSyntaxError(
                 f"{origin.text}: the file must hold at most {_MAX_VALUES} values, aliases included."
             )
@@ -358,7 +381,7 @@ class _Reader:
 
 
 def _limit_of_text(text: str, is_text: bool) -> str | None:
-    """Return which limit the text of a value exceeds; None where it exceeds none."""
+    """Return the limit that the text of a value exceeds; None if it exceeds none."""
     if len(text) > _MAX_CHARACTERS:
         return f"have at most {_MAX_CHARACTERS} {'characters' if is_text else 'digits'}"
     if "\0" in text:
@@ -371,7 +394,7 @@ def _limit_of_text(text: str, is_text: bool) -> str | None:
 
 
 def _limit_of_number(value: object) -> str | None:
-    """Return what a number must be and is not: within what the program computes with."""
+    """Return the range that a number exceeds; None for a number in range, or another value."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int) and not _LEAST_INT <= value <= _MOST_INT:

@@ -1,4 +1,4 @@
-"""How does a file of gates become checked settings, for verifying a file that no pipeline made?"""
+"""Files of gates for `compress verify FILE.onnx`, checked and typed like pipeline files."""
 
 import re
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ _HINT = "an .npz with x and y, a folder with test.npz or test/, MNIST's IDX file
 
 
 def load_gates(path: Path | None, data: Path | None = None, overrides: Sequence[str] = ()) -> GatesFile:
-    """Read and check a file of gates; no data is opened.
+    """Read and check a file of gates, without opening data.
 
     Args:
-        path: The YAML file; None for the defaults, which hold the file to what is always checked.
-        data: Images and labels, which go before what the file says.
-        overrides: "key=value" each, applied in order before anything is checked.
+        path: The YAML file; None for the default settings.
+        data: Path of images and labels; replaces `evaluation` of the file.
+        overrides: Texts "key=value", applied in order before the check.
 
     Raises:
         ConfigError: The file is missing, or `data` is not recognised.
-        ConfigSyntaxError: The YAML is at fault.
+        ConfigSyntaxError: The file is no valid YAML.
         ConfigValueError: Keys, values or overrides are wrong, one line each.
     """
     document = parse_document("{}", "--set", GATES) if path is None else read_document(path, GATES)
@@ -59,10 +59,13 @@ def _checked(document: Document) -> GatesFile:
 
 
 def find_images(path: Path) -> ArraysSource | IdxSource | FolderSource:
-    """Return the source that a path stands for, as in a pipeline file, with absolute paths.
+    """Return the data source of a path, with absolute paths.
+
+    Args:
+        path: An .npz file, or a folder with test.npz, IDX files, test/ or val/, or sub-folders of classes.
 
     Raises:
-        ConfigError: There is nothing, or nothing that is recognised.
+        ConfigError: The path does not exist or is not recognised.
     """
     path = Path(path).expanduser().absolute()
     if path.is_file() and path.suffix == ".npz":

@@ -1,8 +1,12 @@
-"""How does a pipeline file become a checked configuration?
+"""Pipeline files: from YAML to a checked, typed configuration with absolute paths.
 
-    text -> Document (values with positions) -> --set -> plug-ins -> PipelineConfig -> absolute paths -> Pipeline
+    document.py     values with positions, changed by --set (overrides.py)
+    schema/         typed sections, checked by pydantic (sections.py, messages.py)
+    rules/          rules between sections
+    defaults.py     defaults that follow from other sections
+    paths.py        absolute paths
 
-Everything that is wrong is reported at once; see `problems.py` for the wording.
+All problems of a file are reported at once, each with position, key path, value and hint (problems.py).
 """
 
 import importlib
@@ -18,22 +22,22 @@ from compress.config.defaults import fill_preprocessing, fill_stages
 from compress.config.document import Document, dump_document, parse_document, read_document
 from compress.config.overrides import apply_overrides
 from compress.config.paths import resolve_paths, use_array_folder
-from compress.config.problems import Origin, Problem, as_error, show
+from compress.config.problems import Origin, as_error, show
 from compress.config.rules import check_rules
 from compress.config.schema.pipeline import PipelineConfig
 from compress.config.sections import sections_of, validate
 from compress.errors import CompressError
-from compress.user_code import described, is_interrupt
+from compress.user_code import describe_error, is_interrupt, moved_module_hint
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline that can run.
+    """Checked pipeline.
 
     Attributes:
-        config: Checked, with absolute paths.
-        path: The pipeline file, as it was named.
-        resolved: Plain, JSON-ready values of `config`; written as YAML they load to an equal `config`.
+        config: Typed settings with absolute paths.
+        path: Path of the pipeline file, as given.
+        resolved: Plain values of `config`, ready for JSON; as YAML they load to an equal `config`.
     """
 
     config: PipelineConfig
@@ -41,32 +45,32 @@ class Pipeline:
     resolved: dict[str, Any]
 
     def to_yaml(self) -> str:
-        """Return `resolved` as the text of a pipeline file that reads alone."""
+        """Return `resolved` as the text of a pipeline file that can be moved anywhere."""
         return dump_document(self.resolved)
 
 
 def load_pipeline(
     path: Path, overrides: Sequence[str] = (), seed: int | None = None, environ: Mapping[str, str] | None = None
 ) -> Pipeline:
-    """Read and check a pipeline file; no data and no weights are opened.
+    """Read and check a pipeline file, without opening data or weights.
 
     Args:
         path: The YAML file.
-        overrides: "key=value" each, applied in order before anything is checked.
-        seed: Takes the place of the file's seed.
+        overrides: Texts "key=value", applied in order before the check.
+        seed: Replaces the seed of the file.
         environ: Environment variables; those of this process by default.
 
     Raises:
-        ConfigError: Missing or unreadable file.
-        ConfigSyntaxError: The YAML is at fault.
-        ConfigValueError: Keys, values, names or overrides are wrong; one line each.
-        StageOrderError: The stages cannot follow each other.
+        ConfigError: The file is missing or unreadable.
+        ConfigSyntaxError: The file is no valid YAML.
+        ConfigValueError: Keys, values, names or overrides are wrong, one line each.
+        StageOrderError: The stages cannot run in this order.
     """
     return _check(read_document(path), path, overrides, seed, os.environ if environ is None else environ)
 
 
 def parse_pipeline(text: str, path: Path) -> Pipeline:
-    """Check the text of a pipeline file that would be written to `path`.
+    """Check the text of a pipeline file as if it were at `path`.
 
     Raises:
         ConfigError: As `load_pipeline`.
@@ -102,35 +106,34 @@ def _checked(document: Document) -> PipelineConfig:
 
 
 def _import_plugins(document: Document, folder: Path) -> None:
-    """Import the modules that register names of the user's own, before names are looked up."""
+    """Import plug-ins, which register names that the schema then accepts."""
     plugins = document.value.get("plugins")
     if not isinstance(plugins, list):
         return
     with _search_also(str(folder), str(Path.cwd())):
         for index, name in enumerate(plugins):
-            if isinstance(name, str):
-                reason = _import_failure(name)
-                if reason is not None:
-                    text = f"plugins[{index}] must be a module that can be imported, got {show(name)}: {reason}."
-                    document.problems.append(Problem(document.origin(("plugins", index)), text))
+            if isinstance(name, str) and (failure := _import_failure(name)) is not None:
+                reason, hint = failure
+                rule = f"must be a module that can be imported, got {show(name)}: {reason}."
+                document.problems.append(document.problem(("plugins", index), rule, hint))
 
 
-def _import_failure(name: str) -> str | None:
-    """Import a module; return why that failed, None when it did not."""
+def _import_failure(name: str) -> tuple[str, str | None] | None:
+    """Import a module; return why that failed, with a hint, or None if it did not."""
     try:
         importlib.import_module(name)
     except CompressError as error:
-        return error.message.rstrip(".")
+        return error.message.rstrip("."), error.hint
     except BaseException as error:  # a foreign module can raise anything while it is imported
         if is_interrupt(error):
             raise
-        return described(error).rstrip(".: ")
+        return describe_error(error).rstrip(".: "), moved_module_hint(error)
     return None
 
 
 @contextmanager
 def _search_also(*folders: str) -> Iterator[None]:
-    """Let imports find modules in `folders` too, after everything that is installed."""
+    """Append folders to the import path, after installed packages."""
     before = list(sys.path)
     sys.path += folders
     try:

@@ -1,4 +1,4 @@
-"""How does an error of pydantic read in our words, with the user's key path and place?"""
+"""Translation of pydantic errors into problems with the user's key path, position and hint."""
 
 import re
 import types
@@ -43,15 +43,15 @@ _SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
 def translate(error: ErrorDetails, document: Document, root: type[BaseModel] = PipelineConfig) -> Problem | None:
-    """Return the problem that a pydantic error stands for.
+    """Return the problem for a pydantic error.
 
     Args:
-        error: As pydantic lists it.
-        document: Where the values stand.
-        root: What the document was checked against.
+        error: Entry of `ValidationError.errors()`.
+        document: The checked document.
+        root: Model that the document was checked against.
 
     Returns:
-        None when the error only follows from another one.
+        None for an error that follows from another one.
     """
     path, place = strip_tags(error["loc"], root)
     kind = error["type"]
@@ -83,7 +83,7 @@ def refused_path(error: ErrorDetails, root: type[BaseModel]) -> KeyPath | None:
 
 
 def strip_tags(loc: tuple[int | str, ...], root: type[BaseModel] = PipelineConfig) -> tuple[KeyPath, Any]:
-    """Return the user's key path, without the union tags that pydantic puts in, and the annotation of what is there.
+    """Return the key path without the union tags that pydantic inserts, and the annotation of the value there.
 
     >>> strip_tags(("stages", 0, "prune", "target", "macs"))[0]
     ('stages', 0, 'target', 'macs')
@@ -103,13 +103,13 @@ def strip_tags(loc: tuple[int | str, ...], root: type[BaseModel] = PipelineConfi
 
 
 def allowed_keys(annotation: Any) -> list[str]:
-    """Return the keys of the model behind an annotation, () for anything else."""
+    """Return the keys of the model that an annotation stands for; [] for other annotations."""
     model = _model(annotation)
     return [] if model is None else list(model.model_fields)
 
 
 def _members(annotation: Any) -> list[Any]:
-    """Return the alternatives of a union without None; a single one for anything else."""
+    """Return the members of a union without None, or the annotation itself."""
     if get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in (Union, types.UnionType):
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
@@ -118,7 +118,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _variants(annotation: Any) -> dict[str, Any]:
-    """Return tag -> model, or plain type, of a discriminated union, {} for anything else."""
+    """Return the members of a discriminated union by tag; {} for other annotations."""
     members = _members(annotation)
     models = [get_args(member)[0] if get_origin(member) is Annotated else member for member in members]
     every = [[meta.tag for meta in get_args(member)[1:] if isinstance(meta, Tag)] for member in members]
@@ -194,7 +194,7 @@ def _kind_key(path: KeyPath, error: ErrorDetails, document: Document) -> Problem
 
 
 def _broken_rule(path: KeyPath, place: Any, error: ErrorDetails, document: Document) -> Problem:
-    """Word a ValueError of one of our own validators; its text begins with "must" or with a key of the section."""
+    """Return the problem for a `ValueError` of the schema; its text begins with "must" or a key of the section."""
     text, value = str(error["ctx"]["error"]), error["input"]
     first, _, rest = text.partition(" ")
     keys = first.split(".")  # of a section in the section, as in training.optimizer
@@ -211,7 +211,7 @@ def _broken_rule(path: KeyPath, place: Any, error: ErrorDetails, document: Docum
 
 
 def _plain(path: KeyPath, error: ErrorDetails, document: Document) -> Problem:
-    """Word the errors that need nothing but their own context."""
+    """Return the problem for an error that needs only its own context."""
     kind, value, ctx = error["type"], error["input"], error.get("ctx", {})
     hint = None
     if kind in _TYPES:
@@ -243,7 +243,7 @@ def _bound_hint(path: KeyPath) -> str | None:
 
 
 def _type_hint(kind: str, value: Any) -> str | None:
-    """Say how a value of the wrong type is probably meant."""
+    """Return a hint for a value that is probably meant for another type."""
     if kind == "bool_type" and isinstance(value, str):
         word = value if value.lower() in ("true", "false") else _SWITCHES.get(value.lower())
         return f"write {word.lower()}, without quotes." if word else None

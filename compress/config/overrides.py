@@ -1,8 +1,8 @@
-"""How does `--set key=value` change a pipeline file?
+"""Overrides of a document from the command line: `--set key=value`.
 
-stages.prune.target.macs=0.4      a stage by its name, where only one has it
-stages.1.target.macs=0.4          or by its place, counted from 0
-data.array_folder=/data/cifar10   missing mappings on the way are made
+stages.prune.target.macs=0.4      stage by name, if only one stage has it
+stages.1.target.macs=0.4          stage by index, from 0
+data.array_folder=/data/cifar10   missing mappings are created
 """
 
 import re
@@ -19,8 +19,8 @@ class _RefusedError(Exception):
     """An override cannot be applied.
 
     Args:
-        text: Why.
-        hint: What to do.
+        text: Reason, a sentence.
+        hint: Remedy.
     """
 
     def __init__(self, text: str, hint: str | None = None) -> None:
@@ -29,11 +29,12 @@ class _RefusedError(Exception):
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
-    """Change `document` by each "key=value" in turn; what cannot be applied goes to its problems.
+    """Apply overrides to a document, in order.
 
     Args:
-        document: Changed in place; the values remember which option they came from.
-        overrides: As after `--set`; the value is YAML.
+        document: Changed in place; new values have the option as their position. Overrides that cannot be applied are
+            added to its problems.
+        overrides: Texts "key=value", whose value is YAML.
     """
     for number, assignment in enumerate(overrides, start=1):
         key, equals, value = assignment.partition("=")
@@ -72,7 +73,7 @@ def _assign(document: Document, key: str, value: Any, origin: Origin) -> None:
 
 
 def _resolve(container: Any, path: KeyPath, part: str) -> str | int:
-    """Return the key or index that `part` stands for inside `container`."""
+    """Return the key or index of one part of an override's key."""
     if isinstance(container, dict):
         return part
     if not isinstance(container, list):

@@ -1,4 +1,4 @@
-"""What is wrong with a pipeline, and where? One `Problem` a fault, reported all together.
+"""Problems of a pipeline file with their positions, and the error that reports all of them.
 
 FILE:LINE:COL: stages[0].target.macs must be at most 1, got 1.5.
 Hint: 0.5 keeps half of the baseline's MACs.
@@ -19,13 +19,13 @@ _MAX_SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True, slots=True, order=True)
 class Origin:
-    """Where a value came from; sorts in reading order, the file before the command line.
+    """Position of a value; sorts in reading order, the file before the command line.
 
     Attributes:
         source: 0 for the file, 1 for the command line, 2 for the environment.
-        line: Counted from 1; the number of the option on the command line.
-        column: Counted from 1.
-        text: As shown: "a.yaml:7:14", "--set stages.prune.target.macs".
+        line: Line in the file, or number of the option on the command line, from 1.
+        column: Column in the file, from 1.
+        text: Position in messages, such as "a.yaml:7:14" or "--set stages.prune.target.macs".
     """
 
     source: int
@@ -35,19 +35,19 @@ class Origin:
 
     @property
     def in_file(self) -> bool:
-        """Whether the value stands in the pipeline file."""
+        """True for a value of the file, False for one of the command line or environment."""
         return self.source == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault.
+    """One problem of a file.
 
     Attributes:
-        origin: Where the value is.
-        text: What must hold and what was got; a sentence.
-        hint: What to do about it.
-        kind: Decides the class of the error.
+        origin: Position of the value.
+        text: Sentence with the rule and the value.
+        hint: Remedy.
+        kind: Kind of problem, which decides the class of the error.
     """
 
     origin: Origin
@@ -61,11 +61,11 @@ class Problem:
 
 
 def as_error(problems: Sequence[Problem]) -> ConfigError:
-    """Make one error of all problems, in reading order.
+    """Return one error for all problems, in reading order.
 
     Returns:
-        ConfigSyntaxError when the YAML itself is at fault somewhere, StageOrderError when nothing but the order is,
-        else ConfigValueError.
+        ConfigSyntaxError if any problem is one of syntax, StageOrderError if all are of order, ConfigValueError
+        otherwise.
     """
     ordered = sorted(dict.fromkeys(problems), key=lambda problem: problem.origin)
     kinds = {problem.kind for problem in ordered}
@@ -79,7 +79,7 @@ def as_error(problems: Sequence[Problem]) -> ConfigError:
 
 
 def format_path(path: KeyPath) -> str:
-    """Return a key path as users write it.
+    """Return a key path as text.
 
     >>> format_path(("stages", 0, "target", "macs"))
     'stages[0].target.macs'
@@ -91,7 +91,7 @@ def format_path(path: KeyPath) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as it is shown in a message: short, and as YAML spells it.
+    """Return a value for messages, shortened and in the spelling of YAML.
 
     >>> show(True), show(None), show(1.5), show("a"), show([1, 2]), show({"b": 1, "a": 2})
     ('true', 'null', '1.5', "'a'", '[1, 2]', 'a mapping with b, a')

@@ -1,4 +1,4 @@
-"""What does a first pipeline file look like, for a given network and given data?"""
+"""New pipeline files for `compress init`: a commented template, filled in for a network and its data."""
 
 import json
 import os
@@ -45,20 +45,20 @@ stages:
 
   - stage: verify      # measure the file in ONNX Runtime
     gates:
-      max_drop: {{top1: 0.01}}    # one point of top-1
+      max_drop: {{top1: 0.01}}    # one percentage point of top-1
       # min_speedup: 1.2        # baseline latency / slim latency
 """
 
 
 @dataclass(frozen=True)
 class Scaffold:
-    """The choices behind a new pipeline file.
+    """Options of `compress init`.
 
     Attributes:
         model: "pkg.module:callable", "file.py:callable", "timm:NAME" or a torchvision name.
         weights: Path of the weights.
         data: A folder with train.npz and test.npz, or with train/ and test/ (or val/), or a torchvision data set name.
-        target_macs: Kept share of the MACs, in (0, 1].
+        target_macs: Kept ratio of the MACs, in (0, 1].
         input_shape: (C, H, W) of the network's input.
     """
 
@@ -73,9 +73,9 @@ def write_pipeline(path: Path, scaffold: Scaffold, force: bool = False) -> None:
     """Write a commented pipeline file that `compress validate` accepts.
 
     Args:
-        path: Of the new file.
-        scaffold: What to put in; its paths are relative to the current folder.
-        force: Whether an existing file is replaced.
+        path: New file.
+        scaffold: Options, with paths relative to the current folder.
+        force: True to replace an existing file.
 
     Raises:
         ConfigError: The file exists, its folder does not, or a value is out of range.
@@ -95,7 +95,7 @@ def write_pipeline(path: Path, scaffold: Scaffold, force: bool = False) -> None:
 
 
 def render_pipeline(path: Path, scaffold: Scaffold) -> str:
-    """Return the text of a pipeline file that will lie at `path`."""
+    """Return the text of a pipeline file for `path`, with paths relative to its folder."""
     return _TEMPLATE.format(
         file=path.name,
         name=_scalar(re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "pipeline"),
@@ -129,7 +129,7 @@ def _preprocessing(scaffold: Scaffold) -> dict[str, object]:
     values: dict[str, object] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     if channels == 1:
         values = {"mean": [0.5], "std": [0.5], "channels": "L"}
-    if (Path(scaffold.data).expanduser() / "train").is_dir():  # photographs come in all sizes
+    if (Path(scaffold.data).expanduser() / "train").is_dir():  # image files differ in size
         values |= {"resize": max(height, width), "crop": [height, width]}
     return values
 
@@ -142,7 +142,7 @@ def _model(model: str, folder: Path) -> dict[str, object]:
 
 
 def _relative(text: str, folder: Path) -> str:
-    """Return a path given from the current folder as it is seen from `folder`; home folders stay as written."""
+    """Return a path relative to `folder` in place of the current folder; paths from ~ are unchanged."""
     if text.startswith("~") or os.path.isabs(text):
         return text
     try:
@@ -152,7 +152,7 @@ def _relative(text: str, folder: Path) -> str:
 
 
 def _indent(spaces: int, values: dict[str, object]) -> str:
-    """Return a mapping in YAML, nested values on one line, without the last line break."""
+    """Return a mapping as YAML, one key a line, without the last line break."""
     return "\n".join(f"{' ' * spaces}{key}: {_flow(value)}" for key, value in values.items())
 
 
@@ -165,12 +165,12 @@ def _flow(value: object) -> str:
 
 
 def _scalar(value: object) -> str:
-    """Return one value on one line, quoted where that is needed, also inside braces."""
+    """Return a value on one line, quoted if it needs quotes inside braces."""
     return dump_document([value]).removeprefix("- ").strip() if not isinstance(value, str) else _text(value)
 
 
 def _text(value: str) -> str:
-    """Return text plainly where that is safe everywhere in YAML, else between double quotes."""
+    """Return text plain if that is safe everywhere in YAML, otherwise in double quotes."""
     plain = re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./:~+-]*", value) and not value.endswith(":")
     is_word = value.lower() in ("true", "false", "null", "~")
     return value if plain and not is_word and not value.startswith(".") else json.dumps(value, ensure_ascii=False)

@@ -20,8 +20,8 @@ from compress.cost.conditions import TableConditions
 from compress.cost.latency_table import Sample
 from compress.cost.variants import Site
 from compress.errors import ArtifactError
-from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_seal, digest_value, read_json, sealed
-from compress.storage.files import write_whole
+from compress.storage.digest import DIGEST_KEY, RecordDamaged, add_digest, check_digest, digest_value, read_json
+from compress.storage.files import write_atomic
 
 KIND = "compress latency table"
 SCHEMA = 2
@@ -54,7 +54,7 @@ class TableFile:
             "reference_ms": self.reference_ms,
             "samples": [_plain(sample) for sample in self.samples],
         }
-        write_whole(path, json.dumps(sealed(content), indent=1), is_shared=True)
+        write_atomic(path, json.dumps(add_digest(content), indent=1), is_shared=True)
 
     @classmethod
     def read_cached(cls, path: Path, warn: Callable[[str], None]) -> TableFile | None:
@@ -84,7 +84,7 @@ class TableFile:
         try:
             content = read_json(path)
             if DIGEST_KEY in content or not set(content) <= _KEYS:  # older versions wrote no digest
-                check_seal(content, str(path))
+                check_digest(content, str(path))
             if content["kind"] != KIND or content["schema"] != SCHEMA:
                 raise ValueError(f"kind {content['kind']!r}, schema {content['schema']!r}")
             samples = tuple(_sample(values) for values in content["samples"])

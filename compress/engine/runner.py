@@ -32,10 +32,10 @@ from compress.progress import Progress, SilentProgress
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.provenance import describe_environment, describe_provenance
 from compress.storage.digest import digest_value
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 from compress.storage.lock import hold
 from compress.storage.store import Entry, Store
-from compress.user_code import as_ours, import_callable
+from compress.user_code import as_stage_error, import_callable
 
 if TYPE_CHECKING:  # imports torch
     from compress.search.context import StageContext
@@ -345,7 +345,7 @@ class _Run:
             error.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {error.message}"
             raise
         except BaseException as error:
-            if (ours := as_ours(error)) is not None:
+            if (ours := as_stage_error(error)) is not None:
                 ours.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {ours.message}"
                 raise ours from error
             if not isinstance(error, OSError):
@@ -430,7 +430,7 @@ def _read_lock(folder: Path) -> list[dict[str, Any]]:
 
 def _write_text(path: Path, text: str) -> None:
     try:
-        write_whole(path, text)
+        write_atomic(path, text)
     except OSError as error:
         raise ArtifactError(
             f"'{path}' must be writable: {error.strerror or error}.",

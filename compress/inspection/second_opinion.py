@@ -23,7 +23,7 @@ from compress.pruning.criteria.torch_pruning import function_name
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import ChannelGroup, Exclusion, Member, is_depthwise
 from compress.pruning.trial import difference, find_cuttable
-from compress.user_code import described
+from compress.user_code import describe_error
 
 RIGHT = "right"
 _SEED = 20190813
@@ -92,7 +92,7 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
     outputs = [name for name, item in excluded.items() if item.expected]
     with progress.task("dependency graph of torch-pruning", 1) as task:
         theirs = attempt(  # whatever its tracer raises is shown
-            lambda: _Theirs(module, example, outputs), lambda error: described(error).splitlines()[0]
+            lambda: _Theirs(module, example, outputs), lambda error: describe_error(error).splitlines()[0]
         )
         task.advance()
     if isinstance(theirs, str):
@@ -137,7 +137,7 @@ class _Theirs:
     def judgement(self, root: str) -> str:
         """Cut half of a group's channels as torch-pruning does; return "right", or what is wrong with the result."""
         cut = attempt(
-            lambda: self._cut(root), lambda error: f"the cut network does not run ({described(error).splitlines()[0]})"
+            lambda: self._cut(root), lambda error: f"the cut network does not run ({describe_error(error).splitlines()[0]})"
         )
         if isinstance(cut, str):
             return cut

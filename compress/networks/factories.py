@@ -13,7 +13,7 @@ from torch import nn
 from compress.errors import ModelError
 from compress.model.artifacts import FactorySpec
 from compress.networks.weights import some
-from compress.user_code import shown_as
+from compress.user_code import raise_as
 
 Factory = Callable[..., Any]
 
@@ -31,7 +31,7 @@ def call_factory(make: Factory, spec: FactorySpec, seed: int = 0) -> nn.Module:
     """
     with _seeded(seed):
         called = f"Factory '{spec.reference}' must build the network with {_call_text(make, spec.kwargs)}"
-        with shown_as(ModelError, called):
+        with raise_as(ModelError, called):
             module = make(**spec.kwargs)
     if isinstance(module, nn.DataParallel):
         module = module.module

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.model.adapter import flatten_outputs
 from compress.networks.weights import some
-from compress.user_code import described, is_interrupt
+from compress.user_code import describe_error, is_interrupt
 
 _SAME_WITHIN = 1e-3  # of the largest value
 
@@ -104,7 +104,7 @@ def _run(module: nn.Module, example: Tensor, training: Iterable[str]) -> _Outcom
     except BaseException as error:
         if is_interrupt(error):
             raise
-        return _Outcome(error=described(error))
+        return _Outcome(error=describe_error(error))
     return _Outcome(outputs, frozenset(watch.used), watch.is_random)
 
 

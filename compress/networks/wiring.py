@@ -24,7 +24,7 @@ from compress.model.artifacts import FactorySpec, Signature, TensorSpec
 from compress.model.modes import eval_mode, hooked
 from compress.networks.training_mode import TrainingMode, compare_modes
 from compress.networks.weights import some
-from compress.user_code import shown_as
+from compress.user_code import raise_as
 
 
 def wire(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
@@ -121,7 +121,7 @@ def run_network(module: nn.Module, example: Tensor) -> object:
         "Check data.preprocessing (resize, crop, channels, layout) and model.kwargs; where the network takes several "
         "inputs, declare them: model.inputs."
     )
-    with shown_as(ModelError, f"The network must run on {what}", hint), torch.no_grad():
+    with raise_as(ModelError, f"The network must run on {what}", hint), torch.no_grad():
         return module(example)
 
 

@@ -15,8 +15,8 @@ from compress.errors import ArtifactError, InternalError
 from compress.model.artifacts import CheckResult, Verdict
 from compress.report.model import read_report
 from compress.report.page import render_report
-from compress.storage.digest import sealed
-from compress.storage.files import write_whole
+from compress.storage.digest import add_digest
+from compress.storage.files import write_atomic
 
 REPORT_SCHEMA = 1
 
@@ -120,7 +120,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(sealed(report), folder / "report.json")
+    write_json(add_digest(report), folder / "report.json")
     if page:
         write_page(render_report(read_report(report)), folder / "report.html")
 
@@ -186,7 +186,7 @@ def _to_plain(value: Any, place: str, non_finite: list[str]) -> Any:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, content)
+        write_atomic(path, content)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(

@@ -13,7 +13,7 @@ from compress.report.comparability import list_caveats
 from compress.report.compare import comparison_rows, name_runs, render_comparison
 from compress.report.model import Report, read_report
 from compress.report.page import render_report
-from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_seal, read_json
+from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_digest, read_json
 from compress.storage.files import require_output
 
 REPORT_FILE = "report.json"
@@ -88,7 +88,7 @@ def read_values(path: Path) -> dict[str, Any]:
         )
     if DIGEST_KEY in values or not set(values) <= _KEYS_OF_OLD:
         try:
-            check_seal(values, str(path))
+            check_digest(values, str(path))
         except RecordDamaged as error:
             raise ArtifactError(error.message, hint=_AGAIN) from error
     return values

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress.progress import Progress
 from compress.storage.digest import digest_value
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 from compress.training.distributed import current_ranks
 
 FOLDER = "parts"
@@ -91,7 +91,7 @@ class Parts:
             OSError: The disk does not take it.
         """
         if current_ranks().size == 1:
-            write_whole(self._path(key), _pack(part))
+            write_atomic(self._path(key), _pack(part))
         return part
 
     def _path(self, key: Mapping[str, Any]) -> Path:

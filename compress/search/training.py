@@ -18,8 +18,8 @@ from compress.pruning.survival import surviving_channels
 from compress.search.context import Record, StageContext
 from compress.search.isometry_record import conclusion, measure_isometry
 from compress.search.validation import is_quality_worse, metric_of, stated
-from compress.storage.digest import read_sealed, sealed
-from compress.storage.files import write_whole
+from compress.storage.digest import read_record, add_digest
+from compress.storage.files import write_atomic
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
 from compress.training.distributed import current_ranks
 from compress.training.evaluate import quality_facts
@@ -215,7 +215,7 @@ def _probe(
             (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
         probed.append({"learning_rate": rate, key: reached})
         if current_ranks().rank == 0:
-            write_whole(path, json.dumps(sealed({"probed": probed})))
+            write_atomic(path, json.dumps(add_digest({"probed": probed})))
         ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
     return probed
 
@@ -223,7 +223,7 @@ def _probe(
 def _read_probed(path: Path) -> list[Record]:
     """Return the rates that a killed run has tried; none if the file is missing or damaged."""
     try:
-        probed: list[Record] = read_sealed(path)["probed"]
+        probed: list[Record] = read_record(path)["probed"]
     except (ArtifactError, KeyError):
         return []
     return probed

@@ -30,7 +30,7 @@ from compress.search.training import train
 from compress.search.validation import before_and_after, validation_quality
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
-from compress.storage.digest import digest_file, read_sealed, sealed
+from compress.storage.digest import add_digest, digest_file, read_record
 from compress.training.evaluate import evaluate_loss
 
 RANK_SHARES = (1 / 3, 2 / 3, 1.0)
@@ -227,7 +227,7 @@ class _Saved:
     def read(self) -> tuple[TorchModel, Record] | None:
         """Return the result; None where it is missing or damaged, and has to be made again."""
         try:
-            values = read_sealed(self.folder / "record.json")
+            values = read_record(self.folder / "record.json")
             if self._digests(self.folder) != values["files"]:
                 return None
             record: Record = values["record"]
@@ -241,7 +241,7 @@ class _Saved:
             shutil.rmtree(folder, ignore_errors=True)
         part.mkdir(parents=True)
         save_torch_model(model, part)
-        text = json.dumps(sealed({"record": record, "files": self._digests(part)}))
+        text = json.dumps(add_digest({"record": record, "files": self._digests(part)}))
         (part / "record.json").write_text(text, encoding="utf-8")
         part.rename(self.folder)
 

@@ -1,10 +1,8 @@
-"""Which values, files and images are the same? SHA-256 of canonical content, in hexadecimal.
+"""SHA-256 digests of values, files and image sources, and JSON records that hold their own digest.
 
-JSON records that carry a digest of themselves, so that a change of one bit is noticed.
+    {"schema": 1, ..., "record_digest": "SHA-256 of the canonical JSON of everything else"}
 
-    {"schema": 1, ..., "record_digest": "sha256 of the canonical JSON of everything else"}
-
-The digest tells of damage and of edits by hand; it is no signature.
+Digests are hexadecimal. The digest of a record reveals damage and edits by hand; it is no signature.
 """
 
 import hashlib
@@ -24,11 +22,11 @@ _PATH_KEYS = (*_CONTENT_KEYS, *_FOLDER_KEYS, "root", "unlabelled", "own")
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a plain value: sorted keys, no spaces, ASCII.
+    """Return the canonical JSON text of a plain value: sorted keys, no spaces, ASCII.
 
     Raises:
         ValueError: A number is not finite.
-        TypeError: A value has no place in JSON.
+        TypeError: A value has no form in JSON.
 
     >>> canonical_json({"b": (1, 2.5), "a": None})
     '{"a":null,"b":[1,2.5]}'
@@ -37,19 +35,19 @@ def canonical_json(value: Any) -> str:
 
 
 def digest_value(value: Any) -> str:
-    """Return the digest of a plain value; equal values have equal digests whatever the order of their keys."""
+    """Return the digest of a plain value, independent of the order of keys."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """Return the digest of a file's bytes, read in pieces.
+    """Return the digest of a file's bytes, read in chunks of 1 MiB.
 
     Raises:
-        ArtifactError: The file is missing or cannot be read.
+        ArtifactError: The file is missing, unreadable, or no regular file.
     """
     digest = hashlib.sha256()
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # reading it may never end
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a read may block for ever
             raise ArtifactError(f"'{path}' must be a regular file, it is a device, a pipe or a socket.")
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
@@ -60,15 +58,14 @@ def digest_file(path: Path) -> str:
 
 
 def digest_data(source: Mapping[str, Any]) -> str:
-    """Return the digest of what an image source holds; where the files lie does not matter.
+    """Return the digest of the content of an image source, independent of the place of its files.
 
-    - arrays, idx, coco: the bytes of the files.
-    - folder, masks, yolo: relative name, size and modification time of each file; reading every picture would take
-      minutes.
-    - unlabelled: as one or the other.
-    - own: the keyword arguments, and, as above, the files and folders that they name; its code counts elsewhere.
-    - torchvision: name and half. Without `download`, also the listing of `root` as for a folder; with it the files
-      may not be there yet, and torchvision checks their digests itself.
+    - arrays, idx, coco: bytes of the files.
+    - folder, masks, yolo: relative name, size and modification time of each file; reading all images takes minutes.
+    - unlabelled: bytes of a file, or listing of a folder.
+    - own: keyword arguments, and the files and folders that they name. The code has a digest of its own.
+    - torchvision: name and half. Without `download`, also the listing of `root`. With it, files may be missing, and
+      torchvision checks their digests.
 
     Args:
         source: Plain values of a checked source (`data.train` or `data.evaluation`) with absolute paths.
@@ -94,24 +91,24 @@ def digest_data(source: Mapping[str, Any]) -> str:
 
 
 def _is_data(path: Path) -> bool:
-    """Whether a text names a file or folder; one that holds the current folder, such as "" or "/", means no data."""
+    """Return whether a text names a file or folder, other than one around the current folder, such as "" or "/"."""
     return path.exists() and not Path.cwd().resolve().is_relative_to(path.resolve())
 
 
 def _digest_place(path: Path) -> str:
-    """Return the digest of a file's bytes, or of a folder's listing."""
+    """Return the digest of the bytes of a file, or of the listing of a folder."""
     return _digest_listing(path) if path.is_dir() else digest_file(path)
 
 
 def _digest_listing(root: Path) -> str:
-    """Return the digest of names, sizes and modification times of all files below `root`."""
+    """Return the digest of the relative names, sizes and modification times of all files below a folder."""
     if not root.is_dir():
         raise ArtifactError(f"Data folder '{root}' does not exist.")
     entries = []
     for folder, _, names in os.walk(root):
         for name in names:
             path = Path(folder, name)
-            state = path.stat() if path.exists() else path.lstat()  # a dangling link has only its own
+            state = path.stat() if path.exists() else path.lstat()  # a dangling link has no target
             entries.append((path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns))
     return digest_value(sorted(entries))
 
@@ -120,14 +117,17 @@ DIGEST_KEY = "record_digest"
 
 
 class RecordDamaged(ArtifactError):
-    """A JSON record is not what was written."""
+    """A JSON record is unreadable, or differs from its digest."""
 
 
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record, as JSON reads it, with its digest as the last value; numbers may be NaN or infinite.
+def add_digest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record, as JSON reads it back, with its digest as the last value.
+
+    Args:
+        values: Plain values; numbers may be NaN or infinite.
 
     Raises:
-        TypeError: A value has no place in JSON.
+        TypeError: A value has no form in JSON.
     """
     plain: dict[str, Any] = json.loads(json.dumps(values))
     plain.pop(DIGEST_KEY, None)
@@ -135,38 +135,38 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def check_seal(values: Any, where: str) -> dict[str, Any]:
-    """Return a record after a comparison with its digest.
+def check_digest(values: Any, where: str) -> dict[str, Any]:
+    """Return a record whose digest is right.
 
     Args:
-        values: What was read.
-        where: The file, for messages.
+        values: Values that were read from JSON.
+        where: Name of the file in messages.
 
     Raises:
-        RecordDamaged: It is no object, has no digest, or differs from it.
+        RecordDamaged: The values are no JSON object, have no digest, or differ from it.
     """
     if not isinstance(values, dict):
         raise RecordDamaged(f"'{where}' must hold a JSON object.")
     if DIGEST_KEY not in values:
         raise RecordDamaged(f"'{where}' has no digest of itself ({DIGEST_KEY}).")
     try:
-        is_whole = sealed(values)[DIGEST_KEY] == values[DIGEST_KEY]
+        is_intact = add_digest(values)[DIGEST_KEY] == values[DIGEST_KEY]
     except (ValueError, TypeError, RecursionError):
-        is_whole = False
-    if not is_whole:
+        is_intact = False
+    if not is_intact:
         raise RecordDamaged(f"'{where}' differs from its digest: it was damaged or edited.")
     return values
 
 
 def read_json(path: Path, *, allows_nan: bool = False) -> Any:
-    """Return the values of a JSON file; a repeated key is refused.
+    """Return the values of a JSON file without repeated keys.
 
     Args:
-        path: The file.
-        allows_nan: Whether NaN and Infinity, which JSON does not know, are read as numbers.
+        path: The JSON file.
+        allows_nan: True to read NaN and Infinity, which are not in the JSON standard, as numbers.
 
     Raises:
-        RecordDamaged: The file is missing or cannot be read.
+        RecordDamaged: The file is missing, unreadable, no JSON, or repeats a key.
     """
     refusal = None if allows_nan else _refuse_constant
     try:
@@ -181,13 +181,13 @@ def read_json(path: Path, *, allows_nan: bool = False) -> Any:
         raise RecordDamaged(f"'{path}' must be readable JSON: {str(error)[:200]}.") from error
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return a record after a comparison with its digest.
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record in a JSON file, whose digest is right.
 
     Raises:
-        RecordDamaged: The file is missing, cannot be read, has no digest or differs from it.
+        RecordDamaged: The file is missing or unreadable, has no digest, or differs from it.
     """
-    return check_seal(read_json(path, allows_nan=True), str(path))
+    return check_digest(read_json(path, allows_nan=True), str(path))
 
 
 def _refuse_constant(name: str) -> None:

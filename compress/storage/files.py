@@ -1,9 +1,7 @@
-"""Files that are written whole or not at all, and locks on files.
+"""Atomic writes, file locks, and checks of the output files that command-line options name.
 
-Checks on the files that command line options name for output.
-
-An output may be a new file, an empty one, or an earlier output of the same kind. Everything else stays as it is: other
-files, links, devices, pipes.
+An output may be a new file, an empty file, or an earlier output of the same kind. Other files, links, devices and pipes
+are never replaced.
 """
 
 import errno
@@ -24,17 +22,16 @@ from compress.errors import ArtifactError, ConfigError
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
-def write_whole(path: Path, content: str | bytes | memoryview, *, is_shared: bool = False) -> None:
-    """Write a file beside its place and move it there; folders that are missing are made.
+def write_atomic(path: Path, content: str | bytes | memoryview, *, is_shared: bool = False) -> None:
+    """Write a temporary file beside `path` and rename it, so that `path` is whole or unchanged.
 
     Args:
-        path: Its place.
-        content: Text is written as UTF-8.
-        is_shared: Whether several processes may write this file at once. What a killed one leaves beside it is then
-            not written over by the next.
+        path: File to write; missing folders are created.
+        content: Bytes, or text to encode as UTF-8.
+        is_shared: True if several processes may write this file at once; their temporary files then differ in name.
 
     Raises:
-        OSError: The folder or the disk does not take it.
+        OSError: The folder is not writable, or the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part" if is_shared else f".{path.name}.part")
@@ -46,22 +43,22 @@ def write_whole(path: Path, content: str | bytes | memoryview, *, is_shared: boo
 
 
 def try_lock(path: Path) -> AbstractContextManager[None] | None:
-    """Take the exclusive lock of a file without waiting; None where another process, or another call, has it.
+    """Acquire an exclusive file lock without waiting.
 
     Args:
-        path: The lock file. It is made where it is missing, and holds nothing of use.
+        path: Lock file, created if missing; its content does not matter.
 
     Returns:
-        A context manager that gives the lock back.
+        Context manager that releases the lock; None if another process, or another call, holds it.
 
     Raises:
-        ArtifactError: The file system has no locks.
-        OSError: The file cannot be made.
+        ArtifactError: The file system does not support locks.
+        OSError: The lock file cannot be created.
     """
     lock = FileLock(str(path))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without flock the library locks by a marker file, and says so
+            warnings.simplefilter("ignore")  # without flock, the library warns that it locks by a marker file
             lock.acquire(timeout=0)
     except Timeout:
         return None
@@ -88,15 +85,15 @@ _MOST_JSON_BYTES = 2**28
 
 
 def require_output(option: str, path: Path, kind: str) -> None:
-    """Check before any long work that an output can be written and replaces nothing of worth.
+    """Check, before any long work, that an output can be written and replaces no other file.
 
     Args:
-        option: Name of the option, for messages.
-        path: What it names.
-        kind: What is to be written, a key of `KINDS`.
+        option: Name of the command-line option in messages.
+        path: Value of the option.
+        kind: Kind of output, a key of `KINDS`.
 
     Raises:
-        ConfigError: It is a folder, in no folder, a link, a device, or a file of another kind.
+        ConfigError: The path is a folder, a link, a device or a file of another kind, or its folder does not exist.
     """
     try:
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -119,16 +116,16 @@ def require_output(option: str, path: Path, kind: str) -> None:
                 hint="Name a file that does not exist, or remove that one.",
             )
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{option} must be a file to write, '{str(path)[:200]}' cannot be one: {said}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{option} must be a file to write, '{str(path)[:200]}' cannot be one: {reason}.") from error
 
 
 def remove_earlier(option: str, path: Path, kind: str) -> None:
-    """Check an output as `require_output` does, and remove an earlier one: it must not pass for this one's.
+    """Check an output as `require_output` does, and remove the file of an earlier command.
 
     Raises:
         ConfigError: As `require_output`.
-        ArtifactError: An earlier one cannot be removed.
+        ArtifactError: The earlier file cannot be removed.
     """
     require_output(option, path, kind)
     try:
@@ -146,7 +143,7 @@ def _is_json(keys: Collection[str], without: Collection[str] = ()) -> Callable[[
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; {} where there is none."""
+    """Return the JSON object in a file; {} if the file holds no JSON object."""
     if path.stat().st_size > _MOST_JSON_BYTES:
         return {}
     try:
@@ -170,7 +167,7 @@ def _is_page(path: Path) -> bool:
 
 
 def _is_verdict_page(path: Path) -> bool:
-    """Whether a file is a page of this program, and not that of a run beside its `report.json`."""
+    """Return whether a file is a page of this program, other than the page of a run beside its `report.json`."""
     return _is_page(path) and not (path.name == "report.html" and path.with_name("report.json").exists())
 
 

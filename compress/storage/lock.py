@@ -1,9 +1,9 @@
-"""Exclusive hold of a folder by one process (filelock), with the holder's name for the others.
+"""Exclusive lock on a folder (filelock), with the name of the holder for messages.
 
-    FOLDER/.lock     the lock; the operating system drops it when its process ends, however it ends
+    FOLDER/.lock     the lock; the operating system releases it when the process ends, however it ends
     FOLDER/.holder   process, host and time of the last holder, for messages only
 
-Who holds a folder is decided by the lock alone. Process ids are never judged: they may be of another host.
+Only the lock decides who holds a folder. Process ids are never compared: they may be of another host.
 """
 
 import json
@@ -15,18 +15,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from compress.errors import ArtifactError, RunLocked
-from compress.storage.files import try_lock, write_whole
+from compress.storage.files import try_lock, write_atomic
 
 HOLDER_FILE, LOCK_FILE = ".holder", ".lock"
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder, created if need be, until the block ends or the process dies.
+    """Lock a folder, created if missing, for the duration of this context.
 
     Raises:
-        RunLocked: Another process holds it; says which, and since when.
-        ArtifactError: The folder cannot be created or written to, or its file system has no locks.
+        RunLocked: Another process holds the folder; the message names it and the time it began.
+        ArtifactError: The folder cannot be created or written to, or its file system does not support locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def hold(folder: Path) -> Iterator[None]:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         text = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since})
         try:
-            write_whole(folder / HOLDER_FILE, text)
+            write_atomic(folder / HOLDER_FILE, text)
         except OSError as error:
             raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
         yield

@@ -1,12 +1,12 @@
-"""Store of finished stages by key; a kill at any moment loses only the stage at work.
+"""Content-addressed store of finished stages; a process killed at any moment loses only the running stage.
 
-    root/KEY/            a finished entry: its files and entry.json with their digests and its own, written last
-    root/.partial/NAME/  an entry being written, and NAME.lock beside it, held by its writer; renamed into place when
-                         whole, removed by the next run when nobody holds the lock
-    root/.work/KEY/      scratch of a stage at work (training state); removed when its entry is in place
-    root/.locks/KEY/     the hold of a stage at work; outside of .work/KEY, whose removal would take the lock away
+    root/KEY/            finished entry: files, and entry.json with their digests and its own, written last
+    root/.partial/NAME/  entry being written, with NAME.lock held by its writer; renamed to root/KEY when complete,
+                         removed by the next run if nobody holds the lock
+    root/.work/KEY/      state of a running stage, such as training state; removed when its entry is finished
+    root/.locks/KEY/     lock of a running stage; not in .work/KEY, whose removal would remove the lock
 
-The store knows keys, files and digests; it knows nothing of artifacts.
+The store knows keys, files and digests, but not artifacts.
 """
 
 import json
@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, InternalError
-from compress.storage.digest import DIGEST_KEY, check_seal, digest_file, digest_value, read_json, sealed
+from compress.storage.digest import DIGEST_KEY, add_digest, check_digest, digest_file, digest_value, read_json
 from compress.storage.files import try_lock
 
-ENTRY_SCHEMA = 2  # 1 had no digest of the record itself
+ENTRY_SCHEMA = 2  # version 1 had no digest of entry.json
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished, checked entry.
+    """Finished entry whose files match their digests.
 
     Attributes:
-        folder: Where its files are; not to be written to.
-        digest: Of its files, less those that were declared volatile.
-        meta: What `put` was given to keep.
+        folder: Folder of the files; read-only by convention.
+        digest: Digest of all files that are not volatile.
+        meta: Plain values kept with the files.
     """
 
     folder: Path
@@ -41,11 +41,11 @@ class Entry:
 
 
 class Store:
-    """Folders by key, whole or absent.
+    """Folders by key, each complete or absent.
 
     Args:
-        root: Created when first written to.
-        warn: Told when an entry is corrupt and will be made again.
+        root: Folder of the store, created by the first `put`.
+        warn: Receives the warning that an entry is damaged and will be computed again.
     """
 
     def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
@@ -53,11 +53,11 @@ class Store:
         self.warn = warn
 
     def get(self, key: str, *, warns: bool = True) -> Entry | None:
-        """Return the entry if it is there and every file and record has its digest; a damaged one is a miss.
+        """Return an entry if all its files match their digests; None if it is absent or damaged.
 
         Args:
-            key: Of the entry.
-            warns: Whether a damaged entry is told of.
+            key: Key of the entry.
+            warns: False to pass over a damaged entry without a warning.
         """
         folder = self.root / key
         if not folder.is_dir():
@@ -65,8 +65,8 @@ class Store:
         try:
             values = read_json(folder / "entry.json", allows_nan=True)
             if isinstance(values, dict) and DIGEST_KEY not in values and values.get("schema") == 1:
-                return None  # of a version whose records nobody can check
-            values = check_seal(values, "entry.json")
+                return None  # written without a digest of the record
+            values = check_digest(values, "entry.json")
             if values["schema"] != ENTRY_SCHEMA:
                 return None
             damaged = [name for name, digest in values["files"].items() if _digest_or_none(folder / name) != digest]
@@ -86,16 +86,16 @@ class Store:
     def put(
         self, key: str, write: Callable[[Path], None], meta: dict[str, Any], volatile: tuple[str, ...] = ()
     ) -> Entry:
-        """Write an entry so that it is whole or absent; one that is there already is replaced.
+        """Write an entry atomically, in place of an earlier one.
 
         Args:
-            key: Of the entry.
-            write: Fills the empty folder it is given.
-            meta: Kept beside the files; JSON-ready.
-            volatile: File names left out of the entry's digest.
+            key: Key of the entry.
+            write: Function that fills an empty folder.
+            meta: Plain values kept with the files.
+            volatile: Names of files that are not part of the entry's digest.
 
         Raises:
-            ArtifactError: The file system refused (full disk, no permission).
+            ArtifactError: The disk is full, or the folder is not writable.
         """
         partial = self.root / ".partial" / f"{key}.{secrets.token_hex(4)}"
         lock_file = _lock_file(partial)
@@ -112,7 +112,7 @@ class Store:
                 hint="Stages that are done stay; make room and give the same command again.",
             ) from error
         finally:
-            lock_file.unlink(missing_ok=True)  # its name is nobody else's
+            lock_file.unlink(missing_ok=True)  # no other writer has this name
 
     def _write(
         self, key: str, partial: Path, write: Callable[[Path], None], meta: dict[str, Any], volatile: tuple[str, ...]
@@ -128,26 +128,26 @@ class Store:
             stable = {name: digest for name, digest in files.items() if Path(name).name not in volatile}
             digest = digest_value(stable)
             values = {"schema": ENTRY_SCHEMA, "files": files, "digest": digest, "meta": meta}
-            (partial / "entry.json").write_text(json.dumps(sealed(values), indent=1), encoding="utf-8")
+            (partial / "entry.json").write_text(json.dumps(add_digest(values), indent=1), encoding="utf-8")
             folder = self.root / key
             if folder.exists():
                 shutil.rmtree(folder)
             os.rename(partial, folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
+            shutil.rmtree(partial, ignore_errors=True)  # absent after a successful rename
         shutil.rmtree(self.work_folder(key), ignore_errors=True)
         return Entry(folder, digest, meta)
 
     def work_folder(self, key: str) -> Path:
-        """Return where the stage with this key keeps what must survive a kill."""
+        """Return the folder for the state of a running stage that must survive a kill."""
         return self.root / ".work" / key
 
     def lock_folder(self, key: str) -> Path:
-        """Return the folder that whoever makes the result with this key holds."""
+        """Return the folder that the process running the stage with this key locks."""
         return self.root / ".locks" / key
 
     def sweep(self) -> None:
-        """Remove entries that were never finished and whose writer, on whichever host, holds their lock no more."""
+        """Remove unfinished entries whose writer, on any host, no longer holds their lock."""
         folder = self.root / ".partial"
         for partial in {path.with_suffix("") if path.suffix == ".lock" else path for path in folder.glob("*")}:
             try:

@@ -18,7 +18,7 @@ from compress.catalog import DETECTION, missing_package, require_packages
 from compress.errors import DataError, ModelError
 from compress.tasks.base import Facts, Task, as_column
 from compress.tasks.outputs import named, picked
-from compress.user_code import shown_as
+from compress.user_code import raise_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ class Detection(Task):
             name: torch.from_numpy(np.ascontiguousarray(one)) if isinstance(one, np.ndarray) else one.detach().cpu()
             for name, one in named(outputs).items()
         }
-        with shown_as(ModelError, f"task.postprocess must make boxes of outputs {', '.join(tensors)}"):
+        with raise_as(ModelError, f"task.postprocess must make boxes of outputs {', '.join(tensors)}"):
             found = list(self.postprocess(tensors, self.image_size))
         keys = {"boxes", "scores", "labels"}
         if len(found) != count or not all(isinstance(one, Mapping) and keys <= set(one) for one in found):

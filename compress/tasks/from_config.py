@@ -9,7 +9,7 @@ from compress.config.schema.task import TaskConfig
 from compress.errors import ModelError
 from compress.tasks.base import Task
 from compress.tasks.outputs import each
-from compress.user_code import beside, import_callable, shown_as
+from compress.user_code import import_callable, import_path_of, raise_as
 
 _USERS = (
     "loss",
@@ -57,7 +57,7 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
         ModelError: It cannot be imported, raises, or is none.
     """
     make = import_callable(reference, "Task")
-    with beside(reference), shown_as(ModelError, f"Task '{reference}' must open"):
+    with import_path_of(reference), raise_as(ModelError, f"Task '{reference}' must open"):
         task = make(**kwargs)
     if not isinstance(task, Task):
         raise ModelError(
@@ -139,7 +139,7 @@ def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*arguments: Any, **kwargs: Any) -> Any:
-        with shown_as(ModelError, f"{what} must work on these outputs"):
+        with raise_as(ModelError, f"{what} must work on these outputs"):
             return function(*arguments, **kwargs)
 
     return call

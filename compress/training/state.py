@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress.errors import ArtifactError, attempt
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 from compress.training.hooks import TrainingHooks
 from compress.training.settings import Distillation, FitSettings, TrainingData, plan_steps
 
@@ -47,7 +47,7 @@ class StateFile:
         """
         content = io.BytesIO()  # torch's own writer hides the file system's message behind an error of another kind
         torch.save(state, content)
-        write_whole(self.path, STATE_MARK + hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
+        write_atomic(self.path, STATE_MARK + hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
 
     def read(self, identity: State, warn: Callable[[str], None]) -> State | None:
         """Return the saved state; None where there is none, or where the file is damaged.

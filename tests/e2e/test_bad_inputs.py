@@ -416,7 +416,7 @@ def full(*_: object, **__: object) -> None:
         ),
         ("compress.training.state.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
         ("compress.engine.run_folder.write_slim", "Run folder "),
-        ("compress.engine.runner.write_whole", "pipeline.yaml' must be writable: "),
+        ("compress.engine.runner.write_atomic", "pipeline.yaml' must be writable: "),
     ],
 )
 def test_a_full_disk_keeps_what_is_done(world: World, monkeypatch: pytest.MonkeyPatch, place: str, text: str) -> None:

@@ -23,7 +23,7 @@ from typer.testing import Result
 import compress
 from compress.bundle import check
 from compress.bundle.write import write_bundle
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 
 FILES = ["README.md", "check.py", "manifest.json", "model.json", "model.onnx", "samples.npz"]
 ALONE = (
@@ -455,7 +455,7 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], obje
     def write(folder: Path) -> None:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         change(report)
-        (folder / "report.json").write_text(json.dumps(sealed(report)), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(add_digest(report)), encoding="utf-8")
 
     return write
 

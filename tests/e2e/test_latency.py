@@ -9,7 +9,7 @@ from steady import time_by_macs
 
 from compress.engine.keys import build_steps
 from compress.onnx_file.counting import count_onnx
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 
 PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_images": 32}
 
@@ -55,7 +55,7 @@ def test_a_table_of_another_machine_needs_consent_and_gives_the_same_widths_ever
     assert world.call("profile", _values(world), "--out", str(table)).exit_code == 0
     content = json.loads(table.read_text(encoding="utf-8"))
     content["conditions"]["machine"] = "a telephone"
-    table.write_text(json.dumps(sealed(content)), encoding="utf-8")
+    table.write_text(json.dumps(add_digest(content)), encoding="utf-8")
     values = _values(world, table="device.json")
     refused = world.call("run", values, "--quiet")
     assert refused.exit_code == 4

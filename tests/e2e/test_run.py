@@ -20,7 +20,7 @@ from compress.data.from_config import Splits
 from compress.engine.runner import PlannedStage, plan
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.onnx_file.io import is_quantized, load_onnx
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 
 STAGES = ["load", "prune", "finetune", "export", "verify"]
 FIGURES = {"macs", "params", "size_bytes", "quality", "latency_ms"}
@@ -72,7 +72,7 @@ def test_the_run_folder_holds_what_it_should(finished: Finished) -> None:
 
 def test_the_report_has_its_public_keys(finished: Finished) -> None:
     report = json.loads((finished.outcome.folder / "report.json").read_text(encoding="utf-8"))
-    assert report == sealed(finished.outcome.report)
+    assert report == add_digest(finished.outcome.report)
     assert {"schema", "name", "verdict", "baseline", "slim", "stages", "environment"} <= set(report)
     assert (report["schema"], report["name"], report["verdict"]["passed"]) == (1, "chain", True)
     assert report["verdict"]["checks"]

@@ -24,7 +24,7 @@ from compress.model.artifacts import Figures, Verdict
 from compress.report import provenance as environment
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.provenance import describe_environment
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 
 
 def report_of(verdict: Verdict, stages: list[StageRun] | None = None) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_written_files_are_whole_and_nothing_else_is_left(tmp_path: Path) -> Non
     report = report_of(passing_verdict())
     write_report(report, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
-    assert json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8")) == sealed(report)
+    assert json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8")) == add_digest(report)
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
 
 

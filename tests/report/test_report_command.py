@@ -20,7 +20,7 @@ from compress.report import plots
 from compress.report.build import build_report, write_report
 from compress.report.page import render
 from compress.report.reading import read_values
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 
 PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
 REPORT = build_report("gentle", passing_verdict(), sample_stages(), CONFIG, ENVIRONMENT, PROVENANCE)
@@ -52,7 +52,7 @@ def test_one_run_gets_its_page_anew(runs: Path) -> None:
     assert done.stdout == f"Report: {runs / 'gentle' / 'report.html'}\n"
     page = (runs / "gentle" / "report.html").read_text(encoding="utf-8")
     assert "<title>gentle: passed</title>" in page
-    assert json.loads((runs / "gentle" / "report.json").read_text(encoding="utf-8")) == sealed(REPORT)
+    assert json.loads((runs / "gentle" / "report.json").read_text(encoding="utf-8")) == add_digest(REPORT)
 
 
 def test_several_runs_get_one_page_and_a_table(runs: Path, tmp_path: Path) -> None:

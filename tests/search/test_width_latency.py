@@ -48,7 +48,7 @@ from compress.search.rank_inputs import measure_spectra
 from compress.search.survey import Targets
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 from compress.verification import profiling
 from compress.verification.measurement import PairLatency
 
@@ -173,7 +173,7 @@ def test_a_table_given_is_used_and_one_of_another_machine_is_refused(ctx, tmp_pa
 
     values = json.loads(given.read_text(encoding="utf-8"))
     values["conditions"] |= {"machine": "a telephone", "threads": 4}
-    given.write_text(json.dumps(sealed(values)), encoding="utf-8")
+    given.write_text(json.dumps(add_digest(values)), encoding="utf-8")
     with pytest.raises(
         ArtifactError, match=r"machine .* here, a telephone in the table; threads 1 here, 4 in"
     ) as caught:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.storage.files import write_whole
+from compress.storage.files import write_atomic
 
 
 @pytest.mark.parametrize(("content", "bytes_"), [("naïve\n", "naïve\n".encode()), (b"\x00\r\n", b"\x00\r\n")])
@@ -12,7 +12,7 @@ from compress.storage.files import write_whole
 def test_the_file_holds_what_was_written_and_nothing_lies_beside_it(tmp_path: Path, content, bytes_, is_shared) -> None:
     path = tmp_path / "new" / "file.json"
     for _ in range(2):
-        write_whole(path, content, is_shared=is_shared)
+        write_atomic(path, content, is_shared=is_shared)
         assert path.read_bytes() == bytes_
         assert list(path.parent.iterdir()) == [path]
 
@@ -20,7 +20,7 @@ def test_the_file_holds_what_was_written_and_nothing_lies_beside_it(tmp_path: Pa
 @pytest.mark.parametrize("place", ["pathlib.Path.write_bytes", "compress.storage.files.os.replace"])
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place) -> None:
     path = tmp_path / "file"
-    write_whole(path, "old")
+    write_atomic(path, "old")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -28,12 +28,12 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(place, full)
         with pytest.raises(OSError, match="No space left"):
-            write_whole(path, "new")
+            write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     (tmp_path / ".file.part").write_text("half of something")
-    write_whole(tmp_path / "file", "whole")
+    write_atomic(tmp_path / "file", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import ArtifactError
-from compress.storage.digest import sealed
+from compress.storage.digest import add_digest
 from compress.storage.files import try_lock
 from compress.storage.store import ENTRY_SCHEMA, Store
 
@@ -178,7 +178,7 @@ def test_a_damaged_entry_json_is_a_miss_that_is_told(store: Warned, text: str) -
 def test_a_record_that_lacks_a_value_is_a_miss_although_its_digest_is_right(store: Warned, values: object) -> None:
     entry = store.put(KEY, writing(a="1"), {})
     assert isinstance(values, dict)
-    text = json.dumps(sealed({"schema": 2, **values}))
+    text = json.dumps(add_digest({"schema": 2, **values}))
     (entry.folder / "entry.json").write_text(text, encoding="utf-8")
     assert store.get(KEY) is None
     assert "A stored stage is damaged (entry.json" in store.warnings[0]
@@ -209,7 +209,7 @@ def test_an_entry_of_another_version_is_a_silent_miss(store: Warned) -> None:
     entry = store.put(KEY, writing(a="1"), {})
     path = entry.folder / "entry.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    for other in (sealed({**values, "schema": 99}), {"schema": 1, "files": {}, "digest": "", "meta": {}}):
+    for other in (add_digest({**values, "schema": 99}), {"schema": 1, "files": {}, "digest": "", "meta": {}}):
         path.write_text(json.dumps(other), encoding="utf-8")
         assert store.get(KEY) is None
     assert store.warnings == []
@@ -359,7 +359,7 @@ def test_all_damaged_files_are_named_in_order(store: Warned) -> None:
 def test_an_entry_without_a_digest_says_so(store: Warned) -> None:
     entry = store.put(KEY, writing(), {})
     for changed in ({"digest": 1, "meta": {}}, {"digest": "x", "meta": 1}):
-        values = sealed({"schema": ENTRY_SCHEMA, "files": {}, **changed})
+        values = add_digest({"schema": ENTRY_SCHEMA, "files": {}, **changed})
         (entry.folder / "entry.json").write_text(json.dumps(values), encoding="utf-8")
         assert store.get(KEY) is None
     assert len(store.warnings) == 2

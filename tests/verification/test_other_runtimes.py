@@ -232,12 +232,12 @@ def test_places_are_read_from_the_pipeline_and_named_once(tmp_path: Path):
     assert [one.label for one in config.also] == ["CPUExecutionProvider.2", "onnx_reference", "X"]
     verify_values["also"] = [{"threads": 2}, {"provider": "CPUExecutionProvider", "threads": 2}]
     with pytest.raises(
-        ConfigError, match=r"also must name each place once; CPUExecutionProvider\.2 stands there 2 times"
+        ConfigError, match=r"also must name each runtime once; CPUExecutionProvider\.2 is listed 2 times"
     ):
         world.load(values)
     for same in ({}, {"threads": 1}, {"provider": "CPUExecutionProvider"}):
         verify_values["also"] = [{"threads": 2}, same]
-        with pytest.raises(ConfigError, match=r"also must name other places than the one that ships the file; CPUExec"):
+        with pytest.raises(ConfigError, match=r"also must name other runtimes than the deployed one; CPUExec"):
             world.load(values)
     verify_values["also"] = [{"runtime": "tensorflow"}]
     with pytest.raises(ConfigError, match=r"also\[0\].runtime must be one of onnx_reference, onnxruntime, torch_eager"):

@@ -81,7 +81,7 @@ def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> 
 def _unknown_metric(document: Document, path: KeyPath, task: str) -> Problem:
     kind, metric = str(path[-2]), str(path[-1])
     own = GATED[task][kind]
-    other = f"the keys here are {', '.join(own)}." if own else f"task {task} has no figure for it."
+    other = f"the keys here are {', '.join(own)}." if own else f"task {task} has no metric for it."
     hint = closest(metric, [*own, *GATED_WITHOUT_LABELS[kind]]) or other
     return Problem(document.key_origin(path), f"{format_path(path)} is not a known key.", hint)
 

@@ -120,6 +120,6 @@ def compared_with_itself(document: Document, path: KeyPath, verify: VerifyConfig
     deployed = (verify.runtime, verify.provider, verify.threads)
     for one in verify.also:
         if (one.runtime, one.provider, one.threads or verify.threads) == deployed:
-            text = f"must name other places than the one that ships the file; {one.label} is that one, got a list."
+            text = f"must name other runtimes than the deployed one; {one.label} is the deployed one, got a list."
             yield document.problem((*path, "also"), text)
             return

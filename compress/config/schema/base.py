@@ -1,4 +1,4 @@
-"""Base class of all sections, and types of settings that several sections share."""
+"""Base class of all sections of a pipeline file, and types of settings that several sections share."""
 
 from enum import Enum
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from compress.catalog import (
 
 
 class PathKind(Enum):
-    """Mark of a setting that holds a path; pydantic ignores it, `config/paths.py` makes such paths absolute.
+    """Mark of a setting that holds a path, which `config/paths.py` makes absolute; pydantic ignores the mark.
 
     Attributes:
         FILE: Path of a file or folder.
@@ -25,11 +25,11 @@ class PathKind(Enum):
     CODE = "code"
 
 
-WITHOUT_RULES = "without rules"  # validation context in which a section is not held to its rules
+WITHOUT_RULES = "without rules"  # validation context that leaves out `_check_rules`
 
 
 class Section(BaseModel):
-    """Base of every part of a pipeline file."""
+    """Base of all sections of a pipeline file: strict types, frozen, no unknown keys."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -48,7 +48,7 @@ class Section(BaseModel):
 
 
 def registered(registry: Registry[Any]) -> AfterValidator:
-    """Return a validator that accepts the names of a registry."""
+    """Return a validator that accepts only the names of a registry."""
 
     def check(name: str) -> str:
         if name not in registry:
@@ -62,70 +62,36 @@ MAX_SIDE = 8192  # pixels
 
 
 def to_names(value: object) -> object:
-    """Return a list of names as a tuple; a folder called 0 may stand there as a number."""
+    """Return a list of names as a tuple; whole numbers, such as a folder called 0, become text."""
     plain = [str(one) if isinstance(one, int) and not isinstance(one, bool) else one for one in as_list(value)]
     return tuple(plain) if isinstance(value, list | tuple) else value
 
 
 def as_list(value: object) -> list[object]:
-    """Return the items of a list or tuple; an empty list for any other value."""
+    """Return the items of a list or tuple; [] for other values."""
     return list(value) if isinstance(value, list | tuple) else []
 
 
 def to_tuple(value: object) -> object:
-    """Return a list as a tuple, any other value unchanged."""
+    """Return a list as a tuple, and other values unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(to_tuple)]
-
-
 Ints = Annotated[tuple[int, ...], BeforeValidator(to_tuple)]
-
-
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-
-
 Size = Annotated[tuple[Side, Side], BeforeValidator(to_tuple)]
-
-
 Names = Annotated[tuple[str, ...], BeforeValidator(to_tuple)]
-
-
 FilePath = Annotated[str, PathKind.FILE]
-
-
 OptionalPath = Annotated[str | None, PathKind.FILE]
-
-
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
-
-
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
 Limit = Annotated[float, Field(allow_inf_nan=False)]
-
-
 Positive = Annotated[float, Field(gt=0)]
-
-
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-
 Calls = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
-
-
 Threads = Annotated[int, Field(ge=1, le=1024)]
-
-
 _REFERENCE = r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$"
-
-
 Reference = Annotated[str, Field(pattern=_REFERENCE), PathKind.CODE]
-
-
 OptionalReference = Annotated[str | None, Field(pattern=_REFERENCE), PathKind.CODE]

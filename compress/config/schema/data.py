@@ -1,4 +1,4 @@
-"""Schema of `data`: sources of images, splits, preprocessing."""
+"""Schema of `data`: image sources, splits and preprocessing."""
 
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ def _check_resize(value: object) -> object:
 
 
 class ArraysSource(Section):
-    """Image arrays: uint8 (N, H, W, C), and integer labels, masks (N, H, W) or numbers (N, ...), as the task needs."""
+    """Image arrays, uint8 (N, H, W, C), with integer labels (N,), masks (N, H, W) or numbers (N, ...) by task."""
 
     arrays: FilePath = Field(description="path of the .npz, or of the .npy with the images")
     labels: OptionalPath = Field(None, description="path of the .npy with the labels; not needed for .npz")
@@ -41,14 +41,14 @@ class ArraysSource(Section):
 
 
 class IdxSource(Section):
-    """A pair of IDX files."""
+    """Pair of IDX files."""
 
     idx: FilePath = Field(description="path of the image file, plain or .gz")
     labels: FilePath = Field(description="path of the label file, plain or .gz")
 
 
 class FolderSource(Section):
-    """One sub-folder of image files for each class."""
+    """Folder with one sub-folder of image files for each class."""
 
     folder: FilePath = Field(description="path of the folder")
     classes: Annotated[tuple[str, ...], BeforeValidator(to_names)] | None = Field(
@@ -57,46 +57,46 @@ class FolderSource(Section):
 
 
 class TorchvisionSource(Section):
-    """Any torchvision classification data set."""
+    """Classification data set of torchvision."""
 
     torchvision: str = Field(description="class name in torchvision.datasets, such as CIFAR10")
     root: FilePath = Field("data", description="folder that torchvision reads from and downloads to")
-    download: bool = Field(False, description="whether torchvision may fetch missing files")
-    train: bool | None = Field(None, description="which half; by default data.train reads the training half")
+    download: bool = Field(False, description="true: torchvision may download missing files")
+    train: bool | None = Field(None, description="true: the training half; by default only for data.train")
 
 
 class MasksSource(Section):
-    """Pictures, and a picture of class indices for each: PNG with the same name."""
+    """Images, and for each a PNG of class indices with the same name."""
 
     masks: FilePath = Field(description="path of the folder with the masks")
-    images: FilePath = Field(description="path of the folder with the pictures")
+    images: FilePath = Field(description="path of the folder with the images")
 
 
 class CocoSource(Section):
-    """Boxes in a JSON file of the COCO form."""
+    """Images, and boxes in a JSON file of the COCO format."""
 
     coco: FilePath = Field(description="path of the JSON file")
-    images: FilePath = Field(description="path of the folder with the pictures")
-    letterbox: Size | None = Field(None, description="[height, width] that pictures are fitted into, grey at the rims")
+    images: FilePath = Field(description="path of the folder with the images")
+    letterbox: Size | None = Field(None, description="[height, width] that images are fitted into, with grey borders")
 
 
 class YoloSource(Section):
-    """Boxes in one .txt file for each picture: class, centre and size as shares, one box a line."""
+    """Images, and boxes in one .txt file for each: class, relative centre and relative size, one box a line."""
 
-    yolo: FilePath = Field(description="path of the folder with the .txt files; a picture without one has no box")
-    images: FilePath = Field(description="path of the folder with the pictures")
-    letterbox: Size | None = Field(None, description="[height, width] that pictures are fitted into, grey at the rims")
+    yolo: FilePath = Field(description="path of the folder with the .txt files; an image without one has no box")
+    images: FilePath = Field(description="path of the folder with the images")
+    letterbox: Size | None = Field(None, description="[height, width] that images are fitted into, with grey borders")
 
 
 class UnlabelledSource(Section):
-    """Images without labels: what is learned and measured is the distance to the baseline."""
+    """Images without labels; the distance to the outputs of the baseline is trained on and measured."""
 
-    unlabelled: FilePath = Field(description="path of a folder of pictures, or of a .npy or .npz with images")
+    unlabelled: FilePath = Field(description="path of a folder of images, or of a .npy or .npz file")
     image_key: str = Field("x", description="name of the image array in an .npz")
 
 
 class OwnSource(Section):
-    """A data set class of your own: `__len__`, and `__getitem__` -> (image, target)."""
+    """Data set class of your own: `__len__`, and `__getitem__` -> (image, target)."""
 
     own: Reference = Field(description='"pkg.module:Class" or "path/to/file.py:Class"')
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
@@ -153,13 +153,13 @@ Validation = Annotated[
 
 
 class PreprocessingConfig(Section):
-    """What happens to an image before the network sees it: resize, crop, scale, mean, std, layout."""
+    """Preprocessing of an image: resize, crop, scale, mean, std, layout."""
 
-    mean: Floats = Field((0.0,), description="per channel, subtracted after scaling")
-    std: Floats = Field((1.0,), description="per channel, divided by after subtracting")
-    scale: float = Field(1 / 255, gt=0, description="multiplies the uint8 value first")
+    mean: Floats = Field((0.0,), description="per channel, subtracted after the scale")
+    std: Floats = Field((1.0,), description="per channel, divisor after the mean")
+    scale: float = Field(1 / 255, gt=0, description="factor of uint8 values, applied first")
     resize: Annotated[int | tuple[int, int] | None, BeforeValidator(_check_resize)] = Field(
-        None, description="shorter side in pixels before the crop; or [height, width], which keeps no proportions"
+        None, description="shorter side in pixels before the crop, or [height, width] without regard to proportions"
     )
     crop: Size | None = Field(None, description="[height, width] of the centre crop")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
@@ -175,21 +175,21 @@ class PreprocessingConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the images are and how they are split. Calibration, and validation as a number, come out of `train`."""
+    """Image sources and splits. Calibration images, and validation images by number, are taken from `train`."""
 
     train: Source
     evaluation: Source
-    calibration: Count = Field(1000, description="images for scores and batch-norm statistics")
+    calibration: Count = Field(1000, description="number of images for scores and batch-norm statistics")
     validation: Validation = Field(
         2000,
-        description="images that choose the best epoch, repairs and numbers of blocks: how many to take out of train; "
-        "or a source of their own, which the network was not trained on",
+        description="images that decide about epochs, repairs and numbers of blocks: number to take from train, or a "
+        "source of their own that the network was not trained on",
     )
-    split_seed: int = Field(0, ge=0, description="decides which training images go where")
+    split_seed: int = Field(0, ge=0, description="seed of the split of the training images")
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     array_folder: OptionalPath = Field(
-        None, description="folder with train.npz and test.npz (x, y) to read instead of train and evaluation"
+        None, description="folder with train.npz and test.npz (x, y), in place of train and evaluation"
     )
     array_folder_env: str | None = Field(
-        None, description="environment variable that may name such a folder; array_folder goes before it"
+        None, description="environment variable with such a folder; array_folder has precedence"
     )

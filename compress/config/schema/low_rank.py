@@ -1,4 +1,4 @@
-"""Schema of `low_rank`."""
+"""Schema of `low_rank`: factorisation of kernels."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,10 @@ from compress.config.schema.training import TrainingConfig, check_training
 Schemes = Annotated[
     tuple[Literal["nc", "vh", "tucker2", "svd", "nc2", "nc4"], ...],
     BeforeValidator(to_tuple),
-    Field(min_length=1, description="schemes to choose from; nc2 and nc4 are nc in 2 and 4 groups of input channels"),
+    Field(
+        min_length=1,
+        description="factorisations to choose from; nc2 and nc4 are nc in 2 and 4 groups of input channels",
+    ),
 ]
 
 
@@ -29,53 +32,60 @@ ALDS_SCHEMES: Schemes = ("nc", "nc2", "nc4", "svd")
 RankAllocation = Annotated[
     Literal["shared_error", "alds", "energy"],
     Field(
-        description="shared_error: one relative error for all layers; alds: least bound of operator norms, groups of "
-        "channels too; energy: retained energy against cost"
+        description="shared_error: one relative error for all layers; alds: least bound of operator norms, with "
+        "groups of channels; energy: retained energy against cost"
     ),
 ]
 
 
 def fill_schemes(values: Any, key: str) -> Any:
-    """Return the values with the schemes of alds where it allocates ranks and no schemes are given."""
+    """Return the values of a section with the schemes of alds, if alds allocates ranks and no schemes are given."""
     if isinstance(values, dict) and values.get(key) == "alds" and "schemes" not in values:
         return {**values, "schemes": ALDS_SCHEMES}
     return values
 
 
 def check_alds_schemes(allocation: str, schemes: Schemes) -> None:
-    """Raise ValueError if `alds` is asked to use a scheme that it has no bound for."""
+    """Check that alds uses only schemes that it has a bound for.
+
+    Raises:
+        ValueError: Another scheme is given.
+    """
     if allocation == "alds" and not set(schemes) <= set(ALDS_SCHEMES):
         raise ValueError(f"schemes must be of {', '.join(ALDS_SCHEMES)} where alds allocates ranks")
 
 
 class TrpConfig(Section):
-    """Settings of the method trp."""
+    """Settings of the method trp (trained rank pruning)."""
 
-    interval: Count = Field(20, description="steps from one cut to low rank to the next")
-    strength: float = Field(3e-4, ge=0, description="of the pull towards lower ranks in the steps of a cut")
+    interval: Count = Field(20, description="steps between two projections to low rank")
+    strength: float = Field(3e-4, ge=0, description="factor of the sub-gradient of the nuclear norm after a projection")
 
 
 class LowRankConfig(Section):
-    """Replace kernels by products of smaller ones (NC, VH, Tucker-2, SVD), where that is cheaper."""
+    """Factorise kernels into products of smaller ones (NC, VH, Tucker-2, SVD) where that is cheaper."""
 
     stage: Literal["low_rank"]
     relative_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="shared bound of the relative error of every layer"
+        None, description="bound on the relative error of every layer"
     )
-    target: RankTargetConfig | None = Field(None, description="budget that decides the ranks")
+    target: RankTargetConfig | None = Field(None, description="budget that the ranks are solved from")
     allocation: RankAllocation = "shared_error"
     schemes: Schemes = SCHEMES
     error_of: Literal["outputs", "kernels"] = Field(
-        "kernels", description="kernels; or outputs on calibration images, better where no training follows"
+        "kernels",
+        description="relative error of kernels, or of outputs on calibration images; the latter is better without "
+        "training",
     )
-    score_images: Count = Field(256, description="calibration images that outputs are looked at on")
-    multiple_of: Count = Field(8, description="ranks are multiples of this where the layer is wide enough")
-    exclude: Names = Field((), description="layers that stay dense; * matches any text")
+    score_images: Count = Field(256, description="number of calibration images for errors of outputs")
+    multiple_of: Count = Field(8, description="ranks are multiples of this if the layer is wide enough")
+    exclude: Names = Field((), description="layers to leave dense; * matches any text")
     method: Literal["trp"] | None = Field(
-        None, description="trp cuts kernels to low rank again and again while the network trains; by default once"
+        None,
+        description="trp: training with projections of kernels to low rank at intervals; by default one factorisation",
     )
-    training: TrainingConfig | None = Field(None, description="how the network trains with that method")
-    trp: TrpConfig | None = Field(None, description="settings of that method")
+    training: TrainingConfig | None = Field(None, description="training with that method")
+    trp: TrpConfig | None = Field(None, description="settings of trp")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Schemas of the training-time methods of `prune`."""
+"""Schemas of the training-time methods of `prune`, one section each."""
 
 from typing import Annotated, Literal
 
@@ -14,14 +14,14 @@ class GsmConfig(Section):
     """Settings of the method gsm."""
 
     frozen_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="share of the steps, at the end, in which the choice stands"
+        0.5, description="share of the steps, at the end, with a fixed choice"
     )
-    interval: Count = Field(20, description="steps from one choice to the next before that")
+    interval: Count = Field(20, description="steps between two choices before that")
     passive_decay: float | None = Field(
-        None, gt=0, description="L2 factor of what gets no gradient; by default sized for the run"
+        None, gt=0, description="weight decay of channels without gradient; by default sized for the run"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="of SGD while the method decides, in place of training.momentum; 0.98 in the paper"
+        None, description="momentum of SGD until the choice is fixed, in place of training.momentum; 0.98 in the paper"
     )
 
 
@@ -29,16 +29,22 @@ class GatesMethodConfig(Section):
     """Settings of the method gates."""
 
     frozen_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.34, description="share of the steps, at the end, in which the gates are fixed"
+        0.34, description="share of the steps, at the end, with fixed gates"
     )
     gate_rate: float | None = Field(None, gt=0, description="learning rate of the gates; by default sized for the run")
     multiplier_rate: float | None = Field(
-        None, gt=0, description="how fast the price rises while the budget is exceeded; by default sized for the run"
+        None,
+        gt=0,
+        description="growth rate of the multiplier while the budget is exceeded; by default sized for the run",
     )
 
 
 def check_rising(section: Section, first: str, second: str) -> None:
-    """Check that one share is below another; the one that was given is named, with the default of the other."""
+    """Check that one setting is below another.
+
+    Raises:
+        ValueError: It is not; the message begins with the key that was given.
+    """
     low, high = getattr(section, first), getattr(section, second)
     if low < high:
         return
@@ -52,15 +58,15 @@ class GregConfig(Section):
     """Settings of the method greg."""
 
     variant: Literal[1, 2] = Field(
-        2, description="1 chooses early by scores; 2 first lets the penalty of all channels grow alike"
+        2, description="1: early choice by scores; 2: choice after the same growing penalty on all channels"
     )
-    interval: Count = Field(5, description="steps from one increase of the penalties to the next")
+    interval: Count = Field(5, description="steps between two increases of the penalties")
     ceiling: float | None = Field(
-        None, gt=0, description="of the penalty of what goes; by default 1, or more where the run is too short for that"
+        None, gt=0, description="largest penalty on removed channels; by default 1, or more in a short run"
     )
     picked_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="share of the steps before the choice")
     full_at: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.75, description="share of the steps after which the penalty has reached its ceiling"
+        0.75, description="share of the steps until the penalty reaches its ceiling"
     )
 
     def _check_rules(self) -> None:
@@ -71,14 +77,13 @@ class IncRegConfig(Section):
     """Settings of the method increg."""
 
     frozen_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.4, description="share of the steps, at the end, in which the choice stands"
+        0.4, description="share of the steps, at the end, with a fixed choice"
     )
-    interval: Count = Field(10, description="steps from one change of the penalties to the next")
+    interval: Count = Field(10, description="steps between two changes of the penalties")
     ceiling: float | None = Field(
         None,
         gt=0,
-        description="of a penalty; a channel that reaches it is the first to go; by default 1, or more where the run "
-        "is too short for that",
+        description="largest penalty; a channel that reaches it is removed first; by default 1, or more in a short run",
     )
 
 
@@ -86,21 +91,21 @@ class CsgdConfig(Section):
     """Settings of the method csgd."""
 
     pull: float | None = Field(
-        None, gt=0, description="factor that draws channels to the mean of their cluster; by default sized for the run"
+        None, gt=0, description="pull of channels to the mean of their cluster; by default sized for the run"
     )
 
 
 class GrdaConfig(Section):
     """Settings of the method grda."""
 
-    mu: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.51, description="exponent of the threshold's growth")
+    mu: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.51, description="exponent of the growth of the threshold")
     c: float | None = Field(None, gt=0, description="factor of the threshold; by default sized for the run")
-    interval: Count = Field(10, description="steps from one look at whether the zeros are enough to the next")
+    interval: Count = Field(10, description="steps between two counts of the zeros")
     reached_at: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="share of the steps after which the threshold is what the weights at the start ask for"
+        0.5, description="share of the steps until the threshold meets the target on the initial weights"
     )
     until: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.9, description="share of the steps after which the choice is final even where the zeros are not enough"
+        0.9, description="share of the steps until the choice is final, even with too few zeros"
     )
 
     def _check_rules(self) -> None:
@@ -110,28 +115,24 @@ class GrdaConfig(Section):
 class RegrowConfig(Section):
     """Settings of the method regrow."""
 
-    interval: Count | None = Field(
-        None, description="steps from one choice to the next; by default a fortieth of the run"
-    )
+    interval: Count | None = Field(None, description="steps between two choices; by default a fortieth of the run")
     ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="share of a group's channels that comes back after the first choice; falls to 0 as a cosine"
+        0.1, description="share of the channels of a group that returns after the first choice; falls to 0 as a cosine"
     )
-    until: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.75, description="share of the steps after which the choice is final"
-    )
+    until: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of the steps until the choice is final")
 
 
 class TppConfig(Section):
     """Settings of the method tpp."""
 
-    strength: float = Field(1.0, ge=0, description="of the Gram term next to the penalty; 0 is off")
-    interval: Count = Field(5, description="steps from one increase of the penalties to the next")
+    strength: float = Field(1.0, ge=0, description="weight of the Gram term beside the penalty; 0 is off")
+    interval: Count = Field(5, description="steps between two increases of the penalties")
     ceiling: float | None = Field(
-        None, gt=0, description="of the penalty of what goes; by default 1, or more where the run is too short for that"
+        None, gt=0, description="largest penalty on removed channels; by default 1, or more in a short run"
     )
     picked_at: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of the steps before the choice")
     full_at: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.6, description="share of the steps after which the penalty has reached its ceiling"
+        0.6, description="share of the steps until the penalty reaches its ceiling"
     )
 
     def _check_rules(self) -> None:

@@ -1,4 +1,4 @@
-"""Schema of `load`: kinds of models, their inputs and weights."""
+"""Schema of `load`: the network, its inputs and its weights."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,11 +18,13 @@ from compress.config.schema.base import (
 
 
 class InputConfig(Section):
-    """One input of a network that takes several, or one that is no image."""
+    """Input of a network with several inputs, or with an input that is no image."""
 
-    shape: Ints = Field(description="sizes without the batch axis; [] for one number")
+    shape: Ints = Field(description="shape without the batch axis; [] for a scalar")
     dtype: Literal["float32", "int64", "int32", "bool"] = "float32"
-    high: int | None = Field(None, ge=1, le=2**24, description="whole numbers are below this, at least 0")
+    high: int | None = Field(
+        None, ge=1, le=2**24, description="exclusive upper bound of whole numbers, which are at least 0"
+    )
 
     def _check_rules(self) -> None:
         if any(size < 1 for size in self.shape):
@@ -39,14 +41,14 @@ Input = Annotated[InputConfig, BeforeValidator(_to_input, json_schema_input_type
 
 
 class NetworkSection(Section):
-    """What every way to name a network has in common."""
+    """Settings that all kinds of networks in Python share."""
 
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments that it is built with")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the callable or model")
     inputs: dict[str, Input] = Field(
         default_factory=dict,
-        description="name -> shape without the batch axis, or shape, dtype and high; without it: one image",
+        description="name -> shape without the batch axis, or shape, dtype and high; by default one image",
     )
-    outputs: Names = Field((), description="which outputs to keep, in this order, where there are several; [] for all")
+    outputs: Names = Field((), description="outputs to keep, in this order; [] for all")
 
     def _check_rules(self) -> None:
         if not all(name.isidentifier() for name in self.inputs):
@@ -56,7 +58,7 @@ class NetworkSection(Section):
 
 
 class FactoryModel(NetworkSection):
-    """A callable that builds the network."""
+    """Callable that builds the network."""
 
     factory: Reference = Field(
         description='"pkg.module:callable" or "path/to/file.py:callable"',
@@ -64,25 +66,25 @@ class FactoryModel(NetworkSection):
 
 
 class TorchvisionModel(NetworkSection):
-    """A network of torchvision.models by its name: classification, segmentation, single-stage detection."""
+    """Network of torchvision.models by name: classification, segmentation, single-stage detection."""
 
     torchvision: str = Field(description="such as resnet18, fcn_resnet50, ssdlite320_mobilenet_v3_large")
 
 
 class TimmModel(NetworkSection):
-    """A network of timm by its name; timm is the extra `timm`."""
+    """Network of timm by name; needs the package timm."""
 
     timm: str = Field(description="such as convnext_tiny")
 
 
 class OnnxFileModel(Section):
-    """A network that is there as an ONNX file, weights and all."""
+    """ONNX file with its weights."""
 
     onnx: FilePath = Field(description="path of the .onnx file, in floating point")
     inputs: dict[str, Ints] = Field(
-        {}, description="shape of one image by input, such as {input: [3, 224, 224]}, where the file leaves it open"
+        {}, description="shapes without the batch axis, such as {input: [3, 224, 224]}, for inputs with open axes"
     )
-    outputs: Names = Field((), description="which outputs to keep, in this order, where there are several; [] for all")
+    outputs: Names = Field((), description="outputs to keep, in this order; [] for all")
 
 
 def _model_kind(value: object) -> str | None:
@@ -105,21 +107,22 @@ Model = Annotated[
 
 
 class LoadConfig(Section):
-    """Build the network, load its weights strictly, measure the baseline."""
+    """Build the network, load its weights strictly, and measure the baseline."""
 
     stage: Literal["load"]
     model: Model
     weights: Annotated[str | None, PathKind.WEIGHTS] = Field(
         None,
-        description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
-        "torch.export program; pretrained, for what timm or torchvision offer; none, for a seeded initialisation; left "
-        "out with model.onnx",
+        description="safetensors file, torch checkpoint readable with weights_only=True, TorchScript archive, or "
+        "torch.export program; pretrained: weights of timm or torchvision; none: seeded initialisation; left out with "
+        "model.onnx",
     )
     narrow: bool = Field(
         False,
-        description="the weights are those of a network slimmed by another tool: their shapes tell the widths, and the "
+        description="true: weights of a network pruned by another tool; widths follow from their shapes, and the "
         "narrow network is the baseline",
     )
     rewrites: Literal["measured", "always", "never"] = Field(
-        "measured", description="rewrite the graph for the runtime, baseline included: where that measures faster"
+        "measured",
+        description="rewrite the graph for the runtime, baseline included; measured: only where that is faster",
     )

@@ -1,7 +1,6 @@
-"""What may a pipeline file say? Strict, frozen, closed pydantic models; no torch.
+"""Schema of a whole pipeline file, and of the stages `export` and `quantize`; no torch.
 
-Ratios are in (0, 1] and always relative to the baseline (the baseline). Paths are relative to the pipeline
-file unless they are absolute.
+Kept ratios are in (0, 1] and relative to the baseline. Paths are absolute, or relative to the pipeline file.
 """
 
 from typing import Annotated, Literal, get_args
@@ -27,30 +26,32 @@ class ExportConfig(Section):
     """Write and check the ONNX file."""
 
     stage: Literal["export"]
-    opset: int = Field(18, ge=18, le=23, description="version of the default ONNX operator set")
-    dynamic_batch: bool = Field(True, description="whether the batch axis stays open")
+    opset: int = Field(18, ge=18, le=23, description="version of the ONNX operator set")
+    dynamic_batch: bool = Field(True, description="true: open batch axis")
     dynamic: Annotated[tuple[Literal["height", "width"], ...], BeforeValidator(to_tuple)] = Field(
-        (), description="which axes of the image stay open; parity is checked at other sizes, too"
+        (), description="open axes of the image; parity is also checked at other sizes"
     )
-    simplify: bool = Field(True, description="run onnxslim; parity is checked again after it")
-    external_data: bool = Field(False, description="weights in a second file; forced above 1.8 GB")
+    simplify: bool = Field(True, description="simplify with onnxslim, and check parity again")
+    external_data: bool = Field(False, description="true: weights in a second file; always above 1.8 GB")
 
 
 class QuantizeConfig(Section):
-    """Round the exported file to INT8; the float file is kept to compare with."""
+    """Quantise the exported file to INT8; the float file is kept for comparison."""
 
     stage: Literal["quantize"]
-    images: int = Field(256, ge=8, description="calibration images whose activations decide the ranges")
+    images: int = Field(
+        256, ge=8, description="number of calibration images that the ranges of activations are measured on"
+    )
     method: Literal["minmax", "entropy", "percentile"] = Field(
-        "minmax", description="what of the activations a range keeps: all, what loses least, all but the outermost"
+        "minmax", description="range of activations: full range, least loss of information, or without outliers"
     )
-    per_channel: bool = Field(True, description="whether each output channel of a weight has a scale of its own")
-    reduce_range: bool = Field(False, description="7 bits for weights, for processors without VNNI")
+    per_channel: bool = Field(True, description="true: one scale for each output channel of a weight")
+    reduce_range: bool = Field(False, description="7-bit weights, for processors without VNNI")
     activation_type: Literal["uint8", "int8"] = Field(
-        "uint8", description="of activations; int8, with its zero point at 0, for TensorRT and ARM"
+        "uint8", description="type of activations; int8 has its zero point at 0, for TensorRT and ARM"
     )
-    weight_type: Literal["int8", "uint8"] = Field("int8", description="of weights")
-    exclude: Names = Field((), description="layers or nodes that stay float; * matches any text")
+    weight_type: Literal["int8", "uint8"] = Field("int8", description="type of weights")
+    exclude: Names = Field((), description="layers or nodes to leave in float; * matches any text")
 
     def _check_rules(self) -> None:
         if (self.activation_type, self.weight_type) == ("int8", "uint8"):
@@ -80,13 +81,13 @@ STAGE_SECTIONS: dict[str, type[StageConfig]] = {
 
 
 class PipelineConfig(Section):
-    """A whole pipeline file."""
+    """Pipeline file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="name of the run folder")
-    seed: int = Field(0, ge=0, lt=2**63, description="decides everything random")
-    threads: Threads | None = Field(None, description="torch threads; all cores by default")
-    plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
-    task: TaskConfig = Field(DEFAULT_TASK, description="what the network is for; classification by default")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
+    threads: Threads | None = Field(None, description="threads of torch; all cores by default")
+    plugins: Names = Field((), description="modules that register criteria, methods and runtimes of your own")
+    task: TaskConfig = Field(DEFAULT_TASK, description="task of the network; classification by default")
     data: DataConfig
     deploy: DeployConfig | None = None
     stages: Stages = Field(min_length=1)

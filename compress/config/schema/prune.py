@@ -1,4 +1,4 @@
-"""Schema of `prune` and `slim`."""
+"""Schema of `prune` and `slim`: budget, criterion, allocation, repair."""
 
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,7 @@ from compress.config.schema.training import TrainingConfig, check_training
 
 
 def _to_order(value: object) -> object:
-    return "shuffled" if value == "random" else value  # its name until 0.1
+    return "shuffled" if value == "random" else value  # name before version 0.1
 
 
 def _check_blocks(value: object) -> object:
@@ -44,21 +44,21 @@ def _check_blocks(value: object) -> object:
 
 
 class TorchPruningConfig(Section):
-    """An importance of the user's own, written for torch-pruning."""
+    """Importance class of your own, written for torch-pruning."""
 
     torch_pruning: Reference = Field(
-        description='a subclass of torch_pruning.importance.Importance: "path/to/file.py:Class"'
+        description='subclass of torch_pruning.importance.Importance: "path/to/file.py:Class"'
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
     gradients: Literal["none", "mean", "squares"] | None = Field(
         None,
-        description="what it finds in .grad: nothing, the gradient of the mean loss, or the mean of the squared "
-        "gradients of single images; by default mean or squares where it derives from torch-pruning's Taylor or "
-        "Hessian class",
+        description="content of .grad: nothing, gradient of the mean loss, or mean of the squared gradients of single "
+        "images; by default mean or squares for subclasses of torch-pruning's Taylor or Hessian class",
     )
     comparable: bool = Field(
         False,
-        description="whether scores of different groups have one scale; else each group's are divided by their mean",
+        description="true: scores of all groups have one scale; otherwise those of each group are divided by their "
+        "mean",
     )
 
 
@@ -73,54 +73,57 @@ Criterion = Annotated[
 
 
 class CutConfig(Section):
-    """How channels are chosen and cut down to a budget, and what is repaired afterwards."""
+    """Settings that `prune` and `slim` share: choice of channels under a budget, and repair."""
 
     target: TargetConfig
     criterion: Criterion = Field(
-        "reconstruction", description="how channels are ranked: a name, or an importance of your own"
+        "reconstruction", description="ranking of channels: a name, or an importance class of your own"
     )
     order: Annotated[Literal["criterion", "shuffled"], BeforeValidator(_to_order)] = Field(
         "criterion",
-        description="which channels of a group go first; shuffled: any, at the same widths, as a sanity check",
+        description="order of removal in a group; shuffled: random order at the same widths, as a sanity check",
     )
     damage: Literal["scores", "errors", "sensitivity"] = Field(
         "scores",
-        description="what narrowing a group costs: by the criterion's own measure, the relative error of its refitted "
-        "readers, or the loss measured at each width",
+        description="damage of narrowing a group: measure of the criterion, relative error of its refitted readers, "
+        "or loss measured at each width",
     )
     allocation: Literal["global", "uniform", "shared_error"] = Field(
         "global",
-        description="least damage in all, the same removed share of each group, or one bound on the damage of each",
+        description="global: least total damage; uniform: same removed ratio of each group; shared_error: same bound "
+        "on the damage of each group",
     )
-    multiple_of: Count = Field(8, description="widths are multiples of this where the group is wide enough")
-    min_width: Count = Field(1, description="channels that every group keeps at least")
-    max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="cap of each group")
+    multiple_of: Count = Field(8, description="widths are multiples of this if the group is wide enough")
+    min_width: Count = Field(1, description="smallest number of kept channels of a group")
+    max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="largest removed ratio of a group")
     residual: Literal["auto", "cut", "keep"] = Field(
         "auto",
-        description="channels that run along shortcuts: cut like all others, kept, or whatever the validation loss "
-        "likes best of neither, few and as many as their scores say",
+        description="channels of the residual stream: pruned like all others, kept, or (auto) the amount with the "
+        "best validation loss",
     )
     residual_factors: Annotated[tuple[Positive, ...], BeforeValidator(to_tuple), Field(min_length=1)] = Field(
         (1e4, 4.0, 1.0),
-        description="what residual: auto multiplies the damage of channels along shortcuts by, one after the other",
+        description="factors on the damage of the residual stream that residual: auto tries",
     )
     whole_networks: Annotated[int, Field(ge=4, le=10_000)] | None = Field(
         None,
-        description="networks that are cut, repaired and scored to learn how much each damage counts; none by default, "
-        "24 where blocks are joint",
+        description="number of pruned and repaired networks whose losses calibrate the damages; by default 0, or 24 "
+        "with blocks: joint",
     )
-    exclude: Names = Field((), description="layers whose channel groups stay whole; * matches any text")
-    score_images: Count = Field(512, description="calibration images that criteria look at")
+    exclude: Names = Field((), description="layers whose channel groups are not pruned; * matches any text")
+    score_images: Count = Field(512, description="number of calibration images for criteria")
     images_per_gradient: Count = Field(
-        8, description="images of one gradient in taylor scores: their derivatives are averaged before they are squared"
+        8,
+        description="batch size of one gradient in taylor scores; derivatives are averaged over it before they are "
+        "squared",
     )
-    refit_images: Count = Field(512, description="calibration images that the least-squares repair fits layers to")
+    refit_images: Count = Field(512, description="number of calibration images for the least-squares repair")
     repair: Annotated[
         tuple[Literal["scaling", "least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(to_tuple)
     ] = Field(
         ("scaling", "least_squares", "bias_folding", "batch_norm"),
-        description="after the cut, each kept only if it lowers the validation loss; scaling is of criteria that find "
-        "factors for the channels they keep; [] for none",
+        description="repairs after pruning, each kept only if it lowers the validation loss; scaling applies to "
+        "criteria with factors for kept channels; [] for none",
     )
 
     def _check_rules(self) -> None:
@@ -136,18 +139,18 @@ class CutConfig(Section):
 
 
 class PruneConfig(CutConfig):
-    """Remove channels, and residual blocks, down to a budget; then repair without training."""
+    """Remove channels and residual blocks down to a budget, then repair without training."""
 
     stage: Literal["prune"]
     blocks: Annotated[int | Literal["auto", "joint"], BeforeValidator(_check_blocks)] = Field(
         0,
-        description="residual blocks to remove first, least damage first; auto tries how many are best, or lets the "
-        "method decide; joint chooses blocks and widths in one solve",
+        description="number of residual blocks to remove first, by least damage; auto: the best number, or the choice "
+        "of the method; joint: blocks and widths in one problem",
     )
     method: Annotated[str, registered(METHODS)] | None = Field(
-        None, description="what decides, while the network trains, which channels go; by default scores do at once"
+        None, description="training-time method that chooses the channels; by default scores choose them at once"
     )
-    training: TrainingConfig | None = Field(None, description="how the network trains while the method decides")
+    training: TrainingConfig | None = Field(None, description="training with that method")
     gsm: GsmConfig | None = Field(None, description="settings of that method")
     gates: GatesMethodConfig | None = Field(None, description="settings of that method")
     greg: GregConfig | None = Field(None, description="settings of that method")
@@ -160,24 +163,24 @@ class PruneConfig(CutConfig):
     @model_validator(mode="before")
     @classmethod
     def _resolve_residual(cls, values: Any) -> Any:
-        """Say `cut` where a method decides and nothing is said: it ranks channels along shortcuts like all others."""
+        """Set `residual` to cut for a method, which ranks the residual stream like all other groups."""
         if isinstance(values, dict) and values.get("method") is not None and "residual" not in values:
             return {**values, "residual": "cut"}
         return values
 
     @property
     def method_settings(self) -> Section | None:
-        """The section of the method, if it is given; a plug-in's method has none."""
+        """Section of the method; None if it is left out, and for methods of plug-ins."""
         return getattr(self, self.method) if self.method in METHOD_SETTINGS else None
 
     @property
     def trials(self) -> int:
-        """Number of whole networks that are cut, repaired and scored before the choice."""
+        """Number of networks that are pruned, repaired and evaluated before the choice."""
         return self.whole_networks or (JOINT_NETWORKS if self.blocks == "joint" else 0)
 
     @property
     def method_training(self) -> TrainingConfig | None:
-        """Training while the method decides, with the method's own momentum where it sets one."""
+        """Training with the method, with the momentum of the method if it sets one."""
         momentum = getattr(self.method_settings, "momentum", None)
         if self.training is None or momentum is None:
             return self.training
@@ -210,16 +213,16 @@ JOINT_NETWORKS = 24
 
 
 class SlimConfig(CutConfig):
-    """Remove channels and residual blocks and factorise layers under one budget, in one step or in several."""
+    """Remove channels and residual blocks and factorise layers under one budget, in one or several steps."""
 
     stage: Literal["slim"]
     moves: Annotated[tuple[Literal["channels", "blocks", "ranks"], ...], BeforeValidator(to_tuple)] = Field(
-        ("channels", "blocks", "ranks"), description="what may be done; channels always"
+        ("channels", "blocks", "ranks"), description="permitted edits; channels is required"
     )
     rank_allocation: RankAllocation = "shared_error"
     schemes: Schemes = SCHEMES
-    steps: Count = Field(1, description="times the network is slimmed, each time nearer to the target")
-    between: TrainingConfig | None = Field(None, description="training after each step but the last")
+    steps: Count = Field(1, description="number of steps towards the target")
+    between: TrainingConfig | None = Field(None, description="training between two steps")
 
     @model_validator(mode="before")
     @classmethod

@@ -11,24 +11,24 @@ from compress.config.schema.base import OptionalReference, Section, registered
 
 
 class TaskConfig(Section):
-    """What the network is for: what is learned, and what is measured. The name of a task alone will do."""
+    """Task of the network, which decides loss and metrics; a name alone stands for its default settings."""
 
     name: Annotated[str, registered(TASKS)] | None = Field(None, description=f"one of {', '.join(TASKS)}")
-    own: OptionalReference = Field(None, description='a task of your own: "path/to/file.py:Class"')
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the task of your own")
-    ignore_index: int | None = Field(None, description="segmentation: value of mask pixels that do not count; 255")
+    own: OptionalReference = Field(None, description='task of your own: "path/to/file.py:Class"')
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that task")
+    ignore_index: int | None = Field(None, description="segmentation: value of ignored mask pixels; by default 255")
     postprocess: OptionalReference = Field(
-        None, description='detection: "path/to/file.py:function" that makes boxes of outputs'
+        None, description='detection: "path/to/file.py:function" from outputs to boxes'
     )
     loss: OptionalReference = Field(
         None,
-        description="detection: function of outputs and targets; without, the baseline is learned from",
+        description="detection: function of outputs and targets; by default imitation of the baseline",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _read_name(cls, value: Any) -> Any:
-        """Take text for the name of a task."""
+        """Read text as the name of a task."""
         return {"name": value} if isinstance(value, str) else value
 
     def _check_rules(self) -> None:

@@ -1,4 +1,4 @@
-"""Schema of training: `finetune`, and `training` of the methods that learn."""
+"""Schema of training: `finetune`, and `training` of training-time methods."""
 
 from typing import Annotated, Literal
 
@@ -15,77 +15,73 @@ from compress.config.schema.base import (
 
 
 class AugmentationConfig(Section):
-    """What is varied while training."""
+    """Random augmentation of training images."""
 
     crop_padding: int = Field(
         0, ge=0, le=MAX_SIDE, description="pixels of padding before a random crop back to the size"
     )
-    flip: bool = Field(False, description="mirror half of the images left to right")
-    mixup: float = Field(0.0, ge=0, description="alpha of the shares in which pairs of images are mixed; 0 is off")
-    cutmix: float = Field(0.0, ge=0, description="alpha of the share of a rectangle out of another image; 0 is off")
+    flip: bool = Field(False, description="horizontal flip of half of the images")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 is off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 is off")
 
 
 class DistillationConfig(Section):
-    """Learning from the outputs of the baseline, and from its feature maps."""
+    """Distillation from the outputs and feature maps of the baseline."""
 
-    weight: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="share of the loss")
-    temperature: float = Field(4.0, gt=0, description="divides the logits")
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="weight in the loss, in (0, 1]")
+    temperature: float = Field(4.0, gt=0, description="divisor of the logits")
     features: float = Field(
-        0.0, ge=0, description="weight of the difference between feature maps of the same shape; 0 is off"
+        0.0, ge=0, description="weight of the distance between feature maps of the same shape; 0 is off"
     )
 
 
 class OriginalTrainingConfig(Section):
-    """How the network was trained before: the peak rate to fine-tune with follows from it."""
+    """Original training of the network, which the peak rate of fine-tuning follows from."""
 
-    learning_rate: float = Field(gt=0, description="its peak")
-    epochs: float = Field(gt=0, description="its length")
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    epochs: float = Field(gt=0, description="number of epochs")
 
 
 class TrainingConfig(Section):
-    """How to train: SGD with Nesterov momentum or AdamW, a warm-up, a schedule down from the peak rate."""
+    """Training: SGD with Nesterov momentum, or AdamW; warm-up, then a schedule from the peak rate down."""
 
     epochs: float | None = Field(None, gt=0, description="passes over the training split")
-    steps: Count | None = Field(None, description="optimiser steps, instead of epochs")
+    steps: Count | None = Field(None, description="optimiser steps, in place of epochs")
     batch_size: BatchSize = 128
     learning_rate: float | None = Field(
-        None, gt=0, description="peak of the schedule; without it what follows from original, or 0.02; of adamw 0.001"
+        None, gt=0, description="peak of the schedule; by default from original, or 0.02, or 0.001 for adamw"
     )
-    original: OriginalTrainingConfig | None = Field(None, description="how the network was trained before")
+    original: OriginalTrainingConfig | None = Field(None, description="original training of the network")
     probe: bool = Field(
-        False, description="train an epoch at 0.1, 0.3 and 1 times the peak first; the best on validation is taken"
+        False, description="true: one epoch at 0.1, 0.3 and 1 times the peak first; the best on validation is used"
     )
     momentum: Share = 0.9
     weight_decay: float = Field(1e-4, ge=0)
-    warmup_ratio: Share = Field(0.05, description="share of the steps with a rising rate")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov momentum, or adamw")
-    schedule: Literal["cosine", "one_cycle", "step"] = Field("cosine", description="of the learning rate")
+    warmup_ratio: Share = Field(0.05, description="share of the steps with rising learning rate")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    schedule: Literal["cosine", "one_cycle", "step"] = Field("cosine", description="schedule of the learning rate")
     gradient_clip: float | None = Field(
         None,
         gt=0,
-        description="largest norm of all gradients together; without it 1 where the network has no norms or does not "
-        "choose among classes",
+        description="largest global gradient norm; by default 1 for networks without norms and for tasks without "
+        "classes",
     )
-    accumulation: Count = Field(1, description="batches a step, where memory holds no larger one")
+    accumulation: Count = Field(1, description="batches for one optimiser step")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="decay of the average of the weights that is measured and kept; 0 is off"
+        0.0, description="decay of the moving average of the weights, which is evaluated and kept; 0 is off"
     )
     average_ratio: Share = Field(
-        0.0, description="share of the steps, at the end, whose average is one more candidate; 0 is off"
+        0.0, description="share of the steps, at the end, whose average weights are one more candidate; 0 is off"
     )
     label_smoothing: Share = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of convolutions and linear layers while training; weights stay fp32"
+        "fp32", description="precision of convolutions and linear layers in training; weights are fp32"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the network trains; auto takes the GPU where there is one"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of training; auto: GPU if there is one")
     compiled: bool = Field(False, description="train through torch.compile; needs a C++ compiler")
-    sync_batch_norm: bool = Field(
-        False, description="batch norms of several processes use the statistics of the whole batch"
-    )
+    sync_batch_norm: bool = Field(False, description="true: batch norms of several processes share their statistics")
     save_minutes: float = Field(
-        5.0, ge=0, description="between saves of the state; after each epoch there is one anyway"
+        5.0, ge=0, description="minutes between saves of the training state, in addition to one after each epoch"
     )
     augmentation: AugmentationConfig = AugmentationConfig()
     distillation: DistillationConfig | None = None
@@ -97,7 +93,7 @@ class TrainingConfig(Section):
 
     @property
     def keeps_original_peak(self) -> bool:
-        """True where the peak rate is that of the original training however short this one is."""
+        """True if the peak rate is that of the original training, independent of the length of this one."""
         return False
 
     def _check_rules(self) -> None:
@@ -108,7 +104,11 @@ class TrainingConfig(Section):
 
 
 def check_training(method: str | None, training: TrainingConfig | None) -> None:
-    """Check that a method has its training, and that training nothing that would undo what it does by the last step."""
+    """Check that a method has training settings, without settings that undo its effect.
+
+    Raises:
+        ValueError: One is given without the other, or a setting does not fit.
+    """
     if (method is None) != (training is None):
         missing, given = ("training", "method") if training is None else ("method", "training")
         raise ValueError(f"{missing} must be given where {given} is")
@@ -125,24 +125,24 @@ class FinetuneConfig(TrainingConfig):
     stage: Literal["finetune"]
     weights: Literal["inherited", "rewound", "random"] = Field(
         "inherited",
-        description="start of training: the weights that the cut left, those of rewind_to cut in the same way, or a "
-        "new initialisation at the same structure",
+        description="initial weights: those after pruning, those of rewind_to pruned in the same way, or a new "
+        "initialisation of the same structure",
     )
     rewind_to: OptionalPath = Field(
-        None, description="checkpoint of the whole network early in its training; formats as weights of load"
+        None, description="checkpoint of the unpruned network from early in its training; formats as weights of load"
     )
     rewind_schedule: Literal["whole", "tail"] | None = Field(
         None,
-        description="whole: the whole original schedule from its own peak; tail: what of it follows rewind_epoch; "
-        "by default the schedule and peak of fine-tuning",
+        description="whole: the original schedule from its peak; tail: its part after rewind_epoch; by default the "
+        "schedule and peak of fine-tuning",
     )
     rewind_epoch: float | None = Field(
-        None, ge=0, description="epoch of the original training that weights or schedule go back to"
+        None, ge=0, description="epoch of the original training that weights or schedule are rewound to"
     )
     norms: bool = Field(
         True,
-        description="put batch norms behind the convolutions of a network that has none while it trains; they are "
-        "folded into them afterwards",
+        description="true: batch norms behind the convolutions of a network without norms, for training only; they "
+        "are folded afterwards",
     )
 
     @property
@@ -154,7 +154,7 @@ class FinetuneConfig(TrainingConfig):
 
     @property
     def keeps_original_peak(self) -> bool:
-        """True where the peak rate is that of the original training however short this one is."""
+        """True if the peak rate is that of the original training, independent of the length of this one."""
         return self.rewind_schedule is not None
 
     def _check_rules(self) -> None:

@@ -1,4 +1,4 @@
-"""Schema of `verify`, of gates and of the deployment they are measured for."""
+"""Schema of `verify`: gates, robustness, resources; and of `deploy`."""
 
 from typing import Annotated, Literal
 
@@ -27,61 +27,64 @@ from compress.config.schema.task import DEFAULT_TASK, TaskConfig
 
 
 class GatesConfig(Section):
-    """Limits that the file must keep; each one given is checked."""
+    """Limits of the verdict; each one given is checked."""
 
     max_drop: dict[str, Limit] = Field(
-        {}, description="largest loss against the baseline, of a share as one (0.01 is one point)"
+        {}, description="largest decrease against the baseline; 0.01 is one percentage point"
     )
     max_rise: dict[str, Limit] = Field(
-        {}, description="largest gain against the baseline; excess_error is what corruptions cost more than it"
+        {}, description="largest increase against the baseline; excess_error: additional error under corruptions"
     )
     min: dict[str, Limit] = Field({}, description="smallest value")
     max: dict[str, Limit] = Field(
-        {}, description="largest value; churn is the share of predictions that are not the baseline's"
+        {}, description="largest value; churn is the share of predictions that differ from the baseline's"
     )
     max_drop_on: dict[str, Limit] = Field(
-        {}, description="largest loss on a distribution by its name, such as jpeg 3 or a shifted data set"
+        {}, description="largest decrease on a distribution, such as jpeg 3 or a shifted data set"
     )
     max_ratio: dict[
         Literal["macs", "params", "size", "p50", "p90", "p95", "p99", "cold_start", "memory", "energy"], Positive
-    ] = Field({}, description="largest share of what the baseline has or takes")
+    ] = Field({}, description="largest ratio to the baseline")
     judge_by: Literal["estimate", "bound", "significant"] = Field(
         "estimate",
-        description="estimate: the figure itself must keep its limit; bound: its 95 % interval must show that; "
-        "significant: as estimate, but only what the interval shows to be broken fails",
+        description="estimate: the measured value must meet the limit; bound: the whole 95 % interval must meet it; "
+        "significant: as estimate, but fails only if the whole interval exceeds the limit",
     )
     min_speedup: float | None = Field(None, gt=0, description="baseline latency / slim latency, medians")
     max_latency_ms: float | None = Field(None, gt=0, description="median latency")
-    max_quantile_ms: dict[Literal["p90", "p95", "p99"], Positive] = Field({}, description="latency of the slower calls")
+    max_quantile_ms: dict[Literal["p90", "p95", "p99"], Positive] = Field({}, description="quantiles of the latency")
     max_macs: int | None = Field(None, gt=0, description="multiply-accumulates for one image")
     max_params: int | None = Field(None, gt=0, description="scalars in parameters")
-    max_cold_start_ms: float | None = Field(None, gt=0, description="until a session is there, in a new process")
-    max_memory_mb: float | None = Field(None, gt=0, description="growth of memory with the session, in 10^6 bytes")
-    min_images_per_second: float | None = Field(None, gt=0, description="at the batch size where they are most")
+    max_cold_start_ms: float | None = Field(None, gt=0, description="time until a session is ready, in a new process")
+    max_memory_mb: float | None = Field(None, gt=0, description="memory of the session, in 10^6 bytes")
+    min_images_per_second: float | None = Field(None, gt=0, description="throughput at the best batch size")
     max_size_mb: float | None = Field(None, gt=0, description="all files of the model, in 10^6 bytes")
     parity: float = Field(
         1e-3,
         gt=0,
-        description="largest absolute difference to torch on real samples; without torch, to itself and other places",
+        description="largest absolute difference from torch on real samples; without torch, between repeated runs and "
+        "runtimes",
     )
     max_fallback_nodes: int | None = Field(
-        None, ge=0, description="nodes that another execution provider than the one asked for computes"
+        None, ge=0, description="nodes that run on another execution provider than the one given"
     )
 
 
 class RobustnessConfig(Section):
-    """Noise, corruptions and other data sets under which the file is compared with the baseline."""
+    """Noise, corruptions and shifted data sets for the comparison with the baseline."""
 
-    images: Count = Field(1000, description="of the evaluation split, spread evenly")
-    noise: Literal["uniform", "gaussian"] = Field("uniform", description="added to what goes into the network")
-    noise_levels: Floats = Field((0.1, 0.2, 0.3, 0.4, 0.5), description="in units of the network's input; [] for none")
+    images: Count = Field(1000, description="number of images, spread evenly over the evaluation split")
+    noise: Literal["uniform", "gaussian"] = Field(
+        "uniform", description="distribution of noise added to the input of the network"
+    )
+    noise_levels: Floats = Field(
+        (0.1, 0.2, 0.3, 0.4, 0.5), description="amplitudes in units of the network's input; [] for none"
+    )
     corruptions: Names = Field(CORRUPTIONS, description=f"of {', '.join(CORRUPTIONS)}; [] for none")
     severities: Annotated[tuple[Annotated[int, Field(ge=1, le=5)], ...], BeforeValidator(to_tuple)] = Field(
         (3,), min_length=1, description="1 to 5"
     )
-    shifted: dict[str, Source] = Field(
-        {}, description="data sets from elsewhere with the same classes, each by a name of yours"
-    )
+    shifted: dict[str, Source] = Field({}, description="data sets with the same classes, by a name of your choice")
 
     def _check_rules(self) -> None:
         for name in self.corruptions:
@@ -94,50 +97,50 @@ class RobustnessConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """What a file takes besides the time of a call: to start, in memory, and at other batch sizes."""
+    """Cold start, memory, and throughput at several batch sizes."""
 
     batch_sizes: Annotated[tuple[BatchSize, ...], BeforeValidator(to_tuple)] = Field(
-        (1, 8, 32), min_length=1, description="batch size for the throughput"
+        (1, 8, 32), min_length=1, description="batch sizes of the throughput measurement"
     )
 
 
 class AlsoConfig(Section):
-    """One more place where the same file is opened, compared with the one that ships it, and timed beside it."""
+    """Another runtime for the same file, compared with the deployed one and timed beside it."""
 
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider")
-    threads: Threads | None = Field(None, description="intra-op threads; those of verify by default")
-    required: bool = Field(False, description="whether the verdict fails where this cannot be had")
+    threads: Threads | None = Field(None, description="intra-op threads; by default those of verify")
+    required: bool = Field(False, description="true: the verdict fails if this runtime is not available")
 
     @property
     def label(self) -> str:
-        """What tells it from others in the names of checks."""
+        """Name in checks: provider or runtime, and threads."""
         name = self.provider if self.runtime == "onnxruntime" else self.runtime
         return name if self.threads is None else f"{name}.{self.threads}"
 
 
 class VerifyConfig(Section):
-    """Measure the file in the runtime that ships it."""
+    """Measure the file in its target runtime and check the gates."""
 
     stage: Literal["verify"]
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
-    provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
+    provider: str = Field("CPUExecutionProvider", description="execution provider; checked to be in use")
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
-    batch_size: BatchSize = Field(1, description="batch size in the latency measurement")
+    batch_size: BatchSize = Field(1, description="batch size of the latency measurement")
     warmup: Calls = Field(10, description="calls before the measurement")
     repeats: Calls = Field(
-        100, description="timed calls of each model, in several sittings; up to five times as many of fast models"
+        100, description="timed calls of each model, in several sessions; up to five times as many for fast models"
     )
-    parity_samples: int = Field(64, ge=1, description="real images compared with torch")
-    robustness: RobustnessConfig | None = Field(None, description="noise and corruptions to look at; by default none")
+    parity_samples: int = Field(64, ge=1, description="number of images for the comparison with torch")
+    robustness: RobustnessConfig | None = Field(None, description="noise and corruptions; by default none")
     resources: ResourcesConfig | None = Field(
-        ResourcesConfig(), description="start, memory and throughput; null leaves them out"
+        ResourcesConfig(), description="cold start, memory and throughput; null leaves them out"
     )
     second_opinion: bool = Field(
-        False, description="whether the ONNX reference evaluator must have agreed; asked for tiny networks in any case"
+        False, description="true: the ONNX reference evaluator must agree; for tiny networks it is always compared"
     )
     also: Annotated[tuple[AlsoConfig, ...], BeforeValidator(to_tuple)] = Field(
-        (), description="more runtimes and providers to compare and to time the file on"
+        (), description="further runtimes and providers"
     )
     gates: GatesConfig = GatesConfig()
 
@@ -145,31 +148,33 @@ class VerifyConfig(Section):
         labels = [one.label for one in self.also]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"also must name each place once; {label} stands there {labels.count(label)} times")
+                raise ValueError(f"also must name each runtime once; {label} is listed {labels.count(label)} times")
 
 
 class GatesFile(VerifyConfig):
-    """What `compress verify --gates` reads: the settings of a `verify` stage, and on what to measure."""
+    """File for `compress verify --gates`: settings of a `verify` stage, task and data."""
 
     stage: Literal["verify"] = "verify"
-    seed: int = Field(0, ge=0, lt=2**63, description="decides noise and corruptions")
-    task: TaskConfig = Field(DEFAULT_TASK, description="what the network is for")
-    evaluation: Source | None = Field(None, description="images and labels; --data goes before it")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of noise and corruptions")
+    task: TaskConfig = Field(DEFAULT_TASK, description="task of the network")
+    evaluation: Source | None = Field(None, description="images and labels; --data has precedence")
     preprocessing: PreprocessingConfig | None = Field(
-        None, description="what happens to an image first; by default what the file says about itself"
+        None, description="preprocessing of images; by default that in the metadata of the file"
     )
 
 
 class DeployConfig(Section):
-    """Where the model will run. Budgets in milliseconds are measured there, and so is the verdict."""
+    """Target runtime of the model, which latency budgets and the verdict are measured on."""
 
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
     batch_size: BatchSize = Field(1, description="batch size")
-    repeats: Calls = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
-    precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
-    table: OptionalPath = Field(
-        None, description="latency table that `compress profile` wrote; measured here by default"
+    repeats: Calls = Field(100, description="timed calls of each variant, fewer for slow ones, more on a noisy machine")
+    precision: Literal["fp32", "fp16"] = Field(
+        "fp32", description="precision of the files; fp16 needs a provider that computes in it"
     )
-    accept_foreign_table: bool = Field(False, description="use a table of another machine as it is")
+    table: OptionalPath = Field(
+        None, description="latency table of `compress profile`; by default measured on this machine"
+    )
+    accept_foreign_table: bool = Field(False, description="true: use a table of another machine")

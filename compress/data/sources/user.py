@@ -17,7 +17,7 @@ from compress.data.packing import as_row
 from compress.data.sources.annotated import AnnotatedSource
 from compress.data.sources.image_files import SIXTEEN_BITS, to_pixels
 from compress.errors import DataError
-from compress.user_code import beside, import_callable, shown_as
+from compress.user_code import import_callable, import_path_of, raise_as
 
 _IMAGE_AXES = 3
 
@@ -34,7 +34,7 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         DataError: The class raises, is empty, or returns no image.
     """
     make = import_callable(reference, "Data set")
-    with beside(reference), shown_as(DataError, f"Data set '{reference}' must open and give its first entry"):
+    with import_path_of(reference), raise_as(DataError, f"Data set '{reference}' must open and give its first entry"):
         dataset = make(**kwargs)
         count = len(dataset)
         first: Any = dataset[0] if count else None
@@ -43,7 +43,7 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
     has_targets = isinstance(first, tuple | list)
 
     def entry(place: int) -> tuple[Any, Any]:
-        with shown_as(DataError, f"Data set '{reference}' must give entry {place}"):
+        with raise_as(DataError, f"Data set '{reference}' must give entry {place}"):
             found = dataset[place]
         if has_targets and (not isinstance(found, tuple | list) or len(found) != 2):
             raise DataError(f"Data set '{reference}' must give (image, target), entry {place} is {_kind(found)}.")

@@ -24,7 +24,7 @@ from compress.errors import InternalError, ModelError, UnsupportedLayer, transla
 from compress.pruning.criteria.base import Evidence, Order, WidthsBy
 from compress.pruning.criteria.parameter_gradients import ParameterGradients
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, ChannelGroup, Member, is_depthwise
-from compress.user_code import beside, described, import_callable, short_reference, shown_as
+from compress.user_code import import_path_of, describe_error, import_callable, short_reference, raise_as
 
 Gradients = Literal["none", "mean", "squares"]
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -163,7 +163,7 @@ class _Measure:
         gradients = _gradients_of(self.name, self.gradients, stats)
         with translated(
             lambda error: UnsupportedLayer(
-                f"Criterion '{self.name}' cannot score group '{group.name}', torch-pruning raises {described(error)}.",
+                f"Criterion '{self.name}' cannot score group '{group.name}', torch-pruning raises {describe_error(error)}.",
                 hint="Exclude the group, or choose another criterion.",
             )
         ):
@@ -357,7 +357,7 @@ class OwnImportance:
         self.name = short_reference(reference)
         make = import_callable(reference, "Importance")
         hint = _accepted(make) if kwargs else None
-        with beside(reference), shown_as(ModelError, f"Importance '{self.name}' must open", hint):
+        with import_path_of(reference), raise_as(ModelError, f"Importance '{self.name}' must open", hint):
             self._importance = make(**kwargs)
         if not isinstance(self._importance, library.Importance):
             raise ModelError(
@@ -385,8 +385,8 @@ class OwnImportance:
         gradients = _gradients_of(self.name, self.gradients, stats)
         hint = None if gradients else "If it reads .grad, write gradients: mean (or squares) beside torch_pruning."
         with (
-            beside(self.reference),
-            shown_as(ModelError, f"Importance '{self.name}' must score group '{group.name}'", hint),
+            import_path_of(self.reference),
+            raise_as(ModelError, f"Importance '{self.name}' must score group '{group.name}'", hint),
         ):
             found = score_group(self._importance, group, gradients, self.seed)
         if not isinstance(found, Tensor) or found.shape != (group.width,) or found.is_complex():

@@ -26,8 +26,8 @@ from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.repair.repairs import add_constant
 from compress.pruning.trial import masked_copy
-from compress.storage.digest import DIGEST_KEY, read_sealed, sealed
-from compress.storage.files import write_whole
+from compress.storage.digest import DIGEST_KEY, read_record, add_digest
+from compress.storage.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SavedRises:
     def add(self, group: str, width: int, mean: float, error: float) -> None:
         """Save the rise at a width of a group."""
         self._known[self._name(group, width)] = [mean, error]
-        write_whole(self.path, json.dumps(sealed(self._known)))
+        write_atomic(self.path, json.dumps(add_digest(self._known)))
 
     def _name(self, group: str, width: int) -> str:
         return f"{self.key}/{group}/{width}"
@@ -172,7 +172,7 @@ class Sensitivity:
 def _read(path: Path) -> dict[str, list[float]]:
     """Return the measurements of an interrupted run; none if the file is missing or not whole."""
     try:
-        content = read_sealed(path)
+        content = read_record(path)
     except ArtifactError:
         return {}
     return {name: values for name, values in content.items() if name != DIGEST_KEY}

@@ -27,7 +27,7 @@ from typing import Any
 from simulated_machine import SimulatedMachine, no_inputs
 
 from compress.cli.console import Console
-from compress.verification.latency import LatencyRatio, compare_latency
+from compress.verification.latency import Calls, LatencyRatio, compare_latency
 
 ROOT = Path(__file__).resolve().parents[1]
 ASKED, HELD_OF_40 = 0.002, 37
@@ -36,13 +36,14 @@ ASKED, HELD_OF_40 = 0.002, 37
 def export_resnet20(path: Path) -> None:
     """Write the ResNet-20 of `models/` to an ONNX file."""
     sys.path.insert(0, str(ROOT))
+    from compress.exporting.settings import ExportSettings
     from compress.exporting.torch_onnx import export_onnx
     from compress.model.artifacts import Signature, TensorSpec
     from compress.search.export import OPSET
     from models.cifar_resnet.model import resnet
 
     signature = Signature((TensorSpec("image", ("batch", 3, 32, 32)),), (TensorSpec("logits", ("batch", 10)),))
-    export_onnx(resnet(20).eval(), signature, path, opset=OPSET)
+    export_onnx(resnet(20).eval(), signature, path, ExportSettings(opset=OPSET))
 
 
 def record(ratio: LatencyRatio, number: int) -> dict[str, Any]:
@@ -81,8 +82,7 @@ def measure(path: Path, number: int) -> dict[str, Any]:
     found = compare_latency(
         {label: partial(conditions.open, path) for label in labels},
         lambda session: random_inputs(session.signature, conditions.batch_size),
-        conditions.warmup,
-        conditions.repeats,
+        conditions.calls,
         has_control=True,
     )
     assert found.ratio is not None
@@ -140,7 +140,7 @@ def run_simulated(options: argparse.Namespace, console: Console) -> None:
         machine = SimulatedMachine(seed=number)
         labels = ("a", "b") if number % 2 == 0 else ("b", "a")
         models = {label: machine.model(label, 0.4) for label in labels}
-        found = compare_latency(models, no_inputs, 10, 100, has_control=True, stopwatch=machine.stopwatch)
+        found = compare_latency(models, no_inputs, Calls(10, 100), has_control=True, stopwatch=machine.stopwatch)
         assert found.ratio is not None
         runs.append(record(found.ratio, number))
     summarize(runs, console)
@@ -153,7 +153,7 @@ def run_simulated(options: argparse.Namespace, console: Console) -> None:
                 machine = SimulatedMachine(seed=number)
                 models = {"slim": machine.model("slim", 0.25, reaction), "baseline": machine.model("baseline", 0.4)}
                 ratio = compare_latency(
-                    models, no_inputs, 10, 100, has_control=True,
+                    models, no_inputs, Calls(10, 100), has_control=True,
                     is_close=lambda _, answer=is_close: answer, stopwatch=machine.stopwatch,
                 ).ratio  # fmt: skip
                 assert ratio is not None

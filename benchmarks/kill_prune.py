@@ -27,7 +27,7 @@ from pathlib import Path
 from compress.config.load import load_pipeline
 from compress.progress import SilentProgress
 from compress.engine.runner import _Run
-from compress.engine.workers import Crew
+from compress.engine.workers import Workers
 from compress.engine.keys import build_steps
 from compress.search.parts import Parts
 
@@ -56,7 +56,7 @@ runs = Path(arguments["runs_dir"])
 (runs / "killed").mkdir(parents=True, exist_ok=True)
 steps = build_steps(pipeline)
 last = next(step.index for step in steps if step.entry.name in ("prune", "slim"))
-run = _Run(pipeline, runs, runs / "killed", Notes(), Crew())
+run = _Run(pipeline, runs, runs / "killed", Notes(), Workers())
 run.store.sweep()
 digest = ""
 for step in steps[: last + 1]:

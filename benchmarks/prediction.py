@@ -34,6 +34,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import BudgetUnreachable
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe, RemoveChannels
@@ -120,7 +121,7 @@ class Trial:
         specs = tuple(TensorSpec(f"out{i}", ("batch", *one.shape[1:])) for i, one in enumerate(outputs))
         signature = Signature((TensorSpec("images", shape),), specs)
         path = self.folder / f"{self.name}.onnx"
-        export_onnx(module, signature, path, opset=18, rewrites=REWRITES)
+        export_onnx(module, signature, path, ExportSettings(opset=18, rewrites=REWRITES))
         figures = Figures(count_macs(module, self.example), count_params(module), path.stat().st_size, {}, {})
         baseline = Baseline(figures, path, self.folder)
         return TorchModel(module, spec, Recipe(), signature, Preprocessing(), (), baseline, REWRITES)
@@ -196,7 +197,7 @@ class Trial:
 
     def _export(self, selection: Selection) -> None:
         slim: nn.Module = remove_channels(self.model.module, RemoveChannels(selection.removed), self.example)
-        export_onnx(slim, self.model.signature, self.folder / "slim.onnx", opset=18, rewrites=REWRITES)
+        export_onnx(slim, self.model.signature, self.folder / "slim.onnx", ExportSettings(opset=18, rewrites=REWRITES))
 
     def row(self, surveyed: Survey) -> str:
         """Return one row of the table."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import count_macs
 from compress.data.preprocessing import Preprocessing
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TensorSpec
 from compress.search.context import StageContext
@@ -91,7 +92,9 @@ def export_published(weights: Path, folder: Path, ctx: StageContext) -> dict[str
     signature = Signature((TensorSpec("images", ("batch", 3, 32, 32)),), (TensorSpec("logits", ("batch", 10)),))
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in (("slim", slim), ("dense", dense)):
-        export_onnx(network.eval(), signature, folder / f"{name}.onnx", opset=OPSET, preprocessing=preprocessing)
+        export_onnx(
+            network.eval(), signature, folder / f"{name}.onnx", ExportSettings(opset=OPSET), preprocessing=preprocessing
+        )
     evaluation = replace(ctx.data.evaluation, preprocessing=preprocessing)
     figures = measure_onnx(folder / "slim.onnx", evaluation, conditions_of(ctx.deploy), progress=ctx.progress)
     example = torch.zeros(1, 3, 32, 32)

@@ -15,7 +15,7 @@ import numpy as np
 
 from compress.model.artifacts import Signature, TensorSpec
 from compress.verification.latency import Stopwatch
-from compress.verification.runtimes.base import Arrays, Runtime
+from compress.verification.runtimes.base import Arrays, Runtime, check_inputs
 
 SIGNATURE = Signature((TensorSpec("image", (1, 1)),), (TensorSpec("logits", (1, 1)),))
 
@@ -121,7 +121,7 @@ class _SimulatedRuntime(Runtime):
         return SIGNATURE
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
-        self._check_inputs(inputs)
+        check_inputs(self.signature, inputs)
         return self._call
 
     def _call(self) -> None:

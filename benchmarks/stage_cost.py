@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import compress.stages.prune as prune
+import compress.search.survey as survey
 from compress.checkpoint.rebuild import build_module
 from compress.cli.console import Console
 from compress.config.schema.prune import PruneConfig
@@ -36,11 +36,13 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import CompressError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress, Task
 from compress.search.context import StageContext
+from compress.stages.prune import PruneStage
 
 CIFAR = f"{Path(__file__).parents[1] / 'models' / 'cifar_resnet' / 'model.py'}:resnet"
 NETWORKS = {
@@ -111,7 +113,7 @@ def load(name: str, folder: Path) -> tuple[TorchModel, RandomImages]:
     shape = ("batch", 3, size, size)
     signature = Signature((TensorSpec("images", shape),), (TensorSpec("logits", ("batch", classes)),))
     path, rewrites = folder / "baseline.onnx", ("padded_shortcuts",)
-    export_onnx(module, signature, path, opset=18, rewrites=rewrites)
+    export_onnx(module, signature, path, ExportSettings(opset=18, rewrites=rewrites))
     figures = Figures(count_macs(module, example), count_params(module), path.stat().st_size, {}, {})
     baseline = Baseline(figures, path, folder)
     model = TorchModel(module, spec, Recipe(), signature, Preprocessing(), (), baseline, rewrites)
@@ -134,12 +136,12 @@ def measure(name: str, folder: Path, latency: float) -> dict[str, Any]:
     """Prune a network and return the seconds of each part, the peak memory and what was reached."""
     model, data = load(name, folder)
     watch = Stopwatch()
-    prune.select_channels = watch.timed("allocation", prune.select_channels)  # type: ignore[assignment]
+    survey.select_channels = watch.timed("allocation", survey.select_channels)  # type: ignore[assignment]
     ctx = StageContext(folder, 0, data, watch, DeployConfig(), folder / "tables")  # type: ignore[arg-type]
     config = PruneConfig(stage="prune", target=TargetConfig(latency=latency), score_images=IMAGES)
     started = time.perf_counter()
     try:
-        _, record = prune.PruneStage(config).run(model, ctx)
+        _, record = PruneStage(config).run(model, ctx)
         ratio, fewer = record["latency"]["measured_ratio"], record["macs_before"] / record["macs_after"]
         reached = f"{ratio:.3f} | {fewer:.2f}x | {1 / ratio / fewer:.2f}"
     except CompressError as error:

@@ -4,7 +4,7 @@
 
 prints what is known as soon as it is known, one line of JSON after the other; the last line has everything.
 
-    compare    the slim network equals the original with the removed channels silenced, in float64
+    compare    the slim network equals the original with the removed channels masked, in float64
     parity     the slim network's ONNX file equals it, in ONNX Runtime
 """
 
@@ -32,6 +32,7 @@ from compress.allocation.widths import width_levels
 from compress.catalog import CRITERIA
 from compress.cost.macs import count_macs
 from compress.errors import BudgetUnreachable, CompressError, ModelError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.least_latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
@@ -45,7 +46,7 @@ from compress.progress import SilentProgress
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.ranking.selection import find_candidates, score_groups, select_channels
 from compress.pruning.surgery import remove_channels
-from compress.pruning.trial import silenced_copy
+from compress.pruning.trial import masked_copy
 from compress.pruning.width_costs import build_cost
 from compress.search.export import OPSET
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -194,7 +195,7 @@ def _cut_and_export(
         path = Path(folder) / "slim.onnx"
         with trial.step("export"):
             signature = signature_of(slim, FactorySpec("factory", "support_trial:slim"), example)
-            export_onnx(slim, signature, path, opset=OPSET)
+            export_onnx(slim, signature, path, ExportSettings(opset=OPSET))
             cut["file_macs"] = count_onnx(path).macs
         with trial.step("parity"):
             inputs = random_inputs(signature, batch=3)
@@ -237,7 +238,7 @@ def _compare(
     shape: Sequence[int],
     cut: Record,
 ) -> None:
-    """Compare the slim network with the original whose removed channels are silenced.
+    """Compare the slim network with the original whose removed channels are masked.
 
     Raises:
         ModelError: They differ, or silencing changes so little that the comparison says nothing.
@@ -249,13 +250,13 @@ def _compare(
     except RuntimeError:  # some networks make float32 tensors of their own on the way
         precision = torch.float32
         got = _outputs(slim, images, precision)
-    expected = _tensors(silenced_copy(module, removed, groups).to(precision)(images.to(precision)))
+    expected = _tensors(masked_copy(module, removed, groups).to(precision)(images.to(precision)))
     cut["difference"] = _distance(got, expected)
     cut["effect"] = _distance(_outputs(module, images, precision), expected)
     cut["precision"] = str(precision).removeprefix("torch.")
     if not cut["difference"] <= CUT_LIMIT[precision]:
         raise ModelError(
-            f"The slim network must equal the original with its channels silenced, it differs by "
+            f"The slim network must equal the original with its channels masked, it differs by "
             f"{cut['difference']:.1e} of it."
         )
     if not cut["effect"] >= LEAST_EFFECT:

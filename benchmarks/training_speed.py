@@ -30,9 +30,10 @@ from compress.config.schema.model import LoadConfig
 from compress.data.batches import Augmentation, training_batches
 from compress.data.from_config import Splits
 from compress.stages.load import factory_spec
-from compress.training.device import training_device
-from compress.training.loop import FitSettings, fit, flushed_denormals
+from compress.training.device import flushed_denormals, training_device
+from compress.training.loop import fit
 from compress.training.memory_format import fastest_memory_format
+from compress.training.settings import FitSettings, TrainingData
 
 HEADER = (
     "| network | batch | threads | bare loop | ours | ratio, median | lowest to highest |",
@@ -69,7 +70,7 @@ def measure(pipeline: Path, overrides: Sequence[str], steps: int, rounds: int, b
             if name == "bare":
                 speeds[name] = bare_loop(network.to(there, memory_format=memory_format), batches, settings)
             else:
-                result = fit(network, data.train, data.validation.first(1), settings)
+                result = fit(network, TrainingData(data.train, data.validation.first(1)), settings)
                 speeds[name] = result.epochs[-1].images_per_second
         if number == 0:  # what is done once only, such as choosing algorithms
             continue

@@ -27,7 +27,7 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
 
     Args:
         folder: A run folder (`runs/<name>`), or the folder of its slim checkpoint.
-        factory: Builds the untouched network, where the one named by the run is not to be used: a callable, which
+        factory: Builds the baseline, where the one named by the run is not to be used: a callable, which
             gets the keyword arguments of the run, or "pkg.module:callable" or "path/to/file.py:callable".
 
     Returns:

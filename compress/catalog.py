@@ -1,10 +1,8 @@
-"""How does a name become an object, without importing what nobody asked for?
+"""Names of built-in criteria, methods, stages, runtimes, tasks and data sources, and of optional packages.
 
-Which built-in criteria, stages, runtimes and data set kinds are there? Names only; nothing heavy is imported.
-
-Packages that only some pipelines need, and how to install them.
-
-Hints name these packages, never this program's extras: its name on the package index is somebody else's.
+A registry maps a name to an object, or to the place it is imported from on first use. Importing this module imports
+neither torch nor any of the objects. Hints name optional packages and no extra of this project, whose name on the
+package index belongs to somebody else.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,10 +18,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names of one kind of thing; an entry is an object or the place ("module:attribute") to import it from.
+    """Objects of one kind by name, imported on first use.
 
     Args:
-        kind: What the entries are, for messages: "criterion", "runtime".
+        kind: Noun for the entries in messages, such as "criterion".
     """
 
     def __init__(self, kind: str) -> None:
@@ -32,32 +30,49 @@ class Registry(Generic[T]):
         self._summaries: dict[str, str] = {}
 
     def declare(self, name: str, place: str, summary: str = "") -> None:
-        """Say where `name` is imported from once somebody asks for it, and in one line what it is.
+        """Add a name whose object is imported on first use.
+
+        Args:
+            name: As written in pipeline files.
+            place: "module:attribute" of the object.
+            summary: One line for `compress list`.
 
         Raises:
-            InternalError: The name is taken.
+            InternalError: The name is registered already.
         """
-        self._add(name, place)
-        self._summaries[name] = summary
+        self._add(name, place, summary)
+
+    def declare_all(self, package: str, entries: Iterable[tuple[str, str, str]]) -> None:
+        """Declare (name, place, summary) of several objects; places are relative to a package.
+
+        Raises:
+            InternalError: A name is registered already.
+        """
+        for name, place, summary in entries:
+            self.declare(name, f"{package}.{place}", summary)
 
     def register(self, name: str, entry: T, summary: str = "") -> None:
-        """Add an object under `name`, with one line that says what it is; for plug-ins.
+        """Add an object, for plug-ins.
+
+        Args:
+            name: As written in pipeline files.
+            entry: The object.
+            summary: One line for `compress list`.
 
         Raises:
-            InternalError: The name is taken.
+            InternalError: The name is registered already.
         """
-        self._add(name, entry)
-        self._summaries[name] = summary
+        self._add(name, entry, summary)
 
     def summary(self, name: str) -> str:
-        """Return the line that says what `name` is, or ""; imports nothing."""
+        """Return the line for `compress list`, "" for a name without one; imports nothing."""
         return self._summaries.get(name, "")
 
     def get(self, name: str) -> T:
-        """Return the object called `name`, importing it if need be.
+        """Return the object of a name, imported if need be.
 
         Raises:
-            UnknownName: There is none; names the choices and the closest match.
+            UnknownName: The name is not registered; the message lists the choices, the hint the closest one.
         """
         self.check(name)
         entry = self._entries[name]
@@ -67,7 +82,11 @@ class Registry(Generic[T]):
         return entry  # type: ignore[return-value]
 
     def check(self, name: str) -> None:
-        """Raise UnknownName unless `name` is registered; imports nothing."""
+        """Check that a name is registered; imports nothing.
+
+        Raises:
+            UnknownName: As `get`.
+        """
         if name not in self._entries:
             raise UnknownName(f"{self.kind} must be one of {', '.join(self)}, got '{name}'.", hint=closest(name, self))
 
@@ -80,14 +99,14 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _add(self, name: str, entry: T | str) -> None:
+    def _add(self, name: str, entry: T | str, summary: str) -> None:
         if name in self._entries:
             raise InternalError(f"{self.kind} '{name}' is registered twice.")
-        self._entries[name] = entry
+        self._entries[name], self._summaries[name] = entry, summary
 
 
 def closest(name: str, choices: Registry[T] | list[str]) -> str | None:
-    """Return "did you mean 'x'?" for the closest choice, or None when nothing is close."""
+    """Return the hint "did you mean 'x'?" with the closest choice; None if no choice is close."""
     matches = get_close_matches(name, list(choices), n=1, cutoff=0.51)
     return f"did you mean '{matches[0]}'?" if matches else None
 
@@ -97,15 +116,15 @@ NOTHING, TORCH_MODEL, ONNX_MODEL, VERDICT = "nothing", "TorchModel", "OnnxModel"
 
 @dataclass(frozen=True, slots=True)
 class StageEntry:
-    """What the planner must know of a stage before it is imported.
+    """Declaration of a stage, for planning without importing it.
 
     Attributes:
-        name: As in the pipeline file.
+        name: As written in pipeline files.
         place: "module:Class" of the implementation.
-        version: Raised when the stage's results change for the same input; part of the cache key.
-        consumes: Kind of artifact it needs.
-        produces: Kind of artifact it yields.
-        uses_data: Whether its result depends on the images.
+        version: Part of the cache key; raised when results change for the same input.
+        consumes: Kind of artifact that the stage takes.
+        produces: Kind of artifact that the stage yields.
+        uses_data: True if results depend on the images.
         summary: One line for `compress list`.
     """
 
@@ -128,19 +147,19 @@ STAGES: dict[str, StageEntry] = {
         StageEntry("slim", "compress.stages.slim:SlimStage", 9, TORCH_MODEL, TORCH_MODEL, True,
                    "remove channels and blocks and factorise layers under one budget"),
         StageEntry("low_rank", "compress.stages.low_rank:LowRankStage", 7, TORCH_MODEL, TORCH_MODEL, True,
-                   "replace kernels by products of smaller ones"),
+                   "factorise kernels into products of smaller ones"),
         StageEntry("finetune", "compress.stages.finetune:FinetuneStage", 9, TORCH_MODEL, TORCH_MODEL, True,
-                   "train the slim network, best epoch chosen on validation"),
+                   "train the slim network; the best epoch on validation is kept"),
         StageEntry("export", "compress.stages.export:ExportStage", 4, TORCH_MODEL, ONNX_MODEL, True,
                    "write and check the ONNX file"),
         StageEntry("quantize", "compress.stages.quantize:QuantizeStage", 1, ONNX_MODEL, ONNX_MODEL, True,
-                   "round the ONNX file to INT8, ranges from calibration images"),
+                   "quantise the ONNX file to INT8, with ranges from calibration images"),
         StageEntry("verify", "compress.stages.verify:VerifyStage", 5, ONNX_MODEL, VERDICT, True,
-                   "measure the file in its runtime and hold it to the gates"),
+                   "measure the file in its runtime and check the gates"),
     )
 }  # fmt: skip
 
-NOMINAL = "nominal"  # images as they are
+NOMINAL = "nominal"  # images without perturbation
 CORRUPTIONS = (
     "gaussian_noise",
     "impulse_noise",
@@ -154,39 +173,34 @@ CORRUPTIONS = (
 )
 
 SOURCES: dict[str, str] = {
-    "arrays": ".npz or .npy arrays: uint8 (N, H, W, C) images; integer labels, masks or numbers",
-    "coco": "pictures, and boxes in a JSON file of the COCO form",
+    "arrays": ".npz or .npy arrays: uint8 images (N, H, W, C); integer labels, masks or numbers",
+    "coco": "images, and boxes in a JSON file of the COCO format",
     "folder": "one sub-folder of image files for each class",
-    "idx": "a pair of IDX files (the MNIST format), plain or .gz",
-    "masks": "pictures, and a PNG of class indices for each",
-    "own": "a data set class of your own",
-    "torchvision": "any torchvision classification data set by its class name",
-    "unlabelled": "a folder of pictures, or an array of images, without labels",
-    "yolo": "pictures, and boxes in one .txt file for each",
+    "idx": "pair of IDX files (MNIST format), plain or .gz",
+    "masks": "images, and a PNG of class indices for each",
+    "own": "data set class of your own",
+    "torchvision": "classification data set of torchvision, by its class name",
+    "unlabelled": "images without labels: a folder, or an array",
+    "yolo": "images, and boxes in one .txt file for each",
 }
 
 NETWORKS: dict[str, str] = {
-    "factory": '"pkg.module:callable" or "file.py:callable" of your own, which returns a torch.nn.Module',
-    "onnx": "an ONNX file, weights and all",
-    "timm": "a network of timm by its name (pip install timm)",
-    "torchvision": "a network of torchvision by its name: classification, segmentation, single-stage detection",
+    "factory": '"pkg.module:callable" or "file.py:callable" of your own that returns a torch.nn.Module',
+    "onnx": "ONNX file with its weights",
+    "timm": "network of timm, by its name (pip install timm)",
+    "torchvision": "network of torchvision, by its name: classification, segmentation, single-stage detection",
 }
 
 TASKS: Registry[Any] = Registry("task")
-TASKS.declare(
-    "classification", "compress.tasks.classification:Classification", "one of K classes for each image; top-1"
-)
-TASKS.declare("segmentation", "compress.tasks.segmentation:Segmentation", "one of K classes for each pixel; mIoU")
-TASKS.declare("detection", "compress.tasks.detection:Detection", "boxes, by a postprocess of your own; mAP")
-TASKS.declare("regression", "compress.tasks.regression:Regression", "numbers for each image; RMSE")
-TASKS.declare(
-    "embedding",
-    "compress.tasks.imitation:Embedding",
-    "outputs that must stay where they were",
-)
+TASKS.declare_all("compress.tasks", (
+    ("classification", "classification:Classification", "one of K classes for each image; top-1"),
+    ("segmentation", "segmentation:Segmentation", "one of K classes for each pixel; mIoU"),
+    ("detection", "detection:Detection", "boxes, by a postprocess function of your own; mAP"),
+    ("regression", "regression:Regression", "numbers for each image; RMSE"),
+    ("embedding", "imitation:Embedding", "outputs that must stay close to the baseline's; distance"),
+))  # fmt: skip
 
-# what gates may name: kind of limit -> figures. What is harder is looked at with the figure that
-# decides.
+# Metrics that gates may name, by task and kind of limit. HARDER are those of the primary metric under perturbations.
 HARDER = ("noise", "corruptions", "shifted")
 _OF_IMITATION = {"max_drop": ("cosine",), "max_rise": ("distance",), "min": ("cosine",), "max": ("distance",)}
 _NO_LIMITS: dict[str, tuple[str, ...]] = {"max_drop": (), "max_rise": (), "min": (), "max": ()}
@@ -218,7 +232,7 @@ GATED: dict[str, dict[str, tuple[str, ...]]] = {
         "max": ("distance", *HARDER),
     },
 }
-# of a network that is measured without labels, beside what its task names
+# Metrics in addition to those of the task, for a network measured without labels.
 GATED_WITHOUT_LABELS: dict[str, tuple[str, ...]] = {
     "max_drop": ("agreement", "cosine"),
     "max_rise": ("distance",),
@@ -231,96 +245,54 @@ SHARES = {
 }  # fmt: skip
 
 CRITERIA: Registry[Any] = Registry("criterion")
-CRITERIA.declare(
-    "l1", "compress.pruning.criteria.magnitude:L1", "sum of absolute weights of the filters that produce a channel"
-)
-CRITERIA.declare("l2", "compress.pruning.criteria.magnitude:L2", "euclidean norm of the filters that produce a channel")
-CRITERIA.declare(
-    "bn_scale", "compress.pruning.criteria.magnitude:BnScale", "absolute scale of the batch norms behind a channel"
-)
-CRITERIA.declare(
-    "taylor", "compress.pruning.criteria.taylor:Taylor", "estimated change of the loss when a channel is gated off"
-)
-CRITERIA.declare(
-    "reconstruction",
-    "compress.pruning.criteria.reconstruction:Reconstruction",
-    "taylor for the widths; the channels that refitted readers miss least go first",
-)
-CRITERIA.declare(
-    "greedy",
-    "compress.pruning.criteria.reconstruction:Greedy",
-    "greedy forward selection: channels that imitate their readers' outputs best enter first; no labels",
-)
-CRITERIA.declare(
-    "greedy_refit",
-    "compress.pruning.criteria.reconstruction:GreedyRefit",
-    "forward selection with refitted readers at each step, for strong compression; no labels",
-)
-CRITERIA.declare(
-    "greedy_loss",
-    "compress.pruning.criteria.greedy_loss:GreedyLoss",
-    "forward selection by the loss of the network, for small networks",
-)
-CRITERIA.declare(
-    "lasso", "compress.pruning.criteria.reconstruction:Lasso", "LASSO path over the channels of each reader; no labels"
-)
-CRITERIA.declare(
-    "grasp",
-    "compress.pruning.criteria.gradient_flow:Grasp",
-    "derivative of the gradient norm by a mask of each channel",
-)
-CRITERIA.declare(
-    "snip",
-    "compress.pruning.criteria.gradient_flow:Snip",
-    "connection sensitivity: taylor with one gradient of all images",
-)
-CRITERIA.declare(
-    "pfp", "compress.pruning.criteria.pfp:Pfp", "largest share of a channel in an output of its readers; no labels"
-)
-CRITERIA.declare(
-    "sipp", "compress.pruning.criteria.pfp:Sipp", "pfp with the mean over positions in place of the largest; no labels"
-)
-CRITERIA.declare("random", "compress.pruning.criteria.magnitude:Random", "seeded random numbers, to compare with")
-for _name, _class, _summary in (
-    ("tp_magnitude", "TpMagnitude", "squared weights, mean over the layers of the group"),
-    ("tp_fpgm", "TpFpgm", "distance to the other channels of the group"),
-    ("tp_lamp", "TpLamp", "tp_magnitude over the sum of all scores that are not smaller"),
-    ("tp_taylor", "TpTaylor", "|weight * gradient|, summed, mean over the layers"),
-    ("tp_hessian", "TpHessian", "weight^2 * mean squared gradient, summed, mean over the layers"),
-    ("tp_bn_scale", "TpBnScale", "absolute scales, mean over the batch norms of the group"),
-    ("tp_random", "TpRandom", "seeded random numbers"),
-):
-    CRITERIA.declare(_name, f"compress.pruning.criteria.torch_pruning:{_class}", f"torch-pruning: {_summary}")
+CRITERIA.declare_all("compress.pruning.criteria", (
+    ("l1", "magnitude:L1", "sum of absolute weights of the filters that produce a channel"),
+    ("l2", "magnitude:L2", "Euclidean norm of the filters that produce a channel"),
+    ("bn_scale", "magnitude:BnScale", "absolute scale of the batch norms behind a channel"),
+    ("taylor", "taylor:Taylor", "estimated change of the loss when a channel is masked"),
+    ("reconstruction", "reconstruction:Reconstruction",
+     "widths by taylor; first removed is what refitted readers can replace best"),
+    ("greedy", "reconstruction:Greedy",
+     "forward selection of the channels that reproduce their readers' outputs best; no labels"),
+    ("greedy_refit", "reconstruction:GreedyRefit",
+     "greedy with readers refitted at each step, for strong compression; no labels"),
+    ("greedy_loss", "greedy_loss:GreedyLoss", "forward selection by the loss, for small networks"),
+    ("lasso", "reconstruction:Lasso", "LASSO path over the channels of each reader; no labels"),
+    ("grasp", "gradient_flow:Grasp", "derivative of the gradient norm with respect to a mask on each channel"),
+    ("snip", "gradient_flow:Snip", "connection sensitivity: taylor with one gradient over all images"),
+    ("pfp", "pfp:Pfp", "largest share of a channel in an output of its readers; no labels"),
+    ("sipp", "pfp:Sipp", "pfp with the mean over positions in place of the largest share; no labels"),
+    ("random", "magnitude:Random", "seeded random numbers, for comparison"),
+    ("tp_magnitude", "torch_pruning:TpMagnitude", "torch-pruning: squared weights, mean over the layers of the group"),
+    ("tp_fpgm", "torch_pruning:TpFpgm", "torch-pruning: distance to the other channels of the group"),
+    ("tp_lamp", "torch_pruning:TpLamp", "torch-pruning: tp_magnitude over the sum of all scores at least as large"),
+    ("tp_taylor", "torch_pruning:TpTaylor", "torch-pruning: |weight * gradient|, summed, mean over the layers"),
+    ("tp_hessian", "torch_pruning:TpHessian",
+     "torch-pruning: weight^2 * mean squared gradient, summed, mean over the layers"),
+    ("tp_bn_scale", "torch_pruning:TpBnScale",
+     "torch-pruning: absolute scales, mean over the batch norms of the group"),
+    ("tp_random", "torch_pruning:TpRandom", "torch-pruning: seeded random numbers"),
+))  # fmt: skip
 
-WITHOUT_ERRORS = frozenset(  # order by scores: no errors of readers, no losses
+WITHOUT_ERRORS = frozenset(  # criteria with scores only: no errors of readers, no losses
     {"l1", "l2", "bn_scale", "taylor", "grasp", "snip", "pfp", "sipp", "random", "tp_magnitude", "tp_fpgm", "tp_lamp",
      "tp_taylor", "tp_hessian", "tp_bn_scale", "tp_random"}
 )  # fmt: skip
 WITH_ERRORS = ("greedy", "greedy_refit", "greedy_loss", "lasso", "reconstruction")
 
 METHODS: Registry[Any] = Registry("method")
-METHODS.declare(
-    "gsm", "compress.pruning.methods.gsm:Gsm", "train on the channels that matter most, the others decay by themselves"
-)
-METHODS.declare(
-    "gates", "compress.pruning.methods.gates:Gates", "learn how many channels of each group go, and which blocks"
-)
-METHODS.declare("greg", "compress.pruning.methods.greg:Greg", "a penalty on what goes that grows step by step")
-METHODS.declare(
-    "increg", "compress.pruning.methods.increg:IncReg", "penalties that rise and fall with a channel's rank"
-)
-METHODS.declare("csgd", "compress.pruning.methods.csgd:Csgd", "draw alike channels together until they can be merged")
-METHODS.declare(
-    "grda", "compress.pruning.methods.grda:Grda", "a growing threshold on batch-norm scales until the zeros are enough"
-)
-METHODS.declare(
-    "regrow",
-    "compress.pruning.methods.regrow:Regrow",
-    "train masked; at every choice some channels come back at random",
-)
-METHODS.declare("tpp", "compress.pruning.methods.tpp:Tpp", "greg, with removed filters decorrelated from kept ones")
+METHODS.declare_all("compress.pruning.methods", (
+    ("gsm", "gsm:Gsm", "gradients for the most important channels only; the others decay"),
+    ("gates", "gates:Gates", "learned number of kept channels in each group, and learned choice of blocks"),
+    ("greg", "greg:Greg", "penalty on the channels to remove, growing step by step"),
+    ("increg", "increg:IncReg", "penalties that rise and fall with the rank of a channel"),
+    ("csgd", "csgd:Csgd", "similar channels pulled together until they can be merged"),
+    ("grda", "grda:Grda", "growing threshold on batch-norm scales until enough of them are zero"),
+    ("regrow", "regrow:Regrow", "masked training; at every choice some removed channels return at random"),
+    ("tpp", "tpp:Tpp", "greg, with removed filters decorrelated from kept ones"),
+))  # fmt: skip
 
-RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that takes it, what it does
+RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that takes it, summary
     "nc": ("schemes", "kh x kw convolution C -> r, then 1 x 1 convolution r -> N"),
     "nc2": ("schemes", "nc with the input channels in 2 groups, each of rank r"),
     "nc4": ("schemes", "nc with the input channels in 4 groups, each of rank r"),
@@ -328,25 +300,21 @@ RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that take
     "tucker2": ("schemes", "1 x 1 convolution, kh x kw convolution between two ranks, 1 x 1 convolution"),
     "svd": ("schemes", "two 1 x 1 convolutions or two linear layers"),
     "shared_error": ("allocation", "one relative error for all layers, solved from the budget"),
-    "alds": ("allocation", "smallest bound of the residuals' operator norms; chooses groups and ranks together"),
-    "energy": ("allocation", "per layer retained energy against cost, the price of cost solved from the budget"),
-    "trp": ("method", "train with kernels cut to low rank again and again"),
+    "alds": ("allocation", "smallest bound of the residuals' operator norms; groups and ranks are chosen together"),
+    "energy": (
+        "allocation",
+        "retained energy of each layer against its cost, at a price solved from the budget",
+    ),
+    "trp": ("method", "training with kernels projected to low rank at intervals"),
 }
 
 RUNTIMES: Registry[Any] = Registry("runtime")
-RUNTIMES.declare(
-    "onnxruntime",
-    "compress.verification.runtimes.onnxruntime:OnnxRuntime",
-    "ONNX Runtime with any of its execution providers",
-)
-RUNTIMES.declare(
-    "onnx_reference",
-    "compress.verification.runtimes.onnx_reference:OnnxReference",
-    "the ONNX standard's own evaluator on the CPU, slow: a second opinion on tiny networks",
-)
-RUNTIMES.declare(
-    "torch_eager", "compress.verification.runtimes.torch_eager:TorchEager", "torch on the CPU, to compare with"
-)
+RUNTIMES.declare_all("compress.verification.runtimes", (
+    ("onnxruntime", "onnxruntime:OnnxRuntime", "ONNX Runtime with any of its execution providers"),
+    ("onnx_reference", "onnx_reference:OnnxReference",
+     "reference evaluator of the ONNX project on the CPU; slow, a second opinion on tiny networks"),
+    ("torch_eager", "torch_eager:TorchEager", "PyTorch on the CPU, for comparison"),
+))  # fmt: skip
 
 
 INSTALL = {
@@ -363,27 +331,27 @@ def require_packages(names: Iterable[str], what: str) -> None:
     """Check that packages are installed, without importing them.
 
     Args:
-        names: Names that are imported.
-        what: It is that needs them, for the message.
+        names: Import names of the packages.
+        what: Subject of the message, such as "The task detection".
 
     Raises:
-        PackageMissing: One is not.
+        PackageMissing: A package is not installed.
     """
-    missing = [name for name in names if not _is_there(name)]
+    missing = [name for name in names if not _is_installed(name)]
     if missing:
         raise missing_package(missing, what)
 
 
 def missing_package(names: Iterable[str], what: str) -> PackageMissing:
-    """Return the error that says so, with the lines that install them."""
+    """Return the error for packages that are not installed; its hint is the command that installs them."""
     names = list(names)
     are = "packages {}, which are" if len(names) > 1 else "package {}, which is"
     hint = "; ".join(INSTALL.get(name, f"pip install {name}") for name in names)
     return PackageMissing(f"{what} needs the {are.format(' and '.join(names))} not installed.", hint=hint)
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except (ImportError, ValueError):  # a package that hides itself
+    except (ImportError, ValueError):  # a package without a specification
         return False

@@ -1,4 +1,4 @@
-"""Which things can go wrong, and which exit code each has.
+"""Exception tree, and the exit code of each class.
 
     CompressError                    every error raised on purpose; has .hint
     ├─ ConfigError          exit 2   the pipeline file or the command line is wrong
@@ -26,7 +26,12 @@ A failed verification is no exception: the verdict says so and the exit code is 
 one is inconclusive, the exit code is 6.
 """
 
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 VERDICT_FAILED_EXIT_CODE = 1
 VERDICT_INCONCLUSIVE_EXIT_CODE = 6
@@ -170,7 +175,7 @@ class InternalError(CompressError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
+    """Return whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
     said = str(error)
     return isinstance(error, MemoryError) or (
         not isinstance(error, CompressError)
@@ -180,3 +185,44 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
                   "Failed to allocate memory", "bad allocation")  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that says something, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextmanager
+def translated(build: Callable[[Exception], Exception], *unchanged: type[BaseException]) -> Iterator[None]:
+    """Raise an error of this program in place of any that foreign code raises within the block.
+
+    ONNX Runtime, onnx, protobuf, decoders of images and networks of users raise types of their own, down to plain
+    Exception, so that no list of types would be complete. Errors of this program and lack of memory pass unchanged.
+
+    Args:
+        build: Returns the error to raise for a foreign one, which becomes its cause.
+        unchanged: Further types that pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (CompressError, MemoryError, *unchanged)):
+            raise
+        raise build(error) from error
+
+
+def attempt(call: Callable[[], T], otherwise: Callable[[Exception], U], *unchanged: type[BaseException]) -> T | U:
+    """Return the result of foreign code, or of `otherwise` where it raises anything.
+
+    Args:
+        call: Runs the foreign code.
+        otherwise: Gets the error.
+        unchanged: Types that pass.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if isinstance(error, unchanged):
+            raise
+        return otherwise(error)

@@ -1,4 +1,4 @@
-"""How long work tells that it is alive, without knowing who listens.
+"""Progress reporting of long work to an unknown listener.
 
 Library code takes a `Progress` and opens a task for anything that can take longer than two seconds; `console.py`
 draws it on a terminal or prints plain lines; `SilentProgress` ignores it.
@@ -17,7 +17,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Where work reports to."""
+    """Listener that work reports its progress to."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:

@@ -23,7 +23,9 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource, read_arrays, read_idx
 from compress.data.splits import Split, carve
 from compress.progress import SilentProgress
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
+from compress.training.state import StateFile
 
 
 class PrintedProgress(SilentProgress):
@@ -82,8 +84,9 @@ def main() -> None:
     source = read_source(card, folder, arguments.data)
     parts = carve(source.labels, card["data"]["carve"], card["data"]["carve_seed"])
     preprocessing = Preprocessing.from_dict(card["input"]["preprocessing"])
-    train, validation = (Split(name, source, parts[name], preprocessing) for name in ("train", "validation"))
-    print(f"training on {len(train)} images, watching {len(validation)}; {torch.get_num_threads()} threads", flush=True)
+    data = TrainingData(*(Split(name, source, parts[name], preprocessing) for name in ("train", "validation")))
+    sizes = f"training on {len(data.train)} images, watching {len(data.validation)}"
+    print(f"{sizes}; {torch.get_num_threads()} threads", flush=True)
 
     torch.manual_seed(phases[0]["seed"])
     module = build(card, folder)
@@ -93,7 +96,7 @@ def main() -> None:
             augmentation = Augmentation(**recipe.pop("augmentation"))
             settings = FitSettings(augmentation=augmentation, keep="last", compiled=arguments.compile, **recipe)
             state = out.with_suffix(f".state{number}.tmp")
-            fit(module, train, validation, settings, state_path=state, progress=PrintedProgress())
+            fit(module, data, settings, state_file=StateFile(state), progress=PrintedProgress())
             write(module, done)
         module.load_state_dict(load_file(done))
         print(f"phase {number} of {len(phases)} is done", flush=True)

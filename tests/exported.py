@@ -9,6 +9,7 @@ from pathlib import Path
 import nets
 
 from compress.data.preprocessing import Preprocessing
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import ExportReport, export_onnx
 from compress.model.artifacts import Signature, TensorSpec
 
@@ -28,7 +29,9 @@ def _folder() -> Path:
 def exported_with_report(name: str) -> tuple[Path, ExportReport]:
     """Export a tiny network; tests must not change the file."""
     path = _folder() / f"{name}.onnx"
-    report = export_onnx(nets.build(name), SIGNATURE, path, opset=18, preprocessing=PREPROCESSING, classes=CLASSES)
+    report = export_onnx(
+        nets.build(name), SIGNATURE, path, ExportSettings(opset=18), preprocessing=PREPROCESSING, classes=CLASSES
+    )
     return path, report
 
 

@@ -21,7 +21,8 @@ from compress.cli.commands import app
 from compress.config.load import Pipeline, load_pipeline
 from compress.data.from_config import Splits
 from compress.engine.runner import RunOutcome, run
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
 
 ROOT = Path(compress.__file__).parents[1]
 NETS = ROOT / "tests" / "nets.py"
@@ -159,7 +160,8 @@ def add_weights(world: World, net: str) -> None:
     """Train one of the tiny networks for a second and write its weights."""
     module = nets.build(net)
     splits = Splits(world.load(world.values(net)).config.data)
-    fit(module, splits.train, splits.validation, FitSettings(epochs=6, batch_size=32, learning_rate=0.05))
+    data = TrainingData(splits.train, splits.validation)
+    fit(module, data, FitSettings(epochs=6, batch_size=32, learning_rate=0.05))
     save_file(module.state_dict(), world.folder / f"{net}.safetensors")
 
 

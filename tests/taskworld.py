@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import compress
 from compress.data.from_config import Splits
 from compress.tasks.from_config import open_task
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
 
 HERE = Path(__file__)
 COLOURS = np.array([[40, 40, 40], [220, 60, 60], [60, 60, 220]])
@@ -190,7 +191,8 @@ def make_task_world(
     trained_on = {**pipeline, **(labelled or {})}
     config = world.load(trained_on).config
     splits = Splits(config.data, open_task(config.task))
-    fit(module, splits.train, splits.validation, FitSettings(epochs=epochs, batch_size=32, learning_rate=0.05))
+    data = TrainingData(splits.train, splits.validation)
+    fit(module, data, FitSettings(epochs=epochs, batch_size=32, learning_rate=0.05))
     save_file(module.state_dict(), folder / "weights.safetensors")
     return world
 

@@ -19,9 +19,11 @@ from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import Progress, SilentProgress, SilentTask
-from compress.training import loop as fit_module
-from compress.training.distributed import present_team, tell, together
-from compress.training.loop import Distillation, FitSettings, fit
+from compress.training import loop as loop_module
+from compress.training.distributed import current_ranks, tell, together
+from compress.training.loop import fit
+from compress.training.settings import Distillation, FitSettings, TrainingData
+from compress.training.state import StateFile
 
 SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
 KINDS = ("plain", "norm", "synced", "averaged", "accumulated", "late")
@@ -37,14 +39,16 @@ def network(kind: str, seed: int = 0) -> nn.Module:
         )
 
 
-def splits() -> tuple[Split, Split]:
+def splits() -> TrainingData:
     """Images that are brightest in the colour that their label says; 25 to validate on, which no 2 processes share."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 105)
     images = random.integers(0, 120, (105, 6, 6, 3), np.uint8)
     images[np.arange(105), :, :, labels] += 100
     source, wanted = ArraySource(images, labels), Preprocessing(mean=(0.4,), std=(0.3,))
-    return Split("train", source, np.arange(80), wanted), Split("validation", source, np.arange(80, 105), wanted)
+    return TrainingData(
+        Split("train", source, np.arange(80), wanted), Split("validation", source, np.arange(80, 105), wanted)
+    )
 
 
 def settings(kind: str) -> FitSettings:
@@ -64,7 +68,8 @@ def train(
     """Return the network, the loss of each epoch and the top-1 of each."""
     module = network(kind)
     teacher = Distillation(network(kind, 1).eval(), 0.5, 2.0)
-    result = fit(module, *splits(), settings(kind), teacher, state, progress)
+    file = None if state is None else StateFile(state)
+    result = fit(module, splits(), settings(kind), teacher, file, progress)
     return module, [one.loss for one in result.epochs], [one.validation for one in result.epochs]
 
 
@@ -105,25 +110,25 @@ class Gate:
 
 
 def main() -> None:
-    """Train every kind as one of a team."""
+    """Train every kind as one of a ranks."""
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
-    figures: dict[str, object] = {"apart": present_team().size, "told": tell("wörd" if rank == 0 else None)}
+    figures: dict[str, object] = {"apart": current_ranks().size, "told": tell("wörd" if rank == 0 else None)}
     with together():
         for kind in KINDS:
-            fit_module.steps_read_together = lambda _device, kind=kind: 3 if kind == "late" else 1  # as on a GPU
+            loop_module.loss_sync_interval = lambda _device, kind=kind: 3 if kind == "late" else 1  # as on a GPU
             module, losses, top1 = train(kind, folder / f"{kind}.pt")
             torch.save(module.state_dict(), folder / f"{kind}-{rank}.weights")
             figures[kind] = [losses, top1]
         with suppress(InterruptedError):
             train("plain", folder / "left.pt", Ends())
         gate = Gate(rank)
-        fit(network("plain"), *splits(), replace(SETTINGS, steps=2), hooks=gate)
+        fit(network("plain"), splits(), replace(SETTINGS, steps=2), hooks=gate)
         figures["gate"] = gate.seen
-        team = present_team()
-        figures["sums"] = team.total([1.0, float(rank)])
-        figures["any"] = [team.any(rank == 1), team.any(False)]
+        ranks = current_ranks()
+        figures["sums"] = ranks.total([1.0, float(rank)])
+        figures["any"] = [ranks.any(rank == 1), ranks.any(False)]
         (folder / f"{rank}.json").write_text(json.dumps(figures))
         if rank == 1:  # ends without a word; the other one must not wait for it
             dist.barrier()

@@ -1,4 +1,4 @@
-"""What does a network cost when its channel groups have other widths?
+"""Costs of a network as a function of the widths of its channel groups.
 
 A layer's cost depends on both of its widths, so savings must not be added up layer by layer:
 

@@ -1,4 +1,4 @@
-"""What is there to decide under a budget, and what does each choice cost?
+"""Decisions under a budget, and the costs of their choices.
 
     decision   one thing to settle: a channel group's width, whether a block stays, a layer's rank
     option     one of its answers, by position; each has a damage
@@ -196,7 +196,7 @@ def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budget:
-    """What must not be exceeded.
+    """Upper limit of one cost.
 
     Attributes:
         name: Of the quantity: "macs", "latency_ms".
@@ -215,11 +215,11 @@ class Budget:
     is_absolute: bool = False
 
     def allows(self, choice: Mapping[str, int]) -> bool:
-        """Whether a choice is within the limit, up to the rounding of a sum of floats."""
+        """Return whether a choice is within the limit, up to the rounding of a sum of floats."""
         return self.within(self.cost.at(choice))
 
     def within(self, cost: float) -> bool:
-        """Whether a cost is within the limit, up to the rounding of a sum of floats."""
+        """Return whether a cost is within the limit, up to the rounding of a sum of floats."""
         return cost <= self.limit + 1e-9 * abs(self.limit)
 
     def show(self, cost: float) -> str:

@@ -1,4 +1,4 @@
-"""How is a knapsack with coupled costs written for a solver of mixed-integer linear programs?
+"""Mixed-integer linear program of a knapsack with coupled costs.
 
     x[d, k]     1 where decision d takes option k; every row sums to 1
     u[s, i]     1 where a count that several decisions lower has its i-th possible size; every row sums to 1, and the

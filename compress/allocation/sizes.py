@@ -40,7 +40,7 @@ class SizeAxis:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all options take whole numbers of channels."""
+        """Return whether all options take whole numbers of channels."""
         return _is_whole(self.full, self.lost.values())
 
     def places(self, lost: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How wide does each channel group become under one or several budgets?
+"""Allocation of widths to channel groups under one or several budgets.
 
 Pure arithmetic: scores and costs in, widths out. A width's damage, unless it was measured, is the squared sum of the
 lowest scores, as many as channels go, so that a group is the dearer to narrow the more of it is gone; the knapsack
@@ -76,7 +76,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What every group must keep.
+    """Limits on the widths of every group.
 
     Attributes:
         min_width: Channels.

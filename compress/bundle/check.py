@@ -1,4 +1,4 @@
-"""Is this bundle whole, and does its model do here what was promised? Needs numpy and onnxruntime, no more.
+"""Self-check of a deployment bundle; needs numpy and onnxruntime only.
 
     python check.py [FOLDER or model.zip]        in the bundle itself, or anywhere
     compress check model.zip                     the same code
@@ -171,7 +171,7 @@ def _read_directory(data: bytes, what: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name can neither lead out of a folder nor be another file on another system."""
+    """Return whether a name can neither lead out of a folder nor be another file on another system."""
     return _PLAIN_NAME.fullmatch(name) is not None and not name.endswith(".")
 
 
@@ -345,7 +345,7 @@ def _load_public_key(path: Path) -> tuple[Any, str]:
 
 
 class Promises:
-    """What `model.json` says of the model that concerns a check; every value is looked at before it is used.
+    """Values of `model.json` that a check compares; each is validated before it is used.
 
     Attributes:
         input: Name of the one input.
@@ -961,7 +961,7 @@ def _require_place(refuse: Callable[[str], NoReturn], path: Path, bundle: Path) 
 
 
 def _is_outcome(path: Path) -> bool:
-    """Whether a file is empty or was written by `--json`."""
+    """Return whether a file is empty or was written by `--json`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8") or '{"checks": 0, "exit_code": 0}')
     except (OSError, ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""What must somebody know who gets a model and nothing else? The content of `model.json`.
+"""Content of `model.json`: everything needed to use a model without any other file.
 
-Everything in it follows from the report of the run and from the file itself, so that the same run gives the same text.
+It follows from the report of the run and from the file itself, so that the same run gives the same text.
 """
 
 import json
@@ -16,6 +16,7 @@ from compress.bundle.check import MAX_COUNT, RUNTIME, SCHEMA
 from compress.bundle.finished_run import FinishedRun
 from compress.errors import ArtifactError, ConfigError
 from compress.onnx_file.io import is_half, is_quantized, read_metadata, read_signature
+from compress.report.model import Provenance, Report
 from compress.verification.other_runtimes import ROUNDED_WITHIN
 
 MIN_AGREEMENT_ROUNDED = 0.9  # one of 16 images, the default, may lie so near to a border that rounding decides
@@ -45,7 +46,8 @@ def describe_model(
     if metadata.preprocessing is None:
         raise ArtifactError(f"'{run.folder / 'model.onnx'}' must state its preprocessing, it does not.")
     precision = name_precision(proto)
-    stated = dict(run.report["provenance"]["licence"])
+    provenance = run.report.provenance or Provenance()
+    stated = provenance.licence.model_dump()
     return {
         "schema": SCHEMA,
         "name": run.name,
@@ -54,12 +56,12 @@ def describe_model(
         "preprocessing": metadata.preprocessing.to_dict(),
         "classes": list(metadata.classes),
         "metrics": _metrics(run.report),
-        "verdict": without_folders(run.report["verdict"], is_text=True),
+        "verdict": without_folders(run.report.verdict.model_dump(), is_text=True),
         "promises": _promises(run.verify, precision != "fp32", float(np.abs(expected).max())),
         "measured": _measured(run),
         "samples": len(expected),
         "licence": stated if licence is None else {**stated, "model": licence},
-        "provenance": _provenance(run),
+        "provenance": _describe_provenance(run, provenance),
     }
 
 
@@ -76,15 +78,18 @@ def to_text(values: dict[str, Any]) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
-def _metrics(report: dict[str, Any]) -> dict[str, Any]:
+def _metrics(report: Report) -> dict[str, Any]:
     """Return size, quality and latency of both networks, with 95 % intervals where they are known."""
-    quality = report["details"].get("quality") or {}
-    latency = report["details"].get("latency") or {}
+    quality, ratio = report.details.quality, report.details.latency.ratio
+    estimates = {"baseline": quality.baseline, "slim": quality.slim, "changes": quality.changes}
     return {
-        "baseline": report["baseline"],
-        "slim": report["slim"],
-        "intervals": {name: quality.get(name) for name in ("baseline", "slim", "changes")},
-        "latency_ratio": latency.get("ratio"),
+        "baseline": None if report.baseline is None else report.baseline.model_dump(),
+        "slim": None if report.slim is None else report.slim.model_dump(),
+        "intervals": {
+            network: {name: one.model_dump() for name, one in found.items()} or None
+            for network, found in estimates.items()
+        },
+        "latency_ratio": None if ratio is None else ratio.model_dump(),
     }
 
 
@@ -109,7 +114,7 @@ def _promises(verify: dict[str, Any], is_rounded: bool, largest_output: float) -
 
 def _measured(run: FinishedRun) -> dict[str, Any]:
     """Return the median latency, and on what it was measured."""
-    slim, environment = run.report["slim"] or {}, run.report["environment"]
+    environment = run.report.environment
     conditions = {name: run.verify[name] for name in ("runtime", "provider", "threads", "batch_size")}
     for name in ("threads", "batch_size"):
         if conditions[name] > MAX_COUNT:
@@ -117,24 +122,24 @@ def _measured(run: FinishedRun) -> dict[str, Any]:
                 f"{name} of verify must be at most {MAX_COUNT:,} for a run to be handed over, got {conditions[name]:,}."
             )
     return {
-        "latency_ms": (slim.get("latency_ms") or {}).get("p50"),
+        "latency_ms": run.report.latency().after,
         **conditions,
-        "machine": environment["cpu"],
-        "cores": environment["cores"],
-        "platform": environment["platform"],
+        "machine": environment.cpu,
+        "cores": environment.cores,
+        "platform": environment.platform,
     }
 
 
-def _provenance(run: FinishedRun) -> dict[str, Any]:
-    """Return what the model was made of."""
-    made, environment = run.report["provenance"], run.report["environment"]
+def _describe_provenance(run: FinishedRun, provenance: Provenance) -> dict[str, Any]:
+    """Return the provenance of the model, with the recipe, the pipeline and the versions."""
+    environment = run.report.environment
     return {
         "recipe": run.recipe,
-        "config": without_folders(run.report["config"]),
-        "seed": run.report["config"]["seed"],
-        "versions": environment["versions"],
-        "python": environment["python"],
-        **{name: made[name] for name in ("data", "weights", "factory", "git")},
+        "config": without_folders(run.report.config),
+        "seed": run.report.config["seed"],
+        "versions": environment.versions,
+        "python": environment.python,
+        **provenance.model_dump(exclude={"files", "licence"}),
     }
 
 
@@ -152,7 +157,7 @@ def without_folders(value: Any, *, is_text: bool = False) -> Any:
     """
     if isinstance(value, dict):
         return {key: without_folders(entry, is_text=is_text) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [without_folders(entry, is_text=is_text) for entry in value]
     if not isinstance(value, str):
         return value

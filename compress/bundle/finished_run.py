@@ -1,7 +1,7 @@
-"""Which run is handed over, and is its folder still what the run left there?
+"""Finished run that a bundle is made of, checked against its digests.
 
-A run folder is trusted for nothing that its report does not say: the files that go into a bundle must have the digests
-that the run wrote down, and so must the images that the samples are taken from.
+The files that go into a bundle must have the digests that the run wrote down, and so must the images that the samples
+are taken from.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ from pydantic import ValidationError
 
 from compress.config.schema.data import DataConfig
 from compress.errors import ArtifactError, ConfigError
-from compress.storage.digest import DIGEST_KEY, RecordDamaged, digest_data, digest_file, read_json, read_sealed
+from compress.report.build import REPORT_SCHEMA
+from compress.report.details import Quality
+from compress.report.model import Report, read_report
+from compress.storage.digest import RecordDamaged, digest_data, digest_file, read_json, read_sealed
+from compress.tasks.classification import CLASSIFICATION
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
-REPORT_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +27,14 @@ class FinishedRun:
 
     Attributes:
         folder: The run folder.
-        report: Content of `report.json`.
+        report: Of the run.
         model_files: Name -> file of the ONNX model and of its weights outside of it.
         recipe: The edits, as plain values.
         data: Checked `data:` section of the pipeline.
     """
 
     folder: Path
-    report: dict[str, Any]
+    report: Report
     model_files: dict[str, Path]
     recipe: dict[str, Any]
     data: DataConfig
@@ -39,22 +42,22 @@ class FinishedRun:
     @property
     def name(self) -> str:
         """Name of the run."""
-        return str(self.report["name"])
+        return self.report.name
 
     @property
     def has_passed(self) -> bool:
-        """Whether the verdict was passed."""
-        return self.report["verdict"]["passed"] is True
+        """Return whether the verdict was passed."""
+        return self.report.verdict.passed
 
     @property
     def failed(self) -> list[str]:
         """Names of the checks that failed."""
-        return [check["name"] for check in self.report["verdict"]["checks"] if check["status"] == "fail"]
+        return [check.name for check in self.report.verdict.checks if check.status == "fail"]
 
     @property
     def inconclusive(self) -> list[str]:
         """Names of the checks that are inconclusive."""
-        return [check["name"] for check in self.report["verdict"]["checks"] if check["status"] == "inconclusive"]
+        return [check.name for check in self.report.verdict.checks if check.status == "inconclusive"]
 
     @property
     def unmet(self) -> str:
@@ -65,8 +68,9 @@ class FinishedRun:
     @property
     def verify(self) -> dict[str, Any]:
         """Settings of the `verify` stage."""
-        settings: dict[str, Any] = self.report["config"]["stages"][-1]
-        return settings
+        settings: Any = self.report.config["stages"]
+        last: dict[str, Any] = settings[-1]
+        return last
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -89,12 +93,12 @@ def read_run(folder: Path) -> FinishedRun:
         raise ArtifactError(f"The run in '{folder}' must be finished, it has no report.json.", hint=again)
     report = _read_report(folder / "report.json", again)
     try:
-        _require_classifier(report)
+        _require_classifier(report.details.quality)
         digests = _require_provenance(report, folder, again)
         model_files = {name: folder / name for name in digests if name.startswith(MODEL_FILE)}
         for name in digests:
             _require_digest(folder / name, digests[name], again)
-        data = DataConfig.model_validate(report["config"]["data"])
+        data = DataConfig.model_validate(report.config["data"])
         _require_data(report, data)
         run = FinishedRun(folder, report, model_files, _read_json(folder / RECIPE_FILE), data)
         _ = run.name, run.has_passed, run.failed, run.verify["gates"]
@@ -107,28 +111,25 @@ def read_run(folder: Path) -> FinishedRun:
     return run
 
 
-def _require_classifier(report: dict[str, Any]) -> None:
+def _require_classifier(quality: Quality) -> None:
     """Refuse a run of another task: the check on the device knows labels and top-1 only."""
-    quality = report["details"].get("quality") or {}
-    if quality.get("metric"):
-        labels = "" if quality.get("is_labelled", True) else " without labels"
+    if quality.task != CLASSIFICATION.name:
+        labels = "" if quality.is_labelled else " without labels"
         raise ConfigError(
-            f"A bundle must be of a classifier with labelled images, this run's task is {quality.get('task')}{labels}.",
+            f"A bundle must be of a classifier with labelled images, this run's task is {quality.task}{labels}.",
             hint="model.onnx in the run folder is the whole network.",
         )
 
 
-def _require_provenance(report: dict[str, Any], folder: Path, again: str) -> dict[str, str]:
+def _require_provenance(report: Report, folder: Path, again: str) -> dict[str, str]:
     """Return name -> digest of the files that the run wrote down."""
-    if report.get("schema") != REPORT_SCHEMA:
-        raise ArtifactError(f"'{folder / 'report.json'}' must have schema {REPORT_SCHEMA}, got {report.get('schema')}.")
-    digests = (report.get("provenance") or {}).get("files") or {}
+    digests = {} if report.provenance is None else report.provenance.files
     if MODEL_FILE not in digests or RECIPE_FILE not in digests:
         raise ArtifactError(
             f"'{folder / 'report.json'}' must state the digest of {MODEL_FILE}; an older version wrote it.",
             hint=again,
         )
-    return {str(name): str(digest) for name, digest in digests.items()}
+    return digests
 
 
 def _require_digest(file: Path, wanted: str, again: str) -> None:
@@ -142,9 +143,9 @@ def _require_digest(file: Path, wanted: str, again: str) -> None:
         )
 
 
-def _require_data(report: dict[str, Any], data: DataConfig) -> None:
+def _require_data(report: Report, data: DataConfig) -> None:
     """Refuse evaluation images that are not those of the run: the samples would be of something else."""
-    wanted = report["provenance"]["data"]["evaluation"]
+    wanted = None if report.provenance is None else report.provenance.data.evaluation
     found = digest_data(data.evaluation.model_dump(mode="json"))
     if found != wanted:
         raise ArtifactError(
@@ -153,18 +154,19 @@ def _require_data(report: dict[str, Any], data: DataConfig) -> None:
         )
 
 
-def _read_report(path: Path, again: str) -> dict[str, Any]:
+def _read_report(path: Path, again: str) -> Report:
     """Return a report that equals its own digest.
 
     Raises:
-        ArtifactError: It is damaged or edited, or an older version wrote it, which gave it no digest.
+        ArtifactError: It is damaged or edited, of another schema, or without a digest: an older version wrote it.
     """
     try:
-        report = read_sealed(path)
+        values = read_sealed(path)
     except RecordDamaged as error:
         raise ArtifactError(error.message, hint=again) from error
-    del report[DIGEST_KEY]
-    return report
+    if values.get("schema") != REPORT_SCHEMA:
+        raise ArtifactError(f"'{path}' must have schema {REPORT_SCHEMA}, got {values.get('schema')}.")
+    return read_report(values, f"'{path}'")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which images prove the model elsewhere, and what must it say about them?
+"""Sample images of a bundle, with the outputs that the model must give for them.
 
 Images of the evaluation split, spread evenly over it, and the outputs that the file itself gives in ONNX Runtime on a
 CPU with one thread, so that the same run gives the same outputs on the same kind of machine.

@@ -1,4 +1,4 @@
-"""How is a manifest signed? With the user's own Ed25519 key, through the package cryptography."""
+"""Signatures of manifests with the user's own Ed25519 key, through the package cryptography."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How does a finished run become one file that proves itself on the device?
+"""Deployment bundle of a finished run: one zip file that checks itself on the target device.
 
 run folder -> read_run (digests) -> samples, model.json, README.md, check.py -> manifest [-> signature] -> model.zip
 """

@@ -1,4 +1,4 @@
-"""How is an artifact laid out on disk, and read back?
+"""Artifacts on disk: how each kind is written and read back.
 
     TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
                  [structure.onnx]   of a network that came as an ONNX file: that file without its weights
@@ -34,6 +34,8 @@ from compress.model.artifacts import (
 )
 from compress.model.recipe import Recipe
 from compress.storage.digest import digest_file, read_sealed, sealed
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +64,7 @@ def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -
     Args:
         kind: As in `catalog.py`.
         folder: Where it was saved.
-        factory: How the untouched network is built now; by default as it was when the artifact was saved.
+        factory: How the baseline is built now; by default as it was when the artifact was saved.
 
     Raises:
         ArtifactError: A file is missing or not as it must be.
@@ -134,7 +136,7 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     Args:
         source: Folder of the `TorchModel`.
         target: Folder to fill; created when it is missing.
-        factory: How the untouched network is built now.
+        factory: How the baseline is built now.
     """
     target.mkdir(parents=True, exist_ok=True)
     if factory.kind == "onnx":
@@ -163,7 +165,7 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
 
     Args:
         folder: A run folder, or the `slim` folder in it.
-        factory: Builds the untouched network; by default what the checkpoint names. A callable gets the keyword
+        factory: Builds the baseline; by default what the checkpoint names. A callable gets the keyword
             arguments of the checkpoint.
 
     Raises:
@@ -263,12 +265,16 @@ def _load_onnx_model(folder: Path, factory: FactorySpec | None) -> OnnxModel:
 
 def _load_verdict(folder: Path) -> Verdict:
     values = _read_json(folder / "verdict.json")
+    metric = values.get("metric") or (values["details"].get("quality") or {}).get(
+        "metric"
+    )  # an early file has no other
     return Verdict(
         checks=tuple(CheckResult(**check) for check in values["checks"]),
         required=tuple(values["required"]),
         slim=Figures(**values["slim"]) if values["slim"] else None,
         baseline=Figures(**values["baseline"]) if values["baseline"] else None,
         details=values["details"],
+        metric=Metric(**metric) if metric else CLASSIFICATION.main,
     )
 
 

@@ -1,4 +1,4 @@
-"""How does a network come to life: factory, weights, and the replay of a recipe?
+"""Construction of a network: factory, weights, replay of a recipe.
 
     build_module ──load_strict──> with_one_array ──> as `load` leaves it ──apply_edits──> slim
      (networks/)   (networks/)     (wire, prepare)
@@ -35,9 +35,9 @@ from compress.user_code import beside, import_callable
 
 __all__ = [
     "apply_edits",
+    "build_baseline",
     "build_module",
     "build_narrow",
-    "build_untouched",
     "call_factory",
     "example_input",
     "fitting_weights",
@@ -154,7 +154,7 @@ def without_unread(module: nn.Module, example: Tensor) -> tuple[nn.Module, Recip
     return remove_unread(module, edit, example).eval(), Recipe((edit,))
 
 
-def build_untouched(spec: FactorySpec, signature: Signature, make: Callable[..., Any] | None = None) -> nn.Module:
+def build_baseline(spec: FactorySpec, signature: Signature, make: Callable[..., Any] | None = None) -> nn.Module:
     """Return the network as `load` left it, with weights that do not matter.
 
     Args:
@@ -314,10 +314,10 @@ def _differing(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list
 def rebuild(
     spec: FactorySpec, recipe: Recipe, signature: Signature, weights: Path, make: Callable[..., Any] | None = None
 ) -> nn.Module:
-    """Build the untouched network, replay the recipe on it, and load the slim weights strictly.
+    """Build the baseline, replay the recipe on it, and load the slim weights strictly.
 
     Args:
-        spec: How the untouched network is built.
+        spec: How the baseline is built.
         recipe: The edits.
         signature: Inputs and outputs.
         weights: Of the slim network.
@@ -328,7 +328,7 @@ def rebuild(
         ModelError: The factory fails.
         RebuildMismatch: The recipe or the weights do not fit the factory.
     """
-    module = apply_edits(build_untouched(spec, signature, make), recipe, example_input(signature))
+    module = apply_edits(build_baseline(spec, signature, make), recipe, example_input(signature))
     state = read_weights(weights)
     try:
         load_strict(module, state, f"'{weights.name}'")

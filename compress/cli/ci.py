@@ -1,4 +1,4 @@
-"""How does a CI system get to know a verdict? As JUnit XML, as JSON, and as a summary in Markdown."""
+"""Verdicts for CI systems: JUnit XML, JSON, and a summary in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from compress.cli.text import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, next_steps, verdict_sentence
+from compress.cli.text import CHECK_COLUMNS, VALUE_COLUMNS, check_rows, next_steps, value_rows, verdict_sentence
 from compress.errors import ArtifactError, ConfigError
 from compress.report.build import describe_verdict, write_json
 from compress.storage.files import remove_earlier, write_whole
@@ -22,13 +22,13 @@ _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(verdict: Verdict, name: str) -> bytes:
-    """Return a JUnit report with one test case a check.
+    """Return a JUnit report with one test case for each check.
 
-    One that was required and skipped is a failure, an inconclusive one an error: it neither passed nor failed.
+    A check that was required and skipped is a failure, an inconclusive one an error.
 
     Args:
-        verdict: The outcome.
-        name: Of the test suite, such as the run's or the file's.
+        verdict: Outcome of the verification.
+        name: Of the test suite.
     """
     cases = ElementTree.Element("testsuite", name=_clean(name))
     failures = errors = skips = 0
@@ -72,19 +72,19 @@ def to_markdown(verdict: Verdict, name: str) -> str:
     if steps := next_steps(verdict):
         parts.append("\n".join(f"- Next step for {step}" for step in steps))
     parts.append(_table(CHECK_COLUMNS, check_rows(verdict)))
-    if figures := figure_rows(verdict):
-        parts.append(_table(FIGURE_COLUMNS, figures))
+    if values := value_rows(verdict):
+        parts.append(_table(VALUE_COLUMNS, values))
     return "\n\n".join(parts) + "\n"
 
 
 def write_for_ci(verdict: Verdict, name: str, junit: Path | None, json_file: Path | None, summary: bool) -> None:
-    """Write what was asked for.
+    """Write a verdict in the forms that were asked for.
 
     Args:
-        verdict: The outcome.
+        verdict: Outcome of the verification.
         name: Of the run or the file.
-        junit: Where JUnit XML goes; None for nowhere.
-        json_file: Where JSON goes.
+        junit: File for JUnit XML; None for none.
+        json_file: File for JSON; None for none.
         summary: Whether Markdown is added to the file that GitHub Actions names in GITHUB_STEP_SUMMARY.
 
     Raises:
@@ -107,7 +107,7 @@ def write_for_ci(verdict: Verdict, name: str, junit: Path | None, json_file: Pat
 
 
 def require_places(junit: Path | None, json_file: Path | None, summary: bool) -> None:
-    """Check before any long work that what is asked for can be written.
+    """Check before any long work that the files can be written.
 
     Raises:
         ConfigError: A path is a folder or in none, or no file for the summary is named.
@@ -126,9 +126,9 @@ def require_place(option: str, path: Path | None, suffix: str, kind: str) -> Non
 
     Args:
         option: Name of the option.
-        path: What it names; None where it is not given.
-        suffix: That its name must have.
-        kind: What will be written, as in `compress.storage.files`.
+        path: Its value; None where it is not given.
+        suffix: Of the file name.
+        kind: Of the file, as in `compress.storage.files`.
 
     Raises:
         ConfigError: It is a folder or in none, a link, a device or another file, or its name ends otherwise.

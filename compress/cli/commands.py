@@ -1,4 +1,4 @@
-"""Which commands are there? Each parses its options, calls the library and maps the outcome to an exit code.
+"""Commands of the command line: each parses its options, calls the library and returns an exit code.
 
     0 done, verdict passed    1 verdict failed      2 pipeline or command line wrong   3 a stage failed
     4 file missing or corrupt 5 runtime unavailable 6 verdict inconclusive             70 a bug
@@ -167,15 +167,14 @@ def sweep(
     from compress.engine.sweep import (
         sweep as sweep_pipeline,  # imports torch; a wrong pipeline file is refused before that
     )
-    from compress.report.sweep import describe_potential, sweep_columns, sweep_rows
+    from compress.report.sweep import describe_potential
 
     console = Console(quiet)
     outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console)
-    console.print_table(
-        f"Budgets of {outcome.report['quantity']}", sweep_columns(outcome.report), sweep_rows(outcome.report)
-    )
-    if sentence := describe_potential(outcome.report):
-        console.say(sentence)
+    results = outcome.sweep
+    console.print_table(f"Budgets of {results.quantity}", results.columns, results.rows)
+    if results.potential is not None:
+        console.say(describe_potential(results.potential))
     console.note(f"Report: {outcome.folder / 'sweep.html'}")
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)

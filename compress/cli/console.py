@@ -1,4 +1,4 @@
-"""What does the user see? The only module that prints.
+"""Terminal output: plan, progress, verdict. The only module that prints.
 
 On a terminal: bars, tables and colours by rich. Anywhere else: plain lines, one about every five seconds for each
 task, so that a log file stays short and shows that the work is alive. Results go to stdout, warnings and errors to
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
-from compress.cli.text import CHECK_COLUMNS, FIGURE_COLUMNS, check_rows, figure_rows, next_steps, verdict_sentence
+from compress.cli.text import CHECK_COLUMNS, VALUE_COLUMNS, check_rows, next_steps, value_rows, verdict_sentence
 
 if TYPE_CHECKING:  # rich is imported for terminals only, the artifacts not at all: both cost start-up time
     from rich.console import Console as RichConsole
@@ -100,11 +100,10 @@ class Console:
         self.print_table("Plan", ("stage", "status", "why"), rows)
 
     def print_verdict(self, verdict: Verdict) -> None:
-        """Print every check, the figures before and after, and one sentence; also when quiet."""
+        """Print every check, both networks' values, and one sentence; also when quiet."""
         self.print_table("Checks", CHECK_COLUMNS, check_rows(verdict))
-        figures = figure_rows(verdict)
-        if figures:
-            self.print_table("Before and after", FIGURE_COLUMNS, figures)
+        if values := value_rows(verdict):
+            self.print_table("Before and after", VALUE_COLUMNS, values)
         for step in next_steps(verdict):
             self._write(self._out, f"Next step for {step}")
         self._write(self._out, verdict_sentence(verdict), _OUTCOME_STYLES[verdict.outcome])

@@ -1,4 +1,4 @@
-"""How does a command end? With an exit code and a sentence, never with a traceback."""
+"""Exit codes of commands, and the message for every error."""
 
 import contextlib
 import errno

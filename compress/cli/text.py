@@ -1,4 +1,4 @@
-"""How are a verdict and its figures put into words and rows? Used by the console."""
+"""Verdicts and metrics as rows and sentences for the terminal."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ if TYPE_CHECKING:  # the artifacts import numpy, which nobody needs for `compres
     from compress.model.artifacts import Figures, Verdict
 
 CHECK_COLUMNS = ("check", "status", "value", "limit", "unit", "detail")
-FIGURE_COLUMNS = ("figure", "baseline", "slim", "change")
+VALUE_COLUMNS = ("metric", "baseline", "slim", "change")
 
 
 def check_rows(verdict: Verdict) -> list[tuple[str, ...]]:
-    """Return one row a check, in the order of CHECK_COLUMNS."""
+    """Return the cells of CHECK_COLUMNS for each check."""
     return [
         (c.name, c.status, format_number(c.value), format_number(c.limit), c.unit, c.detail) for c in verdict.checks
     ]
 
 
-def figure_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
-    """Return MACs, params, size, quality and latency before and after; [] when either was not measured."""
-    from compress.report.outcome import quality_kind  # imports numpy
-
+def value_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
+    """Return the cells of VALUE_COLUMNS for costs, quality and latency; [] when either network was not measured."""
     before, after = verdict.baseline, verdict.slim
     if before is None or after is None:
         return []
@@ -33,8 +31,9 @@ def figure_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
     for name in before.quality:
         if name in after.quality:
             old, new = before.quality[name], after.quality[name]
-            if quality_kind({"details": verdict.details}, name).is_share:
-                rows.append((f"{name} (%)", f"{100 * old:.2f}", f"{100 * new:.2f}", f"{100 * (new - old):+.2f} points"))
+            if verdict.metric.other(name).is_share:
+                change = f"{100 * (new - old):+.2f} percentage points"
+                rows.append((f"{name} (%)", f"{100 * old:.2f}", f"{100 * new:.2f}", change))
             else:
                 rows.append((name, f"{old:.4g}", f"{new:.4g}", f"{new - old:+.4g}"))
     for name in before.latency_ms:
@@ -86,7 +85,7 @@ def _megabytes(figures: Figures) -> str:
 
 
 def _fewer(before: float, after: float, word: str = "fewer") -> str:
-    """Return "2.00x fewer"; says so honestly when there is more after than before."""
+    """Return "2.00x fewer", or "1.50x more" where there is more after than before."""
     if before <= 0 or after <= 0:
         return "-"
     if f"{before / after:.2f}" == "1.00":

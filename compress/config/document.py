@@ -137,7 +137,7 @@ class Document:
         origins: Where each value begins.
         key_origins: Where the key of each value begins.
         problems: What is wrong so far.
-        broken: Paths whose value was refused already and must not be complained about twice.
+        refused: Paths of values with a problem already; nothing that follows from them is reported.
         noun: What the file is called in messages: "pipeline" or "gates".
     """
 
@@ -146,7 +146,7 @@ class Document:
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     key_origins: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    broken: set[KeyPath] = field(default_factory=set)
+    refused: set[KeyPath] = field(default_factory=set)
     noun: str = PIPELINE
 
     def origin(self, path: KeyPath) -> Origin:
@@ -159,18 +159,29 @@ class Document:
         """Return where the key of `path` stands, or else its value."""
         return self.key_origins.get(path) or self.origin(path)
 
-    def is_broken(self, path: KeyPath) -> bool:
-        """Whether the value at `path`, or one around it, was refused already."""
-        return any(path[:length] in self.broken for length in range(len(path) + 1))
+    def value_at(self, path: KeyPath) -> Any:
+        """Return the value at `path`."""
+        value = self.value
+        for part in path:
+            value = value[part]
+        return value
 
-    def holds_broken(self, path: KeyPath) -> bool:
-        """Whether a value inside the one at `path` was refused already."""
-        return any(broken[: len(path)] == path for broken in self.broken)
+    def problem(self, path: KeyPath, rule: str, hint: str | None = None) -> Problem:
+        """Return the problem of the value at `path`, whose message begins with the path."""
+        return Problem(self.origin(path), f"{format_path(path)} {rule}", hint)
+
+    def is_valid_itself(self, path: KeyPath) -> bool:
+        """Return whether neither the value at `path` nor one around it is refused."""
+        return all(path[:length] not in self.refused for length in range(len(path) + 1))
+
+    def is_valid(self, path: KeyPath) -> bool:
+        """Return whether neither the value at `path` nor one around or inside it is refused."""
+        return self.is_valid_itself(path) and all(inner[: len(path)] != path for inner in self.refused)
 
     def refuse(self, path: KeyPath, origin: Origin, text: str, hint: str | None = None) -> None:
         """Note a fault of the YAML at `path`."""
         self.problems.append(Problem(origin, text, hint, "syntax"))
-        self.broken.add(path)
+        self.refused.add(path)
 
     def set(self, path: KeyPath, container: Any, value: Any, origin: Origin) -> None:
         """Put `value` at the end of `path`, inside `container`, and remember where it came from."""
@@ -178,7 +189,7 @@ class Document:
         for known in (self.origins, self.key_origins):
             for inner in [inner for inner in known if inner[: len(path)] == path]:
                 del known[inner]
-        self.broken -= {inner for inner in self.broken if inner[: len(path)] == path}
+        self.refused -= {inner for inner in self.refused if inner[: len(path)] == path}
         self.origins[path] = self.key_origins[path] = origin
 
 

@@ -3,17 +3,16 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from compress.config.document import GATES, parse_document, read_document
-from compress.config.messages import translate
+from compress.config.document import GATES, Document, parse_document, read_document
 from compress.config.overrides import apply_overrides
-from compress.config.paths import resolve_gate_paths
+from compress.config.paths import resolve_paths
 from compress.config.problems import as_error
-from compress.config.rules.gates import check_gates
+from compress.config.rules.gates import check_limits
+from compress.config.rules.stages import compared_with_itself
+from compress.config.schema.data import ArraysSource, FolderSource, IdxSource
 from compress.config.schema.verify import GatesFile
+from compress.config.sections import read_valid, validate
 from compress.errors import ConfigError
 
 _TEST_IMAGES = ("t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte")
@@ -37,26 +36,29 @@ def load_gates(path: Path | None, data: Path | None = None, overrides: Sequence[
     if not isinstance(document.value, dict):
         raise as_error(document.problems)
     apply_overrides(document, overrides)
-    document.problems += check_gates(document)
-    try:
-        checked = GatesFile.model_validate(document.value)
-    except ValidationError as error:
-        found = (translate(detail, document, GatesFile) for detail in error.errors(include_url=False))
-        document.problems += [problem for problem in found if problem is not None]
-        raise as_error(document.problems) from error
-    if document.problems:
-        raise as_error(document.problems)
-    values = checked.model_dump(mode="json")
-    resolve_gate_paths(values, document, Path() if path is None else path.absolute().parent)
+    gates = resolve_paths(_checked(document), document, Path() if path is None else path.absolute().parent)
     if data is not None:
-        values["evaluation"] = find_images(data)
-    if values["evaluation"] is None:
+        gates = gates.model_copy(update={"evaluation": find_images(data)})
+    if gates.evaluation is None:
         where = "--data must be given" if path is None else f"{path}: evaluation must be given, or --data"
         raise ConfigError(f"{where}: a file is verified on images and their labels.", hint=f"--data takes {_HINT}.")
-    return GatesFile.model_validate(values)
+    return gates
 
 
-def find_images(path: Path) -> dict[str, Any]:
+def _checked(document: Document) -> GatesFile:
+    """Return the typed settings, or raise all problems of the document as one error."""
+    checked = validate(document, GatesFile)
+    gates = read_valid(document, (), GatesFile) if checked is None else checked
+    if gates is not None:
+        task = gates.task if document.is_valid(("task",)) else None
+        document.problems += check_limits(document, ("gates",), gates.gates, task)
+        document.problems += compared_with_itself(document, (), gates)
+    if checked is None or document.problems:
+        raise as_error(document.problems)
+    return checked
+
+
+def find_images(path: Path) -> ArraysSource | IdxSource | FolderSource:
     """Return the source that a path stands for, as in a pipeline file, with absolute paths.
 
     Raises:
@@ -64,18 +66,18 @@ def find_images(path: Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser().absolute()
     if path.is_file() and path.suffix == ".npz":
-        return {"arrays": str(path)}
+        return ArraysSource(arrays=str(path))
     if path.is_dir():
         for name in _TEST_IMAGES:
             if (path / name).is_file():
                 labels = re.sub("images-idx3", "labels-idx1", name)
-                return {"idx": str(path / name), "labels": str(path / labels)}
+                return IdxSource(idx=str(path / name), labels=str(path / labels))
         if (path / "test.npz").is_file():
-            return {"arrays": str(path / "test.npz")}
+            return ArraysSource(arrays=str(path / "test.npz"))
         for name in ("test", "val"):
             if (path / name).is_dir():
-                return {"folder": str(path / name)}
+                return FolderSource(folder=str(path / name))
         if any(entry.is_dir() for entry in path.iterdir()):
-            return {"folder": str(path)}
+            return FolderSource(folder=str(path))
     got = "does not exist" if not path.exists() else "is nothing of the kind"
     raise ConfigError(f"--data must be images with labels, '{path}' {got}.", hint=f"It takes {_HINT}.")

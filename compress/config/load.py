@@ -14,25 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from compress.config.defaults import fill_preprocessing, fill_stages
 from compress.config.document import Document, dump_document, parse_document, read_document
-from compress.config.messages import translate
 from compress.config.overrides import apply_overrides
 from compress.config.paths import resolve_paths, use_array_folder
 from compress.config.problems import Origin, Problem, as_error, show
-from compress.config.rules.gates import check_gates
-from compress.config.rules.stages import check_deploy, check_order, check_quantize, follow_deploy
-from compress.config.rules.weights import (
-    check_features,
-    check_narrow,
-    check_rewinding,
-    check_untrained,
-    check_weights,
-    follow_file,
-    follow_untrained,
-)
+from compress.config.rules import check_rules
 from compress.config.schema.pipeline import PipelineConfig
+from compress.config.sections import sections_of, validate
 from compress.errors import CompressError
 from compress.user_code import described, is_interrupt
 
@@ -95,40 +84,19 @@ def _check(
     if seed is not None:
         document.set(("seed",), document.value, seed, Origin(1, len(overrides) + 1, 0, "--seed"))
     _import_plugins(document, folder)
-    checked = _validate(document)
-    values = checked.model_dump(mode="json")
-    follow_deploy(values, document)
-    follow_untrained(values, document)
-    resolve_paths(values, document, folder)
-    use_array_folder(values, document, folder, environ)
-    follow_file(values, document)
+    config = resolve_paths(fill_stages(_checked(document)), document, folder)
+    config = use_array_folder(config, document, environ)
     if document.problems:
         raise as_error(document.problems)
-    config = PipelineConfig.model_validate(values)
+    config = fill_preprocessing(config)
     return Pipeline(config, path, config.model_dump(mode="json"))
 
 
-def _validate(document: Document) -> PipelineConfig:
-    """Return the checked configuration, or raise everything that is wrong with it."""
-    document.problems += (
-        check_order(document)
-        + check_deploy(document)
-        + check_quantize(document)
-        + check_weights(document)
-        + check_narrow(document)
-        + check_features(document)
-        + check_rewinding(document)
-        + check_untrained(document)
-    )
-    document.problems += check_gates(document)
-    try:
-        config = PipelineConfig.model_validate(document.value)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        translated = [translate(detail, document) for detail in details]
-        document.problems += [problem for problem in translated if problem is not None]
-        raise as_error(document.problems) from error
-    if document.problems:
+def _checked(document: Document) -> PipelineConfig:
+    """Return the typed configuration, or raise all problems of the document as one error."""
+    config = validate(document, PipelineConfig)
+    document.problems += check_rules(sections_of(document, config))
+    if config is None or document.problems:
         raise as_error(document.problems)
     return config
 

@@ -55,7 +55,7 @@ def translate(error: ErrorDetails, document: Document, root: type[BaseModel] = P
     """
     path, place = strip_tags(error["loc"], root)
     kind = error["type"]
-    if document.is_broken(path) or (kind == "value_error" and document.holds_broken(path)):
+    if not document.is_valid_itself(path) or (kind == "value_error" and not document.is_valid(path)):
         return None
     if kind == "missing":
         return _missing(path, error, document, root)
@@ -69,9 +69,17 @@ def translate(error: ErrorDetails, document: Document, root: type[BaseModel] = P
         return _kind_key(path, error, document)
     if kind == "value_error":
         return _broken_rule(path, place, error, document)
-    if kind == "too_short" and len(_value_at(document.value, path) or ()) >= error["ctx"]["min_length"]:
+    if kind == "too_short" and len(document.value_at(path) or ()) >= error["ctx"]["min_length"]:
         return None  # entries that are wrong themselves do not count for pydantic
     return _plain(path, error, document)
+
+
+def refused_path(error: ErrorDetails, root: type[BaseModel]) -> KeyPath | None:
+    """Return the key path of the setting that a pydantic error refuses; None for a rule between several settings."""
+    path, place = strip_tags(error["loc"], root)
+    if error["type"] == "value_error" and (not path or _model(place) is not None):
+        return None
+    return path[:-1] if path[-1:] == ("[key]",) else path
 
 
 def strip_tags(loc: tuple[int | str, ...], root: type[BaseModel] = PipelineConfig) -> tuple[KeyPath, Any]:
@@ -190,7 +198,7 @@ def _broken_rule(path: KeyPath, place: Any, error: ErrorDetails, document: Docum
     text, value = str(error["ctx"]["error"]), error["input"]
     first, _, rest = text.partition(" ")
     keys = first.split(".")  # of a section in the section, as in training.optimizer
-    if keys[0] in allowed_keys(place) and isinstance(value, dict):
+    if keys[0] in allowed_keys(place):  # a section, or the text that stands for one
         path, text = (*path, *keys), rest
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -258,9 +266,3 @@ def _choices(error: ErrorDetails) -> list[str]:
 
 def _problem(origin: Origin, path: KeyPath, rule: str, got: str, hint: str | None) -> Problem:
     return Problem(origin, f"{format_path(path)} {rule}, got {got}.", hint)
-
-
-def _value_at(value: Any, path: KeyPath) -> Any:
-    for part in path:
-        value = value[part]
-    return value

@@ -1,1 +1,1 @@
-"""What a network costs: MACs and weights, counted from torch and from ONNX."""
+"""Costs of a network: MACs and weights, counted from torch and from ONNX; latency tables."""

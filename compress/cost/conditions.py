@@ -1,4 +1,4 @@
-"""On what does a latency depend besides the network? Processor, runtime, and how it is called.
+"""Conditions that a latency depends on besides the network: processor, runtime, settings of the call.
 
 Two tables of latencies may be mixed only when all of this is the same.
 """
@@ -21,7 +21,7 @@ _VNNI = ("avx512_vnni", "avx_vnni")
 
 @dataclass(frozen=True, slots=True)
 class TableConditions:
-    """What a latency depends on besides the network.
+    """Conditions of a latency table besides the network.
 
     Attributes:
         machine: Model of the processor or accelerator.

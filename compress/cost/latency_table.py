@@ -1,22 +1,18 @@
-"""What does a network take, in milliseconds, at widths that were never timed? A table of sites, measured in place.
+"""Latency table of a network: milliseconds of its sites at any widths, from timed variants.
 
 Variants of the network itself are timed node by node (`cost/variants.py`), because an operator alone in a small graph
-pays for changes of memory layout that the network does not. A site's time at sizes (outputs, inputs) is
+pays for changes of memory layout that the network does not. The time of a site at sizes (outputs, inputs) is
 
-    measured      where a variant had a site of that kind at those sizes: the mean over all of them
-    filled in     where none had (`cost/latency_table.py`)
+    measured    where a variant had a site of that kind at those sizes: the mean over all of them
+    fitted      elsewhere: own(outputs) * (base + slope * inputs)
 
-The sum over the sites is then held against whole variants, timed
-without the clock inside:   network = scale * sum + offset. The clock adds its own time at every site, which makes the
-offset negative: a network of fewer sites (blocks removed) has its share of it.
+Every number of outputs that was timed has a factor `own`, so that nothing is interpolated across a stair of the
+runtime; along the inputs a convolution adds up one block after the other. Behind a concatenation, where groups add up
+to other numbers of outputs, the factor is interpolated between its neighbours.
 
-Times of a layer at sizes that were never timed, fitted to those that were.
-
-    own(outputs) * (base + slope * inputs)
-
-Every number of outputs that was timed has a factor of its own, so that nothing is interpolated across a stair there;
-along the inputs a convolution adds up one block after the other. Behind a concatenation, where groups add up to
-numbers of outputs that no variant had, the factor lies on the line between its neighbours.
+The sum over the sites is calibrated on whole variants, timed without the clock inside: network = scale * sum + offset.
+The clock adds its own time at every site, which makes the offset negative; a network of fewer sites (blocks removed)
+has its share of it.
 """
 
 from __future__ import annotations
@@ -43,12 +39,12 @@ HEAD, BEFORE = "before the first site", -1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What sites of one kind took at one pair of sizes.
+    """Time of the sites of one kind at one pair of sizes.
 
     Attributes:
         milliseconds: Mean over the sites timed.
-        spread: Half the range between the quartiles of single calls, as a share of their median; the worst site's.
-        sites: How many were timed.
+        spread: Half the range between the quartiles of single calls, as a share of their median; of the worst site.
+        sites: Number of sites timed.
     """
 
     milliseconds: float
@@ -61,8 +57,8 @@ class Sample:
     """One variant, timed.
 
     Attributes:
-        sizes: What its layers had; layers not named were whole.
-        site_ms: Site -> milliseconds; -1 stands for what runs before the first site.
+        sizes: Sizes of its layers; layers not named were whole.
+        site_ms: Site -> milliseconds; -1 stands for all before the first site.
         spreads: Site -> half the range between the quartiles of single calls, as a share of their median.
         total_ms: The whole variant.
     """
@@ -76,14 +72,14 @@ class Sample:
     def of(
         cls, sizes: Sizes, names: Sequence[str], node_ms: np.ndarray, total_ms: np.ndarray, slowness: float = 1.0
     ) -> Sample:
-        """Sum up what was timed.
+        """Return the sample of a profile.
 
         Args:
-            sizes: As above.
+            sizes: Sizes of the layers.
             names: Nodes in the order in which they ran.
             node_ms: (nodes, calls).
             total_ms: (calls,).
-            slowness: How much slower than usual the machine was; times are divided by it.
+            slowness: Slowness of the machine relative to its usual speed; times are divided by it.
         """
         times = site_times(names, node_ms)
         return cls(
@@ -96,14 +92,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:
-    """What the sites of a network take, in milliseconds.
+    """Milliseconds of the sites of a network.
 
     Attributes:
         entries: Kind -> (outputs, inputs) -> entry. The kind HEAD has the one pair (0, 0).
         scale: Milliseconds of the network for a millisecond of the sum.
-        offset_ms: What the network takes besides; negative where the clock's own time is in the sites'.
+        offset_ms: Time of the network besides its sites; negative where these include time of the clock.
         error: Median of |predicted / measured - 1| over the variants timed.
-        fills: Kind -> what fills in pairs that were not timed.
+        fills: Kind -> fitted times of the pairs that were not timed.
         sites: Sites of the network timed, to which the offset belongs; 0 where it is the same for any number.
     """
 
@@ -115,7 +111,7 @@ class LatencyTable:
     sites: int = 0
 
     def site_ms(self, kind: str, out: int, inp: int) -> float:
-        """Return what a site adds to the network's time at the given sizes.
+        """Return the time of a site at the given sizes.
 
         Raises:
             InternalError: No site of this kind was ever timed.
@@ -137,16 +133,16 @@ class LatencyTable:
         return np.asarray(self.scale * np.where(codes[places] == wanted, times[places], found))
 
     def covers(self, sites: Sequence[Site]) -> bool:
-        """Whether there are times for sites of all these kinds."""
+        """Return whether there are times for sites of all these kinds."""
         return all(site.kind in self.entries for site in sites)
 
     def network_ms(self, sites: Sequence[Site], sizes: Sizes) -> float:
-        """Return what the network takes with layers at the given sizes; layers not named are whole."""
+        """Return the time of the network with layers at the given sizes; layers not named are whole."""
         parts = [self.site_ms(site.kind, *sizes.get(site.layer, site.sizes)) for site in sites]
         return self.fixed_ms(len(sites)) + float(sum(parts))
 
     def fixed_ms(self, sites: int) -> float:
-        """Return what a network of so many sites takes besides them."""
+        """Return the time of a network with so many sites besides these."""
         head = self.entries.get(HEAD, {}).get((0, 0))
         before = self.scale * head.milliseconds if head is not None else 0.0
         return before + self.share_ms * sites if self.sites else before + self.offset_ms
@@ -158,7 +154,7 @@ class LatencyTable:
 
     @property
     def spread(self) -> float:
-        """The median over the entries of how much single calls scatter."""
+        """Median over the entries of the spread of single calls."""
         values = [entry.spread for pairs in self.entries.values() for entry in pairs.values()]
         return float(np.median(values)) if values else 0.0
 
@@ -192,7 +188,7 @@ def build_table(sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTabl
 
 
 def site_times(names: Sequence[str], node_ms: np.ndarray) -> dict[int, np.ndarray]:
-    """Return site -> (calls,) the sum over its nodes; -1 stands for what runs before the first site.
+    """Return site -> (calls,) the sum over its nodes; -1 stands for all before the first site.
 
     A node that the runtime put in (a change of memory layout) has no site in its name; it goes with the node before.
     """
@@ -231,7 +227,7 @@ def _place(sites: Sequence[Site], number: int, sizes: Sizes) -> tuple[str, tuple
 
 
 def _calibrated(table: LatencyTable, sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTable:
-    """Hold the sums against whole variants; the relative error is made least, and no prediction is negative."""
+    """Return the table calibrated on whole variants by least relative error; no prediction is negative."""
     sums = np.asarray([table.network_ms(sites, sample.sizes) for sample in samples])
     totals = np.asarray([sample.total_ms for sample in samples])
     columns = np.stack([sums, np.ones_like(sums)], axis=1) / totals[:, None]
@@ -261,8 +257,8 @@ def latency_cost(
     """Return the latency as tables over the widths allowed, equal to `LatencyTable.network_ms` at all of them.
 
     Args:
-        table: What the sites take.
-        sites: Of the network.
+        table: Times of the sites.
+        sites: Sites of the network.
         axes: Layer -> (outputs, inputs) as functions of what groups lose.
         levels: Decision (channel group) -> its allowed widths, the last one full.
         switches: Layer -> the decision whose option 0 removes it.

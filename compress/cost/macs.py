@@ -1,21 +1,12 @@
-"""Multiply-accumulates of one torch operation, from its operands.
+"""MACs and params of a torch network, counted while it runs.
 
-    macs = constant * product of the sizes of some axes
-
-Counted are convolutions, matrix products, attention and recurrent layers, in the form in which PyTorch's dispatcher
-carries them out. Biases, norms, activations, pooling and products without a sum are not.
-
-MACs and params of a torch network, counted while it runs.
-
-MACs are the multiply-accumulates for one image of everything that multiplies and sums up: convolutions, linear and
-recurrent layers, matrix products and attention, by a layer or by a function. Biases, norms, activations and pooling
-are not counted. `onnx_file/counting.py` counts the same from an ONNX file by other means; the two must agree.
+Multiply-accumulates are counted for one image, operation by operation, as PyTorch's dispatcher carries them out:
+convolutions, matrix products, attention and recurrent layers. Biases, norms, activations, pooling and products without
+a sum are not counted. `onnx_file/counting.py` counts an ONNX file by other means; the two counts must agree.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compress.model.modes import eval_mode, plain_operations
+from compress.model.modes import eval_mode, plain_operations, running_paths
 from compress.onnx_file.counting import is_fixed_weight
 
 Sized = tuple[Tensor, int]  # a tensor and one of its axes
@@ -58,7 +49,7 @@ def find_products(name: str, arguments: Mapping[str, Any], result: Any) -> tuple
 
 
 def is_depthwise_call(groups: int, inputs: int) -> bool:
-    """Whether a convolution reads each channel on its own."""
+    """Return whether a convolution reads each channel on its own."""
     return groups > 1 and groups == inputs
 
 
@@ -152,7 +143,7 @@ _CREATE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "r
 
 @dataclass
 class Counts:
-    """What one run of a network multiplies.
+    """Multiplications of one run of a network.
 
     Attributes:
         macs: Module path -> multiply-accumulates of its own code, parts not included, in definition order. "" is the
@@ -209,9 +200,10 @@ def count_products(module: nn.Module, example: Tensor) -> Counts:
         module: Any network; its training flags and buffers are left as they are.
         example: One input, (1, C, H, W).
     """
-    counter = _Counter(module, example)
-    with torch.no_grad(), eval_mode(module), plain_operations(module), counter.places(), counter:
-        module(example)
+    with torch.no_grad(), eval_mode(module), plain_operations(module), running_paths(module) as paths:
+        counter = _Counter(module, example, paths)
+        with counter:
+            module(example)
     found = counter.counts
     listed = {name for name, part in module.named_modules() if isinstance(part, _LISTED)}
     order = [name for name, _ in module.named_modules() if name in listed or name in found.macs]
@@ -220,7 +212,7 @@ def count_products(module: nn.Module, example: Tensor) -> Counts:
 
 
 def counts_agree(of_file: int, of_network: int, of_constants: int) -> bool:
-    """Whether a file computes what a network does: all, but for products of constants that were computed beforehand.
+    """Return whether a file computes as much as a network, except for products of constants computed beforehand.
 
     Args:
         of_file: MACs or weights of the ONNX file.
@@ -241,36 +233,16 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         module: The network.
         example: Its input.
+        paths: Paths of the modules whose code is running, innermost last.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
+    def __init__(self, module: nn.Module, example: Tensor, paths: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
-        self._module, self._path = module, [""]
+        self._paths = paths
         self._fixed = {id(buffer) for name, buffer in module.named_buffers() if is_fixed_weight(name)}
         self._follows: dict[int, StorageWeakRef] = {}  # storages whose values depend on the input's
         self._note(example)
-
-    @contextmanager
-    def places(self) -> Iterator[None]:
-        """Keep track of whose code is running."""
-        handles = []
-        for name, part in self._module.named_modules():
-            if part is self._module:
-                continue
-            handles.append(part.register_forward_pre_hook(partial(self._enter, name)))
-            handles.append(part.register_forward_hook(self._leave, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, name: str, *_: object) -> None:
-        self._path.append(name)
-
-    def _leave(self, *_: object) -> None:
-        self._path.pop()
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -289,7 +261,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, product: Product) -> None:
         if any(id(operand) in self._fixed for operand in product.operands):
             return
-        counts, path = self.counts, self._path[-1]
+        counts, path = self.counts, self._paths[-1]
         counts.macs[path] = counts.macs.get(path, 0) + product.macs
         constants = [operand for operand in product.operands if not self._is_followed(operand)]
         if len(constants) == len(product.operands):

@@ -1,4 +1,4 @@
-"""How is a latency table kept in a file, and does it speak of this machine?
+"""Latency tables on disk, and the check that they were measured on this machine.
 
 A file holds the timed variants and not the table made of them, so that the same file always gives the same table:
 
@@ -30,12 +30,12 @@ _KEYS = {"kind", "schema", "conditions", "network", "reference_ms", "samples"}
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """What a file holds.
+    """Content of a file with a latency table.
 
     Attributes:
         conditions: Under which its variants were timed.
         network: Digest of the sites it speaks of.
-        reference_ms: What the untouched network takes.
+        reference_ms: What the baseline takes.
         samples: Its variants.
     """
 

@@ -1,4 +1,4 @@
-"""What would a network's ONNX file look like with fewer channels? Writes such variants to be timed.
+"""ONNX files of a network with fewer channels, written to be timed.
 
 A variant computes nothing of use: it keeps the first channels of every layer, whichever those are. Its operators,
 shapes and memory layout are those of a network cut to the same widths, and that is all that its speed depends on.

@@ -1,4 +1,4 @@
-"""How was a training batch varied? The same crop and the same mirroring for images, masks and boxes."""
+"""Variation of a training batch: the same crop and mirroring for images, masks and boxes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Variation:
-    """What was drawn for a batch.
+    """Random variation drawn for one batch.
 
     Attributes:
         padding: Pixels on each side before the crop; 0 where nothing is cropped.

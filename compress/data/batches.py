@@ -1,4 +1,4 @@
-"""How are images turned into batches of tensors?
+"""Batches of tensors from the images of a split.
 
 uint8 images stay uint8 until they are a batch; shuffling, cropping, flipping and normalising then run on the whole
 batch at once. The order of an epoch depends on (seed, epoch) alone and the augmentation of a batch on (seed, epoch,
@@ -23,7 +23,7 @@ from compress.errors import DataError
 from compress.tasks.outputs import plain
 
 Batch = tuple[Tensor, Any]
-Wanted = Literal["lesson", "task", "nothing"]
+Wanted = Literal["objective", "task", "nothing"]
 RandomPurpose = Literal["order", "augmentation", "step", "weights"]
 
 CPU = torch.device("cpu")
@@ -60,21 +60,21 @@ class Augmentation:
     cutmix: float = 0.0
 
 
-def evaluation_batches(split: Split, batch_size: int, targets: Wanted = "lesson") -> Iterator[Batch]:
+def evaluation_batches(split: Split, batch_size: int, targets: Wanted = "objective") -> Iterator[Batch]:
     """Yield (float32 network input, targets) in order, every image once; the last batch may be smaller.
 
     Args:
         split: What is read.
         batch_size: Images a batch.
-        targets: "lesson" for what is learned (class indices, or what the untouched network returns), "task" for what
+        targets: "objective" for what is learned (class indices, or what the baseline returns), "task" for what
             images are labelled with, "nothing" for None.
     """
     starts = range(0, len(split), batch_size)
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
-    is_read = targets == "task" or (targets == "lesson" and split.original is None)
+    is_read = targets == "task" or (targets == "objective" and split.original is None)
     for images, stated in _read_ahead(split, positions, is_read):
         x = _to_input(split, images)
-        yield x, _learned(split, x) if targets == "lesson" and not is_read else stated
+        yield x, _learned(split, x) if targets == "objective" and not is_read else stated
 
 
 def fast_batch_size(split: Split) -> int:
@@ -120,7 +120,7 @@ def training_batches(
 
 @torch.no_grad()
 def _learned(split: Split, images: Tensor) -> Any:
-    """Return what the untouched network returns for a batch."""
+    """Return what the baseline returns for a batch."""
     assert split.original is not None
     network = split.original()
     return plain(network(images), getattr(network, "output_names", ()))

@@ -1,6 +1,6 @@
-"""How do the `data:` lines of a pipeline file become splits?"""
+"""Splits of a pipeline, from the `data` section of its file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from compress.data.sources.annotated import AnnotatedSource, read_masks, read_ta
 from compress.data.sources.boxes import read_coco, read_yolo
 from compress.data.sources.classification import ImageSource, read_arrays, read_folder, read_idx, read_torchvision
 from compress.data.sources.user import read_own
-from compress.data.splits import Split, carve
+from compress.data.splits import Split, Teacher, carve
 from compress.errors import DataError, InternalError
 from compress.tasks.base import Task
 from compress.tasks.classification import CLASSIFICATION, Classification
@@ -38,24 +38,23 @@ AS_IT_IS = Preprocessing(scale=1.0)
 
 
 class Splits:
-    """The train, calibration, validation and evaluation splits, read when first asked for.
+    """Train, calibration, validation and evaluation splits, each read at its first use.
 
     Args:
         config: Checked `data:` section with absolute paths.
-        task: What the network is for.
+        task: The task of the network.
 
     Attributes:
-        make_original: Returns the untouched network. Set as soon as there is one; asked for only where images have no
-            labels, or the task learns from that network.
+        teacher: The baseline, once there is one; needed only where images have no labels, or the task learns from it.
     """
 
     def __init__(self, config: DataConfig, task: Task = CLASSIFICATION) -> None:
         self.config, self.task = config, task
-        self.make_original: Callable[[], Any] | None = None
+        self.teacher: Teacher | None = None
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """What is done to images; nothing to those that a data set of the user's own has prepared already."""
+        """Preprocessing of images; none of those that the user's own data set has prepared already."""
         given, train = self.config.preprocessing, self.config.train
         if isinstance(train, OwnSource) and given == PreprocessingConfig():
             first = read_own(train.own, train.kwargs).read(np.zeros(1, np.int64))
@@ -64,48 +63,42 @@ class Splits:
 
     @cached_property
     def _original(self) -> Any:
-        if self.make_original is None:
-            raise InternalError("The untouched network was asked for before there is one.")
-        return self.make_original().requires_grad_(False).eval()
+        if self.teacher is None:
+            raise InternalError("The baseline was asked for before there is one.")
+        return self.teacher.build()
 
     @property
     def train(self) -> Split:
-        """What fine-tuning learns from."""
-        return self._part("train")
+        """Images for fine-tuning."""
+        return self._with_baseline(self._training.part("train"))
 
     @property
     def calibration(self) -> Split:
-        """What scores, repairs and batch-norm re-estimation look at."""
-        return self._part("calibration")
+        """Images for scores, repairs and batch-norm re-estimation."""
+        return self._with_baseline(self._training.part("calibration"))
 
-    @property
+    @cached_property
     def validation(self) -> Split:
-        """What chooses the best epoch, repairs and numbers of blocks."""
-        return self._part("validation") if self._own_validation is None else self._own_validation
+        """Images by which the best epoch, repairs and numbers of blocks are chosen."""
+        source = self.config.validation
+        if isinstance(source, int):
+            return self._with_baseline(self._training.part("validation"))
+        return self._with_baseline(open_split("validation", source, self.preprocessing, self.task))
 
     @cached_property
     def evaluation(self) -> Split:
-        """What the verdict is measured on; nothing is chosen by it."""
+        """Images that the verdict is measured on; nothing is chosen by them."""
         return open_split("evaluation", self.config.evaluation, self.preprocessing, self.task)
-
-    @cached_property
-    def _own_validation(self) -> Split | None:
-        """Images of a validation source of its own, None where they are taken out of the training images."""
-        source = self.config.validation
-        if isinstance(source, int):
-            return None
-        split = open_split("validation", source, self.preprocessing, self.task)
-        return replace(split, original=(lambda: self._original) if self.learns_from_original else None)
 
     @property
     def learns_from_original(self) -> bool:
-        """Whether the outputs of the untouched network are learned in place of labels."""
-        return self.task.learns_from_original or not has_targets(self._train_source)
+        """Return whether the outputs of the baseline are learned in place of labels."""
+        return self.task.learns_from_original or not has_targets(self._training.source)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, or ()."""
-        return self._train_source.classes
+        return self._training.source.classes
 
     def check_classes(self) -> None:
         """Raise DataError when training and evaluation, or validation, name their classes and the names differ."""
@@ -120,24 +113,41 @@ class Splits:
                 )
 
     @cached_property
-    def _train_source(self) -> ImageSource:
-        return _open_source(self.config.train, self.preprocessing, self.task, train=True)
+    def _training(self) -> "_TrainingImages":
+        return _TrainingImages(self.config, self.preprocessing, self.task)
+
+    def _with_baseline(self, split: Split) -> Split:
+        """Return a split that gives the baseline where its outputs are learned."""
+        return replace(split, original=(lambda: self._original) if self.learns_from_original else None)
+
+
+class _TrainingImages:
+    """Images of the training source, from which the calibration and perhaps the validation split are taken.
+
+    Args:
+        config: The `data:` section.
+        preprocessing: Preprocessing of the images.
+        task: The task of the network.
+    """
+
+    def __init__(self, config: DataConfig, preprocessing: Preprocessing, task: Task) -> None:
+        self._config, self._preprocessing, self._task = config, preprocessing, task
+        self.source = _open_source(config.train, preprocessing, task, train=True)
+
+    def part(self, name: str) -> Split:
+        """Return the images of a split."""
+        return replace(self._whole, name=name, indices=self._indices[name])
 
     @cached_property
-    def _train_split(self) -> Split:
-        """All images of the training source."""
-        return _split("train", self._train_source, self.preprocessing, self.task)
+    def _whole(self) -> Split:
+        return _split("train", self.source, self._preprocessing, self._task)
 
     @cached_property
-    def _parts(self) -> dict[str, np.ndarray]:
-        sizes = {"calibration": self.config.calibration}
-        if isinstance(self.config.validation, int):
-            sizes["validation"] = self.config.validation
-        return carve(_classes_of(self._train_source, self.task), sizes, self.config.split_seed)
-
-    def _part(self, name: str) -> Split:
-        original = (lambda: self._original) if self.learns_from_original else None
-        return replace(self._train_split, name=name, indices=self._parts[name], original=original)
+    def _indices(self) -> dict[str, np.ndarray]:
+        sizes = {"calibration": self._config.calibration}
+        if isinstance(self._config.validation, int):
+            sizes["validation"] = self._config.validation
+        return carve(_classes_of(self.source, self._task), sizes, self._config.split_seed)
 
 
 def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Task = CLASSIFICATION) -> Split:
@@ -159,7 +169,7 @@ def _split(name: str, source: ImageSource, preprocessing: Preprocessing, task: T
 
 
 def has_targets(source: ImageSource) -> bool:
-    """Whether images are labelled."""
+    """Return whether images are labelled."""
     return bool(getattr(source, "has_targets", True))
 
 

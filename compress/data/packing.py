@@ -1,27 +1,28 @@
-"""How do several inputs of a network travel as one array? Side by side, a float32 row for each sample.
+"""Several inputs of a network as one array: side by side, a float32 row for each sample.
 
     image (N, 3, 8, 8) float32 ─┐
-    mask  (N, 10)      int64   ─┴─ pack ──> (N, 202) float32 ── unpack ──> as they were
+    mask  (N, 10)      int64   ─┴─ pack ──> (N, 202) float32 ── unpack ──> the inputs
 
 Everything between the data and the network (splits, batches, repairs, training) then handles one array, as for images.
 float32 holds whole numbers exactly up to 2^24; larger ones are refused.
 
-Strides of network inputs: those that a newly made tensor of the same shape has.
-
-`Tensor.contiguous()` leaves the strides of axes of size 1 alone, so that a permuted batch of one-channel images keeps
-those of channels-last memory. PyTorch then computes in channels-last, and `x.view(x.size(0), -1)` of a feature map
-fails.
+Unpacked inputs have the strides of a newly made tensor of the same shape. `Tensor.contiguous()` leaves the strides of
+axes of size 1 alone, so that a permuted batch of one-channel images keeps those of channels-last memory. PyTorch then
+computes in channels-last, and `x.view(x.size(0), -1)` of a feature map fails.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from compress.errors import DataError
+
+if TYPE_CHECKING:  # a file alone is verified without torch
+    from torch import Tensor
 
 LARGEST_WHOLE = 2**24
 _IMAGE_AXES = 4  # the batch among them
@@ -175,10 +176,13 @@ def draw(part: Part, sizes: Sequence[int], generator: np.random.Generator) -> np
 def standard_strides(tensor: Tensor) -> Tensor:
     """Return a tensor of the same values whose strides are those of a new one; the tensor itself where they are.
 
+    >>> import torch
     >>> images = torch.zeros(2, 28, 28, 1).permute(0, 3, 1, 2)
     >>> images.contiguous().stride(), standard_strides(images).stride()
     ((784, 1, 28, 1), (784, 784, 28, 1))
     """
+    import torch
+
     if tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

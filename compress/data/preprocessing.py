@@ -1,4 +1,4 @@
-"""What happens to an image before the network sees it, as data that travels with the model.
+"""Preprocessing of images, as data that travels with the model.
 
 uint8 (H, W, C) --resize (shorter side, or both)--> --centre crop--> --scale, mean, std--> float32 (C, H, W)
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How to turn uint8 images into the network's input.
+    """Conversion of uint8 images into the network's input.
 
     Attributes:
         mean: Per channel, subtracted after scaling.

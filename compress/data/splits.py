@@ -1,4 +1,4 @@
-"""Which images belong to which split?
+"""Splits of a data set: training, calibration, validation, evaluation.
 
 train        what fine-tuning learns from
 calibration  what batch-norm re-estimation, scores and repairs look at
@@ -11,7 +11,7 @@ ever in two splits and a change of the training seed does not move the borders. 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,14 @@ from compress.errors import DataError
 from compress.tasks.base import Task
 from compress.tasks.classification import CLASSIFICATION, Classification
 from compress.tasks.imitation import Imitation
+
+
+class Teacher(Protocol):
+    """A network whose outputs are learned in place of targets."""
+
+    def build(self) -> Any:
+        """Return the network in eval mode, without gradients; a new one each time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Split:
         indices: Which of them belong here.
         preprocessing: What the network needs.
         task: What the targets are for, and what is measured.
-        original: Returns the untouched network, where its outputs are learned in place of the targets; else None.
+        original: Returns the baseline, where its outputs are learned in place of the targets; else None.
     """
 
     name: str
@@ -53,8 +61,8 @@ class Split:
         return chosen
 
     @property
-    def lesson(self) -> Task:
-        """What is learned: the task itself, or to return what the untouched network returns."""
+    def objective(self) -> Task:
+        """Training objective: the task itself, or imitation of the baseline."""
         if self.original is None or isinstance(self.task, Imitation):
             return self.task
         return Imitation(self.task)
@@ -85,7 +93,7 @@ class Split:
 
 def known_labels(split: Split) -> np.ndarray | None:
     """Return (N,) the class indices of a split where they are known without reading its images, else None."""
-    if not isinstance(split.lesson, Classification) or getattr(split.source, "known_labels", split.source) is None:
+    if not isinstance(split.objective, Classification) or getattr(split.source, "known_labels", split.source) is None:
         return None
     return split.labels
 

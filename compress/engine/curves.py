@@ -1,4 +1,4 @@
-"""Training curves as event files, for TensorBoard to draw while the training runs."""
+"""Training curves as TensorBoard event files, written while the training runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

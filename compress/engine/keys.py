@@ -1,13 +1,12 @@
-"""What does the result of a stage depend on, and which part of that changed?
+"""Cache keys of stages: everything that a stage's result depends on, and the part of it that changed.
 
 A key is made of the stage's name and version, its settings, the digest of its input, the seed, the threads, the
 versions of the libraries, and, where they matter, the contents of the images, the weights and the factory's file.
 
-Python files that a piece of user code is made of: its own file and, from there, everything it imports.
-
-Imports are read, not run: all `import` statements of a file, wherever they stand in it, looked for in a few folders.
-What is found in none of them belongs to Python or to an installed package. Code that imports by other means, or changes
-where Python looks, cannot be followed so; then every Python file of its folder counts.
+User code counts with its own file and, from there, every Python file that it imports. Imports are read, not run: all
+`import` statements of a file, looked for in a few folders. Names found in none of them belong to Python or to an
+installed package. Code that imports by other means, or changes where Python looks, cannot be followed; then every
+Python file of its folder counts.
 """
 
 import ast
@@ -144,7 +143,7 @@ def _reference_digest(reference: str, folder: Path) -> str:
 
 
 def needs_latency(stage: Any) -> bool:
-    """Whether latencies have to be known for the target of a stage's settings."""
+    """Return whether latencies have to be known for the target of a stage's settings."""
     return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
 
 
@@ -348,7 +347,7 @@ def _imported(path: Path, roots: Sequence[Path]) -> list[Path] | None:
 
 
 def _by_other_means(node: ast.AST) -> bool:
-    """Whether code imports otherwise than by a statement, or changes where Python looks."""
+    """Return whether code imports otherwise than by a statement, or changes where Python looks."""
     if isinstance(node, ast.Import):
         return any(alias.name.partition(".")[0] in _BY_OTHER_MEANS for alias in node.names)
     if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""What lies in a run folder for its user: the ONNX file and the slim torch checkpoint, copied out of the store."""
+"""Files of a run folder for its user: the ONNX file and the slim torch checkpoint."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         folder: The run folder.
         entries: One for each stage.
         kinds: What each stage produced.
-        factory: How the untouched network is built.
+        factory: How the baseline is built.
 
     Returns:
         Name in the run folder -> file, of the ONNX model's files and the recipe.

@@ -1,4 +1,4 @@
-"""Which stages must run, why, and what becomes of a run?
+"""Run of a pipeline: stages that must run and why, caching, and the report.
 
 For each stage: make its key out of everything its result depends on; found in the store: restore it, "unchanged";
 else run it, store it, write the lock. Then lay out the run folder:
@@ -25,7 +25,7 @@ from compress.config.rules.gates import require_known_metrics
 from compress.engine.curves import require_tensorboard, written_curves
 from compress.engine.keys import Step, build_steps, explain, needs_latency
 from compress.engine.run_folder import publish
-from compress.engine.workers import Crew, crew
+from compress.engine.workers import Workers, workers
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, NoSuchPlace, RunLocked
 from compress.model.artifacts import FactorySpec, TorchModel, Verdict
 from compress.progress import Progress, SilentProgress
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """What a run would do with one stage.
+    """Plan of one stage: run it, or take its stored result.
 
     Attributes:
         stage: Its name.
@@ -63,7 +63,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """What a run came to."""
+    """Outcome of a run."""
 
     verdict: Verdict
     folder: Path
@@ -99,7 +99,7 @@ def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) ->
         CompressError: A stage could not do its work; the message names it. Stages that are done stay.
         RunLocked: Another process runs in this folder.
     """
-    return _run(pipeline, runs_dir, progress or SilentProgress(), Crew(), False)
+    return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False)
 
 
 def run_with_others(
@@ -122,17 +122,17 @@ def run_with_others(
     """
     if writes_curves:
         require_tensorboard()
-    helper = _Run(pipeline, runs_dir, runs_dir / pipeline.config.name, SilentProgress(), Crew())
-    with crew(helper.follow) as present:
+    helper = _Run(pipeline, runs_dir, runs_dir / pipeline.config.name, SilentProgress(), Workers())
+    with workers(helper.follow) as present:
         return (
             None if present is None else _run(pipeline, runs_dir, progress or SilentProgress(), present, writes_curves)
         )
 
 
-def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, crew: Crew, writes_curves: bool) -> RunOutcome:
+def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, workers: Workers, writes_curves: bool) -> RunOutcome:
     folder = runs_dir / pipeline.config.name
     with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress, crew, writes_curves).execute()
+        return _Run(pipeline, runs_dir, folder, progress, workers, writes_curves).execute()
 
 
 def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
@@ -156,7 +156,7 @@ def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None
         )
     folder = runs_dir / pipeline.config.name
     with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress, Crew()).profile(steps, index)
+        return _Run(pipeline, runs_dir, folder, progress, Workers()).profile(steps, index)
 
 
 class _Run:
@@ -168,11 +168,11 @@ class _Run:
         runs_dir: Path,
         folder: Path,
         progress: Progress,
-        crew: Crew,
+        workers: Workers,
         writes_curves: bool = False,
     ) -> None:
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
-        self.crew, self.writes_curves = crew, writes_curves
+        self.workers, self.writes_curves = workers, writes_curves
         self.factory = FactorySpec.from_model(pipeline.resolved["stages"][0]["model"])
         self.store = Store(runs_dir / ".store", progress.warn)
         self.previous = _read_lock(folder)
@@ -337,7 +337,7 @@ class _Run:
         try:
             work.mkdir(parents=True, exist_ok=True)
             source = self.entries[-1].folder if self.entries else None
-            with self.crew.call(step, key, source):
+            with self.workers.call(step, key, source):
                 artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))
             meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
             entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
@@ -374,7 +374,8 @@ class _Run:
         import torch
 
         from compress.data.from_config import Splits
-        from compress.search.context import StageContext, original_of
+        from compress.search.context import StageContext
+        from compress.search.teacher import BaselineTeacher
         from compress.tasks.from_config import open_task
 
         config = self.pipeline.config
@@ -386,11 +387,12 @@ class _Run:
         stage = getattr(importlib.import_module(place), name)(step.config)
         if self.artifact is None and step.entry.consumes != NOTHING:
             self.artifact = self._load(step.entry.consumes, self.entries[-1])
-        if isinstance(model := self.artifact, TorchModel):
-            self.data.make_original = lambda: original_of(model)
+        teacher = BaselineTeacher(self.artifact) if isinstance(self.artifact, TorchModel) else None
+        if teacher is not None:
+            self.data.teacher = teacher
         tables = self.store.root / ".latency"
         with self._listener(step, work) as listener:
-            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables))
+            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher))
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
         """Return who is told what a stage does; a stage that starts anew draws its curves anew."""

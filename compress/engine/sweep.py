@@ -1,4 +1,4 @@
-"""What does a pipeline give at several budgets? Runs it once for each and puts the results side by side.
+"""Sweep: one pipeline at several budgets, results side by side.
 
     runs/NAME-sweep/   sweep.json  sweep.html
     runs/NAME-0.5/     an ordinary run folder for each budget
@@ -8,9 +8,8 @@ and a sweep that was killed goes on where it was. A budget that cannot be met is
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from compress.config.load import Pipeline, load_pipeline
 from compress.engine.runner import run
@@ -22,24 +21,25 @@ from compress.errors import (
     ConfigValueError,
 )
 from compress.progress import Progress, SilentProgress
-from compress.report.sweep import build_sweep, write_sweep
+from compress.report.model import read_report
+from compress.report.sweep import Sweep, SweepRun, write_sweep
 
 _FIRST = (BudgetUnreachable.exit_code, VERDICT_FAILED_EXIT_CODE, VERDICT_INCONCLUSIVE_EXIT_CODE)
 
 
 @dataclass(frozen=True, slots=True)
 class SweepOutcome:
-    """What a sweep came to.
+    """Outcome of a sweep.
 
     Attributes:
         folder: Where `sweep.json` and `sweep.html` lie.
-        report: The content of `sweep.json`.
+        sweep: Results, the content of `sweep.json`.
         exit_code: 3 when a budget could not be met, else 1 when a verdict failed, else 6 when one was inconclusive,
             else 0.
     """
 
     folder: Path
-    report: dict[str, Any]
+    sweep: Sweep
     exit_code: int
 
 
@@ -69,24 +69,24 @@ def sweep(
     name = load_pipeline(path, overrides, seed).config.name
     pipelines = list(_at_budgets(path, budgets, overrides, seed))
     folder = runs_dir / f"{name}-sweep"
-    rows: list[dict[str, Any]] = []
+    results: list[SweepRun] = []
     codes: set[int] = set()
     for budget, quantity, pipeline in pipelines:
-        progress.note(f"== {quantity} {budget:g} ({len(rows) + 1} of {len(pipelines)})")
-        row: dict[str, Any] = {"budget": budget, "run": pipeline.config.name, "report": None, "error": None}
+        progress.note(f"== {quantity} {budget:g} ({len(results) + 1} of {len(pipelines)})")
+        result = SweepRun(budget, pipeline.config.name)
         try:
             outcome = run(pipeline, runs_dir, progress)
         except BudgetUnreachable as error:
-            row["error"] = error.message
+            result = replace(result, error=error.message)
             progress.warn(error.message)
             codes.add(BudgetUnreachable.exit_code)
         else:
-            row["report"] = outcome.report
+            result = replace(result, report=read_report(outcome.report))
             codes.add(OUTCOME_EXIT_CODES[outcome.verdict.outcome])
-        rows.append(row)
-        report = build_sweep(name, quantity, rows)
-        write_sweep(report, folder)
-    return SweepOutcome(folder, report, next((code for code in _FIRST if code in codes), 0))
+        results.append(result)
+        whole = Sweep(name, quantity, tuple(results))
+        write_sweep(whole, folder)
+    return SweepOutcome(folder, whole, next((code for code in _FIRST if code in codes), 0))
 
 
 def _at_budgets(

@@ -1,4 +1,4 @@
-"""How is an ONNX file verified that no run of ours made? Used by `compress verify FILE.onnx`."""
+"""Verification of an ONNX file that no run made: `compress verify FILE.onnx`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ from compress.onnx_file.io import load_onnx, read_metadata
 from compress.progress import Progress
 from compress.stages.verify import conditions_of, gates_of, scope_of
 from compress.tasks.from_config import open_task
+from compress.verification.job import VerificationJob
 from compress.verification.verdict import verify_onnx
 
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """On what a file is measured, how, and what it is held to.
+    """Images, conditions and limits of a verification.
 
     Attributes:
         evaluation: Images and labels.
@@ -52,15 +53,15 @@ def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None
             raise ArtifactError(f"ONNX file '{file}' does not exist.")
     terms = _terms_of_gates(settings, path) if isinstance(settings, GatesFile) else _terms_of_pipeline(settings)
     config = terms.config
-    return verify_onnx(
+    job = VerificationJob(
         path,
         evaluation=terms.evaluation,
         conditions=conditions_of(config),
         gates=gates_of(config),
         scope=scope_of(config, terms.evaluation, terms.seed),
         baseline_onnx=against,
-        progress=progress,
     )
+    return verify_onnx(job, progress)
 
 
 def _terms_of_pipeline(pipeline: Pipeline) -> _Terms:

@@ -1,4 +1,4 @@
-"""A run by several processes: one runs the pipeline, the others come in wherever a network is trained.
+"""Run by several processes: rank 0 runs the pipeline, the others join wherever a network is trained.
 
     torchrun --nproc-per-node=4 -m compress run pipeline.yaml
 
@@ -20,7 +20,7 @@ from compress.engine.keys import Step, needs_latency
 _END = "end"
 
 
-class Crew:
+class Workers:
     """The processes of one run, as the one of rank 0 sees them; of a single one, nothing happens."""
 
     def call(self, step: Step, key: str, source: Path | None) -> Context[Any]:
@@ -34,7 +34,7 @@ class Crew:
         return nullcontext()
 
 
-class _Several(Crew):
+class _Several(Workers):
     """Several processes.
 
     Attributes:
@@ -63,20 +63,20 @@ Follow = Callable[[int, str, Path], None]
 
 
 @contextmanager
-def crew(follow: Follow) -> Iterator[Crew | None]:
-    """Give the crew to the process that runs the pipeline; the others follow it to its end, and get None.
+def workers(follow: Follow) -> Iterator[Workers | None]:
+    """Give the workers to the process that runs the pipeline; the others follow it to its end, and get None.
 
     Args:
         follow: Runs a stage by its place, the key of its result and the folder of its input, and keeps nothing.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
-        yield Crew()
+        yield Workers()
         return
     from compress.training.distributed import close_group, open_group, tell, together  # imports torch
 
-    team, is_done = open_group(), False
+    ranks, is_done = open_group(), False
     try:
-        if team.rank > 0:
+        if ranks.rank > 0:
             while (said := tell()) != _END:
                 order = json.loads(said)
                 with together():
@@ -95,6 +95,6 @@ def crew(follow: Follow) -> Iterator[Crew | None]:
 
 
 def trains_together(step: Step) -> bool:
-    """Whether a stage trains, and does nothing that must not be done by several at once: timing networks."""
+    """Return whether a stage trains, and does nothing that must not be done by several at once: timing networks."""
     trains = step.entry.name == "finetune" or getattr(step.config, "method", None) is not None
     return trains and not needs_latency(step.config)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from compress.data.packing import is_packed
 from compress.errors import ExportFailed
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.adapter import flatten_outputs, real_inputs, unpack_rows
 from compress.model.artifacts import Signature, TensorSpec
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 
 _SILENT = 4
 
@@ -81,9 +82,7 @@ def first_difference(module: nn.Module, signature: Signature, sample: Tensor, to
                 _Tapped(module, chosen),
                 Signature(signature.inputs, specs),
                 path,
-                opset=opset,
-                dynamic_batch=False,
-                simplify=False,
+                ExportSettings(opset=opset, dynamic_batch=False, simplify=False),
             )
             got = _run(path, dict(zip((spec.name for spec in signature.inputs), parts, strict=True)))
         except (ExportFailed, RuntimeError, ValueError):
@@ -122,21 +121,17 @@ class _Tapped(nn.Module):
 def _listening(module: nn.Module) -> Iterator[list[_Tap]]:
     """Collect what layers without layers within them read and return, in the order of their calls."""
     taps: list[_Tap] = []
-    handles = []
 
     def keep(layer: str, is_input: bool, values: Any) -> None:
         tensors = [value for _, value in flatten_outputs(values)] if _is_plain(values) else []
         taps.extend(_Tap(layer, is_input, value.clone()) for value in tensors)
 
-    for name, part in module.named_modules():
-        if not list(part.children()):
-            handles.append(part.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, True, inputs)))
-            handles.append(part.register_forward_hook(lambda _, __, output, name=name: keep(name, False, output)))
-    try:
+    layers = [(name, part) for name, part in module.named_modules() if not list(part.children())]
+    with hooked(
+        before=[(part, lambda _, inputs, name=name: keep(name, True, inputs)) for name, part in layers],
+        after=[(part, lambda _, __, output, name=name: keep(name, False, output)) for name, part in layers],
+    ):
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_plain(values: Any) -> bool:

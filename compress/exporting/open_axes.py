@@ -7,10 +7,9 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ExportFailed
+from compress.errors import ExportFailed, first_line, translated
 from compress.model.artifacts import Signature
-from compress.model.modes import eval_mode
-from compress.onnx_file.io import first_line
+from compress.model.modes import eval_mode, hooked
 
 _MORE_PIXELS = 64  # a multiple of what networks shrink images by
 _IMAGES, _SILENT = 2, 4
@@ -49,13 +48,12 @@ def check_open_axes(path: Path, module: nn.Module, signature: Signature, open_ax
 
 def _run_network(module: nn.Module, images: Tensor, what: str) -> list[tuple[int, ...]]:
     """Return the shapes of the outputs; raises ExportFailed where the network takes no such image."""
-    within = [""]
-    handles = []
-    for name, part in module.named_modules():
-        handles.append(part.register_forward_pre_hook(lambda *_, name=name: within.append(name)))
-        handles.append(part.register_forward_hook(lambda *_: (within.pop(), None)[1]))
+    within = [""]  # where the network fails, the paths down to the layer that does
+    named = list(module.named_modules())
+    before = [(part, lambda *_, name=name: within.append(name)) for name, part in named]
+    after = [(part, lambda *_: (within.pop(), None)[1]) for _, part in named]
     try:
-        with torch.no_grad(), eval_mode(module):
+        with hooked(before=before, after=after), torch.no_grad(), eval_mode(module):
             found = module(images)
     except Exception as error:  # the network's code
         place = f" in layer '{within[-1]}'" if within[-1] else ""
@@ -64,9 +62,6 @@ def _run_network(module: nn.Module, images: Tensor, what: str) -> list[tuple[int
             f"{first_line(error)}",
             hint=_HINT,
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     shapes = [tuple(one.shape) for one in (found if isinstance(found, tuple) else (found,))]
     if any(shape[0] != len(images) for shape in shapes):
         raise ExportFailed(
@@ -84,12 +79,12 @@ def _run_file(path: Path, images: Tensor, what: str) -> list[tuple[int, ...]]:
     first = session.get_inputs()[0]
     alone = isinstance(first.shape[0], int)  # a fixed batch is one image
     parts = [images[place : place + 1] for place in range(len(images))] if alone else [images]
-    try:
-        found = [session.run(None, {first.name: part.numpy()}) for part in parts]
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ExportFailed(
+    with translated(
+        lambda error: ExportFailed(
             f"dynamic needs a file that takes images of other sizes; with {what} the file that torch wrote fails, the "
             f"network does not: {first_line(error)}",
             hint=_HINT,
-        ) from error
+        )
+    ):
+        found = [session.run(None, {first.name: part.numpy()}) for part in parts]
     return [(sum(one[place].shape[0] for one in found), *found[0][place].shape[1:]) for place in range(len(found[0]))]

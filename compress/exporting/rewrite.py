@@ -1,14 +1,13 @@
-"""Which parts of a graph can be written in a form that runtimes are faster at, without changing what it computes?
+"""Rewrites of a network or graph before export: padded shortcuts as convolutions, and half precision.
 
     padded_shortcuts    every n-th row and column (Slice), then zero channels (Pad): the parameter-free shortcut of
                         CIFAR ResNets, as one convolution with fixed weights. Runtimes keep convolutions in a blocked
                         layout that each Slice or Pad makes them leave and come back to.
+    half precision      weights and activations in float16, inputs and outputs in float32. Providers with float16
+                        kernels (CUDA, TensorRT) then read half the bytes; a processor without them casts back and
+                        forth.
 
-Whether a rewrite is worth having is measured by whoever asks for it.
-
-How is a graph written in half precision? Weights and activations in float16, inputs and outputs as they were.
-
-Providers with float16 kernels (CUDA, TensorRT) then read half the bytes; a processor without them casts back and forth.
+The caller measures whether a rewrite is faster.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +19,8 @@ import onnx_ir as ir
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from compress.errors import ExportFailed
+from compress.errors import ExportFailed, first_line, translated
 from compress.onnx_file.counting import FIXED_WEIGHT
-from compress.onnx_file.io import first_line
 
 Constants = Mapping[str, np.ndarray]
 
@@ -225,9 +223,7 @@ def in_half_precision(model: ModelProto) -> ModelProto:
                 )
     copy = ModelProto()
     copy.CopyFrom(model)
-    try:
+    with translated(lambda error: ExportFailed(f"The graph could not be written in fp16: {first_line(error)}")):
         half = ir.from_proto(convert_float_to_float16(copy, keep_io_types=True))
         half.graph.sort()  # the converter puts its casts last
         return ir.to_proto(half)
-    except Exception as error:  # a converter of arbitrary graphs can fail in any way
-        raise ExportFailed(f"The graph could not be written in fp16: {first_line(error)}") from error

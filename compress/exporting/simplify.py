@@ -1,4 +1,4 @@
-"""Does a rewritten graph still compute the same? onnxslim's is kept only if it does."""
+"""Simplification by onnxslim, kept only if the outputs stay the same."""
 
 import warnings
 from pathlib import Path
@@ -9,16 +9,9 @@ import onnxruntime
 import onnxslim
 
 from compress.data.packing import draw
+from compress.errors import attempt, first_line
 from compress.model.artifacts import Signature
-from compress.onnx_file.io import (
-    at_sizes,
-    default_opset,
-    first_line,
-    load_onnx,
-    read_signature,
-    read_sizes,
-    save_onnx,
-)
+from compress.onnx_file.io import at_sizes, default_opset, load_onnx, read_signature, read_sizes, save_onnx
 
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-5
@@ -36,13 +29,16 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
     Returns:
         The simplified model and "", or None and a sentence that says why the unsimplified one is to be kept.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    failures: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        slim = attempt(  # a rewriter of arbitrary graphs can fail in any way; the export stands without it
             # tied, equal constants of different layers could not be cut apart
-            slim = onnxslim.slim(load_onnx(path, weights=True), skip_optimizations=["weight_tying"])
-    except Exception as error:  # a rewriter of arbitrary graphs can fail in any way; the export stands without it
-        return None, f"onnxslim failed: {first_line(error)}"
+            lambda: onnxslim.slim(load_onnx(path, weights=True), skip_optimizations=["weight_tying"]),
+            lambda error: failures.append(f"onnxslim failed: {first_line(error)}"),
+        )
+    if slim is None:
+        return None, failures[0]
     original = load_onnx(path)
     if read_signature(slim) != signature or default_opset(slim) != default_opset(original):
         return None, "onnxslim changed the inputs, outputs or opset"
@@ -63,21 +59,24 @@ def find_difference(path: Path, rewritten: Path, signature: Signature, tolerance
         signature: Inputs and outputs of both.
         tolerance: How far an output may be off, over the largest.
     """
-    try:
-        first, second = (_session(file) for file in (path, rewritten))
-        sizes = read_sizes(load_onnx(path))
-        for seed in range(_TRIALS):
-            inputs = _random_inputs(at_sizes(signature, {name: size + 32 * seed for name, size in sizes.items()}), seed)
-            for spec, a, b in zip(signature.outputs, first.run(None, inputs), second.run(None, inputs), strict=True):
-                scale = float(np.abs(a).max(initial=0.0))
-                if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
-                    return f"output '{spec.name}' of the rewritten graph has another shape or is not finite"
-                if float(np.abs(a - b).max(initial=0.0)) > ABSOLUTE_TOLERANCE + tolerance * scale:
-                    return f"output '{spec.name}' of the rewritten graph differs by {np.abs(a - b).max():.2g}"
-    except OSError:  # a full disk says nothing about the graph
-        raise
-    except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-        return f"the rewritten graph could not be run: {first_line(error)}"
+    return attempt(
+        lambda: _compared(path, rewritten, signature, tolerance),
+        lambda error: f"the rewritten graph could not be run: {first_line(error)}",
+        OSError,  # a full disk says nothing about the graph
+    )
+
+
+def _compared(path: Path, rewritten: Path, signature: Signature, tolerance: float) -> str:
+    first, second = (_session(file) for file in (path, rewritten))
+    sizes = read_sizes(load_onnx(path))
+    for seed in range(_TRIALS):
+        inputs = _random_inputs(at_sizes(signature, {name: size + 32 * seed for name, size in sizes.items()}), seed)
+        for spec, a, b in zip(signature.outputs, first.run(None, inputs), second.run(None, inputs), strict=True):
+            scale = float(np.abs(a).max(initial=0.0))
+            if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
+                return f"output '{spec.name}' of the rewritten graph has another shape or is not finite"
+            if float(np.abs(a - b).max(initial=0.0)) > ABSOLUTE_TOLERANCE + tolerance * scale:
+                return f"output '{spec.name}' of the rewritten graph differs by {np.abs(a - b).max():.2g}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""How does a torch network become one ONNX file? The only caller of torch.onnx.export.
+"""Export of a torch network to one ONNX file; the only caller of torch.onnx.export.
 
     module --torch.onnx.export--> candidate --onnxslim--> candidate --checked, replaced at once--> model.onnx
 
@@ -6,7 +6,6 @@ The file is written in a temporary folder beside its place and moved there when 
 """
 
 import io
-import json
 import logging
 import os
 import re
@@ -15,8 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +25,18 @@ from torch import Tensor, nn
 
 from compress.data.packing import draw
 from compress.data.preprocessing import Preprocessing
-from compress.errors import ExportFailed, InternalError
+from compress.errors import ExportFailed, InternalError, first_line, translated
 from compress.exporting.constant_names import name_constants
+from compress.exporting.metadata import write_metadata
 from compress.exporting.rewrite import HALF_TOLERANCE, apply_rewrites, guard_padded_pools, in_half_precision
+from compress.exporting.settings import ExportSettings, exported_signature
 from compress.exporting.simplify import find_difference, simplify_onnx
 from compress.model.adapter import real_inputs, wiring_of
 from compress.model.artifacts import Signature, TensorSpec
 from compress.model.modes import eval_mode
 from compress.onnx_file.io import (
-    CLASSES_KEY,
-    PREPROCESSING_KEY,
-    SIZES_KEY,
     at_sizes,
     default_opset,
-    first_line,
     read_signature,
     save_onnx,
 )
@@ -50,18 +46,17 @@ _DECIDES = (
     "The network's code decides by the values of its input, which no graph of tensors can: a note of the load stage "
     "names the layer. torch.where computes both sides and takes one."
 )
-_EXPORTER_METADATA = re.compile(r"^(pkg\.|namespace$)")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was written.
+    """Result of an export.
 
     Attributes:
         nodes_before: Nodes as torch exported them.
         nodes_after: Nodes in the file.
-        simplified: Whether the file holds the graph that onnxslim made.
+        simplified: True where the file holds the graph that onnxslim made.
         simplify_note: Why it does not, or "".
         opset: Version of the default operator set.
         size_bytes: All files together.
@@ -81,42 +76,13 @@ class ExportReport:
     rewrites: dict[str, int]
 
 
-def exported_signature(
-    signature: Signature, dynamic_batch: bool, open_axes: Mapping[int, str] | None = None
-) -> Signature:
-    """Return the signature that the file has: the first axis of every tensor is "batch", or 1 when it is fixed.
-
-    Args:
-        signature: Of the network.
-        dynamic_batch: Whether the batch axis stays open.
-        open_axes: Axis -> name of further open axes of the first input. How outputs follow from them is not known
-            here: their sizes are those that belong to the network's own.
-    """
-    batch: int | str = "batch" if dynamic_batch else 1
-
-    def specs(entries: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(entry, shape=(batch, *entry.shape[1:])) for entry in entries)
-
-    first, *others = specs(signature.inputs)
-    named = open_axes or {}
-    opened = replace(first, shape=tuple(named.get(axis, size) for axis, size in enumerate(first.shape)))
-    return Signature((opened, *others), specs(signature.outputs))
-
-
 def export_onnx(
     module: nn.Module,
     signature: Signature,
     path: Path,
-    *,
-    opset: int,
-    dynamic_batch: bool = True,
-    simplify: bool = True,
-    external_data: bool = False,
+    settings: ExportSettings,
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] = (),
-    rewrites: tuple[str, ...] = (),
-    precision: str = "fp32",
-    open_axes: Mapping[int, str] | None = None,
 ) -> ExportReport:
     """Write `module` as an ONNX file; a file that was there is replaced only when the new one passed every check.
 
@@ -124,99 +90,143 @@ def export_onnx(
         module: Network on the CPU; its training flags are restored.
         signature: Names, shapes and dtypes of inputs and outputs; the first axis is the batch.
         path: The .onnx file to write. External data goes beside it as `<name>.data`.
-        opset: Version of the default operator set that the file must have.
-        dynamic_batch: Whether the batch axis stays open (named "batch"); otherwise it is 1.
-        simplify: Whether onnxslim may rewrite the graph; its result is kept only when it computes the same.
-        external_data: Whether weights go into a second file; above 1.8 GB they do in any case.
+        settings: Opset, open axes, rewrites, precision.
         preprocessing: Written into the file's metadata.
         classes: Written into the file's metadata.
-        rewrites: Names in `REWRITES` to be applied wherever they fit.
-        precision: "fp32", or "fp16" for weights and activations in half precision between float32 inputs and outputs.
-        open_axes: Axis -> name ("height") of further axes of the first input that stay open.
 
     Raises:
         ExportFailed: torch or ONNX refused, the file is not what was asked for (opset, names, shapes), or the network
             does not bear half precision.
         InternalError: A rewrite changed what the network computes.
     """
-    wanted = exported_signature(signature, dynamic_batch, open_axes)
-    sizes = {name: int(signature.inputs[0].shape[axis]) for axis, name in (open_axes or {}).items()}
-    model = _run_exporter(module, wanted, opset, sizes)
-    wanted = _check_is_as_asked(model, wanted, opset, bool(sizes))
+    wanted = exported_signature(signature, settings.dynamic_batch, settings.open_axes)
+    sizes = settings.sizes(signature)
+    model = run_exporter(module, wanted, settings.opset, sizes)
+    wanted = _check_is_as_asked(model, wanted, settings.opset, bool(sizes))
     nodes_before = len(model.graph.node)
-    _write_metadata(model, preprocessing, classes, sizes)
-    flushed = _flush_denormals(model)
-    guard_padded_pools(model)
-    external = external_data or _weight_bytes(model) > ONE_FILE_LIMIT_BYTES
+    write_metadata(model, preprocessing, classes, sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
-        chosen = save_checked(model, Path(folder) / "exported" / path.name, external)
-        note = "not asked for"
-        if simplify:
-            slim, note = simplify_onnx(chosen, wanted, external)
-            if slim is not None:
-                flushed += _flush_denormals(slim)
-                guard_padded_pools(slim)
-                model = slim
-                chosen = save_checked(slim, Path(folder) / "simplified" / path.name, external)
-        rewritten = ModelProto()
-        rewritten.CopyFrom(model)
-        places = apply_rewrites(rewritten, rewrites)
-        if any(places.values()):
-            plain, chosen = chosen, save_checked(rewritten, Path(folder) / "rewritten" / path.name, external)
-            if difference := find_difference(plain, chosen, wanted):
-                raise InternalError(f"Rewriting {', '.join(places)} changed the network: {difference}.")
-            model = rewritten
-        if precision == "fp16":
-            full, model = chosen, in_half_precision(model)
-            guard_padded_pools(model)
-            chosen = save_checked(model, Path(folder) / "half" / path.name, external)
-            if difference := find_difference(full, chosen, wanted, HALF_TOLERANCE):
-                raise ExportFailed(
-                    f"The network must compute nearly the same in fp16: {difference}.",
-                    hint="Set deploy.precision: fp32.",
-                )
-        files = move_into_place(chosen, path)
+        draft = _Draft(model, wanted, Path(folder), path.name, settings.external_data)
+        note = draft.simplify() if settings.simplify else "not asked for"
+        places = draft.rewrite(settings.rewrites)
+        if settings.precision == "fp16":
+            draft.halve()
+        files = move_into_place(draft.path, path)
     return ExportReport(
         nodes_before=nodes_before,
-        nodes_after=len(model.graph.node),
-        simplified=simplify and not note,
+        nodes_after=len(draft.model.graph.node),
+        simplified=settings.simplify and not note,
         simplify_note=note,
-        opset=opset,
+        opset=settings.opset,
         size_bytes=sum(file.stat().st_size for file in files),
         files=tuple(file.name for file in files),
-        denormals_flushed=flushed,
+        denormals_flushed=draft.flushed,
         rewrites=places,
     )
 
 
-def _run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mapping[str, int]) -> ModelProto:
+class _Draft:
+    """A model on its way to the final file; each step writes a new file, which passes ONNX's checker.
+
+    Args:
+        model: As torch exported it, with metadata.
+        signature: Inputs and outputs of it.
+        folder: Temporary folder.
+        name: File name.
+        external: True writes weights into a second file.
+
+    Attributes:
+        model: After the last step.
+        path: File of the last step.
+        flushed: Denormal weights that were set to zero.
+    """
+
+    def __init__(self, model: ModelProto, signature: Signature, folder: Path, name: str, external: bool) -> None:
+        self._signature, self._folder, self._name = signature, folder, name
+        self._external = external or _weight_bytes(model) > ONE_FILE_LIMIT_BYTES
+        self.flushed = _flush_denormals(model)
+        guard_padded_pools(model)
+        self._save(model, "exported")
+
+    def simplify(self) -> str:
+        """Take onnxslim's graph where it computes the same; return why it is not taken, or ""."""
+        slim, note = simplify_onnx(self.path, self._signature, self._external)
+        if slim is not None:
+            self.flushed += _flush_denormals(slim)
+            guard_padded_pools(slim)
+            self._save(slim, "simplified")
+        return note
+
+    def rewrite(self, names: tuple[str, ...]) -> dict[str, int]:
+        """Apply rewrites wherever they fit; return name -> number of places."""
+        rewritten, before = ModelProto(), self.path
+        rewritten.CopyFrom(self.model)
+        places = apply_rewrites(rewritten, names)
+        if any(places.values()):
+            self._save(rewritten, "rewritten")
+            if difference := find_difference(before, self.path, self._signature):
+                raise InternalError(f"Rewriting {', '.join(places)} changed the network: {difference}.")
+        return places
+
+    def halve(self) -> None:
+        """Bring weights and activations into half precision."""
+        full, half = self.path, in_half_precision(self.model)
+        guard_padded_pools(half)
+        self._save(half, "half")
+        if difference := find_difference(full, self.path, self._signature, HALF_TOLERANCE):
+            raise ExportFailed(
+                f"The network must compute nearly the same in fp16: {difference}.",
+                hint="Set deploy.precision: fp32.",
+            )
+
+    def _save(self, model: ModelProto, step: str) -> None:
+        self.model, self.path = model, save_checked(model, self._folder / step / self._name, self._external)
+
+
+def run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mapping[str, int]) -> ModelProto:
+    """Return the graph that torch's exporter makes of a network, unchecked.
+
+    Args:
+        module: Network on the CPU; its training flags are restored.
+        wanted: Inputs and outputs that the graph is to have.
+        opset: Version of the default operator set.
+        sizes: Size of each open axis in the example that the exporter runs.
+
+    Raises:
+        ExportFailed: The exporter fails.
+    """
     dynamic = wanted.inputs[0].shape[0] == "batch"
     # torch.export takes sizes 0 and 1 for constants, so an open axis needs an example of 2
     examples = tuple(_example(spec, batch=2 if dynamic else 1) for spec in at_sizes(wanted, sizes).inputs)
-    try:
-        with eval_mode(module), real_inputs(module), torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                module,
-                examples,
-                dynamo=True,
-                opset_version=opset,
-                input_names=[spec.name for spec in wanted.inputs],
-                output_names=[spec.name for spec in wanted.outputs],
-                dynamic_shapes=_dynamic_shapes(module, wanted),
-                verbose=False,
+    with (
+        translated(
+            lambda error: ExportFailed(
+                f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
+                hint=_DECIDES if "data-dependent" in _reason(error) else _export_hint(dynamic, sizes),
             )
-            assert program is not None
-            model = program.model_proto
-            name_constants(model, module)
-            return model
-    except Exception as error:  # the exporter raises whatever tracing, the network's own code or onnxscript raises
-        raise ExportFailed(
-            f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
-            hint=_DECIDES if "data-dependent" in _reason(error) else _export_hint(dynamic, sizes),
-        ) from error
+        ),
+        eval_mode(module),
+        real_inputs(module),
+        torch.no_grad(),
+        _quiet(),
+    ):
+        program = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.name for spec in wanted.inputs],
+            output_names=[spec.name for spec in wanted.outputs],
+            dynamic_shapes=_dynamic_shapes(module, wanted),
+            verbose=False,
+        )
+        assert program is not None
+        model = program.model_proto
+        name_constants(model, module)
+        return model
 
 
 def _dynamic_shapes(module: nn.Module, wanted: Signature) -> tuple[object, ...] | None:
@@ -276,7 +286,7 @@ def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open
 
 
 def _follow(want: tuple[TensorSpec, ...], have: tuple[TensorSpec, ...]) -> bool:
-    """Whether outputs are as wanted where their sizes are fixed."""
+    """Return True where outputs are as wanted but for sizes that are open."""
     return len(want) == len(have) and all(
         a.name == b.name
         and a.dtype == b.dtype
@@ -288,34 +298,6 @@ def _follow(want: tuple[TensorSpec, ...], have: tuple[TensorSpec, ...]) -> bool:
 
 def _describe(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{s.name} {s.dtype} ({', '.join(map(str, s.shape))})" for s in specs) or "none"
-
-
-def _write_metadata(
-    model: ModelProto, preprocessing: Preprocessing | None, classes: tuple[str, ...], sizes: Mapping[str, int]
-) -> None:
-    """Replace the exporter's notes (stack traces, with paths of the machine) by what a user of the file needs."""
-    for value in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input,
-                  *model.graph.output, model.graph):  # fmt: skip
-        kept = [entry for entry in value.metadata_props if not _EXPORTER_METADATA.match(entry.key)]
-        del value.metadata_props[:]
-        value.metadata_props.extend(kept)
-        value.ClearField("doc_string")
-    model.producer_name = "compress"
-    model.producer_version = _own_version()
-    model.ClearField("doc_string")
-    entries = {CLASSES_KEY: json.dumps(list(classes), ensure_ascii=False)}
-    if preprocessing is not None:
-        entries[PREPROCESSING_KEY] = json.dumps(preprocessing.to_dict())
-    if sizes:
-        entries[SIZES_KEY] = json.dumps(dict(sizes))
-    onnx.helper.set_model_props(model, entries)
-
-
-def _own_version() -> str:
-    try:
-        return version("compress")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _flush_denormals(model: ModelProto) -> int:
@@ -340,14 +322,16 @@ def _weight_bytes(model: ModelProto) -> int:
 def save_checked(model: ModelProto, path: Path, external: bool) -> Path:
     """Write a model into a folder of its own and run ONNX's checker over what was written."""
     path.parent.mkdir()
-    try:
+    with translated(_not_saved):
         save_onnx(model, path, external)
         onnx.checker.check_model(path, full_check=True)
-    except OSError as error:
-        raise ExportFailed(f"The ONNX file must be writable: {error}") from error
-    except Exception as error:  # checker, shape inference and protobuf raise types of their own
-        raise ExportFailed(f"The exported ONNX file is not valid: {first_line(error)}") from error
     return path
+
+
+def _not_saved(error: Exception) -> ExportFailed:
+    if isinstance(error, OSError):
+        return ExportFailed(f"The ONNX file must be writable: {error}")
+    return ExportFailed(f"The exported ONNX file is not valid: {first_line(error)}")
 
 
 def move_into_place(source: Path, path: Path) -> tuple[Path, ...]:

@@ -1,1 +1,1 @@
-"""What can be done to a network, before anything is done to it."""
+"""Inspection of a network before anything is changed."""

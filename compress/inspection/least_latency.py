@@ -1,4 +1,4 @@
-"""What is the least latency that cutting a network can reach? Its files, whole and narrow, are timed in turn."""
+"""Least latency that pruning can reach, from files of the baseline and of the narrowest network."""
 
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.data.packing import draw
 from compress.errors import InternalError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import Network
@@ -85,7 +86,7 @@ def measure_least_latency(
         paths = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(names)}
         with progress.task("export to ONNX", len(names)) as task:
             for name, one in names.items():
-                export_onnx(one, network.signature, paths[name], opset=OPSET)
+                export_onnx(one, network.signature, paths[name], ExportSettings(opset=OPSET))
                 task.advance()
         times = {name: _timed(paths[name], paths["whole"], conditions, progress) for name in smaller}
         whole_ms = [whole for _, whole in times.values()] or [_timed_alone(paths["whole"], conditions, progress)]
@@ -138,8 +139,7 @@ def _time_files(files: Mapping[str, Path], conditions: Conditions, progress: Pro
     return compare_latency(
         {label: partial(conditions.open, path) for label, path in files.items()},
         lambda session: random_inputs(session.signature, conditions.batch_size),
-        conditions.warmup,
-        conditions.repeats,
+        conditions.calls,
         progress,
     )
 

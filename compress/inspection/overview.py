@@ -1,4 +1,4 @@
-"""What does `compress inspect` say of a network: as tables for people, as plain values for programs?"""
+"""Output of `compress inspect`: tables for people, plain values for programs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Overview:
-    """What a target is, and what can be done to it.
+    """Overview of a target, and of what can be pruned.
 
     Attributes:
         target: As it was named.

@@ -1,8 +1,7 @@
-"""How much of a network can be cut, what cannot, and what is the least that can be left?
+"""Potential of pruning: prunable groups, reasons of the others, and the least that can be left.
 
-What *hangs on* a group are the MACs of computing its channels and of reading them: they go if the group goes. The
-*least* is what is left when every group has the least width that the limits allow; *fixed* are layers that no group
-narrows.
+The MACs that *hang on* a group are those of computing and of reading its channels. The *least* is the rest when every
+group has the least width that the limits allow; *fixed* are layers that no group narrows.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,7 +25,7 @@ _NEARLY_NOTHING = 0.5
 
 @dataclass(frozen=True, slots=True)
 class GroupPotential:
-    """What a channel group is worth.
+    """Potential of one channel group.
 
     Attributes:
         name: Of the group.
@@ -47,7 +46,7 @@ class GroupPotential:
 
 @dataclass(frozen=True, slots=True)
 class Uncut:
-    """A channel group that stays whole.
+    """A channel group that is not prunable.
 
     Attributes:
         name: Of the group.
@@ -90,7 +89,7 @@ class LayerFigures:
 
 @dataclass(frozen=True, slots=True)
 class Potential:
-    """What can be done to a network.
+    """Potential of a network.
 
     Attributes:
         input_shape: Of one image, without the batch axis.
@@ -129,13 +128,13 @@ class Potential:
 def find_potential(
     module: nn.Module, example: Tensor, limits: Limits, progress: Progress
 ) -> tuple[Potential, dict[str, ChannelGroup]]:
-    """Return what can be done to a network, and its channel groups that can be cut.
+    """Return the potential of a network, and its prunable channel groups.
 
     Args:
-        module: Any network; it is left as it is.
+        module: Any network; left unchanged.
         example: One input, (1, ...).
-        limits: What every group must keep.
-        progress: Told about each part.
+        limits: Limits on the widths of every group.
+        progress: Reports each part.
 
     Raises:
         UntraceableModel: No channel graph could be built.
@@ -146,21 +145,18 @@ def find_potential(
     with progress.task("find residual blocks", 1) as task:
         blocks = find_removable_blocks(module, example)
         task.advance()
-    macs = layer_macs(module, example)
-    cost = build_cost(module, example, groups, "macs")
-    return _potential(module, example, limits, macs, cost, groups, excluded, blocks), groups
+    return _potential(module, example, limits, groups, excluded, blocks), groups
 
 
 def _potential(
     module: nn.Module,
     example: Tensor,
     limits: Limits,
-    macs: dict[str, int],
-    cost: CoupledCost,
     groups: Mapping[str, ChannelGroup],
     excluded: list[Exclusion],
     blocks: tuple[str, ...],
 ) -> Potential:
+    macs, cost = layer_macs(module, example), build_cost(module, example, groups, "macs")
     total = max(1, sum(macs.values()))
     least = {name: width_levels(group.width, group.parts, limits)[0] for name, group in groups.items()}
     fixed = _fixed(macs, cost)

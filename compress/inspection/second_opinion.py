@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import TRANSPOSED
+from compress.errors import attempt
 from compress.model.adapter import random_inputs
 from compress.model.modes import eval_mode
 from compress.progress import Progress
@@ -90,13 +91,12 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
         task.advance()
     outputs = [name for name, item in excluded.items() if item.expected]
     with progress.task("dependency graph of torch-pruning", 1) as task:
-        try:
-            theirs = _Theirs(module, example, outputs)
-        except Exception as error:  # whatever its tracer raises is shown
-            first = described(error).splitlines()[0]
-            return SecondOpinion(version("torch-pruning"), first, len(groups), 0, 0, ())
-        finally:
-            task.advance()
+        theirs = attempt(  # whatever its tracer raises is shown
+            lambda: _Theirs(module, example, outputs), lambda error: described(error).splitlines()[0]
+        )
+        task.advance()
+    if isinstance(theirs, str):
+        return SecondOpinion(version("torch-pruning"), theirs, len(groups), 0, 0, ())
     return _compare(groups, excluded, theirs, progress)
 
 
@@ -121,20 +121,27 @@ class _Theirs:
         for group in graph.get_all_groups(ignored_layers=ignored):
             self.places[names[group[0].dep.target.module]] = _places_of(group, names)
 
+    def _cut(self, root: str) -> tuple[_Places, Tensor, Any]:
+        """Return the places that torch-pruning cuts for half of a group, inputs, and the outputs of the cut network."""
+        slim, graph = self._graph()
+        layer = slim.get_submodule(root)
+        pruner = graph.get_pruner_of_module(layer)
+        group = graph.get_pruning_group(layer, pruner.prune_out_channels, self._half(root))
+        places = _places_of(group, {part: name for name, part in slim.named_modules()})
+        group.prune(record_history=False)
+        inputs = random_inputs(self.module, self.example, 2, _SEED).to(self.example.dtype)
+        with torch.no_grad(), eval_mode(slim):
+            got = slim(inputs)
+        return places, inputs, got
+
     def judgement(self, root: str) -> str:
         """Cut half of a group's channels as torch-pruning does; return "right", or what is wrong with the result."""
-        try:
-            slim, graph = self._graph()
-            layer = slim.get_submodule(root)
-            pruner = graph.get_pruner_of_module(layer)
-            group = graph.get_pruning_group(layer, pruner.prune_out_channels, self._half(root))
-            places = _places_of(group, {part: name for name, part in slim.named_modules()})
-            group.prune(record_history=False)
-            inputs = random_inputs(self.module, self.example, 2, _SEED).to(self.example.dtype)
-            with torch.no_grad(), eval_mode(slim):
-                got = slim(inputs)
-        except Exception as error:
-            return f"the cut network does not run ({described(error).splitlines()[0]})"
+        cut = attempt(
+            lambda: self._cut(root), lambda error: f"the cut network does not run ({described(error).splitlines()[0]})"
+        )
+        if isinstance(cut, str):
+            return cut
+        places, inputs, got = cut
         silent = copy.deepcopy(self.module)
         for (name, side), slots in places.items():
             if side == "in":

@@ -1,18 +1,15 @@
-"""Which network does a target name, and on which input is it looked at?
+"""Networks that `compress inspect` looks at, by name, and inputs to look at them on.
 
     FILE.onnx                                the network that is in it, with its weights
-    FILE.yaml                                the untouched network of a pipeline, its input, limits and place; with
+    FILE.yaml                                the baseline of a pipeline, its input, limits and target device; with
                                              `narrow: true` at the widths of its weights, which are then read
     torchvision:NAME, timm:NAME              with its own input size, unless another one is given
     file.py:callable, pkg.module:callable    the input must be given
 
-No other trained weights are needed: what can be cut, and how fast it is, does not depend on them.
-
-With which weights does a network that was never trained show that a cut of it went wrong?
-
-As built, many networks hide it: norms pass everything on alike, and the last norm of a residual block or a layer scale
-starts at (nearly) zero, so that nothing a block computes reaches the outputs. Weights that differ from channel to
-channel, and batch-norm statistics of what really arrives, let every channel count.
+Trained weights are not needed otherwise: prunable groups and latency do not depend on them. A network as built hides
+wrong cuts, however: norms pass everything on alike, and the last norm of a residual block or a layer scale starts near
+zero, so that nothing a block computes reaches the outputs. It therefore gets weights that differ from channel to
+channel, and batch-norm statistics of real activations.
 """
 
 import math

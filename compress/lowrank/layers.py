@@ -11,7 +11,7 @@ from compress.errors import NonFinite
 from compress.lowrank.factorize import SLICES, Moments, applicable_schemes, norm_bounds, singular_values
 from compress.lowrank.ranks import Cost, LayerSpectra, SchemeSpectra
 from compress.lowrank.surgery import unsupported_reason
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 
 
 @dataclass(slots=True)
@@ -114,12 +114,8 @@ def _measure_positions(module: nn.Module, example: Tensor, names: list[str]) -> 
         places.between += output.shape[-2] * inputs[0].shape[-1]
         places.outputs += output.shape[-2] * output.shape[-1]
 
-    handles = [layer.register_forward_hook(measure) for layer in owners]
-    try:
+    with hooked(after=[(layer, measure) for layer in owners]):
         _forward(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     return positions
 
 

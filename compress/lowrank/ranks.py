@@ -78,7 +78,7 @@ class LayerSpectra:
 
 @dataclass(frozen=True, slots=True)
 class RankChoice:
-    """What a layer becomes.
+    """Choice for one layer: scheme and ranks.
 
     Attributes:
         layer: Module path.

@@ -22,7 +22,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def apply_factorize(module: nn.Module, edit: Factorize) -> nn.Module:
-    """Return a copy of `module` with one layer factorised; the input stays untouched.
+    """Return a copy of `module` with one layer factorised; the input does not change.
 
     Args:
         module: Any network.

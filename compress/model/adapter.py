@@ -1,4 +1,4 @@
-"""How does a network with several inputs, or with outputs in a dict, tuple or dataclass, look like one that has not?
+"""Adapter for networks with several inputs, or with outputs in a dict, tuple or dataclass.
 
     rows (N, K) ──unpack──> forward(image, mask=...) ──flatten──> Tensor, or tuple of tensors
                             (the user's own)
@@ -32,7 +32,7 @@ _WIRING = "compress_wiring"
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """How a network is called, and what of its outputs is kept.
+    """Inputs of a network's call, and the outputs that are kept.
 
     Attributes:
         inputs: As declared; () for one image.
@@ -50,7 +50,7 @@ class Wiring:
 
 
 class _Adapted(nn.Module):
-    """What the class of an adapted network has before its own."""
+    """Mixin put before the class of an adapted network."""
 
     compress_wiring: Wiring
     compress_takes_parts: bool
@@ -101,7 +101,7 @@ class _Adapted(nn.Module):
 
 
 class _Own(_Adapted):
-    """What the class of a network that is handed to its user has before that: its own forward."""
+    """Mixin put before the class of a network that is returned to the user: its own forward."""
 
     def forward(self, *values: Any, **named: Any) -> Any:
         """Take the inputs as the network's own forward does (or rows of all of them) and return the tensors kept."""
@@ -127,8 +127,17 @@ def with_own_forward(module: nn.Module) -> nn.Module:
     forward.__signature__ = inspect.signature(base.__bases__[1].forward)  # type: ignore[attr-defined]
     parts = {"__module__": base.__module__, "forward": forward}
     own: type[Any] = type(base.__name__, (_Own, *base.__bases__), parts)
-    module.__class__ = own
+    _set_class(module, own)
     return module
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a network in place, as torch's own parametrizations do.
+
+    A module around it would change the names of its parameters. A second object that shares its parts would not be the
+    one that the network may refer to itself, such as by a bound method among its attributes.
+    """
+    module.__class__ = kind
 
 
 def _is_row(value: Any, inputs: Sequence[TensorSpec]) -> bool:
@@ -166,7 +175,7 @@ def adapt(
     own = type(
         base.__name__, (_Adapted, base if plain is module else _plain_class(base)), {"__module__": base.__module__}
     )
-    plain.__class__ = own
+    _set_class(plain, own)
     plain.__dict__[_WIRING] = Wiring(inputs, _keywords(base, inputs), outputs, evaluated, notes)
     plain.__dict__["compress_takes_parts"] = False
     return plain

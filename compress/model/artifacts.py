@@ -1,4 +1,4 @@
-"""What flows between stages: TorchModel until export, OnnxModel after it, Verdict at the end."""
+"""Artifacts that flow between stages: TorchModel until export, OnnxModel after it, Verdict at the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from compress.data.preprocessing import Preprocessing
 from compress.model.recipe import Recipe
+from compress.tasks.base import Metric
+from compress.tasks.classification import CLASSIFICATION
 
 if TYPE_CHECKING:  # the planner and the reports handle these types without importing torch
     from torch import nn
@@ -86,7 +88,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class FactorySpec:
-    """How the untouched network is built.
+    """Specification of the baseline's factory.
 
     Attributes:
         kind: "factory", "onnx", "timm" or "torchvision".
@@ -135,7 +137,7 @@ class FactorySpec:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The untouched network, measured once by `load`.
+    """The baseline, measured once by `load`.
 
     Attributes:
         figures: Its size, quality and speed.
@@ -154,12 +156,12 @@ class TorchModel:
 
     Attributes:
         module: The network.
-        factory: How the untouched one is built.
+        factory: How the baseline is built.
         recipe: The edits made so far; replaying them on a fresh original gives this structure.
         signature: Inputs and outputs.
         preprocessing: What happens to an image first.
         classes: Class names, or ().
-        baseline: The untouched network's figures and files.
+        baseline: The baseline's figures and files.
         rewrites: What is rewritten for the runtime whenever the network is exported; the baseline was too.
         precision: "fp32" or "fp16": that of the files, the baseline's too; the module is float32.
     """
@@ -225,8 +227,9 @@ class Verdict:
         checks: Everything that was checked.
         required: Names of checks that must not be skipped.
         slim: Figures of the file.
-        baseline: Figures of the untouched network, measured in the same run where that matters (latency).
+        baseline: Figures of the baseline, measured in the same run where that matters (latency).
         details: Plain values for the report (latency samples, parity quantiles, environment).
+        metric: Primary metric of the task.
     """
 
     checks: tuple[CheckResult, ...]
@@ -234,6 +237,7 @@ class Verdict:
     slim: Figures | None
     baseline: Figures | None
     details: dict[str, Any] = field(default_factory=dict)
+    metric: Metric = CLASSIFICATION.main
 
     @property
     def outcome(self) -> Outcome:
@@ -245,7 +249,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether at least one check was made, every required one among them, and all of those passed."""
+        """Return whether at least one check was made, every required one among them, and all of those passed."""
         return self.outcome == "passed"
 
     @property

@@ -1,10 +1,13 @@
-"""Modes of networks: evaluation mode, and forms of operations that can be watched."""
+"""Temporary states of a network: evaluation mode, forward hooks, operations in their plain form."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+Hook = Callable[..., Any]
 
 
 @contextmanager
@@ -17,6 +20,42 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def hooked(
+    *,
+    before: Iterable[tuple[nn.Module, Hook]] = (),
+    after: Iterable[tuple[nn.Module, Hook]] = (),
+    with_kwargs: bool = False,
+    always_call: bool = False,
+) -> ExitStack:
+    """Register forward hooks and return the context manager that removes all of them; `close()` removes them, too.
+
+    Args:
+        before: Modules with the hook that runs before their forward pass, as `nn.Module.register_forward_pre_hook`.
+        after: Modules with the hook that runs after it, as `nn.Module.register_forward_hook`.
+        with_kwargs: Pass the keyword arguments of the call to the hooks in `before`.
+        always_call: Run the hooks in `after` even if the forward pass raises.
+    """
+    with ExitStack() as hooks:
+        for part, hook in before:
+            hooks.callback(part.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove)
+        for part, hook in after:
+            hooks.callback(part.register_forward_hook(hook, always_call=always_call).remove)
+        return hooks.pop_all()
+
+
+@contextmanager
+def running_paths(module: nn.Module) -> Iterator[list[str]]:
+    """Yield the stack of paths of the modules whose code is running, innermost last; its bottom is always ""."""
+    paths = [""]
+    named = list(module.named_modules())
+    with hooked(
+        before=[(part, lambda *_, path=path: paths.append(path)) for path, part in named],
+        after=[(part, lambda *_: (paths.pop(), None)[1]) for _, part in named],
+        always_call=True,
+    ):
+        yield paths
 
 
 @contextmanager

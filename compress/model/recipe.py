@@ -1,4 +1,4 @@
-"""Which structural edits turn the untouched network into the slim one? Data only; replayed by `rebuild.py`.
+"""Recipe: the structural edits that turn the baseline into the slim network. Data only.
 
     recipe = [RemoveBlock, RemoveChannels, Factorize, ...]      in the order they were made
 
@@ -111,7 +111,7 @@ class Recipe:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether nothing was edited but what the baseline lacks as well."""
+        """Return whether nothing was edited but what the baseline lacks as well."""
         return self == self.of_baseline
 
     def to_json(self) -> str:

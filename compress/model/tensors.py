@@ -1,7 +1,4 @@
-"""Tensors that the modules of a network hold: parameters, buffers, and plain tensors kept as attributes.
-
-Parameters that several modules of a network share (tied weights).
-"""
+"""Tensors that the modules of a network hold: parameters, buffers, plain attributes, and weights that modules share."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -7,15 +7,16 @@ verdict would each see another network than the one that is deployed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ModelError
-from compress.model.modes import eval_mode
+from compress.errors import ModelError, attempt, first_line
+from compress.model.modes import eval_mode, hooked
 from compress.tasks.outputs import each, plain
 
 IMAGES = 4
@@ -43,10 +44,8 @@ def require_batch_independence(module: nn.Module, images: Tensor) -> None:
         difference = _difference(module, images)
         if difference <= _TOLERANCE:
             return
-        try:
-            exact = _difference(copy.deepcopy(module).double(), images.double())
-        except Exception:  # a network that makes float32 values by itself
-            exact = None
+        # a network that makes float32 values by itself cannot be run in float64
+        exact = attempt(lambda: _difference(copy.deepcopy(module).double(), images.double()), lambda _: None)
         if (exact is None and difference <= _TOLERANCE_ALONE) or (exact is not None and exact <= _TOLERANCE_FLOAT64):
             return
         place, hint = _place(module, images)
@@ -63,13 +62,17 @@ def _difference(module: nn.Module, images: Tensor) -> float:
     together = list(each(plain(module(images), names)))
     largest = 0.0
     for place in range(len(images)):
-        try:
-            alone = list(each(plain(module(images[place : place + 1]), names)))
-        except Exception:  # a batch norm refuses one value for each channel
+        # a batch norm refuses one value for each channel
+        alone = attempt(partial(_outputs, module, images[place : place + 1], names), lambda _: None)
+        if alone is None:
             return float("inf")
         pairs = zip(alone, together, strict=True)
         largest = max(largest, *(_relative(one[0], all_[place], all_) for one, all_ in pairs))
     return largest
+
+
+def _outputs(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+    return list(each(plain(module(images), names)))
 
 
 def _relative(alone: Tensor, among: Tensor, scale: Tensor) -> float:
@@ -86,11 +89,10 @@ def _place(module: nn.Module, images: Tensor) -> tuple[str, str]:
     with _watched(module) as together:
         module(images)
     with _watched(module) as alone:
-        try:
-            module(images[:1])
-        except Exception as error:
-            name = next((one for one in together if one not in alone), "")
-            return f"layer '{name}', which refuses one image: {str(error).splitlines()[0]}", _hint_of(module, name)
+        refusal = attempt(lambda: (module(images[:1]), "")[1], first_line)
+    if refusal:
+        name = next((one for one in together if one not in alone), "")
+        return f"layer '{name}', which refuses one image: {refusal}", _hint_of(module, name)
     for name, (inputs, outputs) in together.items():
         if name not in alone or not _differs(alone[name][1], outputs, len(images)):
             continue
@@ -122,12 +124,8 @@ def _watched(module: nn.Module) -> Iterator[Seen]:
         return hook
 
     leaves = [(name, part) for name, part in module.named_modules() if name and not list(part.children())]
-    handles = [part.register_forward_hook(keep(name)) for name, part in leaves]
-    try:
+    with hooked(after=[(part, keep(name)) for name, part in leaves]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -142,7 +140,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _differs(alone: list[Tensor], together: list[Tensor], count: int) -> bool:
-    """Whether the first image's part of some value is another one among others."""
+    """Return whether the first image's part of some value is another one among others."""
     return any(
         _relative(one, all_[: len(one)], all_) > _TOLERANCE
         for one, all_ in zip(alone, together, strict=False)

@@ -1,4 +1,4 @@
-"""How does a single-stage detector of torchvision become a network of images and tensors, and its tensors boxes again?
+"""Single-stage detectors of torchvision as networks of images and tensors, and their tensors as boxes.
 
     torchvision    list of images ──resize, normalise──> backbone ──> head ──> anchors, decode, NMS ──> list of boxes
     here           (N, 3, H, W) prepared ──────────────> backbone ──> head ──> {cls_logits, bbox_regression, ...}
@@ -29,7 +29,7 @@ _TWO_STAGES = ("fasterrcnn_", "keypointrcnn_", "maskrcnn_")
 
 
 class _RawForward(nn.Module):
-    """What the class of a detector has before its own."""
+    """Mixin put before the class of a detector."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return what the head gives for (N, 3, H, W) images, normalised and of the size they are computed at."""
@@ -51,14 +51,16 @@ def why_not(name: str) -> str | None:
 
 
 def raw_detector(detector: nn.Module) -> nn.Module:
-    """Return a detector that takes (N, 3, H, W) images and returns its head's outputs by name; the same object.
+    """Return a detector that takes (N, 3, H, W) images and returns its head's outputs by name; parts are shared.
 
     Args:
         detector: SSD, SSDlite, RetinaNet or FCOS of torchvision.
     """
     base = type(detector)
-    detector.__class__ = type(base.__name__, (_RawForward, base), {"__module__": base.__module__})
-    return detector
+    kind = type(base.__name__, (_RawForward, base), {"__module__": base.__module__})
+    raw: nn.Module = object.__new__(kind)
+    raw.__dict__.update(detector.__dict__)
+    return raw
 
 
 class Postprocess:

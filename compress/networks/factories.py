@@ -1,4 +1,4 @@
-"""How is the user's own code called so that it gives a network? Only what `model.factory` names is ever imported."""
+"""Calls of the user's factory. Only the name in `model.factory` is ever imported."""
 
 import inspect
 import random

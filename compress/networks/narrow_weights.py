@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from compress.errors import ArtifactError, UnsupportedLayer
+from compress.errors import ArtifactError, UnsupportedLayer, attempt, first_line
 from compress.networks.weights import Conversion, check_names, load_strict, some
 from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.graph import ChannelGraph
@@ -79,10 +79,10 @@ def require_same(
         example: Inputs, (N, ...).
         source: The state dict in words.
     """
-    try:
-        found = check_narrow(module, slim, graph, removed, example)
-    except Exception as error:  # the user's forward pass meets widths that it was not written for
-        found = f"it does not run ({type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]})"
+    found = attempt(  # the user's forward pass meets widths that it was not written for
+        lambda: check_narrow(module, slim, graph, removed, example),
+        lambda error: f"it does not run ({type(error).__name__}: {first_line(error)})",
+    )
     if found is None:
         return
     _, excluded = find_cuttable(module, example[:1], skip=frozenset(graph.groups) - frozenset(removed))

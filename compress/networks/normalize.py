@@ -1,4 +1,4 @@
-"""In which form do the stages work with a network? The one its weights have in eval mode, in plain layers.
+"""Normal form of a network for the stages: weights as in eval mode, plain layers.
 
     weight = g · v / |v|   (weight_norm, spectral_norm, any parametrisation) ──> a weight
     StdConv2d, ScaledStdConv2d, any own layer whose weight is computed from its parameters ──> nn.Conv2d, nn.Linear
@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from compress.errors import InternalError
 from compress.model.adapter import flatten_outputs
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.pruning.shortcuts import write_out_shortcuts
 
 SAME_WITHIN = 1e-4  # of the largest output: folding computes in another order
@@ -154,13 +154,12 @@ def _fold_computed(module: nn.Module, example: Tensor) -> int:
     if not own:
         return 0
     calls: dict[nn.Module, list[_Call]] = {part: [] for part in own}
-    handles = [part.register_forward_hook(_remember(calls[part]), always_call=True) for part in own]
-    handles += [part.register_forward_pre_hook(_listen(calls[part])) for part in own]
-    try:
+    with hooked(
+        before=[(part, _listen(calls[part])) for part in own],
+        after=[(part, _remember(calls[part])) for part in own],
+        always_call=True,
+    ):
         _tensors(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     plain = {part: layer for part in own if (layer := _plain_layer(part, calls[part])) is not None}
     for part, layer in plain.items():
         _replace(module, part, layer)
@@ -229,7 +228,7 @@ def _with(kind: type[nn.Module], layer: Any, weight: Tensor, bias: Tensor | None
 
 
 def _agree(plain: nn.Module, layer: nn.Module, call: _Call) -> bool:
-    """Whether both give the same for what the layer was given, and for noise: its weight may depend on its input.
+    """Return whether both give the same for the layer's input and for noise: its weight may depend on its input.
 
     What it was given may hold NaN, as a network that divides by its input's norm has for the zeros of a rebuild.
     """
@@ -267,15 +266,9 @@ def _part(module: nn.Module, example: Tensor) -> int:
     """Replace batch norms that share their statistics with other processes by those of one process."""
     shared = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)]
     axes: dict[nn.Module, int] = {}
-    handles = [
-        part.register_forward_pre_hook(lambda norm, inputs: axes.update({norm: inputs[0].ndim})) for part in shared
-    ]
-    try:
-        if shared:
+    if shared:
+        with hooked(before=[(part, lambda norm, inputs: axes.update({norm: inputs[0].ndim})) for part in shared]):
             _tensors(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     for part in (part for part in shared if part in axes):
         norm = _NORMS[axes[part]](part.num_features, part.eps, part.momentum, part.affine, part.track_running_stats)
         norm.load_state_dict(part.state_dict())

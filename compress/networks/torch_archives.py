@@ -1,4 +1,4 @@
-"""Which tensors lie in a TorchScript archive or a torch.export program? They are taken out of the zip file by hand.
+"""Tensors of TorchScript archives and torch.export programs, read from the zip file as data.
 
     TorchScript    NAME/data.pkl (objects, by class)  NAME/data/0 ... (bytes)  NAME/code/*.py (what is a weight)
     torch.export   NAME/data/weights/model_weights_config.json  NAME/data/weights/weight_0 ... (bytes)
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, translated
 
 _STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -48,7 +48,11 @@ def read_archive(path: Path) -> dict[str, Tensor] | None:
     Raises:
         ArtifactError: The archive is damaged, names places outside of itself, or its weights cannot be read as data.
     """
-    try:
+    with translated(
+        lambda error: ArtifactError(
+            f"'{path}' is no readable archive of a network, got {type(error).__name__}: {str(error)[:200]}"
+        )
+    ):
         if not zipfile.is_zipfile(path):
             return None
         with zipfile.ZipFile(path) as archive:
@@ -64,12 +68,6 @@ def read_archive(path: Path) -> dict[str, Tensor] | None:
                 name.endswith((".so", "_metadata.json", "serialized_exported_program.json")) for name in members.names
             ):
                 raise ArtifactError(f"'{path}' holds a compiled program and no weights under names.", hint=_HINT)
-    except ArtifactError:
-        raise
-    except Exception as error:  # of a corrupt archive zipfile, json, pickle and torch raise whatever they meet
-        raise ArtifactError(
-            f"'{path}' is no readable archive of a network, got {type(error).__name__}: {str(error)[:200]}"
-        ) from error
     return None
 
 

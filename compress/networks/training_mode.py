@@ -25,7 +25,7 @@ _SAME_WITHIN = 1e-3  # of the largest value
 
 @dataclass(frozen=True, slots=True)
 class TrainingMode:
-    """What training does differently.
+    """Differences of a network between training mode and evaluation mode.
 
     Attributes:
         evaluated: Paths of the modules that stay in evaluation mode during training; "" is the network itself.
@@ -165,5 +165,5 @@ def _listed(outcome: _Outcome) -> str:
 
 
 def _is_graph(module: nn.Module) -> bool:
-    """Whether a module runs the code of a traced graph, which knows no training mode."""
+    """Return whether a module runs the code of a traced graph, which knows no training mode."""
     return isinstance(getattr(module, "_graph", None), fx.Graph)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.errors import UnsupportedLayer
-from compress.model.modes import eval_mode
+from compress.errors import UnsupportedLayer, attempt
+from compress.model.modes import eval_mode, hooked
 from compress.model.recipe import RemoveUnread
 
 _SEED = 20261129
@@ -120,24 +120,24 @@ def _replace(
 ) -> bool:
     """Put a stand-in in the place of a module, in place; return whether one fits."""
     seen: list[Any] = []
-    handle = old.register_forward_hook(lambda _part, _inputs, output: seen.append(output))
-    for batch in batches:
-        _outputs(slim, batch)
-    handle.remove()
+    with hooked(after=[(old, lambda _part, _inputs, output: seen.append(output))]):
+        for batch in batches:
+            _outputs(slim, batch)
     stands_in: list[nn.Module] = [Unread(), *([UnreadShape(seen[0], seen[-1])] if seen else [])]
     parent_path, _, name = path.rpartition(".")
     parent = slim.get_submodule(parent_path)
     for one in stands_in:
         setattr(parent, name, one.train(old.training))
-        try:
-            got = [_outputs(slim, batch) for batch in batches]
-            same = all(_same(a, b) for many in zip(got, wanted, strict=True) for a, b in zip(*many, strict=True))
-        except Exception:  # the user's code meets other shapes than before
-            same = False
-        if same:
+        # the user's code meets other shapes than before, and may raise anything
+        if attempt(lambda: _all_same(slim, batches, wanted), lambda _: False):
             return True
     setattr(parent, name, old)
     return False
+
+
+def _all_same(module: nn.Module, batches: Sequence[Tensor], wanted: Sequence[list[Tensor]]) -> bool:
+    got = [_outputs(module, batch) for batch in batches]
+    return all(_same(a, b) for many in zip(got, wanted, strict=True) for a, b in zip(*many, strict=True))
 
 
 def _reached(module: nn.Module, example: Tensor) -> set[str]:
@@ -163,7 +163,7 @@ def _reached(module: nn.Module, example: Tensor) -> set[str]:
 
 
 def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
-    """Whether the outputs stay the same to the bit, whatever a module returns."""
+    """Return whether the outputs stay the same to the bit, whatever a module returns."""
     wanted = _outputs(module, example)
     generator = torch.Generator().manual_seed(_SEED)
     spoils: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -172,14 +172,10 @@ def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
         lambda one: -torch.rand(one.shape, generator=generator).to(one) * 100,
     )
     for spoil in spoils:
-        handle = module.get_submodule(path).register_forward_hook(_replaced(spoil))
-        try:
-            got = _outputs(module, example)
-        except Exception:  # the user's code looks at the values
-            return False
-        finally:
-            handle.remove()
-        if not all(_same(one, other) for one, other in zip(got, wanted, strict=True)):
+        with hooked(after=[(module.get_submodule(path), _replaced(spoil))]):
+            # the user's code may look at the values, and raise anything
+            same = attempt(lambda: _all_same(module, [example], [wanted]), lambda _: False)
+        if not same:
             return False
     return True
 

@@ -1,15 +1,15 @@
-"""Types of stored weights: converted to those of the network where that is sound, refused by name where it is not.
-
-float16, bfloat16 -> float32   exact, noted
-float64 -> float32             rounded, warned about
-integers -> buffers            only where no value changes
-anything else                  refused: integers as parameters, complex numbers, 8-bit floats, meta tensors
-
-Which tensors does a file of weights hold, and do they fit a network? Files are read as data, nothing in them is run.
+"""Files of weights: reading them as data, and loading them into a network.
 
 Read are safetensors, torch checkpoints that `weights_only=True` accepts, TorchScript archives and torch.export
-programs. A state dict may lie in a checkpoint under the usual names, one within the other; of a moving average and the
-weights themselves the average is taken, since it is what was measured while training.
+programs; nothing in them is run. A state dict may lie in a checkpoint under the usual names, one within the other. Of
+a moving average and the weights themselves the average is taken, since it was measured while training.
+
+Types of stored weights are converted to those of the network where that is sound, and refused by name otherwise:
+
+    float16, bfloat16 -> float32   exact, noted
+    float64 -> float32             rounded, warned about
+    integers -> buffers            only where no value changes
+    anything else                  refused: integers as parameters, complex numbers, 8-bit floats, meta tensors
 """
 
 import pickle  # noqa: TID251 - for the exception that torch raises; nothing is loaded with it
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from compress.errors import ArtifactError, NonFinite
+from compress.errors import ArtifactError, NonFinite, translated
 from compress.networks.torch_archives import read_archive
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,7 +37,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done to weights of one type.
+    """Conversion of stored weights of one type.
 
     Attributes:
         text: A sentence for the user.
@@ -302,23 +302,24 @@ def _prefixes(name: str) -> Iterator[str]:
 def _read_checkpoint(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise ArtifactError(f"Weights file '{path}' is empty.", hint=_FORMATS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
+
+    def refused(error: Exception) -> ArtifactError:
+        if not isinstance(error, pickle.UnpicklingError):  # torch raises anything, down to AssertionError
+            return ArtifactError(
+                f"Weights file '{path}' is no readable torch checkpoint, got {type(error).__name__}: "
+                f"{first_sentence(error)}",
+                hint=_FORMATS,
+            )
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise ArtifactError(
+        return ArtifactError(
             f"Weights file '{path}' was refused: it is not a plain state dict, reading it could run code"
             f"{f' ({culprit[1]})' if culprit else ''}.",
             hint="Save `model.state_dict()` with safetensors or torch.save and give that file.",
-        ) from error
-    except Exception as error:  # torch's reader raises anything, down to AssertionError, on a corrupt file
-        raise ArtifactError(
-            f"Weights file '{path}' is no readable torch checkpoint, got {type(error).__name__}: "
-            f"{first_sentence(error)}",
-            hint=_FORMATS,
-        ) from error
+        )
+
+    with translated(refused), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
+        return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:

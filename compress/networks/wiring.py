@@ -1,9 +1,8 @@
-"""How is a network called, what does it return, and does it do the same each time? Asked of one run on real inputs.
+"""Inputs, outputs and determinism of a network, from one run on real inputs.
 
-What does a network do that a fixed graph cannot: draw random numbers, decide by the values of its input?
-
-One run is watched operator by operator. A tensor that was computed from the input is followed, so that a decision by a
-constant (a flag in a buffer) is not taken for one by the image.
+The run is watched operator by operator for what a fixed graph cannot do: draw random numbers, or decide by the values
+of its input. A tensor that was computed from the input is followed, so that a decision by a constant (a flag in a
+buffer) is not taken for one by the image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from compress.data.packing import is_packed, part_sizes, row_width
 from compress.errors import ModelError, NonFinite
 from compress.model.adapter import INPUT_NAME, OUTPUT_NAME, adapt, flatten_outputs, wiring_of
 from compress.model.artifacts import FactorySpec, Signature, TensorSpec
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.networks.training_mode import TrainingMode, compare_modes
 from compress.networks.weights import some
 from compress.user_code import shown_as
@@ -187,7 +186,7 @@ def _dtype(value: Tensor) -> str:
 
 @dataclass(slots=True)
 class Observed:
-    """What was seen, each as "layer (Class): operator", in the order of the run.
+    """Operators seen in a run, each as "layer (Class): operator", in the order of the run.
 
     Attributes:
         random: Random numbers were drawn.
@@ -247,16 +246,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _watch(module: nn.Module) -> Iterator[_Watch]:
     """Give a mode that knows which layer is at work."""
     watch = _Watch()
-    handles = []
-    for name, part in module.named_modules():
-        place = f"'{name}' ({type(part).__name__})" if name else f"the network itself ({type(part).__name__})"
-        handles.append(part.register_forward_pre_hook(lambda *_, place=place: watch.place.append(place)))
-        handles.append(part.register_forward_hook(lambda *_: (watch.place.pop(), None)[1], always_call=True))
-    try:
+    places = {
+        part: f"'{name}' ({type(part).__name__})" if name else f"the network itself ({type(part).__name__})"
+        for name, part in module.named_modules()
+    }
+    with hooked(
+        before=[(part, lambda *_, place=place: watch.place.append(place)) for part, place in places.items()],
+        after=[(part, lambda *_: (watch.place.pop(), None)[1]) for part in places],
+        always_call=True,
+    ):
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add(found: list[str], entry: str) -> None:

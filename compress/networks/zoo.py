@@ -1,4 +1,4 @@
-"""Which networks of torchvision and timm are there by name, how are they built, and what weights come with them?
+"""Networks of torchvision and timm by name, and the weights that come with them.
 
 They are built without any weights; `weights: pretrained` fetches what the library offers and loads it like a file.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.catalog import closest, require_packages
-from compress.errors import ArtifactError, ModelError
+from compress.errors import ArtifactError, ModelError, translated
 from compress.model.adapter import wiring_of
 from compress.model.artifacts import FactorySpec
 from compress.networks.detectors import DETECTORS, raw_detector, why_not
@@ -77,16 +77,19 @@ def pretrained_state(spec: FactorySpec) -> dict[str, Tensor]:
         )
     make = timm_factory(spec.reference) if spec.kind == "timm" else torchvision_factory(spec.reference)
     built = make(**spec.kwargs)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            trained = _fetch(spec)
-    except Exception as error:  # without a connection, and where weights do not fit, libraries raise what they like
-        raise ArtifactError(
-            f"The weights that {spec.kind} offers for '{spec.reference}' could not be had, "
-            f"got {type(error).__name__}: {first_sentence(error)}.",
-            hint="Without a connection, give a file of weights; num_classes and the like must be those of the weights.",
-        ) from error
+    with (
+        translated(
+            lambda error: ArtifactError(
+                f"The weights that {spec.kind} offers for '{spec.reference}' could not be had, "
+                f"got {type(error).__name__}: {first_sentence(error)}.",
+                hint="Without a connection, give a file of weights; "
+                "num_classes and the like must be those of the weights.",
+            )
+        ),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(0)
+        trained = _fetch(spec)
     state = {key: value for key, value in trained.state_dict().items() if isinstance(value, Tensor)}
     state = without_auxiliary(state, built.state_dict())
     _match_settings(built, trained, state)

@@ -27,8 +27,8 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-from compress.errors import ModelError
-from compress.onnx_file.io import file_bytes, first_line, load_onnx, read_sizes, reading_graph
+from compress.errors import ModelError, first_line, translated
+from compress.onnx_file.io import file_bytes, load_onnx, read_sizes, reading_graph
 from compress.onnx_file.node_macs import NodeProduct, find_products, is_counted
 
 __all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
@@ -128,7 +128,7 @@ def rows_of(model: ModelProto) -> list[LayerRow]:
 
 
 def is_fixed_weight(name: str) -> bool:
-    """Whether a constant is the weight of a convolution that stands for slicing and padding."""
+    """Return whether a constant is the weight of a convolution that stands for slicing and padding."""
     return name.startswith(FIXED_WEIGHT) or name.endswith(f".{FIXED_BUFFER}")
 
 
@@ -149,10 +149,8 @@ class _Graph:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
         batch = _fix_batch(model)
-        try:
+        with translated(lambda error: ModelError(f"Shapes of the ONNX graph must be inferable: {first_line(error)}")):
             self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        except Exception as error:  # onnx raises InferenceError, ValueError or a protobuf error
-            raise ModelError(f"Shapes of the ONNX graph must be inferable: {first_line(error)}") from error
         self.batch = batch
         self.nodes: list[NodeProto] = list(self.model.graph.node)
         self.shapes = dict(_shapes(self.model))
@@ -321,13 +319,11 @@ def observe_shapes(model: ModelProto, names: Iterable[str]) -> dict[str, tuple[i
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
+    with translated(lambda error: ModelError(f"The graph must run for its shapes to be seen: {first_line(error)}")):
         session = onnxruntime.InferenceSession(
             copy.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
         found = session.run(wanted, zeros)
-    except Exception as error:  # ONNX Runtime and protobuf raise types of their own
-        raise ModelError(f"The graph must run for its shapes to be seen: {first_line(error)}") from error
     return {name: tuple(array.shape) for name, array in zip(wanted, found, strict=True)}
 
 

@@ -1,22 +1,24 @@
-"""What does an ONNX file say about itself: its files, its inputs and outputs, its preprocessing? No torch."""
+"""Reading and writing ONNX files: weights, signature, preprocessing. No torch."""
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 
-from compress.config.rules.weights import CLASSES_KEY, PREPROCESSING_KEY
+from compress.config.defaults import PREPROCESSING_KEY
 from compress.config.schema.data import PreprocessingConfig
 from compress.data.preprocessing import Preprocessing
-from compress.errors import ArtifactError, CompressError
+from compress.errors import ArtifactError, first_line, translated
 from compress.model.artifacts import Signature, TensorSpec
 
 SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
 __all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
+
+CLASSES_KEY = "compress.classes"
 _FEW_BITS = {"UINT4": 4, "INT4": 4, "FLOAT4": 4, "UINT2": 2, "INT2": 2}
 _DIGITS, _SHOWN, _NAMED = 20, 80, 4
 _LARGEST = 2**31 - 1  # size of an axis
@@ -29,7 +31,7 @@ _TYPES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OnnxMetadata:
-    """What this program writes into the files it exports.
+    """Metadata that this program writes into the files it exports.
 
     Attributes:
         preprocessing: What happens to an image first; None when the file does not say.
@@ -53,17 +55,15 @@ def reading_graph(path: Path | None) -> Iterator[None]:
     Raises:
         ArtifactError: The block raised something that is no error of this program.
     """
-    try:
-        yield
-    except (CompressError, MemoryError):
-        raise
-    except Exception as error:
-        what = "The model" if path is None else f"'{path}'"
-        raise ArtifactError(
+    what = "The model" if path is None else f"'{path}'"
+    with translated(
+        lambda error: ArtifactError(
             f"{what} must be a valid ONNX model, reading its graph ends with {type(error).__name__}: "
             f"{first_line(error)}",
             hint="python -m onnx.bin.checker FILE.onnx says what is wrong with it.",
-        ) from error
+        )
+    ):
+        yield
 
 
 def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
@@ -78,10 +78,8 @@ def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
     """
     if not path.is_file():
         raise ArtifactError(f"ONNX file '{path}' does not exist.")
-    try:
+    with _readable(path):
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf and the file system each raise types of their own
-        raise ArtifactError(f"'{path}' must be a readable ONNX model: {first_line(error)}") from error
     if weights:
         _load_weights(model, path)
     if not model.graph.node or not model.graph.output:
@@ -336,18 +334,14 @@ def default_opset(model: onnx.ModelProto) -> int | None:
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def _load_weights(model: onnx.ModelProto, path: Path) -> None:
     require_external(model, path)
-    try:
+    with _readable(path):
         onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:  # onnx.checker and the file system each raise types of their own
-        raise ArtifactError(f"'{path}' must be a readable ONNX model: {first_line(error)}") from error
+
+
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return translated(lambda error: ArtifactError(f"'{path}' must be a readable ONNX model: {first_line(error)}"))
 
 
 def _nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -370,7 +364,7 @@ def _whole_number(text: str | None) -> int:
 
 
 def is_present(file: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is none."""
+    """Return whether there is such a file; a name that no file can have is none."""
     try:
         return file.exists()
     except (OSError, ValueError):  # too long, or with a null byte

@@ -46,7 +46,7 @@ def find_products(node: NodeProto, shape_of: ShapeOf) -> list[NodeProduct]:
 
 
 def is_counted(node: NodeProto) -> bool:
-    """Whether a node's operator is one that multiplies and sums up."""
+    """Return whether a node's operator is one that multiplies and sums up."""
     return node.domain in _DOMAINS and node.op_type in _COUNTS
 
 

@@ -1,4 +1,4 @@
-"""How is the structure of an ONNX file kept without its weights? No torch.
+"""Structure of an ONNX file without its weights. No torch.
 
 The copy is a valid ONNX file of its own: each weight of a layer becomes zeros of its shape (ConstantOfShape) under its
 name. Building it gives the same layers, names and shapes as the file; constants that shapes are made of stay.

@@ -1,6 +1,6 @@
-"""How does an ONNX file become a torch network that computes the same?
+"""Import of an ONNX file as a torch network that computes the same.
 
-file --read_source--> Source --Builder--> fx.GraphModule --find_mismatch--> the network, or why not
+file --read_source--> Source --Builder--> fx.GraphModule --require_parity--> the network, or ModelError
 """
 
 from collections import defaultdict
@@ -28,19 +28,18 @@ def import_onnx(
 ) -> fx.GraphModule:
     """Return a torch network that computes what an ONNX file does, in eval mode, with an open number of images.
 
-    Layers (`nn.Conv2d`, `nn.Linear`, ...) are submodules that are called as in the file. Weights of any precision
-    become float32. Several outputs become a tuple. `meta["import_error"]` of it is the largest relative error that the
-    comparison found.
+    Layers (`nn.Conv2d`, `nn.Linear`, ...) are submodules with the names in the file. Weights of any precision become
+    float32. Several outputs become a tuple. Its `meta["import_error"]` is the largest relative error of the comparison.
 
     Args:
         path: The .onnx file.
-        shapes: Of one image, by input, where the file leaves them open.
+        shapes: Shape of one image by input, where the file leaves it open.
         images: Values of each input to compare on besides random ones, (N, ...) each.
 
     Raises:
         ArtifactError: The file is missing, corrupt, or keeps weights outside of its folder.
-        ModelError: Something in the file is not supported, all of it named, or the network computes other values than
-            ONNX Runtime does with the file; says where that begins.
+        ModelError: The file has unsupported parts, all of them named, or the network computes other values than ONNX
+            Runtime does with the file; the message names the first node that differs.
         NonFinite: ONNX Runtime gives NaN or infinity.
     """
     with reading_graph(path):
@@ -51,7 +50,7 @@ def import_onnx(
 
 
 def build_imported(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> fx.GraphModule:
-    """Return the network of a file without comparing the two, such as that of a file whose weights are left out.
+    """Return the network of a file without comparing the two, such as of a file whose weights are left out.
 
     Raises:
         ArtifactError, ModelError: As `import_onnx`.
@@ -83,7 +82,7 @@ def build_network(source: Source) -> fx.GraphModule:
 
 
 def _listed(problems: Sequence[tuple[ir.Node, str]]) -> str:
-    """Return each reason with the operator and the nodes that it is about."""
+    """Return each reason with its operator and nodes, as one text."""
     nodes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for node, reason in problems:
         nodes[node.op_type, reason].append(f"'{node.name or node.outputs[0].name}'")

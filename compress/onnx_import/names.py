@@ -1,7 +1,7 @@
-"""How are layers called that come out of a file?
+"""Names of the layers of an imported network.
 
-A weight that is called like one of a torch module names its layer ("layer1.0.conv1.weight"); else the node does, with
-what exporters put around a name taken off; else its output.
+A weight whose name is that of a torch parameter names its layer ("layer1.0.conv1.weight"). Otherwise the name of the
+node does, without the additions of exporters, or else the name of its output.
 """
 
 import builtins
@@ -20,13 +20,13 @@ _READ_BY_CODE = frozenset((*keyword.kwlist, *keyword.softkwlist, *dir(builtins),
 
 
 class Names:
-    """Gives out names of layers: unique, none of them a part of another one's path, no attribute of a module."""
+    """Unique names of layers: none of them is a part of another one's path or an attribute of a module."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def take(self, wanted: str) -> str:
-        """Return `wanted`, or what comes nearest to it among the names that are free."""
+        """Return the free name nearest to `wanted`."""
         base = clean(wanted)
         parts = base.split(".")
         if any(".".join(parts[:end]) in self._taken for end in range(1, len(parts))):
@@ -39,7 +39,7 @@ class Names:
 
 
 def layer_name(weights: Sequence[str], node: str, operator: str, output: str) -> str:
-    """Return what a layer is best called.
+    """Return the name of a layer.
 
     Args:
         weights: Names of its weights in the file.
@@ -65,12 +65,12 @@ def layer_name(weights: Sequence[str], node: str, operator: str, output: str) ->
 
 
 def value_name(name: str, default: str) -> str:
-    """Return what a constant is best called: as in the file, unless a machine made that name up."""
+    """Return the name of a constant: that of the file, or the default where the name was generated."""
     return default if _MACHINE_MADE.match(name) or not name else name
 
 
 def argument_names(names: Sequence[str]) -> list[str]:
-    """Return a name for each input of a file that an argument of `forward` can have, all different.
+    """Return a name of an argument of `forward` for each input of a file, all different.
 
     >>> argument_names(["image", "in", "self", "1", "a.b", "a_b"])
     ['image', 'in_', 'self_', 'input_1', 'a_b_', 'a_b']
@@ -87,7 +87,7 @@ def argument_names(names: Sequence[str]) -> list[str]:
 
 
 def clean(name: str) -> str:
-    """Return a dotted path of which each part can be an attribute of a module.
+    """Return a dotted path whose parts can be attributes of a module.
 
     >>> clean("block 1/conv:0")
     'block_1_conv_0'

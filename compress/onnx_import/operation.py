@@ -1,18 +1,16 @@
-"""What does an operator get to see and to do while it is built? One node of the file, its values, and the new graph."""
+"""Operation: one node of the file, with its inputs and the new graph, as its operator sees it while it is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from compress.onnx_import.values import Computed, Fixed, Refused, Value
-
-if TYPE_CHECKING:
-    from compress.onnx_import.build import Builder
+from compress.onnx_import.graph import NetworkGraph
+from compress.onnx_import.values import Computed, Fixed, KnownValues, Refused, Value
 
 Result = Computed | Fixed | Sequence[Computed | Fixed]
 Translator = Callable[["Operation"], Result]
@@ -21,7 +19,7 @@ T = TypeVar("T")
 
 
 def operator(*names: str) -> Callable[[Translator], Translator]:
-    """Declare how operators of the default domain are built."""
+    """Register the decorated function as the translator of operators of the default domain."""
 
     def declare(translator: Translator) -> Translator:
         for name in names:
@@ -35,18 +33,22 @@ class Operation:
     """One node of the file that images go through.
 
     Args:
-        node: In the file.
-        inputs: What is known of its inputs; None for one that is left out.
-        builder: Of the new graph.
+        node: The node.
+        inputs: Its inputs; None for one that is left out.
+        opset: Version of the default operator set.
+        graph: The new graph.
+        values: All values that are known so far.
     """
 
-    def __init__(self, node: ir.Node, inputs: Sequence[Value], builder: Builder) -> None:
-        self.node, self.inputs, self.builder = node, list(inputs), builder
-        self.opset = builder.opset
+    def __init__(
+        self, node: ir.Node, inputs: Sequence[Value], opset: int, graph: NetworkGraph, values: KnownValues
+    ) -> None:
+        self.node, self.inputs, self.opset = node, list(inputs), opset
+        self.graph, self.values = graph, values
 
     @property
     def kind(self) -> str:
-        """The operator."""
+        """Name of the operator."""
         return self.node.op_type
 
     @property
@@ -63,15 +65,15 @@ class Operation:
         return cast(T, tuple(value) if isinstance(value, (list, tuple)) else value)
 
     def has(self, index: int) -> bool:
-        """Whether an input is given."""
+        """Return whether an input is given."""
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def image(self, index: int = 0) -> Computed:
-        """Return an input that images go through; a constant in its place goes into the graph as one."""
+        """Return an input that images go through; a constant is added to the graph as one."""
         value = self.inputs[index] if self.has(index) else None
         if value is None:
             raise Refused(f"input {index} must be given")
-        return value if isinstance(value, Computed) else self.builder.constant(value)
+        return value if isinstance(value, Computed) else self.graph.constant(value)
 
     def known(self, index: int) -> Fixed:
         """Return an input that no image changes, such as a weight.
@@ -89,7 +91,7 @@ class Operation:
         return self.known(index).array
 
     def setting(self, name: str, index: int, default: Any = None) -> Any:
-        """Return what is an attribute in older operator sets and an input in newer ones, as plain values."""
+        """Return a setting that is an attribute in older operator sets and an input in newer ones, as plain values."""
         if name in self.node.attributes:
             return self.attribute(name, None)
         return self.array(index).tolist() if self.has(index) else default
@@ -116,20 +118,20 @@ class Operation:
 
     def call(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Computed:
         """Add a call of a torch function with one tensor as its result."""
-        return self.builder.call(function, arguments, settings, self.output)
+        return self.graph.call(function, arguments, settings, self.output)
 
     def call_several(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Computed]:
         """Add a call of a torch function with several tensors as its result."""
-        return self.builder.call_several(function, arguments, settings, self.output)
+        return self.graph.call_several(function, arguments, settings, self.output)
 
     def layer(self, make: Callable[[], nn.Module], weights: Sequence[Fixed], image: Computed, key: object) -> Computed:
         """Add a call of a torch layer; nodes with the same weights and settings share one.
 
         Args:
             make: Builds the layer, weights in place.
-            weights: What is in it.
-            image: What it is called with.
+            weights: Its weights.
+            image: Its input.
             key: Its settings.
         """
-        name = self.builder.layer(make, weights, self.node, key)
-        return self.builder.call_layer(name, image, self.output)
+        name = self.graph.parts.layer(make, weights, self.node, key)
+        return self.graph.call_layer(name, image, self.output)

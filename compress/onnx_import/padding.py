@@ -1,4 +1,4 @@
-"""How does a window move over an image: kernel, strides, dilations, and what is padded?"""
+"""Window of a convolution or pooling over an image: kernel, strides, dilations, padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _same_total(size: int, kernel: int, stride: int, dilation: int) -> int:
 def _transposed_total(
     op: Operation, image: Computed, axis: int, sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> int:
-    """Return what padding takes away from the output of a transposed convolution for it to have the size wanted."""
+    """Return the padding by which the output of a transposed convolution is shortened to the given size."""
     size = image.size(axis + 2)
     more = op.attribute("output_padding", (0,) * len(sizes))[axis]
     full = (size - 1) * strides[axis] + (sizes[axis] - 1) * dilations[axis] + 1 + more

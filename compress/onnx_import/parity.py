@@ -1,11 +1,11 @@
-"""Does an imported network compute what ONNX Runtime computes with the file, and if not, from which node on?
+"""Parity of an imported network and ONNX Runtime with the file, down to the first node that differs.
 
-The relative error of an output is the largest difference over the largest value, over all images compared. It may be
+The relative error of an output is the largest difference over the largest value, over all images compared. The limit is
 1e-5; where weights or values of the file are in half precision, 5e-3, since the network computes in float32.
 
-Some networks round more than that: ONNX Runtime with FastestDet is 1.3e-5 away from float64 itself on some pictures.
-Hence, where an output differs by more, the network is computed in float64 too, and what rounding does to it is added to
-the limit, three times (each of the two rounds, and not alike), up to 1e-4 in all.
+Some networks have larger rounding errors: ONNX Runtime with FastestDet is 1.3e-5 away from float64 on some images.
+Hence, where an output differs by more, the network is computed in float64 as well. Three times its rounding error is
+added to the limit (each of the two rounds, in different ways), up to 1e-4 in all.
 """
 
 import copy
@@ -20,9 +20,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from compress.data.packing import standard_strides
-from compress.errors import ModelError, NonFinite
-from compress.onnx_file.io import each_tensor, first_line
-from compress.onnx_import.build import ONNX_VALUE
+from compress.errors import ModelError, NonFinite, attempt, first_line, translated
+from compress.onnx_file.io import each_tensor
+from compress.onnx_import.graph import ONNX_VALUE
 from compress.onnx_import.preconditions import Source
 from compress.onnx_import.values import as_float32
 
@@ -165,14 +165,12 @@ def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarr
         wanted: Names of the values, and what the network gives for them: what single images give is joined like it.
     """
     names = list(wanted)
-    try:
+    with translated(lambda error: ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}")):
         if source.has_open_batch:
             found = session.run(names, feed)
             return {name: as_float32(value) for name, value in zip(names, found, strict=True)}
         count = max(feed[spec.name].shape[0] for spec in source.inputs if source.carries_images(spec))
         runs = [session.run(names, _one_of(source, feed, index)) for index in range(count)]
-    except Exception as error:  # ONNX Runtime raises types of its own
-        raise ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}") from error
     each = zip(names, zip(*runs, strict=True), strict=True)
     return {name: as_float32(_joined(values, wanted[name].shape)) for name, values in each}
 
@@ -234,12 +232,14 @@ def _session(source: Source, outputs: Sequence[str] | None) -> Any:
         telling.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in there)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         model = telling.SerializeToString()
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises types of its own
+
+    def otherwise(error: Exception) -> Any:
         if onnx.TensorProto.DOUBLE in _weight_types(source):  # it has no convolutions in double precision
             return ReferenceEvaluator(source.model if outputs is None else telling)
         raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
+
+    providers = ["CPUExecutionProvider"]
+    return attempt(lambda: onnxruntime.InferenceSession(model, options, providers=providers), otherwise)
 
 
 def _tolerance(source: Source) -> float:

@@ -1,9 +1,9 @@
-"""What do several nodes of a file stand for, where the operator sets had no node for it?
+"""Patterns of nodes that stand for one layer or function, where the operator sets had no operator for it.
 
     Reshape InstanceNormalization Reshape [Mul] [Add]    a group norm, as exporters wrote it before operator set 21
     Reshape Transpose Reshape Gather                     every k-th channel: a channel shuffle that is split at once
 
-Both would compute the same node by node. As one, their widths are those of a layer or of a slice, and can be cut.
+Node by node both would compute the same. As one, their widths are those of a layer or of a slice, and prunable.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def every_kth_channel(op: Operation, index: int) -> Computed | None:
     split = None if turn is None else _producer(turn.inputs[0], "Reshape")
     if back is None or turn is None or split is None or split.inputs[0] is None:
         return None
-    image, pairs, joined = (op.builder.find(value) for value in (split.inputs[0], split.outputs[0], back.outputs[0]))
+    image, pairs, joined = (op.values.find(value) for value in (split.inputs[0], split.outputs[0], back.outputs[0]))
     if not all(isinstance(value, Computed) for value in (image, pairs, joined)):
         return None
     assert isinstance(image, Computed)
@@ -54,7 +54,7 @@ def group_norm(op: Operation) -> None:
         op: The InstanceNormalization.
     """
     split, back = _producer(op.node.inputs[0], "Reshape"), _only_reader(op.node, "Reshape")
-    image = None if split is None or split.inputs[0] is None else op.builder.find(split.inputs[0])
+    image = None if split is None or split.inputs[0] is None else op.values.find(split.inputs[0])
     groups = op.image()
     if back is None or not isinstance(image, Computed) or image.rank < 3 or groups.rank != 3:
         return
@@ -73,16 +73,16 @@ def group_norm(op: Operation) -> None:
         each = np.ones(width, np.float32) if scale is None else scale.array.reshape(-1)
         moved = np.zeros(width, np.float32) if shift is None else shift.array.reshape(-1)
         inside, beside = (np.repeat(value.array, width // count) for value in (inner_scale, inner_shift))
-        layer.weight = op.builder.parameter(inner_scale, each * inside)
-        layer.bias = op.builder.parameter(inner_shift, each * beside + moved)
+        layer.weight = op.graph.parts.parameter(inner_scale, each * inside)
+        layer.bias = op.graph.parts.parameter(inner_shift, each * beside + moved)
         return layer
 
-    op.builder.merged[last] = op.layer(make, weights, image, ("group norm", count, width, eps))
+    op.values.merged[last] = op.layer(make, weights, image, ("group norm", count, width, eps))
 
 
 def _restores(op: Operation, back: ir.Node, image: Computed) -> bool:
-    """Whether a Reshape gives the shape that there was before the groups."""
-    shape = None if back.inputs[1] is None else op.builder.find(back.inputs[1])
+    """Return whether a Reshape gives the shape that there was before the groups."""
+    shape = None if back.inputs[1] is None else op.values.find(back.inputs[1])
     if not isinstance(shape, Fixed):
         return False
     for target, sizes in zip(shape.arrays, image.shapes, strict=True):
@@ -99,7 +99,7 @@ def _channel_constant(op: Operation, node: ir.Node, kind: str, width: int, rank:
     """Return the node that next combines channels with a constant, and that constant; else the node given and None."""
     reader = _only_reader(node, kind)
     others = [] if reader is None else [value for value in reader.inputs if value is not node.outputs[0]]
-    found = op.builder.find(others[0]) if len(others) == 1 and others[0] is not None else None
+    found = op.values.find(others[0]) if len(others) == 1 and others[0] is not None else None
     if reader is None or not isinstance(found, Fixed) or not found.is_constant:
         return node, None
     shape: Sequence[int] = (1,) * (rank - found.array.ndim) + found.array.shape

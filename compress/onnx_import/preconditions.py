@@ -1,7 +1,7 @@
-"""Can a file be imported at all? Everything about it that is refused before its graph is looked at node by node.
+"""Preconditions of an import, checked before the graph of a file is built node by node.
 
-corrupt, weights elsewhere, quantised, too old or too new an operator set   refused here, or brought up to date
-local functions                                                           put in place of their calls
+corrupt, external weights, quantised, operator set too old or too new   refused here, or converted
+local functions                                                         inlined
 """
 
 from collections import Counter
@@ -14,17 +14,9 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import ModelProto
 
-from compress.errors import ArtifactError, ModelError
+from compress.errors import ArtifactError, ModelError, first_line, translated
 from compress.model.artifacts import TensorSpec
-from compress.onnx_file.io import (
-    default_opset,
-    each_node,
-    first_line,
-    load_onnx,
-    read_inputs,
-    require_beside,
-    tensor_problems,
-)
+from compress.onnx_file.io import default_opset, each_node, load_onnx, read_inputs, require_beside, tensor_problems
 from compress.onnx_import.values import PROBES
 
 OLDEST_OPSET = 7  # before it, what broadcasts was said by attributes
@@ -35,14 +27,14 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that can be looked at node by node.
+    """A file that is ready to be built node by node.
 
     Attributes:
-        path: Where it is.
-        model: With its weights.
+        path: The .onnx file.
+        model: Its content, weights included.
         opset: Version of the default operator set.
         inputs: Without the weights; "batch" or 1 before the sizes of one image.
-        outputs: Names.
+        outputs: Names of the outputs.
         has_open_batch: Whether it takes any number of images; otherwise it takes 1.
     """
 
@@ -59,16 +51,16 @@ class Source:
         return [(number, *sizes) if self.carries_images(spec) else (int(spec.shape[0]), *sizes) for number in numbers]
 
     def carries_images(self, spec: TensorSpec) -> bool:
-        """Whether images lie along the first axis of an input."""
+        """Return whether images lie along the first axis of an input."""
         return spec.shape[0] == ("batch" if self.has_open_batch else 1)
 
 
 def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Source:
-    """Read a file and refuse what cannot be imported.
+    """Read a file, and refuse one that cannot be imported.
 
     Args:
         path: The .onnx file.
-        shapes: Of one image, by input, where the file leaves them open.
+        shapes: Shape of one image by input, where the file leaves it open.
 
     Raises:
         ArtifactError: It is missing, corrupt, or keeps weights outside of its folder.
@@ -119,14 +111,14 @@ def _up_to_date(model: ModelProto, path: Path) -> ModelProto:
         )
     if opset >= OLDEST_OPSET:
         return model
-    try:
-        return onnx.version_converter.convert_version(model, _MODERN_OPSET)
-    except Exception as error:  # the converter raises types of its own
-        raise ModelError(
+    with translated(
+        lambda error: ModelError(
             f"'{path}' must use operator set {OLDEST_OPSET} or newer, it uses {opset} and cannot be converted: "
             f"{first_line(error)}",
             hint=f"Export the network again with operator set {_MODERN_OPSET} or newer.",
-        ) from error
+        )
+    ):
+        return onnx.version_converter.convert_version(model, _MODERN_OPSET)
 
 
 def _with_sizes(spec: TensorSpec, given: Sequence[int] | None, path: Path) -> TensorSpec:

@@ -1,4 +1,4 @@
-"""How is a change of shape written so that widths may change and any number of images fits?
+"""Changes of shape, written so that widths may change and any number of images fits.
 
 The axes of both shapes are put into the smallest groups of equal size. A group that joins becomes `flatten`, one that
 divides `unflatten` with one size left open, and sizes that stay are not written at all:
@@ -99,7 +99,7 @@ def _resolved(shape: Shape, target: Sequence[int], allow_zero: bool) -> Shape:
 
 
 def _groups(before: Shape, after: Shape) -> list[Group] | None:
-    """Return (start, end, first, last): axes start to end of the one shape hold what first to last of the other do."""
+    """Return (start, end, first, last): axes start to end of one shape hold those of first to last of the other."""
     groups, i, j = [], 0, 0
     while i < len(before) and j < len(after):
         start, first, left, right = i, j, before[i], after[j]
@@ -125,7 +125,7 @@ def _is_both(group: Group) -> bool:
 
 
 def _written_as_open(op: Operation, first: int, last: int) -> int | None:
-    """Return which of the axes a Reshape leaves open by -1, counted from `first`."""
+    """Return the axis that a Reshape leaves open by -1, counted from `first`."""
     if op.kind != "Reshape":
         return None
     sizes = op.known(1).arrays[0].tolist()

@@ -1,13 +1,11 @@
-"""What is known of a value while a network is built from a file?
+"""Values of an ONNX file while a network is built from it.
 
     Fixed      known before any image is: weights, constants, sizes, and everything computed from those alone
-    Computed   the output of an operation on images: a node of the graph that is built, and its shapes
+    Computed   the output of an operation on images: a node of the new graph, and its shapes
 
-Sizes may depend on the number of images. Therefore everything is followed for two made-up numbers of images at once,
-`PROBES`; what differs between the two depends on that number. They are large primes so that no width of a layer is
-likely to be taken for one of them.
-
-What does a node come to whose inputs are all known? Computed by the evaluator of the ONNX standard.
+Sizes may depend on the number of images. Therefore all values are followed for two made-up numbers of images at once,
+`PROBES`; what differs between the two depends on that number. They are large primes, unlikely to be the width of a
+layer. A node whose inputs are all known is computed by the evaluator of the ONNX standard.
 """
 
 from collections.abc import Sequence
@@ -21,6 +19,8 @@ import onnxruntime
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
+
+from compress.errors import first_line, translated
 
 PROBES = (11, 13)
 
@@ -49,7 +49,7 @@ class Fixed:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it is the same for any number of images."""
+        """Return whether it is the same for any number of images."""
         first, *others = self.arrays
         return all(other is first or np.array_equal(first, other) for other in others)
 
@@ -121,6 +121,48 @@ class BatchSize:
 Value = Fixed | Computed | None
 
 
+class KnownValues:
+    """Values of the file that are known so far, by name; constants of the file are known from the start.
+
+    Attributes:
+        merged: Last node of a pattern of nodes -> the result of the pattern as a whole.
+    """
+
+    def __init__(self) -> None:
+        self.merged: dict[ir.Node, Computed] = {}
+        self._by_name: dict[str, Value] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Value:
+        return self._by_name[name]
+
+    def add(self, name: str, value: Fixed | Computed) -> None:
+        """Add a value."""
+        self._by_name[name] = value
+
+    def of(self, value: ir.Value) -> Value:
+        """Return a value; None for an input that is left out.
+
+        Raises:
+            Refused: No node has computed it.
+        """
+        name = value.name or ""
+        if name == "":
+            return None
+        if name not in self._by_name and value.const_value is not None:
+            self._by_name[name] = Fixed.constant(name, value.const_value.numpy())
+        if name not in self._by_name:
+            raise Refused(f"reads '{name}', which no node computes before it")
+        return self._by_name[name]
+
+    def find(self, value: ir.Value) -> Value:
+        """Return a value that is known so far, else None."""
+        is_known = (value.name or "") in self._by_name or value.const_value is not None
+        return self.of(value) if is_known else None
+
+
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Return floating-point numbers of any precision as float32, other values as they are."""
     is_other_float = array.dtype.kind == "f" or array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -175,14 +217,15 @@ def _run(node: ir.Node, arrays: Sequence[np.ndarray | None], opset: int) -> list
     graph = helper.make_graph([proto], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     feed = {name: array for name, array in zip(proto.input, arrays, strict=True) if array is not None}
-    try:
-        with np.errstate(all="ignore"):
-            if by_runtime:
-                content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
-                session: Any = onnxruntime.InferenceSession(content, providers=providers)
-                found: list[Any] = session.run(list(proto.output[:1]), feed)
-            else:
-                found = ReferenceEvaluator(model).run(None, feed)
-    except Exception as error:  # the evaluator raises types of its own, and whatever numpy raises
-        raise Refused(f"cannot be computed: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+
+    def refused(error: Exception) -> Refused:
+        return Refused(f"cannot be computed: {type(error).__name__}: {first_line(error)[:200]}")
+
+    with translated(refused, Refused), np.errstate(all="ignore"):
+        if by_runtime:
+            content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+            session: Any = onnxruntime.InferenceSession(content, providers=providers)
+            found: list[Any] = session.run(list(proto.output[:1]), feed)
+        else:
+            found = ReferenceEvaluator(model).run(None, feed)
     return [as_float32(np.asarray(value)) for value in found]

@@ -1,4 +1,4 @@
-"""Which residual blocks can be taken out, leaving the identity?
+"""Residual blocks that can be removed, leaving the identity.
 
 A block is removable when it has convolutions, returns the shape it gets, and with everything learned in it set to
 zero passes a non-negative input through unchanged: then `x` is what is left of `x + f(x)` without `f`.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, COUNTED
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.pruning.groups import NORMS
 from compress.pruning.repair.lockstep import call_order, following_norms
 
@@ -43,17 +43,13 @@ def _same_shape_parts(module: nn.Module, example: Tensor) -> dict[str, tuple[int
 
         return hook
 
-    handles = [
-        part.register_forward_hook(watch(name))
+    parts = [
+        (part, watch(name))
         for name, part in module.named_modules()
         if name and any(isinstance(child, CONVOLUTIONS) for child in part.modules() if child is not part)
     ]
-    try:
-        with torch.no_grad(), eval_mode(module):
-            module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(after=parts), torch.no_grad(), eval_mode(module):
+        module(example)
     return {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1 and shapes[0] is not None}
 
 
@@ -107,14 +103,12 @@ def closing_layers(module: nn.Module, example: Tensor) -> dict[str, str]:
 
 @torch.no_grad()
 def _adds_up(block: nn.Module, part: str, shape: tuple[int, ...]) -> bool:
-    """Whether a block returns the sum of a non-negative input and of what the part inside gives."""
+    """Return whether a block returns the sum of a non-negative input and of what the part inside gives."""
     silent = _silenced(block)
     generator = torch.Generator().manual_seed(0)
     x, added = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
-    handle = silent.get_submodule(part).register_forward_hook(lambda _part, _inputs, output: output + added)
-    try:
-        return torch.allclose(silent(x), x + added)
-    except RuntimeError:  # of another shape: something lies between it and the sum
-        return False
-    finally:
-        handle.remove()
+    with hooked(after=[(silent.get_submodule(part), lambda _part, _inputs, output: output + added)]):
+        try:
+            return torch.allclose(silent(x), x + added)
+        except RuntimeError:  # of another shape: something lies between it and the sum
+            return False

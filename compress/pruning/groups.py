@@ -1,10 +1,10 @@
-"""What is a channel group?
+"""Channel groups: coupled channels that are removed together.
 
 channel group   coupled channels; named by its first convolution or linear layer in definition order
 root            that layer; channels are counted in the order of its outputs
-unit            channels that only go together; most are one channel
+unit            channels that are only removed together; most are one channel
 parts           channels in a unit: a grouped convolution, or one chunked into halves, loses the same position of
-every part. Channel p * units + u is the one of unit u in part p
+                every part; channel p * units + u is the one of unit u in part p
 member          one layer touched by the group: on its "out" axis (producer, norm, depthwise) or "in" axis (reader)
 gates           the places where multiplying a channel by 0 is the same as removing it
 """
@@ -48,12 +48,12 @@ class Member:
 
     @property
     def is_producer(self) -> bool:
-        """Whether the layer computes the channels anew (a depthwise layer only passes them on)."""
+        """Return whether the layer computes the channels anew (a depthwise layer only passes them on)."""
         return self.axis == "out" and isinstance(self.module, COUNTED) and not is_depthwise(self.module)
 
     @property
     def is_norm(self) -> bool:
-        """Whether the layer normalises the channels."""
+        """Return whether the layer normalises the channels."""
         return self.axis == "out" and isinstance(self.module, NORMS)
 
 
@@ -97,7 +97,7 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a group has of a part of the cost.
+    """Share of a group in a part of the cost.
 
     Attributes:
         amount: That part.
@@ -218,7 +218,7 @@ def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, Chan
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether each output channel of a convolution reads one input channel of its own."""
+    """Return whether each output channel of a convolution reads one input channel of its own."""
     groups = getattr(module, "groups", 1)
     return groups > 1 and groups == getattr(module, "in_channels", None) == getattr(module, "out_channels", None)
 

@@ -19,7 +19,7 @@ from compress.errors import ArtifactError
 from compress.model.modes import eval_mode
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.surgery import kept_indices
-from compress.pruning.trial import difference, silenced_copy
+from compress.pruning.trial import difference, masked_copy
 
 _WHOLE = 1e-6  # a number of units is whole to within it
 FULL_WIDTH = "model.factory and model.kwargs must be those of the network before it was slimmed."
@@ -102,7 +102,7 @@ def check_narrow(
                 tensor[torch.meshgrid(*places, indexing="ij")] = narrow[name].to(tensor.dtype)
             else:
                 tensor.copy_(narrow[name])
-    masked = silenced_copy(module, removed, graph.groups)
+    masked = masked_copy(module, removed, graph.groups)
     with torch.no_grad(), eval_mode(slim), eval_mode(masked):
         return difference(slim(example), masked(example))
 

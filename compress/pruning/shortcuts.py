@@ -1,9 +1,9 @@
-"""How can a network be cut through shortcuts that pad their channels with zeros?
+"""Zero-padded shortcuts as convolutions with fixed weights, so that channels on both sides are prunable.
 
-Such a shortcut (He et al. 2016, option A) takes every second row and column and puts zero channels around: how many is
-written down in the network's code, so no channel on either side could go. Written as a convolution with fixed weights,
-zeros and ones, it computes the same, and what it reads and gives are channels like any others. Runtimes are faster at
-it, too: they need not leave their blocked layout of channels.
+Such a shortcut (He et al. 2016, option A) takes every second row and column and puts zero channels around. Their number
+is written down in the network's code, so no channel on either side could be removed. A convolution with fixed weights,
+zeros and ones, computes the same and reads and gives channels like any other. Runtimes are faster at it, too: they keep
+their blocked layout of channels.
 """
 
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from compress.model.modes import eval_mode
+from compress.errors import attempt
+from compress.model.modes import eval_mode, hooked
 from compress.onnx_file.counting import FIXED_BUFFER
 from compress.pruning.tracing.forward import trace
 
@@ -84,12 +85,9 @@ def _inputs_of(module: nn.Module, path: str, example: Tensor) -> list[Tensor]:
         is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         seen.append(args[0].clone() if is_one else None)
 
-    handle = module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with torch.no_grad(), eval_mode(module):
-            module(example)
-    finally:
-        handle.remove()
+    part = module.get_submodule(path)
+    with hooked(before=[(part, note)], with_kwargs=True), torch.no_grad(), eval_mode(module):
+        module(example)
     return [] if None in seen else [value for value in seen if value is not None]
 
 
@@ -102,15 +100,18 @@ def _as_shortcut(part: nn.Module, given: Tensor) -> FixedShortcut | None:
         return _matching(probe, part(probe))
 
 
+def _traced(part: nn.Module) -> fx.Graph | None:
+    """Return the graph of a module's own operations, or None where it depends on the training flag."""
+    with eval_mode(part):
+        graph = _Shallow().trace(part)
+        training = _Shallow().trace(part.train())
+    return graph if str(graph) == str(training) else None
+
+
 def _with_shortcut(part: nn.Module, given: Tensor) -> nn.Module | None:
     """Return a module with its padding of channels written as convolutions, or None where that cannot be done."""
-    try:
-        with eval_mode(part):
-            graph = _Shallow().trace(part)
-            training = _Shallow().trace(part.train())
-    except Exception:  # torch.fx follows some forward passes and raises whatever it raises at the others
-        return None
-    if str(graph) != str(training):  # a flag such as dropout's would be written down as it is now
+    graph = attempt(lambda: _traced(part), lambda _: None)  # torch.fx follows some forward passes, and raises at others
+    if graph is None:
         return None
     rewritten = fx.GraphModule(part, graph, type(part).__name__)
     values = _Values(rewritten)

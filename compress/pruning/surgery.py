@@ -1,16 +1,13 @@
-"""Numbers of channels written down in a module's attributes, and what they are after a cut.
+"""Structural edits: removal of channels and of residual blocks from a copy of a network.
 
-sizes       (32,) -> (20,)          one number, or several that stand one after the other (of a split)
-shapes      (128, 4, 4) -> (80, 4, 4)   the sizes of a value, or some of them in a row; -1 stands for any of them
+A cut removes channels from every parameter and buffer, and corrects the numbers of channels that layers carry
+(`out_channels`, `num_features`, ...). In other modules it corrects whole numbers, also in lists, mappings and
+dataclasses, that equal a count of channels in their own code:
 
-How are channels taken out of a network? A copy loses them from every parameter, buffer and number that has them.
+    sizes    (32,) -> (20,)               one number, or several in a row, such as those of a split
+    shapes   (128, 4, 4) -> (80, 4, 4)    sizes of a value, or some of them in a row; -1 stands for any of them
 
-Besides parameters, a cut changes the numbers of channels that layers carry (`out_channels`, `num_features`, ...) and,
-in other modules, whole numbers that equal a count of channels that their own code splits, reshapes or holds, in lists,
-mappings and dataclasses too (`numbers_left.py`): such a number is a guess, which the trial of the cut confirms or
-refutes.
-
-How is a structural edit carried out? A copy goes in edited, the original stays untouched.
+Such a correction is a guess, which the trial of the cut confirms or refutes (`trial.py`).
 """
 
 import argparse
@@ -36,9 +33,9 @@ _DEEPEST = 6  # containers within containers
 
 
 class Sizes:
-    """What becomes of the counts of channels that the code of one module may have written down.
+    """Counts of channels that the code of one module may have written down, and their values after a cut.
 
-    A count that would become two different ones becomes neither.
+    A count that would become two different ones is left unchanged.
     """
 
     def __init__(self) -> None:
@@ -46,7 +43,7 @@ class Sizes:
         self._shapes: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
 
     def add(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
-        """Note a number, or several that stand together."""
+        """Note a number, or several in a row."""
         self._after.setdefault(before, set()).add(after)
 
     def add_shape(self, shape: tuple[int, ...], dim: int, left: int) -> None:
@@ -58,14 +55,14 @@ class Sizes:
                     self._shapes.setdefault(shape[start:end], set()).add(after)
 
     def with_counts(self, counts: Mapping[int, int]) -> "Sizes":
-        """Return these sizes with single counts in the place of what was known of them."""
+        """Return these sizes with other values for single counts."""
         both = Sizes()
         both._after = {**self._after, **{(before,): {(after,)} for before, after in counts.items()}}
         both._shapes = self._shapes
         return both
 
     def after(self, numbers: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return what numbers that stand together become; None where nothing is known of them."""
+        """Return numbers in a row after the cut; None if they are not known."""
         found = self._after.get(numbers)
         if found is None:
             found = {
@@ -82,8 +79,8 @@ def corrected(value: object, sizes: Sizes, depth: int = 0) -> object:
 
     Args:
         value: Any attribute.
-        sizes: What becomes of numbers of channels.
-        depth: Containers around it.
+        sizes: Counts of channels before and after the cut.
+        depth: Number of containers around it.
     """
     if type(value) is int:  # True and False are not
         after = sizes.after((value,))
@@ -100,14 +97,14 @@ def corrected(value: object, sizes: Sizes, depth: int = 0) -> object:
 
 
 def _is_shape(numbers: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether numbers are these sizes, at most one of them left open by -1."""
+    """Return whether numbers are these sizes, at most one of them left open by -1."""
     return numbers.count(-1) <= 1 and all(
         given in (-1, size) for given, size in zip(numbers, shape, strict=True)
     )  # fmt: skip
 
 
 def _entries(value: object) -> Iterator[tuple[object, object]]:
-    """Yield what lies in a container by its key, place or name; nothing of what is none."""
+    """Yield the entries of a container by key, place or name; nothing of other values."""
     if isinstance(value, list | tuple):
         yield from enumerate(value)
     elif isinstance(value, dict):
@@ -142,8 +139,8 @@ def cut_copy(module: nn.Module, removed: Mapping[str, Sequence[int]], example: T
     """Return a copy of `module` without the channels given; training and requires_grad flags are kept.
 
     Args:
-        module: The network; left as it is.
-        removed: Group name -> indices of the channels that go.
+        module: The network; left unchanged.
+        removed: Group name -> indices of the removed channels.
         example: One input, (1, ...).
 
     Raises:
@@ -157,9 +154,9 @@ def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequen
     """Return a copy of `module` without the channels given; training and requires_grad flags are kept.
 
     Args:
-        module: The network; left as it is.
-        graph: Of `module`.
-        removed: Group name -> indices of the channels that go.
+        module: The network; left unchanged.
+        graph: Channel graph of `module`.
+        removed: Group name -> indices of the removed channels.
 
     Raises:
         UnsupportedLayer: A group or index does not exist.
@@ -180,8 +177,8 @@ def kept_indices(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> l
     """Return each parameter and buffer that a cut makes smaller, with the (n,) kept indices of its dimensions.
 
     Args:
-        graph: Of the network before the cut.
-        removed: Group name -> indices of the channels that go.
+        graph: Channel graph of the network before the cut.
+        removed: Group name -> indices of the removed channels.
 
     Raises:
         UnsupportedLayer: A group or index does not exist.
@@ -220,7 +217,7 @@ def _without(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 def _norm_groups_left(module: nn.Module, graph: ChannelGraph, gone: np.ndarray) -> dict[str, tuple[int, int]]:
-    """Return for each group norm the groups and the channels that it is left with."""
+    """Return for each group norm its numbers of groups and of channels after the cut."""
     found = {}
     for path, labels in graph.trace.norm_groups:
         part = module.get_submodule(path)
@@ -231,7 +228,7 @@ def _norm_groups_left(module: nn.Module, graph: ChannelGraph, gone: np.ndarray) 
 
 
 def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, Sizes]:
-    """Return for each module the counts of channels its code may have written down and what becomes of them."""
+    """Return for each module the counts of channels that its code may have written down, before and after the cut."""
     found: dict[str, Sizes] = {}
     for sized in graph.trace.sized:
         before = tuple(len(labels) for labels in sized.labels)
@@ -250,7 +247,7 @@ def _correct_numbers(
     sizes: Sizes,
     norm: tuple[int, int] | None,
 ) -> None:
-    """Let the numbers that a module carries follow its parameters."""
+    """Set the numbers of channels that a module carries to those of its parameters."""
     if norm is not None and isinstance(part, nn.GroupNorm):
         part.num_groups, part.num_channels = norm
     elif isinstance(part, LAYERS):
@@ -272,7 +269,7 @@ def _correct_numbers(
 
 
 def _correct_recurrent(part: nn.RNNBase | nn.RNNCellBase) -> None:
-    """Let the number of inputs follow the weight that reads them; the hidden state is never cut."""
+    """Set the number of inputs to that of the weight that reads them; the hidden state is never cut."""
     weight = part.weight_ih_l0 if isinstance(part, nn.RNNBase) else part.weight_ih
     assert isinstance(weight, Tensor)
     part.input_size = int(weight.shape[1])
@@ -307,7 +304,7 @@ def remove_channels(module: nn.Module, edit: RemoveChannels, example: Tensor) ->
     """Return a copy of `module` without the channels that `edit` names.
 
     Args:
-        module: The network as it is before the edit.
+        module: The network before the edit.
         edit: Group names and channel indices.
         example: One input, (1, C, H, W).
 

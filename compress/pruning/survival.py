@@ -1,4 +1,4 @@
-"""Which channels of the untouched network's feature maps are left after a recipe?"""
+"""Channels of the baseline's feature maps that are left after a recipe."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def surviving_channels(
     """Return for each part whose feature map loses channels the (n,) ascending channels of it that are left.
 
     Args:
-        module: The untouched network; left as it is.
+        module: The baseline; left as it is.
         recipe: What was done to it.
         example: One input, (1, ...).
         apply: Carries out edits on a network that it may change.

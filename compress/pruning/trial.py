@@ -1,7 +1,7 @@
 """Can a group be cut correctly? Its cut is carried out on a copy and compared with the network that ignores it.
 
-silenced    the original in which nothing reads the removed channels: the weights by which they are read are zero
-safety net  the cut network must run, keep its output shapes, and equal the silenced one
+masked    the original in which nothing reads the removed channels: the weights by which they are read are zero
+safety net  the cut network must run, keep its output shapes, and equal the masked one
 """
 
 import copy
@@ -74,7 +74,7 @@ def _all_heard(module: nn.Module) -> Iterator[None]:
                 parameter.copy_(values)
 
 
-def silenced_copy(
+def masked_copy(
     module: nn.Module, removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]
 ) -> nn.Module:
     """Return a copy of `module` in which nothing reads the removed channels.
@@ -146,7 +146,7 @@ class _Trial:
             if is_interrupt(error):
                 raise
             return f"the cut network does not run ({_failure(error)})"
-        silent = silenced_copy(self.module, removed, self.graph.groups)
+        silent = masked_copy(self.module, removed, self.graph.groups)
         with torch.no_grad(), eval_mode(silent):
             found = difference(got, silent(self.inputs))
         return found or self._miscounted(slim, removed)
@@ -166,11 +166,11 @@ class _Trial:
 
 
 def difference(got: object, expected: object) -> str | None:
-    """Say how the outputs of a cut network differ from those of the silenced one, or return None.
+    """Say how the outputs of a cut network differ from those of the masked one, or return None.
 
     Args:
         got: Outputs of the cut network, of any structure.
-        expected: Outputs of the silenced one.
+        expected: Outputs of the masked one.
     """
     found, wanted = _tensors(got), _tensors(expected)
     if [tuple(a.shape) for a in found] != [tuple(a.shape) for a in wanted]:
@@ -178,7 +178,7 @@ def difference(got: object, expected: object) -> str | None:
     for a, b in zip(found, wanted, strict=True):
         gap = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
         if not gap <= _TRIAL_TOLERANCE * (1 + float(b.double().abs().max() if b.numel() else 0)):
-            return f"the cut network differs from the original with those channels silenced, by {gap:.2g}"
+            return f"the cut network differs from the original with those channels masked, by {gap:.2g}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which images decide the ranges of INT8, in which batches, and which class does a file give them?"""
+"""Calibration images of INT8 ranges, in batches, and the classes that a file gives them."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import numpy as np
 from onnx import ModelProto
 
 from compress.data.splits import Split
-from compress.errors import DataError, ExportFailed, NonFinite
-from compress.onnx_file.io import first_line, read_signature
+from compress.errors import DataError, ExportFailed, NonFinite, first_line, translated
+from compress.onnx_file.io import read_signature
 from compress.progress import Progress
 
 _ELEMENTS_AT_ONCE, _IMAGES_AT_ONCE = 2**19, 32
@@ -66,18 +66,18 @@ class Batches:
         options, found = onnxruntime.SessionOptions(), []
         options.log_severity_level = 4
         with self.progress.task(f"{label} on calibration images", len(self.split)) as task:
-            try:
+            with translated(
+                lambda error: ExportFailed(f"The {label} must run in ONNX Runtime, which says: {first_line(error)}")
+            ):
                 session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
-                raise ExportFailed(f"The {label} must run in ONNX Runtime, which says: {first_line(error)}") from error
             for number in range(len(self)):
-                try:
-                    outputs = session.run(None, self.read(number))
-                except Exception as error:
-                    raise ExportFailed(
+                with translated(
+                    lambda error: ExportFailed(
                         f"The {label} must run on calibration images, ONNX Runtime says: {first_line(error)}",
                         hint="Check data.preprocessing (resize, crop, channels, layout).",
-                    ) from error
+                    )
+                ):
+                    outputs = session.run(None, self.read(number))
                 if not all(np.isfinite(array).all() for array in outputs):
                     raise NonFinite(
                         f"Outputs of the {label} must be finite on calibration images, got NaN or infinity."
@@ -88,7 +88,7 @@ class Batches:
 
 
 class OneBatch:
-    """What ONNX Runtime's calibrator asks for batches, until it gets None."""
+    """Batches for ONNX Runtime's calibrator, which asks until it gets None."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
         self.feed: dict[str, np.ndarray] | None = feed

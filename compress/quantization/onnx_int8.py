@@ -1,4 +1,4 @@
-"""How does a float ONNX file become an INT8 one? The only caller of onnxruntime.quantization.
+"""INT8 quantisation of a float ONNX file. The only caller of onnxruntime.quantization.
 
     float.onnx --ranges on calibration images--> QDQ graph --outputs left in float--> checked --> model.onnx
 
@@ -22,12 +22,11 @@ from onnx import ModelProto, numpy_helper
 
 from compress.catalog import closest
 from compress.data.splits import Split
-from compress.errors import ExportFailed, NonFinite, StageError
+from compress.errors import ExportFailed, NonFinite, StageError, first_line, translated
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, move_into_place, save_checked
 from compress.onnx_file.counting import rows_of
 from compress.onnx_file.io import (
     default_opset,
-    first_line,
     is_half,
     is_quantized,
     load_onnx,
@@ -51,7 +50,7 @@ _TYPES = {"int8": "QInt8", "uint8": "QUInt8"}
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How values are rounded.
+    """Settings of the rounding.
 
     Attributes:
         images: Calibration images whose activations decide the ranges.
@@ -74,7 +73,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
-    """What was written.
+    """Report of a quantised file.
 
     Attributes:
         layers: Layers that multiply by rounded weights.
@@ -200,29 +199,30 @@ def _quantize(
     operators = sorted({*QLinearOpsRegistry, *QDQRegistry})
     copy = ModelProto()
     copy.CopyFrom(model)
-    try:
-        with _quiet():
-            ranges = _ranges(model, folder, batches, wanted, operators)
-            quantizer = QDQQuantizer(
-                copy,
-                per_channel=wanted.per_channel,
-                reduce_range=wanted.reduce_range,
-                weight_qType=getattr(QuantType, _TYPES[wanted.weight_type]),
-                activation_qType=getattr(QuantType, _TYPES[wanted.activation_type]),
-                tensors_range=ranges,
-                nodes_to_quantize=[],
-                nodes_to_exclude=excluded,
-                op_types_to_quantize=operators,
-                extra_options={"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
-            )
-            quantizer.quantize_model()
-            quantizer.model.topological_sort()
-            rounded: ModelProto = quantizer.model.model
-    except OSError as error:
-        raise ExportFailed(f"The quantised file must be writable: {error}") from error
-    except Exception as error:  # a rewriter of arbitrary graphs can fail in any way
-        raise ExportFailed(f"ONNX Runtime could not quantise the file: {first_line(error)}") from error
+    with translated(_not_quantized), _quiet():
+        ranges = _ranges(model, folder, batches, wanted, operators)
+        quantizer = QDQQuantizer(
+            copy,
+            per_channel=wanted.per_channel,
+            reduce_range=wanted.reduce_range,
+            weight_qType=getattr(QuantType, _TYPES[wanted.weight_type]),
+            activation_qType=getattr(QuantType, _TYPES[wanted.activation_type]),
+            tensors_range=ranges,
+            nodes_to_quantize=[],
+            nodes_to_exclude=excluded,
+            op_types_to_quantize=operators,
+            extra_options={"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        rounded: ModelProto = quantizer.model.model
     return rounded
+
+
+def _not_quantized(error: Exception) -> ExportFailed:
+    if isinstance(error, OSError):
+        return ExportFailed(f"The quantised file must be writable: {error}")
+    return ExportFailed(f"ONNX Runtime could not quantise the file: {first_line(error)}")
 
 
 def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, operators: list[str]) -> Any:

@@ -1,1 +1,1 @@
-"""What a run tells people (`report.html`) and programs (`report.json`)."""
+"""Report of a run: the writer of `report.json`, its typed mirror, and the pages made of it."""

@@ -1,4 +1,4 @@
-"""What does a run tell the world? `report.json`, a public interface, and `report.html`, the same for a reader.
+"""Writer of `report.json`, a public interface, and of the page beside it.
 
 Numbers that are NaN or infinite have no JSON spelling: they become null and are listed under "non_finite".
 """
@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from compress.errors import ArtifactError, InternalError
 from compress.model.artifacts import CheckResult, Verdict
-from compress.report.page import render_html
+from compress.report.model import read_report
+from compress.report.page import render_report
 from compress.storage.digest import sealed
 from compress.storage.files import write_whole
 
@@ -22,13 +23,13 @@ REPORT_SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """What happened to one stage of a run.
+    """Outcome of one stage of a run.
 
     Attributes:
         stage: Name of the stage, such as "prune".
         status: "ran", or "unchanged" when its result came from the store.
         seconds: Wall time in this run, restoring included.
-        record: What the stage says about its work; plain values.
+        record: Plain values on its work.
     """
 
     stage: str
@@ -79,7 +80,7 @@ def build_report(
 
 
 def describe_verdict(name: str, verdict: Verdict) -> dict[str, Any]:
-    """Return that part of `build_report` that follows from the verdict alone.
+    """Return the part of `build_report` that follows from the verdict alone.
 
     Args:
         name: Of the run or the file.
@@ -121,7 +122,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     """
     write_json(sealed(report), folder / "report.json")
     if page:
-        write_page(render_html(report), folder / "report.html")
+        write_page(render_report(read_report(report)), folder / "report.html")
 
 
 def write_verdict_page(name: str, verdict: Verdict, path: Path) -> None:
@@ -130,7 +131,7 @@ def write_verdict_page(name: str, verdict: Verdict, path: Path) -> None:
     Raises:
         ArtifactError: The file cannot be written.
     """
-    write_page(render_html(describe_verdict(name, verdict)), path)
+    write_page(render_report(read_report(describe_verdict(name, verdict))), path)
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
@@ -154,7 +155,7 @@ def write_page(text: str, path: Path) -> None:
 
 
 def _describe_check(check: CheckResult) -> dict[str, Any]:
-    """Return the public form; a number that JSON cannot hold is told in the detail."""
+    """Return the public form; the detail names a number that JSON cannot hold."""
     values = asdict(check)
     for key in ("value", "limit"):
         if values[key] is not None and not math.isfinite(values[key]):

@@ -1,264 +1,329 @@
-"""How do several runs compare? One page, and a table for the terminal."""
+"""Comparison of several runs: metrics side by side, checks, settings that differ, as a page and as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from compress.report.caveats import list_caveats, list_latency_caveats, share_baseline
-from compress.report.columns import Cell, Report, figure_rows, letters_of, list_differences
-from compress.report.fronts import Panel, Point, plot_fronts
-from compress.report.lines import plot_runs
-from compress.report.markup import (
+import yaml
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from compress.report.comparability import list_caveats, list_latency_caveats, share_baseline
+from compress.report.details import Estimate
+from compress.report.formats import (
     MISSING,
-    escape,
+    Format,
+    describe_ratio,
+    describe_speedup,
+    format_bytes,
+    format_count,
+    format_interval,
+    format_joules,
     format_measure,
-    render_details,
-    render_figure,
-    render_section,
-    render_table,
-)
-from compress.report.metric import (
     format_metric,
-    format_metric_interval,
-    metric_of_report,
-    scale_of,
-    title_of,
-    worse_by,
+    format_ms,
+    format_seconds,
 )
-from compress.report.outcome import describe_broken, find, is_broken, list_changes, outcome_of, render_badge
-from compress.report.page import render_page
-from compress.report.robustness import SHOWN, describe_kinds, noise_curves
-from compress.report.svg import are_numbers
+from compress.report.model import Check, Report
+from compress.report.page import render
+from compress.report.plots import Curve, Panel, Point, plot_fronts, plot_noise
+from compress.report.records import Change
+from compress.report.results import describe_kinds, drop_on, make_point, noise_curves
 from compress.tasks.base import Metric
 
-KIND = "runs"
-_STATUS = {"passed": "pass", "failed": "fail", "inconclusive": "inconclusive"}
+_COSTS: tuple[tuple[str, str, Format, str, str], ...] = (
+    ("MACs", "macs", format_count, "fewer", "more"),
+    ("Parameters", "params", format_count, "fewer", "more"),
+    ("ONNX size", "size_bytes", format_bytes, "smaller", "larger"),
+)
+_RESOURCES: tuple[tuple[str, str, Format], ...] = (
+    ("Cold start", "cold_start_ms", format_ms),
+    ("Peak memory", "peak_memory_bytes", format_bytes),
+    ("Energy of a call", "energy_joules", format_joules),
+)
+
+
+class Cell(NamedTuple):
+    """A value and a note in small print, as text."""
+
+    text: str = MISSING
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """A value of the baseline and of each run."""
+
+    label: str
+    baseline: Cell
+    runs: list[Cell]
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def value_rows(reports: Sequence[Report]) -> list[Row]:
+    """Return costs, metrics and times of runs, without those that no run knows; the baseline is that of the first."""
+    metric = reports[0].metric
+    details = [report.details for report in reports]
+    worse = f"{metric.title} {'drop' if metric.higher_is_better else 'rise'}"
+    changes = [one.quality.changes for one in details]
+    latencies = _union(name for report in reports for name in report.latency_names)
+    rows = [
+        Row("Verdict", Cell(), [_verdict_cell(report) for report in reports]),
+        *(
+            _cost_row(label, [report.change(name) for report in reports], form, less, more)
+            for label, name, form, less, more in _COSTS
+        ),
+        *(_quality_row(name, reports) for name in _union(name for report in reports for name in report.quality_names)),
+        Row(worse, Cell(), [_estimate_cell(one.get(metric.worsening), metric) for one in changes]),
+        Row("Prediction churn", Cell(), [_estimate_cell(one.get("churn"), metric.other("churn")) for one in changes]),
+        *(
+            _cost_row(f"Latency {name}", [report.latency(name) for report in reports], format_ms, "faster", "slower")
+            for name in latencies
+        ),
+        Row("Speed-up", Cell(), [_speedup_cell(report) for report in reports]),
+        *(_cost_row(label, [getattr(one.runtime, name) for one in details], form) for label, name, form in _RESOURCES),
+        Row("Time of the stages", Cell(), [Cell(format_seconds(report.seconds)) for report in reports]),
+    ]
+    return [row for row in rows if any(cell.text != MISSING for cell in row.runs)]
+
+
+def _union(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _verdict_cell(report: Report) -> Cell:
+    count, outcome = len(report.verdict.open_checks), report.verdict.outcome
+    word = "inconclusive" if outcome == "inconclusive" else "failed"
+    return Cell(outcome, f"{count} {word}" if count else "")
+
+
+def _cost_row(label: str, changes: Sequence[Change], form: Format, less: str = "", more: str = "") -> Row:
+    """Return a row of values, with the ratio to the baseline as the note where there are words for it."""
+    notes = [describe_ratio(change, less, more) if less else "" for change in changes]
+    cells = [Cell(form(change.after), note) for change, note in zip(changes, notes, strict=True)]
+    return Row(label, Cell(form(changes[0].before)), cells)
+
+
+def _quality_row(name: str, reports: Sequence[Report]) -> Row:
+    cells = []
+    for report in reports:
+        metric, estimate = report.metric.other(name), report.details.quality.slim.get(name)
+        cells.append(Cell(format_metric(report.quality(name).after, metric), format_interval(estimate, metric)))
+    metric = reports[0].metric.other(name)
+    return Row(metric.title, Cell(format_metric(reports[0].quality(name).before, metric)), cells)
+
+
+def _estimate_cell(estimate: Estimate | None, metric: Metric) -> Cell:
+    if estimate is None or estimate.value is None:
+        return Cell()
+    return Cell(format_metric(estimate.value, metric).replace("-", "−"), format_interval(estimate, metric))
+
+
+def _speedup_cell(report: Report) -> Cell:
+    ratio, speedup = report.details.latency.ratio, report.speedup
+    if ratio is not None:
+        value, interval = describe_speedup(ratio)
+        return Cell(f"{value}×", interval)
+    return Cell() if speedup is None else Cell(f"{speedup:.2f}×")
+
+
+def comparison_rows(reports: Sequence[Report], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows for the terminal; of the small print only intervals."""
+    has_baseline = share_baseline(reports)
+    rows = []
+    for row in value_rows(reports):
+        cells = [row.baseline, *row.runs] if has_baseline else row.runs
+        texts = [f"{cell.text} ({cell.note})" if " to " in cell.note else cell.text for cell in cells]
+        rows.append([row.label, *texts])
+    return ["metric", *["baseline"] * has_baseline, *names], rows
+
+
+# -- page ----------------------------------------------------------------------------------------------------------
 
 
 def render_comparison(reports: Sequence[Report], names: Sequence[str]) -> str:
     """Return the whole page.
 
     Args:
-        reports: As in `report.json`, two or more.
-        names: What each run is called; no two the same.
+        reports: Of two runs or more.
+        names: Name of each run; no two the same.
     """
-    letters = letters_of(len(reports))
+    letters, metric = letters_of(len(reports)), reports[0].metric
     heads = [f"{letter} {name}" for letter, name in zip(letters, names, strict=True)]
-    body = "".join(
-        (
-            _render_caveats(reports, letters),
-            _render_verdicts(reports, heads),
-            _render_figures(reports, heads),
-            _render_fronts(reports, letters),
-            _render_robustness(reports, heads, letters),
-            _render_checks(reports, heads),
-            _render_differences(reports, heads),
-            _render_environments(reports, heads),
-        )
+    has_baseline, are_times_alike = share_baseline(reports), not list_latency_caveats(reports, letters)
+    title = f"{len(reports)} runs compared"
+    return render(
+        "comparison.html.j2",
+        title,
+        title,
+        heads=heads,
+        metric=metric,
+        caveats=list_caveats(reports, letters),
+        runs=list(zip(heads, reports, strict=True)),
+        has_baseline=has_baseline,
+        rows=[(row.label, [row.baseline, *row.runs] if has_baseline else row.runs) for row in value_rows(reports)],
+        are_times_alike=are_times_alike,
+        fronts=plot_fronts("fronts", _list_panels(reports, letters, are_times_alike), metric),
+        robustness_title=describe_kinds([one for report in reports for one in report.details.robustness.distributions]),
+        distributions=_distribution_rows(reports),
+        noise=_plot_noise(reports, letters),
+        checks=_check_rows(reports),
+        settings=list_differences([report.config for report in reports]),
+        environments=list_differences([report.environment.to_settings() for report in reports]),
     )
-    return render_page(f"{len(reports)} runs compared", "compress report", f"{len(reports)} runs compared", body)
-
-
-def comparison_rows(reports: Sequence[Report], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of the figures, for the terminal: of the small print only intervals."""
-    has_baseline = share_baseline(reports)
-    rows = []
-    for row in figure_rows(reports):
-        cells = [row.baseline, *row.runs] if has_baseline else row.runs
-        texts = [f"{cell.text} ({cell.note})" if " to " in cell.note else cell.text for cell in cells]
-        rows.append([row.label, *texts])
-    return ["figure", *["baseline"] * has_baseline, *names], rows
 
 
 def name_runs(reports: Sequence[Report], given: Sequence[str]) -> list[str]:
-    """Return the runs' names; those that are not the only ones of that name with what the user called them."""
-    names = [str(report.get("name")) for report in reports]
+    """Return the names of runs, with the path that the user gave where names are equal."""
+    names = [report.name for report in reports]
     return [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, given, strict=True)]
 
 
-def _render_caveats(reports: Sequence[Report], letters: Sequence[str]) -> str:
-    caveats = list_caveats(reports, letters)
-    if not caveats:
-        return ""
-    items = "".join(f"<li>{escape(caveat)}</li>\n" for caveat in caveats)
-    return f'<div class="verdict warn" role="note"><h2>Before you compare</h2>\n<ul>{items}</ul></div>\n'
+def letters_of(count: int) -> list[str]:
+    """Return short names of so many runs, for plots.
+
+    >>> letters_of(3), letters_of(27)[-1]
+    (['A', 'B', 'C'], '27')
+    """
+    return [string.ascii_uppercase[number] if number < 26 else str(number + 1) for number in range(count)]
 
 
-def _render_verdicts(reports: Sequence[Report], heads: Sequence[str]) -> str:
-    """Return each run's verdict, its gist, and why it failed."""
-    rows = []
-    for report, head in zip(reports, heads, strict=True):
-        broken = [check for check in find(report, "verdict", "checks") or [] if is_broken(check, report)]
-        gist = escape(", ".join(list_changes(report)) or None)
-        why = "".join(f"<li>{describe_broken(check)}</li>" for check in broken)
-        outcome = outcome_of(report)
-        if outcome != "passed" and not broken:
-            why = "<li>Nothing was checked, or a required check was not made.</li>"
-        badge = render_badge(_STATUS[outcome])
-        rows.append((escape(head), badge, f'<div class="text">{gist}{f"<ul>{why}</ul>" if why else ""}</div>'))
-    return render_section(
-        "Verdicts", render_table(("run", "verdict", "gist, and what failed"), rows, kind="stacked verdicts")
-    )
-
-
-def _render_figures(reports: Sequence[Report], heads: Sequence[str]) -> str:
-    has_baseline = share_baseline(reports)
-    rows = []
-    for row in figure_rows(reports):
-        cells = [row.baseline, *row.runs] if has_baseline else row.runs
-        rows.append((escape(row.label), *(_render_cell(cell) for cell in cells)))
-    columns = ("", *["baseline"] * has_baseline, *heads)
-    table = render_table(columns, rows, numeric=range(1, len(columns)), kind=KIND)
-    note = (
-        "In small print: the 95 % interval, and the change against the baseline of the same run."
-        f"{' The baseline is as measured in the first run.' if has_baseline else ''}"
-    )
-    return render_section("Figures", table, f'<p class="muted">{note}</p>\n')
-
-
-def _render_cell(cell: Cell) -> str:
-    text = render_badge(_STATUS[cell.text]) if cell.text in _STATUS else ""
-    note = f'<br><small class="muted">{escape(cell.note)}</small>' if cell.note else ""
-    return f"{text or escape(cell.text)}{note}"
-
-
-def _render_fronts(reports: Sequence[Report], letters: Sequence[str]) -> str:
-    """Return quality over latency and over MACs; latency as a share of the baseline's where it is not comparable."""
-    is_alike = not list_latency_caveats(reports, letters)
-    latency = "latency p50 (ms)" if is_alike else "latency, % of the baseline's"
-    costs = [[_latency(report, network, is_alike) for network in ("baseline", "slim")] for report in reports]
-    macs = [[_millions(find(report, network, "macs")) for network in ("baseline", "slim")] for report in reports]
-    panels = [
-        Panel(title, _list_points(reports, letters, found)) for title, found in ((latency, costs), ("MACs (M)", macs))
+def _list_panels(reports: Sequence[Report], letters: Sequence[str], are_times_alike: bool) -> list[Panel]:
+    """Return quality over latency and over MACs; latency relative to the baseline where it is not comparable."""
+    latencies = [report.latency() for report in reports]
+    if not are_times_alike:
+        latencies = [
+            Change(before=100, after=None if one.after is None else 100 * one.after / one.before)
+            if one.before
+            else Change()
+            for one in latencies
+        ]
+    macs = [report.change("macs") for report in reports]
+    millions = [
+        Change(
+            before=None if one.before is None else one.before / 1e6,
+            after=None if one.after is None else one.after / 1e6,
+        )
+        for one in macs
     ]
-    caption = "Each point is a run. Filled points are the front: no other costs less and is as accurate, or more."
-    if not is_alike:
-        caption += " Milliseconds are not comparable here, so each latency is relative to its own baseline's."
-    return render_section(
-        "Accuracy and cost", render_figure(plot_fronts("fronts", panels, metric_of_report(reports[0])), escape(caption))
-    )
+    title = "latency p50 (ms)" if are_times_alike else "latency, % of the baseline's"
+    return [
+        Panel(title, _list_points(reports, letters, latencies)),
+        Panel("MACs (M)", _list_points(reports, letters, millions)),
+    ]
 
 
-def _latency(report: Report, network: str, is_alike: bool) -> float | None:
-    p50 = find(report, network, "latency_ms", "p50")
-    if is_alike or p50 is None:
-        return p50  # type: ignore[no-any-return]
-    before = find(report, "baseline", "latency_ms", "p50")
-    return 100 * p50 / before if before else None
-
-
-def _millions(macs: float | None) -> float | None:
-    return None if macs is None else macs / 1e6
-
-
-def _list_points(reports: Sequence[Report], letters: Sequence[str], costs: Sequence[Sequence[Any]]) -> list[Point]:
+def _list_points(reports: Sequence[Report], letters: Sequence[str], costs: Sequence[Change]) -> list[Point]:
     """Return a point for each run, and one for each baseline: for the first alone where they share it."""
-    points, metric = [], metric_of_report(reports[0])
     is_shared = share_baseline(reports)
-    for number, (report, letter, (before, after)) in enumerate(zip(reports, letters, costs, strict=True)):
-        for network, cost in (("baseline", before), ("slim", after)):
-            quality = find(report, network, "quality", metric.name)
-            is_baseline = network == "baseline"
-            if not are_numbers(cost, quality) or (is_baseline and is_shared and number):
-                continue
-            label = "" if is_baseline and is_shared else letter
-            interval = find(report, "details", "quality", network, metric.name)
-            points.append(Point.of(cost, quality, interval, label, is_baseline, scale_of(metric)))
-    return points
+    points = []
+    for number, (report, letter, cost) in enumerate(zip(reports, letters, costs, strict=True)):
+        if cost.before is not None and not (is_shared and number):
+            points.append(make_point(report, cost.before, True, "" if is_shared else letter))
+        if cost.after is not None:
+            points.append(make_point(report, cost.after, False, letter))
+    return [point for point in points if point is not None]
 
 
-def _render_robustness(reports: Sequence[Report], heads: Sequence[str], letters: Sequence[str]) -> str:
-    """Return quality of every run on every distribution, and under noise as a picture."""
-    metric = metric_of_report(reports[0])
-    found = [{one.get("name"): one for one in _distributions(report)} for report in reports]
-    every = [one for those in found for one in those.values()]
-    names = list(dict.fromkeys(one.get("name") for one in every))
-    if not names:
-        return ""
-    names.sort(key=lambda name: -max(_drop(one.get(name), metric) for one in found))
-    rows = [(escape(name), *(_render_standing(one.get(name), metric) for one in found)) for name in names]
-    columns = ("images", *heads)
-    numeric = range(1, len(columns))
-    table = render_table(columns, rows[:SHOWN], numeric=numeric, kind=KIND)
-    if len(rows) > SHOWN:
-        rest = render_table(columns, rows[SHOWN:], numeric=numeric, kind=KIND)
-        table += render_details(f"{len(rows) - SHOWN} more, where no run lost more", rest)
-    what = f"{escape(title_of(metric))} of each run; in small print what it lost against its baseline there."
-    note = f'<p class="muted">{what}</p>\n'
-    return render_section(describe_kinds(every), _render_noise(reports, letters), table, note)
-
-
-def _render_noise(reports: Sequence[Report], letters: Sequence[str]) -> str:
-    metric = metric_of_report(reports[0])
-    curves: dict[str, list[tuple[float, float | None]]] = {}
-    baseline: list[tuple[float, float | None]] = []
+def _plot_noise(reports: Sequence[Report], letters: Sequence[str]) -> Markup:
+    curves: dict[str, Curve] = {}
+    baseline: Curve = []
     for report, letter in zip(reports, letters, strict=True):
-        levels, before, after = noise_curves(find(report, "details", "robustness") or {}, metric)
-        curves[letter] = list(zip(levels, after, strict=False))
-        baseline = baseline or (list(zip(levels, before, strict=False)) if share_baseline(reports) else [])
-    return render_figure(plot_runs("noise", curves, baseline, "level of the noise", metric))
+        before, curves[letter] = noise_curves(report.details.robustness)
+        baseline = baseline or (before if share_baseline(reports) else [])
+    return plot_noise("noise", curves, baseline, reports[0].metric)
 
 
-def _distributions(report: Report) -> list[dict[str, Any]]:
-    return find(report, "details", "robustness", "distributions") or []
+def _distribution_rows(reports: Sequence[Report]) -> list[tuple[str, list[Cell]]]:
+    """Return a value and its drop on each distribution for each run, the largest drop first."""
+    metric = reports[0].metric
+    found = [{one.name: one for one in report.details.robustness.distributions} for report in reports]
+    rows = []
+    for name in _union(name for those in found for name in those):
+        drops = [drop_on(those.get(name), metric) for those in found]
+        values = [format_metric(those[name].quality.after if name in those else None, metric) for those in found]
+        word = "drop" if metric.higher_is_better else "rise"
+        notes = ["" if drop is None else f"{format_metric(drop, metric)} {word}".replace("-", "−") for drop in drops]
+        rows.append((max(drop or 0.0 for drop in drops), (name, list(map(Cell, values, notes)))))
+    return [row for _, row in sorted(rows, key=lambda row: -row[0])]
 
 
-def _drop(standing: dict[str, Any] | None, metric: Metric) -> float:
-    return find(standing, "changes", worse_by(metric), "value") or 0.0
+def _check_rows(reports: Sequence[Report]) -> list[tuple[str, bool, list[Cell]]]:
+    """Return name, whether it is open in some run, and the status and value in each, the open ones first."""
+    found = [{check.name: check for check in report.verdict.checks} for report in reports]
+    rows = []
+    for name in _union(name for checks in found for name in checks):
+        each = [checks.get(name) for checks in found]
+        is_open = any(
+            check is not None and run.verdict.is_open(check) for check, run in zip(each, reports, strict=True)
+        )
+        cells = [Cell() if check is None else Cell(check.status, _describe_value(check)) for check in each]
+        rows.append((name, is_open, cells))
+    return sorted(rows, key=lambda row: not row[1])
 
 
-def _render_standing(standing: dict[str, Any] | None, metric: Metric) -> str:
-    if standing is None:
+def _describe_value(check: Check) -> str:
+    value, limit = (format_measure(number, check.unit) for number in (check.value, check.limit))
+    return "" if value == MISSING else f"{value}{'' if limit == MISSING else f' of {limit}'}"
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+_IGNORED = ("name",)  # it heads the column
+_ABSENT = object()
+
+
+def list_differences(configs: Sequence[Mapping[str, JsonValue]]) -> list[tuple[str, list[str]]]:
+    """Return the keys whose values are not the same in all pipelines, with the value in each as text.
+
+    A stage that some pipelines lack is one key. A stage that comes twice in a pipeline is "stages.prune", then
+    "stages.prune (2)".
+
+    Args:
+        configs: Resolved pipelines.
+
+    >>> list_differences([{"seed": 0, "deploy": {"threads": 1}}, {"seed": 1, "deploy": {"threads": 1}}])
+    [('seed', ['0', '1'])]
+    """
+    named = [_name_stages(config) for config in configs]
+    order = [stages for _, stages in named]
+    rows = []
+    if len({tuple(stages) for stages in order}) > 1:
+        rows.append(("order of the stages", [" → ".join(stages) or MISSING for stages in order]))
+    _compare([{**settings, "stages": stages} for settings, stages in named], "", rows)
+    return rows
+
+
+def _name_stages(config: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
+    """Return the settings of a pipeline but for its stages, and the stages by name."""
+    stages: dict[str, JsonValue] = {}
+    listed = config.get("stages")
+    for stage in listed if isinstance(listed, list) else []:
+        if not isinstance(stage, dict):
+            continue
+        name = str(stage.get("stage"))
+        count = sum(other == name or other.startswith(f"{name} (") for other in stages)
+        stages[name if not count else f"{name} ({count + 1})"] = {k: v for k, v in stage.items() if k != "stage"}
+    return {key: value for key, value in config.items() if key not in (*_IGNORED, "stages")}, stages
+
+
+def _compare(values: Sequence[object], key: str, rows: list[tuple[str, list[str]]]) -> None:
+    """Add a row for `values`, or for what lies below them, where they are not all the same."""
+    mappings = [value for value in values if isinstance(value, dict)]
+    if len(mappings) == len(values):
+        for name in _union(name for mapping in mappings for name in mapping):
+            _compare([mapping.get(name, _ABSENT) for mapping in mappings], f"{key}.{name}" if key else str(name), rows)
+        return
+    if any(value != values[0] or isinstance(value, bool) != isinstance(values[0], bool) for value in values):
+        rows.append((key, [_show(value) for value in values]))
+
+
+def _show(value: object) -> str:
+    """Return a value as it would stand in a pipeline file, on one line."""
+    if value is _ABSENT:
         return MISSING
-    lost = format_metric_interval(metric, {"value": find(standing, "changes", worse_by(metric), "value")})
-    return _render_cell(Cell(format_metric(metric, standing.get(metric.name)), f"{lost} lost" if lost else ""))
-
-
-def _render_checks(reports: Sequence[Report], heads: Sequence[str]) -> str:
-    """Return every check of every run, those that fail in some run first."""
-    each = [{check.get("name"): check for check in find(report, "verdict", "checks") or []} for report in reports]
-    names = list(dict.fromkeys(name for checks in each for name in checks))
-    broken = {
-        name
-        for report, checks in zip(reports, each, strict=True)
-        for name, check in checks.items()
-        if is_broken(check, report)
-    }
-    names.sort(key=lambda name: name not in broken)
-    rows = [(f"<code>{escape(name)}</code>", *(_render_check(checks.get(name)) for checks in each)) for name in names]
-    table = render_table(("check", *heads), rows, kind=KIND)
-    if not rows:
-        return ""
-    failed = f"{len(broken)} of {len(names)} checks fail in some run." if broken else f"No check of {len(names)} fails."
-    return render_section("Checks", f"<p>{failed}</p>\n", render_details("every check, side by side", table))
-
-
-def _render_check(check: dict[str, Any] | None) -> str:
-    if check is None:
-        return MISSING
-    unit = check.get("unit") or ""
-    value, limit = (format_measure(check.get(key), unit) for key in ("value", "limit"))
-    figures = "" if value == MISSING else f"{value}{'' if limit == MISSING else f' of {limit}'}"
-    return f'{render_badge(check.get("status", "skipped"))}<br><small class="muted">{escape(figures)}</small>'
-
-
-def _render_differences(reports: Sequence[Report], heads: Sequence[str]) -> str:
-    rows = list_differences([report.get("config") or {} for report in reports])
-    if not rows:
-        return render_section("Settings", "<p>The resolved pipelines are the same but for their names.</p>\n")
-    cells = [(_render_key(key), *(f"<code>{escape(value)}</code>" for value in values)) for key, values in rows]
-    return render_section("Settings that differ", render_table(("setting", *heads), cells, kind=KIND))
-
-
-def _render_key(key: str) -> str:
-    """Return a setting that may be broken after its dots."""
-    return f"<code>{escape(key).replace('.', '.<wbr>')}</code>"
-
-
-def _render_environments(reports: Sequence[Report], heads: Sequence[str]) -> str:
-    rows = list_differences([report.get("environment") or {} for report in reports])
-    if not rows:
-        return ""
-    cells = [(escape(key), *map(escape, values)) for key, values in rows if key != "stages"]
-    return render_section("Environments that differ", render_table(("", *heads), cells, kind=KIND))
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...").strip()

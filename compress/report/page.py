@@ -1,85 +1,99 @@
-"""How is a run read by people? One page, verdict first, that needs neither a network nor any other file."""
+"""HTML pages from the templates in `templates/`: self-contained, without scripts, every value escaped.
 
+A page needs neither a network nor any other file: the style sheet and the plots are part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from compress.report.markup import escape
-from compress.report.outcome import (
-    outcome_of,
-    render_checks,
-    render_comparison,
-    render_config,
-    render_latency,
-    render_parity,
-    render_verdict,
-)
-from compress.report.quality import render_quality, render_worst_images
-from compress.report.robustness import render_robustness
-from compress.report.runtime import render_places, render_runtime
-from compress.report.shares import render_shares
-from compress.report.style import STYLE_SHEET
-from compress.report.work import render_environment, render_notes, render_stages, render_times
+from compress.report import formats, plots, results, stage_facts
+from compress.report.model import Report
+from compress.report.records import Change
 
+FOLDER = Path(__file__).parent
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+CHANGE_FORMATS: dict[str, formats.Format] = {
+    "bytes": formats.format_bytes,
+    "count": formats.format_count,
+    "number": formats.format_number,
+}
 
 
-def render_html(report: dict[str, Any]) -> str:
-    """Return the whole page; the same report gives the same text.
+def render_report(report: Report) -> str:
+    """Return the page of one run; the same report gives the same text."""
+    return render("report.html.j2", f"{report.name}: {report.verdict.outcome}", report.name, report=report)
+
+
+def render(template: str, title: str, name: str, command: str = "compress report", **values: Any) -> str:
+    """Return a page.
 
     Args:
-        report: As from `build_report`. Everything but "verdict" may be missing or None; its section is then left out.
-
-    Returns:
-        HTML without scripts and without references to anything outside; every value of the report is escaped.
+        template: File in `templates/`.
+        title: Of the window.
+        name: Heading.
+        command: Small above the heading.
+        values: Variables of the template.
     """
-    word = outcome_of(report)
-    config = report.get("config")
-    body = "".join(
-        (
-            render_verdict(report),
-            render_comparison(report),
-            render_checks(report),
-            render_notes(report),
-            render_stages(report),
-            render_shares(report),
-            render_quality(report),
-            render_worst_images(report),
-            render_robustness(report),
-            render_latency(report),
-            render_runtime(report),
-            render_places(report),
-            render_parity(report),
-            render_times(report),
-            render_environment(report),
-            render_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)) if config else "",
-        )
+    return _environment().get_template(template).render(title=title, name=name, command=command, **values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: formats.MISSING if value is None else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return render_page(f"{report.get('name')}: {word}", "compress report", str(report.get("name")), body)
+    environment.filters |= {
+        **CHANGE_FORMATS,
+        "change": _describe_change,
+        "difference": formats.describe_difference,
+        "known": _keep_known,
+        "measure": formats.format_measure,
+        "metric": formats.format_metric,
+        "points": formats.format_points,
+        "seconds": formats.format_seconds,
+        "share": formats.format_share,
+        "times": formats.format_times,
+        "whole": formats.format_whole,
+        "yaml": _to_yaml,
+        "yes_no": _yes_no,
+    }
+    environment.globals |= {
+        "content_policy": CONTENT_POLICY,
+        "plots": plots,
+        "results": results,
+        "stage_facts": stage_facts,
+        "style_sheet": Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+    }
+    return environment
 
 
-def render_page(title: str, kind: str, name: str, body: str) -> str:
-    """Return a page around a body.
+def _describe_change(change: Change, form: str) -> str:
+    return formats.describe_change(change, CHANGE_FORMATS[form])
 
-    Args:
-        title: Plain text, for the window.
-        kind: Plain text, small above the name.
-        name: Plain text, the heading.
-        body: HTML.
-    """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE_SHEET}</style>
-</head>
-<body>
-<main>
-<h1><small>{escape(kind)}</small>{escape(name)}</h1>
-{body}</main>
-</body>
-</html>
-"""
+
+def _keep_known(facts: list[results.Fact]) -> list[results.Fact]:
+    """Return the facts whose value is known."""
+    return [(name, value) for name, value in facts if value not in (None, formats.MISSING)]
+
+
+def _yes_no(value: bool | None) -> str | None:
+    return None if value is None else "yes" if value else "no"
+
+
+def _to_yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return text

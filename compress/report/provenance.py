@@ -1,9 +1,7 @@
-"""Where does the result of a run come from? Digests of what went in and came out, commits, licences; no paths.
+"""Provenance of a result (digests, commits, licences) and the environment it was measured in.
 
-A run writes this down rather than whoever hands its result on later: what lies beside a run folder may change, the
-report of a run does not.
-
-On what was this measured? Machine and library versions; nothing that names a person, a host or a path.
+The run itself writes both down: files beside a run folder may change later, its report does not. Nothing names a
+person, a host or a path.
 """
 
 import os
@@ -29,13 +27,13 @@ def describe_provenance(
     published: Mapping[str, Path],
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return what a run was made of.
+    """Return the provenance of a run.
 
     Args:
-        pipeline: What ran.
-        components: What the result of its first stage depends on, with digests of data, weights and factory.
+        pipeline: That ran.
+        components: Dependencies of its first stage, with digests of data, weights and factory.
         published: Name in the run folder -> file, for each file that others must be able to recognise.
-        warn: Told about a card that cannot be read.
+        warn: Receives a warning about a card that cannot be read.
 
     Returns:
         Keys files (name -> sha256), data (train, evaluation: digest), weights, factory (digest; None for torchvision),
@@ -70,8 +68,8 @@ def read_licences(folder: Path | None, warn: Callable[[str], None]) -> dict[str,
     """Return the licences that the card beside a model's factory states.
 
     Args:
-        folder: Where the card would be; None for none.
-        warn: Told about a card that cannot be read.
+        folder: Of the card; None for none.
+        warn: Receives a warning about a card that cannot be read.
 
     Returns:
         Keys model, data, data_name; None where the card does not say.
@@ -133,7 +131,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _read_cpu_model(path: Path) -> str | None:
-    """Return the processor's name as Linux tells it; None elsewhere, and on ARM, where it is not told."""
+    """Return the processor's name from Linux; None elsewhere, and on ARM, where Linux does not state it."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,31 +1,28 @@
-"""Which run is meant, and is its report whole? Reads `report.json` of run folders, and refuses everything else.
-
-Where does a page go that is made from finished runs? Used by `compress report`.
-"""
+"""Reports of finished runs, read from disk, and the page that `compress report` makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from compress.errors import ArtifactError, ConfigError
 from compress.report.build import REPORT_SCHEMA, write_page
-from compress.report.caveats import list_caveats
+from compress.report.comparability import list_caveats
 from compress.report.compare import comparison_rows, name_runs, render_comparison
-from compress.report.page import render_html
+from compress.report.model import Report, read_report
+from compress.report.page import render_report
 from compress.storage.digest import DIGEST_KEY, RecordDamaged, check_seal, read_json
 from compress.storage.files import require_output
 
 REPORT_FILE = "report.json"
 _MARKS = ("lock", "pipeline.yaml")  # a run folder holds these before there is a report
-_SECTIONS = {"environment": dict, "config": dict, "details": dict, "stages": list, "non_finite": list}
-_FIGURES = ("baseline", "slim")
-_KEYS_OF_OLD = {"schema", "name", "verdict", "non_finite", "provenance", *_SECTIONS, *_FIGURES}  # without a digest
-
-
-T = TypeVar("T")
+_KEYS_OF_OLD = {  # without a digest
+    "schema", "name", "verdict", "non_finite", "provenance", "environment", "config", "details", "stages", "baseline",
+    "slim",
+}  # fmt: skip
+_AGAIN = "Run the pipeline to write it anew; stages that are done are not repeated."
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +30,15 @@ class Run:
     """A finished run.
 
     Attributes:
-        given: What the user called it by.
+        given: Path that the user named.
         path: Of its `report.json`.
-        report: The content.
+        report: Its content.
         is_sealed: Whether it had a digest of itself; older versions wrote none.
     """
 
     given: str
     path: Path
-    report: dict[str, Any]
+    report: Report
     is_sealed: bool = True
 
 
@@ -66,54 +63,35 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
                 f"Each run must be given once, got '{earlier}' and '{place}', which are the same.",
                 hint="name different runs, or one alone to write its page anew.",
             )
-        report = read_report(path)
-        runs[path.resolve()] = Run(str(place), path, report, report.pop(DIGEST_KEY, None) is not None)
+        values = read_values(path)
+        is_sealed = values.pop(DIGEST_KEY, None) is not None
+        runs[path.resolve()] = Run(str(place), path, read_report(values, f"'{path}'"), is_sealed)
     return list(runs.values())
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """Read a `report.json` and compare it with its digest; one of an older version may be without.
+def read_values(path: Path) -> dict[str, Any]:
+    """Return the plain values of a `report.json` after a comparison with its digest; early versions wrote none.
 
     Raises:
         ArtifactError: It is missing, no JSON, damaged or edited, no report of a run, or of another schema.
     """
     try:
-        report = read_json(path)
+        values = read_json(path)
     except RecordDamaged as error:
         raise ArtifactError(error.message, hint="Run the pipeline to write it anew.") from error
-    if not isinstance(report, dict) or "schema" not in report:
+    if not isinstance(values, dict) or "schema" not in values:
         raise ArtifactError(f"'{path}' must be the report of a run, it has no schema number.")
-    if report["schema"] != REPORT_SCHEMA:
+    if values["schema"] != REPORT_SCHEMA:
         raise ArtifactError(
-            f"'{path}' must have schema {REPORT_SCHEMA}, got {report['schema']!r}.",
+            f"'{path}' must have schema {REPORT_SCHEMA}, got {values['schema']!r}.",
             hint="It was written by another version of this program; run the pipeline with this one.",
         )
-    if problem := _find_problem(report):
-        raise ArtifactError(f"'{path}' must be the report of a run: {problem}.")
-    if DIGEST_KEY in report or not set(report) <= _KEYS_OF_OLD:
+    if DIGEST_KEY in values or not set(values) <= _KEYS_OF_OLD:
         try:
-            check_seal(report, str(path))
+            check_seal(values, str(path))
         except RecordDamaged as error:
-            hint = "Run the pipeline to write it anew; stages that are done are not repeated."
-            raise ArtifactError(error.message, hint=hint) from error
-    return report
-
-
-def draw(render: Callable[[], T], runs: Sequence[Run]) -> T:
-    """Return what `render` makes of the reports of `runs`.
-
-    Raises:
-        ArtifactError: A value in them is of a kind that no run writes, so that the page cannot be made.
-    """
-    try:
-        return render()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        places = ", ".join(f"'{run.path}'" for run in runs)
-        raise ArtifactError(
-            f"Every value in {places} must be as a run writes it, got one that cannot be shown: "
-            f"{type(error).__name__}: {error}.",
-            hint="Run the pipeline to write the report anew; stages that are done are not repeated.",
-        ) from error
+            raise ArtifactError(error.message, hint=_AGAIN) from error
+    return values
 
 
 def _find_report(place: Path) -> Path:
@@ -143,48 +121,31 @@ def _find_report(place: Path) -> Path:
     raise ArtifactError(f"'{place}' must be a run folder, it holds no {REPORT_FILE}.", hint=hint)
 
 
-def _find_problem(report: dict[str, Any]) -> str:
-    """Return what is wrong with the outline of a report; "" when nothing is."""
-    verdict = report.get("verdict")
-    checks = verdict.get("checks") if isinstance(verdict, dict) else None
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        return "it has no verdict with a list of checks"
-    for key, kind in _SECTIONS.items():
-        if not isinstance(report.get(key, kind()), (kind, type(None))):
-            return f"'{key}' is no {'object' if kind is dict else 'list'}"
-    for key in _FIGURES:
-        if not isinstance(report.get(key), (dict, type(None))):
-            return f"'{key}' is no object"
-    if not all(isinstance(stage, dict) for stage in report.get("stages") or []):
-        return "a stage is no object"
-    return ""
-
-
 SINGLE, SEVERAL = "report.html", "comparison.html"
 _SUFFIXES = (".html", ".htm")
 
 
-class Teller(Protocol):
-    """What is told of the work."""
+class Printer(Protocol):
+    """Console that results are printed to."""
 
     def say(self, text: str) -> None:
-        """Say what was asked for."""
+        """Print what was asked for."""
 
     def warn(self, text: str) -> None:
-        """Say what is amiss."""
+        """Print a warning."""
 
     def print_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Show a table."""
+        """Print a table."""
 
 
-def write_pages(places: Sequence[Path], out: Path | None, teller: Teller) -> Path:
-    """Write the page of one run anew, or one that compares several; return where it is.
+def write_pages(places: Sequence[Path], out: Path | None, printer: Printer) -> Path:
+    """Write the page of one run anew, or one that compares several, and return its path.
 
     Args:
         places: Run folders or `report.json` files.
         out: A folder, made when missing, or a file that ends in .html. None: beside the `report.json` of one run, in
             the current folder for several.
-        teller: Shown the figures of several runs and what stands between them and a fair comparison.
+        printer: Receives the metrics of several runs and the limits of their comparison.
 
     Raises:
         ConfigError: A run is given twice, or `out` is no place for a page.
@@ -195,24 +156,23 @@ def write_pages(places: Sequence[Path], out: Path | None, teller: Teller) -> Pat
     runs = read_runs(places)
     for run in runs:
         if not run.is_sealed:
-            teller.warn(f"'{run.path}' has no digest of itself, an older version wrote it: damage is not noticed.")
+            printer.warn(f"'{run.path}' has no digest of itself, an older version wrote it: damage is not noticed.")
     target = _find_target(runs, out)
     if target.parent.is_dir():
         require_output("The page" if out is None else "--out", target, "page")
-    page = draw(lambda: render_html(runs[0].report), runs) if len(runs) == 1 else _compare(runs, teller)
+    page = render_report(runs[0].report) if len(runs) == 1 else _compare(runs, printer)
     write_page(page, target)
-    teller.say(f"Report: {target}")
+    printer.say(f"Report: {target}")
     return target
 
 
-def _compare(runs: Sequence[Run], teller: Teller) -> str:
+def _compare(runs: Sequence[Run], printer: Printer) -> str:
     reports = [run.report for run in runs]
     names = name_runs(reports, [run.given for run in runs])
-    (columns, rows), caveats = draw(lambda: (comparison_rows(reports, names), list_caveats(reports, names)), runs)
-    page = draw(lambda: render_comparison(reports, names), runs)
-    teller.print_table("Runs", columns, rows)
-    for caveat in caveats:
-        teller.warn(caveat)
+    page = render_comparison(reports, names)
+    printer.print_table("Runs", *comparison_rows(reports, names))
+    for caveat in list_caveats(reports, names):
+        printer.warn(caveat)
     return page
 
 

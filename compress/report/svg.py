@@ -1,17 +1,16 @@
-"""How does a drawing become part of the page? Inline SVG that takes its colours and fonts from it.
+"""Inline SVG from matplotlib, in the colours and fonts of the page.
 
-matplotlib draws with stand-in colours; `_to_inline` replaces them by the CSS variables of `style.py`, so one
+matplotlib draws with stand-in colours. `_to_inline` replaces them by the CSS variables of `style.css`, so that one
 picture is right on light, dark and paper. Text stays text: it can be searched, copied and read aloud.
 """
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from compress.report.markup import escape
+from markupsafe import Markup, escape
 
 INK, MUTED, GRID, BASELINE, SLIM, MARK, CARD = (f"#0102{number:02x}" for number in range(1, 8))
 RUNS = tuple(f"#0102{number:02x}" for number in range(16, 22))
@@ -50,12 +49,12 @@ WIDTH_INCHES = 4.8  # narrow, so that text stays readable on a phone
 Draw = Callable[[Any], None]
 
 
-def render_svg(key: str, title: str, height_inches: float, draw: Draw) -> str:
+def render_svg(key: str, title: str, height_inches: float, draw: Draw) -> Markup:
     """Return a drawing as an element of the page.
 
     Args:
         key: Unique in the page; prefix of the picture's ids.
-        title: What is read aloud in its place.
+        title: Text for screen readers.
         height_inches: Of a drawing that is `WIDTH_INCHES` wide.
         draw: Draws on a matplotlib figure in the stand-in colours.
     """
@@ -74,7 +73,7 @@ def render_svg(key: str, title: str, height_inches: float, draw: Draw) -> str:
     return _to_inline(buffer.getvalue(), key, title)
 
 
-def _to_inline(text: str, key: str, title: str) -> str:
+def _to_inline(text: str, key: str, title: str) -> Markup:
     """Turn matplotlib's SVG file into an element of the page: its colours, its fonts, ids of its own, a title."""
     size = re.search(r'viewBox="([^"]+)"', text)
     body = text[text.index("<g id=") :]
@@ -84,22 +83,16 @@ def _to_inline(text: str, key: str, title: str) -> str:
     body = re.sub(r"'DejaVu Sans'[^\";]*", "system-ui, sans-serif", body)
     for color, variable in VARIABLES.items():
         body = re.sub(rf"(fill|stroke): {color}", rf"\g<1>: var({variable})", body)
-    return (
+    return Markup(
         f'<svg class="plot" viewBox="{size.group(1) if size else ""}" role="img" aria-labelledby="{key}-title">'
         f'<title id="{key}-title">{escape(title)}</title>\n{body}'
     )
 
 
-def shorten(name: Any, longest: int = 32) -> str:
+def shorten(name: str, longest: int = 32) -> str:
     """Return a name that leaves room for the picture: of a module's path the end says most.
 
     >>> shorten("layer1.0.conv1"), shorten("a.very.long.path.of.modules.conv1", 14)
     ('layer1.0.conv1', '…modules.conv1')
     """
-    text = str(name)
-    return text if len(text) <= longest else f"…{text[1 - longest :]}"
-
-
-def are_numbers(*values: Any) -> bool:
-    """Whether all values are finite numbers."""
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"

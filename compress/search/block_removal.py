@@ -1,6 +1,6 @@
-"""What is left of a network when its residual blocks go one by one, each time the one that is missed least?"""
+"""Removal of residual blocks, one by one, each time the one whose loss rises least."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint.rebuild import example_input
+from compress.errors import ConfigValueError
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import find_removable_blocks
@@ -22,15 +23,15 @@ from compress.training.evaluate import evaluate_loss
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """A network without some of its residual blocks, before any channel is cut.
+class Shortened:
+    """A network without some of its residual blocks, before any channel is removed.
 
     Attributes:
         model: The network.
-        removed: Blocks that are gone, in the order in which they went.
-        repairs: What was tried after the last one went.
+        removed: Removed blocks, in order of removal.
+        repairs: Records of the repairs after the last removal.
         whole: The network with all its blocks.
-        blocks: How many of those can be removed.
+        blocks: Number of blocks of `whole` that can be removed.
     """
 
     model: TorchModel
@@ -41,13 +42,13 @@ class Trunk:
 
 
 class Remembered:
-    """What `shorten` gives, worked out once however often it is gone through."""
+    """Networks of `shorten`, each made once however often they are iterated over."""
 
-    def __init__(self, trunks: Iterator[Trunk]) -> None:
-        self._rest = trunks
-        self._known: list[Trunk] = []
+    def __init__(self, networks: Iterator[Shortened]) -> None:
+        self._rest = networks
+        self._known: list[Shortened] = []
 
-    def __iter__(self) -> Iterator[Trunk]:
+    def __iter__(self) -> Iterator[Shortened]:
         for index in count():
             if index == len(self._known):
                 following = next(self._rest, None)
@@ -84,25 +85,25 @@ def places_in_whole(groups: Groups, whole: Groups) -> dict[str, tuple[str, Tenso
 
 def shorten(
     model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext, refit_images: int = 512
-) -> Iterator[Trunk]:
-    """Give the network as it is, then without one residual block, without two, until none can be removed.
+) -> Iterator[Shortened]:
+    """Yield the network as it is, then without one residual block, without two, until none can be removed.
 
     Args:
         model: The network; left as it is.
         score_images: Calibration images to measure the loss on.
-        repairs: What may be tried after each block.
+        repairs: Names of the repairs that are tried after each block.
         ctx: Has the splits.
         refit_images: Images that a least-squares repair fits layers to.
     """
     whole, example = model.module, example_input(model.signature)
     blocks = len(find_removable_blocks(whole, example))
-    yield Trunk(model, (), [], whole, blocks)
+    yield Shortened(model, (), [], whole, blocks)
     removed: tuple[str, ...] = ()
     split = ctx.data.calibration.first(score_images)
     first = weights_digest(whole)
 
     def weakest_of(names: Sequence[str]) -> Part:
-        """Find the block that is missed least, remove it and repair; its state is what follows from all that."""
+        """Remove the block whose loss rises least, repair, and return the weights."""
         damage = block_damage(model.module, names, lambda module: evaluate_loss(module, split), ctx.progress)
         weakest = min(names, key=lambda name: damage[name])
         slim = remove_block(model.module, RemoveBlock(weakest))
@@ -121,4 +122,25 @@ def shorten(
         module.load_state_dict(part.tensors)
         model = replace(model, module=module, recipe=model.recipe.then(edit))
         removed = (*removed, edit.block)
-        yield Trunk(model, removed, part.record["repairs"], whole, blocks)
+        yield Shortened(model, removed, part.record["repairs"], whole, blocks)
+
+
+def take_shortened(networks: Iterable[Shortened], count: int) -> Shortened:
+    """Return the network with `count` residual blocks removed.
+
+    Args:
+        networks: As `shorten` gives them.
+        count: Blocks to remove.
+
+    Raises:
+        ConfigValueError: The network has fewer; nothing is removed or repaired then.
+    """
+    for found in networks:
+        if len(found.removed) == count:
+            return found
+        if count > found.blocks:
+            break
+    there = found.blocks if count > found.blocks else len(found.removed)  # one may go only while another is there
+    raise ConfigValueError(
+        f"blocks must not be more than the residual blocks that can be removed ({there}), got {count}."
+    )

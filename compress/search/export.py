@@ -1,4 +1,4 @@
-"""How does the network as it is now become a file, and which rewrites of the graph are worth having on the runtime?"""
+"""Export within a stage: the present network as a file, its fidelity, and rewrites that speed it up."""
 
 import tempfile
 from pathlib import Path
@@ -8,6 +8,7 @@ from compress.data.batches import evaluation_batches
 from compress.errors import ConfigValueError, ExportFailed, InternalError
 from compress.exporting.fidelity import file_error, first_difference
 from compress.exporting.rewrite import REWRITES
+from compress.exporting.settings import ExportSettings
 from compress.exporting.simplify import find_difference
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
 from compress.model.artifacts import Signature, TorchModel
@@ -33,11 +34,9 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
             model.module,
             model.signature,
             path,
-            opset=OPSET,
+            ExportSettings(opset=OPSET, rewrites=model.rewrites, precision=model.precision),
             preprocessing=model.preprocessing,
             classes=model.classes,
-            rewrites=model.rewrites,
-            precision=model.precision,
         )
         task.advance()
 
@@ -74,20 +73,20 @@ def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
 
 
 def conditions_of(deploy: DeployConfig | None) -> Conditions:
-    """Return how files are run where the model will be deployed; the usual conditions where the pipeline is silent."""
+    """Return the conditions of the target runtime; the default ones where the pipeline names none."""
     if deploy is None:
         return Conditions()
     return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, repeats=deploy.repeats)
 
 
 def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Record]:
-    """Apply each rewrite to a file and return which fit, where the file got faster, and what is to be kept.
+    """Apply each rewrite to a file and return those that fit, their speed-up, and whether they are kept.
 
     Args:
         path: The network as it was exported; it is not changed.
         signature: Its inputs and outputs.
         policy: "measured" keeps what runs faster in turn with the file as it was, "always" and "never" do not measure.
-        ctx: Says where the model will run, and has images.
+        ctx: Has the target runtime and images.
 
     Returns:
         One record for each rewrite that fits somewhere: its name, the number of places, the speed-up (None where it
@@ -117,7 +116,7 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
 
 
 def _require_here(deploy: DeployConfig | None, name: str) -> None:
-    """Raise ConfigValueError where the model will run on another machine, so that nothing is to be measured here."""
+    """Raise ConfigValueError where the model is for another machine, so that nothing may be measured here."""
     if deploy is not None and deploy.accept_foreign_table:
         raise ConfigValueError(
             f"rewrites must be always or never with a table of another machine: '{name}' fits, and whether it is "

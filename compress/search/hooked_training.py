@@ -1,4 +1,4 @@
-"""Training with the hooks of a method at work, and what the cut or the factorisation after it changes."""
+"""Training with the hooks of a method, and the effect of the removal or factorisation after it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,15 @@ from compress.search.validation import is_quality_worse, metric_of, stated, vali
 from compress.tasks.base import Metric
 from compress.training.evaluate import evaluate_loss, quality_facts
 from compress.training.hooks import TrainingHooks
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
+from compress.training.state import StateFile
 
 CUT_JUMP = 0.02
 
 
 def hooked_settings(config: TrainingConfig, ctx: StageContext, module: nn.Module) -> FitSettings:
-    """Return the settings of a run that ends with its last step: what the hooks have done by then is what counts."""
+    """Return the settings of a run that ends with its last step, when the hooks have done their work."""
     return replace(fit_settings(config, ctx.seed, ctx.data.train, module), keep="last")
 
 
@@ -32,17 +34,17 @@ def train_with_hooks(
     state: Path,
     ctx: StageContext,
 ) -> Record:
-    """Train a network in place and return what the report tells; goes on from `state`, if it is there.
+    """Train a network in place and return the record; resumes from `state`, if it is there.
+
+    A primary metric that is worse after it by more than noise is warned about.
 
     Args:
         module: The network; hooks may be on it already.
-        artifact: Knows the untouched network, which may be the teacher.
-        config: How.
+        artifact: The network as the pipeline knows it.
+        config: Settings of the training.
         hooks: Called in every step.
-        state: File of the state.
-        ctx: Surroundings.
-
-    Where the figure that decides is worse after it by more than noise, it is warned about.
+        state: File of the saved state.
+        ctx: Splits, teacher and listener of the stage.
 
     Raises:
         As `compress.training.loop.fit`.
@@ -50,9 +52,10 @@ def train_with_hooks(
     settings, validation = hooked_settings(config, ctx, module), ctx.data.validation
     metric, facts = metric_of(validation), quality_facts(module, validation, progress=ctx.progress)
     before = validation.task.figures(facts)[metric.name]
-    teacher = distillation_from(config.distillation, artifact)
+    teacher = distillation_from(config.distillation, artifact, ctx)
     ctx.progress.note(pace(settings))
-    result = fit(module, ctx.data.train, validation, settings, teacher, state, ctx.progress, hooks, keeps_state=True)
+    data, file = TrainingData(ctx.data.train, validation), StateFile(state, is_kept=True)
+    result = fit(module, data, settings, teacher, file, ctx.progress, hooks)
     now = quality_facts(module, validation, progress=ctx.progress)
     after = validation.task.figures(now)[metric.name]
     if is_quality_worse(facts, now, validation.task):
@@ -75,7 +78,7 @@ def train_with_hooks(
 
 
 def loss_and_quality(module: nn.Module, when: str, ctx: StageContext) -> Record:
-    """Return the loss and the figure that decides, on the validation split, under names that end with `when`."""
+    """Return the loss and the primary metric, on the validation split, under names that end with `when`."""
     return {
         f"loss_{when}": evaluate_loss(module, ctx.data.validation, progress=ctx.progress),
         f"{metric_of(ctx.data.validation).name}_{when}": validation_quality(module, ctx),
@@ -83,11 +86,11 @@ def loss_and_quality(module: nn.Module, when: str, ctx: StageContext) -> Record:
 
 
 def say_cut(record: Record, metric: Metric, progress: Progress) -> None:
-    """Say what the cut did to a network that was trained for it, and warn where that is more than next to nothing.
+    """Note the effect of the removal on a network that was trained for it; warn where the loss rises.
 
     Args:
-        record: With the figures of both `loss_and_quality`, and the name and the cause that the method states.
-        metric: The figure that decides.
+        record: With the values of both `loss_and_quality`, and the name and the cause that the method states.
+        metric: The primary metric.
         progress: Told.
     """
     before, after = record["loss_before_cut"], record["loss_after_cut"]

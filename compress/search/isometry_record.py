@@ -1,4 +1,4 @@
-"""Jacobian singular values in the records of `prune` and `finetune`, and what they say about the learning rate."""
+"""Jacobian singular values in the records of `prune` and `finetune`, and their conclusion on the learning rate."""
 
 from collections.abc import Callable, Mapping
 
@@ -41,7 +41,7 @@ def measure_isometry(
 
 
 def conclusion(isometry: Record, rate: float, reference: float, reference_name: str) -> tuple[str, bool]:
-    """Return what the singular values before training say about the learning rate, and whether that is a warning.
+    """Return the conclusion of the singular values before training on the learning rate, and whether it is a warning.
 
     Args:
         isometry: With the values "baseline" and "before".

@@ -1,4 +1,4 @@
-"""Does the network take as long as the table says? Times a choice as a whole and chooses again until the budget is met.
+"""Latency loop: a choice is timed as a whole network, and chosen again until the latency budget is met.
 
 The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
 the next is chosen with the limit moved by that much. It ends when the latency is met, or when widths come no nearer.
@@ -42,29 +42,29 @@ class TimedChoice:
 
 
 class Chosen(Protocol):
-    """Anything that is chosen by a budget; `widths` says what, and is equal for equal choices."""
+    """A choice within a budget; `widths` is equal for equal choices."""
 
     @property
     def widths(self) -> dict[str, int]:
-        """What was chosen, by name."""
+        """Chosen width or option, by name."""
         ...
 
 
 class Timed(Protocol):
-    """What predicts the latency of a choice, and measures it."""
+    """Predicts the latency of a choice, and measures it."""
 
     @property
     def reference_ms(self) -> float:
-        """What the untouched network takes."""
+        """Latency of the baseline, in milliseconds."""
         ...
 
     def predict_ratio(self, widths: Widths, /) -> float:
-        """Return the predicted share of the untouched network's latency."""
+        """Return the predicted share of the baseline's latency."""
         ...
 
     @property
     def time_pair(self) -> Callable[[Mapping[str, int]], PairLatency]:
-        """Choice -> the same share, measured, and the untouched network's latency in that measurement."""
+        """Choice -> measured share of the baseline's latency, and the baseline's latency in that measurement."""
         ...
 
 
@@ -81,7 +81,7 @@ def meet_latency(
         model: Predicts and measures.
         asked: Share of the baseline's latency.
         progress: Told about each round.
-        in_ms: Whether the target was given in milliseconds, which an error then says.
+        in_ms: True states milliseconds in errors, where the target was given in them.
 
     Returns:
         The choice, and everything that was timed, in order.
@@ -192,7 +192,7 @@ def _time_well(
 
 
 def _surprise(found: PairLatency, expected: float, expected_ms: float) -> str | None:
-    """Return what of a measurement is far from what is expected, in words; None where nothing is."""
+    """Return the part of a measurement that is far from the expected value, in words; None where none is."""
     if abs(found.ratio / expected - 1) > UNEXPECTED:
         return f"measured {found.ratio:.3f} where {expected:.3f} was expected"
     if _has_moved(found.reference_ms, expected_ms):
@@ -213,10 +213,10 @@ def _warn_of_speed(timed: Sequence[TimedChoice], model: Timed, progress: Progres
 
 
 def _has_moved(now_ms: float, before_ms: float) -> bool:
-    """Whether two latencies of the same network differ by more than noise, in either direction."""
+    """Return whether two latencies of the same network differ by more than noise, in either direction."""
     return max(now_ms, before_ms) > (1 + MOVED) * min(now_ms, before_ms)
 
 
 def _distance(ratio: float, asked: float) -> tuple[bool, float]:
-    """Rank what is within the target, or nearly, before what is not; then by nearness."""
+    """Rank choices within the target, or nearly, before the others; then by nearness."""
     return ratio > asked * (1 + WITHIN), abs(ratio / asked - 1)

@@ -1,8 +1,8 @@
-"""Which channels and blocks go is learned: a method's hooks in the training loop, and a choice within the budget.
+"""Learned choice of channels and blocks: a method's hooks in the training loop, and a choice within the budget.
 
-    network -> survey -> training, with the method's hooks -> what the method chose -> the cut, by `prune`
+    network -> survey -> training, with the method's hooks -> channels chosen by the method -> their removal, by `prune`
 
-The method asks for a choice again and again; the last one stands, and is timed where the budget is in milliseconds.
+The method asks for a choice again and again; the last one is final, and timed where the budget is in milliseconds.
 """
 
 import copy
@@ -32,22 +32,22 @@ from compress.search.hooked_training import hooked_settings, train_with_hooks
 from compress.search.latency_loop import TimedChoice
 from compress.search.survey import Survey, survey
 from compress.training.hooks import OptimizerHooks
-from compress.training.loop import FitSettings, learning_rate, planned_steps
+from compress.training.settings import FitSettings, learning_rate, plan_steps
 
 STATE_FILE = "method.pt"
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained network and what of it goes.
+    """A trained network, and the channels and blocks to remove from it.
 
     Attributes:
-        surveyed: The trained network without the blocks that go, and what of it can be cut.
+        surveyed: The trained network without the removed blocks, and its prunable groups.
         candidates: Its groups, with the scores that the choice was made by.
-        selection: The channels that go.
+        selection: The channels to remove.
         timed: Whole networks that were timed on the way.
-        removed_blocks: The blocks that are gone.
-        record: What the report tells of the method and its training.
+        removed_blocks: Module paths of the removed blocks.
+        record: Record of the method and its training.
     """
 
     surveyed: Survey
@@ -59,15 +59,15 @@ class Learned:
 
 
 def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
-    """Train a copy of a network while a method chooses what of it goes.
+    """Train a copy of a network while a method chooses the channels to remove.
 
     Args:
         model: The network; left as it is.
         config: With `method` and `training`.
-        ctx: Surroundings; the state of the training is kept in its folder.
+        ctx: Splits, folder and listener of the stage; the state of the training is kept in the folder.
 
     Raises:
-        StageError: The run is too short for what goes to decay.
+        StageError: The run is too short for removed channels to decay.
         As `compress.search.survey.survey`, `Survey.choose_timed` and `compress.training.loop.fit`.
     """
     training = config.method_training
@@ -90,11 +90,11 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
 
 
 def _require_work(chooser: "_Chooser", surveyed: Survey) -> None:
-    """Check before the training that the budget can be met, and that something must go for it.
+    """Check before the training that the budget can be met, and that something must be removed for it.
 
     Raises:
         BudgetUnreachable: It cannot.
-        AlreadyWithin: Nothing must go.
+        AlreadyWithin: Nothing must be removed.
     """
     if not chooser({name: torch.ones(group.width) for name, group in surveyed.groups.items()}):
         asked = ", ".join(f"{name} {value}" for name, value in surveyed.config.target.given().items())
@@ -104,7 +104,7 @@ def _require_work(chooser: "_Chooser", surveyed: Survey) -> None:
 
 
 class _Hooks:
-    """A method's hooks, whose state has the choice that stands, too."""
+    """A method's hooks, with the final choice as a part of their state."""
 
     def __init__(self, method: Method, chooser: "_Chooser") -> None:
         self._method, self._chooser = method, chooser
@@ -122,11 +122,11 @@ class _Hooks:
 
 
 class _Chooser:
-    """Chooses which channels of a network go while it trains; see `compress.pruning.methods.base.Choose`.
+    """Chooses the channels to remove while a network trains; see `compress.pruning.methods.base.Choose`.
 
     Args:
-        surveyed: The network before the training, and what of it can be cut.
-        ctx: Surroundings.
+        surveyed: The network before the training, and its prunable groups.
+        ctx: Splits, folder and listener of the stage.
     """
 
     def __init__(self, surveyed: Survey, ctx: StageContext) -> None:
@@ -160,7 +160,7 @@ class _Chooser:
         }
 
     def result(self, model: TorchModel, method: Method, record: Record) -> Learned:
-        """Return what the method has chosen of the trained network."""
+        """Return the final choice of the method, for the trained network."""
         final = self._final
         if final is None:
             raise InternalError(f"Method '{record['name']}' ended without a choice.")
@@ -185,7 +185,7 @@ class _Chooser:
         self._final = state["final"]
 
     def _without(self, closed: Sequence[str]) -> Survey:
-        """Return the network without some blocks, and what of it can be cut."""
+        """Return the network without some blocks, and its prunable groups."""
         if tuple(closed) not in self._shorter:
             whole = self._surveyed
             among = frozenset(member.layer for group in whole.groups.values() for member in group.producers)
@@ -211,8 +211,8 @@ def _candidates(
 def _setting(
     surveyed: Survey, module: nn.Module, chooser: _Chooser, settings: FitSettings, ctx: StageContext
 ) -> Setting:
-    """Return what a method works with: `module` is what is trained, a copy of the network surveyed."""
-    _, steps = planned_steps(ctx.data.train, settings)
+    """Return the setting of a method; `module`, a copy of the surveyed network, is trained."""
+    _, steps = plan_steps(ctx.data.train, settings)
     unit, kept = _unit_and_kept(surveyed)
     blocks = _branches(surveyed.model) if surveyed.config.blocks == "auto" else {}
     whole = float(getattr(surveyed.model.baseline.figures, unit))
@@ -241,9 +241,9 @@ def _of(module: nn.Module, group: ChannelGroup) -> ChannelGroup:
 
 
 def _unit_and_kept(surveyed: Survey) -> tuple[str, float]:
-    """Return the unit in which chances are weighed, and the share of the baseline to keep.
+    """Return the unit in which expected costs are weighed, and the share of the baseline to keep.
 
-    A size is weighed in params, a latency in MACs; what stands in the end is chosen by the target itself.
+    A size is weighed in params, a latency in MACs; the final choice is made by the target itself.
     """
     target, targets = surveyed.config.target, surveyed.targets
     if target.macs is not None:
@@ -256,7 +256,7 @@ def _unit_and_kept(surveyed: Survey) -> tuple[str, float]:
 
 
 def _branches(model: TorchModel) -> dict[str, str]:
-    """Return for each removable residual block the part whose output is added to what the block is given."""
+    """Return residual block -> part whose output is added to the block's input, for each removable block."""
     module, example = model.module, example_input(model.signature)
     norms = following_norms(module, NORMS, example)
     return {block: norms.get(layer, layer) for layer, block in closing_layers(module, example).items()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.progress import Progress
 from compress.storage.digest import digest_value
 from compress.storage.files import write_whole
-from compress.training.distributed import present_team
+from compress.training.distributed import current_ranks
 
 FOLDER = "parts"
 _DIGEST_BYTES = 32
@@ -30,7 +30,7 @@ _RECORD, _RANDOM = "record", "/random"  # no tensor of a network has a slash in 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of a stage came to.
+    """Result of a part of a stage.
 
     Attributes:
         record: Plain values, JSON-ready.
@@ -67,7 +67,7 @@ class Parts:
 
         The state of torch's random numbers is then as after it was made.
         """
-        if present_team().size > 1:  # what one process finds others may not: they would no longer do the same
+        if current_ranks().size > 1:  # what one process finds others may not: they would no longer do the same
             return None
         path = self._path(key)
         try:
@@ -90,7 +90,7 @@ class Parts:
         Raises:
             OSError: The disk does not take it.
         """
-        if present_team().size == 1:
+        if current_ranks().size == 1:
             write_whole(self._path(key), _pack(part))
         return part
 

@@ -58,18 +58,18 @@ class RankSelection:
 
 @dataclass(frozen=True)
 class RankLatency:
-    """The latency of a network as a function of what its layers become.
+    """Latency of a network as a function of the schemes and ranks of its layers.
 
     Attributes:
         model: The network.
         ctx: Has the folder, the images and the deployment.
-        options: Layer -> what it may become, staying dense last.
-        option_ms: Layer -> (options,) what each takes.
-        fixed_ms: What everything else takes.
-        reference_ms: What the untouched network takes.
-        moments: Layer -> moments of what it reads, as `factorized_copy` takes them.
+        options: Layer -> its choices, the dense layer last.
+        option_ms: Layer -> (options,) milliseconds of each.
+        fixed_ms: Latency of all other layers.
+        reference_ms: Latency of the baseline.
+        moments: Layer -> second moments of its inputs, as `factorized_copy` takes them.
         allocation: Rule of the choice; "shared_error" is the knapsack.
-        in_ms: Whether the target was given in milliseconds; errors then say them.
+        in_ms: True states milliseconds in errors, where the target was given in them.
     """
 
     model: TorchModel
@@ -83,15 +83,15 @@ class RankLatency:
     in_ms: bool = False
 
     def chosen(self, widths: Mapping[str, int]) -> tuple[RankChoice, ...]:
-        """Return what each layer becomes."""
+        """Return the choice of each layer."""
         return tuple(self.options[layer][option] for layer, option in widths.items())
 
     def predict_ratio(self, widths: Mapping[str, int]) -> float:
-        """Return the sum over the layers, over the untouched network's latency."""
+        """Return the sum over the layers, over the baseline's latency."""
         return self.cost.at(dict(widths)) / self.reference_ms
 
     def time_pair(self, widths: Mapping[str, int]) -> PairLatency:
-        """Time the factorised network and the untouched one, in turn."""
+        """Time the factorised network and the baseline, in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             path = Path(folder) / "factorised.onnx"
             export_present(factorised(self.model, self.chosen(widths), self.moments), path, self.ctx)

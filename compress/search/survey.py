@@ -1,7 +1,4 @@
-"""Which budgets does a target set, over the widths that are allowed? From shares of the baseline to tables of costs.
-
-What of a network can be cut, to which widths, and which budgets do they have to keep?
-"""
+"""Survey of a network: its prunable channel groups, their allowed widths, and the budgets that its targets set."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +30,11 @@ from compress.search.latency_loop import TimedChoice, meet_latency
 from compress.search.width_latency import LatencyModel, model_latency
 from compress.verification.measurement import existing_bytes
 
+MEASURED_LEVELS = 8
 _WEIGHT_BYTES = 4
 
 Widths = Mapping[str, int]
+Unfit = Callable[[ChannelGroup], str | None]
 
 
 def is_inside(name: str, block: str) -> bool:
@@ -52,14 +51,14 @@ class Targets:
     """The targets of one stage, for one network.
 
     Attributes:
-        config: What was asked.
-        baseline: The untouched network.
+        config: The targets, in shares of the baseline or absolute.
+        baseline: Costs of the baseline.
         module: The network as it is now.
         example: One input, (1, C, H, W).
         groups: Groups whose width may change.
         file_bytes: Size of the present network's ONNX file.
         latency: Its latency, where a target needs it.
-        correction: What the limit of the latency is multiplied by, after whole networks were timed.
+        correction: Factor of the limit of the latency, after whole networks were timed.
     """
 
     config: TargetConfig
@@ -81,7 +80,7 @@ class Targets:
 
     @property
     def latency_ratio(self) -> float | None:
-        """The share of the baseline's latency that is to be kept at most."""
+        """Largest share of the baseline's latency that the targets allow."""
         if self.latency is None:
             return None
         asked = [self.config.latency] if self.config.latency is not None else []
@@ -97,7 +96,7 @@ class Targets:
             blocks: Module path of a residual block -> the decision whose option 0 removes it. No block lies in another.
 
         Raises:
-            BudgetUnreachable: What cannot be narrowed alone takes more than the latency allowed.
+            BudgetUnreachable: Layers that cannot be narrowed alone take more than the latency allowed.
         """
         found = []
         for unit in ("macs", "params"):
@@ -121,7 +120,7 @@ class Targets:
         return found
 
     def _table(self, unit: str, levels: Mapping[str, Sequence[int]], blocks: Mapping[str, str]) -> TableCost:
-        """Return MACs, params or weights as tables; what no group changes in a block goes with the block, too.
+        """Return MACs, params or weights as tables; costs in a block that no group changes go with the block, too.
 
         Of weights only those that some group changes go with a block, so that a file is no larger than its table says.
         """
@@ -160,7 +159,7 @@ class Targets:
         return Budget("MB", cost, size_mb)
 
     def reached(self, widths: Widths) -> dict[str, float]:
-        """Return what is left of the baseline's MACs and params at the given widths, as shares."""
+        """Return the kept shares of the baseline's MACs and params at the given widths."""
         return {unit: self.cost(unit).at(widths) / float(getattr(self.baseline, unit)) for unit in ("macs", "params")}
 
     def size_mb(self, widths: Widths) -> float:
@@ -169,23 +168,18 @@ class Targets:
         return (self.file_bytes - (weights.full - weights.at(widths)) * _WEIGHT_BYTES) / 1e6
 
 
-MEASURED_LEVELS = 8
-
-Unfit = Callable[[ChannelGroup], str | None]
-
-
 @dataclass(frozen=True)
 class Survey:
-    """A network about to be cut.
+    """Prunable groups of a network, their allowed widths, and the targets.
 
     Attributes:
         model: The network.
-        config: What is asked.
-        limits: Floors, caps and multiples.
-        groups: Its channel groups that may be cut.
-        excluded: The others.
+        config: Settings of the prune stage.
+        limits: Floors, caps and multiples of widths.
+        groups: Its prunable channel groups.
+        excluded: The others, with reasons.
         levels: Group name -> allowed widths, ascending; the last is the full width.
-        targets: What is to be met.
+        targets: Targets of the stage for this network.
     """
 
     model: TorchModel
@@ -197,7 +191,7 @@ class Survey:
     targets: Targets
 
     def choose(self, candidates: Sequence[Candidates], correction: float) -> Selection:
-        """Choose the channels that go, with the limit of the latency multiplied by a factor.
+        """Choose the channels to remove, with the limit of the latency multiplied by a factor.
 
         Raises:
             BudgetUnreachable: No allowed widths are within the budgets.
@@ -207,7 +201,7 @@ class Survey:
         return select_channels(self.groups, candidates, budgets, self.limits, self.config.allocation)
 
     def choose_timed(self, candidates: Sequence[Candidates], progress: Progress) -> tuple[Selection, list[TimedChoice]]:
-        """Choose the channels that go; with a latency target, time them and choose again until the time is met.
+        """Choose the channels to remove; with a latency target, time them and choose again until the time is met.
 
         Raises:
             BudgetUnreachable: No allowed widths are within the budgets.
@@ -227,16 +221,16 @@ def survey(
     unfit: Unfit | None = None,
     among: frozenset[str] | None = None,
 ) -> Survey:
-    """Find what can be cut and what it costs.
+    """Find the prunable groups of a network, their allowed widths, and the budgets of the targets.
 
     Args:
         model: The network.
-        config: What is asked.
+        config: Settings of the prune stage.
         latency: Of the same network with more blocks; its table is used where it covers this one.
-        ctx: Surroundings.
-        unfit: Says why a group cannot be cut for a reason of its own, or None.
-        among: Layers that compute what may be cut, where that was settled before; `unfit` and `config.exclude` are not
-            asked again.
+        ctx: Splits, folder and listener of the stage.
+        unfit: Returns the reason why a method cannot prune a group, or None.
+        among: Layers that compute the prunable groups, where these were found before; `unfit` and `config.exclude` are
+            not asked again.
 
     Raises:
         UntraceableModel: No channel graph could be built.

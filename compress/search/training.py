@@ -1,4 +1,4 @@
-"""Training as the stages do it: settings from the pipeline, a probe of learning rates, the baseline as the teacher."""
+"""Training within a stage: settings from the pipeline, a probe of learning rates, the baseline as the teacher."""
 
 import copy
 import json
@@ -12,29 +12,25 @@ from compress.checkpoint.rebuild import apply_edits, example_input
 from compress.config.schema.training import DistillationConfig, TrainingConfig
 from compress.data.batches import Augmentation
 from compress.data.splits import Split
-from compress.errors import ArtifactError, NonFinite
+from compress.errors import ArtifactError, InternalError, NonFinite
 from compress.model.artifacts import TorchModel
 from compress.pruning.survival import surviving_channels
-from compress.search.context import Record, StageContext, original_of
+from compress.search.context import Record, StageContext
 from compress.search.isometry_record import conclusion, measure_isometry
 from compress.search.validation import is_quality_worse, metric_of, stated
 from compress.storage.digest import read_sealed, sealed
 from compress.storage.files import write_whole
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
-from compress.training.distributed import present_team
+from compress.training.distributed import current_ranks
 from compress.training.evaluate import quality_facts
-from compress.training.loop import Distillation, FitResult, FitSettings, fit, planned_steps
+from compress.training.loop import fit
 from compress.training.schedule import peak_from_original
+from compress.training.settings import Distillation, FitResult, FitSettings, TrainingData, plan_steps
+from compress.training.state import StateFile
 
 LEARNING_RATES = {"sgd": 0.02, "adamw": 0.001}
-
-
 FEW_STEPS = 20
-
-
 CLIP = 1.0  # where gradients may be of any size
-
-
 PROBED = (0.1, 0.3, 1.0)
 
 
@@ -51,18 +47,18 @@ def train(
     unfolds: bool = True,
     reverts: bool = True,
 ) -> tuple[TorchModel, Record]:
-    """Return the network trained, and what was done; goes on from `state_file` in the stage's folder, if it is there.
+    """Return the trained network and the record; resumes from `state_file` in the stage's folder, if it is there.
 
-    A network that training made worse on the validation split, by more than noise, comes back as it was, unless
+    If training lowers the quality on the validation split by more than noise, the original weights are kept, unless
     `reverts` is False.
 
     Args:
         artifact: The network; left as it is.
-        config: How.
-        ctx: Surroundings.
-        state_file: Name of the file of the state.
-        unfolds: Whether a network without norms has some while it trains.
-        reverts: Whether a network that training made worse is given up; not where more cuts and training follow.
+        config: Settings of the training.
+        ctx: Splits, teacher, folder and listener of the stage.
+        state_file: Name of the file of the saved state.
+        unfolds: True gives a network without norms batch norms while it trains.
+        reverts: False keeps a network that training made worse, where more removals and training follow.
 
     Raises:
         As `compress.training.loop.fit`.
@@ -73,14 +69,11 @@ def train(
     start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
     settings = fit_settings(config, ctx.seed, ctx.data.train, start)
     warnings = _few_steps(config, settings, ctx.data.train)
-    distillation = distillation_from(config.distillation, artifact)
+    distillation = distillation_from(config.distillation, artifact, ctx)
 
-    def trained(settings: FitSettings, state_file: str, keeps_state: bool) -> tuple[nn.Module, FitResult]:
-        module, path, data = copy.deepcopy(start), ctx.folder / state_file, ctx.data
-        result = fit(
-            module, data.train, data.validation, settings, distillation, path, ctx.progress, keeps_state=keeps_state
-        )
-        return module, result
+    def trained(settings: FitSettings, state_file: StateFile) -> tuple[nn.Module, FitResult]:
+        module, data = copy.deepcopy(start), TrainingData(ctx.data.train, ctx.data.validation)
+        return module, fit(module, data, settings, distillation, state_file, ctx.progress)
 
     probed: list[Record] = []
     if config.probe:
@@ -88,7 +81,7 @@ def train(
             settings,
             ctx,
             state_file,
-            lambda tried: trained(tried, _probe_file(state_file, tried.learning_rate), keeps_state=False)[1],
+            lambda tried: trained(tried, StateFile(ctx.folder / _probe_file(state_file, tried.learning_rate)))[1],
         )
         known = [one for one in probed if one[f"validation_{metric.name}"] is not None]
         sign = 1 if metric.higher_is_better else -1
@@ -96,7 +89,8 @@ def train(
         settings = replace(settings, learning_rate=best["learning_rate"])
     ctx.progress.note(pace(settings))
     isometry = _isometry_before(artifact, config, settings, ctx, warnings)
-    module, result = trained(settings, state_file, keeps_state=True)  # until the stage's result is stored
+    # until the stage's result is stored, the state is kept
+    module, result = trained(settings, StateFile(ctx.folder / state_file, is_kept=True))
     reached = _reached(result)
     is_worse = False
     if reverts and metric.is_better(before, reached):
@@ -146,13 +140,13 @@ def _isometry_before(
 
     Args:
         artifact: The network about to be trained.
-        config: Knows the original training, where the pipeline does.
+        config: Names the original training, where the pipeline does.
         settings: Have the peak.
-        ctx: Surroundings.
+        ctx: Has the calibration images and the teacher.
         warnings: A warning is added to it.
     """
-    original = None if artifact.recipe.is_baseline else lambda: original_of(artifact)
-    isometry = measure_isometry(artifact, {"baseline": original, "before": lambda: artifact.module}, ctx)
+    baseline = None if artifact.recipe.is_baseline or ctx.teacher is None else ctx.teacher.build
+    isometry = measure_isometry(artifact, {"baseline": baseline, "before": lambda: artifact.module}, ctx)
     if config.original is not None:
         reference, name = config.original.learning_rate, "of the original training"
     else:
@@ -167,7 +161,7 @@ def _isometry_before(
 
 def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:
     """Return a warning where so many epochs come to a handful of optimiser steps."""
-    per_epoch, steps = planned_steps(train, settings)
+    per_epoch, steps = plan_steps(train, settings)
     if config.steps is not None or steps >= FEW_STEPS:
         return []
     return [
@@ -178,7 +172,7 @@ def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> l
 
 
 def _started(module: nn.Module, ctx: StageContext) -> tuple[nn.Module, bool]:
-    """Return what training starts from, and whether that has norms that the network has not."""
+    """Return the network that training starts from, and whether it was given batch norms."""
     if not can_unfold(module):
         return module, False
     ctx.progress.note("the network has no norms: batch norms are put behind its convolutions while it trains")
@@ -186,7 +180,7 @@ def _started(module: nn.Module, ctx: StageContext) -> tuple[nn.Module, bool]:
 
 
 def _reached(result: FitResult) -> float:
-    """Return the figure that decides, on validation, of the weights that training kept."""
+    """Return the primary metric, on validation, of the weights that training kept."""
     if result.is_averaged and result.averaged is not None:
         return result.averaged
     return next(epoch.validation for epoch in result.epochs if epoch.epoch == result.chosen_epoch)
@@ -195,9 +189,9 @@ def _reached(result: FitResult) -> float:
 def _probe(
     settings: FitSettings, ctx: StageContext, state_file: str, trained: Callable[[FitSettings], FitResult]
 ) -> list[Record]:
-    """Train for an epoch at each of several rates, smallest first, and say what each came to.
+    """Train for an epoch at each of several rates, smallest first, and return the metric of each.
 
-    What was tried is kept in a file, so that a run that was killed does not try it again.
+    Results are kept in a file, so that a run that was killed does not try a rate again.
 
     Raises:
         NonFinite: At every rate the loss became NaN or infinite.
@@ -205,7 +199,7 @@ def _probe(
     metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
     key = f"validation_{metric.name}"
     probed = _read_probed(path)
-    steps = min(planned_steps(ctx.data.train, settings))
+    steps = min(plan_steps(ctx.data.train, settings))
     rates = [factor * settings.learning_rate for factor in PROBED]
     if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
         probed = []
@@ -220,14 +214,14 @@ def _probe(
             reached, said = None, f"{metric.words} the loss became NaN or infinite"
             (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
         probed.append({"learning_rate": rate, key: reached})
-        if present_team().rank == 0:
+        if current_ranks().rank == 0:
             write_whole(path, json.dumps(sealed({"probed": probed})))
         ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
     return probed
 
 
 def _read_probed(path: Path) -> list[Record]:
-    """Return what a killed run tried; nothing if the file is not there or not whole."""
+    """Return the rates that a killed run has tried; none if the file is missing or damaged."""
     try:
         probed: list[Record] = read_sealed(path)["probed"]
     except (ArtifactError, KeyError):
@@ -241,7 +235,7 @@ def _probe_file(state_file: str, rate: float) -> str:
 
 
 def pace(settings: FitSettings) -> str:
-    """Return how fast a network learns, as it is said."""
+    """Return the peak learning rate and the gradient clipping, as a note states them."""
     clip = "" if settings.gradient_clip is None else f", gradients clipped to {settings.gradient_clip:g}"
     return f"peak learning rate {settings.learning_rate:g}{clip}"
 
@@ -259,7 +253,7 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
         train: The training split.
         module: The network.
     """
-    is_tame = train.lesson.chooses and any(isinstance(part, NORMS) for part in module.modules())
+    is_tame = train.objective.chooses and any(isinstance(part, NORMS) for part in module.modules())
     clip = CLIP if config.gradient_clip is None and not is_tame else config.gradient_clip
     rate, original = config.learning_rate or LEARNING_RATES[config.optimizer], config.original
     if original is not None:
@@ -292,13 +286,23 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
     )
 
 
-def distillation_from(config: DistillationConfig | None, artifact: TorchModel) -> Distillation | None:
-    """Return the untouched network as the teacher, if one is asked for."""
+def distillation_from(
+    config: DistillationConfig | None, artifact: TorchModel, ctx: StageContext
+) -> Distillation | None:
+    """Return the distillation that is asked for, with the baseline as the teacher.
+
+    Args:
+        config: As in the pipeline file; None for no distillation.
+        artifact: The network about to be trained.
+        ctx: Has the teacher.
+    """
     if config is None:
         return None
-    original, kept = original_of(artifact), dict[str, Tensor]()
+    if ctx.teacher is None:
+        raise InternalError("A stage that learns from the baseline was run without a teacher.")
+    baseline, kept = ctx.teacher.build(), dict[str, Tensor]()
     if config.features:
         kept = surviving_channels(
-            original, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
+            baseline, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
         )
-    return Distillation(original, config.weight, config.temperature, config.features, kept)
+    return Distillation(baseline, config.weight, config.temperature, config.features, kept)

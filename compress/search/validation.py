@@ -1,11 +1,4 @@
-"""How do the figures of a network on the validation split stand in a stage's record?
-
-Comparison of two networks on the same validation images: differences inside the noise decide nothing.
-
-Chance level: a baseline that is no better than always answering the most frequent class.
-
-Warning where validation images are far easier than evaluation images: the network was probably trained on them.
-"""
+"""Quality on the validation split: values for records, comparisons beyond noise, warnings about a baseline."""
 
 import math
 from collections.abc import Callable
@@ -23,41 +16,42 @@ from compress.verification.metrics import share_interval
 from compress.verification.statistics import jackknife_intervals, mean_interval
 from compress.verification.task_metrics import Measured, estimate_measured
 
+FEWEST_PARTS = 10  # of a task without intervals of its own, such as detection, whose metrics take long
+SIGNIFICANCE = 0.05
+LEAST_SHARE, LEAST_RATIO = 0.02, 0.05  # of a share as it is, of other metrics relative to evaluation
+
 
 def metric_of(split: Split) -> Metric:
-    """Return the figure that decides."""
+    """Return the primary metric of a split's task."""
     return split.task.main
 
 
 def stated(metric: Metric) -> dict[str, Any]:
-    """Return what a record says of its figure, {"metric": {...}}; nothing of top-1, which it is without."""
+    """Return the entry of a record that describes its metric, {"metric": {...}}; empty for top-1, the default."""
     if metric.name == "top1":
         return {}
     return {"metric": metric.to_dict()}
 
 
 def validation_quality(module: nn.Module, ctx: StageContext) -> float:
-    """Return the figure that decides, on the validation split."""
+    """Return the primary metric on the validation split."""
     return evaluate_quality(module, ctx.data.validation, progress=ctx.progress)
 
 
 def before_and_after(ctx: StageContext, before: float, after: float) -> dict[str, Any]:
-    """Return the figures around a stage, under names such as "validation_top1_before"."""
+    """Return the primary metric before and after a stage, under names such as "validation_top1_before"."""
     metric = metric_of(ctx.data.validation)
     name = f"validation_{metric.name}"
     return {f"{name}_before": before, f"{name}_after": after, **stated(metric)}
 
 
-FEWEST_PARTS = 10  # of a task without intervals of its own, such as detection, whose figures take long
-
-
 def is_quality_worse(before: Facts, after: Facts, task: Task) -> bool:
-    """Whether the primary metric is worse by more than noise.
+    """Return whether the primary metric is worse by more than noise.
 
     Args:
         before: Facts of each image by one network.
         after: Facts of the same images by the other one.
-        task: What they are facts of.
+        task: Their task.
     """
     metric = task.main
     values = [task.figures(facts)[metric.name] for facts in (before, after)]
@@ -79,7 +73,7 @@ def is_quality_worse(before: Facts, after: Facts, task: Task) -> bool:
 
 
 def is_loss_higher(before: Tensor, after: Tensor) -> bool:
-    """Whether the mean loss is higher by more than noise.
+    """Return whether the mean loss is higher by more than noise.
 
     Args:
         before: (N,) loss of each image.
@@ -91,9 +85,6 @@ def is_loss_higher(before: Tensor, after: Tensor) -> bool:
     return mean_interval(differences)[0] > 0
 
 
-SIGNIFICANCE = 0.05
-
-
 def chance_warning(quality: float, evaluation: Split) -> str | None:
     """Return a warning where a classifier's top-1 is not significantly above chance, else None.
 
@@ -101,7 +92,7 @@ def chance_warning(quality: float, evaluation: Split) -> str | None:
 
     Args:
         quality: Top-1 in [0, 1].
-        evaluation: What it was measured on.
+        evaluation: Split that it was measured on.
     """
     if not isinstance(evaluation.task, Classification):
         return None
@@ -119,9 +110,6 @@ def chance_warning(quality: float, evaluation: Split) -> str | None:
         "the same answer for all of them. Check weights, data.preprocessing (mean, std, scale, channels) and the order "
         "of the classes: every change of quality below is relative to this."
     )
-
-
-LEAST_SHARE, LEAST_RATIO = 0.02, 0.05  # of a share as it is, of other metrics relative to evaluation
 
 
 def compare_with_evaluation(
@@ -161,7 +149,7 @@ def compare_with_evaluation(
 
 
 def is_far_better(validation: float, evaluation: float, noise: float, metric: Metric) -> bool:
-    """Whether a value on validation is better than on evaluation by more than noise, and by enough to matter.
+    """Return whether a value on validation beats that on evaluation by more than noise, and by enough to matter.
 
     >>> is_far_better(0.9985, 0.917, 0.006, Metric("top1")), is_far_better(0.93, 0.917, 0.006, Metric("top1"))
     (True, False)

@@ -1,4 +1,4 @@
-"""How long would a network take at other widths, where it is to be deployed? Tables for budgets in milliseconds.
+"""Latency of a network at other widths, on the target runtime: tables for budgets in milliseconds.
 
     plan variants -> time those that no table holds yet -> build the table -> budget
                                                      a choice of widths -> timed as a whole, next to the baseline
@@ -48,12 +48,12 @@ class LatencyModel:
         writer: Writes variants of the network's file.
         axes: How its layers follow the widths.
         levels: Channel group -> its allowed widths.
-        table: What its sites take.
+        table: Latency of its layers by their widths.
         file: The timed variants that the table is made of.
-        reference_ms: What the untouched network takes, on the scale of the table.
-        is_measured_here: Whether widths can be timed; a table from another machine cannot be checked on this one.
-        variants: For each variant timed what the table says it takes and what it took, in milliseconds.
-        time_pair: Widths -> the network at those widths and the untouched one, timed in turn as whole networks.
+        reference_ms: Latency of the baseline, on the scale of the table.
+        is_measured_here: True where widths can be timed; a table of another machine cannot be checked on this one.
+        variants: Predicted and measured milliseconds of each variant timed.
+        time_pair: Widths -> the network at those widths and the baseline, timed in turn as whole networks.
     """
 
     writer: VariantWriter
@@ -67,7 +67,7 @@ class LatencyModel:
     time_pair: Callable[[Widths], PairLatency]
 
     def predict_ratio(self, widths: Widths) -> float:
-        """Return what the table says of the latency, over the untouched network's."""
+        """Return the latency by the table, over the baseline's."""
         return self.table.network_ms(self.writer.sites, self.axes.sizes(widths)) / self.reference_ms
 
     @cached_property
@@ -76,7 +76,7 @@ class LatencyModel:
         return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels)
 
     def stairs(self, widths: Widths) -> dict[str, list[tuple[int, float]]]:
-        """Return for each group what the network takes, in ms, at each width allowed, the other groups as chosen."""
+        """Return group -> latency of the network, in ms, at each width allowed, the other groups as chosen."""
         chosen = {name: list(levels).index(widths[name]) for name, levels in self.levels.items()}
         return {
             name: [(width, self.cost.at({**chosen, name: option})) for option, width in enumerate(levels)]
@@ -96,7 +96,7 @@ class LatencyModel:
         return times
 
     def budget(self, ratio: float, blocks: Mapping[str, str] | None = None) -> Budget:
-        """Return the budget of a share of the untouched network's latency.
+        """Return the budget of a share of the baseline's latency.
 
         Args:
             ratio: That share.
@@ -211,7 +211,7 @@ def _half_in_order(column: np.ndarray, random: np.random.Generator) -> np.ndarra
 
 
 class _Timing:
-    """Times variants of one network next to the untouched one."""
+    """Times variants of one network next to the baseline."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class _Timing:
     def complete(
         self, known: TableFile | None, planned: Sequence[Widths], here: TableConditions, path: Path
     ) -> TableFile:
-        """Return the table with every planned variant in it, timing those that it lacks and saving as it goes."""
+        """Return the table with every planned variant in it; missing ones are timed, and each is saved at once."""
         samples = list(known.samples) if known is not None else []
         reference_ms = known.reference_ms if known is not None else None
         have = [sample.sizes for sample in samples]
@@ -257,7 +257,7 @@ class _Timing:
         return table
 
     def pair(self, widths: Widths) -> PairLatency:
-        """Time the network at the given widths and the untouched one, in turn."""
+        """Time the network at the given widths and the baseline, in turn."""
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             variant = next(self._variants([self.axes.sizes(widths)], Path(folder)))
             return measure_pair(variant, self.reference, self.ctx.data.calibration, self.conditions, self.ctx.progress)

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ConfigValueError
 from compress.exporting.open_axes import check_open_axes
-from compress.exporting.torch_onnx import export_onnx, exported_signature
+from compress.exporting.settings import ExportSettings, exported_signature
+from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import OnnxModel, TorchModel
 from compress.onnx_file.io import load_onnx, read_signature
 from compress.search.context import Record, StageContext
@@ -40,15 +41,17 @@ class ExportStage:
                 artifact.module,
                 artifact.signature,
                 path,
-                opset=config.opset,
-                dynamic_batch=config.dynamic_batch,
-                simplify=config.simplify,
-                external_data=config.external_data,
+                ExportSettings(
+                    opset=config.opset,
+                    dynamic_batch=config.dynamic_batch,
+                    simplify=config.simplify,
+                    external_data=config.external_data,
+                    rewrites=artifact.rewrites,
+                    precision=artifact.precision,
+                    open_axes=open_axes,
+                ),
                 preprocessing=artifact.preprocessing,
                 classes=artifact.classes,
-                rewrites=artifact.rewrites,
-                precision=artifact.precision,
-                open_axes=open_axes,
             )
             task.advance()
         if open_axes:

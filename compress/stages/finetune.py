@@ -21,7 +21,7 @@ class FinetuneStage:
         self.config = config
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the trained network; a run that was killed goes on from its last state.
+        """Return the trained network; a run that was killed resumes from its last state.
 
         Raises:
             ModelError: `weights` is random, and a parameter cannot be drawn anew.

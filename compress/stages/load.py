@@ -1,6 +1,5 @@
 """load: nothing -> TorchModel, with the baseline measured once."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from compress.onnx_file.io import load_onnx, read_inputs, read_metadata
 from compress.onnx_import.importer import import_onnx
 from compress.search.context import Record, StageContext
 from compress.search.export import check_export, export_present, try_rewrites
+from compress.search.teacher import LoadedTeacher
 from compress.search.validation import chance_warning, compare_with_evaluation, stated
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
@@ -64,7 +64,7 @@ class LoadStage:
         self.warnings: list[str] = []
 
     def run(self, artifact: None, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the untouched network.
+        """Return the baseline.
 
         Raises:
             ModelError: The factory fails, or the network is not for the task and these images.
@@ -87,7 +87,7 @@ class LoadStage:
             module, recipe = self._in_one_form(built, spec, images, ctx)
         if self.is_untrained:
             reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)  # (0, 1) until then
-        ctx.data.make_original = lambda: copy.deepcopy(module)
+        ctx.data.teacher = LoadedTeacher(module)
         signature = try_network(module, ctx.data.calibration, spec)
         several, _ = next(evaluation_batches(ctx.data.calibration.first(IMAGES), IMAGES, "nothing"))
         require_batch_independence(module, several)
@@ -191,7 +191,7 @@ class LoadStage:
             self._warn(ctx, conversion.text)
 
     def _warn(self, ctx: StageContext, text: str) -> None:
-        """Say something in the log, and in the report."""
+        """Warn in the log, and in the report."""
         ctx.progress.warn(text)
         self.warnings.append(text)
 
@@ -326,7 +326,7 @@ def try_network(module: nn.Module, split: Split, spec: FactorySpec) -> Signature
             f"A classifier must return one (N, classes) tensor, the network returns {names}.",
             hint="Name the one to keep: model.outputs.",
         )
-    check_outputs(plain(returned, [output.name for output in signature.outputs]), targets, split.lesson)
+    check_outputs(plain(returned, [output.name for output in signature.outputs]), targets, split.objective)
     return signature
 
 

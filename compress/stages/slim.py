@@ -42,8 +42,8 @@ class Slimmed:
 
     Attributes:
         model: The network.
-        cut: What `prune` says of it; None where only ranks were chosen.
-        factorised: What `low_rank` says of it; None where only channels and blocks were.
+        cut: Record of `prune`; None where only ranks were chosen.
+        factorised: Record of `low_rank`; None where only channels and blocks were.
         loss: On the validation split.
     """
 
@@ -60,7 +60,7 @@ class SlimStage:
         self.config = config
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the slim network; a run that was killed goes on after the last step that was done.
+        """Return the slim network; a run that was killed resumes after the last finished step.
 
         Raises:
             BudgetUnreachable: No way to share the budget meets it.
@@ -95,7 +95,7 @@ class SlimStage:
         return PruneStage(self._cut_config(1.0)).profile(artifact, ctx)
 
     def _step(self, model: TorchModel, number: int, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Slim once and train, or read what a killed run has left of the two."""
+        """Slim once and train, or read the results of a killed run."""
         is_last = number == self.config.steps
         files = ctx.folder / f"step{number}_files"  # what was measured of one network is not true of the next
         files.mkdir(exist_ok=True)
@@ -131,10 +131,10 @@ class SlimStage:
         unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
         config = self.config
-        trunks = Remembered(shorten(model, config.score_images, config.repair, ctx, config.refit_images))
+        networks = Remembered(shorten(model, config.score_images, config.repair, ctx, config.refit_images))
         for share in (0.0, *(RANK_SHARES if has_ranks else ())):
             try:
-                one = self._with_share(model, trunks, progress_made, share, found[0].cut if found else None, ctx)
+                one = self._with_share(model, networks, progress_made, share, found[0].cut if found else None, ctx)
             except StageError as error:
                 may_ranks_help = isinstance(error, BudgetUnreachable) and not isinstance(error, AlreadyWithin)
                 if share == 0 and not (has_ranks and may_ranks_help):
@@ -154,21 +154,21 @@ class SlimStage:
     def _with_share(
         self,
         model: TorchModel,
-        trunks: Remembered,
+        networks: Remembered,
         progress_made: float,
         share: float,
         alone: Record | None,
         ctx: StageContext,
     ) -> Slimmed:
-        """Let ranks take a share of the way to the budget, and channels and blocks the rest.
+        """Meet the budget with ranks for a share of the way, and channels and blocks for the rest.
 
         Args:
             model: The network.
-            trunks: It without some of its blocks.
+            networks: The network without some of its blocks.
             progress_made: How far this step goes: the budget is the target to this power.
             share: In [0, 1].
-            alone: What channels and blocks did alone; as many blocks go here. None to find out how many.
-            ctx: Surroundings.
+            alone: Record of channels and blocks alone; as many blocks are removed here. None to search for the number.
+            ctx: Splits, parts and listener of the stage.
 
         Raises:
             BudgetUnreachable: This share leads nowhere.
@@ -178,7 +178,7 @@ class SlimStage:
         factorised: Record | None = None
         if share < 1:
             config_of_cut = self._cut_config(progress_made * (1 - share), alone)
-            model, cut = PruneStage(config_of_cut).run(model, ctx, trunks)
+            model, cut = PruneStage(config_of_cut).run(model, ctx, networks)
         if share > 0:
             target = RankTargetConfig(**self._target(progress_made))
             config = LowRankConfig(
@@ -214,18 +214,18 @@ class SlimStage:
 
 
 class _Saved:
-    """What one part of a step came to, in a folder that a kill leaves whole or not at all.
+    """Result of one part of a step, in a folder that is whole or absent after a kill.
 
     Args:
-        folder: Where it is, or will be.
-        like: The model that the stage began with; knows the factory.
+        folder: The folder, perhaps not made yet.
+        like: The model that the stage began with; has the factory.
     """
 
     def __init__(self, folder: Path, like: TorchModel) -> None:
         self.folder, self.factory = folder, like.factory
 
     def read(self) -> tuple[TorchModel, Record] | None:
-        """Return it; None where it is not there, or damaged, and has to be made again."""
+        """Return the result; None where it is missing or damaged, and has to be made again."""
         try:
             values = read_sealed(self.folder / "record.json")
             if self._digests(self.folder) != values["files"]:

@@ -9,6 +9,7 @@ from compress.data.splits import Split
 from compress.model.artifacts import OnnxModel, Verdict
 from compress.search.context import Record, StageContext
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.other_runtimes import Also
 from compress.verification.robustness import Robustness
@@ -17,7 +18,7 @@ from compress.verification.verdict import verify_onnx
 
 
 class VerifyStage:
-    """Measure the file in its runtime, next to the untouched network's, and hold it to the gates."""
+    """Measure the file in its runtime, next to the baseline's, and hold it to the gates."""
 
     def __init__(self, config: VerifyConfig) -> None:
         self.config = config
@@ -31,7 +32,7 @@ class VerifyStage:
             DataError: The evaluation split does not fit the network.
         """
         config, reference = self.config, artifact.reference
-        verdict = verify_onnx(
+        job = VerificationJob(
             artifact.path,
             evaluation=ctx.data.evaluation,
             conditions=conditions_of(config),
@@ -43,13 +44,12 @@ class VerifyStage:
             baseline_onnx=reference.baseline.onnx_path,
             baseline_figures=reference.baseline.figures,
             float_onnx=artifact.float_path,
-            progress=ctx.progress,
         )
-        return verdict, {}
+        return verify_onnx(job, ctx.progress), {}
 
 
 def conditions_of(config: VerifyConfig) -> Conditions:
-    """Return where and how a file is run, out of the `verify` section."""
+    """Return runtime, provider, threads and batch size, out of the `verify` section."""
     return Conditions(
         runtime=config.runtime,
         provider=config.provider,
@@ -61,7 +61,7 @@ def conditions_of(config: VerifyConfig) -> Conditions:
 
 
 def scope_of(config: VerifyConfig, evaluation: Split, seed: int) -> Scope:
-    """Return how much is looked at, out of the `verify` section; data sets of the user's own are opened.
+    """Return the optional measurements, out of the `verify` section; data sets of the user's own are opened.
 
     Raises:
         DataError: One of those data sets cannot be used.

@@ -1,4 +1,4 @@
-"""What is a network for? A task says what is learned, what is measured, and what of it decides.
+"""Interface of tasks: loss, facts of each image, metrics, and the primary metric.
 
     outputs, targets --loss--> a number to train by            torch, any device
     outputs, targets --facts--> a little for each image        numpy, so that torch and ONNX are judged by the same code
@@ -7,19 +7,18 @@
 `outputs` is the tensor (or array) of a network with one output, else a mapping of names to them. `targets` is one
 tensor (or array) for the batch, or a list with an entry for each image where those differ in shape.
 
-torch is imported by what trains only: a file is verified without it.
-
-Paired test of right and wrong answers: two networks, or two epochs of one, on the same images.
+torch is imported by training only: a file is verified without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from compress.catalog import HARDER, SHARES
 from compress.errors import DataError, ModelError, NonFinite
 from compress.tasks.outputs import each, picked, singles
 
@@ -30,9 +29,22 @@ if TYPE_CHECKING:
 Facts = dict[str, np.ndarray]
 
 
+_WORDS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "map": "mAP",
+    "map50": "mAP at 0.5",
+    "map75": "mAP at 0.75",
+    "rmse": "RMSE",
+    "mae": "MAE",
+}
+_LOWER_IS_BETTER = ("rmse", "mae", "distance", "calibration_error", "excess_error", "churn", "softmax_distance")
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """The figure that decides: which epoch is best, what a verdict leads with.
+    """A quality metric: its name, unit and direction.
 
     Attributes:
         name: As in gates and reports, such as "miou".
@@ -48,15 +60,55 @@ class Metric:
 
     @property
     def words(self) -> str:
-        """How it is called in sentences."""
+        """Name of the metric in sentences."""
         return self.label or self.name
+
+    @property
+    def title(self) -> str:
+        """Name at the beginning of a sentence.
+
+        >>> Metric("top1", label="top-1").title, Metric("miou", label="mIoU").title
+        ('Top-1', 'mIoU')
+        """
+        start = self.words[:2]
+        return self.words if start != start.lower() else self.words[:1].upper() + self.words[1:]
+
+    @property
+    def unit(self) -> str:
+        """Unit that values are shown in: "%" for a share, else ""."""
+        return "%" if self.is_share else ""
+
+    @property
+    def scale(self) -> float:
+        """Factor from a value to its unit."""
+        return 100.0 if self.is_share else 1.0
+
+    @property
+    def worsening(self) -> str:
+        """Name of the change for the worse, positive where quality is lost: "drop.top1", "rise.rmse"."""
+        return f"{'drop' if self.higher_is_better else 'rise'}.{self.name}"
+
+    def other(self, name: str) -> Metric:
+        """Return the metric called `name` that is measured beside this, the primary one.
+
+        Robustness is the primary metric on other images. Whatever is not known by name is a plain number.
+
+        >>> Metric("top1").other("worst_class").title, Metric("rmse", is_share=False).other("noise").is_share
+        ('Worst class', False)
+        """
+        if name == self.name:
+            return self
+        if name in HARDER:
+            return replace(self, name=name, label=name)
+        words = _WORDS.get(name, name.replace("_", " "))
+        return Metric(name, name not in _LOWER_IS_BETTER, name in SHARES, words)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a report."""
         return {**asdict(self), "label": self.words}
 
     def show(self, value: float) -> str:
-        """Return a value as it is said: a share in percent.
+        """Return a value in its unit.
 
         >>> Metric("miou").show(0.5), Metric("rmse", is_share=False).show(0.25)
         ('50.00%', '0.25')
@@ -64,7 +116,7 @@ class Metric:
         return f"{value:.2%}" if self.is_share else f"{value:.4g}"
 
     def is_better(self, one: float, other: float) -> bool:
-        """Whether one value is better than another; one that is no number never is, and any is better than that."""
+        """Return whether one value is better than another; NaN is never better, and every number is better than NaN."""
         if np.isnan(one) or np.isnan(other):
             return bool(np.isnan(other) and not np.isnan(one))
         return one > other if self.higher_is_better else one < other
@@ -75,7 +127,7 @@ class Task:
 
     Attributes:
         name: As in the pipeline file.
-        metric: Name of the figure that decides, one of those that `metrics` returns.
+        metric: Name of the primary metric, one of those that `metrics` returns.
         higher_is_better: Whether more of it is better.
         is_share: Whether it lies in [0, 1] and is shown in percent.
         resamples: Most parts of the images that are left out in turn for the interval of a figure (jackknife); 0 gives
@@ -83,8 +135,8 @@ class Task:
         chooses: Whether the network chooses among classes, so that its loss is of a known size.
         can_mix: Whether mixup and CutMix make sense: targets are class indices.
         is_spatial: Whether targets lie at places in the image, so that what moves pixels would make them wrong.
-        learns_from_original: Whether the untouched network's outputs are learned, whatever targets there are.
-        needs_targets: Whether what is measured needs targets; without, it is the distance to the untouched network.
+        learns_from_original: Whether the baseline's outputs are learned, whatever targets there are.
+        needs_targets: Whether what is measured needs targets; without, it is the distance to the baseline.
     """
 
     name: ClassVar[str] = "own"
@@ -101,7 +153,7 @@ class Task:
 
     @property
     def main(self) -> Metric:
-        """The figure that decides."""
+        """The primary metric."""
         return Metric(self.metric, self.higher_is_better, self.is_share, self.label)
 
     def sized(self, height: int, width: int) -> Task:
@@ -232,7 +284,7 @@ LEVEL = 0.05
 
 
 def is_shown_worse(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether fewer images are right after than before, by more than noise (exact McNemar test, 5 %, both sides).
+    """Return whether fewer images are right after than before, by more than noise (exact McNemar test, 5 %, two-sided).
 
     Args:
         before: (N,) bool, whether each image was right.

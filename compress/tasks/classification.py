@@ -1,4 +1,4 @@
-"""classification: which of K classes is in the image? Outputs (N, K) logits, targets (N,) class indices."""
+"""classification: one of K classes for each image. Outputs (N, K) logits, targets (N,) class indices."""
 
 from __future__ import annotations
 

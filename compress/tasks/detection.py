@@ -1,4 +1,4 @@
-"""detection: which objects are where? A function of the user's makes boxes of the outputs; targets are lists of boxes.
+"""detection: boxes of objects. A function of the user's makes boxes of the outputs; targets are lists of boxes.
 
 A box is [x0, y0, x1, y1] in pixels of the image that goes into the network. Targets of an image are a mapping of
 `boxes` (M, 4) float32 and `labels` (M,) int64; what `postprocess` returns for an image has `scores` (M,), too.
@@ -27,12 +27,12 @@ Postprocess = Callable[[dict[str, Any], tuple[int, int]], Sequence[Mapping[str, 
 
 
 class Detection(Task):
-    """Mean average precision to decide by; a loss of the user's to learn by, else the untouched network's outputs.
+    """Mean average precision to decide by; a loss of the user's to learn by, else the baseline's outputs.
 
     Args:
         postprocess: `postprocess(outputs, (height, width))` -> for each image `boxes`, `scores`, `labels`; outputs are
             torch tensors by their names.
-        loss: `loss(outputs, targets)` -> scalar; None learns from the untouched network.
+        loss: `loss(outputs, targets)` -> scalar; None learns from the baseline.
     """
 
     name: ClassVar[str] = "detection"

@@ -1,4 +1,4 @@
-"""How does the `task:` section of a pipeline become a task?"""
+"""Task of a pipeline, from the `task` section of its file."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -66,14 +66,17 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
         )
     if not task.metric:
         raise ModelError(
-            f"Task '{reference}' must name the figure that decides, its metric is empty.", hint='metric = "accuracy"'
+            f"Task '{reference}' must name the primary metric, its metric is empty.", hint='metric = "accuracy"'
         )
-    _guard(task, reference)
-    return task
+    return _guarded_task(task, reference)
 
 
-def _guard(task: Task, reference: str) -> None:
-    """Let the methods of a user's task show their errors, and so those of its copies, such as for a size of images."""
+def _guarded_task(task: Task, reference: str) -> Task:
+    """Return a user's task in a subclass whose methods show their errors, as do those of copies for a size of images.
+
+    A subclass, and no task around it: `isinstance` and the attributes of the user's own class stay as they are. The
+    given object is left unchanged, for a factory may return one object several times.
+    """
     base, what = type(task), f"of task '{reference}'"
 
     def method_of(name: str) -> Callable[..., Any]:
@@ -82,11 +85,13 @@ def _guard(task: Task, reference: str) -> None:
 
         return method
 
-    for name in vars(task).keys() & set(_USERS):  # functions that the task was given when it was made
-        setattr(task, name, _checked(getattr(task, name), name, what))
     names = [name for name in _USERS if name not in _OPTIONAL or getattr(base, name) is not getattr(Task, name)]
     own = type(base.__name__, (base,), {"__module__": base.__module__} | {name: method_of(name) for name in names})
-    task.__class__ = own
+    shown: Task = object.__new__(own)
+    vars(shown).update(vars(task))
+    for name in vars(shown).keys() & set(_USERS):  # functions that the task was given when it was made
+        setattr(shown, name, _checked(getattr(shown, name), name, what))
+    return shown
 
 
 def _checked(method: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""embedding, and any task without labels: how near are the outputs to those of the untouched network?
+"""embedding, and any task without labels: distance of the outputs to those of the baseline.
 
 Targets are what that network returns for the same images. Where the task chooses among classes, the share of equal
 choices decides ("agreement"), else the distance of the outputs ("distance"): relative, of all of them, unless the task
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Imitation(Task):
-    """A task whose targets are the outputs of the untouched network.
+    """A task whose targets are the outputs of the baseline.
 
     Args:
         of: The task that the network is for; says how outputs are compared.
@@ -40,7 +40,7 @@ class Imitation(Task):
         self.higher_is_better = self.is_share = self.chooses
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the mean distance to what the untouched network returns."""
+        """Return the mean distance to what the baseline returns."""
         return self.of.distance(outputs, targets)
 
     def image_losses(self, outputs: Any, targets: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What did a network return? One form for tensors and arrays, one output and several."""
+"""Outputs of a network in one form, for tensors and arrays, one output and several."""
 
 from __future__ import annotations
 

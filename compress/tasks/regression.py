@@ -1,4 +1,4 @@
-"""regression: numbers of each image. Outputs and targets (N,) or (N, D)."""
+"""regression: numbers for each image. Outputs and targets (N,) or (N, D)."""
 
 from __future__ import annotations
 

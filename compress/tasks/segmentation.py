@@ -1,4 +1,4 @@
-"""segmentation: which of K classes is at each pixel? Outputs (N, K, H, W) logits, targets (N, H, W) class indices."""
+"""segmentation: one of K classes for each pixel. Outputs (N, K, H, W) logits, targets (N, H, W) class indices."""
 
 from __future__ import annotations
 

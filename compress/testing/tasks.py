@@ -44,7 +44,7 @@ class TaskContract:
     """What every task must do. A subclass offers a fixture `task_case`."""
 
     def test_main_figure_is_among_the_figures(self, task_case: TaskCase) -> None:
-        """The figure that decides is measured, and every figure is a finite number."""
+        """The primary metric is measured, and every figure is a finite number."""
         figures = _figures(task_case, task_case.outputs)
         hold(task_case.task.main.name in figures, f"figures are {', '.join(figures)}")
         hold(all(math.isfinite(value) for value in figures.values()), f"figures are {figures}")

@@ -1,4 +1,4 @@
-"""The statistics of batch norms: measured again as they should have been, and those of several processes together."""
+"""Batch-norm statistics: re-estimation, and their mean over several processes."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from compress.data.splits import Split
 from compress.errors import DataError
 from compress.model.modes import eval_mode
 from compress.progress import Progress
-from compress.training.distributed import Team, add_up
+from compress.training.distributed import Ranks, add_up
 
 _BATCH = 128
 
@@ -64,7 +64,7 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
 
 
 def _measures(norm: _BatchNorm) -> bool:
-    """Whether a batch norm keeps statistics and goes to training mode, in which it measures them."""
+    """Return whether a batch norm keeps statistics and goes to training mode, in which it measures them."""
     before = norm.training
     follows = norm.train().training
     norm.training = before
@@ -72,7 +72,7 @@ def _measures(norm: _BatchNorm) -> bool:
 
 
 @contextmanager
-def synced_batch_norms(module: nn.Module, team: Team) -> Iterator[None]:
+def synced_batch_norms(module: nn.Module, ranks: Ranks) -> Iterator[None]:
     """Let the batch norms of a network agree on their statistics with those of the other processes, while it lasts.
 
     In training mode only; on any device (torch's own SyncBatchNorm needs a GPU). All processes must run the same
@@ -80,11 +80,11 @@ def synced_batch_norms(module: nn.Module, team: Team) -> Iterator[None]:
 
     Args:
         module: The network; its batch norms stay what they are.
-        team: The processes.
+        ranks: The processes.
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     for norm in norms:
-        norm.forward = partial(_forward, norm, norm.forward, team)  # type: ignore[method-assign]
+        norm.forward = partial(_forward, norm, norm.forward, ranks)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -92,16 +92,16 @@ def synced_batch_norms(module: nn.Module, team: Team) -> Iterator[None]:
             del norm.forward  # the one of the class is behind it
 
 
-def _forward(norm: _BatchNorm, alone: Any, team: Team, x: Tensor) -> Tensor:
+def _forward(norm: _BatchNorm, alone: Any, ranks: Ranks, x: Tensor) -> Tensor:
     """Normalise (N, C, ...) by mean and variance over the whole batch, and let them into the running statistics."""
     if not norm.training:
         return alone(x)  # type: ignore[no-any-return]
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.float()
-    mean = _mean(wide.mean(axes), team)
-    variance = _mean((wide - mean.reshape(shape)).square().mean(axes), team)
-    count = team.size * x.numel() / x.shape[1]
+    mean = _mean(wide.mean(axes), ranks)
+    variance = _mean((wide - mean.reshape(shape)).square().mean(axes), ranks)
+    count = ranks.size * x.numel() / x.shape[1]
     if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
@@ -117,10 +117,10 @@ def _forward(norm: _BatchNorm, alone: Any, team: Team, x: Tensor) -> Tensor:
     return (wide * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
 
 
-def _mean(values: Tensor, team: Team) -> Tensor:
+def _mean(values: Tensor, ranks: Ranks) -> Tensor:
     """Return the mean over the processes, whose parts are equally large."""
     total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
-    return total / team.size
+    return total / ranks.size
 
 
 class _Sum(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""How does a network train whose batch norms were folded into its convolutions, as exporters to ONNX do?
+"""Batch norms for networks whose own were folded into their convolutions, as exporters to ONNX do.
 
     conv(w, b)  --unfolded-->  conv(w / n), batch norm  --training-->  --folded-->  conv(w', b')
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
+from compress.model.modes import hooked
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 IMAGES = 128
@@ -63,7 +64,7 @@ class UnfoldedConv(nn.Module):
 
 
 def can_unfold(module: nn.Module) -> bool:
-    """Whether a network has convolutions with biases, and no norms."""
+    """Return whether a network has convolutions with biases, and no norms."""
     parts = list(module.modules())
     return not any(isinstance(part, NORMS) for part in parts) and any(_is_foldable(part) for part in parts)
 
@@ -120,16 +121,11 @@ def _statistics(module: nn.Module, images: Split) -> dict[str, tuple[Tensor, Ten
         return hook
 
     parts = {name: part for name, part in module.named_modules() if _is_foldable(part)}
-    handles = [part.register_forward_hook(watch(name)) for name, part in parts.items()]
     batches = 0
-    try:
-        with torch.no_grad():
-            for inputs, _ in evaluation_batches(images.first(IMAGES), 32, "nothing"):
-                module.eval()(inputs)
-                batches += 1
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(after=[(part, watch(name)) for name, part in parts.items()]), torch.no_grad():
+        for inputs, _ in evaluation_batches(images.first(IMAGES), 32, "nothing"):
+            module.eval()(inputs)
+            batches += 1
     found = {}
     for name, (count, total, squares) in sums.items():
         if calls[name] == batches:

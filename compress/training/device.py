@@ -1,4 +1,4 @@
-"""On which device does a network train, and how do the images get there?
+"""Device of a training, and the transfer of images to it.
 
 Everything outside the training loop runs on the CPU: a network comes from there and goes back. Numbers drawn at random
 are drawn on the CPU, so that order and augmentation are the same on every device.
@@ -72,7 +72,7 @@ def require_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
+    """Return whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
     if platform.machine() in ("x86_64", "AMD64"):  # where the library says yes to any AVX-512, and emulates
         return bool(torch.cpu.get_capabilities()["avx512_bf16"])
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -121,3 +121,17 @@ def moved(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]
     finally:
         for network in networks:
             network.to(CPU)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Let the CPU treat denormal numbers, which slow it down many times over, as zero; restore the setting at the end.
+
+    Only for training: while it lasts the whole process cannot tell a denormal number from zero.
+    """
+    were_flushed = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(were_flushed)

@@ -1,7 +1,7 @@
-"""Several processes that train one network together: each sees its part of every batch, all take the same steps.
+"""Distributed training: each process sees a part of every batch, and all take the same steps.
 
 Who they are is what `torchrun` says. Only what runs inside `together` is done by all; anywhere else, and in a process
-of its own, a team is one, for which nothing here does anything.
+of its own, a ranks is one, for which nothing here does anything.
 """
 
 import time
@@ -23,7 +23,7 @@ _POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class Ranks:
     """The processes of one training.
 
     Attributes:
@@ -66,14 +66,14 @@ class Team:
 _is_together = False
 
 
-def open_group() -> Team:
+def open_group() -> Ranks:
     """Meet the other processes that `torchrun` has started, and return who they are and who this is."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = next(rendezvous("env://"))
     store = PrefixStore(_agreed_name(store, rank, size), store)
     # one that has nothing to do waits as long as it takes
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=30))
-    return Team(rank, size)
+    return Ranks(rank, size)
 
 
 def _agreed_name(store: Store, rank: int, size: int) -> str:
@@ -143,7 +143,7 @@ def tell(text: str | None = None) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What runs in here is run by all processes."""
+    """Context manager for code that all processes run."""
     global _is_together
     _is_together = True
     try:
@@ -152,8 +152,8 @@ def together() -> Iterator[None]:
         _is_together = False
 
 
-def present_team() -> Team:
-    """Return who trains: the processes that met, inside `together`; else a team of one."""
+def current_ranks() -> Ranks:
+    """Return who trains: the processes that met, inside `together`; else a ranks of one."""
     if not (_is_together and dist.is_initialized()):
-        return Team()
-    return Team(dist.get_rank(), dist.get_world_size())
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size())

@@ -1,4 +1,4 @@
-"""How good is a torch network at what it is for, and what is its loss?"""
+"""Evaluation of a torch network: metrics and loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ def run(module: nn.Module, images: Tensor) -> Any:
 def evaluate_quality(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> float:
-    """Return the figure that decides: for a classifier the share of images, in [0, 1], that it gets right.
+    """Return the primary metric: for a classifier the share of images, in [0, 1], that it gets right.
 
     Args:
         module: The network; its training flags are restored.
@@ -45,7 +45,7 @@ def evaluate_quality(
 def measure_quality(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> tuple[float, np.ndarray | None]:
-    """Return the figure that decides, and (N,) bool which images are right; None where they are not right or wrong.
+    """Return the primary metric, and (N,) bool which images are right; None where they are not right or wrong.
 
     Raises:
         As `evaluate_quality`.
@@ -62,7 +62,7 @@ def quality_facts(
 ) -> Facts:
     """Return what the figures of a network follow from, for each image; as `evaluate_quality`."""
     task = split.task
-    wanted: Wanted = "lesson" if isinstance(task, Imitation) else "task"
+    wanted: Wanted = "objective" if isinstance(task, Imitation) else "task"
     every = _outputs(module, split, batch_size, progress, task.main.words, wanted)
     parts = [task.facts(arrays(outputs), _as_arrays(targets)) for outputs, targets in every]
     return joined(parts)
@@ -100,11 +100,11 @@ def image_losses(
     Raises:
         As `evaluate_quality`.
     """
-    lesson = split.lesson
-    every = _outputs(module, split, batch_size, progress, "loss", "lesson")
-    is_exact = isinstance(lesson, Classification)
+    objective = split.objective
+    every = _outputs(module, split, batch_size, progress, "loss", "objective")
+    is_exact = isinstance(objective, Classification)
     losses = [
-        lesson.image_losses(outputs.double() if is_exact else outputs, targets).double().cpu()
+        objective.image_losses(outputs.double() if is_exact else outputs, targets).double().cpu()
         for outputs, targets in every
     ]
     return torch.cat(losses)
@@ -116,7 +116,7 @@ def _outputs(
     """Give checked outputs and targets, batch by batch."""
     if len(split) == 0:
         raise DataError(f"Split '{split.name}' must hold at least one image to measure {what} on, it holds none.")
-    task = split.lesson if wanted == "lesson" else split.task
+    task = split.objective if wanted == "objective" else split.task
     with eval_mode(module), (progress or SilentProgress()).task(f"{what} on {split.name}", len(split)) as shown:
         for images, targets in evaluation_batches(split, batch_size or fast_batch_size(split), wanted):
             outputs = run(module, images)

@@ -1,7 +1,7 @@
-"""Which feature maps do two networks have in common, and how far apart are they?"""
+"""Feature maps that two networks have in common, and the loss between them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from compress.cost.macs import CONVOLUTIONS
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.errors import ModelError
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 
 
 class MapPairs:
@@ -48,7 +48,7 @@ class MapPairs:
             )
         self._networks = (student, teacher)
         self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def difference(self) -> Tensor:
         """Return the mean over maps of the squared difference, in shares of the teacher's mean square."""
@@ -64,13 +64,12 @@ class MapPairs:
 
     def __enter__(self) -> "MapPairs":
         for network, kept in zip(self._networks, self._kept, strict=True):
-            self._handles += [network.get_submodule(n).register_forward_hook(_keep(kept, n)) for n in self.names]
+            parts = [(network.get_submodule(name), _keep(kept, name)) for name in self.names]
+            self._hooks.enter_context(hooked(after=parts))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -105,11 +104,6 @@ def _maps(network: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
         for name, part in network.named_modules()
         if name and any(isinstance(child, CONVOLUTIONS) for child in part.modules() if child is not part)
     ]
-    handles = [part.register_forward_hook(watch(name)) for name, part in parts]
-    try:
-        with torch.no_grad(), eval_mode(network):
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(after=[(part, watch(name)) for name, part in parts]), torch.no_grad(), eval_mode(network):
+        network(images)
     return {name: tuple(output.shape) for name, output in found.values()}

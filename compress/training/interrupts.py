@@ -1,4 +1,4 @@
-"""What becomes of Ctrl-C while something must not be left half done?"""
+"""Ctrl-C deferred while files are being written."""
 
 import signal
 import threading

@@ -5,7 +5,7 @@ stay contiguous in a network whose others are channels-last.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
+from compress.errors import attempt
 from compress.model.modes import eval_mode
 from compress.tasks.outputs import each, plain
 
@@ -34,6 +35,20 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
+def set_common_format(modules: Sequence[nn.Module], split: Split) -> torch.memory_format:
+    """Bring networks that read the same images into the format that all are fastest in; contiguous where they differ.
+
+    Args:
+        modules: The networks, changed in place.
+        split: Images that they can read.
+    """
+    formats = {fastest_memory_format(module, split) for module in modules}
+    memory_format = formats.pop() if len(formats) == 1 else torch.contiguous_format
+    for module in modules:
+        set_memory_format(module, memory_format)
+    return memory_format
+
+
 def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_format:
     """Return channels-last where the network computes the same in it, else contiguous.
 
@@ -47,18 +62,21 @@ def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_forma
     images = next((images for images, _ in evaluation_batches(split.first(2), 2, "nothing")), torch.empty(0))
     if images.ndim != _IMAGE_AXES:
         return torch.contiguous_format
-    try:
-        trial = _without_hooks(copy.deepcopy(module))
-        wanted, state = _call(trial, images, training=False), copy.deepcopy(trial.state_dict())
-        set_memory_format(trial, torch.channels_last)
-        for given in (images, images.contiguous(memory_format=torch.channels_last)):
-            trial.load_state_dict(state)
-            if not _are_close(_call(trial, given, training=False), wanted):
-                return torch.contiguous_format
-            _call(trial, given, training=True)
-    except Exception:  # the network's code, which may raise anything; what is wrong in both is found later
-        return torch.contiguous_format
-    return torch.channels_last
+    # the network's code may raise anything; what is wrong in both formats is found later
+    is_same = attempt(lambda: _is_same_channels_last(module, images), lambda _: False)
+    return torch.channels_last if is_same else torch.contiguous_format
+
+
+def _is_same_channels_last(module: nn.Module, images: Tensor) -> bool:
+    trial = _without_hooks(copy.deepcopy(module))
+    wanted, state = _call(trial, images, training=False), copy.deepcopy(trial.state_dict())
+    set_memory_format(trial, torch.channels_last)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        trial.load_state_dict(state)
+        if not _are_close(_call(trial, given, training=False), wanted):
+            return False
+        _call(trial, given, training=True)
+    return True
 
 
 def _call(module: nn.Module, images: Tensor, training: bool) -> Any:

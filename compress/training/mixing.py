@@ -1,4 +1,4 @@
-"""How are images of a batch mixed in pairs, each with its neighbour?"""
+"""Mixup and CutMix: pairs of images of a batch."""
 
 import torch
 import torch.nn.functional as F

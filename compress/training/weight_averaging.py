@@ -1,4 +1,4 @@
-"""What are the weights of a network on average over the steps of its training?"""
+"""Averages of weights over the steps of a training."""
 
 import copy
 from typing import Any

@@ -1,1 +1,1 @@
-"""Is the exported file what it should be? Measured on the file, in its runtime."""
+"""Verification of the exported file, measured on the file in its runtime."""

@@ -62,7 +62,7 @@ def quality_batch(session: Runtime, path: Path, split: Split, conditions: Condit
         session: The file, open.
         path: The file.
         split: Images.
-        conditions: Say how many images a call has.
+        conditions: Say how many batch size has.
     """
     try:
         difference = batch_difference(session, split)
@@ -80,7 +80,7 @@ def check_batch(session: Runtime, path: Path, split: Split, conditions: Conditio
         session: The file, open.
         path: The file.
         split: Images.
-        conditions: Say how many images a call has.
+        conditions: Say how many batch size has.
     """
     limit = largest_difference(path)
     try:

@@ -1,4 +1,4 @@
-"""Which facts about a file are checked besides its limits? One function a check; each returns a CheckResult."""
+"""Checks of a file besides its gates: one function each, returning a CheckResult."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import onnx
 from onnx import AttributeProto, ModelProto
 
 from compress.data.splits import Split
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, attempt, first_line
 from compress.model.artifacts import CheckResult, Signature, TensorSpec
 from compress.onnx_file.io import (
     default_opset,
     each_node,
     each_tensor,
     external_problems,
-    first_line,
     load_onnx,
     read_metadata,
     read_signature,
@@ -285,11 +284,11 @@ def check_repeatable(first: np.ndarray, again: np.ndarray, limit: float) -> Chec
 
 
 def _invalid(path: Path) -> list[str]:
-    try:
+    def problems() -> list[str]:
         onnx.checker.check_model(path, full_check=True)
-    except Exception as error:  # the checker, shape inference and protobuf raise types of their own
-        return [f"ONNX's checker says: {first_line(error)}"]
-    return []
+        return []
+
+    return attempt(problems, lambda error: [f"ONNX's checker says: {first_line(error)}"])
 
 
 def _signature_problems(wanted: Signature, got: Signature) -> list[str]:

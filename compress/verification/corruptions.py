@@ -1,4 +1,4 @@
-"""Which images are harder to tell? Noise on the network's input, and pictures that are spoilt as cameras spoil them.
+"""Common image corruptions (NumPy, SciPy, Pillow), and noise on the network's input.
 
 All of it is numpy, scipy and Pillow, so that a file is judged alike with and without torch. Severities go from 1 to 5;
 what they mean follows Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and
@@ -21,7 +21,7 @@ Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def corrupt(name: str, images: np.ndarray, severity: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Return spoilt images.
+    """Return corrupted images.
 
     Args:
         name: In `catalog.CORRUPTIONS`.
@@ -32,8 +32,8 @@ def corrupt(name: str, images: np.ndarray, severity: int, seed: tuple[int, ...])
     Returns:
         (N, H, W, C) uint8.
     """
-    spoilt: np.ndarray = _BY_NAME[name](images, severity, np.random.default_rng([*seed, *name.encode()]))
-    return spoilt
+    corrupted: np.ndarray = _BY_NAME[name](images, severity, np.random.default_rng([*seed, *name.encode()]))
+    return corrupted
 
 
 def add_noise(inputs: np.ndarray, kind: str, level: float, seed: tuple[int, ...]) -> np.ndarray:
@@ -115,14 +115,14 @@ def _elastic(images: np.ndarray, severity: int, random: np.random.Generator) -> 
     fields = gaussian_filter(random.standard_normal((2, count, height, width)), (0, 0, side / 8, side / 8))
     fields *= 0.01 * severity * side / np.abs(fields).max((2, 3), keepdims=True)
     rows, columns = np.mgrid[:height, :width]
-    spoilt = np.empty_like(images)
+    corrupted = np.empty_like(images)
     for number in range(count):
         places = [rows + fields[0, number], columns + fields[1, number]]
         for channel in range(channels):
-            spoilt[number, ..., channel] = map_coordinates(
+            corrupted[number, ..., channel] = map_coordinates(
                 images[number, ..., channel], places, order=1, mode="reflect"
             )
-    return spoilt
+    return corrupted
 
 
 def _fog(images: np.ndarray, severity: int, random: np.random.Generator) -> np.ndarray:
@@ -171,6 +171,6 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
 def _by_picture(images: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """Apply what Pillow does to one picture to each of (N, H, W, C)."""
     is_grey = images.shape[-1] == 1
-    spoilt = [np.asarray(change(Image.fromarray(image[..., 0] if is_grey else image))) for image in images]
-    together: np.ndarray = np.stack(spoilt)
+    corrupted = [np.asarray(change(Image.fromarray(image[..., 0] if is_grey else image))) for image in images]
+    together: np.ndarray = np.stack(corrupted)
     return together[..., None] if is_grey else together

@@ -44,7 +44,7 @@ def judge(estimate: Estimate, limit: float, *, is_least: bool, judge_by: JudgeBy
 
 
 def is_coarse(estimate: Estimate, limit: float) -> bool:
-    """Whether one image alone weighs more than a limit on a share of images.
+    """Return whether one image alone weighs more than a limit on a share of images.
 
     >>> is_coarse(Estimate(0.0, images=90), 0.01), is_coarse(Estimate(0.0, images=100), 0.01)
     (True, False)
@@ -53,7 +53,7 @@ def is_coarse(estimate: Estimate, limit: float) -> bool:
 
 
 def is_undecided(estimate: Estimate, limit: float) -> bool:
-    """Whether the limit lies inside the 95 % interval, so that noise may decide."""
+    """Return whether the limit lies inside the 95 % interval, so that noise may decide."""
     return estimate.low is not None and estimate.high is not None and estimate.low < limit < estimate.high
 
 

@@ -1,4 +1,4 @@
-"""Which limits must the file keep, and does it? Pure comparisons of figures; nothing is measured here."""
+"""Gates: limits of the verdict, compared with measured values. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Gates:
         Args:
             own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
             changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
-            metric: The figure that decides, by which noise and corruptions are judged, too.
+            metric: The primary metric, by which noise and corruptions are judged, too.
         """
         found = {**(own or {}), **(changes or {})}
         checks = []
@@ -129,7 +129,7 @@ class Gates:
         return checks
 
     def is_close_to_speed(self, ratio: LatencyRatio) -> bool:
-        """Whether a speed-up is so close to its limit that the state of the machine may decide."""
+        """Return whether a speed-up is so close to its limit that the state of the machine may decide."""
         return self.min_speedup is not None and abs(1 / ratio.value / self.min_speedup - 1) < _CLOSE
 
     def check_speed(

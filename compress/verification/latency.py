@@ -55,6 +55,20 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Calls:
+    """Calls of each model.
+
+    Attributes:
+        warmup: Untimed calls after the first opening; fewer of slow models after the next ones.
+        repeats: Timed calls, at least 1. Fast models get up to five times as many; slow ones that are compared a
+            fifth.
+    """
+
+    warmup: int
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
 class LatencySample:
     """The timed calls of one model.
 
@@ -174,14 +188,12 @@ def measure_latency(
 def compare_latency(
     models: Models,
     feed: Feed,
-    warmup: int,
-    repeats: int,
+    calls: Calls,
     progress: Progress | None = None,
     *,
     has_control: bool = False,
     is_close: Callable[[LatencyRatio], bool] = lambda ratio: False,
     stopwatch: Stopwatch | None = None,
-    seed: int = 0,
 ) -> Comparison:
     """Time one model, or two side by side, in sittings for which they are opened anew.
 
@@ -192,27 +204,23 @@ def compare_latency(
     Args:
         models: Label -> makes its runtime, not opened yet. The first is compared with the second.
         feed: Returns the inputs of an open runtime; asked once for each model.
-        warmup: Untimed calls of each model after its first opening; fewer of slow models after the next ones.
-        repeats: Timed calls of each model. Fast models get up to five times as many; slow ones that are compared a
-            fifth.
+        calls: Untimed and timed calls of each model.
         progress: Told about each sitting.
-        has_control: Whether the second model is opened once more in each sitting and compared with itself. The
-            interval of the ratio is then never narrower than that of this A/A ratio, and holds its distance from 1.
-        is_close: Whether a ratio is close to its limit.
+        has_control: True opens the second model once more in each sitting and compares it with itself. The interval of
+            the ratio is then never narrower than that of this A/A ratio, and holds its distance from 1.
+        is_close: Returns True for a ratio that is close to its limit.
         stopwatch: Source of time.
-        seed: Of the orders in which models are opened and timed.
 
     Raises:
         DataError: There is nothing to measure, or no call to make.
         ModelError: Inputs do not fit, or a network fails on them.
         ArtifactError, RuntimeUnavailable: A model cannot be opened.
     """
-    _require_calls(len(models), repeats)
+    _require_calls(len(models), calls.repeats)
     labels = tuple(models)[:2]
     if has_control and len(labels) == 2:
         models = {**models, labels[1] + AGAIN: models[labels[1]]}
-    watch = stopwatch or Stopwatch()
-    run = _Sittings(models, feed, warmup, repeats, watch, seed)
+    run = _Sittings(models, feed, calls, stopwatch or Stopwatch())
     with (progress or SilentProgress()).task("latency", SITTINGS) as task:
         run.make(0.0, task.advance)
     while len(labels) == 2 and run.may_go_on and _ratio(run.found, labels).error > _PRECISE:
@@ -234,6 +242,7 @@ class _Sittings:
     """Sittings of the same models, one after the other.
 
     Attributes:
+        asked: Calls of each model, over all sittings.
         wanted: Sittings to make at a time; known from the first opening on.
         calls: Timed calls of each model in a sitting; known from the first one on.
         found: One entry a sitting: label -> (rounds, calls) milliseconds.
@@ -241,10 +250,8 @@ class _Sittings:
 
     models: Models
     feed: Feed
-    warmup: int
-    repeats: int
+    asked: Calls
     watch: Stopwatch
-    seed: int
     wanted: int = SITTINGS
     calls: int = 0
     found: list[dict[str, list[list[float]]]] = field(default_factory=list)
@@ -253,11 +260,11 @@ class _Sittings:
     rounds: Iterator[tuple[str, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.openings, self.rounds = (alternate(list(self.models), self.seed + number) for number in (0, 1))
+        self.openings, self.rounds = (alternate(list(self.models), seed) for seed in (0, 1))
 
     @property
     def may_go_on(self) -> bool:
-        """Whether there may be more sittings to make a ratio more precise."""
+        """True where more sittings may be made, for a more precise ratio."""
         return self.wanted == SITTINGS and len(self.found) < _MORE_TIMES * SITTINGS
 
     def make(self, pause_s: float, on_sitting: Callable[[], None]) -> None:
@@ -281,10 +288,10 @@ class _Sittings:
                     self.inputs[label] = self.feed(session)
             calls = {label: session.bind(self.inputs[label]) for label, session in sessions.items()}
             if self.found:
-                self._warm_up(calls, count_warmup(self.warmup, self._slowest_ms))
+                self._warm_up(calls, count_warmup(self.asked.warmup, self._slowest_ms))
             else:
                 self.wanted = count_sittings(opening_s)
-                self.calls = self._count_calls(self._warm_up(calls, max(1, self.warmup)))
+                self.calls = self._count_calls(self._warm_up(calls, max(1, self.asked.warmup)))
             self.found.append(time_in_blocks(calls, plan_blocks(self.calls), self.rounds, self.watch.clock))
 
     def _warm_up(self, calls: Mapping[str, Callable[[], object]], count: int) -> dict[str, float]:
@@ -302,7 +309,7 @@ class _Sittings:
         together = sum(first_ms[label] for label in list(self.models)[:2])
         fewest, most = _CALLS if len(self.models) > 1 else (1.0, _CALLS[1])
         share = float(np.clip(_CALLS_MS / max(together, 1e-6), fewest, most))
-        return max(1, math.ceil(share * self.repeats / self.wanted))
+        return max(1, math.ceil(share * self.asked.repeats / self.wanted))
 
     @property
     def _slowest_ms(self) -> float:

@@ -1,4 +1,4 @@
-"""Measurement of one file: conditions, inputs, figures."""
+"""Measurement of one file: conditions, inputs, latency, quality."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compress.model.artifacts import Figures, TensorSpec
 from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import is_present, model_files
 from compress.progress import Progress, SilentProgress
-from compress.verification.latency import Comparison, LatencyRatio, compare_latency
+from compress.verification.latency import Calls, Comparison, LatencyRatio, compare_latency
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
 from compress.verification.samples import feed, fixed_batch
@@ -37,7 +37,7 @@ _TOO_NOISY = 0.015  # half of the 3 % that a budget may be missed by
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """Where and how a file is run.
+    """Conditions of a file's measurement: runtime, provider, threads, batch size.
 
     Attributes:
         runtime: Name in `catalog.RUNTIMES`.
@@ -59,6 +59,11 @@ class Conditions:
     def timed_images(self) -> int:
         """Images that the calls of a latency measurement take, those before it included."""
         return (self.warmup + self.repeats) * self.batch_size
+
+    @property
+    def calls(self) -> Calls:
+        """Calls of each model in a comparison of latencies."""
+        return Calls(self.warmup, self.repeats)
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -102,7 +107,7 @@ def require_conditions(conditions: Conditions) -> None:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -157,10 +162,10 @@ def time_files(
     Args:
         files: Label -> .onnx file; the first is compared with the second.
         split: Images for the calls.
-        conditions: Where and how.
+        conditions: Runtime, provider, threads and calls.
         progress: Told about each sitting.
-        has_control: Whether the second file is also compared with itself.
-        is_close: Whether a ratio is so close to its limit that it must be measured for longer.
+        has_control: True compares the second file with itself as well.
+        is_close: Returns True for a ratio so close to its limit that it must be measured for longer.
 
     Raises:
         As `compare_latency`.
@@ -168,8 +173,7 @@ def time_files(
     return compare_latency(
         {label: partial(conditions.open, path) for label, path in files.items()},
         lambda session: latency_inputs(session, split, conditions.batch_size),
-        conditions.warmup,
-        conditions.repeats,
+        conditions.calls,
         progress,
         has_control=has_control,
         is_close=is_close,

@@ -1,4 +1,4 @@
-"""How good are predictions, how sure is that, and what changed from one network to another on the same images?
+"""Classification metrics with confidence intervals, and paired comparison of two networks.
 
 Everything is computed from the outputs of networks over a split; nothing is run here. Shares lie in [0, 1].
 """
@@ -50,7 +50,7 @@ class Predictions:
 
     @property
     def metric(self) -> Metric:
-        """What it is."""
+        """Name of the metric."""
         return CLASSIFICATION.main
 
     @property

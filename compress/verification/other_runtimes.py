@@ -1,4 +1,4 @@
-"""Do others agree with the runtime that ships the file? The ONNX reference evaluator, and places named for that."""
+"""Agreement of other runtimes with the one that ships the file."""
 
 from __future__ import annotations
 
@@ -115,8 +115,7 @@ def check_also(
         times = compare_latency(
             {name: partial(one.open, path) for name, one in (("there", there), ("shipping", conditions))},
             lambda session: latency_inputs(session, split, conditions.batch_size),
-            conditions.warmup,
-            conditions.repeats,
+            conditions.calls,
             progress,
         ).samples
     except (NoSuchPlace, ArtifactError, ModelError, NonFinite) as error:

@@ -1,4 +1,4 @@
-"""Does the file compute what the torch network computes? Compared on real images."""
+"""Parity of the file with the torch network, on real images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MORE_PIXELS = 64  # a multiple of what networks shrink images by
 
 @dataclass(frozen=True, slots=True)
 class ParityResult:
-    """How far two runtimes are apart.
+    """Difference between the outputs of two runtimes.
 
     Attributes:
         samples: Images compared.

@@ -31,7 +31,7 @@ Inputs = Callable[[OnnxRuntime], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """What one model took.
+    """Profile of one model: times of its nodes and of the whole.
 
     Attributes:
         nodes: Node by node.

@@ -1,4 +1,4 @@
-"""What does the file say? Its outputs in its runtime, over real images, without torch."""
+"""Outputs of a file in its runtime over real images, without torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def predict(
         progress: Told about each batch.
         spoil: Changes the uint8 images of a batch, given the place of its first image in the split.
         disturb: Changes what goes into the network, in the same way.
-        original: The untouched network, open, whose outputs are the targets where images have none; by default the
+        original: The baseline, open, whose outputs are the targets where images have none; by default the
             network itself.
 
     Raises:

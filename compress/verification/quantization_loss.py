@@ -1,4 +1,4 @@
-"""What did rounding to INT8 cost, and what did slimming before it? The float file stands between baseline and INT8."""
+"""Loss by INT8 and by slimming before it: the float file stands between baseline and INT8 file."""
 
 from __future__ import annotations
 

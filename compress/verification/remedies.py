@@ -74,5 +74,5 @@ def _remedy(check: CheckResult, required: set[str]) -> str:
 
 
 def _is_named(check: str, name: str) -> bool:
-    """Whether a check is the one named, or one of a kind, whose name ends in a dot."""
+    """Return whether a check is the one named, or one of a kind, whose name ends in a dot."""
     return check.startswith(name) if name.endswith(".") else check == name

@@ -1,12 +1,8 @@
-"""What does a file take besides time per call: to start, in memory, in energy, and how does time fall with the batch?
+"""Resources of a file besides latency: start, memory, energy, throughput by batch size.
 
-Start and memory are taken in a process of its own for each file, so that nothing of the other file, of torch or of the
-images is counted.
-
-How much energy does a call take, where the processor counts it?
-
-Linux shows the counters of Intel's and AMD's processors (RAPL) below /sys/class/powercap in microjoules;
-on most systems only root may read them. They count whatever the package does, other processes too.
+Start and memory are measured in one process for each file, so that nothing of the other file, of torch or of the images
+is counted. Energy comes from the counters of Intel's and AMD's processors (RAPL) below /sys/class/powercap, in
+microjoules. On most systems only root may read them, and they count the whole package, other processes too.
 """
 
 from __future__ import annotations
@@ -50,7 +46,7 @@ sys.exit(main(request))
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What each file takes; a label is "slim" or "baseline".
+    """Resources of each file; a label is "slim" or "baseline".
 
     Attributes:
         cold_start_ms: Label -> until a session is there, in a new process; median.

@@ -1,6 +1,6 @@
-"""Does a network that is as accurate as before also stand as much? Compared with the baseline where images are harder.
+"""Robustness: metrics under noise, corruptions and distribution shift, compared with the baseline.
 
-The same noise and the same spoilt images go into both networks. What is reported, and why top-1 alone does not show it:
+The same noise and the same corrupted images go into both networks. Top-1 alone does not show the difference:
 Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.
 """
 
@@ -38,7 +38,7 @@ MOVING = ("elastic",)  # corruptions that move pixels
 
 @dataclass(frozen=True, slots=True)
 class Robustness:
-    """What is looked at.
+    """Settings of a robustness measurement.
 
     Attributes:
         images: Of the evaluation split, spread evenly; all of a smaller one.
@@ -112,7 +112,7 @@ def _spoil(name: str, severity: int, seed: int, images: np.ndarray, start: int) 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a network stands on one distribution.
+    """Metrics of a network on one distribution.
 
     Attributes:
         name: Of the distribution.
@@ -163,7 +163,7 @@ def standings(
 
     Args:
         session: The file, open.
-        baseline: The untouched network, open; None when there is none.
+        baseline: The baseline, open; None when there is none.
         split: At least one image.
         wanted: What is looked at.
         batch_size: Images at once where the batch axis is open.

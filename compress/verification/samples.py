@@ -1,4 +1,4 @@
-"""What goes into an open network for some samples of a data set?
+"""Inputs of a network from the samples of a data set.
 
 One image input takes the samples as they are; several inputs, or one that is not of floating-point numbers, are
 unpacked from the samples' rows.

@@ -1,4 +1,4 @@
-"""How much is looked at, besides what every file is checked for?"""
+"""Scope of a verification beyond the checks of every file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.verification.robustness import Robustness, distributions
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a verification looks at.
+    """Scope of a verification.
 
     Attributes:
         parity_samples: Images compared with the torch network.

@@ -1,4 +1,4 @@
-"""What does it take to start with one file? Run in a new process, which `resources` starts.
+"""Start of one file in a new process, which `resources` launches.
 
 The request is JSON with "path" and "conditions"; so is the answer, with "start_ms" and "memory_bytes" (null where the
 system does not say).

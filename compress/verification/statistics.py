@@ -1,18 +1,15 @@
-"""Intervals of any figure over images by the jackknife, which leaves some images out in turn.
+"""Confidence intervals of metrics (jackknife), and the calibration error without bias.
 
-Percentiles of figures over images drawn again (bootstrap) are too narrow for what is no plain mean (a mean over
-classes, a root, a ratio). Pseudo-values (Tukey 1958) turn a figure into a mean of parts, to which Student's t applies.
-Skewed parts make that too narrow in small samples; hence the most extreme part on either side counts twice, and the
-widest interval is taken.
-`benchmarks/interval_coverage.py` simulates the coverage.
+Percentiles of bootstrap samples are too narrow for a metric that is no plain mean (a mean over classes, a root, a
+ratio). Pseudo-values (Tukey 1958) turn a metric into a mean of parts, to which Student's t applies. Skewed parts make
+that too narrow in small samples; hence the most extreme part on either side counts twice, and the widest interval is
+taken. `benchmarks/interval_coverage.py` simulates the coverage.
 
-Calibration error without bias, and intervals that hold the true value, calibrated networks included.
-
-The expected calibration error of Guo et al. 2017 (mean absolute gap of bins) is never 0 on a sample, so that drawing
-the images again (bootstrap) moves it further away from the truth. Here the mean squared gap is estimated without bias,
-as in Kumar et al. 2019, "Verified Uncertainty Calibration", arXiv:1909.10155, over bins of equally many images, and its
-root is reported. The interval solves |estimate - t| <= z sd(t) for the true value t, as Wilson's does for shares; sd(t)
-is that of a sum of squares of normal means. `benchmarks/calibration_interval.py` simulates the coverage.
+The expected calibration error of Guo et al. 2017 (mean absolute gap of bins) is never 0 on a sample, and the bootstrap
+moves it further away from the truth. Here the mean squared gap is estimated without bias, as in Kumar et al. 2019,
+"Verified Uncertainty Calibration", arXiv:1909.10155, over bins of equally many images, and its root is reported. The
+interval solves |estimate - t| <= z sd(t) for the true value t, as Wilson's does for shares; sd(t) is that of a sum of
+squares of normal means. `benchmarks/calibration_interval.py` simulates the coverage.
 """
 
 from __future__ import annotations

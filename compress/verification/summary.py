@@ -1,7 +1,4 @@
-"""What do predictions come to? Estimates for the gates, and plain values for the report.
-
-Which images does the file get wrong, in the classes that suffered most? Small pictures for the report.
-"""
+"""Summary of predictions: estimates for the gates, values for the report, and misclassified images."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ Estimates = dict[str, Estimate]
 
 @dataclass(frozen=True, slots=True)
 class QualitySummary:
-    """How good the file is, and what changed.
+    """Quality of the file, and its change against the baseline.
 
     Attributes:
         own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.

@@ -1,4 +1,4 @@
-"""How good is a network at another task than classification, how sure is that, and what changed against the baseline?
+"""Metrics of any task with confidence intervals, and their change against the baseline.
 
 A task keeps a few facts of each image; figures follow from the facts of any choice of images, so that images can be
 left out in turn for an interval (jackknife), the same ones of both networks.
@@ -20,7 +20,7 @@ from compress.verification.statistics import jackknife_intervals
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network does over a split.
+    """Metrics of a network over a split.
 
     Attributes:
         task: What is measured.
@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def metric(self) -> Metric:
-        """The figure that decides."""
+        """The primary metric."""
         return self.task.main
 
     @property
@@ -92,5 +92,5 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
 
 
 def loss_of(changes: Mapping[str, Estimate], metric: Metric) -> Estimate:
-    """Return by how much the figure that decides is worse."""
+    """Return by how much the primary metric is worse."""
     return changes[f"{'drop' if metric.higher_is_better else 'rise'}.{metric.name}"]

@@ -1,4 +1,4 @@
-"""Which nodes of a file behave as in training: batch norm on the statistics of a batch, dropout that drops?"""
+"""Nodes of a file in training mode: batch norm on batch statistics, active dropout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeAlias
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
+from compress.errors import attempt
 from compress.onnx_file.io import subgraphs
 
 _STANDARD = ("", "ai.onnx")
@@ -39,11 +40,8 @@ def training_nodes(model: ModelProto, folder: Path) -> list[NodeProto]:
 def _inlined(model: ModelProto) -> ModelProto:
     if not model.functions:
         return model
-    try:
-        inlined: ModelProto = onnx.inliner.inline_local_functions(model)
-    except Exception:  # a file that is not valid; the checker says so
-        return model
-    return inlined
+    # a file that is not valid stays as it is: the checker reports it
+    return attempt(lambda: onnx.inliner.inline_local_functions(model), lambda _: model)
 
 
 def _opset(imports: Sequence[onnx.OperatorSetIdProto]) -> int:
@@ -107,10 +105,8 @@ def _constant_may_be_true(node: NodeProto, folder: Path) -> bool:
 
 
 def _holds_true(tensor: TensorProto, folder: Path) -> bool:
-    try:
-        return bool(onnx.numpy_helper.to_array(tensor, str(folder)).any())
-    except Exception:  # its values are missing or damaged; onnx raises several types
-        return True
+    # values that are missing or damaged count as true
+    return attempt(lambda: bool(onnx.numpy_helper.to_array(tensor, str(folder)).any()), lambda _: True)
 
 
 def _int(node: NodeProto, name: str) -> int:

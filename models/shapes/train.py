@@ -21,7 +21,9 @@ from compress.data.from_config import Splits
 from compress.progress import SilentProgress
 from compress.stages.load import factory_spec
 from compress.tasks.from_config import open_task
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
+from compress.training.state import StateFile
 
 
 class PrintedProgress(SilentProgress):
@@ -49,14 +51,15 @@ def train(pipeline: Path, settings: FitSettings) -> Path:
     assert load.weights is not None
     spec, out = factory_spec(load.model), Path(load.weights)
     data = Splits(config.data, open_task(config.task))
-    images, _ = next(evaluation_batches(data.validation.first(2), 2, "nothing"))
-    module = with_one_array(build_module(spec), spec, images)
+    examples, _ = next(evaluation_batches(data.validation.first(2), 2, "nothing"))
+    module = with_one_array(build_module(spec), spec, examples)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = 0.1  # MobileNetV3's own 0.01 lags: after 250 steps eval mode still saw only ground
     print(f"training on {len(data.train)} images, choosing by {len(data.validation)}", flush=True)
     state = out.with_suffix(".state.tmp")
-    fit(module, data.train, data.validation, settings, state_path=state, progress=PrintedProgress())
+    images = TrainingData(data.train, data.validation)
+    fit(module, images, settings, state_file=StateFile(state), progress=PrintedProgress())
     partial = out.with_suffix(".tmp")
     write_weights(module, partial)
     partial.replace(out)

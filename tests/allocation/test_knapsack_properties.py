@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from compress.allocation import knapsack
 from compress.allocation.costs import Axis, CoupledCost, Term
 from compress.allocation.knapsack import allocate
+from compress.allocation.local_search import LocalSearch, PricedProblem
 from compress.allocation.problem import Budget, Decision, Factor, TableCost, from_widths
 from compress.errors import BudgetUnreachable, InternalError
 
@@ -147,8 +148,8 @@ def test_the_search_for_large_problems_keeps_the_budget_and_is_no_worse_than_gre
             return
     assert budget.allows(found.choice)
     assert not found.is_optimal or found.damage == 0
-    search = knapsack._Search(sorted(decisions, key=lambda decision: decision.name), (budget,))
-    for choice in search.greedy():
+    problem = PricedProblem(sorted(decisions, key=lambda decision: decision.name), (budget,))
+    for choice in LocalSearch(problem).greedy():
         assert found.damage <= _damage(decisions, choice) + 1e-12
 
 

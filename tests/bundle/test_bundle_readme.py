@@ -10,6 +10,7 @@ import pytest
 from compress.bundle.describe import name_precision, without_folders
 from compress.bundle.readme import count_checks, example
 from compress.data.preprocessing import Preprocessing
+from compress.report.model import Check
 
 COLOURED = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -59,12 +60,12 @@ def test_the_example_takes_as_many_images_as_a_fixed_batch() -> None:
 
 def test_checks_are_counted_by_the_file_that_they_were_made_on() -> None:
     names = ("structure", "macs_agree", "weights_agree", "parity", "parity_edges", "baseline_agrees")
-    checks = [{"name": name, "status": "pass"} for name in names]
-    skipped = [{"name": "reference_evaluator", "status": "skipped"}]
-    assert count_checks(checks + skipped) == "5 checks on this file, 1 on the untouched network"
-    checks += [{"name": "quantized_agreement", "status": "pass"}]
+    checks = [Check(name=name, status="pass") for name in names]
+    skipped = [Check(name="reference_evaluator", status="skipped")]
+    assert count_checks(checks + skipped) == "5 checks on this file, 1 on the baseline"
+    checks += [Check(name="quantized_agreement", status="pass")]
     assert count_checks(checks + skipped) == (
-        "2 checks on this file, 4 on the float file that it was quantised from, 1 on the untouched network"
+        "2 checks on this file, 4 on the float file that it was quantised from, 1 on the baseline"
     )
     assert count_checks(checks[:1]) == "1 check on this file"
 

@@ -124,7 +124,7 @@ def test_quiet_prints_warnings_errors_and_verdict_only() -> None:
     assert screen.lines[-1] == "PASSED: 1 check made, none failed."
 
 
-def test_verdict_shows_every_check_and_the_figures_before_and_after() -> None:
+def test_verdict_shows_every_check_and_both_networks() -> None:
     screen = Screen()
     screen.console.print_verdict(verdict(PARITY, SPEED, SKIPPED))
     assert screen.lines == [
@@ -134,11 +134,11 @@ def test_verdict_shows_every_check_and_the_figures_before_and_after() -> None:
         "  min_speedup  fail          1.1    1.2  x      slower than asked",
         "  top1         skipped         -   0.01  share  no images",
         "Before and after:",
-        "  figure             baseline       slim  change",
+        "  metric             baseline       slim  change",
         "  MACs              2,000,000  1,000,000  2.00x fewer",
         "  params               10,000      5,000  2.00x fewer",
         "  size (MB)             0.080      0.040  2.00x smaller",
-        "  top1 (%)              97.00      96.00  -1.00 points",
+        "  top1 (%)              97.00      96.00  -1.00 percentage points",
         "  latency p50 (ms)      3.000      1.500  2.00x faster",
         "FAILED: min_speedup failed, of 2 checks made.",
     ]
@@ -161,7 +161,7 @@ def test_verdict_sentence_never_passes_what_was_not_checked(outcome: Verdict, se
     assert sentence.startswith("PASSED") == outcome.passed
 
 
-def test_verdict_without_figures_has_no_table_of_them() -> None:
+def test_verdict_without_values_has_no_table_of_them() -> None:
     screen = Screen()
     screen.console.print_verdict(Verdict((PARITY,), (), None, None))
     assert "Before and after:" not in screen.lines

@@ -18,9 +18,9 @@ from compress.errors import OUTCOME_EXIT_CODES
 from compress.model.artifacts import CheckResult, Verdict
 from compress.report.build import build_report, describe_verdict
 from compress.report.compare import render_comparison
-from compress.report.outcome import outcome_of
-from compress.report.page import render_html
-from compress.report.sweep import build_sweep, sweep_rows
+from compress.report.model import Report, read_report
+from compress.report.page import render_report
+from compress.report.sweep import Sweep, SweepRun
 
 UNDECIDED = CheckResult("max_drop.top1", "inconclusive", 0.011, 0.01, "share", "1 image lost", "more <images>")
 FAILED = CheckResult("max_size_mb", "fail", 2.0, 1.0, "MB", "2,000,000 bytes", "add a quantize stage")
@@ -31,8 +31,8 @@ def verdict_of(*checks):
     return Verdict((*whole.checks, *checks), whole.required, whole.slim, whole.baseline, whole.details)
 
 
-def report_of(*checks):
-    return build_report("run", verdict_of(*checks), [], {}, {}, {})
+def report_of(*checks) -> Report:
+    return read_report(build_report("run", verdict_of(*checks), [], {}, {}, {}))
 
 
 def test_the_sentence_and_the_next_steps():
@@ -74,7 +74,7 @@ def test_json_and_the_page_tell_the_outcome_and_the_next_step():
     values = describe_verdict("run", verdict_of(UNDECIDED))
     assert (values["verdict"]["passed"], values["verdict"]["outcome"]) == (False, "inconclusive")
     assert values["verdict"]["checks"][-1]["remedy"] == "more <images>"
-    page = render_html(report_of(UNDECIDED))
+    page = render_report(report_of(UNDECIDED))
     assert "<title>run: inconclusive</title>" in page
     assert '<div class="verdict warn" role="status"><h2>Inconclusive</h2>' in page
     assert "is inconclusive: " in page
@@ -83,11 +83,8 @@ def test_json_and_the_page_tell_the_outcome_and_the_next_step():
 
 
 def test_reports_of_older_versions_know_two_outcomes():
-    assert [outcome_of({"verdict": {"passed": passed}}) for passed in (True, False, None)] == [
-        "passed",
-        "failed",
-        "failed",
-    ]
+    reports = [read_report({"verdict": {"passed": passed, "checks": []}}) for passed in (True, False, None)]
+    assert [report.verdict.outcome for report in reports] == ["passed", "failed", "failed"]
 
 
 def test_a_comparison_and_a_sweep_tell_it():
@@ -96,12 +93,8 @@ def test_a_comparison_and_a_sweep_tell_it():
     for status, word in (("pass", "passed"), ("inconclusive", "inconclusive"), ("fail", "failed")):
         assert f'<span class="badge {status}">{word}</span>' in page
     assert "1 inconclusive" in page
-    rows = [{"budget": 0.5, "run": "run", "report": report, "error": None} for report in reports]
-    swept = build_sweep("run", "macs", rows)
-    assert [row[1] for row in sweep_rows(swept)] == ["passed", "inconclusive", "failed"]
-    for run in swept["runs"]:
-        del run["outcome"]  # as in a sweep.json of an older version
-    assert [row[1] for row in sweep_rows(swept)] == ["passed", "failed", "failed"]
+    swept = Sweep("run", "macs", tuple(SweepRun(0.5, "run", report) for report in reports))
+    assert [row[1] for row in swept.rows] == ["passed", "inconclusive", "failed"]
 
 
 def test_it_is_stored_with_its_next_steps_and_without_as_older_versions_did(tmp_path):

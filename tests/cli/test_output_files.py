@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from compress.bundle.check import main as check_bundle
 from compress.cli.commands import app
 from compress.errors import ConfigError
-from compress.report.page import render_page
+from compress.report.page import render
 from compress.storage.files import KINDS, remove_earlier, require_output
 
 SUFFIXES = {"JUnit file": ".xml", "page": ".html", "page of a verdict": ".html", "bundle": ".zip"}
@@ -72,7 +72,7 @@ def test_names_that_no_file_has_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_earlier_outputs_of_the_kind_are_replaced(tmp_path: Path) -> None:
-    page = render_page("title", "compress report", "name", "")
+    page = render("page.html.j2", "title", "name")
     texts = {
         "JSON verdict": '{"name": "x", "verdict": {}}',
         "JSON overview": '{"target": "x", "potential": 1, "latency": 1, "nodes": 1}',
@@ -94,7 +94,7 @@ def test_earlier_outputs_of_the_kind_are_replaced(tmp_path: Path) -> None:
 
 def test_the_files_of_a_run_are_no_earlier_outputs(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"schema": 1, "name": "x", "verdict": {}, "stages": []}', encoding="utf-8")
-    (tmp_path / "report.html").write_text(render_page("t", "compress report", "n", ""), encoding="utf-8")
+    (tmp_path / "report.html").write_text(render("page.html.j2", "t", "n"), encoding="utf-8")
     for name, kind in (("report.json", "JSON verdict"), ("report.html", "page of a verdict")):
         with pytest.raises(ConfigError, match="is another file"):
             require_output("--x", tmp_path / name, kind)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from compress.config.gates_file import find_images, load_gates
+from compress.config.schema.data import ArraysSource, FolderSource, IdxSource
 from compress.errors import ConfigError, ConfigSyntaxError, ConfigValueError
 
 
@@ -53,15 +54,15 @@ def test_data_on_the_command_line_goes_before_the_file(tmp_path: Path, images: P
 
 
 def test_each_kind_of_data_is_recognised(tmp_path: Path, images: Path) -> None:
-    assert find_images(images) == {"arrays": str(images)}
-    assert find_images(tmp_path) == {"arrays": str(images)}
+    assert find_images(images) == ArraysSource(arrays=str(images))
+    assert find_images(tmp_path) == ArraysSource(arrays=str(images))
     (tmp_path / "pictures" / "test" / "cat").mkdir(parents=True)
-    assert find_images(tmp_path / "pictures") == {"folder": str(tmp_path / "pictures" / "test")}
-    assert find_images(tmp_path / "pictures" / "test") == {"folder": str(tmp_path / "pictures" / "test")}
+    assert find_images(tmp_path / "pictures") == FolderSource(folder=str(tmp_path / "pictures" / "test"))
+    assert find_images(tmp_path / "pictures" / "test") == FolderSource(folder=str(tmp_path / "pictures" / "test"))
     digits = tmp_path / "digits"
     digits.mkdir()
     (digits / "t10k-images-idx3-ubyte.gz").touch()
-    found = {"idx": str(digits / "t10k-images-idx3-ubyte.gz"), "labels": str(digits / "t10k-labels-idx1-ubyte.gz")}
+    found = IdxSource(idx=str(digits / "t10k-images-idx3-ubyte.gz"), labels=str(digits / "t10k-labels-idx1-ubyte.gz"))
     assert find_images(digits) == found
 
 

@@ -116,10 +116,10 @@ class _ForgetsWhatGoes(Gsm):
 
 
 class _LeavesAHook(Gates):
-    """Breaks the contract: a hook stays."""
+    """Breaks the contract: its hooks stay."""
 
     def finish(self):
-        self._handles.pop()
+        self.gates._hooks.pop_all()
         super().finish()
 
 

@@ -106,7 +106,7 @@ def test_a_wrong_cut_is_found(modules: dict[str, ModuleType], monkeypatch: pytes
     monkeypatch.setattr(trial, "remove_channels", shifted)
     record = tried(trial, nets.build("residual"))
     assert steps(record) == ["compare"]
-    assert "must equal the original with its channels silenced" in record["failures"][0]["reason"]
+    assert "must equal the original with its channels masked" in record["failures"][0]["reason"]
 
 
 def test_a_comparison_that_says_nothing_is_a_failure(modules: dict[str, ModuleType]) -> None:

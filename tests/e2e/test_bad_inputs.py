@@ -414,7 +414,7 @@ def full(*_: object, **__: object) -> None:
             "compress.engine.runner.save_artifact",
             "Stage 'finetune' (3 of 5): The result of the stage could not be written to ",
         ),
-        ("compress.training.loop.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
+        ("compress.training.state.torch.save", "Stage 'finetune' (3 of 5) could not read or write "),
         ("compress.engine.run_folder.write_slim", "Run folder "),
         ("compress.engine.runner.write_whole", "pipeline.yaml' must be writable: "),
     ],

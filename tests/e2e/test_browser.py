@@ -16,7 +16,8 @@ from report_samples import CONFIG, ENVIRONMENT, failing_verdict, passing_verdict
 from compress.model.artifacts import Verdict
 from compress.report.build import build_report
 from compress.report.compare import render_comparison
-from compress.report.page import render_html
+from compress.report.model import read_report
+from compress.report.page import render_report
 
 DESKTOP, PHONE = 1280, 390
 LONG = "a_name_that_somebody_has_chosen_without_any_thought_of_phones"
@@ -45,8 +46,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bare = build_report("bare", Verdict((), (), None, None), [], {}, {})
     for report in (rich, failed, named, bare):
         name = "named" if report is named else report["name"]
-        (folder / f"{name}.html").write_text(render_html(report), encoding="utf-8")
-    several = [rich, failed, named, {**rich, "environment": {"cpu": "Other"}}, bare]
+        (folder / f"{name}.html").write_text(render_report(read_report(report)), encoding="utf-8")
+    different = {**rich, "environment": {"cpu": "Other"}}
+    several = [read_report(report) for report in (rich, failed, named, different, bare)]
     names = ["rich", "failed", LONG, "elsewhere", "bare"]
     (folder / "two.html").write_text(render_comparison(several[:2], names[:2]), encoding="utf-8")
     (folder / "several.html").write_text(render_comparison(several, names), encoding="utf-8")

@@ -271,18 +271,20 @@ def test_a_rounded_file_promises_what_rounding_allows_and_says_what_it_is(
     assert "It is quantised to INT8" in text
     status = {one["name"]: one["status"] for one in model["verdict"]["checks"]}
     own = sum(value != "skipped" for value in status.values()) - 5
-    counted = f"{own} checks on this file, 4 on the float file that it was quantised from, 1 on the untouched network"
+    counted = f"{own} checks on this file, 4 on the float file that it was quantised from, 1 on the baseline"
     assert f"It passed its verification: {counted}; none failed." in text
     (agreeing,) = [one["value"] for one in model["verdict"]["checks"] if one["name"] == "quantized_agreement"]
     assert f"It gives {100 * agreeing:.2f} % of the evaluation images the class that the float file gives." in text
-    assert re.search(r"What each part did to top-1: all stages .* points, from .*; quantisation [+-]\d", text)
+    assert re.search(
+        r"Effect of each part on top-1: all stages .* percentage points, from .*; quantisation [+-]\d", text
+    )
 
 
 def test_a_float_file_is_not_said_to_be_rounded(packed: Path) -> None:
     text = check.read_content(packed)["README.md"].decode("utf-8")
     assert "INT8" not in text
     assert "float file" not in text
-    assert re.search(r"It passed its verification: \d+ checks on this file, 1 on the untouched network; none", text)
+    assert re.search(r"It passed its verification: \d+ checks on this file, 1 on the baseline; none", text)
 
 
 def test_a_run_verified_in_another_runtime_can_be_handed_over(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -492,11 +494,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no config": (
         rewrite(lambda r: r.pop("config")),
-        "'{}/report.json' lacks a value, or holds one of another kind: KeyError: 'config'",
+        "'{}/report.json' lacks a value, or holds one of another kind: KeyError: 'data'",
     ),
     "no verdict": (
         rewrite(lambda r: r.update(verdict=None)),
-        "'{}/report.json' lacks a value, or holds one of another kind: TypeError: ",
+        "'{}/report.json' is not as a run writes it: 'verdict' is missing.",
     ),
     "wrong data": (
         rewrite(lambda r: r["config"]["data"].update(train=3)),

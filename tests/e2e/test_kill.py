@@ -28,15 +28,15 @@ INTERRUPTED = "Interrupted; the stages that were completed are kept, the same co
 HANGING = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
-from compress.training import fit
-train_step = fit._Run._train_step
+from compress.training.loop import TrainingRun
+train_step = TrainingRun.train_step
 def step(run, batches):
     if run.step == {step}:
         print("hanging", flush=True)
     while run.step == {step} and not os.path.exists({release!r}):
         time.sleep(0.01)
     return train_step(run, batches)
-fit._Run._train_step = step
+TrainingRun.train_step = step
 from compress.cli.commands import app
 app({arguments!r})
 """

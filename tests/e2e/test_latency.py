@@ -16,7 +16,7 @@ PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_
 
 def _values(world: World, **deploy: object):
     values = world.values(middle=(PRUNE, MIDDLE[1]))
-    # one call of a network this small is mostly overhead, which no cut changes; 64 images a call are not
+    # one call of a network this small is mostly overhead, which no cut changes; 64 batch size are not
     return values | {"deploy": {"threads": 1, "batch_size": 64, **deploy}}
 
 

@@ -6,7 +6,8 @@ import re
 import pytest
 from smallrun import MIDDLE, World, call
 
-from compress.report.plots import plot_front
+from compress.report.plots import Panel, Point, plot_fronts
+from compress.report.records import TOP1
 
 
 def _sweep(world: World, budgets: str, *arguments: str, **changes: object):
@@ -40,7 +41,7 @@ def test_budgets_stand_side_by_side(world: World) -> None:
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert page.count('href="../chain-') == 2
     assert set(report["prune_potential"]["distributions"]) == {"nominal", "uniform noise 0.1", "jpeg 3"}
-    assert "Prune potential at 0.5 points of loss" in done.stdout
+    assert "Prune potential at a drop of 0.5 percentage points" in done.stdout
     assert "Prune potential" in page
     assert "cannot be reached" in page
     assert page.count("<svg") == 1
@@ -84,9 +85,13 @@ def test_a_missing_pipeline_is_refused(tmp_path) -> None:
 
 
 def test_the_front_is_what_no_other_run_betters() -> None:
-    points = [(1.2, 0.99, "slow"), (2.0, 0.95, "fast"), (1.5, 0.94, "bettered"), (None, 0.9, "untimed")]
-    picture = plot_front("front", points, 0.995)
-    for label in ("slow", "fast", "bettered", "untouched"):
-        assert f">{label}<" in picture
-    assert "untimed" not in picture
-    assert plot_front("front", [(None, None, "x")], 0.9) == ""
+    points = [
+        Point(1.2, 99.0, "slow"),
+        Point(2.0, 95.0, "fast"),
+        Point(1.5, 94.0, "bettered"),
+        Point(1.0, 99.5, "", is_baseline=True),
+    ]
+    plot = plot_fronts("front", [Panel("speed-up", points, more_is_better=True)], TOP1)
+    for label in ("slow", "fast", "bettered", "baseline"):
+        assert f">{label}<" in plot
+    assert plot_fronts("front", [Panel("speed-up", [])], TOP1) == ""

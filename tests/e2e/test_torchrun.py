@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from smallrun import ROOT, make_world
 
-from compress.training.loop import _read_state
+from compress.training.state import read_state
 
 TOGETHER = "2 processes train together"
 PRUNE = {
@@ -49,7 +49,7 @@ def finish(process):
 def saved_step(runs):
     """Return the step of the training's state, 0 where there is none."""
     try:
-        states = (_read_state(path) for path in (runs / ".store").rglob("training_state.pt"))
+        states = (read_state(path) for path in (runs / ".store").rglob("training_state.pt"))
         return max(torch.load(state, weights_only=True)["step"] for state in states)
     except (OSError, ValueError):  # none there, or no longer
         return 0

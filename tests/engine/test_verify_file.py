@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from compress.engine.verify_file import verify_file
 from compress.errors import ArtifactError, DataError, RuntimeUnavailable
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.progress import SilentProgress
 
@@ -27,8 +28,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> smallrun.World:
     world = smallrun.make_world(tmp_path_factory.mktemp("standalone"))
     module = nets.chain()
     module.load_state_dict(load_file(world.folder / "chain.safetensors"))
-    export_onnx(module, SIGNATURE, world.folder / "trained.onnx", opset=18)
-    export_onnx(nets.chain(), SIGNATURE, world.folder / "untrained.onnx", opset=18)
+    export_onnx(module, SIGNATURE, world.folder / "trained.onnx", ExportSettings(opset=18))
+    export_onnx(nets.chain(), SIGNATURE, world.folder / "untrained.onnx", ExportSettings(opset=18))
     return world
 
 
@@ -205,7 +206,9 @@ def test_a_file_that_says_how_images_are_prepared_needs_no_more(world: smallrun.
     module = nets.chain()
     module.load_state_dict(load_file(world.folder / "chain.safetensors"))
     said = world.folder / "said.onnx"
-    export_onnx(module, SIGNATURE, said, opset=18, preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)))
+    export_onnx(
+        module, SIGNATURE, said, ExportSettings(opset=18), preprocessing=Preprocessing(mean=(0.5,), std=(0.25,))
+    )
     arguments = ("--data", str(world.folder / "test.npz"), "--set", "resources=null", "--set", "repeats=10")
     assert smallrun.call("verify", str(said), *arguments).exit_code == 0
     done = smallrun.call("verify", str(world.folder / "trained.onnx"), *arguments)

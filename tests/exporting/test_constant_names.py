@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import count_params
 from compress.cost.variants import VariantWriter
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.counting import count_onnx, rows_of
@@ -53,7 +54,7 @@ def _network(names: tuple[str, ...] = (), is_trained: bool = True) -> nn.Module:
 
 def _exported(module: nn.Module, folder, simplify: bool = True):
     path = folder / "network.onnx"
-    export_onnx(module, SIGNATURE, path, opset=18, simplify=simplify)
+    export_onnx(module, SIGNATURE, path, ExportSettings(opset=18, simplify=simplify))
     return path
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.errors import ExportFailed
 from compress.exporting.fidelity import file_error, first_difference
 from compress.exporting.open_axes import check_open_axes
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.adapter import adapt
 from compress.model.artifacts import Signature, TensorSpec
@@ -36,7 +37,7 @@ class _Functional(_Body):
 
 def _exported(module: nn.Module, path: Path, **options: object) -> Path:
     torch.manual_seed(0)
-    export_onnx(module.eval(), SIGNATURE, path, opset=18, simplify=False, **options)  # type: ignore[arg-type]
+    export_onnx(module.eval(), SIGNATURE, path, ExportSettings(opset=18, simplify=False, **options))  # type: ignore[arg-type]
     return path
 
 
@@ -71,7 +72,7 @@ def test_several_inputs_are_compared_too(tmp_path: Path) -> None:
     inputs = (SIGNATURE.inputs[0], TensorSpec("more", ("batch", 1, 4)))
     signature, rows = Signature(inputs, SIGNATURE.outputs), torch.randn(2, 3 * 64 + 4)
     module = adapt(_TwoInputs(nn.AvgPool2d(2, divisor_override=3)).eval(), inputs, ())
-    export_onnx(module, signature, tmp_path / "m.onnx", opset=18, simplify=False)
+    export_onnx(module, signature, tmp_path / "m.onnx", ExportSettings(opset=18, simplify=False))
     assert file_error(tmp_path / "m.onnx", module, signature, rows) > 5e-3
     assert "is 'pool' (AvgPool2d(" in first_difference(module, signature, rows[:1], 1e-3, 18)
 

@@ -24,6 +24,7 @@ from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ExportFailed
 from compress.exporting.rewrite import apply_rewrites
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.model.recipe import Recipe
@@ -34,6 +35,7 @@ from compress.search.context import StageContext
 from compress.stages.export import ExportStage
 from compress.stages.load import LoadStage
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
@@ -46,7 +48,9 @@ def _run(path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     path = tmp_path_factory.mktemp("half") / "half.onnx"
-    export_onnx(nets.build("residual"), SIGNATURE, path, opset=18, preprocessing=PREPROCESSING, precision="fp16")
+    export_onnx(
+        nets.build("residual"), SIGNATURE, path, ExportSettings(opset=18, precision="fp16"), preprocessing=PREPROCESSING
+    )
     return path
 
 
@@ -88,7 +92,7 @@ def test_weights_that_float16_cannot_hold_are_refused(tmp_path):
     with torch.no_grad():
         next(module.parameters()).view(-1)[0] = 1e5
     with pytest.raises(ExportFailed, match=r"at most 65504 for fp16, 'body.0.0.weight' has \d") as caught:
-        export_onnx(module, SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
+        export_onnx(module, SIGNATURE, tmp_path / "m.onnx", ExportSettings(opset=18, precision="fp16"))
     assert "fp32" in caught.value.hint
     assert not (tmp_path / "m.onnx").exists()
 
@@ -101,7 +105,7 @@ def test_a_conversion_that_changes_the_network_is_refused(tmp_path, monkeypatch)
 
     monkeypatch.setattr("compress.exporting.rewrite.convert_float_to_float16", wrong)
     with pytest.raises(ExportFailed, match=r"nearly the same in fp16: output 'logits' .* differs by") as caught:
-        export_onnx(nets.build("residual"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
+        export_onnx(nets.build("residual"), SIGNATURE, tmp_path / "m.onnx", ExportSettings(opset=18, precision="fp16"))
     assert "fp32" in caught.value.hint
 
 
@@ -111,7 +115,7 @@ def test_a_conversion_that_fails_is_one_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("compress.exporting.rewrite.convert_float_to_float16", fails)
     with pytest.raises(ExportFailed, match="could not be written in fp16: no such operator"):
-        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", opset=18, precision="fp16")
+        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", ExportSettings(opset=18, precision="fp16"))
 
 
 def test_zero_padded_shortcuts_of_a_half_file_are_rewritten_too(tmp_path):
@@ -128,7 +132,7 @@ def test_zero_padded_shortcuts_of_a_half_file_are_rewritten_too(tmp_path):
 
     torch.manual_seed(0)
     path = tmp_path / "m.onnx"
-    export_onnx(Padded().eval(), SIGNATURE, path, opset=18, precision="fp16")
+    export_onnx(Padded().eval(), SIGNATURE, path, ExportSettings(opset=18, precision="fp16"))
     model = load_onnx(path, weights=True)
     assert apply_rewrites(model, ["padded_shortcuts"]) == {"padded_shortcuts": 1}
     onnx.save_model(model, tmp_path / "rewritten.onnx")
@@ -181,10 +185,10 @@ def test_verification_reads_half_files_and_says_the_limit_that_they_keep(half):
     split = Split("evaluation", ArraySource(images, np.arange(24) % 4, ()), np.arange(24), PREPROCESSING)
 
     def verify(limit):
-        verdict = verify_onnx(
+        verdict = verify_onnx(VerificationJob(
             half, evaluation=split, conditions=Conditions(warmup=1, repeats=4), gates=Gates(parity=limit),
             signature=SIGNATURE, opset=18, reference=nets.build("residual"), baseline_onnx=exported("residual"),
-        )  # fmt: skip
+        ))  # fmt: skip
         return verdict, {check.name: check for check in verdict.checks}
 
     verdict, checks = verify(1e-6)

@@ -21,6 +21,7 @@ from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError
 from compress.exporting.rewrite import guard_padded_pools
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.counting import count_onnx
@@ -57,8 +58,8 @@ def _operators(path) -> list[str]:
 
 def test_shortcuts_become_convolutions_that_compute_the_same(network, tmp_path):
     plain, rewritten = tmp_path / "plain.onnx", tmp_path / "rewritten.onnx"
-    assert export_onnx(network, SIGNATURE, plain, opset=18).rewrites == {}
-    report = export_onnx(network, SIGNATURE, rewritten, opset=18, rewrites=("padded_shortcuts",))
+    assert export_onnx(network, SIGNATURE, plain, ExportSettings(opset=18)).rewrites == {}
+    report = export_onnx(network, SIGNATURE, rewritten, ExportSettings(opset=18, rewrites=("padded_shortcuts",)))
     assert report.rewrites == {"padded_shortcuts": 2}
     assert {"Slice", "Pad"} <= set(_operators(plain))
     assert not {"Slice", "Pad"} & set(_operators(rewritten))
@@ -73,7 +74,7 @@ def test_shortcuts_become_convolutions_that_compute_the_same(network, tmp_path):
 
 def test_fixed_weights_are_no_part_of_macs_and_params(network, tmp_path):
     path = tmp_path / "rewritten.onnx"
-    export_onnx(network, SIGNATURE, path, opset=18, rewrites=("padded_shortcuts",))
+    export_onnx(network, SIGNATURE, path, ExportSettings(opset=18, rewrites=("padded_shortcuts",)))
     counts = count_onnx(path)
     assert (counts.macs, counts.params) == (count_macs(network, nets.EXAMPLE), count_params(network))
 
@@ -159,7 +160,7 @@ def test_a_rewrite_that_changes_the_network_is_never_written(network, tmp_path, 
     monkeypatch.setattr(rewrite, "REWRITES", {"wrong": wrong})
     path = tmp_path / "model.onnx"
     with pytest.raises(InternalError, match="Rewriting wrong changed the network"):
-        export_onnx(network, SIGNATURE, path, opset=18, rewrites=("wrong",))
+        export_onnx(network, SIGNATURE, path, ExportSettings(opset=18, rewrites=("wrong",)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +174,7 @@ def ctx(tmp_path):
 @pytest.mark.parametrize(("ratio", "is_kept"), [(0.9, True), (0.99, False), (1.1, False)])
 def test_a_rewrite_is_kept_where_it_measures_faster(network, tmp_path, ctx, monkeypatch, ratio, is_kept):
     path = tmp_path / "baseline.onnx"
-    export_onnx(network, SIGNATURE, path, opset=18)
+    export_onnx(network, SIGNATURE, path, ExportSettings(opset=18))
     timed = []
 
     def measure(rewritten, reference, *_others):
@@ -190,7 +191,7 @@ def test_a_rewrite_is_kept_where_it_measures_faster(network, tmp_path, ctx, monk
 
 def test_policies_that_do_not_measure(network, tmp_path, ctx, monkeypatch):
     path = tmp_path / "baseline.onnx"
-    export_onnx(network, SIGNATURE, path, opset=18)
+    export_onnx(network, SIGNATURE, path, ExportSettings(opset=18))
     monkeypatch.setattr(exporting, "measure_ratio", None)
     (record,) = exporting.try_rewrites(path, SIGNATURE, "always", ctx)
     assert (record["is_kept"], record["speedup"]) == (True, None)
@@ -199,7 +200,7 @@ def test_policies_that_do_not_measure(network, tmp_path, ctx, monkeypatch):
 
 def test_real_calls_give_a_ratio(network, tmp_path, ctx):
     path = tmp_path / "baseline.onnx"
-    export_onnx(network, SIGNATURE, path, opset=18)
+    export_onnx(network, SIGNATURE, path, ExportSettings(opset=18))
     (record,) = exporting.try_rewrites(path, SIGNATURE, "measured", ctx)
     assert 0.01 < record["speedup"] < 100
     assert record["is_kept"] == (record["speedup"] > exporting.WORTH_IT)
@@ -207,7 +208,7 @@ def test_real_calls_give_a_ratio(network, tmp_path, ctx):
 
 def test_nothing_is_measured_for_another_machine(network, tmp_path, ctx):
     path = tmp_path / "baseline.onnx"
-    export_onnx(network, SIGNATURE, path, opset=18)
+    export_onnx(network, SIGNATURE, path, ExportSettings(opset=18))
     foreign = replace(ctx, deploy=DeployConfig(table="device.json", accept_foreign_table=True))
     with pytest.raises(ConfigValueError, match="rewrites must be always or never with a table of another machine"):
         exporting.try_rewrites(path, SIGNATURE, "measured", foreign)
@@ -235,7 +236,7 @@ def test_zeros_padded_before_a_max_pool_stay_zeros_in_the_runtime(tmp_path, simp
         (TensorSpec("images", ("batch", 3, 8, 8)),), (TensorSpec("logits", ("batch", *expected.shape[1:])),)
     )
     path = tmp_path / "pool.onnx"
-    export_onnx(module, signature, path, opset=18, simplify=simplify)
+    export_onnx(module, signature, path, ExportSettings(opset=18, simplify=simplify))
     with OnnxRuntime(path) as runtime:
         got = runtime.run({"images": images.numpy()})["logits"]
     assert np.allclose(got, expected.numpy(), atol=1e-5)

@@ -20,8 +20,9 @@ from torch import nn
 from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ExportFailed
 from compress.exporting import torch_onnx
+from compress.exporting.settings import ExportSettings, exported_signature
 from compress.exporting.simplify import simplify_onnx
-from compress.exporting.torch_onnx import export_onnx, exported_signature
+from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.counting import count_onnx
@@ -89,7 +90,7 @@ def test_training_flags_survive_and_denormals_are_flushed(tmp_path):
         module.fc1.weight[1, 0] = 1.2e-38  # the smallest normal number is 1.1755e-38
     path = tmp_path / "m.onnx"
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    report = export_onnx(module, SIGNATURE, path, opset=18, simplify=False)
+    report = export_onnx(module, SIGNATURE, path, ExportSettings(opset=18, simplify=False))
     assert [part.training for part in module.modules()] == flags
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert report.denormals_flushed == 5
@@ -136,7 +137,7 @@ def test_refused_export_is_one_quiet_error_and_keeps_the_old_file(tmp_path, capf
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ExportFailed, match=wording) as caught:
-            export_onnx(module, SIGNATURE, path, opset=18)
+            export_onnx(module, SIGNATURE, path, ExportSettings(opset=18))
     assert hint in caught.value.hint
     assert capfd.readouterr() == ("", "")
     assert path.read_bytes() == b"old"
@@ -145,23 +146,23 @@ def test_refused_export_is_one_quiet_error_and_keeps_the_old_file(tmp_path, capf
 
 
 def test_another_opset_than_asked_for_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_onnx, "_run_exporter", lambda *_: onnx.load(exported("chain")))
+    monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: onnx.load(exported("chain")))
     with pytest.raises(ExportFailed, match="must have opset 20, torch wrote opset 18"):
-        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", opset=20)
+        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", ExportSettings(opset=20))
 
 
 def test_external_data_is_forced_for_many_weights_and_removed_when_not_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_onnx, "_run_exporter", lambda *_: onnx.load(exported("chain")))
+    monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: onnx.load(exported("chain")))
     path, data = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
     (tmp_path / ".m.onnx.abc.tmp" / "exported").mkdir(parents=True)  # as a killed run leaves it
     monkeypatch.setattr(torch_onnx, "ONE_FILE_LIMIT_BYTES", 1000)
-    report = export_onnx(nets.build("chain"), SIGNATURE, path, opset=18)
+    report = export_onnx(nets.build("chain"), SIGNATURE, path, ExportSettings(opset=18))
     assert report.files == ("m.onnx", "m.onnx.data")
     assert report.size_bytes == path.stat().st_size + data.stat().st_size
     assert report.simplified
     monkeypatch.undo()
-    monkeypatch.setattr(torch_onnx, "_run_exporter", lambda *_: onnx.load(exported("chain")))
-    report = export_onnx(nets.build("chain"), SIGNATURE, path, opset=18)
+    monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: onnx.load(exported("chain")))
+    report = export_onnx(nets.build("chain"), SIGNATURE, path, ExportSettings(opset=18))
     assert report.files == ("m.onnx",)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -169,9 +170,9 @@ def test_external_data_is_forced_for_many_weights_and_removed_when_not_needed(tm
 def test_invalid_graph_is_refused(tmp_path, monkeypatch):
     broken = onnx.load(exported("chain"))
     broken.graph.node[1].op_type = "NoSuchOperator"
-    monkeypatch.setattr(torch_onnx, "_run_exporter", lambda *_: broken)
+    monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: broken)
     with pytest.raises(ExportFailed, match=r"exported ONNX file is not valid: .*NoSuchOperator"):
-        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", opset=18)
+        export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "m.onnx", ExportSettings(opset=18))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,7 +211,7 @@ def test_wrong_simplification_is_not_kept(tmp_path, monkeypatch, damage, wording
 
 
 def test_stage_says_when_the_graph_was_not_simplified(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_onnx, "_run_exporter", lambda *_: onnx.load(exported("chain")))
+    monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: onnx.load(exported("chain")))
     monkeypatch.setattr(onnxslim, "slim", lambda model, **_: _with_scaled_weight(model))
     progress = Notes()
     context = StageContext(tmp_path, 0, None, progress)
@@ -227,7 +228,7 @@ def test_stage_says_when_the_graph_was_not_simplified(tmp_path, monkeypatch):
 def test_open_axes_besides_the_batch_are_refused(tmp_path):
     signature = Signature((TensorSpec("image", ("batch", 3, "height", 16)),), SIGNATURE.outputs)
     with pytest.raises(ExportFailed, match="Input 'image' must have fixed sizes after the batch axis"):
-        export_onnx(nets.build("chain"), signature, tmp_path / "m.onnx", opset=18)
+        export_onnx(nets.build("chain"), signature, tmp_path / "m.onnx", ExportSettings(opset=18))
 
 
 def test_exported_signature_opens_or_fixes_only_the_first_axis():
@@ -249,7 +250,7 @@ def test_axes_of_the_image_stay_open_and_outputs_follow_them(tmp_path: Path) -> 
     module = _Segmenter().eval()
     signature = Signature((TensorSpec("image", ("batch", 3, 16, 24)),), (TensorSpec("out", ("batch", 4, 16, 24)),))
     path = tmp_path / "model.onnx"
-    export_onnx(module, signature, path, opset=18, open_axes={2: "height", 3: "width"})
+    export_onnx(module, signature, path, ExportSettings(opset=18, open_axes={2: "height", 3: "width"}))
     model = onnx.load(path)
     assert read_signature(model).inputs[0].shape == ("batch", 3, "height", "width")
     assert read_sizes(model) == {"height": 16, "width": 24}
@@ -264,4 +265,9 @@ def test_axes_of_the_image_stay_open_and_outputs_follow_them(tmp_path: Path) -> 
 def test_an_output_that_follows_must_be_what_was_asked_where_it_is_fixed(tmp_path: Path) -> None:
     signature = Signature((TensorSpec("image", ("batch", 3, 16, 24)),), (TensorSpec("out", ("batch", 5, 16, 24)),))
     with pytest.raises(ExportFailed, match=r"must have the outputs out float32 \(batch, 5, 16, 24\)"):
-        export_onnx(_Segmenter().eval(), signature, tmp_path / "m.onnx", opset=18, open_axes={2: "height", 3: "width"})
+        export_onnx(
+            _Segmenter().eval(),
+            signature,
+            tmp_path / "m.onnx",
+            ExportSettings(opset=18, open_axes={2: "height", 3: "width"}),
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.checkpoint.rebuild import build_module, rebuild, with_one_array, write_weights
 from compress.data.packing import LARGEST_WHOLE, as_row, draw, is_packed, pack, unpack
 from compress.errors import DataError, ModelError, NonFinite
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.adapter import example_input, flatten_outputs, real_inputs, with_own_forward
 from compress.model.artifacts import FactorySpec, Signature, TensorSpec
@@ -194,7 +195,7 @@ def test_rows_come_back_from_disk(tmp_path: Path):
 def test_a_file_has_the_inputs_and_outputs_of_the_network_and_equals_it(tmp_path: Path):
     module = with_one_array(build_module(SEVERAL), SEVERAL, rows())
     signature = signature_of(module, SEVERAL, rows())
-    export_onnx(module, signature, tmp_path / "several.onnx", opset=18)
+    export_onnx(module, signature, tmp_path / "several.onnx", ExportSettings(opset=18))
     samples = rows(3, seed=5).numpy()
     with OnnxRuntime(tmp_path / "several.onnx") as runtime, TorchEager(module, signature) as reference:
         assert runtime.signature == signature
@@ -229,7 +230,7 @@ class _Rows:
 def test_parity_is_that_of_all_outputs_of_several_inputs(tmp_path: Path):
     module = with_one_array(wired.several(), SEVERAL, rows())
     signature = signature_of(module, SEVERAL, rows())
-    export_onnx(module, signature, tmp_path / "several.onnx", opset=18)
+    export_onnx(module, signature, tmp_path / "several.onnx", ExportSettings(opset=18))
     split: Any = _Rows()
     with OnnxRuntime(tmp_path / "several.onnx") as runtime, TorchEager(module, signature) as reference:
         assert parity(runtime, reference, split, 6, batch_size=4).max_abs < 1e-6

@@ -14,10 +14,12 @@ from torch import nn
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ModelError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.networks.batch_independence import require_batch_independence
 from compress.verification.batching import BATCH_INDEPENDENT, batch_difference, check_batch, quality_batch
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.scope import Scope
@@ -193,7 +195,7 @@ def test_a_file_with_a_fixed_batch_is_compared_with_copies_of_one_image(tmp_path
     with OnnxRuntime(path) as session:
         assert batch_difference(session, make_split()) > 0.1
     single = replace(SIGNATURE, inputs=(replace(SIGNATURE.inputs[0], shape=(1, 3, 16, 16)),))
-    export_onnx(nets.build("chain"), single, tmp_path / "one.onnx", opset=18, dynamic_batch=False)
+    export_onnx(nets.build("chain"), single, tmp_path / "one.onnx", ExportSettings(opset=18, dynamic_batch=False))
     with OnnxRuntime(tmp_path / "one.onnx") as session:
         assert batch_difference(session, make_split()) is None
 
@@ -202,12 +204,14 @@ def test_the_verdict_has_the_quality_of_the_deployed_batch_size(mixing):
     """One image alone minus the mean of itself: all classes tie, the first one is chosen."""
     split = make_split()
     verdict = verify_onnx(
-        mixing,
-        evaluation=split,
-        conditions=Conditions(warmup=1, repeats=5),
-        gates=Gates(),
-        scope=Scope(batch_sizes=()),
-        baseline_onnx=mixing,
+        VerificationJob(
+            mixing,
+            evaluation=split,
+            conditions=Conditions(warmup=1, repeats=5),
+            gates=Gates(),
+            scope=Scope(batch_sizes=()),
+            baseline_onnx=mixing,
+        )
     )
     assert verdict.slim.quality["top1"] == np.mean(split.labels == 0)
     assert verdict.baseline.quality["top1"] == np.mean(split.labels == 0)

@@ -18,7 +18,7 @@ from torchvision import models
 from compress.checkpoint.rebuild import build_module, with_one_array
 from compress.errors import ArtifactError, ModelError, PackageMissing
 from compress.model.artifacts import FactorySpec
-from compress.networks.detectors import DETECTORS, Loss, Postprocess
+from compress.networks.detectors import DETECTORS, Loss, Postprocess, raw_detector
 from compress.networks.weights import fit_prefix, read_weights
 from compress.networks.wiring import signature_of
 from compress.networks.zoo import pretrained_state
@@ -101,6 +101,7 @@ def test_boxes_of_a_raw_detector_are_those_of_torchvision(name: str):
     raw = build_module(spec("torchvision", name, **kwargs, score_thresh=0.02))
     raw.load_state_dict(original.state_dict())
     original.score_thresh = 0.02
+    assert raw_detector(original).state_dict().keys() == original.state_dict().keys() == raw.state_dict().keys()
     images = list(torch.rand(2, 3, *size))
     with torch.no_grad():
         wanted = original(images)

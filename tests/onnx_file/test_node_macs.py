@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from compress.cost.macs import count_products, counts_agree
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.counting import count_onnx
@@ -208,7 +209,7 @@ def test_an_exported_file_has_the_macs_and_weights_of_torch(name: str, tmp_path)
     module, _ = build(name)
     path = tmp_path / "m.onnx"
     signature = Signature((TensorSpec("images", (1, 3, 8, 8), "float32"),), (TensorSpec("y", (1, 4), "float32"),))
-    export_onnx(module, signature, path, opset=18)
+    export_onnx(module, signature, path, ExportSettings(opset=18))
     counts, file = count_products(module, EXAMPLE), count_onnx(path)
     assert file.macs == sum(counts.macs.values())
     assert counts_agree(file.layer_weights, counts.weights + counts.constant_weights, counts.constant_weights)

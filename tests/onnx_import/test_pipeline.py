@@ -16,6 +16,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.engine.keys import build_steps
 from compress.engine.runner import plan
 from compress.errors import ArtifactError, ConfigError, RebuildMismatch
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.onnx_file.io import PREPROCESSING_KEY
 
@@ -36,7 +37,7 @@ def write_file(world: smallrun.World, scale: float = 1.0) -> Path:
     with torch.no_grad():
         module.head.weight.mul_(scale)
     path = world.folder / "net.onnx"
-    export_onnx(module, SIGNATURE, path, opset=18, preprocessing=PREPROCESSING, classes=CLASSES)
+    export_onnx(module, SIGNATURE, path, ExportSettings(opset=18), preprocessing=PREPROCESSING, classes=CLASSES)
     return path
 
 
@@ -81,7 +82,7 @@ def test_structure_of_another_network_is_noticed(world, tmp_path):
     import shutil
 
     shutil.copytree(world.runs / "residual" / "slim", tmp_path / "slim")
-    export_onnx(nets.build("concat"), SIGNATURE, tmp_path / "slim" / "structure.onnx", opset=18)
+    export_onnx(nets.build("concat"), SIGNATURE, tmp_path / "slim" / "structure.onnx", ExportSettings(opset=18))
     write_digests(tmp_path / "slim")
     with pytest.raises(RebuildMismatch):
         load_slim(tmp_path / "slim")

@@ -11,6 +11,7 @@ from exported import exported
 from torch import nn
 
 from compress.cost.macs import COUNTED, count_macs
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_import.importer import import_onnx
@@ -53,7 +54,7 @@ def test_torchvision_network_comes_back(name, tmp_path):
     torch.manual_seed(0)
     module = models.get_model(name, weights=None).eval()
     signature = Signature((TensorSpec("images", ("batch", 3, SIZE, SIZE)),), (TensorSpec("logits", ("batch", 1000)),))
-    export_onnx(module, signature, tmp_path / "net.onnx", opset=18)
+    export_onnx(module, signature, tmp_path / "net.onnx", ExportSettings(opset=18))
     imported = import_onnx(tmp_path / "net.onnx")
     assert_same(module, imported, torch.randn(2, 3, SIZE, SIZE))
 
@@ -61,7 +62,7 @@ def test_torchvision_network_comes_back(name, tmp_path):
 def test_exported_import_is_the_same_again(tmp_path):
     imported = import_onnx(exported("concat"))
     signature = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
-    export_onnx(imported, signature, tmp_path / "again.onnx", opset=18)
+    export_onnx(imported, signature, tmp_path / "again.onnx", ExportSettings(opset=18))
     assert_same(imported, import_onnx(tmp_path / "again.onnx"), nets.images(2))
 
 

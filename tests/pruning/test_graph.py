@@ -15,7 +15,7 @@ from compress.errors import UnsupportedLayer, UntraceableModel
 from compress.model.artifacts import FactorySpec
 from compress.model.recipe import RemoveChannels
 from compress.pruning.surgery import cut_copy, remove_channels
-from compress.pruning.trial import find_cuttable, silenced_copy
+from compress.pruning.trial import find_cuttable, masked_copy
 
 CIFAR = Path(__file__).parents[2] / "models" / "cifar_resnet" / "model.py"
 
@@ -74,7 +74,7 @@ def _hold_cut_equals_silencing(module: nn.Module, images: Tensor, seed: int = 0)
     removed = _half(groups, seed)
     slim = cut_copy(module, removed, images[:1])
     with torch.no_grad():
-        expected = silenced_copy(module, removed, groups)(images)
+        expected = masked_copy(module, removed, groups)(images)
         assert torch.allclose(slim(images), expected, atol=1e-5)
         assert not torch.allclose(module(images), expected, atol=1e-3)
     assert count_params(slim) < count_params(module)
@@ -148,7 +148,7 @@ def test_zero_padded_shortcuts_are_cut_through(depth, inner):
     removed = _half(groups)
     slim = cut_copy(module, removed, images[:1])
     assert slim.linear.in_features == 64 - 8
-    assert torch.allclose(slim(images), silenced_copy(module, removed, groups)(images), atol=1e-4)
+    assert torch.allclose(slim(images), masked_copy(module, removed, groups)(images), atol=1e-4)
 
 
 def test_frozen_parameters_and_training_flags_are_kept():

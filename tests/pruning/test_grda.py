@@ -10,7 +10,8 @@ from torch import nn
 
 from compress.config.schema.methods import GrdaConfig
 from compress.errors import StageError
-from compress.pruning.methods.grda import Grda, reader_norms, threshold_growth
+from compress.pruning.methods.grda import Grda
+from compress.pruning.methods.soft_threshold import reader_norms, threshold_growth
 from compress.pruning.trial import find_cuttable
 
 
@@ -80,15 +81,15 @@ def test_the_threshold_stops_once_the_zeros_are_enough():
     levels = {"body.0.0": (4, 8), "body.1.0": (8, 16), "body.2.0": (8, 16)}
     method = Grda(setting(module, choose, rates, levels=levels), GrdaConfig(interval=1))
     asked = []
-    ask = method._ask
-    method._ask = lambda *args, **flags: asked.append(flags) or ask(*args, **flags)
+    choose_within = method.budget.choose
+    method.budget.choose = lambda *args, **flags: asked.append(flags) or choose_within(*args, **flags)
     train(module, method, rates)
     (final,) = choose.final
     assert method.removed == final
-    assert method.stopped is not None
-    assert method.stopped < method.last
-    assert len(asked) == method.stopped + 2  # once a step, and the final one
-    assert method.threshold(39) == method.threshold(method.stopped) == method.thresholds[method.stopped]
+    assert method.choice.stopped is not None
+    assert method.choice.stopped < method.last
+    assert len(asked) == method.choice.stopped + 2  # once a step, and the final one
+    assert method.threshold(39) == method.threshold(method.choice.stopped) == method.thresholds[method.choice.stopped]
     scales = module.body[0][1].weight.detach()
     assert scales[list(final["body.0.0"])].tolist() == [0, 0, 0]
     figures = method.figures()
@@ -114,9 +115,9 @@ def test_what_is_kept_at_zero_comes_back_with_the_factor_of_the_others():
     begun, factors = method._choose, {}
 
     def noted(step, importance, present):
-        before = method.chosen
+        before = method.choice.removed
         begun(step, importance, present)
-        if method.chosen is not None and before is None:
+        if method.choice.removed is not None and before is None:
             factors.update({name: values.clone() for name, values in present.items()})
 
     method._choose = noted
@@ -137,7 +138,7 @@ def test_without_zeros_enough_the_choice_is_made_by_what_is_left_and_the_rest_is
     method = Grda(setting(module, choose, rates), GrdaConfig(interval=5, until=0.6))
     method.thresholds = method.thresholds * 1e-6
     train(module, method, rates)
-    assert method.stopped == 24
+    assert method.choice.stopped == 24
     figures = method.figures()
     assert figures["zero_ratio"] == 0
     assert figures["left_ratio"] == 0
@@ -159,7 +160,10 @@ def test_kept_channels_at_zero_at_the_choice_are_warned_about_with_figures_and_a
         return method
 
     huge = trained(c=1e9)
-    assert (huge.kept, huge.kept_zero) == (36, 30)  # all but those without a threshold, of 40 channels less 4
+    assert (huge.choice.kept, huge.choice.kept_zero) == (
+        36,
+        30,
+    )  # of 40 channels less 4
     (warning,) = huge.warnings()
     assert "30 of 36 kept channels (83%) were at zero when the choice was made" in warning
     assert "Leave grda.c out, or lower it towards" in warning
@@ -170,9 +174,9 @@ def test_kept_channels_at_zero_at_the_choice_are_warned_about_with_figures_and_a
     again.load_state_dict(huge.state_dict())
     assert again.warnings() == [warning]
     own = trained()
-    own.kept, own.kept_zero = 100, 10
+    own.choice.kept, own.choice.kept_zero = 100, 10
     assert own.warnings() == []
-    own.kept_zero = 11
+    own.choice.kept_zero = 11
     assert "Longer training, a smaller grda.interval" in own.warnings()[0]
 
 

@@ -15,15 +15,16 @@ from compress.allocation.costs import Axis, CoupledCost, Term
 from compress.config.schema.methods import CsgdConfig, GatesMethodConfig, GregConfig, GsmConfig, IncRegConfig
 from compress.errors import StageError
 from compress.pruning.criteria.base import collect_gradients
-from compress.pruning.methods.base import DECAYED, GroupTensors, Shortcuts, rows_of
+from compress.pruning.methods.base import DECAYED
 from compress.pruning.methods.csgd import Csgd, channel_features, clustering
 from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.greg import Greg
+from compress.pruning.methods.group_tensors import GroupTensors, Shortcuts, rows_of
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.increg import IncReg, increments
 from compress.pruning.shortcuts import FixedShortcut
 from compress.pruning.surgery import cut_copy
-from compress.pruning.trial import find_cuttable, silenced_copy
+from compress.pruning.trial import find_cuttable, masked_copy
 from compress.pruning.width_costs import ExpectedCost, build_cost
 
 # what all share
@@ -463,14 +464,14 @@ def test_gates_close_what_the_budget_does_not_pay_for_and_then_stand():
     chosen = Chosen({"body.1.0": (0, 1, 2)})
     method = Gates(setting(module, chosen, rates, kept=0.3), GatesMethodConfig())
     train(module, method, rates[: method.frozen])
-    assert method._cost().item() < 0.6  # on the way to 0.3, from 0.99
+    assert method.gates.expected_cost().item() < 0.6  # on the way to 0.3, from 0.99
     train(module, method, rates)
     assert method.removed == {"body.1.0": (0, 1, 2)}
     assert [is_final for *_, is_final in chosen.calls] == [True]
     before = module(nets.images())
     method.finish()
     groups, _ = find_cuttable(module, nets.EXAMPLE)
-    assert torch.allclose(silenced_copy(module, method.removed, groups)(nets.images()), before, atol=1e-6)
+    assert torch.allclose(masked_copy(module, method.removed, groups)(nets.images()), before, atol=1e-6)
     assert not torch.allclose(module(nets.images()), before, atol=1e-3)  # the gates are off
 
 
@@ -479,7 +480,7 @@ def test_the_multiplier_of_the_budget_is_never_negative():
     module = Pair()
     method = Gates(setting(module, Chosen({}), [0.1] * 100), GatesMethodConfig(multiplier_rate=2.0))
     gate, costs = method.channels["conv"], iter([0.4, 0.1, 0.6, 0.75, 0.5, 0.25])
-    method._cost = lambda: torch.tensor(next(costs)) + 0 * gate.sum()
+    method.gates.expected_cost = lambda: torch.tensor(next(costs)) + 0 * gate.sum()
     found = []
     for step in range(6):
         method.on_gradients(step)
@@ -523,7 +524,7 @@ def test_gates_are_drawn_anew_for_each_image_and_all_open_when_measured():
         method.channels["body.0.0"].zero_()
     module.train()
     module(nets.images(64))
-    drawn = method._drawn["body.0.0"].detach()
+    drawn = method.gates.drawn["body.0.0"].detach()
     assert drawn.shape == (64, 8)
     assert 0.35 < float(drawn.mean()) < 0.65
     assert not torch.equal(drawn[0], drawn[1])

@@ -10,7 +10,7 @@ from handmade import Chosen, Pair, setting, train
 
 from compress.config.schema.methods import RegrowConfig
 from compress.errors import StageError
-from compress.pruning.methods.base import folded_filters
+from compress.pruning.methods.group_tensors import folded_filters
 from compress.pruning.methods.regrow import Regrow, leverage, units_by_leverage
 from compress.pruning.surgery import cut_copy
 from compress.pruning.trial import find_cuttable
@@ -72,7 +72,7 @@ def test_what_comes_back_has_its_rows_columns_and_norm_again_and_no_momentum():
     def after(step):
         end(step)
         if step == 20:
-            with torch.no_grad():  # what is masked is spoilt in all ways
+            with torch.no_grad():  # what is masked is corrupted in all ways
                 module.body[0][0].weight[method.goes("body.0.0")] += 1
                 module.body[1][0].weight[:, method.goes("body.0.0")] += 1
                 module.body[0][1].running_var[method.goes("body.0.0")] += 1

@@ -22,8 +22,8 @@ from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.groups import ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, reader_statistics
-from compress.pruning.ranking.sensitivity import Rise, Sensitivity, with_rises
-from compress.pruning.trial import find_cuttable, silenced_copy
+from compress.pruning.ranking.sensitivity import Rise, SavedRises, Sensitivity, with_rises
+from compress.pruning.trial import find_cuttable, masked_copy
 from compress.storage.digest import DIGEST_KEY
 from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import image_losses
@@ -75,7 +75,8 @@ def _sensitivity(
     key: str = "",
     reestimate: Callable[[nn.Module], object] = lambda network: reestimate_batch_norm(network, _split(), SILENT),
 ) -> Sensitivity:
-    return Sensitivity(module, losses_of or _Measured(), guess, reestimate, nets.EXAMPLE, saved, key, SILENT)
+    rises = SavedRises(saved, key)
+    return Sensitivity(module, losses_of or _Measured(), guess, reestimate, nets.EXAMPLE, rises, SILENT)
 
 
 def _rise_by_hand(network: nn.Module, module: nn.Module) -> tuple[float, float]:
@@ -115,7 +116,7 @@ def test_rises_without_statistics_are_those_of_silenced_networks_after_new_batch
     found = _sensitivity(module, tmp_path / "s.json").rises(groups[group], one, None)
     by_hand = []
     for width in one.levels[:-1]:
-        silent = silenced_copy(module, {group: groups[group].expand(one.removed_units(width))}, groups)
+        silent = masked_copy(module, {group: groups[group].expand(one.removed_units(width))}, groups)
         unrepaired = _rise_by_hand(silent, module)
         reestimate_batch_norm(silent, _split(), SILENT)
         by_hand.append(_rise_by_hand(silent, module))
@@ -127,7 +128,7 @@ def test_rises_without_statistics_are_those_of_silenced_networks_after_new_batch
 
 def _refitted_by_hand(module: nn.Module, group: ChannelGroup, units: list[int], stats: dict[str, ReaderStats]):
     """Silence the units and let a hook put what the refitted readers give in the place of what they gave."""
-    silent = silenced_copy(module, {group.name: group.expand(units)}, {group.name: group})
+    silent = masked_copy(module, {group.name: group.expand(units)}, {group.name: group})
     for reader in group.readers:
         layer = silent.get_submodule(reader.layer)
         each = layer.weight[0].numel() // group.width
@@ -162,7 +163,7 @@ def test_rises_with_statistics_are_those_of_refitted_networks(tmp_path, name, gr
         units = list(one.removed_units(width))
         mean, error = _mean_and_error(losses_of(_refitted_by_hand(module, groups[group], units, stats)).numpy())
         assert (rise.mean, rise.error) == pytest.approx((mean, error), rel=1e-3)
-        silent = silenced_copy(module, {group: groups[group].expand(units)}, groups)
+        silent = masked_copy(module, {group: groups[group].expand(units)}, groups)
         assert 0 < mean < 0.7 * float(losses_of(silent).mean()), "the refit makes up for some of it"
     assert found[-1] == Rise(0.0, 0.0)
     assert all(narrow.mean > wide.mean for narrow, wide in pairwise(found))
@@ -181,7 +182,7 @@ def test_a_group_in_parts_loses_the_same_of_each_part(tmp_path):
 
 
 def _scripted(module: nn.Module, rises: dict[int, float]) -> _Measured:
-    """Losses that depend on how many channels of body.1.0 are silenced: width -> rise."""
+    """Losses that depend on how many channels of body.1.0 are masked: width -> rise."""
 
     def losses_of(network: nn.Module) -> Tensor:
         width = int((network.get_submodule("body.2.0").weight != 0).any((0, 2, 3)).sum())

@@ -14,7 +14,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.model.artifacts import FactorySpec
 from compress.pruning.shortcuts import FixedShortcut, write_out_shortcuts
 from compress.pruning.surgery import cut_copy
-from compress.pruning.trial import difference, find_cuttable, silenced_copy
+from compress.pruning.trial import difference, find_cuttable, masked_copy
 
 CIFAR = Path(__file__).parents[2] / "models" / "cifar_resnet" / "model.py"
 
@@ -70,7 +70,7 @@ def _hold(module: nn.Module, images: Tensor) -> None:
     removed = {name: tuple(range(0, group.width, 2)) for name, group in groups.items()}
     slim = cut_copy(module, removed, images[:1])
     with torch.no_grad():
-        assert difference(slim(images), silenced_copy(module, removed, groups)(images)) is None
+        assert difference(slim(images), masked_copy(module, removed, groups)(images)) is None
 
 
 def test_residual_streams_of_a_cifar_resnet_are_groups_of_their_own():

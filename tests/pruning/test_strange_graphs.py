@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from compress.cost.macs import count_params
 from compress.errors import UnsupportedLayer
 from compress.pruning.surgery import cut_copy
-from compress.pruning.trial import difference, find_cuttable, silenced_copy
+from compress.pruning.trial import difference, find_cuttable, masked_copy
 
 WIDTH = 8
 
@@ -191,7 +191,7 @@ def _images(*shape: int) -> Tensor:
 
 
 def _hold(module: nn.Module, images: Tensor, *names: str) -> nn.Module:
-    """Cut half of every group, hold it against the silenced network, and return what is left."""
+    """Cut half of every group, hold it against the masked network, and return what is left."""
     groups, _ = find_cuttable(module, images[:1])
     assert groups
     missing = set(names) - set(groups)
@@ -203,7 +203,7 @@ def _hold(module: nn.Module, images: Tensor, *names: str) -> nn.Module:
         removed[name] = group.expand(torch.randperm(units, generator=generator)[: units // 2].tolist())
     slim = cut_copy(module, removed, images[:1])
     with torch.no_grad():
-        silent, whole = silenced_copy(module, removed, groups)(images), module(images)
+        silent, whole = masked_copy(module, removed, groups)(images), module(images)
         assert difference(slim(images), silent) is None
         assert difference(whole, silent) is not None
     assert count_params(slim) < count_params(module)

@@ -18,7 +18,7 @@ from compress.model.tensors import detach_stored
 from compress.networks.normalize import prepare
 from compress.pruning.groups import ChannelGroup, Exclusion, exclusions_by_cause
 from compress.pruning.surgery import Sizes, corrected, cut_copy
-from compress.pruning.trial import find_cuttable, silenced_copy
+from compress.pruning.trial import find_cuttable, masked_copy
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -59,7 +59,7 @@ def hold_exact(module: nn.Module, example: Tensor, expected: set[str] | None = N
     images = torch.randn(3, *example.shape[1:], generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
         whole = [one.clone() for one in tree_leaves(module(images))]
-        wanted = tree_leaves(silenced_copy(module, removed, groups)(images))
+        wanted = tree_leaves(masked_copy(module, removed, groups)(images))
         got = tree_leaves(slim(images))
     assert [one.shape for one in got] == [one.shape for one in wanted]
     for one, other in zip(got, wanted, strict=True):
@@ -234,7 +234,7 @@ class _Strict(nn.Module):
 def test_the_reason_names_the_line_of_the_users_code():
     _, excluded = find_cuttable(_Strict().eval(), EXAMPLE)
     (reason,) = [item.reason for item in excluded if not item.expected]
-    assert reason.startswith("the cut network does not run (AssertionError: sixteen it is, in test_cutting.py:")
+    assert reason.startswith("the cut network does not run (AssertionError: sixteen it is, in test_surgery.py:")
     assert reason.endswith('assert y.shape[1] == 16, "sixteen it is")')
 
 

@@ -32,6 +32,7 @@ from compress.pruning.criteria import torch_pruning as adapter
 from compress.pruning.criteria.parameter_gradients import ParameterGradients, collect_parameter_gradients
 from compress.pruning.graph import ChannelGraph
 from compress.search.context import StageContext
+from compress.search.teacher import LoadedTeacher
 from compress.stages.prune import PruneStage
 
 importance = torch_pruning.importance
@@ -430,7 +431,7 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path, pictures, mine):
 
 def test_gradients_without_labels_are_refused_at_the_baseline(tmp_path, pictures, mine):
     splits = _splits(UnlabelledSource(unlabelled=str(pictures)))
-    splits.make_original = lambda: nets.build("residual")
+    splits.teacher = LoadedTeacher(nets.build("residual"))
     for criterion in ("tp_taylor", "tp_hessian", TorchPruningConfig(torch_pruning=f"{mine}:Taylor")):
         with pytest.raises(DataError, match=r"no labels, and the loss is the distance to the baseline") as caught:
             _prune(tmp_path, splits, criterion)

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import DataError, ExportFailed, NonFinite, StageError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.onnx_file.counting import count_onnx, layer_rows
 from compress.onnx_file.io import is_quantized, load_onnx, read_metadata, read_signature, save_onnx
@@ -193,7 +194,7 @@ def test_a_quantised_file_is_refused(tmp_path, rounded):
 
 
 def test_a_half_precision_file_is_refused(tmp_path):
-    export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "half.onnx", opset=18, precision="fp16")
+    export_onnx(nets.build("chain"), SIGNATURE, tmp_path / "half.onnx", ExportSettings(opset=18, precision="fp16"))
     with pytest.raises(ExportFailed, match=r"must be in fp32 to be quantised, it is in fp16") as caught:
         quantize_onnx(tmp_path / "half.onnx", tmp_path / "q.onnx", make_split(), WANTED)
     assert caught.value.hint == "Set deploy.precision: fp32."
@@ -330,7 +331,7 @@ def test_a_graph_that_nothing_of_was_quantised_is_refused(tmp_path, monkeypatch)
 
 def test_a_fixed_batch_is_kept(tmp_path):
     module, path = nets.build("chain"), tmp_path / "fixed.onnx"
-    export_onnx(module, SIGNATURE, path, opset=18, dynamic_batch=False)
+    export_onnx(module, SIGNATURE, path, ExportSettings(opset=18, dynamic_batch=False))
     quantize_onnx(path, tmp_path / "q.onnx", make_split(), WANTED)
     assert read_signature(load_onnx(tmp_path / "q.onnx")).inputs[0].shape == (1, 3, 16, 16)
 

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from page import Page
 from report_samples import (
     CONFIG,
@@ -19,12 +20,16 @@ from report_samples import (
     worst_images,
 )
 
+from compress.errors import ArtifactError
 from compress.model.artifacts import Verdict
-from compress.report import fronts, lines, plots
+from compress.report import plots
 from compress.report.build import StageRun, build_report
-from compress.report.page import render_html
+from compress.report.details import Latency
+from compress.report.model import read_report
+from compress.report.page import render_report
 from compress.report.plots import count_beyond_edge, plot_latency, plot_training, plot_widths
-from compress.report.robustness import list_severities
+from compress.report.records import Group, TrainingRecord
+from compress.report.results import list_severities
 from compress.report.svg import VARIABLES
 
 MEASURED = ["noise", "severities", "latency", "throughput"]
@@ -34,6 +39,10 @@ def report_of(verdict: Verdict, stages: list[StageRun] | None = None, name: str 
     return build_report(name, verdict, sample_stages() if stages is None else stages, CONFIG, ENVIRONMENT)
 
 
+def render_html(report: dict[str, Any]) -> str:
+    return render_report(read_report(report))
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     return render_html(report_of(passing_verdict()))
@@ -41,13 +50,9 @@ def html() -> str:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are there but empty, for speed."""
-    for module in (fronts, lines, plots):
-        monkeypatch.setattr(
-            module,
-            "render_svg",
-            lambda key, *_: f'<svg aria-labelledby="{key}-title"><title id="{key}-title">x</title></svg>',
-        )
+    """Plots are there but empty, for speed."""
+    svg = '<svg aria-labelledby="{0}-title"><title id="{0}-title">x</title></svg>'
+    monkeypatch.setattr(plots, "render_svg", lambda key, *_: Markup(svg).format(key))
 
 
 def test_page_says_what_was_measured(html: str) -> None:
@@ -56,11 +61,11 @@ def test_page_says_what_was_measured(html: str) -> None:
         "Passed All 4 checks hold; 1 skipped.",
         "1.98× fewer",
         "1.62× faster",
-        "−0.69 points",
+        "−0.69 percentage points",
         "91.04 %",
         "0.811 ms",
         "571.2 kB",
-        "CPUExecutionProvider, 1 thread, batch 1",
+        "CPUExecutionProvider, 1 thread, batch size 1",
         "10,000 evaluation images",
         "peak learning rate0.02",
         "5 of 6",
@@ -70,7 +75,7 @@ def test_page_says_what_was_measured(html: str) -> None:
         "not installed",
         "batch_size: 128",
         "0.504 is the nearest that multiples of 8 reach.",
-        "left whole: conv1, layer2.0.conv2 (its channels run through a zero-padded shortcut that cannot be cut).",
+        "excluded: conv1, layer2.0.conv2 (its channels run through a zero-padded shortcut that cannot be cut).",
     ):
         assert phrase in text
 
@@ -113,7 +118,7 @@ def test_worse_figures_are_not_called_better() -> None:
     text = Page(render_html(report)).text
     assert "1.98× more" in text
     assert "1.62× slower" in text
-    assert "+0.69 points" in text
+    assert "+0.69 percentage points" in text
 
 
 def test_page_needs_nothing_from_outside(html: str) -> None:
@@ -148,13 +153,13 @@ def test_hostile_text_is_escaped_everywhere() -> None:
         "shortfall": evil,
     }
     low_rank = {
-        "layers": [{"layer": evil, "scheme": evil, "ranks": [evil]}],
+        "layers": [{"layer": evil, "scheme": evil, "ranks": [8]}],
         "dense": [{"layer": evil, "reason": evil}],
     }
     stages = [
         StageRun("prune", "ran", 1.0, prune),
         StageRun("low_rank", "ran", 1.0, low_rank),
-        StageRun("export", "ran", 1.0, {"files": [evil], "opset": evil}),
+        StageRun("export", "ran", 1.0, {"files": [evil], "opset": 18}),
         StageRun(evil, "ran", 1.0, {}),
     ]
     report = build_report(
@@ -163,6 +168,12 @@ def test_hostile_text_is_escaped_everywhere() -> None:
     html = render_html(report)
     assert "<script" not in html
     assert Page(html).text.count("<script>alert(") > 15
+
+
+def test_text_where_a_number_must_be_is_refused() -> None:
+    report = report_of(passing_verdict(), [StageRun("export", "ran", 1.0, {"opset": "<script>"})])
+    with pytest.raises(ArtifactError, match=r"'stages\[0\]\.record\.opset' must be a whole number, got '<script>'\."):
+        render_html(report)
 
 
 def test_pictures_are_there_for_every_stage_that_has_data(html: str) -> None:
@@ -187,7 +198,9 @@ def test_page_degrades_when_records_are_empty_or_missing() -> None:
         page = Page(render_html(report_of(Verdict((), (), None, None), stages)))
         assert page.plots() == []
         assert "Verification measured neither network." in page.text
-    assert "Failed" in Page(render_html({"verdict": None})).text
+    assert "Failed" in Page(render_html({"verdict": {"checks": []}})).text
+    with pytest.raises(ArtifactError, match=r"The report is not as a run writes it: 'verdict' is missing\."):
+        render_html({"verdict": None})
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -210,42 +223,47 @@ def test_same_report_gives_the_same_page(html: str) -> None:
 
 
 def test_chosen_epoch_is_marked() -> None:
-    epochs = finetune_record()["epochs"]
-    assert "epoch 5 chosen (91.20 %)" in plot_training("t", epochs, 5)
-    assert "chosen" not in plot_training("t", epochs, None)
+    record = finetune_record()
+    assert "epoch 5 chosen (91.20 %)" in plot_training("t", TrainingRecord.model_validate(record))
+    assert "chosen" not in plot_training("t", TrainingRecord.model_validate(record | {"chosen_epoch": None}))
 
 
 def test_epochs_are_counted_in_whole_numbers() -> None:
-    svg = plot_training("t", finetune_record()["epochs"][:1], 1)
+    record = finetune_record()
+    svg = plot_training("t", TrainingRecord.model_validate({"epochs": record["epochs"][:1], "chosen_epoch": 1}))
     assert not {"0.8", "1.2", "1.4"} & set(re.findall(r">([\d.]+)</text>", svg))
 
 
 def test_plots_leave_out_numbers_that_are_null() -> None:
+    def training(*epochs: dict[str, Any]) -> str:
+        return plot_training("t", TrainingRecord.model_validate({"epochs": epochs, "chosen_epoch": len(epochs)}))
+
     epochs = [{"epoch": 1, "loss": None, "validation_top1": 0.5}, {"epoch": 2, "loss": 0.3, "validation_top1": None}]
-    assert "<svg" in plot_training("t", epochs, 2)
-    assert "<svg" in plot_training("t", epochs[:1], 1)
-    assert plot_training("t", [{"epoch": 1, "loss": None}], 1) == ""
-    assert "median 1.50 ms" in plot_latency("l", [1.0, None, 2.0], [None])
-    assert plot_latency("l", [None], []) == ""
-    assert plot_widths("w", [{"name": "a", "width_before": 8, "width_after": None}]) == ""
+    assert "<svg" in training(*epochs)
+    assert "<svg" in training(epochs[0])
+    assert training({"epoch": 1, "loss": None}) == ""
+    assert "median 1.50 ms" in plot_latency("l", Latency(baseline_ms=(1.0, None, 2.0), slim_ms=(None,)))
+    assert plot_latency("l", Latency(baseline_ms=(None,))) == ""
+    assert plot_widths("w", [Group.model_validate({"name": "a", "width_before": 8, "width_after": None})]) == ""
 
 
 def test_widths_are_written_beside_the_bars() -> None:
-    svg = plot_widths("w", [{"name": "$a$ 中", "width_before": 64, "width_after": 24}])
+    svg = plot_widths("w", [Group.model_validate({"name": "$a$ 中", "width_before": 64, "width_after": 24})])
     assert "64 → 24" in svg
     assert "$a$ 中" in svg
 
 
 def test_long_tail_is_counted_and_does_not_decide_the_axis() -> None:
-    steady = [1.0 + 0.001 * number for number in range(100)]
-    assert count_beyond_edge(steady, steady) == 0
-    assert count_beyond_edge([*steady, 50.0, 60.0], steady) == 2
-    assert count_beyond_edge([], []) == 0
-    assert "60" not in re.findall(r">([\d.]+)</text>", plot_latency("l", [*steady, 50.0, 60.0], steady))
+    steady = tuple(1.0 + 0.001 * number for number in range(100))
+    long = Latency(baseline_ms=(*steady, 50.0, 60.0), slim_ms=steady)
+    assert count_beyond_edge(Latency(baseline_ms=steady, slim_ms=steady)) == 0
+    assert count_beyond_edge(long) == 2
+    assert count_beyond_edge(Latency()) == 0
+    assert "60" not in re.findall(r">([\d.]+)</text>", plot_latency("l", long))
 
 
 def test_latency_that_never_varies_can_be_drawn() -> None:
-    assert plot_latency("l", [1.0] * 5, [1.0] * 5).count("median 1.00 ms") == 2
+    assert plot_latency("l", Latency(baseline_ms=(1.0,) * 5, slim_ms=(1.0,) * 5)).count("median 1.00 ms") == 2
 
 
 def test_a_budget_in_milliseconds_says_what_was_predicted_and_what_was_measured() -> None:
@@ -265,10 +283,10 @@ def test_a_budget_in_milliseconds_says_what_was_predicted_and_what_was_measured(
     }
     stages = [StageRun("prune", "ran", 41.2, record)]
     page = Page(render_html(report_of(passing_verdict(), stages))).text
-    for text in ("milliseconds a call, asked", "share of MACs kept, reached", "41.3", "51.2", "49.2", "2.1"):
+    for text in ("latency (ms), target", "MACs kept, reached", "41.3", "51.2", "49.2", "2.1"):
         assert text in page
     record["latency"] |= {"measured_ratio": None, "rounds": []}
-    assert "not timed here" in render_html(report_of(passing_verdict(), stages))
+    assert "not measured" in render_html(report_of(passing_verdict(), stages))
 
 
 def test_a_budget_in_milliseconds_is_drawn() -> None:
@@ -287,7 +305,7 @@ def test_a_budget_in_milliseconds_is_drawn() -> None:
     assert "0.125" in page.text
     assert "networks chosen" in html
     assert "a<b" not in html.replace("<b>", "")
-    assert ">whole<" in html, "a legend, and no stair of one step"
+    assert ">whole<" not in html, "no stairs of one step"
     for empty in ({}, {"stairs": [], "variants": [], "layers": []}):
         bare = render_html(report_of(passing_verdict(), [StageRun("prune", "ran", 1.0, record | {"latency": empty})]))
         assert Page(bare).plots() == ["change", "widths-0", *MEASURED]
@@ -379,9 +397,9 @@ def test_images_of_the_worst_classes_have_captions() -> None:
     assert len(images) == 8
     assert images[1]["alt"] == "class <10> → class <1>"
     assert "class <10> → class <1> no. 97" in page.text
-    assert "class <10> top-1 92.00 % → 81.00 %, −11.00 points" in page.text
+    assert "class <10> top-1 92.00 % → 81.00 %, −11.00 percentage points" in page.text
     assert "img-src data:" in html
-    assert "that the baseline gets right and the file gets wrong" in page.text
+    assert "that the baseline classifies correctly and the file does not" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -415,11 +433,11 @@ def test_images_without_names_or_baseline_have_numbers() -> None:
     report = report_of(passing_verdict(), [])
     quality = report["details"]["quality"]
     quality |= {"classes": [], "baseline": None, "baseline_by_class": None}
-    quality["worst_images"] = worst_images(40, 8)
+    quality["worst_images"] = worst_images(10, 8)
     page = Page(render_html(report))
     assert "10 → 3" in page.text
     assert "class 10 top-1 81.00 %" in page.text
-    assert "that the file gets wrong, of the classes with the lowest top-1" in page.text
+    assert "that the file misclassifies, of the classes with the lowest top-1" in page.text
     assert sum(tag == "img" for tag, _ in page.elements) == 32, "no more, whatever the file holds"
 
 
@@ -430,7 +448,7 @@ def test_what_a_call_costs_besides_time_is_told() -> None:
         "Cold start33.9 ms21.4 ms1.58× faster",
         "Peak memory44.90 MB41.20 MB1.09× less",
         "Energy of a call0.0119 J0.0071 J1.68× less",
-        "Images per second, batch 89111,580",
+        "Images per second, batch size 89111,580",
         "1.73× more",
         "58 on CUDAExecutionProvider, 3 on CPUExecutionProvider. CUDAExecutionProvider was asked for. Fell back to "
         "another one: Shape /flatten/Shape,",
@@ -453,7 +471,21 @@ def test_what_was_not_measured_at_run_time_is_left_out() -> None:
     report["details"]["providers"]["fell_back"] = [f"Conv conv{number}" for number in range(50)]
     assert "Conv conv19 and 30 more." in Page(render_html(report)).text
     del report["details"]["runtime"], report["details"]["providers"]
-    assert "At run time" not in render_html(report)
+    assert "Resources" not in render_html(report)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_runtimes_have_a_row_each_with_times_or_the_reason() -> None:
+    report = report_of(passing_verdict(), [])
+    report["details"]["also"] = [
+        {"label": "CPU.2", "status": "pass", "p50_ms": 1.25, "shipping_p50_ms": 2.5, "max_abs": 1e-6},
+        {"label": "CUDA", "status": "skipped", "reason": "no <GPU> here"},
+        {},
+    ]
+    text = Page(render_html(report)).text
+    assert "CPU.2pass1.252.51e-06 CUDAskipped–––no <GPU> here –––––" in text
+    del report["details"]["also"]
+    assert "Other runtimes" not in render_html(report)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -481,11 +513,13 @@ def test_the_picture_of_the_change_needs_both_networks() -> None:
 def test_a_corruption_at_several_severities_is_a_curve_and_shifted_data_are_named() -> None:
     report = report_of(passing_verdict(), [])
     found = report["details"]["robustness"]["distributions"]
-    assert list_severities(found) == {"fog": ([(0, 0.917), (1, 0.894), (5, 0.722)], [(0, 0.91), (1, 0.89), (5, 0.71)])}
+    assert list_severities(read_report(report).details.robustness) == {
+        "fog": ([(0, 0.917), (1, 0.894), (5, 0.722)], [(0, 0.91), (1, 0.89), (5, 0.71)])
+    }
     page = Page(render_html(report))
     assert "Noise, corruptions and shifted data" in page.text
-    assert "night shots shifted data" in page.text
-    assert "Corruptions, mean of 483.12 %82.00 %−1.12 points" in page.text
+    assert "night shots (shifted data)" in page.text
+    assert "Corruptions, mean of 483.12 %82.00 %−1.12 percentage points" in page.text
     report["details"]["robustness"]["distributions"] = [one for one in found if one["kind"] in ("nominal", "shifted")]
     page = Page(render_html(report))
     assert {"noise", "severities"}.isdisjoint(page.plots())
@@ -499,7 +533,7 @@ def test_many_distributions_are_folded() -> None:
         {"name": f"blur_{place} 3", "kind": "corruption", "top1": 0.5, "baseline_top1": 0.6} for place in range(45)
     ]
     page = Page(render_html(report))
-    assert "33 more, where no more was lost" in page.text
+    assert "33 more, with smaller drops" in page.text
     assert "blur_44 3" in page.text
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from report_samples import CONFIG, ENVIRONMENT, failing_verdict, passing_verdict, sample_stages
 from typer.testing import CliRunner, Result
 
 from compress.cli.commands import app
 from compress.errors import ArtifactError
-from compress.report import fronts, lines, plots
+from compress.report import plots
 from compress.report.build import build_report, write_report
-from compress.report.page import render_page
-from compress.report.reading import read_report
+from compress.report.page import render
+from compress.report.reading import read_values
 from compress.storage.digest import sealed
 
 PROVENANCE = {"data": {"train": "1" * 64, "evaluation": "2" * 64}}
@@ -29,8 +30,7 @@ OTHER = build_report("harder", failing_verdict(), sample_stages(), CONFIG, ENVIR
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is drawn, for speed; what is written without a place goes to the test's folder."""
-    for module in (fronts, lines, plots):
-        monkeypatch.setattr(module, "render_svg", lambda key, title, height_inches, draw: "<svg></svg>")
+    monkeypatch.setattr(plots, "render_svg", lambda key, title, height_inches, draw: Markup("<svg></svg>"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -145,13 +145,21 @@ def test_what_is_no_finished_run_is_refused(runs: Path, tmp_path: Path, place: s
         (b"{}", "must be the report of a run, it has no schema number."),
         (b'{"schema": 2}', "must have schema 1, got 2.\nHint: It was written by another version"),
         (b'{"schema": "1"}', "must have schema 1, got '1'."),
-        (b'{"schema": 1}', "must be the report of a run: it has no verdict with a list of checks."),
-        (b'{"schema": 1, "verdict": []}', "it has no verdict with a list of checks."),
-        (b'{"schema": 1, "verdict": {"checks": [3]}}', "it has no verdict with a list of checks."),
-        (b'{"schema": 1, "verdict": {"checks": []}, "stages": {}}', "'stages' is no list."),
-        (b'{"schema": 1, "verdict": {"checks": []}, "stages": [1]}', "a stage is no object."),
-        (b'{"schema": 1, "verdict": {"checks": []}, "slim": 3}', "'slim' is no object."),
-        (b'{"schema": 1, "verdict": {"checks": []}, "details": 3}', "'details' is no object."),
+        (b'{"schema": 1}', "report.json' is not as a run writes it: 'verdict' is missing.\nHint: Run the pipeline"),
+        (b'{"schema": 1, "verdict": []}', "'verdict' must be an object, got []."),
+        (b'{"schema": 1, "verdict": {}}', "'verdict.checks' is missing."),
+        (b'{"schema": 1, "verdict": {"checks": [3]}}', "'verdict.checks[0]' must be an object, got 3."),
+        (b'{"schema": 1, "verdict": {"checks": [{"status": "x"}]}}', "'skipped', got 'x'."),
+        (b'{"schema": 1, "verdict": {"checks": [], "passed": "yes"}}', "'verdict.passed' must be true or false, got"),
+        (b'{"schema": 1, "verdict": {"checks": []}, "stages": {}}', "'stages' must be a list, got {}."),
+        (b'{"schema": 1, "verdict": {"checks": []}, "stages": [1]}', "'stages[0]' must be an object, got 1."),
+        (b'{"schema": 1, "verdict": {"checks": []}, "slim": 3}', "'slim' must be an object, got 3."),
+        (b'{"schema": 1, "verdict": {"checks": []}, "slim": {"macs": -1}}', "'slim.macs' must be at least 0, got -1."),
+        (
+            b'{"schema": 1, "verdict": {"checks": []}, "slim": {"latency_ms": {"p50": 1e999}}}',
+            "must be a finite number",
+        ),
+        (b'{"schema": 1, "verdict": {"checks": []}, "details": 3}', "'details' must be an object, got 3."),
         (b'{"schema": 1, "verdict": {"checks": []}, "detaims": {}}', "has no digest of itself"),
         (b'{"schema": 1, "verdict": {"checks": []}, "record_digest": 7}', "it was damaged or edited."),
         (b'{"schema": 1, "schema": 1, "verdict": {"checks": []}}', "a key stands in it twice."),
@@ -184,7 +192,7 @@ def test_every_changed_bit_of_a_report_is_refused(runs: Path) -> None:
         changed[place] ^= 1 << (place % 8)
         path.write_bytes(changed)
         try:
-            report = read_report(path)
+            report = read_values(path)
         except ArtifactError:
             continue
         assert report == json.loads(whole), bytes(changed[place - 20 : place + 20])
@@ -214,7 +222,7 @@ def test_places_where_no_page_can_go_are_refused(runs: Path, tmp_path: Path) -> 
 
 
 def test_a_full_disk_leaves_the_old_page(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = render_page("old", "compress report", "old", "")
+    old = render("page.html.j2", "old", "old")
     (runs / "gentle" / "report.html").write_text(old, encoding="utf-8")
 
     def refuse(source: Path, target: Path) -> None:

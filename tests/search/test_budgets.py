@@ -273,7 +273,7 @@ def test_a_file_is_not_verified_without_labels_and_without_a_baseline(tmp_path: 
     gates = GatesFile.model_validate(
         {"evaluation": {"unlabelled": str(tmp_path / "x.npy")}, "preprocessing": {}, "task": "segmentation"}
     )
-    with pytest.raises(ConfigValueError, match="must be compared with the untouched network"):
+    with pytest.raises(ConfigValueError, match="must be compared with the baseline"):
         verify_file(tmp_path / "m.onnx", gates, None, SilentProgress())
 
 

@@ -27,6 +27,7 @@ from compress.pruning.methods.gates import Gates
 from compress.pruning.methods.grda import Grda
 from compress.pruning.methods.gsm import Gsm
 from compress.pruning.methods.regrow import Regrow
+from compress.search.pruner import Pruner
 from compress.stages.prune import PruneStage
 
 TRAINING = TrainingConfig(steps=90, batch_size=16, learning_rate=0.05, momentum=0.5, warmup_ratio=0.0)
@@ -94,7 +95,7 @@ def test_a_latency_budget_is_met_by_widths_that_were_timed(data, tmp_path, monke
 
 def test_the_momentum_of_gsm_takes_the_place_of_that_of_training(learn, monkeypatch):
     settings, fit = [], hooked.fit
-    monkeypatch.setattr(hooked, "fit", lambda *args, **rest: settings.append(args[3]) or fit(*args, **rest))
+    monkeypatch.setattr(hooked, "fit", lambda *args, **rest: settings.append(args[2]) or fit(*args, **rest))
     decays, begun = [], Gsm.__init__
 
     def noted(self, setting, options=None):
@@ -205,11 +206,11 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(learn, monkeypatch, m
 
 def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):
     whole, record, _ = learn("chain", "whole", method="gsm")
-    cut = PruneStage._cut
-    monkeypatch.setattr(PruneStage, "_cut", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
+    cut = Pruner.cut
+    monkeypatch.setattr(Pruner, "cut", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
     with pytest.raises(SystemExit):
         learn("chain", "killed", method="gsm")
-    monkeypatch.setattr(PruneStage, "_cut", cut)
+    monkeypatch.setattr(Pruner, "cut", cut)
     monkeypatch.setattr(Gsm, "on_step_begin", lambda *_: pytest.fail("it was trained again"))
     again, repeated, _ = learn("chain", "killed", method="gsm")
     assert again.recipe == whole.recipe

@@ -178,7 +178,7 @@ def test_of_several_processes_none_goes_on_from_parts(tmp_path: Path, monkeypatc
     class Two:
         size = 2
 
-    monkeypatch.setattr(parts_module, "present_team", Two)
+    monkeypatch.setattr(parts_module, "current_ranks", Two)
     assert Parts(tmp_path, Listener()).find({}) is None
     Parts(tmp_path, Listener()).add({"other": 1}, Part([1]))
     assert len(list((tmp_path / FOLDER).iterdir())) == 1

@@ -28,10 +28,13 @@ from compress.model.recipe import Recipe
 from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
-from compress.search.block_removal import Trunk
+from compress.search.block_removal import Shortened
 from compress.search.context import StageContext
-from compress.search.scoring import Scoring, scaled_reads
+from compress.search.evidence import EvidenceCollector
+from compress.search.scaling import scaled_reads
+from compress.search.scoring import Scoring
 from compress.search.survey import survey
+from compress.search.teacher import LoadedTeacher
 from compress.stages.prune import PruneStage
 from compress.training.evaluate import evaluate_loss
 
@@ -93,14 +96,14 @@ def test_a_budget_in_milliseconds_is_met(criterion, ctx, tmp_path, monkeypatch) 
 @pytest.mark.parametrize("criterion", LABEL_FREE)
 def test_labels_are_not_looked_at(criterion, data, ctx, tmp_path, monkeypatch) -> None:
     """Ranks and damages stay as they are where the gradients of the loss cannot be had."""
-    monkeypatch.setattr("compress.search.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
+    monkeypatch.setattr("compress.search.evidence.collect_gradients", lambda *_args: pytest.fail("labels were used"))
     found = _candidates(_config(criterion=criterion, score_images=16), _model("residual", tmp_path), ctx)
     assert all(float(one.damages[0]) > 0 for one in found)
 
 
 def _candidates(config: PruneConfig, model: TorchModel, ctx: StageContext):
     surveyed = survey(model, config, None, ctx)
-    return Scoring(config, Trunk(model, (), [], model.module, 0), surveyed, "key", ctx).candidates()
+    return Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx).candidates()
 
 
 def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp_path) -> None:
@@ -121,10 +124,8 @@ def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp
 def test_an_interrupted_run_finds_what_it_had(criterion, ctx, tmp_path, monkeypatch) -> None:
     model, config = _model("residual", tmp_path), _config(criterion=criterion, score_images=16)
     first = _candidates(config, model, ctx)
-    for name in ("reader_statistics", "collect_gradients", "collect_contributions"):
-        real = f"compress.search.scoring.{name}"
-        if name != "reader_statistics":
-            monkeypatch.setattr(real, lambda *_args: pytest.fail("made twice"))
+    for name in ("collect_gradients", "collect_contributions"):
+        monkeypatch.setattr(f"compress.search.evidence.{name}", lambda *_args: pytest.fail("made twice"))
     monkeypatch.setattr(GreedyLoss, "rank_by_loss", lambda *_args: pytest.fail("made twice"))
     again = _candidates(config, model, replace(ctx))
     for one, other in zip(first, again, strict=True):
@@ -242,7 +243,7 @@ def unlabelled(tmp_path):
 
 @pytest.mark.parametrize("criterion", ["taylor", "snip", "grasp"])
 def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, unlabelled, tmp_path) -> None:
-    unlabelled.make_original = lambda: nets.build("residual")
+    unlabelled.teacher = LoadedTeacher(nets.build("residual"))
     with pytest.raises(DataError, match=f"Criterion '{criterion}' needs gradients of a loss"):
         PruneStage(_config(criterion=criterion)).run(_model("residual", tmp_path), replace(ctx, data=unlabelled))
 
@@ -251,7 +252,7 @@ def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, un
 @pytest.mark.parametrize("criterion", ["reconstruction", "greedy"])
 def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx, unlabelled, tmp_path) -> None:
     """The gradients of the distance to the baseline are rounding noise at the baseline."""
-    unlabelled.make_original = lambda: nets.build(name)
+    unlabelled.teacher = LoadedTeacher(nets.build(name))
     model, config = _model(name, tmp_path), _config(criterion=criterion, score_images=16)
     found = _candidates(config, model, replace(ctx, data=unlabelled))
     assert min(one.damages[0] for one in found) > 1e-4
@@ -261,7 +262,7 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
 
 
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("compress.search.scoring.collect_gradients", lambda *_args: pytest.fail("labels were used"))
+    monkeypatch.setattr("compress.search.evidence.collect_gradients", lambda *_args: pytest.fail("labels were used"))
     config = _config(criterion="reconstruction", damage="errors", score_images=16)
     found = _candidates(config, _model("residual", tmp_path), ctx)
     for one in found:
@@ -279,16 +280,16 @@ def test_one_bound_for_all_groups_meets_the_budget(criterion, ctx, tmp_path) -> 
 
 def test_gradient_flow_is_signed_on_an_untrained_network_only(ctx, tmp_path, monkeypatch) -> None:
     seen = []
-    real = Scoring._evidence
+    real = EvidenceCollector.collect
 
     def spy(self, criterion):
         seen.append(real(self, criterion))
         return seen[-1]
 
-    monkeypatch.setattr(Scoring, "_evidence", spy)
+    monkeypatch.setattr(EvidenceCollector, "collect", spy)
     config = _config(criterion="grasp", score_images=16)
     _candidates(config, _model("chain", tmp_path), ctx)
-    monkeypatch.setattr(Scoring, "_is_trained", lambda *_args: True)
+    monkeypatch.setattr(EvidenceCollector, "is_trained", lambda *_args: True)
     _candidates(config, _model("chain", tmp_path), StageContext(tmp_path / "other", 0, ctx.data, Listener()))
     assert [one.is_signed for one in seen] == [True, False]
 
@@ -301,20 +302,20 @@ def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> 
     model = _model("chain", tmp_path, module)
     config = _config(criterion="snip", score_images=16)
     surveyed = survey(model, config, None, ctx)
-    scoring = Scoring(config, Trunk(model, (), [], model.module, 0), surveyed, "key", ctx)
-    measured = scoring._with_statistics(module)
+    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
+    measured = scoring.evidence.with_statistics(module)
     assert measured is not module
     assert not module.body[0][1].running_mean.any()
     assert bool(measured.body[0][1].running_mean.any())
-    assert scoring._with_statistics(measured) is measured
+    assert scoring.evidence.with_statistics(measured) is measured
 
 
 def test_the_loss_of_the_stage_follows_the_factors(ctx, tmp_path) -> None:
     model, config = _model("chain", tmp_path), _config(criterion="greedy_loss", score_images=16)
     surveyed = survey(model, config, None, ctx)
-    scoring = Scoring(config, Trunk(model, (), [], model.module, 0), surveyed, "key", ctx)
+    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
     group = surveyed.groups["body.0.0"]
-    loss_of, split = scoring._loss_with(group), ctx.data.calibration.first(16)
+    loss_of, split = scoring.orders.loss_with(group), ctx.data.calibration.first(16)
     factors = torch.linspace(0, 2, group.width)
     with scaled_reads(model.module, group, factors):
         wanted = evaluate_loss(model.module, split)

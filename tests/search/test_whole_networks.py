@@ -15,7 +15,7 @@ from bright import Listener, artifact, context, splits
 from exported import exported
 from steady import profile_by_macs
 
-import compress.search.whole_networks as joint_module
+import compress.search.finalists as finalists_module
 from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema.prune import PruneConfig, SlimConfig
 from compress.config.schema.targets import TargetConfig
@@ -31,6 +31,7 @@ from compress.search.block_removal import places_in_whole, without_blocks
 from compress.search.context import StageContext
 from compress.search.parts import Part, Parts
 from compress.search.survey import Targets
+from compress.search.whole_networks import WholeNetworkSearch
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
 from compress.training.evaluate import evaluate_loss
@@ -99,7 +100,7 @@ def test_blocks_and_widths_are_chosen_within_the_budgets(
 def test_the_best_networks_of_the_first_rounds_are_finished(prune: Callable[..., Pruned]) -> None:
     _, record, _ = prune("residual", blocks="joint", whole_networks=10)
     networks = record["whole_networks"]
-    best = sorted(networks["tried"], key=lambda one: one["loss"])[: joint_module.FINALISTS]
+    best = sorted(networks["tried"], key=lambda one: one["loss"])[: finalists_module.FINALISTS]
     expected = [one["blocks"] for one in best]
     if expected[0]:
         expected[-1] = expected[0]  # the usual estimates, without the blocks of the best
@@ -146,7 +147,7 @@ def test_a_network_without_removable_blocks_is_narrowed_and_that_is_said(prune: 
 
 
 def test_nothing_learned_is_noted(prune: Callable[..., Pruned], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint_module._Search, "_learn", lambda _: None)
+    monkeypatch.setattr(WholeNetworkSearch, "learn", lambda _: None)
     _, record, listener = prune("chain", blocks=0, whole_networks=4)
     assert record["whole_networks"]["fit"] is None
     assert any(note.startswith("whole_networks: no factors of damages were learned from ") for note in listener.notes)
@@ -220,7 +221,7 @@ def timed(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def test_a_budget_in_milliseconds_is_met_and_timed(
     timed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, target: dict[str, float]
 ) -> None:
-    monkeypatch.setattr(joint_module, "FINALISTS", 1)
+    monkeypatch.setattr(finalists_module, "FINALISTS", 1)
     seen: list[Any] = []
     budgets = Targets.budgets
     monkeypatch.setattr(Targets, "budgets", lambda self, *args: seen.append((self, args)) or budgets(self, *args))

@@ -32,6 +32,7 @@ from compress.errors import (
     RuntimeUnavailable,
     StageError,
 )
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.layers import find_layers
 from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
@@ -43,6 +44,7 @@ from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost, layer_axes
 from compress.search.context import StageContext
 from compress.search.latency_loop import meet_latency
+from compress.search.rank_inputs import measure_spectra
 from compress.search.survey import Targets
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
@@ -461,7 +463,7 @@ def test_a_concat_network_meets_its_target_as_predicted(ctx, tmp_path, monkeypat
     profile_by_macs(monkeypatch)
     path = tmp_path / "baseline.onnx"
     module = _Branches().eval()
-    export_onnx(module, SIGNATURE, path, opset=18)
+    export_onnx(module, SIGNATURE, path, ExportSettings(opset=18))
     figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": "branches"})
     model = TorchModel(module, spec, Recipe(), SIGNATURE, None, (), Baseline(figures, path, tmp_path))  # type: ignore[arg-type]
@@ -614,9 +616,8 @@ def test_a_choice_that_is_timed_too_slow_says_milliseconds_where_they_were_asked
 
 def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, tmp_path, monkeypatch):
     model, timed = _model("chain", tmp_path), []
-    spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
-        model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, SilentProgress()
-    )
+    config = LowRankConfig(stage="low_rank", relative_error=0.5)
+    spectra = measure_spectra(model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, config, SilentProgress())
     original = profiling._profile_together
 
     def watched(paths, *others):
@@ -639,9 +640,8 @@ def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, t
 
 def test_ranks_are_timed_for_real(ctx, tmp_path):
     model = _model("chain", tmp_path)
-    spectra = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))._measure_spectra(
-        model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, SilentProgress()
-    )
+    config = LowRankConfig(stage="low_rank", relative_error=0.5)
+    spectra = measure_spectra(model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, config, SilentProgress())
     timed = rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx)
     assert timed.reference_ms > 0
     assert timed.fixed_ms > 0

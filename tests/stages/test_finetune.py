@@ -27,6 +27,7 @@ from compress.errors import NonFinite
 from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress
+from compress.search import training
 from compress.search.context import StageContext
 from compress.search.training import fit_settings
 from compress.stages import finetune
@@ -36,7 +37,7 @@ from compress.tasks.classification import Classification
 from compress.tasks.imitation import Embedding, Imitation
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.training.loop import EpochRecord, FitResult, FitSettings
+from compress.training.settings import EpochRecord, FitResult, FitSettings
 
 GIVEN = {
     "steps": 7,
@@ -219,14 +220,14 @@ def test_training_that_makes_a_network_worse_is_not_kept(run, folder, monkeypatc
 def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
     rates: list[tuple[float, int]] = []
 
-    def fit(module, train, validation, settings, *rest, **more):
+    def fit(module, data, settings, *rest):
         rates.append((settings.learning_rate, settings.steps))
-        done = real(module, train, validation, settings, *rest, **more)
+        done = real(module, data, settings, *rest)
         told = {0.02: 0.5, 0.06: 0.9}.get(round(settings.learning_rate, 3), 0.7)
         return replace(done, epochs=(*done.epochs[:-1], replace(done.epochs[-1], validation=told)))
 
-    real = finetune.fit
-    monkeypatch.setattr(finetune, "fit", fit)
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
     _, record, notes = run(epochs=2, learning_rate=0.2, probe=True)
     assert [(pytest.approx(rate), steps) for rate, steps in rates] == [(0.02, 4), (0.06, 4), (0.2, 4), (0.06, None)]
     assert record["peak_learning_rate"] == pytest.approx(0.06)
@@ -240,13 +241,13 @@ def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
 
 
 def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, folder, monkeypatch) -> None:
-    def fit(module, train, validation, settings, *rest, **more):
+    def fit(module, data, settings, *rest):
         if settings.learning_rate > limit:
             raise NonFinite("The training loss must be finite, got nan.")
-        return real(module, train, validation, settings, *rest, **more)
+        return real(module, data, settings, *rest)
 
-    real, limit = finetune.fit, 0.1
-    monkeypatch.setattr(finetune, "fit", fit)
+    real, limit = training.fit, 0.1
+    monkeypatch.setattr(training, "fit", fit)
     _, record, notes = run(steps=3, learning_rate=0.2, probe=True)
     assert record["probed_learning_rates"][-1] == {"learning_rate": 0.2, "validation_top1": None}
     assert record["peak_learning_rate"] < 0.1
@@ -268,7 +269,7 @@ def test_without_a_probe_nothing_is_tried(run) -> None:
 def test_training_may_start_from_random_weights(run, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(
-        finetune,
+        training,
         "fit",
         lambda module, *_, **__: seen.append(module) or FitResult((EpochRecord(1, 1.0, 0.5, 0.1, 1.0),), 1, 1),
     )
@@ -293,14 +294,14 @@ def test_training_that_does_no_more_harm_than_noise_is_kept(run, monkeypatch) ->
     def facts(module, split, **_):
         return {"right": np.arange(len(split)) >= next(every)}
 
-    def fit(module, train, validation, *rest, **more):
-        done = real(module, train, validation, *rest, **more)
-        epochs = tuple(replace(epoch, validation=1 - 4 / len(validation)) for epoch in done.epochs)
+    def fit(module, data, *rest):
+        done = real(module, data, *rest)
+        epochs = tuple(replace(epoch, validation=1 - 4 / len(data.validation)) for epoch in done.epochs)
         return replace(done, epochs=epochs)
 
-    real = finetune.fit
-    monkeypatch.setattr(finetune, "fit", fit)
-    monkeypatch.setattr(finetune, "quality_facts", facts)
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training, "quality_facts", facts)
     network = nets.build("chain")
     kept, record, _ = run(network, epochs=1, learning_rate=0.02)
     assert record["chosen_epoch"] == 1

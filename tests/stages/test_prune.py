@@ -15,8 +15,8 @@ import torch
 from bright import Listener as _Listener
 from torch import nn
 
+import compress.search.evidence as evidence_module
 import compress.search.repairs as repairing
-import compress.search.scoring as scoring_module
 from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.config.schema.prune import PruneConfig
@@ -34,11 +34,12 @@ from compress.pruning.ranking.sensitivity import Sensitivity
 from compress.pruning.repair.repairs import _batches
 from compress.pruning.tracing.record import OUTPUTS
 from compress.pruning.trial import find_cuttable
+from compress.search.block_numbers import BlockNumberSearch
 from compress.search.block_removal import shorten
 from compress.search.context import StageContext
+from compress.search.evidence import score_batch
 from compress.search.parts import Parts
 from compress.search.repairs import apply_repairs
-from compress.search.scoring import score_batch
 from compress.stages.prune import PruneStage
 from compress.training.evaluate import evaluate_loss
 
@@ -335,11 +336,11 @@ def test_between_one_block_and_the_next_a_refit_that_helps_is_enough(data, tmp_p
     figures = Figures(count_macs(network, nets.EXAMPLE), count_params(network), 0, {}, {})
     baseline = Baseline(figures, tmp_path, tmp_path)
     model = TorchModel(network, FactorySpec("factory", "nets:build"), Recipe(), SIGNATURE, None, (), baseline)
-    trunks = shorten(model, 16, every, StageContext(tmp_path, 0, data, _Listener()))
-    assert next(trunks).repairs == []
+    networks = shorten(model, 16, every, StageContext(tmp_path, 0, data, _Listener()))
+    assert next(networks).repairs == []
     told = iter(losses)
     monkeypatch.setattr(repairing, "image_losses", lambda *_, **__: torch.full((16,), next(told)))
-    assert [one["repair"] for one in next(trunks).repairs] == list(every[:tried])
+    assert [one["repair"] for one in next(networks).repairs] == list(every[:tried])
 
 
 @pytest.mark.parametrize("repair", [("batch_norm",), ("least_squares", "batch_norm")])
@@ -418,24 +419,30 @@ def test_a_network_without_shortcuts_has_nothing_to_try(prune):
         ({9: math.nan, 6: 0.2, 7: math.nan}, [0, 3, 6, 9, 12, 5, 7]),
     ],
 )
-def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(monkeypatch, tmp_path, losses, tried):
-    stage = PruneStage(PruneConfig(stage="prune", target=TargetConfig(macs=0.5), blocks="auto"))
-    prepared = SimpleNamespace(surveyed=SimpleNamespace(targets=SimpleNamespace(latency=None)))
-    monkeypatch.setattr(
-        stage, "_prepare", lambda trunk, *_: SimpleNamespace(**vars(prepared), count=len(trunk.removed))
-    )
-    cut = SimpleNamespace(removed={"conv": (0,)})
-    monkeypatch.setattr(
-        stage, "_attempt", lambda got, _: SimpleNamespace(model=SimpleNamespace(module=got.count), selection=cut)
-    )
-    monkeypatch.setattr(stage, "_key", lambda trunk, *_: str(len(trunk.removed)))
-    monkeypatch.setattr(stage, "_loss", lambda got, _: losses.get(got.model.module, 0.5 + got.model.module / 100))
-    trunks = (SimpleNamespace(removed=("block",) * count, blocks=27) for count in range(28))
-    trials: list[dict] = []
-    ctx = SimpleNamespace(progress=_Listener(), parts=Parts(tmp_path, _Listener()))
-    best = stage._best_attempt(trunks, trials, ctx)
-    assert [trial["blocks"] for trial in trials] == tried
-    assert best.model.module == min(losses, key=lambda count: (math.isnan(losses[count]), losses[count]))
+def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(tmp_path, losses, tried):
+    class Counting:
+        """A pruner whose networks are numbers of removed blocks."""
+
+        config = PruneConfig(stage="prune", target=TargetConfig(macs=0.5), blocks="auto")
+        ctx = SimpleNamespace(progress=_Listener(), parts=Parts(tmp_path, _Listener()))
+
+        def identify(self, shortened, _surveyed):
+            return str(len(shortened.removed))
+
+        def prepare(self, shortened, _latency):
+            surveyed = SimpleNamespace(targets=SimpleNamespace(latency=None))
+            return SimpleNamespace(surveyed=surveyed, count=len(shortened.removed))
+
+        def attempt(self, prepared):
+            return SimpleNamespace(count=prepared.count, selection=SimpleNamespace(removed={"conv": (0,)}))
+
+        def loss(self, attempt):
+            return losses.get(attempt.count, 0.5 + attempt.count / 100)
+
+    numbers = BlockNumberSearch(Counting())
+    best = numbers.run(SimpleNamespace(removed=("block",) * count, blocks=27) for count in range(28))
+    assert [trial["blocks"] for trial in numbers.records] == tried
+    assert best.count == min(losses, key=lambda count: (math.isnan(losses[count]), losses[count]))
 
 
 def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
@@ -586,7 +593,7 @@ def test_settings_that_steer_scores_and_repairs_reach_them(prune, monkeypatch):
         asked.append(each)
         return collect_gradients(module, groups, batches, each, losses)
 
-    monkeypatch.setattr(scoring_module, "collect_gradients", remembered)
+    monkeypatch.setattr(evidence_module, "collect_gradients", remembered)
     passes = []
     monkeypatch.setattr(
         "compress.pruning.repair.repairs._batches", lambda one: passes.append(one.most_images) or _batches(one)

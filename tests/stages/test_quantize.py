@@ -18,16 +18,18 @@ from compress.config.schema.verify import DeployConfig, VerifyConfig
 from compress.cost.conditions import has_vnni
 from compress.cost.macs import count_layer_weights, count_macs, count_params
 from compress.errors import ArtifactError, DataError
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.io import is_quantized, load_onnx, save_onnx
 from compress.report.build import StageRun, build_report
-from compress.report.page import render_html
-from compress.report.shares import render_shares
+from compress.report.model import read_report
+from compress.report.page import render_report
 from compress.stages.quantize import QuantizeStage
 from compress.stages.verify import VerifyStage
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
@@ -44,7 +46,7 @@ def whole(tmp_path_factory, data):
     """What export yields."""
     folder, module = tmp_path_factory.mktemp("whole"), nets.build("residual")
     preprocessing = data.preprocessing
-    export_onnx(module, SIGNATURE, folder / "model.onnx", opset=18, preprocessing=preprocessing)
+    export_onnx(module, SIGNATURE, folder / "model.onnx", ExportSettings(opset=18), preprocessing=preprocessing)
     write_weights(module, folder / "baseline.safetensors")
     figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 1, {}, {})
     baseline = Baseline(figures, folder / "model.onnx", folder / "baseline.safetensors")
@@ -148,7 +150,7 @@ def verify(artifact, data, **changes):
         "baseline_figures": artifact.reference.baseline.figures,
         "float_onnx": artifact.float_path,
     }
-    return verify_onnx(artifact.path, **(arguments | changes))
+    return verify_onnx(VerificationJob(artifact.path, **(arguments | changes)))
 
 
 def check_of(verdict, name):
@@ -248,13 +250,10 @@ def test_report_tells_of_the_rounding_and_of_each_share(done, data):
                                                 "epochs": [{"epoch": 2, "validation_top1": 0.95}]}),
               StageRun("quantize", "ran", 1.0, record)]  # fmt: skip
     report = build_report("demo", verify(artifact, data), stages, {}, {})
-    page = render_html(report)
+    page = render_report(read_report(report))
     assert "Quantisation to INT8" in page
-    assert "What each stage did to top-1" in page
-    section = render_shares(report)
-    assert section.count("<tr>") == 5
+    section = page.partition("<h2>Effect of each stage on top-1")[2].partition("</section>")[0]
+    assert section.count("<tr>") == 6
     assert "−10.00" in section
     assert "+15.00" in section
     assert "all stages up to the float file" in section
-    assert render_shares({}) == ""
-    assert render_shares({"details": {"shares": [{}]}, "stages": [{}]}).count("<tr>") == 2

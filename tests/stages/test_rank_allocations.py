@@ -28,6 +28,7 @@ from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, InternalError, StageError, UnsupportedLayer
+from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.allocations import allocate_ranks, least_worst_error, most_energy, rank_options
 from compress.lowrank.factorize import (
@@ -48,6 +49,7 @@ from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.pruning.trial import find_cuttable
 from compress.search.context import StageContext
+from compress.search.rank_inputs import measure_spectra
 from compress.stages.low_rank import LowRankStage
 from compress.stages.slim import SlimStage
 
@@ -167,7 +169,7 @@ def test_a_grouped_layer_is_replayed_loaded_strictly_and_exported_as_a_grouped_c
     replayed.load_state_dict(slim.state_dict(), strict=True)
     assert torch.equal(replayed(nets.images()), slim(nets.images()))
     path = tmp_path / "slim.onnx"
-    export_onnx(slim, SIGNATURE, path, opset=18)
+    export_onnx(slim, SIGNATURE, path, ExportSettings(opset=18))
     groups = [
         next((a.i for a in node.attribute if a.name == "group"), 1)
         for node in onnx.load(path).graph.node
@@ -529,7 +531,7 @@ def test_rules_choose_among_what_was_timed(rule, limit_ms, expected):
 def test_every_scheme_is_timed_by_itself(ctx, rule):
     module = nets.build("residual")
     config = LowRankConfig(stage="low_rank", target=RankTargetConfig(latency=0.6), allocation=rule)
-    spectra = LowRankStage(config)._measure_spectra(module, find_layers(module, nets.EXAMPLE)[0], {}, ctx.progress)
+    spectra = measure_spectra(module, find_layers(module, nets.EXAMPLE)[0], {}, config, ctx.progress)
     trials = rank_latency._scheme_trials(spectra, 1, rule)
     schemes = [{choice.scheme for choice in trial} - {None, "svd"} for trial in trials]
     assert all(len(found) <= 1 for found in schemes)

@@ -23,13 +23,16 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite, StageError
 from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
-from compress.report.work import _list_rewinding
+from compress.report.records import TrainingRecord
+from compress.report.stage_facts import list_rewinding
+from compress.search import training
 from compress.search.context import StageContext
+from compress.search.teacher import BaselineTeacher
 from compress.search.training import fit_settings
 from compress.stages import finetune
 from compress.stages.finetune import FinetuneStage
-from compress.training.loop import FitSettings, learning_rate
 from compress.training.schedule import schedule
+from compress.training.settings import FitSettings, learning_rate
 
 SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
 EARLY = 7  # seed of the network that the checkpoint holds; every weight and statistic differs from the seed 0
@@ -169,7 +172,9 @@ def run(tmp_path: Path):
         (tmp_path / finetune.STATE_FILE).unlink(missing_ok=True)
         listener = Listener()
         stage = FinetuneStage(FinetuneConfig(stage="finetune", batch_size=16, **config))
-        model, record = stage.run(artifact, StageContext(tmp_path, 0, data, listener))
+        model, record = stage.run(
+            artifact, StageContext(tmp_path, 0, data, listener, teacher=BaselineTeacher(artifact))
+        )
         return model, record, listener
 
     return call
@@ -178,12 +183,12 @@ def run(tmp_path: Path):
 def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> None:
     seen = []
 
-    def fit(module, train, validation, settings, *rest, **more):
+    def fit(module, data, settings, *rest):
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
-        return real(module, train, validation, settings, *rest, **more)
+        return real(module, data, settings, *rest)
 
-    real = finetune.fit
-    monkeypatch.setattr(finetune, "fit", fit)
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
     original = {"learning_rate": 0.1, "epochs": 8}
     tail = {"rewind_schedule": "tail", "rewind_epoch": 6, "original": OriginalTrainingConfig(**original)}
     _, record, told = run(steps=4, weights="rewound", rewind_to=str(early("chain")), warmup_ratio=0.0, **tail)
@@ -198,7 +203,7 @@ def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> No
     said = "\n".join(told.notes)
     assert "weights rewound to 'early.safetensors', epoch 6: the same channels and blocks are removed" in said
     assert "learning rate rewound to epoch 6 of 8: the last 2 epochs of the cosine schedule, run through in 1" in said
-    assert list(_list_rewinding(record)) == [
+    assert list(list_rewinding(TrainingRecord.model_validate(record))) == [
         ("weights at the start", "rewound to epoch 6"), ("learning-rate schedule", "tail from epoch 6")
     ]  # fmt: skip
 
@@ -209,7 +214,7 @@ def test_the_record_has_the_singular_values_and_a_low_rate_is_warned_about(run, 
     assert set(isometry) == {"baseline", "before", "after", "images", "directions"}
     assert isometry["baseline"] > isometry["before"] > 0
     assert any(note.startswith("Mean Jacobian singular value: ") for note in told.notes)
-    assert list(_list_rewinding(record)) == []
+    assert list(list_rewinding(TrainingRecord.model_validate(record))) == []
     monkeypatch.setattr("compress.search.isometry_record.LOW_RATIO", 10.0)
     _, record, told = run(steps=3, learning_rate=0.001)
     (warning,) = [text for text in told.warnings if "Jacobian" in text]

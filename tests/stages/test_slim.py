@@ -29,8 +29,9 @@ from compress.errors import BudgetUnreachable, UnsupportedLayer
 from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
-from compress.pruning.ranking.sensitivity import Sensitivity
+from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity
 from compress.search.context import StageContext
+from compress.search.teacher import BaselineTeacher
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage
@@ -93,6 +94,7 @@ def run(data, tmp_path):
         config = {"target": TargetConfig(macs=0.5), "multiple_of": 1, "moves": ("channels",)} | config
         (tmp_path / folder).mkdir(exist_ok=True)
         ctx = StageContext(tmp_path / folder, 0, data, progress or _Listener(), deploy, tmp_path / "tables")
+        ctx = replace(ctx, teacher=BaselineTeacher(model))
         return SlimStage(SlimConfig(stage="slim", **config)).run(model, ctx)
 
     return call
@@ -173,8 +175,8 @@ def test_with_ranks_as_many_blocks_go_as_without_them(run, monkeypatch):
     asked = []
     cut = PruneStage.run
 
-    def watched(stage, model, ctx, trunks):
-        slim, record = cut(stage, model, ctx, trunks)
+    def watched(stage, model, ctx, networks):
+        slim, record = cut(stage, model, ctx, networks)
         asked.append((stage.config.blocks, stage.config.target.macs, len(record["removed_blocks"])))
         return slim, record
 
@@ -408,9 +410,8 @@ def test_each_step_measures_the_network_it_has(run, monkeypatch, tmp_path):
     def watched(self, group, candidates, stats):
         found = rises(self, group, candidates, stats)
         fresh = tmp_path / f"{len(differing)}.json"
-        anew = Sensitivity(
-            self.module, self.losses_of, self.guess, self.reestimate, nets.EXAMPLE, fresh, self.key, self.progress
-        )
+        saved = SavedRises(fresh, self.saved.key)
+        anew = Sensitivity(self.module, self.losses_of, self.guess, self.reestimate, nets.EXAMPLE, saved, self.progress)
         differing.append(found != rises(anew, group, candidates, stats))
         networks.append(self.module)
         return found
@@ -452,8 +453,8 @@ def test_milliseconds_become_shares_for_channels_that_go_part_of_the_way_to_rank
     model, asked, measured = _model("residual", tmp_path / "baseline"), [], []
     for stage in (PruneStage, LowRankStage):
 
-        def watched(self, artifact, ctx, *trunks, original=stage.run):
-            slim, record = original(self, artifact, ctx, *trunks)
+        def watched(self, artifact, ctx, *networks, original=stage.run):
+            slim, record = original(self, artifact, ctx, *networks)
             asked.append((type(self), self.config.target.given()))
             measured.append(record["latency"]["measured_ratio"])
             return slim, record

@@ -1,5 +1,7 @@
 """What tasks measure is what it should be, on outputs with known answers; and what is refused is refused in words."""
 
+import sys
+
 import numpy as np
 import pytest
 import taskworld
@@ -18,9 +20,10 @@ from compress.tasks.imitation import Imitation
 from compress.tasks.outputs import named, plain
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.training import loop as fit_module
+from compress.training import epochs as epochs_module
 from compress.training.evaluate import evaluate_loss, evaluate_quality
-from compress.training.loop import FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import FitSettings, TrainingData
 from compress.verification.task_metrics import Measured, changes_of_measured, estimate_measured
 
 PLAIN = Preprocessing(scale=1.0)
@@ -201,6 +204,22 @@ def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path)
         _ = Measured(own_task(f"{file}:Nan", {}), facts).value
 
 
+def test_a_users_task_is_guarded_in_a_subclass_and_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_task_of_one_object.py").write_text(
+        "import compress\nclass Mine(compress.Task):\n    metric = 'a'\n"
+        "    def metrics(self, outputs, targets): return {'a': 1 / 0}\n"
+        "TASK = Mine()\ndef make(): return TASK\n"
+    )
+    tasks = [own_task("my_task_of_one_object:make", {}) for _ in range(2)]
+    module = sys.modules.pop("my_task_of_one_object")
+    assert type(module.TASK) is module.Mine
+    for task in tasks:
+        assert type(task).__bases__ == (module.Mine,)
+        with pytest.raises(ModelError, match="Method 'metrics' of task 'my_task_of_one_object:make'"):
+            task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
+
+
 class _WithAuxiliary(nn.Module):
     """A segmentation network that returns two outputs, as torchvision's do."""
 
@@ -224,7 +243,7 @@ def test_a_network_with_several_outputs_is_judged_by_the_first_and_imitated_in_a
         teacher.side.weight.mul_(-3.0)
     imitated = _split(images, None, Imitation(Segmentation()), teacher)
     before = evaluate_loss(several, imitated)
-    fit(several, imitated, imitated, FitSettings(epochs=4, batch_size=10, learning_rate=0.1))
+    fit(several, TrainingData(imitated, imitated), FitSettings(epochs=4, batch_size=10, learning_rate=0.1))
     assert evaluate_loss(several, imitated) < before
     named_split = _split(images, masks, _Named())
     assert evaluate_quality(several, named_split) == 2.0
@@ -293,7 +312,7 @@ def test_what_is_learned_without_labels_comes_nearer_to_the_original():
         original.head.weight.mul_(20)
     student = taskworld.seeded(taskworld.Segmenter, seed=1)
     before = evaluate_loss(student, split)
-    result = fit(student, split, split, FitSettings(epochs=3, batch_size=16, learning_rate=0.05))
+    result = fit(student, TrainingData(split, split), FitSettings(epochs=3, batch_size=16, learning_rate=0.05))
     assert evaluate_loss(student, split) < 0.5 * before
     assert evaluate_quality(student, split) == max(epoch.validation for epoch in result.epochs)
     assert not any(parameter.device.type != "cpu" for parameter in original.parameters())
@@ -303,9 +322,9 @@ def test_less_is_better_where_the_task_says_so(monkeypatch):
     images, masks, *_ = taskworld.squares(32, 1)
     split = _split(images, (masks > 0).mean((1, 2)).astype(np.float32), Regression())
     told = iter([0.5, 0.2, 0.4])
-    monkeypatch.setattr(fit_module, "measure_quality", lambda *_, **__: (next(told), None))
+    monkeypatch.setattr(epochs_module, "measure_quality", lambda *_, **__: (next(told), None))
     module = taskworld.Reader()
-    result = fit(module, split, split, FitSettings(epochs=3, batch_size=16, learning_rate=0.001))
+    result = fit(module, TrainingData(split, split), FitSettings(epochs=3, batch_size=16, learning_rate=0.001))
     assert result.chosen_epoch == 2
 
 
@@ -313,7 +332,7 @@ def test_mixing_is_refused_without_classes():
     images, masks, *_ = taskworld.squares(32, 1)
     split = _split(images, masks, Segmentation())
     with pytest.raises(ConfigValueError, match="cutmix must be 0 where targets are no class indices"):
-        fit(taskworld.Segmenter(), split, split, FitSettings(augmentation=Augmentation(cutmix=1.0)))
+        fit(taskworld.Segmenter(), TrainingData(split, split), FitSettings(augmentation=Augmentation(cutmix=1.0)))
 
 
 LOSSES = """

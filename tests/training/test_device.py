@@ -16,13 +16,15 @@ from compress.data.splits import Split
 from compress.errors import StageError
 from compress.progress import SilentProgress
 from compress.pruning.groups import ChannelGroup, Member
-from compress.pruning.methods.base import GroupTensors, rows_of
 from compress.pruning.methods.csgd import _means
+from compress.pruning.methods.group_tensors import GroupTensors, rows_of
 from compress.training import device as device_module
-from compress.training import loop as fit_module
+from compress.training import loop as loop_module
 from compress.training.device import CPU, moved, placed, require_precision, resident, training_device
-from compress.training.loop import Distillation, FitSettings
+from compress.training.learner import build_optimizer
+from compress.training.loop import TrainingRun
 from compress.training.mixing import mixed
+from compress.training.settings import Distillation, FitSettings, TrainingData
 from compress.training.weight_averaging import WeightAverage
 
 ALL = Augmentation(crop_padding=1, flip=True)
@@ -162,7 +164,7 @@ def test_networks_come_back_to_the_cpu(monkeypatch):
 def test_steps_can_be_made_elsewhere(monkeypatch, is_resident):
     """The loop's own steps on tensors without values, with all that it can do: what mixes devices raises."""
     there = torch.device("meta")
-    monkeypatch.setattr(fit_module, "training_device", lambda _name: there)
+    monkeypatch.setattr(loop_module, "training_device", lambda _name: there)
     if not is_resident:
         monkeypatch.setattr(device_module, "resident", lambda *_: None)
     settings = FitSettings(
@@ -173,22 +175,25 @@ def test_steps_can_be_made_elsewhere(monkeypatch, is_resident):
         for _ in range(2)
     ]
     distillation = Distillation(networks[1].eval(), 0.5, 2.0, features=1.0)
-    split = _split(52)
-    run = fit_module._Run(networks[0].train(), split, split, settings, distillation, None, SilentProgress())
-    monkeypatch.setattr(run, "_autocast", nullcontext)  # which knows real devices only
+    data = TrainingData(_split(52), _split(52))
+    run = TrainingRun(networks[0].train(), data, settings, distillation, None, SilentProgress())
+    monkeypatch.setattr(run.loss, "autocast", nullcontext)  # which knows real devices only
     for network in run.networks:
         network.to(there)
-    run.optimizer = fit_module._optimizer(run.module, settings)  # parameters stay the same on their way to a GPU only
+    # parameters stay the same on their way to a GPU only
+    run.learner.optimizer = build_optimizer(run.learner.module, settings)
     with run.surroundings():
-        for batch in training_batches(run.train, 8, settings.augmentation, 0, 0):
-            run._train_step([batch])
-    assert run.step == len(run.unread) == 6
+        for batch in training_batches(run.data.train, 8, settings.augmentation, 0, 0):
+            run.train_step([batch])
+    assert run.step == 6
+    assert run.losses.values == []  # none was read back
     assert {value.device for value in run.networks[0].state_dict().values()} == {there}
-    assert {value.device for values in run.optimizer.state.values() for value in values.values()} == {there}
+    assert {value.device for values in run.learner.optimizer.state.values() for value in values.values()} == {there}
 
 
 def test_where_hooks_wait_for_the_gpu_anyway_each_loss_is_read(monkeypatch):
-    monkeypatch.setattr(fit_module, "training_device", lambda _name: torch.device("meta"))
-    arguments = (nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), _split(), _split(), FitSettings(), None, None)
-    assert fit_module._Run(*arguments, SilentProgress(), None).read_together == 20
-    assert fit_module._Run(*arguments, SilentProgress(), object()).read_together == 1
+    monkeypatch.setattr(loop_module, "training_device", lambda _name: torch.device("meta"))
+    module, data = nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), TrainingData(_split(), _split())
+    arguments = (module, data, FitSettings(), None, None, SilentProgress())
+    assert TrainingRun(*arguments).losses.interval == 20
+    assert TrainingRun(*arguments, hooks=object()).losses.interval == 1

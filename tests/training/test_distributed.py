@@ -14,8 +14,8 @@ from torch.distributed import HashStore
 
 from compress.errors import DataError
 from compress.progress import SilentProgress
-from compress.training import loop as fit_module
-from compress.training.distributed import Team, _agreed_name, present_team
+from compress.training import loop as loop_module
+from compress.training.distributed import Ranks, _agreed_name, current_ranks
 from compress.training.loop import fit
 
 SIZE = 2
@@ -23,8 +23,8 @@ SIZE = 2
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Path:
-    """What a team of two has written."""
-    folder = tmp_path_factory.mktemp("team")
+    """What a ranks of two has written."""
+    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, team_run.__file__]
     ranks = [
         subprocess.Popen([*command, str(rank), str(SIZE), str(folder)], stderr=subprocess.PIPE, text=True)
@@ -111,16 +111,16 @@ def test_one_process_writes_the_state_and_none_is_left(together):
 
 
 def test_a_process_of_its_own_is_a_team_of_one():
-    team = present_team()
-    assert team == Team(0, 1)
+    ranks = current_ranks()
+    assert ranks == Ranks(0, 1)
     values = [torch.tensor([1.0, 2.0])]
-    team.average(values)
+    ranks.average(values)
     assert values[0].tolist() == [1.0, 2.0]
-    assert team.total([3.0]) == [3.0]
-    assert (team.any(True), team.any(False)) == (True, False)
+    assert ranks.total([3.0]) == [3.0]
+    assert (ranks.any(True), ranks.any(False)) == (True, False)
 
 
 def test_batches_that_cannot_be_parted_are_refused(monkeypatch):
-    monkeypatch.setattr(fit_module, "present_team", lambda: Team(0, 3))
+    monkeypatch.setattr(loop_module, "current_ranks", lambda: Ranks(0, 3))
     with pytest.raises(DataError, match=r"batch_size must be divisible by the number of processes \(3\)"):
-        fit(team_run.network("plain"), *team_run.splits(), team_run.SETTINGS)
+        fit(team_run.network("plain"), team_run.splits(), team_run.SETTINGS)

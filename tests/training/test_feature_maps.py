@@ -24,7 +24,9 @@ from compress.progress import SilentProgress, SilentTask
 from compress.pruning.surgery import cut_copy, remove_block
 from compress.pruning.survival import surviving_channels
 from compress.training.feature_maps import MapPairs
-from compress.training.loop import Distillation, FitSettings, fit
+from compress.training.loop import fit
+from compress.training.settings import Distillation, FitSettings, TrainingData
+from compress.training.state import StateFile
 
 SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
 
@@ -261,7 +263,13 @@ def _fitted(features: float, student: nn.Module | None = None, **others) -> dict
     student = student or _student()
     teacher = nets.build("residual", 6).requires_grad_(False)
     settings = replace(SETTINGS, keep="last")
-    fit(student, _split(), _split("validation"), settings, Distillation(teacher, 0.5, 2.0, features), **others)
+    fit(
+        student,
+        TrainingData(_split(), _split("validation")),
+        settings,
+        Distillation(teacher, 0.5, 2.0, features),
+        **others,
+    )
     assert _hooks(student) == _hooks(teacher) == 0
     return {name: value.clone() for name, value in student.state_dict().items()}
 
@@ -298,7 +306,9 @@ def test_the_loss_holds_the_difference_times_its_weight():
     split = _split()
     settings = replace(SETTINGS, steps=1, batch_size=len(split), augmentation=Augmentation())
     losses = [
-        fit(copy.deepcopy(student), split, split, settings, Distillation(teacher, 0.5, 2.0, features)).epochs[0].loss
+        fit(copy.deepcopy(student), TrainingData(split, split), settings, Distillation(teacher, 0.5, 2.0, features))
+        .epochs[0]
+        .loss
         for features in (0.0, 1.0, 3.0)
     ]
     images = torch.from_numpy(split.preprocessing.normalize(split.read(np.arange(len(split)))))
@@ -312,10 +322,10 @@ def test_a_killed_run_with_feature_maps_ends_like_an_undisturbed_one(tmp_path: P
     expected, state = _fitted(1.0), tmp_path / "state.pt"
     broken = _student()
     with pytest.raises(Killed):
-        _fitted(1.0, broken, state_path=state, progress=_KillsIn(epoch))
+        _fitted(1.0, broken, state_file=StateFile(state), progress=_KillsIn(epoch))
     assert _hooks(broken) == 0
     assert state.is_file() == (epoch > 1)
-    assert _equal(_fitted(1.0, state_path=state), expected)
+    assert _equal(_fitted(1.0, state_file=StateFile(state)), expected)
     assert not state.exists()
 
 
@@ -327,10 +337,15 @@ def test_networks_without_a_common_map_are_refused_before_any_training():
         distillation = Distillation(teacher, 0.5, 2.0, features)
         if features:
             with pytest.raises(ModelError, match=r"for distillation\.features, it has none"):
-                fit(slim, _split(), _split("validation"), SETTINGS, distillation)
+                fit(slim, TrainingData(_split(), _split("validation")), SETTINGS, distillation)
             assert _equal(slim.state_dict(), before)
         else:
-            fit(copy.deepcopy(slim), _split(), _split("validation"), replace(SETTINGS, steps=1), distillation)
+            fit(
+                copy.deepcopy(slim),
+                TrainingData(_split(), _split("validation")),
+                replace(SETTINGS, steps=1),
+                distillation,
+            )
 
 
 def test_maps_that_lost_channels_are_compared_by_those_that_are_left():

@@ -14,7 +14,8 @@ from compress.data.splits import Split
 from compress.model.adapter import Wiring
 from compress.model.artifacts import TensorSpec
 from compress.progress import SilentProgress
-from compress.report.work import _list_isometry
+from compress.report.records import Isometry
+from compress.report.stage_facts import list_isometry
 from compress.search.isometry_record import conclusion, measure_isometry
 from compress.training import isometry
 from compress.training.isometry import Effort, affordable, mean_singular_value, projection
@@ -110,13 +111,17 @@ def test_records_hold_values_or_one_reason() -> None:
     record = measure_isometry(artifact, networks, _context(SilentProgress()))  # type: ignore[arg-type]
     assert record == {"before": pytest.approx(2, rel=1e-5), "after": None, "images": 6, "directions": 16}
     labels = {"before": "before", "after": "after"}
-    assert list(_list_isometry({"isometry": record}, labels)) == [("mean singular value of the Jacobian, before", "2")]
+    assert list(list_isometry(Isometry.model_validate(record), labels)) == [
+        ("mean singular value of the Jacobian, before", "2")
+    ]
     none = measure_isometry(artifact, {"before": _Rounding}, _context(SilentProgress()))  # type: ignore[arg-type]
     assert set(none) == {"skipped"}
-    assert next(_list_isometry({"isometry": none}, labels))[1].startswith("not measured: there is no derivative")
+    assert next(list_isometry(Isometry.model_validate(none), labels))[1].startswith(
+        "not measured: there is no derivative"
+    )
     artifact.baseline.figures.macs = 10**12
     assert "would take too long" in measure_isometry(artifact, networks, _context(SilentProgress()))["skipped"]  # type: ignore[arg-type]
-    assert list(_list_isometry({}, labels)) == []
+    assert list(list_isometry(Isometry(), labels)) == []
 
 
 @pytest.mark.parametrize(

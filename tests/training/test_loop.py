@@ -22,19 +22,16 @@ from compress.data.splits import Split
 from compress.errors import ArtifactError, DataError, ModelError, NonFinite, OutOfMemory, StageError
 from compress.progress import SilentProgress, SilentTask
 from compress.training import device as device_module
-from compress.training import loop as fit_module
+from compress.training import epochs as epochs_module
+from compress.training import loop as loop_module
+from compress.training.device import flushed_denormals
 from compress.training.evaluate import measure_quality
 from compress.training.interrupts import deferred_interrupts
-from compress.training.loop import (
-    Distillation,
-    FitResult,
-    FitSettings,
-    _read_state,
-    fit,
-    flushed_denormals,
-)
+from compress.training.loop import fit
 from compress.training.memory_format import fastest_memory_format, in_fastest_memory_format
 from compress.training.schedule import schedule
+from compress.training.settings import Distillation, FitResult, FitSettings, TrainingData
+from compress.training.state import StateFile, read_state
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True), label_smoothing=0.05
@@ -64,7 +61,7 @@ def _network(seed: int = 0) -> nn.Module:
         )
 
 
-def _splits(count: int = 96) -> tuple[Split, Split]:
+def _splits(count: int = 96) -> TrainingData:
     """Images that are brightest in the colour that their label says."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, count)
@@ -73,7 +70,7 @@ def _splits(count: int = 96) -> tuple[Split, Split]:
     source = ArraySource(images, labels)
     wanted = Preprocessing(mean=(0.4,), std=(0.3,))
     border = count * 2 // 3
-    return (
+    return TrainingData(
         Split("train", source, np.arange(border), wanted),
         Split("validation", source, np.arange(border, count), wanted),
     )
@@ -125,7 +122,7 @@ def _records(result: FitResult) -> list[tuple[int, float, float]]:
 
 def test_a_learnable_problem_is_learned() -> None:
     network = _network()
-    result = fit(network, *_splits(), replace(SETTINGS, epochs=6))
+    result = fit(network, _splits(), replace(SETTINGS, epochs=6))
     assert result.epochs[-1].loss < 0.75 * result.epochs[0].loss
     assert result.epochs[-1].validation > 0.8
     assert [record.epoch for record in result.epochs] == [1, 2, 3, 4, 5, 6]
@@ -139,12 +136,12 @@ def test_the_same_run_twice_is_the_same_to_the_bit() -> None:
         torch.manual_seed(outer_seed)
         network = _network()
         before = torch.random.get_rng_state()
-        fit(network, *_splits(), SETTINGS)
+        fit(network, _splits(), SETTINGS)
         assert torch.equal(torch.random.get_rng_state(), before)
         runs.append(_weights(network))
     assert _equal(*runs)
     other = _network()
-    fit(other, *_splits(), replace(SETTINGS, seed=1))
+    fit(other, _splits(), replace(SETTINGS, seed=1))
     assert not _equal(runs[0], _weights(other))
 
 
@@ -165,14 +162,14 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
 ) -> None:
     settings, state = replace(SETTINGS, save_minutes=save_minutes, **changes), tmp_path / "deep" / "state.pt"
     undisturbed = _network()
-    expected = fit(undisturbed, *_splits(), settings)
+    expected = fit(undisturbed, _splits(), settings)
     with pytest.raises(Killed):
-        fit(_network(), *_splits(), settings, state_path=state, progress=_KillsIn(epoch, step))
+        fit(_network(), _splits(), settings, state_file=StateFile(state), progress=_KillsIn(epoch, step))
     steps_saved = 4 * (epoch - 1) + (0 if save_minutes else step - 1)
     assert state.is_file() == (steps_saved > 0)
     resumed, progress = _network(), _KillsIn(99, 0)
     torch.manual_seed(12345)
-    result = fit(resumed, *_splits(), settings, state_path=state, progress=progress)
+    result = fit(resumed, _splits(), settings, state_file=StateFile(state), progress=progress)
     assert _equal(_weights(undisturbed), _weights(resumed))
     assert _records(result) == _records(expected)
     assert result.chosen_epoch == expected.chosen_epoch
@@ -190,16 +187,16 @@ def test_an_interrupted_run_makes_its_step_saves_and_goes_on_from_there(tmp_path
                 signal.raise_signal(signal.SIGINT)
 
     undisturbed, interrupted, state = _network(), _network(), tmp_path / "state.pt"
-    expected = fit(undisturbed, *_splits(), SETTINGS)
+    expected = fit(undisturbed, _splits(), SETTINGS)
     progress = Interrupting(99, 0)
     interrupted[0].register_forward_hook(lambda part, *_: progress.train_step() if part.training else None)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(interrupted, *_splits(), SETTINGS, state_path=state, progress=progress)
+        fit(interrupted, _splits(), SETTINGS, state_file=StateFile(state), progress=progress)
     assert signal.getsignal(signal.SIGINT) is handler
     assert progress.notes[-1] == f"Training stopped after step {step} of 12; it can go on there."
     resumed, again = _network(), _KillsIn(99, 0)
-    result = fit(resumed, *_splits(), SETTINGS, state_path=state, progress=again)
+    result = fit(resumed, _splits(), SETTINGS, state_file=StateFile(state), progress=again)
     assert any(f"goes on after step {step} of 12" in note or "after epoch 1 of 3" in note for note in again.notes)
     assert _equal(_weights(undisturbed), _weights(resumed))
     assert _records(result) == _records(expected)
@@ -207,7 +204,7 @@ def test_an_interrupted_run_makes_its_step_saves_and_goes_on_from_there(tmp_path
 
 def test_an_interrupt_in_the_last_validation_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed, interrupted, state = _network(), _network(), tmp_path / "state.pt"
-    expected, measured = fit(undisturbed, *_splits(), SETTINGS), []
+    expected, measured = fit(undisturbed, _splits(), SETTINGS), []
 
     def measure(*args: object, **named: object) -> tuple[float, object]:
         if len(measured) == 2:
@@ -215,13 +212,13 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(tmp_path: Path, monke
         measured.append(measure_quality(*args, **named))
         return measured[-1]
 
-    monkeypatch.setattr(fit_module, "measure_quality", measure)
+    monkeypatch.setattr(epochs_module, "measure_quality", measure)
     with pytest.raises(KeyboardInterrupt):
-        fit(interrupted, *_splits(), SETTINGS, state_path=state)
+        fit(interrupted, _splits(), SETTINGS, state_file=StateFile(state))
     resumed = _network()
     trained: list[nn.Module] = []
     resumed.register_forward_hook(lambda part, *_: trained.append(part) if part.training else None)
-    result = fit(resumed, *_splits(), SETTINGS, state_path=state)
+    result = fit(resumed, _splits(), SETTINGS, state_file=StateFile(state))
     assert trained == []
     assert result.steps == 12
     assert _equal(_weights(undisturbed), _weights(resumed))
@@ -240,7 +237,7 @@ def test_a_second_interrupt_does_not_wait() -> None:
 
 def test_interrupts_are_not_deferred_outside_of_the_main_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(fit, _network(), *_splits(), replace(SETTINGS, epochs=1)).result().steps == 4
+        assert pool.submit(fit, _network(), _splits(), replace(SETTINGS, epochs=1)).result().steps == 4
 
 
 @pytest.mark.parametrize(
@@ -262,16 +259,16 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_do(error: Exception) 
 
     network[6].register_forward_hook(fail)
     with pytest.raises(OutOfMemory, match=r"batch_size 16 does not\.\nHint: Lower batch_size and raise accumulation"):
-        fit(network, *_splits(), SETTINGS)
+        fit(network, _splits(), SETTINGS)
 
 
 def test_images_that_do_not_fit_onto_a_device_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(fit_module, "placed", full)
+    monkeypatch.setattr(loop_module, "placed", full)
     with pytest.raises(OutOfMemory, match="Lower batch_size"):
-        fit(_network(), *_splits(), SETTINGS)
+        fit(_network(), _splits(), SETTINGS)
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -280,8 +277,8 @@ def test_weights_that_a_step_broke_are_neither_saved_nor_returned(tmp_path: Path
     network, state = _network(), tmp_path / "state.pt"
     settings = replace(SETTINGS, save_minutes=0.0, keep=keep)
     with pytest.raises(NonFinite, match=r"Weights must be finite, '6\.weight' is not after step 6 of 12"):
-        fit(network, *_splits(), settings, state_path=state, hooks=_Breaks(network[6], 5, "inf"))
-    saved = torch.load(_read_state(state), weights_only=True)
+        fit(network, _splits(), settings, state_file=StateFile(state), hooks=_Breaks(network[6], 5, "inf"))
+    saved = torch.load(read_state(state), weights_only=True)
     assert saved["step"] == 5
     assert all(bool(value.isfinite().all()) for value in saved["module"].values())
 
@@ -289,7 +286,7 @@ def test_weights_that_a_step_broke_are_neither_saved_nor_returned(tmp_path: Path
 def test_a_broken_last_step_is_an_error_without_a_state_too() -> None:
     network = _network()
     with pytest.raises(NonFinite, match="after step 12 of 12"):
-        fit(network, *_splits(), replace(SETTINGS, keep="last"), hooks=_Breaks(network[6], 11, "nan"))
+        fit(network, _splits(), replace(SETTINGS, keep="last"), hooks=_Breaks(network[6], 11, "nan"))
 
 
 def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
@@ -302,8 +299,8 @@ def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
     calls: list[bool] = []
     network[6].register_forward_hook(break_down)
     with pytest.raises(NonFinite, match="at step 6 of 12"):
-        fit(network, *_splits(), replace(SETTINGS, save_minutes=0), state_path=state)
-    kept = torch.load(_read_state(state), weights_only=True)
+        fit(network, _splits(), replace(SETTINGS, save_minutes=0), state_file=StateFile(state))
+    kept = torch.load(read_state(state), weights_only=True)
     assert kept["step"] == 5
     assert all(value.isfinite().all() for value in kept["module"].values())
 
@@ -311,11 +308,11 @@ def test_the_last_good_state_stays_when_the_loss_breaks(tmp_path: Path) -> None:
 def test_the_average_of_the_weights_is_measured_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Tensor]] = []
     told = lambda module, *_, **__: (float(not seen.append(_weights(module))), None)  # noqa: E731
-    monkeypatch.setattr(fit_module, "measure_quality", told)
+    monkeypatch.setattr(epochs_module, "measure_quality", told)
     averaged, plain = _network(), _network()
-    fit(averaged, *_splits(), replace(SETTINGS, ema=0.9, keep="last"))
+    fit(averaged, _splits(), replace(SETTINGS, ema=0.9, keep="last"))
     assert _equal(seen[-1], _weights(averaged))
-    fit(plain, *_splits(), replace(SETTINGS, keep="last"))
+    fit(plain, _splits(), replace(SETTINGS, keep="last"))
     assert not torch.allclose(plain[6].weight, averaged[6].weight, atol=1e-4)
     apart = (_network()[6].weight - plain[6].weight).norm()
     assert (averaged[6].weight - plain[6].weight).norm() < 0.5 * apart, "of the last steps, not of the first"
@@ -330,7 +327,7 @@ def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: 
         seen.append(_weights(module))
         return next(tops), None
 
-    monkeypatch.setattr(fit_module, "measure_quality", measure)
+    monkeypatch.setattr(epochs_module, "measure_quality", measure)
     after_each: list[Tensor] = []
     network = _network()
 
@@ -339,7 +336,7 @@ def test_the_average_of_the_last_steps_is_one_more_candidate(monkeypatch, keep: 
             after_each.append(network[6].weight.detach().clone())
 
     network.register_forward_pre_hook(keep_weight)
-    result = fit(network, *_splits(), replace(SETTINGS, average_ratio=0.25, keep=keep))
+    result = fit(network, _splits(), replace(SETTINGS, average_ratio=0.25, keep=keep))
     assert (result.averaged, result.is_averaged) == (told, is_taken)
     assert result.chosen_epoch == (3 if is_taken else 2)
     assert _equal(seen[3 if is_taken else 1], _weights(network))
@@ -356,7 +353,7 @@ def test_statistics_of_the_average_are_of_batches_of_one_size_from_all_over_the_
     split = Split("train", source, np.arange(129), Preprocessing((0.5,) * 3, (0.25,) * 3))
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 2))
     settings = FitSettings(steps=2, batch_size=64, average_ratio=1.0, keep="last")
-    assert fit(network, split, split, settings).is_averaged
+    assert fit(network, TrainingData(split, split), settings).is_averaged
     values = (np.array([40, 200]) / 255 - 0.5) / 0.25
     assert float(network[0].running_mean[0]) == pytest.approx(values.mean(), abs=0.05)
     assert float(network[0].running_var[0]) == pytest.approx(values.var(), rel=0.05)
@@ -369,14 +366,14 @@ def test_several_batches_a_step_are_one_large_batch() -> None:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
         settings = replace(SETTINGS, augmentation=Augmentation(), batch_size=batch_size, accumulation=accumulation)
-        result = fit(network, *_splits(), settings)
+        result = fit(network, _splits(), settings)
         assert result.steps == 6
         weights.append(network[1].weight.detach())
     assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_more_batches_a_step_than_an_epoch_has_are_one_step_of_all() -> None:
-    result = fit(_network(), *_splits(), replace(SETTINGS, epochs=2, accumulation=100))
+    result = fit(_network(), _splits(), replace(SETTINGS, epochs=2, accumulation=100))
     assert result.steps == len(result.epochs) == 2
 
 
@@ -387,7 +384,7 @@ def test_gradients_are_clipped_together() -> None:
     for clip in (None, 0.1, 1e9):
         network = copy.deepcopy(start)
         settings = replace(SETTINGS, steps=1, gradient_clip=clip, weight_decay=0.0, momentum=0.0, warmup_ratio=0.0)
-        fit(network, *_splits(), settings)
+        fit(network, _splits(), settings)
         moved = [a - b for a, b in zip(network.parameters(), start.parameters(), strict=True)]
         steps[clip] = torch.cat([part.flatten() for part in moved]).detach().norm()
     assert float(steps[0.1]) == pytest.approx(0.1 * SETTINGS.learning_rate, rel=1e-3)
@@ -401,20 +398,20 @@ def test_adamw_decays_weights_apart_from_the_gradient() -> None:
         network[1].weight.zero_()
         network[1].bias.fill_(-1.0)  # nothing passes: no gradient comes to the first layer
     settings = replace(SETTINGS, steps=1, optimizer="adamw", learning_rate=0.1, weight_decay=0.5, warmup_ratio=0.0)
-    fit(network, *_splits(), settings)
+    fit(network, _splits(), settings)
     assert torch.allclose(network[1].bias, torch.full((3,), -1 + 0.1 * 0.5))
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
     with pytest.raises(Killed):
-        fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
+        fit(_network(), _splits(), SETTINGS, state_file=StateFile(state), progress=_KillsIn(2, 1))
     with pytest.raises(ArtifactError, match=r"it is of one with learning_rate 0\.05 instead of 0\.01\.\nHint: Remove"):
-        fit(_network(), *_splits(), replace(SETTINGS, learning_rate=0.01), state_path=state)
+        fit(_network(), _splits(), replace(SETTINGS, learning_rate=0.01), state_file=StateFile(state))
     wider = _network()
     wider[6] = nn.Linear(32, 4)
     with pytest.raises(ArtifactError, match=r"of one with shape of 6\.weight \[3, 32\] instead of \[4, 32\]"):
-        fit(wider, *_splits(), SETTINGS, state_path=state)
+        fit(wider, _splits(), SETTINGS, state_file=StateFile(state))
     assert state.is_file()
 
 
@@ -425,10 +422,10 @@ def test_an_unreadable_state_starts_again_with_a_warning(tmp_path: Path, content
         torch.save([1, 2], state)
     else:
         state.write_bytes(content)
-    fit(network, *_splits(), SETTINGS, state_path=state, progress=progress)
+    fit(network, _splits(), SETTINGS, state_file=StateFile(state), progress=progress)
     assert any(note.startswith("warning: The saved training state is unreadable") for note in progress.notes)
     expected = _network()
-    fit(expected, *_splits(), SETTINGS)
+    fit(expected, _splits(), SETTINGS)
     assert _equal(_weights(network), _weights(expected))
 
 
@@ -436,9 +433,9 @@ def test_a_loss_that_is_not_finite_names_the_step() -> None:
     network = _network()
     network[6].weight.data[0, 0] = float("nan")
     with pytest.raises(NonFinite, match=r"must be finite, got nan at step 1 of 12 \(learning rate 0\.05\)"):
-        fit(network, *_splits(), SETTINGS)
+        fit(network, _splits(), SETTINGS)
     with pytest.raises(NonFinite, match=r"at step \d+ of 12 .*\nHint: Lower learning_rate"):
-        fit(_network(), *_splits(), replace(SETTINGS, learning_rate=1e30, weight_decay=1e10, warmup_ratio=0.0))
+        fit(_network(), _splits(), replace(SETTINGS, learning_rate=1e30, weight_decay=1e10, warmup_ratio=0.0))
 
 
 @pytest.mark.parametrize(("keep", "chosen"), [("best", 2), ("last", 3)])
@@ -450,9 +447,9 @@ def test_the_epoch_with_the_best_validation_is_kept(monkeypatch: pytest.MonkeyPa
         seen.append(_weights(module))
         return (0.3, 0.9, 0.5)[len(seen) - 1], None
 
-    monkeypatch.setattr(fit_module, "measure_quality", measure)
+    monkeypatch.setattr(epochs_module, "measure_quality", measure)
     network = _network()
-    result = fit(network, *_splits(), replace(SETTINGS, keep=keep))
+    result = fit(network, _splits(), replace(SETTINGS, keep=keep))
     assert result.chosen_epoch == chosen
     assert _equal(seen[chosen - 1], _weights(network))
 
@@ -476,24 +473,24 @@ def test_a_later_epoch_is_kept_unless_it_is_shown_to_be_worse_than_the_best(
 
         return measure
 
-    monkeypatch.setattr(fit_module, "measure_quality", measured())
-    assert fit(_network(), *_splits(), SETTINGS).chosen_epoch == chosen
-    monkeypatch.setattr(fit_module, "measure_quality", measured())
+    monkeypatch.setattr(epochs_module, "measure_quality", measured())
+    assert fit(_network(), _splits(), SETTINGS).chosen_epoch == chosen
+    monkeypatch.setattr(epochs_module, "measure_quality", measured())
     state = tmp_path / "state.pt"
     with pytest.raises(Killed):
-        fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(3, 1))
-    assert fit(_network(), *_splits(), SETTINGS, state_path=state).chosen_epoch == chosen
+        fit(_network(), _splits(), SETTINGS, state_file=StateFile(state), progress=_KillsIn(3, 1))
+    assert fit(_network(), _splits(), SETTINGS, state_file=StateFile(state)).chosen_epoch == chosen
 
 
 def test_the_best_epoch_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tops = iter((0.9, 0.2, 0.3))
-    monkeypatch.setattr(fit_module, "measure_quality", lambda *_, **__: (next(tops), None))
+    monkeypatch.setattr(epochs_module, "measure_quality", lambda *_, **__: (next(tops), None))
     state, after_one = tmp_path / "state.pt", _network()
     with pytest.raises(Killed):
-        fit(after_one, *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
-    best = torch.load(_read_state(state), weights_only=True)["module"]
+        fit(after_one, _splits(), SETTINGS, state_file=StateFile(state), progress=_KillsIn(2, 1))
+    best = torch.load(read_state(state), weights_only=True)["module"]
     resumed = _network()
-    result = fit(resumed, *_splits(), SETTINGS, state_path=state)
+    result = fit(resumed, _splits(), SETTINGS, state_file=StateFile(state))
     assert result.chosen_epoch == 1
     assert [record.validation for record in result.epochs] == [0.9, 0.2, 0.3]
     assert _equal(best, _weights(resumed))
@@ -503,10 +500,10 @@ def test_steps_go_before_epochs_and_a_fraction_of_an_epoch_is_trained() -> None:
     per_epoch = 4
     for changes, steps in (({"steps": 6}, 6), ({"epochs": 0.5}, 2), ({"epochs": 0.01}, 1), ({"epochs": 1.75}, 7)):
         network = _network()
-        result = fit(network, *_splits(), replace(SETTINGS, **changes))
+        result = fit(network, _splits(), replace(SETTINGS, **changes))
         assert int(network[1].num_batches_tracked) <= steps
         assert len(result.epochs) == -(-steps // per_epoch)
-        last = fit(_network(), *_splits(), replace(SETTINGS, keep="last", **changes))
+        last = fit(_network(), _splits(), replace(SETTINGS, keep="last", **changes))
         assert last.epochs[-1].learning_rate == pytest.approx(
             SETTINGS.learning_rate * schedule(steps - 1, steps, SETTINGS.warmup_ratio)
         )
@@ -526,7 +523,7 @@ def test_distillation_alone_pulls_the_outputs_to_the_teacher() -> None:
 
     before = gap(student)
     settings = replace(SETTINGS, epochs=15, augmentation=Augmentation(), keep="last")
-    fit(student, train, validation, settings, Distillation(teacher, 1.0, 2.0))
+    fit(student, TrainingData(train, validation), settings, Distillation(teacher, 1.0, 2.0))
     assert gap(student) < 0.5 * before
     assert _equal(frozen, _weights(teacher))
 
@@ -538,7 +535,7 @@ def test_distillation_alone_does_not_read_the_labels() -> None:
     results = []
     for split in (train, shuffled):
         student = _network(2)
-        fit(student, split, validation, SETTINGS, Distillation(_network(1).eval(), 1.0, 4.0))
+        fit(student, TrainingData(split, validation), SETTINGS, Distillation(_network(1).eval(), 1.0, 4.0))
         results.append(_weights(student))
     assert _equal(*results)
 
@@ -554,7 +551,7 @@ def test_loss_mixes_labels_and_softened_teacher() -> None:
     hard = nn.functional.cross_entropy(got, labels, label_smoothing=0.05)
     soft = (wanted * (wanted.log() - got.div(2.0).log_softmax(1))).sum(1).mean() * 4.0
     settings = replace(SETTINGS, steps=1, batch_size=len(train), augmentation=Augmentation())
-    result = fit(student, train, validation, settings, Distillation(teacher, 0.3, 2.0))
+    result = fit(student, TrainingData(train, validation), settings, Distillation(teacher, 0.3, 2.0))
     assert result.epochs[0].loss == pytest.approx(float(0.7 * hard + 0.3 * soft), rel=1e-5)
 
 
@@ -568,7 +565,7 @@ def test_mixup_mixes_pairs_of_images_and_asks_for_both_labels(smoothing: float) 
     settings = replace(
         SETTINGS, steps=1, batch_size=len(train), label_smoothing=smoothing, augmentation=Augmentation(mixup=1.0)
     )
-    result = fit(student, train, validation, settings)
+    result = fit(student, TrainingData(train, validation), settings)
     handle.remove()
     mixed = next(images for images in seen if len(images) == len(train)).flatten(1)
     images, labels = next(training_batches(train, len(train), Augmentation(), 0, 0))
@@ -589,7 +586,7 @@ def test_distillation_with_the_teacher_itself_has_no_loss() -> None:
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).eval()
     student = copy.deepcopy(teacher)
     settings = replace(SETTINGS, weight_decay=0.0)
-    result = fit(student, *_splits(), settings, Distillation(teacher, 1.0, 3.0))
+    result = fit(student, _splits(), settings, Distillation(teacher, 1.0, 3.0))
     assert result.epochs[-1].loss == pytest.approx(0, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
 
@@ -599,11 +596,11 @@ def test_labels_and_splits_that_do_not_fit_are_refused() -> None:
     narrow = _network()
     narrow[6] = nn.Linear(32, 2)
     with pytest.raises(DataError, match=r"classes the network has \(2\), got label 2"):
-        fit(narrow, train, validation, SETTINGS)
+        fit(narrow, TrainingData(train, validation), SETTINGS)
     for empty, name in (((train.first(0), validation), "train"), ((train, validation.first(0)), "validation")):
         network = _network()
         with pytest.raises(DataError, match=f"Split '{name}' must hold at least one image"):
-            fit(network, *empty, SETTINGS)
+            fit(network, TrainingData(*empty), SETTINGS)
         assert _equal(_weights(network), _weights(_network()))
 
 
@@ -635,7 +632,7 @@ def test_a_network_that_views_its_features_is_trained_in_contiguous_memory() -> 
     train, validation = _splits()
     assert fastest_memory_format(_Viewing(), train) is torch.contiguous_format
     assert fastest_memory_format(_network(), train) is torch.channels_last
-    assert len(fit(_Viewing(), train, validation, FitSettings(steps=2, batch_size=16)).epochs) == 1
+    assert len(fit(_Viewing(), TrainingData(train, validation), FitSettings(steps=2, batch_size=16)).epochs) == 1
 
 
 def test_a_network_is_in_its_fastest_memory_format_for_a_while() -> None:
@@ -653,7 +650,7 @@ def test_batches_too_small_for_batch_norm_are_refused() -> None:
     train, validation = _splits()
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
     with pytest.raises(DataError, match="more than one value for each channel, batch_size 1 does not"):
-        fit(network, train, validation, FitSettings(steps=2, batch_size=1))
+        fit(network, TrainingData(train, validation), FitSettings(steps=2, batch_size=1))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler, there is none")
@@ -663,8 +660,8 @@ def test_a_compiled_network_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     compiled, plain = _network(), _network()
     compiled[3] = plain[3] = nn.Identity()  # what dropout draws is another thing when compiled
     settings = replace(SETTINGS, steps=6)
-    got = fit(compiled, *_splits(), replace(settings, compiled=True))
-    wanted = fit(plain, *_splits(), settings)
+    got = fit(compiled, _splits(), replace(settings, compiled=True))
+    wanted = fit(plain, _splits(), settings)
     assert [one.loss for one in got.epochs] == pytest.approx([one.loss for one in wanted.epochs], rel=1e-3)
     assert seen == [1]
 
@@ -678,20 +675,20 @@ def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(StageError, match=r"torch\.compile must be able to compile the network, it is not: no compiler"):
-        fit(_network(), *_splits(), replace(SETTINGS, compiled=True))
+        fit(_network(), _splits(), replace(SETTINGS, compiled=True))
 
 
 def test_a_teacher_of_other_classes_is_refused() -> None:
     teacher = _network()
     teacher[6] = nn.Linear(32, 5)
     with pytest.raises(ModelError, match=r"teaches, \[\(3,\)\] an image, it has \[\(5,\)\]"):
-        fit(_network(), *_splits(), SETTINGS, Distillation(teacher.eval(), 0.5, 2.0))
+        fit(_network(), _splits(), SETTINGS, Distillation(teacher.eval(), 0.5, 2.0))
 
 
 def test_a_frozen_network_is_refused() -> None:
     train, validation = _splits()
     with pytest.raises(ModelError, match="must have a parameter that requires a gradient"):
-        fit(_network().requires_grad_(False), train, validation, SETTINGS)
+        fit(_network().requires_grad_(False), TrainingData(train, validation), SETTINGS)
 
 
 def test_bfloat16_that_is_emulated_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,7 +704,7 @@ def test_bfloat16_that_is_emulated_does_not_count(monkeypatch: pytest.MonkeyPatc
 def test_half_precision_needs_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "has_bf16", lambda: False)
     with pytest.raises(StageError, match="precision bf16 must be one that this CPU has instructions for, it has"):
-        fit(_network(), *_splits(), replace(SETTINGS, precision="bf16"))
+        fit(_network(), _splits(), replace(SETTINGS, precision="bf16"))
 
 
 def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,8 +713,8 @@ def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.Mon
     module, plain = _network(), _network()
     module[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
     teacher = Distillation(_network(1).eval(), 0.5, 2.0)
-    result = fit(module, *_splits(), replace(SETTINGS, precision="bf16"), teacher)
-    full = fit(plain, *_splits(), SETTINGS, teacher)
+    result = fit(module, _splits(), replace(SETTINGS, precision="bf16"), teacher)
+    full = fit(plain, _splits(), SETTINGS, teacher)
     assert torch.bfloat16 in seen[:3]
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert result.epochs[-1].loss == pytest.approx(full.epochs[-1].loss, rel=0.05)
@@ -726,16 +723,16 @@ def test_half_precision_learns_as_well_with_full_weights(monkeypatch: pytest.Mon
 
 def test_losses_read_for_several_steps_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plain, late, resumed = _network(), _network(), _network()
-    wanted = fit(plain, *_splits(), SETTINGS)
-    monkeypatch.setattr(fit_module, "steps_read_together", lambda _device: 3)  # of 4 steps an epoch
-    got = fit(late, *_splits(), SETTINGS)
+    wanted = fit(plain, _splits(), SETTINGS)
+    monkeypatch.setattr(loop_module, "loss_sync_interval", lambda _device: 3)  # of 4 steps an epoch
+    got = fit(late, _splits(), SETTINGS)
     assert _records(got) == _records(wanted)
     assert _equal(_weights(late), _weights(plain))
     state = tmp_path / "state.pt"
     settings = replace(SETTINGS, save_minutes=0.0)
     with pytest.raises(Killed):
-        fit(_network(), *_splits(), settings, state_path=state, progress=_KillsIn(2, 3))
-    assert _records(fit(resumed, *_splits(), settings, state_path=state)) == _records(wanted)
+        fit(_network(), _splits(), settings, state_file=StateFile(state), progress=_KillsIn(2, 3))
+    assert _records(fit(resumed, _splits(), settings, state_file=StateFile(state))) == _records(wanted)
     assert _equal(_weights(resumed), _weights(plain))
 
 
@@ -743,7 +740,7 @@ def test_losses_read_for_several_steps_at_once_are_the_same(monkeypatch: pytest.
 def test_a_broken_loss_is_named_by_its_step_however_late_it_is_read(
     monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    monkeypatch.setattr(fit_module, "steps_read_together", lambda _device: together)
+    monkeypatch.setattr(loop_module, "loss_sync_interval", lambda _device: together)
     module, steps = _network(), []
 
     def broken(_layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
@@ -752,23 +749,29 @@ def test_a_broken_loss_is_named_by_its_step_however_late_it_is_read(
 
     module.register_forward_hook(broken)
     with pytest.raises(NonFinite, match="got nan at step 5 of 12"):
-        fit(module, *_splits(), SETTINGS)
+        fit(module, _splits(), SETTINGS)
 
 
 def test_fp16_scales_the_loss_and_learns_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fit_module, "require_precision", lambda *_: None)  # which refuses it on the CPU
+    monkeypatch.setattr(loop_module, "require_precision", lambda *_: None)  # which refuses it on the CPU
     settings = replace(SETTINGS, precision="fp16", gradient_clip=5.0)
     half, plain = _network(), _network()
-    result = fit(half, *_splits(), settings)
-    full = fit(plain, *_splits(), replace(SETTINGS, gradient_clip=5.0))
+    result = fit(half, _splits(), settings)
+    full = fit(plain, _splits(), replace(SETTINGS, gradient_clip=5.0))
     assert result.epochs[-1].loss == pytest.approx(full.epochs[-1].loss, rel=0.1)
     assert result.epochs[-1].loss != full.epochs[-1].loss
     state, resumed = tmp_path / "state.pt", _network()
     with pytest.raises(Killed):
-        fit(_network(), *_splits(), replace(settings, save_minutes=0.0), state_path=state, progress=_KillsIn(2, 3))
-    scale = torch.load(_read_state(state), weights_only=True)["scaler"]["scale"]
+        fit(
+            _network(),
+            _splits(),
+            replace(settings, save_minutes=0.0),
+            state_file=StateFile(state),
+            progress=_KillsIn(2, 3),
+        )
+    scale = torch.load(read_state(state), weights_only=True)["scaler"]["scale"]
     assert scale > 1
-    fit(resumed, *_splits(), settings, state_path=state)
+    fit(resumed, _splits(), settings, state_file=StateFile(state))
     assert _equal(_weights(resumed), _weights(half))
 
 
@@ -820,7 +823,7 @@ class _Recorder:
 def test_hooks_are_called_in_every_step_in_order_and_may_change_gradients() -> None:
     module = _network()
     hooks = _Recorder(module[-1])
-    fit(module, *_splits(), replace(SETTINGS, steps=3, weight_decay=0.0), hooks=hooks)
+    fit(module, _splits(), replace(SETTINGS, steps=3, weight_decay=0.0), hooks=hooks)
     # without its gradient and without decay the layer stays as it was
     assert hooks.calls == [(when, step, True) for step in range(3) for when in ("begin", "gradients", "end")]
 
@@ -829,10 +832,10 @@ def test_what_hooks_remember_goes_into_the_state_and_back(tmp_path: Path) -> Non
     settings, state = replace(SETTINGS, steps=4, save_minutes=0.0), tmp_path / "state.pt"
     module = _network()
     with pytest.raises(Killed):
-        fit(module, *_splits(), settings, state_path=state, hooks=_Recorder(module[-1], dies_after=2))
+        fit(module, _splits(), settings, state_file=StateFile(state), hooks=_Recorder(module[-1], dies_after=2))
     again = _network()
     hooks = _Recorder(again[-1])
-    fit(again, *_splits(), settings, state_path=state, hooks=hooks)
+    fit(again, _splits(), settings, state_file=StateFile(state), hooks=hooks)
     assert hooks.restored == {"calls": 6}  # the state is that after the second step
     assert hooks.calls[0][:2] == ("begin", 2)
 
@@ -855,11 +858,11 @@ def test_hooks_may_have_the_optimizer_with_its_saved_state(tmp_path: Path) -> No
     module, again = _network(), _network()
     before = _ReachesOptimizer(module[-1], dies_after=2)
     with pytest.raises(Killed):
-        fit(module, *_splits(), settings, state_path=state, hooks=before)
+        fit(module, _splits(), settings, state_file=StateFile(state), hooks=before)
     assert before.at_first is None
     assert before.momentum(before.optimizer) is not None
     hooks = _ReachesOptimizer(again[-1])
-    fit(again, *_splits(), settings, state_path=state, hooks=hooks)
+    fit(again, _splits(), settings, state_file=StateFile(state), hooks=hooks)
     assert hooks.at_first is not None
     assert hooks.at_first.abs().max() > 0
 
@@ -890,19 +893,19 @@ def test_only_tensors_of_four_axes_become_channels_last() -> None:
         assert volume.is_contiguous()
         assert network.twin.weight is network.conv.weight is weight
     assert weight.is_contiguous()
-    assert len(fit(network, train, validation, FitSettings(steps=2, batch_size=16)).epochs) == 1
+    assert len(fit(network, TrainingData(train, validation), FitSettings(steps=2, batch_size=16)).epochs) == 1
 
 
 def test_a_changed_bit_of_a_saved_state_is_noticed(tmp_path: Path) -> None:
     """torch reads most of them without a word, and training would go on with other weights."""
     state = tmp_path / "state.pt"
     with pytest.raises(Killed):
-        fit(_network(), *_splits(), SETTINGS, state_path=state, progress=_KillsIn(2, 1))
+        fit(_network(), _splits(), SETTINGS, state_file=StateFile(state), progress=_KillsIn(2, 1))
     whole = state.read_bytes()
-    _read_state(state)
+    read_state(state)
     for place in range(30, len(whole), max(1, len(whole) // 40)):
         changed = bytearray(whole)
         changed[place] ^= 1 << (place % 8)
         state.write_bytes(changed)
         with pytest.raises(ValueError, match="differs from its digest"):
-            _read_state(state)
+            read_state(state)

@@ -39,9 +39,9 @@ def test_a_corruption_spoils_more_with_each_severity(name, channels, side):
     before = images.copy()
     distances = []
     for severity in SEVERITIES:
-        spoilt = corrupt(name, images, severity, (0,))
-        assert (spoilt.shape, spoilt.dtype) == (images.shape, np.uint8)
-        distances.append(apart(spoilt, images))
+        corrupted = corrupt(name, images, severity, (0,))
+        assert (corrupted.shape, corrupted.dtype) == (images.shape, np.uint8)
+        distances.append(apart(corrupted, images))
     assert np.array_equal(images, before)
     assert distances[0] > 0
     assert distances[-1] > 1.3 * distances[0]
@@ -74,9 +74,9 @@ def test_pictures_keep_their_colours_apart():
     red = np.zeros((1, 32, 32, 3), np.uint8)
     red[..., 0] = 200
     for name in ("jpeg", "pixelate"):
-        spoilt = corrupt(name, red, 5, (0,))
-        assert spoilt[..., 0].mean() == pytest.approx(200, abs=3)
-        assert spoilt[..., 1:].mean() < 4
+        corrupted = corrupt(name, red, 5, (0,))
+        assert corrupted[..., 0].mean() == pytest.approx(200, abs=3)
+        assert corrupted[..., 1:].mean() < 4
     assert Image.fromarray(red[0]).mode == "RGB"
 
 

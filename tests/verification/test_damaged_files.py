@@ -18,6 +18,7 @@ from compress.data.splits import Split
 from compress.model.artifacts import Figures
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.robustness import Robustness
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -59,7 +60,7 @@ def verify(path, split=SPLIT, **changes):
         "baseline_onnx": exported("chain"),
         "baseline_figures": Figures(276544, 3820, 1, {"top1": 0.9}, {}),
     }
-    return verify_onnx(path, **(arguments | changes))
+    return verify_onnx(VerificationJob(path, **(arguments | changes)))
 
 
 def failing(verdict):

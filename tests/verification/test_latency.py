@@ -30,6 +30,7 @@ from compress.verification.call_blocks import (
 )
 from compress.verification.gates import Gates
 from compress.verification.latency import (
+    Calls,
     Comparison,
     LatencyRatio,
     LatencySample,
@@ -46,7 +47,7 @@ sys.path.pop(0)
 
 
 def compare(machine, models, **options):
-    return compare_latency(models, no_inputs, 3, 100, stopwatch=machine.stopwatch, **options)
+    return compare_latency(models, no_inputs, Calls(3, 100), stopwatch=machine.stopwatch, **options)
 
 
 def opened(log):
@@ -189,7 +190,7 @@ def test_latency_refuses_to_measure_nothing():
     with pytest.raises(DataError, match="at least one model and call, got 0 and 5"):
         measure_latency({}, {}, 0, 5)
     with pytest.raises(DataError, match="got 1 and 0"):
-        compare_latency({"a": SimulatedMachine().model("a", 1.0)}, no_inputs, 0, 0)
+        compare_latency({"a": SimulatedMachine().model("a", 1.0)}, no_inputs, Calls(0, 0))
 
 
 # samples
@@ -338,20 +339,22 @@ def test_fast_models_are_called_more_often(milliseconds, share):
     models = {name: machine.model(name, milliseconds) for name in "ab"}
     found = compare(machine, models)
     assert len(found.samples["a"].milliseconds) == 6 * math.ceil(share * 100 / 6)
-    more = compare_latency(models, no_inputs, 1, 310, stopwatch=machine.stopwatch).samples["a"]
+    more = compare_latency(models, no_inputs, Calls(1, 310), stopwatch=machine.stopwatch).samples["a"]
     assert len(more.milliseconds) == 6 * math.ceil(share * 310 / 6)
 
 
 def test_a_slow_model_alone_gets_the_calls_that_were_asked_for():
     machine = SimulatedMachine.quiet()
-    found = compare_latency({"a": machine.model("a", 200.0)}, no_inputs, 1, 102, stopwatch=machine.stopwatch)
+    found = compare_latency({"a": machine.model("a", 200.0)}, no_inputs, Calls(1, 102), stopwatch=machine.stopwatch)
     assert len(found.samples["a"].milliseconds) == 102
 
 
 def test_calls_before_the_blocks_are_as_asked_and_few_of_slow_models_when_they_are_opened_again():
     def calls_of_each_sitting(milliseconds, warmup):
         machine = SimulatedMachine.quiet()
-        compare_latency({"a": machine.model("a", milliseconds)}, no_inputs, warmup, 6, stopwatch=machine.stopwatch)
+        compare_latency(
+            {"a": machine.model("a", milliseconds)}, no_inputs, Calls(warmup, 6), stopwatch=machine.stopwatch
+        )
         text = "".join("|" if line.startswith("open") else "." for line in machine.log)
         return [len(part) for part in text.split("|")[1:]]
 
@@ -401,7 +404,7 @@ def test_a_close_ratio_is_measured_in_sittings_with_pauses_and_those_at_once_cou
 
     models = {"slim": machine.model("slim", 1.0, reaction=1.4), "baseline": machine.model("baseline", 2.0)}
     watch = Stopwatch(lambda: machine.now, wait)
-    found = compare_latency(models, no_inputs, 1, 10, is_close=is_close, stopwatch=watch)
+    found = compare_latency(models, no_inputs, Calls(1, 10), is_close=is_close, stopwatch=watch)
     (first,) = asked
     assert waited == [3.0] * 6
     assert first.sittings == 6
@@ -456,7 +459,7 @@ def test_the_check_of_a_bundle_measures_the_same_on_the_same_machine(millisecond
     """Both do the same at the same time: every call, and so all noise, is the same."""
     verifying, checking = (SimulatedMachine(seed=7, open_s=open_s) for _ in range(2))
     sample = compare_latency(
-        {"file": verifying.model("file", milliseconds)}, no_inputs, 10, 60, stopwatch=verifying.stopwatch
+        {"file": verifying.model("file", milliseconds)}, no_inputs, Calls(10, 60), stopwatch=verifying.stopwatch
     ).samples["file"]
     sessions = []
 

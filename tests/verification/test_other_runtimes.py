@@ -17,6 +17,7 @@ from compress.data.splits import Split
 from compress.errors import ConfigError, ConfigValueError
 from compress.onnx_file.io import load_onnx
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.other_runtimes import Also
 from compress.verification.runtimes.onnx_reference import OnnxReference
@@ -34,7 +35,7 @@ def make_split(count=12):
 
 def verify(path=None, **changes):
     arguments = {"evaluation": make_split(), "conditions": Conditions(warmup=1, repeats=4), "gates": Gates()}
-    return verify_onnx(path or exported("chain"), **(arguments | changes))
+    return verify_onnx(VerificationJob(path or exported("chain"), **(arguments | changes)))
 
 
 def check_of(verdict, name):

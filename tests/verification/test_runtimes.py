@@ -22,6 +22,7 @@ from compress.verification.measurement import latency_inputs
 from compress.verification.parity import parity
 from compress.verification.quality import predict
 from compress.verification.runtimes.onnx_reference import LARGEST_WORK, OnnxReference
+from compress.verification.runtimes.onnx_session import SessionRequest
 from compress.verification.runtimes.onnxruntime import OnnxRuntime, placements_in
 
 IMAGES = {"image": nets.images().numpy()}
@@ -192,6 +193,9 @@ def test_a_bound_call_that_fails_is_a_model_error(tmp_path):
 
 
 def test_tensorrt_is_told_the_precision_of_the_file_and_where_engines_go(tmp_path):
+    def on(provider, name="chain"):
+        return SessionRequest("onnxruntime", exported(name), provider, 1)
+
     def halve(model):
         model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float16), "half"))
 
@@ -202,16 +206,15 @@ def test_tensorrt_is_told_the_precision_of_the_file_and_where_engines_go(tmp_pat
         model = load_onnx(exported("chain"), weights=True)
         if change is not None:
             change(model)
-        runtime = OnnxRuntime(exported("chain"), "TensorrtExecutionProvider")
-        options = runtime._provider_options(model)
+        options = on("TensorrtExecutionProvider").provider_options(model)
         assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (half, whole)
         assert Path(options["trt_engine_cache_path"]).is_dir()
     folders = {
-        OnnxRuntime(exported(name), "TensorrtExecutionProvider")._provider_options(model)["trt_engine_cache_path"]
+        on("TensorrtExecutionProvider", name).provider_options(model)["trt_engine_cache_path"]
         for name in ("chain", "chain", "residual")
     }
     assert len(folders) == 2  # one for each file
-    assert OnnxRuntime(exported("chain"))._provider_options(model) == {}
+    assert on("CPUExecutionProvider").provider_options(model) == {}
 
 
 # files that take half precision

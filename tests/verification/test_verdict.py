@@ -34,6 +34,7 @@ from compress.stages.verify import VerifyStage
 from compress.training.evaluate import evaluate_quality
 from compress.verification.checks import check_edges
 from compress.verification.gates import Gates
+from compress.verification.job import VerificationJob
 from compress.verification.latency import LatencyRatio, LatencySample
 from compress.verification.measurement import Conditions, available_cores, measure_onnx
 from compress.verification.metrics import Estimate
@@ -83,6 +84,10 @@ class FakeRuntime(Runtime):
 
 def scores_of(images):
     return {"logits": images.mean((2, 3))[:, [0, 1, 2, 0]] * np.float32([1, 2, 3, 4])}
+
+
+def verify(path, **wanted):
+    return verify_onnx(VerificationJob(path, **wanted))
 
 
 def checks_of(verdict):
@@ -464,7 +469,7 @@ def split():
 def test_good_file_passes_every_check(split):
     before = evaluate_quality(nets.build("residual"), split)
     baseline = Figures(7, 8, 9, {"top1": before}, {"p50": 99.0})
-    verdict = verify_onnx(
+    verdict = verify(
         exported("chain"), evaluation=split, conditions=QUICK, scope=Scope(parity_samples=16),
         signature=SIGNATURE, opset=18,
         reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_figures=baseline,
@@ -516,7 +521,7 @@ def test_good_file_passes_every_check(split):
 
 
 def test_file_alone_is_verified_without_reference(split):
-    verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_size_mb=1))
+    verdict = verify(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_size_mb=1))
     checks = checks_of(verdict)
     assert verdict.passed
     assert {one["index"] for one in verdict.details["quality"]["worst_images"]} == {36, 37, 38, 39}
@@ -526,13 +531,13 @@ def test_file_alone_is_verified_without_reference(split):
 
 
 def test_gate_without_baseline_fails_the_verdict(split):
-    verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(min_speedup=1.0))
+    verdict = verify(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(min_speedup=1.0))
     assert checks_of(verdict)["min_speedup"].status == "skipped"
     assert not verdict.passed
 
 
 def test_baseline_that_is_only_a_file_is_measured(split):
-    verdict = verify_onnx(
+    verdict = verify(
         exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(max_drop={"top1": 1.0}),
         baseline_onnx=exported("residual"),
     )  # fmt: skip
@@ -543,7 +548,7 @@ def test_baseline_that_is_only_a_file_is_measured(split):
 
 def test_other_weights_than_the_references_fail_parity_and_say_what_would_pass(split, tmp_path):
     path = changed(tmp_path, lambda model: set_weight(model, "head.weight", lambda w: w * 1.5))
-    verdict = verify_onnx(
+    verdict = verify(
         path, evaluation=split, conditions=QUICK, gates=Gates(parity=1e-3), reference=nets.build("chain"),
         scope=Scope(parity_samples=64),
     )  # fmt: skip
@@ -556,7 +561,7 @@ def test_other_weights_than_the_references_fail_parity_and_say_what_would_pass(s
 
 
 def test_another_network_than_the_reference_fails_macs_and_parity(split):
-    verdict = verify_onnx(
+    verdict = verify(
         exported("residual"), evaluation=split, conditions=QUICK, gates=Gates(), reference=nets.build("chain")
     )
     checks = checks_of(verdict)
@@ -566,7 +571,7 @@ def test_another_network_than_the_reference_fails_macs_and_parity(split):
 
 def test_nan_weights_fail_evaluation(split, tmp_path):
     path = changed(tmp_path, lambda model: set_weight(model, "head.weight", lambda w: w * np.nan))
-    verdict = verify_onnx(
+    verdict = verify(
         path, evaluation=split, conditions=QUICK, gates=Gates(max_drop={"top1": 1.0}), reference=nets.build("chain")
     )
     checks = checks_of(verdict)
@@ -603,7 +608,7 @@ def test_denormal_weights_are_counted(split, tmp_path):
     def shrink(model):
         set_weight(model, "head.weight", lambda w: np.where(np.arange(w.size).reshape(w.shape) < 3, 1e-40, w))
 
-    verdict = verify_onnx(changed(tmp_path, shrink), evaluation=split, conditions=QUICK, gates=Gates())
+    verdict = verify(changed(tmp_path, shrink), evaluation=split, conditions=QUICK, gates=Gates())
     check = checks_of(verdict)["denormals"]
     assert (check.status, check.value, check.limit) == ("fail", 3.0, 0.0)
     assert not verdict.passed
@@ -611,7 +616,7 @@ def test_denormal_weights_are_counted(split, tmp_path):
 
 def test_weights_that_are_not_multiplied_by_are_told_from_those_that_are(split):
     reference = nets.build("chain")
-    verdict = verify_onnx(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(), reference=reference)
+    verdict = verify(exported("chain"), evaluation=split, conditions=QUICK, gates=Gates(), reference=reference)
     check = checks_of(verdict)["weights_agree"]
     kernels = [part.weight for part in reference.modules() if isinstance(part, (torch.nn.Conv2d, torch.nn.Linear))]
     assert (check.status, check.value) == ("pass", sum(weight.numel() for weight in kernels))
@@ -652,7 +657,7 @@ def _other_input_name(model):
 )
 def test_structure_names_what_is_wrong(split, tmp_path, change, wording):
     path = changed(tmp_path, change)
-    verdict = verify_onnx(path, evaluation=split, conditions=QUICK, gates=Gates(), signature=SIGNATURE, opset=18)
+    verdict = verify(path, evaluation=split, conditions=QUICK, gates=Gates(), signature=SIGNATURE, opset=18)
     check = checks_of(verdict)["structure"]
     assert check.status == "fail"
     assert wording in check.detail
@@ -663,7 +668,7 @@ def test_missing_external_data_fails_and_leaves_nothing_passed_by_default(split,
     path = tmp_path / "m.onnx"
     save_onnx(load_onnx(exported("chain")), path, external=True)
     (tmp_path / "m.onnx.data").unlink()
-    verdict = verify_onnx(
+    verdict = verify(
         path, evaluation=split, conditions=QUICK, gates=Gates(max_latency_ms=9), reference=nets.build("chain")
     )
     checks = checks_of(verdict)
@@ -676,15 +681,15 @@ def test_missing_external_data_fails_and_leaves_nothing_passed_by_default(split,
 def test_errors_that_are_not_the_files_fault_are_raised(split, tmp_path):
     arguments = {"evaluation": split, "conditions": QUICK, "gates": Gates()}
     with pytest.raises(ArtifactError, match="does not exist"):
-        verify_onnx(tmp_path / "none.onnx", **arguments)
+        verify(tmp_path / "none.onnx", **arguments)
     with pytest.raises(RuntimeUnavailable, match="NoSuch"):
-        verify_onnx(exported("chain"), **{**arguments, "conditions": replace(QUICK, provider="NoSuch")})
+        verify(exported("chain"), **{**arguments, "conditions": replace(QUICK, provider="NoSuch")})
     with pytest.raises(RuntimeUnavailable, match="'torch_eager' must read ONNX files"):
-        verify_onnx(exported("chain"), **{**arguments, "conditions": replace(QUICK, runtime="torch_eager")})
+        verify(exported("chain"), **{**arguments, "conditions": replace(QUICK, runtime="torch_eager")})
     with pytest.raises(DataError, match="at least one image"):
-        verify_onnx(exported("chain"), **{**arguments, "evaluation": make_split(0)})
+        verify(exported("chain"), **{**arguments, "evaluation": make_split(0)})
     with pytest.raises(DataError, match="got label 9"):
-        verify_onnx(exported("chain"), **{**arguments, "evaluation": make_split(2, [0, 9])})
+        verify(exported("chain"), **{**arguments, "evaluation": make_split(2, [0, 9])})
 
 
 def test_batch_size_must_fit_a_fixed_batch(split, tmp_path):
@@ -698,8 +703,8 @@ def test_batch_size_must_fit_a_fixed_batch(split, tmp_path):
     with pytest.raises(
         ConfigValueError, match=r"verify\.batch_size must be 1, the fixed batch size of the file, got 2"
     ):
-        verify_onnx(path, conditions=replace(QUICK, batch_size=2), **arguments)
-    verdict = verify_onnx(path, conditions=QUICK, **arguments)
+        verify(path, conditions=replace(QUICK, batch_size=2), **arguments)
+    verdict = verify(path, conditions=QUICK, **arguments)
     assert verdict.slim.quality["top1"] == 0.9
 
 

@@ -1,4 +1,4 @@
-"""Which figures may gates name? Those of the task; a task of the user's own may have any."""
+"""Rules for gates: their metrics are those of the task, and limits of shares are no percentages."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,9 @@ from compress.catalog import GATED, GATED_WITHOUT_LABELS, HARDER, SHARES, closes
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path, show
 from compress.config.schema.pipeline import PipelineConfig
-from compress.config.schema.verify import VerifyConfig
+from compress.config.schema.task import TaskConfig
+from compress.config.schema.verify import GatesConfig, VerifyConfig
+from compress.config.sections import Sections
 from compress.errors import ConfigValueError
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -17,30 +19,50 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "min": (0, 1),
     "max": (0, 1.5),
 }
-_NO_SHARES = ("regression", "embedding")  # whose figure that decides is none
+_NO_SHARES = ("regression", "embedding")  # tasks whose primary metric is no share
 
 
-def check_gates(document: Document) -> list[Problem]:
-    """Return one problem for each name or limit that does not fit the task."""
-    name = _task_name(document.value.get("task", "classification"))
-    return [
-        problem
-        for path, gates in _gates(document)
-        for kind in _BOUNDS
-        if isinstance(limits := gates.get(kind), dict)
-        for problem in _check_limits(document, (*path, kind), limits, name)
-    ]
+def check_gates(sections: Sections) -> Iterator[Problem]:
+    """Gates must name metrics of the task; a task of the user's own may have any."""
+    for path, verify in sections.of(VerifyConfig):
+        yield from check_limits(sections.document, (*path, "gates"), verify.gates, sections.task)
+
+
+def check_limits(document: Document, path: KeyPath, gates: GatesConfig, task: TaskConfig | None) -> Iterator[Problem]:
+    """Yield a problem for each metric that the task does not have, and for each limit that is out of range.
+
+    Args:
+        document: Positions of the limits.
+        path: Key path of the gates.
+        gates: Limits by kind and metric.
+        task: None, or a task without known metrics, allows any limit.
+    """
+    name = task.name if task is not None else None
+    if name is None or name not in GATED:
+        return
+    for kind in _BOUNDS:
+        limits: Mapping[str, float] = getattr(gates, kind)
+        for metric, limit in limits.items():
+            place = (*path, kind, metric)
+            if kind != "max_drop_on" and metric not in (*GATED[name][kind], *GATED_WITHOUT_LABELS[kind]):
+                yield _unknown_metric(document, place, name)
+            elif _is_share(metric, kind, name) and (rule := _broken_bound(kind, limit)) is not None:
+                text, hint = (
+                    f"{rule}, got {show(document.value_at(place))}.",
+                    "shares are not in percent: 0.01 is one point.",
+                )
+                yield document.problem(place, text, hint)
 
 
 def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> None:
-    """Refuse gates of a task of the user's own that name no metric of it, as soon as the baseline was measured.
+    """Check the gates of a task of the user's own, once the baseline was measured.
 
     Args:
         config: A checked pipeline.
-        record: Of its `load` stage; says which metrics the task has.
+        record: Record of its `load` stage, which lists the metrics of the task.
 
     Raises:
-        ConfigValueError: A gate names another one.
+        ConfigValueError: A gate names a metric that the task does not have.
     """
     known, verify = record.get("metrics"), config.stages[-1]
     if config.task.own is None or not known or not isinstance(verify, VerifyConfig):
@@ -56,58 +78,25 @@ def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> 
                 )
 
 
-def _task_name(task: Any) -> str | None:
-    """Return the task as far as it can be told; None for one of the user's own, or one that is reported elsewhere."""
-    found = task.get("name") if isinstance(task, dict) else task
-    return found if isinstance(found, str) and found in GATED else None
+def _unknown_metric(document: Document, path: KeyPath, task: str) -> Problem:
+    kind, metric = str(path[-2]), str(path[-1])
+    own = GATED[task][kind]
+    other = f"the keys here are {', '.join(own)}." if own else f"task {task} has no figure for it."
+    hint = closest(metric, [*own, *GATED_WITHOUT_LABELS[kind]]) or other
+    return Problem(document.key_origin(path), f"{format_path(path)} is not a known key.", hint)
 
 
-def _gates(document: Document) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Yield the gates of every verify stage, or those of a file of gates, and where they stand."""
-    stages = document.value.get("stages")
-    places: list[tuple[KeyPath, Any]] = [((), document.value)]
-    places += [(("stages", index), stage) for index, stage in enumerate(stages if isinstance(stages, list) else [])]
-    for path, section in places:
-        if isinstance(section, dict) and isinstance(section.get("gates"), dict):
-            yield (*path, "gates"), section["gates"]
+def _is_share(metric: str, kind: str, task: str) -> bool:
+    if task == "classification" and metric != "distance":
+        return True
+    return task not in _NO_SHARES and (metric in SHARES or metric == "cosine" or kind == "max_drop_on")
 
 
-def _check_limits(document: Document, path: KeyPath, limits: dict[Any, Any], task: str | None) -> Iterator[Problem]:
-    kind = str(path[-1])
-    for name, limit in limits.items():
-        if task is not None and kind != "max_drop_on":
-            allowed = list(dict.fromkeys((*GATED[task][kind], *GATED_WITHOUT_LABELS[kind])))
-            if name not in allowed:
-                own = list(GATED[task][kind])
-                hint = closest(str(name), allowed) or (
-                    f"the keys here are {', '.join(own)}." if own else f"task {task} has no figure for it."
-                )
-                text = f"{format_path((*path, name))} is not a known key."
-                yield Problem(document.key_origin((*path, name)), text, hint)
-                continue
-        if isinstance(limit, int | float) and not isinstance(limit, bool) and _is_share(str(name), kind, task):
-            yield from _check_bounds(document, (*path, name), limit)
-
-
-def _is_share(name: str, kind: str, task: str | None) -> bool:
-    if task is None:
-        return False
-    return (
-        (task == "classification" and name != "distance")
-        or (name in SHARES | {"cosine"} and task not in _NO_SHARES)
-        or (kind == "max_drop_on" and task not in _NO_SHARES)
-    )
-
-
-def _check_bounds(document: Document, path: KeyPath, limit: float) -> Iterator[Problem]:
-    low, high = _BOUNDS[str(path[-2])]
-    rule = None
+def _broken_bound(kind: str, limit: float) -> str | None:
+    """Return the bound that a limit of a share exceeds, in words; None if it keeps both."""
+    low, high = _BOUNDS[kind]
     if limit > high:
-        rule = f"must be at most {high:g}"
-    elif path[-2] == "min" and limit <= low:
-        rule = f"must be above {low:g}"
-    elif limit < low:
-        rule = f"must be at least {low:g}"
-    if rule is not None:
-        text = f"{format_path(path)} {rule}, got {show(limit)}."
-        yield Problem(document.origin(path), text, "shares are not in percent: 0.01 is one point.")
+        return f"must be at most {high:g}"
+    if kind == "min" and limit <= low:
+        return f"must be above {low:g}"
+    return f"must be at least {low:g}" if limit < low else None

@@ -1,165 +1,125 @@
-"""Can the stages run in the order given? Derived from what each one consumes and produces.
+"""Rules for the order of stages and for the deployment they are measured on."""
 
-What follows from where the model will run? Latency targets need it said; `verify` measures there unless told.
+from collections.abc import Iterator, Sequence
 
-What must a pipeline say so that a file can be rounded to INT8? Said before any work, not after hours of training.
-"""
-
-from collections.abc import Iterator
-from typing import Any
-
-from compress.catalog import NOTHING, RUNTIMES, STAGES, VERDICT
+from compress.catalog import NOTHING, STAGES, VERDICT
+from compress.config.defaults import with_deployment
 from compress.config.document import Document
-from compress.config.problems import KeyPath, Problem, format_path
-from compress.config.schema.data import DataConfig
+from compress.config.problems import KeyPath, Problem
+from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.pipeline import QuantizeConfig
+from compress.config.schema.prune import CutConfig
+from compress.config.schema.targets import RankTargetConfig
+from compress.config.schema.verify import VerifyConfig
+from compress.config.sections import Sections
 
+TIMED_RUNTIME = "onnxruntime"
+NO_HALF = ("CPUExecutionProvider",)  # casts float16 to float32 and back around every operator
+_LATENCY = ("latency", "latency_ms")
 _ARTICLES = {"TorchModel": "a TorchModel", "OnnxModel": "an OnnxModel", VERDICT: "a Verdict"}
 
 
-def check_order(document: Document) -> list[Problem]:
-    """Return one problem for each stage that cannot follow the one before it.
-
-    Stages whose names are not known are passed over; they are reported elsewhere.
-    """
-    stages = document.value.get("stages")
-    if not isinstance(stages, list) or not stages:
-        return []
-    names = [_name(entry) for entry in stages]
-    problems = []
+def check_order(sections: Sections) -> Iterator[Problem]:
+    """Each stage must consume what the stage before it produces, and the last one must be `verify`."""
+    names, document = sections.names, sections.document
     for index, name in enumerate(names):
-        text, hint = _check_place(index, name, names)
-        if text is not None:
-            problems.append(Problem(document.origin(("stages", index)), text, hint, "order"))
-    last = names[-1]
-    if last is not None and STAGES[last].produces != VERDICT:
-        problems.append(
-            Problem(
-                document.origin(("stages", len(names) - 1)),
-                f"stages must end with 'verify', but stages[{len(names) - 1}] '{last}' is the last one.",
-                "without verify nothing is checked, and nothing passes by checking nothing.",
-                "order",
-            )
-        )
-    return problems
+        if name is not None and (fault := _misplaced(index, name, names)) is not None:
+            text, hint = fault
+            yield Problem(document.origin(("stages", index)), f"stages[{index}] '{name}' {text}", hint, "order")
+    if names and names[-1] is not None and STAGES[names[-1]].produces != VERDICT:
+        last = len(names) - 1
+        text = f"stages must end with 'verify', but stages[{last}] '{names[-1]}' is the last one."
+        hint = "without verify nothing is checked, and nothing passes by checking nothing."
+        yield Problem(document.origin(("stages", last)), text, hint, "order")
 
 
-def _name(entry: Any) -> str | None:
-    name = entry.get("stage") if isinstance(entry, dict) else None
-    return name if isinstance(name, str) and name in STAGES else None
-
-
-def _label(names: list[str | None], index: int) -> str:
-    return f"stages[{index}]" + (f" '{names[index]}'" if names[index] else "")
-
-
-def _check_place(index: int, name: str | None, names: list[str | None]) -> tuple[str | None, str | None]:
-    """Return what is wrong with the place of one stage, and a hint."""
-    if name is None:
-        return None, None
+def _misplaced(index: int, name: str, names: Sequence[str | None]) -> tuple[str, str | None] | None:
+    """Return the fault of a stage's place and a hint; None if it can stand there."""
     wanted = STAGES[name].consumes
     if index == 0:
-        if wanted == NOTHING:
-            return None, None
-        return f"stages[0] '{name}' needs {_ARTICLES[wanted]}, but nothing comes before it.", "begin with load."
+        return None if wanted == NOTHING else (f"needs {_ARTICLES[wanted]}, but nothing comes before it.", _BEGIN)
     before = names[index - 1]
     if wanted == NOTHING:
-        return (
-            f"stages[{index}] '{name}' must be the first stage, but {_label(names, index - 1)} comes before it.",
-            None,
-        )
+        label = f"stages[{index - 1}]" + (f" '{before}'" if before else "")
+        return f"must be the first stage, but {label} comes before it.", None
     if name == "quantize" and name in names[:index]:
-        first = names.index(name)
-        return f"stages[{index}] 'quantize' needs a float file, but stages[{first}] 'quantize' quantises it.", None
+        return f"needs a float file, but stages[{names.index(name)}] 'quantize' quantises it.", None
     if before is None or STAGES[before].produces == wanted:
-        return None, None
-    yields = _ARTICLES[STAGES[before].produces]
-    place = f"stages[{index}] '{name}' needs {_ARTICLES[wanted]}"
-    hint = f"put export before {name}." if name in ("quantize", "verify") else None
-    return f"{place}, but stages[{index - 1}] '{before}' yields {yields}.", hint
+        return None
+    text = f"needs {_ARTICLES[wanted]}, but stages[{index - 1}] '{before}' yields {_ARTICLES[STAGES[before].produces]}."
+    return text, f"put export before {name}." if name in ("quantize", "verify") else None
 
 
-TIMED_RUNTIME = "onnxruntime"
-_SHARED = ("runtime", "provider", "threads", "batch_size", "repeats")
-NO_HALF = ("CPUExecutionProvider",)  # where float16 is cast to float32 and back around every operator
-_LATENCY = ("latency", "latency_ms")
+_BEGIN = "begin with load."
 
 
-def check_deploy(document: Document) -> list[Problem]:
-    """Return what does not fit: latency targets without a place to run, and places that cannot do what is asked."""
-    targets = list(_latency_targets(document.value))
-    deploy = document.value.get("deploy")
-    if deploy is None:
-        return [_without_deploy(document, path) for path in targets]
-    given = deploy if isinstance(deploy, dict) else {}
-    runtime, provider = given.get("runtime"), given.get("provider", NO_HALF[0])
-    problems = []
-    if given.get("precision") == "fp16" and provider in NO_HALF:
-        text = f"deploy.precision fp16 must be on a provider that computes in it, got {provider}."
-        hint = "fp32 is faster there; CUDAExecutionProvider and TensorrtExecutionProvider have fp16"
-        problems.append(Problem(document.origin(("deploy", "precision")), text, hint))
-    if targets and runtime in RUNTIMES and runtime != TIMED_RUNTIME:
-        text = f"deploy.runtime must be {TIMED_RUNTIME} for a latency target, got {runtime}, which cannot time nodes."
-        problems.append(Problem(document.origin(("deploy", "runtime")), text))
-    return problems
+def check_latency_targets(sections: Sections) -> Iterator[Problem]:
+    """A latency target needs a deployment, on a runtime that can time single nodes."""
+    document, deploy = sections.document, sections.deploy
+    paths = [(*path, key) for path, target in _targets(sections) for key in target.given() if key in _LATENCY]
+    if deploy is None and document.is_valid(("deploy",)):
+        for path in paths:
+            yield document.problem(
+                path,
+                "needs a deploy section, which says on which runtime, provider and threads the milliseconds are "
+                "measured.",
+                "add at the top level: deploy: {provider: CPUExecutionProvider, threads: 1}",
+            )
+    if deploy is not None and paths and deploy.runtime != TIMED_RUNTIME:
+        text = f"must be {TIMED_RUNTIME} for a latency target, got {deploy.runtime}, which cannot time nodes."
+        yield document.problem(("deploy", "runtime"), text)
 
 
-def _latency_targets(value: Any) -> Iterator[KeyPath]:
-    for index, stage in enumerate(_stages(value)):
-        target = stage.get("target")
-        given = target if isinstance(target, dict) else {}
-        yield from (("stages", index, "target", key) for key in _LATENCY if given.get(key) is not None)
+def _targets(sections: Sections) -> Iterator[tuple[KeyPath, RankTargetConfig]]:
+    for path, cut in sections.of(CutConfig):
+        yield (*path, "target"), cut.target
+    for path, low_rank in sections.of(LowRankConfig):
+        if low_rank.target is not None:
+            yield (*path, "target"), low_rank.target
 
 
-def _without_deploy(document: Document, path: KeyPath) -> Problem:
-    text = (
-        f"{format_path(path)} needs a deploy section, which says on which runtime, provider and threads the "
-        "milliseconds are measured."
-    )
-    hint = "add at the top level: deploy: {provider: CPUExecutionProvider, threads: 1}"
-    return Problem(document.origin(path), text, hint)
-
-
-def follow_deploy(values: dict[str, Any], document: Document) -> None:
-    """Let `verify` measure where the model will run, in whatever the file does not say otherwise.
-
-    Args:
-        values: Dumped PipelineConfig, changed in place.
-        document: Tells what was given.
-    """
-    deploy = values.get("deploy")
-    if deploy is None:
+def check_half_precision(sections: Sections) -> Iterator[Problem]:
+    """Files in half precision need a provider that computes in it."""
+    deploy, document = sections.deploy, sections.document
+    if deploy is None or not document.is_valid(("deploy", "provider")):
         return
-    for stage, given in zip(values["stages"], _stages(document.value), strict=True):
-        if stage["stage"] == "verify":
-            stage.update({key: deploy[key] for key in _SHARED if key not in given})
+    if deploy.precision == "fp16" and deploy.provider in NO_HALF:
+        text = f"fp16 must be on a provider that computes in it, got {deploy.provider}."
+        hint = "fp32 is faster there; CUDAExecutionProvider and TensorrtExecutionProvider have fp16"
+        yield document.problem(("deploy", "precision"), text, hint)
 
 
-def _stages(value: Any) -> list[dict[str, Any]]:
-    stages = value.get("stages")
-    return [stage if isinstance(stage, dict) else {} for stage in stages] if isinstance(stages, list) else []
+def check_quantized_precision(sections: Sections) -> Iterator[Problem]:
+    """Quantization starts from a file in single precision."""
+    for path, _ in sections.of(QuantizeConfig):
+        if sections.deploy is not None and sections.deploy.precision == "fp16":
+            text = "'quantize' needs files in fp32, but deploy.precision is fp16."
+            yield sections.document.problem(path, text, "leave one of the two out")
 
 
-def check_quantize(document: Document) -> list[Problem]:
-    """Return what does not fit: files in half precision, fewer calibration images than asked for."""
-    stages = document.value.get("stages")
-    problems = []
-    for index, stage in enumerate(stages if isinstance(stages, list) else []):
-        if not isinstance(stage, dict) or stage.get("stage") != "quantize":
-            continue
-        place = ("stages", index)
-        if _get(document, "deploy", "precision", "fp32") == "fp16":
-            text = f"stages[{index}] 'quantize' needs files in fp32, but deploy.precision is fp16."
-            problems.append(Problem(document.origin(place), text, "leave one of the two out"))
-        images = stage.get("images", QuantizeConfig.model_fields["images"].default)
-        there = _get(document, "data", "calibration", DataConfig.model_fields["calibration"].default)
-        if isinstance(images, int) and isinstance(there, int) and images > there:
-            origin = document.origin((*place, "images") if "images" in stage else place)
-            text = f"stages[{index}].images must be at most data.calibration ({there}), got {images}."
-            problems.append(Problem(origin, text, f"set data.calibration: {images}, or images: {there}"))
-    return problems
+def check_calibration_images(sections: Sections) -> Iterator[Problem]:
+    """Quantization cannot use more calibration images than there are."""
+    document, data = sections.document, sections.data
+    if data is None or not document.is_valid(("data", "calibration")):
+        return
+    for path, stage in sections.of(QuantizeConfig):
+        place = (*path, "images")
+        if stage.images > data.calibration and document.is_valid(place):
+            text = f"must be at most data.calibration ({data.calibration}), got {stage.images}."
+            yield document.problem(place, text, f"set data.calibration: {stage.images}, or images: {data.calibration}")
 
 
-def _get(document: Document, section: str, key: str, default: Any) -> Any:
-    values = document.value.get(section)
-    return values.get(key, default) if isinstance(values, dict) else default
+def check_other_runtimes(sections: Sections) -> Iterator[Problem]:
+    """The runtimes that a file is compared on must differ from the one it is deployed on."""
+    for path, verify in sections.of(VerifyConfig):
+        yield from compared_with_itself(sections.document, path, with_deployment(verify, sections.deploy))
+
+
+def compared_with_itself(document: Document, path: KeyPath, verify: VerifyConfig) -> Iterator[Problem]:
+    """Yield a problem if `also` names the runtime, provider and threads that the file is deployed on."""
+    deployed = (verify.runtime, verify.provider, verify.threads)
+    for one in verify.also:
+        if (one.runtime, one.provider, one.threads or verify.threads) == deployed:
+            text = f"must name other places than the one that ships the file; {one.label} is that one, got a list."
+            yield document.problem((*path, "also"), text)
+            return

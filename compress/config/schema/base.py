@@ -1,18 +1,50 @@
 """Base class of all sections, and types of settings that several sections share."""
 
+from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from typing_extensions import Self  # in typing from Python 3.11 on
 
 from compress.catalog import (
     Registry,
 )
 
 
+class PathKind(Enum):
+    """Mark of a setting that holds a path; pydantic ignores it, `config/paths.py` makes such paths absolute.
+
+    Attributes:
+        FILE: Path of a file or folder.
+        WEIGHTS: Path of a file of weights, or one of the words `pretrained` and `none`.
+        CODE: Reference "path/to/file.py:name" or "pkg.module:name"; only the former holds a path.
+    """
+
+    FILE = "file"
+    WEIGHTS = "weights"
+    CODE = "code"
+
+
+WITHOUT_RULES = "without rules"  # validation context in which a section is not held to its rules
+
+
 class Section(BaseModel):
     """Base of every part of a pipeline file."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    def _check_rules(self) -> None:
+        """Check the rules between settings of this section; each setting is valid by itself.
+
+        Raises:
+            ValueError: A rule is broken; the message begins with "must", or with the key of the setting at fault.
+        """
+
+    @model_validator(mode="after")
+    def _check_all(self, info: ValidationInfo) -> Self:
+        if info.context != WITHOUT_RULES:
+            self._check_rules()
+        return self
 
 
 def registered(registry: Registry[Any]) -> AfterValidator:
@@ -60,6 +92,12 @@ Size = Annotated[tuple[Side, Side], BeforeValidator(to_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(to_tuple)]
 
 
+FilePath = Annotated[str, PathKind.FILE]
+
+
+OptionalPath = Annotated[str | None, PathKind.FILE]
+
+
 KeptRatio = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -84,4 +122,10 @@ BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
-REFERENCE = r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$"
+_REFERENCE = r"^[^:]+(:[^:]+)?:[A-Za-z_][A-Za-z0-9_]*$"
+
+
+Reference = Annotated[str, Field(pattern=_REFERENCE), PathKind.CODE]
+
+
+OptionalReference = Annotated[str | None, Field(pattern=_REFERENCE), PathKind.CODE]

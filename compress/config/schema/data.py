@@ -2,12 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from compress.catalog import (
     SOURCES,
 )
-from compress.config.schema.base import MAX_SIDE, REFERENCE, Count, Floats, Section, Size, to_names, to_tuple
+from compress.config.schema.base import (
+    MAX_SIDE,
+    Count,
+    FilePath,
+    Floats,
+    OptionalPath,
+    Reference,
+    Section,
+    Size,
+    to_names,
+    to_tuple,
+)
 
 
 def _check_resize(value: object) -> object:
@@ -23,8 +34,8 @@ def _check_resize(value: object) -> object:
 class ArraysSource(Section):
     """Image arrays: uint8 (N, H, W, C), and integer labels, masks (N, H, W) or numbers (N, ...), as the task needs."""
 
-    arrays: str = Field(description="path of the .npz, or of the .npy with the images")
-    labels: str | None = Field(None, description="path of the .npy with the labels; not needed for .npz")
+    arrays: FilePath = Field(description="path of the .npz, or of the .npy with the images")
+    labels: OptionalPath = Field(None, description="path of the .npy with the labels; not needed for .npz")
     image_key: str = Field("x", description="name of the image array in an .npz")
     label_key: str = Field("y", description="name of the label array in an .npz")
 
@@ -32,14 +43,14 @@ class ArraysSource(Section):
 class IdxSource(Section):
     """A pair of IDX files."""
 
-    idx: str = Field(description="path of the image file, plain or .gz")
-    labels: str = Field(description="path of the label file, plain or .gz")
+    idx: FilePath = Field(description="path of the image file, plain or .gz")
+    labels: FilePath = Field(description="path of the label file, plain or .gz")
 
 
 class FolderSource(Section):
     """One sub-folder of image files for each class."""
 
-    folder: str = Field(description="path of the folder")
+    folder: FilePath = Field(description="path of the folder")
     classes: Annotated[tuple[str, ...], BeforeValidator(to_names)] | None = Field(
         None, description="folder names in the order of class indices; by default sorted as text"
     )
@@ -49,7 +60,7 @@ class TorchvisionSource(Section):
     """Any torchvision classification data set."""
 
     torchvision: str = Field(description="class name in torchvision.datasets, such as CIFAR10")
-    root: str = Field("data", description="folder that torchvision reads from and downloads to")
+    root: FilePath = Field("data", description="folder that torchvision reads from and downloads to")
     download: bool = Field(False, description="whether torchvision may fetch missing files")
     train: bool | None = Field(None, description="which half; by default data.train reads the training half")
 
@@ -57,37 +68,37 @@ class TorchvisionSource(Section):
 class MasksSource(Section):
     """Pictures, and a picture of class indices for each: PNG with the same name."""
 
-    masks: str = Field(description="path of the folder with the masks")
-    images: str = Field(description="path of the folder with the pictures")
+    masks: FilePath = Field(description="path of the folder with the masks")
+    images: FilePath = Field(description="path of the folder with the pictures")
 
 
 class CocoSource(Section):
     """Boxes in a JSON file of the COCO form."""
 
-    coco: str = Field(description="path of the JSON file")
-    images: str = Field(description="path of the folder with the pictures")
+    coco: FilePath = Field(description="path of the JSON file")
+    images: FilePath = Field(description="path of the folder with the pictures")
     letterbox: Size | None = Field(None, description="[height, width] that pictures are fitted into, grey at the rims")
 
 
 class YoloSource(Section):
     """Boxes in one .txt file for each picture: class, centre and size as shares, one box a line."""
 
-    yolo: str = Field(description="path of the folder with the .txt files; a picture without one has no box")
-    images: str = Field(description="path of the folder with the pictures")
+    yolo: FilePath = Field(description="path of the folder with the .txt files; a picture without one has no box")
+    images: FilePath = Field(description="path of the folder with the pictures")
     letterbox: Size | None = Field(None, description="[height, width] that pictures are fitted into, grey at the rims")
 
 
 class UnlabelledSource(Section):
-    """Images without labels: what is learned and measured is the distance to the untouched network."""
+    """Images without labels: what is learned and measured is the distance to the baseline."""
 
-    unlabelled: str = Field(description="path of a folder of pictures, or of a .npy or .npz with images")
+    unlabelled: FilePath = Field(description="path of a folder of pictures, or of a .npy or .npz with images")
     image_key: str = Field("x", description="name of the image array in an .npz")
 
 
 class OwnSource(Section):
     """A data set class of your own: `__len__`, and `__getitem__` -> (image, target)."""
 
-    own: str = Field(pattern=REFERENCE, description='"pkg.module:Class" or "path/to/file.py:Class"')
+    own: Reference = Field(description='"pkg.module:Class" or "path/to/file.py:Class"')
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
 
 
@@ -154,15 +165,13 @@ class PreprocessingConfig(Section):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     channels: Literal["RGB", "BGR", "L"] = "RGB"
 
-    @model_validator(mode="after")
-    def _check_channels(self) -> "PreprocessingConfig":
+    def _check_rules(self) -> None:
         wanted = 1 if self.channels == "L" else 3
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, wanted):
                 raise ValueError(f"{name} must have 1 or {wanted} values for channels {self.channels}")
         if any(value <= 0 for value in self.std):
             raise ValueError("std must be above 0")
-        return self
 
 
 class DataConfig(Section):
@@ -178,7 +187,7 @@ class DataConfig(Section):
     )
     split_seed: int = Field(0, ge=0, description="decides which training images go where")
     preprocessing: PreprocessingConfig = PreprocessingConfig()
-    array_folder: str | None = Field(
+    array_folder: OptionalPath = Field(
         None, description="folder with train.npz and test.npz (x, y) to read instead of train and evaluation"
     )
     array_folder_env: str | None = Field(

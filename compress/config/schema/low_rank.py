@@ -82,8 +82,7 @@ class LowRankConfig(Section):
     def _resolve_schemes(cls, values: Any) -> Any:
         return fill_schemes(values, "allocation")
 
-    @model_validator(mode="after")
-    def _check_one(self) -> "LowRankConfig":
+    def _check_rules(self) -> None:
         if (self.relative_error is None) == (self.target is None):
             raise ValueError("must hold exactly one of relative_error, target")
         if self.allocation != "shared_error" and self.target is None:
@@ -94,4 +93,3 @@ class LowRankConfig(Section):
             raise ValueError("trp must be left out unless it is the method")
         if self.method is not None and self.error_of == "outputs":
             raise ValueError("error_of must be kernels where a method cuts kernels while training")
-        return self

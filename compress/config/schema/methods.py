@@ -2,8 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
+from pydantic import Field
 
 from compress.config.schema.base import (
     Count,
@@ -64,10 +63,8 @@ class GregConfig(Section):
         0.75, description="share of the steps after which the penalty has reached its ceiling"
     )
 
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
+    def _check_rules(self) -> None:
         check_rising(self, "picked_at", "full_at")
-        return self
 
 
 class IncRegConfig(Section):
@@ -106,10 +103,8 @@ class GrdaConfig(Section):
         0.9, description="share of the steps after which the choice is final even where the zeros are not enough"
     )
 
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
+    def _check_rules(self) -> None:
         check_rising(self, "reached_at", "until")
-        return self
 
 
 class RegrowConfig(Section):
@@ -139,10 +134,8 @@ class TppConfig(Section):
         0.6, description="share of the steps after which the penalty has reached its ceiling"
     )
 
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
+    def _check_rules(self) -> None:
         check_rising(self, "picked_at", "full_at")
-        return self
 
 
 METHOD_SETTINGS = ("gsm", "gates", "greg", "increg", "csgd", "grda", "regrow", "tpp")

@@ -2,16 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from compress.catalog import (
     NETWORKS,
 )
 from compress.config.schema.base import (
-    REFERENCE,
+    FilePath,
     Ints,
     Names,
+    PathKind,
+    Reference,
     Section,
 )
 
@@ -23,13 +24,11 @@ class InputConfig(Section):
     dtype: Literal["float32", "int64", "int32", "bool"] = "float32"
     high: int | None = Field(None, ge=1, le=2**24, description="whole numbers are below this, at least 0")
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
+    def _check_rules(self) -> None:
         if any(size < 1 for size in self.shape):
             raise ValueError("shape must hold sizes of at least 1")
         if self.high is not None and not self.dtype.startswith("int"):
             raise ValueError("high must stand beside a dtype of whole numbers")
-        return self
 
 
 def _to_input(value: object) -> object:
@@ -49,20 +48,17 @@ class NetworkSection(Section):
     )
     outputs: Names = Field((), description="which outputs to keep, in this order, where there are several; [] for all")
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def _check_rules(self) -> None:
         if not all(name.isidentifier() for name in self.inputs):
             raise ValueError("inputs must hold names of letters, digits and _ that begin with no digit")
         if len(set(self.outputs)) < len(self.outputs):
             raise ValueError("outputs must name each output once")
-        return self
 
 
 class FactoryModel(NetworkSection):
     """A callable that builds the network."""
 
-    factory: str = Field(
-        pattern=REFERENCE,
+    factory: Reference = Field(
         description='"pkg.module:callable" or "path/to/file.py:callable"',
     )
 
@@ -82,7 +78,7 @@ class TimmModel(NetworkSection):
 class OnnxFileModel(Section):
     """A network that is there as an ONNX file, weights and all."""
 
-    onnx: str = Field(description="path of the .onnx file, in floating point")
+    onnx: FilePath = Field(description="path of the .onnx file, in floating point")
     inputs: dict[str, Ints] = Field(
         {}, description="shape of one image by input, such as {input: [3, 224, 224]}, where the file leaves it open"
     )
@@ -113,7 +109,7 @@ class LoadConfig(Section):
 
     stage: Literal["load"]
     model: Model
-    weights: str | None = Field(
+    weights: Annotated[str | None, PathKind.WEIGHTS] = Field(
         None,
         description="safetensors, a torch checkpoint that weights_only=True can read, a TorchScript archive, a "
         "torch.export program; pretrained, for what timm or torchvision offer; none, for a seeded initialisation; left "

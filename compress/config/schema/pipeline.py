@@ -1,13 +1,12 @@
 """What may a pipeline file say? Strict, frozen, closed pydantic models; no torch.
 
-Ratios are in (0, 1] and always relative to the untouched network (the baseline). Paths are relative to the pipeline
+Ratios are in (0, 1] and always relative to the baseline (the baseline). Paths are relative to the pipeline
 file unless they are absolute.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
+from pydantic import BeforeValidator, Field
 
 from compress.config.schema.base import (
     Names,
@@ -19,7 +18,7 @@ from compress.config.schema.data import DataConfig
 from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.model import LoadConfig
 from compress.config.schema.prune import PruneConfig, SlimConfig
-from compress.config.schema.task import DEFAULT_TASK, TaskOrName
+from compress.config.schema.task import DEFAULT_TASK, TaskConfig
 from compress.config.schema.training import FinetuneConfig
 from compress.config.schema.verify import DeployConfig, VerifyConfig
 
@@ -53,16 +52,14 @@ class QuantizeConfig(Section):
     weight_type: Literal["int8", "uint8"] = Field("int8", description="of weights")
     exclude: Names = Field((), description="layers or nodes that stay float; * matches any text")
 
-    @model_validator(mode="after")
-    def _check_types(self) -> Self:
+    def _check_rules(self) -> None:
         if (self.activation_type, self.weight_type) == ("int8", "uint8"):
             raise ValueError(
                 "weight_type must be int8 where activation_type is: no runtime has kernels for uint8 there"
             )
-        return self
 
 
-StageConfig = Annotated[
+StageConfig = (
     LoadConfig
     | PruneConfig
     | SlimConfig
@@ -70,9 +67,16 @@ StageConfig = Annotated[
     | FinetuneConfig
     | ExportConfig
     | QuantizeConfig
-    | VerifyConfig,
-    Field(discriminator="stage"),
-]
+    | VerifyConfig
+)
+
+
+Stages = Annotated[tuple[Annotated[StageConfig, Field(discriminator="stage")], ...], BeforeValidator(to_tuple)]
+
+
+STAGE_SECTIONS: dict[str, type[StageConfig]] = {
+    get_args(model.model_fields["stage"].annotation)[0]: model for model in get_args(StageConfig)
+}
 
 
 class PipelineConfig(Section):
@@ -82,7 +86,7 @@ class PipelineConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="decides everything random")
     threads: Threads | None = Field(None, description="torch threads; all cores by default")
     plugins: Names = Field((), description="modules that register criteria and runtimes of your own")
-    task: TaskOrName = Field(DEFAULT_TASK, description="what the network is for; classification by default")
+    task: TaskConfig = Field(DEFAULT_TASK, description="what the network is for; classification by default")
     data: DataConfig
     deploy: DeployConfig | None = None
-    stages: Annotated[tuple[StageConfig, ...], BeforeValidator(to_tuple)] = Field(min_length=1)
+    stages: Stages = Field(min_length=1)

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
 
 from compress.catalog import (
     CRITERIA,
@@ -11,7 +10,7 @@ from compress.catalog import (
     WITH_ERRORS,
     WITHOUT_ERRORS,
 )
-from compress.config.schema.base import REFERENCE, Count, Names, Positive, Section, registered, to_tuple
+from compress.config.schema.base import Count, Names, Positive, Reference, Section, registered, to_tuple
 from compress.config.schema.low_rank import (
     SCHEMES,
     RankAllocation,
@@ -47,8 +46,8 @@ def _check_blocks(value: object) -> object:
 class TorchPruningConfig(Section):
     """An importance of the user's own, written for torch-pruning."""
 
-    torch_pruning: str = Field(
-        pattern=REFERENCE, description='a subclass of torch_pruning.importance.Importance: "path/to/file.py:Class"'
+    torch_pruning: Reference = Field(
+        description='a subclass of torch_pruning.importance.Importance: "path/to/file.py:Class"'
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the class")
     gradients: Literal["none", "mean", "squares"] | None = Field(
@@ -124,14 +123,9 @@ class CutConfig(Section):
         "factors for the channels they keep; [] for none",
     )
 
-    @model_validator(mode="after")
-    def _check_networks(self) -> Self:
+    def _check_rules(self) -> None:
         if self.whole_networks is not None and self.allocation != "global":
             raise ValueError("allocation must be global where whole_networks is given")
-        return self
-
-    @model_validator(mode="after")
-    def _check_errors(self) -> Self:
         has_scores_alone = isinstance(self.criterion, TorchPruningConfig) or self.criterion in WITHOUT_ERRORS
         if self.damage == "errors" and has_scores_alone:
             named = self.criterion if isinstance(self.criterion, str) else "an importance of your own"
@@ -139,7 +133,6 @@ class CutConfig(Section):
                 f"damage must be scores or sensitivity with {named}, which has no errors "
                 f"({', '.join(WITH_ERRORS[:-1])} and {WITH_ERRORS[-1]} have)"
             )
-        return self
 
 
 class PruneConfig(CutConfig):
@@ -190,8 +183,8 @@ class PruneConfig(CutConfig):
             return self.training
         return self.training.model_copy(update={"momentum": momentum})
 
-    @model_validator(mode="after")
-    def _check_method(self) -> Self:
+    def _check_rules(self) -> None:
+        super()._check_rules()
         check_training(self.method, self.training)
         if self.method is not None and self.blocks == "joint":
             raise ValueError("blocks must not be joint where a method decides by scores of its own")
@@ -211,7 +204,6 @@ class PruneConfig(CutConfig):
             raise ValueError("blocks must be a number unless the method is gates, which alone decides about blocks")
         if self.training is not None and self.training.optimizer != "sgd":
             raise ValueError("training.optimizer must be sgd where a method decides: decays are sized for it")
-        return self
 
 
 JOINT_NETWORKS = 24
@@ -234,8 +226,8 @@ class SlimConfig(CutConfig):
     def _resolve_schemes(cls, values: Any) -> Any:
         return fill_schemes(values, "rank_allocation")
 
-    @model_validator(mode="after")
-    def _check_moves(self) -> Self:
+    def _check_rules(self) -> None:
+        super()._check_rules()
         check_alds_schemes(self.rank_allocation, self.schemes)
         if "channels" not in self.moves:
             raise ValueError("moves must hold channels; for ranks alone there is the stage low_rank")
@@ -248,4 +240,3 @@ class SlimConfig(CutConfig):
             raise ValueError("steps must be 1 without between, which says how to train from step to step")
         if self.steps == 1 and self.between is not None:
             raise ValueError("between must be left out while steps is 1")
-        return self

@@ -1,7 +1,6 @@
 """Schema of budgets: `target` of `prune`, `low_rank` and `slim`."""
 
-from pydantic import Field, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
+from pydantic import Field
 
 from compress.config.schema.base import KeptRatio, Section
 
@@ -14,11 +13,9 @@ class RankTargetConfig(Section):
     macs: KeptRatio | None = Field(None, description="kept share of the baseline's MACs")
     params: KeptRatio | None = Field(None, description="kept share of the baseline's params")
 
-    @model_validator(mode="after")
-    def _check_number(self) -> Self:
+    def _check_rules(self) -> None:
         if len(self.given()) != 1:
             raise ValueError(f"must hold exactly one of {', '.join(type(self).model_fields)}")
-        return self
 
     def given(self) -> dict[str, float]:
         """Return the quantities that are limited, in a fixed order."""
@@ -35,8 +32,6 @@ class TargetConfig(RankTargetConfig):
 
     size_mb: float | None = Field(None, gt=0, description="size of the ONNX file, in 10^6 bytes")
 
-    @model_validator(mode="after")
-    def _check_number(self) -> Self:
+    def _check_rules(self) -> None:
         if not self.given():
             raise ValueError(f"must hold at least one of {', '.join(type(self).model_fields)}")
-        return self

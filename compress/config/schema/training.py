@@ -2,13 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
+from pydantic import Field
 
 from compress.config.schema.base import (
     MAX_SIDE,
     BatchSize,
     Count,
+    OptionalPath,
     Section,
     Share,
 )
@@ -26,7 +26,7 @@ class AugmentationConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Learning from the outputs of the untouched network, and from its feature maps."""
+    """Learning from the outputs of the baseline, and from its feature maps."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="share of the loss")
     temperature: float = Field(4.0, gt=0, description="divides the logits")
@@ -100,13 +100,11 @@ class TrainingConfig(Section):
         """True where the peak rate is that of the original training however short this one is."""
         return False
 
-    @model_validator(mode="after")
-    def _check_one(self) -> Self:
+    def _check_rules(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("must hold exactly one of epochs, steps")
         if self.learning_rate is not None and self.original is not None:
             raise ValueError("must hold at most one of learning_rate, original")
-        return self
 
 
 def check_training(method: str | None, training: TrainingConfig | None) -> None:
@@ -130,7 +128,7 @@ class FinetuneConfig(TrainingConfig):
         description="start of training: the weights that the cut left, those of rewind_to cut in the same way, or a "
         "new initialisation at the same structure",
     )
-    rewind_to: str | None = Field(
+    rewind_to: OptionalPath = Field(
         None, description="checkpoint of the whole network early in its training; formats as weights of load"
     )
     rewind_schedule: Literal["whole", "tail"] | None = Field(
@@ -159,8 +157,8 @@ class FinetuneConfig(TrainingConfig):
         """True where the peak rate is that of the original training however short this one is."""
         return self.rewind_schedule is not None
 
-    @model_validator(mode="after")
-    def _check_rewinding(self) -> Self:
+    def _check_rules(self) -> None:
+        super()._check_rules()
         if self.weights == "rewound" and self.rewind_to is None:
             raise ValueError("rewind_to must name a checkpoint where weights is rewound")
         if self.weights != "rewound" and self.rewind_to is not None:
@@ -178,4 +176,3 @@ class FinetuneConfig(TrainingConfig):
             raise ValueError("rewind_epoch must be left out unless weights is rewound or rewind_schedule is tail")
         if self.original is not None and self.rewind_epoch is not None and self.rewind_epoch >= self.original.epochs:
             raise ValueError(f"rewind_epoch must be below original.epochs ({self.original.epochs:g})")
-        return self

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-from typing_extensions import Self  # in typing from Python 3.11 on
+from pydantic import BeforeValidator, Field
 
 from compress.catalog import (
     CORRUPTIONS,
@@ -16,6 +15,7 @@ from compress.config.schema.base import (
     Floats,
     Limit,
     Names,
+    OptionalPath,
     Positive,
     Section,
     Threads,
@@ -23,7 +23,7 @@ from compress.config.schema.base import (
     to_tuple,
 )
 from compress.config.schema.data import PreprocessingConfig, Source
-from compress.config.schema.task import DEFAULT_TASK, TaskOrName
+from compress.config.schema.task import DEFAULT_TASK, TaskConfig
 
 
 class GatesConfig(Section):
@@ -83,8 +83,7 @@ class RobustnessConfig(Section):
         {}, description="data sets from elsewhere with the same classes, each by a name of yours"
     )
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def _check_rules(self) -> None:
         for name in self.corruptions:
             if name not in CORRUPTIONS:
                 raise ValueError(f"corruptions must be of {', '.join(CORRUPTIONS)}; '{name}' is not")
@@ -92,14 +91,13 @@ class RobustnessConfig(Section):
             raise ValueError("noise_levels must be above 0")
         if not self.noise_levels and not self.corruptions and not self.shifted:
             raise ValueError("must hold noise_levels, corruptions or shifted")
-        return self
 
 
 class ResourcesConfig(Section):
     """What a file takes besides the time of a call: to start, in memory, and at other batch sizes."""
 
     batch_sizes: Annotated[tuple[BatchSize, ...], BeforeValidator(to_tuple)] = Field(
-        (1, 8, 32), min_length=1, description="images a call for the throughput"
+        (1, 8, 32), min_length=1, description="batch size for the throughput"
     )
 
 
@@ -125,7 +123,7 @@ class VerifyConfig(Section):
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider; must be the one in use")
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
-    batch_size: BatchSize = Field(1, description="images a call in the latency measurement")
+    batch_size: BatchSize = Field(1, description="batch size in the latency measurement")
     warmup: Calls = Field(10, description="calls before the measurement")
     repeats: Calls = Field(
         100, description="timed calls of each model, in several sittings; up to five times as many of fast models"
@@ -143,19 +141,11 @@ class VerifyConfig(Section):
     )
     gates: GatesConfig = GatesConfig()
 
-    @model_validator(mode="after")
-    def _check_labels(self) -> Self:
+    def _check_rules(self) -> None:
         labels = [one.label for one in self.also]
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"also must name each place once; {label} stands there {labels.count(label)} times")
-        for one in self.also:
-            place = (one.runtime, one.provider, one.threads or self.threads)
-            if place == (self.runtime, self.provider, self.threads):
-                raise ValueError(
-                    f"also must name other places than the one that ships the file; {one.label} is that one"
-                )
-        return self
 
 
 class GatesFile(VerifyConfig):
@@ -163,7 +153,7 @@ class GatesFile(VerifyConfig):
 
     stage: Literal["verify"] = "verify"
     seed: int = Field(0, ge=0, lt=2**63, description="decides noise and corruptions")
-    task: TaskOrName = Field(DEFAULT_TASK, description="what the network is for")
+    task: TaskConfig = Field(DEFAULT_TASK, description="what the network is for")
     evaluation: Source | None = Field(None, description="images and labels; --data goes before it")
     preprocessing: PreprocessingConfig | None = Field(
         None, description="what happens to an image first; by default what the file says about itself"
@@ -176,8 +166,10 @@ class DeployConfig(Section):
     runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
-    batch_size: BatchSize = Field(1, description="images a call")
+    batch_size: BatchSize = Field(1, description="batch size")
     repeats: Calls = Field(100, description="timed calls of each variant, of slow ones fewer; more on a noisy machine")
     precision: Literal["fp32", "fp16"] = Field("fp32", description="of the files; fp16 where the provider has it")
-    table: str | None = Field(None, description="latency table that `compress profile` wrote; measured here by default")
+    table: OptionalPath = Field(
+        None, description="latency table that `compress profile` wrote; measured here by default"
+    )
     accept_foreign_table: bool = Field(False, description="use a table of another machine as it is")

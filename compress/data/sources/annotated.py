@@ -1,4 +1,4 @@
-"""Where do images come from whose targets are no class indices: masks, boxes, numbers, or none at all?"""
+"""Images with targets other than class indices: masks, boxes, numbers, or none."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class AnnotatedSource:
 
     @property
     def has_targets(self) -> bool:
-        """Whether images have targets."""
+        """Return whether images have targets."""
         return self.read_target is not None
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Where do pictures with boxes come from? COCO's JSON, or one .txt file for each picture as YOLO has it.
+"""Images with boxes: COCO's JSON, or one .txt file for each image as YOLO has it.
 
 A target is {"boxes": (M, 4) float32 [x0, y0, x1, y1] in pixels of the prepared image, "labels": (M,) int64}.
 """

@@ -1,4 +1,4 @@
-"""Where do images and labels come from?
+"""Images with class labels: arrays, IDX files, folders, torchvision data sets.
 
 An `ImageSource` is N labelled uint8 images, read by index; all images that one `read` returns have one shape.
 Small sets are arrays in memory; folders and large torchvision sets are decoded when they are read.
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from compress.data.sources.image_files import open_picture, to_pixels
-from compress.errors import ArtifactError, DataError
+from compress.errors import ArtifactError, DataError, translated
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -300,14 +300,17 @@ def _open_torchvision(factory: Callable[..., object], root: Path, train: bool, d
     failures: list[str] = []
     for half, extra in product(halves, ({"download": download}, {})):
         try:
-            return factory(str(root), **half, **extra)
+            with translated(
+                lambda error: ArtifactError(
+                    f"torchvision could not open the data set in '{root}': {str(error) or type(error).__name__}",
+                    hint="Set download: true on a machine with network access, or give the path to files you have.",
+                ),
+                TypeError,
+                ValueError,
+            ):
+                return factory(str(root), **half, **extra)
         except (TypeError, ValueError) as error:
             failures.append(str(error))
-        except Exception as error:  # each data set has its own way to fail on missing and damaged files
-            raise ArtifactError(
-                f"torchvision could not open the data set in '{root}': {error or type(error).__name__}",
-                hint="Set download: true on a machine with network access, or give the path to files you have.",
-            ) from error
     raise DataError(f"torchvision could not open the data set in '{root}': {failures[0]}")
 
 
@@ -332,17 +335,17 @@ def load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         ArtifactError: The file is missing, damaged, or holds pickled objects.
     """
     _require_file(path)
-    try:
-        with path.open("rb") as stream:  # numpy leaves a file that it opened itself open when it is damaged
-            require_room(path, _claimed_bytes(path))
-            loaded = np.load(stream, allow_pickle=False)
-            return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
-    except ArtifactError:
-        raise
-    except Exception as error:  # numpy raises ValueError, OSError, BadZipFile, EOFError, zlib.error, LZMAError ...
-        raise ArtifactError(
-            f"'{path}' must be a readable .npz or .npy file without pickled objects: {error}"
-        ) from error
+    with (
+        translated(
+            lambda error: ArtifactError(
+                f"'{path}' must be a readable .npz or .npy file without pickled objects: {error}"
+            )
+        ),
+        path.open("rb") as stream,
+    ):  # numpy leaves a file that it opened itself open when it is damaged
+        require_room(path, _claimed_bytes(path))
+        loaded = np.load(stream, allow_pickle=False)
+        return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
 
 
 def _load_labels(path: Path) -> np.ndarray:

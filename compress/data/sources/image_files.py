@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compress.errors import DataError
+from compress.errors import DataError, translated
 
 _PLAIN = ("1", "L", "P", "RGB", "YCbCr", "HSV", "CMYK", "RGBX")
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -30,17 +30,15 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         DataError: The file is no picture, damaged, cut short, or larger than Pillow's limit (179 million pixels).
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of more than half of the limit of pixels
-            with Image.open(path) as picture:
-                picture.load()
-                return picture
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise anything on damaged headers: ValueError, struct.error, KeyError ...
-        said = str(error).strip() or type(error).__name__
-        raise DataError(f"'{path}' must be a readable image: {said[:200]}") from error
+
+    def unreadable(error: Exception) -> DataError:
+        return DataError(f"'{path}' must be a readable image: {(str(error).strip() or type(error).__name__)[:200]}")
+
+    with translated(unreadable), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of more than half of the limit of pixels
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
 
 
 def to_pixels(picture: Image.Image, grey: bool, what: str = "") -> np.ndarray:

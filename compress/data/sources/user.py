@@ -1,4 +1,4 @@
-"""How does a data set class of the user's own become images and targets?
+"""Data set classes of the user's own, as images and targets.
 
 It needs `__len__` and `__getitem__` -> (image, target), as torch's do; without a target it returns the image alone.
 An image is a PIL picture, uint8 (H, W, C) or (H, W), a uint8 tensor (C, H, W), or floating-point (C, H, W) that is

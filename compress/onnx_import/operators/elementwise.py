@@ -66,13 +66,13 @@ _FOLDED: dict[str, Callable[..., Tensor]] = {"Max": torch.maximum, "Min": torch.
 
 @operator(*_UNARY)
 def build_unary(op: Operation) -> Result:
-    """Build what takes one tensor and no settings."""
+    """Build a function of one tensor without settings."""
     return op.call(_UNARY[op.kind], op.image())
 
 
 @operator(*_BINARY)
 def build_binary(op: Operation) -> Result:
-    """Build what takes two tensors that are repeated to one shape."""
+    """Build a function of two tensors, which are broadcast."""
     if op.kind in _NEEDS_TENSORS:
         return op.call(_BINARY[op.kind], op.image(0), op.image(1))
     first, second = op.operand(0), op.operand(1)
@@ -104,7 +104,7 @@ def build_modulus(op: Operation) -> Result:
 
 @operator(*_FOLDED, "Mean")
 def build_folded(op: Operation) -> Result:
-    """Build what takes any number of tensors."""
+    """Build a function of any number of tensors."""
     function = _FOLDED.get(op.kind, torch.add)
     found = op.image(0)
     for index in range(1, len(op.inputs)):
@@ -139,7 +139,7 @@ def build_thresholded_relu(op: Operation) -> Result:
 
 @operator("Shrink")
 def build_shrink(op: Operation) -> Result:
-    """Build what pulls numbers towards 0."""
+    """Build a shrinkage of numbers towards 0."""
     limit, bias, image = op.attribute("lambd", 0.5), op.attribute("bias", 0.0), op.image()
     below = op.call(torch.add, image, bias)
     above = op.call(torch.sub, image, bias)

@@ -57,7 +57,7 @@ def _convolve_with_computed(op: Operation, image: Computed) -> Result:
 
 @operator("ConvTranspose")
 def build_transposed_convolution(op: Operation) -> Result:
-    """Build nn.ConvTranspose1d, 2d or 3d; what uneven padding takes off is cut off after it."""
+    """Build nn.ConvTranspose1d, 2d or 3d; uneven padding is cut off its output."""
     image, weight, bias = op.image(), op.known(1), op.known(2) if op.has(2) else None
     axes, groups = weight.array.ndim - 2, op.attribute("group", 1)
     window = read_window(op, image, weight.array.shape[2:], transposed=True)
@@ -134,7 +134,7 @@ def build_group_norm(op: Operation) -> Result:
         layer = nn.GroupNorm(groups, channels, eps=eps)
         for name, value in (("weight", scale), ("bias", bias)):
             each = value.array if value.array.size == channels else np.repeat(value.array, channels // groups)
-            setattr(layer, name, op.builder.parameter(value, each))
+            setattr(layer, name, op.graph.parts.parameter(value, each))
         return layer
 
     return op.layer(make, (scale, bias), image, ("GroupNormalization", groups, channels, eps))
@@ -151,7 +151,7 @@ def build_layer_norm(op: Operation) -> Result:
         layer = nn.LayerNorm(shape, eps=eps, bias=bias is not None)
         for name, value in (("weight", scale), ("bias", bias)):
             if value is not None:
-                setattr(layer, name, op.builder.parameter(value, np.broadcast_to(value.array, shape)))
+                setattr(layer, name, op.graph.parts.parameter(value, np.broadcast_to(value.array, shape)))
         return layer
 
     return op.layer(make, _given(scale, bias), image, ("LayerNormalization", shape, eps))
@@ -166,7 +166,7 @@ def build_prelu(op: Operation) -> Result:
 
         def make() -> nn.Module:
             layer = nn.PReLU(slope.array.size)
-            layer.weight = op.builder.parameter(slope, slope.array.reshape(-1))
+            layer.weight = op.graph.parts.parameter(slope, slope.array.reshape(-1))
             return layer
 
         return op.layer(make, (slope,), image, "PRelu")
@@ -203,7 +203,7 @@ def build_matmul(op: Operation) -> Result:
     bias = _bias_added_next(op, second.array.shape[1])
     found = _linear(op, image, second, bias, transposed=False)
     if bias is not None:
-        op.builder.merged[op.node.outputs[0].consumers()[0]] = found
+        op.values.merged[op.node.outputs[0].consumers()[0]] = found
     return found
 
 
@@ -228,10 +228,10 @@ def _linear(
         weight = matrix.array if transposed else matrix.array.T
         weight = weight if alpha == 1 else weight * np.float32(alpha)
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-        layer.weight = op.builder.parameter(matrix, np.ascontiguousarray(weight))
+        layer.weight = op.graph.parts.parameter(matrix, np.ascontiguousarray(weight))
         if bias is not None:
             values = bias.array if beta == 1 else bias.array * np.float32(beta)
-            layer.bias = op.builder.parameter(bias, np.broadcast_to(values.reshape(-1), weight.shape[:1]))
+            layer.bias = op.graph.parts.parameter(bias, np.broadcast_to(values.reshape(-1), weight.shape[:1]))
         return layer
 
     return op.layer(make, _given(matrix, bias), image, ("Linear", transposed, alpha, beta))
@@ -244,13 +244,13 @@ def _bias_added_next(op: Operation, width: int) -> Fixed | None:
     if output.is_graph_output() or len(readers) != 1 or readers[0].op_type != "Add" or len(output.uses()) != 1:
         return None
     other = next((value for value in readers[0].inputs if value is not None and value is not output), None)
-    found = None if other is None else op.builder.find(other)
+    found = None if other is None else op.values.find(other)
     is_fixed = isinstance(found, Fixed) and found.is_constant
     return found if isinstance(found, Fixed) and is_fixed and found.array.shape == (width,) else None
 
 
 def _is_bias(value: Computed | Fixed | None, width: int) -> bool:
-    """Whether what a Gemm adds is the same for each row."""
+    """Return whether what a Gemm adds is the same for each row."""
     if value is None:
         return True
     return isinstance(value, Fixed) and (
@@ -259,7 +259,7 @@ def _is_bias(value: Computed | Fixed | None, width: int) -> bool:
 
 
 def _is_by_channel(slope: np.ndarray, image: Computed) -> bool:
-    """Whether there is one slope a channel, the second axis of the image."""
+    """Return whether there is one slope a channel, the second axis of the image."""
     if image.rank < 2 or slope.size != image.shapes[0][1]:
         return False
     shape = (1,) * (image.rank - slope.ndim) + slope.shape
@@ -277,7 +277,7 @@ def _padded(op: Operation, image: Computed, window: Window) -> tuple[Computed, t
 def _fill(op: Operation, layer: nn.Module, **weights: Fixed | None) -> None:
     for name, value in weights.items():
         if value is not None:
-            setattr(layer, name, op.builder.parameter(value))
+            setattr(layer, name, op.graph.parts.parameter(value))
 
 
 def _given(*weights: Fixed | None) -> list[Fixed]:

@@ -58,7 +58,7 @@ def build_average(op: Operation) -> Result:
     sizes = [1, 1, *(image.size(axis) for axis in range(2, image.rank))]
     inside = F.pad(torch.ones(sizes), _amounts(window))
     share = function(inside, window.sizes, window.strides, (0,) * len(window.sizes), ceil)
-    counted = op.builder.constant(Fixed.constant(f"{op.output}_points", share.numpy()))
+    counted = op.graph.constant(Fixed.constant(f"{op.output}_points", share.numpy()))
     return op.call(torch.div, mean, counted)
 
 

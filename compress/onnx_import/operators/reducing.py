@@ -1,4 +1,4 @@
-"""Operators that make one number of many: sums, means, extremes, and what is divided by a sum."""
+"""Operators that make one number of many: sums, means, extremes, and quotients of a sum."""
 
 import math
 from collections.abc import Callable

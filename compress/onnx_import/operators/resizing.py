@@ -17,7 +17,7 @@ _CENTRED = ("half_pixel", "pytorch_half_pixel")
 
 @dataclass(frozen=True, slots=True)
 class _Resize:
-    """What a Resize asks for; axes are those after the channels.
+    """Settings of a Resize; axes are those after the channels.
 
     Attributes:
         mode: "nearest", "linear" or "cubic".
@@ -74,7 +74,7 @@ def _read(op: Operation, image: Computed) -> _Resize:
         if scales:
             ratios[axis] = float(scales[place])
             after[axis] = math.floor(before[axis] * ratios[axis])
-        elif axis == 0 and not op.builder.has_open_batch:
+        elif axis == 0 and not op.graph.has_open_batch:
             continue  # the file says how many images it is made for
         elif sizes[place] != before[axis]:
             after[axis] = int(sizes[place])
@@ -124,15 +124,15 @@ def _along(op: Operation, image: Computed, axis: int, asked: _Resize) -> Compute
     weights = _weights(axis, asked)
     name = f"{op.output}_axis_{axis}"
     if ((weights == 0) | (weights == 1)).all() and (weights.sum(1) == 1).all():
-        index = op.builder.constant(Fixed.constant(name, weights.argmax(1).astype(np.int64)))
+        index = op.graph.constant(Fixed.constant(name, weights.argmax(1).astype(np.int64)))
         return op.call(torch.index_select, image, axis + 2, index)
-    matrix = op.builder.constant(Fixed.constant(name, weights.astype(np.float32)))
+    matrix = op.graph.constant(Fixed.constant(name, weights.astype(np.float32)))
     moved = op.call(torch.movedim, image, axis + 2, -1)
     return op.call(torch.movedim, op.call(torch.matmul, moved, op.call(torch.t, matrix)), -1, axis + 2)
 
 
 def _weights(axis: int, asked: _Resize) -> np.ndarray:
-    """Return (new, old): how much of each old place there is in each new one."""
+    """Return (new, old) the share of each old place in each new one."""
     before, after = asked.before[axis], asked.after[axis]
     places = _places(axis, asked)
     weights = np.zeros((after, before))

@@ -23,9 +23,9 @@ def build_concatenation(op: Operation) -> Result:
     parts = [op.image(index) for index in given]
     axis = parts[0].axis(op.attribute("axis", 1))
     by_image = any(part.shapes[0][0] != part.shapes[1][0] for part in parts)
-    if by_image and axis != 0 and not op.builder.has_open_batch:  # constants are there for one image
+    if by_image and axis != 0 and not op.graph.has_open_batch:  # constants are there for one image
         parts = [
-            op.call(torch.Tensor.expand, part, op.builder.batch_size(), *[-1] * (part.rank - 1))
+            op.call(torch.Tensor.expand, part, op.graph.batch_size(), *[-1] * (part.rank - 1))
             if isinstance(op.inputs[index], Fixed) and part.shapes[0][0] == 1
             else part
             for index, part in zip(given, parts, strict=True)
@@ -114,7 +114,7 @@ def _pick(op: Operation, image: Computed, axis: int, chosen: np.ndarray, size: i
         end = None if places[-1] + steps[0] >= length else int(places[-1]) + 1
         whole = slice(int(places[0]) or None, end, None if steps[0] == 1 else int(steps[0]))
         return op.call(getitem, image, (*[slice(None)] * axis, whole))
-    index = op.builder.constant(Fixed.constant(f"{op.output}_places_{axis}", places))
+    index = op.graph.constant(Fixed.constant(f"{op.output}_places_{axis}", places))
     return op.call(torch.index_select, image, axis, index)
 
 

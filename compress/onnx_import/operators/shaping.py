@@ -15,7 +15,7 @@ def build_reshape(op: Operation) -> Result:
     """Build a change of shape."""
     image = op.image()
     asked = [array.reshape(-1).tolist() for array in op.known(1).arrays]
-    shapes = open_shapes(image, asked, bool(op.attribute("allowzero", 0)), op.builder.has_open_batch)
+    shapes = open_shapes(image, asked, bool(op.attribute("allowzero", 0)), op.graph.has_open_batch)
     return reshape(op, image, shapes)
 
 
@@ -74,7 +74,7 @@ def build_expand(op: Operation) -> Result:
         elif len(set(found)) == 1:
             sizes[axis] = found[0]
         elif found == PROBES:
-            sizes[axis] = op.builder.batch_size()
+            sizes[axis] = op.graph.batch_size()
         else:
             raise Refused("depends on the number of images in a way that is not supported")
     return op.call(torch.Tensor.expand, image, *sizes)

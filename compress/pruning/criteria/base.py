@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import UnsupportedLayer
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.model.tensors import detach_stored
 from compress.pruning.groups import ChannelGroup
 from compress.tasks.outputs import plain
@@ -25,12 +25,12 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class GradientStats:
-    """What one backward pass over each of several batches told about every gate.
+    """Derivatives of the loss by every gate, from one backward pass over each of several batches.
 
     Attributes:
         batches: For each batch and gate layer, (channels,) the derivative of the mean loss by a factor 1 that
             multiplies the channel there.
-        is_signed: Whether the sign of a derivative tells what to keep (`grasp` on an untrained network).
+        is_signed: True if the sign of a derivative matters (`grasp` on an untrained network).
     """
 
     batches: tuple[dict[str, Tensor], ...]
@@ -206,15 +206,13 @@ def _image_derivatives(
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in gates]
     try:
-        with torch.enable_grad(), eval_mode(module):
-            loss = losses(plain(module(images), getattr(module, "output_names", ())), targets).sum()
-        kept = [(name, output) for name, tensors in outputs.items() for output in tensors]
-        gradients = torch.autograd.grad(loss, [output for _, output in kept], allow_unused=True)
+        with hooked(after=[(module.get_submodule(name), keep(name)) for name in gates]):
+            with torch.enable_grad(), eval_mode(module):
+                loss = losses(plain(module(images), getattr(module, "output_names", ())), targets).sum()
+            kept = [(name, output) for name, tensors in outputs.items() for output in tensors]
+            gradients = torch.autograd.grad(loss, [output for _, output in kept], allow_unused=True)
     finally:
-        for handle in handles:
-            handle.remove()
         detach_stored(module)
     derivatives: dict[str, Tensor] = {}
     for (name, output), gradient in zip(kept, gradients, strict=True):

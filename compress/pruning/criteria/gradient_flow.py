@@ -1,8 +1,7 @@
-"""Derivatives of the gradient norm by gates: the evidence of `grasp`.
+"""Criteria for pruning at initialisation: gradient signal preservation (grasp) and connection sensitivity (snip).
 
-Gradient signal preservation: channels whose removal lowers the gradient norm least go first.
-
-Connection sensitivity: first-order change of the loss at a gate, over all images at once.
+`grasp` removes the channels whose removal lowers the gradient norm least; its evidence is the derivative of that norm
+by a gate at each channel. `snip` takes the derivative of the loss by a gate, over all images at once.
 """
 
 import re
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InternalError, UnsupportedLayer
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.model.tensors import detach_stored
 from compress.pruning.criteria.base import (
     Evidence,
@@ -122,15 +121,9 @@ def _gated(module: nn.Module, gates: dict[str, Tensor]) -> Iterator[None]:
 
         return hook
 
-    handles = []
-    try:
-        for name, gate in gates.items():
-            layer = module.get_submodule(name)
-            handles.append(layer.register_forward_hook(gated(gate, isinstance(layer, _CHANNELS_LAST))))
+    layers = [(module.get_submodule(name), gate) for name, gate in gates.items()]
+    with hooked(after=[(layer, gated(gate, isinstance(layer, _CHANNELS_LAST))) for layer, gate in layers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _require_second_derivatives(value: Tensor) -> None:
@@ -179,13 +172,8 @@ def _smallest_failing(module: nn.Module, images: Tensor) -> str | None:
         return lambda _layer, given: inputs.setdefault(name, given) and None
 
     parts = [(name, part) for name, part in module.named_modules() if name]
-    handles = [part.register_forward_pre_hook(keep(name)) for name, part in parts]
-    try:
-        with torch.no_grad(), eval_mode(module):
-            module(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(before=[(part, keep(name)) for name, part in parts]), torch.no_grad(), eval_mode(module):
+        module(images[:1])
     with torch.enable_grad(), eval_mode(module):
         for name, part in reversed(parts):
             given = inputs.get(name)

@@ -1,11 +1,7 @@
-"""How large are the filters that produce a channel, with the batch norm behind them folded in?
+"""Criteria without data: norms of filters (l1, l2), batch-norm scales (bn_scale), random scores (random).
 
-Before a batch norm the size of a filter means nothing (the norm divides it out), so each filter is multiplied by
-gamma / sqrt(variance + eps) first.
-
-How large is the batch-norm scale of a channel?
-
-What is the baseline that every criterion must beat?
+A batch norm divides the size of a filter out, so filters are multiplied by gamma / sqrt(variance + eps) of the norm
+behind them before they are measured. Random scores are the baseline of all criteria.
 """
 
 import zlib
@@ -148,7 +144,7 @@ class Random:
         """Score each channel of `group` by a uniform random number.
 
         Args:
-            group: C coupled channels; only its name and width matter.
+            group: C coupled channels; only its name and width are used.
             stats: Unused.
 
         Returns:

@@ -1,6 +1,6 @@
-"""Relative contributions of channels to the outputs of the layers that read them: the evidence of `pfp` and `sipp`.
+"""Provable filter pruning (pfp, sipp): channels of the smallest relative contribution to their readers go first.
 
-Provable filter pruning: channels with the smallest share in any output of their readers go first.
+The evidence is collected on images without labels: for each reader, the share of each input in its outputs.
 """
 
 import math

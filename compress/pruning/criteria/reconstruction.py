@@ -1,6 +1,9 @@
-"""Backward elimination: taylor scores decide widths, and channels that refitted readers make up for best go first.
+"""Criteria that rank channels by the reconstruction error of their readers: no labels are used for the order.
 
-Criteria that rank channels by what rebuilds the outputs of their readers: greedy, greedy_refit, lasso. No labels.
+reconstruction   backward elimination with refitted readers; widths by Taylor scores
+greedy           forward selection by local imitation of the readers
+greedy_refit     forward selection with refitted readers
+lasso            path of a LASSO on the contributions to the readers
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from compress.pruning.ranking.forward_selection import (
 
 
 class Reconstruction(Taylor):
-    """Taylor scores decide how wide each group becomes; the error of its refitted readers decides which channels go.
+    """Widths by Taylor scores, and the order within a group by the error of its refitted readers.
 
     Where the readers of a group cannot be refitted (grouped convolutions, very wide layers) the scores decide both.
 

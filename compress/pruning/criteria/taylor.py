@@ -1,4 +1,4 @@
-"""How much would the loss change if a channel were multiplied by slightly less than 1?"""
+"""Taylor criterion: first-order change of the loss when a channel is scaled down."""
 
 from typing import ClassVar
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, TRANSPOSED
-from compress.errors import InternalError, ModelError, UnsupportedLayer
+from compress.errors import InternalError, ModelError, UnsupportedLayer, translated
 from compress.pruning.criteria.base import Evidence, Order, WidthsBy
 from compress.pruning.criteria.parameter_gradients import ParameterGradients
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, ChannelGroup, Member, is_depthwise
@@ -161,13 +161,13 @@ class _Measure:
         """
         self._require(group)
         gradients = _gradients_of(self.name, self.gradients, stats)
-        try:
-            found = score_group(self.importance(), group, gradients, self.seed)
-        except Exception as error:
-            raise UnsupportedLayer(
+        with translated(
+            lambda error: UnsupportedLayer(
                 f"Criterion '{self.name}' cannot score group '{group.name}', torch-pruning raises {described(error)}.",
                 hint="Exclude the group, or choose another criterion.",
-            ) from error
+            )
+        ):
+            found = score_group(self.importance(), group, gradients, self.seed)
         if not isinstance(found, Tensor) or found.shape != (group.width,):
             raise UnsupportedLayer(
                 f"Criterion '{self.name}' looks at no layer that holds all {group.width} channels of group "

@@ -1,8 +1,8 @@
-"""Centripetal SGD: alike channels are drawn together until they are one, and are merged."""
+"""Centripetal SGD: similar channels are pulled together while training until they are equal, and merged."""
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,32 +13,25 @@ from torch import Tensor, nn
 
 from compress.config.schema.methods import CsgdConfig
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member, is_depthwise
-from compress.pruning.methods.base import (
-    GroupTensors,
-    Removed,
-    Rows,
-    Setting,
-    fixed_members,
-    folded_filters,
-    unfit_gate,
-)
+from compress.pruning.methods.base import Removed, Setting, TrainingMethod
+from compress.pruning.methods.group_tensors import GroupTensors, Rows, fixed_members, folded_filters, unfit_gate
 
 _STARTS, _ROUNDS = 4, 30
 
 
-class Csgd:
-    """Channels are parted into as many clusters as are to be left; those of a cluster become equal while training.
+class Csgd(TrainingMethod):
+    """Clusters of channels, one for each kept channel, whose members become equal while training.
 
-    All members of a cluster get the mean of their gradients, and are pulled towards their own mean by a factor sized so
-    that what parts them comes to e^-8 by the last step. Then one of them stands for all: what reads them reads the one
-    with the sum of the weights. How many clusters a group has follows from how far its channels would have to move.
+    All members of a cluster get the mean of their gradients and are pulled towards their own mean. The factor of the
+    pull brings their distance to e^-8 by the last step. Then the first member replaces all: readers read it with the
+    sum of the weights. The number of clusters in a group follows from how far its channels would have to move.
 
     Args:
-        setting: What to work with.
+        setting: Network, budget and schedule.
         options: See `CsgdConfig`.
 
     Raises:
-        StageError: The run is too short for the channels to meet; says how many steps would do.
+        StageError: The run is too short for the channels to meet; the hint names a sufficient number of steps.
 
     Source: Ding et al. 2019, "Centripetal SGD for Pruning Very Deep Convolutional Networks", arXiv:1904.03837. Widths
         by k-means distortion under a budget, clusters over all layers of a group, and the size of the pull are
@@ -58,7 +51,7 @@ class Csgd:
 
     @staticmethod
     def unfit(group: ChannelGroup) -> str | None:
-        """Say why the channels of a group cannot be merged, or None."""
+        """Return the reason why the channels of a group cannot be merged, or None."""
         if group.parts > 1 or any(_groups_of(reader.module) > 1 for reader in group.readers):
             return "a grouped convolution computes or reads it"
         if shortcuts := fixed_members(group):
@@ -79,17 +72,8 @@ class Csgd:
                 removed[name] = tuple(sorted(set(range(len(clusters))) - {int(channel) for channel in first}))
         return removed
 
-    @property
-    def closed(self) -> tuple[str, ...]:
-        """No residual block goes."""
-        return ()
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Return nothing: all that is learned is the network."""
-        return ()
-
     def on_step_begin(self, step: int) -> None:
-        """Part the channels into clusters before the first step."""
+        """Find the clusters before the first step."""
         if self.clusters is None:
             self.clusters = self._find_clusters()
             self._apart = self._distance()
@@ -102,12 +86,9 @@ class Csgd:
                 pull = self.pull * (values - _means(values, rows, clusters))
                 rows.set_gradient(_means(gradient, rows, clusters) + pull)
 
-    def on_step_end(self, step: int) -> None:
-        """Nothing is done."""
-
     @torch.no_grad()
     def finish(self) -> None:
-        """Merge: the first of each cluster becomes their mean, and is read with the sum of their weights."""
+        """Merge: the first member of each cluster becomes their mean, and is read with the sum of their weights."""
         self._left = self._distance()
         for name, clusters in (self.clusters or {}).items():
             group = self.setting.groups[name]
@@ -119,39 +100,39 @@ class Csgd:
                 _merge_columns(reader, clusters)
 
     def figures(self) -> dict[str, float]:
-        """Return the share that is left of the distance of the channels to the means of their clusters."""
+        """Return the share left of the distance of the channels to the means of their clusters."""
         return {"left_ratio": self._left / self._apart if self._apart else 0.0}
 
     def cause(self) -> str:
-        """Say what it would come from, were the loss higher after the cut, and what would help."""
+        """Return the likely cause of a higher loss after the cut, and the remedy."""
         left = self.figures()["left_ratio"]
         return f"Channels kept {left:.2%} of their distance from those they merge with; more steps would help."
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values from which `load_state_dict` goes on."""
+        """Return tensors and plain values from which `load_state_dict` resumes."""
         return {"clusters": self.clusters, "apart": self._apart}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         self.clusters, self._apart = state["clusters"], state["apart"]
 
     def _find_clusters(self) -> dict[str, Tensor]:
         features = {name: channel_features(group) for name, group in self.setting.groups.items()}
-        curves = {name: self._clusterings(name, values) for name, values in features.items()}
+        levels, seed = self.setting.levels, self.setting.seed
+        curves = {
+            name: [clustering(values, count, seed) for count in levels[name]] for name, values in features.items()
+        }
         damages = {name: np.asarray([one.distortion for one in curve]) for name, curve in curves.items()}
         scores = {name: torch.zeros(len(values)) for name, values in features.items()}
         removed = self.setting.choose(scores, damages=damages, is_final=True)
         found = {}
         for name, curve in curves.items():
             width = len(scores[name]) - len(removed.get(name, ()))
-            found[name] = torch.from_numpy(curve[list(self.setting.levels[name]).index(width)].labels)
+            found[name] = torch.from_numpy(curve[list(levels[name]).index(width)].labels)
         return found
 
-    def _clusterings(self, name: str, features: np.ndarray) -> list["Clustering"]:
-        return [clustering(features, count, self.setting.seed) for count in self.setting.levels[name]]
-
     def _distance(self) -> float:
-        """Return the root of the sum of squares of what parts channels from the means of their clusters."""
+        """Return the root of the sum of squared distances of channels to the means of their clusters."""
         total = 0.0
         for name, clusters in (self.clusters or {}).items():
             for rows in self.tensors[name].every():
@@ -161,10 +142,10 @@ class Csgd:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clustering:
-    """Channels in clusters.
+    """Clusters of channels.
 
     Attributes:
-        labels: (C,) int64, the cluster of each.
+        labels: (C,) int64, the cluster of each channel.
         distortion: Sum of squared distances to the centres, as a share of that to one centre for all; in [0, 1].
     """
 
@@ -173,7 +154,7 @@ class Clustering:
 
 
 def clustering(features: np.ndarray, count: int, seed: int) -> Clustering:
-    """Part (C, n) features into `count` clusters by k-means; none of them is empty."""
+    """Return `count` clusters of (C, n) features by k-means; none of them is empty."""
     _, equal = np.unique(features, axis=0, return_inverse=True)
     equal = equal.reshape(-1).astype(np.int64)
     if equal.max() < count:
@@ -196,7 +177,7 @@ def _spread(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _filled(labels: np.ndarray, count: int) -> np.ndarray:
-    """Give each empty cluster (of equal channels k-means leaves some) a member of the largest one."""
+    """Move a member of the largest cluster to each empty one, such as k-means leaves among equal channels."""
     labels = labels.copy()
     for empty in sorted(set(range(count)) - set(labels.tolist())):
         largest = np.bincount(labels, minlength=count).argmax()
@@ -205,7 +186,7 @@ def _filled(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def channel_features(group: ChannelGroup) -> np.ndarray:
-    """Return (C, n) of each channel the filters that produce it, scaled as batch norms scale; each row has norm 1."""
+    """Return (C, n) the filters that produce each channel, with batch norms folded in; each row has norm 1."""
     features = folded_filters(group)
     lengths = features.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return np.asarray((features / lengths).double().numpy())
@@ -230,7 +211,7 @@ def _merge_statistics(norm: Member, clusters: Tensor) -> None:
 
 
 def _merge_columns(reader: Member, clusters: Tensor) -> None:
-    """Let the first channel of each cluster be read with the sum of the weights of all, and the others with none."""
+    """Move the weights that read a cluster to its first channel, as their sum; the others become 0."""
     layer = reader.module
     axis = 0 if getattr(layer, "transposed", False) else 1
     weight = layer.weight.transpose(0, axis)  # type: ignore[union-attr,operator]

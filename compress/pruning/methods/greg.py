@@ -1,4 +1,4 @@
-"""Growing regularisation: what goes is penalised a little more every few steps, until nothing of it is left."""
+"""Growing regularisation: the penalty on removed channels grows every few steps, until nothing of them is left."""
 
 from typing import Any, ClassVar
 
@@ -7,25 +7,27 @@ import torch
 from torch import Tensor
 
 from compress.config.schema.methods import GregConfig
-from compress.pruning.methods.base import Scored, Setting
+from compress.pruning.methods.base import Setting
+from compress.pruning.methods.scored import Scored
 
 _ALIKE = 0.01
 _RECOVERY = -1e-4
 
 
 class Greg(Scored):
-    """The L2 penalty of the channels that go grows step by step up to a ceiling; then it holds.
+    """L2 penalty on the removed channels that grows step by step up to a ceiling, and is constant from there.
 
         variant 1   they are chosen early, by their scores (first-order importance, as in all methods; no filter norms)
-        variant 2   first the penalty of all grows alike: channels that the loss holds on to resist, the others shrink,
-                    and scores tell them apart better; those that stay then get a small negative penalty
+        variant 2   first the penalty of all channels grows alike: channels that the loss needs resist, the others
+                    shrink, and scores tell them apart better; kept channels then get a small negative penalty
 
     Args:
-        setting: What to work with.
+        setting: Network, budget and schedule.
         options: See `GregConfig`.
 
     Raises:
-        StageError: The run is too short for the penalty to bring the channels down; says how many steps would do.
+        StageError: The run is too short for the penalty to bring the channels down; the hint names a
+            sufficient number of steps.
 
     Source: Wang et al. 2021, "Neural Pruning via Growing Regularization", ICLR, arXiv:2012.09243. First-order scores
         in place of filter norms, one ranking of all channels under a budget in place of ratios by hand, penalties on
@@ -51,7 +53,7 @@ class Greg(Scored):
         self.increase = self.ceiling / increases
 
     def on_gradients(self, step: int) -> None:
-        """Raise the penalties when it is time to, and add them to the gradients."""
+        """Raise the penalties on schedule, and add them to the gradients."""
         self.observe(step)
         if step % self.interval == 0:
             for name, penalties in self.penalties.items():
@@ -60,11 +62,11 @@ class Greg(Scored):
             self.tensors[name].decay(penalties, with_filters=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values from which `load_state_dict` goes on."""
+        """Return tensors and plain values from which `load_state_dict` resumes."""
         return {**super().state_dict(), "penalties": self.penalties}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         super().load_state_dict(state)
         self.penalties = state["penalties"]
 

@@ -1,31 +1,32 @@
-"""Global Sparse Momentum: only the channels that matter most are trained on, the others decay by themselves."""
+"""Global Sparse Momentum: only the most important channels are trained, the others decay."""
 
 from typing import ClassVar
 
 import numpy as np
 
 from compress.config.schema.methods import GsmConfig
-from compress.pruning.methods.base import Scored, Setting
+from compress.pruning.methods.base import Setting
+from compress.pruning.methods.scored import Scored
 
 _DECAYED_WHILE_OPEN = 2.0
 
 
 class Gsm(Scored):
-    """In each step the channels that do not fit into the budget get no gradient, only decay.
+    """No gradient, only decay, in each step for the channels that do not fit into the budget.
 
-    A channel whose score rises again while the choice is open takes part again. What goes decays by a factor of its
-    own: while the choice is open, so weak that a channel which goes all the time comes to e^-2, for what has decayed
-    does not come back; after that so strong that the rest is e^-8. A `passive_decay` of the user's own holds all the
-    time, as in the paper: it must bring a channel that goes from the first choice on to e^-8.
+    A channel whose score rises again before the final choice is trained again. Removed channels have a decay factor of
+    their own. Before the final choice it brings a channel that is removed all the time to e^-2, for a channel that has
+    decayed does not come back; after it to e^-8. A given `passive_decay` is used all the time, as in the paper: it must
+    bring a channel that is removed from the first choice on to e^-8.
 
-    The `momentum` of the options takes the place of that of the training, before this method is made.
+    The `momentum` of the options replaces that of the training, before this method is made.
 
     Args:
-        setting: What to work with.
+        setting: Network, budget and schedule.
         options: See `GsmConfig`.
 
     Raises:
-        StageError: The run is too short for the decay; says how many steps would do.
+        StageError: The run is too short for the decay; the hint names a sufficient number of steps.
 
     Source: Ding et al. 2019, "Global Sparse Momentum SGD for Pruning Very Deep Neural Networks", arXiv:1909.12778.
         Channels in place of single weights, their Taylor scores, and the decay of their own are adaptations.
@@ -47,7 +48,7 @@ class Gsm(Scored):
                 self.decays[:frozen] = setting.factor(_DECAYED_WHILE_OPEN, self.first, frozen)
 
     def on_gradients(self, step: int) -> None:
-        """Take the gradient from what goes, and let it decay."""
+        """Zero the gradients of removed channels, and add their decay."""
         self.observe(step)
         for name in self.chosen:
             goes = self.goes(name)

@@ -1,4 +1,4 @@
-"""Incremental regularisation: penalties rise for channels that rank low and fall again for those that climb."""
+"""Incremental regularisation: penalties rise for channels of low rank and fall again for those that climb."""
 
 import math
 from typing import Any, ClassVar
@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 
 from compress.config.schema.methods import IncRegConfig
-from compress.pruning.methods.base import Scored, Setting
+from compress.pruning.methods.base import Setting
+from compress.pruning.methods.scored import Scored
 
 _MIDDLE = 0.25
 
 
 class IncReg(Scored):
-    """Every few steps each channel's L2 penalty changes by an amount that its average rank decides.
+    """L2 penalty of each channel that changes every few steps by an amount that depends on its average rank.
 
-    The change is +A for the weakest channel, 0 where the budget draws the line, and negative beyond; a penalty is
-    never below 0. A channel whose penalty has reached the ceiling keeps it, and is the first to go. Once the choice
-    stands, what goes has the ceiling and all else no penalty.
+    The change is +A for the weakest channel, 0 at the rank where the budget is met, and negative beyond; a penalty is
+    never below 0. A channel whose penalty has reached the ceiling keeps it, and is removed first. After the final
+    choice, removed channels have the ceiling and all others no penalty.
 
     Args:
-        setting: What to work with.
+        setting: Network, budget and schedule.
         options: See `IncRegConfig`.
 
     Raises:
-        StageError: The run is too short for the penalties to bring the channels down; says how many steps would do.
+        StageError: The run is too short for the penalties to bring the channels down; the hint names a
+            sufficient number of steps.
 
     Source: Wang et al. 2018, "Structured Pruning for Efficient ConvNets via Incremental Regularization",
         arXiv:1804.09461. One ranking of all channels under a budget in place of ratios by layer, penalties on the batch
@@ -45,11 +47,11 @@ class IncReg(Scored):
         else:
             self.ceiling = options.ceiling
             setting.require_decay(self.frozen, self.ceiling, f"a penalty of {self.ceiling:g}")
-        # the weakest reach the ceiling halfway to where the choice stands
+        # the weakest reach the ceiling halfway to the final choice
         self.most = 2 * self.ceiling * options.interval / max(1, self.frozen)
 
     def on_gradients(self, step: int) -> None:
-        """Rank, change the penalties when it is time to, and add them to the gradients."""
+        """Rank, change the penalties on schedule, and add them to the gradients."""
         self.observe(step)
         if step < self.frozen and step % self.interval == 0:
             self._change()
@@ -57,22 +59,22 @@ class IncReg(Scored):
             self.tensors[name].decay(penalties, with_filters=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values from which `load_state_dict` goes on."""
+        """Return tensors and plain values from which `load_state_dict` resumes."""
         own = {"penalties": self.penalties, "ranks": self.ranks, "rankings": self.rankings}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         super().load_state_dict(state)
         self.penalties, self.ranks, self.rankings = state["penalties"], state["ranks"], state["rankings"]
 
     def _choose(self, is_final: bool) -> None:
-        """Let the present ranks into their averages, and choose by those."""
+        """Add the present ranks to their averages, and choose by those."""
         every = torch.cat(list(self.scores.values()))
         present = torch.empty(len(every)).scatter_(0, every.argsort(stable=True), torch.arange(float(len(every))))
         self.rankings += 1
         for name, ranks in self._parted(present).items():
-            self.ranks[name].lerp_(ranks + 1, 1 / self.rankings)  # no rank is 0, so that none goes for nothing
+            self.ranks[name].lerp_(ranks + 1, 1 / self.rankings)  # no rank is 0, so that none is removed for nothing
         gone = {name: self.penalties[name] >= self.ceiling for name in self.ranks}
         wanted = {name: torch.where(gone[name], torch.zeros_like(ranks), ranks) for name, ranks in self.ranks.items()}
         before, self.scores = self.scores, wanted
@@ -85,7 +87,7 @@ class IncReg(Scored):
                 penalties.copy_(self.goes(name) * self.ceiling)
 
     def _change(self) -> None:
-        """Change every penalty by where its channel stands: those that go first, each part by average rank."""
+        """Change every penalty by the place of its channel: removed ones first, each part by average rank."""
         ranks = torch.cat([self.ranks[name] for name in self.penalties])
         goes = torch.cat([self.goes(name) for name in self.penalties])
         order = torch.from_numpy(np.lexsort((ranks.numpy(), ~goes.numpy())))
@@ -96,13 +98,13 @@ class IncReg(Scored):
             penalties.copy_(torch.where(penalties >= self.ceiling, penalties, changed))
 
     def _parted(self, every: Tensor) -> dict[str, Tensor]:
-        """Part a row of all channels by group."""
+        """Split a row of all channels by group."""
         parts = torch.split(every, [len(penalties) for penalties in self.penalties.values()])
         return dict(zip(self.penalties, parts, strict=True))
 
 
 def increments(count: int, going: int, most: float) -> Tensor:
-    """Return (count,) by how much the penalty of each channel changes, weakest channel first.
+    """Return (count,) the change of the penalty of each channel, weakest channel first.
 
     A curve that falls from `most`, is 0 at the place `going`, and is the same turned around its middle; never below
     -`most`.

@@ -1,7 +1,7 @@
-"""Channel regrowth: the network trains masked, and at every choice some masked channels come back."""
+"""Channel regrowth: the network trains masked, and some masked channels come back at every choice."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,25 +12,27 @@ from torch.optim import Optimizer
 from compress.config.schema.methods import RegrowConfig
 from compress.errors import StageError
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.methods.base import Rows, Scored, Setting, folded_filters
+from compress.pruning.methods.base import Setting
+from compress.pruning.methods.group_tensors import GroupTensors, Rows, folded_filters
+from compress.pruning.methods.scored import Scored
 
 _INTERVALS = 40
 
 
 class Regrow(Scored):
-    """Every few steps the channels are chosen anew, and a share of those that would go comes back at random.
+    """A new choice of channels every few steps, of which a random share of the removed ones comes back.
 
     widths      of each group, by the budget and the first-order scores of all methods here
     leverage    decides within a group: channels whose filters span the most are kept
     regrowth    a share of the group's channels, drawn at random from the others, is trained as well; it falls to 0
-    mask        scales and shifts of what is masked are 0, and so is what zero-padded shortcuts give to it; it gets no
-                gradient
+    mask        scales and shifts of masked channels are 0, as is the contribution of zero-padded shortcuts to them;
+                they get no gradient
 
     A channel that comes back has the filters, norms and reader columns that it had when it was masked, and no momentum.
     From `until` on the masks are final. A masked channel is 0 everywhere, so the cut changes nothing.
 
     Args:
-        setting: What to work with.
+        setting: Network, budget and schedule.
         options: See `RegrowConfig`.
 
     Raises:
@@ -58,7 +60,7 @@ class Regrow(Scored):
         super().__init__(setting, frozen, interval, first=interval)
         self.returned = {name: torch.zeros(group.width, dtype=torch.bool) for name, group in setting.groups.items()}
         self._returning: dict[str, Tensor] = {}  # (C,) bool: those that came back in this step
-        self._snapshots: dict[str, list[Tensor]] = {}
+        self._snapshots = Snapshots(setting.module, self.tensors)
         self._optimizer: Optimizer | None = None
         self._step = 0
 
@@ -71,7 +73,7 @@ class Regrow(Scored):
         return self.options.ratio * (1 + math.cos(math.pi * min(step, self.frozen) / self.frozen)) / 2
 
     def on_gradients(self, step: int) -> None:
-        """Choose when it is time to, and take the gradient from what is masked."""
+        """Choose on schedule, and zero the gradients of masked channels."""
         self._step, self._returning = step, {}
         self.observe(step)
         for name, tensors in self.tensors.items():
@@ -82,7 +84,7 @@ class Regrow(Scored):
                 tensors.stop(stopped)
 
     def on_step_end(self, step: int) -> None:
-        """Set scales and shifts of what is masked to 0, and what zero-padded shortcuts give to it.
+        """Set scales and shifts of masked channels to 0, and the contribution of zero-padded shortcuts to them.
 
         Momentum and weight decay have moved the scales and shifts.
         """
@@ -94,7 +96,7 @@ class Regrow(Scored):
                 masked.set_values(torch.zeros_like(masked.values))
 
     def figures(self) -> dict[str, float]:
-        """Return how many channels came back, and the share of those that are kept in the end."""
+        """Return the number of channels that came back, and the share of them that is kept in the end."""
         returned = torch.cat([*self.returned.values(), torch.zeros(0, dtype=torch.bool)])
         goes = torch.cat([*(self.goes(name) for name in self.returned), torch.zeros(0, dtype=torch.bool)])
         count = int(returned.sum())
@@ -105,20 +107,20 @@ class Regrow(Scored):
         }
 
     def cause(self) -> str:
-        """Say what it would come from, were the loss higher after the cut, and what would help."""
+        """Return the likely cause of a higher loss after the cut, and the remedy."""
         return "All removed channels were masked; layers behind them turn zero into something else."
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values from which `load_state_dict` goes on."""
-        return {**super().state_dict(), "returned": self.returned, "snapshots": self._snapshots}
+        """Return tensors and plain values from which `load_state_dict` resumes."""
+        return {**super().state_dict(), "returned": self.returned, "snapshots": self._snapshots.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         super().load_state_dict(state)
-        self.returned, self._snapshots = state["returned"], state["snapshots"]
+        self.returned, self._snapshots.saved = state["returned"], state["snapshots"]
 
     def _average(self, name: str, present: Tensor) -> None:
-        """Average the scores of what is trained; what is masked keeps its own, for its derivative is 0."""
+        """Average the scores of trained channels; masked ones keep theirs, for their derivative is 0."""
         before, goes = self.scores[name].clone(), self.goes(name)
         super()._average(name, present)
         self.scores[name] = torch.where(goes, before, self.scores[name])
@@ -129,9 +131,9 @@ class Regrow(Scored):
         wanted = self.setting.choose(self.scores, is_final=is_final)
         masked = {name: self.goes(name) for name in groups}
         for name, group in groups.items():
-            self._remember(group, ~masked[name])
+            self._snapshots.take(group, ~masked[name])
         for name, group in groups.items():
-            self._restore(group, masked[name])
+            self._snapshots.restore(group, masked[name])
         chosen = {}
         for number, (name, group) in enumerate(groups.items()):
             going = units_by_leverage(group, len(wanted.get(name, ())))
@@ -146,7 +148,8 @@ class Regrow(Scored):
                 self._returning[name] = returning
                 self.returned[name] |= returning
                 self.reactivated += int(returning.sum())
-                self._reset_momentum(groups[name], returning)
+                if self._optimizer is not None:
+                    self._snapshots.reset_momentum(groups[name], returning, self._optimizer)
 
     def _without_regrown(self, group: ChannelGroup, going: list[int], number: int) -> list[int]:
         """Return the units to mask, without those drawn to come back; all processes draw the same."""
@@ -155,34 +158,49 @@ class Regrow(Scored):
         regrown = random.choice(len(going), count, replace=False) if count else ()
         return [unit for place, unit in enumerate(going) if place not in set(regrown)]
 
-    def _remember(self, group: ChannelGroup, channels: Tensor) -> None:
-        """Take down what the network has of some channels, (C,) bool."""
+
+class Snapshots:
+    """Weights of channels as they were when they were masked: filters, norms with statistics, and reader columns.
+
+    Args:
+        module: The network.
+        tensors: Group name -> parameters of the group.
+
+    Attributes:
+        saved: Group name -> values of each of its rows.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, GroupTensors]) -> None:
+        self.saved: dict[str, list[Tensor]] = {}
+        self._module, self._tensors = module, tensors
+
+    def take(self, group: ChannelGroup, channels: Tensor) -> None:
+        """Save the present values of some channels, (C,) bool; of all channels the first time."""
         present = [rows.values for rows in self._rows(group)]
-        before = self._snapshots.get(group.name)
+        before = self.saved.get(group.name)
         if before is None:
-            self._snapshots[group.name] = present
+            self.saved[group.name] = present
             return
         for rows, old, values in zip(self._rows(group), before, present, strict=True):
             places = channels[rows.channels]
             old[places] = values[places].to(old.device)
 
-    def _restore(self, group: ChannelGroup, channels: Tensor) -> None:
-        """Give some channels, (C,) bool, what was taken down of them."""
-        for rows, values in zip(self._rows(group), self._snapshots[group.name], strict=True):
+    def restore(self, group: ChannelGroup, channels: Tensor) -> None:
+        """Set some channels, (C,) bool, to their saved values."""
+        for rows, values in zip(self._rows(group), self.saved[group.name], strict=True):
             places = channels[rows.channels]
             rows.among(channels).set_values(values[places].to(rows.parameter.device))
 
-    def _reset_momentum(self, group: ChannelGroup, channels: Tensor) -> None:
+    def reset_momentum(self, group: ChannelGroup, channels: Tensor, optimizer: Optimizer) -> None:
+        """Zero the momentum of some channels, (C,) bool."""
         for rows in self._rows(group):
-            state = {} if self._optimizer is None else self._optimizer.state.get(rows.parameter, {})
-            momentum = state.get("momentum_buffer")
+            momentum = optimizer.state.get(rows.parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 part = Rows(momentum, rows.slots, rows.channels, rows.axis).among(channels)
                 part.set_values(torch.zeros_like(part.values))
 
     def _rows(self, group: ChannelGroup) -> list[Rows]:
-        """Return all that belongs to channels: filters, norms with their statistics, and the columns that read them."""
-        return [*self.tensors[group.name].every(), *_statistics(group), *_columns(self.setting.module, group)]
+        return [*self._tensors[group.name].every(), *_statistics(group), *_columns(self._module, group)]
 
 
 def _statistics(group: ChannelGroup) -> Iterable[Rows]:
@@ -208,7 +226,7 @@ def units_by_leverage(group: ChannelGroup, count: int) -> list[int]:
 
 
 def leverage(filters: Tensor, kept: int) -> Tensor:
-    """Return (C,) of (C, n) filters the leverage scores: the squared norms of the rows of the top singular vectors.
+    """Return (C,) the leverage scores of (C, n) filters: squared norms of the rows of the top singular vectors.
 
     Args:
         filters: One row for each channel.

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from compress.config.schema.methods import GregConfig, TppConfig
 from compress.pruning.groups import ChannelGroup, Member
-from compress.pruning.methods.base import Rows, Setting, norm_factors, weight_rows
+from compress.pruning.methods.base import Setting
 from compress.pruning.methods.greg import Greg
+from compress.pruning.methods.group_tensors import Rows, norm_factors, weight_rows
 
 
 class Tpp(Greg):
-    """Greg, variant 1, and a Gram term that pulls removed filters to be orthogonal to kept ones.
+    """Greg, variant 1, with a Gram term that pulls removed filters to be orthogonal to kept ones.
 
-    Of each layer that computes channels of a group that loses some, with kernels W, (N, n), one row a filter, whose
-    batch norm is folded in by constant factors a, (N,), the loss gains
+    Each layer that computes channels of a group that loses some has kernels W, (N, n), one row a filter, with its batch
+    norm folded in by constant factors a, (N,). It adds to the loss
 
         strength * min(penalty, 1) * s * ||M * W W'||^2,   s = N / (||W||^2 mean(a^2))
 
@@ -24,11 +25,12 @@ class Tpp(Greg):
     present learning rate would overshoot.
 
     Args:
-        setting: What to work with.
+        setting: Network, budget and schedule.
         options: See `TppConfig`.
 
     Raises:
-        StageError: The run is too short for the penalty to bring the channels down; says how many steps would do.
+        StageError: The run is too short for the penalty to bring the channels down; the hint names a
+            sufficient number of steps.
 
     Source: Wang and Fu 2023, "Trainability Preserving Neural Pruning", ICLR, arXiv:2207.12534. First-order scores in
         place of filter norms, one ranking of all channels under a budget, s in place of 1000 / N^2, batch norms folded
@@ -68,7 +70,7 @@ class Tpp(Greg):
         return math.sqrt(sum(squares))
 
     def figures(self) -> dict[str, float]:
-        """Return what `Greg` does, and the norm of the cross-Gram matrices at the choice and now."""
+        """Return the metrics of `Greg`, and the norm of the cross-Gram matrices at the choice and now."""
         return {
             **super().figures(),
             "cross_gram_before": self._cross_before,
@@ -76,11 +78,11 @@ class Tpp(Greg):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values from which `load_state_dict` goes on."""
+        """Return tensors and plain values from which `load_state_dict` resumes."""
         return {**super().state_dict(), "cross_before": self._cross_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         super().load_state_dict(state)
         self._cross_before = state["cross_before"]
 

@@ -208,7 +208,7 @@ class _Eliminated:
 
 
 def _is_eligible(group: ChannelGroup, reader: Member) -> bool:
-    """Whether a reader can be refitted at a bearable cost and sees all units of the group alike."""
+    """Return whether a reader can be refitted at a bearable cost and sees all units of the group alike."""
     if not _is_affordable(reader.module):
         return False
     seen = torch.bincount(reader.channels % (group.width // group.parts), minlength=group.width // group.parts)

@@ -1,4 +1,4 @@
-"""Which channels go? Joins scores, costs and limits into one choice; the arithmetic is in `compress.allocation`."""
+"""Choice of the removed channels from scores, costs and limits; the arithmetic is in `compress.allocation`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Groups = Mapping[str, ChannelGroup]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a choice of channels comes to.
+    """Choice of channels, with its damage and costs.
 
     Attributes:
         widths: Group name -> width after the cut.

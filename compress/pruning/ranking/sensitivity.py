@@ -1,8 +1,7 @@
-"""How much does the loss rise when one channel group is narrowed to each of its widths, and what reads it is refitted?
+"""Measured damages: rises of the loss when one channel group is narrowed, or one residual block skipped.
 
-Each rise is measured on images, with a standard error, and written to a file at once: a run that was killed goes on.
-
-How much does the loss rise when a residual block is skipped?
+A group is narrowed to each of its widths with its readers refitted. Each rise has a standard error over images, and is
+saved at once, so that an interrupted run resumes.
 """
 
 import copy
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 
 from compress.allocation.widths import Candidates
 from compress.errors import ArtifactError
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.progress import Progress
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup
 from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.repair.repairs import add_constant
-from compress.pruning.trial import silenced_copy
+from compress.pruning.trial import masked_copy
 from compress.storage.digest import DIGEST_KEY, read_sealed, sealed
 from compress.storage.files import write_whole
 
@@ -36,10 +35,10 @@ class Rise:
     """A rise of the loss.
 
     Attributes:
-        mean: In nats, over images.
+        mean: Mean over images, in nats.
         error: Standard error of the mean.
-        is_measured: Whether it was measured; not at widths below the one at which the network was no better than a
-            guess, which count as much worse.
+        is_measured: False at widths below the one at which the network was no better than a guess; they count as much
+            worse.
     """
 
     mean: float
@@ -47,18 +46,43 @@ class Rise:
     is_measured: bool = True
 
 
+class SavedRises:
+    """Rises of the loss of one network, saved in a file as they are measured.
+
+    Args:
+        path: The file; it need not exist. One that is not whole is ignored.
+        key: Distinguishes networks in the same file.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self._known = _read(path)
+
+    def get(self, group: str, width: int) -> tuple[float, float] | None:
+        """Return mean and error of the rise at a width of a group; None if it was not measured."""
+        found = self._known.get(self._name(group, width))
+        return None if found is None else (found[0], found[1])
+
+    def add(self, group: str, width: int, mean: float, error: float) -> None:
+        """Save the rise at a width of a group."""
+        self._known[self._name(group, width)] = [mean, error]
+        write_whole(self.path, json.dumps(sealed(self._known)))
+
+    def _name(self, group: str, width: int) -> str:
+        return f"{self.key}/{group}/{width}"
+
+
 class Sensitivity:
     """Measures groups of one network, one after another.
 
     Args:
-        module: The network; left as it is.
+        module: The network; left unchanged.
         losses_of: Network -> (N,) the loss of each image.
-        guess: Loss of a network that says the same of every image.
-        reestimate: Measures batch-norm statistics again, in place; where readers cannot be refitted.
+        guess: Loss of a network with the same output for every image.
+        reestimate: Re-estimates batch-norm statistics, in place; used where readers cannot be refitted.
         example: One input, (1, C, H, W).
-        saved: File of what was measured already, by `key`; does not have to exist.
-        key: Tells networks in the same file apart.
-        progress: Told about each width.
+        saved: Rises that are known, and the place for new ones.
+        progress: Reports each width.
     """
 
     def __init__(
@@ -68,16 +92,14 @@ class Sensitivity:
         guess: float,
         reestimate: Callable[[nn.Module], object],
         example: Tensor,
-        saved: Path,
-        key: str,
+        saved: SavedRises,
         progress: Progress,
     ) -> None:
         self.module = module
         self.losses_of, self.guess, self.reestimate = losses_of, guess, reestimate
-        self.saved, self.key, self.progress = saved, key, progress
+        self.saved, self.progress = saved, progress
         with eval_mode(module):
             self.norms = following_norms(module, BATCH_NORMS, example)
-        self.known = _read(saved)
         self.intact: Tensor | None = None
 
     def rises(
@@ -86,9 +108,9 @@ class Sensitivity:
         """Return the rise of the loss at each width in `candidates.levels`, never less at a narrower one.
 
         Args:
-            group: Which is narrowed.
-            candidates: Its widths, and the order in which its channels go.
-            stats: Of the layers that read it; None where they cannot be refitted.
+            group: The group to narrow.
+            candidates: Its widths, and the order in which its channels are removed.
+            stats: Statistics of the layers that read it; None where they cannot be refitted.
         """
         found: list[Rise] = [Rise(0.0, 0.0)]
         with self.progress.task(f"loss at the widths of {group.name}", len(candidates.levels) - 1) as task:
@@ -106,17 +128,17 @@ class Sensitivity:
         stats: Mapping[str, ReaderStats] | None,
         wider: Sequence[Rise],
     ) -> Rise:
-        name = f"{self.key}/{group.name}/{width}"
-        if name not in self.known:
+        known = self.saved.get(group.name, width)
+        if known is None:
             hopeless = max(self.guess - float(self._intact().mean()), 0.0)
             if wider[-1].mean > hopeless:
                 return Rise(2 * wider[-1].mean, wider[-1].error, is_measured=False)
             narrowed = self._narrowed(group, candidates.removed_units(width), stats)
             rises = self.losses_of(narrowed) - self._intact()
             mean, error = float(rises.mean()), float(rises.std(unbiased=False)) / math.sqrt(len(rises))
-            self.known[name] = [mean, error] if math.isfinite(mean) else [2 * hopeless + 1, 0.0]
-            write_whole(self.saved, json.dumps(sealed(self.known)))
-        mean, error = self.known[name]
+            known = (mean, error) if math.isfinite(mean) else (2 * hopeless + 1, 0.0)
+            self.saved.add(group.name, width, *known)
+        mean, error = known
         return Rise(max(mean, wider[-1].mean), error)
 
     def _intact(self) -> Tensor:
@@ -127,9 +149,9 @@ class Sensitivity:
     def _narrowed(
         self, group: ChannelGroup, units: Sequence[int], stats: Mapping[str, ReaderStats] | None
     ) -> nn.Module:
-        """Return a copy of the network in which nothing of the given units arrives at what reads them."""
+        """Return a copy of the network in which no reader receives the given units."""
         if stats is None:
-            silent = silenced_copy(self.module, {group.name: group.expand(units)}, {group.name: group})
+            silent = masked_copy(self.module, {group.name: group.expand(units)}, {group.name: group})
             self.reestimate(silent)
             return silent
         refitted = copy.deepcopy(self.module)
@@ -148,7 +170,7 @@ class Sensitivity:
 
 
 def _read(path: Path) -> dict[str, list[float]]:
-    """Return what a killed run measured; nothing if the file is not there or not whole."""
+    """Return the measurements of an interrupted run; none if the file is missing or not whole."""
     try:
         content = read_sealed(path)
     except ArtifactError:
@@ -168,10 +190,10 @@ def block_damage(
     """Return for each block the loss with it skipped, less the loss with it in place.
 
     Args:
-        module: Classifier; left as it is.
+        module: Classifier; left unchanged.
         blocks: Module paths of removable blocks.
-        loss_of: Network -> mean loss on labelled images that are not the evaluation split's.
-        progress: Told about each block.
+        loss_of: Network -> mean loss on labelled images outside of the evaluation split.
+        progress: Reports each block.
     """
     with progress.task("loss without each block", len(blocks) + 1) as task:
         intact = loss_of(module)
@@ -192,8 +214,5 @@ def _skipped(block: nn.Module) -> Iterator[None]:
         unchanged: Tensor = inputs[0]
         return unchanged
 
-    handle = block.register_forward_hook(pass_on)
-    try:
+    with hooked(after=[(block, pass_on)]):
         yield
-    finally:
-        handle.remove()

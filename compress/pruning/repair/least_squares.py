@@ -1,4 +1,4 @@
-"""What does a layer read for what it gives? Rows of a linear regression, for layers that can be refitted."""
+"""Linear regression of a layer's outputs on its inputs, for layers that can be refitted."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _BLOCK = 512
 
 
 def is_refittable(layer: nn.Module) -> bool:
-    """Whether a layer is linear in what it reads, and its inputs can be taken out of its images."""
+    """Return whether a layer is linear in what it reads, and its inputs can be taken out of its images."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)
@@ -25,11 +25,11 @@ def positions_needed(unknowns: int, images: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Which outputs of each image are looked at.
+    """Sample of output positions of each image.
 
     Attributes:
-        count: How many; of smaller maps all.
-        seed: Decides which ones, for one batch.
+        count: Number of positions; all of a smaller map.
+        seed: Seed of the sample, for one batch.
     """
 
     count: int

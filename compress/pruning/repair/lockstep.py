@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InternalError
+from compress.model.modes import hooked
 
 
 class _AbandonedError(BaseException):  # a network's own `except Exception` must not swallow it
@@ -46,7 +47,7 @@ class _Pass:
             raise self._error
 
     def is_here(self) -> bool:
-        """Whether the caller is inside this pass; others may call the network's layers as they like."""
+        """Return whether the caller is inside this pass; others may call the network's layers as they like."""
         return threading.current_thread() is self._thread
 
     def wait(self, layer: str, seen: tuple[Tensor, ...]) -> None:
@@ -103,10 +104,10 @@ class Lockstep:
         self._names = {network.get_submodule(name): name for name in layers}
         self._running: _Pass | None = None
         self._passes = [_Pass(network, images) for images in batches]
-        self._handles = [
-            layer.register_forward_hook(self._after) if name in after else layer.register_forward_pre_hook(self._before)
-            for layer, name in self._names.items()
-        ]
+        self._hooks = hooked(
+            before=[(layer, self._before) for layer, name in self._names.items() if name not in after],
+            after=[(layer, self._after) for layer, name in self._names.items() if name in after],
+        )
 
     def reach(self, layer: str) -> Iterator[tuple[Tensor, ...]]:
         """Advance each pass to the layer and give what it waits with, one pass after the other.
@@ -131,8 +132,7 @@ class Lockstep:
     ) -> None:
         for one in self._passes:
             one.abandon()
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def _before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._wait(layer, inputs[0])
@@ -160,14 +160,8 @@ def run_watched(
         hooks: Part -> what is called with the part, its inputs and its output.
         before: Whether it is called as the part is entered, without the output.
     """
-    register = "register_forward_pre_hook" if before else "register_forward_hook"
-    handles = [getattr(part, register)(hook) for part, hook in hooks.items()]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(before=hooks.items()) if before else hooked(after=hooks.items()), torch.no_grad():
+        network(images)
 
 
 def call_order(network: nn.Module, parts: Iterable[str], images: Tensor) -> list[str]:

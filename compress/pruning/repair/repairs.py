@@ -1,4 +1,4 @@
-"""What brings back accuracy after a cut without training?
+"""Repairs: recovery of accuracy after a cut without training.
 
 least squares   refit each layer whose inputs changed so that it gives, from what is left, what it gave before
 bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.model.tensors import find_shared
 from compress.progress import Progress
 from compress.pruning.groups import BATCH_NORMS
@@ -181,12 +181,12 @@ class _Reader:
 
     @property
     def has_bias(self) -> bool:
-        """Whether constants go to the layer itself."""
+        """Return whether constants go to the layer itself."""
         return isinstance(getattr(self.layer, "bias", None), Tensor)
 
     @property
     def has_intercept(self) -> bool:
-        """Whether a constant can be added to what the layer gives."""
+        """Return whether a constant can be added to what the layer gives."""
         return self.has_bias or self.norm is not None
 
     @property
@@ -338,13 +338,7 @@ def _known_means(comparison: Comparison, names: Iterable[str], batches: Iterable
     def watch(mean: _Mean):  # type: ignore[no-untyped-def]
         return lambda _layer, _inputs, output: mean.add(output)
 
-    handles = [
-        comparison.original.get_submodule(name).register_forward_hook(watch(mean)) for name, mean in means.items()
-    ]
-    try:
+    with hooked(after=[(comparison.original.get_submodule(name), watch(mean)) for name, mean in means.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     images = sum(map(len, batches))
     comparison.means.update({name: mean.value for name, mean in means.items() if mean.images == images})

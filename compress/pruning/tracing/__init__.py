@@ -1,1 +1,1 @@
-"""Which channels of a network's parameters are the same channel?"""
+"""Tracing of channels through a forward pass: which channels of a network's parameters are the same channel."""

@@ -1,24 +1,22 @@
-"""Tracing of a network: one forward pass, watched operation by operation."""
+"""Trace of a network's channels: one forward pass, observed operation by operation."""
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import UntraceableModel
-from compress.model.modes import eval_mode, plain_lstm
-from compress.pruning.tracing.record import (
-    OUTPUTS,
-    Trace,
-)
+from compress.model.modes import eval_mode, hooked, plain_lstm, running_paths
+from compress.pruning.tracing.record import OUTPUTS, Trace
 from compress.pruning.tracing.rules import find_rule
 from compress.pruning.tracing.watch import Watch
 from compress.user_code import is_interrupt
 
 
 def trace(module: nn.Module, example: Tensor) -> Trace:
-    """Watch one forward pass in eval mode; the network is left as it is.
+    """Observe one forward pass in eval mode; the network is left unchanged.
 
     Args:
         module: Any network on the CPU.
@@ -27,18 +25,19 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     Raises:
         UntraceableModel: The forward pass fails.
     """
-    watch = Watch(module, find_rule)
     try:
         with (
             warnings.catch_warnings(),
             torch.no_grad(),
             eval_mode(module),
             plain_lstm(module),
-            watch.places(),
-            watch,
+            running_paths(module) as paths,
         ):
             warnings.simplefilter("ignore")
-            outputs = module(example)
+            watch = Watch(module, find_rule, paths)
+            after = [(part, partial(watch.note_output, name)) for name, part in module.named_modules()]
+            with hooked(after=after, always_call=True), watch:
+                outputs = module(example)
     except BaseException as error:  # the user's forward pass raises whatever it raises
         if is_interrupt(error):
             raise
@@ -50,5 +49,5 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     watch.freeze_odd_layers()
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor):
-            watch.freeze(watch.labels_of(output), OUTPUTS)
+            watch.facts.freeze(watch.labels.of(output), OUTPUTS)
     return watch.trace

@@ -1,8 +1,10 @@
-"""Where do operations that move values about take the channels?"""
+"""Rules for operations that move values: views, slices, concatenation, padding, indexing."""
 
 import torch
 from torch import Tensor
 
+from compress.pruning.tracing.call import Call
+from compress.pruning.tracing.facts import where
 from compress.pruning.tracing.pointwise import meet, unknown
 from compress.pruning.tracing.record import (
     NONE,
@@ -16,49 +18,49 @@ from compress.pruning.tracing.record import (
     unlabelled,
     vector,
 )
-from compress.pruning.tracing.watch import Call, Watch, where
+from compress.pruning.tracing.watch import Watch
 
 
 def move(watch: Watch, call: Call) -> None:
     """An operation that only moves values about: carried out on the labels themselves."""
-    labels = watch.labels_of(call.first)
+    labels = watch.labels.of(call.first)
     results = call.outputs
     if not is_labelled(labels):
         for output in results:
-            watch.give(output, unlabelled(output.ndim))
+            watch.labels.give(output, unlabelled(output.ndim))
         return
     found = call.repeat(labels.expand(call.first.shape))
     for output, one in zip(results, [found] if isinstance(found, Tensor) else found, strict=True):
-        watch.give(output, compact(one))
+        watch.labels.give(output, compact(one))
 
 
 def permute(watch: Watch, call: Call) -> None:
     """Axes in another order."""
-    watch.give(call.result, call.repeat(watch.labels_of(call.first)))
+    watch.labels.give(call.result, call.repeat(watch.labels.of(call.first)))
 
 
 def view(watch: Watch, call: Call) -> None:
     """Another shape of the same values: an axis of channels may become several, or the other way round."""
-    labels = watch.labels_of(call.first)
+    labels = watch.labels.of(call.first)
     if not is_labelled(labels):
-        watch.give(call.result, unlabelled(call.result.ndim))
+        watch.labels.give(call.result, unlabelled(call.result.ndim))
         return
     result = moved(lambda whole: whole.reshape(call.result.shape), labels, call.first.shape)
-    watch.give(call.result, result)
-    watch.note_size(labels)
+    watch.labels.give(call.result, result)
+    watch.facts.note_size(labels)
     dims = [dim for dim, size in enumerate(result.shape) if size > 1]
     if len(dims) > 1 and sum(size > 1 for size in labels.shape) < len(dims):
         # one axis became several: all but one are taken to keep their sizes when channels go
         is_map = labels.ndim == 2 and result.ndim > 3 and 1 in dims  # a vector became a feature map
         chosen = 1 if is_map else max(dims, key=lambda dim: (result.shape[dim], dim))
         first = _first_along(result, chosen)
-        watch.tie(result, first.expand(result.shape))
-        watch.note_size(first)
-        watch.note_shape(first, call.result.shape, chosen)
+        watch.facts.tie(result, first.expand(result.shape))
+        watch.facts.note_size(first)
+        watch.facts.note_shape(first, call.result.shape, chosen)
         return
-    watch.note_size(result)
+    watch.facts.note_size(result)
     for dim in dims:
-        watch.note_shape(_first_along(result, dim), call.result.shape, dim)
+        watch.facts.note_shape(_first_along(result, dim), call.result.shape, dim)
 
 
 def _first_along(labels: Tensor, dim: int) -> Tensor:
@@ -71,18 +73,18 @@ def _first_along(labels: Tensor, dim: int) -> Tensor:
 
 def take_slice(watch: Watch, call: Call) -> None:
     """A slice: equal shares of the channels must lose the same positions."""
-    labels, value = watch.labels_of(call.first), call.first
+    labels, value = watch.labels.of(call.first), call.first
     dim = int(call.arguments.get("dim", 0)) % value.ndim
     if not is_labelled(labels) or labels.shape[dim] == 1:
-        watch.give(call.result, labels)
+        watch.labels.give(call.result, labels)
         return
     size, step = value.shape[dim], int(call.arguments.get("step", 1))
     start = int(call.get("start") or 0)
     share = step if step > 1 else call.result.shape[dim]
-    watch.give(call.result, compact(call.repeat(labels)))
+    watch.labels.give(call.result, compact(call.repeat(labels)))
     if share < size and size % share == 0 and (step > 1 or start % share == 0):
         _tie_shares(watch, labels, dim, step if step > 1 else size // share, is_strided=step > 1)
-    watch.note_size(watch.labels_of(call.result))
+    watch.facts.note_size(watch.labels.of(call.result))
 
 
 def _tie_shares(watch: Watch, labels: Tensor, dim: int, shares: int, is_strided: bool) -> None:
@@ -91,47 +93,49 @@ def _tie_shares(watch: Watch, labels: Tensor, dim: int, shares: int, is_strided:
     shape = (each, shares) if is_strided else (shares, each)
     parts = labels.unflatten(dim, shape)  # type: ignore[no-untyped-call]
     axis = dim + 1 if is_strided else dim
-    watch.tie(parts, parts.narrow(axis, 0, 1).expand(parts.shape))
+    watch.facts.tie(parts, parts.narrow(axis, 0, 1).expand(parts.shape))
 
 
 def select(watch: Watch, call: Call) -> None:
     """One position of an axis."""
-    labels, value = watch.labels_of(call.first), call.first
+    labels, value = watch.labels.of(call.first), call.first
     dim = int(call.arguments.get("dim", 0)) % value.ndim
-    watch.give(call.result, labels.squeeze(dim) if labels.shape[dim] == 1 else compact(call.repeat(labels)))
+    watch.labels.give(call.result, labels.squeeze(dim) if labels.shape[dim] == 1 else compact(call.repeat(labels)))
 
 
 def split(watch: Watch, call: Call) -> None:
     """Pieces along an axis: equal ones must lose the same positions."""
-    labels, value = watch.labels_of(call.first), call.first
+    labels, value = watch.labels.of(call.first), call.first
     dim = int(call.arguments.get("dim", 0)) % value.ndim
     pieces = call.outputs
     if labels.shape[dim] == 1:
         for piece in pieces:
-            watch.give(piece, labels)
+            watch.labels.give(piece, labels)
         return
     sizes = [piece.shape[dim] for piece in pieces]
-    watch.note_size(labels)
+    watch.facts.note_size(labels)
     shares: tuple[Tensor, ...] = labels.split(sizes, dim)  # type: ignore[no-untyped-call]
-    watch.note_size(*shares)
+    watch.facts.note_size(*shares)
     for piece, one in zip(pieces, shares, strict=True):
-        watch.give(piece, compact(one))
-        watch.note_size(one)
+        watch.labels.give(piece, compact(one))
+        watch.facts.note_size(one)
     if len(set(sizes)) == 1 and len(sizes) > 1:
         _tie_shares(watch, labels, dim, len(sizes), is_strided=False)
 
 
 def unbind(watch: Watch, call: Call) -> None:
     """Every position of an axis on its own."""
-    labels = watch.labels_of(call.first)
+    labels = watch.labels.of(call.first)
     dim = int(call.arguments.get("dim", 0)) % call.first.ndim
     for position, piece in enumerate(call.outputs):
-        watch.give(piece, compact(labels.select(dim, position if labels.shape[dim] > 1 else 0)))
+        watch.labels.give(piece, compact(labels.select(dim, position if labels.shape[dim] > 1 else 0)))
 
 
 def squeeze(watch: Watch, call: Call) -> None:
     """Axes of size 1 taken away."""
-    watch.give(call.result, watch.labels_of(call.first).reshape(_without_ones(watch.labels_of(call.first), call)))
+    watch.labels.give(
+        call.result, watch.labels.of(call.first).reshape(_without_ones(watch.labels.of(call.first), call))
+    )
 
 
 def _without_ones(labels: Tensor, call: Call) -> list[int]:
@@ -145,12 +149,12 @@ def _without_ones(labels: Tensor, call: Call) -> list[int]:
 
 def unsqueeze(watch: Watch, call: Call) -> None:
     """An axis of size 1 put in."""
-    watch.give(call.result, call.repeat(watch.labels_of(call.first)))
+    watch.labels.give(call.result, call.repeat(watch.labels.of(call.first)))
 
 
 def expand(watch: Watch, call: Call) -> None:
     """Values repeated along axes of size 1."""
-    watch.give(call.result, padded(watch.labels_of(call.first), call.result.ndim))
+    watch.labels.give(call.result, padded(watch.labels.of(call.first), call.result.ndim))
 
 
 def restride(watch: Watch, call: Call) -> None:
@@ -158,13 +162,13 @@ def restride(watch: Watch, call: Call) -> None:
 
     Adaptive pooling to a single place does this where weights are channels-last, as in every squeeze-and-excite block.
     """
-    labels, value = watch.labels_of(call.first), call.result
+    labels, value = watch.labels.of(call.first), call.result
     axes = [dim for dim, size in enumerate(value.shape) if size > 1]
     is_kept = labels.ndim == value.ndim and all(
         have in (1, size) for have, size in zip(labels.shape, value.shape, strict=True)
     )
     if is_kept and len(axes) <= 1 and all(value.stride(axis) == 1 for axis in axes):
-        watch.give(value, labels)
+        watch.labels.give(value, labels)
     else:
         unknown(watch, call)
 
@@ -173,42 +177,42 @@ def concatenate(watch: Watch, call: Call) -> None:
     """Values put behind one another: along the channels' axis, or along another one with the same channels."""
     tensors = [t for t in call.arguments["tensors"] if t.numel() or t.ndim > 1]
     dim = int(call.arguments.get("dim", 0)) % call.result.ndim
-    labels = [watch.labels_of(tensor) for tensor in tensors]
+    labels = [watch.labels.of(tensor) for tensor in tensors]
     if not any(is_labelled(one) for one in labels):
-        watch.give(call.result, unlabelled(call.result.ndim))
+        watch.labels.give(call.result, unlabelled(call.result.ndim))
         return
     if any(
         one.shape[dim] > 1 or tensor.shape[dim] == 1
         for one, tensor in zip(labels, tensors, strict=True)
         if is_labelled(one)
     ):
-        watch.give(call.result, joined(labels, [tensor.shape[dim] for tensor in tensors], dim))
+        watch.labels.give(call.result, joined(labels, [tensor.shape[dim] for tensor in tensors], dim))
         return
     result, seen = labels[0], list(tensors[0].shape)  # side by side along another axis: the channels are the same
     for one, tensor in zip(labels[1:], tensors[1:], strict=True):
         result = meet(watch, result, seen, one, tensor.shape)
-    watch.give(call.result, result)
+    watch.labels.give(call.result, result)
 
 
 def stack(watch: Watch, call: Call) -> None:
     """Values side by side along a new axis, with the same channels."""
     tensors = call.arguments["tensors"]
     dim = int(call.arguments.get("dim", 0)) % call.result.ndim
-    labels = [watch.labels_of(tensor).unsqueeze(dim) for tensor in tensors]
+    labels = [watch.labels.of(tensor).unsqueeze(dim) for tensor in tensors]
     for one in labels[1:]:
         if one.shape == labels[0].shape:
-            watch.match(one, labels[0])
+            watch.facts.match(one, labels[0])
         else:
-            watch.mix(one, call)
-            watch.mix(labels[0], call)
-    watch.give(call.result, labels[0])
+            watch.facts.mix(one, call)
+            watch.facts.mix(labels[0], call)
+    watch.labels.give(call.result, labels[0])
 
 
 def pad(watch: Watch, call: Call) -> None:
     """Zeros or other fixed values put around: around channels, they are places that follow none."""
-    labels, amounts = watch.labels_of(call.first), [int(amount) for amount in call.arguments["pad"]]
+    labels, amounts = watch.labels.of(call.first), [int(amount) for amount in call.arguments["pad"]]
     if not is_labelled(labels):
-        watch.give(call.result, unlabelled(call.result.ndim))
+        watch.labels.give(call.result, unlabelled(call.result.ndim))
         return
     fill = ZERO if float(call.arguments.get("value", 0)) == 0 else NONE
     for position in range(0, len(amounts), 2):
@@ -218,12 +222,12 @@ def pad(watch: Watch, call: Call) -> None:
             pads = [0] * (2 * (labels.ndim - dim - 1)) + [before, after]
             labels = torch.nn.functional.pad(labels, pads, value=fill)
             watch.trace.padded.append(watch.place)
-    watch.give(call.result, labels)
+    watch.labels.give(call.result, labels)
 
 
 def index(watch: Watch, call: Call) -> None:
     """Indexing with tensors: fixed positions among channels cannot follow a cut."""
-    labels, value = watch.labels_of(call.first), call.first
+    labels, value = watch.labels.of(call.first), call.first
     places = call.get("indices", "index")
     dims = (
         [dim for dim, index in enumerate(places) if index is not None]
@@ -231,7 +235,7 @@ def index(watch: Watch, call: Call) -> None:
         else [int(call.arguments["dim"]) % value.ndim]
     )
     if any(dim < labels.ndim and labels.shape[dim] > 1 for dim in dims):
-        watch.freeze(labels, f"its channels are picked by fixed positions in {where(watch.place)}")
+        watch.facts.freeze(labels, f"its channels are picked by fixed positions in {where(watch.place)}")
     move(watch, call)
 
 
@@ -241,24 +245,24 @@ def columns(watch: Watch, call: Call) -> None:
     if channels is None:
         return
     each = call.result.shape[1] // len(channels)
-    watch.give(call.result, along(1, call.result.ndim, channels.repeat_interleave(each)))
+    watch.labels.give(call.result, along(1, call.result.ndim, channels.repeat_interleave(each)))
 
 
 def _channels(watch: Watch, call: Call) -> Tensor | None:
     """Return the channels of a feature map; None, and what is mixed noted, where its labels differ along other axes."""
-    labels = watch.labels_of(call.first)
+    labels = watch.labels.of(call.first)
     channels = vector(labels, 1, call.first.shape[1])
     if channels is None:
-        watch.mix(labels, call)
-        watch.give(call.result, unlabelled(call.result.ndim))
+        watch.facts.mix(labels, call)
+        watch.labels.give(call.result, unlabelled(call.result.ndim))
     return channels
 
 
 def copy_into(watch: Watch, call: Call) -> None:
     """Values written into a part of another tensor: what the rest of it holds is not followed."""
     for tensor in call.tensors:
-        labels = watch.labels_of(tensor)
-        watch.freeze(labels, f"it is written into another tensor in {where(watch.place)}")
+        labels = watch.labels.of(tensor)
+        watch.facts.freeze(labels, f"it is written into another tensor in {where(watch.place)}")
 
 
 def pixel_shuffle(watch: Watch, call: Call) -> None:
@@ -267,5 +271,5 @@ def pixel_shuffle(watch: Watch, call: Call) -> None:
     if channels is None:
         return
     blocks = channels.reshape(call.result.shape[1], -1)
-    watch.tie(blocks, blocks[:, :1].expand(blocks.shape))
-    watch.give(call.result, along(1, call.result.ndim, blocks[:, 0]))
+    watch.facts.tie(blocks, blocks[:, :1].expand(blocks.shape))
+    watch.labels.give(call.result, along(1, call.result.ndim, blocks[:, 0]))

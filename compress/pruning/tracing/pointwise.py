@@ -1,36 +1,38 @@
-"""What do operations that leave every value at its place do to channels?"""
+"""Rules for operations that leave every value at its place, for reductions, and for unknown operations."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from compress.pruning.tracing.call import Call
+from compress.pruning.tracing.facts import where
 from compress.pruning.tracing.record import NONE, ZERO, is_labelled, of_channels, padded, unlabelled
-from compress.pruning.tracing.watch import Call, Rule, Watch, where
+from compress.pruning.tracing.watch import Rule, Watch
 
 _SUMS = ("add", "add_", "sub", "sub_")
 
 
 def pointwise(watch: Watch, call: Call) -> None:
     """Values that meet place by place belong to the same channel."""
-    tensors = [tensor for tensor in call.tensors if tensor.numel() > 1 or watch.is_followed(tensor)]
+    tensors = [tensor for tensor in call.tensors if tensor.numel() > 1 or watch.labels.is_followed(tensor)]
     if not tensors or not call.outputs:
         return
     ndim = max(tensor.ndim for tensor in tensors)
     shapes = [[*[1] * (ndim - tensor.ndim), *tensor.shape] for tensor in tensors]
-    labels = [padded(watch.labels_of(tensor), ndim) for tensor in tensors]
+    labels = [padded(watch.labels.of(tensor), ndim) for tensor in tensors]
     _label_whole_parameters(watch, tensors, labels)
     result = labels[0]
     seen = shapes[0]
     without = [tensor for tensor, own in zip(tensors, labels, strict=True) if not is_labelled(own)]
-    strangers = " and ".join(dict.fromkeys(watch.name_of(tensor) for tensor in without))
+    strangers = " and ".join(dict.fromkeys(watch.labels.name_of(tensor) for tensor in without))
     for one, shape in zip(labels[1:], shapes[1:], strict=True):
         result = meet(watch, result, seen, one, shape, strangers)
         seen = [max(a, b) for a, b in zip(seen, shape, strict=True)]
     if call.name in _SUMS and sum(is_labelled(one) for one in labels) > 1:
         watch.trace.summed.append(of_channels(result))
     for output in call.outputs:
-        watch.give(output, result if output.ndim == ndim else unlabelled(output.ndim))
+        watch.labels.give(output, result if output.ndim == ndim else unlabelled(output.ndim))
 
 
 def _label_whole_parameters(watch: Watch, tensors: Sequence[Tensor], labels: list[Tensor]) -> None:
@@ -41,8 +43,8 @@ def _label_whole_parameters(watch: Watch, tensors: Sequence[Tensor], labels: lis
     (dim,) = dims
     for position, tensor in enumerate(tensors):
         own = dim - (labels[position].ndim - tensor.ndim)
-        if watch.is_known(tensor) and not is_labelled(labels[position]) and own >= 0 and tensor.shape[own] > 1:
-            labels[position] = padded(watch.scale_labels(tensor, own), labels[position].ndim)
+        if watch.labels.is_known(tensor) and not is_labelled(labels[position]) and own >= 0 and tensor.shape[own] > 1:
+            labels[position] = padded(watch.labels.of_scale(tensor, own), labels[position].ndim)
 
 
 def meet(
@@ -65,7 +67,7 @@ def meet(
     """
     one, other = _without_broadcast(watch, one, one_shape, other), _without_broadcast(watch, other, other_shape, one)
     whole_one, whole_other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
-    watch.match(whole_one, whole_other)
+    watch.facts.match(whole_one, whole_other)
     for mine, yours, labels, shape in (
         (whole_one, whole_other, one, other_shape),
         (whole_other, whole_one, other, one_shape),
@@ -73,8 +75,8 @@ def meet(
         varies = [dim for dim, size in enumerate(labels.shape) if size > 1]
         if any(shape[dim] > 1 for dim in varies):
             place = where(watch.place)
-            watch.freeze(mine[(mine >= 0) & (yours == NONE)], f"it meets {strangers or 'padding'}, in {place}")
-            watch.freeze(mine[(mine >= 0) & (yours == ZERO)], f"it meets channels padded with zeros, in {place}")
+            watch.facts.freeze(mine[(mine >= 0) & (yours == NONE)], f"it meets {strangers or 'padding'}, in {place}")
+            watch.facts.freeze(mine[(mine >= 0) & (yours == ZERO)], f"it meets channels padded with zeros, in {place}")
     return torch.where(whole_one >= 0, whole_one, torch.where(whole_other >= 0, whole_other, whole_one))
 
 
@@ -83,28 +85,28 @@ def _without_broadcast(watch: Watch, labels: Tensor, shape: Sequence[int], other
     spread = [dim for dim, size in enumerate(other.shape) if size > 1 and shape[dim] == 1]
     if not spread or not is_labelled(labels) or not is_labelled(other):
         return labels
-    watch.freeze(labels, f"each of its channels weighs several others, in {where(watch.place)}")
+    watch.facts.freeze(labels, f"each of its channels weighs several others, in {where(watch.place)}")
     return unlabelled(labels.ndim)
 
 
 def keep(watch: Watch, call: Call) -> None:
     """The result has the shape and the channels of the first argument."""
-    give_all(watch, call, watch.labels_of(call.first))
+    give_all(watch, call, watch.labels.of(call.first))
 
 
 def give_all(watch: Watch, call: Call, labels: Tensor) -> None:
     """Give every result the same labels."""
     for output in call.outputs:
-        watch.give(output, labels if output.ndim == labels.ndim else unlabelled(output.ndim))
+        watch.labels.give(output, labels if output.ndim == labels.ndim else unlabelled(output.ndim))
 
 
 def spatial(count: int) -> Rule:
     """Return the rule of an operation along the last `count` axes that keeps all others."""
 
     def rule(watch: Watch, call: Call) -> None:
-        labels = watch.labels_of(call.first)
+        labels = watch.labels.of(call.first)
         if any(size > 1 for size in labels.shape[-count:]):
-            watch.mix(labels, call)
+            watch.facts.mix(labels, call)
             labels = unlabelled(labels.ndim)
         give_all(watch, call, labels)
 
@@ -117,7 +119,7 @@ def reduce(watch: Watch, call: Call) -> None:
         pointwise(watch, call)
         return
     value = call.first
-    labels = watch.labels_of(value)
+    labels = watch.labels.of(value)
     dims = call.get("dim")
     chosen = range(value.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = {dim % value.ndim for dim in chosen} if value.ndim else set()
@@ -125,12 +127,12 @@ def reduce(watch: Watch, call: Call) -> None:
     kept = [axis for axis in range(labels.ndim) if axis not in axes or call.arguments.get("keepdim")]
     reduced = labels.reshape([labels.shape[axis] for axis in kept])
     for output in call.outputs:
-        watch.give(output, reduced if output.ndim == reduced.ndim else unlabelled(output.ndim))
+        watch.labels.give(output, reduced if output.ndim == reduced.ndim else unlabelled(output.ndim))
 
 
 def over_axis(watch: Watch, call: Call) -> None:
     """A softmax, a sorting or a running sum: keeps the shape, mixes along one axis."""
-    labels = watch.labels_of(call.first)
+    labels = watch.labels.of(call.first)
     if call.first.ndim:
         _without_axes(watch, call, labels, {int(call.arguments.get("dim", -1)) % call.first.ndim})
     give_all(watch, call, labels)
@@ -147,21 +149,21 @@ def _without_axes(watch: Watch, call: Call, labels: Tensor, axes: set[int]) -> T
         first = labels
         for axis in axes:
             first = first.narrow(axis, 0, 1)
-        watch.tie(labels, first.expand(labels.shape))
+        watch.facts.tie(labels, first.expand(labels.shape))
         return first
-    watch.mix(labels, call)
+    watch.facts.mix(labels, call)
     return unlabelled(labels.ndim)
 
 
 def create(watch: Watch, call: Call) -> None:
     """A value made of nothing belongs to no channel."""
     for output in call.outputs:
-        watch.give(output, unlabelled(output.ndim))
+        watch.labels.give(output, unlabelled(output.ndim))
 
 
 def unknown(watch: Watch, call: Call) -> None:
     """An operation nobody here knows: none of the channels it reads can go."""
     for tensor in call.tensors:
-        watch.mix(watch.labels_of(tensor), call)
+        watch.facts.mix(watch.labels.of(tensor), call)
     for output in call.outputs:
-        watch.give(output, unlabelled(output.ndim))
+        watch.labels.give(output, unlabelled(output.ndim))

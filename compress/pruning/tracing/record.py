@@ -1,12 +1,10 @@
-"""What does one watched forward pass tell about the channels of a network's parameters?
-
-Which channel does each place of a value belong to, and how do operations move channels about?
+"""Trace of one forward pass, and arithmetic on labels of channels.
 
     label       the number of a channel, at least 0; NONE for a place that belongs to no channel, ZERO for padded zeros
     labels      int64, one axis for each axis of the value, of size 1 where the label is the same all along it: a
                 feature map (1, C, H, W) has labels (1, C, 1, 1)
 
-An operation that only moves values about is carried out on the labels themselves.
+An operation that only moves values is carried out on the labels themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +22,10 @@ class Axis:
 
     Attributes:
         tensor: The parameter.
-        role: What its places are.
-        dim: Which dimension of the tensor holds them.
-        size: How many there are; more than the dimension has where a grouped convolution keeps one part's only.
-        start: The label of the first.
+        role: "out", "in" or "scale".
+        dim: Dimension of the tensor that holds its places.
+        size: Number of places; larger than the dimension where a grouped convolution keeps those of one part only.
+        start: Label of the first place.
     """
 
     tensor: Tensor
@@ -48,7 +46,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sized:
-    """Somewhere in a module's code where a number of channels is or may be written down.
+    """Module whose code has, or may have, a number of channels written down.
 
     Attributes:
         module: Its path.
@@ -61,7 +59,7 @@ class Sized:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Somewhere in a module's code where the sizes of a value are or may be written down.
+    """Module whose code has, or may have, the sizes of a value written down.
 
     Attributes:
         module: Its path.
@@ -93,20 +91,20 @@ class Counted:
 
 @dataclass
 class Trace:
-    """What one forward pass told.
+    """Facts about channels that one forward pass revealed.
 
     Attributes:
-        axes: In the order of their labels.
+        axes: Axes of parameters, in the order of their labels.
         same: Pairs of labels, each (2, n).
         tied: Likewise.
         frozen: Labels and the reason.
-        behind: Weight and the norm's parameter that its outputs go to directly, each with the path of the module whose
-            code uses it.
-        norm_groups: Module path of each group norm -> labels of the channels it normalises.
-        sized: Where numbers of channels may be written down.
-        shaped: Where sizes of whole values may be written down.
+        behind: Weight, and parameter of the norm that reads its outputs directly, each with the path of the module
+            whose code uses it.
+        norm_groups: Module path of each group norm, with the labels of the channels it normalises.
+        sized: Modules with numbers of channels written down.
+        shaped: Modules with sizes of whole values written down.
         padded: Module paths whose code puts zero channels around others.
-        summed: Labels of channels that a sum of two feature maps is of.
+        summed: Labels of the channels of each sum of two feature maps.
         maps: Module path -> (C,) labels of the channels of the feature map that it returned last.
         counted: Products whose MACs follow numbers of channels.
         multiplied: Parameters that values are multiplied by, by identity.
@@ -128,7 +126,7 @@ class Trace:
 
     @property
     def size(self) -> int:
-        """How many labels there are."""
+        """Number of labels."""
         return self.axes[-1].start + self.axes[-1].size if self.axes else 0
 
 
@@ -141,7 +139,7 @@ def unlabelled(ndim: int) -> Tensor:
 
 
 def is_labelled(labels: Tensor) -> bool:
-    """Whether any place belongs to a channel."""
+    """Return whether any place belongs to a channel."""
     return bool((labels >= 0).any())
 
 
@@ -168,7 +166,7 @@ def vector(labels: Tensor, axis: int, size: int) -> Tensor | None:
 
 
 def moved(operation: Callable[[Tensor], Tensor], labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the labels of what an operation makes of a value of this shape, which it only moves about."""
+    """Return the labels of the result of an operation that only moves the values, here of a value of this shape."""
     return compact(operation(labels.expand(*shape)))
 
 
@@ -182,12 +180,12 @@ def compact(labels: Tensor) -> Tensor:
 
 
 def padded(labels: Tensor, ndim: int) -> Tensor:
-    """Return the labels with axes of size 1 put before until there are `ndim`."""
+    """Return the labels with leading axes of size 1, `ndim` axes in all."""
     return labels.reshape([*[1] * (ndim - labels.ndim), *labels.shape])
 
 
 def joined(pieces: Sequence[Tensor], sizes: Sequence[int], axis: int) -> Tensor:
-    """Return the labels of values of these sizes put behind one another along an axis."""
+    """Return the labels of values of these sizes, concatenated along an axis."""
     ndim = max(piece.ndim for piece in pieces)
     others = [max(piece.shape[position] for piece in pieces) for position in range(ndim)]
     whole = []

@@ -1,4 +1,4 @@
-"""Which rule goes with which of PyTorch's operations?"""
+"""Table of rules: PyTorch's operations by name."""
 
 from collections.abc import Iterator
 
@@ -57,7 +57,7 @@ _SPATIAL = {
 
 
 def find_rule(name: str, is_pointwise: bool) -> Rule:
-    """Return what is done about an operation.
+    """Return the rule of an operation.
 
     Args:
         name: PyTorch's, such as "convolution" or "add_".

@@ -1,1 +1,1 @@
-"""Where a network can be run: one file a runtime."""
+"""Runtimes that can run a network: one module each."""

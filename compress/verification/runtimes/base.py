@@ -1,4 +1,4 @@
-"""What is a runtime: something that computes a network's outputs from arrays, and checks what it is given.
+"""Interface of runtimes: outputs of a network from arrays, with inputs checked.
 
     with OnnxRuntime(path) as runtime:          _open
         runtime.run({"image": images})          check names, shapes, dtypes -> _run -> check outputs, copy
@@ -21,75 +21,23 @@ from compress.errors import InternalError, ModelError, NoSuchPlace, RuntimeUnava
 from compress.model.artifacts import Signature, TensorSpec
 
 Arrays = dict[str, np.ndarray]
-R = TypeVar("R", bound="Runtime")
+R = TypeVar("R", bound="Opened")
 
 
-class Runtime(ABC):
-    """A network, ready to run inside a `with` block.
+class Opened(ABC):
+    """A network that is open inside a `with` block.
 
     Attributes:
         name: As in `catalog.RUNTIMES`.
-        reads_onnx: Whether `from_file` works.
-        provider: Execution provider asked for.
-        start_ms: Until the open runtime could compute; None where that was not measured.
-        owner: Whose network it is, said first in errors of its predictions ("Baseline 'a.onnx'"); "" for nobody's.
     """
 
     name: ClassVar[str]
-    reads_onnx: ClassVar[bool] = False
-
-    def __init__(self, provider: str) -> None:
-        self.provider = provider
-        self.start_ms: float | None = None
-        self.owner = ""
-        self._signature: Signature | None = None
-
-    @classmethod
-    def from_file(cls, path: Path, *, provider: str, threads: int) -> Runtime:
-        """Return the runtime of an ONNX file, not opened yet.
-
-        Args:
-            path: The .onnx file.
-            provider: Execution provider that must be the one in use.
-            threads: Threads inside one operator.
-
-        Raises:
-            NoSuchPlace: This runtime cannot read ONNX files.
-        """
-        raise NoSuchPlace(
-            f"Runtime '{cls.name}' must read ONNX files to verify one; it cannot.", hint="Use runtime: onnxruntime."
-        )
+    _signature: Signature | None = None
 
     @classmethod
     def unavailable_reason(cls) -> str | None:
-        """Return why this runtime cannot be used on this machine at all, None when it can."""
+        """Return the reason why this runtime cannot be used on this machine, None where it can."""
         return None
-
-    @property
-    @abstractmethod
-    def provider_in_use(self) -> str:
-        """The execution provider that computes; equal to `provider` once the runtime is open."""
-
-    @property
-    def io_binding(self) -> bool:
-        """Whether what `bind` is given, and what its calls give, lies on the device, so that no copy is timed."""
-        return False
-
-    def placements(self, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]] | None:
-        """Return provider -> the nodes it computes ("Conv conv1"), found by one call; None where nobody can tell.
-
-        Raises:
-            ModelError: A name, shape or dtype does not fit, or the network fails on this input.
-        """
-        return None
-
-    def check_work(self, images: int) -> None:
-        """Refuse, before it begins, work on so many images that it would take this runtime far too long.
-
-        Raises:
-            ConfigValueError: The runtime is made for less.
-        """
-        return
 
     @property
     def signature(self) -> Signature:
@@ -97,35 +45,6 @@ class Runtime(ABC):
         if self._signature is None:
             raise InternalError(f"Runtime '{self.name}' must be opened in a `with` block before it is used.")
         return self._signature
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        """Compute all outputs.
-
-        Args:
-            inputs: Name -> array, one for each input of the signature; an open axis takes any size from 1.
-
-        Returns:
-            Name -> array, in the order of the signature; the arrays are the caller's own.
-
-        Raises:
-            ModelError: A name, shape or dtype does not fit, or the network fails on this input.
-        """
-        self._check_inputs(inputs)
-        outputs = self._run(dict(inputs))
-        self._check_outputs(outputs)
-        return {spec.name: np.array(outputs[spec.name]) for spec in self.signature.outputs}
-
-    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
-        """Check `inputs` once and return a call that computes with no checks or copies; for measuring time.
-
-        The call returns when everything is computed; what it returns is of no use.
-
-        Raises:
-            ModelError: A name, shape or dtype does not fit.
-        """
-        self._check_inputs(inputs)
-        fixed = dict(inputs)
-        return lambda: self._run(fixed)
 
     def __enter__(self: R) -> R:
         reason = self.unavailable_reason()
@@ -145,24 +64,113 @@ class Runtime(ABC):
         """Take the resources and return inputs and outputs; raises ArtifactError or RuntimeUnavailable."""
 
     @abstractmethod
-    def _run(self, inputs: Arrays) -> Arrays:
-        """Compute all outputs by name; `inputs` fit the signature. Raises ModelError when the network fails."""
-
-    @abstractmethod
     def _close(self) -> None:
-        """Give the resources back."""
+        """Release the resources."""
 
-    def _check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
-        wanted = {spec.name: spec for spec in self.signature.inputs}
-        if set(inputs) != set(wanted):
-            raise ModelError(f"Inputs must be named {', '.join(wanted)}, got {', '.join(inputs) or 'none'}.")
-        for name, spec in wanted.items():
-            _check_array(spec, inputs[name])
 
-    def _check_outputs(self, outputs: Arrays) -> None:
+class Runtime(Opened):
+    """A network, ready to run inside a `with` block.
+
+    Attributes:
+        name: As in `catalog.RUNTIMES`.
+        reads_onnx: True if `from_file` works.
+        provider: Execution provider asked for.
+        start_ms: Time until the runtime was ready to compute; None if not measured.
+        owner: Owner of the network, named first in errors of its predictions ("Baseline 'a.onnx'"); "" for none.
+    """
+
+    reads_onnx: ClassVar[bool] = False
+
+    def __init__(self, provider: str) -> None:
+        self.provider = provider
+        self.start_ms: float | None = None
+        self.owner = ""
+
+    @classmethod
+    def from_file(cls, path: Path, *, provider: str, threads: int) -> Runtime:
+        """Return the runtime of an ONNX file, not opened yet.
+
+        Args:
+            path: The .onnx file.
+            provider: Execution provider that must be the one in use.
+            threads: Threads inside one operator.
+
+        Raises:
+            NoSuchPlace: This runtime cannot read ONNX files.
+        """
+        raise NoSuchPlace(
+            f"Runtime '{cls.name}' must read ONNX files to verify one; it cannot.", hint="Use runtime: onnxruntime."
+        )
+
+    @property
+    @abstractmethod
+    def provider_in_use(self) -> str:
+        """The execution provider that computes; equal to `provider` once the runtime is open."""
+
+    @property
+    def io_binding(self) -> bool:
+        """True if inputs and outputs of a `bind` call stay on the device, so that no copy is timed."""
+        return False
+
+    def placements(self, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]] | None:
+        """Return provider -> the nodes it computes ("Conv conv1"), found by one call; None if the runtime cannot tell.
+
+        Raises:
+            ModelError: A name, shape or dtype does not fit, or the network fails on this input.
+        """
+        return None
+
+    def check_work(self, images: int) -> None:
+        """Refuse work on so many images that it would take this runtime far too long, before it begins.
+
+        Raises:
+            ConfigValueError: The runtime is made for less.
+        """
+        return
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Compute all outputs.
+
+        Args:
+            inputs: Name -> array, one for each input of the signature; an open axis takes any size from 1.
+
+        Returns:
+            Name -> array, in the order of the signature; the arrays are the caller's own.
+
+        Raises:
+            ModelError: A name, shape or dtype does not fit, or the network fails on this input.
+        """
+        check_inputs(self.signature, inputs)
+        outputs = self._run(dict(inputs))
         missing = [spec.name for spec in self.signature.outputs if spec.name not in outputs]
         if missing:
             raise ModelError(f"Runtime '{self.name}' must yield the outputs {', '.join(missing)}, they are missing.")
+        return {spec.name: np.array(outputs[spec.name]) for spec in self.signature.outputs}
+
+    def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """Check `inputs` once and return a call that computes with no checks or copies; for measuring time.
+
+        The call returns when everything is computed; its return value has no meaning.
+
+        Raises:
+            ModelError: A name, shape or dtype does not fit.
+        """
+        check_inputs(self.signature, inputs)
+        fixed = dict(inputs)
+        return lambda: self._run(fixed)
+
+    @abstractmethod
+    def _run(self, inputs: Arrays) -> Arrays:
+        """Compute all outputs by name; `inputs` fit the signature. Raises ModelError when the network fails."""
+
+
+def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:
+    """Raise ModelError where a name, shape or dtype of the inputs does not fit."""
+    wanted = {spec.name: spec for spec in signature.inputs}
+    if set(inputs) != set(wanted):
+        raise ModelError(f"Inputs must be named {', '.join(wanted)}, got {', '.join(inputs) or 'none'}.")
+    for name, spec in wanted.items():
+        _check_array(spec, inputs[name])
 
 
 def _check_array(spec: TensorSpec, array: np.ndarray) -> None:

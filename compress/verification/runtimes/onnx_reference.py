@@ -1,4 +1,4 @@
-"""What does an ONNX file compute by the letter of the standard? The evaluator of the package onnx, on the CPU.
+"""Runtime onnx_reference: the evaluator of the package onnx, by the letter of the standard, on the CPU.
 
 It shares no code with ONNX Runtime and rewrites nothing, which makes it a second opinion, and slow: tens to some
 thousands of millions of multiply-accumulates a second, where ONNX Runtime does tens of thousands of millions.
@@ -12,17 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compress.errors import ConfigValueError, ModelError, NoSuchPlace
+from compress.errors import ConfigValueError, ModelError, NoSuchPlace, first_line, translated
 from compress.model.artifacts import Signature
 from compress.onnx_file.counting import count_onnx
-from compress.onnx_file.io import (
-    default_opset,
-    first_line,
-    is_quantized,
-    load_onnx,
-    read_signature,
-    require_external,
-)
+from compress.onnx_file.io import default_opset, is_quantized, load_onnx, read_signature, require_external
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPU"
@@ -85,14 +78,17 @@ class OnnxReference(Runtime):
     def _run(self, inputs: Arrays) -> Arrays:
         self.check_work(len(next(iter(inputs.values()))))
         names = [spec.name for spec in self.signature.outputs]
-        try:
-            with warnings.catch_warnings(), np.errstate(all="ignore"):  # what overflows is seen in the outputs
-                warnings.simplefilter("ignore")
-                outputs = self._evaluator.run(names, inputs)
-        except Exception as error:  # NumPy and the evaluator's operators raise types of their own
-            raise ModelError(
-                f"'{self.path}' must run on its input, the ONNX reference evaluator says: {first_line(error)}"
-            ) from error
+        with (
+            translated(
+                lambda error: ModelError(
+                    f"'{self.path}' must run on its input, the ONNX reference evaluator says: {first_line(error)}"
+                )
+            ),
+            warnings.catch_warnings(),
+            np.errstate(all="ignore"),  # what overflows is seen in the outputs
+        ):
+            warnings.simplefilter("ignore")
+            outputs = self._evaluator.run(names, inputs)
         return dict(zip(names, outputs, strict=True))
 
     def _close(self) -> None:
@@ -109,12 +105,12 @@ def _evaluator(path: Path) -> Any:
     from onnx.reference import ReferenceEvaluator  # its operators are a quarter of a second to import
 
     model = load_onnx(path, weights=True)
-    try:
+    with translated(
+        lambda error: ModelError(
+            f"Runtime 'onnx_reference' must know every operator of '{path}', it does not: {first_line(error)}",
+            hint="It knows the operators of the ONNX standard only, none of a runtime's own.",
+        )
+    ):
         if is_quantized(model) and (default_opset(model) or 0) < _QUANTIZED_OPSET:
             model = version_converter.convert_version(model, _QUANTIZED_OPSET)
         return ReferenceEvaluator(model)
-    except Exception as error:  # unknown operators and domains are errors of several types
-        raise ModelError(
-            f"Runtime 'onnx_reference' must know every operator of '{path}', it does not: {first_line(error)}",
-            hint="It knows the operators of the ONNX standard only, none of a runtime's own.",
-        ) from error

@@ -1,4 +1,4 @@
-"""How is a torch module run as a runtime? It is the reference that other runtimes are compared with."""
+"""Runtime torch_eager: a torch module, the reference that other runtimes are compared with."""
 
 from __future__ import annotations
 

@@ -1,0 +1,115 @@
+"""Finalists of a search among whole networks: channels ranked anew without the removed blocks, repaired in full."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from compress.checkpoint.rebuild import example_input
+from compress.errors import BudgetUnreachable, InternalError
+from compress.search.attempts import Attempt, Prepared
+from compress.search.block_removal import Shortened, places_in_whole, without_blocks
+from compress.search.context import Record
+from compress.search.parts import Part, weights_digest
+from compress.search.pricing import Pricing
+from compress.search.pruner import Pruner
+from compress.search.repairs import apply_repairs, repairs_towards
+from compress.search.whole_trials import Tried
+
+FINALISTS = 3
+
+
+def order_finalists(tried: Sequence[Tried], usual: Pricing) -> list[Tried]:
+    """Return the networks to finish, best first; where blocks go, the last to be finished has the usual prices.
+
+    Damages that were learned on the network with these blocks need not hold without them.
+
+    Args:
+        tried: Whole networks.
+        usual: Prices of estimates as they are.
+    """
+    ordered = sorted(tried, key=lambda one: one.loss)
+    best = ordered[0]
+    if not best.structure.removed:
+        return ordered
+    return [*ordered[: FINALISTS - 1], replace(best, pricing=usual), *ordered[FINALISTS - 1 :]]
+
+
+class Finalists:
+    """Networks that are finished at the end of a search.
+
+    Args:
+        prepared: The ranked network with all its blocks.
+        pruner: Ranks, prunes and repairs.
+
+    Attributes:
+        records: Loss of each network that was finished, or the reason why the targets cannot be met with it.
+    """
+
+    def __init__(self, prepared: Prepared, pruner: Pruner) -> None:
+        self.records: list[Record] = []
+        self._prepared, self._pruner, self._ctx = prepared, pruner, pruner.ctx
+        self._shorter: dict[tuple[str, ...], Prepared] = {(): prepared}
+
+    def finish(self, ordered: Sequence[Tried]) -> Attempt:
+        """Finish the best networks and return that of least validation loss.
+
+        Args:
+            ordered: Best first.
+
+        Raises:
+            BudgetUnreachable: The targets cannot be met with any of them.
+        """
+        best: tuple[float, Attempt] | None = None
+        unreachable: BudgetUnreachable | None = None
+        for tried in ordered:
+            blocks = len(tried.structure.removed)
+            try:
+                attempt = self._finished(tried)
+            except BudgetUnreachable as error:
+                unreachable = unreachable or error
+                self.records.append({"blocks": blocks, "loss": None, "reason": error.message})
+                continue
+            loss = self._pruner.loss(attempt)
+            self.records.append({"blocks": blocks, "loss": loss, "reason": None})
+            self._ctx.progress.note(f"{blocks} blocks removed, repaired in full: validation loss {loss:.4f}")
+            if best is None or loss < best[0] or math.isnan(best[0]):
+                best = loss, attempt
+            if sum(record["loss"] is not None for record in self.records) == FINALISTS:
+                break
+        if best is None:
+            raise unreachable or InternalError("No whole network was tried.")
+        return best[1]
+
+    def _finished(self, tried: Tried) -> Attempt:
+        """Return a network within the targets: channels ranked without the removed blocks, widths by its prices."""
+        prepared = self._without_blocks(tried.structure.removed)
+        places = places_in_whole(prepared.surveyed.groups, self._prepared.surveyed.groups)
+        candidates = tried.pricing.repriced(prepared.candidates, {name: whole for name, (whole, _) in places.items()})
+        return self._pruner.complete(self._pruner.choose_among(prepared, candidates, asdict(tried.pricing)))
+
+    def _without_blocks(self, blocks: tuple[str, ...]) -> Prepared:
+        """Return the network without some blocks, its channels ranked."""
+        if blocks not in self._shorter:
+            surveyed = self._prepared.surveyed
+            layers = frozenset(member.layer for group in surveyed.groups.values() for member in group.producers)
+            found = self._pruner.prepare(self._shorten(blocks), surveyed.targets.latency, layers)
+            self._shorter[blocks] = replace(found, surveyed=replace(found.surveyed, excluded=surveyed.excluded))
+        return self._shorter[blocks]
+
+    def _shorten(self, blocks: tuple[str, ...]) -> Shortened:
+        """Return the network without some blocks, repaired."""
+        before, config = self._prepared.shortened, self._pruner.config
+        model, example = without_blocks(before.model, blocks), example_input(before.model.signature)
+
+        def repair() -> Part:
+            module, whole = model.module, before.whole
+            wanted = repairs_towards(whole, module, {}, config.repair, example, self._ctx, config.refit_images)
+            tried = apply_repairs(module, wanted, self._ctx, enough=("least_squares",))  # channels are removed next
+            return Part(tried, module.state_dict())
+
+        weights = weights_digest(before.model.module)
+        key = {"part": "without", "of": self._prepared.key, "removed": blocks, "weights": weights}
+        part = self._ctx.parts.keep(key, repair)
+        model.module.load_state_dict(part.tensors)
+        repairs = before.repairs + part.record
+        return Shortened(model, before.removed + blocks, repairs, before.whole, before.blocks)

@@ -1,0 +1,88 @@
+"""Verification job: a file, everything it is compared with, and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.data.splits import Split
+from compress.errors import ConfigValueError
+from compress.model.artifacts import Figures, Signature
+from compress.tasks.classification import Classification
+from compress.verification.gates import Gates
+from compress.verification.measurement import Conditions
+from compress.verification.runtimes.base import Runtime
+from compress.verification.scope import Scope
+
+if TYPE_CHECKING:  # a file alone is verified without torch
+    from torch import nn
+
+PARITY = ("parity", "parity_edges")
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationJob:
+    """A file to verify.
+
+    Attributes:
+        path: The .onnx file.
+        evaluation: Images that the metrics are measured on, all of them.
+        conditions: Runtime, provider, threads and batch size.
+        gates: The limits.
+        scope: Optional measurements.
+        signature: Inputs and outputs the file must have; None takes those it has.
+        opset: Operator set the file must have; None takes the one it has.
+        reference: Torch network that the file must equal; without one, parity and the comparison of MACs are skipped
+            and not required.
+        baseline_onnx: The baseline's export; it runs on the same images, and its latency is measured side by side with
+            the file's.
+        baseline_figures: The baseline's size and MACs; counted in `baseline_onnx` when None.
+        float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
+            place, and the two are compared.
+
+    Raises:
+        ConfigValueError: There are no labels and no baseline either.
+    """
+
+    path: Path
+    evaluation: Split
+    conditions: Conditions
+    gates: Gates
+    scope: Scope = field(default_factory=Scope)
+    signature: Signature | None = None
+    opset: int | None = None
+    reference: nn.Module | None = None
+    baseline_onnx: Path | None = None
+    baseline_figures: Figures | None = None
+    float_onnx: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.evaluation.task.needs_targets and self.baseline_onnx is None:
+            raise ConfigValueError(
+                f"Images without labels ({self.evaluation.task.name}) must be compared with the baseline, its "
+                "file is not given.",
+                hint="--against takes it.",
+            )
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that are timed, by label: "slim", and "baseline" where there is one."""
+        return (
+            {"slim": self.path} if self.baseline_onnx is None else {"slim": self.path, "baseline": self.baseline_onnx}
+        )
+
+    @property
+    def fitness(self) -> str:
+        """Name of the check that the file is for the task at all."""
+        return "classifier" if isinstance(self.evaluation.task, Classification) else "task"
+
+    def open(self, *, all_cores: bool = False) -> Runtime:
+        """Return the runtime of the file, to be opened by `with`."""
+        return self.conditions.open(self.path, all_cores=all_cores)
+
+    def open_baseline(self, path: Path, *, all_cores: bool = False) -> Runtime:
+        """Return the runtime of the baseline, to be opened by `with`; its errors name the baseline."""
+        runtime = self.conditions.open(path, all_cores=all_cores)
+        runtime.owner = f"Baseline '{path}'"
+        return runtime

@@ -56,7 +56,7 @@ def test_no_room_stands_above_one_that_imports_it() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
-    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    (layers,) = [one["layers"] for one in contracts if one["type"] == "layers" and "compress.cli" in one["layers"]]
     row = {name: index for index, layer in enumerate(layers) for name in re.findall(r"compress\.(\w+)", layer)}
     rooms = [room for room in re.findall(r"^\| `(\w+)/` \|", TEXT, flags=re.MULTILINE) if room != "testing"]
     assert [row[room] for room in rooms] == sorted(row[room] for room in rooms)

@@ -12,11 +12,12 @@ from compress.checkpoint.rebuild import apply_edits, example_input
 from compress.config.schema.training import DistillationConfig, TrainingConfig
 from compress.data.batches import Augmentation
 from compress.data.splits import Split
-from compress.errors import ArtifactError, InternalError, NonFinite
+from compress.errors import ArtifactError, NonFinite
 from compress.model.artifacts import TorchModel
 from compress.pruning.survival import surviving_channels
 from compress.search.context import Record, StageContext
 from compress.search.isometry_record import conclusion, measure_isometry
+from compress.search.teacher import BaselineTeacher
 from compress.search.validation import is_quality_worse, metric_of, stated
 from compress.storage.digest import add_digest, read_record
 from compress.storage.files import write_atomic
@@ -294,13 +295,12 @@ def distillation_from(
     Args:
         config: As in the pipeline file; None for no distillation.
         artifact: The network about to be trained.
-        ctx: Has the teacher.
+        ctx: Has the teacher; without one the baseline of the artifact is built.
     """
     if config is None:
         return None
-    if ctx.teacher is None:
-        raise InternalError("A stage that learns from the baseline was run without a teacher.")
-    baseline, kept = ctx.teacher.build(), dict[str, Tensor]()
+    teacher = ctx.teacher or BaselineTeacher(artifact)
+    baseline, kept = teacher.build(), dict[str, Tensor]()
     if config.features:
         kept = surviving_channels(
             baseline, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits

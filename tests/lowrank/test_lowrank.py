@@ -28,6 +28,7 @@ from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, 
 from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.search.context import StageContext
+from compress.search.rank_inputs import measure_moments
 from compress.stages.low_rank import LowRankStage
 
 ALL_SCHEMES = ("nc", "vh", "tucker2", "svd")
@@ -492,10 +493,10 @@ def test_choice_respects_both_costs() -> None:
 
 def test_the_stage_looks_at_what_layers_read_on_calibration_images(tmp_path: Path) -> None:
     network = nets.build("residual")
-    stage = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5, error_of="outputs", score_images=1))
+    config = LowRankConfig(stage="low_rank", relative_error=0.5, error_of="outputs", score_images=1)
     ctx = StageContext(tmp_path, 0, _Data(), SilentProgress())  # type: ignore[arg-type]
     found, _ = find_layers(network, nets.EXAMPLE)
-    moments = stage._measure_moments(network, found, ctx)  # of one image every place is looked at
+    moments = measure_moments(network, found, config, ctx)  # of one image every place is looked at
     assert moments.keys() == found.keys()
     images = torch.cat([batch for batch, _ in evaluation_batches(_Data().calibration.first(1), 1)])
     read: list[Tensor] = []
@@ -511,8 +512,8 @@ def test_the_stage_looks_at_what_layers_read_on_calibration_images(tmp_path: Pat
     got = moments["body.1.conv1"]
     assert got.kernel == tuple(layer.weight.shape[1:])
     assert (got.matrix - expected).abs().max() < 1e-3 * expected.abs().max()
-    by_kernels = LowRankStage(LowRankConfig(stage="low_rank", relative_error=0.5))
-    assert by_kernels._measure_moments(network, found, ctx) == {}
+    by_kernels = LowRankConfig(stage="low_rank", relative_error=0.5)
+    assert measure_moments(network, found, by_kernels, ctx) == {}
 
 
 def test_the_error_told_is_that_of_outputs_unless_kernels_are_asked_for(tmp_path: Path) -> None:

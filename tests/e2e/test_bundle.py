@@ -23,6 +23,7 @@ from typer.testing import Result
 import compress
 from compress.bundle import check
 from compress.bundle.write import write_bundle
+from compress.cost.conditions import has_vnni
 from compress.storage.digest import add_digest
 
 FILES = ["README.md", "check.py", "manifest.json", "model.json", "model.onnx", "samples.npz"]
@@ -258,7 +259,10 @@ def test_a_run_that_failed_is_handed_over_only_when_asked(
 def test_a_rounded_file_promises_what_rounding_allows_and_says_what_it_is(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = bundle_of(world, lambda v: v["stages"].insert(-1, {"stage": "quantize", "images": 32}))
+    path = bundle_of(
+        world,
+        lambda v: v["stages"].insert(-1, {"stage": "quantize", "images": 32, "reduce_range": has_vnni() is False}),
+    )
     model, content = described(path), check.read_content(path)
     largest = float(np.abs(check.read_samples(content["samples.npz"])["expected"]).max())
     assert model["precision"] == "int8"

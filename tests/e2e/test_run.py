@@ -15,6 +15,7 @@ import torch
 from smallrun import MIDDLE, Finished, World, statuses
 
 import compress
+from compress.cost.conditions import has_vnni
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.engine.runner import PlannedStage, plan
@@ -383,7 +384,7 @@ def test_evaluating_on_the_training_images_is_warned_of(world: World) -> None:
 
 def test_a_quantised_run_ends_in_the_int8_file_and_is_done_the_second_time(world: smallrun.World) -> None:
     values = {**world.values(), "name": "int8"}
-    values["stages"].insert(-1, {"stage": "quantize", "images": 32})
+    values["stages"].insert(-1, {"stage": "quantize", "images": 32, "reduce_range": has_vnni() is False})
     outcome = world.run(values)
     assert outcome.verdict.passed
     assert is_quantized(load_onnx(outcome.folder / "model.onnx"))

@@ -33,7 +33,7 @@ from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
-SETTINGS = QuantizeConfig(stage="quantize", images=48)
+SETTINGS = QuantizeConfig(stage="quantize", images=48, reduce_range=has_vnni() is False)
 
 
 @pytest.fixture(scope="module")

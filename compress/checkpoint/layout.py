@@ -33,7 +33,7 @@ from compress.model.artifacts import (
     Verdict,
 )
 from compress.model.recipe import Recipe
-from compress.storage.digest import digest_file, read_record, add_digest
+from compress.storage.digest import add_digest, digest_file, read_record
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
 

@@ -137,7 +137,8 @@ class _Theirs:
     def judgement(self, root: str) -> str:
         """Cut half of a group's channels as torch-pruning does; return "right", or what is wrong with the result."""
         cut = attempt(
-            lambda: self._cut(root), lambda error: f"the cut network does not run ({describe_error(error).splitlines()[0]})"
+            lambda: self._cut(root),
+            lambda error: f"the cut network does not run ({describe_error(error).splitlines()[0]})",
         )
         if isinstance(cut, str):
             return cut

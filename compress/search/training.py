@@ -18,7 +18,7 @@ from compress.pruning.survival import surviving_channels
 from compress.search.context import Record, StageContext
 from compress.search.isometry_record import conclusion, measure_isometry
 from compress.search.validation import is_quality_worse, metric_of, stated
-from compress.storage.digest import read_record, add_digest
+from compress.storage.digest import add_digest, read_record
 from compress.storage.files import write_atomic
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
 from compress.training.distributed import current_ranks

@@ -24,7 +24,7 @@ from compress.errors import InternalError, ModelError, UnsupportedLayer, transla
 from compress.pruning.criteria.base import Evidence, Order, WidthsBy
 from compress.pruning.criteria.parameter_gradients import ParameterGradients
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, ChannelGroup, Member, is_depthwise
-from compress.user_code import import_path_of, describe_error, import_callable, short_reference, raise_as
+from compress.user_code import describe_error, import_callable, import_path_of, raise_as, short_reference
 
 Gradients = Literal["none", "mean", "squares"]
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -163,7 +163,8 @@ class _Measure:
         gradients = _gradients_of(self.name, self.gradients, stats)
         with translated(
             lambda error: UnsupportedLayer(
-                f"Criterion '{self.name}' cannot score group '{group.name}', torch-pruning raises {describe_error(error)}.",
+                f"Criterion '{self.name}' cannot score group '{group.name}', "
+                f"torch-pruning raises {describe_error(error)}.",
                 hint="Exclude the group, or choose another criterion.",
             )
         ):

@@ -26,7 +26,7 @@ from compress.pruning.ranking.elimination import ReaderStats, unit_inputs
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.repair.repairs import add_constant
 from compress.pruning.trial import masked_copy
-from compress.storage.digest import DIGEST_KEY, read_record, add_digest
+from compress.storage.digest import DIGEST_KEY, add_digest, read_record
 from compress.storage.files import write_atomic
 
 

@@ -200,36 +200,36 @@ TASKS.declare_all("compress.tasks", (
     ("embedding", "imitation:Embedding", "outputs that must stay close to the baseline's; distance"),
 ))  # fmt: skip
 
-# Metrics that gates may name, by task and kind of limit. HARDER are those of the primary metric under perturbations.
-HARDER = ("noise", "corruptions", "shifted")
+# Metrics that gates may name, by task and kind of limit. PERTURBED are those of the primary metric under perturbations.
+PERTURBED = ("noise", "corruptions", "shifted")
 _OF_IMITATION = {"max_drop": ("cosine",), "max_rise": ("distance",), "min": ("cosine",), "max": ("distance",)}
 _NO_LIMITS: dict[str, tuple[str, ...]] = {"max_drop": (), "max_rise": (), "min": (), "max": ()}
 GATED: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {
-        "max_drop": ("top1", "top5", "worst_class", *HARDER, "worst_distribution"),
+        "max_drop": ("top1", "top5", "worst_class", *PERTURBED, "worst_distribution"),
         "max_rise": ("calibration_error", "excess_error"),
-        "min": ("top1", "top5", "worst_class", *HARDER),
+        "min": ("top1", "top5", "worst_class", *PERTURBED),
         "max": ("calibration_error", "churn", "softmax_distance"),
     },
     "segmentation": {
         **_NO_LIMITS,
-        "max_drop": ("miou", "pixel_accuracy", *HARDER, "worst_distribution"),
-        "min": ("miou", "pixel_accuracy", *HARDER),
+        "max_drop": ("miou", "pixel_accuracy", *PERTURBED, "worst_distribution"),
+        "min": ("miou", "pixel_accuracy", *PERTURBED),
     },
     "detection": {
         **_NO_LIMITS,
-        "max_drop": ("map", "map50", "map75", *HARDER, "worst_distribution"),
-        "min": ("map", "map50", "map75", *HARDER),
+        "max_drop": ("map", "map50", "map75", *PERTURBED, "worst_distribution"),
+        "min": ("map", "map50", "map75", *PERTURBED),
     },
     "regression": {
         **_NO_LIMITS,
-        "max_rise": ("rmse", "mae", *HARDER, "worst_distribution"),
-        "max": ("rmse", "mae", *HARDER),
+        "max_rise": ("rmse", "mae", *PERTURBED, "worst_distribution"),
+        "max": ("rmse", "mae", *PERTURBED),
     },
     "embedding": {
         **_OF_IMITATION,
-        "max_rise": ("distance", *HARDER, "worst_distribution"),
-        "max": ("distance", *HARDER),
+        "max_rise": ("distance", *PERTURBED, "worst_distribution"),
+        "max": ("distance", *PERTURBED),
     },
 }
 # Metrics in addition to those of the task, for a network measured without labels.

@@ -113,7 +113,6 @@ tasks.opening                   tasks.from_config
 tasks.paired                    tasks.base
 training.averaging              training.weight_averaging
 training.fit                    training.loop
-training.team                   training.distributed
 training.unfolding              training.batch_norm_unfolding
 verification.calibration        verification.statistics
 verification.compare            verification.parity
@@ -182,13 +181,13 @@ def _new_name(old: str) -> str | None:
 
 
 def user_place(error: BaseException) -> str | None:
-    """Return "file:line" of the innermost frame in user code; None if there is none."""
+    """Return "file:line" of the innermost frame in user code; None for an exception without one."""
     frame = user_frame(error)
     return None if frame is None else f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
-    """Return the innermost frame that is neither in this package nor in a library; None if there is none."""
+    """Return the innermost frame that is neither in this package nor in a library; None if no frame is."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame for frame in reversed(frames) if not _is_library(frame.filename)), None)
 

@@ -88,13 +88,13 @@ def fill_preprocessing(config: PipelineConfig) -> PipelineConfig:
         raise ArtifactError(
             f"'{first.model.onnx}' must say how images are prepared as this program writes it ({PREPROCESSING_KEY}), "
             f"got {show(written)}.",
-            hint="Give data.preprocessing; it goes before what the file says.",
+            hint="Give data.preprocessing, which has precedence over the file.",
         ) from error
     return config.model_copy(update={"data": config.data.model_copy(update={"preprocessing": preprocessing})})
 
 
 def _read_metadata(path: Path) -> Any:
-    """Return the preprocessing in the metadata of an ONNX file; None if there is none or the file is unreadable."""
+    """Return the preprocessing in the metadata of an ONNX file; None if the file has no such entry or is unreadable."""
     import onnx  # takes half a second; only pipelines with an ONNX file need it
 
     try:

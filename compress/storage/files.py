@@ -1,25 +1,21 @@
-"""Atomic writes, file locks, and checks of the output files that command-line options name.
+"""Atomic writes, and checks of the output files that command-line options name.
 
 An output may be a new file, an empty file, or an earlier output of the same kind. Other files, links, devices and pipes
 are never replaced.
 """
 
-import errno
 import json
 import os
 import secrets
-import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from compress.errors import ArtifactError, ConfigError
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+_HEAD_BYTES = 4096
+_MOST_JSON_BYTES = 2**28
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview, *, is_shared: bool = False) -> None:
@@ -40,48 +36,6 @@ def write_atomic(path: Path, content: str | bytes | memoryview, *, is_shared: bo
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def try_lock(path: Path) -> AbstractContextManager[None] | None:
-    """Acquire an exclusive file lock without waiting.
-
-    Args:
-        path: Lock file, created if missing; its content does not matter.
-
-    Returns:
-        Context manager that releases the lock; None if another process, or another call, holds it.
-
-    Raises:
-        ArtifactError: The file system does not support locks.
-        OSError: The lock file cannot be created.
-    """
-    lock = FileLock(str(path))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without flock, the library warns that it locks by a marker file
-            lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        raise ArtifactError(
-            f"The file system of '{path.parent}' must support file locks, it does not: {error.strerror}.",
-            hint="Keep runs on a local disk (--runs-dir), or mount the network drive with locks.",
-        ) from error
-    return _held(lock)
-
-
-@contextmanager
-def _held(lock: BaseFileLock) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-_HEAD_BYTES = 4096
-_MOST_JSON_BYTES = 2**28
 
 
 def require_output(option: str, path: Path, kind: str) -> None:

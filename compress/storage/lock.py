@@ -1,4 +1,4 @@
-"""Exclusive lock on a folder (filelock), with the name of the holder for messages.
+"""Exclusive locks on files and folders (filelock).
 
     FOLDER/.lock     the lock; the operating system releases it when the process ends, however it ends
     FOLDER/.holder   process, host and time of the last holder, for messages only
@@ -6,18 +6,61 @@
 Only the lock decides who holds a folder. Process ids are never compared: they may be of another host.
 """
 
+import errno
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from compress.errors import ArtifactError, RunLocked
-from compress.storage.files import try_lock, write_atomic
+from compress.storage.files import write_atomic
 
 HOLDER_FILE, LOCK_FILE = ".holder", ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def try_lock(path: Path) -> AbstractContextManager[None] | None:
+    """Acquire an exclusive file lock without waiting.
+
+    Args:
+        path: Lock file, created if missing; its content does not matter.
+
+    Returns:
+        Context manager that releases the lock; None if another process, or another call, holds it.
+
+    Raises:
+        ArtifactError: The file system does not support locks.
+        OSError: The lock file cannot be created.
+    """
+    lock = FileLock(str(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without flock, the library warns that it locks by a marker file
+            lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise ArtifactError(
+            f"The file system of '{path.parent}' must support file locks, it does not: {error.strerror}.",
+            hint="Keep runs on a local disk (--runs-dir), or mount the network drive with locks.",
+        ) from error
+    return _held(lock)
+
+
+@contextmanager
+def _held(lock: BaseFileLock) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

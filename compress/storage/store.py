@@ -20,7 +20,7 @@ from typing import Any
 
 from compress.errors import ArtifactError, InternalError
 from compress.storage.digest import DIGEST_KEY, add_digest, check_digest, digest_file, digest_value, read_json
-from compress.storage.files import try_lock
+from compress.storage.lock import try_lock
 
 ENTRY_SCHEMA = 2  # version 1 had no digest of entry.json
 

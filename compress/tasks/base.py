@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from compress.catalog import HARDER, SHARES
+from compress.catalog import PERTURBED, SHARES
 from compress.errors import DataError, ModelError, NonFinite
 from compress.tasks.outputs import each, picked, singles
 
@@ -103,7 +103,7 @@ class Metric:
         """
         if name == self.name:
             return self
-        if name in HARDER:
+        if name in PERTURBED:
             return replace(self, name=name, label=name)
         words = _WORDS.get(name, name.replace("_", " "))
         return Metric(name, name not in _LOWER_IS_BETTER, name in SHARES, words)

@@ -14,7 +14,7 @@ import pytest
 
 from compress.errors import ArtifactError
 from compress.storage.digest import add_digest
-from compress.storage.files import try_lock
+from compress.storage.lock import try_lock
 from compress.storage.store import ENTRY_SCHEMA, Store
 
 KEY = "0" * 64

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compress.catalog import GATED, GATED_WITHOUT_LABELS, HARDER, SHARES, closest
+from compress.catalog import GATED, GATED_WITHOUT_LABELS, PERTURBED, SHARES, closest
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem, format_path, show
 from compress.config.schema.pipeline import PipelineConfig
@@ -69,7 +69,7 @@ def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> 
         return
     for kind in ("max_drop", "max_rise", "min", "max"):
         limits: Mapping[str, float] = getattr(verify.gates, kind)
-        allowed = [*known, *HARDER, "worst_distribution", "excess_error", *GATED_WITHOUT_LABELS[kind]]
+        allowed = [*known, *PERTURBED, "worst_distribution", "excess_error", *GATED_WITHOUT_LABELS[kind]]
         for name in limits:
             if name not in allowed:
                 raise ConfigValueError(

@@ -90,7 +90,7 @@ def _obstacle_to_rewinding(sections: Sections, end: int) -> tuple[str, str | Non
         if isinstance(stage, LoadConfig) and isinstance(stage.model, OnnxFileModel):
             return "with model.onnx: no checkpoint has the names of a file's layers.", "name the network's factory."
         if isinstance(stage, LoadConfig) and stage.narrow:
-            text = "with narrow: a checkpoint of the whole network does not tell which of its channels were kept."
+            text = "with narrow: a checkpoint of the unpruned network does not tell which of its channels were kept."
             return text, "set weights: inherited, or random."
         if sections.names[index] == "low_rank":
             return f"after low_rank (stages[{index}]): a checkpoint has no factors of its layers.", None

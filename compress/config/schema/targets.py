@@ -11,7 +11,7 @@ class RankTargetConfig(Section):
     latency: KeptRatio | None = Field(
         None, description="kept ratio of the baseline's latency, measured as `deploy` says"
     )
-    latency_ms: float | None = Field(None, gt=0, description="milliseconds a call, measured as `deploy` says")
+    latency_ms: float | None = Field(None, gt=0, description="milliseconds per call, measured as `deploy` says")
     macs: KeptRatio | None = Field(None, description="kept ratio of the baseline's MACs")
     params: KeptRatio | None = Field(None, description="kept ratio of the baseline's params")
 

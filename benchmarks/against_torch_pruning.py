@@ -33,7 +33,7 @@ from typing import Any
 from made import source_digest, write_marked
 from published_resnet56 import export_published
 from torch_pruning_cuts import Setting, every_setting
-from torch_pruning_steps import STARTS, Bench, Figures, best_of_families, once
+from torch_pruning_steps import STARTS, Bench, ModelMetrics, best_of_families, once
 from torch_pruning_table import Network, Row, Timing, cuts_table, draw, main_table, time_networks
 
 from compress.cli.console import Console
@@ -158,7 +158,7 @@ def our_network(bench: Bench) -> Network | None:
     folder, name = bench.folder / f"ours-{source_digest()}", f"ours-seed{bench.seed}"
     if not (folder / f"{name}.json").is_file():
         return None
-    figures: Figures = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    figures: ModelMetrics = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return Network(folder / name / "model.onnx", bench.base.baseline.onnx_path, **figures)
 
 

@@ -33,7 +33,7 @@ KEPT_RATIO = 0.5
 TOOLS = ("compress", "torch-pruning")
 EXPONENT_LIMIT = 1.1  # as good as linear
 
-Figures = dict[str, float]
+ModelMetrics = dict[str, float]
 
 
 def build(name: str) -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ def build(name: str) -> tuple[Any, Any]:
     return module, torch.zeros(1, *(own_input_shape(f"torchvision:{name}", module) or (3, 224, 224)))
 
 
-def measure_compress(module: Any, example: Any) -> Figures:
+def measure_compress(module: Any, example: Any) -> ModelMetrics:
     """Find and try all channel groups, cut each to half."""
     from compress.pruning.surgery import cut_copy
     from compress.pruning.trial import find_cuttable
@@ -66,7 +66,7 @@ def measure_compress(module: Any, example: Any) -> Figures:
     return {"groups": len(groups), "graph_s": found - started, "cut_s": time.perf_counter() - found}
 
 
-def measure_torch_pruning(module: Any, example: Any) -> Figures:
+def measure_torch_pruning(module: Any, example: Any) -> ModelMetrics:
     """Do the same with torch-pruning's own graph and pruner; it tries no cut."""
     import torch_pruning
     from torch import nn
@@ -87,7 +87,7 @@ def measure_torch_pruning(module: Any, example: Any) -> Figures:
     return {"groups": len(groups), "graph_s": found - started, "cut_s": time.perf_counter() - found}
 
 
-def measure_here(tool: str, name: str) -> Figures:
+def measure_here(tool: str, name: str) -> ModelMetrics:
     """Measure one tool on one network in this process, to be called once in it."""
     module, example = build(name)
     model_mb = sum(value.numel() * value.element_size() for value in module.state_dict().values()) / 1e6
@@ -105,7 +105,7 @@ def peak_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def measure(tool: str, name: str, limit_s: float) -> Figures | str:
+def measure(tool: str, name: str, limit_s: float) -> ModelMetrics | str:
     """Measure in a process of its own; return what went wrong where something did."""
     command = [sys.executable, __file__, "--one", tool, name]
     try:
@@ -114,13 +114,15 @@ def measure(tool: str, name: str, limit_s: float) -> Figures | str:
         return f"more than {limit_s:.0f} s"
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    figures: Figures = json.loads(done.stdout.strip().splitlines()[-1])
+    figures: ModelMetrics = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 
 
-def measure_in_turn(tools: Sequence[str], name: str, rounds: int, limit_s: float) -> dict[str, list[Figures | str]]:
+def measure_in_turn(
+    tools: Sequence[str], name: str, rounds: int, limit_s: float
+) -> dict[str, list[ModelMetrics | str]]:
     """Measure tools in turn; one that fails is not asked again."""
-    found: dict[str, list[Figures | str]] = {tool: [] for tool in tools}
+    found: dict[str, list[ModelMetrics | str]] = {tool: [] for tool in tools}
     for _ in range(rounds):
         for tool in tools:
             if not any(isinstance(one, str) for one in found[tool]):
@@ -129,13 +131,13 @@ def measure_in_turn(tools: Sequence[str], name: str, rounds: int, limit_s: float
     return found
 
 
-def median(figures: Sequence[Figures]) -> Figures:
+def median(figures: Sequence[ModelMetrics]) -> ModelMetrics:
     """Return the median of each figure; of seconds in all, too."""
     whole = [{**one, "all_s": one["graph_s"] + one["cut_s"]} for one in figures]
     return {name: statistics.median(one[name] for one in whole) for name in whole[0]}
 
 
-def row(tool: str, name: str, found: Sequence[Figures | str], limit: float | None) -> str:
+def row(tool: str, name: str, found: Sequence[ModelMetrics | str], limit: float | None) -> str:
     """Return one row of the table; a failure takes the place of the figures."""
     failures = [one for one in found if isinstance(one, str)]
     if failures:

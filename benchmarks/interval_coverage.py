@@ -2,7 +2,7 @@
 
     python benchmarks/interval_coverage.py [--times 300] [--counts 30 90 300]
 
-Figures of made-up networks: RMSE with normal, Laplace and t errors, mIoU and pixel accuracy with classes that few
+ModelMetrics of made-up networks: RMSE with normal, Laplace and t errors, mIoU and pixel accuracy with classes that few
 images have, the least top-1 of ten classes, the largest drop of ten classes, the mean distance of probabilities. Five
 minutes on one core.
 """
@@ -49,11 +49,11 @@ def mask_facts(random: np.random.Generator, count: int) -> Facts:
 
 def of_task(task: Task, name: str, draw: Callable[[np.random.Generator, int], Facts], label: str) -> Simulation:
     """Return the simulation of one figure of a task."""
-    truth = task.figures(draw(np.random.default_rng(1), IMAGES_FOR_TRUTH))[name]
+    truth = task.aggregate(draw(np.random.default_rng(1), IMAGES_FOR_TRUTH))[name]
 
     def simulate(random: np.random.Generator, count: int) -> Interval:
         facts = draw(random, count)
-        return jackknife_intervals(lambda places: task.figures(chosen(facts, places)), count, PARTS)[name]
+        return jackknife_intervals(lambda places: task.aggregate(chosen(facts, places)), count, PARTS)[name]
 
     return label, truth, simulate
 

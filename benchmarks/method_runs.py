@@ -26,7 +26,7 @@ from compress.config.schema.prune import PruneConfig
 from compress.config.schema.training import FinetuneConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe, RemoveChannels
 from compress.search.context import StageContext
 from compress.stages.finetune import FinetuneStage
@@ -51,7 +51,7 @@ def quickstart(folder: Path) -> tuple[TorchModel, Splits, dict[str, Any]]:
     module = load_network(spec, load.weights)
     data = Splits(loaded.config.data)
     image = torch_example()
-    figures = Figures(count_macs(module, image), count_params(module), 0, {}, {})
+    figures = ModelMetrics(count_macs(module, image), count_params(module), 0, {}, {})
     baseline = Baseline(figures, folder / "baseline.onnx", Path(load.weights))
     model = TorchModel(module, spec, Recipe(), SIGNATURE, data.preprocessing, (), baseline)
     given = stages["finetune"].model_dump(exclude_unset=True)

@@ -36,7 +36,7 @@ from compress.data.splits import Split
 from compress.errors import BudgetUnreachable
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe, RemoveChannels
 from compress.progress import Progress
 from compress.pruning.ranking.selection import Selection, find_candidates, score_groups
@@ -122,7 +122,7 @@ class Trial:
         signature = Signature((TensorSpec("images", shape),), specs)
         path = self.folder / f"{self.name}.onnx"
         export_onnx(module, signature, path, ExportSettings(opset=18, rewrites=REWRITES))
-        figures = Figures(count_macs(module, self.example), count_params(module), path.stat().st_size, {}, {})
+        figures = ModelMetrics(count_macs(module, self.example), count_params(module), path.stat().st_size, {}, {})
         baseline = Baseline(figures, path, self.folder)
         return TorchModel(module, spec, Recipe(), signature, Preprocessing(), (), baseline, REWRITES)
 

@@ -38,7 +38,7 @@ from compress.data.splits import Split
 from compress.errors import CompressError
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress, Task
 from compress.search.context import StageContext
@@ -114,7 +114,7 @@ def load(name: str, folder: Path) -> tuple[TorchModel, RandomImages]:
     signature = Signature((TensorSpec("images", shape),), (TensorSpec("logits", ("batch", classes)),))
     path, rewrites = folder / "baseline.onnx", ("padded_shortcuts",)
     export_onnx(module, signature, path, ExportSettings(opset=18, rewrites=rewrites))
-    figures = Figures(count_macs(module, example), count_params(module), path.stat().st_size, {}, {})
+    figures = ModelMetrics(count_macs(module, example), count_params(module), path.stat().st_size, {}, {})
     baseline = Baseline(figures, path, folder)
     model = TorchModel(module, spec, Recipe(), signature, Preprocessing(), (), baseline, rewrites)
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Figures of the package's structure: files, functions, classes, imports.
+"""ModelMetrics of the package's structure: files, functions, classes, imports.
 
     python benchmarks/structure.py                    this tree
     python benchmarks/structure.py OLD . --markdown   several trees side by side, as a Markdown table

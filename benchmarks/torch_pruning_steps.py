@@ -44,7 +44,7 @@ RATIOS = tuple(round(0.05 * step, 3) for step in range(1, 19))
 WITHIN = 1.03
 MAX_SHARE_OF_MACS = 1.1  # of the budget; no network here ran in a smaller share of its time than of its MACs
 STARTS = {"as_it_comes": "as it comes", "batch_norm": "statistics measured again", "repaired": "our repair"}
-Figures = dict[str, Any]
+ModelMetrics = dict[str, Any]
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
@@ -173,7 +173,7 @@ class Bench:
     def _cutters(self) -> dict[str, Cutter]:
         return {}
 
-    def cut(self, setting: Setting) -> Figures:
+    def cut(self, setting: Setting) -> ModelMetrics:
         """Return the mildest cut found within the budget as measured, or the fastest cut where none is.
 
         The ratio is found by bisection, which takes for granted that a higher ratio is not slower.
@@ -183,14 +183,14 @@ class Bench:
         """
         return once(self.place / "cuts" / f"{setting.slug}.json", lambda: self._search(setting))  # type: ignore[no-any-return]
 
-    def _search(self, setting: Setting) -> Figures:
+    def _search(self, setting: Setting) -> ModelMetrics:
         cutter = self.cutter(setting)
-        tried: list[Figures] = []
+        tried: list[ModelMetrics] = []
 
         def attempt(ratio: float) -> bool:
             removed = cutter.removed(setting, ratio)
             slim = cut(cutter.model, removed)
-            fewer = self.base.baseline.figures.macs / count_macs(slim.module, cutter.example)
+            fewer = self.base.baseline.metrics.macs / count_macs(slim.module, cutter.example)
             if 1 / fewer > self.budget * MAX_SHARE_OF_MACS:
                 return False
             share = self.share(slim, removed)
@@ -260,16 +260,16 @@ class Bench:
         """Whether top-1 before training was measured from every start."""
         return all(self._before_path(setting, start).is_file() for start in STARTS)
 
-    def trained(self, setting: Setting, start: str) -> Figures:
+    def trained(self, setting: Setting, start: str) -> ModelMetrics:
         """Return {"top1", "validation", "macs", "source"} of a trained network; its file lies at `trained_path`."""
 
-        def make() -> Figures:
+        def make() -> ModelMetrics:
             slim, name = self.started(setting, start), f"{setting.slug}-{start}"
             model, record = train(copy.copy(slim), self.recipe_of(setting), self.context, f"{name}.pt")
             top1 = self.file_top1(model, self.trained_path(setting, start))
             self.console.note(f"torch-pruning ({setting.name}), {STARTS[start]}, seed {self.seed}: {top1:.2%}")
             validation = record["validation_top1_after"]
-            macs = self.base.baseline.figures.macs / count_macs(model.module, example_input(model.signature))
+            macs = self.base.baseline.metrics.macs / count_macs(model.module, example_input(model.signature))
             return {"top1": top1, "validation": validation, "macs": macs, "source": source_digest()}
 
         return once(self.trained_path(setting, start).with_suffix(".json"), make)  # type: ignore[no-any-return]

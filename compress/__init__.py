@@ -1,7 +1,15 @@
 """From a trained CNN to a smaller, faster ONNX model you can trust.
 
-    compress.load("runs/quickstart")     the slim torch network of a finished run
-    compress.Task                        base of a task of your own (docs/tasks.md)
+    compress.inspect(model, example)                     prunable channel groups, least MACs
+    compress.prune(model, example, macs=0.5, data=...)   fewer channels and blocks within a budget
+    compress.low_rank(model, ...)                        factorised kernels
+    compress.finetune(model, data=..., epochs=3)         training; or a loop of your own
+    compress.export(model, "m.onnx")                     ONNX file, compared with torch
+    compress.verify("m.onnx", baseline=..., data=...)    verdict on the file itself
+    compress.run("pipeline.yaml")                        all of it, cached, with a report
+    compress.save(model, folder), compress.load(folder)  recipe and weights, no pickle
+    compress.Task                                        base of a task of your own (docs/tasks.md)
+    compress.CompressError                               base of all errors raised on purpose
     compress.__version__
 
 Importing this package imports neither torch nor anything else that is heavy.
@@ -11,22 +19,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import CompressError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from os import PathLike
 
     from torch import nn
 
+    from compress.api.operations import export, finetune, inspect, low_rank, prune, save
+    from compress.api.verification import Run, run, verify
     from compress.tasks.base import Task
 
-__all__ = ["Task", "__version__", "load"]
+__all__ = [
+    "CompressError",
+    "Run",
+    "Task",
+    "__version__",
+    "export",
+    "finetune",
+    "inspect",
+    "load",
+    "low_rank",
+    "prune",
+    "run",
+    "save",
+    "verify",
+]
+
+_PLACES = {
+    **dict.fromkeys(("export", "finetune", "inspect", "low_rank", "prune", "save"), "compress.api.operations"),
+    **dict.fromkeys(("Run", "run", "verify"), "compress.api.verification"),
+    "Task": "compress.tasks.base",
+}
 
 
 def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | None = None) -> nn.Module:
-    """Rebuild the slim network of a run: factory, recipe, weights; strict, bit-identical outputs.
+    """Rebuild a slim network: factory, recipe, weights; strict, bit-identical outputs.
 
     Args:
-        folder: A run folder (`runs/<name>`), or the folder of its slim checkpoint.
+        folder: A run folder (`runs/<name>`), the folder of a slim checkpoint or of `save`, or a bundle (.zip), whose
+            ONNX file is imported.
         factory: Builds the baseline, where the one named by the run is not to be used: a callable, which
             gets the keyword arguments of the run, or "pkg.module:callable" or "path/to/file.py:callable".
 
@@ -40,17 +73,22 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
     """
     from pathlib import Path
 
+    path = Path(folder)
+    if path.suffix == ".zip":
+        from compress.api.operations import load_bundle
+
+        return load_bundle(path)
     from compress.checkpoint.layout import load_slim  # imports torch, which takes seconds
 
-    return load_slim(Path(folder), factory)
+    return load_slim(path, factory)
 
 
 def __getattr__(name: str) -> Any:
-    """Look the version up, or import `Task`, when it is asked for; both take a moment."""
-    if name == "Task":
-        from compress.tasks.base import Task
+    """Look the version up, or import a function, when it is asked for; both take a moment."""
+    if name in _PLACES:
+        from importlib import import_module
 
-        return Task
+        return getattr(import_module(_PLACES[name]), name)
     if name != "__version__":
         raise AttributeError(f"module 'compress' has no attribute '{name}'")
     from importlib.metadata import PackageNotFoundError, version

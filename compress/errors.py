@@ -22,7 +22,7 @@
     │  └─ NoSuchPlace                no machine has such a provider, or the runtime reads no ONNX files
     └─ InternalError        exit 70  our bug: an invariant is broken
 
-A failed verification is no exception: the verdict says so and the exit code is 1. Where no check failed but at least
+A failed verification is no exception: the verdict is failed and the exit code is 1. Where no check failed but at least
 one is inconclusive, the exit code is 6.
 """
 

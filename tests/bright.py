@@ -8,7 +8,7 @@ import numpy as np
 from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress
 from compress.search.context import StageContext
@@ -50,7 +50,7 @@ def splits(folder) -> Splits:
 def artifact(name: str, folder) -> TorchModel:
     """Return a tiny network as `load` gives it, without the files of its baseline."""
     module = nets.build(name)
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
     baseline = Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors")
     spec = FactorySpec("factory", "nets:build", {"name": name})
     return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]

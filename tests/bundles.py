@@ -83,7 +83,7 @@ def sealed(content: Mapping[str, bytes]) -> Content:
 
 def write_zip(content: Mapping[str, bytes], path: Path) -> Path:
     """Write content as an archive in the form of a bundle."""
-    path.write_bytes(b"".join(check.archive_pieces(content)))
+    path.write_bytes(check.build_archive(content))
     return path
 
 

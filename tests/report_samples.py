@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from compress.model.artifacts import CheckResult, Figures, Verdict
+from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 from compress.report.build import StageRun
 from compress.verification.summary import to_png
 
-BASELINE = Figures(
+BASELINE = ModelMetrics(
     40_551_424, 269_722, 1_094_310, {"top1": 0.9173}, {"p50": 1.312, "p90": 1.431, "p95": 1.498, "p99": 2.214}
 )
-SLIM = Figures(20_447_232, 138_410, 571_208, {"top1": 0.9104}, {"p50": 0.811, "p90": 0.889, "p95": 0.934, "p99": 1.702})
+SLIM = ModelMetrics(
+    20_447_232, 138_410, 571_208, {"top1": 0.9104}, {"p50": 0.811, "p90": 0.889, "p95": 0.934, "p99": 1.702}
+)
 ENVIRONMENT = {
     "platform": "Linux 6.1.0 x86_64",
     "python": "CPython 3.11.2",
@@ -56,7 +58,7 @@ def failing_verdict() -> Verdict:
             check("max_drop.top1", "fail", 0.0469, 0.01, "share", "Top-1 fell from 91.73 % to 87.04 %."),
         ),
         ("parity",),
-        Figures(SLIM.macs, SLIM.params, SLIM.size_bytes, {"top1": 0.8704}, SLIM.latency_ms),
+        ModelMetrics(SLIM.macs, SLIM.params, SLIM.size_bytes, {"top1": 0.8704}, SLIM.latency_ms),
         BASELINE,
         measured(),
     )

@@ -1,15 +1,15 @@
-"""Factors of estimated damages, learned from the losses of whole networks.
+"""Factors of estimated damages, learned from the losses of candidate networks.
 
     rise of the loss of a network = sum over decisions of   factor * damage of the option it took ^ power
 
-Damages are estimated decision by decision, and those of channels and of blocks have no common unit. Whole networks say
-how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each decision, which a
-ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad ones. Of
+Damages are estimated decision by decision, and those of channels and of blocks have no common unit. Candidate networks
+say how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each decision,
+which a ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad ones. Of
 n networks each is predicted from the others. The strongest ridge whose error is within 1 + 1/sqrt(n) of the least is
 taken, and the power that is best with it.
 
 Source: Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML, arXiv:2201.13096, where
-sensitivities are searched at random by the loss of whole networks. The regression is ours.
+sensitivities are searched at random by the loss of candidate networks. The regression is ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ _LEAST_KIND, _KIND_RIDGE = 1e-3, 1e-3  # of the common scale
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One whole network.
+    """One candidate network.
 
     Attributes:
         damages: Decision -> estimated damage of the option taken, without any factor; decisions left out have none.

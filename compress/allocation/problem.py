@@ -60,7 +60,7 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class TableCost:
-    """The cost of a whole network, in one unit, as a function of a choice.
+    """The cost of a complete network, in one unit, as a function of a choice.
 
     Attributes:
         fixed: What no decision changes.
@@ -84,7 +84,7 @@ class TableCost:
         return self.fixed + self._stacked.at(choice) + switched + self._sizes.at(choice)
 
     def of_options(self, choice: Mapping[str, int], name: str, here: float | None = None) -> np.ndarray:
-        """Return (n,) costs of the whole network when decision `name` takes each of its options, the others fixed.
+        """Return (n,) costs of the complete network when decision `name` takes each of its options, the others fixed.
 
         Args:
             choice: Where the others are.

@@ -37,10 +37,9 @@ import os
 import platform
 import re
 import stat
-import struct
 import tempfile
 import time
-import zlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -81,36 +80,31 @@ def damaged(detail: str) -> Stop:
 
 # -- archives: stored, in one fixed form ------------------------------------------------------------------------------
 
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4s4H2IH")
-_NEEDED, _MADE_BY = 20, (3 << 8) | 20  # version 2.0, on Unix
-_DATE = (1 << 5) | 1  # 1980-01-01, the first that there is
+_DATE = (1980, 1, 1, 0, 0, 0)  # the first that an archive can state
 _REGULAR_FILE = (stat.S_IFREG | 0o644) << 16
+_UNIX = 3
+_END = b"PK\x05\x06"  # of the last 22 bytes, which follow the directory
+_WIDE_END = b"PK\x06\x07"  # of the 20 bytes before them in archives beyond 4 GiB
+_ENTRY_BYTES = 46 + 100  # of the directory for one file: the fixed part and the longest name
 
 
-def archive_pieces(files: Mapping[str, bytes]) -> Iterator[bytes]:
-    """Yield the one archive of some files: sorted, not compressed, no dates, the same on every machine.
+def build_archive(files: Mapping[str, bytes]) -> bytes:
+    """Return the one archive of some files: sorted, not compressed, no dates, the same on every machine.
 
     Args:
         files: Name -> content; together less than 2 GiB.
     """
-    directory, offset = [], 0
-    for name in sorted(files):
-        content, text = files[name], name.encode("ascii")
-        about = (_NEEDED, 0, 0, 0, _DATE, zlib.crc32(content), len(content), len(content), len(text), 0)
-        header = _LOCAL.pack(b"PK\x03\x04", *about) + text
-        directory.append(_CENTRAL.pack(b"PK\x01\x02", _MADE_BY, *about, 0, 0, 0, _REGULAR_FILE, offset) + text)
-        yield header
-        yield content
-        offset += len(header) + len(content)
-    size = sum(map(len, directory))
-    yield from directory
-    yield _END.pack(b"PK\x05\x06", 0, 0, len(directory), len(directory), size, offset, 0)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name, _DATE)
+            entry.create_system, entry.external_attr = _UNIX, _REGULAR_FILE
+            archive.writestr(entry, files[name])
+    return stream.getvalue()
 
 
 def read_archive(data: bytes, what: str) -> dict[str, bytes]:
-    """Return name -> content of an archive that `archive_pieces` would write, and of no other.
+    """Return name -> content of an archive that `build_archive` would write, and of no other.
 
     Args:
         data: The archive.
@@ -119,55 +113,51 @@ def read_archive(data: bytes, what: str) -> dict[str, bytes]:
     Raises:
         Stop: It is no archive, another one, or damaged anywhere.
     """
-    files: dict[str, bytes] = {}
-    for name, start, size in _read_directory(data, what):
-        if name in files:
-            raise damaged(f"{what} holds '{name}' twice")
-        files[name] = data[start : start + size]
-    place = 0
-    for piece in archive_pieces(files):
-        if data[place : place + len(piece)] != piece:
-            wrong = next(i for i, byte in enumerate(piece) if data[place + i : place + i + 1] != bytes([byte]))
-            raise damaged(f"{what} is damaged, or was not written by compress: byte {place + wrong} is another one")
-        place += len(piece)
-    if place != len(data):
-        raise damaged(f"{what} holds {len(data) - place} bytes more than its files take")
+    _require_directory(data, what)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            files = _read_entries(archive, what, len(data))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise damaged(f"{what} is damaged: {error}") from error
+    written = build_archive(files)
+    if written != data:
+        same = next((i for i in range(min(len(written), len(data))) if written[i] != data[i]), len(written))
+        raise damaged(f"{what} is damaged, or was not written by compress: byte {same} is another one")
     return files
 
 
-def _read_directory(data: bytes, what: str) -> Iterator[tuple[str, int, int]]:
-    """Yield name, first byte and size of each file that an archive lists."""
-    if len(data) < _END.size or data[-_END.size :][:4] != b"PK\x05\x06" or data[-2:] != b"\0\0":
-        if not data.startswith(b"PK") and b"PK\x05\x06" not in data:
+def _require_directory(data: bytes, what: str) -> None:
+    """Refuse an archive without a directory of a bundle's size at its very end."""
+    if data[-22:-18] != _END or data[-2:] != b"\0\0":
+        if not data.startswith(b"PK") and _END not in data:
             raise damaged(f"{what} is no zip archive")
         raise damaged(f"{what} does not end with its directory: it was cut off, changed, or has data after it")
-    _, _, _, _, count, size, place, _ = _END.unpack(data[-_END.size :])
-    if count > MAX_FILES:
-        raise damaged(f"{what} lists {count} files, a bundle has at most {MAX_FILES}")
-    if place + size + _END.size != len(data):
-        raise damaged(f"{what} has data before its files, after its directory, or a size that is not true")
-    total = 0
-    for _ in range(count):
-        if place + _CENTRAL.size > len(data):
-            raise damaged(f"{what} has a directory that ends too early")
-        _, _, _, flags, method, _, _, _, packed, size, length, extra, note, _, _, kind, start = _CENTRAL.unpack_from(
-            data, place
-        )
-        text = data[place + _CENTRAL.size : place + _CENTRAL.size + length]
-        place += _CENTRAL.size + length + extra + note
-        name = text.decode("ascii", "replace")
+    if int.from_bytes(data[-10:-6], "little") > MAX_FILES * _ENTRY_BYTES or data[-42:-38] == _WIDE_END:
+        raise damaged(f"{what} has a larger directory than the {MAX_FILES} files of a bundle need")
+
+
+def _read_entries(archive: zipfile.ZipFile, what: str, most: int) -> dict[str, bytes]:
+    """Return name -> content of an archive of at most `most` bytes that holds plain, stored files only."""
+    names: set[str] = set()
+    entries, total = archive.infolist(), 0
+    if len(entries) > MAX_FILES:
+        raise damaged(f"{what} lists {len(entries)} files, a bundle has at most {MAX_FILES}")
+    for entry in entries:
+        name, total = entry.orig_filename, total + entry.file_size
         if not _is_plain(name):
             raise damaged(f"{what} holds {name!a}, which is no plain file name: nothing was unpacked")
-        if flags & 1:
+        if name in names:
+            raise damaged(f"{what} holds '{name}' twice")
+        names.add(name)
+        if entry.flag_bits & 1:
             raise damaged(f"{what} holds '{name}' encrypted, a bundle is not")
-        if stat.S_ISLNK(kind >> 16):
+        if stat.S_ISLNK(entry.external_attr >> 16):
             raise damaged(f"{what} holds '{name}' as a link, a bundle has files only")
-        if method != 0:
+        if entry.compress_type != zipfile.ZIP_STORED:
             raise damaged(f"{what} holds '{name}' compressed, a bundle does not: nothing was unpacked")
-        start, total = start + _LOCAL.size + length, total + size
-        if packed != size or start + size > len(data) or total > len(data):  # files may not lie over each other
-            raise damaged(f"{what} states {size} bytes for '{name}', which it does not hold")
-        yield name, start, size
+        if entry.compress_size != entry.file_size or total > most:  # files may not lie over each other
+            raise damaged(f"{what} states {entry.file_size} bytes for '{name}', which it does not hold")
+    return {entry.orig_filename: archive.read(entry) for entry in entries}
 
 
 def _is_plain(name: str) -> bool:
@@ -275,7 +265,7 @@ def _read_manifest(data: bytes) -> dict[str, dict[str, Any]]:
             raise damaged(f"{MANIFEST} is not that of a bundle, or damaged")
         schema = values.get("schema")
         if _manifest_text({key: value for key, value in values.items() if key != "sha256"}) != data:
-            raise damaged(f"{MANIFEST} is damaged: it is not, byte for byte, as it was written")
+            raise damaged(f"{MANIFEST} is damaged: its bytes are not those that were written")
     except (ValueError, RecursionError) as error:
         raise damaged(f"{MANIFEST} is damaged: it is no JSON") from error
     if schema != SCHEMA:
@@ -292,7 +282,7 @@ def _read_manifest(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def _read_signature(data: bytes) -> bytes | None:
-    """Return the signature in `manifest.sig`; None when the file is not as it was written."""
+    """Return the signature in `manifest.sig`; None when the file was changed."""
     parts = _SIGNATURE_FORM.fullmatch(data)
     if parts is None or _sha256(parts[1]).encode("ascii") != parts[3]:
         return None
@@ -653,10 +643,10 @@ def check_parity(
         return False, f"outputs must have shape {expected.shape}, got {outputs.shape}", math.inf
     difference = float(numpy.abs(outputs.astype(numpy.float64) - expected.astype(numpy.float64)).max())
     same = int((outputs.reshape(len(outputs), -1).argmax(1) == expected.reshape(len(expected), -1).argmax(1)).sum())
-    told = f"largest difference {difference:.3g} (tolerance {tolerance:g}), top-1 the same on {same} of {len(inputs)}"
+    detail = f"largest difference {difference:.3g} (tolerance {tolerance:g}), top-1 the same on {same} of {len(inputs)}"
     if min_agreement < 1:
-        told += f" (at least {100 * min_agreement:g} % must be)"
-    return difference <= tolerance and same / len(inputs) >= min_agreement, told, difference  # NaN is never within
+        detail += f" (at least {100 * min_agreement:g} % must be)"
+    return difference <= tolerance and same / len(inputs) >= min_agreement, detail, difference  # NaN is never within
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------
@@ -753,7 +743,7 @@ def _time_sitting(call: Callable[[], object], calls: int, clock: Callable[[], fl
 
 
 class Outcome:
-    """The checks that were made so far; each is told at once.
+    """The checks made so far; each is printed at once.
 
     Args:
         say: Takes a line.
@@ -833,11 +823,11 @@ def _check_outputs(
 
     tolerance = promises.tolerance if options.tolerance is None else options.tolerance
     try:
-        is_same, told, difference = check_parity(run, samples, promises.batch, tolerance, promises.min_agreement)
+        is_same, detail, difference = check_parity(run, samples, promises.batch, tolerance, promises.min_agreement)
     except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
         lines = str(error).splitlines() or [type(error).__name__]
         raise Stop("parity", f"{MODEL} must run on its samples, ONNX Runtime says: {lines[0][:300]}", FAILED) from error
-    outcome.add("parity", "pass" if is_same else "fail", told, difference, tolerance)
+    outcome.add("parity", "pass" if is_same else "fail", detail, difference, tolerance)
 
 
 def _check_latency(
@@ -845,17 +835,17 @@ def _check_latency(
 ) -> None:
     here = median(found)
     there = "not measured" if promises.measured_ms is None else f"{promises.measured_ms:.4g} ms"
-    told = f"measured {here:.4g} ms here, {there} where it was verified ({promises.where})"
+    detail = f"measured {here:.4g} ms here, {there} where it was verified ({promises.where})"
     if threads != promises.threads:
-        told += f"; not comparable, {_count(threads, 'thread')} here"
+        detail += f"; not comparable, {_count(threads, 'thread')} here"
     limit = promises.limit_ms if options.max_latency_ms is None else options.max_latency_ms
     if limit is None:
-        outcome.add("latency", "skipped", f"no promise in milliseconds was made; {told}", here)
+        outcome.add("latency", "skipped", f"no promise in milliseconds was made; {detail}", here)
     else:
         said = "promised" if options.max_latency_ms is None else "asked for"
         calls = f"{_count(options.repeats, 'call')} in {_count(len(found), 'sitting')}"
-        told = f"median of {calls}, at most {limit:g} ms was {said}; {told}"
-        outcome.add("latency", "pass" if here <= limit else "fail", told, here, limit)
+        detail = f"median of {calls}, at most {limit:g} ms was {said}; {detail}"
+        outcome.add("latency", "pass" if here <= limit else "fail", detail, here, limit)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
-        ArtifactError: It is none, the run is not finished, or a file is not the one that the run wrote.
+        ArtifactError: It is not a run, the run is not finished, or a file is not the one that the run wrote.
         ConfigError: Its task is another one than classification.
     """
     if not folder.is_dir():
@@ -117,7 +117,7 @@ def _require_classifier(quality: Quality) -> None:
         labels = "" if quality.is_labelled else " without labels"
         raise ConfigError(
             f"A bundle must be of a classifier with labelled images, this run's task is {quality.task}{labels}.",
-            hint="model.onnx in the run folder is the whole network.",
+            hint="model.onnx in the run folder is the complete network.",
         )
 
 

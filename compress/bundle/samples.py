@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.bundle.check import archive_pieces
+from compress.bundle.check import build_archive
 from compress.data.splits import Split
 from compress.errors import ConfigError
 from compress.verification.quality import check_labels, classifier_width, classify, image_input
@@ -28,7 +28,7 @@ def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndar
 
     Returns:
         images: (N, H, W, C) uint8, after resizing and cropping.
-        inputs: (N, ...) float32, what goes into the network.
+        inputs: (N, ...) float32, inputs of the network.
         labels: (N,) int64.
         expected: (N, K) float32, what comes out of it.
 
@@ -68,4 +68,4 @@ def pack_arrays(arrays: dict[str, np.ndarray]) -> bytes:
         members[f"{name}.npy"] = stream.getvalue()
     if sum(map(len, members.values())) > 2**30:
         raise ConfigError("Samples must take at most 1 GiB.", hint="Give a smaller number to --samples.")
-    return b"".join(archive_pieces(members))
+    return build_archive(members)

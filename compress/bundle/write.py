@@ -62,13 +62,13 @@ def write_bundle(
         word = "failed" if run.failed or not run.inconclusive else "did not pass"
         raise ConfigError(
             f"A run must have passed its verification to be handed over, '{run.name}' {word}: {run.unmet}.",
-            hint="--allow-failed bundles it all the same, and model.json says so.",
+            hint="--allow-failed bundles it all the same, and model.json records that.",
         )
     content = build_content(run, samples, licence)
     if key_file is not None:
         content[check.SIGNATURE] = check.build_signature(sign(content[check.MANIFEST], key_file))
     _require_size(content)
-    archive = b"".join(check.archive_pieces(content))
+    archive = check.build_archive(content)
     _prove(archive)
     try:
         write_atomic(out, archive)
@@ -128,7 +128,7 @@ def _require_outside(out: Path, folder: Path) -> None:
     if out.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"-o must lie outside of the run folder, '{out}' is inside of '{folder}'.",
-            hint="What is in there is what the run verified; name another place.",
+            hint="Its files are those that the run verified; name another folder.",
         )
 
 

@@ -26,7 +26,7 @@ from compress.model.artifacts import (
     Baseline,
     CheckResult,
     FactorySpec,
-    Figures,
+    ModelMetrics,
     OnnxModel,
     Signature,
     TorchModel,
@@ -64,7 +64,7 @@ def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -
     Args:
         kind: As in `catalog.py`.
         folder: Where it was saved.
-        factory: How the baseline is built now; by default as it was when the artifact was saved.
+        factory: How the baseline is built now; by default as when the artifact was saved.
 
     Raises:
         ArtifactError: A file is missing or not as it must be.
@@ -89,18 +89,9 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
 
         write_structure(Path(factory.reference), folder / STRUCTURE_FILE)
         factory = replace(factory, reference=STRUCTURE_FILE)
-    meta = {
-        "schema": META_SCHEMA,
-        "factory": asdict(factory),
-        "signature": model.signature.to_dict(),
-        "preprocessing": model.preprocessing.to_dict(),
-        "classes": list(model.classes),
-        "rewrites": list(model.rewrites),
-        "precision": model.precision,
-    }
-    _write_json(folder / "meta.json", meta)
+    _write_json(folder / "meta.json", _meta_of(model, factory))
     write_weights(model.module, folder / "weights.safetensors")
-    _write_json(folder / "baseline.json", model.baseline.figures.to_dict())
+    _write_json(folder / "baseline.json", model.baseline.metrics.to_dict())
     _link(model.baseline.onnx_path, folder / "baseline.onnx")
     _link(model.baseline.weights_path, folder / "baseline.safetensors")
 
@@ -113,7 +104,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
     factory = saved_factory if saved_factory.kind == "onnx" else _with_inputs(factory or saved_factory, saved_factory)
     signature = Signature.from_dict(meta["signature"])
     with _well_formed(folder / "baseline.json"):
-        figures = Figures(**_read_json(folder / "baseline.json"))
+        metrics = ModelMetrics(**_read_json(folder / "baseline.json"))
     with _well_formed(folder / "meta.json"):
         preprocessing, classes = Preprocessing.from_dict(meta["preprocessing"]), tuple(meta["classes"])
         rewrites, precision = tuple(meta.get("rewrites", ())), str(meta.get("precision", "fp32"))
@@ -124,7 +115,7 @@ def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchM
         signature=signature,
         preprocessing=preprocessing,
         classes=classes,
-        baseline=Baseline(figures, folder / "baseline.onnx", folder / "baseline.safetensors"),
+        baseline=Baseline(metrics, folder / "baseline.onnx", folder / "baseline.safetensors"),
         rewrites=rewrites,
         precision=precision,
     )
@@ -152,6 +143,34 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     for file in ("recipe.json", "weights.safetensors"):
         shutil.copyfile(source / file, target / file)
     write_digests(target)
+
+
+def save_checkpoint(model: TorchModel, folder: Path) -> None:
+    """Write the portable checkpoint of a network in memory: recipe, weights and meta.
+
+    Args:
+        model: Its factory is written as it is; a file it names is not copied.
+        folder: Folder to fill; created if it is missing.
+    """
+    from compress.checkpoint.rebuild import write_weights  # imports torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(model.recipe.to_json(), encoding="utf-8")
+    _write_json(folder / "meta.json", _meta_of(model, model.factory))
+    write_weights(model.module, folder / "weights.safetensors")
+    write_digests(folder)
+
+
+def _meta_of(model: TorchModel, factory: FactorySpec) -> dict[str, Any]:
+    return {
+        "schema": META_SCHEMA,
+        "factory": asdict(factory),
+        "signature": model.signature.to_dict(),
+        "preprocessing": model.preprocessing.to_dict(),
+        "classes": list(model.classes),
+        "rewrites": list(model.rewrites),
+        "precision": model.precision,
+    }
 
 
 def write_digests(folder: Path) -> None:
@@ -185,6 +204,11 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
         return with_own_forward(module)
     if factory is not None:
         spec = replace(spec, kind="factory", reference=factory)
+    elif spec.kind == "factory" and spec.reference == FactorySpec.UNKNOWN:
+        raise ArtifactError(
+            f"'{folder}' names no factory: the network was saved as an object.",
+            hint="compress.load(folder, factory=build), where build() returns the baseline network",
+        )
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
     return with_own_forward(rebuild(spec, recipe, signature, weights))
@@ -271,8 +295,8 @@ def _load_verdict(folder: Path) -> Verdict:
     return Verdict(
         checks=tuple(CheckResult(**check) for check in values["checks"]),
         required=tuple(values["required"]),
-        slim=Figures(**values["slim"]) if values["slim"] else None,
-        baseline=Figures(**values["baseline"]) if values["baseline"] else None,
+        slim=ModelMetrics(**values["slim"]) if values["slim"] else None,
+        baseline=ModelMetrics(**values["baseline"]) if values["baseline"] else None,
         details=values["details"],
         metric=Metric(**metric) if metric else CLASSIFICATION.main,
     )

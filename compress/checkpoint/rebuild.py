@@ -53,7 +53,7 @@ __all__ = [
     "write_weights",
 ]
 
-_CHECKPOINT = "A checkpoint to rewind to is of the whole network, as load builds it, before any cut."
+_CHECKPOINT = "A checkpoint to rewind to is of the complete network, as load builds it, before any cut."
 
 
 def build_module(spec: FactorySpec, seed: int = 0) -> nn.Module:
@@ -222,7 +222,7 @@ def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module
 def rewound(
     spec: FactorySpec, recipe: Recipe, signature: Signature, checkpoint: Path
 ) -> tuple[nn.Module, list[Conversion]]:
-    """Return the slim network with the weights of a checkpoint of the whole network, cut by the recipe's edits.
+    """Return the slim network with the weights of a checkpoint of the complete network, cut by the recipe's edits.
 
     Args:
         spec: Builder of the baseline network.

@@ -10,13 +10,16 @@ Whatever imports torch is imported inside the commands that need it, so that `--
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compress.cli.console import Console
 from compress.cli.exits import guarded, package_version, raise_outcome
 from compress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compress.config.load import Pipeline
 
 app = typer.Typer(
     name="compress",
@@ -81,6 +84,14 @@ def run(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write training curves to the run folder, for TensorBoard to draw.")
     ] = False,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="STAGE", help="Stop before this stage, and lay out the slim network."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="Trained weights of the slim network, in place of finetune."),
+    ] = None,
     junit: Junit = None,
     json_file: JsonFile = None,
     github_summary: Summary = False,
@@ -89,7 +100,11 @@ def run(
     from compress.config.load import load_pipeline
 
     accepted = ["deploy.accept_foreign_table=true"] if accept_foreign_table else []
-    loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted], seed)
+    trained = [] if weights is None else [f"stages.finetune.trained={weights.absolute()}"]
+    loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted, *trained], seed)
+    if until is not None:
+        _run_until(loaded, runs_dir, until, Console(quiet))
+        return
     from compress.cli.ci import require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
@@ -106,6 +121,15 @@ def run(
         if path.exists():
             console.note(f"{label}: {path}")
     raise_outcome(outcome.verdict.outcome)
+
+
+def _run_until(loaded: "Pipeline", runs_dir: Path, until: str, console: Console) -> None:
+    from compress.engine.runner import run_until  # imports torch
+
+    folder = run_until(loaded, runs_dir, until, console)
+    console.say(f"Slim network: {folder / 'slim'}")
+    console.say(f"Load it, train it and save its state dict: {folder / 'load_slim.py'}")
+    console.say(f"Continue: compress run {loaded.path} --weights trained.pt")
 
 
 @app.command()
@@ -276,14 +300,16 @@ def bundle(
     ] = None,
     allow_failed: Annotated[
         bool,
-        typer.Option("--allow-failed", help="Bundle a run that did not pass its verification; model.json says so."),
+        typer.Option(
+            "--allow-failed", help="Bundle a run that did not pass its verification; model.json records that."
+        ),
     ] = False,
     license_text: Annotated[
         str | None, typer.Option("--license", metavar="TEXT", help="Licence of the model, such as Apache-2.0.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier bundle.")] = False,
 ) -> None:
-    """Pack a run's model with what proves it on the device: samples, figures, digests, a check."""
+    """Pack a run's model with what proves it on the device: samples, metrics, digests, a check."""
     from compress.bundle.write import write_bundle  # imports ONNX Runtime
 
     path = write_bundle(
@@ -347,7 +373,7 @@ def inspect(
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what can be cut of a network, what cannot, and how little can be left."""
+    """List prunable and excluded channel groups of a network, and its least MACs and latency."""
     shape = None if input_shape is None else _parse_input(input_shape)
     from compress.cli.ci import require_place
 

@@ -210,7 +210,7 @@ class _LoggedTask:
             self._console.note(f"{self._label}: {self._done}/{self._total} ({share} %){extra}{self._left(now)}")
 
     def _left(self, now: float) -> str:
-        """Return how long what is left takes at the speed since the first step, in words; nothing before that."""
+        """Return the estimated time left, in words, by the speed since the first step; nothing before that."""
         if self._first is None or self._done == self._first[0]:
             return ""
         done, since = self._first

@@ -94,7 +94,7 @@ def _report(error: BaseException, goes_on: bool) -> int:
         console.print_error(error)
         return error.exit_code
     console.print_failure(
-        f"compress has met a fault of its own ({type(error).__name__}: {str(error).strip() or 'no message'}). "
+        f"Internal error of compress ({type(error).__name__}: {str(error).strip() or 'no message'}). "
         f"This is a bug, not your mistake: please report it with the file {_write_crash(error)}, which says where it "
         f"happened.{' The stages that were completed are kept.' if goes_on else ''}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the artifacts import numpy, which nobody needs for `compress --help`
-    from compress.model.artifacts import Figures, Verdict
+    from compress.model.artifacts import ModelMetrics, Verdict
 
 CHECK_COLUMNS = ("check", "status", "value", "limit", "unit", "detail")
 VALUE_COLUMNS = ("metric", "baseline", "slim", "change")
@@ -80,8 +80,8 @@ def _count(number: int) -> str:
     return f"{number:,}" if number else "not counted"
 
 
-def _megabytes(figures: Figures) -> str:
-    return f"{figures.size_bytes / 1e6:.3f}"
+def _megabytes(metrics: ModelMetrics) -> str:
+    return f"{metrics.size_bytes / 1e6:.3f}"
 
 
 def _fewer(before: float, after: float, word: str = "fewer") -> str:

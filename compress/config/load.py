@@ -69,13 +69,19 @@ def load_pipeline(
     return _check(read_document(path), path, overrides, seed, os.environ if environ is None else environ)
 
 
-def parse_pipeline(text: str, path: Path) -> Pipeline:
-    """Check the text of a pipeline file as if it were at `path`.
+def parse_pipeline(
+    text: str,
+    path: Path,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Pipeline:
+    """Check the text of a pipeline file as if it were at `path`; no environment variables by default.
 
     Raises:
         ConfigError: As `load_pipeline`.
     """
-    return _check(parse_document(text, str(path)), path, (), None, {})
+    return _check(parse_document(text, str(path)), path, overrides, seed, environ or {})
 
 
 def _check(

@@ -30,7 +30,7 @@ class TableConditions:
         runtime: Name and version.
         provider: Execution provider.
         threads: Inside one operator.
-        batch_size: Images a call.
+        batch_size: Images in one call.
         precision: Of weights and activations.
     """
 

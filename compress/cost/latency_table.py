@@ -33,7 +33,7 @@ from compress.errors import InternalError
 _AxisKey = tuple[float, tuple[tuple[str, float], ...]]
 
 QUANTILE = 0.25  # of a layer's calls
-WHOLE_QUANTILE = 0.5  # of a whole network's, as choices are timed; a lower one favours short calls on a busy machine
+WHOLE_QUANTILE = 0.5  # of a complete network's, as choices are timed; a lower one favours short calls on a busy machine
 HEAD, BEFORE = "before the first site", -1
 
 
@@ -164,7 +164,7 @@ def build_table(sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTabl
 
     Args:
         sites: Of the network that the variants are of.
-        samples: At least two, one of them the whole network.
+        samples: At least two, one of them the baseline.
     """
     collected: dict[str, dict[tuple[int, int], list[tuple[float, float]]]] = {}
     for sample in samples:

@@ -173,7 +173,7 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
 def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
     """Return MACs for one image by module path, in definition order; a layer used twice counts twice.
 
-    What a module's own code multiplies, outside of its parts, counts as its own: "" is the whole network. Layers with
+    What a module's own code multiplies, outside of its parts, counts as its own: "" is the network itself. Layers with
     weights are listed even where they multiply nothing.
 
     Args:

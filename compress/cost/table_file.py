@@ -58,11 +58,11 @@ class TableFile:
 
     @classmethod
     def read_cached(cls, path: Path, warn: Callable[[str], None]) -> TableFile | None:
-        """Read a file that this program keeps for itself; None where there is none, or, with a warning, a damaged one.
+        """Read a file that this program keeps for itself; None if it is missing or, with a warning, damaged.
 
         Args:
             path: The file.
-            warn: Told of a damaged one.
+            warn: Called with a message about a damaged one.
         """
         if not path.is_file():
             return None

@@ -7,7 +7,7 @@ shapes and memory layout are those of a network cut to the same widths, and that
     sizes   layer -> (outputs, inputs)
 
 Every node and value of a variant is named after its site ("site3.1"), so that what the runtime makes of them, fused
-and renamed after its own fashion, can still be told apart.
+and renamed after its own fashion, can still be distinguished.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,8 +79,8 @@ class VariantWriter:
         """Return a variant.
 
         Args:
-            sizes: What layers are to have, norms and activations with channels included; layers not named stay whole.
-            full: What the same layers have in the whole network.
+            sizes: What layers are to have, norms and activations with channels included; other layers keep theirs.
+            full: Sizes of the same layers in the baseline.
         """
         variant = self._skeleton()
         cuts = dict(self._cuts)
@@ -141,7 +141,7 @@ class VariantWriter:
 
 
 def site_of(name: str) -> int | None:
-    """Return the number of the site in a name that the runtime made of one in a variant; None when there is none.
+    """Return the number of the site in a name that the runtime made of one in a variant; None for other names.
 
     >>> site_of("site12.40_nchwc"), site_of("fused site3.7.0"), site_of("ReorderOutput_token_3"), site_of("site.0")
     (12, 3, None, None)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.data.transforms import DrawnTransforms
+
 
 @dataclass(frozen=True)
 class Variation:
@@ -18,6 +20,7 @@ class Variation:
         left: (N,) first column.
         mirrored: (N,) whether each image is mirrored left to right; None where none is.
         size: (height, width) of the images.
+        transforms: Transforms of each image after crop and mirroring, or None.
     """
 
     padding: int
@@ -25,14 +28,17 @@ class Variation:
     left: Tensor | None
     mirrored: Tensor | None
     size: tuple[int, int] = (0, 0)
+    transforms: DrawnTransforms | None = None
 
     def of_images(self, images: Tensor) -> Tensor:
         """Return (N, H, W, C) images varied, padded with zeros; the shape stays."""
-        return self._varied(images, 0)
+        moved = self._varied(images, 0)
+        return moved if self.transforms is None else self.transforms.of_images(moved)
 
     def of_maps(self, maps: Tensor, fill: int) -> Tensor:
         """Return (N, H, W) maps varied as the images were, padded with `fill`."""
-        return self._varied(maps[..., None], fill)[..., 0]
+        moved = self._varied(maps[..., None], fill)[..., 0]
+        return moved if self.transforms is None else self.transforms.of_maps(moved)
 
     def of_boxes(self, targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return boxes varied as the images were; those that are out of the image are gone.
@@ -40,7 +46,8 @@ class Variation:
         Args:
             targets: For each image `boxes` (M, 4) [x0, y0, x1, y1] and `labels` (M,).
         """
-        return [self._boxes(target, place) for place, target in enumerate(targets)]
+        moved = [self._boxes(target, place) for place, target in enumerate(targets)]
+        return moved if self.transforms is None else self.transforms.of_boxes(moved)
 
     def _boxes(self, target: dict[str, Any], place: int) -> dict[str, Any]:
         height, width = self.size

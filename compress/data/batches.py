@@ -8,7 +8,7 @@ batch), so a run that is resumed at any batch sees the same as an undisturbed on
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from compress.data.augmentation import Variation, drawn
 from compress.data.packing import standard_strides
 from compress.data.splits import Split
+from compress.data.transforms import Policy, TransformSettings, draw_transforms
 from compress.errors import DataError
 from compress.tasks.outputs import plain
 
@@ -52,12 +53,25 @@ class Augmentation:
         flip: Whether half of the images are mirrored left to right.
         mixup: Alpha of the Beta distribution of the shares in which pairs of images are mixed; 0 is off.
         cutmix: Alpha of that of the share of a rectangle of its neighbour in each image; 0 is off.
+        resized_crop: As in `TransformSettings`, as the following.
+        policy: Random operations on images.
+        magnitude: Their strength for "rand_augment".
+        erasing: Probability of random erasing.
     """
 
     crop_padding: int = 0
     flip: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    resized_crop: float = 0.0
+    policy: Policy = "none"
+    magnitude: int = 9
+    erasing: float = 0.0
+
+    @property
+    def transforms(self) -> TransformSettings:
+        """The transforms that run image by image."""
+        return TransformSettings(self.resized_crop, self.policy, self.magnitude, self.erasing)
 
 
 def evaluation_batches(split: Split, batch_size: int, targets: Wanted = "objective") -> Iterator[Batch]:
@@ -174,14 +188,23 @@ def varied(
     part: slice = slice(None),
 ) -> Variation:
     """Draw how a batch is varied; as `augment`."""
-    if images.ndim == 2 and (augmentation.crop_padding or augmentation.flip):
+    if images.ndim == 2 and (augmentation.crop_padding or augmentation.flip or not augmentation.transforms.is_off):
         raise DataError(
-            "Samples of several inputs cannot be cropped or mirrored, augmentation asks for it.",
+            "Samples of several inputs cannot be cropped, mirrored or transformed, augmentation asks for it.",
             hint="Leave augmentation out; the data set can vary what it gives.",
         )
-    height, width = images.shape[1:3] if images.ndim > 2 else (0, 0)
-    drawn_for = len(images) if whole is None else whole
-    return drawn(augmentation.crop_padding, augmentation.flip, generator, (height, width), drawn_for, part)
+    size = (images.shape[1], images.shape[2]) if images.ndim > 2 else (0, 0)
+    count = len(images) if whole is None else whole
+    variation = drawn(augmentation.crop_padding, augmentation.flip, generator, size, count, part)
+    if augmentation.transforms.is_off:
+        return variation
+    if images.dtype != torch.uint8 or images.shape[3] not in (1, 3):
+        raise DataError(
+            f"Augmentation by resized_crop, policy and erasing needs uint8 images of 1 or 3 channels, got "
+            f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape[1:])}.",
+            hint="Use crop_padding and flip, which take any image.",
+        )
+    return replace(variation, transforms=draw_transforms(augmentation.transforms, generator, size, count, part))
 
 
 def _read_ahead(split: Split, positions: Iterator[np.ndarray], with_targets: bool) -> Iterator[tuple[Tensor, Any]]:

@@ -140,14 +140,14 @@ class _TrainingImages:
 
     @cached_property
     def _whole(self) -> Split:
-        return _split("train", self.source, self._preprocessing, self._task)
+        return build_split("train", self.source, self._preprocessing, self._task)
 
     @cached_property
     def _indices(self) -> dict[str, np.ndarray]:
         sizes = {"calibration": self._config.calibration}
         if isinstance(self._config.validation, int):
             sizes["validation"] = self._config.validation
-        return carve(_classes_of(self.source, self._task), sizes, self._config.split_seed)
+        return carve(classes_of(self.source, self._task), sizes, self._config.split_seed)
 
 
 def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Task = CLASSIFICATION) -> Split:
@@ -157,11 +157,18 @@ def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Ta
         DataError: The images or labels cannot be used.
         ArtifactError: A file is missing.
     """
-    return _split(name, _open_source(source, preprocessing, task, train=False), preprocessing, task)
+    return build_split(name, _open_source(source, preprocessing, task, train=False), preprocessing, task)
 
 
-def _split(name: str, source: ImageSource, preprocessing: Preprocessing, task: Task) -> Split:
-    """Return all images of a source, with the task that their targets allow for."""
+def build_split(name: str, source: ImageSource, preprocessing: Preprocessing, task: Task) -> Split:
+    """Return all images of a source, with the task that their targets allow for.
+
+    Args:
+        name: Of the split.
+        source: The images.
+        preprocessing: As the network needs it.
+        task: The task of the network; without targets imitation of the baseline takes its place.
+    """
     size = source.read(np.zeros(1, np.int64)).shape[1:-1]
     if task.needs_targets and not has_targets(source):
         task = Imitation(task)
@@ -173,7 +180,7 @@ def has_targets(source: ImageSource) -> bool:
     return bool(getattr(source, "has_targets", True))
 
 
-def _classes_of(source: ImageSource, task: Task) -> np.ndarray:
+def classes_of(source: ImageSource, task: Task) -> np.ndarray:
     """Return (N,) the class of each image where that is known without reading the images, else the same for all."""
     labels = source.known_labels if isinstance(source, AnnotatedSource) else getattr(source, "labels", None)
     return np.zeros(len(source), np.int64) if labels is None or not isinstance(task, Classification) else labels

@@ -82,6 +82,10 @@ class Split:
         chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
         return replace(self, indices=self.indices[chosen])
 
+    def slice(self, start: int, stop: int) -> "Split":
+        """Return the images from one position up to another, without it."""
+        return replace(self, indices=self.indices[start:stop])
+
     def part(self, rank: int, size: int) -> "Split":
         """Return each size-th image, from the rank-th on."""
         return replace(self, indices=self.indices[rank::size])
@@ -89,6 +93,49 @@ class Split:
     def interleaved(self, count: int) -> "Split":
         """Return the same images in another order: each count-th one, from the first on, from the second on, ..."""
         return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
+
+
+class DataSplits(Protocol):
+    """Splits of one data set, as the stages read them.
+
+    Attributes:
+        teacher: The baseline, once there is one; needed only where images have no labels, or the task learns from it.
+    """
+
+    teacher: Teacher | None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of images."""
+        ...
+
+    @property
+    def train(self) -> Split:
+        """Images for fine-tuning."""
+        ...
+
+    @property
+    def calibration(self) -> Split:
+        """Images for scores, repairs and batch-norm re-estimation."""
+        ...
+
+    @property
+    def validation(self) -> Split:
+        """Images by which the best epoch, repairs and numbers of blocks are chosen."""
+        ...
+
+    @property
+    def evaluation(self) -> Split:
+        """Images that the verdict is measured on; nothing is chosen by them."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, or ()."""
+        ...
+
+    def check_classes(self) -> None:
+        """Raise DataError when splits name their classes and the names differ."""
 
 
 def known_labels(split: Split) -> np.ndarray | None:
@@ -103,7 +150,7 @@ def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.
 
     Args:
         labels: (N,) integer labels; all alike where images have no class.
-        sizes: Images wanted for each named part; what is left over is returned as "train".
+        sizes: Images wanted for each named part; all others are returned as "train".
         seed: Decides which images go where.
 
     Returns:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CurveWriter:
-    """A listener that writes curves, and passes on to another one all that it is told.
+    """A listener that writes curves, and passes everything on to another one.
 
     Args:
         listener: The other one.
@@ -57,7 +57,7 @@ def require_tensorboard() -> None:
 
 @contextmanager
 def written_curves(listener: Progress, folder: Path) -> Iterator[CurveWriter]:
-    """Write what is told of curves into a folder, while it lasts."""
+    """Write reported curves into a folder, while it lasts."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]

@@ -29,7 +29,8 @@ from compress.storage.digest import digest_data, digest_file, digest_value
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
-FREE = ("save_minutes", "device", "compiled", "rewind_to")  # settings that no result depends on, or whose file counts
+_FILES = {"rewind_to": "Checkpoint", "trained": "Weights"}  # setting of finetune -> its file
+FREE = ("save_minutes", "device", "compiled", *_FILES)  # settings that no result depends on, or whose file counts
 TORCH_PRUNING = "torch-pruning"
 
 
@@ -84,8 +85,13 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
                 fixed["task"] = task
         if config.deploy is not None and needs_latency(stage):
             fixed["deploy"] = _deploy_component(config.deploy)
-        if values.get("rewind_to") is not None:
-            fixed["files"] = {"rewind_to": _file_digest(Path(values["rewind_to"]), "Checkpoint")}
+        files = {
+            key: _file_digest(Path(values[key]), what) for key, what in _FILES.items() if values.get(key) is not None
+        }
+        if files:
+            fixed["files"] = files
+        if entry.name == "finetune" and values["own"] is not None:
+            counting["own"] = _reference_digest(values["own"], folder)
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
             if config.deploy is not None:
@@ -162,15 +168,29 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
     }
 
 
+# settings added since a store was first written -> the default with which earlier results are the same
+_ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9, "erasing": 0.0}}
+_ADDED_TO_STAGES: dict[str, dict[str, Any]] = {"finetune": {"own": None, "kwargs": {}, "trained": None}}
+
+
 def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's settings that its results depend on; files of weights count by content, not by place.
 
     How training is done, and how often it saves its state, are no such settings.
     """
-    counting = {key: value for key, value in values.items() if key not in FREE}
+    added_here = _ADDED_TO_STAGES.get(stage, {})
+    counting = {
+        key: value
+        for key, value in values.items()
+        if key not in FREE and not (key in added_here and value == added_here[key])
+    }
     for name in ("between", "training"):
         if isinstance(training := values.get(name), Mapping):
             counting[name] = _what_counts("finetune", training)
+    for name, defaults in _ADDED.items():
+        if isinstance(section := counting.get(name), Mapping):
+            added = {key for key, default in defaults.items() if section.get(key) == default}
+            counting[name] = {key: value for key, value in section.items() if key not in added}
     if stage == "verify" and counting["robustness"] is not None:
         sources = counting["robustness"]["shifted"]
         digests = {name: digest_data(source) for name, source in sources.items()}
@@ -282,7 +302,7 @@ def _version(package: str) -> str | None:
 
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
-_OURS = "compress"  # its changes are told by the versions of stages
+_OURS = "compress"  # its changes are counted by the versions of stages
 _BY_OTHER_MEANS = {"importlib", "runpy", "imp", "pkgutil", "site", "zipimport", "__import__", "exec", "eval"}
 
 

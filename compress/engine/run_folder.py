@@ -14,6 +14,17 @@ from compress.storage.store import Entry
 
 MODEL_FILE = "model.onnx"
 RECIPE_FILE = "slim/recipe.json"
+LOADER_FILE = "load_slim.py"
+_LOADER = '''"""Slim network of this run. Train it, save its state dict, and continue the run with it."""
+
+from pathlib import Path
+
+import compress
+
+model = compress.load(Path(__file__).parent)
+# torch.save(model.state_dict(), "trained.pt")
+# compress run pipeline.yaml --weights trained.pt
+'''
 
 
 def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factory: FactorySpec) -> dict[str, Path]:
@@ -39,14 +50,36 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         names = sorted(file.name for file in source.glob(f"{MODEL_FILE}*"))
         for name in names:
             copy_if_other(source / name, folder / name)
-        part = folder / ".slim.part"
-        shutil.rmtree(part, ignore_errors=True)
-        write_slim(source / "reference", part, factory)
-        shutil.rmtree(folder / "slim", ignore_errors=True)
-        os.rename(part, folder / "slim")
+        _replace_slim(folder, source / "reference", factory)
     except OSError as error:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
     return {name: folder / name for name in (*names, RECIPE_FILE)}
+
+
+def publish_slim(folder: Path, entry: Entry, factory: FactorySpec) -> None:
+    """Lay out the slim network of an unfinished run, and a script that loads it.
+
+    Args:
+        folder: The run folder.
+        entry: Of a stage that gave a torch network.
+        factory: How the baseline is built.
+
+    Raises:
+        ArtifactError: The file system refused.
+    """
+    try:
+        _replace_slim(folder, entry.folder, factory)
+        (folder / LOADER_FILE).write_text(_LOADER, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
+
+
+def _replace_slim(folder: Path, source: Path, factory: FactorySpec) -> None:
+    part = folder / ".slim.part"
+    shutil.rmtree(part, ignore_errors=True)
+    write_slim(source, part, factory)
+    shutil.rmtree(folder / "slim", ignore_errors=True)
+    os.rename(part, folder / "slim")
 
 
 def copy_if_other(source: Path, target: Path) -> None:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from compress.catalog import DETECTION, NOTHING, VERDICT, require_packages
+from compress.catalog import DETECTION, NOTHING, TORCH_MODEL, VERDICT, require_packages
 from compress.checkpoint.layout import VOLATILE, load_artifact, save_artifact
 from compress.config.load import Pipeline
 from compress.config.rules.gates import require_known_metrics
 from compress.engine.curves import require_tensorboard, written_curves
 from compress.engine.keys import Step, build_steps, explain, needs_latency
-from compress.engine.run_folder import publish
+from compress.engine.run_folder import publish, publish_slim
 from compress.engine.workers import Workers, workers
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, NoSuchPlace, RunLocked
 from compress.model.artifacts import FactorySpec, TorchModel, Verdict
@@ -102,6 +102,29 @@ def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) ->
     return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False)
 
 
+def run_until(pipeline: Pipeline, runs_dir: Path, until: str, progress: Progress | None = None) -> Path:
+    """Run the stages before the first one of a name, and lay out the slim network for a training elsewhere.
+
+    Returns:
+        The run folder: slim/ has the network, load_slim.py loads it.
+
+    Raises:
+        ConfigValueError: No such stage follows on a stage that gives a torch network.
+        CompressError: As `run`.
+    """
+    steps = build_steps(pipeline)
+    index = next((step.index for step in steps if step.entry.name == until), 0)
+    if index == 0 or steps[index].entry.consumes != TORCH_MODEL:
+        names = ", ".join(dict.fromkeys(step.entry.name for step in steps[1:] if step.entry.consumes == TORCH_MODEL))
+        raise ConfigValueError(
+            f"--until must be a stage of '{pipeline.path}' that takes a torch network ({names}), got {until}."
+        )
+    folder = runs_dir / pipeline.config.name
+    with hold(folder):
+        _Run(pipeline, runs_dir, folder, progress or SilentProgress(), Workers()).execute_before(steps, index)
+    return folder
+
+
 def run_with_others(
     pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, writes_curves: bool = False
 ) -> RunOutcome | None:
@@ -110,7 +133,7 @@ def run_with_others(
     Args:
         pipeline: What to run.
         runs_dir: Where run folders are kept.
-        progress: Told about anything that takes long.
+        progress: Receives the progress of long operations.
         writes_curves: Whether training curves go to event files, in the folder `tensorboard` of the run.
 
     Returns:
@@ -216,6 +239,14 @@ class _Run:
             self.progress.note("Nothing to do: every stage is unchanged.")
         return RunOutcome(verdict, self.folder, report)
 
+    def execute_before(self, steps: Sequence[Step], index: int) -> None:
+        """Run or restore the stages before one, and lay out the network that they give."""
+        self.store.sweep()
+        digest = ""
+        for step in steps[:index]:
+            digest = self._do(step, len(steps), digest)
+        publish_slim(self.folder, self.entries[-1], self.factory)
+
     def profile(self, steps: Sequence[Step], index: int) -> Any:
         """Run or restore the stages before one with a latency target, and let that one time what it needs."""
         digest = ""
@@ -284,7 +315,7 @@ class _Run:
                 require_conditions(conditions)
             except CompressError as error:
                 if not is_required and not isinstance(error, NoSuchPlace):
-                    continue  # that place is skipped
+                    continue  # no warm start from there
                 error.message = f"Section '{name}': {error.message}"
                 raise
 
@@ -395,7 +426,7 @@ class _Run:
             return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher))
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
-        """Return who is told what a stage does; a stage that starts anew draws its curves anew."""
+        """Return the receiver of a stage's progress; a stage that starts anew draws its curves anew."""
         if not self.writes_curves:
             return nullcontext(self.progress)
         folder = self.folder / "tensorboard" / f"{step.index + 1}-{step.entry.name}"

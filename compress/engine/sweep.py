@@ -4,7 +4,7 @@
     runs/NAME-0.5/     an ordinary run folder for each budget
 
 Every run is an ordinary one, so whatever the budgets have in common (the loaded network, latency tables) is made once,
-and a sweep that was killed goes on where it was. A budget that cannot be met is a row that says so.
+and a sweep that was killed continues. A budget that cannot be met is a row with that reason.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ def sweep(
         runs_dir: Where run folders are kept.
         overrides: As after `--set`.
         seed: Takes the place of the file's seed.
-        progress: Told about each run.
+        progress: Receives progress by run.
 
     Raises:
         ConfigError: The pipeline is wrong at one of the budgets; nothing has run then.

@@ -40,7 +40,7 @@ def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None
         path: The file.
         settings: A pipeline, whose data section and `verify` stage count, or a file of gates.
         against: Baseline file for the gates that compare; without it those count as not made, and fail.
-        progress: Told about each part.
+        progress: Receives progress by part.
 
     Raises:
         ArtifactError: A file is missing or no ONNX model.

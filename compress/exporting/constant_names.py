@@ -34,7 +34,7 @@ def name_constants(model: ModelProto, module: nn.Module) -> None:
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()}
     twice = {name: known for name, known in names.items() if name != known}
-    folded = {f"{name}_bias": f"{known}_bias" for name, known in twice.items()}  # what is left of a folded batch norm
+    folded = {f"{name}_bias": f"{known}_bias" for name, known in twice.items()}  # bias of a folded batch norm
     _rename(model.graph, twice | folded)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:

@@ -54,7 +54,7 @@ def find_difference(path: Path, rewritten: Path, signature: Signature, tolerance
     """Return how a rewritten model differs from what it was on random input, "" when it does not.
 
     Args:
-        path: The model as it was.
+        path: The model before.
         rewritten: The model to compare.
         signature: Inputs and outputs of both.
         tolerance: How far an output may be off, over the largest.

@@ -248,7 +248,7 @@ def _export_hint(dynamic: bool, sizes: Mapping[str, int]) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings, log lines and graph dumps; what matters of them is checked on the file."""
+    """Suppress the exporter's warnings, log lines and graph dumps; the file itself is checked."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -32,7 +32,7 @@ class TimedShare:
 
     Attributes:
         latency_ms: Median of its calls.
-        share: Of the whole network's latency.
+        share: Of the baseline's latency.
         low: Lower end of the interval in which the share lies with 95 % confidence.
         high: Upper end.
     """
@@ -49,8 +49,8 @@ class LeastLatency:
 
     Attributes:
         conditions: Where and how it was measured.
-        whole_ms: Median of the calls of the whole network.
-        narrowest: Every channel group at its least width; None where none can be cut.
+        whole_ms: Median of the calls of the baseline.
+        narrowest: Every channel group at its least width; None if no group is prunable.
         without_blocks: The same when all removable blocks are gone, too; None where there are none.
     """
 
@@ -68,8 +68,8 @@ def measure_least_latency(
     Args:
         network: The network; left as it is.
         potential: What can be done to it.
-        groups: Its channel groups that can be cut.
-        progress: Told about each part.
+        groups: Its prunable channel groups.
+        progress: Receives progress by part.
 
     Raises:
         ExportFailed: torch or ONNX refused.
@@ -101,7 +101,7 @@ def narrowed(
 
     Args:
         module: The network; left as it is.
-        groups: Its channel groups that can be cut.
+        groups: Its prunable channel groups.
         widths: Group name -> channels to keep, fewer than there are.
         example: One input, (1, ...).
     """
@@ -113,7 +113,7 @@ def narrowed(
 
 
 def _shortened(network: Network, progress: Progress) -> nn.Module:
-    """Return the network without its residual blocks, at the least widths of what is left."""
+    """Return the network without its residual blocks, at the least widths of the other groups."""
     module, example = network.module, network.example
     while blocks := find_removable_blocks(module, example):
         for block in blocks:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from compress.errors import ModelError
 from compress.inspection.least_latency import LeastLatency, TimedShare, measure_least_latency
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.second_opinion import SecondOpinion, find_second_opinion
-from compress.inspection.targets import open_target
+from compress.inspection.targets import Network, open_target
 from compress.onnx_file.counting import LayerRow, OnnxCounts, count_onnx, layer_rows
 from compress.onnx_file.io import require_valid
 from compress.progress import Progress, SilentProgress
@@ -24,10 +25,10 @@ class Overview:
     """Overview of a target, and of what can be pruned.
 
     Attributes:
-        target: As it was named.
+        target: As given by the user.
         potential: Of a network; None of a file that cannot be imported.
         latency: The least that can be reached, where that was asked for.
-        file: Figures of an ONNX file.
+        file: Size of an ONNX file.
         nodes: Its nodes.
         second_opinion: Channel groups beside those of torch-pruning, where that was asked for.
     """
@@ -54,8 +55,12 @@ class Overview:
             tables.append(_node_table(self.nodes))
         return tables
 
+    def _repr_html_(self) -> str:
+        """Return the tables for a notebook."""
+        return "".join(_html(*table) for table in self.tables())
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; what was not looked at is None."""
+        """Return plain values; None for parts that were not inspected."""
         values = asdict(self)
         return {**values, "nodes": list(values["nodes"]) if self.file is not None else None}
 
@@ -75,7 +80,7 @@ def inspect_target(
         input_shape: Of one image, without the batch axis.
         overrides: As `--set`, for a pipeline file.
         with_latency: Whether the least latency that can be reached is measured.
-        progress: Told about each part.
+        progress: Receives progress by part.
         with_second_opinion: Whether channel groups are compared with those of torch-pruning.
 
     Raises:
@@ -88,10 +93,17 @@ def inspect_target(
     if Path(target).suffix == ".onnx":
         return _inspect_file(target, input_shape, with_latency, progress, with_second_opinion)
     network = open_target(target, input_shape, overrides)
+    return inspect_network(target, network, with_latency, progress, with_second_opinion)
+
+
+def inspect_network(
+    name: str, network: Network, with_latency: bool, progress: Progress, with_second_opinion: bool = False
+) -> Overview:
+    """Find out what can be done to a network that is open; arguments as in `inspect_target`."""
     potential, groups = find_potential(network.module, network.example, network.limits, progress)
     latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
     opinion = find_second_opinion(network.module, network.example, progress) if with_second_opinion else None
-    return Overview(target, potential, latency, second_opinion=opinion)
+    return Overview(name, potential, latency, second_opinion=opinion)
 
 
 def _inspect_file(
@@ -101,9 +113,9 @@ def _inspect_file(
     progress: Progress,
     with_second_opinion: bool,
 ) -> Overview:
-    """Return the figures of an ONNX file and, where it can be imported, what can be done to the network in it."""
+    """Return the metrics of an ONNX file and, where it can be imported, what can be done to the network in it."""
     require_valid(Path(target))
-    figures, nodes = count_onnx(Path(target)), tuple(layer_rows(Path(target)))
+    metrics, nodes = count_onnx(Path(target)), tuple(layer_rows(Path(target)))
     try:
         with progress.task("import", 1) as task:
             network = open_target(target, input_shape)
@@ -111,12 +123,12 @@ def _inspect_file(
     except ModelError as error:
         if with_latency or with_second_opinion:
             raise
-        progress.warn(f"What can be cut is not known: {error.message}")
-        return Overview(target, file=figures, nodes=nodes)
+        progress.warn(f"Channel groups could not be found: {error.message}")
+        return Overview(target, file=metrics, nodes=nodes)
     potential, groups = find_potential(network.module, network.example, network.limits, progress)
     latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
     opinion = find_second_opinion(network.module, network.example, progress) if with_second_opinion else None
-    return Overview(target, potential, latency, figures, nodes, opinion)
+    return Overview(target, potential, latency, metrics, nodes, opinion)
 
 
 def _potential_tables(potential: Potential, latency: LeastLatency | None) -> list[Table]:
@@ -125,13 +137,13 @@ def _potential_tables(potential: Potential, latency: LeastLatency | None) -> lis
         for g in potential.groups
     ]
     tables: list[Table] = [
-        ("network", ("figure", "value"), [*_figures(potential), *([] if latency is None else _latency_rows(latency))]),
+        ("network", ("metric", "value"), [*_metrics(potential), *([] if latency is None else _latency_rows(latency))]),
         ("channel groups",
          ("name", "width", "least width", "layers", "MACs that hang on it", "MACs that go at its least width"), groups),
     ]  # fmt: skip
     if potential.uncut:
         rows = [(item.name, f"{item.macs_share:.1%}", item.reason) for item in potential.uncut]
-        tables.append(("channel groups that stay whole", ("name", "MACs of that layer", "why"), rows))
+        tables.append(("channel groups that are not prunable", ("name", "MACs of that layer", "why"), rows))
     if potential.blocks:
         blocks = [(block.name, f"{block.macs_share:.1%}") for block in potential.blocks]
         tables.append(("residual blocks that can be removed", ("name", "MACs"), blocks))
@@ -149,7 +161,7 @@ def _opinion_tables(opinion: SecondOpinion) -> list[Table]:
             ("equal groups", str(opinion.equal)),
             ("differences", str(len(opinion.differences))),
         ]
-    tables: list[Table] = [("second opinion", ("figure", "value"), rows)]
+    tables: list[Table] = [("second opinion", ("metric", "value"), rows)]
     if opinion.differences:
         found = [
             (one.kind, one.name, _some(one.only_ours), _some(one.only_theirs), one.ours or "–", one.theirs or "–")
@@ -160,18 +172,24 @@ def _opinion_tables(opinion: SecondOpinion) -> list[Table]:
     return tables
 
 
+def _html(title: str, columns: Sequence[str], rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return f"{', '.join(names[:_NAMES_SHOWN])}{more}" or "–"
 
 
-def _figures(potential: Potential) -> list[Row]:
+def _metrics(potential: Potential) -> list[Row]:
     limits, found = potential.limits, len(potential.groups)
     rows: list[Row] = [
         ("input", _shape((1, *potential.input_shape))),
         ("MACs", f"{potential.macs:,}"),
         ("params", f"{potential.params:,}"),
-        ("channel groups that can be cut", f"{found} of {found + len(potential.uncut)}"),
+        ("prunable channel groups", f"{found} of {found + len(potential.uncut)}"),
         ("residual blocks that can be removed", str(len(potential.blocks))),
         ("MACs that no cut of channels touches", _share_of(potential.fixed_share, potential.fixed_layers)),
         ("limits", f"max_removed_ratio {limits.max_removed_ratio}, min_width {limits.min_width}, "
@@ -218,7 +236,7 @@ def _file_table(name: str, counts: OnnxCounts) -> Table:
         ("nodes", f"{counts.nodes:,}"),
         ("bytes of weights", f"{counts.initializer_bytes:,}"),
     ]
-    return name, ("figure", "value"), rows
+    return name, ("metric", "value"), rows
 
 
 def _node_table(nodes: Sequence[LayerRow]) -> Table:

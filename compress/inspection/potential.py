@@ -97,7 +97,7 @@ class Potential:
         params: Trainable scalars.
         limits: What every group must keep.
         layers: In definition order.
-        groups: Those that can be cut.
+        groups: Prunable ones.
         uncut: Those that cannot.
         blocks: Those that can be removed.
         fixed_share: MACs of layers that no group narrows, over all.

@@ -80,7 +80,7 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
     Args:
         module: Any network; it is left as it is.
         example: One input, (1, ...).
-        progress: Told about each part.
+        progress: Receives progress by part.
 
     Raises:
         UntraceableModel: The network does not run.
@@ -106,7 +106,7 @@ class _Theirs:
     Args:
         module: The network.
         example: One input.
-        outputs: Layers that torch-pruning is told to leave alone.
+        outputs: Layers that torch-pruning shall leave alone.
 
     Attributes:
         places: Root -> its members.

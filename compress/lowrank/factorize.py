@@ -336,7 +336,7 @@ def _weighed(matrix: Tensor, root: Tensor | None) -> Tensor:
 
 
 def _share_of_slices(core: Tensor, axis: int, exponent: float) -> Tensor:
-    """Return what a factor takes over from the core: a third of its magnitude first, then half of what is left."""
+    """Return what a factor takes over from the core: a third of its magnitude first, then half of the rest."""
     share = torch.linalg.vector_norm(core.transpose(0, axis).flatten(1), dim=1) ** exponent
     return torch.where(share > 0, share, torch.ones_like(share))
 

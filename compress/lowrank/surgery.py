@@ -129,7 +129,7 @@ def _find(module: nn.Module, edit: Factorize) -> Layer:
     except AttributeError as error:
         raise UnsupportedLayer(f"Layer '{edit.layer}' must exist to be factorised; the network has none.") from error
     if layer is module:
-        raise UnsupportedLayer("A layer to be factorised must be part of a network, got the whole network.")
+        raise UnsupportedLayer("A layer to be factorised must be part of a network, got the network itself.")
     reason = unsupported_reason(module, edit.layer)
     if reason is not None:
         raise UnsupportedLayer(f"Layer '{edit.layer}' cannot be factorised: it {reason}.")

@@ -18,7 +18,7 @@ class TrainedRank:
 
     Args:
         module: The network; its layers are changed in place.
-        choose: Returns what each layer is to become by its present weights; layers that stay whole are absent.
+        choose: Returns the new form of each layer by its present weights; unchanged layers are absent.
         interval: Steps from one cut to the next.
         strength: Factor of the sub-gradient of the nuclear norm, in the steps that begin with a cut.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from compress.data.preprocessing import Preprocessing
 from compress.model.recipe import Recipe
@@ -64,7 +64,7 @@ class Signature:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class ModelMetrics:
     """The measured size, quality and speed of one network.
 
     Attributes:
@@ -98,6 +98,8 @@ class FactorySpec:
         inputs: Input name -> {"shape": [...], "dtype": ..., "high": ...} without the batch axis; {} for one image.
         outputs: Which outputs are kept, in this order; () for all.
     """
+
+    UNKNOWN: ClassVar[str] = ""  # reference of a network that was given as an object
 
     kind: NetworkKind
     reference: str
@@ -140,12 +142,12 @@ class Baseline:
     """The baseline, measured once by `load`.
 
     Attributes:
-        figures: Its size, quality and speed.
+        metrics: Its size, quality and speed.
         onnx_path: Its export.
         weights_path: Its weights (safetensors), for distillation.
     """
 
-    figures: Figures
+    metrics: ModelMetrics
     onnx_path: Path
     weights_path: Path
 
@@ -161,7 +163,7 @@ class TorchModel:
         signature: Inputs and outputs.
         preprocessing: What happens to an image first.
         classes: Class names, or ().
-        baseline: The baseline's figures and files.
+        baseline: The baseline's metrics and files.
         rewrites: What is rewritten for the runtime whenever the network is exported; the baseline was too.
         precision: "fp32" or "fp16": that of the files, the baseline's too; the module is float32.
     """
@@ -207,7 +209,7 @@ class CheckResult:
         limit: What it was held to; None for an observation.
         unit: Of value and limit: "ms", "x", "share", "bytes", "".
         detail: One sentence.
-        remedy: Next step of the user after a check that did not pass; "" where there is none.
+        remedy: Next step of the user after a check that did not pass, or "".
     """
 
     name: str
@@ -226,16 +228,16 @@ class Verdict:
     Attributes:
         checks: Everything that was checked.
         required: Names of checks that must not be skipped.
-        slim: Figures of the file.
-        baseline: Figures of the baseline, measured in the same run where that matters (latency).
+        slim: Metrics of the file.
+        baseline: Metrics of the baseline, measured in the same run where that matters (latency).
         details: Plain values for the report (latency samples, parity quantiles, environment).
         metric: Primary metric of the task.
     """
 
     checks: tuple[CheckResult, ...]
     required: tuple[str, ...]
-    slim: Figures | None
-    baseline: Figures | None
+    slim: ModelMetrics | None
+    baseline: ModelMetrics | None
     details: dict[str, Any] = field(default_factory=dict)
     metric: Metric = CLASSIFICATION.main
 

@@ -35,7 +35,7 @@ def call_factory(make: Factory, spec: FactorySpec, seed: int = 0) -> nn.Module:
             module = make(**spec.kwargs)
     if isinstance(module, nn.DataParallel):
         module = module.module
-    _check_kind(module, spec.reference)
+    require_kind(module, f"Factory '{spec.reference}' must return")
     return module.eval().cpu()  # type: ignore[no-any-return]
 
 
@@ -53,40 +53,47 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-def _check_kind(module: Any, reference: str) -> None:
+def require_kind(module: Any, must: str) -> None:
+    """Check that a value is a network that can be worked with.
+
+    Args:
+        module: The value.
+        must: Beginning of the message, such as "Factory 'build' must return".
+
+    Raises:
+        ModelError: It is not; says what to give instead.
+    """
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise ModelError(
-            f"Factory '{reference}' must return a network of Python code, got a scripted one "
-            f"({type(module).__name__}).",
+            f"{must} a network of Python code, got a scripted one ({type(module).__name__}).",
             hint="Let it return the module before torch.jit.script or trace. The scripted file can be the weights.",
         )
     if isinstance(module, torch.export.ExportedProgram):
         raise ModelError(
-            f"Factory '{reference}' must return a torch.nn.Module, got an exported program.",
+            f"{must} a torch.nn.Module, got an exported program.",
             hint="Let it return the module before torch.export. The .pt2 file can be given as weights.",
         )
     if isinstance(module, type) and issubclass(module, nn.Module):
-        raise ModelError(f"Factory '{reference}' must return a network, got the class {module.__name__} itself.")
+        raise ModelError(f"{must} a network, got the class {module.__name__} itself.")
     if not isinstance(module, nn.Module):
-        raise ModelError(f"Factory '{reference}' must return a torch.nn.Module, got {type(module).__name__}.")
+        raise ModelError(f"{must} a torch.nn.Module, got {type(module).__name__}.")
     if rounded := [
         f"{name or 'the network itself'} ({type(part).__name__})"
         for name, part in module.named_modules()
         if _is_rounded(part)
     ]:
         raise ModelError(
-            f"Factory '{reference}' must return a network in float32, got a quantised one: {some(rounded)}.",
+            f"{must} a network in float32, got a quantised one: {some(rounded)}.",
             hint="Give the float network; a `quantize` stage after export rounds the file to INT8.",
         )
     if lazy := [name for name, value in module.named_parameters() if isinstance(value, nn.UninitializedParameter)]:
         raise ModelError(
-            f"Factory '{reference}' must return a network whose parameters have shapes, these have none: {some(lazy)}.",
+            f"{must} a network whose parameters have shapes, these have none: {some(lazy)}.",
             hint="Let it run the network once, or replace lazy layers.",
         )
     if empty := [name for name, value in module.state_dict().items() if getattr(value, "is_meta", False)]:
         raise ModelError(
-            f"Factory '{reference}' must return a network whose tensors hold values, these are on the meta device: "
-            f"{some(empty)}.",
+            f"{must} a network whose tensors hold values, these are on the meta device: {some(empty)}.",
             hint="Let it build the network on the CPU.",
         )
 

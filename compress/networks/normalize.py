@@ -74,7 +74,7 @@ _FORWARDS = {kind.forward for kind in _PLAIN.values()} | {SamePaddedConv2d.forwa
 def prepare(module: nn.Module, example: Tensor) -> nn.Module:
     """Return the network in plain layers, its outputs unchanged; the same object where there is nothing to do.
 
-    Of a network that changes from run to run nothing can be said; `load` refuses it with the reason.
+    A network that changes from run to run cannot be compared; `load` refuses it with the reason.
 
     Args:
         module: In eval mode, on the CPU; changed in place.
@@ -201,7 +201,7 @@ def _remember(calls: list[_Call]) -> Callable[..., None]:
 
 
 def _plain_layer(layer: Any, calls: list[_Call]) -> nn.Module | None:
-    """Return the plain layer that does what a layer did in its calls, None where there is none."""
+    """Return the plain layer that computes the same as a layer did in its calls, or None."""
     if not calls or any(len(call.used) != 1 or call.given is None for call in calls):
         return None
     function, weight, bias = calls[0].used[0]

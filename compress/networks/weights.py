@@ -134,7 +134,7 @@ _FORMATS = (
     "the file again if it was cut short."
 )
 _LEFT_OVER = (
-    "All weights of the network are in the file. What is left over belongs to something else, such as a loss or a "
+    "All weights of the network are in the file. The others belong to something else, such as a loss or a "
     "second network: save the file without it."
 )
 

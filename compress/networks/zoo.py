@@ -28,7 +28,7 @@ def torchvision_factory(name: str) -> _Build:
     A single-stage detector comes as its raw form (`detectors.py`), which takes images and returns tensors.
 
     Raises:
-        ModelError: There is none of that name, or it is a detector of two stages.
+        ModelError: The name is unknown, or the network is a detector of two stages.
     """
     from torchvision import models  # heavy, and only needed by those who name a torchvision network
 

@@ -158,7 +158,7 @@ def external_problems(model: onnx.ModelProto, path: Path) -> list[str]:
         elif not is_present(file):
             problems.append(f"its weights in '{_shortened(place)}' are missing")
         elif not file.is_file():
-            problems.append(f"its weights in '{file.name}' must be a file, it is none")
+            problems.append(f"its weights in '{file.name}' must be a file")
         elif file.stat().st_size < end:
             problems.append(f"its weights in '{file.name}' must be {end:,} bytes, it has {file.stat().st_size:,}")
     return problems
@@ -198,7 +198,7 @@ def require_beside(model: onnx.ModelProto, path: Path) -> None:
         place = _external(tensor).get("location", "")
         if _is_external(tensor) and not _is_beside(place, folder):
             raise ArtifactError(
-                f"The weights of '{path}' must lie in its folder, '{_shortened(tensor.name)}' is said to be in "
+                f"The weights of '{path}' must lie in its folder, '{_shortened(tensor.name)}' refers to "
                 f"'{_shortened(place)}'.",
                 hint="Save the model again with its weights in the file or beside it.",
             )

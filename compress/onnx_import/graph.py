@@ -38,7 +38,7 @@ class Parts:
         self._shared: dict[tuple[str, tuple[int, ...]], nn.Parameter] = {}
 
     def layer(self, make: Callable[[], nn.Module], weights: Sequence[Fixed], node: ir.Node, key: object) -> str:
-        """Return the name of the layer with these weights and settings, built if there is none yet.
+        """Return the name of the layer with these weights and settings, built at its first use.
 
         Args:
             make: Builds the layer, weights in place.

@@ -46,7 +46,7 @@ def read_window(op: Operation, image: Computed, sizes: Sequence[int], transposed
         pads = tuple(op.attribute("pads", (0,) * 2 * count)) if mode == "NOTSET" else (0,) * 2 * count
         begins, ends = pads[:count], pads[count:]
         if transposed and "output_shape" in op.node.attributes:
-            mode = "SAME_LOWER"  # what is left over goes before, as for this mode
+            mode = "SAME_LOWER"  # the odd rest goes before, as for this mode
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         totals = [
             _transposed_total(op, image, axis, sizes, strides, dilations)

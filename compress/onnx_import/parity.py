@@ -161,7 +161,7 @@ def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarr
     Args:
         session: Of the file.
         source: The file.
-        feed: What goes in.
+        feed: Inputs.
         wanted: Names of the values, and what the network gives for them: what single images give is joined like it.
     """
     names = list(wanted)

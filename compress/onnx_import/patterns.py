@@ -22,7 +22,7 @@ def every_kth_channel(op: Operation, index: int) -> Computed | None:
 
     Args:
         op: A Gather of one place along the first axis.
-        index: That place.
+        index: Its position.
     """
     back = _producer(op.node.inputs[0], "Reshape")
     turn = None if back is None else _producer(back.inputs[0], "Transpose")

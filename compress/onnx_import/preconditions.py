@@ -19,7 +19,7 @@ from compress.model.artifacts import TensorSpec
 from compress.onnx_file.io import default_opset, each_node, load_onnx, read_inputs, require_beside, tensor_problems
 from compress.onnx_import.values import PROBES
 
-OLDEST_OPSET = 7  # before it, what broadcasts was said by attributes
+OLDEST_OPSET = 7  # older ones broadcast by attributes
 _MODERN_OPSET = 13
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 _SHOWN = 6

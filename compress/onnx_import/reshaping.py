@@ -115,7 +115,7 @@ def _groups(before: Shape, after: Shape) -> list[Group] | None:
     if not groups:
         return None
     start, _, first, _ = groups[-1]
-    groups[-1] = (start, len(before), first, len(after))  # what is left over has size 1
+    groups[-1] = (start, len(before), first, len(after))  # the rest has size 1
     return groups
 
 

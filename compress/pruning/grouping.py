@@ -172,7 +172,7 @@ class GroupFinder:
                 self._add(axis, labels, count, reason)
 
     def _add(self, root: Axis, labels: np.ndarray, parts: int, reason: str | None) -> None:
-        """Add one group, or the reason why it is none.
+        """Add one group, or the reason why it is excluded.
 
         Args:
             root: The axis that names it.

@@ -119,7 +119,7 @@ class ChannelGroup:
         width: Number of channels, C.
         parts: Channels in each unit.
         members: Every layer touched, in trace order.
-        gates: For each producer the member to silence or score it at: its batch norm, or itself.
+        gates: For each producer the member at which it is masked or scored: its batch norm, or itself.
         bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
         reads: Every weight that reads the channels.
         is_summed: Whether feature maps of these channels are added up, as along a residual stream.
@@ -165,7 +165,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """A group that stays whole.
+    """A group that is not prunable.
 
     Attributes:
         name: The group.
@@ -183,8 +183,8 @@ def exclusions_by_cause(excluded: Iterable[Exclusion], shown: int = 3) -> list[s
 
     Reasons that differ in numbers alone, such as how far outputs were apart, are one cause; the first is shown.
 
-    >>> exclusions_by_cause([Exclusion("a", "it differs by 0.2"), Exclusion("b", "it differs by 0.31")])
-    ["2 channel groups are not prunable: it differs by 0.2 ('a', 'b')."]
+    >>> exclusions_by_cause([Exclusion("a", "error 0.2"), Exclusion("b", "error 0.31")])
+    ["2 channel groups are not prunable: error 0.2 ('a', 'b')."]
     """
     causes: dict[str, list[Exclusion]] = {}
     for exclusion in excluded:

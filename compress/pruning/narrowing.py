@@ -166,10 +166,10 @@ def _solve(equations: Sequence[_Equation], units: Mapping[str, int], source: str
         ArtifactError: There is no solution, or more than one.
     """
     lost: dict[str, int] = {}
-    told: dict[str, _Equation] = {}  # by whom each number is told
+    sources: dict[str, _Equation] = {}  # equation that determines each number
     for equation in equations:
         for name in equation.lost if not equation.lacking else ():
-            lost[name], told[name] = 0, told.get(name, equation)
+            lost[name], sources[name] = 0, sources.get(name, equation)
     left = [equation for equation in equations if equation.lacking]
     while True:
         ready = [one for one in left if sum(name not in lost for name in one.lost) == 1]
@@ -178,7 +178,7 @@ def _solve(equations: Sequence[_Equation], units: Mapping[str, int], source: str
             if open_names:
                 name = open_names[0]
                 lost[name] = _whole(_remaining(equation, lost) / equation.lost[name], equation, units[name], source)
-                told[name] = equation
+                sources[name] = equation
         if not ready:
             break
     unknown = sorted({name for one in left for name in one.lost if name not in lost})
@@ -194,10 +194,10 @@ def _solve(equations: Sequence[_Equation], units: Mapping[str, int], source: str
             )
         for name, value in zip(unknown, values.tolist(), strict=True):
             first = next(one for one in rest if name in one.lost)
-            lost[name], told[name] = _whole(value, first, units[name], source), first
+            lost[name], sources[name] = _whole(value, first, units[name], source), first
     for equation in equations:
         if abs(_remaining(equation, lost)) > _WHOLE:
-            others = {told[name].words: None for name in equation.lost if told[name] is not equation}
+            others = {sources[name].words: None for name in equation.lost if sources[name] is not equation}
             raise _unfit(source, "; ".join([equation.words, *others]))
     return lost
 

@@ -32,7 +32,7 @@ _SILENT = 1e-2  # a weight whose largest value is below it lets hardly anything 
 def find_cuttable(
     module: nn.Module, example: Tensor, skip: frozenset[str] = frozenset()
 ) -> tuple[dict[str, ChannelGroup], list[Exclusion]]:
-    """Return the groups that can be cut correctly, and the others with the reason.
+    """Return the groups that are prunable, and the others with the reason.
 
     Args:
         module: Any network; it is left as it is, and the groups returned refer to its own layers.
@@ -152,7 +152,7 @@ class _Trial:
         return found or self._miscounted(slim, removed)
 
     def _miscounted(self, slim: nn.Module, removed: Mapping[str, tuple[int, ...]]) -> str | None:
-        """Say so when a cut network has other MACs or params than its widths tell, or return None."""
+        """Return the reason if a cut network has other MACs or params than its widths imply, else None."""
         groups = self.graph.groups
         widths = {name: groups[name].width - len(gone) for name, gone in removed.items()}
         for unit, count in (("macs", count_macs(slim, self.example)), ("params", count_params(slim))):
@@ -161,7 +161,7 @@ class _Trial:
             predicted = self.costs[unit].at(widths)
             if abs(predicted - count) > _MISCOUNT:
                 found = f"{predicted:.0f} {_UNIT_NAMES[unit]} expected, {count} left"
-                return f"what its cut saves cannot be told from its width ({found})"
+                return f"savings of its cut do not follow from its width ({found})"
         return None
 
 

@@ -22,7 +22,7 @@ class Batches:
         model: The network that reads them: one input, of images.
         split: Calibration images.
         images: How many of them, spread evenly.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         DataError: There are fewer images than that, or they do not fill the file's fixed batches.

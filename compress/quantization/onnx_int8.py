@@ -102,7 +102,7 @@ def quantize_onnx(
         target: The .onnx file to write.
         split: Calibration images.
         wanted: How values are rounded.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         ExportFailed: The file cannot be quantised (opset, half precision, quantised already), ONNX Runtime refused, or
@@ -252,7 +252,7 @@ def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantizat
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the quantiser prints, warns and logs; what matters of it is checked on the file."""
+    """Suppress output, warnings and logs of the quantiser; the file itself is checked."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -264,7 +264,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _finish(rounded: ModelProto, original: ModelProto) -> ModelProto:
-    """Leave the outputs in float, carry over what the file says of itself, and check what was written."""
+    """Leave the outputs in float, carry over the metadata, and check the written file."""
     _free_outputs(rounded)
     del rounded.metadata_props[:]
     rounded.metadata_props.extend(original.metadata_props)

@@ -41,7 +41,7 @@ class WorstImage(Mirror):
     label: Count | None = None
     predicted: Count | None = None
     index: Count | None = None  # place in the data
-    image: Annotated[str, BeforeValidator(keep_png)] = ""  # base64 of a PNG; "" where there is none
+    image: Annotated[str, BeforeValidator(keep_png)] = ""  # base64 of a PNG, or ""
 
 
 class Quality(Mirror):

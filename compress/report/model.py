@@ -95,7 +95,7 @@ class RecordedVerdict(Mirror):
 
 
 class Network(Mirror):
-    """Size, quality and latency of the baseline or of the slim network, as `Figures`."""
+    """Size, quality and latency of the baseline or of the slim network, as `ModelMetrics`."""
 
     macs: Count | None = None
     params: Count | None = None

@@ -179,7 +179,11 @@ class MethodRecord(TrainingRecord):
     """Record of a method that chooses while the network trains; `cut_...` is the trained network around the cut."""
 
     name: str | None = None
-    figures: dict[str, float | None] = Field(default_factory=dict)  # values of its own; "..._ratio" is a share
+    # values of its own; "..._ratio" is a share
+    metrics: dict[str, float | None] = Field(
+        default_factory=dict,
+        validation_alias=AliasChoices("metrics", "figures"),  # latter: earlier revisions
+    )
     cut_loss: Change = Change()
     cut_quality: Change = Change()
 
@@ -244,7 +248,7 @@ class BlockTrial(Mirror):
 
 
 class TriedNetwork(Mirror):
-    """A whole network that was cut, repaired quickly and scored by its validation loss."""
+    """A candidate network that was cut, repaired quickly and scored by its validation loss."""
 
     source: str | None = None  # what it was chosen by
     blocks: Count | None = None  # removed
@@ -253,7 +257,7 @@ class TriedNetwork(Mirror):
 
 
 class WholeNetworks(Mirror):
-    """Whole networks that damages were learned from."""
+    """Candidate networks that damages were learned from."""
 
     tried: tuple[TriedNetwork, ...] = ()
 

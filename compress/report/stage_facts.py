@@ -73,7 +73,7 @@ def list_method(method: MethodRecord | None) -> Iterator[Fact]:
     ):
         if change.difference is not None:
             yield f"validation {label}, trained network before and after the cut", describe_change(change, form)
-    for name, value in method.figures.items():
+    for name, value in method.metrics.items():
         form = format_share if name.endswith("_ratio") else format_number
         yield METHOD_VALUES.get(name, name), form(value)
 

@@ -59,7 +59,7 @@ class Remembered:
 
 
 def without_blocks(model: TorchModel, blocks: Sequence[str]) -> TorchModel:
-    """Return the network without some residual blocks, all else as it was."""
+    """Return the network without some residual blocks, all else unchanged."""
     for block in blocks:
         edit = RemoveBlock(block)
         model = replace(model, module=remove_block(model.module, edit), recipe=model.recipe.then(edit))

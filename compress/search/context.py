@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.config.schema.verify import DeployConfig
-from compress.data.from_config import Splits
-from compress.data.splits import Teacher
+from compress.data.splits import DataSplits, Teacher
 from compress.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ class StageContext:
             again, so training state lives there; it is removed when the stage is done.
         seed: Seed of all random numbers.
         data: The splits, opened when first asked for.
-        progress: Told about anything that takes long.
+        progress: Receives the progress of long operations.
         deploy: Target runtime; None where the pipeline names none.
         latency_tables: A folder for tables of latencies, shared by all runs.
         teacher: The baseline, to be learned from; None before there is one.
@@ -32,7 +31,7 @@ class StageContext:
 
     folder: Path
     seed: int
-    data: Splits
+    data: DataSplits
     progress: Progress
     deploy: DeployConfig | None = None
     latency_tables: Path = Path()

@@ -64,7 +64,7 @@ def check_export(model: TorchModel, path: Path, ctx: StageContext) -> str | None
 
 
 def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
-    """Return an ONNX file of the network as it is now, in a folder if there is none yet."""
+    """Return an ONNX file of the present network, written into a folder at the first call."""
     if model.recipe.is_baseline:
         return model.baseline.onnx_path
     path = folder / "present.onnx"
@@ -83,9 +83,9 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
     """Apply each rewrite to a file and return those that fit, their speed-up, and whether they are kept.
 
     Args:
-        path: The network as it was exported; it is not changed.
+        path: The exported network; it is not changed.
         signature: Its inputs and outputs.
-        policy: "measured" keeps what runs faster in turn with the file as it was, "always" and "never" do not measure.
+        policy: "measured" keeps a rewrite that runs faster than the given file, "always" and "never" do not measure.
         ctx: Has the target runtime and images.
 
     Returns:

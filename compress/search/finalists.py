@@ -1,4 +1,4 @@
-"""Finalists of a search among whole networks: channels ranked anew without the removed blocks, repaired in full."""
+"""Finalists of a search among candidate networks: channels ranked anew without the removed blocks, repaired in full."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def order_finalists(tried: Sequence[Tried], usual: Pricing) -> list[Tried]:
     Damages that were learned on the network with these blocks need not hold without them.
 
     Args:
-        tried: Whole networks.
+        tried: Candidate networks.
         usual: Prices of estimates as they are.
     """
     ordered = sorted(tried, key=lambda one: one.loss)
@@ -76,7 +76,7 @@ class Finalists:
             if sum(record["loss"] is not None for record in self.records) == FINALISTS:
                 break
         if best is None:
-            raise unreachable or InternalError("No whole network was tried.")
+            raise unreachable or InternalError("No candidate network was tried.")
         return best[1]
 
     def _finished(self, tried: Tried) -> Attempt:

@@ -51,13 +51,13 @@ def train_with_hooks(
     """
     settings, validation = hooked_settings(config, ctx, module), ctx.data.validation
     metric, facts = metric_of(validation), quality_facts(module, validation, progress=ctx.progress)
-    before = validation.task.figures(facts)[metric.name]
+    before = validation.task.aggregate(facts)[metric.name]
     teacher = distillation_from(config.distillation, artifact, ctx)
     ctx.progress.note(pace(settings))
     data, file = TrainingData(ctx.data.train, validation), StateFile(state, is_kept=True)
     result = fit(module, data, settings, teacher, file, ctx.progress, hooks)
     now = quality_facts(module, validation, progress=ctx.progress)
-    after = validation.task.figures(now)[metric.name]
+    after = validation.task.aggregate(now)[metric.name]
     if is_quality_worse(facts, now, validation.task):
         ctx.progress.warn(
             f"The training made the network worse by itself, before the cut: validation {metric.words} "
@@ -91,7 +91,7 @@ def say_cut(record: Record, metric: Metric, progress: Progress) -> None:
     Args:
         record: With the values of both `loss_and_quality`, and the name and the cause that the method states.
         metric: The primary metric.
-        progress: Told.
+        progress: Receives progress by step.
     """
     before, after = record["loss_before_cut"], record["loss_after_cut"]
     progress.note(

@@ -20,16 +20,16 @@ def measure_isometry(
 
     Args:
         artifact: Knows the MACs of the baseline, by which the measurement is sized.
-        networks: Name -> what gives the network; None where there is none.
+        networks: Name -> function that gives the network, or None.
         ctx: Has the calibration images.
 
     Returns:
         The values by name, None where there is no network; the images and the most directions of the output that were
         used. Only {"skipped": reason} where nothing could be measured.
     """
-    effort = affordable(artifact.baseline.figures.macs, ctx.data.calibration)
+    effort = affordable(artifact.baseline.metrics.macs, ctx.data.calibration)
     if effort is None:
-        return {"skipped": f"{artifact.baseline.figures.macs:,} MACs an image would take too long"}
+        return {"skipped": f"{artifact.baseline.metrics.macs:,} MACs an image would take too long"}
     values: dict[str, float | None] = {}
     for name, make in networks.items():
         values[name] = None

@@ -1,4 +1,4 @@
-"""Latency loop: a choice is timed as a whole network, and chosen again until the latency budget is met.
+"""Latency loop: a choice is timed as a complete network, and chosen again until the latency budget is met.
 
 The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
 the next is chosen with the limit moved by that much. It ends when the latency is met, or when widths come no nearer.
@@ -26,7 +26,7 @@ MOVED = 0.1  # more than a quartile of some calls differs from the median of oth
 
 @dataclass(frozen=True, slots=True)
 class TimedChoice:
-    """A choice of widths that was timed as a whole network.
+    """A choice of widths that was timed as a complete network.
 
     Attributes:
         widths: What was chosen: group name -> width.
@@ -80,7 +80,7 @@ def meet_latency(
         select: Chooses with the limit of the latency multiplied by a factor.
         model: Predicts and measures.
         asked: Share of the baseline's latency.
-        progress: Told about each round.
+        progress: Receives progress by round.
         in_ms: True states milliseconds in errors, where the target was given in them.
 
     Returns:
@@ -158,7 +158,7 @@ def rounds_record(timed: Sequence[TimedChoice]) -> list[Record]:
 
 
 def _select(select: Callable[[float], C], correction: float, asked: float, timed: list[TimedChoice], model: Timed) -> C:
-    """Choose with the limit multiplied by `correction`; what the table says is fastest when nothing is within it."""
+    """Choose with the limit multiplied by `correction`; the fastest by the cost table when nothing is within it."""
     try:
         return select(correction)
     except BudgetUnreachable as error:
@@ -176,8 +176,8 @@ def _time_well(
 ) -> PairLatency:
     """Time a choice; several times, with the medians as the result, where the first time is not as expected.
 
-    Expected are the ratio that the table predicts, as far off as for the choice before, and the baseline's latency as
-    it was then.
+    Expected are the ratio that the table predicts, with the relative error of the choice before, and the baseline's
+    latency of then.
     """
     before = timed[-1] if timed else None
     expected = predicted * (before.ratio / before.predicted if before else 1.0)

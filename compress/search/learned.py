@@ -45,7 +45,7 @@ class Learned:
         surveyed: The trained network without the removed blocks, and its prunable groups.
         candidates: Its groups, with the scores that the choice was made by.
         selection: The channels to remove.
-        timed: Whole networks that were timed on the way.
+        timed: Complete networks that were timed on the way.
         removed_blocks: Module paths of the removed blocks.
         record: Record of the method and its training.
     """
@@ -85,7 +85,7 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     method.finish()
     for text in method.warnings() if isinstance(method, WarningMethod) else ():
         ctx.progress.warn(f"Method '{config.method}': {text}")
-    record = {"name": config.method, "figures": method.figures(), "cause": method.cause(), **record}
+    record = {"name": config.method, "metrics": method.metrics(), "cause": method.cause(), **record}
     return chooser.result(replace(model, module=module), method, record)
 
 
@@ -200,7 +200,7 @@ def _candidates(
     scores: Mapping[str, Tensor],
     damages: Mapping[str, np.ndarray] | None,
 ) -> list[Candidates]:
-    """Return the groups with scores, and perhaps damages, of groups in the whole network."""
+    """Return the groups with scores, and perhaps damages, of groups in the complete network."""
     here = {name: scores[before][channels] for name, (before, channels) in places.items()}
     candidates = find_candidates(surveyed.groups, here, surveyed.levels, comparable=True)
     if damages is None:
@@ -215,7 +215,7 @@ def _setting(
     _, steps = plan_steps(ctx.data.train, settings)
     unit, kept = _unit_and_kept(surveyed)
     blocks = _branches(surveyed.model) if surveyed.config.blocks == "auto" else {}
-    whole = float(getattr(surveyed.model.baseline.figures, unit))
+    whole = float(getattr(surveyed.model.baseline.metrics, unit))
     return Setting(
         module=module,
         groups={name: _of(module, group) for name, group in surveyed.groups.items()},

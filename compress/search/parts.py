@@ -46,7 +46,7 @@ class Parts:
 
     Args:
         folder: The stage's work folder.
-        progress: Told once that there are such parts of an interrupted run.
+        progress: Receives one message if an interrupted run left such parts.
     """
 
     def __init__(self, folder: Path, progress: Progress) -> None:

@@ -51,7 +51,7 @@ class Estimates:
 
     Args:
         candidates: Groups with estimated damages of each width.
-        groups: The same groups; channels along residual streams are told apart by them.
+        groups: The same groups; channels along residual streams are distinguished by them.
         block_damages: Residual block -> estimated damage of its removal, above 0.
 
     Attributes:

@@ -68,7 +68,7 @@ class Attempt:
         prepared: The ranked network.
         model: The network, before or after the channels are removed.
         selection: The channels chosen.
-        timed: Whole networks that were timed on the way.
+        timed: Complete networks that were timed on the way.
         repairs: Records of the repairs after the removal.
     """
 

@@ -9,7 +9,7 @@ from compress.lowrank.allocations import allocate_ranks
 from compress.lowrank.factorize import Moments
 from compress.lowrank.layers import Positions
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
-from compress.model.artifacts import Figures, TorchModel
+from compress.model.artifacts import ModelMetrics, TorchModel
 from compress.model.recipe import Factorize
 from compress.search.context import Record, StageContext
 from compress.search.latency_loop import meet_latency, rounds_record
@@ -166,7 +166,7 @@ class RankChooser:
             BudgetUnreachable: The network is within the limit already.
         """
         metric = rank_metric(self.config)
-        kept, baseline = rank_target(self.config, artifact.baseline.figures)
+        kept, baseline = rank_target(self.config, artifact.baseline.metrics)
         if self.total <= kept * baseline:
             raise BudgetUnreachable(
                 f"The target must be below what the network has: it is at {self.total / baseline:.3f} of baseline "
@@ -182,7 +182,7 @@ def rank_metric(config: LowRankConfig) -> Metric:
     return "params" if config.target is not None and config.target.params is not None else "macs"
 
 
-def rank_target(config: LowRankConfig, baseline: Figures) -> tuple[float, int]:
+def rank_target(config: LowRankConfig, baseline: ModelMetrics) -> tuple[float, int]:
     """Return the kept ratio asked for and the baseline's cost that it is relative to."""
     target = config.target
     assert target is not None

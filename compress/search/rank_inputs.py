@@ -76,7 +76,7 @@ def measure_spectra(
         found: Its layers that can be factorised.
         moments: Layer -> second moments of its inputs, where errors are of outputs.
         config: Settings of the stage.
-        progress: Told about each layer.
+        progress: Receives progress by layer.
     """
     spectra, with_norms = [], config.allocation == "alds"
     with progress.task("singular values", max(1, len(found))) as task:

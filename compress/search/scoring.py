@@ -1,7 +1,7 @@
 """Scores, orders and damages of a network's channel groups, by the criterion that the pipeline names.
 
     scores   for all groups, or only for those that cannot be ranked where errors decide widths
-    order    by readers or by losses, where the criterion says so
+    order    by readers or by losses, for criteria that do so
     damage   of each width: by scores, by errors of the ranking, or measured (sensitivity)
 
 All of it is kept in parts, so that a run that was killed goes on.
@@ -56,7 +56,7 @@ class Scoring:
     def damage(self) -> str:
         """Measure that widths are chosen by: scores, errors or sensitivity.
 
-        Errors stand in for scores where the criterion says so, and where it ranks by readers and images have no labels.
+        Errors replace scores for criteria that declare it, and for those that rank by readers if images have no labels.
         """
         criterion, damage = self.criterion, self.surveyed.config.damage
         is_without_loss = criterion.order == "readers" and not self._has_labels

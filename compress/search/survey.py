@@ -18,7 +18,7 @@ from compress.config.schema.prune import PruneConfig
 from compress.config.schema.targets import TargetConfig
 from compress.cost.macs import layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
-from compress.model.artifacts import Figures, TorchModel
+from compress.model.artifacts import ModelMetrics, TorchModel
 from compress.progress import Progress
 from compress.pruning.groups import ChannelGroup, Exclusion, exclusions_by_cause
 from compress.pruning.ranking.selection import Groups, Selection, select_channels
@@ -58,11 +58,11 @@ class Targets:
         groups: Groups whose width may change.
         file_bytes: Size of the present network's ONNX file.
         latency: Its latency, where a target needs it.
-        correction: Factor of the limit of the latency, after whole networks were timed.
+        correction: Factor of the limit of the latency, after complete networks were timed.
     """
 
     config: TargetConfig
-    baseline: Figures
+    baseline: ModelMetrics
     module: nn.Module
     example: Tensor
     groups: Mapping[str, ChannelGroup]
@@ -234,7 +234,7 @@ def survey(
 
     Raises:
         UntraceableModel: No channel graph could be built.
-        ConfigValueError: `exclude` names no layer whose channels can be cut.
+        ConfigValueError: `exclude` names no layer with prunable channels.
         ArtifactError: The latency table given is of another machine or network.
     """
     example = example_input(model.signature)
@@ -284,7 +284,7 @@ def _excluded_by_patterns(groups: Groups, patterns: tuple[str, ...]) -> set[str]
         if not matching:
             layers = [producer.layer for group in groups.values() for producer in group.producers]
             raise ConfigValueError(
-                f"exclude must name layers whose channels can be cut, '{pattern}' names none.",
+                f"exclude must name layers with prunable channels, '{pattern}' names none.",
                 hint=closest(pattern, layers) or f"They are {', '.join(layers[:8])} ...",
             )
         chosen |= matching
@@ -305,7 +305,7 @@ def _find_targets(
     if target.size_mb is not None:
         with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:  # of this process alone
             size = existing_bytes(exported(model, Path(folder), ctx))
-    targets = Targets(target, model.baseline.figures, model.module, example, groups, size)
+    targets = Targets(target, model.baseline.metrics, model.module, example, groups, size)
     if target.needs_latency:
         if ctx.deploy is None:
             raise InternalError("A pipeline with a latency target passed validation without a deploy section.")

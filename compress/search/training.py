@@ -66,7 +66,7 @@ def train(
     """
     task, metric = ctx.data.validation.task, metric_of(ctx.data.validation)
     facts = quality_facts(artifact.module, ctx.data.validation, progress=ctx.progress)
-    before = task.figures(facts)[metric.name]
+    before = task.aggregate(facts)[metric.name]
     start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
     settings = fit_settings(config, ctx.seed, ctx.data.train, start)
     warnings = _few_steps(config, settings, ctx.data.train)
@@ -99,8 +99,8 @@ def train(
         is_worse = is_quality_worse(facts, now, task)
         change = f"validation {metric.words} {metric.show(before)} -> {metric.show(reached)}"
         warnings.append(
-            f"Training made the network worse: {change}. It is kept as it was; a lower learning_rate, or more epochs, "
-            "may do better."
+            f"Training made the network worse: {change}. The original weights are kept; a lower "
+            "learning_rate, or more epochs, may do better."
             if is_worse
             else f"Training did no more harm than noise: {change} on {len(ctx.data.validation):,} images. The trained "
             "network is kept; more validation images would tell more."

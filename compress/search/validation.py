@@ -54,7 +54,7 @@ def is_quality_worse(before: Facts, after: Facts, task: Task) -> bool:
         task: Their task.
     """
     metric = task.main
-    values = [task.figures(facts)[metric.name] for facts in (before, after)]
+    values = [task.aggregate(facts)[metric.name] for facts in (before, after)]
     if not metric.is_better(*values):
         return False
     if any(math.isnan(value) for value in values):
@@ -64,7 +64,7 @@ def is_quality_worse(before: Facts, after: Facts, task: Task) -> bool:
     sign = 1 if metric.higher_is_better else -1
 
     def loss(places: np.ndarray) -> dict[str, float]:
-        old, new = (task.figures(chosen(facts, places))[metric.name] for facts in (before, after))
+        old, new = (task.aggregate(chosen(facts, places))[metric.name] for facts in (before, after))
         return {"loss": sign * (old - new)}
 
     count = len(next(iter(before.values())))
@@ -132,7 +132,7 @@ def compare_with_evaluation(
     if not split.task.needs_targets:
         return {}
     facts = quality_facts(module, split, progress=ctx.progress)
-    value, count = split.task.figures(facts)[metric.name], len(ctx.data.evaluation)
+    value, count = split.task.aggregate(facts)[metric.name], len(ctx.data.evaluation)
     if isinstance(split.task, Classification):
         noise = math.hypot(_half(value, len(split)), _half(evaluation, count))
     else:

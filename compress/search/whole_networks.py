@@ -1,4 +1,4 @@
-"""Search among whole networks: widths and residual blocks in one solve, with damages learned from their losses.
+"""Search among candidate networks: widths and residual blocks in one solve, with damages learned from their losses.
 
     estimated damages, several prices of residual streams and of blocks -> the first networks
     factors learned from the losses so far, or the best factors varied  -> more networks
@@ -9,7 +9,7 @@ on few images and score on part of the validation split: seconds each. The evalu
 
 Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2504.02168,
 for blocks and widths in one program; Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML,
-arXiv:2201.13096, for damages that whole networks decide about.
+arXiv:2201.13096, for damages decided by complete networks.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Whole networks that are pruned, repaired on few images and scored on part of the validation split: seconds each."""
+"""Candidate networks, pruned, repaired on few images and scored on part of the validation split: seconds each."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tried:
-    """A whole network that was pruned, repaired and scored.
+    """A candidate network that was pruned, repaired and scored.
 
     Attributes:
         structure: Its widths and blocks.

@@ -53,7 +53,7 @@ class LatencyModel:
         reference_ms: Latency of the baseline, on the scale of the table.
         is_measured_here: True where widths can be timed; a table of another machine cannot be checked on this one.
         variants: Predicted and measured milliseconds of each variant timed.
-        time_pair: Widths -> the network at those widths and the baseline, timed in turn as whole networks.
+        time_pair: Widths -> the network at those widths and the baseline, timed in turn as complete networks.
     """
 
     writer: VariantWriter

@@ -9,7 +9,9 @@ from compress.data.batches import random_seed
 from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
 from compress.search.context import Record, StageContext
+from compress.search.own_training import load_trained, train_by_user_code
 from compress.search.training import train, training_epochs
+from compress.search.validation import before_and_after, metric_of, validation_quality
 
 STATE_FILE = "training_state.pt"
 
@@ -29,15 +31,40 @@ class FinetuneStage:
             As `compress.training.loop.fit`.
         """
         config = self.config
+        if config.trained is not None:
+            return _trained_elsewhere(artifact, config, ctx)
         if config.weights == "random":
             artifact = replace(artifact, module=reinitialized(artifact.module, random_seed(ctx.seed, "weights")))
         elif config.weights == "rewound":
             artifact = _rewound(artifact, config, ctx)
+        if config.own is not None:
+            return _trained_elsewhere(artifact, config, ctx)
         if config.rewind_schedule == "tail":
             ctx.progress.note(_tail(config, len(ctx.data.train)))
         model, record = train(artifact, config, ctx, STATE_FILE, config.norms)
         rewinding = {"rewind_epoch": config.rewind_epoch, "rewind_schedule": config.rewind_schedule}
         return model, {**record, "weights": config.weights, **rewinding}
+
+
+def _trained_elsewhere(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) -> tuple[TorchModel, Record]:
+    """Return the network with weights that the user's own code or another program has trained."""
+    before = validation_quality(artifact.module, ctx)
+    if config.trained is not None:
+        module, source = load_trained(artifact, Path(config.trained)), f"'{config.trained}'"
+    else:
+        source = f"'{config.own}'"
+        module = train_by_user_code(artifact, config.own or "", config.kwargs, ctx)
+    after = validation_quality(module, ctx)
+    metric = metric_of(ctx.data.validation)
+    change = f"validation {metric.words} {metric.show(before)} -> {metric.show(after)}"
+    warnings = []
+    if metric.is_better(before, after):
+        warnings.append(f"The weights of {source} are worse than those before: {change}. They are kept.")
+        ctx.progress.warn(warnings[0])
+    else:
+        ctx.progress.note(f"weights of {source}: {change}")
+    record = {**before_and_after(ctx, before, after), "own": config.own, "warnings": warnings}
+    return replace(artifact, module=module), {**record, "weights": config.weights}
 
 
 def _rewound(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) -> TorchModel:

@@ -28,7 +28,7 @@ from compress.data.sources.classification import order_warning
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, InternalError, ModelError
 from compress.model.adapter import INPUT_NAME, unpack_rows
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TorchModel
 from compress.model.recipe import Narrow, Recipe, RemoveUnread
 from compress.networks.batch_independence import IMAGES, require_batch_independence
 from compress.networks.weights import Conversion, some
@@ -94,18 +94,18 @@ class LoadStage:
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
         model, rewrites = self._measure(module, spec, recipe, signature, ctx)
-        figures, metric = model.baseline.figures, ctx.data.evaluation.task.main
+        metrics, metric = model.baseline.metrics, ctx.data.evaluation.task.main
         if self.is_untrained:
             self.warnings.append(UNTRAINED_NOTE)  # of the report; no fault, so nothing is warned about while it runs
             ctx.progress.note(UNTRAINED_NOTE)
-        elif warning := chance_warning(figures.quality[metric.name], ctx.data.evaluation):
+        elif warning := chance_warning(metrics.quality[metric.name], ctx.data.evaluation):
             self._warn(ctx, warning)
         record = {
-            "macs": figures.macs,
-            "params": figures.params,
-            "size_bytes": figures.size_bytes,
-            metric.name: figures.quality[metric.name],
-            "metrics": list(figures.quality),
+            "macs": metrics.macs,
+            "params": metrics.params,
+            "size_bytes": metrics.size_bytes,
+            metric.name: metrics.quality[metric.name],
+            "metrics": list(metrics.quality),
             **stated(metric),
             "layers": len(layer_macs(module, example_input(signature))),
             "is_untrained": self.is_untrained,
@@ -116,13 +116,13 @@ class LoadStage:
             **(
                 {}
                 if self.is_untrained
-                else compare_with_evaluation(module, figures.quality[metric.name], ctx, partial(self._warn, ctx))
+                else compare_with_evaluation(module, metrics.quality[metric.name], ctx, partial(self._warn, ctx))
             ),
             "warnings": self.warnings,
         }
         ctx.progress.note(
-            f"baseline: {figures.macs:,} MACs, {figures.params:,} params, {metric.words} "
-            f"{metric.show(figures.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
+            f"baseline: {metrics.macs:,} MACs, {metrics.params:,} params, {metric.words} "
+            f"{metric.show(metrics.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
             "the ONNX file"
         )
         return model, record
@@ -196,7 +196,7 @@ class LoadStage:
         self.warnings.append(text)
 
     def _without_unread(self, module: nn.Module, images: torch.Tensor, ctx: StageContext) -> tuple[nn.Module, Recipe]:
-        """Return the network without what no output reads, and the edit that says so."""
+        """Return the network without parts that no output reads, and the edit that removes them."""
         slim, recipe = without_unread(module, images)
         for edit in recipe.edits:
             if isinstance(edit, RemoveUnread):
@@ -213,7 +213,7 @@ class LoadStage:
         example = example_input(signature)
         products = count_products(module, example)
         counted = sum(products.macs.values())
-        baseline = Baseline(Figures(counted, count_params(module), 0, {}, {}), path, weights)
+        baseline = Baseline(ModelMetrics(counted, count_params(module), 0, {}, {}), path, weights)
         precision = "fp32" if ctx.deploy is None else ctx.deploy.precision
         model = TorchModel(
             module,
@@ -233,13 +233,13 @@ class LoadStage:
             export_present(model, path, ctx)
         if warning := check_export(model, path, ctx):
             self._warn(ctx, warning)
-        figures = measure_onnx(path, ctx.data.evaluation, Conditions(), reference=module, progress=ctx.progress)
-        if not counts_agree(figures.macs, counted, products.constant_macs):
+        metrics = measure_onnx(path, ctx.data.evaluation, Conditions(), reference=module, progress=ctx.progress)
+        if not counts_agree(metrics.macs, counted, products.constant_macs):
             ctx.progress.warn(
-                f"The network has {counted:,} MACs, its ONNX file {figures.macs:,}: the exporter computes some of them "
+                f"The network has {counted:,} MACs, its ONNX file {metrics.macs:,}: the exporter computes some of them "
                 "in another way. Budgets count those of the network; verify compares the two."
             )
-        return replace(model, baseline=replace(baseline, figures=replace(figures, macs=counted))), tried
+        return replace(model, baseline=replace(baseline, metrics=replace(metrics, macs=counted))), tried
 
 
 def _lacking(recipe: Recipe) -> dict[str, int]:

@@ -104,11 +104,11 @@ class LowRankStage:
 
         hooks = TrainedRank(trained.module, lambda: decide().edits, options.interval, options.strength)
         record = train_with_hooks(trained.module, artifact, training, hooks, ctx.folder / STATE_FILE, ctx)
-        return trained, decide(), {"name": hooks.name, "figures": {}, **record}
+        return trained, decide(), {"name": hooks.name, "metrics": {}, **record}
 
     def _state_result(self, artifact: TorchModel, record: Record, quality: str, progress: Progress) -> None:
         if self.config.target is not None and not self.config.target.needs_latency:
-            metric, (kept, baseline) = rank_metric(self.config), rank_target(self.config, artifact.baseline.figures)
+            metric, (kept, baseline) = rank_metric(self.config), rank_target(self.config, artifact.baseline.metrics)
             reached = record[f"{metric}_after"]
             if reached > kept * baseline:
                 raise InternalError(f"Factorisation ended at {reached} {metric}, above {kept} of {baseline}.")

@@ -34,7 +34,7 @@ class _Choice:
         attempt: The slim network.
         block_trials: Numbers of blocks that were tried.
         residual_trials: Factors of damage along residual streams that were tried.
-        networks: Whole networks that were tried; None where none were.
+        networks: Candidate networks that were tried; None where none were.
         learned: Training of a method; None without one.
     """
 
@@ -134,7 +134,7 @@ class PruneStage:
         return _Choice(best, numbers.records, residual_trials)
 
     def _search_whole(self, networks: Iterable[Shortened], pruner: Pruner) -> _Choice:
-        """Choose among whole networks by damages learned from their losses; perhaps with blocks in the same solve."""
+        """Choose among candidate networks by damages learned from their losses, perhaps with blocks as well."""
         numbers, blocks = BlockNumberSearch(pruner), tuple[str, ...]()
         if self.config.blocks == "auto":
             prepared = numbers.run(networks).prepared

@@ -4,7 +4,7 @@
     ranks                   take a third, two thirds, all of the way; channels the rest
     -> each network is cut, repaired, and timed where milliseconds count; the least validation loss wins
 
-Estimates of damage of channels and of ranks have no common scale, so whole networks are compared, not estimates. With
+Estimates of damage of channels and of ranks have no common scale, so complete networks are compared. With
 several steps the budget is approached in equal ratios, with some training in between.
 """
 

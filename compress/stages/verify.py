@@ -42,7 +42,7 @@ class VerifyStage:
             opset=artifact.opset,
             reference=reference.module,
             baseline_onnx=reference.baseline.onnx_path,
-            baseline_figures=reference.baseline.figures,
+            baseline_metrics=reference.baseline.metrics,
             float_onnx=artifact.float_path,
         )
         return verify_onnx(job, ctx.progress), {}

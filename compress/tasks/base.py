@@ -2,7 +2,7 @@
 
     outputs, targets --loss--> a number to train by            torch, any device
     outputs, targets --facts--> a little for each image        numpy, so that torch and ONNX are judged by the same code
-    facts of all images --figures--> {"miou": 0.71, ...}
+    facts of all images --aggregate--> {"miou": 0.71, ...}
 
 `outputs` is the tensor (or array) of a network with one output, else a mapping of names to them. `targets` is one
 tensor (or array) for the batch, or a list with an entry for each image where those differ in shape.
@@ -127,6 +127,9 @@ class Metric:
         return one > other if self.higher_is_better else one < other
 
 
+_EARLIER_AGGREGATE = "figures"  # name in tasks of earlier revisions
+
+
 class Task:
     """Base of all tasks, and of a user's own: give `loss`, `metrics` and `metric`, and change the rest where need be.
 
@@ -135,7 +138,7 @@ class Task:
         metric: Name of the primary metric, one of those that `metrics` returns.
         higher_is_better: Whether more of it is better.
         is_share: Whether it lies in [0, 1] and is shown in percent.
-        resamples: Most parts of the images that are left out in turn for the interval of a figure (jackknife); 0 gives
+        resamples: Most parts of the images that are left out in turn for the interval of a metric (jackknife); 0 gives
             no interval.
         chooses: Whether the network chooses among classes, so that its loss is of a known size.
         can_mix: Whether mixup and CutMix make sense: targets are class indices.
@@ -155,6 +158,12 @@ class Task:
     is_spatial: bool = False
     learns_from_original: bool = False
     needs_targets: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Accept a task of an earlier revision, in which `aggregate` had another name."""
+        super().__init_subclass__(**kwargs)
+        if "aggregate" not in vars(cls) and _EARLIER_AGGREGATE in vars(cls):
+            cls.aggregate = vars(cls)[_EARLIER_AGGREGATE]  # type: ignore[method-assign]
 
     @property
     def main(self) -> Metric:
@@ -225,16 +234,16 @@ class Task:
         """
 
     def metrics(self, outputs: Any, targets: Any) -> dict[str, float]:
-        """Return the figures of a network over images, from arrays."""
+        """Return the metrics of a network over images, from arrays."""
         raise NotImplementedError(f"{type(self).__name__} must have a method metrics(outputs, targets).")
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return what is kept of each image of a batch: arrays of N entries; by default all of outputs and targets."""
+        """Return the facts of each image of a batch, arrays of N entries; by default all outputs and targets."""
         named = outputs if isinstance(outputs, dict) else {"": outputs}
         return {**{f"output.{name}": value for name, value in named.items()}, "target": as_column(targets)}
 
-    def figures(self, facts: Facts) -> dict[str, float]:
-        """Return the figures over the images that facts are of; by default what `metrics` says."""
+    def aggregate(self, facts: Facts) -> dict[str, float]:
+        """Return the metrics over the images that facts are of; by default `metrics` of all outputs."""
         named = {name.partition(".")[2]: value for name, value in facts.items() if name.startswith("output.")}
         targets = facts["target"]
         outputs = named[""] if list(named) == [""] else named
@@ -249,13 +258,13 @@ class Task:
         return {name: float(value) for name, value in found.items()}
 
 
-def require_finite(figures: Mapping[str, float]) -> None:
-    """Raise NonFinite where a figure is NaN or infinite: nothing could be said of it."""
-    for name, value in figures.items():
+def require_finite(metrics: Mapping[str, float]) -> None:
+    """Raise NonFinite where a metric is NaN or infinite: it could not be compared."""
+    for name, value in metrics.items():
         if not np.isfinite(value):
             raise NonFinite(
-                f"Figure '{name}' of the task must be a finite number, got {value}.",
-                hint="There is none where the images have nothing to be found: no object, or no pixel that counts.",
+                f"Metric '{name}' of the task must be a finite number, got {value}.",
+                hint="It is undefined on images without anything to find: no object, or no pixel that counts.",
             )
 
 

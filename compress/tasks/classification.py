@@ -84,7 +84,7 @@ class Classification(Task):
         """Return whether each image is right."""
         return {"right": np.asarray(outputs).argmax(1) == targets}
 
-    def figures(self, facts: Facts) -> dict[str, float]:
+    def aggregate(self, facts: Facts) -> dict[str, float]:
         """Return the share of images that are right."""
         return {"top1": float(facts["right"].sum()) / len(facts["right"])}
 

@@ -46,7 +46,7 @@ class Detection(Task):
         self.image_size: tuple[int, int] = (0, 0)
 
     def sized(self, height: int, width: int) -> Task:
-        """Return the task for images of that size, which `postprocess` is told."""
+        """Return the task for images of that size, which is passed to `postprocess`."""
         one = copy.copy(self)
         one.image_size = (height, width)
         return one
@@ -97,7 +97,7 @@ class Detection(Task):
             )
         return [{key: np.asarray(one[key]) for key in keys} for one in found]
 
-    def figures(self, facts: Facts) -> dict[str, float]:
+    def aggregate(self, facts: Facts) -> dict[str, float]:
         """Return "map" (mean over overlaps from 0.5 to 0.95), "map50" and "map75", as COCO defines them.
 
         They are NaN where no image has an object: there is nothing to be found.
@@ -120,7 +120,7 @@ class Detection(Task):
         metric.update(found, there)
         values = metric.compute()
         keys = {"map": "map", "map50": "map_50", "map75": "map_75"}
-        has_any = any(len(one["labels"]) for one in there)  # torchmetrics says -1 where there is none
+        has_any = any(len(one["labels"]) for one in there)  # torchmetrics gives -1 without boxes
         return {name: float(values[key]) if has_any else math.nan for name, key in keys.items()}
 
 

@@ -21,7 +21,7 @@ _USERS = (
     "vary",
     "metrics",
     "facts",
-    "figures",
+    "aggregate",
 )
 _OPTIONAL = ("distance", "distances")  # whether a task has its own says what is measured without labels
 _SCALARS = ("loss", "training_loss", "distance")  # of a batch; one number each
@@ -117,7 +117,7 @@ def scalar(function: Callable[..., Any], what: str) -> Callable[..., Any]:
                 f"{what} must return a scalar torch tensor, got {got}.",
                 hint='the mean over the batch, such as reduction="mean"',
             )
-        import torch  # not before a loss is computed: figures are measured without it
+        import torch  # not before a loss is computed: metrics are measured without it
 
         if torch.is_grad_enabled() and not loss.requires_grad and any(one.requires_grad for one in each(outputs)):
             raise ModelError(

@@ -72,7 +72,7 @@ class Imitation(Task):
         """
         shapes = [[tuple(one.shape[1:]) for one in each(values)] for values in (outputs, targets)]
         if shapes[0] != shapes[1]:
-            raise ModelError(f"Outputs must have the shapes of the original's, {shapes[1]} an image, got {shapes[0]}.")
+            raise ModelError(f"Outputs must have the shapes of the baseline's, {shapes[1]} an image, got {shapes[0]}.")
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
         """Return (N,) squared distance and size of all outputs, their cosine, and the share of equal choices if any.
@@ -91,7 +91,7 @@ class Imitation(Task):
             facts["agreement"] = equal.reshape(len(equal), -1).mean(1)
         return facts
 
-    def figures(self, facts: Facts) -> dict[str, float]:
+    def aggregate(self, facts: Facts) -> dict[str, float]:
         """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement".
 
         Where the user's task says how far outputs are from others, "distance" is the mean of that.

@@ -57,7 +57,7 @@ class Regression(Task):
         errors = (got - np.asarray(targets, np.float64).reshape(got.shape)).reshape(len(got), -1)
         return {"squared": (errors**2).mean(1), "absolute": np.abs(errors).mean(1)}
 
-    def figures(self, facts: Facts) -> dict[str, float]:
+    def aggregate(self, facts: Facts) -> dict[str, float]:
         """Return "rmse" and "mae"."""
         return {"rmse": float(np.sqrt(facts["squared"].mean())), "mae": float(facts["absolute"].mean())}
 

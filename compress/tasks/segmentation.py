@@ -135,7 +135,7 @@ class Segmentation(Task):
                 counts[row, place] = np.bincount(values, minlength=classes)
         return dict(zip(("right", "predicted", "there"), counts, strict=True))
 
-    def figures(self, facts: Facts) -> dict[str, float]:
+    def aggregate(self, facts: Facts) -> dict[str, float]:
         """Return "miou", the mean over classes that are there or predicted, and "pixel_accuracy".
 
         Both are NaN where no pixel counts: there is nothing to be right about.

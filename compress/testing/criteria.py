@@ -52,7 +52,7 @@ def _evidence(kind: Evidence, module: nn.Module, groups: Mapping[str, ChannelGro
 
 
 class CriterionContract:
-    """What every criterion must do. A subclass sets `criterion_class` and offers a fixture `criterion_case`.
+    """Contract of every criterion. A subclass sets `criterion_class` and offers a fixture `criterion_case`.
 
     A criterion may refuse a group with UnsupportedLayer, but not every group of a network.
 

@@ -45,7 +45,7 @@ _FINISHED: dict[tuple[type, str], _MethodRun] = {}
 
 
 class MethodContract:
-    """What every training-time method must do. A subclass sets `method_class` and offers a fixture `method_case`.
+    """Contract of every training-time method. A subclass sets `method_class` and offers a fixture `method_case`.
 
     The network is trained for a few steps by SGD; a quarter of the channels of every group is asked to go.
 
@@ -64,7 +64,7 @@ class MethodContract:
     tolerance: ClassVar[float] = 0.02
 
     def test_the_cut_changes_next_to_nothing(self, method_case: MethodCase) -> None:
-        """What goes is silent at the end: the cut network gives what the trained one gave."""
+        """The removed channels give zeros at the end: the cut network has the outputs of the trained one."""
         run = self._finished(method_case)
         removed = run.method.removed
         hold(bool(removed), "nothing goes")
@@ -74,7 +74,7 @@ class MethodContract:
         hold(difference <= self.tolerance * float(run.outputs.abs().max()), f"outputs move by {difference:.2g}")
 
     def test_what_goes_is_what_was_chosen_last(self, method_case: MethodCase) -> None:
-        """The budget is asked for a choice that stands, once, and that one is carried out."""
+        """The budget is asked for a final choice once, and that one is carried out."""
         run = self._finished(method_case)
         hold(len(run.final) == 1, f"{len(run.final)} choices were to stand")
         got = {name: len(channels) for name, channels in run.method.removed.items()}
@@ -102,13 +102,13 @@ class MethodContract:
         """After the end the network has the hooks it had before."""
         hold(_hooks(self._finished(method_case).module) == _hooks(method_case.module), "a hook is left")
 
-    def test_figures_are_finite_numbers(self, method_case: MethodCase) -> None:
-        """What the report shows is numbers by name."""
-        figures = self._finished(method_case).method.figures()
-        hold(all(isinstance(name, str) and math.isfinite(value) for name, value in figures.items()), f"{figures}")
+    def test_metrics_are_finite_numbers(self, method_case: MethodCase) -> None:
+        """Metrics of the report are numbers by name."""
+        metrics = self._finished(method_case).method.metrics()
+        hold(all(isinstance(name, str) and math.isfinite(value) for name, value in metrics.items()), f"{metrics}")
 
     def test_method_says_what_it_is(self, method_case: MethodCase) -> None:
-        """It has a name, and says of every group whether it can be cut."""
+        """It has a name, and decides for every group whether it can prune it."""
         hold(isinstance(self.method_class.name, str) and bool(self.method_class.name), "it has no name")
         for group in find_cuttable(method_case.module, method_case.images[:1])[0].values():
             reason = self.method_class.unfit(group)

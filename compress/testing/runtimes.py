@@ -36,7 +36,7 @@ class RuntimeCase:
 
 
 class RuntimeContract:
-    """What every runtime must do. A subclass sets `runtime_class` and offers a fixture `case`.
+    """Contract of every runtime. A subclass sets `runtime_class` and offers a fixture `case`.
 
     Attributes:
         runtime_class: The runtime under test.
@@ -125,7 +125,7 @@ class RuntimeContract:
         hold(placements is None or bool(placements.get(self.provider)), f"nodes are placed as {placements}")
 
     def test_a_bound_call_can_be_made_again_and_again(self, case: RuntimeCase) -> None:
-        """What is timed computes each time it is called, and leaves the runtime usable."""
+        """The timed call computes each time, and leaves the runtime usable."""
         inputs = _inputs(case.signature, 2)
         with self.open(case) as runtime:
             call, before = runtime.bind(inputs), runtime.run(inputs)
@@ -136,7 +136,7 @@ class RuntimeContract:
             hold(np.array_equal(values, after[name]), f"output '{name}' changed")
 
     def test_absent_provider_is_unavailable(self, case: RuntimeCase) -> None:
-        """A provider that is not there is an error that names it, never another provider in silence."""
+        """A provider that is not there is an error that names it, never silently another provider."""
         try:
             with self.open(case, self.unavailable_provider):
                 pass

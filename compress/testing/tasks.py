@@ -41,17 +41,17 @@ class TaskCase:
 
 
 class TaskContract:
-    """What every task must do. A subclass offers a fixture `task_case`."""
+    """Contract of every task. A subclass offers a fixture `task_case`."""
 
-    def test_main_figure_is_among_the_figures(self, task_case: TaskCase) -> None:
-        """The primary metric is measured, and every figure is a finite number."""
-        figures = _figures(task_case, task_case.outputs)
-        hold(task_case.task.main.name in figures, f"figures are {', '.join(figures)}")
-        hold(all(math.isfinite(value) for value in figures.values()), f"figures are {figures}")
+    def test_main_metric_is_among_the_metrics(self, task_case: TaskCase) -> None:
+        """The primary metric is measured, and every metric is a finite number."""
+        metrics = _metrics(task_case, task_case.outputs)
+        hold(task_case.task.main.name in metrics, f"metrics are {', '.join(metrics)}")
+        hold(all(math.isfinite(value) for value in metrics.values()), f"metrics are {metrics}")
 
     def test_shares_lie_between_0_and_1(self, task_case: TaskCase) -> None:
-        """A figure that is shown in percent is a share."""
-        value = _figures(task_case, task_case.outputs)[task_case.task.main.name]
+        """A metric that is shown in percent is a share."""
+        value = _metrics(task_case, task_case.outputs)[task_case.task.main.name]
         hold(not task_case.task.main.is_share or 0 <= value <= 1, f"{task_case.task.main.name} is {value}")
 
     def test_facts_have_an_entry_for_each_image(self, task_case: TaskCase) -> None:
@@ -62,16 +62,16 @@ class TaskContract:
             )
 
     def test_facts_of_parts_are_those_of_the_whole(self, task_case: TaskCase) -> None:
-        """Batches of another size give the same figures."""
+        """Batches of another size give the same metrics."""
         halves = [slice(0, 2), slice(2, task_case.count)]
         parts = [
             task_case.task.facts(arrays(picked(task_case.outputs, one)), _plain(task_case.targets[one]))
             for one in halves
         ]
-        together = task_case.task.figures(joined(parts))
-        whole = _figures(task_case, task_case.outputs)
+        together = task_case.task.aggregate(joined(parts))
+        whole = _metrics(task_case, task_case.outputs)
         close = all(math.isclose(together[name], whole[name], rel_tol=1e-6, abs_tol=1e-9) for name in whole)
-        hold(close, f"figures are {together} in parts, {whole} together")
+        hold(close, f"metrics are {together} in parts, {whole} together")
 
     def test_loss_is_a_finite_scalar_with_a_gradient(self, task_case: TaskCase) -> None:
         """A network can be trained by it."""
@@ -106,7 +106,7 @@ class TaskContract:
         if task_case.best is None:
             return
         name = task_case.task.main.name
-        best, some = (_figures(task_case, outputs)[name] for outputs in (task_case.best, task_case.outputs))
+        best, some = (_metrics(task_case, outputs)[name] for outputs in (task_case.best, task_case.outputs))
         hold(task_case.task.main.is_better(best, some), f"{name} is {best} at best, {some} of other outputs")
 
     def test_outputs_of_the_wrong_shape_are_refused(self, task_case: TaskCase) -> None:
@@ -126,8 +126,8 @@ def _facts(case: TaskCase, outputs: Any) -> dict[str, np.ndarray]:
     return case.task.facts(arrays(outputs), _plain(case.targets))
 
 
-def _figures(case: TaskCase, outputs: Any) -> dict[str, float]:
-    return case.task.figures(_facts(case, outputs))
+def _metrics(case: TaskCase, outputs: Any) -> dict[str, float]:
+    return case.task.aggregate(_facts(case, outputs))
 
 
 def _has_loss(case: TaskCase) -> bool:

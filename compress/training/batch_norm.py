@@ -23,7 +23,7 @@ _BATCH = 128
 def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
     """Measure the running mean and variance of every batch norm again, in place, and return their module paths.
 
-    Frozen ones, which stay in eval mode whatever they are told, keep theirs.
+    Frozen ones, which stay in eval mode in any case, keep theirs.
 
     Both are averages over batches of (almost) one size, each with images from all over the split: one that is sorted
     by class gives the same as one that is not.
@@ -31,7 +31,7 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
     Args:
         module: The network; training flags are restored. Without batch norms nothing happens.
         split: At least two images to look at; labels are not used.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         DataError: There is one image only, which has no variance.

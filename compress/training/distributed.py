@@ -59,7 +59,7 @@ class Ranks:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Return whether any of the processes says so."""
+        """Return whether it is true in any of the processes."""
         return self.total([float(flag)])[0] > 0
 
 

@@ -21,10 +21,10 @@ class EpochLog:
 
     Args:
         validation: Images that epochs are compared on; their task has the primary metric.
-        batch_size: Images a call; None for as many as are fast.
+        batch_size: Images in one call; None for as many as are fast.
         keeps_best: False keeps no weights, where the last epoch is returned.
         ranks: The ranks, which share the images of a classifier.
-        progress: Told about each measurement.
+        progress: Receives progress by measurement.
 
     Attributes:
         records: One for each epoch.

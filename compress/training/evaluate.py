@@ -32,12 +32,12 @@ def evaluate_quality(
         module: The network; its training flags are restored.
         split: At least one image; says what the task is.
         batch_size: Images at once; None for as many as are fast.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         DataError: The split is empty, or has targets that the network cannot have.
         ModelError: The outputs are not what the task needs.
-        NonFinite: A figure is no finite number.
+        NonFinite: A metric is no finite number.
     """
     return measure_quality(module, split, batch_size, progress)[0]
 
@@ -51,16 +51,16 @@ def measure_quality(
         As `evaluate_quality`.
     """
     task, facts = split.task, quality_facts(module, split, batch_size, progress)
-    figures = task.figures(facts)
-    require_finite(figures)
-    return figures[task.metric], facts["right"] if isinstance(task, Classification) else None
+    metrics = task.aggregate(facts)
+    require_finite(metrics)
+    return metrics[task.metric], facts["right"] if isinstance(task, Classification) else None
 
 
 @torch.no_grad()
 def quality_facts(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> Facts:
-    """Return what the figures of a network follow from, for each image; as `evaluate_quality`."""
+    """Return what the metrics of a network follow from, for each image; as `evaluate_quality`."""
     task = split.task
     wanted: Wanted = "objective" if isinstance(task, Imitation) else "task"
     every = _outputs(module, split, batch_size, progress, task.main.words, wanted)
@@ -77,7 +77,7 @@ def evaluate_loss(
         module: The network; its training flags are restored.
         split: At least one image.
         batch_size: Images at once; None for as many as are fast.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         As `evaluate_quality`.
@@ -95,7 +95,7 @@ def image_losses(
         module: The network; its training flags are restored.
         split: At least one image.
         batch_size: Images at once; None for as many as are fast.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         As `evaluate_quality`.

@@ -51,7 +51,7 @@ class Effort:
 
 
 def affordable(macs: int, split: Split) -> Effort | None:
-    """Return the size of a measurement that stays within a few seconds, None where there is none.
+    """Return the size of a measurement that stays within a few seconds, or None.
 
     It follows from the MACs and the size of an image, not from the clock, so that records do not depend on the machine.
     An image costs one forward pass and a backward pass to the input for each direction.
@@ -78,10 +78,10 @@ def mean_singular_value(
         module: The network, on the CPU; each image's outputs must not depend on the others of its batch.
         split: The images; some of them, spread evenly, are used, and no targets.
         effort: How many, and how many directions of the output.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Returns:
-        The value, and "". Where there is none: None, and the reason.
+        The value and ""; or None and the reason.
     """
     wiring = wiring_of(module)
     if wiring is not None and any(spec.dtype != "float32" for spec in wiring.inputs):

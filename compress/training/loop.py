@@ -72,7 +72,7 @@ def fit(
         settings: Hyperparameters.
         distillation: Teacher, or None.
         state_file: File that an interrupted run resumes from; None: not resumable.
-        progress: Told about every step and epoch.
+        progress: Receives progress by step and epoch.
         hooks: Called in each step.
 
     Raises:
@@ -308,6 +308,12 @@ def _require_trainable(module: nn.Module, data: TrainingData, settings: FitSetti
             f"augmentation.mixup and augmentation.cutmix must be 0 where targets are no class indices, got "
             f"{augmentation.mixup:g} and {augmentation.cutmix:g}.",
             hint=f"the task is {train.task.name}{', learned without labels' if train.original is not None else ''}",
+        )
+    if augmentation.policy != "none" and train.original is None and train.task.is_spatial:
+        raise ConfigValueError(
+            f"augmentation.policy must be none for the task {train.task.name}, got {augmentation.policy}: its "
+            "operations move pixels, but not masks and boxes.",
+            hint="resized_crop, flip and erasing keep masks and boxes in place.",
         )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError("The network must have a parameter that requires a gradient to be trained, it has none.")

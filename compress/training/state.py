@@ -50,7 +50,7 @@ class StateFile:
         write_atomic(self.path, STATE_MARK + hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
 
     def read(self, identity: State, warn: Callable[[str], None]) -> State | None:
-        """Return the saved state; None where there is none, or where the file is damaged.
+        """Return the saved state; None if the file is missing or damaged.
 
         Args:
             identity: Settings of this run, which the saved run must have had.

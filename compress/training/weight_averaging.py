@@ -1,54 +1,61 @@
 """Averages of weights over the steps of a training."""
 
-import copy
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 _WARMUP = 10
 
 
 class WeightAverage:
-    """An average of a network's weights and buffers over steps: a moving one, or one of all that were let in.
+    """Average of a network's weights and buffers over steps: a moving one, or the mean of all updates.
 
     A moving average forgets faster in the first steps, so that it is not of the weights before training: what was
     weighs min(decay, (1 + n) / (10 + n)) after n steps.
 
     Args:
-        module: The network that is trained; it is left as it is.
-        decay: In (0, 1); None lets all in alike.
+        module: The network that is trained; it is not changed.
+        decay: In (0, 1); None weighs all updates alike.
 
     Attributes:
         module: A copy that holds the average; in eval mode.
-        count: How often weights were let in.
 
     Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the faster start as in
         TensorFlow's ExponentialMovingAverage; all alike at the end of a run: Izmailov et al. 2018, arXiv:1803.05407.
     """
 
     def __init__(self, module: nn.Module, decay: float | None) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.count, self._decay = 0, decay
+        self._averaged = AveragedModel(module, avg_fn=self._average, use_buffers=True)
+        self._averaged.n_averaged.fill_(1)  # torch would copy the first weights in place of averaging them
+        self._averaged.eval().requires_grad_(False)
+        self._decay = decay
 
-    @torch.no_grad()
+    @property
+    def module(self) -> nn.Module:
+        """The network that holds the average."""
+        return self._averaged.module
+
     def update(self, module: nn.Module) -> None:
-        """Let the network's present weights in."""
-        n = self.count
-        share = 1 / (n + 1) if self._decay is None else 1 - min(self._decay, (1 + n) / (_WARMUP + n))
-        self.count += 1
-        present = module.state_dict()
-        for name, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(present[name], share)
-            else:
-                value.copy_(present[name])
+        """Add the network's present weights to the average."""
+        self._averaged.update_parameters(module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on."""
-        return {"module": self.module.state_dict(), "count": self.count}
+        """Return the average and its number of updates."""
+        return {"module": self.module.state_dict(), "count": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.module.load_state_dict(state["module"])
-        self.count = state["count"]
+        self._averaged.n_averaged.fill_(state["count"] + 1)
+
+    @property
+    def _updates(self) -> int:
+        return int(self._averaged.n_averaged) - 1
+
+    def _average(self, mean: Tensor, present: Tensor, _count: Tensor | int) -> Tensor:
+        if not mean.is_floating_point():
+            return present
+        n = self._updates
+        share = 1 / (n + 1) if self._decay is None else 1 - min(self._decay, (1 + n) / (_WARMUP + n))
+        return mean.lerp(present, share)

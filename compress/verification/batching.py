@@ -66,7 +66,7 @@ def quality_batch(session: Runtime, path: Path, split: Split, conditions: Condit
     """
     try:
         difference = batch_difference(session, split)
-    except (ModelError, NonFinite):  # told where quality is measured
+    except (ModelError, NonFinite):  # reported where quality is measured
         difference = None
     if difference is not None and difference > largest_difference(path):
         return conditions.batch_size

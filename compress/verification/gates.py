@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from compress.model.artifacts import CheckResult, Figures
+from compress.model.artifacts import CheckResult, ModelMetrics
 from compress.tasks.base import Metric
 from compress.tasks.classification import CLASSIFICATION
 from compress.verification.decision_rules import JudgeBy, images_needed, is_coarse, is_undecided, judge
@@ -38,7 +38,7 @@ class Gates:
 
     Attributes:
         parity: Largest absolute difference to torch on real samples.
-        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution", or the figures
+        max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution", or the metrics
             of another task -> largest loss against the baseline, as a share (0.01 is one point).
         max_rise: "calibration_error", "excess_error" -> largest gain against the baseline.
         minimum: "top1", "top5", "worst_class", "noise", "corruptions", "shifted" -> smallest share.
@@ -49,7 +49,7 @@ class Gates:
         max_quantile_ms: "p90", "p95", "p99" -> largest latency.
         max_macs: For one image.
         max_params: Trainable scalars.
-        judge_by: Which of a figure and its interval must keep a limit (`judging.judge`).
+        judge_by: Which of a metric and its interval must keep a limit (`judging.judge`).
         min_speedup: Baseline latency / slim latency, medians.
         max_latency_ms: Median latency.
         max_size_mb: All files of the model, in 10^6 bytes.
@@ -158,7 +158,7 @@ class Gates:
                 said = f"median of {_sittings(len(sample.sittings))} ({conditions})"
                 median = Estimate(sample.p50, *sample.p50_interval, said)
                 checks.append(self._check("max_latency_ms", median, self.max_latency_ms, is_least=False, unit="ms"))
-        quantiles = {} if sample is None else sample.to_figures()
+        quantiles = {} if sample is None else sample.to_metrics()
         for name, limit in self.max_quantile_ms.items():
             if name in quantiles:
                 estimate = Estimate(quantiles[name], detail=conditions)
@@ -167,24 +167,28 @@ class Gates:
                 checks.append(skipped(f"max_quantile_ms.{name}", "there were too few calls to know it", limit, "ms"))
         return checks
 
-    def check_size(self, slim: Figures) -> list[CheckResult]:
+    def check_size(self, slim: ModelMetrics) -> list[CheckResult]:
         """Return one check for each limit of size; "skipped" where MACs or params are not known."""
         checks = []
-        figures = {"max_size_mb": slim.size_bytes / 1e6, "max_macs": slim.macs, "max_params": slim.params}
+        metrics = {"max_size_mb": slim.size_bytes / 1e6, "max_macs": slim.macs, "max_params": slim.params}
         for name, unit in _OF_SIZE.items():
             limit = getattr(self, name)
             if limit is None:
                 continue
-            if not figures[name]:
+            if not metrics[name]:
                 checks.append(skipped(name, "it could not be counted", limit, unit))
                 continue
-            detail = f"{slim.size_bytes:,} bytes in all files" if name == "max_size_mb" else f"{figures[name]:,}"
-            estimate = Estimate(figures[name], figures[name], figures[name], detail)
+            detail = f"{slim.size_bytes:,} bytes in all files" if name == "max_size_mb" else f"{metrics[name]:,}"
+            estimate = Estimate(metrics[name], metrics[name], metrics[name], detail)
             checks.append(self._check(name, estimate, limit, is_least=False, unit=unit))
         return checks
 
     def check_ratios(
-        self, slim: Figures, baseline: Figures | None, found: Resources | None, speed: LatencyRatio | None = None
+        self,
+        slim: ModelMetrics,
+        baseline: ModelMetrics | None,
+        found: Resources | None,
+        speed: LatencyRatio | None = None,
     ) -> list[CheckResult]:
         """Return one check for each limit on a share of the baseline's; "skipped" where one of the two is not known.
 
@@ -197,7 +201,7 @@ class Gates:
         checks = []
         for name, limit in self.max_ratio.items():
             own, other = (
-                _figure_of(name, one, found, label) for one, label in ((slim, "slim"), (baseline, "baseline"))
+                _metric_of(name, one, found, label) for one, label in ((slim, "slim"), (baseline, "baseline"))
             )
             if not own or not other:
                 why = _NO_BASELINE if baseline is None else "it is not known of both files"
@@ -272,7 +276,7 @@ class Gates:
 
 
 def _why_missing(kind: str, name: str, own: Mapping[str, Estimate] | None, found: Mapping[str, Estimate] | None) -> str:
-    """Return why a figure is not known; `found` is None where it compares and there is no baseline."""
+    """Return why a metric is not known; `found` is None where it compares and there is no baseline."""
     if own is None:
         return "quality of the file could not be measured"
     if found is None:
@@ -282,15 +286,15 @@ def _why_missing(kind: str, name: str, own: Mapping[str, Estimate] | None, found
         return f"no such distribution was looked at, only {names}" if names else "no robustness is asked for"
     if name in _WHY:
         return _WHY[name]
-    return f"the task has no such figure, only {', '.join(own)}" if own else "it could not be measured"
+    return f"the task has no such metric, only {', '.join(own)}" if own else "it could not be measured"
 
 
-def _figure_of(name: str, figures: Figures | None, found: Resources | None, label: str) -> float | None:
-    """Return one figure of a file by its name in `max_ratio`; None where it is not known."""
-    if figures is None:
+def _metric_of(name: str, metrics: ModelMetrics | None, found: Resources | None, label: str) -> float | None:
+    """Return one metric of a file by its name in `max_ratio`; None where it is not known."""
+    if metrics is None:
         return None
     if name in ("macs", "params", "size"):
-        return {"macs": figures.macs, "params": figures.params, "size": figures.size_bytes}[name]
+        return {"macs": metrics.macs, "params": metrics.params, "size": metrics.size_bytes}[name]
     if found is not None and name in ("cold_start", "memory", "energy"):
         of: Mapping[str, Mapping[str, float]] = {
             "cold_start": found.cold_start_ms,
@@ -298,7 +302,7 @@ def _figure_of(name: str, figures: Figures | None, found: Resources | None, labe
             "energy": found.energy_joules,
         }
         return of[name].get(label)
-    return figures.latency_ms.get(name)
+    return metrics.latency_ms.get(name)
 
 
 def _describe(ratio: LatencyRatio, where: str) -> str:

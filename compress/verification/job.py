@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from compress.data.splits import Split
 from compress.errors import ConfigValueError
-from compress.model.artifacts import Figures, Signature
+from compress.model.artifacts import ModelMetrics, Signature
 from compress.tasks.classification import Classification
 from compress.verification.gates import Gates
 from compress.verification.measurement import Conditions
@@ -37,7 +37,7 @@ class VerificationJob:
             and not required.
         baseline_onnx: The baseline's export; it runs on the same images, and its latency is measured side by side with
             the file's.
-        baseline_figures: The baseline's size and MACs; counted in `baseline_onnx` when None.
+        baseline_metrics: The baseline's size and MACs; counted in `baseline_onnx` when None.
         float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
             place, and the two are compared.
 
@@ -54,7 +54,7 @@ class VerificationJob:
     opset: int | None = None
     reference: nn.Module | None = None
     baseline_onnx: Path | None = None
-    baseline_figures: Figures | None = None
+    baseline_metrics: ModelMetrics | None = None
     float_onnx: Path | None = None
 
     def __post_init__(self) -> None:

@@ -101,7 +101,7 @@ class LatencySample:
         middle, half = _log_interval(self.sittings)
         return min(low, math.exp(middle - half)), max(high, math.exp(middle + half))
 
-    def to_figures(self) -> dict[str, float]:
+    def to_metrics(self) -> dict[str, float]:
         """Return {"p50", "p90", "p95", "p99"}, as far as there are calls enough to know them."""
         slow = {
             name: float(np.quantile(self.milliseconds, int(name[1:]) / 100))
@@ -163,7 +163,7 @@ def measure_latency(
         inputs: Label -> inputs of that runtime; checked once, before any call.
         warmup: Untimed calls of each.
         repeats: Timed calls of each, at least 1; `blocks.plan_blocks` divides them.
-        progress: Told about each round.
+        progress: Receives progress by round.
 
     Returns:
         Label -> its calls.
@@ -205,7 +205,7 @@ def compare_latency(
         models: Label -> makes its runtime, not opened yet. The first is compared with the second.
         feed: Returns the inputs of an open runtime; asked once for each model.
         calls: Untimed and timed calls of each model.
-        progress: Told about each sitting.
+        progress: Receives progress by sitting.
         has_control: True opens the second model once more in each sitting and compares it with itself. The interval of
             the ratio is then never narrower than that of this A/A ratio, and holds its distance from 1.
         is_close: Returns True for a ratio that is close to its limit.

@@ -17,7 +17,7 @@ import onnx
 from compress.catalog import RUNTIMES
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError, RuntimeUnavailable
-from compress.model.artifacts import Figures, TensorSpec
+from compress.model.artifacts import ModelMetrics, TensorSpec
 from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import is_present, model_files
 from compress.progress import Progress, SilentProgress
@@ -43,7 +43,7 @@ class Conditions:
         runtime: Name in `catalog.RUNTIMES`.
         provider: Execution provider, which must be the one in use.
         threads: Intra-op threads of the latency measurement; top-1 and parity use all cores.
-        batch_size: Images a call in the latency measurement.
+        batch_size: Images in one call of the latency measurement.
         warmup: Calls before it.
         repeats: Timed calls of each model; where a ratio is measured, calls go up and down with it.
     """
@@ -120,7 +120,7 @@ def measure_onnx(
     *,
     reference: nn.Module | None = None,
     progress: Progress | None = None,
-) -> Figures:
+) -> ModelMetrics:
     """Measure one file alone: size, top-1 or whatever decides over a whole split, latency.
 
     Args:
@@ -128,7 +128,7 @@ def measure_onnx(
         split: At least one image.
         conditions: Where and how.
         reference: The torch network, whose params are then reported instead of the graph's.
-        progress: Told about each part.
+        progress: Receives progress by part.
 
     Raises:
         ArtifactError: The file is missing or cannot be opened.
@@ -144,8 +144,8 @@ def measure_onnx(
         found = predict(session, split, evaluation_batch(image_input(session)), progress)
     sample = time_files({"file": path}, split, conditions, progress).samples["file"]
     params = counts.params if reference is None else torch_params(reference)
-    quality = found.figures if isinstance(found, Measured) else {found.metric.name: found.value}
-    return Figures(counts.macs, params, existing_bytes(path), dict(quality), sample.to_figures())
+    quality = found.metrics if isinstance(found, Measured) else {found.metric.name: found.value}
+    return ModelMetrics(counts.macs, params, existing_bytes(path), dict(quality), sample.to_metrics())
 
 
 def time_files(
@@ -163,7 +163,7 @@ def time_files(
         files: Label -> .onnx file; the first is compared with the second.
         split: Images for the calls.
         conditions: Runtime, provider, threads and calls.
-        progress: Told about each sitting.
+        progress: Receives progress by sitting.
         has_control: True compares the second file with itself as well.
         is_close: Returns True for a ratio so close to its limit that it must be measured for longer.
 
@@ -213,7 +213,7 @@ def measure_pair(
         reference: The file it is compared with.
         split: Images for the calls.
         conditions: Where and how.
-        progress: Told about the sittings.
+        progress: Receives progress by sitting.
 
     Raises:
         As `measure_onnx`.

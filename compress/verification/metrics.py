@@ -110,7 +110,7 @@ def share_interval(successes: int, count: int, comparisons: int = 1) -> tuple[fl
 
 
 def class_accuracy(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """Return (K,) top-1 of the images of each class, NaN where there is none, and (K,) how many there are."""
+    """Return (K,) top-1 of the images of each class, NaN without images, and (K,) their number."""
     counts = np.bincount(predictions.labels, minlength=predictions.classes)
     right = np.bincount(predictions.labels[predictions.hits], minlength=predictions.classes)
     with np.errstate(invalid="ignore"):
@@ -124,7 +124,7 @@ def calibration_error(predictions: Predictions) -> Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure, and how sure it is.
+    """A metric, and how sure it is.
 
     Attributes:
         value: As measured.
@@ -176,7 +176,7 @@ def paired_drop(before: np.ndarray, after: np.ndarray, comparisons: int = 1) -> 
         comparisons: How many such drops this one was chosen from as the worst (Bonferroni).
 
     Raises:
-        DataError: They are not of the same images, or there is none.
+        DataError: They are not of the same images, or of no images.
     """
     if before.shape != after.shape or len(before) == 0:
         raise DataError(f"Networks must be compared on the same images, got {len(before)} and {len(after)}.")
@@ -355,6 +355,6 @@ def class_name(index: int, names: Sequence[str]) -> str:
 
 
 def as_estimate(drop: PairedDrop) -> Estimate:
-    """Return a drop as a figure of its own."""
+    """Return a drop as a metric of its own."""
     detail = f"{drop.only_before:,} images lost, {drop.only_after:,} won; exact McNemar test p = {drop.p_value:.2g}"
     return Estimate(drop.drop, *drop.interval, detail, drop.images)

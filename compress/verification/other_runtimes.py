@@ -31,7 +31,7 @@ _EVALUATOR = Conditions("onnx_reference", "CPU")
 
 @dataclass(frozen=True, slots=True)
 class Also:
-    """One more place to open the file in.
+    """One more runtime to open the file in.
 
     Attributes:
         label: Tells it from others in the names of checks.
@@ -61,7 +61,7 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
         path: The file.
         split: At least one image.
         limit: Largest absolute difference of an output.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
     """
     if session.name == _EVALUATOR.runtime:
         return skipped(EVALUATOR, "it is the runtime that ships the file, and would be compared with itself")
@@ -81,7 +81,7 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
 def check_also(
     wanted: Also, path: Path, split: Split, conditions: Conditions, limit: float, progress: Progress
 ) -> tuple[CheckResult, dict[str, Any]]:
-    """Open a file in one more place, compare it there with the runtime that ships it, and time both side by side.
+    """Open a file in one more runtime, compare it there with the runtime that ships it, and time both side by side.
 
     Args:
         wanted: Where.
@@ -89,10 +89,10 @@ def check_also(
         split: At least one image.
         conditions: Those of the runtime that ships the file.
         limit: Largest absolute difference of an output.
-        progress: Told about each part.
+        progress: Receives progress by part.
 
     Returns:
-        The check, skipped where that place is not to be had, failed where no machine has it; and plain values for the
+        The check, skipped where that runtime is not installed, failed where no machine has it; and plain values for the
         report.
     """
     threads = wanted.threads or conditions.threads

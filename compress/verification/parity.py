@@ -58,7 +58,7 @@ def parity(
         split: At least one image.
         samples: Images to compare; all of a smaller split.
         batch_size: Images at once where the batch axis is open.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
 
     Raises:
         DataError: The split is empty.

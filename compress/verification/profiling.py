@@ -60,7 +60,7 @@ def profile_models(
         reference: What every model is timed next to.
         inputs: Makes the inputs of an open runtime.
         conditions: Where and how; its runtime must be ONNX Runtime.
-        progress: Told about each model.
+        progress: Receives progress by model.
 
     Raises:
         ConfigValueError: The runtime cannot time single nodes.

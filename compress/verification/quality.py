@@ -43,9 +43,9 @@ def predict(
         runtime: Open; one image input. With a fixed batch axis, that size is used instead.
         split: At least one image; says what the task is.
         batch_size: Images at once where the batch axis is open.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
         spoil: Changes the uint8 images of a batch, given the place of its first image in the split.
-        disturb: Changes what goes into the network, in the same way.
+        disturb: Perturbs the inputs of the network, in the same way.
         original: The baseline, open, whose outputs are the targets where images have none; by default the
             network itself.
 
@@ -77,9 +77,9 @@ def predict_each(
         runtimes: Open, as for `predict`; fixed batch axes are of one size.
         split: As there, and so are the others.
         batch_size: Images at once where every batch axis is open.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
         spoil: Changes the uint8 images of a batch.
-        disturb: Changes what goes into the networks.
+        disturb: Perturbs the inputs of the networks.
         original: As there; by default the last of `runtimes`.
 
     Raises:
@@ -117,7 +117,7 @@ def _measure_each(
     changes: tuple[Change | None, Change | None],
     original: Runtime | None,
 ) -> list[Found]:
-    """Return what is kept of each image for the figures of several networks."""
+    """Return the facts of each image for the metrics of several networks."""
     (spoil, disturb), judged, teacher = changes, split.task, original or runtimes[-1]
     size, done = min(batch_size_of(runtime, batch_size) for runtime in runtimes), 0
     facts: list[list[Facts]] = [[] for _ in runtimes]

@@ -43,13 +43,13 @@ def drop_shares(before: Found | None, whole: Found | None, after: Found | None) 
     """Return what each part of the pipeline did to quality on the evaluation split, plain, in the order they were done.
 
     Args:
-        before: Of the baseline; None where there is none.
+        before: Of the baseline, or None.
         whole: Of the float file that a quantised one was made from; None where the file is float itself.
         after: Of the file; None where it could not be measured.
 
     Returns:
         {"stage": "slimming" or "quantize", "top1_before", "top1_after", "points"}: points above 0 are a gain. Of
-        another task they are called after its figure, and points are 100 times the difference all the same.
+        another task they are called after its metric, and points are 100 times the difference all the same.
     """
     slim = whole or after
     steps = [("slimming", before, slim)] + ([("quantize", whole, after)] if whole is not None else [])

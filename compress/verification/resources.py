@@ -81,7 +81,7 @@ def measure_resources(
         split: At least one image.
         conditions: Where and how; the batch size counts for start, memory and energy.
         batch_sizes: For the throughput; a file with a fixed batch axis is measured at that size alone.
-        progress: Told about each part.
+        progress: Receives progress by part.
 
     Raises:
         ModelError: A network fails on a batch.
@@ -141,7 +141,7 @@ def _search_path() -> list[str]:
 
 
 def _medians(seen: Mapping[str, Sequence[Answer]], key: str, missing: dict[str, str]) -> dict[str, float]:
-    """Return label -> median of one figure; nothing, and a reason in `missing`, where the system does not say it."""
+    """Return label -> median of one metric; nothing, and a reason in `missing`, where the system does not say it."""
     values = {label: [answer[key] for answer in answers] for label, answers in seen.items()}
     if any(value is None for those in values.values() for value in those):
         missing[key.rpartition("_")[0]] = "it cannot be read on this system"
@@ -201,7 +201,7 @@ class EnergyMeter:
 
     @classmethod
     def find(cls, root: Path = POWERCAP) -> EnergyMeter | None:
-        """Return the meter of this machine; None where there is none, or it may not be read."""
+        """Return the meter of this machine; None without one, or if it may not be read."""
         counters = tuple(sorted(root.glob("*-rapl:[0-9]"))) if root.is_dir() else ()
         try:
             for counter in counters:

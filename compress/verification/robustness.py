@@ -119,12 +119,12 @@ class Standing:
         kind: Of the distribution.
         value: Top-1 of the file, or whatever decides in its task.
         baseline_value: Of the baseline; None without one.
-        changes: "drop.top1", "churn" and "softmax_distance" against the baseline there, or what is worse of the figure
+        changes: "drop.top1", "churn" and "softmax_distance" against the baseline there, or what is worse of the metric
             that decides; empty without one.
         hits: (N,) whether the file is right, in the order of the images, which is the same on every distribution of
             noise and corruptions; empty where images are not right or wrong.
         baseline_hits: (N,) whether the baseline is; None without one.
-        metric: What decides.
+        metric: Primary metric.
     """
 
     name: str
@@ -163,11 +163,11 @@ def standings(
 
     Args:
         session: The file, open.
-        baseline: The baseline, open; None when there is none.
+        baseline: The baseline, open, or None.
         split: At least one image.
         wanted: What is looked at.
         batch_size: Images at once where the batch axis is open.
-        progress: Told about each distribution.
+        progress: Receives progress by distribution.
         shifted: Data sets from elsewhere by their names.
 
     Raises:
@@ -222,7 +222,7 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
         "noise", "corruptions" and "shifted": mean top-1 there. Against the baseline "drop.noise" and so on: mean loss
         of top-1; "drop.worst_distribution": the largest loss; "rise.excess_error": by how much more the file loses from
         the nominal images to the corrupted ones than the baseline does; "on.NAME": the loss on each distribution. Of
-        another task the same of what decides there, without intervals of means and without "rise.excess_error"; losses
+        another task the same of its primary metric, without intervals of means and without "rise.excess_error"; losses
         of what should be low are called "rise.noise" and so on.
     """
     if found and not len(found[0].hits):
@@ -272,7 +272,7 @@ def _summarize_measured(found: Sequence[Standing]) -> tuple[dict[str, Estimate],
 
 
 def _share_interval(those: Sequence[Standing]) -> tuple[float, float]:
-    """Return where the mean of top-1 over distributions lies; of the same images, it is one figure an image."""
+    """Return where the mean of top-1 over distributions lies; of the same images, it is one metric an image."""
     if those[0].kind == "shifted":
         return _of_independent([mean_share_interval(one.hits.astype(np.float64)) for one in those])
     return mean_share_interval(np.mean([one.hits for one in those], axis=0))
@@ -286,7 +286,7 @@ def _loss_interval(those: Sequence[Standing]) -> tuple[float, float]:
 
 
 def _of_independent(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the interval of the mean of figures that were measured on different images."""
+    """Return the interval of the mean of metrics that were measured on different images."""
     middles, halves = np.mean(intervals, axis=1), np.ptp(intervals, axis=1) / 2
     middle, half = float(middles.mean()), float(np.sqrt((halves**2).sum()) / len(intervals))
     return middle - half, middle + half

@@ -20,7 +20,7 @@ class Scope:
         shifted: Data sets from elsewhere that are looked at with them, by their names.
         batch_sizes: At which throughput is measured; without any, start and memory are not looked at either.
         second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
-        also: More places to open the file in.
+        also: More runtimes to open the file in.
     """
 
     parity_samples: int = 64
@@ -41,5 +41,5 @@ class Scope:
 
     @property
     def opinions(self) -> tuple[str, ...]:
-        """Names of the checks that other places make."""
+        """Names of the checks in other runtimes."""
         return (EVALUATOR, *(one.check for one in self.also))

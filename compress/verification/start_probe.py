@@ -65,7 +65,7 @@ def _zeros(session: Runtime, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def _memory(name: str) -> int | None:
-    """Return a figure of this process's memory in bytes, as Linux states it; None elsewhere."""
+    """Return a metric of this process's memory in bytes, as Linux states it; None elsewhere."""
     try:
         found = re.search(rf"^{name}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     except OSError:

@@ -22,28 +22,28 @@ from typing import NamedTuple
 import numpy as np
 
 CONFIDENCE = 0.95
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 def jackknife_intervals(
-    figures: Callable[[np.ndarray], Figures], count: int, most_parts: int
+    metrics: Callable[[np.ndarray], Metrics], count: int, most_parts: int
 ) -> dict[str, tuple[float, float]]:
-    """Return the 95 % interval of each figure.
+    """Return the 95 % interval of each metric.
 
     Args:
-        figures: Takes positions of images and returns the figures over them.
+        metrics: Takes positions of images and returns the metrics over them.
         count: Number N of images.
         most_parts: Images are left out in at most so many parts of equal size, always the same.
 
     Returns:
-        Nothing for fewer than two images or parts, or for a figure that is no number without one of the parts.
+        Nothing for fewer than two images or parts, or for a metric that is no number without one of the parts.
     """
     parts = min(count, most_parts)
     if parts < 2:
         return {}
     order = np.random.default_rng(0).permutation(count)
-    whole = figures(np.arange(count))
-    rest = [figures(np.sort(np.delete(order, slice(start, None, parts)))) for start in range(parts)]
+    whole = metrics(np.arange(count))
+    rest = [metrics(np.sort(np.delete(order, slice(start, None, parts)))) for start in range(parts)]
     found = {}
     for name, value in whole.items():
         without = np.array([one[name] for one in rest], np.float64)

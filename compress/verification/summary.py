@@ -93,7 +93,7 @@ def _summarize_measured(before: Found | None, after: Found | None, evaluation: S
 
 
 def values_of(estimates: Mapping[str, Estimate] | None) -> dict[str, float]:
-    """Return the figures without how sure they are."""
+    """Return the metrics without how sure they are."""
     return {name: estimate.value for name, estimate in (estimates or {}).items()}
 
 
@@ -113,7 +113,7 @@ SIDE = 64  # pixels; larger images are scaled down
 
 
 def worst_images(before: Predictions | None, after: Predictions | None, split: Split) -> list[dict[str, Any]]:
-    """Return images of the classes that lost most against the baseline, or that are worst where there is none.
+    """Return images of the classes that lost most against the baseline, or without one the worst.
 
     With a baseline they are images that it gets right and the file gets wrong, and a class that lost nothing has none.
     Without one they are images that the file gets wrong. In each class those come first that the file is surest of.

@@ -1,6 +1,6 @@
 """Metrics of any task with confidence intervals, and their change against the baseline.
 
-A task keeps a few facts of each image; figures follow from the facts of any choice of images, so that images can be
+A task keeps a few facts of each image; metrics follow from the facts of any choice of images, so that images can be
 left out in turn for an interval (jackknife), the same ones of both networks.
 """
 
@@ -34,33 +34,33 @@ class Measured:
         return len(next(iter(self.facts.values())))
 
     @cached_property
-    def figures(self) -> dict[str, float]:
-        """Every figure of the task over all images; NonFinite where one is no finite number."""
-        found = self.task.figures(self.facts)
+    def metrics(self) -> dict[str, float]:
+        """Every metric of the task over all images; NonFinite where one is no finite number."""
+        found = self.task.aggregate(self.facts)
         require_finite(found)
         return found
 
     @property
     def metric(self) -> Metric:
-        """The figure that decides."""
+        """The primary metric."""
         return self.task.main
 
     @property
     def value(self) -> float:
         """Its value."""
-        return self.figures[self.task.metric]
+        return self.metrics[self.task.metric]
 
 
 def estimate_measured(found: Measured) -> dict[str, Estimate]:
-    """Return the figures of a network, with intervals where the task allows for it."""
+    """Return the metrics of a network, with intervals where the task allows for it."""
     count = len(found)
     intervals = jackknife_intervals(
-        lambda places: found.task.figures(chosen(found.facts, places)), count, found.task.resamples
+        lambda places: found.task.aggregate(chosen(found.facts, places)), count, found.task.resamples
     )
-    ends = {name: intervals.get(name, (None, None)) for name in found.figures}
+    ends = {name: intervals.get(name, (None, None)) for name in found.metrics}
     return {
         name: Estimate(value, ends[name][0], ends[name][1], f"{count:,} images", count)
-        for name, value in found.figures.items()
+        for name, value in found.metrics.items()
     }
 
 
@@ -68,7 +68,7 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
     """Return what changed from one network to another on the same images.
 
     Returns:
-        For each figure "drop.NAME", by how much it is lower, and "rise.NAME", by how much it is higher.
+        For each metric "drop.NAME", by how much it is lower, and "rise.NAME", by how much it is higher.
 
     Raises:
         DataError: They are not of the same images.
@@ -77,14 +77,14 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
         raise DataError(f"Networks must be compared on the same images, got {len(before)} and {len(after)}.")
 
     def drops(places: np.ndarray) -> dict[str, float]:
-        old, new = (one.task.figures(chosen(one.facts, places)) for one in (before, after))
+        old, new = (one.task.aggregate(chosen(one.facts, places)) for one in (before, after))
         return {name: old[name] - new[name] for name in new}
 
     intervals = jackknife_intervals(drops, len(after), after.task.resamples)
     found = {}
-    for name, value in after.figures.items():
-        drop, (low, high) = before.figures[name] - value, intervals.get(name, (None, None))
-        detail = f"{before.figures[name]:.4g} before, {value:.4g} now, the same {len(after):,} images"
+    for name, value in after.metrics.items():
+        drop, (low, high) = before.metrics[name] - value, intervals.get(name, (None, None))
+        detail = f"{before.metrics[name]:.4g} before, {value:.4g} now, the same {len(after):,} images"
         found[f"drop.{name}"] = Estimate(drop, low, high, detail, len(after))
         risen = replace(found[f"drop.{name}"], value=-drop)
         found[f"rise.{name}"] = risen if low is None or high is None else replace(risen, low=-high, high=-low)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compress.errors import ModelError
-from compress.model.artifacts import CheckResult, Figures, Verdict
+from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 from compress.onnx_file.counting import count_onnx
 from compress.progress import Progress, SilentProgress
 from compress.verification.checks import REPEATABLE, check_baseline
@@ -40,7 +40,7 @@ def verify_onnx(job: VerificationJob, progress: Progress | None = None) -> Verdi
 
     Args:
         job: The file, its baseline and its limits.
-        progress: Told about each part.
+        progress: Receives progress by part.
 
     Raises:
         ArtifactError: The file or the baseline is missing or no ONNX model.
@@ -50,7 +50,7 @@ def verify_onnx(job: VerificationJob, progress: Progress | None = None) -> Verdi
     """
     progress = progress or SilentProgress()
     static, opening = check_statically(job), open_files(job)
-    before, baseline = measure_baseline(job, progress), _baseline_figures(job, progress)
+    before, baseline = measure_baseline(job, progress), _baseline_metrics(job, progress)
     measured = _measure(job, progress) if opening.is_runnable else _Measured(_not_run(job))
     return _Judgement(job, static, opening, before, baseline, measured).verdict()
 
@@ -104,17 +104,17 @@ def _check_elsewhere(job: VerificationJob, progress: Progress) -> tuple[tuple[Ch
     return tuple(checks), stated
 
 
-def _baseline_figures(job: VerificationJob, progress: Progress) -> Figures | None:
+def _baseline_metrics(job: VerificationJob, progress: Progress) -> ModelMetrics | None:
     """Return size and MACs of the baseline; of a file only they are counted, 0 where that cannot be done."""
     path = job.baseline_onnx
-    if job.baseline_figures is not None or path is None:
-        return job.baseline_figures
+    if job.baseline_metrics is not None or path is None:
+        return job.baseline_metrics
     try:
         counts = count_onnx(path)
     except ModelError as error:
         progress.warn(f"MACs of '{path}' are not counted. {error.message}")
-        return Figures(0, 0, existing_bytes(path), {}, {})
-    return Figures(counts.macs, counts.params, existing_bytes(path), {}, {})
+        return ModelMetrics(0, 0, existing_bytes(path), {}, {})
+    return ModelMetrics(counts.macs, counts.params, existing_bytes(path), {}, {})
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Judgement:
     static: StaticChecks
     opening: Opening
     before: Found | None
-    baseline: Figures | None
+    baseline: ModelMetrics | None
     measured: _Measured
 
     def verdict(self) -> Verdict:
@@ -136,7 +136,7 @@ class _Judgement:
         if measured.perturbed.standings:
             added, drops = summarize(measured.perturbed.standings)
             own, changes = {**(own or {}), **added}, {**(changes or {}), **drops}
-        slim, baseline = self._slim_figures(own), self._own_baseline()
+        slim, baseline = self._slim_metrics(own), self._own_baseline()
         details = {
             **self.opening.details,
             **measured.details,
@@ -161,7 +161,7 @@ class _Judgement:
             return []
         return [check_baseline(recorded, self.before.value, len(self.before), metric)]
 
-    def _check_costs(self, slim: Figures, baseline: Figures | None) -> list[CheckResult]:
+    def _check_costs(self, slim: ModelMetrics, baseline: ModelMetrics | None) -> list[CheckResult]:
         gates, latency, resources = self.job.gates, self.measured.latency, self._resources
         return [
             *gates.check_speed(latency.samples.get("slim"), latency.ratio, str(self.job.conditions)),
@@ -183,19 +183,19 @@ class _Judgement:
         quantized = (AGREEMENT,) if job.float_onnx is not None else ()
         return (*always, *compared, *quantized, *job.scope.required, *job.gates.asked)
 
-    def _slim_figures(self, own: Mapping[str, Estimate] | None) -> Figures:
+    def _slim_metrics(self, own: Mapping[str, Estimate] | None) -> ModelMetrics:
         counts, samples = self.static.counts, self.measured.latency.samples
         macs, params = (0, 0) if counts is None else (counts.macs, counts.params)
         if self.job.reference is not None:
             params = torch_params(self.job.reference)
-        latency = samples["slim"].to_figures() if "slim" in samples else {}
-        return Figures(macs, params, existing_bytes(self.job.path), values_of(own), latency)
+        latency = samples["slim"].to_metrics() if "slim" in samples else {}
+        return ModelMetrics(macs, params, existing_bytes(self.job.path), values_of(own), latency)
 
-    def _own_baseline(self) -> Figures | None:
+    def _own_baseline(self) -> ModelMetrics | None:
         """Return the baseline with the latency of this run; without one, no latency is taken from elsewhere."""
         given, samples = self.baseline, self.measured.latency.samples
         if given is None:
             return None
-        latency = samples["baseline"].to_figures() if "baseline" in samples else {}
+        latency = samples["baseline"].to_metrics() if "baseline" in samples else {}
         quality = values_of(estimate(self.before)) if self.before is not None else {}
-        return Figures(given.macs, given.params, given.size_bytes, quality, latency)
+        return ModelMetrics(given.macs, given.params, given.size_bytes, quality, latency)

@@ -264,7 +264,7 @@ MANIFESTS: dict[str, tuple[Callable[[Content], Content], str]] = {
     "foreign": (lambda c: c | {"manifest.json": b"{}"}, "manifest.json is not that of a bundle, or damaged"),
     "space": (
         lambda c: c | {"manifest.json": c["manifest.json"] + b" "},
-        "manifest.json is damaged: it is not, byte for byte, as it was written",
+        "manifest.json is damaged: its bytes are not those that were written",
     ),
     "newer": (
         lambda c: with_manifest(c, lambda v: v.update(schema=2)),
@@ -480,7 +480,7 @@ def npy_header(dtype: str, count: int) -> bytes:
 
 
 def archived(data: bytes) -> Callable[[dict[str, Any]], bytes]:
-    return lambda arrays: b"".join(check.archive_pieces({"x.npy": data}))
+    return lambda arrays: check.build_archive({"x.npy": data})
 
 
 NO_ARRAY = "samples.npz holds 'x.npy', which is no array of numbers: "

@@ -16,7 +16,7 @@ from compress.checkpoint.rebuild import write_weights
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, CompressError, ModelError, RebuildMismatch
 from compress.lowrank.surgery import apply_factorize
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.pruning.surgery import remove_block, remove_channels
 
@@ -34,7 +34,7 @@ def model(tmp_path):
     module = apply_factorize(remove_channels(module, EDITS[1], nets.EXAMPLE), EDITS[2])
     (folder / "baseline.onnx").write_bytes(b"onnx")
     write_weights(nets.build("residual"), folder / "baseline.safetensors")
-    figures = Figures(100, 10, 1000, {"top1": 0.9}, {"p50": 1.0, "p95": 2.0})
+    figures = ModelMetrics(100, 10, 1000, {"top1": 0.9}, {"p50": 1.0, "p95": 2.0})
     return TorchModel(
         module.eval(),
         FactorySpec("factory", f"{folder / 'nets_copy.py'}:build", {"name": "residual"}),
@@ -69,7 +69,7 @@ def test_round_trip_is_the_same_to_the_bit(model, stored):
     assert not any(part.training for part in loaded.module.modules())
     same = ("factory", "recipe", "signature", "preprocessing", "classes")
     assert [getattr(loaded, name) for name in same] == [getattr(model, name) for name in same]
-    assert loaded.baseline.figures == model.baseline.figures
+    assert loaded.baseline.metrics == model.baseline.metrics
     assert loaded.baseline.onnx_path.read_bytes() == b"onnx"
     assert loaded.baseline.weights_path.parent == stored
 

@@ -7,7 +7,7 @@ from junitparser import Failure, JUnitXml, Skipped
 
 from compress.cli.ci import require_places, to_junit, to_markdown, write_for_ci
 from compress.errors import ArtifactError, ConfigError
-from compress.model.artifacts import CheckResult, Figures, Verdict
+from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 
 CHECKS = (
     CheckResult("parity", "pass", 1e-6, 1e-3, "", "64 images"),
@@ -15,7 +15,7 @@ CHECKS = (
     CheckResult("max.churn", "skipped", None, 0.1, "share", "no baseline file"),
     CheckResult("weights_agree", "skipped", None, None, "", "no torch network"),
 )
-FIGURES = [Figures(macs, macs, macs, {"top1": 0.9}, {"p50": 1.0}) for macs in (200, 100)]
+FIGURES = [ModelMetrics(macs, macs, macs, {"top1": 0.9}, {"p50": 1.0}) for macs in (200, 100)]
 VERDICT = Verdict(CHECKS, ("parity", "min_speedup", "max.churn", "never_made"), *FIGURES[::-1], {"odd": float("nan")})
 
 

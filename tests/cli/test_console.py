@@ -6,7 +6,7 @@ import pytest
 
 from compress.cli.console import Console
 from compress.errors import ConfigValueError
-from compress.model.artifacts import CheckResult, Figures, Verdict
+from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 
 
 class Clock:
@@ -39,8 +39,8 @@ class Screen:
         return self.out.getvalue().splitlines()
 
 
-def figures(scale: int) -> Figures:
-    return Figures(
+def figures(scale: int) -> ModelMetrics:
+    return ModelMetrics(
         1_000_000 * scale, 5_000 * scale, 40_000 * scale, {"top1": 0.95 + 0.01 * scale}, {"p50": 1.5 * scale}
     )
 

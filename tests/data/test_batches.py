@@ -139,7 +139,7 @@ def test_rows_of_several_inputs_are_not_cropped_or_mirrored() -> None:
     rows, generator = torch.rand(4, 10), torch.Generator()
     assert torch.equal(augment(rows, Augmentation(), generator), rows)
     for wanted in (Augmentation(flip=True), Augmentation(crop_padding=2)):
-        with pytest.raises(DataError, match="cannot be cropped or mirrored"):
+        with pytest.raises(DataError, match="cannot be cropped, mirrored or transformed"):
             augment(rows, wanted, generator)
 
 

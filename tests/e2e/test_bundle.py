@@ -246,7 +246,7 @@ def test_a_run_that_failed_is_handed_over_only_when_asked(
     assert refused.exit_code == 2
     assert refused.stderr == (
         "A run must have passed its verification to be handed over, 'chain' failed: max_size_mb.\n"
-        "Hint: --allow-failed bundles it all the same, and model.json says so.\n"
+        "Hint: --allow-failed bundles it all the same, and model.json records that.\n"
     )
     assert not (tmp_path / "it.zip").exists()
     assert smallrun.call("bundle", str(folder), "-o", str(tmp_path / "it.zip"), "--allow-failed").exit_code == 0

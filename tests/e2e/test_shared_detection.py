@@ -60,5 +60,5 @@ def test_a_published_detector_has_its_precision() -> None:
     assert sum(len(target["labels"]) for target in targets) == 929
     with OnnxRuntime(FILE) as runtime:
         found = predict(runtime, split)
-    assert found.figures["map50"] == pytest.approx(0.3208, abs=0.005)
-    assert found.figures["map"] == pytest.approx(0.1803, abs=0.01)
+    assert found.metrics["map50"] == pytest.approx(0.3208, abs=0.005)
+    assert found.metrics["map"] == pytest.approx(0.1803, abs=0.01)

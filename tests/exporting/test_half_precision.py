@@ -26,7 +26,7 @@ from compress.errors import ExportFailed
 from compress.exporting.rewrite import apply_rewrites
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
-from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import load_onnx, read_metadata, read_signature
@@ -142,7 +142,7 @@ def test_zero_padded_shortcuts_of_a_half_file_are_rewritten_too(tmp_path):
 def test_a_model_keeps_its_precision_when_stored_and_exported(tmp_path):
     module = nets.build("chain")
     write_weights(module, tmp_path / "baseline.safetensors")
-    baseline = Baseline(Figures(1, 1, 1, {}, {}), exported("chain"), tmp_path / "baseline.safetensors")
+    baseline = Baseline(ModelMetrics(1, 1, 1, {}, {}), exported("chain"), tmp_path / "baseline.safetensors")
     factory = FactorySpec("factory", f"{nets.__file__}:build", {"name": "chain"})
     model = TorchModel(module, factory, Recipe(), SIGNATURE, PREPROCESSING, (), baseline, precision="fp16")
     (tmp_path / "stored").mkdir()

@@ -23,7 +23,7 @@ from compress.exporting import torch_onnx
 from compress.exporting.settings import ExportSettings, exported_signature
 from compress.exporting.simplify import simplify_onnx
 from compress.exporting.torch_onnx import export_onnx
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import file_bytes, load_onnx, read_signature, read_sizes
@@ -55,7 +55,7 @@ class DependsOnBatch(nn.Module):
 
 
 def torch_model(module):
-    figures = Figures(1, 1, 1, {"top1": 1.0}, {"p50": 1.0})
+    figures = ModelMetrics(1, 1, 1, {"top1": 1.0}, {"p50": 1.0})
     baseline = Baseline(figures, exported("chain"), exported("chain"))
     factory = FactorySpec("factory", "nets:chain")
     return TorchModel(module, factory, Recipe(), SIGNATURE, PREPROCESSING, CLASSES, baseline)

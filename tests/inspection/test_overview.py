@@ -53,7 +53,7 @@ def test_an_onnx_file() -> None:
     assert figures["MACs"] == f"{CHAIN_MACS:,}"
     assert int(figures["nodes"]) == len(onnx.load(exported("chain")).graph.node)
     titles = [title for title, _, _ in overview.tables()]
-    assert titles == ["chain.onnx", "network", "channel groups", "channel groups that stay whole"]
+    assert titles == ["chain.onnx", "network", "channel groups", "channel groups that are not prunable"]
     assert len(rows(overview, "channel groups")) == 3
     nodes = rows(overview, "nodes", with_layers=True)
     assert [row[1] for row in nodes if row[5] != "0"] == ["Conv", "Conv", "Conv", "Gemm"]
@@ -68,10 +68,10 @@ def test_a_callable_in_a_file_and_in_a_module() -> None:
         assert figures["MACs"] == f"{CHAIN_MACS:,}"
         assert figures["params"] == f"{CHAIN_PARAMS:,}"
         assert figures["input"] == "1 x 3 x 16 x 16"
-        assert figures["channel groups that can be cut"] == "3 of 4"
+        assert figures["prunable channel groups"] == "3 of 4"
         assert figures["residual blocks that can be removed"] == "0"
         assert "multiple_of 8" in figures["limits"]
-    titles = ["network", "channel groups", "channel groups that stay whole"]
+    titles = ["network", "channel groups", "channel groups that are not prunable"]
     assert [title for title, _, _ in overview.tables()] == titles
     layers = rows(overview, "layers", with_layers=True)
     assert [row[:2] for row in layers] == [
@@ -79,7 +79,7 @@ def test_a_callable_in_a_file_and_in_a_module() -> None:
     ]  # fmt: skip
     assert sum(int(row[2].replace(",", "")) for row in layers) == CHAIN_MACS
     assert sum(float(row[3].rstrip("%")) for row in layers) == pytest.approx(100, abs=0.5)
-    (uncut,) = rows(overview, "channel groups that stay whole")
+    (uncut,) = rows(overview, "channel groups that are not prunable")
     assert uncut == ["head", f"{HEAD / CHAIN_MACS:.1%}", "its channels are the network's outputs"]
 
 

@@ -24,7 +24,7 @@ from compress.lowrank.factorize import Moments, applicable_schemes, factorize, f
 from compress.lowrank.layers import find_layers, layer_spectra
 from compress.lowrank.ranks import choose_ranks
 from compress.lowrank.surgery import apply_factorize, factorize_layer, replace_structure
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.search.context import StageContext
@@ -355,7 +355,7 @@ class _Data:
 
 
 def _artifact(module: nn.Module) -> TorchModel:
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
     return TorchModel(
         module,
         FactorySpec("factory", "nets:chain"),
@@ -425,7 +425,7 @@ def test_stage_leaves_its_input_alone_and_reestimates_batch_norm(tmp_path: Path)
 
 def test_stage_counts_the_target_from_the_baseline(tmp_path: Path) -> None:
     artifact = _artifact(nets.build("residual"))
-    figures = dataclasses.replace(artifact.baseline.figures, macs=2 * artifact.baseline.figures.macs)
+    figures = dataclasses.replace(artifact.baseline.metrics, macs=2 * artifact.baseline.metrics.macs)
     artifact = dataclasses.replace(artifact, baseline=dataclasses.replace(artifact.baseline, figures=figures))
     stage = LowRankStage(LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.3), multiple_of=1))
     _, record = stage.run(artifact, StageContext(tmp_path, 0, _Data(), SilentProgress()))  # type: ignore[arg-type]

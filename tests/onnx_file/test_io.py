@@ -52,7 +52,7 @@ def test_external_weights_must_be_files_beside_the_model(tmp_path: Path) -> None
     model = model_with(outside("gone.bin", None, None), outside("../w.bin", None, None), outside("folder", None, None))
     assert external_problems(model, path) == [
         "its weights must lie in its folder, not in '../w.bin'",
-        "its weights in 'folder' must be a file, it is none",
+        "its weights in 'folder' must be a file",
         "its weights in 'gone.bin' are missing",
     ]
 

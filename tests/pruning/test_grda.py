@@ -92,7 +92,7 @@ def test_the_threshold_stops_once_the_zeros_are_enough():
     assert method.threshold(39) == method.threshold(method.choice.stopped) == method.thresholds[method.choice.stopped]
     scales = module.body[0][1].weight.detach()
     assert scales[list(final["body.0.0"])].tolist() == [0, 0, 0]
-    figures = method.figures()
+    figures = method.metrics()
     assert figures["zero_ratio"] == 1
     assert figures["left_ratio"] == 0
     assert "All removed channels are at zero, 100.0% of them were" in method.cause()
@@ -104,8 +104,8 @@ def test_a_group_never_loses_more_than_it_may():
     method = Grda(setting(module, Lowest({"body.0.0": 2}), rates, levels=levels), GrdaConfig(c=1e3, interval=35))
     train(module, method, rates)
     assert [int((layer[1].weight == 0).sum()) for layer in module.body] == [2, 0, 0]  # four have come back
-    assert method.figures()["returned_channels"] == 4
-    assert method.figures()["kept_at_zero"] == 0
+    assert method.metrics()["returned_channels"] == 4
+    assert method.metrics()["kept_at_zero"] == 0
 
 
 def test_what_is_kept_at_zero_comes_back_with_the_factor_of_the_others():
@@ -139,7 +139,7 @@ def test_without_zeros_enough_the_choice_is_made_by_what_is_left_and_the_rest_is
     method.thresholds = method.thresholds * 1e-6
     train(module, method, rates)
     assert method.choice.stopped == 24
-    figures = method.figures()
+    figures = method.metrics()
     assert figures["zero_ratio"] == 0
     assert figures["left_ratio"] == 0
     assert "All removed channels are at zero, 0.0% of them were when the choice was made" in method.cause()
@@ -169,7 +169,7 @@ def test_kept_channels_at_zero_at_the_choice_are_warned_about_with_figures_and_a
     assert "Leave grda.c out, or lower it towards" in warning
     fitting = trained().c
     assert f"towards {fitting:.3g}." in warning
-    assert huge.figures()["kept_zero_ratio"] == pytest.approx(30 / 36)
+    assert huge.metrics()["kept_zero_ratio"] == pytest.approx(30 / 36)
     again = Grda(huge.setting, GrdaConfig(c=1e9))
     again.load_state_dict(huge.state_dict())
     assert again.warnings() == [warning]

@@ -196,7 +196,7 @@ def test_gsm_lets_passive_channels_decay_by_formula_and_trains_the_others(monkey
     assert torch.equal(module.conv.weight[0], at_choice["conv.weight"][0])  # its own decay is the optimiser's: 0 here
     assert not torch.allclose(module.conv.weight[1], at_choice["conv.weight"][1])
     assert [is_final for *_, is_final in chosen.calls] == [False] * 4 + [True]
-    assert method.figures()["left_ratio"] < 1e-4
+    assert method.metrics()["left_ratio"] < 1e-4
 
 
 def test_gsm_scores_are_a_moving_average_of_absolute_derivatives():
@@ -219,7 +219,7 @@ def test_gsm_counts_channels_that_come_back():
     method = Gsm(setting(module, Chosen({"conv": (0,)}, {"conv": (1,)}), rates), GsmConfig(interval=25))
     train(module, method, rates)
     assert method.removed == {"conv": (1,)}
-    assert method.figures()["reactivated"] == 1
+    assert method.metrics()["reactivated"] == 1
 
 
 # greg
@@ -272,7 +272,7 @@ def test_a_ceiling_is_that_of_the_paper_unless_the_run_is_too_short_for_it(metho
     module, method = begun(0.01)
     assert method.ceiling > 1.0
     train(module, method, [0.01] * 200)
-    assert method.figures()["left_ratio"] < 0.1
+    assert method.metrics()["left_ratio"] < 0.1
 
 
 # increg
@@ -386,7 +386,7 @@ def test_csgd_draws_channels_together_while_training():
     train(module, method, rates)
     before = module(nets.images())
     method.finish()
-    assert method.figures()["left_ratio"] < 0.01
+    assert method.metrics()["left_ratio"] < 0.01
     slim = cut_copy(module, method.removed, nets.EXAMPLE)
     assert len(method.removed["body.1.0"]) == 8
     assert torch.allclose(slim(nets.images()), before, atol=0.01 * before.abs().max().item())
@@ -486,7 +486,7 @@ def test_the_multiplier_of_the_budget_is_never_negative():
         method.on_gradients(step)
         found.append(method.multiplier)
     assert found == pytest.approx([0.0, 0.0, 0.2, 0.7, 0.7, 0.2])
-    assert method.figures()["multiplier"] == found[-1]
+    assert method.metrics()["multiplier"] == found[-1]
 
 
 def test_gates_are_pushed_to_close_only_above_the_budget():

@@ -91,8 +91,8 @@ def test_what_comes_back_has_its_rows_columns_and_norm_again_and_no_momentum():
         rows = momentum.transpose(0, 1) if number == 2 else momentum
         assert rows[gone].abs().max() == 0
         assert rows[kept].abs().max() > 0
-    assert method.figures()["returned_channels"] == 4
-    assert 0.75 <= method.figures()["returned_kept_ratio"] <= 1
+    assert method.metrics()["returned_channels"] == 4
+    assert 0.75 <= method.metrics()["returned_kept_ratio"] <= 1
 
 
 def test_masked_channels_keep_their_scores():

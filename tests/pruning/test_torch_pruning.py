@@ -26,7 +26,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.engine.keys import build_steps
 from compress.errors import CompressError, DataError, ModelError, NonFinite, UnsupportedLayer
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.pruning.criteria import torch_pruning as adapter
 from compress.pruning.criteria.parameter_gradients import ParameterGradients, collect_parameter_gradients
@@ -387,7 +387,7 @@ def test_the_page_names_every_measure_and_setting():
 
 def _model(tmp_path, name: str = "residual") -> TorchModel:
     module = nets.build(name)
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": name})
     signature = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
     baseline = Baseline(figures, tmp_path / "baseline.onnx", tmp_path / "baseline.safetensors")

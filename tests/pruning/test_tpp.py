@@ -92,7 +92,7 @@ def test_what_goes_is_decorrelated_more_than_by_the_penalty_alone():
 
     (method, with_term), (_, without) = trained(2.0), trained(0.0)
     assert with_term < 0.7 * without
-    figures = method.figures()
+    figures = method.metrics()
     assert 0 < figures["cross_gram_after"] < figures["cross_gram_before"]
 
 
@@ -112,7 +112,7 @@ def test_layers_without_a_norm_are_taken_as_they_are():
     method = Tpp(setting(module, Chosen({"conv": (1,)}), rates))
     assert [kernel.rows.parameter is module.conv.weight for kernel in method._kernels["conv"]] == [True]
     train(module, method, rates)
-    assert method.figures()["cross_gram_after"] < 0.05 * method.figures()["cross_gram_before"]
+    assert method.metrics()["cross_gram_after"] < 0.05 * method.metrics()["cross_gram_before"]
 
 
 def test_a_run_too_short_for_its_penalty_is_refused():

@@ -20,7 +20,7 @@ from report_samples import (
 )
 
 from compress.errors import ArtifactError, InternalError
-from compress.model.artifacts import Figures, Verdict
+from compress.model.artifacts import ModelMetrics, Verdict
 from compress.report import provenance as environment
 from compress.report.build import StageRun, build_report, write_report
 from compress.report.provenance import describe_environment
@@ -74,7 +74,7 @@ def test_networks_that_were_not_measured_are_null() -> None:
 
 
 def test_numbers_without_a_json_spelling_become_null_and_are_told() -> None:
-    slim = Figures(1, 1, 1, {"top1": math.nan}, {"p50": math.inf, "p95": 1.0})
+    slim = ModelMetrics(1, 1, 1, {"top1": math.nan}, {"p50": math.inf, "p95": 1.0})
     verdict = Verdict(
         (check("parity", "fail", math.nan, 1e-3, "", "Off."),), (), slim, BASELINE, {"a": [1.0, -math.inf]}
     )

@@ -100,7 +100,7 @@ def test_steps_of_slim_and_trainings_of_methods_are_parts() -> None:
     assert isinstance(low_rank, LowRankRecord)
     assert low_rank.method is not None
     assert low_rank.method.cut_quality == Change(before=0.9, after=0.8)
-    assert low_rank.method.figures == {"x_before": 1.0}, "names of a method's own are left as they are"
+    assert low_rank.method.metrics == {"x_before": 1.0}, "names of a method's own are left as they are"
 
 
 def test_the_least_report_is_read_and_shown() -> None:

@@ -134,7 +134,7 @@ def test_training_that_made_the_network_worse_is_warned_about_with_both_figures(
     asked = []
 
     def compare(before, after, task):
-        asked.append([task.figures(facts)["top1"] for facts in (before, after)])
+        asked.append([task.aggregate(facts)["top1"] for facts in (before, after)])
         return is_worse
 
     monkeypatch.setattr(hooked, "is_quality_worse", compare)

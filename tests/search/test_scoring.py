@@ -23,7 +23,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.errors import ConfigValueError, DataError
-from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe
 from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1
@@ -58,7 +58,7 @@ def _model(name: str, folder, module: nn.Module | None = None) -> TorchModel:
     path = folder / "baseline.onnx"
     shutil.copy(exported(name), path)
     module = nets.build(name) if module is None else module
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     baseline = Baseline(figures, path, folder / "baseline.safetensors")
     spec = FactorySpec("factory", "nets:build", {"name": name})
     return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]

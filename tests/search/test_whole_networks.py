@@ -23,7 +23,7 @@ from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable
-from compress.model.artifacts import Baseline, Figures, TorchModel
+from compress.model.artifacts import Baseline, ModelMetrics, TorchModel
 from compress.model.recipe import RemoveBlock
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.trial import find_cuttable
@@ -177,14 +177,14 @@ def test_a_removed_block_costs_nothing(tmp_path: Path, unit: str, residual: str)
     every, _ = find_cuttable(model.module, nets.EXAMPLE)
     groups = {name: group for name, group in every.items() if residual == "cut" or not group.is_summed}
     levels = dict.fromkeys(groups, (4, 16))
-    targets = Targets(TargetConfig(macs=0.5), model.baseline.figures, model.module, nets.EXAMPLE, groups, 0)
+    targets = Targets(TargetConfig(macs=0.5), model.baseline.metrics, model.module, nets.EXAMPLE, groups, 0)
     table = targets._table(unit, levels, BLOCKS)
     for removed in ((), ("body.1",), ("body.2",), ("body.1", "body.2")):
         short = without_blocks(model, removed)
         found, _ = find_cuttable(short.module, nets.EXAMPLE)
         left = {name: groups[before] for name, (before, _) in places_in_whole(found, every).items() if before in groups}
         there = {name: group for name, group in found.items() if name in left}
-        other = Targets(TargetConfig(macs=0.5), model.baseline.figures, short.module, nets.EXAMPLE, there, 0)
+        other = Targets(TargetConfig(macs=0.5), model.baseline.metrics, short.module, nets.EXAMPLE, there, 0)
         for width in (4, 16):
             choice = {name: levels[name].index(width if name in there else 16) for name in groups}
             choice |= {decision: int(block not in removed) for block, decision in BLOCKS.items()}
@@ -203,7 +203,7 @@ def timed(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     def call(folder: str = "stage", **config: Any) -> Any:
         path, module = tmp_path / "baseline.onnx", nets.build("residual")
         shutil.copy(exported("residual"), path)
-        figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+        figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
         model = artifact("residual", tmp_path)
         model = TorchModel(
             model.module, model.factory, model.recipe, model.signature, None, (), Baseline(figures, path, path)

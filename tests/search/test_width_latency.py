@@ -35,7 +35,7 @@ from compress.errors import (
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.lowrank.layers import find_layers
-from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.counting import rows_of
 from compress.progress import SilentProgress
@@ -92,7 +92,7 @@ def _model(name: str, tmp_path) -> TorchModel:
     path = tmp_path / "baseline.onnx"
     shutil.copy(exported(name), path)
     module = nets.build(name)
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": name})
     baseline = Baseline(figures, path, tmp_path / "baseline.safetensors")
     return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
@@ -464,7 +464,7 @@ def test_a_concat_network_meets_its_target_as_predicted(ctx, tmp_path, monkeypat
     path = tmp_path / "baseline.onnx"
     module = _Branches().eval()
     export_onnx(module, SIGNATURE, path, ExportSettings(opset=18))
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": "branches"})
     model = TorchModel(module, spec, Recipe(), SIGNATURE, None, (), Baseline(figures, path, tmp_path))  # type: ignore[arg-type]
     groups, _ = find_cuttable(module, nets.EXAMPLE)

@@ -24,7 +24,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import NonFinite
-from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe
 from compress.progress import SilentProgress
 from compress.search import training
@@ -170,7 +170,7 @@ def run(tmp_path: Path):
     data = Splits(
         DataConfig(train=source, evaluation=source, calibration=16, validation=16, preprocessing=preprocessing)
     )
-    baseline = Baseline(Figures(1, 1, 1, {}, {}), tmp_path / "b.onnx", tmp_path / "b.safetensors")
+    baseline = Baseline(ModelMetrics(1, 1, 1, {}, {}), tmp_path / "b.onnx", tmp_path / "b.safetensors")
     spec = FactorySpec("factory", "nets:build", {"name": "chain"})
 
     def call(module=None, **config):

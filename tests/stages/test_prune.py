@@ -25,7 +25,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
@@ -60,7 +60,7 @@ def data(tmp_path_factory):
 
 
 def _artifact(module: nn.Module, tmp_path, name: str = "chain") -> TorchModel:
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
     baseline = Baseline(figures, tmp_path / "baseline.onnx", tmp_path / "baseline.safetensors")
     spec = FactorySpec("factory", "nets:build", {"name": name})
     return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
@@ -333,7 +333,7 @@ def test_blocks_are_removed_and_the_rest_is_cut(prune, repair):
 def test_between_one_block_and_the_next_a_refit_that_helps_is_enough(data, tmp_path, monkeypatch, losses, tried):
     every = ("least_squares", "bias_folding", "batch_norm")
     network = nets.build("residual")
-    figures = Figures(count_macs(network, nets.EXAMPLE), count_params(network), 0, {}, {})
+    figures = ModelMetrics(count_macs(network, nets.EXAMPLE), count_params(network), 0, {}, {})
     baseline = Baseline(figures, tmp_path, tmp_path)
     model = TorchModel(network, FactorySpec("factory", "nets:build"), Recipe(), SIGNATURE, None, (), baseline)
     networks = shorten(model, 16, every, StageContext(tmp_path, 0, data, _Listener()))

@@ -20,7 +20,7 @@ from compress.cost.macs import count_layer_weights, count_macs, count_params
 from compress.errors import ArtifactError, DataError
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
-from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, OnnxModel, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.io import is_quantized, load_onnx, save_onnx
 from compress.report.build import StageRun, build_report
@@ -48,7 +48,7 @@ def whole(tmp_path_factory, data):
     preprocessing = data.preprocessing
     export_onnx(module, SIGNATURE, folder / "model.onnx", ExportSettings(opset=18), preprocessing=preprocessing)
     write_weights(module, folder / "baseline.safetensors")
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), 1, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 1, {}, {})
     baseline = Baseline(figures, folder / "model.onnx", folder / "baseline.safetensors")
     factory = FactorySpec("factory", f"{nets.__file__}:build", {"name": "residual"})
     model = TorchModel(module, factory, Recipe(), SIGNATURE, preprocessing, (), baseline)
@@ -147,7 +147,7 @@ def verify(artifact, data, **changes):
         "opset": 18,
         "reference": artifact.reference.module,
         "baseline_onnx": artifact.reference.baseline.onnx_path,
-        "baseline_figures": artifact.reference.baseline.figures,
+        "baseline_metrics": artifact.reference.baseline.metrics,
         "float_onnx": artifact.float_path,
     }
     return verify_onnx(VerificationJob(artifact.path, **(arguments | changes)))
@@ -184,7 +184,7 @@ def test_shares_of_the_drop_say_who_lost_what(done, data):
     assert quantize["points"] == pytest.approx(100 * (quantize["top1_after"] - quantize["top1_before"]))
     whole = replace(artifact, path=artifact.float_path, float_path=None)
     assert [share["stage"] for share in verify(whole, data).details["shares"]] == ["slimming"]
-    alone = verify(whole, data, baseline_onnx=None, baseline_figures=None, gates=Gates())
+    alone = verify(whole, data, baseline_onnx=None, baseline_metrics=None, gates=Gates())
     assert alone.details["shares"] == []
 
 

@@ -44,7 +44,7 @@ from compress.lowrank.factorize import (
 from compress.lowrank.layers import find_layers, layer_spectra
 from compress.lowrank.ranks import Cost, LayerSpectra, RankChoice, SchemeSpectra
 from compress.lowrank.surgery import apply_factorize, replace_structure
-from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.pruning.trial import find_cuttable
@@ -416,7 +416,7 @@ def ctx(data, tmp_path):
 def _model(name, folder):
     path, module = folder / "baseline.onnx", nets.build(name)
     shutil.copy(exported(name), path)
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": name})
     baseline = Baseline(figures, path, folder / "baseline.safetensors")
     return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.errors import ArtifactError, NonFinite, StageError
-from compress.model.artifacts import Baseline, FactorySpec, Figures, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.report.records import TrainingRecord
 from compress.report.stage_facts import list_rewinding
@@ -87,7 +87,9 @@ def test_a_checkpoint_of_another_network_is_refused_with_layer_and_shapes(early)
         rewound(spec("depthwise"), Recipe(), SIGNATURE, path)
     assert caught.value.exit_code == 4
     assert caught.value.message.startswith(f"Checkpoint '{path}' of rewind_to must fit the network exactly")
-    assert caught.value.hint == "A checkpoint to rewind to is of the whole network, as load builds it, before any cut."
+    assert (
+        caught.value.hint == "A checkpoint to rewind to is of the complete network, as load builds it, before any cut."
+    )
     with pytest.raises(NonFinite):
         rewound(spec("chain"), Recipe(), SIGNATURE, early("chain", **{"head.bias": torch.full((4,), torch.nan)}))
     with pytest.raises(ArtifactError, match="does not exist"):
@@ -165,7 +167,7 @@ def run(tmp_path: Path):
     save_file(nets.build("chain").state_dict(), weights)
     recipe = Recipe((RemoveChannels({"body.0.0": (1, 3, 4, 5)}),))
     slim = apply_edits(nets.build("chain"), recipe, nets.EXAMPLE)
-    baseline = Baseline(Figures(10**5, 1, 1, {}, {}), tmp_path / "b.onnx", weights)
+    baseline = Baseline(ModelMetrics(10**5, 1, 1, {}, {}), tmp_path / "b.onnx", weights)
     artifact = TorchModel(slim, spec("chain"), recipe, SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
 
     def call(**config):

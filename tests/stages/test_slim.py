@@ -26,7 +26,7 @@ from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, UnsupportedLayer
-from compress.model.artifacts import Baseline, FactorySpec, Figures, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
 from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity
@@ -79,7 +79,7 @@ def _model(name: str, folder) -> TorchModel:
     path, module = folder / "baseline.onnx", nets.build(name)
     shutil.copy(exported(name), path)
     write_weights(module, folder / "baseline.safetensors")
-    figures = Figures(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
+    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
     spec = FactorySpec("factory", "nets:build", {"name": name})
     baseline = Baseline(figures, path, folder / "baseline.safetensors")
     return TorchModel(module, spec, Recipe(), SIGNATURE, PREPROCESSING, (), baseline)
@@ -311,7 +311,7 @@ def test_a_run_that_was_killed_does_nothing_twice_and_ends_like_an_undisturbed_o
         for epoch in one["steps"][0]["training"]["epochs"]:
             del epoch["images_per_second"]
     assert again == record
-    assert slim.baseline.figures == expected.baseline.figures
+    assert slim.baseline.metrics == expected.baseline.metrics
     _hold_replay(slim, "residual")
 
 
@@ -391,7 +391,7 @@ def test_steps_that_are_met_already_are_passed_over(run, tmp_path, data):
     config = PruneConfig(stage="prune", target=TargetConfig(macs=0.6), multiple_of=1)
     pruned, _ = PruneStage(config).run(model, StageContext(tmp_path, 0, data, _Listener()))
     slim, record = run(pruned, target=TargetConfig(macs=0.5), steps=2, between=BETWEEN)
-    assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * model.baseline.figures.macs
+    assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * model.baseline.metrics.macs
     assert record["macs_before"] == count_macs(pruned.module, nets.EXAMPLE)
 
 

@@ -37,19 +37,19 @@ def test_miou_is_the_mean_over_classes_and_leaves_out_what_is_ignored():
     there = np.array([[[0, 0, 1, 1], [2, 2, 255, 255]]])
     said = np.array([[[0, 1, 1, 1], [2, 0, 0, 1]]])
     task = Segmentation()
-    figures = task.figures(task.facts(_one_hot(said, 3), there))
+    figures = task.aggregate(task.facts(_one_hot(said, 3), there))
     assert figures["miou"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
     assert figures["pixel_accuracy"] == pytest.approx(4 / 6)
     without_ones = Segmentation(ignore_index=1)
     facts = without_ones.facts(_one_hot(said, 3)[:, :, :1], there[:, :1])
-    assert without_ones.figures(facts)["miou"] == pytest.approx((1 / 2 + 0) / 2)
+    assert without_ones.aggregate(facts)["miou"] == pytest.approx((1 / 2 + 0) / 2)
 
 
 def test_miou_of_all_images_is_no_mean_over_images():
     there = np.array([[[0, 0]], [[0, 1]]])
     said = np.array([[[0, 0]], [[0, 0]]])
     task = Segmentation()
-    figures = task.figures(task.facts(_one_hot(said, 2), there))
+    figures = task.aggregate(task.facts(_one_hot(said, 2), there))
     assert figures["miou"] == pytest.approx((3 / 4 + 0) / 2)
 
 
@@ -66,9 +66,9 @@ def test_images_with_nothing_to_be_found_have_no_figure_and_do_not_pass_for_equa
         (pixels, pixels.facts(np.zeros((2, 2, 3, 3), np.float32), masks)),
         (boxes, {"found": found, "there": there}),
     ):
-        with pytest.raises(NonFinite, match=f"Figure '{task.metric}' .* got nan") as raised:
+        with pytest.raises(NonFinite, match=f"Metric '{task.metric}' .* got nan") as raised:
             _ = Measured(task, facts).value
-        assert "nothing to be found" in raised.value.hint
+        assert "without anything to find" in raised.value.hint
 
 
 def test_pixels_that_are_ignored_teach_nothing():
@@ -99,7 +99,7 @@ def test_a_network_that_does_not_segment_is_refused(outputs, targets, error, mat
 def test_regression_takes_a_column_for_numbers():
     task = Regression()
     facts = task.facts(np.array([[1.0], [3.0]]), np.array([0.0, 3.0]))
-    assert task.figures(facts) == {"rmse": pytest.approx(0.5**0.5), "mae": 0.5}
+    assert task.aggregate(facts) == {"rmse": pytest.approx(0.5**0.5), "mae": 0.5}
     with pytest.raises(ModelError, match="as there are targets, 3 an image, got 2"):
         task.check(np.zeros((2, 2)), np.zeros((2, 3)))
 
@@ -166,7 +166,7 @@ def test_a_task_that_does_not_measure_its_metric_is_refused():
 
     task = Forgetful()
     with pytest.raises(ModelError, match="must measure its metric 'wanted', its metrics are other"):
-        task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
+        task.aggregate(task.facts(np.zeros((2, 1)), np.zeros(2)))
 
 
 def test_methods_of_a_users_own_task_know_the_size_of_images(tmp_path):
@@ -178,9 +178,9 @@ def test_methods_of_a_users_own_task_know_the_size_of_images(tmp_path):
         "    def metrics(self, outputs, targets): return {'height': self.height / (len(targets) - 1)}\n"
     )
     task = own_task(f"{file}:Mine", {}).sized(8, 6).sized(8, 9)
-    assert task.figures(task.facts(np.zeros((2, 1)), np.zeros(2))) == {"height": 8}
+    assert task.aggregate(task.facts(np.zeros((2, 1)), np.zeros(2))) == {"height": 8}
     with pytest.raises(ModelError, match=r"Method 'metrics' of task .*got ZeroDivisionError"):
-        task.figures(task.facts(np.zeros((1, 1)), np.zeros(1)))
+        task.aggregate(task.facts(np.zeros((1, 1)), np.zeros(1)))
 
 
 def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path):
@@ -195,12 +195,12 @@ def test_errors_of_a_users_own_methods_are_shown_with_ours_around_them(tmp_path)
     task = own_task(f"{file}:Mine", {})
     facts = task.facts(np.zeros((2, 1)), np.zeros(2))
     with pytest.raises(ModelError, match=r"Method 'metrics' of task .*got ZeroDivisionError: division by zero"):
-        task.figures(facts)
+        task.aggregate(facts)
     with pytest.raises(ModelError, match=r"Method 'loss' of task .*got AttributeError: .*'nothing'"):
         task.image_losses(torch.zeros(2, 1), torch.zeros(2))
     with pytest.raises(ModelError, match="must be a mapping, got list"):
-        own_task(f"{file}:List", {}).figures(facts)
-    with pytest.raises(NonFinite, match="Figure 'a' of the task must be a finite number, got nan"):
+        own_task(f"{file}:List", {}).aggregate(facts)
+    with pytest.raises(NonFinite, match="Metric 'a' of the task must be a finite number, got nan"):
         _ = Measured(own_task(f"{file}:Nan", {}), facts).value
 
 
@@ -217,7 +217,7 @@ def test_a_users_task_is_guarded_in_a_subclass_and_left_as_it_is(tmp_path, monke
     for task in tasks:
         assert type(task).__bases__ == (module.Mine,)
         with pytest.raises(ModelError, match="Method 'metrics' of task 'my_task_of_one_object:make'"):
-            task.figures(task.facts(np.zeros((2, 1)), np.zeros(2)))
+            task.aggregate(task.facts(np.zeros((2, 1)), np.zeros(2)))
 
 
 class _WithAuxiliary(nn.Module):
@@ -381,7 +381,7 @@ def test_without_labels_a_users_own_distance_is_what_is_learned_and_measured(tmp
     imitation = Imitation(own_task(f"{file}:Mine", {}))
     facts = imitation.facts(outputs, wanted)
     assert facts["distance"].tolist() == [1.0, 5.0, 9.0]
-    assert imitation.figures(facts)["distance"] == 5.0
+    assert imitation.aggregate(facts)["distance"] == 5.0
     losses = imitation.image_losses(torch.from_numpy(outputs), torch.from_numpy(wanted))
     assert losses.tolist() == [1.0, 5.0, 9.0]
 
@@ -392,4 +392,17 @@ def test_without_labels_a_users_task_that_says_no_distance_is_measured_by_all_ou
     outputs, wanted = np.array([[3.0, 0.0]]), np.array([[0.0, 4.0]])
     for task in (own_task(f"{file}:Mine", {}), Task()):
         imitation = Imitation(task)
-        assert imitation.figures(imitation.facts(outputs, wanted))["distance"] == pytest.approx(5 / 4)
+        assert imitation.aggregate(imitation.facts(outputs, wanted))["distance"] == pytest.approx(5 / 4)
+
+
+def test_a_task_of_an_earlier_revision_is_aggregated_by_its_figures(tmp_path):
+    file = tmp_path / "my_task.py"
+    file.write_text(
+        "import compress\nclass Mine(compress.Task):\n    metric = 'a'\n"
+        "    def facts(self, outputs, targets): return {'n': targets}\n"
+        "    def figures(self, facts): return {'a': float(facts['n'].sum())}\n"
+        "class Newer(Mine):\n    def aggregate(self, facts): return {'a': -1.0}\n"
+    )
+    targets = np.arange(4)
+    assert own_task(f"{file}:Mine", {}).aggregate({"n": targets}) == {"a": 6.0}
+    assert own_task(f"{file}:Newer", {}).aggregate({"n": targets}) == {"a": -1.0}

@@ -106,7 +106,7 @@ def _context(progress: SilentProgress) -> SimpleNamespace:
 
 
 def test_records_hold_values_or_one_reason() -> None:
-    artifact = SimpleNamespace(baseline=SimpleNamespace(figures=SimpleNamespace(macs=100)))
+    artifact = SimpleNamespace(baseline=SimpleNamespace(metrics=SimpleNamespace(macs=100)))
     networks = {"before": lambda: linear(torch.tensor([1.0, 3.0])), "after": None}
     record = measure_isometry(artifact, networks, _context(SilentProgress()))  # type: ignore[arg-type]
     assert record == {"before": pytest.approx(2, rel=1e-5), "after": None, "images": 6, "directions": 16}
@@ -119,7 +119,7 @@ def test_records_hold_values_or_one_reason() -> None:
     assert next(list_isometry(Isometry.model_validate(none), labels))[1].startswith(
         "not measured: there is no derivative"
     )
-    artifact.baseline.figures.macs = 10**12
+    artifact.baseline.metrics.macs = 10**12
     assert "would take too long" in measure_isometry(artifact, networks, _context(SilentProgress()))["skipped"]  # type: ignore[arg-type]
     assert list(list_isometry(Isometry(), labels)) == []
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
-from compress.model.artifacts import Figures
+from compress.model.artifacts import ModelMetrics
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.verification.gates import Gates
 from compress.verification.job import VerificationJob
@@ -58,7 +58,7 @@ def verify(path, split=SPLIT, **changes):
         "opset": 18,
         "reference": nets.build("chain"),
         "baseline_onnx": exported("chain"),
-        "baseline_figures": Figures(276544, 3820, 1, {"top1": 0.9}, {}),
+        "baseline_metrics": ModelMetrics(276544, 3820, 1, {"top1": 0.9}, {}),
     }
     return verify_onnx(VerificationJob(path, **(arguments | changes)))
 
@@ -260,8 +260,8 @@ def a_pipe(data):
     [
         (a_missing_file, "its weights in 'external.onnx.data' are missing"),
         (half_a_file, r"its weights in 'external.onnx.data' must be [\d,]+ bytes, it has 1,000"),
-        (a_folder, "its weights in 'external.onnx.data' must be a file, it is none"),
-        (a_pipe, "its weights in 'external.onnx.data' must be a file, it is none"),
+        (a_folder, "its weights in 'external.onnx.data' must be a file"),
+        (a_pipe, "its weights in 'external.onnx.data' must be a file"),
     ],
 )
 def test_missing_weights_and_half_a_file_are_found(tmp_path, damage, said):
@@ -317,5 +317,5 @@ def test_a_file_that_gives_nan_where_it_is_bright_fails_robustness_alone(tmp_pat
 
 
 def test_shifted_labels_fail_without_a_recorded_baseline_too():
-    verdict = verify(exported("chain"), make_split(shift=1), baseline_figures=None)
+    verdict = verify(exported("chain"), make_split(shift=1), baseline_metrics=None)
     assert failing(verdict) == {"min.top1"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from compress.model.artifacts import Figures
+from compress.model.artifacts import ModelMetrics
 from compress.tasks.base import Task
 from compress.verification.gates import Gates
 from compress.verification.latency import LatencyRatio, LatencySample
@@ -211,7 +211,7 @@ class Heights(Task):
     metric = "mean"
     resamples = 50
 
-    def figures(self, facts):
+    def aggregate(self, facts):
         return {"mean": float(np.mean(facts["height"])), "most": float(np.max(facts["height"]))}
 
 
@@ -253,7 +253,7 @@ def test_limits_are_kept_when_they_are_met_to_the_last_digit(kind, value, limit,
 
 def test_the_share_of_a_latency_is_the_ratio_that_was_measured():
     """Not the quotient of two medians, which were of different moments."""
-    slim, baseline = (Figures(1, 1, 1, {}, {"p50": ms, "p95": 2 * ms}) for ms in (1.0, 2.0))
+    slim, baseline = (ModelMetrics(1, 1, 1, {}, {"p50": ms, "p95": 2 * ms}) for ms in (1.0, 2.0))
     ratio = LatencyRatio(0.48, 0.47, 0.49, 0.004, 6, LatencyRatio(1.001, 0.998, 1.004, 0.001))
     gates = Gates(max_ratio={"p50": 0.485, "p95": 0.485}, judge_by="bound")
     half, slow = gates.check_ratios(slim, baseline, None, ratio)

@@ -199,7 +199,7 @@ def test_latency_refuses_to_measure_nothing():
 def test_p95_needs_twenty_calls():
     sample = LatencySample(tuple(float(value) for value in range(1, 101)))
     wanted = {"p50": 50.5, "p90": 90.1, "p95": 95.05, "p99": 99.01}
-    assert sample.to_figures() == {name: pytest.approx(value) for name, value in wanted.items()}
+    assert sample.to_metrics() == {name: pytest.approx(value) for name, value in wanted.items()}
     for count, names in (
         (9, {"p50"}),
         (10, {"p50", "p90"}),
@@ -207,12 +207,12 @@ def test_p95_needs_twenty_calls():
         (99, {"p50", "p90", "p95"}),
         (100, {"p50", "p90", "p95", "p99"}),
     ):
-        assert set(LatencySample((1.0,) * count).to_figures()) == names
+        assert set(LatencySample((1.0,) * count).to_metrics()) == names
 
 
 def test_p50_is_the_median_of_the_sittings():
     sample = LatencySample((1.0, 1.0, 1.0, 2.0, 5.0), (1.0, 2.0, 5.0))
-    assert sample.p50 == sample.to_figures()["p50"] == 2.0
+    assert sample.p50 == sample.to_metrics()["p50"] == 2.0
 
 
 def test_the_interval_of_a_median_holds_it_about_as_often_as_it_says():

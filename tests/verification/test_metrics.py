@@ -1,4 +1,4 @@
-"""Figures about predictions are those of small cases counted by hand, and intervals hold what they promise."""
+"""ModelMetrics about predictions are those of small cases counted by hand, and intervals hold what they promise."""
 
 import numpy as np
 import pytest

@@ -16,7 +16,7 @@ def measured(values, resamples=50, higher_is_better=True):
     """A task whose metrics are the mean of its facts, and their number."""
     metric = Metric("mean", higher_is_better)
     task = SimpleNamespace(
-        figures=lambda facts: {"mean": float(facts["v"].mean()), "count": float(len(facts["v"]))},
+        aggregate=lambda facts: {"mean": float(facts["v"].mean()), "count": float(len(facts["v"]))},
         resamples=resamples,
         metric="mean",
         main=metric,
@@ -69,7 +69,7 @@ def test_the_loss_is_the_change_for_the_worse():
 
 def test_a_metric_that_is_no_finite_number_is_an_error():
     with pytest.raises(NonFinite):
-        _ = measured([1.0, np.nan]).figures
+        _ = measured([1.0, np.nan]).metrics
 
 
 def test_networks_that_are_right_on_the_same_images_are_not_told_apart():

@@ -25,7 +25,7 @@ from compress.errors import (
     NonFinite,
     RuntimeUnavailable,
 )
-from compress.model.artifacts import Baseline, FactorySpec, Figures, OnnxModel, Signature, TensorSpec, TorchModel
+from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, OnnxModel, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.progress import SilentProgress
@@ -337,7 +337,7 @@ RATIO = LatencyRatio(1 / 1.5, 1 / 1.55, 1 / 1.45, 0.01)
     ],
 )
 def test_each_gate_of_speed_and_size_holds_its_own_figure_to_its_limit(gates, status, value):
-    size = gates.check_size(Figures(30, 20, 2_000_000, {}, {}))
+    size = gates.check_size(ModelMetrics(30, 20, 2_000_000, {}, {}))
     (check,) = gates.check_speed(SAMPLE, RATIO, "onnxruntime, 1 thread") + size
     assert (check.name,) == gates.asked
     assert (check.status, check.value) == (status, pytest.approx(value))
@@ -356,7 +356,7 @@ def test_gates_that_cannot_be_measured_are_skipped():
     assert [check.status for check in gates.check_speed(SAMPLE, None, "")] == ["skipped", "pass"]
     assert gates.check_speed(SAMPLE, None, "")[0].detail == "no baseline file to time"
     assert [check.status for check in gates.check_speed(None, None, "")] == ["skipped", "skipped"]
-    (check,) = Gates(max_macs=5).check_size(Figures(0, 0, 9, {}, {}))
+    (check,) = Gates(max_macs=5).check_size(ModelMetrics(0, 0, 9, {}, {}))
     assert (check.status, check.detail) == ("skipped", "it could not be counted")
 
 
@@ -370,7 +370,7 @@ def test_limits_on_slower_calls_need_enough_of_them():
 
 
 def test_shares_of_the_baseline_are_held_to_their_limits():
-    slim, baseline = Figures(30, 20, 500, {}, {"p95": 1.0}), Figures(60, 80, 1000, {}, {"p95": 4.0})
+    slim, baseline = ModelMetrics(30, 20, 500, {}, {"p95": 1.0}), ModelMetrics(60, 80, 1000, {}, {"p95": 4.0})
     resources = Resources(peak_memory_bytes={"slim": 9, "baseline": 10})
     limits = {"macs": 0.5, "params": 0.2, "size": 0.5, "p95": 0.3, "memory": 0.8, "energy": 0.9}
     found = Gates(max_ratio=limits).check_ratios(slim, baseline, resources)
@@ -468,11 +468,11 @@ def split():
 
 def test_good_file_passes_every_check(split):
     before = evaluate_quality(nets.build("residual"), split)
-    baseline = Figures(7, 8, 9, {"top1": before}, {"p50": 99.0})
+    baseline = ModelMetrics(7, 8, 9, {"top1": before}, {"p50": 99.0})
     verdict = verify(
         exported("chain"), evaluation=split, conditions=QUICK, scope=Scope(parity_samples=16),
         signature=SIGNATURE, opset=18,
-        reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_figures=baseline,
+        reference=nets.build("chain"), baseline_onnx=exported("residual"), baseline_metrics=baseline,
         gates=Gates(
             max_drop={"top1": 0.06}, maximum={"churn": 1.0}, min_speedup=0.001, max_latency_ms=1000, max_size_mb=1
         ),
@@ -720,7 +720,7 @@ def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_pat
         evaluation = split
 
     before = evaluate_quality(nets.build("residual"), split)
-    figures = Figures(2469952, 9876, 42312, {"top1": before}, {"p50": 1.0})
+    figures = ModelMetrics(2469952, 9876, 42312, {"top1": before}, {"p50": 1.0})
     torch_model = TorchModel(
         nets.build("chain"), FactorySpec("factory", "nets:chain"), Recipe(), SIGNATURE, PREPROCESSING, (),
         Baseline(figures, exported("residual"), tmp_path),

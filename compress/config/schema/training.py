@@ -1,6 +1,6 @@
 """Schema of training: `finetune`, and `training` of training-time methods."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,7 @@ from compress.config.schema.base import (
     BatchSize,
     Count,
     OptionalPath,
+    OptionalReference,
     Section,
     Share,
 )
@@ -23,6 +24,14 @@ class AugmentationConfig(Section):
     flip: bool = Field(False, description="horizontal flip of half of the images")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 is off")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 is off")
+    resized_crop: Share = Field(
+        0.0, description="least share of the area in a random crop that is resized to the full size; 0 is off"
+    )
+    policy: Literal["none", "rand_augment", "trivial_augment", "auto_augment"] = Field(
+        "none", description="random photometric and geometric operations of torchvision on images"
+    )
+    magnitude: int = Field(9, ge=0, le=30, description="strength of the operations of rand_augment")
+    erasing: Share = Field(0.0, description="probability that a random rectangle of an image is set to zeros; 0 is off")
 
 
 class DistillationConfig(Section):
@@ -139,11 +148,29 @@ class FinetuneConfig(TrainingConfig):
     rewind_epoch: float | None = Field(
         None, ge=0, description="epoch of the original training that weights or schedule are rewound to"
     )
+    own: OptionalReference = Field(
+        None,
+        description='training loop of your own: "path/to/file.py:train", called as train(model, context, **kwargs)',
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of own")
+    trained: OptionalPath = Field(
+        None,
+        description="state dict of the slim network, trained elsewhere; all other settings then have no effect",
+    )
     norms: bool = Field(
         True,
         description="true: batch norms behind the convolutions of a network without norms, for training only; they "
         "are folded afterwards",
     )
+
+    def _given(self) -> set[str]:
+        """Return the settings that differ from their defaults."""
+        fields = type(self).model_fields
+        return {
+            name
+            for name, field in fields.items()
+            if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
 
     @property
     def schedule_start(self) -> float:
@@ -158,7 +185,16 @@ class FinetuneConfig(TrainingConfig):
         return self.rewind_schedule is not None
 
     def _check_rules(self) -> None:
-        super()._check_rules()
+        if self.kwargs and self.own is None:
+            raise ValueError("kwargs must be left out without own")
+        if self.trained is not None:
+            return  # the other settings have no effect, so that --weights can be given with any pipeline
+        if self.own is not None:
+            others = sorted(self._given() - {"stage", "own", "kwargs", "weights", "rewind_to"})
+            if others:
+                raise ValueError(f"{others[0]} must be left out with own, where it has no effect")
+        else:
+            super()._check_rules()
         if self.weights == "rewound" and self.rewind_to is None:
             raise ValueError("rewind_to must name a checkpoint where weights is rewound")
         if self.weights != "rewound" and self.rewind_to is not None:

@@ -134,7 +134,7 @@ def _category(value: Any) -> int:
 
 
 def as_boxes(boxes: list[list[float]], labels: list[int]) -> Boxes:
-    """Return boxes and their labels as arrays, also where there is none."""
+    """Return boxes and their labels as arrays, empty ones for no boxes."""
     return {"boxes": np.asarray(boxes, np.float32).reshape(-1, 4), "labels": np.asarray(labels, np.int64)}
 
 

@@ -61,7 +61,7 @@ class ArraySource:
         images: (N, H, W, C) uint8.
         labels: (N,) int64.
         classes: Class names or ().
-        fit_image: Geometric preprocessing of one image; None where there is none.
+        fit_image: Geometric preprocessing of one image, or None.
     """
 
     images: np.ndarray

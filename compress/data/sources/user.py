@@ -33,20 +33,33 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         ModelError: The reference cannot be imported.
         DataError: The class raises, is empty, or returns no image.
     """
-    make = import_callable(reference, "Data set")
-    with import_path_of(reference), raise_as(DataError, f"Data set '{reference}' must open and give its first entry"):
-        dataset = make(**kwargs)
+    make, what = import_callable(reference, "Data set"), f"Data set '{reference}'"
+    with import_path_of(reference), raise_as(DataError, f"{what} must open and give its first entry"):
+        return read_dataset(make(**kwargs), what)
+
+
+def read_dataset(dataset: Any, what: str) -> AnnotatedSource:
+    """Return images and targets of a data set object, and look at its first entry.
+
+    Args:
+        dataset: With `__len__` and `__getitem__`.
+        what: Its name at the beginning of messages.
+
+    Raises:
+        DataError: It raises, is empty, or returns no image.
+    """
+    with raise_as(DataError, f"{what} must open and give its first entry"):
         count = len(dataset)
         first: Any = dataset[0] if count else None
     if count == 0:
-        raise DataError(f"Data set '{reference}' must hold at least one image, it holds none.")
+        raise DataError(f"{what} must hold at least one image, it holds none.")
     has_targets = isinstance(first, tuple | list)
 
     def entry(place: int) -> tuple[Any, Any]:
-        with raise_as(DataError, f"Data set '{reference}' must give entry {place}"):
+        with raise_as(DataError, f"{what} must give entry {place}"):
             found = dataset[place]
         if has_targets and (not isinstance(found, tuple | list) or len(found) != 2):
-            raise DataError(f"Data set '{reference}' must give (image, target), entry {place} is {_kind(found)}.")
+            raise DataError(f"{what} must give (image, target), entry {place} is {_kind(found)}.")
         return (found[0], found[1]) if has_targets else (found, None)
 
     image = first[0] if isinstance(first, tuple | list) else first
@@ -58,8 +71,8 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
         if shape is not None:
             return as_row({"x": found}, ["x"], {"x": shape})
         if list(map(len, inputs.values())) == [_IMAGE_AXES]:  # a mapping of one prepared image
-            return _one_image(found, inputs, reference)
-        return as_row(found, list(inputs), inputs) if inputs else as_image(found, reference)
+            return _one_image(found, inputs, what)
+        return as_row(found, list(inputs), inputs) if inputs else as_image(found, what)
 
     names = getattr(dataset, "classes", ())
     return AnnotatedSource(
@@ -74,14 +87,14 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
     )
 
 
-def as_image(image: Any, reference: str = "") -> np.ndarray:
+def as_image(image: Any, what: str = "The data set") -> np.ndarray:
     """Return uint8 (H, W, C), or float32 (H, W, C) of an image that is prepared already.
 
     Raises:
         DataError: It is no image.
     """
     if isinstance(image, Image.Image):
-        return to_pixels(image, image.mode in ("L", *SIXTEEN_BITS), reference)
+        return to_pixels(image, image.mode in ("L", *SIXTEEN_BITS), what)
     is_tensor = hasattr(image, "detach")
     values = np.asarray(image.detach().cpu() if is_tensor else image)
     if values.ndim == 2 and values.dtype == np.uint8:
@@ -91,8 +104,7 @@ def as_image(image: Any, reference: str = "") -> np.ndarray:
     if values.ndim == 3 and np.issubdtype(values.dtype, np.floating):
         return np.ascontiguousarray(values.transpose(1, 2, 0), dtype=np.float32)
     raise DataError(
-        f"Data set '{reference}' must give images as uint8 (H, W, C) or floating-point (C, H, W), got {values.dtype} "
-        f"{values.shape}."
+        f"{what} must give images as uint8 (H, W, C) or floating-point (C, H, W), got {values.dtype} {values.shape}."
     )
 
 
@@ -105,9 +117,9 @@ def _other_shape(sample: Any) -> tuple[int, ...] | None:
     return None if is_image else values.shape
 
 
-def _one_image(found: Any, inputs: Mapping[str, tuple[int, ...]], reference: str) -> np.ndarray:
+def _one_image(found: Any, inputs: Mapping[str, tuple[int, ...]], what: str) -> np.ndarray:
     as_row(found, list(inputs), inputs)  # checks names and shape
-    return as_image(np.asarray(next(iter(found.values())), np.float32), reference)
+    return as_image(np.asarray(next(iter(found.values())), np.float32), what)
 
 
 def as_target(target: Any) -> Any:

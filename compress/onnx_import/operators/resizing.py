@@ -104,7 +104,7 @@ def _list(op: Operation, index: int, image: Computed | None = None) -> list[floa
 
 
 def _torch_mode(asked: _Resize, rank: int) -> str | None:
-    """Return the mode of torch that means the same, None where there is none."""
+    """Return the mode of torch that means the same, or None."""
     is_whole = all(scale == int(scale) for scale in asked.scales)
     exact = all(math.isclose(b * s, a) for b, a, s in zip(asked.before, asked.after, asked.scales, strict=True))
     if rank not in _LINEAR or not exact:

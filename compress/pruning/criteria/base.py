@@ -126,7 +126,7 @@ class RanksByLoss(Criterion, Protocol):
     """A criterion with the order "loss"."""
 
     def rank_by_loss(self, group: ChannelGroup, loss_of: Callable[[Tensor], float], most: int) -> Ranking:
-        """Rank the units of a group by losses of the whole network.
+        """Rank the units of a group by losses of the complete network.
 
         Args:
             group: C channels in `parts` equal parts.

@@ -26,7 +26,7 @@ class GreedyLoss(Taylor):
 
     Source: Ye et al. 2020, "Good Subnetworks Provably Exist: Pruning via Greedy Forward Selection", ICML,
         arXiv:2003.01794; subsets as in Khanna et al. 2017, "Scalable Greedy Feature Selection via Weak Submodularity",
-        AISTATS, arXiv:1703.02723. The network around the group stays whole (the paper goes from layer to layer and
+        AISTATS, arXiv:1703.02723. The network around the group is unchanged (the paper goes from layer to layer and
         trains in between).
     """
 
@@ -38,7 +38,7 @@ class GreedyLoss(Taylor):
         self.seed = seed
 
     def rank_by_loss(self, group: ChannelGroup, loss_of: Callable[[Tensor], float], most: int) -> Ranking:
-        """Rank the units of a group by losses of the whole network.
+        """Rank the units of a group by losses of the complete network.
 
         Args:
             group: C channels in `parts` equal parts, U = C / parts.

@@ -402,7 +402,7 @@ class OwnImportance:
 
 
 def _accepted(make: Callable[..., Any]) -> str | None:
-    """Return in words the names of the keyword arguments that a class takes; None where they cannot be told."""
+    """Return in words the names of the keyword arguments that a class takes; None if they are not known."""
     try:
         names = [name for name, one in inspect.signature(make).parameters.items() if one.kind in _BY_NAME]
     except (TypeError, ValueError):  # a class without a signature
@@ -416,7 +416,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _gradients_of(name: str, kind: Gradients, stats: ParameterGradients | None) -> dict[str, Tensor] | None:
-    """Return what stands in `.grad` for an importance that needs gradients, None for others."""
+    """Return the gradient in `.grad` for an importance that needs one, None for others."""
     if kind == "none":
         return None
     if stats is None:

@@ -228,7 +228,7 @@ class Method(Hooks, Protocol):
         """Removed residual blocks."""
         ...
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return metrics of the run for the report."""
         ...
 

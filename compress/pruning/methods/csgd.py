@@ -99,13 +99,13 @@ class Csgd(TrainingMethod):
             for reader in group.readers:
                 _merge_columns(reader, clusters)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the share left of the distance of the channels to the means of their clusters."""
         return {"left_ratio": self._left / self._apart if self._apart else 0.0}
 
     def cause(self) -> str:
         """Return the likely cause of a higher loss after the cut, and the remedy."""
-        left = self.figures()["left_ratio"]
+        left = self.metrics()["left_ratio"]
         return f"Channels kept {left:.2%} of their distance from those they merge with; more steps would help."
 
     def state_dict(self) -> dict[str, Any]:

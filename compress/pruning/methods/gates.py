@@ -97,7 +97,7 @@ class Gates(TrainingMethod):
         """Remove the gates from the network."""
         self.gates.remove()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the multiplier, and the shares of channels and blocks whose gates closed by themselves."""
         gates = torch.cat([gate.detach() for gate in self.channels.values()])
         return {

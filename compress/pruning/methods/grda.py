@@ -100,8 +100,8 @@ class Grda(TrainingMethod):
             group.write(torch.maximum(factors[name] * faded, self.choice.revived[name] * (1 - left)))
             group.shortcuts.give(faded.repeat(group.parts))
 
-    def figures(self) -> dict[str, float]:
-        """Return the threshold, its last step, the share of removed channels at 0 at the choice, and what is left.
+    def metrics(self) -> dict[str, float]:
+        """Return the threshold, its last step, removed channels at 0 at the choice, and their strength now.
 
         `returned_channels` counts kept channels that were at 0 at the choice and came back: widths are multiples, and
         all groups have one threshold. `kept_zero_ratio` is the share of kept channels that were at 0 at the choice,
@@ -130,7 +130,7 @@ class Grda(TrainingMethod):
 
     def cause(self) -> str:
         """Return the effect of the threshold, and the remedy for a higher loss after the cut."""
-        left = self.figures()["left_ratio"]
+        left = self.metrics()["left_ratio"]
         if left == 0:
             return (
                 f"All removed channels are at zero, {self.choice.zero_ratio:.1%} of them were when the choice was "

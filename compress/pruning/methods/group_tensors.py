@@ -39,7 +39,7 @@ class Rows:
 
     @property
     def gradient(self) -> Tensor:
-        """(n, ...) its gradient there, a copy; zero where there is none."""
+        """(n, ...) its gradient there, a copy; zero without one."""
         gradient = self.parameter.grad
         return torch.zeros_like(self.values) if gradient is None else gradient.transpose(0, self.axis)[self.slots]
 
@@ -174,7 +174,7 @@ def rows_of(member: Member) -> list[Rows]:
 
 
 def norm_factors(gate: Member, width: int) -> Tensor:
-    """Return (width,) the scale of the batch norm at a gate over its running deviation; 1 where there is none."""
+    """Return (width,) the scale of the batch norm at a gate over its running deviation; 1 without a batch norm."""
     norm, factors = gate.module, torch.ones(width)
     if isinstance(norm, BATCH_NORMS) and isinstance(norm.weight, Tensor) and isinstance(norm.running_var, Tensor):
         deviations = (norm.running_var + norm.eps).sqrt()

@@ -95,13 +95,13 @@ class Regrow(Scored):
                 masked = rows.among(goes)
                 masked.set_values(torch.zeros_like(masked.values))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the number of channels that came back, and the share of them that is kept in the end."""
         returned = torch.cat([*self.returned.values(), torch.zeros(0, dtype=torch.bool)])
         goes = torch.cat([*(self.goes(name) for name in self.returned), torch.zeros(0, dtype=torch.bool)])
         count = int(returned.sum())
         return {
-            **super().figures(),
+            **super().metrics(),
             "returned_channels": count,
             "returned_kept_ratio": float((returned & ~goes).sum()) / max(1, count),
         }
@@ -160,7 +160,7 @@ class Regrow(Scored):
 
 
 class Snapshots:
-    """Weights of channels as they were when they were masked: filters, norms with statistics, and reader columns.
+    """Weights of channels at the time of masking: filters, norms with statistics, and reader columns.
 
     Args:
         module: The network.

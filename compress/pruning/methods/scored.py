@@ -58,7 +58,7 @@ class Scored(TrainingMethod):
         goes[list(self.chosen.get(name, ()))] = True
         return goes
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the number of reactivated channels, and the mean share of their strength left in removed channels."""
         left = [
             (tensors.strength() / self._before[name].clamp_min(1e-12))[self.goes(name)]
@@ -69,8 +69,10 @@ class Scored(TrainingMethod):
 
     def cause(self) -> str:
         """Return the likely cause of a higher loss after the cut, and the remedy."""
-        left = self.figures()["left_ratio"]
-        return f"What went had {left:.2%} of its strength left; more steps after the choice stands would help."
+        left = self.metrics()["left_ratio"]
+        return (
+            f"The removed channels had {left:.2%} of their strength left; more steps after the final choice would help."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which `load_state_dict` resumes."""

@@ -20,7 +20,7 @@ class Tpp(Greg):
 
         strength * min(penalty, 1) * s * ||M * W W'||^2,   s = N / (||W||^2 mean(a^2))
 
-    with the mask M: 1 in rows and in columns of removed filters, 0 elsewhere; s is no part of the gradient. Divided by
+    with the mask M: 1 in rows and in columns of removed filters, 0 elsewhere; s has no gradient. Divided by
     the kernels' own size, the strength depends on neither their width nor their scale. s is lowered where a step of the
     present learning rate would overshoot.
 
@@ -69,10 +69,10 @@ class Tpp(Greg):
         ]
         return math.sqrt(sum(squares))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the metrics of `Greg`, and the norm of the cross-Gram matrices at the choice and now."""
         return {
-            **super().figures(),
+            **super().metrics(),
             "cross_gram_before": self._cross_before,
             "cross_gram_after": self.cross_gram(),
         }

@@ -1,4 +1,4 @@
-"""In which order should a group's channels go, when the layers that read them are refitted afterwards?
+"""Order in which a group's channels are removed, if the layers that read them are refitted afterwards.
 
     statistics   one pass over images: for each reading layer the Gram matrix of what it reads
     elimination  take away the channel whose loss the readers, refitted, make up for best; update; repeat
@@ -81,7 +81,7 @@ def reader_statistics(
         module: The network the groups belong to.
         groups: Groups that may be cut; those that another kind of layer reads are left out.
         split: Images to look at; labels are not used.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
         is_done: Says of which groups, given together, no statistics are needed.
     """
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
@@ -107,7 +107,7 @@ def layer_statistics(
         module: The network.
         names: Module paths of convolutions and linear layers.
         split: Images to look at; labels are not used.
-        progress: Told about each batch.
+        progress: Receives progress by batch.
     """
     able = {name: layer for name in names if _is_affordable(layer := module.get_submodule(name))}
     once, norms = _called_once(module, able, split)

@@ -1,6 +1,6 @@
 """Repairs: recovery of accuracy after a cut without training.
 
-least squares   refit each layer whose inputs changed so that it gives, from what is left, what it gave before
+least squares   refit each layer whose inputs changed so that it gives, from the kept channels, its former outputs
 bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
 
 Both go through the network in the order of its calls, so that each layer makes up for what the ones before it still
@@ -73,7 +73,7 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
 
     Args:
         comparison: Convolutions without groups and linear layers in it are refitted.
-        progress: Told about each layer.
+        progress: Receives progress by layer.
 
     Returns:
         The layers that were refitted.
@@ -128,7 +128,7 @@ def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
 
     Args:
         comparison: Layers with a bias, or with a batch norm behind them, are adjusted.
-        progress: Told about each layer.
+        progress: Receives progress by layer.
 
     Returns:
         The layers that were adjusted.
@@ -167,9 +167,9 @@ class _Reader:
         name: Module path.
         layer: The layer in the cut network.
         norm: The batch norm behind it there, if any.
-        kept: (outputs,) the original's outputs that are left.
-        stretch: (outputs,) the deviation in the norm's statistics over the original's.
-        moved: (outputs,) what the mean of the norm was moved by from the original's, stretched.
+        kept: (outputs,) the baseline's outputs that are kept.
+        stretch: (outputs,) the deviation in the norm's statistics over the baseline's.
+        moved: (outputs,) shift of the norm's mean from the baseline's, stretched.
     """
 
     name: str
@@ -266,7 +266,7 @@ def _refit(
 
     Args:
         reader: The layer.
-        pairs: What it reads, and what the original's layer reads and gives, batch by batch.
+        pairs: Its input, and input and output of the baseline's layer, batch by batch.
         missing: For each batch (rows, outputs) what the sum that this layer closes lacks; None where it closes none.
         batches: Their number.
         images: In all of them.
@@ -332,7 +332,7 @@ class _Mean:
 
 @contextmanager
 def _known_means(comparison: Comparison, names: Iterable[str], batches: Iterable[Tensor]) -> Iterator[None]:
-    """Fill in the means of the original's layers that see all of the images while it lasts, each once."""
+    """Fill in the means of the baseline's layers that see all of the images while it lasts, each once."""
     means = {name: _Mean(comparison.original.get_submodule(name)) for name in names}
 
     def watch(mean: _Mean):  # type: ignore[no-untyped-def]

@@ -36,7 +36,7 @@ class Facts:
         return self._paths[-1]
 
     def match(self, one: Tensor, other: Tensor) -> None:
-        """Note that places are the same channel, wherever both belong to one."""
+        """Record that slots are the same channel, wherever both belong to one."""
         self.trace.same.extend(_pairs(one, other))
 
     def join(self, one: Tensor, other: Tensor) -> None:
@@ -47,7 +47,7 @@ class Facts:
         self.freeze(other[(one < 0) & (other >= 0)], reason)
 
     def tie(self, one: Tensor, other: Tensor) -> None:
-        """Note that places are removed together."""
+        """Record that slots are removed together."""
         self.trace.tied.extend(_pairs(one, other))
 
     def require(self, own: Tensor, source: Tensor) -> None:

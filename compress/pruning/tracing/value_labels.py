@@ -69,7 +69,7 @@ class ValueLabels:
         self._transposed[value] = weight
 
     def untransposed(self, value: Tensor) -> Tensor:
-        """Return the parameter that a value is the transpose of, the value itself where it is none."""
+        """Return the parameter that a value is the transpose of, else the value itself."""
         found: Tensor = self._transposed.get(value, value)
         return found
 

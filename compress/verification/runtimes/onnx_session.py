@@ -134,7 +134,7 @@ def _engines() -> Path:
 
 @contextlib.contextmanager
 def _quiet(onnxruntime: Any) -> Iterator[None]:
-    """Silence output, warnings and logs of ONNX Runtime while a provider fails to start; the caller reports it."""
+    """Suppress output, warnings and logs of ONNX Runtime while a provider fails to start; the caller reports it."""
     onnxruntime.set_default_logger_severity(_SILENT)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -51,6 +51,7 @@ _PLACES = {
     **dict.fromkeys(("export", "finetune", "inspect", "low_rank", "prune", "save"), "compress.api.operations"),
     **dict.fromkeys(("Run", "run", "verify"), "compress.api.verification"),
     "Task": "compress.tasks.base",
+    "load_bundle": "compress.api.operations",  # part of `load`
 }
 
 
@@ -75,9 +76,8 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
 
     path = Path(folder)
     if path.suffix == ".zip":
-        from compress.api.operations import load_bundle
-
-        return load_bundle(path)
+        network: nn.Module = __getattr__("load_bundle")(path)
+        return network
     from compress.checkpoint.layout import load_slim  # imports torch, which takes seconds
 
     return load_slim(path, factory)

@@ -4,9 +4,9 @@
 
 Damages are estimated decision by decision, and those of channels and of blocks have no common unit. Candidate networks
 say how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each decision,
-which a ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad ones. Of
-n networks each is predicted from the others. The strongest ridge whose error is within 1 + 1/sqrt(n) of the least is
-taken, and the power that is best with it.
+which a ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad
+ones. Of n networks each is predicted from the others. The strongest ridge whose error is within 1 + 1/sqrt(n) of the
+least is taken, and the power that is best with it.
 
 Source: Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML, arXiv:2201.13096, where
 sensitivities are searched at random by the loss of candidate networks. The regression is ours.

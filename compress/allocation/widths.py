@@ -1,8 +1,8 @@
 """Allocation of widths to channel groups under one or several budgets.
 
-Pure arithmetic: scores and costs in, widths out. A width's damage, unless it was measured, is the squared sum of the
-lowest scores, as many as channels go, so that a group is the dearer to narrow the more of it is gone; the knapsack
-chooses widths with the least damage in all. Floors and caps always hold, and no budget is exceeded.
+Pure arithmetic: scores and costs in, widths out. The damage of a width is measured, or else the square of the sum of
+the removed (lowest) scores. Each further channel therefore costs more than the last. The knapsack chooses widths with
+the least total damage. Floors and caps always hold, and no budget is exceeded.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Lineage of a slim network in memory: its baseline, its recipe, and how it is called.
 
-A network of the user's is copied and brought into the form that stages work with (`Network.model.module`). What is
+A network of the user's is copied and brought into the form that stages work with (`Lineage.model`). What is
 returned has the user's own `forward` and the same names of parameters. It carries its lineage as an attribute, so that
 the next call continues from there, also after the weights have changed in a training loop of the user's own.
 """

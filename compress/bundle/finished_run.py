@@ -15,7 +15,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.report.build import REPORT_SCHEMA
 from compress.report.details import Quality
 from compress.report.model import Report, read_report
-from compress.storage.digest import RecordDamaged, digest_data, digest_file, read_json, read_record
+from compress.storage.digest import RecordDamaged, digest_evaluation, digest_file, read_json, read_record
 from compress.tasks.classification import CLASSIFICATION
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
@@ -146,7 +146,7 @@ def _require_digest(file: Path, wanted: str, again: str) -> None:
 def _require_data(report: Report, data: DataConfig) -> None:
     """Refuse evaluation images that are not those of the run: the samples would be of something else."""
     wanted = None if report.provenance is None else report.provenance.data.evaluation
-    found = digest_data(data.evaluation.model_dump(mode="json"))
+    found = digest_evaluation(data.model_dump(mode="json"))
     if found != wanted:
         raise ArtifactError(
             "The evaluation images must be those that the run was verified on, they have changed since.",

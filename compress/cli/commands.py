@@ -210,22 +210,41 @@ def validate(
     pipelines: Annotated[list[Path], typer.Argument(metavar="PIPELINE...", help="Pipeline files (YAML).")],
     overrides: Overrides = None,
     seed: Seed = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Open data, weights, network and runtimes as well, and run two images.")
+    ] = False,
 ) -> None:
     """Check pipeline files without running anything."""
     from compress.config.load import load_pipeline
 
-    console = Console()
-    failed = False
+    console, codes = Console(), [0]
     for path in pipelines:
         try:
             loaded = load_pipeline(path, overrides or (), seed)
         except ConfigError as error:
             console.print_error(error)
-            failed = True
+            codes.append(error.exit_code)
         else:
-            console.say(f"{path}: valid, {' -> '.join(stage.stage for stage in loaded.config.stages)}.")
-    if failed:
-        raise typer.Exit(ConfigError.exit_code)
+            code = _validate_deeply(loaded, console) if deep else 0
+            codes.append(code)
+            if code == 0:
+                console.say(f"{path}: valid, {' -> '.join(stage.stage for stage in loaded.config.stages)}.")
+    if code := max(codes, key=bool):
+        raise typer.Exit(code)
+
+
+def _validate_deeply(loaded: "Pipeline", console: Console) -> int:
+    """Print every problem that can be found before a run; return the exit code of the first error, or 0."""
+    from compress.engine.preflight import find_problems
+
+    findings = find_problems(loaded, console)
+    for one in findings:
+        text = f"{loaded.path}: {one.section}: {one.text}" + (f"\nHint: {one.hint}" if one.hint else "")
+        if one.kind == "warning":
+            console.warn(text)
+        else:
+            console.print_failure(text)
+    return next((one.exit_code for one in findings if one.kind == "error"), 0)
 
 
 @app.command()
@@ -430,42 +449,50 @@ def schema() -> None:
     """Print the JSON Schema of pipeline files."""
     import json
 
-    from compress.config.schema.pipeline import PipelineConfig
+    from compress.config.json_schema import json_schema
 
-    Console().say(json.dumps(PipelineConfig.model_json_schema(), indent=2))
+    Console().say(json.dumps(json_schema(), indent=2))
 
 
 @app.command()
 @guarded
 def init(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The pipeline file to write.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", metavar="MODEL", help="pkg.module:callable, file.py:callable, timm:NAME or a torchvision name."
-        ),
-    ],
-    weights: Annotated[str, typer.Option("--weights", metavar="FILE", help="Safetensors or a torch checkpoint.")],
     data: Annotated[
         str,
-        typer.Option(
-            "--data",
+        typer.Argument(
             metavar="DATA",
-            help="Folder with train.npz and test.npz, or with train/ and test/ of images, or a torchvision data set.",
+            help="Folder with train/ and test/, or of class folders, or of images; .npz files; a torchvision data set.",
         ),
     ],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="resnet18 (torchvision), timm:NAME, file.py:build, m.onnx, or a checkpoint best.pt."
+        ),
+    ],
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="FILE", help="Checkpoint, where MODEL names a network.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.yaml", help="The file to write.")] = Path(
+        "pipeline.yaml"
+    ),
     target_macs: Annotated[
         float, typer.Option("--target-macs", metavar="RATIO", help="Kept share of the MACs, in (0, 1].")
     ] = 0.5,
-    input_shape: Annotated[str, typer.Option("--input-shape", metavar="C,H,W", help="Input of one image.")] = "3,32,32",
+    input_shape: Annotated[
+        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Input of one image; by default of the data.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a commented pipeline file to start from."""
-    from compress.config.scaffold import Scaffold, write_pipeline
+    """Look at data and a checkpoint, and write a commented pipeline file that runs."""
+    from compress.scaffold.template import Scaffold, write_pipeline
 
-    channels, height, width = _parse_shape(input_shape)
-    write_pipeline(path, Scaffold(model, weights, data, target_macs, (channels, height, width)), force)
-    Console().say(f"{path} is written; next: compress plan {path}")
+    shape = None if input_shape is None else _parse_shape(input_shape)
+    found = write_pipeline(out, Scaffold(data, model, weights, target_macs, shape), force)
+    console = Console()
+    for sentence in found:
+        console.say(f"{sentence}.")
+    console.say(f"{out} is written; next: compress validate --deep {out}")
 
 
 def _parse_budgets(text: str) -> list[float]:

@@ -32,8 +32,8 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
     """Apply overrides to a document, in order.
 
     Args:
-        document: Changed in place; new values have the option as their position. Overrides that cannot be applied are
-            added to its problems.
+        document: Changed in place. The position of a new value is the --set option it came from. Overrides that cannot
+            be applied are added to its problems.
         overrides: Texts "key=value", whose value is YAML.
     """
     for number, assignment in enumerate(overrides, start=1):

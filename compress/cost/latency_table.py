@@ -10,9 +10,9 @@ Every number of outputs that was timed has a factor `own`, so that nothing is in
 runtime; along the inputs a convolution adds up one block after the other. Behind a concatenation, where groups add up
 to other numbers of outputs, the factor is interpolated between its neighbours.
 
-The sum over the sites is calibrated on whole variants, timed without the clock inside: network = scale * sum + offset.
-The clock adds its own time at every site, which makes the offset negative; a network of fewer sites (blocks removed)
-has its share of it.
+The sum over the sites is calibrated on whole variants, timed without per-node profiling: network = scale * sum +
+offset. The clock adds its own time at every site, which makes the offset negative; a network of fewer sites (blocks
+removed) has its share of it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Variation:
         return moved if self.transforms is None else self.transforms.of_images(moved)
 
     def of_maps(self, maps: Tensor, fill: int) -> Tensor:
-        """Return (N, H, W) maps varied as the images were, padded with `fill`."""
+        """Return (N, H, W) label maps with the crop, mirroring and transforms of the images, padded with `fill`."""
         moved = self._varied(maps[..., None], fill)[..., 0]
         return moved if self.transforms is None else self.transforms.of_maps(moved)
 

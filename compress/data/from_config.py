@@ -88,7 +88,10 @@ class Splits:
     @cached_property
     def evaluation(self) -> Split:
         """Images that the verdict is measured on; nothing is chosen by them."""
-        return open_split("evaluation", self.config.evaluation, self.preprocessing, self.task)
+        source = self.config.evaluation
+        if isinstance(source, int):
+            return self._training.part("evaluation")
+        return open_split("evaluation", source, self.preprocessing, self.task)
 
     @property
     def learns_from_original(self) -> bool:
@@ -145,8 +148,9 @@ class _TrainingImages:
     @cached_property
     def _indices(self) -> dict[str, np.ndarray]:
         sizes = {"calibration": self._config.calibration}
-        if isinstance(self._config.validation, int):
-            sizes["validation"] = self._config.validation
+        for name in ("validation", "evaluation"):  # in this order, so that the others do not move
+            if isinstance(count := getattr(self._config, name), int):
+                sizes[name] = count
         return carve(classes_of(self.source, self._task), sizes, self._config.split_seed)
 
 

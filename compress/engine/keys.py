@@ -25,7 +25,7 @@ from compress.config.schema.task import DEFAULT_TASK, TaskConfig
 from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError
-from compress.storage.digest import digest_data, digest_file, digest_value
+from compress.storage.digest import digest_data, digest_evaluation, digest_file, digest_value
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
@@ -109,6 +109,7 @@ def _data_component(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         **data,
         **{part: digest_data(one) for part, one in sources.items()},
+        **({"evaluation": digest_evaluation(data)} if isinstance(data["evaluation"], int) else {}),
         **({"code": codes} if codes else {}),
     }
 

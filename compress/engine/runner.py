@@ -1,7 +1,7 @@
 """Run of a pipeline: stages that must run and why, caching, and the report.
 
-For each stage: make its key out of everything its result depends on; found in the store: restore it, "unchanged";
-else run it, store it, write the lock. Then lay out the run folder:
+For each stage: compute the cache key. If the store has it, restore the result (status "unchanged"); otherwise run the
+stage, store its result and write the lock. Then lay out the run folder:
 
     runs/NAME/   pipeline.yaml (resolved)  model.onnx  slim/  lock  report.json  report.html
     runs/.store/ finished stages by key, and latency tables, shared by all runs
@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from compress.catalog import DETECTION, NOTHING, TORCH_MODEL, VERDICT, require_packages
+from compress.catalog import NOTHING, TORCH_MODEL, VERDICT
 from compress.checkpoint.layout import VOLATILE, load_artifact, save_artifact
 from compress.config.load import Pipeline
 from compress.config.rules.gates import require_known_metrics
 from compress.engine.curves import require_tensorboard, written_curves
 from compress.engine.keys import Step, build_steps, explain, needs_latency
+from compress.engine.preflight import require_checkpoints, require_importances, require_packages_of, require_runtimes
 from compress.engine.run_folder import publish, publish_slim
 from compress.engine.workers import Workers, workers
-from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, NoSuchPlace, RunLocked
+from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
 from compress.model.artifacts import FactorySpec, TorchModel, Verdict
 from compress.progress import Progress, SilentProgress
 from compress.report.build import StageRun, build_report, write_report
@@ -35,7 +36,7 @@ from compress.storage.digest import digest_value
 from compress.storage.files import write_atomic
 from compress.storage.lock import hold
 from compress.storage.store import Entry, Store
-from compress.user_code import as_stage_error, import_callable
+from compress.user_code import as_stage_error
 
 if TYPE_CHECKING:  # imports torch
     from compress.search.context import StageContext
@@ -137,7 +138,7 @@ def run_with_others(
         writes_curves: Whether training curves go to event files, in the folder `tensorboard` of the run.
 
     Returns:
-        What it came to; None in a process that helped another one.
+        Outcome of the run; None in a process that only assisted another one.
 
     Raises:
         As `run`.
@@ -284,7 +285,7 @@ class _Run:
         if step.entry.consumes == NOTHING:
             require_known_metrics(self.pipeline.config, entry.meta["record"])
             if status == "ran":
-                self._try_checkpoints()
+                require_checkpoints(self.pipeline, self.factory)
         self.entries.append(entry)
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)
@@ -292,50 +293,10 @@ class _Run:
 
     def _try_runtimes(self) -> None:
         """Refuse what is not installed before the first stage runs, not after hours of training."""
-        if self.has_tried_runtimes:
-            return
-        self.has_tried_runtimes = True
-        _require_packages(self.pipeline)
-        self._try_importances()
-        from compress.verification.measurement import Conditions, require_conditions  # imports ONNX Runtime
-
-        config = self.pipeline.config
-        verify: Any = config.stages[-1]
-        sections: list[tuple[str, Any]] = [("verify", verify)]
-        if config.deploy is not None and not config.deploy.accept_foreign_table:
-            sections.append(("deploy", config.deploy))
-        wanted = {
-            name: (Conditions(one.runtime, one.provider, one.threads, one.batch_size), True) for name, one in sections
-        }
-        for number, one in enumerate(verify.also):
-            place = Conditions(one.runtime, one.provider, one.threads or verify.threads, verify.batch_size)
-            wanted[f"verify.also[{number}]"] = place, one.required
-        for name, (conditions, is_required) in wanted.items():
-            try:
-                require_conditions(conditions)
-            except CompressError as error:
-                if not is_required and not isinstance(error, NoSuchPlace):
-                    continue  # no warm start from there
-                error.message = f"Section '{name}': {error.message}"
-                raise
-
-    def _try_importances(self) -> None:
-        """Refuse importances of the user's own that cannot be imported before the first stage runs."""
-        for index, stage in enumerate(self.pipeline.resolved["stages"]):
-            if isinstance(stage.get("criterion"), dict):
-                try:
-                    import_callable(stage["criterion"]["torch_pruning"], "Importance")
-                except CompressError as error:
-                    error.message = f"stages[{index}].criterion.torch_pruning: {error.message}"
-                    raise
-
-    def _try_checkpoints(self) -> None:
-        """Refuse checkpoints that do not fit the network before anything is cut, not after it."""
-        for stage in self.pipeline.resolved["stages"]:
-            if stage.get("rewind_to") is not None:
-                from compress.checkpoint.rebuild import load_checkpoint  # imports torch
-
-                load_checkpoint(self.factory, Path(stage["rewind_to"]))
+        if not self.has_tried_runtimes:
+            self.has_tried_runtimes = True
+            for require in (require_packages_of, require_importances, require_runtimes):
+                require(self.pipeline)
 
     def _withdraw_report(self) -> None:
         """Remove the last run's report: a verdict must not stand beside settings it was not measured with."""
@@ -438,15 +399,6 @@ class _Run:
         """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""
         values = {"schema": LOCK_SCHEMA, "stages": self.locked + self.previous[len(self.locked) : count]}
         _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
-
-
-def _require_packages(pipeline: Pipeline) -> None:
-    """Refuse a pipeline whose network or task needs a package that is not installed."""
-    model = pipeline.resolved["stages"][0]["model"]
-    if "timm" in model:
-        require_packages(["timm"], f"model.timm: {model['timm']}")
-    if pipeline.config.task.name == "detection":
-        require_packages(DETECTION, "The task detection")
 
 
 def _read_lock(folder: Path) -> list[dict[str, Any]]:

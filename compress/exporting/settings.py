@@ -29,7 +29,7 @@ class ExportSettings:
     open_axes: Mapping[int, str] = field(default_factory=dict)
 
     def sizes(self, signature: Signature) -> dict[str, int]:
-        """Return the network's own size of each open axis, by the axis' name."""
+        """Return name -> size of each open axis in the network's signature, such as {"height": 224}."""
         return {name: int(signature.inputs[0].shape[axis]) for axis, name in self.open_axes.items()}
 
 

@@ -2,8 +2,8 @@
 
 Modules of the user's own that look at `self.training` may return other tensors while they train (auxiliary heads, raw
 maps of a detector), run layers that evaluation never runs, or need targets. Such modules are found one by one and stay
-in evaluation mode during training; norms, dropout and all other modules train as usual. Nothing is trained then that
-is not deployed, and no layer is trained that was not cut along.
+in evaluation mode during training; norms, dropout and all other modules train as usual. So only deployed layers are
+trained, and only layers that took part in the cut.
 """
 
 import copy
@@ -48,7 +48,7 @@ class _Outcome:
     error: str | None = None
 
     def shapes(self, names: Iterable[str]) -> list[tuple[int, ...] | None]:
-        """Return the shape of each output; None of one that is not there."""
+        """Return the shape of each named output, None for an output that the run did not give."""
         return [tuple(self.outputs[name].shape) if name in self.outputs else None for name in names]
 
 

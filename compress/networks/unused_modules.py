@@ -166,13 +166,13 @@ def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
     """Return whether the outputs stay the same to the bit, whatever a module returns."""
     wanted = _outputs(module, example)
     generator = torch.Generator().manual_seed(_SEED)
-    spoils: tuple[Callable[[Tensor], Tensor], ...] = (
+    replacements: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda one: torch.full_like(one, float("nan")),
         lambda one: torch.randn(one.shape, generator=generator).to(one) * 100,
         lambda one: -torch.rand(one.shape, generator=generator).to(one) * 100,
     )
-    for spoil in spoils:
-        with hooked(after=[(module.get_submodule(path), _replaced(spoil))]):
+    for corrupt in replacements:
+        with hooked(after=[(module.get_submodule(path), _replaced(corrupt))]):
             # the user's code may look at the values, and raise anything
             same = attempt(lambda: _all_same(module, [example], [wanted]), lambda _: False)
         if not same:
@@ -180,11 +180,11 @@ def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
     return True
 
 
-def _replaced(spoil: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _replaced(corrupt: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """Return a hook that changes the floating-point tensors a module returns."""
 
     def change(value: Any) -> Any:
-        return spoil(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return corrupt(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return lambda _part, _inputs, output: tree_map(change, output)
 

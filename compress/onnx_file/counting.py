@@ -10,9 +10,8 @@ before it (its scale and bias become one bias a channel), so this number is smal
 In a quantised graph a weight is a whole-number constant behind DequantizeLinear and counts as such, its scale and zero
 point do not: the counts are those of the float file.
 
-Shapes in an ONNX graph that its operators do not tell, seen by running it once in ONNX Runtime.
-
-Some exporters compute sizes within the graph, for padding or reshaping, and inference from the operators ends there.
+Shapes that inference from the operators cannot find are read from one run in ONNX Runtime: some exporters compute sizes
+within the graph, for padding or reshaping.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ Group = tuple[int, int, int, int]
 
 
 def reshape(op: Operation, image: Computed, wanted: Sequence[Shape]) -> Computed:
-    """Return an image in another shape.
+    """Add the nodes that reshape a value, and return the reshaped value.
 
     Args:
-        op: Asks for it.
+        op: The Reshape-like node that is being imported.
         image: What to reshape.
         wanted: Shape for each number of images in `PROBES`.
 

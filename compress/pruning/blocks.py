@@ -1,7 +1,7 @@
 """Residual blocks that can be removed, leaving the identity.
 
-A block is removable when it has convolutions, returns the shape it gets, and with everything learned in it set to
-zero passes a non-negative input through unchanged: then `x + f(x)` without `f` is `x`.
+A block is removable when it has convolutions, returns the shape it gets, and returns a non-negative input
+unchanged once all its parameters are zero: then `x + f(x)` without `f` is `x`.
 """
 
 import copy

@@ -1,7 +1,8 @@
 """Search for channel groups in the trace of a network.
 
-Places that are the same channel form a channel, tied channels a unit, and units that occur in the same axes equally
-often a group. A group is named after the first layer that computes it; a unit with a frozen place excludes its group.
+Labels that mean the same channel form a channel. Channels that must be removed together form a unit, and units on the
+same axes, equally often, form a group. A group is named after the first layer that computes it. A unit with a frozen
+label makes its group not prunable.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,7 +133,7 @@ class GroupFinder:
     Attributes:
         groups: By name, in definition order.
         excluded: Groups that cannot be removed from, with the reason.
-        found: Labels of each of both.
+        found: Labels of every group, prunable and excluded.
     """
 
     def __init__(self, trace: Trace, owners: Owners) -> None:

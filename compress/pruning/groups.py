@@ -82,7 +82,7 @@ class Amount:
 
     Attributes:
         unit: "macs", "params", or "weights" (the params that values are multiplied by).
-        number: Tells it from the others of its unit in one network.
+        number: Index among the amounts of this unit in one network.
         layer: Path of the module whose code multiplies, or that the parameter belongs to.
         total: With all channels.
         sizes: Of its two axes with all channels; 1 for an axis that is not there.
@@ -123,7 +123,7 @@ class ChannelGroup:
         bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
         reads: Every weight that reads the channels.
         is_summed: Whether feature maps of these channels are added up, as along a residual stream.
-        shares: What it has of the network's cost, in each unit.
+        shares: Its shares in the network's MACs, params and weights.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Can a group be cut correctly? Its cut is carried out on a copy and compared with the network that ignores it.
+"""Trial cuts of channel groups: each is made on a copy and compared with the network that masks the same channels.
 
 masked    the original in which nothing reads the removed channels: the weights by which they are read are zero
 safety net  the cut network must run, keep its output shapes, and equal the masked one

@@ -41,7 +41,7 @@ def build_cost(module: nn.Module, example: Tensor, groups: Mapping[str, ChannelG
 
 
 class ExpectedCost:
-    """The cost of a network whose channels and blocks are there by chance, as a differentiable function of the chances.
+    """Expected cost of a network whose channels and blocks are kept with given probabilities; differentiable in them.
 
     Args:
         cost: As a function of widths.

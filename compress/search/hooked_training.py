@@ -36,11 +36,11 @@ def train_with_hooks(
 ) -> Record:
     """Train a network in place and return the record; resumes from `state`, if it is there.
 
-    A primary metric that is worse after it by more than noise is warned about.
+    Warns if training makes the primary metric worse by more than noise.
 
     Args:
         module: The network; hooks may be on it already.
-        artifact: The network as the pipeline knows it.
+        artifact: Input of the stage; the distillation teacher is made from it.
         config: Settings of the training.
         hooks: Called in every step.
         state: File of the saved state.

@@ -14,7 +14,7 @@ from compress.allocation.problem import Budget, Factor, TableCost, from_widths
 from compress.allocation.widths import Candidates, Limits, width_levels
 from compress.catalog import closest
 from compress.checkpoint.rebuild import example_input
-from compress.config.schema.prune import PruneConfig
+from compress.config.schema.prune import CutConfig, PruneConfig
 from compress.config.schema.targets import TargetConfig
 from compress.cost.macs import layer_macs
 from compress.errors import BudgetUnreachable, ConfigValueError, InternalError
@@ -239,7 +239,7 @@ def survey(
     """
     example = example_input(model.signature)
     if among is None:
-        groups, excluded = _find_groups(model.module, example, config, ctx.progress, unfit)
+        groups, excluded = find_groups(model.module, example, config, ctx.progress, unfit)
     else:
         found, excluded = find_cuttable(model.module, example)
         groups = {name: group for name, group in found.items() if name in among}
@@ -251,9 +251,22 @@ def survey(
     return Survey(model, config, limits, groups, excluded, levels, targets)
 
 
-def _find_groups(
-    module: nn.Module, example: Tensor, config: PruneConfig, progress: Progress, unfit: Unfit | None
+def find_groups(
+    module: nn.Module, example: Tensor, config: CutConfig, progress: Progress, unfit: Unfit | None
 ) -> tuple[dict[str, ChannelGroup], list[Exclusion]]:
+    """Return the channel groups that a stage may prune, and the excluded ones with reasons.
+
+    Args:
+        module: The network.
+        example: One input, (1, ...).
+        config: Has `exclude` and `residual`.
+        progress: Receives one warning for each reason of exclusion.
+        unfit: Returns the reason why a method cannot prune a group, or None.
+
+    Raises:
+        UntraceableModel: No channel graph could be built.
+        ConfigValueError: `exclude` names no layer with prunable channels.
+    """
     with progress.task("find and try channel groups", 1) as task:
         groups, excluded = find_cuttable(module, example)
         task.advance()

@@ -1,7 +1,7 @@
 """load: nothing -> TorchModel, with the baseline measured once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,25 @@ FIXED_SEED = (
 )
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A network that was built and tried on images, and not yet measured.
+
+    Attributes:
+        module: In the form that stages work with.
+        spec: How it is built.
+        recipe: Edits of the baseline: modules that no output reads, and narrow widths.
+        signature: Inputs and outputs.
+        imported: Entries of the record about an ONNX file.
+    """
+
+    module: nn.Module
+    spec: FactorySpec
+    recipe: Recipe
+    signature: Signature
+    imported: Record
+
+
 class LoadStage:
     """Build the network, load its weights strictly, try it on real images, measure the baseline."""
 
@@ -71,6 +90,48 @@ class LoadStage:
             ArtifactError: The weights cannot be read or do not fit.
             NonFinite: Weights or outputs are NaN or infinite.
             DataError: Targets do not fit the network.
+        """
+        opened = self.open(ctx)
+        model, rewrites = self._measure(opened, ctx)
+        metrics, metric = model.baseline.metrics, ctx.data.evaluation.task.main
+        if self.is_untrained:
+            self.warnings.append(UNTRAINED_NOTE)  # of the report; no fault, so nothing is warned about while it runs
+            ctx.progress.note(UNTRAINED_NOTE)
+        elif warning := chance_warning(metrics.quality[metric.name], ctx.data.evaluation):
+            self._warn(ctx, warning)
+        recipe = opened.recipe
+        record = {
+            "macs": metrics.macs,
+            "params": metrics.params,
+            "size_bytes": metrics.size_bytes,
+            metric.name: metrics.quality[metric.name],
+            "metrics": list(metrics.quality),
+            **stated(metric),
+            "layers": len(layer_macs(opened.module, example_input(opened.signature))),
+            "is_untrained": self.is_untrained,
+            "rewrites": rewrites,
+            "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
+            **({"narrow": _lacking(recipe)} if self.config.narrow else {}),
+            **opened.imported,
+            **(
+                {}
+                if self.is_untrained
+                else compare_with_evaluation(opened.module, metrics.quality[metric.name], ctx, partial(self._warn, ctx))
+            ),
+            "warnings": self.warnings,
+        }
+        ctx.progress.note(
+            f"baseline: {metrics.macs:,} MACs, {metrics.params:,} params, {metric.words} "
+            f"{metric.show(metrics.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
+            "the ONNX file"
+        )
+        return model, record
+
+    def open(self, ctx: StageContext) -> Opened:
+        """Build the network, load its weights and try it on real images; nothing is exported or measured.
+
+        Raises:
+            As `run`.
         """
         spec = with_inputs(factory_spec(self.config.model), ctx.data.calibration)
         built = None if self.config.narrow else self._build(spec, ctx)
@@ -93,39 +154,7 @@ class LoadStage:
         require_batch_independence(module, several)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
-        model, rewrites = self._measure(module, spec, recipe, signature, ctx)
-        metrics, metric = model.baseline.metrics, ctx.data.evaluation.task.main
-        if self.is_untrained:
-            self.warnings.append(UNTRAINED_NOTE)  # of the report; no fault, so nothing is warned about while it runs
-            ctx.progress.note(UNTRAINED_NOTE)
-        elif warning := chance_warning(metrics.quality[metric.name], ctx.data.evaluation):
-            self._warn(ctx, warning)
-        record = {
-            "macs": metrics.macs,
-            "params": metrics.params,
-            "size_bytes": metrics.size_bytes,
-            metric.name: metrics.quality[metric.name],
-            "metrics": list(metrics.quality),
-            **stated(metric),
-            "layers": len(layer_macs(module, example_input(signature))),
-            "is_untrained": self.is_untrained,
-            "rewrites": rewrites,
-            "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
-            **({"narrow": _lacking(recipe)} if self.config.narrow else {}),
-            **imported,
-            **(
-                {}
-                if self.is_untrained
-                else compare_with_evaluation(module, metrics.quality[metric.name], ctx, partial(self._warn, ctx))
-            ),
-            "warnings": self.warnings,
-        }
-        ctx.progress.note(
-            f"baseline: {metrics.macs:,} MACs, {metrics.params:,} params, {metric.words} "
-            f"{metric.show(metrics.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
-            "the ONNX file"
-        )
-        return model, record
+        return Opened(module, spec, recipe, signature, imported)
 
     def _build(self, spec: FactorySpec, ctx: StageContext) -> nn.Module:
         """Return the network with its weights."""
@@ -204,10 +233,9 @@ class LoadStage:
                 ctx.progress.note(f"removed, as no output reads them: {some(list(edit.modules))} ({count:,} params)")
         return slim, recipe
 
-    def _measure(
-        self, module: nn.Module, spec: FactorySpec, recipe: Recipe, signature: Signature, ctx: StageContext
-    ) -> tuple[TorchModel, list[Record]]:
+    def _measure(self, opened: Opened, ctx: StageContext) -> tuple[TorchModel, list[Record]]:
         """Export the network as it runs best, measure the file, and return the model and what was tried."""
+        module, spec, signature = opened.module, opened.spec, opened.signature
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
         write_weights(module, weights)
         example = example_input(signature)
@@ -218,7 +246,7 @@ class LoadStage:
         model = TorchModel(
             module,
             spec,
-            recipe,
+            opened.recipe,
             signature,
             ctx.data.preprocessing,
             _classes(spec, ctx),

@@ -57,6 +57,19 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_evaluation(data: Mapping[str, Any]) -> str:
+    """Return the digest of the evaluation images, those taken from the training source included.
+
+    Args:
+        data: Plain values of a checked `data` section with absolute paths.
+    """
+    if isinstance(data["evaluation"], dict):
+        return digest_data(data["evaluation"])
+    sizes = {name: data[name] for name in ("calibration", "validation", "evaluation", "split_seed")}
+    sizes["validation"] = sizes["validation"] if isinstance(sizes["validation"], int) else None
+    return digest_value({"of": digest_data(data["train"]), **sizes})
+
+
 def digest_data(source: Mapping[str, Any]) -> str:
     """Return the digest of the content of an image source, independent of the place of its files.
 

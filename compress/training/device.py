@@ -79,11 +79,11 @@ def has_bf16() -> bool:
 
 
 def placed(splits: Sequence[Split], device: torch.device) -> list[Split]:
-    """Return splits whose batches are made on a device; images in memory go there once, if there is room for them.
+    """Return splits whose batches are made on a device; images held in memory are copied there once if they fit.
 
     Args:
-        splits: Those of one source share what lies there.
-        device: On the CPU images lie in memory already.
+        splits: Splits of one source share one copy of its images on the device.
+        device: Target device; for the CPU the splits are returned unchanged.
     """
     if device.type == "cpu":
         return list(splits)

@@ -1,7 +1,7 @@
 """Distributed training: each process sees a part of every batch, and all take the same steps.
 
-Who they are is what `torchrun` says. Only what runs inside `together` is done by all; anywhere else, and in a process
-of its own, a ranks is one, for which nothing here does anything.
+The processes are those that `torchrun` started. Only code inside `together` runs in all of them. Anywhere else, and in
+a single process, there is one rank and these functions do nothing.
 """
 
 import time

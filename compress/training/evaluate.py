@@ -60,7 +60,7 @@ def measure_quality(
 def quality_facts(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> Facts:
-    """Return what the metrics of a network follow from, for each image; as `evaluate_quality`."""
+    """Return the facts of each image from which the task computes its metrics; otherwise as `evaluate_quality`."""
     task = split.task
     wanted: Wanted = "objective" if isinstance(task, Imitation) else "task"
     every = _outputs(module, split, batch_size, progress, task.main.words, wanted)

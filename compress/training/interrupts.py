@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Let the first SIGINT wait while this lasts: the function given says whether there was one. A second one ends it.
+    """Defer the first SIGINT inside the block; the yielded function tells whether one came. A second SIGINT interrupts.
 
     Outside of the main thread, where signals cannot be had, nothing is deferred.
     """

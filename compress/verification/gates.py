@@ -49,7 +49,7 @@ class Gates:
         max_quantile_ms: "p90", "p95", "p99" -> largest latency.
         max_macs: For one image.
         max_params: Trainable scalars.
-        judge_by: Which of a metric and its interval must keep a limit (`judging.judge`).
+        judge_by: Whether the estimate or its interval must keep a limit (`decision_rules.judge`).
         min_speedup: Baseline latency / slim latency, medians.
         max_latency_ms: Median latency.
         max_size_mb: All files of the model, in 10^6 bytes.

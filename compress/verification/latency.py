@@ -121,8 +121,7 @@ class LatencyRatio:
         high: Upper end.
         error: Standard error of its logarithm, which is nearly its relative error.
         sittings: Observations behind the interval; 1 where opening the models takes too long for more.
-        control: The same ratio of the second model to itself, opened again in the same sittings; None where that was
-            not measured.
+        control: Ratio of the second model to a second opening of itself in the same sittings; None if not measured.
     """
 
     value: float
@@ -162,7 +161,7 @@ def measure_latency(
         sessions: Label -> open runtime.
         inputs: Label -> inputs of that runtime; checked once, before any call.
         warmup: Untimed calls of each.
-        repeats: Timed calls of each, at least 1; `blocks.plan_blocks` divides them.
+        repeats: Timed calls of each, at least 1; `call_blocks.plan_blocks` divides them into blocks.
         progress: Receives progress by round.
 
     Returns:

@@ -118,7 +118,7 @@ def class_accuracy(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
 
 
 def calibration_error(predictions: Predictions) -> Bounds:
-    """Return by how much confidence and accuracy differ, with its interval (`calibration.calibration_bounds`)."""
+    """Return by how much confidence and accuracy differ, with its interval (`statistics.calibration_bounds`)."""
     return calibration_bounds(predictions.probabilities.max(1), predictions.hits)
 
 

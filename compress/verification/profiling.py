@@ -1,7 +1,7 @@
 """Times of the nodes of several models, and of each model as a whole, beside one reference.
 
-Models are timed TOGETHER at a time, in rounds of blocks with the reference, node by node and (in another session,
-without the clock inside) as a whole. What the reference took in the same rounds says how fast the machine was then.
+At most `TOGETHER` models are timed at a time, in rounds of blocks with the reference: node by node and, in another
+session without per-node profiling, as a whole. The reference's times in the same rounds show the machine's speed then.
 """
 
 from __future__ import annotations

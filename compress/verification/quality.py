@@ -33,19 +33,19 @@ def predict(
     batch_size: int = 64,
     progress: Progress | None = None,
     *,
-    spoil: Change | None = None,
-    disturb: Change | None = None,
+    corrupt: Change | None = None,
+    perturb: Change | None = None,
     original: Runtime | None = None,
 ) -> Found:
-    """Return what a network says of all images of a split.
+    """Return the predictions of a network for all images of a split.
 
     Args:
         runtime: Open; one image input. With a fixed batch axis, that size is used instead.
         split: At least one image; says what the task is.
         batch_size: Images at once where the batch axis is open.
         progress: Receives progress by batch.
-        spoil: Changes the uint8 images of a batch, given the place of its first image in the split.
-        disturb: Perturbs the inputs of the network, in the same way.
+        corrupt: Corrupts the uint8 images of a batch; takes them and the index of the first one.
+        perturb: Adds noise to the inputs of the network; same arguments.
         original: The baseline, open, whose outputs are the targets where images have none; by default the
             network itself.
 
@@ -56,7 +56,7 @@ def predict(
         ConfigValueError: The runtime is made for less.
     """
     (found,) = predict_each(
-        (runtime,), split, batch_size, progress, spoil=spoil, disturb=disturb, original=original or runtime
+        (runtime,), split, batch_size, progress, corrupt=corrupt, perturb=perturb, original=original or runtime
     )
     return found
 
@@ -67,8 +67,8 @@ def predict_each(
     batch_size: int = 64,
     progress: Progress | None = None,
     *,
-    spoil: Change | None = None,
-    disturb: Change | None = None,
+    corrupt: Change | None = None,
+    perturb: Change | None = None,
     original: Runtime | None = None,
 ) -> list[Found]:
     """Return the outputs of several networks for all images of a split, which are read and changed once.
@@ -78,8 +78,8 @@ def predict_each(
         split: As there, and so are the others.
         batch_size: Images at once where every batch axis is open.
         progress: Receives progress by batch.
-        spoil: Changes the uint8 images of a batch.
-        disturb: Perturbs the inputs of the networks.
+        corrupt: Corrupts the uint8 images of a batch.
+        perturb: Adds noise to the inputs of the networks.
         original: As there; by default the last of `runtimes`.
 
     Raises:
@@ -87,7 +87,7 @@ def predict_each(
     """
     check_not_empty(split)
     if not isinstance(split.task, Classification):
-        changes = (spoil, disturb)
+        changes = (corrupt, perturb)
         return _measure_each(runtimes, split, batch_size, progress or SilentProgress(), changes, original)
     widths = []
     for runtime in runtimes:
@@ -98,9 +98,9 @@ def predict_each(
     found, done = [np.empty((len(split), width), np.float32) for width in widths], 0
     size = min(batch_size_of(runtime, batch_size) for runtime in runtimes)
     with (progress or SilentProgress()).task(f"predictions on {split.name}", len(split)) as task:
-        for images, _ in image_batches(split, size, spoil):
-            if disturb is not None:
-                images = disturb(images, done)
+        for images, _ in image_batches(split, size, corrupt):
+            if perturb is not None:
+                images = perturb(images, done)
             for runtime, outputs in zip(runtimes, found, strict=True):
                 with named(runtime):
                     outputs[done : done + len(images)] = classify(runtime, images)
@@ -118,16 +118,16 @@ def _measure_each(
     original: Runtime | None,
 ) -> list[Found]:
     """Return the facts of each image for the metrics of several networks."""
-    (spoil, disturb), judged, teacher = changes, split.task, original or runtimes[-1]
+    (corrupt, perturb), judged, teacher = changes, split.task, original or runtimes[-1]
     size, done = min(batch_size_of(runtime, batch_size) for runtime in runtimes), 0
     facts: list[list[Facts]] = [[] for _ in runtimes]
     for runtime in runtimes:
         with named(runtime):
             runtime.check_work(len(split))
     with progress.task(f"{judged.main.words} on {split.name}", len(split)) as task:
-        for images, targets in image_batches(split, size, spoil, with_targets=judged.needs_targets):
-            if disturb is not None:
-                images = disturb(images, done)
+        for images, targets in image_batches(split, size, corrupt, with_targets=judged.needs_targets):
+            if perturb is not None:
+                images = perturb(images, done)
             returned = {teacher: respond(teacher, images)} if not judged.needs_targets else {}
             wanted = targets if judged.needs_targets else returned[teacher]
             for runtime, kept in zip(runtimes, facts, strict=True):
@@ -190,7 +190,7 @@ def first_images(split: Split, count: int) -> np.ndarray:
 
 
 def image_batches(
-    split: Split, batch_size: int, spoil: Change | None = None, with_targets: bool = False
+    split: Split, batch_size: int, corrupt: Change | None = None, with_targets: bool = False
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """Yield (network input, targets) in order, every image once; the next batch is read while this one is used.
 
@@ -200,7 +200,7 @@ def image_batches(
 
     def read(positions: np.ndarray) -> tuple[np.ndarray, Any]:
         images = split.source.read(split.indices[positions])
-        inputs = split.preprocessing.normalize(images if spoil is None else spoil(images, int(positions[0])))
+        inputs = split.preprocessing.normalize(images if corrupt is None else corrupt(images, int(positions[0])))
         return inputs, split.read_targets(positions) if with_targets else None
 
     with ThreadPoolExecutor(1) as reader:

@@ -64,15 +64,15 @@ class Distribution:
     Attributes:
         name: Such as "uniform noise 0.1" or "jpeg 3".
         kind: "nominal", "noise", "corruption" or "shifted".
-        spoil: Changes uint8 images, given the place of the first one in the split; None leaves them.
-        disturb: The same for network inputs.
+        corrupt: Changes uint8 images, given the place of the first one in the split; None leaves them.
+        perturb: The same for network inputs.
         split: Whose images; None for the evaluation split.
     """
 
     name: str
     kind: str
-    spoil: Change | None = None
-    disturb: Change | None = None
+    corrupt: Change | None = None
+    perturb: Change | None = None
     split: Split | None = None
 
 
@@ -84,12 +84,12 @@ def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None
     """
     found = [Distribution(NOMINAL, NOMINAL)]
     for level in wanted.noise_levels:
-        disturb = partial(_disturb, wanted.noise, level, wanted.seed)
-        found.append(Distribution(f"{wanted.noise} noise {level:g}", "noise", disturb=disturb))
+        perturb = partial(_perturb, wanted.noise, level, wanted.seed)
+        found.append(Distribution(f"{wanted.noise} noise {level:g}", "noise", perturb=perturb))
     for name in wanted.corruptions:
         for severity in wanted.severities:
-            spoil = partial(_spoil, name, severity, wanted.seed)
-            found.append(Distribution(f"{name} {severity}", "corruption", spoil=spoil))
+            corrupt = partial(_corrupt, name, severity, wanted.seed)
+            found.append(Distribution(f"{name} {severity}", "corruption", corrupt=corrupt))
     names = {one.name for one in found}
     for name, split in (shifted or {}).items():
         if name in names:
@@ -98,13 +98,13 @@ def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None
     return found
 
 
-def _disturb(kind: str, level: float, seed: int, inputs: np.ndarray, start: int) -> np.ndarray:
+def _perturb(kind: str, level: float, seed: int, inputs: np.ndarray, start: int) -> np.ndarray:
     """Add noise that depends on the place of each image alone, not on how many go in at once."""
     each = [add_noise(one[None], kind, level, (seed, start + place)) for place, one in enumerate(inputs)]
     return np.concatenate(each)
 
 
-def _spoil(name: str, severity: int, seed: int, images: np.ndarray, start: int) -> np.ndarray:
+def _corrupt(name: str, severity: int, seed: int, images: np.ndarray, start: int) -> np.ndarray:
     """Corrupt each image by what depends on its place alone."""
     each = [corrupt(name, one[None], severity, (seed, start + place)) for place, one in enumerate(images)]
     return np.concatenate(each)
@@ -179,7 +179,7 @@ def standings(
         for one in every:
             chosen = (one.split or split).first(wanted.images)
             sessions = (session,) if baseline is None else (session, baseline)
-            after, *before = predict_each(sessions, chosen, batch_size, spoil=one.spoil, disturb=one.disturb)
+            after, *before = predict_each(sessions, chosen, batch_size, corrupt=one.corrupt, perturb=one.perturb)
             found.append(_standing(one, before[0] if before else None, after))
             task.advance()
     return found

@@ -18,7 +18,6 @@ from typer.testing import CliRunner, Result
 import compress
 from compress.cli.commands import app
 from compress.cli.exits import guarded
-from compress.config.load import load_pipeline
 from compress.errors import ArtifactError, InternalError, RuntimeUnavailable, StageError
 from compress.model.artifacts import CheckResult, Verdict
 
@@ -196,8 +195,7 @@ def test_bad_input_is_refused(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["3,32", "2,32,32", "3,0,32", "a,b,c", "3,32,32,1", ""])
 def test_bad_input_shape_is_refused(shape: str, tmp_path: Path) -> None:
-    options = ("--model", "a:b", "--weights", "w", "--data", "d")
-    done = call("init", tmp_path / "a.yaml", *options, "--input-shape", shape)
+    done = call("init", "d", "a:b", "--weights", "w", "--out", tmp_path / "a.yaml", "--input-shape", shape)
     assert done.exit_code == 2
     assert done.stderr == (
         f"--input-shape must be channels (1 or 3), height and width, got '{shape}'.\nHint: such as 3,32,32\n"
@@ -234,67 +232,6 @@ def test_schema_is_json_schema_of_a_pipeline() -> None:
 
 def test_version_is_printed() -> None:
     assert call("--version").stdout == f"compress {compress.__version__}\n"
-
-
-# -- init ------------------------------------------------------------------------------------------------------------
-
-
-def init(path: Path, model: str, data: str, *more: object) -> Result:
-    return call("init", path, "--model", model, "--weights", "w/net.safetensors", "--data", data, *more)
-
-
-@pytest.mark.parametrize(
-    ("model", "data", "shape"),
-    [
-        ("nets/tiny.py:build", "sets/cifar", "3,32,32"),
-        ("my.nets:build", "CIFAR10", "3,32,32"),
-        ("resnet18", "images", "3,224,224"),
-        ("./my nets/it's.py:build", 'sets/"odd": #1', "1,28,28"),
-    ],
-)
-def test_init_writes_a_file_that_validates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, data: str, shape: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "images" / "train").mkdir(parents=True)
-    (tmp_path / "pipelines").mkdir()
-    path = Path("pipelines", "my first.yaml")
-    done = init(path, model, data, "--input-shape", shape, "--target-macs", "0.4")
-    assert (done.exit_code, done.stderr) == (0, "")
-    config = load_pipeline(path, environ={}).config
-    assert config.name == "my-first"
-    assert config.stages[0].weights == str(tmp_path / "w" / "net.safetensors")
-    assert config.stages[1].target.macs == 0.4
-    assert config.data.preprocessing.channels == ("L" if shape[0] == "1" else "RGB")
-    if model.endswith(".py:build"):
-        assert config.stages[0].model.factory == f"{tmp_path / model.removesuffix(':build')}:build"
-    if data == "images":
-        assert config.data.evaluation.folder == str(tmp_path / "images" / "val")
-        assert config.data.preprocessing.crop == (224, 224)
-    elif data == "CIFAR10":
-        assert config.data.train.download
-    else:
-        assert config.data.train.arrays == str(tmp_path / data / "train.npz")
-
-
-def test_init_does_not_overwrite_unless_forced(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("precious", encoding="utf-8")
-    done = init(path, "resnet18", "CIFAR10")
-    assert done.exit_code == 2
-    assert done.stderr == f"{path} exists already and must not be overwritten.\nHint: --force replaces it.\n"
-    assert path.read_text(encoding="utf-8") == "precious"
-    assert init(path, "resnet18", "CIFAR10", "--force").exit_code == 0
-    assert load_pipeline(path).config.name == "a"
-
-
-def test_init_refuses_options_that_make_no_pipeline(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    done = init(path, "resnet18", "CIFAR10", "--target-macs", "1.5")
-    assert done.exit_code == 2
-    assert "stages[1].target.macs must be at most 1, got 1.5." in done.stderr
-    assert not path.exists()
-    assert "is in a folder that does not exist" in init(tmp_path / "no" / "a.yaml", "resnet18", "CIFAR10").stderr
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------

@@ -125,8 +125,7 @@ def test_every_option_that_names_an_output_leaves_other_files_alone(
 def test_init_with_force_replaces_no_weights(tmp_path: Path) -> None:
     weights = tmp_path / "w.pt"
     weights.write_bytes(b"PK\x03\x04dear")
-    options = ["--model", "m:f", "--weights", "w.pt", "--data", "d", "--force"]
-    done = CliRunner().invoke(app, ["init", str(weights), *options])
+    done = CliRunner().invoke(app, ["init", "CIFAR10", "m:f", "--weights", "w.pt", "--force", "-o", str(weights)])
     assert done.exit_code == 2
     assert weights.read_bytes() == b"PK\x03\x04dear"
 

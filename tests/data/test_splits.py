@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress.config.schema.data import ArraysSource, DataConfig
+from compress.data.from_config import Splits
 from compress.data.splits import carve
 from compress.errors import DataError
 
@@ -75,3 +77,23 @@ def test_images_of_one_class_are_not_taken_in_file_order() -> None:
 def test_nothing_left_to_train_on_is_refused(size: int) -> None:
     with pytest.raises(DataError, match=rf"it has 10, asked: calibration 0, validation {size}\."):
         carve(np.zeros(10, np.int64), {"calibration": 0, "validation": size}, seed=0)
+
+
+def test_evaluation_images_can_be_taken_from_the_training_source(tmp_path):
+    path, labels = tmp_path / "images.npz", np.arange(90) % 3
+    images = np.arange(90, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 4, 4, 1), np.uint8)
+    np.savez(path, x=images, y=labels)
+    source = ArraysSource(arrays=str(path))
+
+    def parts(evaluation):
+        data = Splits(DataConfig(train=source, evaluation=evaluation, calibration=12, validation=9))
+        found = {name: getattr(data, name) for name in ("train", "calibration", "validation", "evaluation")}
+        return {name: set(split.indices.tolist()) for name, split in found.items()}
+
+    carved, whole = parts(30), parts(source)
+    assert [len(carved[name]) for name in ("train", "calibration", "validation", "evaluation")] == [39, 12, 9, 30]
+    assert sum(map(len, carved.values())) == len(set().union(*carved.values())) == 90
+    assert np.bincount(labels[sorted(carved["evaluation"])]).tolist() == [10, 10, 10]
+    assert all(carved[name] == whole[name] for name in ("calibration", "validation")), "other splits do not move"
+    with pytest.raises(DataError, match=r"evaluation 80"):
+        parts(80)

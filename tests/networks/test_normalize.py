@@ -170,10 +170,10 @@ def test_a_network_that_changes_from_run_to_run_is_not_our_fault():
 
 
 def test_a_step_that_changes_the_outputs_is_our_fault_and_said(monkeypatch: pytest.MonkeyPatch):
-    def spoil(module: nn.Module, _: Tensor) -> int:
+    def corrupt(module: nn.Module, _: Tensor) -> int:
         module[0].weight.data.mul_(2)
         return 1
 
-    monkeypatch.setattr(prepare_module, "_thaw", spoil)
+    monkeypatch.setattr(prepare_module, "_thaw", corrupt)
     with pytest.raises(InternalError, match="must give the same outputs, they differ by"):
         prepare(build(nn.Conv2d(6, 8, 3)), IMAGES)

@@ -450,12 +450,12 @@ def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
     ctx = StageContext(tmp_path, 0, data, _Listener())
     before = copy.deepcopy(network.state_dict())
 
-    def spoil(module: nn.Module) -> tuple[str]:
+    def corrupt(module: nn.Module) -> tuple[str]:
         with torch.no_grad():
             next(module.parameters()).fill_(float("nan"))
         return ("weight",)
 
-    (record,) = apply_repairs(network, [("spoil", spoil)], ctx)
+    (record,) = apply_repairs(network, [("corrupt", corrupt)], ctx)
     assert not record["is_kept"]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert apply_repairs(network, [("nothing", lambda module: ())], ctx) == []

@@ -128,11 +128,11 @@ Source = Annotated[
 ]
 
 
-def _validation_kind(value: object) -> str | None:
+def _split_kind(value: object) -> str | None:
     return _source_kind(value) if isinstance(value, dict | Section) else "count"
 
 
-Validation = Annotated[
+CountOrSource = Annotated[
     Annotated[Count, Tag("count")]
     | Annotated[ArraysSource, Tag("arrays")]
     | Annotated[IdxSource, Tag("idx")]
@@ -144,7 +144,7 @@ Validation = Annotated[
     | Annotated[UnlabelledSource, Tag("unlabelled")]
     | Annotated[OwnSource, Tag("own")],
     Discriminator(
-        _validation_kind,
+        _split_kind,
         custom_error_type="source_kind",
         custom_error_message="must be a number of images, or hold exactly one of the keys "
         + ", ".join(sorted(SOURCES)),
@@ -175,12 +175,15 @@ class PreprocessingConfig(Section):
 
 
 class DataConfig(Section):
-    """Image sources and splits. Calibration images, and validation images by number, are taken from `train`."""
+    """Image sources and splits. Calibration images, and those given by number, are taken from `train`."""
 
     train: Source
-    evaluation: Source
+    evaluation: CountOrSource = Field(
+        description="images that the verdict is measured on: a source of their own, or a number to take from train, "
+        "if the network was trained without them"
+    )
     calibration: Count = Field(1000, description="number of images for scores and batch-norm statistics")
-    validation: Validation = Field(
+    validation: CountOrSource = Field(
         2000,
         description="images that decide about epochs, repairs and numbers of blocks: number to take from train, or a "
         "source of their own that the network was not trained on",

@@ -2,7 +2,7 @@
 
 An `ImageSource` is N labelled uint8 images, read by index; all images that one `read` returns have one shape.
 Small sets are arrays in memory; folders and large torchvision sets are decoded when they are read.
-Other targets than class indices are read by `annotated.py`, `boxes.py` and `own.py`.
+Other targets than class indices are read by `annotated.py`, `boxes.py` and `user.py`.
 """
 
 import gzip

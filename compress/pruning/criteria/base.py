@@ -68,7 +68,7 @@ class Criterion(Protocol):
             "gate_gradients"       `GradientStats` of the loss
             "gradient_flow"        `GradientStats` of the gradient norm (`gradient_flow.collect_gradient_flow`)
             "parameter_gradients"  `parameter_gradients.ParameterGradients` of the loss
-            "contributions"        `contributions.Contributions` to the layers that read a group; no labels
+            "contributions"        `pfp.Contributions` to the layers that read a group; no labels
         order: Rule of the order in which channels are removed:
             "scores"   lowest score first
             "readers"  `rank`, from the statistics of the layers that read a group

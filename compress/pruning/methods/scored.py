@@ -101,7 +101,7 @@ class Scored(TrainingMethod):
 
 
 def faded(step: int, first: int, steps: int) -> float:
-    """Return the share that a step leaves of what is faded from step `first` on, in half of the steps from there.
+    """Return the factor in [0, 1] after a step; it falls linearly to 0 within half of the steps from `first` on.
 
     >>> [faded(step, 4, 8) for step in range(4, 8)]
     [0.5, 0.0, 0.0, 0.0]

@@ -1,0 +1,293 @@
+"""Text of a new pipeline file for `compress init`: a commented template, filled in for a network and its data."""
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.config.document import dump_document
+from compress.config.load import parse_pipeline
+from compress.errors import ConfigError, ConfigValueError, DataError
+from compress.scaffold.data_survey import DataSurvey, survey_data
+from compress.scaffold.model_survey import ModelSurvey, survey_model
+from compress.storage.files import require_output
+
+_TEMPLATE = """\
+# yaml-language-server: $schema={schema}
+# From a trained network to a smaller, checked ONNX file:  compress run {file}
+# Paths are relative to this file. `compress schema` prints every key that may stand here.
+name: {name}
+seed: 0
+
+data:
+{data}
+  calibration: {calibration}    # training images for scores and batch-norm statistics
+{validation}
+  preprocessing:       # use what the network was trained with
+{preprocessing}
+
+stages:
+  - stage: load        # build the network, load its weights strictly, measure the baseline
+    model:
+{model}{weights}
+
+  - stage: prune       # remove channels down to a budget
+    target:
+      macs: {target}        # kept share of the baseline's MACs; also latency, latency_ms, params, size_mb
+    # criterion: reconstruction    # the default; `compress list criteria` shows all
+
+  - stage: finetune    # train the slim network; the best epoch is chosen on validation images
+    epochs: {epochs}
+    batch_size: {batch_size}
+    learning_rate: 0.02
+    distillation: {{weight: 0.9, temperature: 4.0}}
+
+  - stage: export      # write and check the ONNX file
+
+  - stage: verify      # measure the file in ONNX Runtime
+    gates:
+{gates}
+      # min_speedup: 1.2        # baseline latency / slim latency
+"""
+_FEWEST_STEPS, _MOST_EPOCHS = 100, 20
+_DISAGREEMENT = 0.1  # share of images that baseline and slim network judge differently, for the gate's resolution
+_SMALL, _CROP, _RESIZE = 64, 224, 256  # pixels
+
+
+@dataclass(frozen=True)
+class Scaffold:
+    """Options of `compress init`.
+
+    Attributes:
+        data: Folder, .npz file or torchvision data set, see `data_survey.FORMS`.
+        model: Spelling of a network, see `model_survey.SPELLINGS`.
+        weights: Path of a checkpoint; None if `model` is one, or for the weights that a library offers.
+        target_macs: Kept ratio of the MACs, in (0, 1].
+        input_shape: (C, H, W) of the network's input; None for that of the images.
+    """
+
+    data: str
+    model: str
+    weights: str | None = None
+    target_macs: float = 0.5
+    input_shape: tuple[int, int, int] | None = None
+
+
+def write_pipeline(path: Path, scaffold: Scaffold, force: bool = False) -> list[str]:
+    """Look at data and checkpoint, and write a commented pipeline file that runs as it is.
+
+    Args:
+        path: New file.
+        scaffold: Options, with paths relative to the current folder.
+        force: True to replace an existing file.
+
+    Returns:
+        Sentences on what was found.
+
+    Raises:
+        ConfigError: The file exists, its folder does not, or an option is wrong.
+        DataError, ArtifactError, ModelError: Data or checkpoint cannot be used.
+    """
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists already and must not be overwritten.", hint="--force replaces it.")
+    require_output("--out", path, "pipeline file (.yaml, .yml)")
+    data = survey_data(scaffold.data)
+    model = survey_model(scaffold.model, scaffold.weights, data.classes)
+    _require_same_classes(data, model)
+    text = _render(path, scaffold, data, model)
+    try:
+        parse_pipeline(text, path)
+    except ConfigError as error:
+        raise ConfigValueError(f"No pipeline can be written from these options:\n{error}") from error
+    try:
+        path.write_text(text, encoding="utf-8")
+        _write_schema(path.parent / SCHEMA_FILE)
+    except OSError as error:
+        raise ConfigError(f"{path}: the pipeline file cannot be written: {error.strerror}.") from error
+    return [*_describe(data), *([model.note] if model.note else [])]
+
+
+SCHEMA_FILE = ".compress-schema.json"
+
+
+def _write_schema(path: Path) -> None:
+    from compress.config.json_schema import json_schema
+
+    path.write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+
+
+def _require_same_classes(data: DataSurvey, model: ModelSurvey) -> None:
+    if data.classes is not None and model.classes is not None and data.classes > model.classes:
+        raise DataError(
+            f"The data have {data.classes} classes, the network {model.classes}.",
+            hint="Give the data that the network was trained on, in the same order of classes.",
+        )
+    if model.weights == "pretrained" and data.classes is not None and data.classes != 1000:
+        raise ConfigError(
+            f"--weights must be given: the weights of the library have 1,000 classes, the data {data.classes}.",
+            hint="--weights best.pt, the checkpoint of the network trained on this data",
+        )
+
+
+def _describe(data: DataSurvey) -> list[str]:
+    if data.images is None:
+        return []
+    kind = f"of {data.classes} classes" if data.classes else "without labels: the network's own outputs are compared"
+    sizes = f"{data.sizes[0][0]} x {data.sizes[0][1]}" if len(data.sizes) == 1 else f"{len(data.sizes)} sizes or more"
+    own = f", {data.evaluation_images:,} for evaluation" if data.evaluation_images else ""
+    return [f"{data.images:,} images {kind} ({sizes}){own}"]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of images that follow from the size of the data set."""
+
+    calibration: int
+    validation: int
+    evaluation: int
+    train: int
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size with at least sixteen batches an epoch, where the images suffice."""
+        return max(8, min(128, 1 << (max(8, self.train // 16).bit_length() - 1)))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs with at least a hundred optimiser steps."""
+        steps = max(1, self.train // self.batch_size)
+        return min(_MOST_EPOCHS, max(2, math.ceil(_FEWEST_STEPS / steps)))
+
+    @property
+    def drop(self) -> float:
+        """Accuracy drop that the evaluation images can tell from none, at least one percentage point."""
+        return max(0.01, math.ceil(100 * 1.96 * math.sqrt(_DISAGREEMENT / self.evaluation)) / 100)
+
+
+def _sizes(data: DataSurvey) -> _Sizes:
+    if data.images is None:
+        return _Sizes(1000, 2000, 10_000, 40_000)
+    evaluation = data.evaluation_images or max(1, min(5000, data.images // 4))
+    rest = data.images - (0 if data.evaluation_images else evaluation)
+    calibration = max(1, min(1000, rest // 4))
+    validation = 0 if data.validation is not None else max(1, min(2000, rest // 5))
+    if (train := rest - calibration - validation) < 1:
+        raise DataError(f"The data must hold at least 8 images, they hold {data.images}.")
+    return _Sizes(calibration, validation, evaluation, train)
+
+
+def _render(path: Path, scaffold: Scaffold, data: DataSurvey, model: ModelSurvey) -> str:
+    sizes, folder = _sizes(data), path.parent
+    evaluation: Any = data.evaluation or sizes.evaluation
+    sources = {"train": data.train, "evaluation": evaluation}
+    lines = [f"  {name}: {_flow(_relative_source(source, folder))}" for name, source in sources.items()]
+    if data.evaluation is None:
+        lines[1] += "    # taken from train: right only if the network was trained without them"
+    if data.validation is None:
+        validation = f"  validation: {sizes.validation}    # training images that choose the best epoch"
+    else:
+        validation = f"  validation: {_flow(_relative_source(data.validation, folder))}"
+    weights = "" if model.weights is None else f"\n    weights: {_scalar(_weights(model.weights, folder))}"
+    return _TEMPLATE.format(
+        schema=SCHEMA_FILE,
+        file=path.name,
+        name=_scalar(re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "pipeline"),
+        data="\n".join(lines),
+        calibration=sizes.calibration,
+        validation=validation,
+        preprocessing=_indent(4, _preprocessing(scaffold, data, model)),
+        model=_indent(6, _model(model.model, folder)),
+        weights=weights,
+        target=scaffold.target_macs,
+        epochs=sizes.epochs,
+        batch_size=sizes.batch_size,
+        gates=_gates(data, sizes),
+    )
+
+
+def _gates(data: DataSurvey, sizes: _Sizes) -> str:
+    if not data.is_labelled:
+        return "      max: {churn: 0.05}    # share of images whose prediction changes"
+    images = "" if data.images is None else f"; {sizes.evaluation:,} images cannot tell smaller drops from none"
+    points = f"{100 * sizes.drop:.0f} percentage point{'' if sizes.drop == 0.01 else 's'}"
+    return f"      max_drop: {{top1: {sizes.drop:g}}}    # {points} of top-1{images if sizes.drop > 0.01 else ''}"
+
+
+def _preprocessing(scaffold: Scaffold, data: DataSurvey, model: ModelSurvey) -> dict[str, object]:
+    given = scaffold.input_shape or model.input_shape
+    channels = given[0] if given is not None else data.channels if "factory" in model.model else 3
+    values: dict[str, object] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    if channels == 1:
+        values = {"mean": [0.5], "std": [0.5], "channels": "L"}
+    if given is not None and (given[1], given[2]) not in data.sizes[:1]:
+        return values | {"resize": max(given[1], given[2]), "crop": [given[1], given[2]]}
+    is_small = all(max(size) <= _SMALL for size in data.sizes)
+    if len(data.sizes) == 1 and (is_small or "factory" in model.model):
+        return values
+    if data.sizes and not is_small:
+        return values | {"resize": _RESIZE, "crop": [_CROP, _CROP]}
+    if data.sizes:
+        side = min(min(size) for size in data.sizes)
+        return values | {"resize": side, "crop": [side, side]}
+    return values
+
+
+def _model(model: dict[str, Any], folder: Path) -> dict[str, object]:
+    values: dict[str, object] = dict(model)
+    if "onnx" in model:
+        values["onnx"] = _relative(model["onnx"], folder)
+    place, _, name = str(model.get("factory", "")).rpartition(":")
+    if place.endswith(".py"):
+        values["factory"] = f"{_relative(place, folder)}:{name}"
+    return values
+
+
+def _weights(text: str, folder: Path) -> str:
+    return text if text == "pretrained" else _relative(text, folder)
+
+
+def _relative_source(source: Any, folder: Path) -> Any:
+    if not isinstance(source, dict):
+        return source
+    return {
+        key: _relative(value, folder) if key in ("arrays", "folder", "unlabelled") else value
+        for key, value in source.items()
+    }
+
+
+def _relative(text: str, folder: Path) -> str:
+    """Return a path relative to `folder` in place of the current folder; paths from ~ are unchanged."""
+    if text.startswith("~") or os.path.isabs(text):
+        return text
+    try:
+        return Path(os.path.relpath(text, folder)).as_posix()
+    except ValueError:  # another drive
+        return os.path.abspath(text)
+
+
+def _indent(spaces: int, values: dict[str, object]) -> str:
+    """Return a mapping as YAML, one key a line, without the last line break."""
+    return "\n".join(f"{' ' * spaces}{key}: {_flow(value)}" for key, value in values.items())
+
+
+def _flow(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(_flow(inner) for inner in value)}]"
+    return _scalar(value)
+
+
+def _scalar(value: object) -> str:
+    """Return a value on one line, quoted if it needs quotes inside braces."""
+    return dump_document([value]).removeprefix("- ").strip() if not isinstance(value, str) else _text(value)
+
+
+def _text(value: str) -> str:
+    """Return text plain if that is safe everywhere in YAML, otherwise in double quotes."""
+    plain = re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./:~+-]*", value) and not value.endswith(":")
+    is_word = value.lower() in ("true", "false", "null", "~")
+    return value if plain and not is_word and not value.startswith(".") else json.dumps(value, ensure_ascii=False)

@@ -26,7 +26,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import AS_IT_IS
 from compress.data.packing import pack
 from compress.errors import ArtifactError, ConfigValueError, ModelError
-from compress.model.adapter import INPUT_NAME, with_own_forward
+from compress.model.adapter import INPUT_NAME, as_users_own
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TensorSpec, TorchModel
 from compress.networks.factories import require_kind
 from compress.networks.wiring import signature_of
@@ -156,7 +156,7 @@ def publish(lineage: Lineage, model: TorchModel, like: nn.Module) -> nn.Module:
         model: The slim network.
         like: The network that the user gave.
     """
-    result = with_own_forward(copy.deepcopy(model.module)).requires_grad_(True)
+    result = as_users_own(copy.deepcopy(model.module), example_input(model.signature)).requires_grad_(True)
     place = next((value.device for value in unwrap(like).parameters()), torch.device("cpu"))
     kept = replace(lineage, model=replace(model, module=copy.deepcopy(model.module)))
     result.__dict__[ATTRIBUTE] = kept

@@ -192,7 +192,7 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
         RebuildMismatch: The checkpoint does not fit the factory.
     """
     from compress.checkpoint.rebuild import rebuild
-    from compress.model.adapter import with_own_forward  # imports torch
+    from compress.model.adapter import as_users_own, example_input  # imports torch
 
     folder = folder / "slim" if (folder / "slim").is_dir() else folder
     _check_digests(folder, unread=() if factory is None else ("factory.py",))
@@ -201,7 +201,7 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
     if callable(factory):
         name = getattr(factory, "__qualname__", type(factory).__name__)
         module = rebuild(replace(spec, reference=name), recipe, signature, weights, make=factory)
-        return with_own_forward(module)
+        return as_users_own(module, example_input(signature))
     if factory is not None:
         spec = replace(spec, kind="factory", reference=factory)
     elif spec.kind == "factory" and spec.reference == FactorySpec.UNKNOWN:
@@ -211,7 +211,7 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
         )
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
-    return with_own_forward(rebuild(spec, recipe, signature, weights))
+    return as_users_own(rebuild(spec, recipe, signature, weights), example_input(signature))
 
 
 def _check_digests(folder: Path, unread: Container[str]) -> None:

@@ -25,7 +25,7 @@ app = typer.Typer(
     name="compress",
     help="From a trained CNN to a smaller, faster ONNX model you can trust.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -135,7 +135,13 @@ def _run_until(loaded: "Pipeline", runs_dir: Path, until: str, console: Console)
 @app.command()
 @guarded
 def plan(
-    pipeline: PipelineFile, overrides: Overrides = None, seed: Seed = None, runs_dir: RunsDir = Path("runs")
+    pipeline: PipelineFile,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    runs_dir: RunsDir = Path("runs"),
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Time some batches, and estimate minutes and disk space of each stage.")
+    ] = False,
 ) -> None:
     """Show which stages would run, and why."""
     from compress.config.load import load_pipeline
@@ -143,8 +149,22 @@ def plan(
     loaded = load_pipeline(pipeline, overrides or (), seed)
     from compress.engine.runner import plan as plan_stages  # as in run
 
-    rows = [(row.stage, row.status, ", ".join(row.reasons)) for row in plan_stages(loaded, runs_dir)]
-    Console().print_plan(rows)
+    console, planned = Console(), plan_stages(loaded, runs_dir)
+    console.print_plan([(row.stage, row.status, ", ".join(row.reasons)) for row in planned])
+    if estimate:
+        _print_estimate(loaded, [row.status == "run" for row in planned], console)
+
+
+def _print_estimate(loaded: "Pipeline", runs: Sequence[bool], console: Console) -> None:
+    from compress.engine.estimate import estimate_run  # imports torch
+
+    found = [one for one, is_run in zip(estimate_run(loaded, console), runs, strict=True) if is_run]
+    rows = [(one.stage, f"{one.seconds / 60:.1f}", f"{one.megabytes:.1f}") for one in found]
+    console.print_table("estimate", ("stage", "minutes", "MB"), rows)
+    minutes, megabytes = sum(one.seconds for one in found) / 60, sum(one.megabytes for one in found)
+    console.say(
+        f"About {minutes:.1f} minutes (right to a factor of two) and {megabytes:,.0f} MB. Own training is not counted."
+    )
 
 
 @app.command()
@@ -407,6 +427,50 @@ def inspect(
         from compress.report.build import write_json
 
         write_json(overview.to_dict(), json_file)
+
+
+@app.command()
+@guarded
+def doctor(
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", min=1, help="Threads of the noise measurement.")
+    ] = 1,
+    runs_dir: RunsDir = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Describe this machine: versions, execution providers, instruction sets, noise of latency."""
+    from compress.inspection.machine import describe_machine, judge_noise, measure_noise  # imports torch
+
+    console = Console(quiet)
+    console.print_table("machine", ("item", "value"), describe_machine(runs_dir))
+    noise = measure_noise(threads, console)
+    (console.warn if noise.is_high else console.say)(judge_noise(noise))
+
+
+@app.command()
+@guarded
+def clean(
+    runs_dir: RunsDir = Path("runs"),
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Leave younger files alone.")
+    ] = 0.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
+) -> None:
+    """List, or remove, stored stages that no run uses, and the state of killed ones."""
+    from compress.engine.cleaning import find_leftovers, remove
+
+    console, found = Console(), find_leftovers(runs_dir, older_than)
+    rows = [(one.kind, one.path.name[:12], f"{one.size_bytes / 1e6:.1f}", f"{one.age_days:.1f}") for one in found]
+    if not found:
+        console.say("Nothing to remove.")
+        return
+    console.print_table("leftovers", ("kind", "key", "MB", "days"), rows)
+    total = sum(one.size_bytes for one in found) / 1e6
+    if not yes:
+        console.say(f"{len(found)} folders, {total:,.1f} MB; --yes removes them.")
+        return
+    removed = remove(found, runs_dir)
+    console.say(f"{len(removed)} folders removed, {sum(one.size_bytes for one in removed) / 1e6:,.1f} MB.")
 
 
 @app.command("list")

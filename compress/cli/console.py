@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
-from compress.cli.text import CHECK_COLUMNS, VALUE_COLUMNS, check_rows, next_steps, value_rows, verdict_sentence
+from compress.cli.text import (
+    LIMIT_COLUMNS,
+    VALUE_COLUMNS,
+    check_lines,
+    limit_rows,
+    next_steps,
+    value_rows,
+    verdict_sentence,
+)
 
 if TYPE_CHECKING:  # rich is imported for terminals only, the artifacts not at all: both cost start-up time
     from rich.console import Console as RichConsole
@@ -100,8 +108,11 @@ class Console:
         self.print_table("Plan", ("stage", "status", "why"), rows)
 
     def print_verdict(self, verdict: Verdict) -> None:
-        """Print every check, both networks' values, and one sentence; also when quiet."""
-        self.print_table("Checks", CHECK_COLUMNS, check_rows(verdict))
+        """Print the checks, both networks' values, and one sentence, within 80 columns; also when quiet."""
+        if rows := limit_rows(verdict):
+            self.print_table("Checks", LIMIT_COLUMNS, rows)
+        for line in check_lines(verdict):
+            self._write(self._out, line)
         if values := value_rows(verdict):
             self.print_table("Before and after", VALUE_COLUMNS, values)
         for step in next_steps(verdict):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the artifacts import numpy, which nobody needs for `compress --help`
-    from compress.model.artifacts import ModelMetrics, Verdict
+    from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 
 CHECK_COLUMNS = ("check", "status", "value", "limit", "unit", "detail")
+LIMIT_COLUMNS = CHECK_COLUMNS[:-1]
+LINE = 78  # characters of a line of text
 VALUE_COLUMNS = ("metric", "baseline", "slim", "change")
 
 
@@ -16,6 +19,27 @@ def check_rows(verdict: Verdict) -> list[tuple[str, ...]]:
     return [
         (c.name, c.status, format_number(c.value), format_number(c.limit), c.unit, c.detail) for c in verdict.checks
     ]
+
+
+def limit_rows(verdict: Verdict) -> list[tuple[str, ...]]:
+    """Return the cells of LIMIT_COLUMNS for each check that has a limit or did not pass."""
+    return [row[:-1] for row, check in zip(check_rows(verdict), verdict.checks, strict=True) if _is_shown(check)]
+
+
+def check_lines(verdict: Verdict) -> list[str]:
+    """Return wrapped lines: the detail of each check that did not pass, and the names of all others."""
+    lines: list[str] = []
+    for check in verdict.checks:
+        if check.status != "pass" and check.detail:
+            lines += textwrap.wrap(f"{check.name}: {check.detail}", LINE, initial_indent="  ", subsequent_indent="    ")
+    others = [check.name for check in verdict.checks if not _is_shown(check)]
+    if others:
+        lines += textwrap.wrap(f"also passed: {', '.join(others)}", LINE, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def _is_shown(check: CheckResult) -> bool:
+    return check.limit is not None or check.status != "pass"
 
 
 def value_rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:

@@ -23,6 +23,24 @@ PREPROCESSING_KEY = "compress.preprocessing"  # of the metadata of an ONNX file;
 _DEPLOYMENT = ("runtime", "provider", "threads", "batch_size", "repeats")
 _BEFORE_TRAINING = {"repair": ("batch_norm",), "residual": "cut"}
 
+_FEW: dict[str, Any] = {"score_images": 64, "refit_images": 64}
+_MANY: dict[str, Any] = {"score_images": 1024, "refit_images": 1024}
+_EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
+    "quick": {
+        "PruneConfig": {**_FEW, "residual_factors": (4.0,)},
+        "SlimConfig": {**_FEW, "residual_factors": (4.0,)},
+        "VerifyConfig": {"resources": None, "warmup": 3, "repeats": 30},
+        "deploy": {"repeats": 30},
+    },
+    "thorough": {
+        "PruneConfig": {**_MANY, "blocks": "auto"},
+        "SlimConfig": _MANY,
+        "FinetuneConfig": {"average_ratio": 0.2},
+        "VerifyConfig": {"warmup": 20, "repeats": 300},
+        "deploy": {"repeats": 300},
+    },
+}
+
 S = TypeVar("S", bound=Section)
 
 
@@ -32,12 +50,30 @@ def fill_stages(config: PipelineConfig) -> PipelineConfig:
     `verify` measures on the deployment. Before the first training of an untrained network, only batch-norm statistics
     are repaired, and the residual stream is cut by its scores: a validation loss at chance level cannot choose.
     """
+    config = _with_effort(config)
     stages = [with_deployment(one, config.deploy) if isinstance(one, VerifyConfig) else one for one in config.stages]
     for index in range(_count_before_training(stages) if is_untrained(stages) else 0):
         stage = stages[index]
         if isinstance(stage, PruneConfig | SlimConfig):
             stages[index] = _filled(stage, _BEFORE_TRAINING)
     return config.model_copy(update={"stages": tuple(stages)})
+
+
+def _with_effort(config: PipelineConfig) -> PipelineConfig:
+    """Return a pipeline with the defaults of its effort in place of the normal ones."""
+    defaults = _EFFORTS.get(config.effort)
+    if defaults is None:
+        return config
+    stages = tuple(_filled(stage, defaults.get(_kind(stage), {})) for stage in config.stages)
+    deploy = None if config.deploy is None else _filled(config.deploy, defaults["deploy"])
+    return config.model_copy(update={"stages": stages, "deploy": deploy})
+
+
+def _kind(stage: Section) -> str:
+    """Return the key of a stage's defaults; one that trains while it chooses has none of its own."""
+    if isinstance(stage, PruneConfig | SlimConfig):
+        return "" if isinstance(stage, PruneConfig) and stage.method is not None else type(stage).__name__
+    return "" if isinstance(stage, FinetuneConfig) and (stage.own or stage.trained) else type(stage).__name__
 
 
 def with_deployment(verify: VerifyConfig, deploy: DeployConfig | None) -> VerifyConfig:

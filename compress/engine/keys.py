@@ -171,7 +171,11 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
 
 # settings added since a store was first written -> the default with which earlier results are the same
 _ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9, "erasing": 0.0}}
-_ADDED_TO_STAGES: dict[str, dict[str, Any]] = {"finetune": {"own": None, "kwargs": {}, "trained": None}}
+_ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
+    "finetune": {"own": None, "kwargs": {}, "trained": None},
+    "prune": {"only": [], "limits": {}},
+    "slim": {"only": [], "limits": {}},
+}
 
 
 def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ place. A name is the path there ("features.0"), "output_0" for an element of the
 tensor.
 """
 
+import copy
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.packing import draw, is_packed, pack, part_sizes, row_width, standard_strides
-from compress.errors import ModelError
+from compress.errors import ModelError, attempt
 from compress.model.artifacts import Signature, TensorSpec
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -128,6 +130,50 @@ def with_own_forward(module: nn.Module) -> nn.Module:
     parts = {"__module__": base.__module__, "forward": forward}
     own: type[Any] = type(base.__name__, (_Own, *base.__bases__), parts)
     _set_class(module, own)
+    return module
+
+
+def as_users_own(module: nn.Module, example: Tensor) -> nn.Module:
+    """Return an adapted network as one of the user's own class again, if that runs in training mode.
+
+    Modules that stay in evaluation mode (`Wiring.evaluated`) were not followed in training mode, so that a cut may have
+    broken what only training runs. Whether it has is tried on a copy. If so, the network keeps its protection
+    (`with_own_forward`). A network of its own class can be pickled, as trainers of other libraries do.
+
+    Args:
+        module: As the stages work with it; changed in place.
+        example: One array of the data, (1, ...).
+    """
+    wiring = wiring_of(module)
+    if wiring is None:
+        return module
+    base = type(module).__bases__[-1]
+    if getattr(sys.modules.get(base.__module__), base.__qualname__, None) is not base:  # such as a traced graph's
+        return with_own_forward(module)
+    trial = _of_class(copy.deepcopy(module), base).train()
+    two = torch.cat([example, example])[:2]
+    parts = tuple(unpack_rows(two, wiring.inputs)) if is_packed(wiring.inputs) else (two,)
+    named = {spec.name: part for spec, part in zip(wiring.inputs, parts, strict=False) if spec.name in wiring.keywords}
+    placed = (
+        parts
+        if not wiring.inputs
+        else [part for spec, part in zip(wiring.inputs, parts, strict=True) if spec.name not in wiring.keywords]
+    )
+    runs = attempt(lambda: _runs(trial, placed, named), lambda error: False)
+    return _of_class(module, base) if runs else with_own_forward(module)
+
+
+def _runs(module: nn.Module, placed: Sequence[Tensor], named: Mapping[str, Tensor]) -> bool:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        module(*placed, **named)
+    return True
+
+
+def _of_class(module: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """Change the class of an adapted network back to the user's, in place."""
+    for name in (_WIRING, "compress_takes_parts"):
+        module.__dict__.pop(name, None)
+    _set_class(module, base)
     return module
 
 

@@ -15,7 +15,7 @@ from compress.checkpoint.rebuild import load_strict, read_weights
 from compress.data.batches import Augmentation, Batch, evaluation_batches, training_batches
 from compress.data.splits import Split, Teacher
 from compress.errors import ArtifactError, InternalError, ModelError, NonFinite
-from compress.model.adapter import with_own_forward
+from compress.model.adapter import as_users_own, example_input
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress
 from compress.search.context import StageContext
@@ -117,7 +117,7 @@ def train_by_user_code(artifact: TorchModel, reference: str, kwargs: Mapping[str
     """
     train = import_callable(reference, "Training")
     what = f"Training '{reference}'"
-    given = with_own_forward(copy.deepcopy(artifact.module)).train()
+    given = as_users_own(copy.deepcopy(artifact.module), example_input(artifact.signature)).train()
     folder = ctx.folder / "own"
     folder.mkdir(exist_ok=True)
     context = TrainingContext(

@@ -246,7 +246,8 @@ def survey(
     limits = Limits(config.min_width, config.max_removed_ratio, config.multiple_of)
     is_measured = config.target.needs_latency or config.damage == "sensitivity"
     at_most = MEASURED_LEVELS if is_measured else None
-    levels = {name: width_levels(group.width, group.parts, limits, at_most) for name, group in groups.items()}
+    own = _limits_by_group(groups, config, limits, all_there=among is None)
+    levels = {name: width_levels(group.width, group.parts, own[name], at_most) for name, group in groups.items()}
     targets = _find_targets(model, config, groups, levels, latency, ctx)
     return Survey(model, config, limits, groups, excluded, levels, targets)
 
@@ -274,34 +275,61 @@ def find_groups(
     excluded += [Exclusion(name, reason) for name, reason in reasons.items()]
     for sentence in exclusions_by_cause(excluded):
         progress.warn(sentence)
-    chosen = _excluded_by_patterns(groups, config.exclude)
+    chosen = _matching(groups, config.exclude, "exclude")
+    if config.only:
+        listed = _matching(groups, config.only, "only")
+        excluded += [Exclusion(name, "not listed in only", expected=True) for name in groups.keys() - listed]
+        groups = {name: group for name, group in groups.items() if name in listed}
+        chosen &= listed
+        reasons = {name: reason for name, reason in reasons.items() if name in listed}
     if config.residual == "keep":
         chosen |= {name for name, group in groups.items() if group.is_summed}
     excluded += [Exclusion(name, "excluded by the pipeline file", expected=True) for name in chosen - reasons.keys()]
     return {name: group for name, group in groups.items() if name not in chosen | reasons.keys()}, excluded
 
 
-def _excluded_by_patterns(groups: Groups, patterns: tuple[str, ...]) -> set[str]:
-    """Return the groups with a producer that one of the patterns names.
+def _limits_by_group(groups: Groups, config: CutConfig, limits: Limits, all_there: bool) -> dict[str, Limits]:
+    """Return the limits of each group: those of the last pattern that names it, else those of the stage.
+
+    Args:
+        groups: The groups.
+        config: Has `limits`.
+        limits: Those of the stage.
+        all_there: False if blocks were removed, so that a pattern may name no group any more.
+
+    Raises:
+        ConfigValueError: A pattern names no group, and all are there.
+    """
+    found = dict.fromkeys(groups, limits)
+    for pattern, own in config.limits.items():
+        given = {key: value for key, value in own.model_dump().items() if value is not None}
+        matching = {name for name, group in groups.items() if _is_named(group, pattern)}
+        for name in _matching(groups, (pattern,), "limits") if all_there else matching:
+            found[name] = replace(limits, **given)
+    return found
+
+
+def _matching(groups: Groups, patterns: tuple[str, ...], setting: str) -> set[str]:
+    """Return the groups with a producer that one of the patterns of a setting names.
 
     Raises:
         ConfigValueError: A pattern names none.
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        matching = {
-            name
-            for name, group in groups.items()
-            if any(fnmatch(producer.layer, pattern) for producer in group.producers)
-        }
+        matching = {name for name, group in groups.items() if _is_named(group, pattern)}
         if not matching:
             layers = [producer.layer for group in groups.values() for producer in group.producers]
             raise ConfigValueError(
-                f"exclude must name layers with prunable channels, '{pattern}' names none.",
+                f"{setting} must name layers with prunable channels, '{pattern}' names none.",
                 hint=closest(pattern, layers) or f"They are {', '.join(layers[:8])} ...",
             )
         chosen |= matching
     return chosen
+
+
+def _is_named(group: ChannelGroup, pattern: str) -> bool:
+    return any(fnmatch(producer.layer, pattern) for producer in group.producers)
 
 
 def _find_targets(

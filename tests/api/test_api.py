@@ -110,6 +110,25 @@ def test_kept_layers_keep_their_channels(trained: nn.Module, samples: TensorData
     assert slim.body[0].out_channels < 24
 
 
+def test_only_some_layers_lose_channels_within_their_own_limits(
+    trained: nn.Module, samples: TensorDataset, example: torch.Tensor
+) -> None:
+    def widths(**settings: object) -> tuple[int, int]:
+        slim = compress.prune(trained, example, data=samples, progress=False, **{"multiple_of": 1, **settings})
+        return slim.stem[0].out_channels, slim.body[0].out_channels
+
+    assert widths(macs=0.8, only=["body.*"])[0] == 16
+    assert widths(macs=0.95, limits={"body.*": {"min_width": 22}})[1] >= 22
+    assert all(width % 8 == 0 for width in widths(macs=0.5, limits={"*": {"multiple_of": 8}}))
+    for settings, message in (
+        ({"only": ["nothing"]}, "only must name layers with prunable channels, 'nothing' names none"),
+        ({"limits": {"nothing": {"min_width": 2}}}, "limits must name layers with prunable channels"),
+        ({"limits": {"*": {}}}, "must hold at least one of max_removed_ratio, min_width, multiple_of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            widths(macs=0.7, **settings)
+
+
 def test_latency_budgets_are_measured(trained: nn.Module, samples: TensorDataset, example: torch.Tensor) -> None:
     slim = compress.prune(
         trained, example, latency=0.9, data=samples, deploy={"threads": 1, "repeats": 10}, progress=False

@@ -1,6 +1,7 @@
 """What the console writes where: plain lines, terminals, quiet."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -129,10 +130,12 @@ def test_verdict_shows_every_check_and_both_networks() -> None:
     screen.console.print_verdict(verdict(PARITY, SPEED, SKIPPED))
     assert screen.lines == [
         "Checks:",
-        "  check        status      value  limit  unit   detail",
-        "  parity       pass     1.25e-06  0.001         64 images",
-        "  min_speedup  fail          1.1    1.2  x      slower than asked",
-        "  top1         skipped         -   0.01  share  no images",
+        "  check        status      value  limit  unit",
+        "  parity       pass     1.25e-06  0.001",
+        "  min_speedup  fail          1.1    1.2  x",
+        "  top1         skipped         -   0.01  share",
+        "  min_speedup: slower than asked",
+        "  top1: no images",
         "Before and after:",
         "  metric             baseline       slim  change",
         "  MACs              2,000,000  1,000,000  2.00x fewer",
@@ -142,6 +145,17 @@ def test_verdict_shows_every_check_and_both_networks() -> None:
         "  latency p50 (ms)      3.000      1.500  2.00x faster",
         "FAILED: min_speedup failed, of 2 checks made.",
     ]
+
+
+def test_lines_of_a_verdict_fit_eighty_columns() -> None:
+    long = replace(SPEED, detail="seven sittings side by side " * 8)
+    plain = [replace(PARITY, name=f"check_number_{number}", limit=None) for number in range(12)]
+    screen = Screen()
+    screen.console.print_verdict(verdict(PARITY, long, *plain))
+    assert max(map(len, screen.lines)) < 80
+    text = " ".join(line.strip() for line in screen.lines)
+    assert "seven sittings side by side " * 7 in text, "nothing is cut off"
+    assert "also passed: check_number_0, check_number_1, " in text
 
 
 @pytest.mark.parametrize(

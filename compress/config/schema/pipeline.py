@@ -85,6 +85,11 @@ class PipelineConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="name of the run folder")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
+    effort: Literal["quick", "normal", "thorough"] = Field(
+        "normal",
+        description="defaults of settings that are not given: quick: fewer images and calls, no trials of residual "
+        "streams; thorough: more of them, blocks: auto, average of the last training steps",
+    )
     threads: Threads | None = Field(None, description="threads of torch; all cores by default")
     plugins: Names = Field((), description="modules that register criteria, methods and runtimes of your own")
     task: TaskConfig = Field(DEFAULT_TASK, description="task of the network; classification by default")

@@ -72,6 +72,18 @@ Criterion = Annotated[
 ]
 
 
+class GroupLimitsConfig(Section):
+    """Limits on the widths of some channel groups, in place of those of the stage."""
+
+    multiple_of: Count | None = Field(None, description="widths are multiples of this if the group is wide enough")
+    min_width: Count | None = Field(None, description="smallest number of kept channels")
+    max_removed_ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="largest removed ratio")
+
+    def _check_rules(self) -> None:
+        if all(value is None for value in (self.multiple_of, self.min_width, self.max_removed_ratio)):
+            raise ValueError("must hold at least one of max_removed_ratio, min_width, multiple_of")
+
+
 class CutConfig(Section):
     """Settings that `prune` and `slim` share: choice of channels under a budget, and repair."""
 
@@ -110,7 +122,13 @@ class CutConfig(Section):
         description="number of pruned and repaired networks whose losses calibrate the damages; by default 0, or 24 "
         "with blocks: joint",
     )
+    only: Names = Field((), description="layers whose channel groups alone are pruned; * matches any text; [] for all")
     exclude: Names = Field((), description="layers whose channel groups are not pruned; * matches any text")
+    limits: dict[str, GroupLimitsConfig] = Field(
+        default_factory=dict,
+        description='layer or pattern -> limits of its channel group, such as {"layer4.*": {min_width: 64}}; the last '
+        "pattern that matches has precedence",
+    )
     score_images: Count = Field(512, description="number of calibration images for criteria")
     images_per_gradient: Count = Field(
         8,

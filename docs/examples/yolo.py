@@ -9,9 +9,8 @@ def build(cfg="yolov8n.yaml", classes=80):
 
 
 def train(model, context, **settings):
-    trainer = DetectionTrainer(
-        overrides={"project": str(context.folder), "name": "train", "exist_ok": True, **settings}
-    )
-    trainer.model = model  # else the trainer builds the network anew, from its YAML file
+    place = {"project": str(context.folder), "name": "train", "exist_ok": True}
+    trainer = DetectionTrainer(overrides={"model": "yolov8n.yaml", **place, **settings})
+    trainer.model = model  # else the trainer builds the network anew, from that file
     trainer.train()
     return trainer.ema.ema.float()

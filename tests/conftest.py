@@ -5,8 +5,21 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is the same to the bit on a CPU is not on a GPU
+for _library in ("OMP", "OPENBLAS", "MKL"):  # before NumPy is imported
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if _worker.startswith("gw") and hasattr(os, "sched_setaffinity"):  # threads of two workers would wait for each other
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker[2:]) % len(_cores)]})
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test ask for two threads where its worker has one core."""
+    monkeypatch.setattr("compress.verification.measurement.available_cores", lambda: 2)

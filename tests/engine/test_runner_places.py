@@ -27,6 +27,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize(("place", "error", "said"), CASES)
 def test_a_place_that_cannot_be_had_is_refused_before_any_stage(
     world: smallrun.World, place: dict[str, Any], error: type[Exception], said: str

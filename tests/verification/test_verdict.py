@@ -715,6 +715,7 @@ def test_measure_onnx_gives_the_baselines_figures(split):
     assert set(figures.latency_ms) >= {"p50", "p90", "p95"}
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_path):
     class Data:
         evaluation = split

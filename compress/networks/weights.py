@@ -314,12 +314,26 @@ def _read_checkpoint(path: Path) -> Any:
         return ArtifactError(
             f"Weights file '{path}' was refused: it is not a plain state dict, reading it could run code"
             f"{f' ({culprit[1]})' if culprit else ''}.",
-            hint="Save `model.state_dict()` with safetensors or torch.save and give that file.",
+            hint=_extraction(path, culprit[1] if culprit else ""),
         )
 
     with translated(refused), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
         return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _extraction(path: Path, culprit: str) -> str:
+    """Return the lines that extract a state dict from a file with a module inside."""
+    target = path.with_name(f"{path.stem}_state.pt").name
+    if culprit.startswith("ultralytics"):
+        lines = ("from ultralytics import YOLO", f'model = YOLO("{path.name}").model.float()')
+    else:
+        lines = ("import torch", f'model = torch.load("{path.name}", weights_only=False)')
+    save = f'torch.save(model.state_dict(), "{target}")'
+    more = "" if lines[0] == "import torch" else "import torch\n  "
+    return (
+        f"Extract the weights where you trust the file, and give {target}:\n  {more}{lines[0]}\n  {lines[1]}\n  {save}"
+    )
 
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:

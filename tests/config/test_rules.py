@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress.config.document import read_document
+from compress.config.json_schema import json_schema
 from compress.config.problems import Problem
 from compress.config.rules import RULES
 from compress.config.schema.pipeline import STAGE_SECTIONS, PipelineConfig
@@ -90,3 +91,19 @@ def test_a_section_is_read_without_its_refused_settings_and_rules(tmp_path: Path
     these = sections_of(document, None)
     assert these.names == ("load", "finetune", "low_rank", "prune", "prune")
     assert [stage is None for stage in these.stages] == [False, False, False, False, True]
+
+
+def test_every_key_of_the_schema_has_a_description() -> None:
+    schema = json_schema()
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    lacking = [
+        f"{name}.{key}"
+        for name, section in {"pipeline": schema, **schema["$defs"]}.items()
+        for key, value in section.get("properties", {}).items()
+        if key != "stage" and not _is_described(value)
+    ]
+    assert lacking == []
+
+
+def _is_described(value: dict[str, object]) -> bool:
+    return "description" in value or any("$ref" in one for one in [value, *value.get("anyOf", [])])

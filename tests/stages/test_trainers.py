@@ -77,7 +77,8 @@ def test_ultralytics_trains_a_slim_detector(cfg: str, tmp_path: Path, monkeypatc
     )
     torch.manual_seed(0)
     torch.save(DetectionModel(cfg, nc=1, verbose=False).state_dict(), tmp_path / "state.pt")
-    settings = f"{{data: {tmp_path / 'set' / 'data.yaml'}, imgsz: 64, epochs: 1, batch: 8, workers: 0, plots: false, device: cpu}}"
+    options = "imgsz: 64, epochs: 1, batch: 8, workers: 0, plots: false, device: cpu"
+    settings = f"{{data: {tmp_path / 'set' / 'data.yaml'}, {options}}}"
     sources = [
         f"{{yolo: set/{name}/labels, images: set/{name}/images, letterbox: [64, 64]}}" for name in ("train", "val")
     ]

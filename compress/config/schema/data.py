@@ -162,8 +162,8 @@ class PreprocessingConfig(Section):
         None, description="shorter side in pixels before the crop, or [height, width] without regard to proportions"
     )
     crop: Size | None = Field(None, description="[height, width] of the centre crop")
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    channels: Literal["RGB", "BGR", "L"] = "RGB"
+    layout: Literal["NCHW", "NHWC"] = Field("NCHW", description="order of the axes of the input")
+    channels: Literal["RGB", "BGR", "L"] = Field("RGB", description="order of the channels; L for one grey channel")
 
     def _check_rules(self) -> None:
         wanted = 1 if self.channels == "L" else 3
@@ -177,7 +177,7 @@ class PreprocessingConfig(Section):
 class DataConfig(Section):
     """Image sources and splits. Calibration images, and those given by number, are taken from `train`."""
 
-    train: Source
+    train: Source = Field(description="images that are trained on, and that splits are taken from")
     evaluation: CountOrSource = Field(
         description="images that the verdict is measured on: a source of their own, or a number to take from train, "
         "if the network was trained without them"

@@ -21,7 +21,7 @@ class InputConfig(Section):
     """Input of a network with several inputs, or with an input that is no image."""
 
     shape: Ints = Field(description="shape without the batch axis; [] for a scalar")
-    dtype: Literal["float32", "int64", "int32", "bool"] = "float32"
+    dtype: Literal["float32", "int64", "int32", "bool"] = Field("float32", description="type of the values")
     high: int | None = Field(
         None, ge=1, le=2**24, description="exclusive upper bound of whole numbers, which are at least 0"
     )
@@ -110,7 +110,7 @@ class LoadConfig(Section):
     """Build the network, load its weights strictly, and measure the baseline."""
 
     stage: Literal["load"]
-    model: Model
+    model: Model = Field(description="network: factory, torchvision, timm or onnx")
     weights: Annotated[str | None, PathKind.WEIGHTS] = Field(
         None,
         description="safetensors file, torch checkpoint readable with weights_only=True, TorchScript archive, or "

@@ -95,4 +95,4 @@ class PipelineConfig(Section):
     task: TaskConfig = Field(DEFAULT_TASK, description="task of the network; classification by default")
     data: DataConfig
     deploy: DeployConfig | None = None
-    stages: Stages = Field(min_length=1)
+    stages: Stages = Field(min_length=1, description="stages in order, from load to verify")

@@ -56,7 +56,7 @@ class TrainingConfig(Section):
 
     epochs: float | None = Field(None, gt=0, description="passes over the training split")
     steps: Count | None = Field(None, description="optimiser steps, in place of epochs")
-    batch_size: BatchSize = 128
+    batch_size: BatchSize = Field(128, description="images in one step of one process")
     learning_rate: float | None = Field(
         None, gt=0, description="peak of the schedule; by default from original, or 0.02, or 0.001 for adamw"
     )
@@ -64,8 +64,8 @@ class TrainingConfig(Section):
     probe: bool = Field(
         False, description="true: one epoch at 0.1, 0.3 and 1 times the peak first; the best on validation is used"
     )
-    momentum: Share = 0.9
-    weight_decay: float = Field(1e-4, ge=0)
+    momentum: Share = Field(0.9, description="momentum of sgd; adamw has none")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of the optimiser")
     warmup_ratio: Share = Field(0.05, description="share of the steps with rising learning rate")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
     schedule: Literal["cosine", "one_cycle", "step"] = Field("cosine", description="schedule of the learning rate")
@@ -82,7 +82,7 @@ class TrainingConfig(Section):
     average_ratio: Share = Field(
         0.0, description="share of the steps, at the end, whose average weights are one more candidate; 0 is off"
     )
-    label_smoothing: Share = 0.0
+    label_smoothing: Share = Field(0.0, description="share of the target that is spread over all classes")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="precision of convolutions and linear layers in training; weights are fp32"
     )

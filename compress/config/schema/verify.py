@@ -107,7 +107,7 @@ class ResourcesConfig(Section):
 class AlsoConfig(Section):
     """Another runtime for the same file, compared with the deployed one and timed beside it."""
 
-    runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
+    runtime: Annotated[str, registered(RUNTIMES)] = Field("onnxruntime", description="runtime that opens the file")
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads | None = Field(None, description="intra-op threads; by default those of verify")
     required: bool = Field(False, description="true: the verdict fails if this runtime is not available")
@@ -123,7 +123,7 @@ class VerifyConfig(Section):
     """Measure the file in its target runtime and check the gates."""
 
     stage: Literal["verify"]
-    runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
+    runtime: Annotated[str, registered(RUNTIMES)] = Field("onnxruntime", description="runtime that opens the file")
     provider: str = Field("CPUExecutionProvider", description="execution provider; checked to be in use")
     threads: Threads = Field(1, description="intra-op threads of the latency measurement")
     batch_size: BatchSize = Field(1, description="batch size of the latency measurement")
@@ -166,7 +166,7 @@ class GatesFile(VerifyConfig):
 class DeployConfig(Section):
     """Target runtime of the model, which latency budgets and the verdict are measured on."""
 
-    runtime: Annotated[str, registered(RUNTIMES)] = "onnxruntime"
+    runtime: Annotated[str, registered(RUNTIMES)] = Field("onnxruntime", description="runtime that opens the file")
     provider: str = Field("CPUExecutionProvider", description="execution provider")
     threads: Threads = Field(1, description="intra-op threads")
     batch_size: BatchSize = Field(1, description="batch size")

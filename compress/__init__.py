@@ -1,6 +1,7 @@
 """From a trained CNN to a smaller, faster ONNX model you can trust.
 
     compress.inspect(model, example)                     prunable channel groups, least MACs
+    compress.sensitivity(model, example, data=...)       loss over the width of each group
     compress.prune(model, example, macs=0.5, data=...)   fewer channels and blocks within a budget
     compress.low_rank(model, ...)                        factorised kernels
     compress.finetune(model, data=..., epochs=3)         training; or a loop of your own
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from compress.api.operations import export, finetune, inspect, low_rank, prune, save
+    from compress.api.operations import export, finetune, inspect, low_rank, prune, save, sensitivity
     from compress.api.verification import Run, run, verify
     from compress.tasks.base import Task
 
@@ -44,11 +45,14 @@ __all__ = [
     "prune",
     "run",
     "save",
+    "sensitivity",
     "verify",
 ]
 
 _PLACES = {
-    **dict.fromkeys(("export", "finetune", "inspect", "low_rank", "prune", "save"), "compress.api.operations"),
+    **dict.fromkeys(
+        ("export", "finetune", "inspect", "low_rank", "prune", "save", "sensitivity"), "compress.api.operations"
+    ),
     **dict.fromkeys(("Run", "run", "verify"), "compress.api.verification"),
     "Task": "compress.tasks.base",
     "load_bundle": "compress.api.operations",  # part of `load`

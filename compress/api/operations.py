@@ -33,6 +33,7 @@ from compress.exporting.fidelity import file_error
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.overview import Overview, inspect_network
+from compress.inspection.sensitivity import Sensitivity, measure_sensitivity
 from compress.inspection.targets import Network
 from compress.model.adapter import random_inputs
 from compress.model.artifacts import FactorySpec, TorchModel
@@ -94,6 +95,43 @@ def inspect(
     conditions = conditions_of(_deploy(deploy, "inspect"))
     network = Network(lineage.model.module, example_input(signature), signature, bounds, conditions)
     return inspect_network(type(unwrap(model)).__name__, network, latency, listener(progress))
+
+
+def sensitivity(
+    model: nn.Module,
+    example: Example | None = None,
+    *,
+    data: Any,
+    validation: Any = None,
+    loss: Loss | None = None,
+    task: Task | None = None,
+    seed: int = 0,
+    progress: Listener = True,
+    **settings: Any,
+) -> Sensitivity:
+    """Return the rise of the loss over the width of each channel group, the other groups at full width.
+
+    Args:
+        model: As in `prune`.
+        example: As there.
+        data: As there.
+        validation: As there; the loss is measured on these samples.
+        loss: As there.
+        task: As there.
+        seed: As there.
+        progress: As there.
+        settings: Settings of the stage `prune`, such as `criterion` and `score_images`.
+
+    Returns:
+        Curves with `tables()`, `to_dict()` and `to_svg()`; notebooks show the picture.
+
+    Raises:
+        As `prune`.
+    """
+    config = read_settings(PruneConfig, {"stage": "prune", "target": {"macs": 0.5}, **settings}, "sensitivity")
+    lineage = open_lineage(model, example)
+    with _context(lineage, data, validation, resolve_task(loss, task), seed, progress, None) as ctx:
+        return measure_sensitivity(lineage.model, config, ctx)
 
 
 def prune(

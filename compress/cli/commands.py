@@ -406,6 +406,12 @@ def inspect(
     second_opinion: Annotated[
         bool, typer.Option("--second-opinion", help="Compare the channel groups with those of torch-pruning.")
     ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Of a pipeline: measure the loss over the width of each group.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the curves of --sensitivity.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE.json", help="Write what was found as JSON.")
     ] = None,
@@ -417,9 +423,12 @@ def inspect(
     from compress.cli.ci import require_place
 
     require_place("--json", json_file, ".json", "JSON overview")
+    console = Console(quiet)
+    if sensitivity or plot is not None:
+        _inspect_sensitivity(target, overrides or (), plot, json_file, console)
+        return
     from compress.inspection.overview import inspect_target  # imports torch
 
-    console = Console(quiet)
     overview = inspect_target(target, shape, tuple(overrides or ()), latency, console, second_opinion)
     for title, columns, rows in overview.tables(layers):
         console.print_table(title, columns, rows)
@@ -427,6 +436,29 @@ def inspect(
         from compress.report.build import write_json
 
         write_json(overview.to_dict(), json_file)
+
+
+def _inspect_sensitivity(
+    target: str, overrides: Sequence[str], plot: Path | None, json_file: Path | None, console: Console
+) -> None:
+    from compress.cli.ci import require_place
+    from compress.config.load import load_pipeline
+
+    if Path(target).suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--sensitivity needs a pipeline file, whose images the loss is measured on, got '{target}'.")
+    require_place("--plot", plot, ".svg", "picture")
+    loaded = load_pipeline(Path(target), overrides)
+    from compress.inspection.sensitivity import sensitivity_of_pipeline  # imports torch
+
+    found = sensitivity_of_pipeline(loaded, console)
+    for title, columns, rows in found.tables():
+        console.print_table(title, columns, rows)
+    if plot is not None:
+        plot.write_text(found.to_svg(), encoding="utf-8")
+    if json_file is not None:
+        from compress.report.build import write_json
+
+        write_json(found.to_dict(), json_file)
 
 
 @app.command()

@@ -110,6 +110,33 @@ def plot_stairs(key: str, stairs: Sequence[Stairs]) -> Markup:
     return render_svg(key, f"Latency at each width of {len(drawn)} channel groups", 0.5 + 1.3 * rows, draw)
 
 
+def plot_sensitivity(key: str, curves: Sequence[Mapping[str, Any]], at_most: int = 24) -> Markup:
+    """Return the rise of the loss over the width of channel groups, with standard errors.
+
+    Args:
+        key: Prefix of the picture's ids.
+        curves: For each group name, widths, rises and errors.
+        at_most: The first of them that are drawn.
+    """
+    drawn = [one for one in curves if len(one["widths"]) > 1][:at_most]
+    if not drawn:
+        return NOTHING
+
+    def draw(figure: Any) -> None:
+        for axes, one in _small_axes(figure, drawn):
+            axes.errorbar(
+                one["widths"], one["rises"], one["errors"], color=SLIM, linewidth=1.4, marker="o", markersize=3
+            )
+            axes.set_title(shorten(one["name"], 22), fontsize=7.5)
+            axes.set_ylim(bottom=0)
+            axes.tick_params(labelsize=7)
+        figure.supxlabel("channels", fontsize=8.5, color=MUTED)
+        figure.supylabel("rise of the loss", fontsize=8.5, color=MUTED)
+
+    rows = -(-len(drawn) // COLUMNS)
+    return render_svg(key, f"Rise of the loss over the width of {len(drawn)} channel groups", 0.5 + 1.3 * rows, draw)
+
+
 def _small_axes(figure: Any, drawn: Sequence[Any], **options: bool) -> Iterator[tuple[Any, Any]]:
     """Yield axes of a grid, one for each thing that is drawn; the rest of the grid stays empty."""
     columns = min(COLUMNS, len(drawn))

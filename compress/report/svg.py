@@ -8,6 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from importlib import resources
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -87,6 +88,15 @@ def _to_inline(text: str, key: str, title: str) -> Markup:
         f'<svg class="plot" viewBox="{size.group(1) if size else ""}" role="img" aria-labelledby="{key}-title">'
         f'<title id="{key}-title">{escape(title)}</title>\n{body}'
     )
+
+
+def to_standalone(picture: str) -> str:
+    """Return a picture as an SVG file, in the light colours of the page."""
+    sheet = resources.files("compress.report").joinpath("style.css").read_text(encoding="utf-8")
+    colors = dict(re.findall(r"(--[\w-]+):\s*(#[0-9a-f]+)", sheet.partition("}")[0]))
+    plain = re.sub(r"var\((--[\w-]+)\)", lambda found: colors[found[1]], picture)
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"{plain.replace('<svg', f'<svg {names}', 1)}\n"
 
 
 def shorten(name: str, longest: int = 32) -> str:

@@ -136,6 +136,27 @@ def test_latency_budgets_are_measured(trained: nn.Module, samples: TensorDataset
     assert _params(slim) < _params(trained)
 
 
+def test_sensitivity_rises_towards_narrow_widths(
+    trained: nn.Module, samples: TensorDataset, example: torch.Tensor
+) -> None:
+    found = compress.sensitivity(trained, example, data=samples, validation=samples, multiple_of=4, progress=False)
+    assert {one.name for one in found.curves} == {"stem.0", "body.0"}
+    for one in found.curves:
+        assert one.widths[-1] in (16, 24)
+        assert one.rises[-1] == 0.0
+        assert all(wider <= narrower for narrower, wider in zip(one.rises, one.rises[1:], strict=False))
+        assert one.rises[0] > 0.0
+        assert len(one.errors) == len(one.widths)
+    assert found.images == 96
+    (title, columns, rows) = found.tables()[0]
+    assert "96 validation images" in title
+    assert len(columns) == len(rows[0]) == 5
+    picture = found.to_svg()
+    assert picture.startswith("<svg ")
+    assert "var(" not in picture
+    assert "body.0" in picture
+
+
 def test_a_loop_of_ones_own_trains_the_slim_network(slim: nn.Module, samples: TensorDataset, tmp_path: Path) -> None:
     model = copy.deepcopy(slim).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)

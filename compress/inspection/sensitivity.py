@@ -45,7 +45,7 @@ class SensitivityCurve:
     errors: tuple[float, ...]
 
     def at(self, share: float) -> float | None:
-        """Return the rise at the least measured width of at least `share` of the full one; None if only that is left."""
+        """Return the rise at the least width of at least `share` of the full one; None if that is the full one."""
         place = next(number for number, width in enumerate(self.widths) if width >= share * self.widths[-1])
         return None if place == len(self.widths) - 1 else self.rises[place]
 

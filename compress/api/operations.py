@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from compress.allocation.widths import Limits
 from compress.api.data import LoaderSplits, Loss, resolve_task
@@ -274,7 +275,8 @@ def finetune(
         task: As there.
         seed: As there.
         progress: As there.
-        settings: Settings of the stage `finetune`: `epochs` or `steps`, `learning_rate`, `batch_size` and others.
+        settings: Settings of the stage `finetune`: `epochs` or `steps`, `learning_rate`, `batch_size` (by default that of
+            the loader) and others.
 
     Raises:
         As `prune`.
@@ -283,6 +285,8 @@ def finetune(
     values = dict(settings)
     if teacher is not None:
         values.setdefault("distillation", {})
+    if isinstance(data, DataLoader) and data.batch_size is not None and "own" not in values:
+        values.setdefault("batch_size", data.batch_size)
     config = read_settings(FinetuneConfig, {"stage": "finetune", **values}, "finetune")
     if config.weights == "rewound":
         raise ConfigValueError("finetune: weights must be inherited or random, rewinding needs a pipeline.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from compress.api.data import Loss, derive_task, open_source, resolve_task
 from compress.api.lineage import open_lineage
 from compress.api.operations import export
 from compress.api.settings import Listener, listener, plain_settings, read_settings
+from compress.cli.console import Console
 from compress.config.document import dump_document
 from compress.config.load import Pipeline, load_pipeline, parse_pipeline
 from compress.config.schema.verify import VerifyConfig
@@ -92,7 +95,25 @@ def verify(
             reference=None if reference is None else _wired(reference, evaluation, signature),
             baseline_onnx=against,
         )
-        return verify_onnx(job, listener(progress))
+        return _printable(verify_onnx(job, listener(progress)))
+
+
+@dataclass(frozen=True, slots=True)
+class PrintableVerdict(Verdict):
+    """A verdict that prints as on the command line, and as tables in a notebook."""
+
+    def __str__(self) -> str:
+        """Return the tables, the next steps and the conclusion."""
+        printed = io.StringIO()
+        Console(stdout=printed).print_verdict(self)
+        return printed.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def _printable(verdict: Verdict) -> PrintableVerdict:
+    return PrintableVerdict(**{one.name: getattr(verdict, one.name) for one in fields(verdict)})
 
 
 @contextmanager
@@ -200,7 +221,7 @@ def run(
 
 def _run(pipeline: Pipeline, runs_dir: Path, progress: Listener) -> Run:
     outcome: RunOutcome = run_stages(pipeline, runs_dir, listener(progress))
-    return Run(outcome.folder, outcome.verdict, outcome.report)
+    return Run(outcome.folder, _printable(outcome.verdict), outcome.report)
 
 
 def _override_texts(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:

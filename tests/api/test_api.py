@@ -209,6 +209,8 @@ def test_the_file_is_verified_against_the_baseline(
     statuses = {check.name: check.status for check in verdict.checks}
     assert statuses["parity"] == "pass"
     assert statuses["max_drop.top1"] == "pass"
+    assert str(verdict).splitlines()[-1].startswith("PASSED: ")
+    assert "top1 (%)" in verdict._repr_html_()
     failed = compress.verify(file, data=samples, gates={"max_size_mb": 0.0001}, resources=None, progress=False)
     assert failed.outcome == "failed"
 

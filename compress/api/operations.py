@@ -275,8 +275,8 @@ def finetune(
         task: As there.
         seed: As there.
         progress: As there.
-        settings: Settings of the stage `finetune`: `epochs` or `steps`, `learning_rate`, `batch_size` (by default that of
-            the loader) and others.
+        settings: Settings of the stage `finetune`: `epochs` or `steps`, `learning_rate`, `batch_size` (by default that
+            of the loader) and others.
 
     Raises:
         As `prune`.

@@ -77,7 +77,7 @@ RANKS: dict[str, dict[str, Any]] = {
 FROM_SCRATCH = "random weights"
 NOT_WHILE_LEARNING = (
     "stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms", "rewind_to", "rewind_epoch",
-    "rewind_schedule",
+    "rewind_schedule", "own", "kwargs", "trained",
 )  # fmt: skip
 
 

@@ -59,7 +59,12 @@ _PLACES = {
 }
 
 
-def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | None = None) -> nn.Module:
+def load(
+    folder: str | PathLike[str],
+    factory: str | Callable[..., nn.Module] | None = None,
+    *,
+    own_class: bool = False,
+) -> nn.Module:
     """Rebuild a slim network: factory, recipe, weights; strict, bit-identical outputs.
 
     Args:
@@ -67,6 +72,8 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
             ONNX file is imported.
         factory: Builds the baseline, where the one named by the run is not to be used: a callable, which
             gets the keyword arguments of the run, or "pkg.module:callable" or "path/to/file.py:callable".
+        own_class: True returns an instance of the factory's own class with all of its outputs, for trainers of other
+            libraries; False only the outputs that the run keeps.
 
     Returns:
         The network in eval mode on the CPU.
@@ -84,7 +91,7 @@ def load(folder: str | PathLike[str], factory: str | Callable[..., nn.Module] | 
         return network
     from compress.checkpoint.layout import load_slim  # imports torch, which takes seconds
 
-    return load_slim(path, factory)
+    return load_slim(path, factory, own_class)
 
 
 def __getattr__(name: str) -> Any:

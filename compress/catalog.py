@@ -1,8 +1,8 @@
 """Names of built-in criteria, methods, stages, runtimes, tasks and data sources, and of optional packages.
 
 A registry maps a name to an object, or to the place it is imported from on first use. Importing this module imports
-neither torch nor any of the objects. Install hints name packages, never `compress[extra]`: that name on
-the package index belongs to another project.
+neither torch nor any of the objects. Install hints name packages, not extras of this project: its name
+on the package index belongs to another one.
 """
 
 from collections.abc import Iterable, Iterator

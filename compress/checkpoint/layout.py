@@ -179,20 +179,23 @@ def write_digests(folder: Path) -> None:
     _write_json(folder / DIGESTS_FILE, add_digest({"schema": DIGESTS_SCHEMA, "files": digests}))
 
 
-def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
+def load_slim(
+    folder: Path, factory: "str | Callable[..., nn.Module] | None" = None, own_class: bool = False
+) -> "nn.Module":
     """Rebuild the slim network of a run: factory + recipe + weights, strict, in eval mode.
 
     Args:
         folder: A run folder, or the `slim` folder in it.
         factory: Builds the baseline; by default what the checkpoint names. A callable gets the keyword
             arguments of the checkpoint.
+        own_class: True returns an instance of the factory's own class, if that runs in training mode.
 
     Raises:
         ArtifactError: The folder holds no checkpoint, or a file in it is damaged.
         RebuildMismatch: The checkpoint does not fit the factory.
     """
     from compress.checkpoint.rebuild import rebuild
-    from compress.model.adapter import as_users_own, example_input  # imports torch
+    from compress.model.adapter import as_users_own, example_input, with_own_forward  # imports torch
 
     folder = folder / "slim" if (folder / "slim").is_dir() else folder
     _check_digests(folder, unread=() if factory is None else ("factory.py",))
@@ -201,7 +204,7 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
     if callable(factory):
         name = getattr(factory, "__qualname__", type(factory).__name__)
         module = rebuild(replace(spec, reference=name), recipe, signature, weights, make=factory)
-        return as_users_own(module, example_input(signature))
+        return as_users_own(module, example_input(signature)) if own_class else with_own_forward(module)
     if factory is not None:
         spec = replace(spec, kind="factory", reference=factory)
     elif spec.kind == "factory" and spec.reference == FactorySpec.UNKNOWN:
@@ -211,7 +214,8 @@ def load_slim(folder: Path, factory: "str | Callable[..., nn.Module] | None" = N
         )
     elif spec.reference.startswith("factory.py:"):
         spec = replace(spec, reference=f"{folder / spec.reference}")
-    return as_users_own(rebuild(spec, recipe, signature, weights), example_input(signature))
+    module = rebuild(spec, recipe, signature, weights)
+    return as_users_own(module, example_input(signature)) if own_class else with_own_forward(module)
 
 
 def _check_digests(folder: Path, unread: Container[str]) -> None:

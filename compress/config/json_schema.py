@@ -9,7 +9,7 @@ IDENTIFIER = "urn:compress:pipeline"
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the schema, with `$schema` and `$id`; stages are told apart by their key `stage`."""
+    """Return the schema, with `$schema` and `$id`; stages are distinguished by their key `stage`."""
     return {"$schema": DRAFT, "$id": IDENTIFIER, "title": "compress pipeline"} | {
         key: value for key, value in PipelineConfig.model_json_schema().items() if key != "title"
     }

@@ -276,5 +276,5 @@ def images_for(limit: float) -> int:
     961
     """
     if limit <= 0:
-        raise InternalError(f"A drop of {limit} cannot be told from none.")
+        raise InternalError(f"No number of images shows a drop of {limit}.")
     return math.ceil(_DISAGREEMENT * (1.96 / limit) ** 2)

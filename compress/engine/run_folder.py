@@ -21,7 +21,7 @@ from pathlib import Path
 
 import compress
 
-model = compress.load(Path(__file__).parent)
+model = compress.load(Path(__file__).parent, own_class=True)
 # torch.save(model.state_dict(), "trained.pt")
 # compress run pipeline.yaml --weights trained.pt
 '''

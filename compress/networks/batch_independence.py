@@ -51,7 +51,7 @@ def require_batch_independence(module: nn.Module, images: Tensor) -> None:
         place, hint = _place(module, images)
     raise ModelError(
         "The output for an image must not depend on the other images of its batch: alone and among "
-        f"{len(images)} the difference is {min(difference, 1e9):.2g} of the largest value, first in {place}.",
+        f"{len(images)} the output differs by {min(difference, 1e9):.2g} of the largest value, first in {place}.",
         hint=hint,
     )
 

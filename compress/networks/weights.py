@@ -322,8 +322,13 @@ def _read_checkpoint(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
 
 
+_NO_CLASSES = ("__builtin__", "_io", "builtins", "io", "nt", "os", "posix", "runpy", "shutil", "subprocess", "sys")
+
+
 def _extraction(path: Path, culprit: str) -> str:
-    """Return the lines that extract a state dict from a file with a module inside."""
+    """Return the lines that extract a state dict from a file with a module inside; of other code only what to give."""
+    if culprit.partition(".")[0] in ("", *_NO_CLASSES):
+        return "Save `model.state_dict()` with safetensors or torch.save and give that file."
     target = path.with_name(f"{path.stem}_state.pt").name
     if culprit.startswith("ultralytics"):
         lines = ("from ultralytics import YOLO", f'model = YOLO("{path.name}").model.float()')

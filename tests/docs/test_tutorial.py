@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from torchvision import models
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -39,13 +41,14 @@ def _commands(page: str) -> list[list[str]]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the tutorial asks for: weights, and pictures in folders of classes."""
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(content, "JPEG")
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
-            content = io.BytesIO()
-            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(content, "JPEG")
-            (folder / "1.jpg").write_bytes(content.getvalue())
+            for number in range(4):
+                (folder / f"{number}.jpg").write_bytes(content.getvalue())
     (tmp_path / "resnet18.pth").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -62,8 +65,9 @@ def test_pipelines_of_the_tutorial_validate(project: Path) -> None:
 
 
 def test_init_of_the_tutorial_writes_a_valid_file(project: Path) -> None:
+    torch.save(models.resnet18(num_classes=2).state_dict(), project / "resnet18.pth")
     (init,) = [command for command in _commands("tutorial") if command[1] == "init"]
-    for arguments in (init[1:], ["validate", init[2]]):
+    for arguments in (init[1:], ["validate", init[init.index("--out") + 1]]):
         done = CliRunner().invoke(app, arguments, prog_name="compress")
         assert done.exit_code == 0, done.output
 

@@ -111,4 +111,4 @@ def test_an_error_in_a_stage_ends_all_processes(world, middle, message):
     code, said = finish(start(world, world.values("linear_head", middle), "wrong"))
     assert code != 0
     assert message in said
-    assert "a fault of its own" not in said
+    assert "a Internal error" not in said

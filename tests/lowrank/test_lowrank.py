@@ -212,7 +212,7 @@ def test_zero_kernel_has_zero_factors_and_no_error(scheme: str) -> None:
         (Factorize("0", "tucker2", (2,)), r"must be from 1 to \(3, 4\), got \(2,\)"),
         (Factorize("7", "nc", (2,)), "Layer '7' must exist"),
         (Factorize("1", "nc", (2,)), "Layer '1' cannot be factorised: it is a ReLU, not a Conv2d or Linear"),
-        (Factorize("", "nc", (2,)), "got the whole network"),
+        (Factorize("", "nc", (2,)), "got the network itself"),
     ],
 )
 def test_edit_that_does_not_fit_is_refused(edit: Factorize, match: str) -> None:
@@ -426,7 +426,7 @@ def test_stage_leaves_its_input_alone_and_reestimates_batch_norm(tmp_path: Path)
 def test_stage_counts_the_target_from_the_baseline(tmp_path: Path) -> None:
     artifact = _artifact(nets.build("residual"))
     figures = dataclasses.replace(artifact.baseline.metrics, macs=2 * artifact.baseline.metrics.macs)
-    artifact = dataclasses.replace(artifact, baseline=dataclasses.replace(artifact.baseline, figures=figures))
+    artifact = dataclasses.replace(artifact, baseline=dataclasses.replace(artifact.baseline, metrics=figures))
     stage = LowRankStage(LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.3), multiple_of=1))
     _, record = stage.run(artifact, StageContext(tmp_path, 0, _Data(), SilentProgress()))  # type: ignore[arg-type]
     assert 0.25 * figures.macs < record["macs_after"] <= 0.3 * figures.macs

@@ -65,7 +65,7 @@ def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, meth
     assert len(learned["epochs"]) == learned["chosen_epoch"]
     assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=hooked.CUT_JUMP)
     # one threshold for all groups of so short a run leaves kept channels at zero: that is said
-    share = learned["figures"].get("kept_zero_ratio", 0.0)
+    share = learned["metrics"].get("kept_zero_ratio", 0.0)
     wording = f"Method 'grda': .* kept channels \\({share:.0%}\\) were at zero when the choice was made"
     assert len(said.warnings) == int(share > 0.1)
     assert all(re.match(wording, text) for text in said.warnings)
@@ -124,7 +124,7 @@ def test_a_cut_that_changes_more_is_warned_about_with_its_cause(learn, monkeypat
     monkeypatch.setattr(hooked, "CUT_JUMP", -1.0)
     _, record, said = learn("chain", method="gsm")
     (warning,) = [text for text in said.warnings if "must change next to nothing" in text]
-    assert "What went had" in warning
+    assert "The removed channels had" in warning
     assert "more steps after the choice stands would help" in warning
     assert f"{record['method']['loss_after_cut'] - record['method']['loss_before_cut']:.3f}" in warning
 
@@ -165,7 +165,7 @@ def test_a_block_whose_gate_closed_is_removed(learn, monkeypatch):
     assert record["params_after"] == count_params(slim.module) <= 0.4 * record["params_before"]
     learned = record["method"]
     assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=1e-4)
-    assert learned["figures"]["blocks_closed_ratio"] == 0.5
+    assert learned["metrics"]["blocks_closed_ratio"] == 0.5
 
 
 def test_gates_close_blocks_by_themselves_where_the_budget_is_small(learn):
@@ -178,7 +178,7 @@ def test_gates_close_blocks_by_themselves_where_the_budget_is_small(learn):
 def test_gates_leave_blocks_alone_unless_asked(learn):
     _, record, _ = learn("residual", method="gates")
     assert record["removed_blocks"] == []
-    assert record["method"]["figures"]["blocks_closed_ratio"] == 0.0
+    assert record["method"]["metrics"]["blocks_closed_ratio"] == 0.0
 
 
 @pytest.mark.parametrize(("method_class", "step"), [(Gsm, 60), (Grda, 23), (Regrow, 44)])
@@ -201,7 +201,7 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(learn, monkeypatch, m
     assert again.recipe == whole.recipe
     for name, value in whole.module.state_dict().items():
         assert torch.equal(value, again.module.state_dict()[name]), name
-    assert repeated["method"]["figures"] == record["method"]["figures"]
+    assert repeated["method"]["metrics"] == record["method"]["metrics"]
 
 
 def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):

@@ -44,7 +44,7 @@ class Share(Task):
 
     metric = "share"
 
-    def figures(self, facts):
+    def aggregate(self, facts):
         return {"share": float(facts["score"].mean())}
 
 

@@ -69,10 +69,12 @@ HUNDRED = Split(
 
 def test_every_setting_reaches_the_loop() -> None:
     varied = {"crop_padding": 1, "flip": True, "mixup": 0.2, "cutmix": 0.4}
+    varied |= {"resized_crop": 0.5, "policy": "rand_augment", "magnitude": 3, "erasing": 0.1}
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
     apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights", "norms"}
     rewinding = {"rewind_to", "rewind_schedule", "rewind_epoch"}
-    assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart, *rewinding}
+    elsewhere = {"own", "kwargs", "trained"}
+    assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart, *rewinding, *elsewhere}
     settings = asdict(fit_settings(config, 9, HUNDRED, NORMED))
     assert {name: settings[name] for name in GIVEN} == GIVEN
     assert settings["seed"] == 9

@@ -194,7 +194,7 @@ def test_a_rewound_pipeline_runs_and_a_wrong_checkpoint_is_refused_before_anythi
     done = world.call("run", made, "--quiet")
     assert done.exit_code == 4
     assert f"Checkpoint '{moved}' of rewind_to must fit the network exactly; missing: body.0.0.weight" in done.stderr
-    assert "Hint: A checkpoint to rewind to is of the whole network" in done.stderr
+    assert "Hint: A checkpoint to rewind to is of the complete network" in done.stderr
     assert "Stage" not in done.stderr
     made["stages"][2]["rewind_to"] = "nowhere.pt"
     done = world.call("run", made, "--quiet")

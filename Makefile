@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint type check docs bench mutation clean
+.PHONY: help setup demo test test-fast fuzz lint type check docs bench mutation clean
 
 help:           ## list the verbs
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ demo: $(READY) ## compress the embedded MNIST network and verify the result
 
 test: $(READY)  ## run the tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-fast: $(READY) ## run the tests without pipelines, trainings and measurements, in three minutes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 fuzz: $(READY)  ## damage 500 ONNX files and 500 images, and see that none of them ends in a bug
 	$(BIN)/python tests/fuzz/onnx_files.py --count 500

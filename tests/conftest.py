@@ -19,6 +19,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 
+SLOW = (  # runs of pipelines, trainings, measurements, code of the documentation
+    "tests/api", "tests/bundle", "tests/docs", "tests/e2e", "tests/exporting", "tests/onnx_import", "tests/report",
+    "tests/scaffold", "tests/search", "tests/stages", "tests/cli/test_first_hour.py", "tests/networks/test_shapes.py",
+    "tests/training/test_loop.py", "tests/training/test_distributed.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that `make test-fast` leaves out."""
+    for item in items:
+        if item.path.relative_to(config.rootpath).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test ask for two threads where its worker has one core."""

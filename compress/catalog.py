@@ -1,8 +1,8 @@
 """Names of built-in criteria, methods, stages, runtimes, tasks and data sources, and of optional packages.
 
-A registry maps a name to an object, or to the place it is imported from on first use. Importing this module imports
-neither torch nor any of the objects. Install hints name packages, not extras of this project: its name
-on the package index belongs to another one.
+A registry maps a name to an object, or to the "module:attribute" that it is imported from on first use. Importing this
+module imports neither torch nor any of the objects. Install hints name packages, not extras of this project, whose name
+on the package index belongs to another project.
 """
 
 from collections.abc import Iterable, Iterator
@@ -85,7 +85,7 @@ class Registry(Generic[T]):
         """Check that a name is registered; imports nothing.
 
         Raises:
-            UnknownName: As `get`.
+            UnknownName: As in `get`.
         """
         if name not in self._entries:
             raise UnknownName(f"{self.kind} must be one of {', '.join(self)}, got '{name}'.", hint=closest(name, self))

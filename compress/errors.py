@@ -11,13 +11,13 @@
     │  ├─ DataError                  images or labels do not fit the model
     │  ├─ UntraceableModel           no channel graph could be built
     │  ├─ UnsupportedLayer           an edit or criterion cannot handle a layer
-    │  ├─ BudgetUnreachable          the target cannot be met; says the best reachable
+    │  ├─ BudgetUnreachable          the target cannot be met; the message states the best reachable
     │  ├─ NonFinite                  a weight, output or loss is NaN or infinite
     │  ├─ ExportFailed               torch or ONNX refused the export
-    │  └─ RebuildMismatch            replaying a recipe does not give the saved network
+    │  └─ RebuildMismatch            replaying a recipe does not yield the saved network
     ├─ ArtifactError        exit 4   missing, corrupt or foreign file
     │  └─ RunLocked                  another process holds the run folder
-    ├─ RuntimeUnavailable   exit 5   provider asked for, providers present
+    ├─ RuntimeUnavailable   exit 5   the requested execution provider is not available
     │  ├─ PackageMissing             a package is not installed that only some pipelines need
     │  └─ NoSuchPlace                no machine has such a provider, or the runtime reads no ONNX files
     └─ InternalError        exit 70  our bug: an invariant is broken
@@ -47,8 +47,8 @@ class CompressError(Exception):
     """Base of every error raised on purpose.
 
     Args:
-        message: What must hold, what was got, where.
-        hint: What to do about it; printed on a line of its own.
+        message: Condition that must hold, the value found, and its position.
+        hint: Remedy, printed on a line of its own.
     """
 
     exit_code: ClassVar[int] = 70
@@ -107,10 +107,10 @@ class UnsupportedLayer(StageError):
 
 
 class BudgetUnreachable(StageError):
-    """The target cannot be met; the message says the best reachable and what limits it.
+    """The target cannot be met; the message states the best reachable value and its limits.
 
     Attributes:
-        best: The least that can be reached, in the unit of the target, where one number says it.
+        best: Least reachable value, in the unit of the target; None if it is not one number.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, best: float | None = None) -> None:
@@ -125,7 +125,7 @@ NONE_LEFT_HINT = "Let exclude and residual: keep leave some; `compress inspect` 
 
 
 class AlreadyWithin(BudgetUnreachable):
-    """The network is within the target as it is: nothing would be removed."""
+    """The network meets the target already, without any removal."""
 
 
 class NonFinite(StageError):
@@ -137,15 +137,15 @@ class OutOfMemory(StageError):
 
 
 class ExportFailed(StageError):
-    """torch or ONNX refused the export, or the file is not what was asked for."""
+    """torch or ONNX refused the export, or the file differs from the request."""
 
 
 class RebuildMismatch(StageError):
-    """Replaying a recipe does not give the network that was saved."""
+    """Replaying a recipe does not yield the saved network."""
 
 
 class ArtifactError(CompressError):
-    """A file is missing, corrupt or not ours."""
+    """A file is missing, corrupt, or no file of this program."""
 
     exit_code = 4
 
@@ -155,17 +155,17 @@ class RunLocked(ArtifactError):
 
 
 class RuntimeUnavailable(CompressError):
-    """An execution provider was asked for that is not there."""
+    """The requested execution provider is not available."""
 
     exit_code = 5
 
 
 class PackageMissing(RuntimeUnavailable):
-    """A package is not installed that only some pipelines need; the hint is the line that installs it."""
+    """An optional package is not installed; the hint is the command that installs it."""
 
 
 class NoSuchPlace(RuntimeUnavailable):
-    """A file can be run so on no machine: the provider's name is unknown, or the runtime reads no ONNX files."""
+    """No machine can run the file so: the provider's name is unknown, or the runtime reads no ONNX files."""
 
 
 class InternalError(CompressError):
@@ -175,7 +175,7 @@ class InternalError(CompressError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of Python, NumPy, torch or ONNX Runtime says that memory could not be had."""
+    """Return whether an error of Python, NumPy, torch or ONNX Runtime reports a lack of memory."""
     said = str(error)
     return isinstance(error, MemoryError) or (
         not isinstance(error, CompressError)
@@ -188,21 +188,21 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory",
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error that says something, at most 300 characters."""
+    """Return the first line with content of an error's message, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
 @contextmanager
 def translated(build: Callable[[Exception], Exception], *unchanged: type[BaseException]) -> Iterator[None]:
-    """Raise an error of this program in place of any that foreign code raises within the block.
+    """Translate errors of foreign code within this context into errors of this program.
 
     ONNX Runtime, onnx, protobuf, decoders of images and networks of users raise types of their own, down to plain
     Exception, so that no list of types would be complete. Errors of this program and lack of memory pass unchanged.
 
     Args:
-        build: Returns the error to raise for a foreign one, which becomes its cause.
-        unchanged: Further types that pass.
+        build: Function from a foreign error to the error to raise; the foreign error becomes its cause.
+        unchanged: Further types that pass unchanged.
     """
     try:
         yield
@@ -216,9 +216,9 @@ def attempt(call: Callable[[], T], otherwise: Callable[[Exception], U], *unchang
     """Return the result of foreign code, or of `otherwise` where it raises anything.
 
     Args:
-        call: Runs the foreign code.
-        otherwise: Gets the error.
-        unchanged: Types that pass.
+        call: Function that runs the foreign code.
+        otherwise: Function from the error to a replacement of the result.
+        unchanged: Types of errors that pass.
     """
     try:
         return call()

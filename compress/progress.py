@@ -1,4 +1,4 @@
-"""Progress reporting of long work to an unknown listener.
+"""Progress reports of long work to any listener.
 
 Library code takes a `Progress` and opens a task for anything that can take longer than two seconds; `console.py`
 draws it on a terminal or prints plain lines; `SilentProgress` ignores it.
@@ -10,10 +10,10 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One piece of work under way."""
+    """Running piece of work whose progress is reported."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        """Say that `amount` more units are done; `fields` are shown beside the bar (`loss="0.31"`)."""
+        """Report that `amount` more units are done; `fields` are shown beside the bar (`loss="0.31"`)."""
 
 
 class Progress(Protocol):
@@ -25,17 +25,17 @@ class Progress(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Say one sentence that stays visible."""
+        """Report one sentence that stays visible."""
 
     def warn(self, text: str) -> None:
-        """Say one sentence that the user must not miss."""
+        """Report one sentence as a warning."""
 
     def curve(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """Give the values that curves, by name, have at a step of a training; `name` says of which."""
+        """Report the values of curves by name at a step of the training called `name`."""
 
 
 class SilentTask:
-    """A task that nobody watches."""
+    """Task that ignores its progress."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
         """Do nothing."""

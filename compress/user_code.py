@@ -145,7 +145,7 @@ def raise_as(kind: type[CompressError], what: str, hint: str | None = None) -> I
 
 
 def describe_error(error: BaseException) -> str:
-    """Return class, message and place of an exception, such as "ValueError: no such depth (net.py:12)"."""
+    """Return class, message and position of an exception, such as "ValueError: no such depth (net.py:12)"."""
     text = str(error).strip()
     place = user_place(error)
     name = type(error).__name__
@@ -282,7 +282,7 @@ def short_reference(reference: str) -> str:
 
 @contextmanager
 def import_path_of(reference: str) -> Iterator[None]:
-    """Put the folder of a reference first on the import path: that of its file, or the current one for a module."""
+    """Put a reference's folder first on the import path: the folder of its file, or the current one for a module."""
     place = reference.rpartition(":")[0]
     with on_import_path(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
         yield
@@ -307,7 +307,7 @@ def _import_file(path: Path, what: str) -> Any:
         raise ModelError(f"{what} file '{path}' must be a Python file.")
     module = importlib.util.module_from_spec(spec)
     with on_import_path(path.resolve().parent):
-        sys.modules[name] = module  # dataclasses and typing look a class's module up by name
+        sys.modules[name] = module  # dataclasses and typing find the module of a class by name
         try:
             with raise_as(ModelError, f"{what} file '{path}' must import"):
                 spec.loader.exec_module(module)

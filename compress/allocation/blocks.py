@@ -1,7 +1,7 @@
 """Widths of channel groups and residual blocks that may be removed, chosen by one knapsack.
 
-A block is a decision of two options: 0 removes it, 1 keeps it. What lies in it costs nothing where it is removed, so
-that its groups keep their full width there and do no damage.
+A block is a decision of two options: 0 removes it, 1 keeps it. The layers of a removed block cost nothing, so its
+groups keep their full width and do no damage.
 
 Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2504.02168,
 where blocks and widths are chosen by one program under a latency.
@@ -24,7 +24,7 @@ class Structure:
 
     Attributes:
         widths: Group name -> width; full in a removed block.
-        removed: The blocks that go, in the order in which they were given.
+        removed: Removed blocks, in the order in which the blocks were given.
         costs: Budget name -> cost.
         is_optimal: Whether it is proved that nothing within the budgets does less damage.
     """
@@ -47,16 +47,16 @@ def block_decision(block: str) -> str:
 def allocate_structure(
     groups: Sequence[Candidates], blocks: Mapping[str, float], budgets: Sequence[Budget], limits_text: str = ""
 ) -> Structure:
-    """Choose a width for every group and which blocks go, so that no budget is exceeded and the damage is least.
+    """Choose a width for every group and the removed blocks, with the least damage within all budgets.
 
     Args:
         groups: The groups, each with its damages and allowed widths.
-        blocks: Module path of each block that may be removed -> the damage of that, >= 0.
-        budgets: At least one. Parts in a block have the switch `block_decision(block)`.
-        limits_text: What limits the widths, for the message.
+        blocks: Module path of each removable block -> damage of its removal, >= 0.
+        budgets: Budgets, at least one. Parts in a block have the switch `block_decision(block)`.
+        limits_text: Limits on the widths in words, for the message.
 
     Raises:
-        BudgetUnreachable: Nothing allowed is within the budgets; says the best reachable.
+        BudgetUnreachable: Nothing allowed is within the budgets; the message states the best reachable.
     """
     if not groups and not blocks:
         raise BudgetUnreachable("No channel group and no residual block can be removed.")

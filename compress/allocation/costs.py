@@ -4,7 +4,7 @@ A layer's cost depends on both of its widths, so savings must not be added up la
 
     cost = fixed + sum over terms of   factor * out(widths) * in(widths)
 
-where `out` and `in` are a layer's channel counts, each its full size less what the groups on that axis lost.
+where `out` and `in` are a layer's channel counts, each the full size less the channels lost by the groups on that axis.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Axis:
     """A channel count that shrinks with some groups.
 
     Attributes:
-        size: Full count.
+        size: Count with nothing removed.
         slots: Group name -> slots on this axis for each channel of the group (an integer or, where channels have
             unequal shares, their average).
     """
@@ -31,14 +31,14 @@ class Axis:
         return self.size - sum(slots * removed.get(group, 0) for group, slots in self.slots.items())
 
     def channels_at(self, removed: Mapping[str, int]) -> int:
-        """Return the same as a whole number of channels."""
+        """Return the count of `at`, rounded by `whole_channels`."""
         return int(whole_channels(np.asarray(self.at(removed))))
 
 
 def whole_channels(counts: np.ndarray) -> np.ndarray:
-    """Return int64 counts: the nearest, the even one of two that are as near.
+    """Return counts rounded to int64, ties to even.
 
-    Sums of the same shares in another order differ in their last digits, and must not be rounded another way.
+    Sums of the same shares in another order differ in their last digits, and must not be rounded differently.
 
     >>> whole_channels(np.array([2.4, 10.5 - 1e-12, 10.5 + 1e-12])).tolist()
     [2, 10, 10]
@@ -73,7 +73,7 @@ class CoupledCost:
 
     Attributes:
         terms: The products.
-        fixed: What no group changes.
+        fixed: Cost that no group changes.
         widths: Group name -> full width.
 
     >>> cost = CoupledCost((Term(2.0, Axis(8, {"a": 1}), Axis(4)),), 10.0, {"a": 8})

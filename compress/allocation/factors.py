@@ -2,11 +2,11 @@
 
     rise of the loss of a network = sum over decisions of   factor * damage of the option it took ^ power
 
-Damages are estimated decision by decision, and those of channels and of blocks have no common unit. Candidate networks
-say how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each decision,
-which a ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as much as bad
-ones. Of n networks each is predicted from the others. The strongest ridge whose error is within 1 + 1/sqrt(n) of the
-least is taken, and the power that is best with it.
+Damages are estimated decision by decision, and damages of channels and of blocks have no common unit. Candidate
+networks show how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each
+decision, which a ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as
+much as bad ones. Of n networks, each is predicted from the others. The fit takes the strongest ridge with an error
+within 1 + 1/sqrt(n) of the least, and the best power with this ridge.
 
 Source: Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML, arXiv:2201.13096, where
 sensitivities are searched at random by the loss of candidate networks. The regression is ours.
@@ -21,14 +21,14 @@ from scipy.optimize import nnls
 from compress.errors import InternalError
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-POWERS = (0.5, 0.6, 0.7, 0.85, 1.0)  # from 0.5 on a group is the dearer to narrow the more of it is gone
+POWERS = (0.5, 0.6, 0.7, 0.85, 1.0)  # from 0.5 on, a group is the dearer to narrow the narrower it is
 LEAST = 0.25  # of the scale of its kind: nothing is free
 _LEAST_KIND, _KIND_RIDGE = 1e-3, 1e-3  # of the common scale
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One candidate network.
+    """One candidate network with its damages and its loss.
 
     Attributes:
         damages: Decision -> estimated damage of the option taken, without any factor; decisions left out have none.
@@ -45,10 +45,10 @@ class Fit:
 
     Attributes:
         factors: Decision -> factor, at least a quarter of the scale of its kind.
-        power: Of every damage.
-        scales: Kind -> the scale that its factors were drawn to.
-        ridge: The strength of that.
-        error: Root mean square of the relative errors for networks left out.
+        power: Exponent of every damage.
+        scales: Kind of decision -> scale that the ridge draws its factors to.
+        ridge: Strength of the ridge.
+        error: Root mean square of the relative errors for networks left out of the fit.
     """
 
     factors: dict[str, float]
@@ -66,7 +66,7 @@ def learn_factors(observations: Sequence[Observation], kinds: Mapping[str, str])
     """Fit the factors of all decisions.
 
     Args:
-        observations: At least one; each with a damage above 0.
+        observations: Candidate networks, at least one; each with a damage above 0.
         kinds: Decision -> its kind, for every decision. A kind that no network has damaged gets the common scale.
 
     >>> seen = [Observation({"a": 1.0}, 2.0), Observation({"b": 1.0}, 6.0), Observation({"a": 2.0, "b": 1.0}, 10.0)]

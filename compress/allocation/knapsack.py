@@ -3,11 +3,11 @@
     minimise   sum over decisions of   damage(option)
     so that    cost(choice) <= limit   for every budget
 
-Small problems are solved exactly (`compress.allocation.program`). Where the coupling needs too many variables, the
-costs are made linear around the present choice, solved, and made linear again around the answer. Either way every
-answer is priced on the true tables, improved one decision at a time, and compared with the greedy ones; the best that
-keeps the budgets wins. Limits on the search are counts and never seconds: the same problem has the same answer on
-every machine.
+Small problems are solved exactly (`compress.allocation.program`). If the coupling needs too many variables, the costs
+are linearised around the present choice, the problem is solved, and the costs are linearised around the answer. Either
+way every answer is priced on the true tables, improved one decision at a time, and compared with the greedy answers.
+The best that keeps the budgets wins. Limits on the search are counts and never seconds: the same problem has the same
+answer on every machine.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +29,8 @@ class Allocation:
     """Options chosen within the budgets.
 
     Attributes:
-        choice: Decision -> option.
-        damage: Summed over the decisions.
+        choice: Decision name -> position of the chosen option.
+        damage: Damage of the choice, summed over the decisions.
         costs: Budget name -> cost.
         is_optimal: Whether it is proved that no choice within the budgets does less damage.
     """
@@ -45,9 +45,9 @@ def allocate(decisions: Sequence[Decision], budgets: Sequence[Budget], limits_te
     """Choose an option for every decision.
 
     Args:
-        decisions: In any order; the answer does not depend on it.
-        budgets: At least one, each with a limit above 0; all are kept.
-        limits_text: What limits the options, for the message when a budget cannot be kept.
+        decisions: Decisions in any order; the answer does not depend on it.
+        budgets: Budgets, at least one, each with a limit above 0; all are kept.
+        limits_text: Limits on the options in words, for the message when a budget cannot be kept.
 
     Raises:
         BudgetUnreachable: One budget, or all of them together, cannot be kept.
@@ -75,12 +75,12 @@ def allocate(decisions: Sequence[Decision], budgets: Sequence[Budget], limits_te
 def allocate_evenly(
     decisions: Sequence[Decision], budgets: Sequence[Budget], choices: Iterable[Choice], limits_text: str = ""
 ) -> Allocation:
-    """Take the first choice of a given row that keeps the budgets, then use up what it leaves.
+    """Take the first of the given choices that keeps the budgets, then spend the rest of the budgets.
 
     Args:
-        decisions: In any order.
-        budgets: At least one.
-        choices: From the mildest to the harshest.
+        decisions: Decisions in any order.
+        budgets: Budgets, at least one.
+        choices: Choices from the mildest to the harshest.
         limits_text: As in `allocate`.
 
     Raises:
@@ -147,15 +147,15 @@ def _exact(problem: PricedProblem, program: Program, known: Sequence[Choice]) ->
             break
         if problem.allows(choice):
             return [choice], is_proved and not lowered.any()
-        # the solver keeps a constraint to a tolerance only; ask for as much more as it took
+        # the solver keeps a constraint to a tolerance only; lower the limit by more than the excess
         lowered += np.maximum(problem.costs(choice) / problem.limits - 1, 0) * 1.5
     return [], False
 
 
 def _relinearised(problem: PricedProblem, search: LocalSearch, around: Choice) -> list[Choice]:
-    """Return choices within the budgets: solve with costs linear around a choice, go there, repeat.
+    """Return choices within the budgets: solve with costs linearised around a choice, move to the answer, repeat.
 
-    A linear answer that breaks a true budget is asked for again with that limit lowered by as much.
+    If a linear answer breaks a true budget, the limit is lowered by the excess in the next round.
     """
     found: list[Choice] = []
     seen: set[tuple[int, ...]] = set()

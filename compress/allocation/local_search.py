@@ -23,7 +23,7 @@ class _Options:
         self._starts = np.cumsum([0, *self._sizes])[:-1]
 
     def places(self, choice: Mapping[str, int]) -> np.ndarray:
-        """Return for each option the place in the row of the one that its decision has chosen."""
+        """Return, for each option in the row, the position of the option that its decision has chosen."""
         chosen = self._starts + np.asarray([choice[name] for name in self._names], np.int64)
         found: np.ndarray = chosen[self._owners]
         return found
@@ -36,7 +36,7 @@ class _Options:
         )
 
     def taken(self, choice: Choice, place: int) -> Choice:
-        """Return a choice in which the option at a place of the row replaces its decision's own."""
+        """Return a choice in which the option at position `place` in the row replaces its decision's present option."""
         owner = int(self._owners[place])
         return {**choice, self._names[owner]: int(place - self._starts[owner])}
 
@@ -45,13 +45,13 @@ class PricedProblem:
     """Damages and costs of choices.
 
     Args:
-        decisions: In the order of their names.
-        budgets: All must be kept.
+        decisions: Decisions in the order of their names.
+        budgets: Budgets, all of which must be kept.
 
     Attributes:
         damages: Decision -> (options,) damage of each of its options.
         options: The options of all decisions in one row.
-        limits: (budgets,)
+        limits: (budgets,) limit of each budget.
     """
 
     def __init__(self, decisions: Sequence[Decision], budgets: Sequence[Budget]) -> None:
@@ -73,7 +73,7 @@ class PricedProblem:
         return np.asarray([budget.cost.at(choice) for budget in self.budgets])
 
     def rank(self, choice: Mapping[str, int]) -> tuple[float, int, float]:
-        """Return the order of choices, least first: damage, then the later options, then cost."""
+        """Return the sort key of a choice, least first: damage, then later options, then cost."""
         return self.damage(choice), -sum(choice.values()), total_share(choice, self.budgets)
 
     def least_damage(self) -> Choice:
@@ -110,7 +110,7 @@ class LocalSearch:
         return min((self._descend(start, budgets) for start in starts), key=lambda choice: total_share(choice, budgets))
 
     def greedy(self) -> list[Choice]:
-        """Return choices within the budgets, from above and from below."""
+        """Return greedy choices within the budgets, from the least damage and from the least cost."""
         problem = self._problem
         found = [self.narrowed(problem.least_damage()), self.cheapest(problem.budgets)]
         return [self.polished(choice) for choice in found if choice is not None and problem.allows(choice)]
@@ -119,7 +119,7 @@ class LocalSearch:
         """Return a choice that no change of one decision improves; `choice` must be within the budgets.
 
         Each step takes the change that avoids most damage for its cost. Of equally harmless options the later one is
-        better, so that a budget is used up. Damage falls, or stays while options rise, so the search terminates.
+        better, so that a budget is used up. Damage falls, or is equal while options rise, so the search terminates.
         """
         problem, options = self._problem, self._problem.options
         while True:

@@ -1,12 +1,12 @@
 """Decisions under a budget, and the costs of their choices.
 
-    decision   one thing to settle: a channel group's width, whether a block stays, a layer's rank
-    option     one of its answers, by position; each has a damage
-    factor     a table of costs over one or two decisions; a block that goes takes the factors inside it along. Where
-               more decisions lower a channel count together, it is a table over counts (`compress.allocation.sizes`)
+    decision   one choice to make: a channel group's width, whether a block is kept, a layer's rank
+    option     one answer to a decision, by position; each has a damage
+    factor     a table of costs over one or two decisions; a removed block takes the factors inside it along. If more
+               decisions lower a channel count together, it is a table over counts (`compress.allocation.sizes`)
     choice     decision name -> position of the option taken
 
-A layer costs what both of its widths make it cost, so costs are tables over pairs and never sums of savings.
+A layer's cost depends on both of its widths, so costs are tables over pairs and never sums of savings.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,11 +26,11 @@ _NOTHING = np.zeros(1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """One thing to settle.
+    """One choice to make among several options.
 
     Attributes:
-        name: Unique in a problem.
-        damages: (n,) float64, finite, >= 0; what each option is estimated to do to the network.
+        name: Name, unique in a problem.
+        damages: (n,) float64, finite, >= 0; estimated damage of each option to the network.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Factor:
     """The cost of one part of the network.
 
     Attributes:
-        decisions: The decisions it depends on, two at most.
-        table: One axis for each of them.
+        decisions: Names of the decisions that the cost depends on, two at most.
+        table: Costs, with one axis for each decision.
         switch: A decision whose option 0 removes this part, which then costs nothing.
     """
 
@@ -63,9 +63,9 @@ class TableCost:
     """The cost of a complete network, in one unit, as a function of a choice.
 
     Attributes:
-        fixed: What no decision changes.
-        factors: What one or two decisions change.
-        sized: What channel counts change that several decisions lower together.
+        fixed: Cost that no decision changes.
+        factors: Costs that depend on one or two decisions.
+        sized: Costs that depend on channel counts which several decisions lower together.
 
     >>> cost = TableCost(1.0, (Factor(("a", "b"), np.array([[1.0, 2.0], [3.0, 4.0]])),))
     >>> cost.at({"a": 1, "b": 0}), cost.of_options({"a": 1, "b": 0}, "b").tolist()
@@ -87,9 +87,9 @@ class TableCost:
         """Return (n,) costs of the complete network when decision `name` takes each of its options, the others fixed.
 
         Args:
-            choice: Where the others are.
-            name: The decision; (1,) comes back when nothing depends on it.
-            here: `at(choice)`, where it is known.
+            choice: Present option of each decision.
+            name: Decision to vary; the result is (1,) if no cost depends on it.
+            here: `at(choice)`, if it is known.
         """
         touching = [f for f in self._switched if name in f.decisions or name == f.switch]
         own = self._stacked.of_options(choice, name)
@@ -102,11 +102,11 @@ class TableCost:
         return np.asarray(sum((_row(factor, choice, name) for factor in touching), start=start + rest))
 
     def of_each(self, choice: Mapping[str, int], names: Iterable[str], here: float) -> dict[str, np.ndarray]:
-        """Return what `of_options` gives for each of several decisions.
+        """Return the costs of `of_options` for each of several decisions.
 
         Args:
-            choice: Where the others are.
-            names: The decisions.
+            choice: Present option of each decision.
+            names: Decisions to vary, one at a time.
             here: `at(choice)`.
         """
         if self._switched:
@@ -138,7 +138,7 @@ class _Stacked:
     With x the vector that is 1 at each chosen option, the cost is `constant + linear . x + x . pairs x`.
 
     Args:
-        factors: Over two decisions at most.
+        factors: Factors over two decisions at most.
     """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
@@ -172,7 +172,7 @@ class _Stacked:
         return float(self._constant + self._linear @ x + x @ (self._pairs @ x))
 
     def of_options(self, choice: Mapping[str, int], name: str) -> np.ndarray | None:
-        """Return (n,) what depends on a decision, at each of its options; None where nothing does."""
+        """Return (n,) the cost that depends on a decision, at each of its options; None if no cost does."""
         if name not in self._starts:
             return None
         start = self._starts[name]
@@ -180,7 +180,7 @@ class _Stacked:
         return found
 
     def of_each(self, choice: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Return the same for every decision on which something depends."""
+        """Return the costs of `of_options` for every decision that a cost depends on."""
         found = self._linear + self._both @ self._chosen(choice)
         return {name: found[start : start + self._sizes[name]] for name, start in self._starts.items()}
 
@@ -199,12 +199,12 @@ class Budget:
     """Upper limit of one cost.
 
     Attributes:
-        name: Of the quantity: "macs", "latency_ms".
-        cost: In that quantity's unit.
-        limit: In the same unit.
-        whole: What messages take shares of; None to have them in the unit itself.
-        of: What `whole` is, in words.
-        is_absolute: Whether the limit was given in the unit itself: messages show it beside the share.
+        name: Name of the quantity: "macs", "latency_ms".
+        cost: Cost in the unit of the quantity.
+        limit: Limit in the same unit.
+        whole: Cost that shares in messages refer to; None for messages in the unit itself.
+        of: Name of the cost `whole` in messages.
+        is_absolute: Whether the limit was given in the unit itself: messages then show it beside the share.
     """
 
     name: str
@@ -241,7 +241,7 @@ class Budget:
 def from_widths(
     cost: CoupledCost, levels: Mapping[str, Sequence[int]], switches: Mapping[int, str] | None = None
 ) -> TableCost:
-    """Return a cost that is a product of widths as tables over the widths allowed.
+    """Return a cost that is a sum of products of widths as tables over the allowed widths.
 
     Args:
         cost: A sum of products of two axes.
@@ -269,7 +269,7 @@ def from_widths(
 
 
 class _Tables:
-    """Adds up tables over the same decisions: a pair of them has one table, however many layers share it."""
+    """Sums of tables over the same decisions: a pair of decisions has one table, however many layers share it."""
 
     def __init__(self) -> None:
         self.fixed = 0.0
@@ -290,7 +290,7 @@ class _Tables:
 
 
 def _linear(axis: Axis, removed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what each option of each decision takes from an axis."""
+    """Return decision -> slots that each of its options removes from an axis."""
     return {name: slots * removed[name] for name, slots in axis.slots.items() if name in removed}
 
 

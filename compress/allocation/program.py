@@ -1,11 +1,11 @@
 """Mixed-integer linear program of a knapsack with coupled costs.
 
     x[d, k]     1 where decision d takes option k; every row sums to 1
-    u[s, i]     1 where a count that several decisions lower has its i-th possible size; every row sums to 1, and the
-                size that it names is the full count less what the options in x take from it
+    u[s, i]     1 where a count that several decisions lower has its i-th possible size; every row sums to 1, and this
+                size is the full count less the channels that the options in x remove
     y[f, a, b]  1 where the two decisions of factor f take the options a and b; its margins are the two rows of x (or u)
 
-A factor inside a block that may go has margins of at most x, and sums to the row entry that says the block stays.
+The y of a factor inside a removable block has margins of at most x, and sums to the entry of x that keeps the block.
 Factors of several budgets over the same decisions share one y. x and u are whole numbers, so that a proof holds for
 tables over counts as well.
 
@@ -33,12 +33,12 @@ _Key = tuple[tuple[_Row, ...], str | None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A factor of either kind.
+    """A factor over decisions or over counts.
 
     Attributes:
-        rows: What it depends on, two at most.
-        table: One axis for each of them.
-        switch: As in a factor.
+        rows: Rows of x or u that the cost depends on, two at most.
+        table: Costs, with one axis for each row.
+        switch: Decision whose option 0 removes this part, or None.
     """
 
     rows: tuple[_Row, ...]
@@ -80,7 +80,7 @@ class Program:
 
     Args:
         decisions: The rows of x, in this order.
-        budgets: Their factors decide which y there are.
+        budgets: Budgets, whose factors determine the variables y.
 
     Attributes:
         size: Number of variables.
@@ -104,14 +104,14 @@ class Program:
                 self._y[part.key] = self._new(part.table.size).reshape(part.table.shape)
 
     def least_damage(self, scale: float, lowered: Sequence[float] | None = None) -> tuple[Choice | None, bool]:
-        """Return the choice of least damage within the budgets, and whether it is proved to be that.
+        """Return the choice of least damage within the budgets, and whether it is proved optimal.
 
         Args:
-            scale: A damage to count in, so that the solver's absolute tolerances mean little.
-            lowered: What is taken off each limit, as a share of it.
+            scale: Unit of the damages, so that the solver's absolute tolerances mean little.
+            lowered: Share by which each limit is lowered.
 
         Returns:
-            None when there is no such choice, or none was found within the limit on nodes.
+            The choice is None if no choice is within the budgets, or the limit on nodes is reached without one.
         """
         objective = np.zeros(self.size)
         for decision in self.decisions:
@@ -120,7 +120,7 @@ class Program:
         return self._solve(objective, [1 - share for share in shares])
 
     def least_cost(self, budget: Budget) -> Choice | None:
-        """Return the choice that costs least in the unit of one budget; None when it was not found."""
+        """Return the choice that costs least in the unit of one budget; None if it was not found."""
         return self._solve(self._cost_row(budget, list(_parts(budget.cost)))[0], [])[0]
 
     def _solve(self, objective: np.ndarray, limits: Sequence[float]) -> tuple[Choice | None, bool]:
@@ -148,7 +148,7 @@ class Program:
         return choice, result.status == _FOUND_OPTIMUM
 
     def _add_size(self, rows: _Rows, axis: SizeAxis, u: np.ndarray) -> None:
-        """Let u name the size that x leaves; in steps of the sizes, so that the numbers are small."""
+        """Add the constraint that u names the size that x leaves, in steps of the sizes to keep the numbers small."""
         unit = float(np.gcd.reduce(np.diff(axis.sizes))) if len(axis.sizes) > 1 and axis.is_whole else 1.0
         columns = np.concatenate([u, *(self._rows[name] for name in axis.lost)])
         values = np.concatenate([axis.sizes, *axis.lost.values()]) / unit
@@ -167,14 +167,14 @@ class Program:
             rows.add(columns, np.append(np.ones(y.size), -1.0), 0.0, 0.0)
 
     def _cost_row(self, budget: Budget, parts: Sequence[_Part]) -> tuple[np.ndarray, float]:
-        """Return the coefficients of a cost, and what is fixed, as shares of the limit."""
+        """Return the coefficients of a cost, and its fixed part, as shares of the limit."""
         row = np.zeros(self.size)
         for part in parts:
             if part.is_coupled:
                 columns = self._y[part.key]
             elif part.rows:
                 columns = self._rows[part.rows[0]]
-            else:  # a part that only goes with its block
+            else:  # a part removed only with its block
                 columns = self._rows[str(part.switch)][1:]
             np.add.at(row, columns.ravel(), part.table.ravel() / budget.limit)
         return row, budget.cost.fixed / budget.limit
@@ -192,7 +192,7 @@ def _parts(cost: TableCost) -> Iterator[_Part]:
 
 
 def _sized_part(factor: SizeFactor) -> _Part:
-    """Return a factor over counts; one that a single decision lowers is looked up by its options."""
+    """Return a factor over counts; a count that a single decision lowers is indexed by its options."""
     rows: list[_Row] = []
     table = factor.table
     for side, axis in enumerate(factor.axes):

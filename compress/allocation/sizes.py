@@ -1,10 +1,10 @@
 """Costs of layers whose channel counts are sums over several decisions, as behind a concatenation.
 
-    axis     a channel count: its full size less what the chosen option of each decision takes from it
+    axis     a channel count: its full size less the channels that the chosen option of each decision removes
     sizes    the counts that can occur, ascending
     factor   a table over the sizes of one or two axes
 
-A table over the options themselves would have as many axes as decisions; one over the sums has two at most, and gives
+A table over the options themselves would have as many axes as decisions; a table over sums has two at most, and gives
 every choice the same cost.
 """
 
@@ -24,7 +24,7 @@ class SizeAxis:
 
     Attributes:
         full: The count with nothing removed.
-        lost: Decision -> (options,) what each of its options takes from the count.
+        lost: Decision -> (options,) channels that each option removes from the count.
         sizes: (n,) int64, ascending; every count that a choice can leave, and possibly more.
 
     >>> SizeAxis(10.0, {"a": np.array([4.0, 0.0]), "b": np.array([4.0, 2.0, 0.0])}).sizes.tolist()
@@ -44,7 +44,7 @@ class SizeAxis:
         return _is_whole(self.full, self.lost.values())
 
     def places(self, lost: np.ndarray) -> np.ndarray:
-        """Return the positions in `sizes` of the counts that are left when so much is lost in all."""
+        """Return the positions in `sizes` of the counts that remain when `lost` channels are removed in all."""
         found: np.ndarray = np.searchsorted(self.sizes, whole_channels(self.full - lost))
         return found
 
@@ -54,8 +54,8 @@ class SizeFactor:
     """The cost of one part of the network as a function of one or two channel counts.
 
     Attributes:
-        axes: One or two.
-        table: (sizes of the first axis, sizes of the second).
+        axes: Channel counts that the cost depends on, one or two.
+        table: (sizes of the first axis, sizes of the second) costs.
         switch: A decision whose option 0 removes this part, which then costs nothing. It lowers no count.
     """
 
@@ -80,7 +80,7 @@ class SizeTerms:
     An entry is one option of one decision in one factor. All entries of all factors lie in one row.
 
     Args:
-        factors: In any number.
+        factors: Any number of factors.
     """
 
     def __init__(self, factors: Sequence[SizeFactor]) -> None:
@@ -112,11 +112,11 @@ class SizeTerms:
         return float(self._values(self._chosen(choice), choice).sum()) if self.factors else 0.0
 
     def changes(self, choice: Mapping[str, int], names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Return by how much each option of each decision changes the cost, the other decisions as in `choice`.
+        """Return the change of the cost by each option of each decision, with the other decisions as in `choice`.
 
         Args:
-            choice: Where the decisions are.
-            names: The decisions; those on which nothing depends are not in the answer.
+            choice: Present option of each decision.
+            names: Decisions to vary; the result lacks decisions that no cost depends on.
         """
         wanted = [name for name in names if name in self._starts]
         if not wanted:
@@ -165,7 +165,7 @@ class SizeTerms:
 
 
 class _Side:
-    """The first or second axes of several factors: from what is lost to strides into their tables."""
+    """The first or second axes of several factors: turns lost channels into offsets into the factors' tables."""
 
     def __init__(self, factors: Sequence[SizeFactor], side: int) -> None:
         axes = [factor.axes[side] if side < len(factor.axes) else _NO_AXIS for factor in factors]
@@ -180,7 +180,7 @@ class _Side:
         self._starts = np.cumsum([0, *(len(row) for row in rows)])[:-1] - self._least
 
     def places(self, numbers: np.ndarray, lost: np.ndarray) -> np.ndarray:
-        """Return offsets into the tables of the factors `numbers` when so much is lost of each one's axis."""
+        """Return offsets into the tables of the factors `numbers` when `lost` channels are removed from their axes."""
         sizes = whole_channels(self._full[numbers] - lost)
         found: np.ndarray = self._strides[self._starts[numbers] + sizes]
         return found
@@ -216,7 +216,7 @@ def _is_whole(full: float, lost: Iterable[np.ndarray]) -> bool:
 
 
 def _possible_sizes(full: float, lost: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (n,) int64 the counts that are left, ascending; where a loss is no whole number, all counts between."""
+    """Return (n,) int64 the possible counts, ascending; all counts of the range if a loss is not a whole number."""
     most = math.fsum(float(options.max()) for options in lost)
     least, whole = (int(whole_channels(np.asarray(size))) for size in (full - most, full))
     if least < 0:

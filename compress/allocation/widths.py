@@ -20,17 +20,17 @@ Widths = dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """One channel group as the allocation sees it.
+    """One channel group in the form that the allocation takes.
 
     Attributes:
-        name: The group.
+        name: Name of the group.
         scores: (U,) float64, one for each unit that can be removed; larger = keep.
-        channels_per_unit: Channels that go with each unit.
+        channels_per_unit: Channels removed with each unit.
         levels: Allowed widths in channels, ascending; the last is the full width.
-        order: (U,) int64, units in the order in which they go; None for the lowest scores first.
-        measured: (levels,) float64 >= 0, the damage of each width where it was measured.
-        errors: (levels,) float64, the standard errors of those.
-        scales: (levels, U) float32, factors of what reads each unit at each width; None for all 1.
+        order: (U,) int64, units in order of removal; None for the lowest scores first.
+        measured: (levels,) float64 >= 0, measured damage of each width; None if not measured.
+        errors: (levels,) float64, standard errors of the measured damages.
+        scales: (levels, U) float32, factors on the weights that read each unit at each width; None for all 1.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Candidates:
 
     @property
     def damages(self) -> np.ndarray:
-        """(levels,) as measured, or the squared sum of as many of the lowest scores as go; 0 at the full width."""
+        """(levels,) measured damages, or squared sums of the lowest scores that a width removes; 0 at full width."""
         if self.measured is not None:
             return self.measured
         lost = np.append(0.0, np.cumsum(np.sort(self.scores)))
@@ -62,11 +62,11 @@ class Candidates:
         return replace(self, scores=self.scores * math.sqrt(factor), measured=measured)
 
     def unit_scales(self, width: int) -> np.ndarray | None:
-        """Return (U,) float32 factors of what reads each unit at `width`; None where there are none."""
+        """Return (U,) float32 factors on the weights that read each unit at `width`; None for all 1."""
         return None if self.scales is None else np.asarray(self.scales[self.levels.index(width)])
 
     def removed_units(self, width: int) -> tuple[int, ...]:
-        """Return the units that go at `width`; by scores the lowest, the later position first among equals."""
+        """Return the units removed at `width`; without an order the lowest scores, among equals the later units."""
         gone = (self.full - width) // self.channels_per_unit
         order = self.order
         if order is None:
@@ -79,9 +79,9 @@ class Limits:
     """Limits on the widths of every group.
 
     Attributes:
-        min_width: Channels.
-        max_removed_ratio: In (0, 1), of each group.
-        multiple_of: Widths are multiples of this where the group is at least twice as wide.
+        min_width: Smallest width, in channels.
+        max_removed_ratio: Largest share of each group to remove, in (0, 1).
+        multiple_of: Number that widths are multiples of, in groups that are at least twice as wide.
     """
 
     min_width: int = 1
@@ -100,10 +100,10 @@ def width_levels(full: int, parts: int, limits: Limits, at_most: int | None = No
     """Return the widths a group of `full` channels in `parts` equal parts may have, ascending, `full` last.
 
     Args:
-        full: Channels.
-        parts: Equal ranges that must lose the same positions.
+        full: Full width, in channels.
+        parts: Number of equal ranges that must lose the same positions.
         limits: Floors, caps and multiples.
-        at_most: The multiple is doubled until there are no more multiples than this.
+        at_most: Largest number of multiples; the multiple is doubled until it is kept.
 
     >>> width_levels(32, 1, Limits(multiple_of=8))
     (8, 16, 24, 32)
@@ -129,16 +129,16 @@ def allocate_widths(
 
     Args:
         groups: The groups, each with its scores and allowed widths; the options of the budgets' tables are `levels`.
-        budgets: At least one.
-        method: "global" removes what does the least damage in all, "uniform" the same share of each group,
-            "shared_error" narrows each group as far as one bound on the damage of each allows, the least that will do.
-        limits_text: What limits the widths, for the message.
+        budgets: Budgets, at least one.
+        method: "global" minimises the total damage, "uniform" removes the same share of each group, "shared_error"
+            narrows each group as far as one shared bound on its damage allows, with the least sufficient bound.
+        limits_text: Limits on the widths in words, for the message.
 
     Returns:
         Group name -> width, and whether it is proved that no widths within the budgets do less damage.
 
     Raises:
-        BudgetUnreachable: No allowed widths are within the budgets; says the best reachable.
+        BudgetUnreachable: No allowed widths are within the budgets; the message states the best reachable.
     """
     if not groups:
         raise BudgetUnreachable("No prunable channel group is left.", hint=NONE_LEFT_HINT)
@@ -155,7 +155,7 @@ def allocate_widths(
 
 
 def _even_choices(groups: Sequence[Candidates], steps: int = 1024) -> Iterator[Choice]:
-    """Yield choices in which every group loses the same share, as nearly as its levels allow, ever more of it."""
+    """Yield choices in which every group loses the same, rising share, as nearly as its levels allow."""
     previous: Choice | None = None
     for step in range(steps):
         choice = {g.name: g.levels.index(_nearest_level(g, g.full * (1 - step / steps))) for g in groups}
@@ -165,7 +165,7 @@ def _even_choices(groups: Sequence[Candidates], steps: int = 1024) -> Iterator[C
 
 
 def _shared_error_choices(groups: Sequence[Candidates]) -> Iterator[Choice]:
-    """Yield choices in which every group is as narrow as one bound on the damages allows, the bound ever larger.
+    """Yield choices in which every group is as narrow as one shared, rising bound on the damages allows.
 
     Source: one tolerance for all layers, as in greedy forward selection (Ye et al. 2020, arXiv:2003.01794), and one
         error parameter for all, as in provable filter pruning (Liebenwein et al. 2020, arXiv:1911.07412).

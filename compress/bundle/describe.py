@@ -1,6 +1,6 @@
-"""Content of `model.json`: everything needed to use a model without any other file.
+"""Content of `model.json`: all data needed to use a model without any other file.
 
-It follows from the report of the run and from the file itself, so that the same run gives the same text.
+The content follows from the report of the run and from the ONNX file, so that the same run yields the same text.
 """
 
 import json
@@ -20,7 +20,7 @@ from compress.report.model import Provenance, Report
 from compress.verification.other_runtimes import ROUNDED_WITHIN
 
 MIN_AGREEMENT_ROUNDED = 0.9  # one of 16 images, the default, may lie so near to a border that rounding decides
-_PROVIDER = "CPUExecutionProvider"  # there wherever ONNX Runtime is
+_PROVIDER = "CPUExecutionProvider"  # available in every ONNX Runtime
 _FOLDERS = re.compile(  # of an absolute path: in quotes, where there may be spaces in it, or without them
     r"""(?<=['"`])(?:[A-Za-z]:)?[\\/][^'"`\n]*[\\/](?=[^'"`\\/\n])"""
     r"""|(?:(?<![\w./\\'"`-])(?!(?<=:)//)|(?<=file://))(?:[A-Za-z]:)?[\\/]{1,2}(?:[^\s'"`\\/]+[\\/])+(?=[^\s\\/])"""
@@ -33,14 +33,14 @@ def describe_model(
     """Return the content of `model.json`, plain values.
 
     Args:
-        run: What is handed over.
-        proto: The file.
-        expected: (N, K), its outputs for the samples that lie beside it.
-        licence: Of the model; None for what the run says.
+        run: Run to bundle.
+        proto: ONNX model of the run.
+        expected: (N, K) outputs of the model for the samples in the bundle.
+        licence: Licence of the model; None for the licence in the report of the run.
 
     Raises:
-        ArtifactError: The file does not say how images become its input.
-        ConfigError: The run was measured in a way that no check can repeat.
+        ArtifactError: The ONNX file does not state its preprocessing.
+        ConfigError: No check can repeat the measurement of the run.
     """
     metadata = read_metadata(proto)
     if metadata.preprocessing is None:
@@ -66,7 +66,7 @@ def describe_model(
 
 
 def name_precision(proto: onnx.ModelProto) -> str:
-    """Return "int8", "fp16" or "fp32": the coarsest in which the file computes."""
+    """Return "int8", "fp16" or "fp32", the coarsest precision that the file computes in."""
     if is_quantized(proto):
         return "int8"
     return "fp16" if is_half(proto) else "fp32"
@@ -94,12 +94,12 @@ def _metrics(report: Report) -> dict[str, Any]:
 
 
 def _promises(verify: dict[str, Any], is_rounded: bool, largest_output: float) -> dict[str, Any]:
-    """Return what the verdict held the file to and another machine can hold it to as well.
+    """Return the limits of the verdict that another machine can check as well.
 
     Args:
-        verify: Settings of the stage.
-        is_rounded: Whether the file rounds values; each processor does that in its own way.
-        largest_output: Largest absolute output that is expected.
+        verify: Settings of the stage `verify`.
+        is_rounded: Whether the file rounds values, which differs between processors.
+        largest_output: Largest absolute expected output.
     """
     gates, ships = verify["gates"], verify["runtime"] == RUNTIME
     rounded = {"tolerance": max(gates["parity"], ROUNDED_WITHIN * largest_output)}
@@ -113,7 +113,7 @@ def _promises(verify: dict[str, Any], is_rounded: bool, largest_output: float) -
 
 
 def _measured(run: FinishedRun) -> dict[str, Any]:
-    """Return the median latency, and on what it was measured."""
+    """Return the median latency, with the conditions and the machine of its measurement."""
     environment = run.report.environment
     conditions = {name: run.verify[name] for name in ("runtime", "provider", "threads", "batch_size")}
     for name in ("threads", "batch_size"):
@@ -147,8 +147,8 @@ def without_folders(value: Any, *, is_text: bool = False) -> Any:
     """Return values with absolute paths cut to their last part: folders name machines and people, digests the files.
 
     Args:
-        value: Plain, as deep as it likes.
-        is_text: Whether there may be sentences with paths in them; else a text is a path as a whole, or none.
+        value: Plain value, nested to any depth.
+        is_text: Whether texts may be sentences that contain paths; else a text is a complete path, or no path.
 
     >>> without_folders({"weights": "/home/somebody/net.safetensors", "factory": "/home/somebody/model.py:build"})
     {'weights': 'net.safetensors', 'factory': 'model.py:build'}

@@ -1,7 +1,6 @@
 """Finished run that a bundle is made of, checked against its digests.
 
-The files that go into a bundle must have the digests that the run wrote down, and so must the images that the samples
-are taken from.
+The files in a bundle, and the images that its samples are taken from, must have the digests that the run recorded.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run folder whose files are those that its report speaks of.
+    """Run folder whose files match the digests in its report.
 
     Attributes:
         folder: The run folder.
-        report: Of the run.
-        model_files: Name -> file of the ONNX model and of its weights outside of it.
+        report: Report of the run.
+        model_files: Name -> path of the ONNX model and of its external weights.
         recipe: The edits, as plain values.
         data: Checked `data:` section of the pipeline.
     """
@@ -77,8 +76,8 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
-        ArtifactError: It is not a run, the run is not finished, or a file is not the one that the run wrote.
-        ConfigError: Its task is another one than classification.
+        ArtifactError: The folder is no run, the run is not finished, or a file differs from the one that the run wrote.
+        ConfigError: The task of the run is not classification.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -112,7 +111,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def _require_classifier(quality: Quality) -> None:
-    """Refuse a run of another task: the check on the device knows labels and top-1 only."""
+    """Refuse a run of another task: the check on the device supports only labels and top-1."""
     if quality.task != CLASSIFICATION.name:
         labels = "" if quality.is_labelled else " without labels"
         raise ConfigError(
@@ -122,7 +121,7 @@ def _require_classifier(quality: Quality) -> None:
 
 
 def _require_provenance(report: Report, folder: Path, again: str) -> dict[str, str]:
-    """Return name -> digest of the files that the run wrote down."""
+    """Return name -> digest of the files, as recorded by the run."""
     digests = {} if report.provenance is None else report.provenance.files
     if MODEL_FILE not in digests or RECIPE_FILE not in digests:
         raise ArtifactError(
@@ -144,7 +143,7 @@ def _require_digest(file: Path, wanted: str, again: str) -> None:
 
 
 def _require_data(report: Report, data: DataConfig) -> None:
-    """Refuse evaluation images that are not those of the run: the samples would be of something else."""
+    """Refuse evaluation images that differ from those of the run: the samples would be other images."""
     wanted = None if report.provenance is None else report.provenance.data.evaluation
     found = digest_evaluation(data.model_dump(mode="json"))
     if found != wanted:
@@ -158,7 +157,7 @@ def _read_report(path: Path, again: str) -> Report:
     """Return a report that equals its own digest.
 
     Raises:
-        ArtifactError: It is damaged or edited, of another schema, or without a digest: an older version wrote it.
+        ArtifactError: The report is damaged or edited, has another schema, or lacks a digest (older versions).
     """
     try:
         values = read_record(path)

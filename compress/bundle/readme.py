@@ -31,10 +31,10 @@ _ENVIRONMENT = Environment(  # Markdown: nothing to escape
 
 
 def render_readme(run: FinishedRun, model: dict[str, Any], files: Sequence[str]) -> str:
-    """Return the text.
+    """Return the text of `README.md`.
 
     Args:
-        run: To be bundled.
+        run: Run to bundle.
         model: Content of `model.json`.
         files: Names of the files with the model and its weights.
     """

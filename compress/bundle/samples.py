@@ -1,7 +1,7 @@
-"""Sample images of a bundle, with the outputs that the model must give for them.
+"""Sample images of a bundle, with the expected outputs of the model.
 
-Images of the evaluation split, spread evenly over it, and the outputs that the file itself gives in ONNX Runtime on a
-CPU with one thread, so that the same run gives the same outputs on the same kind of machine.
+The images are spread evenly over the evaluation split. The outputs are those of the ONNX file in ONNX Runtime on a CPU
+with one thread, so that the same run yields the same outputs on the same kind of machine.
 """
 
 import io
@@ -19,22 +19,22 @@ _BATCH = 16
 
 
 def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndarray]:
-    """Return images and what the model answers.
+    """Return sample images with their inputs, labels and expected outputs.
 
     Args:
         path: The .onnx file.
-        evaluation: At least one image.
-        count: How many; all of a smaller split. Rounded up to whole batches where the file's batch size is fixed.
+        evaluation: Evaluation split of at least one image.
+        count: Number of images; all images of a smaller split. Rounded up to full batches for a fixed batch size.
 
     Returns:
         images: (N, H, W, C) uint8, after resizing and cropping.
         inputs: (N, ...) float32, inputs of the network.
         labels: (N,) int64.
-        expected: (N, K) float32, what comes out of it.
+        expected: (N, K) float32, outputs of the network.
 
     Raises:
         ModelError, NonFinite: The network is no classifier, or fails on an image.
-        DataError: Labels do not fit.
+        DataError: A label is out of the network's range of classes.
     """
     with OnnxRuntime(path) as runtime:
         spec = image_input(runtime)
@@ -55,10 +55,10 @@ def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndar
 
 
 def pack_arrays(arrays: dict[str, np.ndarray]) -> bytes:
-    """Return an .npz that is the same whenever and wherever it is written; numpy's own carries the time.
+    """Return a reproducible .npz; numpy's own files contain the time.
 
     Raises:
-        ConfigError: They are too large.
+        ConfigError: The arrays are too large.
     """
     members = {}
     for name, array in arrays.items():

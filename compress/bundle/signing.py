@@ -9,10 +9,10 @@ _HOW = "`openssl genpkey -algorithm ed25519 -out key.pem` makes one."
 
 
 def sign(content: bytes, key_file: Path) -> bytes:
-    """Return the 64 bytes of a signature; the same key and content give the same.
+    """Return the 64 bytes of a signature, which depend only on key and content.
 
     Args:
-        content: What is signed.
+        content: Bytes to sign.
         key_file: Private key in PEM form, not encrypted.
 
     Raises:

@@ -29,25 +29,25 @@ def write_bundle(
     licence: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the bundle of a run; it is whole or not there, and the same for the same run.
+    """Write the bundle of a run as a complete file or not at all, with the same bytes for the same run.
 
     Args:
         folder: The run folder.
-        out: The .zip to write; by default NAME.zip in the current folder.
-        samples: Images that go with it.
+        out: Path of the .zip; by default NAME.zip in the current folder.
+        samples: Number of sample images.
         key_file: Ed25519 key that signs the manifest; None for no signature.
-        allows_failed: Whether a run that did not pass its verification may be handed over.
-        licence: Of the model, in place of what the card beside its factory says.
+        allows_failed: Whether a run that did not pass its verification may be bundled.
+        licence: Licence of the model, in place of the licence in the card beside its factory.
         force: Whether an existing file is replaced.
 
     Returns:
-        Where it was written.
+        Path of the bundle.
 
     Raises:
-        ConfigError: The output may not be written there, the run did not pass, or the samples are too many.
-        ArtifactError: The folder is no finished run, or a file in it is not the one that was verified.
-        ModelError, NonFinite, DataError: The file cannot answer for the samples.
-        RuntimeUnavailable: It must be signed, and the package for that is missing.
+        ConfigError: The output cannot be written to `out`, the run did not pass, or there are too many samples.
+        ArtifactError: The folder is no finished run, or a file in it differs from the verified one.
+        ModelError, NonFinite, DataError: The model fails on the samples.
+        RuntimeUnavailable: The package for signatures is missing.
     """
     if out is not None:
         _require_place(out, force)
@@ -81,12 +81,12 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
     """Return name -> content of every file of a bundle, the manifest included.
 
     Args:
-        run: What is handed over.
-        samples: Images that go with it.
-        licence: Of the model; None for what the run says.
+        run: Run to bundle.
+        samples: Number of sample images.
+        licence: Licence of the model; None for the licence in the report of the run.
 
     Raises:
-        As `write_bundle`.
+        As in `write_bundle`.
     """
     path = run.model_files[MODEL_FILE]
     evaluation = Splits(run.data).evaluation
@@ -107,7 +107,7 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
 
 
 def _require_own_weights(content: dict[str, bytes]) -> None:
-    """Refuse a model that reads other files than those that go with it."""
+    """Refuse a model that reads files outside of the bundle."""
     others = sorted(check.external_names(content[MODEL_FILE]) - set(content))
     if others:
         raise ArtifactError(
@@ -134,12 +134,12 @@ def _require_outside(out: Path, folder: Path) -> None:
 
 def _require_size(content: dict[str, bytes]) -> None:
     total = sum(map(len, content.values()))
-    if total > check.MAX_BYTES - 2**20:  # what the archive itself takes is less
+    if total > check.MAX_BYTES - 2**20:  # the overhead of the archive is smaller
         raise ArtifactError(f"A bundle must have less than {check.MAX_BYTES:,} bytes, this one has {total:,}.")
 
 
 def _prove(archive: bytes) -> None:
-    """Read back what would be written: a bundle that its own check refuses is never handed over."""
+    """Check an archive before it is written, so that the check inside a bundle never refuses it."""
     try:
         content = check.read_archive(archive, "the bundle")
         check.check_integrity(content)

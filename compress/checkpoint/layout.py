@@ -1,7 +1,7 @@
 """Artifacts on disk: how each kind is written and read back.
 
     TorchModel   recipe.json  weights.safetensors  meta.json  baseline.json  baseline.onnx  baseline.safetensors
-                 [structure.onnx]   of a network that came as an ONNX file: that file without its weights
+                 [structure.onnx]   if the network came as an ONNX file: that file without its weights
     slim/        recipe.json  weights.safetensors  meta.json  [factory.py]  [structure.onnx]  digests.json of all these
     OnnxModel    model.onnx [model.onnx.data]  [float.onnx [float.onnx.data]]  onnx.json  reference/ (a TorchModel)
     Verdict      verdict.json
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 META_SCHEMA = 1
 STRUCTURE_FILE = "structure.onnx"
 DIGESTS_FILE, DIGESTS_SCHEMA = "digests.json", 1
-VOLATILE = ("baseline.json",)  # measured times differ from run to run; they are no part of what a model is
+VOLATILE = ("baseline.json",)  # measured times differ from run to run and are no part of a model
 
 
 def save_artifact(artifact: TorchModel | OnnxModel | Verdict, folder: Path) -> None:
@@ -62,12 +62,12 @@ def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -
     """Read an artifact of a known kind from its folder.
 
     Args:
-        kind: As in `catalog.py`.
-        folder: Where it was saved.
-        factory: How the baseline is built now; by default as when the artifact was saved.
+        kind: Kind of artifact, as in `catalog.py`.
+        folder: Folder of the artifact.
+        factory: Present factory of the baseline; by default the saved one.
 
     Raises:
-        ArtifactError: A file is missing or not as it must be.
+        ArtifactError: A file is missing or malformed.
     """
     if kind == TORCH_MODEL:
         return load_torch_model(folder, factory)
@@ -79,7 +79,7 @@ def load_artifact(kind: str, folder: Path, factory: FactorySpec | None = None) -
 
 
 def save_torch_model(model: TorchModel, folder: Path) -> None:
-    """Write a `TorchModel`; the baseline's files are linked where the file system allows it."""
+    """Write a `TorchModel`; the baseline's files are hard links if the file system allows them."""
     from compress.checkpoint.rebuild import write_weights  # imports torch
 
     (folder / "recipe.json").write_text(model.recipe.to_json(), encoding="utf-8")
@@ -97,7 +97,7 @@ def save_torch_model(model: TorchModel, folder: Path) -> None:
 
 
 def load_torch_model(folder: Path, factory: FactorySpec | None = None) -> TorchModel:
-    """Rebuild a `TorchModel` from its folder, with another factory than the saved one if need be."""
+    """Rebuild a `TorchModel` from its folder, with the given factory instead of the saved one."""
     from compress.checkpoint.rebuild import rebuild  # imports torch
 
     meta, recipe, saved_factory = _read_checkpoint(folder)
@@ -127,7 +127,7 @@ def write_slim(source: Path, target: Path, factory: FactorySpec) -> None:
     Args:
         source: Folder of the `TorchModel`.
         target: Folder to fill; created when it is missing.
-        factory: How the baseline is built now.
+        factory: Present factory of the baseline.
     """
     target.mkdir(parents=True, exist_ok=True)
     if factory.kind == "onnx":
@@ -149,7 +149,7 @@ def save_checkpoint(model: TorchModel, folder: Path) -> None:
     """Write the portable checkpoint of a network in memory: recipe, weights and meta.
 
     Args:
-        model: Its factory is written as it is; a file it names is not copied.
+        model: The network; its factory is written unchanged, and a file it names is not copied.
         folder: Folder to fill; created if it is missing.
     """
     from compress.checkpoint.rebuild import write_weights  # imports torch
@@ -174,7 +174,7 @@ def _meta_of(model: TorchModel, factory: FactorySpec) -> dict[str, Any]:
 
 
 def write_digests(folder: Path) -> None:
-    """Write down the digests of the files of a slim checkpoint, as they are now."""
+    """Write the digests of the present files of a slim checkpoint."""
     digests = {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.name != DIGESTS_FILE}
     _write_json(folder / DIGESTS_FILE, add_digest({"schema": DIGESTS_SCHEMA, "files": digests}))
 
@@ -186,7 +186,7 @@ def load_slim(
 
     Args:
         folder: A run folder, or the `slim` folder in it.
-        factory: Builds the baseline; by default what the checkpoint names. A callable gets the keyword
+        factory: Factory of the baseline; by default the one that the checkpoint names. A callable gets the keyword
             arguments of the checkpoint.
         own_class: True returns an instance of the factory's own class, if that runs in training mode.
 
@@ -222,8 +222,8 @@ def _check_digests(folder: Path, unread: Container[str]) -> None:
     """Compare the files of a slim checkpoint with the digests beside them; older versions wrote none.
 
     Args:
-        folder: Of the checkpoint.
-        unread: Files that do not matter.
+        folder: Folder of the checkpoint.
+        unread: Names of files to leave out.
 
     Raises:
         ArtifactError: A file is missing, damaged or edited.
@@ -250,7 +250,7 @@ def _check_digests(folder: Path, unread: Container[str]) -> None:
 
 
 def _with_inputs(factory: FactorySpec, saved: FactorySpec) -> FactorySpec:
-    """Return a factory with the inputs that `load` found in the data, where the pipeline declares none."""
+    """Return a factory; if the pipeline declares no inputs, with the inputs that `load` found in the data."""
     return factory if factory.inputs else replace(factory, inputs=saved.inputs)
 
 
@@ -262,7 +262,7 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]
     with _well_formed(folder / "meta.json"):
         Signature.from_dict(meta["signature"])
         spec = FactorySpec.from_dict(meta["factory"])
-        if spec.kind == "onnx":  # whatever it says: nothing outside of the folder is needed
+        if spec.kind == "onnx":  # the saved path does not matter: nothing outside of the folder is needed
             spec = replace(spec, reference=str(folder / STRUCTURE_FILE))
     return meta, recipe, spec
 
@@ -341,7 +341,7 @@ def _read_text(path: Path) -> str:
 
 @contextmanager
 def _well_formed(path: Path) -> Iterator[None]:
-    """Say which file it is when a value of it is missing or of another kind."""
+    """Raise ArtifactError with the file's path if one of its values is missing or of another kind."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -3,7 +3,7 @@
     build_module ──load_strict──> with_one_array ──> as `load` leaves it ──apply_edits──> slim
      (networks/)   (networks/)     (wire, prepare)
 
-What is read or called from outside is in `networks/`; here it is put together.
+Code that reads files or calls factories is in `networks/`; this module combines it.
 """
 
 import copy
@@ -57,11 +57,11 @@ _CHECKPOINT = "A checkpoint to rewind to is of the complete network, as load bui
 
 
 def build_module(spec: FactorySpec, seed: int = 0) -> nn.Module:
-    """Call the factory and return its network in eval mode; the global random state is left as it is.
+    """Call the factory and return its network in eval mode; the global random state does not change.
 
     Args:
-        spec: How the network is built.
-        seed: Decides what the factory draws, in [0, 2^63).
+        spec: Factory of the network.
+        seed: Seed of the factory's random numbers, in [0, 2^63).
 
     Raises:
         ModelError: The factory cannot be imported, raises, or returns no network, or an ONNX file cannot be imported.
@@ -82,12 +82,12 @@ def with_one_array(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.
     """Return a network in the form that the stages work with: one array in, tensors out, plain layers.
 
     Args:
-        module: As the factory made it, with its weights where they matter; changed in place.
-        spec: Which inputs it has, and which outputs are kept.
-        example: What it is called with.
+        module: Network of the factory, with its weights if they matter; changed in place.
+        spec: Factory, with the network's inputs and the outputs to keep.
+        example: Batch of inputs to run the network on.
 
     Raises:
-        ModelError: It does not run on the example, or its outputs are no tensors.
+        ModelError: The network does not run on the example, or its outputs are no tensors.
     """
     return _in_plain_layers(wire(module, spec, example), spec, example)
 
@@ -99,19 +99,19 @@ def _in_plain_layers(module: nn.Module, spec: FactorySpec, example: Tensor) -> n
 
 
 def build_narrow(spec: FactorySpec, weights: Path, example: Tensor) -> tuple[nn.Module, Recipe, list[Conversion]]:
-    """Build a network at the widths of a state dict that is narrower than what the factory builds.
+    """Build a network at the widths of a state dict that is narrower than the factory's network.
 
-    The cut is found twice: in the network as the factory wrote it, which is what the state dict belongs to, and in the
-    plain layers that recipes are replayed on.
+    The cut is found twice: in the factory's network, which the state dict belongs to, and in the plain layers that
+    recipes are replayed on.
 
     Args:
-        spec: How the network of full width is built.
-        weights: The state dict of the narrow one.
+        spec: Factory of the network of full width.
+        weights: Path of the state dict of the narrow network.
         example: Inputs, (N, ...).
 
     Returns:
-        The narrow network as `load` leaves it, in eval mode, the recipe that leads to it (`RemoveUnread`, `Narrow`),
-        and the weights that were converted to another type.
+        The narrow network in the form that `load` returns, in eval mode, its recipe (`RemoveUnread`, `Narrow`), and
+        the weights that were converted to another type.
 
     Raises:
         ModelError: The factory fails.
@@ -139,14 +139,14 @@ def build_narrow(spec: FactorySpec, weights: Path, example: Tensor) -> tuple[nn.
 
 
 def without_unread(module: nn.Module, example: Tensor) -> tuple[nn.Module, Recipe]:
-    """Return a network without the modules that no output reads, and the recipe of that; the same object if all are.
+    """Return a network without the modules that no output reads, and that recipe; the same object if all are read.
 
     Args:
-        module: As `with_one_array` returned it, in eval mode.
-        example: What it is called with.
+        module: Network that `with_one_array` returned, in eval mode.
+        example: Batch of inputs to run the network on.
     """
     with eval_mode(module):
-        is_fixed = not observe(module, example).decisions  # else other inputs may need what this one leaves out
+        is_fixed = not observe(module, example).decisions  # else other inputs may need modules that this one skips
     unread = removable(module, find_unread(module, example), example) if is_fixed else ()
     if not unread:
         return module, Recipe()
@@ -155,12 +155,12 @@ def without_unread(module: nn.Module, example: Tensor) -> tuple[nn.Module, Recip
 
 
 def build_baseline(spec: FactorySpec, signature: Signature, make: Callable[..., Any] | None = None) -> nn.Module:
-    """Return the network as `load` left it, with weights that do not matter.
+    """Return the baseline in the form that `load` returns, with arbitrary weights.
 
     Args:
-        spec: How it is built.
-        signature: Its inputs.
-        make: Called instead of what `spec` names, with the same keyword arguments.
+        spec: Factory of the baseline.
+        signature: Inputs and outputs of the baseline.
+        make: Function called instead of the factory in `spec`, with the same keyword arguments.
 
     Raises:
         ModelError: The factory fails.
@@ -170,14 +170,14 @@ def build_baseline(spec: FactorySpec, signature: Signature, make: Callable[..., 
 
 
 def reinitialized(module: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of a network whose layers have drawn their weights anew, as torch does by default.
+    """Return a copy of a network whose layers have drawn their weights anew, with torch's default initialisation.
 
     Args:
         module: Any network.
-        seed: Decides what is drawn; the global random state is left as it is.
+        seed: Seed of the weights; the global random state does not change.
 
     Raises:
-        ModelError: A parameter belongs to a part that cannot draw it anew; says which.
+        ModelError: A parameter belongs to a module without `reset_parameters`; the message names the module.
     """
     fresh = copy.deepcopy(module)
     with torch.random.fork_rng(devices=[]):
@@ -195,7 +195,7 @@ def reinitialized(module: nn.Module, seed: int) -> nn.Module:
 
 
 def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module:
-    """Return `module` with the structure that the recipe's edits give it; the weights do not matter.
+    """Return `module` with the recipe's edits of its structure; the weights of factorised layers are not computed.
 
     Raises:
         RebuildMismatch: An edit does not fit the network.
@@ -225,13 +225,13 @@ def rewound(
     """Return the slim network with the weights of a checkpoint of the complete network, cut by the recipe's edits.
 
     Args:
-        spec: Builder of the baseline network.
+        spec: Factory of the baseline.
         recipe: Edits that only remove: channels, blocks, modules that no output reads.
-        signature: Inputs and outputs.
+        signature: Inputs and outputs of the network.
         checkpoint: Parameters and buffers of the baseline network; formats as `read_weights`.
 
     Returns:
-        The network, and what of the checkpoint was converted to another type.
+        The network, and the weights of the checkpoint that were converted to another type.
 
     Raises:
         ArtifactError: The checkpoint cannot be read, or does not fit the network.
@@ -257,7 +257,7 @@ def load_checkpoint(spec: FactorySpec, checkpoint: Path) -> tuple[nn.Module, lis
     """Return the baseline network, as its factory built it, with the weights of a checkpoint to rewind to.
 
     Raises:
-        ArtifactError: The checkpoint cannot be read, or does not fit the network; names layers and shapes.
+        ArtifactError: The checkpoint cannot be read, or does not fit the network; the message names layers and shapes.
         ModelError: The factory fails.
         NonFinite: A weight is NaN or infinite.
     """
@@ -277,15 +277,15 @@ def fitting_weights(spec: FactorySpec, path: Path, module: nn.Module) -> dict[st
 
 
 def initialized(spec: FactorySpec, seed: int) -> tuple[nn.Module, bool]:
-    """Return an untrained network as its factory initialises it, and whether the seed decides that.
+    """Return an untrained network as its factory initialises it, and whether its weights depend on the seed.
 
     Args:
-        spec: How the network is built.
-        seed: Decides what the factory draws; whatever was drawn before does not matter.
+        spec: Factory of the network.
+        seed: Seed of the factory's random numbers; earlier random draws have no effect.
 
     Returns:
-        The network in eval mode; False where another seed gives the same weights: the factory fixes a seed of its own,
-        or loads weights.
+        The network in eval mode, and False if another seed yields the same weights: the factory then fixes a seed of
+        its own, or loads weights.
 
     Raises:
         ModelError: The factory fails, or builds other weights when it is called again with the same seed.
@@ -317,11 +317,11 @@ def rebuild(
     """Build the baseline, replay the recipe on it, and load the slim weights strictly.
 
     Args:
-        spec: How the baseline is built.
-        recipe: The edits.
-        signature: Inputs and outputs.
-        weights: Of the slim network.
-        make: Called instead of what `spec` names, with the same keyword arguments.
+        spec: Factory of the baseline.
+        recipe: Edits from the baseline to the slim network.
+        signature: Inputs and outputs of the network.
+        weights: Path of the slim network's weights.
+        make: Function called instead of the factory in `spec`, with the same keyword arguments.
 
     Raises:
         ArtifactError: The weights cannot be read.

@@ -392,7 +392,7 @@ def inspect(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A pipeline file, FILE.onnx, torchvision:NAME, timm:NAME or file.py:callable."
+            metavar="TARGET", help="Pipeline, FILE.onnx, resnet18 (torchvision), timm:NAME, file.py:build, best.pt."
         ),
     ],
     input_shape: Annotated[

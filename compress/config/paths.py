@@ -27,8 +27,8 @@ def resolve_paths(section: S, document: Document, folder: Path) -> S:
     """Return a checked section with absolute paths.
 
     Args:
-        section: Whole pipeline, or file of gates; its settings with a `PathKind` are paths.
-        document: Says which values came from the command line.
+        section: Complete pipeline, or file of gates; its settings with a `PathKind` are paths.
+        document: Document that records which values came from the command line.
         folder: Folder of the file.
     """
     return _Resolver(document, folder).resolve_section(section, ())

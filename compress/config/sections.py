@@ -22,8 +22,8 @@ S = TypeVar("S", bound=Section)
 class Sections:
     """The valid sections of a pipeline file, for rules that compare one section with another.
 
-    A section with a refused setting is read without that setting, and not held to its own rules. So all problems of a
-    file are found at once: those that pydantic finds, and those between sections.
+    A section with a refused setting is read without that setting, and without a check of its own rules. So all problems
+    of a file are found at once: problems within sections, by pydantic, and problems between sections.
 
     Attributes:
         document: Positions, and paths of refused values.
@@ -31,7 +31,7 @@ class Sections:
         stages: Settings of each stage; None if they are invalid.
         task: None if it is invalid.
         data: None if it is missing or invalid.
-        deploy: None if it is left out or invalid; `document.is_valid(("deploy",))` tells.
+        deploy: None if it is left out or invalid, which `document.is_valid(("deploy",))` distinguishes.
     """
 
     document: Document
@@ -53,7 +53,7 @@ def validate(document: Document, model: type[S]) -> S | None:
 
     Args:
         document: Problems are added to its `problems`, paths of refused values to its `refused`.
-        model: Section that the whole document must be.
+        model: Class of the section that the document must match.
 
     Returns:
         The typed values; None if any of them is refused.
@@ -85,7 +85,7 @@ def sections_of(document: Document, config: PipelineConfig | None) -> Sections:
 
 
 def read_valid(document: Document, path: KeyPath, model: type[S]) -> S | None:
-    """Return the section at `path` without its refused settings, not held to its own rules; None if that is invalid."""
+    """Return the section at `path` without refused settings and without its own rules; None if it is still invalid."""
     if not document.is_valid_itself(path):
         return None
     try:

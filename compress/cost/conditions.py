@@ -1,6 +1,6 @@
 """Conditions that a latency depends on besides the network: processor, runtime, settings of the call.
 
-Two tables of latencies may be mixed only when all of this is the same.
+Two latency tables may be mixed only when all their conditions are equal.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class TableConditions:
         machine: Model of the processor or accelerator.
         cores: Cores of the machine that the process may use.
         instructions: Vector instruction sets, comma-separated.
-        runtime: Name and version.
+        runtime: Name and version of the runtime.
         provider: Execution provider.
-        threads: Inside one operator.
+        threads: Threads inside one operator.
         batch_size: Images in one call.
-        precision: Of weights and activations.
+        precision: Precision of weights and activations, such as "fp32".
     """
 
     machine: str
@@ -44,7 +44,7 @@ class TableConditions:
     precision: str = "fp32"
 
     def differences(self, other: TableConditions) -> list[str]:
-        """Return what differs, in words: "threads 1 here, 4 in the table"."""
+        """Return the differences in words: "threads 1 here, 4 in the table"."""
         return [
             f"{entry.name} {getattr(self, entry.name)} here, {getattr(other, entry.name)} in the table"
             for entry in fields(self)
@@ -53,7 +53,7 @@ class TableConditions:
 
     @property
     def key(self) -> str:
-        """A name for a file: the same for the same conditions only."""
+        """Digest of the conditions, for a file name."""
         return digest_value(asdict(self))
 
 
@@ -74,7 +74,7 @@ def present_conditions(
 
 
 def deploy_conditions(deploy: DeployConfig) -> TableConditions:
-    """Return the conditions of this machine for what a `deploy` section says."""
+    """Return the conditions of this machine with the settings of a `deploy` section."""
     return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
 
 
@@ -90,7 +90,7 @@ def _flags() -> frozenset[str]:
 
 
 def _read_cpu_info(wanted: str) -> str:
-    """Return a field that Linux tells of the first processor, "" where it tells none."""
+    """Return a field of the first processor in /proc/cpuinfo, "" where it is missing."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,18 +1,18 @@
 """Latency table of a network: milliseconds of its sites at any widths, from timed variants.
 
-Variants of the network itself are timed node by node (`cost/variants.py`), because an operator alone in a small graph
-pays for changes of memory layout that the network does not. The time of a site at sizes (outputs, inputs) is
+Variants of the network itself are timed node by node (`cost/variants.py`). An operator alone in a small graph would
+need changes of memory layout that the network does not. The time of a site at sizes (outputs, inputs) is
 
-    measured    where a variant had a site of that kind at those sizes: the mean over all of them
+    measured    where a variant had a site of that kind at those sizes: the mean over all such sites
     fitted      elsewhere: own(outputs) * (base + slope * inputs)
 
-Every number of outputs that was timed has a factor `own`, so that nothing is interpolated across a stair of the
-runtime; along the inputs a convolution adds up one block after the other. Behind a concatenation, where groups add up
-to other numbers of outputs, the factor is interpolated between its neighbours.
+Every timed number of outputs has its own factor `own`, so that nothing is interpolated across a step of the runtime's
+time. Along the inputs a convolution adds up one block after the other, which is linear. Behind a concatenation, groups
+add up to other numbers of outputs; there the factor is interpolated between its neighbours.
 
-The sum over the sites is calibrated on whole variants, timed without per-node profiling: network = scale * sum +
-offset. The clock adds its own time at every site, which makes the offset negative; a network of fewer sites (blocks
-removed) has its share of it.
+The sum over the sites is calibrated on complete variants, timed without per-node profiling: network = scale * sum +
+offset. Profiling adds its own time at every site, which makes the offset negative. A network of fewer sites (blocks
+removed) has a proportional offset.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Entry:
     """Time of the sites of one kind at one pair of sizes.
 
     Attributes:
-        milliseconds: Mean over the sites timed.
-        spread: Half the range between the quartiles of single calls, as a share of their median; of the worst site.
-        sites: Number of sites timed.
+        milliseconds: Mean over the timed sites.
+        spread: Largest spread of the timed sites (`spread_of`).
+        sites: Number of timed sites.
     """
 
     milliseconds: float
@@ -54,13 +54,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One variant, timed.
+    """Measured times of one variant.
 
     Attributes:
-        sizes: Sizes of its layers; layers not named were whole.
-        site_ms: Site -> milliseconds; -1 stands for all before the first site.
-        spreads: Site -> half the range between the quartiles of single calls, as a share of their median.
-        total_ms: The whole variant.
+        sizes: Layer -> (outputs, inputs); layers not named have their full sizes.
+        site_ms: Site -> milliseconds; site -1 stands for all nodes before the first site.
+        spreads: Site -> spread of its calls (`spread_of`).
+        total_ms: Latency of the complete variant.
     """
 
     sizes: Sizes
@@ -75,10 +75,10 @@ class Sample:
         """Return the sample of a profile.
 
         Args:
-            sizes: Sizes of the layers.
+            sizes: Layer -> (outputs, inputs); layers not named have their full sizes.
             names: Nodes in the order in which they ran.
-            node_ms: (nodes, calls).
-            total_ms: (calls,).
+            node_ms: (nodes, calls) times of the nodes.
+            total_ms: (calls,) times of the complete variant.
             slowness: Slowness of the machine relative to its usual speed; times are divided by it.
         """
         times = site_times(names, node_ms)
@@ -96,11 +96,12 @@ class LatencyTable:
 
     Attributes:
         entries: Kind -> (outputs, inputs) -> entry. The kind HEAD has the one pair (0, 0).
-        scale: Milliseconds of the network for a millisecond of the sum.
-        offset_ms: Time of the network besides its sites; negative where these include time of the clock.
-        error: Median of |predicted / measured - 1| over the variants timed.
+        scale: Milliseconds of the network per millisecond of the sum over the sites.
+        offset_ms: Time of the network besides its sites; negative where their times include profiling overhead.
+        error: Median of |predicted / measured - 1| over the timed variants.
         fills: Kind -> fitted times of the pairs that were not timed.
-        sites: Sites of the network timed, to which the offset belongs; 0 where it is the same for any number.
+        sites: Number of sites in the timed network, which share the offset; 0 for an offset that does not depend on
+            the number of sites.
     """
 
     entries: Mapping[str, Mapping[tuple[int, int], Entry]]
@@ -119,7 +120,7 @@ class LatencyTable:
         return float(self.sites_ms(kind, np.asarray(out), np.asarray(inp)))
 
     def sites_ms(self, kind: str, out: np.ndarray, inp: np.ndarray) -> np.ndarray:
-        """Return the same for arrays of sizes, in the shape to which they broadcast."""
+        """Return the times of sites at arrays of sizes, in the shape to which the arrays broadcast."""
         if kind not in self.fills:
             raise InternalError(f"The latency table has no site '{kind}'.")
         out, inp = np.broadcast_arrays(out, inp)
@@ -133,16 +134,16 @@ class LatencyTable:
         return np.asarray(self.scale * np.where(codes[places] == wanted, times[places], found))
 
     def covers(self, sites: Sequence[Site]) -> bool:
-        """Return whether there are times for sites of all these kinds."""
+        """Return whether the table has times for the kinds of all given sites."""
         return all(site.kind in self.entries for site in sites)
 
     def network_ms(self, sites: Sequence[Site], sizes: Sizes) -> float:
-        """Return the time of the network with layers at the given sizes; layers not named are whole."""
+        """Return the time of the network with layers at the given sizes; layers not named have their full sizes."""
         parts = [self.site_ms(site.kind, *sizes.get(site.layer, site.sizes)) for site in sites]
         return self.fixed_ms(len(sites)) + float(sum(parts))
 
     def fixed_ms(self, sites: int) -> float:
-        """Return the time of a network with so many sites besides these."""
+        """Return the time outside of the sites, for a network with this number of sites."""
         head = self.entries.get(HEAD, {}).get((0, 0))
         before = self.scale * head.milliseconds if head is not None else 0.0
         return before + self.share_ms * sites if self.sites else before + self.offset_ms
@@ -163,8 +164,8 @@ def build_table(sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTabl
     """Return the table of a network out of timed variants.
 
     Args:
-        sites: Of the network that the variants are of.
-        samples: At least two, one of them the baseline.
+        sites: Sites of the network.
+        samples: Timed variants, at least two; one of them is the baseline.
     """
     collected: dict[str, dict[tuple[int, int], list[tuple[float, float]]]] = {}
     for sample in samples:
@@ -188,9 +189,9 @@ def build_table(sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTabl
 
 
 def site_times(names: Sequence[str], node_ms: np.ndarray) -> dict[int, np.ndarray]:
-    """Return site -> (calls,) the sum over its nodes; -1 stands for all before the first site.
+    """Return site -> (calls,) sums over its nodes; site -1 stands for all nodes before the first site.
 
-    A node that the runtime put in (a change of memory layout) has no site in its name; it goes with the node before.
+    A node that the runtime inserted (a change of memory layout) has no site in its name and counts for the site before.
     """
     times: dict[int, np.ndarray] = {}
     current = BEFORE
@@ -212,7 +213,7 @@ def spread_of(calls: np.ndarray) -> float:
 
 
 def _code(out: Any, inp: Any) -> Any:
-    """Return one whole number for a pair of sizes, or an array of them for arrays."""
+    """Return one integer for a pair of sizes, or an array of integers for arrays."""
     return out * 2**32 + inp
 
 
@@ -227,7 +228,7 @@ def _place(sites: Sequence[Site], number: int, sizes: Sizes) -> tuple[str, tuple
 
 
 def _calibrated(table: LatencyTable, sites: Sequence[Site], samples: Sequence[Sample]) -> LatencyTable:
-    """Return the table calibrated on whole variants by least relative error; no prediction is negative."""
+    """Return the table calibrated on complete variants by least relative error; no prediction is negative."""
     sums = np.asarray([table.network_ms(sites, sample.sizes) for sample in samples])
     totals = np.asarray([sample.total_ms for sample in samples])
     columns = np.stack([sums, np.ones_like(sums)], axis=1) / totals[:, None]
@@ -236,12 +237,12 @@ def _calibrated(table: LatencyTable, sites: Sequence[Site], samples: Sequence[Sa
     if len(samples) < 4 or scale <= 0 or scale * least + offset <= 0 or sums.max() < 1.2 * sums.min():
         scale, offset = float(np.median(totals / sums)), 0.0
     error = float(np.median(np.abs((scale * sums + offset) / totals - 1)))
-    of_clock = len(sites) if offset < 0 else 0  # nothing but the clock's own time can make it negative
+    of_clock = len(sites) if offset < 0 else 0  # only the overhead of profiling can make it negative
     return LatencyTable(table.entries, float(scale), float(offset), error, table.fills, of_clock)
 
 
 def _least_ms(table: LatencyTable, kind: str) -> float:
-    """Return a time that no site of a kind falls below at the sizes between those that were timed."""
+    """Return a lower bound on the time of a site of a kind, over all sizes between the timed ones."""
     known, fill = table.entries[kind], table.fills[kind]
     least = min(fill.own.values()) * (fill.base + fill.slope * min(inp for _, inp in known))
     return min(least, *(entry.milliseconds for entry in known.values()))
@@ -254,14 +255,14 @@ def latency_cost(
     levels: Mapping[str, Sequence[int]],
     switches: Mapping[str, str] | None = None,
 ) -> TableCost:
-    """Return the latency as tables over the widths allowed, equal to `LatencyTable.network_ms` at all of them.
+    """Return the latency as tables over the allowed widths, equal to `LatencyTable.network_ms` at all of them.
 
     Args:
         table: Times of the sites.
         sites: Sites of the network.
-        axes: Layer -> (outputs, inputs) as functions of what groups lose.
+        axes: Layer -> (outputs, inputs) as functions of the channels removed from groups.
         levels: Decision (channel group) -> its allowed widths, the last one full.
-        switches: Layer -> the decision whose option 0 removes it.
+        switches: Layer -> the decision whose option 0 removes the layer.
     """
     removed = {name: widths[-1] - np.asarray(widths, dtype=np.float64) for name, widths in levels.items()}
     known: dict[_AxisKey, SizeAxis] = {}
@@ -295,14 +296,14 @@ def _size_axis(axis: Axis, removed: Mapping[str, np.ndarray], known: dict[_AxisK
 
 
 def _sizes_at(axis: SizeAxis, options: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the counts that are left, at arrays of options of one shape."""
+    """Return the kept channels at arrays of options of one shape."""
     return whole_channels(
         axis.full - sum((lost[options[name]] for name, lost in axis.lost.items()), start=np.zeros(()))
     )
 
 
 def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, switch: str | None) -> SizeFactor:
-    """Return the cost of a site that more than two groups narrow."""
+    """Return the cost of a site with sizes that depend on more than two groups."""
     share = 0.0 if switch is None else table.share_ms
     if out is inp:
         return SizeFactor((out,), table.sites_ms(kind, out.sizes, out.sizes) + share, switch)
@@ -314,12 +315,12 @@ def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, s
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """own(outputs) * (base + slope * inputs).
+    """Fitted time of a kind of site: own(outputs) * (base + slope * inputs).
 
     Attributes:
-        own: Number of outputs -> its factor, in ms; ascending.
-        base: At least 0.
-        slope: For one input, at least 0.
+        own: Number of outputs -> factor in ms; ascending.
+        base: Part that does not depend on the inputs, at least 0.
+        slope: Part for one input, at least 0.
 
     >>> fill = Fill({8: 1.0, 16: 3.0}, 0.5, 0.25)
     >>> fill.at(np.array([8, 12, 99]), np.array([2, 2, 2])).tolist()
@@ -331,7 +332,7 @@ class Fill:
     slope: float
 
     def at(self, out: np.ndarray | int, inp: np.ndarray | int) -> np.ndarray:
-        """Return milliseconds, for arrays of the same shape."""
+        """Return the milliseconds for numbers of outputs and inputs, arrays of the same shape."""
         own = np.interp(out, list(self.own), list(self.own.values()))
         return np.asarray(own * (self.base + self.slope * np.asarray(inp)))
 
@@ -340,7 +341,7 @@ def fit_fill(times: Mapping[tuple[int, int], float]) -> Fill:
     """Fit the times of sites of one kind by least squares of the relative error.
 
     Args:
-        times: (outputs, inputs) -> milliseconds; at least one.
+        times: (outputs, inputs) -> milliseconds, at least one entry.
     """
     outs = sorted({out for out, _ in times})
     position = {out: index for index, out in enumerate(outs)}

@@ -40,9 +40,9 @@ def find_products(name: str, arguments: Mapping[str, Any], result: Any) -> tuple
     """Return the products that an operation computes; none for an operation that is not counted.
 
     Args:
-        name: PyTorch's, without its namespace: "convolution", "addmm".
-        arguments: By their names in the operation's schema.
-        result: What it returned.
+        name: PyTorch's name of the operation without namespace: "convolution", "addmm".
+        arguments: Arguments by their names in the operation's schema.
+        result: Return value of the operation.
     """
     count = _COUNTS.get(name)
     return () if count is None else tuple(count(arguments, result))
@@ -83,7 +83,7 @@ def _matrices(first: str, second: str) -> Callable[[Mapping[str, Any], Any], Ite
 
 
 def _attention(arguments: Mapping[str, Any], result: Any) -> Iterator[Product]:
-    """(B, H, L, E) queries, (B, H, S, E) keys, (B, H, S, V) values."""
+    """Count attention of (B, H, L, E) queries, (B, H, S, E) keys and (B, H, S, V) values."""
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     pairs, places = query.numel() // query.shape[-1], key.shape[-2]
     rows = tuple((query, axis) for axis in range(3))
@@ -92,7 +92,7 @@ def _attention(arguments: Mapping[str, Any], result: Any) -> Iterator[Product]:
 
 
 def _recurrent(arguments: Mapping[str, Any], result: Any) -> Iterator[Product]:
-    """One direction of one layer over (T, N, I) inputs; each step multiplies the hidden state anew."""
+    """Count one direction of one layer over (T, N, I) inputs; each step multiplies the hidden state anew."""
     inputs, from_input, from_hidden = arguments["input"], arguments["weight0"], arguments["weight1"]
     steps, images = inputs.shape[:2]
     yield Product(steps * images * from_input.numel(), (inputs, from_input), ((inputs, 2), (from_input, 0)))
@@ -101,7 +101,7 @@ def _recurrent(arguments: Mapping[str, Any], result: Any) -> Iterator[Product]:
 
 
 def _bilinear(arguments: Mapping[str, Any], result: Any) -> Iterator[Product]:
-    """(N, I), (O, I, J) and (N, J) to (N, O), the form that `torch.nn.functional.bilinear` asks for."""
+    """Count (N, I), (O, I, J) and (N, J) to (N, O), the form that `torch.nn.functional.bilinear` calls."""
     left, weight, right = (arguments[name] for name in ("i1", "i2", "i3"))
     if (arguments["expand1"], arguments["expand2"], arguments["sumdim"]) != ([1, 3], [0], [2, 3]):
         return
@@ -146,12 +146,12 @@ class Counts:
     """Multiplications of one run of a network.
 
     Attributes:
-        macs: Module path -> multiply-accumulates of its own code, parts not included, in definition order. "" is the
-            network's own forward pass.
-        constant_macs: Those of products that do not depend on the input: an exporter may compute them beforehand.
+        macs: Module path -> multiply-accumulates of its own code, without its submodules, in definition order. "" is
+            the network's own forward pass.
+        constant_macs: MACs of products that do not depend on the input: an exporter may compute them beforehand.
         weights: Scalars of the constant operands of all products that depend on the input; an operand used twice
             counts twice.
-        constant_weights: Those of the products that do not.
+        constant_weights: Scalars of the constant operands of products that do not depend on the input.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -173,11 +173,11 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
 def layer_macs(module: nn.Module, example: Tensor) -> dict[str, int]:
     """Return MACs for one image by module path, in definition order; a layer used twice counts twice.
 
-    What a module's own code multiplies, outside of its parts, counts as its own: "" is the network itself. Layers with
-    weights are listed even where they multiply nothing.
+    Products in a module's own code, outside of its submodules, count for the module: "" is the network itself. Layers
+    with weights are listed even where they multiply nothing.
 
     Args:
-        module: Any network; its training flags and buffers are left as they are.
+        module: Any network; its training flags and buffers do not change.
         example: One input, (1, C, H, W).
     """
     return count_products(module, example).macs
@@ -187,17 +187,17 @@ def count_layer_weights(module: nn.Module, example: Tensor) -> int:
     """Return the scalars that one image is multiplied by: kernels without biases; a layer used twice counts twice.
 
     Args:
-        module: Any network; its training flags and buffers are left as they are.
+        module: Any network; its training flags and buffers do not change.
         example: One input, (1, C, H, W).
     """
     return count_products(module, example).weights
 
 
 def count_products(module: nn.Module, example: Tensor) -> Counts:
-    """Run one image through a network and count what it multiplies.
+    """Run one image through a network and count its products.
 
     Args:
-        module: Any network; its training flags and buffers are left as they are.
+        module: Any network; its training flags and buffers do not change.
         example: One input, (1, C, H, W).
     """
     with torch.no_grad(), eval_mode(module), plain_operations(module), running_paths(module) as paths:
@@ -216,8 +216,8 @@ def counts_agree(of_file: int, of_network: int, of_constants: int) -> bool:
 
     Args:
         of_file: MACs or weights of the ONNX file.
-        of_network: Those of the network.
-        of_constants: The part of them in products that do not depend on the input.
+        of_network: The same count of the torch network.
+        of_constants: Part of `of_network` in products that do not depend on the input.
     """
     return of_network - of_constants <= of_file <= of_network
 
@@ -228,11 +228,11 @@ def count_params(module: nn.Module) -> int:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the products of every operation that runs.
+    """Counter of the products of every operation that runs.
 
     Args:
         module: The network.
-        example: Its input.
+        example: Input of the network.
         paths: Paths of the modules whose code is running, innermost last.
     """
 
@@ -281,7 +281,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _own_scalars(value: Tensor) -> int:
-    """Return the scalars of a tensor, those that are repeated along an axis once."""
+    """Return the number of scalars of a tensor; scalars repeated along an axis count once."""
     count = 1
     for size, stride in zip(value.shape, value.stride(), strict=True):
         count *= size if stride else 1

@@ -4,7 +4,7 @@ A file holds the timed variants and not the table made of them, so that the same
 
     {"kind": ..., "schema": 2, "conditions": {...}, "network": digest, "reference_ms": ..., "samples": [...]}
 
-It is written anew after every few variants, so that timing goes on where it was stopped.
+The file is rewritten after every few variants, so that interrupted timing can continue.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class TableFile:
     """Content of a file with a latency table.
 
     Attributes:
-        conditions: Under which its variants were timed.
-        network: Digest of the sites it speaks of.
-        reference_ms: What the baseline takes.
-        samples: Its variants.
+        conditions: Conditions of the timing.
+        network: Digest of the network's sites (`network_digest`).
+        reference_ms: Latency of the baseline.
+        samples: Timed variants.
     """
 
     conditions: TableConditions
@@ -45,7 +45,7 @@ class TableFile:
     samples: tuple[Sample, ...]
 
     def write(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file atomically."""
         content = {
             "kind": KIND,
             "schema": SCHEMA,
@@ -58,11 +58,11 @@ class TableFile:
 
     @classmethod
     def read_cached(cls, path: Path, warn: Callable[[str], None]) -> TableFile | None:
-        """Read a file that this program keeps for itself; None if it is missing or, with a warning, damaged.
+        """Read a cached file; return None if it is missing or, with a warning, damaged.
 
         Args:
             path: The file.
-            warn: Called with a message about a damaged one.
+            warn: Function called with a message about a damaged file.
         """
         if not path.is_file():
             return None
@@ -77,7 +77,7 @@ class TableFile:
         """Read a file.
 
         Raises:
-            ArtifactError: It is missing, or no latency table of this version.
+            ArtifactError: The file is missing, or no latency table of this version.
         """
         if not path.is_file():
             raise ArtifactError(f"Latency table '{path}' does not exist.")
@@ -98,7 +98,7 @@ class TableFile:
 
 
 def network_digest(sites: Sequence[Site]) -> str:
-    """Return the same text for networks whose sites are the same, whatever their weights."""
+    """Return a digest of the layers, kinds and sizes of all sites; weights do not change it."""
     return digest_value([[site.layer, site.kind, *site.sizes] for site in sites])
 
 

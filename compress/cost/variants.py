@@ -1,13 +1,13 @@
 """ONNX files of a network with fewer channels, written to be timed.
 
-A variant computes nothing of use: it keeps the first channels of every layer, whichever those are. Its operators,
-shapes and memory layout are those of a network cut to the same widths, and that is all that its speed depends on.
+A variant keeps the first channels of every layer, so its outputs are of no use. Its operators, shapes and memory layout
+are those of a network pruned to the same widths, and its speed depends on nothing else.
 
-    site    a convolution or matrix product with a weight, and the nodes that run on its account up to the next one
+    site    a convolution or matrix product with a weight, and the nodes after it up to the next site
     sizes   layer -> (outputs, inputs)
 
-Every node and value of a variant is named after its site ("site3.1"), so that what the runtime makes of them, fused
-and renamed after its own fashion, can still be distinguished.
+Every node and value of a variant is named after its site ("site3.1"). So nodes that the runtime fuses and renames can
+still be assigned to a site.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,10 +31,10 @@ class Site:
 
     Attributes:
         layer: Module path of its weight.
-        kind: Operator, attributes, input size and the operators that follow it: two sites of one kind and the same
-            sizes take the same time.
+        kind: Operator, attributes, input size and the operators that follow: two sites of one kind and the same sizes
+            take the same time.
         sizes: Full (outputs, inputs).
-        is_depthwise: Whether the inputs follow the outputs.
+        is_depthwise: Whether the operator is a depthwise convolution, whose inputs and outputs are the same channels.
     """
 
     layer: str
@@ -45,7 +45,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """One axis of a constant that follows a layer's outputs (0) or inputs (1), `share` of them."""
+    """One axis of a constant with as many entries as a layer's outputs (side 0) or inputs (side 1), over `divisor`."""
 
     layer: str
     side: int
@@ -54,13 +54,13 @@ class _Cut:
 
 
 class VariantWriter:
-    """Writes variants of one network.
+    """Writer of variants of one network.
 
     Args:
-        model: The whole file, weights included; it is not changed.
+        model: Model with all weights; it is not changed.
 
     Attributes:
-        sites: In the order of the graph; site i is named "site<i>" in the variants.
+        sites: Sites in the order of the graph; site i is named "site<i>" in the variants.
 
     Raises:
         ModelError: Shapes cannot be inferred.
@@ -79,7 +79,7 @@ class VariantWriter:
         """Return a variant.
 
         Args:
-            sizes: What layers are to have, norms and activations with channels included; other layers keep theirs.
+            sizes: New sizes of layers, including norms and activations with channels; other layers keep their sizes.
             full: Sizes of the same layers in the baseline.
         """
         variant = self._skeleton()
@@ -120,7 +120,7 @@ class VariantWriter:
         return {name: [_Cut(layer, 0, 0)] for name in names if self._arrays[name].shape[:1] == (full,)}
 
     def _skeleton(self) -> ModelProto:
-        """The model without weights and inferred shapes, every name after its site."""
+        """Return the model without weights and inferred shapes, with names after the sites."""
         model = ModelProto()
         model.CopyFrom(self._model)
         for field in ("initializer", "value_info"):
@@ -141,7 +141,7 @@ class VariantWriter:
 
 
 def site_of(name: str) -> int | None:
-    """Return the number of the site in a name that the runtime made of one in a variant; None for other names.
+    """Return the number of the site in a node name, possibly renamed by the runtime; None for other names.
 
     >>> site_of("site12.40_nchwc"), site_of("fused site3.7.0"), site_of("ReorderOutput_token_3"), site_of("site.0")
     (12, 3, None, None)
@@ -152,9 +152,9 @@ def site_of(name: str) -> int | None:
 
 
 def _owners(model: ModelProto, constants: set[str]) -> tuple[list[int | None], list[int | None]]:
-    """Return for each node the site it runs on account of, and the number of the site that it is the head of.
+    """Return for each node the number of its site, and the number of the site that it begins; None for no site.
 
-    A node belongs to the latest site that its inputs come from; nodes before the first site belong to none.
+    A node belongs to the latest site that its inputs come from; nodes before the first site belong to no site.
     """
     owners: list[int | None] = []
     heads: list[int | None] = []
@@ -175,7 +175,7 @@ def _owners(model: ModelProto, constants: set[str]) -> tuple[list[int | None], l
 
 
 def _flattening_shapes(model: ModelProto, arrays: Mapping[str, np.ndarray]) -> set[str]:
-    """Return the constants that reshape a feature map to (batch, columns): the columns follow the channels."""
+    """Return the shape constants of each Reshape to (batch, columns), where columns depend on the channels."""
     found = set()
     for node in model.graph.node:
         shape = arrays.get(node.input[1]) if node.op_type == "Reshape" else None
@@ -187,7 +187,7 @@ def _flattening_shapes(model: ModelProto, arrays: Mapping[str, np.ndarray]) -> s
 def _layer_cuts(
     node: NodeProto, layer: str, arrays: Mapping[str, np.ndarray]
 ) -> tuple[int, int, list[tuple[str, _Cut]], bool]:
-    """Return outputs, inputs, the axes of its constants that follow them, and whether the node is depthwise."""
+    """Return outputs, inputs, the axes of constants that depend on them, and whether the node is depthwise."""
     weight = node.input[1]
     shape = arrays[weight].shape
     attributes = {attribute.name: attribute for attribute in node.attribute}
@@ -221,7 +221,7 @@ def _cut_array(array: np.ndarray, cuts: "tuple[_Cut, ...] | list[_Cut]", sizes: 
 
 
 def _kind(node: NodeProto, is_depthwise: bool, input_shape: tuple[int, ...] | None, tail: tuple[str, ...]) -> str:
-    """Describe everything about a site that its time depends on, besides its sizes."""
+    """Return a description of everything besides sizes that the time of a site depends on."""
     parts = [node.op_type, *(["depthwise"] if is_depthwise else [])]
     for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
         value = onnx.helper.get_attribute_value(attribute)

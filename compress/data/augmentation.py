@@ -1,4 +1,4 @@
-"""Variation of a training batch: the same crop and mirroring for images, masks and boxes."""
+"""Random augmentation of a training batch: the same crop and mirroring for images, masks and boxes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,13 @@ from compress.data.transforms import DrawnTransforms
 
 @dataclass(frozen=True)
 class Variation:
-    """Random variation drawn for one batch.
+    """Random augmentation drawn for one batch.
 
     Attributes:
-        padding: Pixels on each side before the crop; 0 where nothing is cropped.
-        top: (N,) first row of each crop in the padded image.
-        left: (N,) first column.
-        mirrored: (N,) whether each image is mirrored left to right; None where none is.
+        padding: Pixels of padding on each side before the crop; 0 without crop.
+        top: (N, 1) first row of each crop in the padded image; None without crop.
+        left: (N, 1) first column of each crop; None without crop.
+        mirrored: (N,) whether each image is mirrored left to right; None without mirroring.
         size: (height, width) of the images.
         transforms: Transforms of each image after crop and mirroring, or None.
     """
@@ -31,7 +31,7 @@ class Variation:
     transforms: DrawnTransforms | None = None
 
     def of_images(self, images: Tensor) -> Tensor:
-        """Return (N, H, W, C) images varied, padded with zeros; the shape stays."""
+        """Return augmented (N, H, W, C) images of the same shape, padded with zeros."""
         moved = self._varied(images, 0)
         return moved if self.transforms is None else self.transforms.of_images(moved)
 
@@ -41,7 +41,7 @@ class Variation:
         return moved if self.transforms is None else self.transforms.of_maps(moved)
 
     def of_boxes(self, targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return boxes varied as the images were; those that are out of the image are gone.
+        """Return boxes with the crop, mirroring and transforms of the images; boxes outside of the image are dropped.
 
         Args:
             targets: For each image `boxes` (M, 4) [x0, y0, x1, y1] and `labels` (M,).
@@ -86,15 +86,15 @@ def drawn(
     whole: int,
     part: slice = slice(None),
 ) -> Variation:
-    """Draw what is done to a batch.
+    """Draw the crop and mirroring of a batch.
 
     Args:
         crop_padding: As in `Augmentation`.
-        flip: As there.
-        generator: Draws for the whole batch, on the CPU.
+        flip: As in `Augmentation`.
+        generator: Random generator on the CPU; draws for the complete batch.
         size: (height, width) of the images.
-        whole: How many images that has.
-        part: Which of them are varied here.
+        whole: Number of images in the complete batch.
+        part: Images of the batch that this process augments.
     """
     top = left = mirrored = None
     if crop_padding:

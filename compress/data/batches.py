@@ -1,8 +1,8 @@
 """Batches of tensors from the images of a split.
 
-uint8 images stay uint8 until they are a batch; shuffling, cropping, flipping and normalising then run on the whole
-batch at once. The order of an epoch depends on (seed, epoch) alone and the augmentation of a batch on (seed, epoch,
-batch), so a run that is resumed at any batch sees the same as an undisturbed one.
+uint8 images stay uint8 until they are a batch; shuffling, cropping, flipping and normalising then run on the complete
+batch. The order of an epoch depends only on (seed, epoch), the augmentation of a batch only on (seed, epoch,
+batch). So a run that is resumed at any batch has the same batches as an uninterrupted one.
 """
 
 import math
@@ -33,11 +33,11 @@ _PIXELS, _FEWEST_IMAGES, _MOST_IMAGES = 2**17, 4, 256
 
 @dataclass(frozen=True)
 class PlacedSplit(Split):
-    """A split whose batches are made on some device.
+    """A split whose batches are created on a given device.
 
     Attributes:
-        device: Where batches are made.
-        resident: All images of the source, uint8 (N, H, W, C), on that device; None where they are read each time.
+        device: Device of the batches.
+        resident: All images of the source, uint8 (N, H, W, C), on that device; None if images are read each time.
     """
 
     device: torch.device = CPU
@@ -51,12 +51,12 @@ class Augmentation:
     Attributes:
         crop_padding: Pixels of zero padding on each side before a random crop back to the size; 0 is off.
         flip: Whether half of the images are mirrored left to right.
-        mixup: Alpha of the Beta distribution of the shares in which pairs of images are mixed; 0 is off.
-        cutmix: Alpha of that of the share of a rectangle of its neighbour in each image; 0 is off.
-        resized_crop: As in `TransformSettings`, as the following.
-        policy: Random operations on images.
-        magnitude: Their strength for "rand_augment".
-        erasing: Probability of random erasing.
+        mixup: Alpha of the Beta distribution of the mixing weights of image pairs; 0 is off.
+        cutmix: Alpha of the Beta distribution of the area share that a rectangle of another image replaces; 0 is off.
+        resized_crop: As in `TransformSettings`.
+        policy: As in `TransformSettings`.
+        magnitude: As in `TransformSettings`.
+        erasing: As in `TransformSettings`.
     """
 
     crop_padding: int = 0
@@ -78,10 +78,10 @@ def evaluation_batches(split: Split, batch_size: int, targets: Wanted = "objecti
     """Yield (float32 network input, targets) in order, every image once; the last batch may be smaller.
 
     Args:
-        split: What is read.
-        batch_size: Images a batch.
-        targets: "objective" for what is learned (class indices, or what the baseline returns), "task" for what
-            images are labelled with, "nothing" for None.
+        split: Split to read.
+        batch_size: Images per batch.
+        targets: "objective" for the training targets (class indices, or outputs of the baseline), "task" for the labels
+            of the images, "nothing" for None.
     """
     starts = range(0, len(split), batch_size)
     positions = (np.arange(start, min(start + batch_size, len(split))) for start in starts)
@@ -92,7 +92,7 @@ def evaluation_batches(split: Split, batch_size: int, targets: Wanted = "objecti
 
 
 def fast_batch_size(split: Split) -> int:
-    """Return how many images run fastest at once: on a CPU few large ones, whose feature maps stay in its caches."""
+    """Return the fastest batch size: small on a CPU for large images, so that feature maps fit into its caches."""
     if len(split) == 0 or _device(split) != CPU:
         return _MOST_IMAGES
     pixels = math.prod(split.read(np.zeros(1, np.int64)).shape[1:-1])
@@ -108,16 +108,16 @@ def training_batches(
     start: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Yield one epoch of shuffled, augmented batches of equal size; a remainder smaller than a batch is left out.
+    """Yield one epoch of shuffled, augmented batches of equal size, without a smaller last batch.
 
     Args:
-        split: At least one image; a split smaller than a batch gives one batch of all of it.
-        batch_size: Images a batch.
-        augmentation: What is varied.
-        seed: Together with `epoch` decides order and augmentation.
-        epoch: Counted from 0.
-        start: Batches to leave out at the beginning; those behind them are the same as without.
-        part: (rank, size): of every batch only each size-th image, from the rank-th on, varied as in the whole batch.
+        split: Split of at least one image; a split smaller than a batch yields one batch of all images.
+        batch_size: Images per batch.
+        augmentation: Augmentation of the images.
+        seed: Seed of the run; with `epoch`, it determines order and augmentation.
+        epoch: Number of the epoch, from 0.
+        start: Number of batches to skip at the beginning; later batches do not depend on it.
+        part: (rank, size): every size-th image of each batch from the rank-th on, augmented as in the complete batch.
     """
     rank, size = part
     order = torch.randperm(len(split), generator=_generator(seed, "order", epoch)).numpy()
@@ -134,19 +134,19 @@ def training_batches(
 
 @torch.no_grad()
 def _learned(split: Split, images: Tensor) -> Any:
-    """Return what the baseline returns for a batch."""
+    """Return the outputs of the baseline for a batch."""
     assert split.original is not None
     network = split.original()
     return plain(network(images), getattr(network, "output_names", ()))
 
 
 def random_seed(seed: int, purpose: RandomPurpose, *parts: int) -> int:
-    """Return what seeds everything random in one part of a run, in [0, 2^63).
+    """Return the seed of one random purpose in one part of a run, in [0, 2^63).
 
     Args:
-        seed: Of the run.
-        purpose: What is drawn.
-        parts: Which part of the run: epoch, batch, step.
+        seed: Seed of the run.
+        purpose: Purpose of the random numbers, such as "order".
+        parts: Numbers of the part of the run, such as epoch, batch or step.
     """
     entropy = [seed % 2**63, get_args(RandomPurpose).index(purpose), *parts]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -157,7 +157,7 @@ def _generator(seed: int, purpose: RandomPurpose, *parts: int) -> torch.Generato
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:
-    """Return how many batches `training_batches` yields."""
+    """Return the number of batches that `training_batches` yields."""
     return max(1, len(split) // batch_size)
 
 
@@ -168,14 +168,14 @@ def augment(
     whole: int | None = None,
     part: slice = slice(None),
 ) -> Tensor:
-    """Vary a batch of uint8 (N, H, W, C) images; the shape stays.
+    """Return augmented uint8 (N, H, W, C) images of the same shape.
 
     Args:
-        images: The batch, or a part of one.
-        augmentation: What is varied.
-        generator: Draws for the whole batch, on the CPU.
-        whole: How many images that has; None where `images` is all of it.
-        part: Which of them `images` are.
+        images: A batch, or a part of one.
+        augmentation: Augmentation of the images.
+        generator: Random generator on the CPU; draws for the complete batch.
+        whole: Number of images in the complete batch; None if `images` is the complete batch.
+        part: Positions of `images` in the complete batch.
     """
     return varied(images, augmentation, generator, whole, part).of_images(images)
 
@@ -187,7 +187,7 @@ def varied(
     whole: int | None = None,
     part: slice = slice(None),
 ) -> Variation:
-    """Draw how a batch is varied; as `augment`."""
+    """Draw the augmentation of a batch; arguments as in `augment`."""
     if images.ndim == 2 and (augmentation.crop_padding or augmentation.flip or not augmentation.transforms.is_off):
         raise DataError(
             "Samples of several inputs cannot be cropped, mirrored or transformed, augmentation asks for it.",
@@ -208,7 +208,7 @@ def varied(
 
 
 def _read_ahead(split: Split, positions: Iterator[np.ndarray], with_targets: bool) -> Iterator[tuple[Tensor, Any]]:
-    """Read the next batch, and its targets if they are wanted, in a thread while the caller works on this one."""
+    """Yield batches, with targets if wanted, while a thread reads the next batch."""
 
     def read(chosen: np.ndarray) -> tuple[Tensor, Any]:
         return _read_tensor(split, chosen), _to_tensors(split, split.read_targets(chosen)) if with_targets else None
@@ -225,7 +225,7 @@ def _read_ahead(split: Split, positions: Iterator[np.ndarray], with_targets: boo
 
 
 def _to_tensors(split: Split, targets: Any) -> Any:
-    """Return targets with tensors on a split's device in place of arrays."""
+    """Return targets with arrays converted to tensors on the device of a split."""
     if isinstance(targets, np.ndarray):
         return _there(split, targets)
     if isinstance(targets, dict):
@@ -243,7 +243,7 @@ def _read_tensor(split: Split, positions: np.ndarray) -> Tensor:
 
 
 def _there(split: Split, values: np.ndarray) -> Tensor:
-    """Return an array as a tensor on a split's device; nothing waits for it to arrive."""
+    """Return an array as a tensor on the device of a split, copied asynchronously."""
     return torch.from_numpy(values).to(_device(split), non_blocking=True)
 
 
@@ -252,7 +252,7 @@ def _device(split: Split) -> torch.device:
 
 
 def _to_input(split: Split, images: Tensor) -> Tensor:
-    """Normalise (N, H, W, C) uint8 to the network's float32 input, of standard strides; (N, K) rows stay."""
+    """Normalise (N, H, W, C) uint8 to the network's float32 input with standard strides; (N, K) rows are unchanged."""
     wanted = split.preprocessing
     if images.ndim == 2:
         return images

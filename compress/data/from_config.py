@@ -42,10 +42,10 @@ class Splits:
 
     Args:
         config: Checked `data:` section with absolute paths.
-        task: The task of the network.
+        task: Task of the network.
 
     Attributes:
-        teacher: The baseline, once there is one; needed only where images have no labels, or the task learns from it.
+        teacher: The baseline, set by `load`; needed only for images without labels, or tasks that learn from it.
     """
 
     def __init__(self, config: DataConfig, task: Task = CLASSIFICATION) -> None:
@@ -54,7 +54,7 @@ class Splits:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """Preprocessing of images; none of those that the user's own data set has prepared already."""
+        """Preprocessing of images; the identity for images that the user's data set has already prepared."""
         given, train = self.config.preprocessing, self.config.train
         if isinstance(train, OwnSource) and given == PreprocessingConfig():
             first = read_own(train.own, train.kwargs).read(np.zeros(1, np.int64))
@@ -79,7 +79,7 @@ class Splits:
 
     @cached_property
     def validation(self) -> Split:
-        """Images by which the best epoch, repairs and numbers of blocks are chosen."""
+        """Images for choosing the best epoch, repairs and numbers of blocks."""
         source = self.config.validation
         if isinstance(source, int):
             return self._with_baseline(self._training.part("validation"))
@@ -87,7 +87,7 @@ class Splits:
 
     @cached_property
     def evaluation(self) -> Split:
-        """Images that the verdict is measured on; nothing is chosen by them."""
+        """Images for the measurements of the verdict; they influence no choice."""
         source = self.config.evaluation
         if isinstance(source, int):
             return self._training.part("evaluation")
@@ -95,7 +95,7 @@ class Splits:
 
     @property
     def learns_from_original(self) -> bool:
-        """Return whether the outputs of the baseline are learned in place of labels."""
+        """Return whether training targets are the outputs of the baseline instead of labels."""
         return self.task.learns_from_original or not has_targets(self._training.source)
 
     @property
@@ -120,17 +120,17 @@ class Splits:
         return _TrainingImages(self.config, self.preprocessing, self.task)
 
     def _with_baseline(self, split: Split) -> Split:
-        """Return a split that gives the baseline where its outputs are learned."""
+        """Return a split with the baseline as the teacher if its outputs are the training targets."""
         return replace(split, original=(lambda: self._original) if self.learns_from_original else None)
 
 
 class _TrainingImages:
-    """Images of the training source, from which the calibration and perhaps the validation split are taken.
+    """Images of the training source, which calibration and validation images may be taken from.
 
     Args:
         config: The `data:` section.
         preprocessing: Preprocessing of the images.
-        task: The task of the network.
+        task: Task of the network.
     """
 
     def __init__(self, config: DataConfig, preprocessing: Preprocessing, task: Task) -> None:
@@ -138,7 +138,7 @@ class _TrainingImages:
         self.source = _open_source(config.train, preprocessing, task, train=True)
 
     def part(self, name: str) -> Split:
-        """Return the images of a split."""
+        """Return the split of a name, such as "train"."""
         return replace(self._whole, name=name, indices=self._indices[name])
 
     @cached_property
@@ -155,7 +155,7 @@ class _TrainingImages:
 
 
 def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Task = CLASSIFICATION) -> Split:
-    """Return all images of a source that nothing is trained on.
+    """Return all images of a source as a split that is not used for training.
 
     Raises:
         DataError: The images or labels cannot be used.
@@ -165,13 +165,13 @@ def open_split(name: str, source: Source, preprocessing: Preprocessing, task: Ta
 
 
 def build_split(name: str, source: ImageSource, preprocessing: Preprocessing, task: Task) -> Split:
-    """Return all images of a source, with the task that their targets allow for.
+    """Return all images of a source as a split, with a task that fits their targets.
 
     Args:
-        name: Of the split.
-        source: The images.
-        preprocessing: As the network needs it.
-        task: The task of the network; without targets imitation of the baseline takes its place.
+        name: Name of the split.
+        source: Source of the images.
+        preprocessing: Preprocessing that the network needs.
+        task: Task of the network; for images without targets, imitation of the baseline replaces it.
     """
     size = source.read(np.zeros(1, np.int64)).shape[1:-1]
     if task.needs_targets and not has_targets(source):
@@ -185,16 +185,16 @@ def has_targets(source: ImageSource) -> bool:
 
 
 def classes_of(source: ImageSource, task: Task) -> np.ndarray:
-    """Return (N,) the class of each image where that is known without reading the images, else the same for all."""
+    """Return (N,) class indices if they are known without reading the images, else zeros."""
     labels = source.known_labels if isinstance(source, AnnotatedSource) else getattr(source, "labels", None)
     return np.zeros(len(source), np.int64) if labels is None or not isinstance(task, Classification) else labels
 
 
 def open_shifted(sources: Mapping[str, Source], evaluation: Split) -> dict[str, Split]:
-    """Return the user's data sets from elsewhere, prepared as the evaluation images are.
+    """Return the user's shifted data sets, with the preprocessing of the evaluation images.
 
     Raises:
-        DataError: As `open_split`, or one names other classes than the evaluation split.
+        DataError: As in `open_split`, or a data set has other classes than the evaluation split.
         ArtifactError: A file is missing.
     """
     task, preprocessing = evaluation.task, evaluation.preprocessing
@@ -230,7 +230,7 @@ def _open_source(source: Source, preprocessing: Preprocessing, task: Task, train
 
 
 def _check_own(source: Source, images: np.ndarray, preprocessing: Preprocessing) -> None:
-    """Raise DataError where preprocessing would do what a data set of the user's own has done, or has to do, itself."""
+    """Raise DataError if preprocessing is set that the user's own data set must do itself."""
     if not isinstance(source, OwnSource):
         return
     if preprocessing.resize is not None or preprocessing.crop is not None:
@@ -264,7 +264,7 @@ def _read_source(source: Source, preprocessing: Preprocessing, task: Task, train
 
 
 def _read_annotated(source: Source, preprocessing: Preprocessing, task: Task, grey: bool) -> ImageSource:
-    """Read what has other targets than class indices, or none."""
+    """Return a source with targets other than class indices, or without targets."""
     if isinstance(source, MasksSource):
         fill = _mask_fill(task)
         return read_masks(Path(source.images), Path(source.masks), preprocessing, grey, 0 if fill is None else fill)
@@ -279,11 +279,11 @@ def _read_annotated(source: Source, preprocessing: Preprocessing, task: Task, gr
 
 
 def _judged(task: Task) -> Task:
-    """Return the task whose targets a source has; an embedding's may be anything."""
+    """Return the task that defines the targets of a source: an imitation's imitated task, except for embedding."""
     return task.of if isinstance(task, Imitation) and not isinstance(task, Embedding) else task
 
 
 def _mask_fill(task: Task) -> int | None:
-    """Return what is put into masks where an image was padded; None where targets are no masks."""
+    """Return the fill value of masks where images are padded; None for targets other than masks."""
     judged = _judged(task)
     return judged.ignore_index if isinstance(judged, Segmentation) else None

@@ -1,14 +1,14 @@
-"""Several inputs of a network as one array: side by side, a float32 row for each sample.
+"""Packing of several inputs of a network into one array, a float32 row for each sample.
 
     image (N, 3, 8, 8) float32 ─┐
     mask  (N, 10)      int64   ─┴─ pack ──> (N, 202) float32 ── unpack ──> the inputs
 
-Everything between the data and the network (splits, batches, repairs, training) then handles one array, as for images.
-float32 holds whole numbers exactly up to 2^24; larger ones are refused.
+All code between the data and the network (splits, batches, repairs, training) then handles one array, as for images.
+float32 represents integers exactly up to 2^24; larger ones are refused.
 
 Unpacked inputs have the strides of a newly made tensor of the same shape. `Tensor.contiguous()` leaves the strides of
-axes of size 1 alone, so that a permuted batch of one-channel images keeps those of channels-last memory. PyTorch then
-computes in channels-last, and `x.view(x.size(0), -1)` of a feature map fails.
+axes of size 1 unchanged, so a permuted batch of one-channel images keeps channels-last strides. PyTorch then computes
+in channels-last, and `x.view(x.size(0), -1)` of a feature map fails.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 
 from compress.errors import DataError
 
-if TYPE_CHECKING:  # a file alone is verified without torch
+if TYPE_CHECKING:  # an ONNX file is verified without torch
     from torch import Tensor
 
 LARGEST_WHOLE = 2**24
-_IMAGE_AXES = 4  # the batch among them
+_IMAGE_AXES = 4  # including the batch axis
 
 
 class Part(Protocol):
@@ -42,7 +42,7 @@ class Part(Protocol):
 
 
 def is_packed(parts: Sequence[Part]) -> bool:
-    """Return whether these inputs travel as one row: several, or one that is not float32 or no image of three axes."""
+    """Return whether inputs are packed into rows: several inputs, or one that is no floating-point image."""
     return len(parts) > 1 or any(
         part.dtype not in ("float32", "float16", "bfloat16") or len(part.shape) != _IMAGE_AXES for part in parts
     )
@@ -52,7 +52,7 @@ def part_sizes(part: Part) -> tuple[int, ...]:
     """Return the sizes of one sample.
 
     Raises:
-        DataError: One of them is open.
+        DataError: A size is open.
     """
     sizes = tuple(size for size in part.shape[1:] if isinstance(size, int))
     if len(sizes) != len(part.shape) - 1:
@@ -61,7 +61,7 @@ def part_sizes(part: Part) -> tuple[int, ...]:
 
 
 def row_width(parts: Sequence[Part]) -> int:
-    """Return how many numbers a sample has."""
+    """Return the number of values in the row of a sample."""
     return sum(math.prod(part_sizes(part)) for part in parts)
 
 
@@ -76,7 +76,7 @@ def pack(values: Mapping[str, np.ndarray], parts: Sequence[Part]) -> np.ndarray:
         (N, K) float32.
 
     Raises:
-        DataError: An input is missing or has another shape, or a whole number is beyond 2^24.
+        DataError: An input is missing or has another shape, or an integer is beyond 2^24.
     """
     missing = [part.name for part in parts if part.name not in values]
     if missing:
@@ -100,18 +100,18 @@ def pack(values: Mapping[str, np.ndarray], parts: Sequence[Part]) -> np.ndarray:
 def as_row(
     values: Mapping[str, Any], names: Sequence[str], shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> np.ndarray:
-    """Return the inputs of one sample side by side.
+    """Return the inputs of one sample as a row.
 
     Args:
         values: Input name -> array or tensor.
-        names: All of them, in the order of the row.
-        shapes: Input name -> the shape that it must have.
+        names: Names of all inputs, in the order of the row.
+        shapes: Input name -> required shape.
 
     Returns:
         (K,) float32.
 
     Raises:
-        DataError: It is no mapping of these names, an input has another shape, or a whole number is beyond 2^24.
+        DataError: `values` is no mapping of these names, an input has another shape, or an integer is beyond 2^24.
     """
     if not isinstance(values, Mapping) or [str(name) for name in values] != list(names):
         got = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
@@ -127,7 +127,7 @@ def as_row(
 
 
 def _check_whole(name: str, array: np.ndarray) -> None:
-    """Raise DataError where float32 does not hold the whole numbers of an array."""
+    """Raise DataError if float32 cannot represent the integers of an array exactly."""
     if array.dtype.kind in "iu" and array.size and max(-int(array.min()), int(array.max())) > LARGEST_WHOLE:
         raise DataError(
             f"Whole numbers of input '{name}' must be within {LARGEST_WHOLE:,}, got "
@@ -136,7 +136,7 @@ def _check_whole(name: str, array: np.ndarray) -> None:
 
 
 def unpack(rows: np.ndarray, parts: Sequence[Part]) -> dict[str, np.ndarray]:
-    """Return the inputs that `pack` put side by side, each in its own dtype.
+    """Return the inputs from rows of `pack`, each in its own dtype.
 
     Raises:
         DataError: The rows are not as wide as the inputs together.
@@ -159,12 +159,12 @@ def unpack(rows: np.ndarray, parts: Sequence[Part]) -> dict[str, np.ndarray]:
 
 
 def draw(part: Part, sizes: Sequence[int], generator: np.random.Generator) -> np.ndarray:
-    """Return random values that an input takes: normal numbers, whole ones below `high` (0 where nobody said), flags.
+    """Return random values for an input: normal numbers, integers below `high` (0 if it is unknown), or booleans.
 
     Args:
-        part: The input.
-        sizes: Of the array, the batch first.
-        generator: Draws them.
+        part: Input to draw values for.
+        sizes: Shape of the array, with the batch first.
+        generator: Random generator.
     """
     if part.dtype == "bool":
         return generator.integers(0, 2, sizes).astype(bool)
@@ -174,7 +174,7 @@ def draw(part: Part, sizes: Sequence[int], generator: np.random.Generator) -> np
 
 
 def standard_strides(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same values whose strides are those of a new one; the tensor itself where they are.
+    """Return a tensor with the strides of a newly made tensor; the same object if it has them already.
 
     >>> import torch
     >>> images = torch.zeros(2, 28, 28, 1).permute(0, 3, 1, 2)

@@ -2,8 +2,8 @@
 
 uint8 (H, W, C) --resize (shorter side, or both)--> --centre crop--> --scale, mean, std--> float32 (C, H, W)
 
-The geometric half is done where images are read, so that batches have one shape; the arithmetic half is done on
-whole batches, in torch while training and in numpy where there is no torch.
+The geometric half runs when images are read, so that batches have one shape. The arithmetic half runs on complete
+batches, in torch during training and in numpy without torch.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ class Preprocessing:
     """Conversion of uint8 images into the network's input.
 
     Attributes:
-        mean: Per channel, subtracted after scaling.
-        std: Per channel, divided by after subtracting.
-        scale: Multiplies the uint8 value first; 1/255 by default.
-        resize: Shorter side in pixels before the crop, or (height, width), whatever the shape of the image was; None
-            leaves the size alone.
-        crop: (height, width) in pixels of the centre crop; None takes the whole image.
+        mean: Mean of each channel, subtracted after scaling.
+        std: Standard deviation of each channel, divided by after the subtraction.
+        scale: Factor of the uint8 values, applied first; 1/255 by default.
+        resize: Shorter side in pixels before the crop, or (height, width), which may change the aspect ratio; None
+            keeps the size.
+        crop: (height, width) in pixels of the centre crop; None for no crop.
         layout: "NCHW" or "NHWC", the axis order of the network's input.
         channels: "RGB", "BGR" or "L", the channel order of the network's input.
     """
@@ -58,7 +58,7 @@ class Preprocessing:
         return image
 
     def fit_mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
-        """Apply the geometric half to one (H, W) map of class indices; `fill` is put where an image would be padded."""
+        """Apply the geometric half to one (H, W) map of class indices; padding has the value `fill`."""
         size = self._resized(mask.shape[0], mask.shape[1])
         if mask.shape != size:
             rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip(size, mask.shape, strict=True))
@@ -68,11 +68,11 @@ class Preprocessing:
         return mask
 
     def geometry(self, height: int, width: int) -> tuple[tuple[float, float], tuple[float, float], tuple[int, int]]:
-        """Return what the geometric half does to an image of a size.
+        """Return scale, shift and output size of the geometric half for an input size.
 
         Returns:
-            By how much (rows, columns) are scaled, by how many pixels they are then shifted, and the (height, width)
-            that comes out.
+            Scale factors of (rows, columns), their shifts in pixels after scaling, and the (height, width) of the
+            result.
         """
         new = self._resized(height, width)
         scale = (new[0] / height, new[1] / width)
@@ -82,7 +82,7 @@ class Preprocessing:
         return scale, (shift[0], shift[1]), self.crop
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that an image has before it is cropped."""
+        """Return the size of an image after resizing, before the crop."""
         if isinstance(self.resize, tuple):
             return self.resize
         if self.resize is None or min(height, width) == self.resize:
@@ -93,7 +93,7 @@ class Preprocessing:
         """Apply the arithmetic half.
 
         Args:
-            images: (N, H, W, C) uint8, RGB or grey; (N, K) rows of several inputs stay as they are.
+            images: (N, H, W, C) uint8, RGB or grey; (N, K) rows of several inputs are unchanged.
 
         Returns:
             float32 in the network's layout, (N, C, H, W) or (N, H, W, C), contiguous.
@@ -109,12 +109,12 @@ class Preprocessing:
 
 
 def _shorter_side(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Return the size of an image whose shorter side gets a length, as torchvision rounds it."""
+    """Return the size of an image after resizing its shorter side, rounded as by torchvision."""
     return int(shorter * height / min(height, width)), int(shorter * width / min(height, width))
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize as torchvision does, so that published networks see the pixels they were trained on."""
+    """Resize as torchvision does, so that the inputs of published networks are those of their training."""
     height, width = size
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
@@ -122,12 +122,12 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _offset(have: int, want: int) -> float:
-    """Return where an image begins in its centre crop: below 0 where it is cut off, above where it is padded."""
+    """Return the offset of an image in its centre crop: negative if it is cropped, positive if it is padded."""
     return (want - have) // 2 if have < want else -round((have - want) / 2)
 
 
 def _centre_crop(image: np.ndarray, crop: tuple[int, int], fill: int = 0) -> np.ndarray:
-    """Cut the middle out as torchvision does; an image smaller than the crop is padded first."""
+    """Return the centre crop as torchvision computes it; an image smaller than the crop is padded first."""
     missing = [max(0, want - have) for want, have in zip(crop, image.shape[:2], strict=True)]
     if any(missing):
         pads = [(m // 2, m - m // 2) for m in missing] + [(0, 0)] * (image.ndim - 2)

@@ -1,12 +1,12 @@
 """Splits of a data set: training, calibration, validation, evaluation.
 
-train        what fine-tuning learns from
-calibration  what batch-norm re-estimation, scores and repairs look at
-validation   what chooses the best epoch
-evaluation   what the verdict is measured on; nothing is ever chosen by it
+train        images for fine-tuning
+calibration  images for batch-norm re-estimation, scores and repairs
+validation   images for choices such as the best epoch
+evaluation   images for the measurements of the verdict; they influence no choice
 
-Calibration and validation are carved out of the training source once, by a seed of their own, so that no image is
-ever in two splits and a change of the training seed does not move the borders. Validation may have a source of its own.
+Calibration and validation images are taken from the training source once, with a seed of their own. So no image is in
+two splits, and another training seed does not change the splits. Validation may have a source of its own.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from compress.tasks.imitation import Imitation
 
 
 class Teacher(Protocol):
-    """A network whose outputs are learned in place of targets."""
+    """A network whose outputs are the training targets instead of labels."""
 
     def build(self) -> Any:
-        """Return the network in eval mode, without gradients; a new one each time."""
+        """Return a new copy of the network in eval mode, without gradients."""
         ...
 
 
@@ -37,11 +37,11 @@ class Split:
 
     Attributes:
         name: "train", "calibration", "validation" or "evaluation".
-        source: Where the images are.
-        indices: Which of them belong here.
-        preprocessing: What the network needs.
-        task: What the targets are for, and what is measured.
-        original: Returns the baseline, where its outputs are learned in place of the targets; else None.
+        source: Source of the images.
+        indices: Indices in the source of the images of this split.
+        preprocessing: Preprocessing that the network needs.
+        task: Task of the targets, which defines the metrics.
+        original: Function that returns the baseline if its outputs are the training targets; else None.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Split:
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64 class indices; only where the task is to tell classes apart."""
+        """(N,) int64 class indices; only for classification."""
         chosen: np.ndarray = self.source.labels[self.indices]
         return chosen
 
@@ -68,30 +68,30 @@ class Split:
         return Imitation(self.task)
 
     def read_targets(self, positions: np.ndarray) -> Any:
-        """Return what images are labelled with, by their positions in this split: an array of n entries, or a list."""
+        """Return the targets at positions in this split: an array of n entries, or a list."""
         return self.source.read_targets(self.indices[positions])
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Return uint8 (n, H, W, C) images by their positions in this split."""
+        """Return the images at positions in this split, uint8 (n, H, W, C)."""
         return self.source.read(self.indices[positions])
 
     def first(self, count: int) -> "Split":
-        """Return a split of `count` images spread evenly over this one (all of it when it has fewer)."""
+        """Return a split of `count` images spread evenly over this one; all images of a smaller split."""
         if count >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
         return replace(self, indices=self.indices[chosen])
 
     def slice(self, start: int, stop: int) -> "Split":
-        """Return the images from one position up to another, without it."""
+        """Return the images from position `start` up to, but not including, `stop`."""
         return replace(self, indices=self.indices[start:stop])
 
     def part(self, rank: int, size: int) -> "Split":
-        """Return each size-th image, from the rank-th on."""
+        """Return every size-th image, from the rank-th on."""
         return replace(self, indices=self.indices[rank::size])
 
     def interleaved(self, count: int) -> "Split":
-        """Return the same images in another order: each count-th one, from the first on, from the second on, ..."""
+        """Return all images in another order: every count-th one from the first on, then from the second on, ..."""
         return replace(self, indices=np.concatenate([self.indices[start::count] for start in range(count)]))
 
 
@@ -99,7 +99,7 @@ class DataSplits(Protocol):
     """Splits of one data set, as the stages read them.
 
     Attributes:
-        teacher: The baseline, once there is one; needed only where images have no labels, or the task learns from it.
+        teacher: The baseline, set by `load`; needed only for images without labels, or tasks that learn from it.
     """
 
     teacher: Teacher | None
@@ -121,12 +121,12 @@ class DataSplits(Protocol):
 
     @property
     def validation(self) -> Split:
-        """Images by which the best epoch, repairs and numbers of blocks are chosen."""
+        """Images for choosing the best epoch, repairs and numbers of blocks."""
         ...
 
     @property
     def evaluation(self) -> Split:
-        """Images that the verdict is measured on; nothing is chosen by them."""
+        """Images for the measurements of the verdict; they influence no choice."""
         ...
 
     @property
@@ -139,7 +139,7 @@ class DataSplits(Protocol):
 
 
 def known_labels(split: Split) -> np.ndarray | None:
-    """Return (N,) the class indices of a split where they are known without reading its images, else None."""
+    """Return (N,) class indices of a split if they are known without reading its images, else None."""
     if not isinstance(split.objective, Classification) or getattr(split.source, "known_labels", split.source) is None:
         return None
     return split.labels
@@ -149,15 +149,15 @@ def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.
     """Split the indices of a source into disjoint, class-balanced parts.
 
     Args:
-        labels: (N,) integer labels; all alike where images have no class.
-        sizes: Images wanted for each named part; all others are returned as "train".
-        seed: Decides which images go where.
+        labels: (N,) integer labels; all equal for images without classes.
+        sizes: Number of images of each named part; all other images are in "train".
+        seed: Seed of the random assignment of images to parts.
 
     Returns:
         For each name, and "train", the sorted indices of its images.
 
     Raises:
-        DataError: The parts together leave nothing to train on.
+        DataError: No images remain for training.
 
     >>> parts = carve(np.array([0, 0, 0, 1, 1, 1]), {"validation": 2}, seed=0)
     >>> [len(parts[name]) for name in ("train", "validation")]
@@ -181,7 +181,7 @@ def carve(labels: np.ndarray, sizes: dict[str, int], seed: int) -> dict[str, np.
 
 
 def _rank_within_class(labels: np.ndarray) -> np.ndarray:
-    """Return for each entry the relative position, in [0, 1), that it takes among the entries of its class."""
+    """Return for each entry its relative position, in [0, 1), among the entries of its class."""
     rank = np.empty(len(labels), dtype=np.float64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -1,7 +1,7 @@
 """Image transforms of torchvision for training batches: resized crops, policies and erasing.
 
-They run image by image. Every image has a seed of its own, so that the same transforms can be drawn again for its
-mask or its boxes, and on any number of processes.
+They run image by image. Every image has its own seed, so that the same transforms can be drawn again for its mask or
+boxes, and on any number of processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +58,7 @@ class DrawnTransforms:
     size: tuple[int, int]
 
     def of_images(self, images: Tensor) -> Tensor:
-        """Return (N, H, W, C) uint8 images, transformed; the shape stays."""
+        """Return transformed (N, H, W, C) uint8 images of the same shape."""
         from torchvision import tv_tensors
 
         def transformed(image: Tensor, seed: int) -> Tensor:
@@ -71,7 +71,7 @@ class DrawnTransforms:
         return torch.stack([transformed(image, seed) for image, seed in pairs]).to(device)
 
     def of_maps(self, maps: Tensor) -> Tensor:
-        """Return (N, H, W) maps, transformed as the images were; crops lie inside of them, so nothing is filled."""
+        """Return (N, H, W) maps with the transforms of the images; crops lie inside of the maps, so need no fill."""
         from torchvision import tv_tensors
 
         device = maps.device
@@ -80,7 +80,7 @@ class DrawnTransforms:
         return torch.stack(moved).to(device)
 
     def of_boxes(self, targets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return boxes, transformed as the images were; those outside of the crop are dropped.
+        """Return boxes with the transforms of the images; boxes outside of the crop are dropped.
 
         Args:
             targets: For each image `boxes` (M, 4) [x0, y0, x1, y1] and `labels` (M,).
@@ -112,18 +112,18 @@ def draw_transforms(
     """Draw the transforms of a batch.
 
     Args:
-        settings: The transforms.
-        generator: Draws for the whole batch, on the CPU.
+        settings: Settings of the transforms.
+        generator: Random generator on the CPU; draws for the complete batch.
         size: (height, width) of the images.
-        whole: Images in the whole batch.
-        part: Images of it that are transformed here.
+        whole: Number of images in the complete batch.
+        part: Images of the batch that this process transforms.
     """
     seeds = torch.randint(_SEEDS, (whole,), generator=generator)[part]
     return DrawnTransforms(settings, tuple(seeds.tolist()), size)
 
 
 def _build(settings: TransformSettings, size: tuple[int, int], with_values: bool) -> Iterator[Callable[[Any], Any]]:
-    """Yield the transforms in their order; those of values only if asked for."""
+    """Yield the transforms in order; policies and erasing only if `with_values`."""
     from torchvision.transforms import v2
 
     if settings.resized_crop:
@@ -142,7 +142,7 @@ def _build(settings: TransformSettings, size: tuple[int, int], with_values: bool
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generator of the CPU for some transforms, which take no generator of their own."""
+    """Seed torch's CPU generator for transforms, which accept no generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

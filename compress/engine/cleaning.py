@@ -16,13 +16,13 @@ _DAY_S = 86_400
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files that can be removed.
+    """A stored folder that can be removed.
 
     Attributes:
-        path: Folder.
-        kind: "stage" for a finished one that no run names, "unfinished" for the state of a killed one.
-        size_bytes: Of its files; hard links that other entries share count.
-        age_days: Since the last change.
+        path: Path of the folder.
+        kind: "stage" for a finished stage that no run names, "unfinished" for the state of a killed stage.
+        size_bytes: Size of its files, including hard links that other entries share.
+        age_days: Days since the last change.
     """
 
     path: Path
@@ -36,10 +36,10 @@ def find_leftovers(runs_dir: Path, older_than_days: float = 0.0) -> list[Leftove
 
     Args:
         runs_dir: Folder of the run folders.
-        older_than_days: Younger ones are left out.
+        older_than_days: Least age in days; younger folders are left out.
 
     Raises:
-        ArtifactError: There is no such folder, or a lock cannot be read.
+        ArtifactError: The runs folder does not exist, or a lock cannot be read.
     """
     store = runs_dir / STORE
     if not runs_dir.is_dir():
@@ -53,10 +53,10 @@ def find_leftovers(runs_dir: Path, older_than_days: float = 0.0) -> list[Leftove
 
 
 def remove(leftovers: list[Leftover], runs_dir: Path) -> list[Leftover]:
-    """Remove files, and return those that were removed; stages that a process is making are kept.
+    """Remove leftovers, and return those that were removed; a stage that a process is running is kept.
 
     Raises:
-        ArtifactError: The file system refused.
+        ArtifactError: A folder could not be removed.
     """
     removed = []
     for one in leftovers:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class CurveWriter:
-    """A listener that writes curves, and passes everything on to another one.
+    """A progress listener that writes curves, and passes all other calls on to another listener.
 
     Args:
-        listener: The other one.
-        writer: Where curves go.
+        listener: The other listener.
+        writer: TensorBoard writer of the curves.
     """
 
     def __init__(self, listener: Progress, writer: "SummaryWriter") -> None:
@@ -30,15 +30,15 @@ class CurveWriter:
             yield task
 
     def note(self, text: str) -> None:
-        """Pass it on."""
+        """Pass the note on."""
         self._listener.note(text)
 
     def warn(self, text: str) -> None:
-        """Pass it on."""
+        """Pass the warning on."""
         self._listener.warn(text)
 
     def curve(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """Write points of curves."""
+        """Write one point of each curve."""
         for what, value in values.items():
             self._writer.add_scalar(f"{name}/{what}", value, step)
 
@@ -57,7 +57,7 @@ def require_tensorboard() -> None:
 
 @contextmanager
 def written_curves(listener: Progress, folder: Path) -> Iterator[CurveWriter]:
-    """Write reported curves into a folder, while it lasts."""
+    """Write reported curves into a folder, within the context."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]

@@ -38,9 +38,9 @@ class Estimate:
     """Expected cost of one stage.
 
     Attributes:
-        stage: Name.
-        seconds: Of a run on this machine; right to a factor of about two.
-        megabytes: Of stored files.
+        stage: Name of the stage.
+        seconds: Expected time on this machine, accurate to a factor of about two.
+        megabytes: Expected size of the stored files.
     """
 
     stage: str
@@ -50,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Pace:
-    """Seconds for one image."""
+    """Seconds for one image, and number of images in each split."""
 
     inference: float
     training: float
@@ -63,7 +63,7 @@ def estimate_run(pipeline: Pipeline, progress: Progress | None = None) -> list[E
     """Build the network, time some batches, and return the expected cost of each stage.
 
     Args:
-        pipeline: A checked pipeline.
+        pipeline: The pipeline, already validated.
         progress: Receives progress by part.
 
     Raises:

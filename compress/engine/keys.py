@@ -3,10 +3,10 @@
 A key is made of the stage's name and version, its settings, the digest of its input, the seed, the threads, the
 versions of the libraries, and, where they matter, the contents of the images, the weights and the factory's file.
 
-User code counts with its own file and, from there, every Python file that it imports. Imports are read, not run: all
-`import` statements of a file, looked for in a few folders. Names found in none of them belong to Python or to an
-installed package. Code that imports by other means, or changes where Python looks, cannot be followed; then every
-Python file of its folder counts.
+User code counts with its own file and every Python file that it imports, directly or not. Imports are read, not run:
+the names in all `import` statements are looked up in a few folders. Names found in none of them belong to Python or to
+an installed package. Code that imports by other means, or changes Python's search path, cannot be followed. Every
+Python file of its folder then counts.
 """
 
 import ast
@@ -30,20 +30,20 @@ from compress.storage.digest import digest_data, digest_evaluation, digest_file,
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
 _FILES = {"rewind_to": "Checkpoint", "trained": "Weights"}  # setting of finetune -> its file
-FREE = ("save_minutes", "device", "compiled", *_FILES)  # settings that no result depends on, or whose file counts
+FREE = ("save_minutes", "device", "compiled", *_FILES)  # settings without effect on results, or paths whose files count
 TORCH_PRUNING = "torch-pruning"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One stage of a pipeline with everything its result depends on but its input.
+    """One stage of a pipeline with everything its result depends on, except its input.
 
     Attributes:
-        index: Its place, from 0.
-        entry: Its declaration.
-        config: Its checked settings.
-        values: The same, as plain values.
-        fixed: The parts of its key that are known before any stage has run.
+        index: Position in the pipeline, from 0.
+        entry: Declaration of the stage.
+        config: Validated settings of the stage.
+        values: The settings as plain values.
+        fixed: Components of the key that are known before any stage has run.
     """
 
     index: int
@@ -53,12 +53,12 @@ class Step:
     fixed: dict[str, Any] = field(default_factory=dict)
 
     def components(self, input_digest: str) -> dict[str, Any]:
-        """Return everything the stage's result depends on."""
+        """Return the components of the key: everything that the stage's result depends on."""
         return {**self.fixed, "input": input_digest}
 
 
 def build_steps(pipeline: Pipeline) -> list[Step]:
-    """Return the stages with everything in their keys that does not depend on earlier stages."""
+    """Return the stages, with the components of their keys that do not depend on earlier stages."""
     config = pipeline.config
     resolved, folder = pipeline.resolved, pipeline.path.parent
     data = _data_component(resolved["data"], folder)
@@ -115,7 +115,7 @@ def _data_component(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
-    """Return what of a task results depend on; None for the default, which was there before tasks were."""
+    """Return the task's component of a key; None for the default task, which older keys do not name."""
     if task == DEFAULT_TASK:
         return None
     values: dict[str, Any] = task.model_dump(mode="json", exclude_none=True)
@@ -125,10 +125,10 @@ def _task_component(task: TaskConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def _criterion_component(criterion: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return an importance of the user's own with the digest of its code in place of its path.
+    """Return the settings of the user's importance, with the digest of its code instead of its path.
 
     Raises:
-        ArtifactError: Its file does not exist.
+        ArtifactError: The file of the importance does not exist.
     """
     place = Path(criterion["torch_pruning"].rpartition(":")[0])
     if place.suffix == ".py" and not place.is_file():
@@ -137,7 +137,7 @@ def _criterion_component(criterion: Mapping[str, Any], folder: Path) -> dict[str
 
 
 def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the version of torch-pruning for a stage whose criterion is one of its, nothing for others."""
+    """Return the version of torch-pruning if the stage's criterion is from that package, else an empty dict."""
     criterion = values.get("criterion")
     is_theirs = isinstance(criterion, dict) or (isinstance(criterion, str) and criterion.startswith("tp_"))
     return {TORCH_PRUNING: _version(TORCH_PRUNING)} if is_theirs else {}
@@ -150,12 +150,12 @@ def _reference_digest(reference: str, folder: Path) -> str:
 
 
 def needs_latency(stage: Any) -> bool:
-    """Return whether latencies have to be known for the target of a stage's settings."""
+    """Return whether the target in a stage's settings needs latencies."""
     return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
 
 
 def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
-    """Return what latencies depend on besides the network: this machine, or the table that stands for another one."""
+    """Return the component of latencies: the conditions on this machine, and the given latency table."""
     table = None
     if deploy.table is not None:
         if not Path(deploy.table).is_file():
@@ -179,9 +179,9 @@ _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
 
 
 def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage's settings that its results depend on; files of weights count by content, not by place.
+    """Return the settings that a stage's results depend on; files of weights count by content, not by path.
 
-    How training is done, and how often it saves its state, are no such settings.
+    The device and compilation of a training, and the interval of its saved states, do not count.
     """
     added_here = _ADDED_TO_STAGES.get(stage, {})
     counting = {
@@ -210,7 +210,7 @@ def _model_files(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Return the digests of the weights and of the factory, or of the ONNX file that is both."""
     if "onnx" in values["model"]:
         return {"onnx": _onnx_digest(Path(values["model"]["onnx"]))}
-    if values["weights"] in (PRETRAINED, UNTRAINED):  # library versions, the network's name and the seed say which
+    if values["weights"] in (PRETRAINED, UNTRAINED):  # library versions, the network's name and the seed identify them
         files = {"weights": values["weights"]}
     else:
         files = {"weights": _file_digest(Path(values["weights"]), "Weights file")}
@@ -227,12 +227,12 @@ def _file_digest(path: Path, what: str) -> str:
 
 
 def _state(path: Path) -> str:
-    """Return why a path is no file."""
+    """Return the reason why a path is no file."""
     return "is a folder, not a file" if path.is_dir() else "does not exist"
 
 
 def _onnx_digest(path: Path) -> str:
-    """Return the digest of an ONNX file, or of it and the files beside it that hold its weights."""
+    """Return the digest of an ONNX file, including the files beside it that hold its weights."""
     from compress.onnx_file.io import load_onnx, model_files, require_beside, require_external  # imports onnx
 
     files = model_files(path)
@@ -244,10 +244,10 @@ def _onnx_digest(path: Path) -> str:
 
 
 def _code_digest(place: str, folder: Path) -> str:
-    """Return the digest of the Python files that a file's or a module's code is made of, as far as they are the user's.
+    """Return the digest of the user's Python files that a file or a module consists of, with those it imports.
 
-    A module, and what either imports, is looked for where the factory and plug-ins are: beside the file, in the current
-    folder, the pipeline's `folder`, and, a module, then where Python looks.
+    Imports are looked up beside the file, in the current folder, and in the pipeline's `folder`. A module itself is
+    looked up in the last two and then in Python's search path.
     """
     here = [Path.cwd(), folder.absolute()]
     if place.endswith(".py"):
@@ -277,7 +277,7 @@ def _name_below(path: Path, roots: Sequence[Path]) -> str:
 
 
 def explain(components: dict[str, Any], previous: list[dict[str, Any]], step: Step) -> tuple[str, ...]:
-    """Say which part of the key differs from the last run of this pipeline."""
+    """Return the reasons why a stage must run: the components of its key that differ from the pipeline's last run."""
     before = previous[step.index] if step.index < len(previous) else None
     if before is None or before["stage"] != step.entry.name:
         return ("runs for the first time",)
@@ -307,17 +307,17 @@ def _version(package: str) -> str | None:
 
 
 NO_CODE = ("site-packages", "node_modules", "__pycache__")
-_OURS = "compress"  # its changes are counted by the versions of stages
+_OURS = "compress"  # stage versions cover its changes
 _BY_OTHER_MEANS = {"importlib", "runpy", "imp", "pkgutil", "site", "zipimport", "__import__", "exec", "eval"}
 
 
 def code_files(starts: Sequence[Path], roots: Sequence[Path], whole: Path) -> list[Path]:
-    """Return the files that some code is made of, sorted.
+    """Return the files that some code consists of, including all that it imports, sorted.
 
     Args:
-        starts: Its own files.
-        roots: Folders in which imported names are looked for, in this order.
-        whole: Folder all of whose files count where imports cannot be followed.
+        starts: Files of the code itself.
+        roots: Folders in which imported names are looked up, in this order.
+        whole: Folder whose Python files all count if imports cannot be followed.
     """
     found: set[Path] = set()
     waiting = list(starts)
@@ -334,9 +334,9 @@ def code_files(starts: Sequence[Path], roots: Sequence[Path], whole: Path) -> li
 
 
 def python_files(folder: Path) -> Iterator[Path]:
-    """Yield the .py files of a folder and its sub-folders, less hidden ones, installed packages and what runs wrote.
+    """Yield the .py files of a folder and its sub-folders, except hidden files, installed packages and runs' output.
 
-    Links to nowhere, such as the lock of an editor, are no files.
+    Broken links, such as the lock of an editor, are skipped.
     """
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
@@ -350,7 +350,7 @@ def python_files(folder: Path) -> Iterator[Path]:
 
 
 def _imported(path: Path, roots: Sequence[Path]) -> list[Path] | None:
-    """Return the files that a file imports; None where reading it does not tell."""
+    """Return the files that a file imports; None if its imports cannot be followed."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -372,7 +372,7 @@ def _imported(path: Path, roots: Sequence[Path]) -> list[Path] | None:
 
 
 def _by_other_means(node: ast.AST) -> bool:
-    """Return whether code imports otherwise than by a statement, or changes where Python looks."""
+    """Return whether code imports by other means than `import` statements, or changes Python's search path."""
     if isinstance(node, ast.Import):
         return any(alias.name.partition(".")[0] in _BY_OTHER_MEANS for alias in node.names)
     if isinstance(node, ast.ImportFrom):
@@ -387,12 +387,12 @@ def _is_name(node: ast.expr, name: str) -> bool:
 
 
 def _ancestor(path: Path, level: int) -> Path:
-    """Return the folder that a relative import of so many dots starts from."""
+    """Return the folder that a relative import with `level` dots starts from."""
     return path.parents[min(level, len(path.parents)) - 1]
 
 
 def resolve(parts: Sequence[str], roots: Sequence[Path]) -> list[Path]:
-    """Return the files that the import of a dotted name runs: those of its packages, and its own; [] where none is."""
+    """Return the files that the import of a dotted name runs: of its packages and of itself; [] if not found."""
     if parts[0] == _OURS:
         return []
     for root in roots:

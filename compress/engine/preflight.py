@@ -1,4 +1,4 @@
-"""Problems of a pipeline that can be found before its first stage runs: packages, runtimes, data, weights, gates."""
+"""Checks of a pipeline before its first stage runs: packages, runtimes, data, weights, gates."""
 
 import math
 import tempfile
@@ -28,7 +28,7 @@ def require_packages_of(pipeline: Pipeline) -> None:
     """Refuse a pipeline whose network or task needs a package that is not installed.
 
     Raises:
-        PackageMissing: It is not installed.
+        PackageMissing: The package is not installed.
     """
     model = pipeline.resolved["stages"][0]["model"]
     if "timm" in model:
@@ -38,10 +38,10 @@ def require_packages_of(pipeline: Pipeline) -> None:
 
 
 def require_importances(pipeline: Pipeline) -> None:
-    """Refuse importances and training loops of the user's own that cannot be imported.
+    """Refuse importances and training loops of the user that cannot be imported.
 
     Raises:
-        ModelError: One cannot be imported.
+        ModelError: An importance or training loop cannot be imported.
     """
     for index, stage in enumerate(pipeline.resolved["stages"]):
         named = {"own": stage.get("own")} if stage["stage"] == "finetune" else {}
@@ -54,10 +54,10 @@ def require_importances(pipeline: Pipeline) -> None:
 
 
 def require_runtimes(pipeline: Pipeline) -> None:
-    """Refuse runtimes and providers that are not there.
+    """Refuse runtimes and providers that are not available.
 
     Raises:
-        RuntimeUnavailable: One is missing.
+        RuntimeUnavailable: A required runtime or provider is missing.
     """
     from compress.verification.measurement import Conditions, require_conditions  # imports ONNX Runtime
 
@@ -85,7 +85,7 @@ def require_checkpoints(pipeline: Pipeline, factory: FactorySpec) -> None:
     """Refuse checkpoints to rewind to that do not fit the network.
 
     Raises:
-        ArtifactError: One cannot be read or does not fit.
+        ArtifactError: A checkpoint cannot be read or does not fit.
     """
     for stage in pipeline.resolved["stages"]:
         if stage.get("rewind_to") is not None:
@@ -111,9 +111,9 @@ class Finding:
     Attributes:
         section: Key path of the section at fault.
         kind: "error" would stop a run; "warning" would not.
-        text: Sentence.
+        text: The problem, as a sentence.
         hint: Remedy, or None.
-        exit_code: That of the error; 0 for a warning.
+        exit_code: Exit code of the error; 0 for a warning.
     """
 
     section: str
@@ -126,17 +126,17 @@ class Finding:
 def find_problems(pipeline: Pipeline, progress: Progress | None = None) -> list[Finding]:
     """Open data, network, weights and runtimes of a pipeline, and return all problems found.
 
-    Nothing is trained, exported or stored. Seconds, or as long as a data set takes to download.
+    Nothing is trained, exported or stored. The check takes seconds, plus the download of a data set.
 
     Args:
-        pipeline: A checked pipeline.
+        pipeline: The pipeline, with validated settings.
         progress: Receives progress by part.
     """
     return _Inspection(pipeline, progress or SilentProgress()).run()
 
 
 class _Warnings(SilentProgress):
-    """Keeps warnings."""
+    """Progress listener that collects warnings."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -180,7 +180,7 @@ class _Inspection:
             return call()
         except CompressError as error:
             ours: CompressError | None = error
-        except Exception as error:  # code of the user's own may raise anything
+        except Exception as error:  # the user's code may raise anything
             ours = as_stage_error(error)
             if ours is None:
                 raise
@@ -206,14 +206,14 @@ class _Inspection:
         names = ("train", "calibration", "validation", "evaluation")
         from compress.search.teacher import LoadedTeacher
 
-        data.teacher = LoadedTeacher(None)  # type: ignore[arg-type]  # only asked for when a batch is learned
+        data.teacher = LoadedTeacher(None)  # type: ignore[arg-type]  # only used when a batch is learned
         counts = {name: found for name in names if (found := self._try(f"data ({name})", partial(size, name)))}
         if len(counts) == len(names):
             self._try("data", data.check_classes)
         return counts
 
     def _has_weights(self) -> bool:
-        """Return whether the network can be built and takes its weights; tried without data where that can be done."""
+        """Return False if building the network or loading its weights fails; tried only if it needs no data."""
         from compress.stages.load import factory_spec, load_network
 
         config: Any = self.pipeline.config.stages[0]
@@ -254,7 +254,7 @@ class _Inspection:
             self.findings += [Finding(section, "warning", text) for text in listener.texts]
 
     def _judge_gates(self, images: int) -> None:
-        """Warn about drops that so few images cannot tell from none."""
+        """Warn about gates on drops too small to be shown with this number of images."""
         verify: Any = self.pipeline.config.stages[-1]
         if self.pipeline.config.task.own is not None or self.pipeline.config.task.name != "classification":
             return
@@ -270,7 +270,7 @@ class _Inspection:
 
 
 def images_for(limit: float) -> int:
-    """Return the evaluation images that tell a drop of that size from none.
+    """Return the number of evaluation images needed to show a drop of this size.
 
     >>> images_for(0.02)
     961

@@ -28,19 +28,19 @@ model = compress.load(Path(__file__).parent, own_class=True)
 
 
 def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factory: FactorySpec) -> dict[str, Path]:
-    """Copy the result of the last export into the run folder; files that are the same already stay.
+    """Copy the result of the last export into the run folder; identical files are not rewritten.
 
     Args:
         folder: The run folder.
-        entries: One for each stage.
-        kinds: What each stage produced.
-        factory: How the baseline is built.
+        entries: Stored result of each stage.
+        kinds: Kind of artifact that each stage produced.
+        factory: Factory of the baseline.
 
     Returns:
-        Name in the run folder -> file, of the ONNX model's files and the recipe.
+        Name in the run folder -> path, for the ONNX model's files and the recipe.
 
     Raises:
-        ArtifactError: The file system refused.
+        ArtifactError: The run folder cannot be written.
     """
     exported = [entry for entry, kind in zip(entries, kinds, strict=True) if kind == ONNX_MODEL]
     if not exported:
@@ -57,15 +57,15 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
 
 
 def publish_slim(folder: Path, entry: Entry, factory: FactorySpec) -> None:
-    """Lay out the slim network of an unfinished run, and a script that loads it.
+    """Write the slim network of an unfinished run, and a script that loads it, into the run folder.
 
     Args:
         folder: The run folder.
-        entry: Of a stage that gave a torch network.
-        factory: How the baseline is built.
+        entry: Stored result of a stage that returned a torch network.
+        factory: Factory of the baseline.
 
     Raises:
-        ArtifactError: The file system refused.
+        ArtifactError: The run folder cannot be written.
     """
     try:
         _replace_slim(folder, entry.folder, factory)
@@ -83,7 +83,7 @@ def _replace_slim(folder: Path, source: Path, factory: FactorySpec) -> None:
 
 
 def copy_if_other(source: Path, target: Path) -> None:
-    """Copy a file unless the target has the same content; whole or not at all."""
+    """Copy a file atomically, unless the target has the same content."""
     if target.is_file() and digest_file(target) == digest_file(source):
         return
     part = target.with_name(f"{target.name}.part")

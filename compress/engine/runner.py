@@ -1,4 +1,4 @@
-"""Run of a pipeline: stages that must run and why, caching, and the report.
+"""Run of a pipeline: the stages that must run, the reasons, caching, and the report.
 
 For each stage: compute the cache key. If the store has it, restore the result (status "unchanged"); otherwise run the
 stage, store its result and write the lock. Then lay out the run folder:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # imports torch
 
 LOCK_SCHEMA = 1
 WAIT_S = 0.2
-PROFILED = ("prune", "slim")  # the stages whose latency table can be saved and used elsewhere
+PROFILED = ("prune", "slim")  # stages whose latency table can be saved and used elsewhere
 T = TypeVar("T")
 
 
@@ -52,9 +52,9 @@ class PlannedStage:
     """Plan of one stage: run it, or take its stored result.
 
     Attributes:
-        stage: Its name.
-        status: "unchanged" when its result is in the store, "run" when it has to be made.
-        reasons: Why it would run.
+        stage: Name of the stage.
+        status: "unchanged" if its result is in the store, "run" if it must run.
+        reasons: Reasons why it would run; empty if unchanged.
     """
 
     stage: str
@@ -72,7 +72,7 @@ class RunOutcome:
 
 
 def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
-    """Return what a run would do, stage by stage, without doing it."""
+    """Return the plan of each stage, without running any."""
     store = Store(runs_dir / ".store", warn=lambda text: None)
     previous = _read_lock(runs_dir / pipeline.config.name)
     planned: list[PlannedStage] = []
@@ -94,23 +94,23 @@ def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
 
 
 def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> RunOutcome:
-    """Run a pipeline, or as much of it as is not done, and lay out its run folder.
+    """Run the stages of a pipeline that are not cached, and write its run folder.
 
     Raises:
-        CompressError: A stage could not do its work; the message names it. Stages that are done stay.
+        CompressError: A stage failed; the message names it. Results of finished stages stay cached.
         RunLocked: Another process runs in this folder.
     """
     return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False)
 
 
 def run_until(pipeline: Pipeline, runs_dir: Path, until: str, progress: Progress | None = None) -> Path:
-    """Run the stages before the first one of a name, and lay out the slim network for a training elsewhere.
+    """Run the stages before the first stage named `until`, and write the slim network for a training elsewhere.
 
     Returns:
         The run folder: slim/ has the network, load_slim.py loads it.
 
     Raises:
-        ConfigValueError: No such stage follows on a stage that gives a torch network.
+        ConfigValueError: No stage of this name takes a torch network.
         CompressError: As `run`.
     """
     steps = build_steps(pipeline)
@@ -132,17 +132,17 @@ def run_with_others(
     """Run a pipeline as `run`, along with the other processes that `torchrun` has started, if there are any.
 
     Args:
-        pipeline: What to run.
-        runs_dir: Where run folders are kept.
+        pipeline: The pipeline, with validated settings.
+        runs_dir: Parent folder of all run folders.
         progress: Receives the progress of long operations.
-        writes_curves: Whether training curves go to event files, in the folder `tensorboard` of the run.
+        writes_curves: True writes training curves as event files, into the folder `tensorboard` of the run.
 
     Returns:
-        Outcome of the run; None in a process that only assisted another one.
+        Outcome of the run; None in a process of another rank than 0.
 
     Raises:
         As `run`.
-        StageError: Curves are to be written, and the package for that is missing.
+        StageError: Curves are requested, but their package is missing.
     """
     if writes_curves:
         require_tensorboard()
@@ -160,7 +160,7 @@ def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, workers: Worker
 
 
 def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
-    """Time the variants that the first stage with a latency target chooses by; stages before it run as in `run`.
+    """Time the variants for the first stage with a latency target; stages before it run as in `run`.
 
     Returns:
         The `TableFile`.
@@ -241,7 +241,7 @@ class _Run:
         return RunOutcome(verdict, self.folder, report)
 
     def execute_before(self, steps: Sequence[Step], index: int) -> None:
-        """Run or restore the stages before one, and lay out the network that they give."""
+        """Run or restore the stages before a position, and write their network into the run folder."""
         self.store.sweep()
         digest = ""
         for step in steps[:index]:
@@ -249,7 +249,7 @@ class _Run:
         publish_slim(self.folder, self.entries[-1], self.factory)
 
     def profile(self, steps: Sequence[Step], index: int) -> Any:
-        """Run or restore the stages before one with a latency target, and let that one time what it needs."""
+        """Run or restore the stages before one with a latency target, and time the variants for that stage."""
         digest = ""
         for step in steps[:index]:
             digest = self._do(step, len(steps), digest)
@@ -292,22 +292,22 @@ class _Run:
         return entry.digest
 
     def _try_runtimes(self) -> None:
-        """Refuse what is not installed before the first stage runs, not after hours of training."""
+        """Check once, before the first stage runs, that packages, user code and runtimes are available."""
         if not self.has_tried_runtimes:
             self.has_tried_runtimes = True
             for require in (require_packages_of, require_importances, require_runtimes):
                 require(self.pipeline)
 
     def _withdraw_report(self) -> None:
-        """Remove the last run's report: a verdict must not stand beside settings it was not measured with."""
+        """Remove the last run's report, as its verdict does not belong to the present settings."""
         for name in ("report.json", "report.html"):
             (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def _claim(self, key: str, label: str) -> Iterator[Entry | None]:
-        """Keep other runs that share the store from making the same result; yields it if one of them just did.
+        """Lock a result against other runs that share the store; yield the result if one of them has just stored it.
 
-        The store is looked into again even where nothing was waited for: the other run may have ended in between.
+        The store is searched again even without waiting, since another run may have ended in between.
         """
         waited = False
         with ExitStack() as stack:
@@ -351,7 +351,7 @@ class _Run:
         return entry
 
     def follow(self, index: int, key: str, source: Path) -> None:
-        """Run one stage along with the process that runs the pipeline, and keep nothing of it."""
+        """Run one stage along with the process of rank 0, and discard the result."""
         step = build_steps(self.pipeline)[index]
         self.artifact = load_artifact(step.entry.consumes, source, self.factory)
         self._with_stage(step, self.store.work_folder(key), lambda stage, ctx: stage.run(self.artifact, ctx))
@@ -360,8 +360,8 @@ class _Run:
         return load_artifact(kind, entry.folder, self.factory)
 
     def _with_stage(self, step: Step, work: Path, call: "Callable[[Any, StageContext], T]") -> T:
-        """Build a stage and its surroundings, load its input, and let `call` make use of them."""
-        import importlib  # torch comes in with the first stage that has to run, and only then
+        """Build a stage and its context, load its input, and return the result of `call` with both."""
+        import importlib  # torch is imported with the first stage that has to run, and only then
 
         import torch
 
@@ -387,7 +387,7 @@ class _Run:
             return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher))
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
-        """Return the receiver of a stage's progress; a stage that starts anew draws its curves anew."""
+        """Return the listener of a stage's progress; for a stage that starts anew, old curves are removed."""
         if not self.writes_curves:
             return nullcontext(self.progress)
         folder = self.folder / "tensorboard" / f"{step.index + 1}-{step.entry.name}"
@@ -396,13 +396,13 @@ class _Run:
         return written_curves(self.progress, folder)
 
     def _write_lock(self, count: int) -> None:
-        """Write what is locked; stages still to come keep what they had, so that a later run can say what changed."""
+        """Write the lock; later stages keep their old entries, so that the next run can explain changes."""
         values = {"schema": LOCK_SCHEMA, "stages": self.locked + self.previous[len(self.locked) : count]}
         _write_text(self.folder / "lock", json.dumps(values, indent=1, sort_keys=True))
 
 
 def _read_lock(folder: Path) -> list[dict[str, Any]]:
-    """Return what the last run locked; an unreadable lock counts as none."""
+    """Return the stages in the lock of the last run; empty if it is unreadable."""
     try:
         values = json.loads((folder / "lock").read_text(encoding="utf-8"))
         stages: list[dict[str, Any]] = values["stages"] if values["schema"] == LOCK_SCHEMA else []

@@ -3,8 +3,8 @@
     runs/NAME-sweep/   sweep.json  sweep.html
     runs/NAME-0.5/     an ordinary run folder for each budget
 
-Every run is an ordinary one, so whatever the budgets have in common (the loaded network, latency tables) is made once,
-and a sweep that was killed continues. A budget that cannot be met is a row with that reason.
+Every run is an ordinary one. Results that the budgets share (the loaded network, latency tables) are made once, and a
+killed sweep resumes. A budget that cannot be met is a row with that reason.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,9 @@ class SweepOutcome:
     """Outcome of a sweep.
 
     Attributes:
-        folder: Where `sweep.json` and `sweep.html` lie.
+        folder: Folder of `sweep.json` and `sweep.html`.
         sweep: Results, the content of `sweep.json`.
-        exit_code: 3 when a budget could not be met, else 1 when a verdict failed, else 6 when one was inconclusive,
+        exit_code: 3 if a budget could not be met, else 1 if a verdict failed, else 6 if a verdict was inconclusive,
             else 0.
     """
 
@@ -55,15 +55,15 @@ def sweep(
 
     Args:
         path: The pipeline file.
-        budgets: Values for the first target of the first stage that has one.
-        runs_dir: Where run folders are kept.
-        overrides: As after `--set`.
-        seed: Takes the place of the file's seed.
+        budgets: Values for the first target of the first stage that has a target.
+        runs_dir: Parent folder of all run folders.
+        overrides: Settings in the form of `--set`, such as "stages.prune.target.macs=0.5".
+        seed: Seed that replaces the file's seed; None to keep it.
         progress: Receives progress by run.
 
     Raises:
-        ConfigError: The pipeline is wrong at one of the budgets; nothing has run then.
-        CompressError: As `run`, but for budgets that cannot be met.
+        ConfigError: The pipeline is invalid at one of the budgets; nothing has run then.
+        CompressError: As `run`, except for budgets that cannot be met.
     """
     progress = progress or SilentProgress()
     name = load_pipeline(path, overrides, seed).config.name
@@ -92,7 +92,7 @@ def sweep(
 def _at_budgets(
     path: Path, budgets: Sequence[float], overrides: Sequence[str], seed: int | None
 ) -> Iterator[tuple[float, str, Pipeline]]:
-    """Yield each budget, the quantity it limits and the pipeline, the largest budget first."""
+    """Yield each budget, the quantity that it limits and its pipeline, the largest budget first."""
     pipeline = load_pipeline(path, overrides, seed)
     targets = [
         (index, target.given())

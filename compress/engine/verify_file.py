@@ -25,7 +25,7 @@ class _Terms:
     Attributes:
         evaluation: Images and labels.
         config: Conditions, robustness and gates.
-        seed: Decides noise and corruptions.
+        seed: Seed of noise and corruptions.
     """
 
     evaluation: Split
@@ -34,18 +34,18 @@ class _Terms:
 
 
 def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None, progress: Progress) -> Verdict:
-    """Hold an ONNX file to gates, on given images and under given conditions.
+    """Check an ONNX file against gates, on given images and under given conditions.
 
     Args:
-        path: The file.
-        settings: A pipeline, whose data section and `verify` stage count, or a file of gates.
-        against: Baseline file for the gates that compare; without it those count as not made, and fail.
+        path: The ONNX file.
+        settings: A pipeline, of which the data section and the `verify` stage are used, or a file of gates.
+        against: Baseline file for the gates that compare; without it those gates count as not made, and fail.
         progress: Receives progress by part.
 
     Raises:
         ArtifactError: A file is missing or no ONNX model.
-        RuntimeUnavailable: The provider is not there.
-        ConfigValueError: Nobody says how images are prepared.
+        RuntimeUnavailable: The provider is not available.
+        ConfigValueError: Neither the gates nor the file state the preprocessing of images.
         DataError: Images or labels cannot be used, or do not fit the file.
     """
     for file in (path, against):
@@ -73,7 +73,7 @@ def _terms_of_pipeline(pipeline: Pipeline) -> _Terms:
 
 
 def _terms_of_gates(gates: GatesFile, path: Path) -> _Terms:
-    """Return what a file of gates says; where it is silent, the ONNX file itself says how images are prepared."""
+    """Return the terms of a file of gates; preprocessing that it lacks is read from the ONNX file."""
     if gates.preprocessing is not None:
         preprocessing = Preprocessing(**gates.preprocessing.model_dump())
     else:

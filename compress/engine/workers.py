@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node=4 -m compress run pipeline.yaml
 
-The process of rank 0 does all that a single one would. Before a stage that trains it tells the others which one, and
-where its input lies; they run that stage as well, each on its part of every batch, and write nothing. All must see the
-same run folder.
+The process of rank 0 does all the work of a single process. Before a stage that trains, it sends the stage and the
+folder of its input to the other ranks. They run that stage as well, each on its part of every batch, and write nothing.
+All ranks must see the same run folder.
 """
 
 import json
@@ -21,24 +21,24 @@ _END = "end"
 
 
 class Workers:
-    """The processes of one run, as the one of rank 0 sees them; of a single one, nothing happens."""
+    """Interface of rank 0 to the other processes of a run; for a single process, it does nothing."""
 
     def call(self, step: Step, key: str, source: Path | None) -> Context[Any]:
-        """Return what to run a stage in; where it trains, call the others to it.
+        """Return the context manager to run a stage in; it makes the other ranks join a stage that trains.
 
         Args:
             step: The stage.
-            key: Of its result.
-            source: Folder of its input.
+            key: Cache key of the stage's result.
+            source: Folder of the stage's input.
         """
         return nullcontext()
 
 
 class _Several(Workers):
-    """Several processes.
+    """Interface to several processes.
 
     Attributes:
-        is_at_work: Whether the others are in a stage; they then meet what ends it by themselves.
+        is_at_work: True while the other ranks run a stage; they then notice its failure by themselves.
     """
 
     is_at_work = False
@@ -64,10 +64,10 @@ Follow = Callable[[int, str, Path], None]
 
 @contextmanager
 def workers(follow: Follow) -> Iterator[Workers | None]:
-    """Give the workers to the process that runs the pipeline; the others follow it to its end, and get None.
+    """Yield the workers on rank 0; the other ranks first join its stages until the run ends, and then yield None.
 
     Args:
-        follow: Runs a stage by its place, the key of its result and the folder of its input, and keeps nothing.
+        follow: Function that runs a stage by its index, the key of its result and the folder of its input.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         yield Workers()
@@ -95,6 +95,6 @@ def workers(follow: Follow) -> Iterator[Workers | None]:
 
 
 def trains_together(step: Step) -> bool:
-    """Return whether a stage trains, and does nothing that must not be done by several at once: timing networks."""
+    """Return whether all ranks run a stage: it trains, and times no networks."""
     trains = step.entry.name == "finetune" or getattr(step.config, "method", None) is not None
     return trains and not needs_latency(step.config)

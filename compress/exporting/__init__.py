@@ -1,1 +1,1 @@
-"""From a torch network to an ONNX file."""
+"""Export of torch networks to ONNX files."""

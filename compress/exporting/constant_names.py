@@ -1,8 +1,8 @@
-"""Names of an exported file's constants, as the network calls its parameters and buffers.
+"""Names of an exported file's constants: the names of the network's parameters and buffers.
 
-The exporter names a tensor of a module that is registered twice after its last path, and keeps one constant for all
-tensors that are equal by chance (fresh batch norms, biases of 0). Whoever cuts a file layer by layer must find each
-layer's own constants under the layer's first path, the one that `named_modules` gives.
+The exporter names a tensor of a module that is registered twice after its last path. It keeps one constant for all
+tensors that are equal by chance (fresh batch norms, biases of 0). Code that prunes a file layer by layer needs each
+layer's own constants under the layer's first path, the one in `named_modules`.
 """
 
 import ast
@@ -28,8 +28,8 @@ def name_constants(model: ModelProto, module: nn.Module) -> None:
     """Give each constant the first name of its tensor, and each layer constants of its own; in place.
 
     Args:
-        model: As the exporter wrote it, with its notes on where nodes come from.
-        module: The network that was exported.
+        model: Model from the exporter, with its notes on the origin of nodes.
+        module: The exported network.
     """
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()}
@@ -72,7 +72,7 @@ def _rename_inputs(graph: GraphProto, wanted: dict[str, str]) -> None:
 
 
 def _own_tensors(node: NodeProto, module: nn.Module, first: dict[int, str]) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Yield input position, name and values of the tensors that the layer of a node reads there."""
+    """Yield input position, name and values of each tensor that a node reads from its layer."""
     operands = _OPERANDS.get(node.op_type)
     part = _owner(node, module) if operands is not None else None
     if operands is None or part is None:
@@ -84,7 +84,7 @@ def _own_tensors(node: NodeProto, module: nn.Module, first: dict[int, str]) -> I
 
 
 def _owner(node: NodeProto, module: nn.Module) -> nn.Module | None:
-    """Return the innermost module in whose forward a node was made; None where the exporter does not say."""
+    """Return the innermost module whose forward made a node; None where the exporter noted no module."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     for path in reversed(ast.literal_eval(text)):
         try:

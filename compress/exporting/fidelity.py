@@ -1,7 +1,7 @@
-"""Fidelity of an exported file: how far its outputs are from torch, and the first layer whose values differ.
+"""Fidelity of an exported file: the difference of its outputs to torch, and the first layer whose values differ.
 
-torch's exporter loses some settings without a word (AvgPool2d's divisor_override is one). The layer is found by
-exporting the network once more with what every layer reads and returns as outputs.
+torch's exporter loses some settings without a warning (such as AvgPool2d's divisor_override). The layer is found by
+exporting the network once more, with the inputs and outputs of every layer as outputs.
 """
 
 import tempfile
@@ -32,9 +32,9 @@ class _Tap:
     """A tensor that a layer reads or returns.
 
     Attributes:
-        layer: Its path.
-        is_input: Whether the layer reads it.
-        value: (1, ...) as torch computes it.
+        layer: Path of the layer.
+        is_input: Whether the layer reads the tensor.
+        value: (1, ...) value computed by torch.
     """
 
     layer: str
@@ -43,12 +43,12 @@ class _Tap:
 
 
 def file_error(path: Path, module: nn.Module, signature: Signature, samples: Tensor) -> float:
-    """Return the largest difference between a file's outputs and the network's, over the largest value of an output.
+    """Return the largest difference between outputs of file and network, relative to the output's largest value.
 
     Args:
         path: The .onnx file, with an open batch axis.
         module: The network, in eval mode on the CPU.
-        signature: Of the network.
+        signature: Signature of the network.
         samples: (N, ...) prepared images, or (N, K) rows of all inputs.
     """
     with torch.no_grad():
@@ -60,14 +60,14 @@ def file_error(path: Path, module: nn.Module, signature: Signature, samples: Ten
 
 
 def first_difference(module: nn.Module, signature: Signature, sample: Tensor, tolerance: float, opset: int) -> str:
-    """Return where a file of the network begins to differ from it, as a clause; "" where that cannot be found.
+    """Return a clause on the first layer whose values differ between network and file; "" where none can be found.
 
     Args:
         module: The network, in eval mode on the CPU.
-        signature: Of it.
+        signature: Signature of the network.
         sample: One image, (1, ...), or a row of all inputs.
-        tolerance: How far a value may be off, over the largest of its tensor.
-        opset: Of the file.
+        tolerance: Largest allowed difference of a value, relative to the largest of its tensor.
+        opset: Opset of the file.
     """
     parts = _parts(sample, signature)
     with _listening(module) as taps, torch.no_grad(), eval_mode(module), real_inputs(module):
@@ -91,7 +91,7 @@ def first_difference(module: nn.Module, signature: Signature, sample: Tensor, to
 
 
 def _describe(module: nn.Module, taps: list[_Tap], errors: list[float], tolerance: float) -> str:
-    """Return the first tensor that is off, in words."""
+    """Return a clause on the first tensor that differs."""
     before = ""
     for tap, error in zip(taps, errors, strict=True):
         layer = f"'{tap.layer}' ({module.get_submodule(tap.layer)})" if tap.layer else "the network"
@@ -105,7 +105,7 @@ def _describe(module: nn.Module, taps: list[_Tap], errors: list[float], toleranc
 
 
 class _Tapped(nn.Module):
-    """A network that returns what its layers read and return."""
+    """A network that returns the inputs and outputs of its layers."""
 
     def __init__(self, network: nn.Module, chosen: list[int]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _Tapped(nn.Module):
 
 @contextmanager
 def _listening(module: nn.Module) -> Iterator[list[_Tap]]:
-    """Collect what layers without layers within them read and return, in the order of their calls."""
+    """Collect inputs and outputs of the layers without sublayers, in the order of their calls."""
     taps: list[_Tap] = []
 
     def keep(layer: str, is_input: bool, values: Any) -> None:

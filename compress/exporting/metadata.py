@@ -17,13 +17,13 @@ _EXPORTER_METADATA = re.compile(r"^(pkg\.|namespace$)")
 def write_metadata(
     model: ModelProto, preprocessing: Preprocessing | None, classes: tuple[str, ...], sizes: Mapping[str, int]
 ) -> None:
-    """Replace the exporter's notes, stack traces with paths of the machine, by metadata for users of the file.
+    """Replace the exporter's notes, such as stack traces with local paths, by metadata for users of the file.
 
     Args:
-        model: Changed in place.
-        preprocessing: Of the images; None writes none.
+        model: Model, changed in place.
+        preprocessing: Preprocessing of the images; None writes none.
         classes: Names of the classes.
-        sizes: The network's own size of each open axis, by the axis' name.
+        sizes: Name of each open axis -> the network's own size.
     """
     for value in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input,
                   *model.graph.output, model.graph):  # fmt: skip

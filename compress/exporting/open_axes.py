@@ -1,4 +1,4 @@
-"""Open axes of an exported image: the network, and its file, must take images of other sizes."""
+"""Check of open axes: the network and its exported file must take images of other sizes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from compress.errors import ExportFailed, first_line, translated
 from compress.model.artifacts import Signature
 from compress.model.modes import eval_mode, hooked
 
-_MORE_PIXELS = 64  # a multiple of what networks shrink images by
+_MORE_PIXELS = 64  # a multiple of the total stride of usual networks
 _IMAGES, _SILENT = 2, 4
 _HINT = (
     "Set dynamic: [], or let the network pool its feature maps to one size (nn.AdaptiveAvgPool2d(1)) before flattening "
@@ -25,11 +25,12 @@ def check_open_axes(path: Path, module: nn.Module, signature: Signature, open_ax
     Args:
         path: The .onnx file.
         module: The network, on the CPU.
-        signature: Of the network, with the sizes that it was made for.
-        open_axes: Axis -> name of each axis of the image that is to stay open.
+        signature: Signature of the network, with its own image size.
+        open_axes: Axis -> name of each open axis of the image.
 
     Raises:
-        ExportFailed: One of them does not take such an image, or the two return other shapes; says which layer fails.
+        ExportFailed: Network or file does not take a larger image, or their output shapes differ; the message names
+            the layer that fails.
     """
     for axis, name in open_axes.items():
         sizes = [_IMAGES, *(int(size) for size in signature.inputs[0].shape[1:])]
@@ -47,8 +48,8 @@ def check_open_axes(path: Path, module: nn.Module, signature: Signature, open_ax
 
 
 def _run_network(module: nn.Module, images: Tensor, what: str) -> list[tuple[int, ...]]:
-    """Return the shapes of the outputs; raises ExportFailed where the network takes no such image."""
-    within = [""]  # where the network fails, the paths down to the layer that does
+    """Return the shapes of the outputs; raise ExportFailed where the network does not take the images."""
+    within = [""]  # paths from the network down to the layer that is running
     named = list(module.named_modules())
     before = [(part, lambda *_, name=name: within.append(name)) for name, part in named]
     after = [(part, lambda *_: (within.pop(), None)[1]) for _, part in named]

@@ -2,7 +2,7 @@
 
     padded_shortcuts    every n-th row and column (Slice), then zero channels (Pad): the parameter-free shortcut of
                         CIFAR ResNets, as one convolution with fixed weights. Runtimes keep convolutions in a blocked
-                        layout that each Slice or Pad makes them leave and come back to.
+                        memory layout; each Slice or Pad costs a change of layout and back.
     half precision      weights and activations in float16, inputs and outputs in float32. Providers with float16
                         kernels (CUDA, TensorRT) then read half the bytes; a processor without them casts back and
                         forth.
@@ -30,10 +30,10 @@ class _Shortcut:
     """A zero-padded shortcut.
 
     Attributes:
-        source: The value it starts from.
-        steps: Rows and columns from one that is kept to the next.
-        before: Zero channels put before.
-        after: Zero channels put behind.
+        source: Name of the value that the shortcut starts from.
+        steps: Distance of kept positions along each axis after the channels (rows, columns).
+        before: Number of zero channels before the channels of the source.
+        after: Number of zero channels behind them.
     """
 
     source: str
@@ -43,7 +43,7 @@ class _Shortcut:
 
 
 def rewrite_padded_shortcuts(model: ModelProto) -> int:
-    """Turn every zero-padded shortcut into a convolution, in place, and return how many there were."""
+    """Turn every zero-padded shortcut into a convolution, in place, and return their number."""
     graph = model.graph
     channels = _channels(model)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) <= 1}
@@ -73,11 +73,11 @@ REWRITES: Mapping[str, Callable[[ModelProto], int]] = {"padded_shortcuts": rewri
 
 
 def guard_padded_pools(model: ModelProto) -> int:
-    """Keep runtimes from folding zeros padded before a max pool into the pool, in place; return how many there were.
+    """Keep runtimes from folding a Pad with zeros into the max pool behind it, in place; return the number of Pads.
 
-    A pool's own padding is minus infinity, so that where all values under the kernel are negative the zero of the Pad
-    is the largest, and ONNX Runtime's fusion of the two (`Pad_Fusion`, seen in 1.31) computes something else. It leaves
-    a Pad alone whose value is not exactly zero: the smallest normal number takes its place.
+    A pool's own padding is minus infinity. Where all values under the kernel are negative, the zero of the Pad is the
+    largest. ONNX Runtime's fusion of the two (`Pad_Fusion`, seen in 1.31) then computes another value. The fusion skips
+    a Pad with a value other than exactly zero, so the smallest normal number replaces the zero.
     """
     constants = {
         tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if len(tensor.dims) <= 1
@@ -104,12 +104,12 @@ def guard_padded_pools(model: ModelProto) -> int:
 
 
 def apply_rewrites(model: ModelProto, names: Iterable[str]) -> dict[str, int]:
-    """Apply rewrites in place and return for each in how many places."""
+    """Apply rewrites in place and return name -> number of times it was applied."""
     return {name: REWRITES[name](model) for name in names}
 
 
 def _match_shortcut(pad: NodeProto, producers: Mapping[str, NodeProto], constants: Constants) -> _Shortcut | None:
-    """Return the shortcut that ends with a Pad, or None where it is something else."""
+    """Return the shortcut that ends with a Pad, or None for another Pad."""
     pads = _channel_pads(pad, constants)
     if pads is None:
         return None
@@ -125,7 +125,7 @@ def _match_shortcut(pad: NodeProto, producers: Mapping[str, NodeProto], constant
 
 
 def _channel_pads(pad: NodeProto, constants: Constants) -> tuple[int, int, int] | None:
-    """Return the rank and the zero channels before and after, where a Pad does nothing but add those."""
+    """Return the rank and the zero channels before and after, for a Pad that only adds zero channels; else None."""
     mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
     amounts = constants.get(pad.input[1])
     has_axes = len(pad.input) > 3 and pad.input[3] != ""
@@ -140,7 +140,7 @@ def _channel_pads(pad: NodeProto, constants: Constants) -> tuple[int, int, int] 
 
 
 def _spatial_steps(slicing: NodeProto, rank: int, constants: Constants) -> tuple[int, ...] | None:
-    """Return the steps along each axis after the channels, where a Slice takes every n-th of all positions."""
+    """Return the steps along each axis after the channels, for a Slice that takes every n-th position; else None."""
     values = [constants.get(name) for name in slicing.input[1:]]
     if len(values) < 3 or any(value is None for value in values):
         return None
@@ -160,14 +160,14 @@ def _spatial_steps(slicing: NodeProto, rank: int, constants: Constants) -> tuple
 
 
 def _fixed_weight(shortcut: _Shortcut, channels: int, dtype: np.dtype, name: str) -> onnx.TensorProto:
-    """Return (outputs, inputs, 1, ...), which passes each channel on to its place."""
+    """Return a weight (outputs, inputs, 1, ...) that copies each channel to its output position."""
     weight = np.zeros((shortcut.before + channels + shortcut.after, channels), dtype)
     weight[shortcut.before + np.arange(channels), np.arange(channels)] = 1
     return numpy_helper.from_array(weight.reshape(*weight.shape, *[1] * len(shortcut.steps)), name)
 
 
 def _channels(model: ModelProto) -> dict[str, tuple[int, np.dtype]]:
-    """Return value -> size of its second axis, where it is known, and type, for floating-point values."""
+    """Return value -> size of its second axis and dtype, for floating-point values with a known size."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     found = {}
     for value in (*inferred.input, *inferred.value_info):
@@ -181,7 +181,7 @@ def _channels(model: ModelProto) -> dict[str, tuple[int, np.dtype]]:
 
 
 def _remove_unused(model: ModelProto) -> None:
-    """Remove nodes and constants that nothing reads any more, and what is written about their shapes."""
+    """Remove unused nodes and constants, and their shape entries."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
     while True:
@@ -208,10 +208,10 @@ def in_half_precision(model: ModelProto) -> ModelProto:
     """Return a float16 copy of a float32 model; its inputs and outputs stay float32.
 
     Args:
-        model: With its weights; it is not changed.
+        model: Model with its weights; it is not changed.
 
     Raises:
-        ExportFailed: A weight lies outside of float16, or the graph cannot be converted.
+        ExportFailed: A weight is outside the range of float16, or the graph cannot be converted.
     """
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:

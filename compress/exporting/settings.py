@@ -1,4 +1,4 @@
-"""Settings of an export, and the inputs and outputs that the file has by them."""
+"""Settings of an export, and the resulting inputs and outputs of the file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,8 +13,8 @@ class ExportSettings:
     Attributes:
         opset: Version of the default operator set that the file must have.
         dynamic_batch: True keeps the batch axis open (named "batch"); otherwise it is 1.
-        simplify: True lets onnxslim rewrite the graph; its result is kept only when it computes the same.
-        external_data: True writes weights into a second file; above 1.8 GB they go there in any case.
+        simplify: True lets onnxslim rewrite the graph; the result is kept only when its outputs are the same.
+        external_data: True writes weights into a second file; weights above 1.8 GB always get one.
         rewrites: Names in `REWRITES` to be applied wherever they fit.
         precision: "fp32", or "fp16" for weights and activations in half precision between float32 inputs and outputs.
         open_axes: Axis -> name ("height") of further axes of the first input that stay open.
@@ -36,13 +36,13 @@ class ExportSettings:
 def exported_signature(
     signature: Signature, dynamic_batch: bool, open_axes: Mapping[int, str] | None = None
 ) -> Signature:
-    """Return the signature that the file has: the first axis of every tensor is "batch", or 1 when it is fixed.
+    """Return the signature of the file: the first axis of every tensor is "batch", or 1 when it is fixed.
 
     Args:
-        signature: Of the network.
+        signature: Signature of the network.
         dynamic_batch: True keeps the batch axis open.
-        open_axes: Axis -> name of further open axes of the first input. The sizes of outputs, which follow from them,
-            are those that belong to the network's own sizes.
+        open_axes: Axis -> name of further open axes of the first input. Outputs keep the sizes that they have for the
+            network's own input sizes.
     """
     batch: int | str = "batch" if dynamic_batch else 1
 

@@ -23,11 +23,11 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
 
     Args:
         path: The unsimplified model; it is not changed.
-        signature: Its inputs and outputs.
-        external: Whether the weights are too many for one file.
+        signature: Inputs and outputs of the model.
+        external: Whether weights are written into a second file.
 
     Returns:
-        The simplified model and "", or None and a sentence that says why the unsimplified one is to be kept.
+        The simplified model and "", or None and the reason why the unsimplified model is kept.
     """
     failures: list[str] = []
     with warnings.catch_warnings():
@@ -51,18 +51,18 @@ def simplify_onnx(path: Path, signature: Signature, external: bool) -> tuple[onn
 
 
 def find_difference(path: Path, rewritten: Path, signature: Signature, tolerance: float = RELATIVE_TOLERANCE) -> str:
-    """Return how a rewritten model differs from what it was on random input, "" when it does not.
+    """Return a description of the difference between a rewritten model and its original on random input, or "".
 
     Args:
-        path: The model before.
-        rewritten: The model to compare.
+        path: The original model.
+        rewritten: The rewritten model.
         signature: Inputs and outputs of both.
-        tolerance: How far an output may be off, over the largest.
+        tolerance: Largest allowed difference of an output, relative to its largest absolute value.
     """
     return attempt(
         lambda: _compared(path, rewritten, signature, tolerance),
         lambda error: f"the rewritten graph could not be run: {first_line(error)}",
-        OSError,  # a full disk says nothing about the graph
+        OSError,  # not an error of the graph, such as a full disk
     )
 
 

@@ -2,7 +2,7 @@
 
     module --torch.onnx.export--> candidate --onnxslim--> candidate --checked, replaced at once--> model.onnx
 
-The file is written in a temporary folder beside its place and moved there when everything about it is checked.
+The file is written in a temporary folder beside its target and moved to it after all checks.
 """
 
 import io
@@ -54,15 +54,15 @@ class ExportReport:
     """Result of an export.
 
     Attributes:
-        nodes_before: Nodes as torch exported them.
-        nodes_after: Nodes in the file.
+        nodes_before: Number of nodes in torch's export.
+        nodes_after: Number of nodes in the file.
         simplified: True where the file holds the graph that onnxslim made.
-        simplify_note: Why it does not, or "".
+        simplify_note: Reason why it does not, or "".
         opset: Version of the default operator set.
-        size_bytes: All files together.
-        files: Their names, the .onnx file first.
+        size_bytes: Bytes of all files together.
+        files: Names of the files, the .onnx file first.
         denormals_flushed: Weights too small for a normal float32 that were set to zero.
-        rewrites: Rewrite -> places where it was applied.
+        rewrites: Rewrite -> number of times it was applied.
     """
 
     nodes_before: int
@@ -84,20 +84,20 @@ def export_onnx(
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] = (),
 ) -> ExportReport:
-    """Write `module` as an ONNX file; a file that was there is replaced only when the new one passed every check.
+    """Write `module` as an ONNX file; an existing file is replaced only when the new one passed every check.
 
     Args:
         module: Network on the CPU; its training flags are restored.
         signature: Names, shapes and dtypes of inputs and outputs; the first axis is the batch.
-        path: The .onnx file to write. External data goes beside it as `<name>.data`.
+        path: The .onnx file to write. External data is written beside it as `<name>.data`.
         settings: Opset, open axes, rewrites, precision.
-        preprocessing: Written into the file's metadata.
-        classes: Written into the file's metadata.
+        preprocessing: Preprocessing of images, for the file's metadata.
+        classes: Class names, for the file's metadata.
 
     Raises:
-        ExportFailed: torch or ONNX refused, the file is not what was asked for (opset, names, shapes), or the network
-            does not bear half precision.
-        InternalError: A rewrite changed what the network computes.
+        ExportFailed: torch or ONNX failed, the file does not have the requested opset, names or shapes, or half
+            precision changes the outputs too much.
+        InternalError: A rewrite changed the outputs of the network.
     """
     wanted = exported_signature(signature, settings.dynamic_batch, settings.open_axes)
     sizes = settings.sizes(signature)
@@ -129,19 +129,19 @@ def export_onnx(
 
 
 class _Draft:
-    """A model on its way to the final file; each step writes a new file, which passes ONNX's checker.
+    """Draft of the final file; each step writes a new file, which passes ONNX's checker.
 
     Args:
-        model: As torch exported it, with metadata.
-        signature: Inputs and outputs of it.
+        model: Model from torch's exporter, with metadata.
+        signature: Inputs and outputs of the model.
         folder: Temporary folder.
         name: File name.
         external: True writes weights into a second file.
 
     Attributes:
-        model: After the last step.
+        model: Model after the last step.
         path: File of the last step.
-        flushed: Denormal weights that were set to zero.
+        flushed: Number of denormal weights that were set to zero.
     """
 
     def __init__(self, model: ModelProto, signature: Signature, folder: Path, name: str, external: bool) -> None:
@@ -152,7 +152,7 @@ class _Draft:
         self._save(model, "exported")
 
     def simplify(self) -> str:
-        """Take onnxslim's graph where it computes the same; return why it is not taken, or ""."""
+        """Use onnxslim's graph where its outputs are the same; return the reason why it is not used, or ""."""
         slim, note = simplify_onnx(self.path, self._signature, self._external)
         if slim is not None:
             self.flushed += _flush_denormals(slim)
@@ -161,7 +161,7 @@ class _Draft:
         return note
 
     def rewrite(self, names: tuple[str, ...]) -> dict[str, int]:
-        """Apply rewrites wherever they fit; return name -> number of places."""
+        """Apply rewrites wherever they fit; return name -> number of times it was applied."""
         rewritten, before = ModelProto(), self.path
         rewritten.CopyFrom(self.model)
         places = apply_rewrites(rewritten, names)
@@ -172,7 +172,7 @@ class _Draft:
         return places
 
     def halve(self) -> None:
-        """Bring weights and activations into half precision."""
+        """Convert weights and activations to half precision."""
         full, half = self.path, in_half_precision(self.model)
         guard_padded_pools(half)
         self._save(half, "half")
@@ -191,7 +191,7 @@ def run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappin
 
     Args:
         module: Network on the CPU; its training flags are restored.
-        wanted: Inputs and outputs that the graph is to have.
+        wanted: Inputs and outputs of the graph.
         opset: Version of the default operator set.
         sizes: Size of each open axis in the example that the exporter runs.
 
@@ -230,7 +230,7 @@ def run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappin
 
 
 def _dynamic_shapes(module: nn.Module, wanted: Signature) -> tuple[object, ...] | None:
-    """Return for each input which of its axes stay open, in the form that `forward` takes its inputs."""
+    """Return the open axes of each input, in the structure of the arguments of `forward`."""
     axes = {name: torch.export.Dim(name) for spec in wanted.inputs for name in spec.shape if isinstance(name, str)}
     if not axes:
         return None
@@ -267,7 +267,7 @@ def _example(spec: TensorSpec, batch: int) -> Tensor:
 
 
 def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open: bool) -> Signature:
-    """Return the file's signature: as wanted but for outputs whose sizes follow from open axes of the input."""
+    """Return the file's signature; only sizes of outputs that depend on open input axes may differ from `wanted`."""
     got_opset = default_opset(model)
     if got_opset != opset:
         raise ExportFailed(f"The exported file must have opset {opset}, torch wrote opset {got_opset}.")
@@ -286,7 +286,7 @@ def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open
 
 
 def _follow(want: tuple[TensorSpec, ...], have: tuple[TensorSpec, ...]) -> bool:
-    """Return True where outputs are as wanted but for sizes that are open."""
+    """Return whether outputs equal the wanted ones except for sizes that are open."""
     return len(want) == len(have) and all(
         a.name == b.name
         and a.dtype == b.dtype
@@ -320,7 +320,7 @@ def _weight_bytes(model: ModelProto) -> int:
 
 
 def save_checked(model: ModelProto, path: Path, external: bool) -> Path:
-    """Write a model into a folder of its own and run ONNX's checker over what was written."""
+    """Write a model into a new folder of its own and run ONNX's checker on the file."""
     path.parent.mkdir()
     with translated(_not_saved):
         save_onnx(model, path, external)
@@ -335,7 +335,7 @@ def _not_saved(error: Exception) -> ExportFailed:
 
 
 def move_into_place(source: Path, path: Path) -> tuple[Path, ...]:
-    """Move a finished model to its place; at no moment does an .onnx file lie beside weights of another one."""
+    """Move a finished model to its target path; an .onnx file never lies beside the weights of another model."""
     data = source.with_name(f"{source.name}.data")
     target_data = path.with_name(f"{path.name}.data")
     if not data.is_file():
@@ -349,7 +349,7 @@ def move_into_place(source: Path, path: Path) -> tuple[Path, ...]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what went wrong at the root of a chain of errors, in one line."""
+    """Return the message of the root cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return _ANSI.sub("", first_line(error))

@@ -28,13 +28,13 @@ from compress.verification.measurement import Conditions
 
 @dataclass(frozen=True, slots=True)
 class TimedShare:
-    """A smaller network next to the whole one, timed in turn.
+    """Latency of a smaller network, timed in turn with the baseline.
 
     Attributes:
-        latency_ms: Median of its calls.
-        share: Of the baseline's latency.
-        low: Lower end of the interval in which the share lies with 95 % confidence.
-        high: Upper end.
+        latency_ms: Median latency of the smaller network in milliseconds.
+        share: Latency as a share of the baseline's latency.
+        low: Lower end of the 95 % confidence interval of the share.
+        high: Upper end of this interval.
     """
 
     latency_ms: float
@@ -45,13 +45,13 @@ class TimedShare:
 
 @dataclass(frozen=True, slots=True)
 class LeastLatency:
-    """The least latency that can be reached.
+    """Least latency that pruning can reach.
 
     Attributes:
-        conditions: Where and how it was measured.
-        whole_ms: Median of the calls of the baseline.
-        narrowest: Every channel group at its least width; None if no group is prunable.
-        without_blocks: The same when all removable blocks are gone, too; None where there are none.
+        conditions: Description of the target device and the settings of the measurement.
+        whole_ms: Median latency of the baseline in milliseconds.
+        narrowest: Latency with every channel group at its least width; None if no group is prunable.
+        without_blocks: Latency after also removing all removable blocks; None without removable blocks.
     """
 
     conditions: str
@@ -63,17 +63,17 @@ class LeastLatency:
 def measure_least_latency(
     network: Network, potential: Potential, groups: Mapping[str, ChannelGroup], progress: Progress
 ) -> LeastLatency:
-    """Export a network whole, at its narrowest, and without its blocks, and time the files in turn.
+    """Export a network unchanged, at its least widths, and without its blocks, and time the files in turn.
 
     Args:
-        network: The network; left as it is.
-        potential: What can be done to it.
-        groups: Its prunable channel groups.
-        progress: Receives progress by part.
+        network: The network; unchanged.
+        potential: Potential of the network.
+        groups: Prunable channel groups of the network by name.
+        progress: Listener for the progress.
 
     Raises:
-        ExportFailed: torch or ONNX refused.
-        RuntimeUnavailable: The provider is not there.
+        ExportFailed: torch or ONNX refused the export.
+        RuntimeUnavailable: The execution provider is not available.
     """
     module, example, conditions = network.module, network.example, network.conditions
     smaller: dict[str, nn.Module] = {}
@@ -97,12 +97,12 @@ def measure_least_latency(
 def narrowed(
     module: nn.Module, groups: Mapping[str, ChannelGroup], widths: Mapping[str, int], example: Tensor
 ) -> nn.Module:
-    """Return a copy that has lost the last channels of each group.
+    """Return a copy without the last channels of each group.
 
     Args:
-        module: The network; left as it is.
-        groups: Its prunable channel groups.
-        widths: Group name -> channels to keep, fewer than there are.
+        module: The network; unchanged.
+        groups: Prunable channel groups of the network by name.
+        widths: Group name -> number of kept channels, below the full width.
         example: One input, (1, ...).
     """
     removed = {
@@ -123,7 +123,7 @@ def _shortened(network: Network, progress: Progress) -> nn.Module:
 
 
 def _timed(path: Path, whole: Path, conditions: Conditions, progress: Progress) -> tuple[TimedShare, float]:
-    """Return what a file takes beside another one, and the latter's milliseconds."""
+    """Return the latency of a file relative to that of the baseline, and the baseline's milliseconds."""
     found = _time_files({"smaller": path, "whole": whole}, conditions, progress)
     if found.ratio is None:
         raise InternalError("Two files were timed and not compared.")

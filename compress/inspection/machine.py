@@ -28,9 +28,9 @@ class Noise:
     """Noise of a latency measurement: one small network, timed against itself.
 
     Attributes:
-        median_ms: Median call.
-        scatter: Interquartile range of calls over their median.
-        ratio: Latency of the network over its own, with the interval at 95 %.
+        median_ms: Median latency of a call in milliseconds.
+        scatter: Interquartile range of the calls over their median.
+        ratio: Latency of the network over its own latency, with its 95 % interval.
     """
 
     median_ms: float
@@ -39,12 +39,12 @@ class Noise:
 
     @property
     def is_high(self) -> bool:
-        """True if latency budgets will be uncertain on this machine as it is now."""
+        """True if latency budgets are uncertain on this machine in its present state."""
         return self.scatter > NOISY_SCATTER or self.ratio.error > NOISY_RATIO
 
 
 def describe_machine(folder: Path) -> list[Row]:
-    """Return what a measurement depends on, as rows of a table.
+    """Return the properties of the machine that measurements depend on, as rows of a table.
 
     Args:
         folder: Folder of the runs, whose free space is shown.
@@ -69,7 +69,7 @@ def describe_machine(folder: Path) -> list[Row]:
 
 
 def measure_noise(threads: int, progress: Progress) -> Noise:
-    """Time a small convolutional network against itself in ONNX Runtime, some seconds.
+    """Time a small convolutional network against itself in ONNX Runtime, for some seconds.
 
     Raises:
         RuntimeUnavailable: ONNX Runtime cannot be opened.

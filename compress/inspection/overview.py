@@ -1,4 +1,4 @@
-"""Output of `compress inspect`: tables for people, plain values for programs."""
+"""Output of `compress inspect`, as tables for people and plain values for programs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,15 +22,15 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Overview:
-    """Overview of a target, and of what can be pruned.
+    """Overview of a network or ONNX file, and of its potential for pruning.
 
     Attributes:
-        target: As given by the user.
-        potential: Of a network; None of a file that cannot be imported.
-        latency: The least that can be reached, where that was asked for.
-        file: Size of an ONNX file.
-        nodes: Its nodes.
-        second_opinion: Channel groups beside those of torch-pruning, where that was asked for.
+        target: Name of the target, as given by the user.
+        potential: Potential of the network; None for an ONNX file that cannot be imported.
+        latency: Least latency that pruning can reach; None if not requested.
+        file: Size of the ONNX file; None for other targets.
+        nodes: Nodes of the ONNX file.
+        second_opinion: Comparison of channel groups with torch-pruning's; None if not requested.
     """
 
     target: str
@@ -41,7 +41,7 @@ class Overview:
     second_opinion: SecondOpinion | None = None
 
     def tables(self, with_layers: bool = False) -> list[Table]:
-        """Return tables; with every layer where that is asked for."""
+        """Return the overview as tables, with a table of all layers if `with_layers`."""
         tables: list[Table] = []
         if self.file is not None:
             tables.append(_file_table(Path(self.target).name, self.file))
@@ -73,21 +73,21 @@ def inspect_target(
     progress: Progress | None = None,
     with_second_opinion: bool = False,
 ) -> Overview:
-    """Find out what can be done to a network.
+    """Inspect the potential of a network for pruning.
 
     Args:
-        target: As in `compress.inspection.targets`.
-        input_shape: Of one image, without the batch axis.
-        overrides: As `--set`, for a pipeline file.
-        with_latency: Whether the least latency that can be reached is measured.
-        progress: Receives progress by part.
+        target: Name of the network, as in `compress.inspection.targets`.
+        input_shape: Shape of one image, without the batch axis.
+        overrides: Texts "key=value" as for `--set`, for a pipeline file.
+        with_latency: Whether the least reachable latency is measured.
+        progress: Listener for the progress.
         with_second_opinion: Whether channel groups are compared with those of torch-pruning.
 
     Raises:
-        ConfigValueError: The target is of no kind known, or its input shape is not known.
+        ConfigValueError: The kind of the target is unknown, or its input shape.
         ArtifactError, ModelError, UntraceableModel: The network cannot be read, built or traced.
-        ExportFailed: It cannot be exported to be timed.
-        RuntimeUnavailable: The pipeline's provider is not there.
+        ExportFailed: The network cannot be exported for timing.
+        RuntimeUnavailable: The execution provider of the pipeline is not available.
     """
     progress = progress or SilentProgress()
     if Path(target).suffix == ".onnx":
@@ -99,7 +99,7 @@ def inspect_target(
 def inspect_network(
     name: str, network: Network, with_latency: bool, progress: Progress, with_second_opinion: bool = False
 ) -> Overview:
-    """Find out what can be done to a network that is open; arguments as in `inspect_target`."""
+    """Inspect the potential of an open network; arguments as in `inspect_target`."""
     potential, groups = find_potential(network.module, network.example, network.limits, progress)
     latency = measure_least_latency(network, potential, groups, progress) if with_latency else None
     opinion = find_second_opinion(network.module, network.example, progress) if with_second_opinion else None
@@ -113,7 +113,7 @@ def _inspect_file(
     progress: Progress,
     with_second_opinion: bool,
 ) -> Overview:
-    """Return the metrics of an ONNX file and, where it can be imported, what can be done to the network in it."""
+    """Return the size of an ONNX file and, if it can be imported, the potential of its network."""
     require_valid(Path(target))
     metrics, nodes = count_onnx(Path(target)), tuple(layer_rows(Path(target)))
     try:

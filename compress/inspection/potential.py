@@ -1,7 +1,7 @@
-"""Potential of pruning: prunable groups, reasons of the others, and the least that can be left.
+"""Potential of pruning: prunable groups, reasons against the other groups, and the least MACs that can remain.
 
-The MACs that *hang on* a group are those of computing and of reading its channels. The *least* is the rest when every
-group has the least width that the limits allow; *fixed* are layers that no group narrows.
+The MACs that *depend on* a group are those of computing and of reading its channels. The *least* MACs remain when every
+group has the least width that the limits allow. *Fixed* layers are those that no group narrows.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ from compress.pruning.groups import ChannelGroup, Exclusion
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost
 
-FORWARD = "(forward)"  # stands for what the network's own forward pass multiplies, outside of all layers
+FORWARD = "(forward)"  # stands for products in the network's own forward pass, outside of all layers
 _NEARLY_NOTHING = 0.5
 
 
@@ -28,12 +28,12 @@ class GroupPotential:
     """Potential of one channel group.
 
     Attributes:
-        name: Of the group.
-        width: Its channels.
-        least_width: The fewest that the limits allow.
+        name: Name of the group.
+        width: Number of channels.
+        least_width: Fewest channels that the limits allow.
         producers: Module paths of the layers that compute the channels.
-        macs_share: MACs that hang on it, over all.
-        saved_share: MACs that go when it alone has its least width, over all.
+        macs_share: MACs that depend on the group, as a share of all MACs.
+        saved_share: MACs saved by reducing only this group to its least width, as a share of all MACs.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Uncut:
     """A channel group that is not prunable.
 
     Attributes:
-        name: Of the group.
-        reason: Why, a clause.
-        macs_share: MACs of the layer that it is named after, over all.
+        name: Name of the group.
+        reason: Reason against pruning, a clause.
+        macs_share: MACs of the layer that the group is named after, as a share of all MACs.
     """
 
     name: str
@@ -65,7 +65,7 @@ class BlockPotential:
 
     Attributes:
         name: Module path.
-        macs_share: MACs inside it, over all.
+        macs_share: MACs inside the block, as a share of all MACs.
     """
 
     name: str
@@ -78,8 +78,8 @@ class LayerFigures:
 
     Attributes:
         name: Module path.
-        kind: Its class.
-        macs: For one image.
+        kind: Class name.
+        macs: MACs for one image.
     """
 
     name: str
@@ -89,21 +89,21 @@ class LayerFigures:
 
 @dataclass(frozen=True, slots=True)
 class Potential:
-    """Potential of a network.
+    """Potential of a network for pruning.
 
     Attributes:
-        input_shape: Of one image, without the batch axis.
-        macs: Of one image.
-        params: Trainable scalars.
-        limits: What every group must keep.
-        layers: In definition order.
-        groups: Prunable ones.
-        uncut: Those that cannot.
-        blocks: Those that can be removed.
-        fixed_share: MACs of layers that no group narrows, over all.
-        fixed_layers: Their module paths.
-        least_share: MACs left at the least widths, over all.
-        least_share_without_blocks: The same when all those blocks are gone, too.
+        input_shape: Shape of one image, without the batch axis.
+        macs: MACs for one image.
+        params: Number of trainable scalars.
+        limits: Limits on the widths of every group.
+        layers: Convolution and linear layers in definition order.
+        groups: Prunable groups.
+        uncut: Groups that are not prunable.
+        blocks: Removable residual blocks.
+        fixed_share: MACs of layers that no group narrows, as a share of all MACs.
+        fixed_layers: Module paths of these layers.
+        least_share: MACs at the least widths, as a share of all MACs.
+        least_share_without_blocks: MACs at the least widths without all removable blocks, as a share of all MACs.
     """
 
     input_shape: tuple[int, ...]
@@ -121,7 +121,7 @@ class Potential:
 
     @property
     def least_widths(self) -> dict[str, int]:
-        """The least width of each group that has one below its full width."""
+        """Least width of each group whose least width is below its full width."""
         return {group.name: group.least_width for group in self.groups if group.least_width < group.width}
 
 
@@ -134,7 +134,7 @@ def find_potential(
         module: Any network; left unchanged.
         example: One input, (1, ...).
         limits: Limits on the widths of every group.
-        progress: Reports each part.
+        progress: Listener for the progress.
 
     Raises:
         UntraceableModel: No channel graph could be built.
@@ -182,7 +182,7 @@ def _potential(
 
 
 def _fixed(macs: Mapping[str, int], cost: CoupledCost) -> dict[str, float]:
-    """Return the MACs of each module that no group changes; those of its parts are not among them."""
+    """Return the MACs of each module that no group changes, without those of its submodules."""
     left = dict[str, float](macs)
     for term in cost.terms:
         left[term.layer] = left.get(term.layer, 0.0) - term.factor * term.out.size * term.inp.size
@@ -198,7 +198,7 @@ def _group(group: ChannelGroup, least: int, cost: CoupledCost, total: int) -> Gr
 def _least_outside(
     blocks: Collection[str], cost: CoupledCost, least: Mapping[str, int], fixed: Mapping[str, float]
 ) -> float:
-    """Return the MACs left at the least widths in layers that lie in none of the blocks."""
+    """Return the MACs at the least widths of all layers outside of the blocks."""
     removed = {name: cost.widths[name] - width for name, width in least.items()}
     outside = [term for term in cost.terms if not _is_inside(term.layer, blocks)]
     return sum(term.factor * term.out.at(removed) * term.inp.at(removed) for term in outside) + sum(

@@ -1,7 +1,8 @@
-"""Second opinion on channel groups: torch-pruning's dependency graph beside ours, each difference tried.
+"""Second opinion on channel groups: torch-pruning's dependency graph compared with ours; each difference is tried.
 
-A trial of ours is that of `pruning/trial.py`. A trial of torch-pruning's group carries out its own cut of half of the
-channels on a copy, and compares the outputs with those of the network in which its readers see zeros there.
+`pruning/trial.py` tries our groups. A trial of torch-pruning's group removes half of the channels from a copy, with
+torch-pruning's own code. The outputs must equal those of the baseline with these channels masked in all
+readers.
 """
 
 import copy
@@ -34,15 +35,15 @@ _Places = dict[_Place, frozenset[int]]
 
 @dataclass(frozen=True, slots=True)
 class GroupDifference:
-    """A channel group that only one side has, or that has other members.
+    """Channel group that only one of the two graphs has, or whose members differ.
 
     Attributes:
         kind: "other members", "only ours" or "only torch-pruning's".
         name: Root of our group, or of torch-pruning's where only it has the group.
         only_ours: Members that torch-pruning lacks, such as "layer1.0.conv2 out".
         only_theirs: Members that ours lacks.
-        ours: Judgement of our trial: "right", or the reason against the group. None where there is no such group.
-        theirs: The same of torch-pruning's cut.
+        ours: Result of our trial: "right", or the reason against the group. None if our graph has no such group.
+        theirs: Result of the trial of torch-pruning's group, in the same form.
     """
 
     kind: str
@@ -58,12 +59,12 @@ class SecondOpinion:
     """torch-pruning's channel groups compared with ours.
 
     Attributes:
-        version: Of torch-pruning.
-        error: What its tracer raised; None where it has a graph.
+        version: Version of torch-pruning.
+        error: Error of torch-pruning's tracer; None if tracing succeeded.
         ours: Number of our groups.
-        theirs: Number of its groups, less those of the network's outputs.
+        theirs: Number of torch-pruning's groups, without those of the network's outputs.
         equal: Number of groups with the same layers, sides and channel positions.
-        differences: All others.
+        differences: Groups that differ.
     """
 
     version: str
@@ -78,9 +79,9 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
     """Compare our channel groups with those of torch-pruning.
 
     Args:
-        module: Any network; it is left as it is.
+        module: Any network; unchanged.
         example: One input, (1, ...).
-        progress: Receives progress by part.
+        progress: Listener for the progress.
 
     Raises:
         UntraceableModel: The network does not run.
@@ -91,7 +92,7 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
         task.advance()
     outputs = [name for name, item in excluded.items() if item.expected]
     with progress.task("dependency graph of torch-pruning", 1) as task:
-        theirs = attempt(  # whatever its tracer raises is shown
+        theirs = attempt(  # any error of its tracer is shown
             lambda: _Theirs(module, example, outputs), lambda error: describe_error(error).splitlines()[0]
         )
         task.advance()
@@ -101,15 +102,15 @@ def find_second_opinion(module: nn.Module, example: Tensor, progress: Progress) 
 
 
 class _Theirs:
-    """torch-pruning's groups of a copy of a network.
+    """Groups that torch-pruning finds in a copy of a network.
 
     Args:
         module: The network.
-        example: One input.
-        outputs: Layers that torch-pruning shall leave alone.
+        example: One input, (1, ...).
+        outputs: Names of the layers that torch-pruning ignores.
 
     Attributes:
-        places: Root -> its members.
+        places: Root of each group -> its members.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, outputs: Sequence[str]) -> None:
@@ -122,7 +123,7 @@ class _Theirs:
             self.places[names[group[0].dep.target.module]] = _places_of(group, names)
 
     def _cut(self, root: str) -> tuple[_Places, Tensor, Any]:
-        """Return the places that torch-pruning cuts for half of a group, inputs, and the outputs of the cut network."""
+        """Return the members that torch-pruning narrows for half of a group, inputs, and the narrow copy's outputs."""
         slim, graph = self._graph()
         layer = slim.get_submodule(root)
         pruner = graph.get_pruner_of_module(layer)
@@ -135,7 +136,7 @@ class _Theirs:
         return places, inputs, got
 
     def judgement(self, root: str) -> str:
-        """Cut half of a group's channels as torch-pruning does; return "right", or what is wrong with the result."""
+        """Remove half of a group's channels with torch-pruning; return "right", or the fault of the result."""
         cut = attempt(
             lambda: self._cut(root),
             lambda error: f"the cut network does not run ({describe_error(error).splitlines()[0]})",
@@ -162,7 +163,7 @@ class _Theirs:
             return whole, DependencyGraph().build_dependency(whole, self.example, verbose=False)
 
     def _half(self, root: str) -> list[int]:
-        """Return half of the channels, at the same positions of each part where convolutions have groups."""
+        """Return half of the channels, at the same positions in each part of a grouped convolution."""
         places = self.places[root]
         width = len(places[root, "out"])
         layers = [self.module.get_submodule(name) for name, _ in places]
@@ -178,7 +179,7 @@ def _has(module: nn.Module, name: str) -> bool:
 
 
 def _places_of(group: Any, names: Mapping[nn.Module, str]) -> _Places:
-    """Return the layers of one of torch-pruning's groups; its items for functions and parameters are left out."""
+    """Return the layers of one of torch-pruning's groups, without its items for functions and parameters."""
     found: _Places = {}
     for dep, slots in group:
         layer = dep.target.module
@@ -205,7 +206,7 @@ def _is_scalar(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _silence(layer: nn.Module, slots: list[int]) -> None:
-    """Make inputs of a layer count for nothing."""
+    """Mask input channels of a layer by zeroing its weights for them."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     groups = int(getattr(layer, "groups", 1))  # type: ignore[arg-type]
     if isinstance(layer, TRANSPOSED):
@@ -222,7 +223,7 @@ def _silence(layer: nn.Module, slots: list[int]) -> None:
 def _compare(
     groups: Mapping[str, ChannelGroup], excluded: Mapping[str, Exclusion], theirs: _Theirs, progress: Progress
 ) -> SecondOpinion:
-    """Match each group of ours with the one of theirs that shares the most members, and try those that differ."""
+    """Match each of our groups with the torch-pruning group that shares most members, and try groups that differ."""
     matched: dict[str, tuple[_Places, str | None]] = {}
     for name, group in groups.items():
         places = _places_of_ours(group.members)
@@ -255,7 +256,7 @@ def _compare(
 
 
 def _only(places: _Places, other: _Places) -> tuple[str, ...]:
-    """Return the members of one group that another lacks, or has at other positions."""
+    """Return the members of one group that another group lacks, or has at other channel positions."""
     texts = []
     for (layer, side), slots in places.items():
         if other.get((layer, side)) != slots:

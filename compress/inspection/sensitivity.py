@@ -30,12 +30,12 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 @dataclass(frozen=True)
 class SensitivityCurve:
-    """Rise of the loss of one channel group.
+    """Rise of the loss over the width of one channel group.
 
     Attributes:
-        name: Of the group.
-        widths: Channels, ascending; the last is the full width.
-        rises: Mean rise of the loss at each width, the readers refitted; 0 at the full width.
+        name: Name of the group.
+        widths: Numbers of channels, ascending; the last is the full width.
+        rises: Mean rise of the loss at each width after refitting the readers; 0 at the full width.
         errors: Standard errors of the means over images.
     """
 
@@ -45,7 +45,7 @@ class SensitivityCurve:
     errors: tuple[float, ...]
 
     def at(self, share: float) -> float | None:
-        """Return the rise at the least width of at least `share` of the full one; None if that is the full one."""
+        """Return the rise at the smallest width of at least `share` of the full width; None at the full width."""
         place = next(number for number, width in enumerate(self.widths) if width >= share * self.widths[-1])
         return None if place == len(self.widths) - 1 else self.rises[place]
 
@@ -89,7 +89,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Sensitivity:
-    """Narrow each channel group to each of its widths, its readers refitted, and measure the loss.
+    """Measure the loss of each channel group at each of its widths, after refitting the readers.
 
     Args:
         model: The network; left unchanged.
@@ -123,7 +123,7 @@ def sensitivity_of_pipeline(pipeline: Pipeline, progress: Progress) -> Sensitivi
     """Measure the sensitivity of a pipeline's baseline with the settings of its first stage `prune`.
 
     Raises:
-        ConfigValueError: It has no such stage.
+        ConfigValueError: The pipeline has no stage `prune`.
         CompressError: Data or network cannot be opened, as in a run.
     """
     stage = next((one for one in pipeline.config.stages if isinstance(one, PruneConfig)), None)

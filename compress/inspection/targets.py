@@ -1,4 +1,4 @@
-"""Networks that `compress inspect` looks at, by name, and inputs to look at them on.
+"""Targets of `compress inspect`: networks by name, with inputs to trace them on.
 
     FILE.onnx                                the network that is in it, with its weights
     FILE.yaml                                the baseline of a pipeline, its input, limits and target device; with
@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocation.widths import Limits
-from compress.checkpoint.rebuild import build_module, build_narrow, with_one_array, without_unread
+from compress.checkpoint.rebuild import (
+    build_module,
+    build_narrow,
+    fitting_weights,
+    load_strict,
+    with_one_array,
+    without_unread,
+)
 from compress.config.load import load_pipeline
 from compress.config.schema.model import LoadConfig
 from compress.config.schema.pipeline import PipelineConfig
@@ -33,6 +40,8 @@ from compress.errors import ConfigValueError, ModelError
 from compress.model.adapter import INPUT_NAME, random_inputs, wiring_of
 from compress.model.artifacts import FactorySpec, NetworkKind, Signature
 from compress.model.modes import eval_mode
+from compress.networks.architectures import CHECKPOINTS, count_outputs, find_architecture
+from compress.networks.weights import read_weights
 from compress.networks.wiring import signature_of
 from compress.onnx_file.io import load_onnx, read_signature
 from compress.onnx_import.importer import import_onnx
@@ -52,14 +61,14 @@ LIBRARIES: tuple[NetworkKind, ...] = ("timm", "torchvision")
 
 @dataclass(frozen=True)
 class Network:
-    """A network to be looked at.
+    """Network to inspect.
 
     Attributes:
-        module: With varied weights, or those that tell its widths, in eval mode.
+        module: Network in eval mode, with varied weights, or the weights that its widths follow from.
         example: One input, (1, ...).
-        signature: Of its file, and of those of the smaller networks made of it.
-        limits: What every channel group must keep.
-        conditions: Where and how its file is timed.
+        signature: Inputs and outputs of its ONNX file, and of the files of smaller networks made from it.
+        limits: Limits on the widths of every channel group.
+        conditions: Device and settings for timing its file.
     """
 
     module: nn.Module
@@ -73,10 +82,10 @@ def open_target(target: str, input_shape: tuple[int, ...] | None, overrides: Seq
     """Build the torch network that a target names.
 
     Args:
-        target: An ONNX file, a pipeline file, "torchvision:NAME", "timm:NAME", "file.py:callable" or
-            "pkg.module:callable".
-        input_shape: Of one image, without the batch axis.
-        overrides: As `--set`, for a pipeline file.
+        target: An ONNX file, a pipeline file, "resnet18" (torchvision), "timm:NAME", "file.py:callable",
+            "pkg.module:callable", or a checkpoint of a torchvision network.
+        input_shape: Shape of one image, without the batch axis.
+        overrides: Texts "key=value" as for `--set`, for a pipeline file.
 
     Raises:
         ConfigValueError: The target is none of these, or its input shape is not known.
@@ -87,28 +96,41 @@ def open_target(target: str, input_shape: tuple[int, ...] | None, overrides: Seq
         return _of_file(Path(target), input_shape)
     if Path(target).suffix in (".yaml", ".yml"):
         return _of_pipeline(load_pipeline(Path(target), overrides).config, input_shape)
-    if ":" not in target:
-        raise ConfigValueError(
-            f"inspect takes an .onnx file, a pipeline file, torchvision:NAME, timm:NAME or 'file.py:callable', "
-            f"got '{target}'.",
-        )
-    spec = spec_of(target)
-    module = build_module(spec)
-    shape = input_shape or own_input_shape(target, module)
+    if Path(target).suffix.lower() in CHECKPOINTS:
+        spec, module = _of_checkpoint(Path(target))
+    else:
+        spec = spec_of(target)
+        module = build_module(spec)
+    named = f"{spec.kind}:{spec.reference}" if spec.kind in LIBRARIES else target
+    shape = input_shape or own_input_shape(named, module)
     if shape is None:
         raise ConfigValueError(f"'{target}' needs the shape of one image.", hint="Add --input 3,224,224.")
     return _running(module, spec, shape)
 
 
 def spec_of(target: str) -> FactorySpec:
-    """Return how the network that a target names is built."""
-    kind, _, name = target.partition(":")
+    """Return the factory specification of the network that a target names."""
+    kind, colon, name = target.partition(":")
+    if not colon:
+        return FactorySpec("torchvision", target)
     library = next((one for one in LIBRARIES if one == kind), None)
     return FactorySpec("factory", target) if library is None else FactorySpec(library, name)
 
 
+def _of_checkpoint(path: Path) -> tuple[FactorySpec, nn.Module]:
+    """Return the torchvision network whose parameters a checkpoint has, with its weights."""
+    state = read_weights(path)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    classes = count_outputs(shapes)
+    kwargs = {} if classes is None else {"num_classes": classes}
+    spec = FactorySpec("torchvision", find_architecture(shapes, classes), kwargs)
+    module = build_module(spec)
+    load_strict(module, fitting_weights(spec, path, module), f"'{path}'")
+    return spec, module
+
+
 def own_input_shape(target: str, module: nn.Module) -> tuple[int, ...] | None:
-    """Return the shape of one image that a network of torchvision or timm was made for; None where nobody says."""
+    """Return the image shape of a network of torchvision or timm; None if the library does not state it."""
     library, _, name = target.partition(":")
     if library == "timm":
         settings = getattr(module, "pretrained_cfg", {})
@@ -120,7 +142,7 @@ def own_input_shape(target: str, module: nn.Module) -> tuple[int, ...] | None:
     weights = next(iter(models.get_model_weights(name)), None)
     transforms = weights.transforms() if weights is not None else None
     size = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
-    if not size or type(transforms).__name__ == "VideoClassification":  # the length of a clip is not said
+    if not size or type(transforms).__name__ == "VideoClassification":  # clips have no stated length
         return None
     return 3, size[0], size[-1]
 
@@ -164,7 +186,7 @@ def _running(
     limits: Limits = CUT_LIMITS,
     conditions: Conditions = USUAL_CONDITIONS,
 ) -> Network:
-    """Return a network in plain layers whose weights are varied, after trying it on an input of that shape."""
+    """Return a network in plain layers with varied weights, after a run on an input of that shape."""
     spec, example = _example_of(spec, shape)
     plain, _ = without_unread(with_one_array(module, spec, example), example)
     if spec.kind != "onnx":
@@ -173,7 +195,7 @@ def _running(
 
 
 def _example_of(spec: FactorySpec, shape: tuple[int, ...]) -> tuple[FactorySpec, Tensor]:
-    """Return how a network is built, with an input declared that is no image, and one input of zeros."""
+    """Return a factory specification that declares an input other than an image, and one input of zeros."""
     if len(shape) != _IMAGE_AXES and not spec.inputs:
         spec = replace(spec, inputs={INPUT_NAME: {"shape": list(shape)}})
     return spec, torch.zeros([1, row_width(spec.input_specs())] if is_packed(spec.input_specs()) else [1, *shape])
@@ -186,15 +208,15 @@ _LEAST_VARIANCE = 0.05  # of the layer's mean variance: channels that were const
 
 @torch.no_grad()
 def vary_weights(module: nn.Module, example: Tensor, seed: int = 0) -> None:
-    """Give every channel of a newly built network a weight of its own, in place.
+    """Vary the weights of a newly built network from channel to channel, in place.
 
-    Parameters that are still one and the same number are drawn anew; batch norms get the statistics of random images,
-    a little shifted. All else stays as the factory drew it.
+    Constant parameters get random values. Batch norms get the statistics of random images, slightly shifted. All other
+    parameters keep the values of the factory.
 
     Args:
-        module: As built; its training flags stay as they are.
+        module: Newly built network; its training flags are unchanged.
         example: One input, (1, ...); only its shape matters.
-        seed: Decides what is drawn; the global random state is left as it is.
+        seed: Seed of the random values; the global random state is unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -219,14 +241,14 @@ def _varied(parameter: Tensor, name: str, generator: torch.Generator) -> Tensor:
     start = float(parameter.reshape(-1)[0])
     if name.rpartition(".")[2] == "bias":
         return start + 0.4 * (drawn - 0.5)
-    if parameter.numel() > max(parameter.shape, default=1):  # a kernel, which a factory has set to zero
+    if parameter.numel() > max(parameter.shape, default=1):  # a kernel that the factory set to zero
         return (drawn - 0.5) * 3.5 / math.sqrt(parameter[0].numel())
     scale = start if _LEAST_SCALE <= abs(start) <= 1 else 1.0
     return drawn.add(0.5).mul(scale)
 
 
 def _settle(module: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> None:
-    """Let batch norms take the statistics of the images."""
+    """Set the statistics of batch norms to those of the images."""
     momenta = [norm.momentum for norm in norms]
     with torch.random.fork_rng(devices=[]), eval_mode(module):
         for norm in norms:

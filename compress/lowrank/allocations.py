@@ -46,8 +46,8 @@ class RankOptions:
         layer: Module path.
         picks: (options,) scheme and ranks; None and () for the dense layer.
         errors: (options,) error bounds of the rule, >= 0; 0 for the dense layer.
-        macs: (options,)
-        params: (options,) without the bias.
+        macs: (options,) MACs.
+        params: (options,) params without the bias.
     """
 
     layer: str
@@ -67,7 +67,7 @@ class RankOptions:
         return RankChoice(self.layer, scheme, ranks, error, int(self.macs[option]), int(self.params[option]))
 
     def cheapest_within(self, error: float, metric: Metric) -> RankChoice:
-        """Return the cheapest option whose error bound is at most `error`; of equal cost the smaller error."""
+        """Return the cheapest option whose error bound is at most `error`; among equal costs, the smallest error."""
         return self.choice(_cheapest(self.errors, self.costs(metric), error))
 
 
@@ -75,7 +75,7 @@ def rank_options(layer: LayerSpectra, rule: Rule, multiple_of: int = 1, metric: 
     """List the options of a layer.
 
     Args:
-        layer: Spectra and costs; for "alds" with norm bounds, without which a scheme is left out.
+        layer: Spectra and costs of the layer; "alds" leaves out schemes without norm bounds.
         rule: "alds" bounds the operator norm of the residual, "energy" its Frobenius norm, both relative to the kernel.
         multiple_of: As in `choose_ranks`.
         metric: Cost that must be below that of the dense layer; the other one must not be above it.
@@ -108,7 +108,7 @@ def allocate_ranks(
     """Choose scheme and ranks of each layer by a rule, within a total cost.
 
     Args:
-        layers: Spectra and costs; with norm bounds for "alds".
+        layers: Spectra and costs of each layer; with norm bounds for "alds".
         rule: "alds" or "energy".
         fixed_cost: Cost of everything that is not in `layers`.
         target_cost: Upper limit of the total, in the unit of `metric`.
@@ -120,7 +120,8 @@ def allocate_ranks(
         One choice for each layer, in order.
 
     Raises:
-        BudgetUnreachable: The cheapest options cost too much; says the best reachable and what limits it.
+        BudgetUnreachable: The cheapest options cost too much; the message states the best reachable cost and its
+            limits.
     """
     options = [rank_options(layer, rule, multiple_of, metric) for layer in layers]
     costs = [one.costs(metric) for one in options]
@@ -135,12 +136,12 @@ def allocate_ranks(
 def choose_options(
     rule: Rule, errors: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float
 ) -> tuple[int, ...] | None:
-    """Choose an option for each layer by a rule; None where even the cheapest options cost more than the limit.
+    """Choose an option for each layer by a rule; None if even the cheapest options cost more than the limit.
 
     Args:
         rule: "alds" or "energy".
         errors: For each layer (options,) relative errors; the retained energy of the energy rule is 1 - error^2.
-        costs: For each layer (options,) in the unit of the limit.
+        costs: For each layer (options,) costs in the unit of the limit.
         limit: Upper limit of the sum of costs.
     """
     if rule == "alds":
@@ -151,11 +152,11 @@ def choose_options(
 def least_worst_error(
     errors: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float
 ) -> tuple[int, ...] | None:
-    """Return the options whose largest error is as small as the limit allows; None where no options are within it.
+    """Return the options whose largest error is as small as the limit allows; None if no options are within it.
 
     Args:
-        errors: For each layer (options,), at least one option each.
-        costs: For each layer (options,).
+        errors: For each layer (options,) errors, at least one option each.
+        costs: For each layer (options,) costs.
         limit: Upper limit of the sum of costs.
 
     >>> least_worst_error([np.array([0.5, 0.2, 0.0])] * 2, [np.array([1.0, 2.0, 4.0])] * 2, 5.0)
@@ -179,7 +180,7 @@ def least_worst_error(
 
 
 def most_energy(energies: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float) -> tuple[int, ...] | None:
-    """Return the options of the energy-against-cost rule within a limit; None where no options are within it.
+    """Return the options of the energy-against-cost rule within a limit; None if no options are within it.
 
     Each layer takes the option with the largest energy - multiplier * cost. The multiplier is doubled until the limit
     is kept, then bisected. That reaches only options on the upper hull of (cost, energy), so the limit is seldom used
@@ -187,7 +188,7 @@ def most_energy(energies: Sequence[np.ndarray], costs: Sequence[np.ndarray], lim
 
     Args:
         energies: For each layer (options,) retained shares, at most 1; at least one option each.
-        costs: For each layer (options,), >= 0.
+        costs: For each layer (options,) costs, >= 0.
         limit: Upper limit of the sum of costs.
 
     >>> energies, costs = [np.array([0.5, 0.9, 1.0]), np.array([0.8, 1.0])], [np.array([1, 2, 4]), np.array([1, 4])]

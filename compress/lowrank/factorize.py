@@ -7,10 +7,10 @@
     tucker2   N x C x kh x kw           1 x 1 conv C -> r1, kh x kw conv r1 -> r2, 1 x 1 conv r2 -> N
     svd       N x C                     two 1 x 1 convs or two linear layers
 
-Relative error = ||(W - W') L||_F / ||W L||_F, where L L^T are the second moments of what the layer reads: the root mean
-square error of its outputs over their size. Without moments L = 1, and it is the error of the kernel. The kernel is
-taken as it is: folding the batch norm into it first was measured to be worse (ResNet-20 on CIFAR-10 at 0.55 of its
-MACs, before fine-tuning, without moments: 79.9 % top-1 raw, 76.6 % folded).
+Relative error = ||(W - W') L||_F / ||W L||_F, where L L^T are the second moments of the layer's inputs: the root mean
+square error of its outputs over their size. Without moments L = 1, and it is the error of the kernel. The batch norm is
+not folded into the kernel first, because folding was measured to be worse (ResNet-20 on CIFAR-10 at 0.55 of its MACs,
+before fine-tuning, without moments: 79.9 % top-1 raw, 76.6 % folded).
 
 Sources: nc as in trained rank pruning (Xu et al., IJCAI 2020, arXiv:2004.14566), with the outputs' principal directions
 as in Zhang et al. 2016 (arXiv:1505.06798), section 3.1; nc2 and nc4, which cut the input channels into equal slices of
@@ -34,11 +34,11 @@ _RIDGE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments of what a layer reads for one output.
+    """Second moments of a layer's inputs to one output.
 
     Attributes:
-        matrix: (n, n), mean of x x^T over images and places; n = C, or C kh kw in the order of the flattened kernel.
-        kernel: (C,) or (C, kh, kw).
+        matrix: (n, n), mean of x x^T over images and positions; n = C, or C kh kw in the order of the flattened kernel.
+        kernel: (C,) or (C, kh, kw), shape of the inputs to one output.
     """
 
     matrix: Tensor
@@ -46,11 +46,11 @@ class Moments:
 
     @cached_property
     def whole(self) -> Tensor:
-        """(n, n) the root for all that is read."""
+        """(n, n) root of the moments of all inputs."""
         return _root(self.matrix)
 
     def slices(self, count: int) -> tuple[Tensor, ...]:
-        """Return the roots for what each of `count` equal slices of the input channels reads."""
+        """Return the roots of the moments of `count` equal slices of the input channels."""
         if count == 1:
             return (self.whole,)
         size = len(self.matrix) // count
@@ -58,14 +58,14 @@ class Moments:
 
     @cached_property
     def columns(self) -> Tensor:
-        """(C kh, C kh) the root for what a column of the kernel reads, the mean over its columns."""
+        """(C kh, C kh) root of the moments of one kernel column's inputs, averaged over the columns."""
         channels, height, width = self.kernel
         cells = self.matrix.double().reshape(*self.kernel, *self.kernel)
         return _root(torch.einsum("chwdgw->chdg", cells).reshape(channels * height, channels * height) / width)
 
     @cached_property
     def points(self) -> Tensor:
-        """(C, C) the root for what a point of the kernel reads, the mean over its points."""
+        """(C, C) root of the moments of one kernel point's inputs, averaged over the points."""
         _, height, width = self.kernel
         cells = self.matrix.double().reshape(*self.kernel, *self.kernel)
         return _root(torch.einsum("chwdhw->cd", cells) / (height * width))
@@ -85,7 +85,7 @@ class Factors:
 
     Attributes:
         weights: One weight for each thin layer, in forward order, in the dtype of the kernel.
-        relative_error: Of their product.
+        relative_error: Relative error of the product of the weights.
     """
 
     weights: tuple[Tensor, ...]
@@ -111,7 +111,7 @@ def applicable_schemes(shape: tuple[int, ...]) -> tuple[str, ...]:
 def full_ranks(shape: tuple[int, ...], scheme: str) -> tuple[int, ...]:
     """Return the ranks at which a scheme is exact for a kernel of this shape.
 
-    They are those of (C, N) for "tucker2", and that of each slice for "nc2" and "nc4".
+    The ranks are along (C, N) for "tucker2"; the rank is per slice for "nc2" and "nc4".
 
     >>> full_ranks((8, 4, 3, 3), "nc"), full_ranks((8, 4, 3, 3), "vh"), full_ranks((8, 4, 3, 3), "tucker2")
     ((8,), (12,), (4, 8))
@@ -131,7 +131,7 @@ def check_ranks(shape: tuple[int, ...], scheme: str, ranks: tuple[int, ...]) -> 
     """Check that a scheme and its ranks fit a kernel of this shape.
 
     Raises:
-        UnsupportedLayer: They do not.
+        UnsupportedLayer: The scheme or the ranks do not fit.
     """
     if scheme not in applicable_schemes(shape):
         choices = ", ".join(applicable_schemes(shape))
@@ -144,17 +144,17 @@ def check_ranks(shape: tuple[int, ...], scheme: str, ranks: tuple[int, ...]) -> 
 def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None) -> tuple[np.ndarray, ...]:
     """Return the spectra that a scheme truncates, each falling and >= 0, float64.
 
-    With moments the lost energy of a spectrum is that of the layer's outputs: exactly for "nc", "svd" and the side N of
+    With moments, the lost energy of a spectrum is the layer outputs' lost energy: exactly for "nc", "svd" and side N of
     "tucker2"; for "vh", the side C of "tucker2", "nc2" and "nc4" as if different columns, points or slices of the
     kernel read unrelated inputs.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite.
         scheme: One that applies to this shape.
-        moments: Of what the layer reads; None measures the kernel.
+        moments: Second moments of the layer's inputs; None measures the kernel.
 
     Returns:
-        One spectrum; for "tucker2" those of the unfoldings along C and along N. Entry j of that of "nc2" and "nc4" is
+        One spectrum; for "tucker2" the spectra of the unfoldings along C and along N. For "nc2" and "nc4", entry j is
         the root of the sum of squares of the j-th singular values of all slices.
     """
     kernel = weight.detach().double()
@@ -174,20 +174,20 @@ def singular_values(weight: Tensor, scheme: str, moments: Moments | None = None)
 
 
 def norm_bounds(weight: Tensor, scheme: str, moments: Moments | None = None) -> np.ndarray | None:
-    """Return bounds of the operator norm of the residual, over that of the kernel, by rank.
+    """Return bounds of the operator norm of the residual, over the norm of the kernel, by rank.
 
     With k slices W_i of W the bound of rank j is sqrt(k) * max_i sigma_{j+1}(W_i) / sigma_1(W); the residual's norm is
-    never above it. The paper leaves out the root, and its value is no bound for k > 1. With moments the norms are those
-    of the outputs, and the factor is k, because slices may read correlated inputs.
+    never above it. The paper leaves out the root, and its value is no bound for k > 1. With moments, norms are measured
+    on the outputs, and the factor is k, because slices may read correlated inputs.
 
     Args:
         weight: (N, C) or (N, C, kh, kw), finite.
         scheme: One that applies to this shape.
-        moments: Of the layer's inputs; None measures the kernel.
+        moments: Second moments of the layer's inputs; None measures the kernel.
 
     Returns:
         (full + 1,) for ranks from 0 to the full one, falling, 0 at the end; None for "vh" and "tucker2", whose matrices
-        are others than the layer's.
+        differ from the layer's.
 
     Source: Liebenwein et al. 2021, "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
         Decomposition", NeurIPS, arXiv:2107.11442, section 3; corrected are the root and, against the released code, the
@@ -216,8 +216,8 @@ def factorize(weight: Tensor, scheme: str, ranks: tuple[int, ...], moments: Mome
     Args:
         weight: (N, C) or (N, C, kh, kw), finite, any floating dtype; the SVD runs in float64.
         scheme: "nc", "vh", "tucker2", "svd", "nc2" or "nc4".
-        ranks: One rank, of each slice for "nc2" and "nc4"; (r1, r2) along (C, N) for "tucker2".
-        moments: Of what the layer reads; the factors then keep its outputs rather than the kernel.
+        ranks: One rank, per slice for "nc2" and "nc4"; (r1, r2) along (C, N) for "tucker2".
+        moments: Second moments of the layer's inputs; the factors then approximate its outputs rather than the kernel.
 
     Raises:
         UnsupportedLayer: Scheme or ranks do not fit the shape.
@@ -232,7 +232,7 @@ def factorize(weight: Tensor, scheme: str, ranks: tuple[int, ...], moments: Mome
 
 
 def multiply(weights: tuple[Tensor, ...], scheme: str) -> Tensor:
-    """Return the kernel that a chain of factors stands for, float64, (N, C) or (N, C, kh, kw)."""
+    """Return the kernel that a chain of factors equals, float64, (N, C) or (N, C, kh, kw)."""
     parts = [weight.detach().double() for weight in weights]
     if scheme == "tucker2":
         return torch.einsum("nb,bahw,ac->nchw", parts[2][..., 0, 0], parts[1], parts[0][..., 0, 0])
@@ -246,9 +246,9 @@ def multiply(weights: tuple[Tensor, ...], scheme: str) -> Tensor:
 
 
 def main_directions(weight: Tensor, scheme: str, ranks: tuple[int, ...]) -> Tensor:
-    """Return a sub-gradient of the nuclear norm of a kernel that has the ranks given, in its shape, float64.
+    """Return a sub-gradient of the nuclear norm of a kernel that has the given ranks, in its shape, float64.
 
-    It is U V^T of the leading singular vectors, slice by slice for "nc2" and "nc4"; for "tucker2" the sum of those of
+    It is U V^T of the leading singular vectors, slice by slice for "nc2" and "nc4"; for "tucker2" it is the sum over
     both unfoldings.
     """
     kernel = weight.detach().double()
@@ -308,21 +308,21 @@ def _main_outputs(kernel: Tensor, rank: int, moments: Moments | None) -> Tensor:
 
 
 def _projected(matrix: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (rows, rank) and (rank, columns), whose product is nearest to a matrix as seen through a root."""
+    """Return (rows, rank) and (rank, columns) factors, whose product is nearest to a matrix weighted by a root."""
     left = _signed_svd(_weighed(matrix, root))[0][:, :rank]
     right = left.T @ _weighed(matrix, root)
     return (left if root is None else torch.linalg.solve_triangular(root.T, left, upper=True)), right
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two factors whose product is the same, and whose columns and rows are equally long in both."""
+    """Return two factors with the same product, in which columns and matching rows are equally long."""
     lengths = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
     root = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), torch.ones_like(lengths[0]))
     return left * root, right / root[:, None]
 
 
 def _seen(matrix: Tensor, moments: Moments | None) -> Tensor:
-    """Return a kernel, (N, n), so that its energy is that of the outputs."""
+    """Return a kernel, (N, n), weighted so that its energy equals the outputs'."""
     return _through(matrix, None if moments is None else moments.whole)
 
 
@@ -331,18 +331,18 @@ def _through(matrix: Tensor, root: Tensor | None) -> Tensor:
 
 
 def _weighed(matrix: Tensor, root: Tensor | None) -> Tensor:
-    """Return an unfolded kernel with its rows, which are inputs, weighed by what is read there."""
+    """Return an unfolded kernel with its rows, which are inputs, weighted by a root of their moments."""
     return matrix if root is None else root.T @ matrix
 
 
 def _share_of_slices(core: Tensor, axis: int, exponent: float) -> Tensor:
-    """Return what a factor takes over from the core: a third of its magnitude first, then half of the rest."""
+    """Return the magnitudes that a factor takes over from the core: first a third, then half of the rest."""
     share = torch.linalg.vector_norm(core.transpose(0, axis).flatten(1), dim=1) ** exponent
     return torch.where(share > 0, share, torch.ones_like(share))
 
 
 def _signed_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD with the largest entry of each left vector positive, so that it is one and the same."""
+    """Return the thin SVD with the largest entry of each left vector positive, so that it is unique."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     largest = left.gather(0, left.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)

@@ -16,12 +16,12 @@ from compress.model.modes import eval_mode, hooked
 
 @dataclass(slots=True)
 class Positions:
-    """Over how many places a layer runs for one image, summed over its calls.
+    """Numbers of positions that a layer runs over for one image, summed over its calls.
 
     Attributes:
-        inputs: Places of its input, H * W.
-        between: Places after the vertical half of a convolution, H' * W.
-        outputs: Places of its output, H' * W'; 1 for a linear layer on vectors.
+        inputs: Positions of the layer's input, H * W.
+        between: Positions after the vertical half of a convolution, H' * W.
+        outputs: Positions of the layer's output, H' * W'; 1 for a linear layer on vectors.
     """
 
     inputs: int = 0
@@ -30,15 +30,15 @@ class Positions:
 
 
 def find_layers(module: nn.Module, example: Tensor) -> tuple[dict[str, Positions], dict[str, str]]:
-    """Sort the convolutions and linear layers of a network into those that can be factorised and those that cannot.
+    """Find the convolutions and linear layers of a network that can be factorised, and the reasons of the others.
 
     Args:
-        module: Any network; it is left as it is.
+        module: Any network; left unchanged.
         example: One input.
 
     Returns:
-        By layer name, in definition order: the places each layer that can be factorised runs over; and for each
-        other layer why it cannot.
+        Layer name -> positions, for each layer that can be factorised, and layer name -> reason, for each other layer,
+        both in definition order.
     """
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear) and name]
     reasons = {name: reason for name in names if (reason := unsupported_reason(module, name))}
@@ -64,9 +64,9 @@ def layer_spectra(
     Args:
         name: Path of the layer.
         layer: Conv2d or Linear.
-        places: What it runs over.
-        schemes: Names to choose from.
-        moments: Of what it reads; None measures errors on the kernel.
+        places: Positions that the layer runs over.
+        schemes: Names of the schemes to choose from.
+        moments: Second moments of the layer's inputs; None measures errors on the kernel.
         with_norms: Compute bounds of the operator norm too, for which singular values are computed once more.
 
     Raises:

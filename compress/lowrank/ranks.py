@@ -1,8 +1,8 @@
 """Scheme and ranks of each layer for one relative error that all layers share.
 
 Pure arithmetic on singular values and costs. For a shared relative error every layer takes, of all schemes, the
-cheapest ranks whose error bound keeps it, and stays dense when none is cheaper than the layer itself. The total cost
-never rises with the error, so a budget is met by bisecting the one scalar; the smallest error that meets it is kept.
+cheapest ranks whose error bound keeps it. A layer stays dense if no ranks are cheaper than the layer itself. The total
+cost never rises with the error, so the error is bisected to a budget; the smallest error that meets it is kept.
 
 Source: one shared threshold with ranks that adapt to the layer, as in trained rank pruning (Xu et al., IJCAI 2020,
 arXiv:2004.14566); bisecting it to a budget, as the global step of ALDS (Liebenwein et al., NeurIPS 2021,
@@ -23,7 +23,7 @@ _BISECTIONS = 60
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of a factorised layer: first * r1 + joint * r1 * r2 + second * r2; only `first` where there is one rank.
+    """Cost of a factorised layer: first * r1 + joint * r1 * r2 + second * r2; with one rank, first * r1.
 
     >>> Cost(3).at((4,)), Cost(3, 2, 5).at((4, 10))
     (12, 142)
@@ -45,11 +45,11 @@ class SchemeSpectra:
     """One way to factorise a layer.
 
     Attributes:
-        scheme: Its name.
+        scheme: Name of the scheme.
         singular_values: One falling spectrum for each rank.
-        macs: By rank.
-        params: By rank, without the bias.
-        norm_bounds: (full + 1,) bounds of the operator norm of the residual by rank; None where the scheme has none.
+        macs: MACs by rank.
+        params: Params by rank, without the bias.
+        norm_bounds: (full + 1,) bounds of the operator norm of the residual by rank; None if the scheme has no bounds.
     """
 
     scheme: str
@@ -65,8 +65,8 @@ class LayerSpectra:
 
     Attributes:
         layer: Module path.
-        macs: Of the dense layer.
-        params: Of the dense layer, without the bias.
+        macs: MACs of the dense layer.
+        params: Params of the dense layer, without the bias.
         schemes: Ways to choose from; () keeps it dense.
     """
 
@@ -82,12 +82,12 @@ class RankChoice:
 
     Attributes:
         layer: Module path.
-        scheme: None when it stays dense.
-        ranks: () when it stays dense.
-        error_bound: Upper bound of the relative error; exact for a scheme with one rank, but of outputs an estimate
-            where `singular_values` gives one. By "alds" the bound is that of the operator norm.
-        macs: Afterwards.
-        params: Afterwards, without the bias.
+        scheme: Name of the scheme; None for a dense layer.
+        ranks: Ranks of the scheme; () for a dense layer.
+        error_bound: Upper bound of the relative error; exact for a scheme with one rank, except that errors of outputs
+            are estimates if `singular_values` estimates them. For "alds", it bounds the operator norm.
+        macs: MACs after the choice.
+        params: Params after the choice, without the bias.
     """
 
     layer: str
@@ -108,11 +108,11 @@ def choose_ranks(
     """Choose scheme and ranks of each layer for one shared relative error.
 
     Args:
-        layers: Spectra and costs.
-        relative_error: Bound, in [0, 1].
+        layers: Spectra and costs of each layer.
+        relative_error: Bound of the relative error, in [0, 1].
         multiple_of: Ranks are multiples of this, rounded up, where the full rank is at least this; the full rank
             itself is always allowed.
-        metric: What "cheaper" means; the other of the two never grows either.
+        metric: Cost that the choice minimises; the other cost never grows either.
 
     Returns:
         One choice for each layer, in order.
@@ -134,18 +134,19 @@ def solve_relative_error(
     """Return the smallest shared relative error whose total cost meets the target; never above it.
 
     Args:
-        layers: Spectra and costs.
+        layers: Spectra and costs of each layer.
         fixed_cost: Cost of everything that is not in `layers`.
-        target_cost: What the total must not exceed, in the unit of `metric`.
+        target_cost: Upper limit of the total, in the unit of `metric`.
         multiple_of: As in `choose_ranks`.
-        metric: What is counted.
-        baseline_cost: What ratios in messages are relative to; the dense total by default.
+        metric: Cost that is limited.
+        baseline_cost: Cost that ratios in messages are relative to; the dense total by default.
 
     Returns:
         In [0, 1]; 0 when the dense layers meet the target already.
 
     Raises:
-        BudgetUnreachable: Even the smallest ranks cost too much; says the best reachable and what limits it.
+        BudgetUnreachable: Even the smallest ranks cost too much; the message states the best reachable cost and its
+            limits.
     """
 
     def total(relative_error: float) -> int:
@@ -191,7 +192,7 @@ def _choose(layer: LayerSpectra, relative_error: float, multiple_of: int, metric
 
 
 def _candidates(spectra: SchemeSpectra, relative_error: float, multiple_of: int) -> list[tuple[tuple[int, ...], float]]:
-    """Return all ranks, none smaller in every part than another, that keep the error; with their error bounds."""
+    """Return the ranks that keep the error, none smaller in every part than another, with their error bounds."""
     budget = relative_error**2
     grids = [allowed_ranks(len(values), multiple_of) for values in spectra.singular_values]
     tails = [lost_energy(values)[grid] for values, grid in zip(spectra.singular_values, grids, strict=True)]

@@ -22,10 +22,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def apply_factorize(module: nn.Module, edit: Factorize) -> nn.Module:
-    """Return a copy of `module` with one layer factorised; the input does not change.
+    """Return a copy of `module` with one layer factorised.
 
     Args:
-        module: Any network.
+        module: Any network; left unchanged.
         edit: Layer, scheme and ranks.
 
     Raises:
@@ -44,8 +44,8 @@ def factorized_copy(
 
     Args:
         module: Any network.
-        edits: What becomes of its layers.
-        moments: Layer -> moments of what it reads, for the layers whose outputs are to be kept.
+        edits: Layer, scheme and ranks of each factorisation.
+        moments: Layer -> second moments of its inputs, for the layers whose outputs are approximated.
     """
     changed = copy.deepcopy(module)
     return changed, {edit.layer: factorize_layer(changed, edit, (moments or {}).get(edit.layer)) for edit in edits}
@@ -91,7 +91,7 @@ def replace_structure(module: nn.Module, edit: Factorize) -> tuple[Layer, ...]:
 
 
 def unsupported_reason(module: nn.Module, name: str) -> str | None:
-    """Return why a convolution or linear layer cannot be factorised, or None.
+    """Return the reason why a convolution or linear layer cannot be factorised, or None.
 
     Args:
         module: The network.
@@ -171,7 +171,7 @@ def _conv_parts(layer: nn.Conv2d, edit: Factorize) -> tuple[Layer, ...]:
 
 
 def _one_axis(layer: nn.Conv2d, axis: int) -> dict[str, Any]:
-    """Return the geometry of `layer` along one axis, and that of a 1-wide kernel along the other."""
+    """Return the geometry of `layer` along one axis, and a 1-wide kernel's along the other."""
 
     def only(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
         return tuple(value if index == axis else neutral for index, value in enumerate(values))

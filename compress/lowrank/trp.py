@@ -11,18 +11,18 @@ from compress.model.recipe import Factorize
 
 
 class TrainedRank:
-    """Every so many steps each kernel becomes its nearest of low rank, and a nuclear norm pulls towards lower ranks.
+    """Training hooks that cut kernels to low rank every few steps; a nuclear norm pulls towards lower ranks.
 
-    Between these steps training goes on with whole kernels, so that what is cut off can come back where the loss wants
-    it; with time the kernels stay near low rank, and the factorisation at the end loses next to nothing.
+    Between these steps, kernels of full rank are trained, so that removed directions can come back if the loss needs
+    them. With time the kernels stay near low rank, and the factorisation at the end loses next to nothing.
 
     Args:
         module: The network; its layers are changed in place.
-        choose: Returns the new form of each layer by its present weights; unchanged layers are absent.
+        choose: Returns scheme and ranks of each layer for its present weights; unchanged layers are absent.
         interval: Steps from one cut to the next.
         strength: Factor of the sub-gradient of the nuclear norm, in the steps that begin with a cut.
 
-    The kernels are whole after the last step; the factorisation that follows cuts them once.
+    The kernels have full rank after the last step; the factorisation that follows cuts them once.
 
     Source: Xu et al. 2020, "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", IJCAI, arXiv:2004.14566.
         Ranks by a budget in place of a share of the energy are an adaptation.
@@ -37,11 +37,11 @@ class TrainedRank:
         self._present: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return nothing: all that is learned is the network."""
+        """Return nothing: only the network is learned."""
         return ()
 
     def on_step_begin(self, step: int) -> None:
-        """Cut the kernels to low rank when it is time to."""
+        """Cut the kernels to low rank every `interval` steps."""
         if step % self.interval == 0:
             self.cut()
 
@@ -55,22 +55,22 @@ class TrainedRank:
                 weight.grad.add_(main_directions(weight.cpu(), scheme, ranks).to(weight), alpha=self.strength)
 
     def on_step_end(self, step: int) -> None:
-        """Nothing is done."""
+        """Do nothing."""
 
     @torch.no_grad()
     def cut(self) -> None:
-        """Replace each kernel by the nearest one of the ranks that the budget gives it."""
+        """Replace each kernel by the nearest kernel of the ranks within the budget."""
         self._present = {edit.layer: (edit.scheme, edit.ranks) for edit in self.choose()}
         for layer, (scheme, ranks) in self._present.items():
             weight = self._weight(layer)
             weight.copy_(multiply(factorize(weight.cpu(), scheme, ranks).weights, scheme))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values from which `load_state_dict` goes on."""
+        """Return plain values from which `load_state_dict` resumes."""
         return {"present": {layer: [scheme, list(ranks)] for layer, (scheme, ranks) in self._present.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         self._present = {layer: (scheme, tuple(ranks)) for layer, (scheme, ranks) in state["present"].items()}
 
     def _weight(self, layer: str) -> Tensor:

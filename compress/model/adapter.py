@@ -3,11 +3,10 @@
     rows (N, K) ──unpack──> forward(image, mask=...) ──flatten──> Tensor, or tuple of tensors
                             (the user's own)
 
-The network itself is changed, and nothing is put around it: its class becomes a subclass whose `forward` adapts, so
-that names of parameters and layers stay what they were. Outputs are flattened in the order in which they are met: the
-entries of a mapping by their keys, the fields of a dataclass or named tuple, the elements of a list or tuple by their
-place. A name is the path there ("features.0"), "output_0" for an element of the outermost list, "logits" for a single
-tensor.
+The network is changed in place, without a wrapper: its class becomes a subclass whose `forward` adapts, so that names
+of parameters and layers stay the same. Outputs are flattened in order: entries of a mapping by key, fields of a
+dataclass or named tuple by name, elements of a list or tuple by index. The name of an output is its path
+("features.0"), "output_0" for an element of the outermost list, "logits" for a single tensor.
 """
 
 import copy
@@ -34,14 +33,14 @@ _WIRING = "compress_wiring"
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """Inputs of a network's call, and the outputs that are kept.
+    """Inputs of a network's call, and its kept outputs.
 
     Attributes:
-        inputs: As declared; () for one image.
-        keywords: Those of them that `forward` takes by name; the others go in by their place.
-        outputs: Names of the outputs that are kept, in order; () for whatever the network returns, as it is.
+        inputs: Declared inputs; () for one image.
+        keywords: Names of the inputs that `forward` takes as keyword arguments; the others are positional.
+        outputs: Names of the kept outputs, in order; () to return the network's own outputs unchanged.
         evaluated: Paths of modules that stay in evaluation mode during training; "" is the network itself.
-        notes: What a user should know of how it trains.
+        notes: Notes for the user on training.
     """
 
     inputs: tuple[TensorSpec, ...] = ()
@@ -52,18 +51,18 @@ class Wiring:
 
 
 class _Adapted(nn.Module):
-    """Mixin put before the class of an adapted network."""
+    """Mixin before the class of an adapted network, whose `forward` unpacks inputs and flattens outputs."""
 
     compress_wiring: Wiring
     compress_takes_parts: bool
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the tensors that are returned, as in the ONNX file; () where they are returned as they are."""
+        """Names of the returned tensors, as in the ONNX file; () if outputs are unchanged."""
         return output_names(self.compress_wiring)
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Take one row for each sample (or the inputs themselves within `real_inputs`) and return the tensors kept."""
+        """Return the kept outputs for (N, K) rows of all inputs, or for separate inputs within `real_inputs`."""
         wiring = self.compress_wiring
         parts = values
         if is_packed(wiring.inputs) and not self.compress_takes_parts:
@@ -79,7 +78,7 @@ class _Adapted(nn.Module):
         return kept
 
     def keep_outputs(self, outputs: Any) -> Any:
-        """Return of what the network's own forward returned the tensors that are kept."""
+        """Return the kept tensors among the outputs of the network's own forward."""
         wiring = self.compress_wiring
         if not wiring.outputs:
             return outputs
@@ -94,19 +93,19 @@ class _Adapted(nn.Module):
         return kept[0] if len(kept) == 1 else tuple(kept)
 
     def train(self, mode: bool = True) -> "_Adapted":
-        """Set training mode, but for the modules whose training code is left out."""
+        """Set training mode, except for modules that stay in evaluation mode during training."""
         super().train(mode)
         for path in self.compress_wiring.evaluated:
-            with suppress(AttributeError):  # a module that was removed
+            with suppress(AttributeError):  # the module was removed
                 self.get_submodule(path).training = False
         return self
 
 
 class _Own(_Adapted):
-    """Mixin put before the class of a network that is returned to the user: its own forward."""
+    """Mixin before the class of a network for the user, which has the arguments of the network's own forward."""
 
     def forward(self, *values: Any, **named: Any) -> Any:
-        """Take the inputs as the network's own forward does (or rows of all of them) and return the tensors kept."""
+        """Return the kept outputs for the arguments of the network's own forward, or for rows of all inputs."""
         inputs = self.compress_wiring.inputs
         if len(values) == 1 and not named and _is_row(values[0], inputs):
             return super().forward(*values)
@@ -114,10 +113,10 @@ class _Own(_Adapted):
 
 
 def with_own_forward(module: nn.Module) -> nn.Module:
-    """Return an adapted network that is called as its own class is; any other as it is.
+    """Return an adapted network with the call arguments of its own class; any other network unchanged.
 
     Args:
-        module: As the stages work with it; changed in place.
+        module: Network as the stages use it; changed in place.
     """
     if wiring_of(module) is None:
         return module
@@ -134,14 +133,14 @@ def with_own_forward(module: nn.Module) -> nn.Module:
 
 
 def as_users_own(module: nn.Module, example: Tensor) -> nn.Module:
-    """Return an adapted network as one of the user's own class again, if that runs in training mode.
+    """Return an adapted network with the user's own class restored, if that class runs in training mode.
 
-    Modules that stay in evaluation mode (`Wiring.evaluated`) were not followed in training mode, so that a cut may have
-    broken what only training runs. Whether it has is tried on a copy. If so, the network keeps its protection
-    (`with_own_forward`). A network of its own class can be pickled, as trainers of other libraries do.
+    Modules that stay in evaluation mode (`Wiring.evaluated`) were not traced in training mode, so pruning may have
+    broken their training code. A copy is tried. If it fails, the modules stay in evaluation mode
+    (`with_own_forward`). A network of the user's own class can be pickled, as trainers of other libraries do.
 
     Args:
-        module: As the stages work with it; changed in place.
+        module: Network as the stages use it; changed in place.
         example: One array of the data, (1, ...).
     """
     wiring = wiring_of(module)
@@ -180,8 +179,8 @@ def _of_class(module: nn.Module, base: type[nn.Module]) -> nn.Module:
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class of a network in place, as torch's own parametrizations do.
 
-    A module around it would change the names of its parameters. A second object that shares its parts would not be the
-    one that the network may refer to itself, such as by a bound method among its attributes.
+    A wrapper module would change the names of parameters. A second object with shared modules would break references of
+    the network to itself, such as a bound method among its attributes.
     """
     module.__class__ = kind
 
@@ -198,14 +197,14 @@ def adapt(
     evaluated: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Return the network with one array in and tensors out; the same object, with a class of its own.
+    """Return the same network object with a new class, from one array to tensors.
 
     Args:
         module: Any network.
-        inputs: As declared; () for one image.
-        outputs: Which outputs are kept; () for whatever the network returns, as it is.
-        evaluated: Modules that stay in evaluation mode during training.
-        notes: What a user should know of how it trains.
+        inputs: Declared inputs; () for one image.
+        outputs: Names of the kept outputs; () to return the network's own outputs unchanged.
+        evaluated: Paths of modules that stay in evaluation mode during training.
+        notes: Notes for the user on training.
 
     Raises:
         ModelError: `forward` does not take these inputs.
@@ -214,7 +213,7 @@ def adapt(
         module.__dict__[_WIRING] = replace(earlier, outputs=outputs, evaluated=evaluated, notes=notes)
         return module
     plain = module
-    if isinstance(module, torch.fx.GraphModule):  # its copies are made by its own rules, which know no other class
+    if isinstance(module, torch.fx.GraphModule):  # its copies would not keep the new class
         plain = nn.Module()
         plain.__dict__.update(module.__dict__)
     base = type(module)
@@ -228,19 +227,19 @@ def adapt(
 
 
 def output_names(wiring: Wiring) -> tuple[str, ...]:
-    """Return the names of the outputs that are kept, none of which is that of an input."""
+    """Return the names of the kept outputs, with a suffix if an input has the same name."""
     taken = {spec.name for spec in wiring.inputs} or {INPUT_NAME}
     return tuple(f"{name}_out" if name in taken else name for name in wiring.outputs)
 
 
 def wiring_of(module: nn.Module) -> Wiring | None:
-    """Return how an adapted network is called, None for one that was left as it is."""
+    """Return the inputs and outputs of an adapted network; None for any other network."""
     return getattr(module, _WIRING, None)
 
 
 @contextmanager
 def real_inputs(module: nn.Module) -> Iterator[None]:
-    """Let an adapted network take its inputs one by one, as its ONNX file does; nothing happens to any other."""
+    """Let an adapted network take separate inputs, as its ONNX file does; no effect on other networks."""
     if wiring_of(module) is None:
         yield
         return
@@ -274,10 +273,10 @@ def unpack_rows(rows: Tensor, inputs: Sequence[TensorSpec]) -> Iterator[Tensor]:
 
 
 def flatten_outputs(outputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of everything in a network's outputs; None is left out.
+    """Yield name and tensor of each of a network's outputs; None is skipped.
 
     Raises:
-        ModelError: Something in them is no tensor; says where.
+        ModelError: An output is no tensor; the message names it.
 
     >>> [name for name, _ in flatten_outputs({"out": torch.ones(1), "more": [torch.ones(1), torch.ones(1)]})]
     ['out', 'more.0', 'more.1']
@@ -308,7 +307,7 @@ def _entries(outputs: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def example_input(signature: Signature, batch: int = 1) -> Tensor:
-    """Return what the network is called with, of zeros: the first input's shape, or a row of all inputs."""
+    """Return a network input of zeros, in the shape of the first input, or as rows of all inputs."""
     if is_packed(signature.inputs):
         return torch.zeros([batch, row_width(signature.inputs)])
     sizes = [size if isinstance(size, int) else 1 for size in signature.inputs[0].shape]
@@ -316,7 +315,7 @@ def example_input(signature: Signature, batch: int = 1) -> Tensor:
 
 
 def sample_shape(module: nn.Module, example: Tensor) -> tuple[int, ...]:
-    """Return the shape of what a network is called with, without the batch: that of its only input, or of a row."""
+    """Return the shape of a network's input without the batch axis: its only input, or a row of all inputs."""
     wiring = wiring_of(module)
     if wiring is not None and len(wiring.inputs) == 1:
         return part_sizes(wiring.inputs[0])
@@ -324,13 +323,13 @@ def sample_shape(module: nn.Module, example: Tensor) -> tuple[int, ...]:
 
 
 def random_inputs(module: nn.Module, example: Tensor, batch: int, seed: int) -> Tensor:
-    """Return random values that a network can be called with.
+    """Return random inputs for a network.
 
     Args:
         module: The network.
-        example: One input of it, (1, ...).
-        batch: How many.
-        seed: Decides them.
+        example: One input of the network, (1, ...).
+        batch: Number of samples.
+        seed: Seed of the random values.
     """
     wiring = wiring_of(module)
     if wiring is not None and is_packed(wiring.inputs):
@@ -341,7 +340,7 @@ def random_inputs(module: nn.Module, example: Tensor, batch: int, seed: int) -> 
 
 
 def _keywords(base: type[nn.Module], inputs: Sequence[TensorSpec]) -> frozenset[str]:
-    """Return the inputs that `forward` has a parameter for, by name; raises ModelError when they cannot be given."""
+    """Return the names of inputs that `forward` has as parameters; raise ModelError if it cannot take all inputs."""
     if not inputs:
         return frozenset()
     takes = inspect.signature(base.forward)
@@ -361,5 +360,5 @@ def _keywords(base: type[nn.Module], inputs: Sequence[TensorSpec]) -> frozenset[
 
 
 def _plain_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return a module class with the forward of a traced graph, and nothing else of it."""
+    """Return a plain module class that has only the forward of a traced graph."""
     return type(base.__name__, (nn.Module,), {"forward": base.forward})

@@ -25,10 +25,10 @@ class TensorSpec:
     """One input or output.
 
     Attributes:
-        name: As in the ONNX file.
+        name: Name in the ONNX file.
         shape: Sizes; "batch" stands for the open batch axis.
         dtype: numpy name, such as "float32".
-        high: Whole numbers of an input are below this; None where nobody said. No file states it.
+        high: Exclusive upper bound of an integer input; None if unknown. ONNX files do not store it.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ModelMetrics:
         params: Trainable scalars.
         size_bytes: All files of the ONNX model.
         quality: Metric name -> value in [0, 1], such as {"top1": 0.9173}; measured on the ONNX file.
-        latency_ms: {"p50": ..., "p95": ...} in the runtime that ships the model.
+        latency_ms: {"p50": ..., "p95": ...} in the target runtime.
     """
 
     macs: int
@@ -94,9 +94,9 @@ class FactorySpec:
         kind: "factory", "onnx", "timm" or "torchvision".
         reference: "pkg.module:callable", "/absolute/file.py:callable", a name of timm or torchvision, or an
             ONNX file, with or without its weights.
-        kwargs: Keyword arguments of the callable; of an ONNX file "inputs", the shapes that it leaves open.
+        kwargs: Keyword arguments of the callable; for an ONNX file "inputs", the shapes of its open axes.
         inputs: Input name -> {"shape": [...], "dtype": ..., "high": ...} without the batch axis; {} for one image.
-        outputs: Which outputs are kept, in this order; () for all.
+        outputs: Names of the kept outputs, in order; () for all.
     """
 
     UNKNOWN: ClassVar[str] = ""  # reference of a network that was given as an object
@@ -109,7 +109,7 @@ class FactorySpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FactorySpec:
-        """Rebuild from `dataclasses.asdict` values that went through JSON; what older files lack is empty.
+        """Rebuild from `dataclasses.asdict` values that went through JSON; keys that older files lack are empty.
 
         Raises:
             TypeError: A value is of another kind.
@@ -121,7 +121,7 @@ class FactorySpec:
 
     @classmethod
     def from_model(cls, model: Mapping[str, Any]) -> FactorySpec:
-        """Return how the plain values of a `model:` section say the network is built."""
+        """Return the specification from the plain values of a `model:` section."""
         (kind,) = (kind for kind in get_args(NetworkKind) if kind in model)
         if kind == "onnx":
             shapes = {name: list(sizes) for name, sizes in model["inputs"].items()}
@@ -130,7 +130,7 @@ class FactorySpec:
         return cls(kind, model[kind], dict(model["kwargs"]), dict(model["inputs"]), tuple(model["outputs"]))
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the inputs that are declared, with their batch axis; () for one image."""
+        """Return the declared inputs, with their batch axis; () for one image."""
         return tuple(
             TensorSpec(name, ("batch", *declared["shape"]), declared.get("dtype", "float32"), declared.get("high"))
             for name, declared in self.inputs.items()
@@ -142,9 +142,9 @@ class Baseline:
     """The baseline, measured once by `load`.
 
     Attributes:
-        metrics: Its size, quality and speed.
-        onnx_path: Its export.
-        weights_path: Its weights (safetensors), for distillation.
+        metrics: Size, quality and speed.
+        onnx_path: Exported ONNX file.
+        weights_path: Weights (safetensors), for distillation.
     """
 
     metrics: ModelMetrics
@@ -158,14 +158,14 @@ class TorchModel:
 
     Attributes:
         module: The network.
-        factory: How the baseline is built.
-        recipe: The edits made so far; replaying them on a fresh original gives this structure.
+        factory: Specification that builds the baseline.
+        recipe: The edits made so far; replaying them on a newly built network yields this structure.
         signature: Inputs and outputs.
-        preprocessing: What happens to an image first.
+        preprocessing: Preprocessing of an image before the network.
         classes: Class names, or ().
         baseline: The baseline's metrics and files.
-        rewrites: What is rewritten for the runtime whenever the network is exported; the baseline was too.
-        precision: "fp32" or "fp16": that of the files, the baseline's too; the module is float32.
+        rewrites: Names of the graph rewrites for the runtime, applied at each export, the baseline's included.
+        precision: "fp32" or "fp16": precision of the files, the baseline's included; the module is float32.
     """
 
     module: nn.Module
@@ -187,8 +187,8 @@ class OnnxModel:
         path: The .onnx file; external data lies beside it.
         opset: Version of the default operator set.
         signature: Inputs and outputs.
-        reference: The torch network that the file must equal; that `float_path` must, where the file is quantised.
-        float_path: The float file that a quantised one was made from; None where the file is float itself.
+        reference: The torch network that the file must equal; for a quantised file, `float_path` must equal it.
+        float_path: The float file that a quantised file was made from; None for a float file.
     """
 
     path: Path
@@ -200,14 +200,14 @@ class OnnxModel:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One thing that was checked.
+    """Result of one check of a verification.
 
     Attributes:
-        name: Such as "parity" or "min_speedup".
-        status: "pass", "fail", "skipped", or "inconclusive" where the data show neither.
-        value: What was measured; None when nothing could be.
-        limit: What it was held to; None for an observation.
-        unit: Of value and limit: "ms", "x", "share", "bytes", "".
+        name: Name of the check, such as "parity" or "min_speedup".
+        status: "pass", "fail", "skipped", or "inconclusive" if the data show neither.
+        value: Measured value; None if the measurement was not possible.
+        limit: Limit of the value; None for an observation.
+        unit: Unit of value and limit: "ms", "x", "share", "bytes", "".
         detail: One sentence.
         remedy: Next step of the user after a check that did not pass, or "".
     """
@@ -226,7 +226,7 @@ class Verdict:
     """The outcome of a verification.
 
     Attributes:
-        checks: Everything that was checked.
+        checks: Results of all checks.
         required: Names of checks that must not be skipped.
         slim: Metrics of the file.
         baseline: Metrics of the baseline, measured in the same run where that matters (latency).
@@ -243,7 +243,7 @@ class Verdict:
 
     @property
     def outcome(self) -> Outcome:
-        """Failed: a check failed, a required one was not made, or none was. Else inconclusive where one check is."""
+        """Failed if a check failed, a required one was not made, or no check was made; else inconclusive if one is."""
         made = {check.name for check in self.checks if check.status != "skipped"}
         if not made or not made.issuperset(self.required) or any(check.status == "fail" for check in self.checks):
             return "failed"
@@ -251,7 +251,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Return whether at least one check was made, every required one among them, and all of those passed."""
+        """Return whether at least one check was made, all required checks were made, and all made checks passed."""
         return self.outcome == "passed"
 
     @property

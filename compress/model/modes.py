@@ -12,7 +12,7 @@ Hook = Callable[..., Any]
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch to eval mode and give every part its own training flag back at the end."""
+    """Switch to eval mode, and restore the training flag of every module at the end."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -60,7 +60,7 @@ def running_paths(module: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def plain_operations(module: nn.Module) -> Iterator[None]:
-    """Let attention and LSTM layers be carried out as matrix products instead of one operation that hides them."""
+    """Run attention and LSTM layers as matrix products instead of single fused operations."""
     has_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -72,7 +72,7 @@ def plain_operations(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_lstm(module: nn.Module) -> Iterator[None]:
-    """Let LSTM layers, if there are any, be carried out as matrix products."""
+    """Run any LSTM layers as matrix products."""
     has_fused = torch._C._get_mkldnn_enabled()
     if any(isinstance(part, nn.LSTM) for part in module.modules()):
         torch._C._set_mkldnn_enabled(False)

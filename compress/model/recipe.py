@@ -2,7 +2,7 @@
 
     recipe = [RemoveBlock, RemoveChannels, Factorize, ...]      in the order they were made
 
-Indices refer to the network as it is when the edit is applied.
+Indices of an edit refer to the network after all earlier edits.
 """
 
 import json
@@ -16,10 +16,10 @@ RECIPE_SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class RemoveChannels:
-    """Cut channels out of channel groups, all in one graph.
+    """Remove channels from channel groups, all in one graph.
 
     Attributes:
-        removed: For each group, by the name of its first layer, the sorted indices of the channels that go.
+        removed: For each group, by the name of its first layer, the sorted indices of the removed channels.
     """
 
     kind: ClassVar[str] = "remove_channels"
@@ -28,10 +28,10 @@ class RemoveChannels:
 
 @dataclass(frozen=True, slots=True)
 class Narrow(RemoveChannels):
-    """Cut to the widths of the state dict that `load` read; made by `load`, so that the baseline is as narrow.
+    """Narrow a network to the widths of the state dict that `load` read; made by `load`, so also in the baseline.
 
     Attributes:
-        removed: As in `RemoveChannels`. The positions carry no meaning: all values are loaded after the cut.
+        removed: As in `RemoveChannels`. The indices have no meaning: all weights are loaded afterwards.
     """
 
     kind: ClassVar[str] = "narrow"
@@ -68,7 +68,7 @@ class Factorize:
     Attributes:
         layer: Module path of the layer.
         scheme: "nc", "vh", "tucker2" or "svd"; "nc2" or "nc4" for "nc" with the input channels in 2 or 4 groups.
-        ranks: One rank, of each group where there are several; two (in, out) for "tucker2".
+        ranks: One rank, that of each convolution group; two (in, out) for "tucker2".
     """
 
     kind: ClassVar[str] = "factorize"
@@ -101,7 +101,7 @@ class Recipe:
 
     @property
     def of_baseline(self) -> "Recipe":
-        """The edits that `load` made: those of the baseline."""
+        """The edits that `load` made, which the baseline has as well."""
         return Recipe(tuple(edit for edit in self.edits if isinstance(edit, _OF_BASELINE)))
 
     @property
@@ -111,7 +111,7 @@ class Recipe:
 
     @property
     def is_baseline(self) -> bool:
-        """Return whether nothing was edited but what the baseline lacks as well."""
+        """Return whether all edits are those of the baseline."""
         return self == self.of_baseline
 
     def to_json(self) -> str:

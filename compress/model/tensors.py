@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
+_OWN = frozenset(vars(nn.Module()))  # attributes of every torch module
 
 
 def own_attributes(part: nn.Module) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def held_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def attribute_names(module: nn.Module) -> dict[int, str]:
-    """Return by identity of a tensor in a list, tuple or mapping on a module where it stands ("neck.scales[0]")."""
+    """Return id(tensor) -> its path, such as "neck.scales[0]", for tensors in lists, tuples or mappings on modules."""
     found: dict[int, str] = {}
     for path, part in module.named_modules():
         for name, value in own_attributes(part).items():
@@ -31,7 +31,7 @@ def attribute_names(module: nn.Module) -> dict[int, str]:
 
 
 def detach_stored(module: nn.Module) -> None:
-    """Cut the tensors that a forward pass left on modules (`self.features = y`) off their autograd graph, in place.
+    """Detach the tensors that a forward pass stored on modules (`self.features = y`), in place.
 
     A tensor inside a graph cannot be deep-copied, and keeps the activations of its pass alive.
     """
@@ -66,9 +66,9 @@ def _inside(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def find_shared(module: nn.Module) -> dict[str, str]:
-    """Return module path -> the parameter of another module that is one of its own, in definition order.
+    """Return module path -> name of a parameter of another module that it shares, in definition order.
 
-    A module that is registered under two names is one module, and shares nothing.
+    A module that is registered under two names is one module, and shares no parameter.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     >>> net[2].weight = net[0].weight

@@ -1,1 +1,1 @@
-"""Networks from elsewhere: built, loaded, and brought into the one form that the rest works with."""
+"""Networks of users and libraries: built, loaded, and converted to the form that all stages use."""

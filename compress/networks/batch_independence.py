@@ -1,7 +1,7 @@
 """Refusal of networks whose output for an image depends on the other images of its batch.
 
-What such a network computes follows from the batch size and from which images come together: scores, repairs and the
-verdict would each see another network than the one that is deployed.
+The outputs of such a network depend on the batch size and on the images that share a batch. Scores, repairs and the
+verdict would each measure a network that differs from the deployed one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compress.model.modes import eval_mode, hooked
 from compress.tasks.outputs import each, plain
 
 IMAGES = 4
-_TOLERANCE, _TOLERANCE_ALONE = 1e-4, 1e-3  # of the largest output; the latter where float64 cannot be asked
+_TOLERANCE, _TOLERANCE_ALONE = 1e-4, 1e-3  # of the largest output; the latter for a network that has no float64 form
 _TOLERANCE_FLOAT64 = 1e-8
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 Seen = dict[str, tuple[list[Tensor], list[Tensor]]]
@@ -29,14 +29,14 @@ Seen = dict[str, tuple[list[Tensor], list[Tensor]]]
 def require_batch_independence(module: nn.Module, images: Tensor) -> None:
     """Compare images alone with the same images in one batch.
 
-    Where they differ by more than rounding may explain, float64 decides.
+    If they differ by more than rounding in float32 explains, a comparison in float64 decides.
 
     Args:
         module: Network that takes one array.
-        images: (N, ...) different images, at least two; one alone says nothing.
+        images: (N, ...) different images, at least two; a single image is not checked.
 
     Raises:
-        ModelError: An output differs; names the first layer where it does.
+        ModelError: An output differs; the message names the first layer whose output differs.
     """
     if len(images) < 2:
         return
@@ -57,7 +57,7 @@ def require_batch_independence(module: nn.Module, images: Tensor) -> None:
 
 
 def _difference(module: nn.Module, images: Tensor) -> float:
-    """Return the largest difference of an output over the largest value; infinity where an image alone is refused."""
+    """Return the largest output difference over the largest value; infinity if the network refuses a single image."""
     names = getattr(module, "output_names", ())
     together = list(each(plain(module(images), names)))
     largest = 0.0
@@ -84,7 +84,7 @@ def _relative(alone: Tensor, among: Tensor, scale: Tensor) -> float:
 
 
 def _place(module: nn.Module, images: Tensor) -> tuple[str, str]:
-    """Return where the first image is first another one among others than alone, in words, and a hint."""
+    """Return, in words, the first layer whose values for the first image depend on the batch, and a hint."""
     plain_hint = "Let the forward pass treat each image by itself: no mean, sum or norm over the first axis."
     with _watched(module) as together:
         module(images)
@@ -113,7 +113,7 @@ def _hint_of(module: nn.Module, name: str) -> str:
 
 @contextmanager
 def _watched(module: nn.Module) -> Iterator[Seen]:
-    """Keep what each layer reads and returns the first time, by its name, in the order of the calls."""
+    """Record the inputs and outputs of the first call of each layer, by layer name, in the order of the calls."""
     seen: Seen = {}
 
     def keep(name: str) -> Any:
@@ -140,7 +140,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _differs(alone: list[Tensor], together: list[Tensor], count: int) -> bool:
-    """Return whether the first image's part of some value is another one among others."""
+    """Return whether any value of the first image differs between a single image and the batch."""
     return any(
         _relative(one, all_[: len(one)], all_) > _TOLERANCE
         for one, all_ in zip(alone, together, strict=False)

@@ -1,12 +1,12 @@
-"""Single-stage detectors of torchvision as networks of images and tensors, and their tensors as boxes.
+"""Single-stage detectors of torchvision as networks from images to tensors, and conversion of the tensors to boxes.
 
     torchvision    list of images ──resize, normalise──> backbone ──> head ──> anchors, decode, NMS ──> list of boxes
     here           (N, 3, H, W) prepared ──────────────> backbone ──> head ──> {cls_logits, bbox_regression, ...}
                    `Postprocess`: those tensors, (H, W) ──anchors, decode, score threshold, NMS──> list of boxes
                    `Loss`: those tensors, list of boxes ──anchors, matching, losses──> scalar
 
-The detector stays itself and keeps its names, so that published weights fit; only its `forward` is another one. What
-comes after the head has no weights: it is torchvision's own code, called with the tensors wherever they were computed.
+The detector keeps its modules and their names, so that published weights fit; only its `forward` is replaced. The steps
+after the head have no weights: torchvision's own code runs on the tensors, whichever runtime computed them.
 """
 
 import copy
@@ -29,10 +29,10 @@ _TWO_STAGES = ("fasterrcnn_", "keypointrcnn_", "maskrcnn_")
 
 
 class _RawForward(nn.Module):
-    """Mixin put before the class of a detector."""
+    """Mixin before the class of a detector, whose `forward` returns the tensors of the head."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what the head gives for (N, 3, H, W) images, normalised and of the size they are computed at."""
+        """Return the outputs of the head for (N, 3, H, W) images that are already normalised and resized."""
         detector: Any = self
         features = detector.backbone(images)
         maps = [features] if isinstance(features, Tensor) else list(features.values())
@@ -41,7 +41,7 @@ class _RawForward(nn.Module):
 
 
 def why_not(name: str) -> str | None:
-    """Return why a torchvision network of this name cannot be used, None where it can."""
+    """Return the reason why the torchvision network of this name cannot be used; None if it can."""
     if name.startswith(_TWO_STAGES):
         return (
             "a detector of two stages crops as many regions out of its feature maps as its first stage proposes, which "
@@ -51,10 +51,10 @@ def why_not(name: str) -> str | None:
 
 
 def raw_detector(detector: nn.Module) -> nn.Module:
-    """Return a detector that takes (N, 3, H, W) images and returns its head's outputs by name; parts are shared.
+    """Return a detector that maps (N, 3, H, W) images to the outputs of its head by name.
 
     Args:
-        detector: SSD, SSDlite, RetinaNet or FCOS of torchvision.
+        detector: SSD, SSDlite, RetinaNet or FCOS of torchvision; the result shares its modules.
     """
     base = type(detector)
     kind = type(base.__name__, (_RawForward, base), {"__module__": base.__module__})
@@ -64,10 +64,10 @@ def raw_detector(detector: nn.Module) -> nn.Module:
 
 
 class Postprocess:
-    """Boxes out of the tensors of a raw detector.
+    """Conversion of the tensors of a raw detector to boxes.
 
     Args:
-        detector: Of torchvision, raw or not; its anchors, thresholds and box coder are used, none of its weights.
+        detector: Detector of torchvision, raw or not; only its anchors, thresholds and box coder are used.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -76,11 +76,11 @@ class Postprocess:
         self._sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def __call__(self, outputs: Mapping[str, Tensor], image_size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return what was found in each image.
+        """Return the detected boxes of each image.
 
         Args:
-            outputs: Name -> (N, anchors, ...) tensor, as the raw detector gives them.
-            image_size: (H, W) in pixels of the images that went in.
+            outputs: Name -> (N, anchors, ...) tensor, as the raw detector returns them.
+            image_size: (H, W) in pixels of the input images.
 
         Returns:
             For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "scores": (M,), "labels": (M,) int64}.
@@ -114,7 +114,7 @@ class Postprocess:
 
     @staticmethod
     def _per_level(tensors: Mapping[str, Tensor], maps: list[tuple[int, int]]) -> dict[str, list[Tensor]]:
-        """Split tensors by feature map: at each place of a map there are as many anchors as at any other."""
+        """Split tensors by feature map; all positions of a map have the same number of anchors."""
         places = [height * width for height, width in maps]
         each = next(iter(tensors.values())).shape[1] // sum(places)
         return {
@@ -123,11 +123,11 @@ class Postprocess:
 
 
 class Loss:
-    """The loss that torchvision trains a detector by, of the tensors of its raw form.
+    """Training loss of a torchvision detector, computed from the tensors of its raw form.
 
     Args:
-        detector: Of torchvision, raw or not; its anchors, matching and losses are used, none of its weights.
-        image_size: (H, W) in pixels of the images that go in.
+        detector: Detector of torchvision, raw or not; only its anchors, matching and losses are used.
+        image_size: (H, W) in pixels of the input images.
     """
 
     def __init__(self, detector: nn.Module, image_size: tuple[int, int]) -> None:
@@ -136,8 +136,8 @@ class Loss:
         own.anchor_generator = copy.deepcopy(detector.anchor_generator)
         own.transform = _Unchanged()
         own.backbone = _Maps(sizes)
-        own.head.forward = lambda features: self._outputs  # RetinaNet's and FCOS's heads know losses, and stay
-        own.training = True  # of the detector alone: it then returns its losses
+        own.head.forward = lambda features: self._outputs  # the heads of RetinaNet and FCOS compute losses
+        own.training = True  # only of the detector itself, which then returns its losses
         self._detector, self._size = own, image_size
         self._outputs: dict[str, Tensor] = {}
 
@@ -145,7 +145,7 @@ class Loss:
         """Return the sum of the detector's losses for a batch, a scalar.
 
         Args:
-            outputs: Name -> (N, anchors, ...) tensor, as the raw detector gives them.
+            outputs: Name -> (N, anchors, ...) tensor, as the raw detector returns them.
             targets: For each image {"boxes": (M, 4) x1, y1, x2, y2 in pixels, "labels": (M,) int64}; SSD and
                 SSDlite count objects from 1, 0 is their background.
         """
@@ -159,7 +159,7 @@ class Loss:
 
 
 class _Unchanged(nn.Module):
-    """In place of what resizes and normalises: images here are prepared."""
+    """Stand-in for torchvision's resizing and normalisation; images here are already prepared."""
 
     def forward(self, images: Tensor, targets: Any) -> tuple[Any, Any]:
         from torchvision.models.detection.image_list import ImageList
@@ -168,7 +168,7 @@ class _Unchanged(nn.Module):
 
 
 class _Maps(nn.Module):
-    """In place of a backbone: feature maps without channels, for anchors depend on their sizes alone."""
+    """Stand-in for a backbone that returns feature maps without channels: anchors depend only on their sizes."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Maps(nn.Module):
 
 
 def _weightless(detector: nn.Module, what: str) -> nn.Module:
-    """Return a copy whose weights hold nothing: for the sizes of its feature maps none are needed."""
+    """Return a copy without weight values, which suffices to compute the sizes of feature maps."""
     if not hasattr(detector, "anchor_generator") or not hasattr(detector, "postprocess_detections"):
         raise ModelError(
             f"{what} takes a single-stage detector of torchvision, got {type(detector).__name__}.",

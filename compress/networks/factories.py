@@ -22,12 +22,12 @@ def call_factory(make: Factory, spec: FactorySpec, seed: int = 0) -> nn.Module:
     """Call `make` with the keyword arguments of `spec` and return its network in eval mode.
 
     Args:
-        make: Builds the network.
-        spec: Has the keyword arguments.
-        seed: Of torch, NumPy and `random` during the call, in [0, 2^63); their states are put back afterwards.
+        make: Callable that builds the network.
+        spec: Specification with the keyword arguments.
+        seed: Seed of torch, NumPy and `random` during the call, in [0, 2^63); their states are restored afterwards.
 
     Raises:
-        ModelError: It raises, or returns something that cannot be worked with; says what to give instead.
+        ModelError: The factory raises, or returns no usable network; the message states the remedy.
     """
     with _seeded(seed):
         called = f"Factory '{spec.reference}' must build the network with {_call_text(make, spec.kwargs)}"
@@ -54,14 +54,14 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def require_kind(module: Any, must: str) -> None:
-    """Check that a value is a network that can be worked with.
+    """Check that a value is a usable network.
 
     Args:
-        module: The value.
+        module: Value to check.
         must: Beginning of the message, such as "Factory 'build' must return".
 
     Raises:
-        ModelError: It is not; says what to give instead.
+        ModelError: The value is no usable network; the message states the remedy.
     """
     if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise ModelError(

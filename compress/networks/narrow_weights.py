@@ -1,4 +1,4 @@
-"""Weights of a network that was slimmed by another tool, loaded into the factory's network of full width."""
+"""Loading of the weights of a network that another tool pruned into the factory's network of full width."""
 
 from collections.abc import Mapping
 
@@ -22,19 +22,19 @@ def load_narrow(
     """Cut a network to the widths of a state dict and load that strictly.
 
     Args:
-        module: Of full width, in eval mode; its values are overwritten.
-        state: Name -> tensor, as narrow or narrower than the network.
+        module: Network of full width, in eval mode; its values are overwritten.
+        state: Name -> tensor, at most as wide as the network.
         example: Inputs, (N, ...); the first is traced.
-        source: The state dict in words, for messages.
+        source: Description of the state dict in messages.
 
     Returns:
-        The narrow network, the channels it lacks by group (nothing where the state dict is of full width), and the
-        weights that were converted to another type.
+        The narrow network, its removed channels by group (empty for a state dict of full width), and the weights
+        that were converted to another type.
 
     Raises:
-        ArtifactError: Names are missing or unexpected, or the shapes fit no set of widths; says which.
+        ArtifactError: Names are missing or unexpected, or the shapes fit no set of widths.
         NonFinite: A weight is NaN or infinite.
-        UnsupportedLayer: The network does not compute the same at these widths.
+        UnsupportedLayer: The outputs of the network change at these widths.
         UntraceableModel: The network does not run.
     """
     _require_own_layers(module, state, source)
@@ -52,9 +52,9 @@ def load_narrow(
 
 
 def _require_own_layers(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise ArtifactError for weights of a network whose zero-padded shortcuts compress wrote out as convolutions.
+    """Raise ArtifactError for a state dict in which fixed convolutions replace zero-padded shortcuts.
 
-    Their narrow form depends on which channels were kept, which no shape tells.
+    Their narrow weights depend on the kept channels, which cannot be derived from shapes.
     """
     expected = module.state_dict()
     fixed = [name for name in state if name.rpartition(".")[2] == FIXED_BUFFER and name not in expected]
@@ -69,17 +69,17 @@ def _require_own_layers(module: nn.Module, state: Mapping[str, Tensor], source: 
 def require_same(
     module: nn.Module, slim: nn.Module, graph: ChannelGraph, removed: Removed, example: Tensor, source: str
 ) -> None:
-    """Raise UnsupportedLayer unless a narrow network computes what its values do in the network of full width.
+    """Raise UnsupportedLayer unless a narrow network has the outputs of its values in the network of full width.
 
     Args:
-        module: Of full width; its values are overwritten.
+        module: Network of full width; its values are overwritten.
         slim: The narrow network, with its own values.
-        graph: Of `module`.
+        graph: Channel graph of `module`.
         removed: Group name -> channels that `slim` lacks.
         example: Inputs, (N, ...).
-        source: The state dict in words.
+        source: Description of the state dict in messages.
     """
-    found = attempt(  # the user's forward pass meets widths that it was not written for
+    found = attempt(  # the user's forward pass may fail at other widths
         lambda: check_narrow(module, slim, graph, removed, example),
         lambda error: f"it does not run ({type(error).__name__}: {first_line(error)})",
     )

@@ -1,13 +1,13 @@
-"""Normal form of a network for the stages: weights as in eval mode, plain layers.
+"""Normal form of a network: plain layers with their weights of evaluation mode.
 
     weight = g · v / |v|   (weight_norm, spectral_norm, any parametrisation) ──> a weight
-    StdConv2d, ScaledStdConv2d, any own layer whose weight is computed from its parameters ──> nn.Conv2d, nn.Linear
+    StdConv2d, ScaledStdConv2d, user layers with a weight computed from parameters ──> nn.Conv2d, nn.Linear
     shortcuts that pad channels with zeros ──> convolutions with fixed weights (`pruning/shortcuts.py`)
-    FrozenBatchNorm2d ──> FrozenNorm, an nn.BatchNorm2d that stays in eval mode and learns nothing
+    FrozenBatchNorm2d ──> FrozenNorm, an nn.BatchNorm2d that stays in eval mode and is not trained
     SyncBatchNorm ──> the batch norm of one process
 
-`load` does it after the weights are in, and each rebuild before any edit is replayed, so that the recipe and the saved
-weights are those of plain layers. Structure follows from the code of the network alone, never from its weights.
+`load` normalises after loading the weights, and each rebuild before replaying edits. So the recipe and the saved
+weights refer to plain layers. The structure depends only on the code of the network, never on its weights.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNo
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """A batch norm that stays in eval mode whatever its network does; its scale and shift are not trained."""
+    """A batch norm that always stays in eval mode, and whose scale and shift are not trained."""
 
     def train(self, mode: bool = True) -> "FrozenNorm":
         """Stay in eval mode."""
@@ -72,13 +72,13 @@ _FORWARDS = {kind.forward for kind in _PLAIN.values()} | {SamePaddedConv2d.forwa
 
 
 def prepare(module: nn.Module, example: Tensor) -> nn.Module:
-    """Return the network in plain layers, its outputs unchanged; the same object where there is nothing to do.
+    """Return the network in plain layers, with the same outputs; the same object if nothing has to change.
 
-    A network that changes from run to run cannot be compared; `load` refuses it with the reason.
+    Outputs that change from run to run cannot be compared; `load` refuses such a network with the reason.
 
     Args:
-        module: In eval mode, on the CPU; changed in place.
-        example: What it is called with.
+        module: Network in eval mode, on the CPU; changed in place.
+        example: Input of the network.
 
     Raises:
         InternalError: The outputs changed.
@@ -100,7 +100,7 @@ def prepare(module: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _gap(before: list[Tensor], after: list[Tensor]) -> float:
-    """Return by how much outputs differ, 0 where it is no more than folding may change."""
+    """Return the difference of outputs; 0 if it is within the tolerance of folding."""
     gaps = [
         (float((a - b).abs().max()), float(a.abs().max()))
         for a, b in zip(before, after, strict=True)
@@ -115,14 +115,14 @@ def _tensors(module: nn.Module, example: Tensor) -> list[Tensor]:
 
 
 def _fold_parametrized(module: nn.Module, _: Tensor) -> int:
-    """Replace parametrised tensors, by torch's hooks of old and by its parametrisations, by what they come to."""
+    """Replace tensors that torch's parametrisations or older hooks compute by their values."""
     folded = 0
     for part in module.modules():
         if parametrize.is_parametrized(part):
             for name in list(part.parametrizations):  # type: ignore[arg-type]
                 originals = list(part.parametrizations[name].parameters())  # type: ignore[index,union-attr]
                 learns = any(original.requires_grad for original in originals)
-                for original in originals:  # what needs no gradient would come out as a tensor that is no parameter
+                for original in originals:  # without gradient, torch would leave a plain tensor in place of a parameter
                     original.requires_grad_(True)
                 parametrize.remove_parametrizations(part, name, leave_parametrized=True)
                 getattr(part, name).requires_grad_(learns)
@@ -138,14 +138,14 @@ def _fold_parametrized(module: nn.Module, _: Tensor) -> int:
 
 
 def _forget_loading(layer: nn.Module) -> None:
-    """Drop the hook by which spectral_norm has its own names loaded: torch's own removal does not find it any more."""
+    """Remove spectral_norm's hook for loading state dicts, which torch's own removal no longer finds."""
     for key, hook in list(layer._load_state_dict_pre_hooks.items()):
         if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
             del layer._load_state_dict_pre_hooks[key]
 
 
 def _fold_computed(module: nn.Module, example: Tensor) -> int:
-    """Replace convolution and linear layers with a forward of their own by plain ones, where one weight says it all."""
+    """Replace user-defined convolution and linear layers by plain ones, where a fixed weight computes the same."""
     own = [
         part
         for part in module.modules()
@@ -167,7 +167,7 @@ def _fold_computed(module: nn.Module, example: Tensor) -> int:
 
 
 class _Call(TorchFunctionMode):
-    """One call of a layer: what it was given, what it gave, and the operators of the kinds in `_PLAIN` in it."""
+    """One call of a layer: its input, its output, and its operators of the kinds in `_PLAIN`."""
 
     def __init__(self, given: Tensor | None) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class _Call(TorchFunctionMode):
 def _listen(calls: list[_Call]) -> Callable[..., None]:
     def start(_: nn.Module, inputs: tuple[object, ...]) -> None:
         first = inputs[0] if inputs else None
-        calls.append(_Call(first.clone() if isinstance(first, Tensor) else None))  # what follows may work in place
+        calls.append(_Call(first.clone() if isinstance(first, Tensor) else None))  # may change in place later
         calls[-1].__enter__()  # type: ignore[no-untyped-call]
 
     return start
@@ -195,13 +195,13 @@ def _listen(calls: list[_Call]) -> Callable[..., None]:
 def _remember(calls: list[_Call]) -> Callable[..., None]:
     def stop(_: nn.Module, _inputs: tuple[Tensor, ...], output: object) -> None:
         calls[-1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        calls[-1].gave = output.clone() if isinstance(output, Tensor) else None  # None: it is no plain layer
+        calls[-1].gave = output.clone() if isinstance(output, Tensor) else None  # None: the layer is not plain
 
     return stop
 
 
 def _plain_layer(layer: Any, calls: list[_Call]) -> nn.Module | None:
-    """Return the plain layer that computes the same as a layer did in its calls, or None."""
+    """Return the plain layer that has the same outputs as a layer in its calls, or None."""
     if not calls or any(len(call.used) != 1 or call.given is None for call in calls):
         return None
     function, weight, bias = calls[0].used[0]
@@ -228,9 +228,9 @@ def _with(kind: type[nn.Module], layer: Any, weight: Tensor, bias: Tensor | None
 
 
 def _agree(plain: nn.Module, layer: nn.Module, call: _Call) -> bool:
-    """Return whether both give the same for the layer's input and for noise: its weight may depend on its input.
+    """Return whether both layers agree on the layer's input and on noise: its weight may depend on its input.
 
-    What it was given may hold NaN, as a network that divides by its input's norm has for the zeros of a rebuild.
+    The input may hold NaN: a rebuild runs on zeros, and some networks divide by the norm of their input.
     """
     assert call.given is not None
     noise = torch.randn(call.given.shape, generator=torch.Generator().manual_seed(0))
@@ -245,15 +245,15 @@ def _agree(plain: nn.Module, layer: nn.Module, call: _Call) -> bool:
 
 
 def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a layer in the place of another, under each name that it has."""
+    """Replace a layer by another one, under each name that the layer has."""
     for parent in list(module.modules()):
-        for key, child in list(parent._modules.items()):  # named_children leaves a second name out
+        for key, child in list(parent._modules.items()):  # named_children omits a second name
             if child is old:
                 setattr(parent, key, new)
 
 
 def _thaw(module: nn.Module, _: Tensor) -> int:
-    """Replace torchvision's frozen batch norms, which no other code takes for batch norms, by `FrozenNorm`."""
+    """Replace torchvision's frozen batch norms, which are no batch norms by class, by `FrozenNorm`."""
     frozen = [part for part in module.modules() if isinstance(part, FrozenBatchNorm2d)]
     for part in frozen:
         norm = FrozenNorm(part.weight.numel(), eps=part.eps)

@@ -1,11 +1,11 @@
 """Tensors of TorchScript archives and torch.export programs, read from the zip file as data.
 
-    TorchScript    NAME/data.pkl (objects, by class)  NAME/data/0 ... (bytes)  NAME/code/*.py (what is a weight)
+    TorchScript    NAME/data.pkl (objects, by class)  NAME/data/0 ... (bytes)  NAME/code/*.py (names of weights)
     torch.export   NAME/data/weights/model_weights_config.json  NAME/data/weights/weight_0 ... (bytes)
 
-torch's own loaders would compile the code in the file, or unpickle what it says. Here the objects of a TorchScript
-archive become records with attributes, whatever their class; every other name in its pickle but that of a tensor, a
-storage and a list is refused. Of the code only the two lists that name parameters and buffers are read, as text.
+torch's own loaders would compile the code in the file, or unpickle any object. Here the objects of a TorchScript
+archive become records with attributes, whatever their class. Other names in its pickle are refused, except those of
+tensors, storages and lists. From the code, only the two lists that name parameters and buffers are read, as text.
 """
 
 import io
@@ -43,10 +43,10 @@ def read_archive(path: Path) -> dict[str, Tensor] | None:
     """Return the parameters and buffers of a TorchScript archive or a torch.export program by name.
 
     Returns:
-        None for a file that is neither, such as an ordinary checkpoint.
+        None for any other file, such as an ordinary checkpoint.
 
     Raises:
-        ArtifactError: The archive is damaged, names places outside of itself, or its weights cannot be read as data.
+        ArtifactError: The archive is damaged, names paths outside of itself, or its weights cannot be read as data.
     """
     with translated(
         lambda error: ArtifactError(
@@ -72,7 +72,7 @@ def read_archive(path: Path) -> dict[str, Tensor] | None:
 
 
 class _Members:
-    """The files in an archive, by their names within its one top folder."""
+    """Files of an archive, by their names within its single top folder."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
         self.archive, self.path = archive, path
@@ -141,7 +141,7 @@ def _scripted(members: _Members) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weights(record: "_Record", prefix: str, members: _Members, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights in a record and in those below it, named as in a state dict."""
+    """Yield the weights of a record and of the records inside it, named as in a state dict."""
     if id(record) in above:
         raise ArtifactError(f"'{members.path}' must hold a tree of modules, '{prefix}' lies within itself.")
     listed = _declared(record.kind, members)
@@ -153,7 +153,7 @@ def _weights(record: "_Record", prefix: str, members: _Members, above: tuple[int
 
 
 def _declared(kind: str, members: _Members) -> set[str]:
-    """Return which attributes of a scripted class are parameters or buffers, as its code says."""
+    """Return the attributes of a scripted class that its code declares as parameters or buffers."""
     place, _, name = kind.rpartition(".")
     code = members.read(f"code/{place.replace('.', '/')}.py").decode()
     body = re.search(rf"^class {re.escape(name)}\(Module\):\n((?:  .*\n?|\n)*)", code, re.MULTILINE)
@@ -162,7 +162,7 @@ def _declared(kind: str, members: _Members) -> set[str]:
 
 
 class _Record:
-    """An object of a scripted class: its attributes, and none of its code."""
+    """Attributes of an object of a scripted class, without its code."""
 
     kind = ""
 
@@ -179,14 +179,14 @@ class _Record:
 
 
 class _Reader(pickle.Unpickler):
-    """Reads `data.pkl`: no name in it leads to anything but the records, tensors and lists here."""
+    """Unpickler of `data.pkl` that only creates records, tensors and lists."""
 
     def __init__(self, members: _Members) -> None:
         super().__init__(io.BytesIO(members.read("data.pkl")))
         self.members = members
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a name stands for; raises ArtifactError for all that would be code."""
+        """Return the stand-in for a name; raise ArtifactError for a name that would run code."""
         if module == "__torch__" or module.startswith("__torch__."):
             return type(name, (_Record,), {"kind": f"{module}.{name}"})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -202,7 +202,7 @@ class _Reader(pickle.Unpickler):
         )
 
     def persistent_load(self, found: Any) -> tuple[bytes, torch.dtype]:
-        """Return the bytes of a storage and what they are."""
+        """Return the bytes of a storage and their dtype."""
         _, dtype, key, *_ = found
         return self.members.read(f"data/{key}"), dtype
 
@@ -216,7 +216,7 @@ def _first(value: object, *_: object) -> object:
 
 
 def _tensor(data: bytes, dtype: torch.dtype, sizes: list[int], strides: list[int], offset: int) -> Tensor:
-    """Return a tensor of its own; torch raises when the bytes are too few."""
+    """Return a new tensor; torch raises when there are too few bytes."""
     if not data:
         return torch.empty(sizes, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).as_strided(sizes, strides, offset).clone().contiguous()

@@ -1,9 +1,9 @@
 """Structure of a network in training mode, compared with evaluation mode.
 
-Modules of the user's own that look at `self.training` may return other tensors while they train (auxiliary heads, raw
-maps of a detector), run layers that evaluation never runs, or need targets. Such modules are found one by one and stay
-in evaluation mode during training; norms, dropout and all other modules train as usual. So only deployed layers are
-trained, and only layers that took part in the cut.
+User modules that read `self.training` may return other tensors in training mode (auxiliary heads, raw maps of a
+detector), run layers that evaluation never runs, or need targets. Such modules are found one by one and stay in
+evaluation mode during training. Norms, dropout and all other modules train as usual. So training covers only deployed
+layers, all of which pruning handles.
 """
 
 import copy
@@ -29,8 +29,8 @@ class TrainingMode:
 
     Attributes:
         evaluated: Paths of the modules that stay in evaluation mode during training; "" is the network itself.
-        notes: What a user should know of it, a sentence each.
-        returns_more: Whether other outputs come beside those that are kept.
+        notes: Notes for the user, a sentence each.
+        returns_more: Whether training mode returns further outputs beside the kept ones.
     """
 
     evaluated: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class TrainingMode:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One run: its outputs by name, the parameters it used, whether it drew random numbers, and what it raised."""
+    """One run: its outputs by name, the parameters it used, whether it drew random numbers, and its error."""
 
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
@@ -48,7 +48,7 @@ class _Outcome:
     error: str | None = None
 
     def shapes(self, names: Iterable[str]) -> list[tuple[int, ...] | None]:
-        """Return the shape of each named output, None for an output that the run did not give."""
+        """Return the shape of each named output, None for an output that the run did not return."""
         return [tuple(self.outputs[name].shape) if name in self.outputs else None for name in names]
 
 
@@ -56,14 +56,14 @@ def compare_modes(module: nn.Module, example: Tensor, kept: tuple[str, ...]) -> 
     """Run copies of a network in both modes and find the modules that must not be put into training mode.
 
     Args:
-        module: In eval mode, on the CPU; it runs on the example. Left as it is, with its buffers and random state.
+        module: Network in eval mode, on the CPU, that runs on the example; unchanged, as is the random state.
         example: One array of the data.
-        kept: Names of the outputs that are kept.
+        kept: Names of the kept outputs.
     """
     if isinstance(module, fx.GraphModule) or _is_graph(module):
         return TrainingMode()
     own = [name for name, part in module.named_modules() if not type(part).__module__.startswith("torch.nn.")]
-    two = torch.cat([example, example])[:2]  # one is too few for some code in training mode
+    two = torch.cat([example, example])[:2]  # some code in training mode needs two samples
     wanted = _run(module, two, ())
     if not own or wanted.error is not None:
         return TrainingMode()
@@ -83,7 +83,7 @@ def compare_modes(module: nn.Module, example: Tensor, kept: tuple[str, ...]) -> 
 
 
 def _culprits(names: list[str], differs: Any) -> list[str]:
-    """Return the modules that make a difference, by halving: most of them make none."""
+    """Return the modules that change the run in training mode, by bisection: most of them have no effect."""
     if not differs(names):
         return []
     if len(names) == 1:
@@ -93,7 +93,7 @@ def _culprits(names: list[str], differs: Any) -> list[str]:
 
 
 def _run(module: nn.Module, example: Tensor, training: Iterable[str]) -> _Outcome:
-    """Run a copy once, in evaluation mode but for the modules named; torch's own layers stay in evaluation mode."""
+    """Run a copy once in evaluation mode, with only the modules named in `training` in training mode."""
     tried = copy.deepcopy(module).eval()
     for name in training:
         tried.get_submodule(name).training = True
@@ -109,7 +109,7 @@ def _run(module: nn.Module, example: Tensor, training: Iterable[str]) -> _Outcom
 
 
 class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which parameters a run reads."""
+    """Recorder of the parameters that a run reads, and of random operators."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -126,7 +126,7 @@ class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _other_values(wanted: _Outcome, trained: _Outcome, kept: tuple[str, ...]) -> Iterable[str]:
-    """Yield a note where outputs of the same shape have other values in training mode, and no random numbers did it."""
+    """Yield a note for each kept output with other values in training mode, unless the run drew random numbers."""
     if trained.is_random:
         return
     for name in kept:
@@ -142,7 +142,7 @@ def _other_values(wanted: _Outcome, trained: _Outcome, kept: tuple[str, ...]) ->
 def _explained(
     module: nn.Module, wanted: _Outcome, trained: _Outcome, kept: tuple[str, ...], evaluated: tuple[str, ...]
 ) -> str:
-    """Return what the network does in training mode, and what it is trained by."""
+    """Return a note on the behaviour of the network in training mode, and on the outputs it is trained by."""
     extra = sorted({name.rpartition(".")[0] for name in trained.used - wanted.used})
     facts = []
     if trained.error is not None:
@@ -165,5 +165,5 @@ def _listed(outcome: _Outcome) -> str:
 
 
 def _is_graph(module: nn.Module) -> bool:
-    """Return whether a module runs the code of a traced graph, which knows no training mode."""
+    """Return whether a module runs the code of a traced graph, which has no training mode."""
     return isinstance(getattr(module, "_graph", None), fx.Graph)

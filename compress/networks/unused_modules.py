@@ -1,9 +1,9 @@
 """Removal of the modules that no output of a network reads.
 
-Such are heads that `model.outputs` leaves out, auxiliary heads that run in training alone, and layers nobody calls.
-Their parameters are not reached from the outputs that are kept. Each is tried: its output is replaced by NaN and by
-noise, and it counts as unread only where the outputs that are kept stay the same to the bit. A module without weights
-stands in its place, since the network's code still calls it.
+Examples are heads that `model.outputs` omits, auxiliary heads that run in training only, and layers that are never
+called. The kept outputs do not depend on their parameters. Each module is tried: its output is replaced by NaN and by
+noise. It counts as unread only if the kept outputs stay the same to the bit. A module without weights replaces it,
+since the network's code still calls it.
 """
 
 import copy
@@ -22,7 +22,7 @@ _SEED = 20261129
 
 
 class Unread(nn.Module):
-    """In the place of a module that no output reads: passes on what it is given first."""
+    """Stand-in for a module that no output reads, which returns its first argument."""
 
     def forward(self, *values: Any, **named: Any) -> Any:
         """Return the first argument."""
@@ -30,11 +30,11 @@ class Unread(nn.Module):
 
 
 class UnreadShape(nn.Module):
-    """In the place of a module that no output reads: zeros of the shapes that its outputs had.
+    """Stand-in for a module that no output reads, which returns zeros in the shapes of its outputs.
 
     Args:
-        outputs: What the module returned for some batch.
-        more: What it returned for one sample more.
+        outputs: Outputs of the module for some batch.
+        more: Outputs of the module for a batch with one more sample.
     """
 
     def __init__(self, outputs: Any, more: Any) -> None:
@@ -44,13 +44,13 @@ class UnreadShape(nn.Module):
         )
 
     def forward(self, *values: Any, **named: Any) -> Any:
-        """Return zeros for as many samples as come in."""
+        """Return zeros for the number of samples in the input."""
         like = next(one for one in tree_leaves((values, named)) if isinstance(one, Tensor))
         return tree_map(lambda one: one.like(like) if isinstance(one, _Zeros) else one, self._outputs)
 
 
 class _Zeros:
-    """Shape and dtype of one output; axes that grew with the batch are the batch (-1)."""
+    """Shape and dtype of one output; an axis that grows with the batch is the batch axis (-1)."""
 
     def __init__(self, value: Tensor, more: Tensor) -> None:
         self.sizes = tuple(-1 if a + 1 == b else a for a, b in zip(value.shape, more.shape, strict=True))
@@ -64,7 +64,7 @@ def find_unread(module: nn.Module, example: Tensor) -> tuple[str, ...]:
     """Return the paths of the outermost modules with parameters that no output reads, in definition order.
 
     Args:
-        module: In eval mode, on the CPU, its outputs those that are kept; left as it is.
+        module: Network in eval mode, on the CPU, that returns the kept outputs; unchanged.
         example: One array of the data.
     """
     reached = _reached(module, example)
@@ -81,12 +81,12 @@ def remove_unread(module: nn.Module, edit: RemoveUnread, example: Tensor) -> nn.
     """Return a copy of `module` without modules that no output reads.
 
     Args:
-        module: The network; left as it is.
-        edit: Names them; those that stand-ins are in place of already are passed over.
-        example: What it is called with.
+        module: The network; unchanged.
+        edit: Edit with the paths of the modules; modules already replaced by stand-ins are skipped.
+        example: Input of the network.
 
     Raises:
-        UnsupportedLayer: There is no such module, or the network does not run, or changes, without it.
+        UnsupportedLayer: A module does not exist, or the network fails or changes its outputs without it.
     """
     slim = copy.deepcopy(module)
     batches = example, torch.cat([example, example[:1]])
@@ -104,7 +104,7 @@ def remove_unread(module: nn.Module, edit: RemoveUnread, example: Tensor) -> nn.
 
 
 def removable(module: nn.Module, paths: Iterable[str], example: Tensor) -> tuple[str, ...]:
-    """Return those of the modules without which the network runs and gives the same."""
+    """Return the modules without which the network runs and has the same outputs."""
     found: tuple[str, ...] = ()
     for path in paths:
         try:
@@ -118,7 +118,7 @@ def removable(module: nn.Module, paths: Iterable[str], example: Tensor) -> tuple
 def _replace(
     slim: nn.Module, path: str, old: nn.Module, batches: Sequence[Tensor], wanted: Sequence[list[Tensor]]
 ) -> bool:
-    """Put a stand-in in the place of a module, in place; return whether one fits."""
+    """Replace a module by a stand-in, in place; return whether a stand-in fits."""
     seen: list[Any] = []
     with hooked(after=[(old, lambda _part, _inputs, output: seen.append(output))]):
         for batch in batches:
@@ -128,7 +128,7 @@ def _replace(
     parent = slim.get_submodule(parent_path)
     for one in stands_in:
         setattr(parent, name, one.train(old.training))
-        # the user's code meets other shapes than before, and may raise anything
+        # the user's code receives other shapes than before, and may raise any error
         if attempt(lambda: _all_same(slim, batches, wanted), lambda _: False):
             return True
     setattr(parent, name, old)
@@ -141,7 +141,7 @@ def _all_same(module: nn.Module, batches: Sequence[Tensor], wanted: Sequence[lis
 
 
 def _reached(module: nn.Module, example: Tensor) -> set[str]:
-    """Return the names of parameters that the outputs depend on, by the graph that autograd would go back along."""
+    """Return the names of the parameters that the outputs depend on, from the autograd graph."""
     tried = copy.deepcopy(module)
     floating = {value: name for name, value in tried.named_parameters() if value.is_floating_point()}
     for value in floating:
@@ -173,7 +173,7 @@ def _is_unread(module: nn.Module, path: str, example: Tensor) -> bool:
     )
     for corrupt in replacements:
         with hooked(after=[(module.get_submodule(path), _replaced(corrupt))]):
-            # the user's code may look at the values, and raise anything
+            # the user's code may check the values, and raise any error
             same = attempt(lambda: _all_same(module, [example], [wanted]), lambda _: False)
         if not same:
             return False

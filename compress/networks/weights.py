@@ -1,10 +1,10 @@
 """Files of weights: reading them as data, and loading them into a network.
 
-Read are safetensors, torch checkpoints that `weights_only=True` accepts, TorchScript archives and torch.export
-programs; nothing in them is run. A state dict may lie in a checkpoint under the usual names, one within the other. Of
-a moving average and the weights themselves the average is taken, since it was measured while training.
+Supported files are safetensors, torch checkpoints that `weights_only=True` accepts, TorchScript archives and
+torch.export programs; no code in them runs. A state dict may be nested in a checkpoint under the usual names. A moving
+average is preferred to the weights themselves, since training measured the average.
 
-Types of stored weights are converted to those of the network where that is sound, and refused by name otherwise:
+Stored weights are converted to the dtypes of the network where that is sound; others are refused by name:
 
     float16, bfloat16 -> float32   exact, noted
     float64 -> float32             rounded, warned about
@@ -31,7 +31,7 @@ from compress.networks.torch_archives import read_archive
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_COUNTER = "num_batches_tracked"  # averaged by some tools; never read outside of training
+_COUNTER = "num_batches_tracked"  # averaged by some tools; read in training only
 _SHOWN = 4
 
 
@@ -40,8 +40,8 @@ class Conversion:
     """Conversion of stored weights of one type.
 
     Attributes:
-        text: A sentence for the user.
-        is_exact: Whether every value is the same as before.
+        text: Sentence on the conversion, for the user.
+        is_exact: Whether all values are unchanged.
     """
 
     text: str
@@ -51,16 +51,16 @@ class Conversion:
 def convert_weights(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], buffers: Collection[str], source: str
 ) -> tuple[dict[str, Tensor], list[Conversion]]:
-    """Return weights in the types that a network has, and what was converted.
+    """Return weights in the dtypes of a network, and the conversions made.
 
     Args:
-        state: Name -> tensor, of the names and shapes of `expected`.
-        expected: What the network has.
-        buffers: Names of those that are no parameters.
-        source: Where the weights are from, at the beginning of a sentence.
+        state: Name -> tensor, with the names and shapes of `expected`.
+        expected: Name -> tensor of the network.
+        buffers: Names of the network's buffers.
+        source: Origin of the weights, as the beginning of a message.
 
     Raises:
-        ArtifactError: A tensor has a type that cannot stand for the network's; names it.
+        ArtifactError: A tensor has a dtype that cannot be converted; the message names the tensor.
     """
     refused = {name: why for name, value in state.items() if (why := _unfit(name, value, expected[name], buffers))}
     if refused:
@@ -75,7 +75,7 @@ def convert_weights(
 
 
 def _unfit(name: str, value: Tensor, wanted: Tensor, buffers: Collection[str]) -> str:
-    """Return what is wrong with a tensor, "" where nothing is."""
+    """Return the fault of a tensor's dtype; "" if there is no fault."""
     said = f"{_name(value.dtype)} instead of {_name(wanted.dtype)}"
     if value.is_meta:
         return "on the meta device, without values"
@@ -112,7 +112,7 @@ def _conversion(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names
 
 
 def _relative_change(before: Tensor, after: Tensor) -> float:
-    """Return the largest change of a value over the largest value."""
+    """Return the largest change of any value over the largest value."""
     if before.numel() == 0:
         return 0.0
     wide = before.to(torch.float64)
@@ -143,14 +143,14 @@ def read_weights(path: Path, expected: Collection[str] = ()) -> dict[str, Tensor
     """Read a state dict without running any code in its file.
 
     Args:
-        path: The file.
-        expected: Names that the network has; without them only DataParallel's prefix is stripped.
+        path: File of weights.
+        expected: Names in the network's state dict; if empty, only DataParallel's prefix is stripped.
 
     Returns:
-        Name -> tensor. A prefix that all names have is stripped where more of them are then expected.
+        Name -> tensor. A common prefix of the names is stripped if more of them are then in `expected`.
 
     Raises:
-        ArtifactError: The file is missing, corrupt, would have to run code, or holds no state dict.
+        ArtifactError: The file is missing or corrupt, cannot be read without running code, or holds no state dict.
     """
     if not path.is_file():
         raise ArtifactError(f"Weights file '{path}' does not exist.")
@@ -169,7 +169,7 @@ def write_weights(module: nn.Module, path: Path) -> None:
     """Write a network's parameters and buffers as safetensors.
 
     Raises:
-        OSError: The file system refused; safetensors' own writer hides that behind an error of another kind.
+        OSError: The file cannot be written; safetensors' own writer raises an error of another type.
     """
     # clones, because safetensors refuses tensors that share memory
     path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}))
@@ -178,16 +178,16 @@ def write_weights(module: nn.Module, path: Path) -> None:
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], source: str, hint: str = _OTHER_NETWORK
 ) -> list[Conversion]:
-    """Load weights, every key and shape matching, and return what of them was converted to another type.
+    """Load weights whose keys and shapes must all match, and return the conversions of their dtypes.
 
     Args:
         module: The network; changed in place.
         state: Name -> tensor.
-        source: Of the weights, as the subject of a message.
-        hint: For weights of another network.
+        source: Origin of the weights, as the subject of a message.
+        hint: Hint in the error if the weights belong to another network.
 
     Raises:
-        ArtifactError: Keys are missing, unexpected, of another shape or of an unfit type; says which.
+        ArtifactError: Keys are missing, unexpected, of another shape or of an unfit dtype; the message names them.
         NonFinite: A weight is NaN or infinite.
     """
     expected, state = _expected(module), _saved(module, state)
@@ -210,7 +210,7 @@ def load_strict(
 
 
 def check_names(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise ArtifactError where weights are missing from a state dict, or left over in it; shapes are not looked at."""
+    """Raise ArtifactError if a state dict lacks weights or has unexpected ones; shapes are not checked."""
     missing, unexpected = _other_names(_expected(module), _saved(module, state))
     _raise_unfit(source, missing, unexpected, [], _OTHER_NETWORK)
 
@@ -220,13 +220,13 @@ def _expected(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _saved(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without buffers that the network does not save; TorchScript saves them all the same."""
+    """Return a state dict without non-persistent buffers of the network, which TorchScript saves as well."""
     unsaved = {name for name, _ in module.named_buffers()} - set(_expected(module))
     return {name: value for name, value in state.items() if name not in unsaved}
 
 
 def _other_names(expected: Collection[str], state: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the names that are missing from a state dict, but for counters of batches, and those left over in it."""
+    """Return the missing names of a state dict, other than batch counters, and its unexpected names."""
     missing = [name for name in set(expected) - set(state) if not name.endswith("num_batches_tracked")]
     return sorted(missing), sorted(set(state) - set(expected))
 
@@ -245,7 +245,7 @@ def _raise_unfit(source: str, missing: list[str], unexpected: list[str], shapes:
 
 
 def _check_shared(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise ArtifactError where layers share a parameter that has two values in the file."""
+    """Raise ArtifactError if the file has two values for a parameter that layers share."""
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -260,12 +260,12 @@ def _check_shared(module: nn.Module, state: Mapping[str, Tensor], source: str) -
 def fit_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
     """Return a state dict without the prefix that DataParallel, torch.compile or Lightning put before the names.
 
-    The prefix is the one under which most of the expected names are. Entries without it keep their names, so that
-    `load_strict` refuses them by name.
+    The chosen prefix covers most of the expected names. Entries without it keep their names, so that `load_strict`
+    refuses them by name.
 
     Args:
         state: Name -> tensor.
-        expected: Names that the network has; () where they are not known.
+        expected: Names in the network's state dict; () if they are not known.
 
     >>> one = torch.ones(1)
     >>> list(fit_prefix({"module._orig_mod.a": one, "module._orig_mod.b": one}, ["a", "b"]))
@@ -289,7 +289,7 @@ def fit_prefix(state: Mapping[str, Tensor], expected: Collection[str]) -> dict[s
 
 
 def _rank(prefix: str) -> tuple[bool, int]:
-    """Return the order in which prefixes with as many matches are taken: averages first, then short ones."""
+    """Return the sort key of prefixes with equally many matches: averages first, then short ones."""
     return not set(prefix.split(".")) & set(AVERAGES), len(prefix)
 
 
@@ -304,7 +304,7 @@ def _read_checkpoint(path: Path) -> Any:
         raise ArtifactError(f"Weights file '{path}' is empty.", hint=_FORMATS)
 
     def refused(error: Exception) -> ArtifactError:
-        if not isinstance(error, pickle.UnpicklingError):  # torch raises anything, down to AssertionError
+        if not isinstance(error, pickle.UnpicklingError):  # torch raises many types, down to AssertionError
             return ArtifactError(
                 f"Weights file '{path}' is no readable torch checkpoint, got {type(error).__name__}: "
                 f"{first_sentence(error)}",
@@ -318,7 +318,7 @@ def _read_checkpoint(path: Path) -> Any:
         )
 
     with translated(refused), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of odd pickles; they are an error here or harmless
+        warnings.simplefilter("ignore")  # torch warns about odd pickles, which are an error here or harmless
         return torch.load(path, weights_only=True, map_location="cpu")
 
 
@@ -326,7 +326,7 @@ _NO_CLASSES = ("__builtin__", "_io", "builtins", "io", "nt", "os", "posix", "run
 
 
 def _extraction(path: Path, culprit: str) -> str:
-    """Return the lines that extract a state dict from a file with a module inside; of other code only what to give."""
+    """Return the hint for a file that would run code; for a pickled module, lines that extract its state dict."""
     if culprit.partition(".")[0] in ("", *_NO_CLASSES):
         return "Save `model.state_dict()` with safetensors or torch.save and give that file."
     target = path.with_name(f"{path.stem}_state.pt").name
@@ -369,11 +369,11 @@ def _is_filled(value: Any) -> bool:
 
 
 def some(names: list[str], count: int = 4) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the number of further ones."""
     shown = ", ".join(names[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the beginning of what an error says."""
+    """Return the first sentence of an error's message."""
     return str(error).strip().split("\n")[0].split(". ")[0][:200]

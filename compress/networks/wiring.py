@@ -1,8 +1,8 @@
 """Inputs, outputs and determinism of a network, from one run on real inputs.
 
-The run is watched operator by operator for what a fixed graph cannot do: draw random numbers, or decide by the values
-of its input. A tensor that was computed from the input is followed, so that a decision by a constant (a flag in a
-buffer) is not taken for one by the image.
+The run is observed operator by operator. A fixed graph cannot draw random numbers, or branch on the values of its
+input. Tensors computed from the input are tracked, so that a branch on a constant (a flag in a buffer) is not mistaken
+for a branch on the image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,18 +28,18 @@ from compress.user_code import raise_as
 
 
 def wire(module: nn.Module, spec: FactorySpec, example: Tensor) -> nn.Module:
-    """Return a network that takes one array and returns a tensor, or a tuple of them; the same object.
+    """Return the same network object, changed to take one array and return a tensor or a tuple of tensors.
 
-    Left as it is where it already does, in training mode too. Modules that return or run something else in training
-    mode stay in evaluation mode (`training_mode.py`).
+    A network that already does so in both modes is not changed. Modules that return other tensors or run other layers
+    in training mode stay in evaluation mode (`training_mode.py`).
 
     Args:
-        module: In eval mode, on the CPU.
-        spec: Which inputs it has, and which outputs are kept.
+        module: Network in eval mode, on the CPU.
+        spec: Inputs of the network, and its kept outputs.
         example: One array of the data: (N, C, H, W) images, or (N, K) rows of all inputs.
 
     Raises:
-        ModelError: It does not run on the example, returns something that is no tensor, or lacks an output.
+        ModelError: The network fails on the example, returns a value that is no tensor, or lacks an output.
     """
     inputs = spec.input_specs()
     _check_example(inputs, example)
@@ -58,12 +58,12 @@ def signature_of(module: nn.Module, spec: FactorySpec, example: Tensor) -> Signa
     """Return names, shapes and dtypes of the inputs and outputs of a wired network.
 
     Args:
-        module: As `wire` returned it.
-        spec: Which inputs it has.
-        example: As there, of at least two samples.
+        module: Network returned by `wire`.
+        spec: Inputs of the network.
+        example: As in `wire`, of at least two samples.
 
     Raises:
-        ModelError: It does not run, an output has not the batch as its first axis, or another run gives other values.
+        ModelError: The network fails, the first axis of an output is not the batch, or a second run has other outputs.
         NonFinite: An output is NaN or infinite.
     """
     first, again = (_named(module, run_network(module, example)) for _ in range(2))
@@ -90,11 +90,11 @@ def signature_of(module: nn.Module, spec: FactorySpec, example: Tensor) -> Signa
 
 
 def notes_on(module: nn.Module, example: Tensor) -> list[str]:
-    """Return what a user should know of how a network runs, a sentence each.
+    """Return notes for the user on the execution of a network, a sentence each.
 
     Args:
         module: Any network that runs on the example.
-        example: What it is called with.
+        example: Input of the network.
     """
     with eval_mode(module):
         seen = observe(module, example)
@@ -110,10 +110,10 @@ def notes_on(module: nn.Module, example: Tensor) -> list[str]:
 
 
 def run_network(module: nn.Module, example: Tensor) -> object:
-    """Return what a network gives for one array, without gradients.
+    """Return the outputs of a network for one array, without gradients.
 
     Raises:
-        ModelError: It raises; its error is shown.
+        ModelError: The network raises; the message shows its error.
     """
     shape = tuple(example.shape)
     what = f"rows of shape {shape}" if example.ndim == 2 else f"images of shape {shape}"
@@ -140,7 +140,7 @@ def _why_it_changes(module: nn.Module, example: Tensor, changing: list[str]) -> 
 
 
 def _check_example(inputs: tuple[TensorSpec, ...], example: Tensor) -> None:
-    """Raise ModelError unless the data gives what `model.inputs` declares."""
+    """Raise ModelError unless the data fits the inputs that `model.inputs` declares."""
     if not inputs:
         return
     if is_packed(inputs):
@@ -189,8 +189,8 @@ class Observed:
     """Operators seen in a run, each as "layer (Class): operator", in the order of the run.
 
     Attributes:
-        random: Random numbers were drawn.
-        decisions: A value that depends on the input became a number of Python, or decided the shape of a tensor.
+        random: Operators that drew random numbers.
+        decisions: Operators that turned a value that depends on the input into a Python number or a tensor's shape.
     """
 
     random: list[str] = field(default_factory=list)
@@ -198,14 +198,14 @@ class Observed:
 
 
 def observe(module: nn.Module, *inputs: Tensor) -> Observed:
-    """Run a network once, without gradients, and return what was seen; random state is left as it is.
+    """Run a network once without gradients, and return the observed operators; the random state is restored.
 
     Args:
-        module: Any network; training flags stay as they are.
-        inputs: What it is called with.
+        module: Any network; its training flags are unchanged.
+        inputs: Arguments of the network.
 
     Raises:
-        Whatever the network raises.
+        Any error of the network.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _watch(module) as watch:
         watch.follow(inputs)
@@ -244,7 +244,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _watch(module: nn.Module) -> Iterator[_Watch]:
-    """Give a mode that knows which layer is at work."""
+    """Yield a dispatch mode that knows the running layer."""
     watch = _Watch()
     places = {
         part: f"'{name}' ({type(part).__name__})" if name else f"the network itself ({type(part).__name__})"

@@ -1,6 +1,6 @@
-"""Networks of torchvision and timm by name, and the weights that come with them.
+"""Networks of torchvision and timm by name, and their published weights.
 
-They are built without any weights; `weights: pretrained` fetches what the library offers and loads it like a file.
+The networks are built without weights. `weights: pretrained` fetches the library's weights and loads them like a file.
 """
 
 import inspect
@@ -23,9 +23,9 @@ _Build = Callable[..., nn.Module]
 
 
 def torchvision_factory(name: str) -> _Build:
-    """Return what builds a network of torchvision without weights.
+    """Return a function that builds a network of torchvision without weights.
 
-    A single-stage detector comes as its raw form (`detectors.py`), which takes images and returns tensors.
+    A single-stage detector is built in its raw form (`detectors.py`), which takes images and returns tensors.
 
     Raises:
         ModelError: The name is unknown, or the network is a detector of two stages.
@@ -48,11 +48,11 @@ def torchvision_factory(name: str) -> _Build:
 
 
 def timm_factory(name: str) -> _Build:
-    """Return what builds a network of timm without weights.
+    """Return a function that builds a network of timm without weights.
 
     Raises:
         PackageMissing: timm is not installed.
-        ModelError: It has no network of that name.
+        ModelError: timm has no network of that name.
     """
     require_packages(["timm"], f"model.timm: {name}")
     import timm
@@ -67,8 +67,8 @@ def pretrained_state(spec: FactorySpec) -> dict[str, Tensor]:
     """Fetch the weights that a network's library offers for it.
 
     Raises:
-        ArtifactError: They cannot be fetched, or there are none.
-        ModelError: The network is of the user's own code, or computes something else with them.
+        ArtifactError: The weights cannot be fetched or do not exist.
+        ModelError: The network comes from the user's code, or the weights need settings that it does not have.
     """
     if spec.kind not in ("timm", "torchvision"):
         raise ModelError(
@@ -106,7 +106,7 @@ def without_auxiliary(state: Mapping[str, Tensor], expected: Collection[str]) ->
 
 
 def drop_auxiliary(module: nn.Module) -> None:
-    """Take the auxiliary head out of a segmentation network that keeps another output: it would run for nothing."""
+    """Remove the unused auxiliary head of a segmentation network whose kept output is another one."""
     wiring = wiring_of(module)
     if wiring is not None and "aux" not in wiring.outputs and getattr(module, "aux_classifier", None) is not None:
         module.aux_classifier = None  # type: ignore[assignment]
@@ -125,9 +125,9 @@ def _fetch(spec: FactorySpec) -> nn.Module:
 
 
 def _match_settings(built: nn.Module, trained: nn.Module, state: dict[str, Tensor]) -> None:
-    """Bring weights in line with a network that was built without them: some come with settings of their own.
+    """Adapt weights to a network that was built without them: some weights need other settings of layers.
 
-    Another epsilon of a batch norm goes into its variances, in place; what else differs raises ModelError.
+    A different epsilon of a batch norm is added to its variances, in place; other differences raise ModelError.
     """
     theirs = dict(trained.named_modules())
     for name, part in built.named_modules():

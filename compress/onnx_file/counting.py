@@ -1,17 +1,17 @@
 """MACs, weights, nodes and bytes of an ONNX file, counted from the graph without torch.
 
-MACs are the multiply-accumulates for one image in all nodes that multiply and sum up, by weights or by activations
-(`onnx_file/node_macs.py`). `cost/macs.py` counts the same in a torch network by other means.
+MACs are the multiply-accumulates for one image in all nodes that compute sums of products, by weights or activations
+(`onnx_file/node_macs.py`). `cost/macs.py` counts them in a torch network by other means.
 
 Weights (`params`) are all scalars of floating-point constants with at least one axis, each constant once, except the
 running mean and variance of BatchNormalization, which are buffers. Export folds batch norm into the convolution
 before it (its scale and bias become one bias a channel), so this number is smaller than the torch network's.
 
-In a quantised graph a weight is a whole-number constant behind DequantizeLinear and counts as such, its scale and zero
-point do not: the counts are those of the float file.
+In a quantised graph, an integer constant read by DequantizeLinear counts as a weight; its scale and zero point do not.
+So the counts equal those of the float file.
 
-Shapes that inference from the operators cannot find are read from one run in ONNX Runtime: some exporters compute sizes
-within the graph, for padding or reshaping.
+Some exporters compute sizes within the graph, for padding or reshaping. Shapes that ONNX's shape inference cannot find
+are read from one run in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from compress.onnx_file.node_macs import NodeProduct, find_products, is_counted
 __all__ = ["LayerRow", "OnnxCounts", "count_onnx", "file_bytes", "layer_rows"]
 
 Shape = tuple[int, ...]
-FIXED_WEIGHT = "compress.fixed."  # names constants of convolutions that stand for slicing and padding
-FIXED_BUFFER = "compress_fixed_weight"  # and those of a torch network that stand for the same
+FIXED_WEIGHT = "compress.fixed."  # prefix of constants of convolutions that stand for slicing and padding
+FIXED_BUFFER = "compress_fixed_weight"  # name of the buffers of such convolutions in a torch network
 _OF_SHAPES = ("Shape", "Size")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
@@ -46,7 +46,7 @@ class OnnxCounts:
 
     Attributes:
         macs: Multiply-accumulates for one image.
-        params: Scalars of floating-point constants, rounded or not, without batch-norm statistics.
+        params: Scalars of floating-point constants, quantised or not, without batch-norm statistics.
         layer_weights: Scalars of the constants that one image is multiplied by; a constant used twice, by two nodes or
             in two steps of a recurrent layer, counts twice.
         nodes: Nodes in the graph.
@@ -62,16 +62,16 @@ class OnnxCounts:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One node.
+    """Counts of one node.
 
     Attributes:
-        name: Module path of its weight where the file has one ("layer1.0.conv1"), else the node's name.
+        name: Module path of the node's weight where the file has one ("layer1.0.conv1"), else the node's name.
         op: Operator.
-        input_shape: Of its first input, at batch 1.
-        output_shape: Of its first output, at batch 1.
-        weights: Scalars of its floating-point constants.
-        macs: For one image.
-        layer_weights: Scalars of the constants that it multiplies by, as in `OnnxCounts`.
+        input_shape: Shape of the first input at batch 1.
+        output_shape: Shape of the first output at batch 1.
+        weights: Scalars of the node's floating-point constants.
+        macs: MACs for one image.
+        layer_weights: Scalars of the constants that the node multiplies by, as in `OnnxCounts`.
     """
 
     name: str
@@ -87,7 +87,7 @@ def count_onnx(path: Path) -> OnnxCounts:
     """Count MACs, weights, nodes and bytes of an ONNX file.
 
     Args:
-        path: The .onnx file; external data is read only where shapes have to be seen by running the graph.
+        path: The .onnx file; external data is read only where the graph must be run for its shapes.
 
     Raises:
         ArtifactError: The file is missing or no valid ONNX model.
@@ -116,7 +116,7 @@ def layer_rows(path: Path) -> list[LayerRow]:
 
 
 def rows_of(model: ModelProto) -> list[LayerRow]:
-    """Return the same of a model in memory, which is not changed; its local functions must be inlined.
+    """Return one row for each node of a model in memory, which is not changed; its local functions must be inlined.
 
     Raises:
         ModelError: The shape of a counted node cannot be inferred.
@@ -136,11 +136,11 @@ def _rows(graph: _Graph) -> list[LayerRow]:
 
 
 class _Graph:
-    """A model at batch 1 with its shapes, inferred or, where that ends early, seen.
+    """A model at batch 1 with its shapes, inferred or else observed in a run.
 
     Args:
-        model: Without external data; changed.
-        path: Where it was read from; None for a model that is all in memory.
+        model: Model without external data; it is changed.
+        path: The .onnx file; None for a model that is complete in memory.
     """
 
     def __init__(self, model: ModelProto, path: Path | None = None) -> None:
@@ -157,7 +157,7 @@ class _Graph:
         self.weights = _weights(self.model)
 
     def row(self, node: NodeProto) -> LayerRow:
-        macs = self.macs(node)  # first: counting may be what makes shapes known
+        macs = self.macs(node)  # first: counting may add missing shapes
         return LayerRow(
             name=self._layer_name(node),
             op=node.op_type,
@@ -173,7 +173,7 @@ class _Graph:
         return sum(product.macs for product in self._products(node)) // self.batch
 
     def layer_weights(self, node: NodeProto) -> int:
-        """Return the scalars of the constants that a node multiplies by, once for each time that it reads them."""
+        """Return the scalars of the constants that a node multiplies by, counted at each read."""
         total = 0
         for product in self._products(node):
             constants = [name for name in product.operands if name in self.constants]
@@ -193,7 +193,7 @@ class _Graph:
         return self.shapes[name]
 
     def _observe(self, node: NodeProto, name: str) -> None:
-        """Run the graph for the shapes of all its layers; `name` is the value that made it necessary."""
+        """Run the graph for the missing shapes of all counted nodes; `name` is the value for the error message."""
         self.has_observed = True
         missing = {
             value
@@ -228,7 +228,7 @@ class _Graph:
 
 
 def _fix_batch(model: ModelProto) -> int:
-    """Set open first axes to 1 in place, drop inferred shapes that said otherwise, and return the batch size."""
+    """Set open first axes to 1 in place, drop the inferred shapes, and return the batch size."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     sizes = read_sizes(model)
@@ -257,7 +257,7 @@ def _shapes(model: ModelProto) -> Iterator[tuple[str, Shape]]:
 
 
 def _constant_names(model: ModelProto) -> set[str]:
-    """Return the names of all values that no value of an input changes (a transposed weight is still a weight)."""
+    """Return the names of all values that do not depend on the values of inputs, such as a transposed weight."""
     constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in _OF_SHAPES or all(name in constants for name in node.input if name):
@@ -266,7 +266,7 @@ def _constant_names(model: ModelProto) -> set[str]:
 
 
 def _weights(model: ModelProto) -> dict[str, Shape]:
-    """Return name -> shape of each weight: a constant with at least one axis that is no statistic and no scale."""
+    """Return name -> shape of each weight: a constant with at least one axis, except statistics and scales."""
     statistics = {name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]}
     tensors = [(tensor.name, tensor) for tensor in model.graph.initializer]
     for node in model.graph.node:
@@ -302,8 +302,8 @@ def observe_shapes(model: ModelProto, names: Iterable[str]) -> dict[str, tuple[i
     """Run a graph on zeros and return the shapes of some of its values.
 
     Args:
-        model: With its weights, and without open axes in its inputs; it is not changed.
-        names: Of the values.
+        model: Model with its weights, and without open axes in its inputs; it is not changed.
+        names: Names of the values.
 
     Raises:
         ModelError: An axis of an input is open, or ONNX Runtime cannot run the graph.

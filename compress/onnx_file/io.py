@@ -15,7 +15,7 @@ from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, first_line, translated
 from compress.model.artifacts import Signature, TensorSpec
 
-SIZES_KEY = "compress.sizes"  # of open axes besides the batch: {"height": 224}; what is counted and timed is of these
+SIZES_KEY = "compress.sizes"  # sizes of open axes besides the batch, for counts and timing: {"height": 224}
 __all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
 
 CLASSES_KEY = "compress.classes"
@@ -34,8 +34,8 @@ class OnnxMetadata:
     """Metadata that this program writes into the files it exports.
 
     Attributes:
-        preprocessing: What happens to an image first; None when the file does not say.
-        classes: Class names, or ().
+        preprocessing: Preprocessing of images; None where the file has none.
+        classes: Class names; () where the file has none.
     """
 
     preprocessing: Preprocessing | None
@@ -44,16 +44,16 @@ class OnnxMetadata:
 
 @contextmanager
 def reading_graph(path: Path | None) -> Iterator[None]:
-    """Name the file where its graph turns out to be malformed while it is read.
+    """Turn errors from reading a malformed graph into an ArtifactError that names the file.
 
-    Readers of graphs raise whatever they meet in one: KeyError for a value that no node computes, IndexError for an
-    input that is missing, errors of onnx, onnx_ir and protobuf.
+    Malformed graphs cause errors of any kind: KeyError for a value that no node computes, IndexError for a missing
+    input, errors of onnx, onnx_ir and protobuf.
 
     Args:
-        path: The file; None for a model in memory.
+        path: The .onnx file; None for a model in memory.
 
     Raises:
-        ArtifactError: The block raised something that is no error of this program.
+        ArtifactError: The block raised an error that is not from this program.
     """
     what = "The model" if path is None else f"'{path}'"
     with translated(
@@ -71,7 +71,7 @@ def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
 
     Args:
         path: The .onnx file.
-        weights: Whether weights that lie in another file are read too.
+        weights: Whether external weights are read too.
 
     Raises:
         ArtifactError: The file is missing or no ONNX model, or a file with its weights is missing.
@@ -88,7 +88,7 @@ def load_onnx(path: Path, *, weights: bool = False) -> onnx.ModelProto:
 
 
 def require_valid(path: Path) -> None:
-    """Raise ArtifactError unless ONNX's checker takes a file."""
+    """Raise ArtifactError unless a file passes ONNX's checker."""
     problems = tensor_problems(load_onnx(path))
     with reading_graph(path):
         onnx.checker.check_model(path)
@@ -97,24 +97,24 @@ def require_valid(path: Path) -> None:
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, external: bool) -> None:
-    """Write a model; with `external`, its larger weights go into `<name>.data` beside it."""
+    """Write a model; with `external`, its larger weights are written into `<name>.data` beside it."""
     if not external:
         onnx.save_model(model, path)
         return
-    copy = onnx.ModelProto()  # saving external data takes the weights out of the model it is given
+    copy = onnx.ModelProto()  # saving external data removes the weights from the model passed in
     copy.CopyFrom(model)
     onnx.save_model(copy, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
 
 
 def each_node(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Yield every node of a model, those of subgraphs and of local functions too."""
+    """Yield every node of a model, including nodes of subgraphs and local functions."""
     yield from _nodes_within(model.graph.node)
     for function in model.functions:
         yield from _nodes_within(function.node)
 
 
 def each_tensor(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield every tensor of a model: initializers and constants, those of subgraphs and local functions too."""
+    """Yield every tensor of a model: initializers and constants, including those in subgraphs and local functions."""
     nodes = [*each_node(model)]
     for graph in (model.graph, *(graph for node in nodes for graph in subgraphs(node))):
         yield from graph.initializer
@@ -128,7 +128,7 @@ def each_tensor(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs that a node holds, as If and Loop do."""
+    """Yield the subgraphs of a node, such as the branches of If and the body of Loop."""
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             yield attribute.g
@@ -142,7 +142,7 @@ def external_files(model: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
 
 
 def external_problems(model: onnx.ModelProto, path: Path) -> list[str]:
-    """Return what is wrong with the files beside `path` that hold weights, a clause each; they are not opened."""
+    """Return the problems of the files beside `path` that hold weights, one clause each; the files are not opened."""
     ends: dict[str, int] = {}
     for tensor in each_tensor(model):
         if _is_external(tensor):
@@ -165,7 +165,7 @@ def external_problems(model: onnx.ModelProto, path: Path) -> list[str]:
 
 
 def tensor_problems(model: onnx.ModelProto) -> list[str]:
-    """Return which tensors do not hold as many bytes as their shape and type ask for, a clause each."""
+    """Return the tensors whose bytes do not fit their shape and type, one clause each."""
     problems = []
     for tensor in each_tensor(model):
         wanted = _raw_bytes(tensor)
@@ -179,7 +179,7 @@ def tensor_problems(model: onnx.ModelProto) -> list[str]:
 
 
 def _raw_bytes(tensor: onnx.TensorProto) -> int | None:
-    """Return the bytes that a tensor takes; None where its type or a size is none."""
+    """Return the bytes that a tensor takes; None for an undefined type or a negative size."""
     known = {value: name for name, value in onnx.TensorProto.DataType.items()}
     name = known.get(tensor.data_type, "UNDEFINED")
     if name == "UNDEFINED" or any(size < 0 for size in tensor.dims):
@@ -192,7 +192,7 @@ def _raw_bytes(tensor: onnx.TensorProto) -> int | None:
 
 
 def require_beside(model: onnx.ModelProto, path: Path) -> None:
-    """Raise ArtifactError for weights outside of the folder of the file, so that nothing elsewhere is read for it."""
+    """Raise ArtifactError for weights outside the folder of the file, so that no file elsewhere is read."""
     folder = path.parent.resolve()
     for tensor in each_tensor(model):
         place = _external(tensor).get("location", "")
@@ -215,13 +215,13 @@ def _is_beside(place: str, folder: Path) -> bool:
 
 
 def require_external(model: onnx.ModelProto, path: Path) -> None:
-    """Raise ArtifactError unless the files with weights beside `path` are there and long enough."""
+    """Raise ArtifactError unless the files with weights beside `path` exist and are long enough."""
     if problems := external_problems(model, path):
         raise ArtifactError(f"'{path}' must have all its weights: {'; '.join(problems)}.")
 
 
 def model_files(path: Path) -> tuple[Path, ...]:
-    """Return every file that must be handed over for the model to work: the .onnx file first.
+    """Return every file that the model needs, the .onnx file first.
 
     Raises:
         ArtifactError: The file is missing or no ONNX model.
@@ -233,7 +233,7 @@ def file_bytes(path: Path) -> int:
     """Return the bytes of all files of the model, external data included.
 
     Raises:
-        ArtifactError: One of them is missing, or the first is no ONNX model.
+        ArtifactError: A file is missing, or the first is no ONNX model.
     """
     files = model_files(path)
     for file in files[1:]:
@@ -253,20 +253,20 @@ def read_signature(model: onnx.ModelProto) -> Signature:
 
 
 def read_inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
-    """Return the inputs of a model that are no weights, as `read_signature` does.
+    """Return the inputs of a model without weights that are listed as inputs; axes as in `read_signature`.
 
     Raises:
-        ArtifactError: One has no tensor type or no shape.
+        ArtifactError: An input has no tensor type or no shape.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     return tuple(_spec(value) for value in model.graph.input if value.name not in weights)
 
 
 def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
-    """Return what `compress` wrote into the file; nothing is assumed where it wrote nothing.
+    """Return the metadata that `compress` wrote into the file; missing entries have no defaults.
 
     Raises:
-        ArtifactError: The entries are there and damaged.
+        ArtifactError: An entry is damaged.
     """
     entries = {entry.key: entry.value for entry in model.metadata_props}
     try:
@@ -290,10 +290,10 @@ def read_metadata(model: onnx.ModelProto) -> OnnxMetadata:
 
 
 def read_sizes(model: onnx.ModelProto) -> dict[str, int]:
-    """Return axis name -> usual size of the open axes of a file's inputs, {} where the file does not say.
+    """Return axis name -> usual size of the open axes of a file's inputs; {} where the file has no such entry.
 
     Raises:
-        ArtifactError: The entry is there and damaged.
+        ArtifactError: The entry is damaged.
     """
     written = {entry.key: entry.value for entry in model.metadata_props}.get(SIZES_KEY, "{}")
     try:
@@ -306,7 +306,7 @@ def read_sizes(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def at_sizes(signature: Signature, sizes: Mapping[str, int]) -> Signature:
-    """Return a signature whose inputs have these sizes in place of open axes of that name.
+    """Return a signature with the given sizes for open axes of these names in its inputs.
 
     >>> image = TensorSpec("image", ("batch", 3, "height", "width"))
     >>> at_sizes(Signature((image,), ()), {"height": 32, "width": 48}).inputs[0].shape
@@ -320,17 +320,17 @@ def at_sizes(signature: Signature, sizes: Mapping[str, int]) -> Signature:
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
-    """Return whether values are rounded to whole numbers anywhere in the graph."""
+    """Return whether the graph has QuantizeLinear or DequantizeLinear nodes."""
     return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
 
 
 def is_half(model: onnx.ModelProto) -> bool:
-    """Return whether there are weights in half precision."""
+    """Return whether the model has weights in half precision (float16)."""
     return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
 
 
 def default_opset(model: onnx.ModelProto) -> int | None:
-    """Return the version of the default operator set, None when the model names none."""
+    """Return the version of the default operator set; None where the model states none."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
 
 
@@ -364,7 +364,7 @@ def _whole_number(text: str | None) -> int:
 
 
 def is_present(file: Path) -> bool:
-    """Return whether there is such a file; a name that no file can have is none."""
+    """Return whether a file exists; False for a name that no file can have."""
     try:
         return file.exists()
     except (OSError, ValueError):  # too long, or with a null byte

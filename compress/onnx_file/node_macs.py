@@ -1,9 +1,9 @@
-"""Multiply-accumulates of one ONNX node, from its operator and the shapes of what it reads and gives.
+"""Multiply-accumulates of one ONNX node, from its operator and the shapes of its inputs and outputs.
 
     products = find_products(node, shape_of)      # shape_of("value") -> (1, 3, 16, 16)
 
-Counted are convolutions, matrix products, attention and recurrent layers, of ONNX itself and as ONNX Runtime fuses and
-quantises them. This module and `cost/macs.py` (torch) know nothing of one another: each checks the other.
+Convolutions, matrix products, attention and recurrent layers are counted, of ONNX itself and in ONNX Runtime's fused
+and quantised forms. This module and `cost/macs.py` (torch) are independent: each checks the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NodeProduct:
     Attributes:
         macs: Multiply-accumulates of all images of the batch.
         operands: Names of the values that are multiplied.
-        repeats: How often a weight among them is read anew, once for each step of a recurrent layer.
+        repeats: Number of times that a weight among them is read: the steps of a recurrent layer, else 1.
     """
 
     macs: int
@@ -35,11 +35,11 @@ class NodeProduct:
 
 
 def find_products(node: NodeProto, shape_of: ShapeOf) -> list[NodeProduct]:
-    """Return what a node multiplies; nothing for an operator that is not counted.
+    """Return the products that a node computes; an empty list for an operator that is not counted.
 
     Args:
         node: Any node.
-        shape_of: Returns the shape of a value; whatever it raises is passed on.
+        shape_of: Function that returns the shape of a value by name; its errors are passed on.
     """
     count = _COUNTS.get(node.op_type) if node.domain in _DOMAINS else None
     return [] if count is None else list(count(node, shape_of))
@@ -51,7 +51,7 @@ def is_counted(node: NodeProto) -> bool:
 
 
 def _convolution(weight: int, *, at_input: bool = False) -> _Count:
-    """Return the count of a convolution whose weight, (outputs, inputs, ...), is the input of this number."""
+    """Return the count of a convolution with a weight (outputs, inputs, ...) at input `weight`."""
 
     def count(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
         kernel = node.input[weight]
@@ -62,7 +62,7 @@ def _convolution(weight: int, *, at_input: bool = False) -> _Count:
 
 
 def _product(right: int) -> _Count:
-    """Return the count of (..., M, K) @ (..., K, N) whose right side is the input of this number."""
+    """Return the count of (..., M, K) @ (..., K, N) with the second matrix at input `right`."""
 
     def count(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
         left = shape_of(node.input[0])
@@ -74,7 +74,7 @@ def _product(right: int) -> _Count:
 
 
 def _recurrent(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
-    """RNN, GRU, LSTM: X (T, N, I), or (N, T, I) with layout 1; W (directions, gates * H, I); R (..., H)."""
+    """Count RNN, GRU, LSTM: X (T, N, I), or (N, T, I) with layout 1; W (directions, gates * H, I); R (..., H)."""
     inputs, from_input, from_hidden = node.input[:3]
     first, second, _ = shape_of(inputs)
     steps = second if _attribute(node, "layout", 0) else first
@@ -84,7 +84,7 @@ def _recurrent(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
 
 
 def _attention(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
-    """Queries, keys and values as (B, H, L, E) or (B, L, H * E); keys of earlier calls may come before."""
+    """Count attention of (B, H, L, E) or (B, L, H * E) queries, keys and values; cached keys may come before."""
     query, key, value = node.input[:3]
     places = shape_of(key)[-2]
     if node.domain in _STANDARD and len(node.input) > 4 and node.input[4]:
@@ -94,7 +94,7 @@ def _attention(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
 
 
 def _fused_attention(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
-    """ONNX Runtime's Attention: projections of (B, L, D) by one weight, then the attention itself."""
+    """Count ONNX Runtime's Attention: projections of (B, L, D) by one weight, then the attention itself."""
     if node.domain in _STANDARD:
         yield from _attention(node, shape_of)
         return
@@ -115,7 +115,7 @@ def _einsum(node: NodeProto, shape_of: ShapeOf) -> Iterator[NodeProduct]:
 def einsum_macs(equation: str, shapes: Sequence[Shape]) -> int:
     """Return the multiply-accumulates of an Einsum, taken two operands at a time from the left.
 
-    Indices of one operand alone are summed up first. A step in which nothing is summed up is no sum of products.
+    Indices of one operand alone are summed first. A step without a sum counts as 0.
 
     >>> einsum_macs("bij,bjk->bik", [(1, 2, 3), (1, 3, 5)]), einsum_macs("i,i->i", [(4,), (4,)])
     (30, 0)
@@ -139,7 +139,7 @@ def einsum_macs(equation: str, shapes: Sequence[Shape]) -> int:
 
 
 def _indices(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
-    """Return the indices of each operand and of the output; those of an ellipsis are "0", "1" ... from the right."""
+    """Return the indices of each operand and of the output; an ellipsis becomes "0", "1" ... from the right."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     most = 0
 

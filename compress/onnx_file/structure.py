@@ -1,7 +1,7 @@
 """Structure of an ONNX file without its weights. No torch.
 
-The copy is a valid ONNX file of its own: each weight of a layer becomes zeros of its shape (ConstantOfShape) under its
-name. Building it gives the same layers, names and shapes as the file; constants that shapes are made of stay.
+The copy is a valid ONNX file: zeros of the same shape (ConstantOfShape) replace each weight of a layer, under its name.
+A network built from the copy has the same layers, names and shapes; constants that shapes are made of are kept.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from onnx import ModelProto, helper, numpy_helper
 from compress.onnx_file.io import CLASSES_KEY, PREPROCESSING_KEY, each_node, load_onnx
 
 _SHAPE_OF = "compress.shape_of."
-_LARGE = 64  # scalars; what is smaller is kept
+_LARGE = 64  # scalars; smaller weights are kept
 _WEIGHTS: dict[str, tuple[int, ...]] = {
     "BatchNormalization": (1, 2, 3, 4),
     "Conv": (1, 2),
@@ -29,11 +29,11 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
 
 
 def write_structure(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX file without the weights of its layers; a copy of such a copy is the same.
+    """Write a copy of an ONNX file without the weights of its layers; a copy of such a copy is equal to it.
 
     Args:
-        source: The file, or a structure.
-        target: Where to write.
+        source: The .onnx file, or a copy without weights.
+        target: The .onnx file to write.
 
     Raises:
         ArtifactError: The file cannot be read.
@@ -64,7 +64,7 @@ def write_structure(source: Path, target: Path) -> None:
 
 
 def _only_weights(model: ModelProto) -> set[str]:
-    """Return the initializers that layers read as weights and nothing else reads."""
+    """Return the initializers that are only read as weights of layers."""
     initializers = {tensor.name for tensor in model.graph.initializer}
     as_weight: set[str] = set()
     otherwise = {value.name for value in model.graph.output}

@@ -21,14 +21,14 @@ from compress.onnx_import.values import Computed, Fixed, KnownValues, Refused, V
 
 
 class Builder:
-    """Builds one network, node by node.
+    """Builder of one network, node by node.
 
     Args:
         opset: Version of the default operator set.
         has_open_batch: Whether the file takes any number of images; otherwise it takes 1.
 
     Attributes:
-        problems: Nodes that cannot be built, with the reason.
+        problems: Pairs of a node that cannot be built and the reason.
     """
 
     def __init__(self, opset: int, has_open_batch: bool) -> None:
@@ -43,7 +43,7 @@ class Builder:
         self._values.add(name, self._graph.add_input(name, argument, shapes, dtype))
 
     def add_nodes(self, nodes: Sequence[ir.Node]) -> None:
-        """Add nodes in their order; those that cannot be built go to `problems`."""
+        """Add nodes in their order; nodes that cannot be built are appended to `problems`."""
         for node in nodes:
             names = [value.name or "" for value in node.inputs if value is not None]
             if self._unknown.intersection(names):
@@ -56,7 +56,7 @@ class Builder:
             except Refused as reason:
                 self._refuse(node, str(reason))
             except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                said = str(error).strip().splitlines() or [""]  # what a translator meets in a node that is not valid
+                said = str(error).strip().splitlines() or [""]  # error of a translator at an invalid node
                 self._refuse(node, f"is not as the ONNX standard says ({type(error).__name__}: {said[0][:200]})")
 
     def finish(self, outputs: Sequence[str]) -> fx.GraphModule:
@@ -127,5 +127,5 @@ class Builder:
 
 
 def _is_supported(node: ir.Node) -> bool:
-    """Return whether a node might be built if its inputs could be."""
+    """Return whether a node's operator is supported, whatever its inputs."""
     return node.domain in ("", "ai.onnx") and (node.op_type in OPERATORS or node.op_type in ("If", "Constant"))

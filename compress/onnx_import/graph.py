@@ -1,4 +1,4 @@
-"""Torch network in the making: a graph of calls (`torch.fx`), and the layers, parameters and constants that it uses."""
+"""Torch network under construction: a graph of calls (`torch.fx`), with its layers, parameters and constants."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from operator import getitem
@@ -18,10 +18,10 @@ ONNX_VALUE = "onnx_value"  # in the `meta` of a node of the new graph: name of t
 
 
 class ImportedNetwork(fx.GraphModule):
-    """A network from a file. Its errors are those of its layers; a plain `GraphModule` prints more beside them."""
+    """A network imported from a file. It raises errors of its layers without the extra output of a `GraphModule`."""
 
     def recompile(self) -> PythonCode:
-        """Make `forward` out of the graph."""
+        """Generate `forward` from the graph."""
         code = super().recompile()
         if "__call__" in vars(type(self)):
             del type(self).__call__
@@ -41,10 +41,10 @@ class Parts:
         """Return the name of the layer with these weights and settings, built at its first use.
 
         Args:
-            make: Builds the layer, weights in place.
-            weights: Its weights.
-            node: The node of the file that it is named after, where no weight names it.
-            key: Its settings.
+            make: Function that builds the layer with its weights.
+            weights: Weights of the layer.
+            node: Node of the file that the layer is named after, where no weight names it.
+            key: Settings of the layer, for comparison with other nodes.
         """
         names = [weight.name for weight in weights]
         identity = (key, *names)
@@ -64,12 +64,12 @@ class Parts:
     def parameter(self, weight: Fixed, array: np.ndarray | None = None) -> nn.Parameter:
         """Return a trainable copy of a constant; layers that read the same kernel or matrix share it.
 
-        Biases and other vectors are not shared: optimisers of files let layers read one constant where two are equal by
-        chance, such as zeros.
+        Biases and other vectors are not shared: optimisers of files merge constants that are equal by chance, such as
+        zeros.
 
         Args:
-            weight: The constant.
-            array: Its value in the form of the layer, where that differs.
+            weight: Constant of the file.
+            array: Value in the layer's layout, where that differs from the file's.
         """
         values = weight.array if array is None else array
         identity = (weight.name, values.shape)
@@ -89,7 +89,7 @@ class Parts:
         return name, tensor
 
     def assembled(self, used: Container[str]) -> nn.Module:
-        """Return one module that holds the used parts at their paths, in the order in which they were built."""
+        """Return one module with the parts in `used` at their paths, in the order in which they were built."""
         root = nn.Module()
         for path, part in self._by_name.items():
             if path not in used:
@@ -158,7 +158,7 @@ class NetworkGraph:
         """Return a constant as a buffer of the network; it is not trained.
 
         Raises:
-            Refused: It depends on the number of images in another way than by repeating itself.
+            Refused: The value depends on the number of images in another way than by repetition.
         """
         if value.name not in self._constants:
             self._constants[value.name] = self._buffer(value) if value.is_constant else self._repeated(value)
@@ -172,7 +172,7 @@ class NetworkGraph:
         return self._batch
 
     def network(self, outputs: Sequence[Computed]) -> fx.GraphModule:
-        """Return the network, without calls and parts that no output needs; several outputs become a tuple."""
+        """Return the network without calls and parts that the outputs do not need; several outputs become a tuple."""
         found = [output.node for output in outputs]
         self._graph.output(found[0] if len(found) == 1 else tuple(found))
         for node in reversed(self._graph.nodes):
@@ -222,12 +222,12 @@ def _try(function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
 
 
 def _replaced(value: Any, index: int) -> Any:
-    """Return an argument with its values for one of the numbers of images."""
+    """Return an argument with each value replaced by its probe for one number of images in `PROBES`."""
     return _map(value, lambda one: one.probes[index])
 
 
 def _nodes(value: Any) -> Any:
-    """Return an argument with the nodes of its values."""
+    """Return an argument with each value replaced by its node."""
     return _map(value, lambda one: one.node)
 
 

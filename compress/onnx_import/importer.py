@@ -26,21 +26,22 @@ def import_onnx(
     shapes: Mapping[str, Sequence[int]] | None = None,
     images: Sequence[np.ndarray] | None = None,
 ) -> fx.GraphModule:
-    """Return a torch network that computes what an ONNX file does, in eval mode, with an open number of images.
+    """Return a torch network equivalent to an ONNX file, in eval mode, for any number of images.
 
     Layers (`nn.Conv2d`, `nn.Linear`, ...) are submodules with the names in the file. Weights of any precision become
-    float32. Several outputs become a tuple. Its `meta["import_error"]` is the largest relative error of the comparison.
+    float32. Several outputs become a tuple. `meta["import_error"]` of the network holds the largest relative error of
+    the comparison with ONNX Runtime.
 
     Args:
         path: The .onnx file.
-        shapes: Shape of one image by input, where the file leaves it open.
-        images: Values of each input to compare on besides random ones, (N, ...) each.
+        shapes: Input name -> shape of one image, for inputs with open sizes.
+        images: One array (N, ...) for each input, for a comparison besides the one on random images.
 
     Raises:
-        ArtifactError: The file is missing, corrupt, or keeps weights outside of its folder.
-        ModelError: The file has unsupported parts, all of them named, or the network computes other values than ONNX
-            Runtime does with the file; the message names the first node that differs.
-        NonFinite: ONNX Runtime gives NaN or infinity.
+        ArtifactError: The file is missing, corrupt, or has weights outside its folder.
+        ModelError: The file has unsupported nodes, all listed in the message; or the outputs differ from ONNX Runtime,
+            with the first node that differs in the message.
+        NonFinite: ONNX Runtime returns NaN or infinity.
     """
     with reading_graph(path):
         source = read_source(path, shapes)
@@ -50,7 +51,7 @@ def import_onnx(
 
 
 def build_imported(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> fx.GraphModule:
-    """Return the network of a file without comparing the two, such as of a file whose weights are left out.
+    """Return the network of a file without the comparison with ONNX Runtime, such as for a file without weights.
 
     Raises:
         ArtifactError, ModelError: As `import_onnx`.
@@ -63,7 +64,7 @@ def build_network(source: Source) -> fx.GraphModule:
     """Return the network of a file that has been read.
 
     Raises:
-        ModelError: Some of its nodes cannot be built; names all of them.
+        ModelError: Some nodes cannot be built; the message lists all of them.
     """
     model = ir.from_proto(source.model)
     builder = Builder(source.opset, source.has_open_batch)

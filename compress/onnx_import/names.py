@@ -1,7 +1,7 @@
 """Names of the layers of an imported network.
 
-A weight whose name is that of a torch parameter names its layer ("layer1.0.conv1.weight"). Otherwise the name of the
-node does, without the additions of exporters, or else the name of its output.
+A weight with the name of a torch parameter names its layer ("layer1.0.conv1.weight"). Otherwise the layer is named
+after the node, without the additions of exporters, or else after the node's output.
 """
 
 import builtins
@@ -14,13 +14,13 @@ from torch import fx, nn
 _MACHINE_MADE = re.compile(r"^(onnx::.*|\d+|val_\d+|_.*)$")
 _MODULE_WEIGHT = re.compile(r"^([A-Za-z_][\w]*(?:\.[\w]+)*)\.(weight|weights|kernel|scale|gamma|slope|bias|beta)$")
 _RESERVED = frozenset((*dir(fx.GraphModule), *vars(nn.Module()), *keyword.kwlist))
-# names that the code of a traced network reads: `self`, modules, and what torch.fx puts beside them
+# names that the code of a traced network reads: `self`, modules, and names that torch.fx adds
 _READ_BY_CODE = frozenset((*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "torch", "operator", "math",
                            "inf", "nan", "device", "NoneType", "fx_pytree", "pytree"))  # fmt: skip
 
 
 class Names:
-    """Unique names of layers: none of them is a part of another one's path or an attribute of a module."""
+    """Registry of unique layer names: no name is a prefix of another one's path, or an attribute of a module."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -42,10 +42,10 @@ def layer_name(weights: Sequence[str], node: str, operator: str, output: str) ->
     """Return the name of a layer.
 
     Args:
-        weights: Names of its weights in the file.
-        node: Name of its node, may be "".
-        operator: Its operator, such as "Conv".
-        output: Name of its first output.
+        weights: Names of the layer's weights in the file.
+        node: Name of the layer's node, may be "".
+        operator: Operator of the node, such as "Conv".
+        output: Name of the node's first output.
 
     >>> layer_name(["base_net.0.0.weight"], "", "Conv", "245")
     'base_net.0.0'
@@ -65,12 +65,12 @@ def layer_name(weights: Sequence[str], node: str, operator: str, output: str) ->
 
 
 def value_name(name: str, default: str) -> str:
-    """Return the name of a constant: that of the file, or the default where the name was generated."""
+    """Return the name of a constant: the name in the file, or `default` where that name was generated."""
     return default if _MACHINE_MADE.match(name) or not name else name
 
 
 def argument_names(names: Sequence[str]) -> list[str]:
-    """Return a name of an argument of `forward` for each input of a file, all different.
+    """Return a unique argument name of `forward` for each input of a file.
 
     >>> argument_names(["image", "in", "self", "1", "a.b", "a_b"])
     ['image', 'in_', 'self_', 'input_1', 'a_b_', 'a_b']

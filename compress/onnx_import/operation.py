@@ -1,4 +1,4 @@
-"""Operation: one node of the file, with its inputs and the new graph, as its operator sees it while it is built."""
+"""Operation: one node of the file with its inputs and the new graph, the argument of each operator's translator."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def operator(*names: str) -> Callable[[Translator], Translator]:
 
 
 class Operation:
-    """One node of the file that images go through.
+    """One node of the file that processes images.
 
     Args:
-        node: The node.
-        inputs: Its inputs; None for one that is left out.
+        node: Node of the file.
+        inputs: Values of the node's inputs; None for a missing optional input.
         opset: Version of the default operator set.
-        graph: The new graph.
+        graph: Graph of the new network.
         values: All values that are known so far.
     """
 
@@ -57,7 +57,7 @@ class Operation:
         return self.node.outputs[0].name or ""
 
     def attribute(self, name: str, default: T) -> T:
-        """Return an attribute of the kind that `default` is of; lists and texts are plain."""
+        """Return an attribute with the type of `default`, or `default` where it is missing; lists become tuples."""
         found = self.node.attributes.get(name)
         if found is None:
             return default
@@ -69,17 +69,17 @@ class Operation:
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def image(self, index: int = 0) -> Computed:
-        """Return an input that images go through; a constant is added to the graph as one."""
+        """Return an input as a value of the new graph; a constant is added to the graph as a buffer."""
         value = self.inputs[index] if self.has(index) else None
         if value is None:
             raise Refused(f"input {index} must be given")
         return value if isinstance(value, Computed) else self.graph.constant(value)
 
     def known(self, index: int) -> Fixed:
-        """Return an input that no image changes, such as a weight.
+        """Return an input that does not depend on images, such as a weight.
 
         Raises:
-            Refused: Images change it.
+            Refused: The input is missing or depends on images.
         """
         value = self.inputs[index] if self.has(index) else None
         if not isinstance(value, Fixed):
@@ -97,10 +97,10 @@ class Operation:
         return self.array(index).tolist() if self.has(index) else default
 
     def scalar(self, name: str, index: int) -> Any:
-        """Return a setting that is one number: plain, or an array of one element; None where it is not given.
+        """Return a setting of one number, also from an array of one element; None where it is not given.
 
         Raises:
-            Refused: It is several numbers.
+            Refused: The setting has several numbers.
         """
         value = np.asarray(self.setting(name, index), object)
         if value.size != 1:
@@ -108,7 +108,7 @@ class Operation:
         return value.item()
 
     def operand(self, index: int) -> Computed | float | int | bool:
-        """Return an input of an element-wise operator: a plain number where it is one."""
+        """Return an input of an element-wise operator; a constant of one element becomes a plain number."""
         value = self.inputs[index]
         if isinstance(value, Fixed) and value.is_constant and value.array.size == 1:
             others = [other.rank for other in self.inputs if isinstance(other, Computed)]
@@ -128,10 +128,10 @@ class Operation:
         """Add a call of a torch layer; nodes with the same weights and settings share one.
 
         Args:
-            make: Builds the layer, weights in place.
-            weights: Its weights.
-            image: Its input.
-            key: Its settings.
+            make: Function that builds the layer with its weights.
+            weights: Weights of the layer.
+            image: Input of the layer.
+            key: Settings of the layer, for comparison with other nodes.
         """
         name = self.graph.parts.layer(make, weights, self.node, key)
         return self.graph.call_layer(name, image, self.output)

@@ -9,14 +9,14 @@ from compress.onnx_import.values import Computed, Refused
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A window over the axes after the channels; one number for each of them.
+    """A window over the axes after the channels, with one number for each axis.
 
     Attributes:
-        sizes: Of the kernel.
+        sizes: Sizes of the kernel.
         strides: Steps between positions.
-        dilations: Steps between the points of the kernel.
-        begins: Padding before.
-        ends: Padding behind.
+        dilations: Steps between neighbouring elements of the kernel.
+        begins: Padding before each axis.
+        ends: Padding behind each axis.
     """
 
     sizes: tuple[int, ...]
@@ -30,13 +30,13 @@ def read_window(op: Operation, image: Computed, sizes: Sequence[int], transposed
     """Return the window of a convolution or pooling.
 
     Args:
-        op: The node.
-        image: Its input.
-        sizes: Of the kernel.
-        transposed: Whether the convolution is transposed, so that padding takes away.
+        op: Node of the convolution or pooling.
+        image: Input of the node.
+        sizes: Sizes of the kernel.
+        transposed: Whether the convolution is transposed, so that padding shortens the output.
 
     Raises:
-        Refused: Its padding is in no known way.
+        Refused: The mode of padding is not known.
     """
     count = len(sizes)
     strides = tuple(op.attribute("strides", (1,) * count))
@@ -62,7 +62,7 @@ def read_window(op: Operation, image: Computed, sizes: Sequence[int], transposed
 
 
 def amounts_in_order(pads: Sequence[tuple[int, int]]) -> list[int]:
-    """Return amounts before and behind for each axis in the order of torch: the last axis first.
+    """Return the padding before and behind each axis in the order of F.pad: the last axis first.
 
     >>> amounts_in_order([(1, 2), (3, 4)])
     [3, 4, 1, 2]
@@ -71,7 +71,7 @@ def amounts_in_order(pads: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _same_total(size: int, kernel: int, stride: int, dilation: int) -> int:
-    """Return the padding that gives ceil(size / stride) positions."""
+    """Return the total padding for ceil(size / stride) positions."""
     positions = -(-size // stride)
     return max(0, (positions - 1) * stride + (kernel - 1) * dilation + 1 - size)
 

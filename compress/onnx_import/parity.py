@@ -1,11 +1,11 @@
-"""Parity of an imported network and ONNX Runtime with the file, down to the first node that differs.
+"""Parity of an imported network with its file in ONNX Runtime, down to the first node that differs.
 
 The relative error of an output is the largest difference over the largest value, over all images compared. The limit is
 1e-5; where weights or values of the file are in half precision, 5e-3, since the network computes in float32.
 
 Some networks have larger rounding errors: ONNX Runtime with FastestDet is 1.3e-5 away from float64 on some images.
-Hence, where an output differs by more, the network is computed in float64 as well. Three times its rounding error is
-added to the limit (each of the two rounds, in different ways), up to 1e-4 in all.
+Hence, where an output exceeds the limit, the network is computed in float64 as well. Three times its rounding error is
+added to the limit (network and ONNX Runtime round differently), up to 1e-4 in all.
 """
 
 import copy
@@ -40,16 +40,16 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
     """Compare a network with the file on random images, and on given ones.
 
     Args:
-        module: The network.
-        source: The file.
-        images: Values of each input, (N, ...) each.
+        module: The imported network.
+        source: File that it was imported from.
+        images: One array (N, ...) for each input; None for random images only.
 
     Returns:
         The largest relative error of an output.
 
     Raises:
-        ModelError: They differ; names the first node whose value does.
-        NonFinite: ONNX Runtime gives NaN or infinity.
+        ModelError: An output differs; the message names the first node that does.
+        NonFinite: ONNX Runtime returns NaN or infinity.
     """
     tolerance, largest = _tolerance(source), 0.0
     session = _session(source, None)
@@ -76,11 +76,11 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
 def _with_rounding(
     tolerance: float, module: fx.GraphModule, source: Source, feed: Feed, name: str, found: np.ndarray
 ) -> float:
-    """Return a tolerance with what rounding to float32 does to an output of the network."""
+    """Return a tolerance widened by the float32 rounding error of an output of the network."""
     doubles = [value.double() if value.is_floating_point() else value for value in _tensors(source, feed)]
     try:
         exact = _outputs(copy.deepcopy(module).double(), doubles)[source.outputs.index(name)]
-    except RuntimeError:  # it turns values into float32 by itself, so that nothing is known
+    except RuntimeError:  # the network casts to float32 itself, so that its rounding error is not known
         return tolerance
     rounding = relative_error(found, exact)
     return max(tolerance, min(tolerance + ROUNDINGS * rounding, MOST_TOLERANCE))
@@ -103,7 +103,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _where(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float) -> str:
-    """Return which node is the first whose value differs, for one image; else for several at once."""
+    """Return a clause on the first node that differs for one image, or else for several images at once."""
     single = {
         spec.name: feed[spec.name][:1] if source.carries_images(spec) else feed[spec.name] for spec in source.inputs
     }
@@ -117,7 +117,7 @@ def _where(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float)
 
 
 def _differing(module: fx.GraphModule, source: Source, feed: Feed, tolerance: float) -> Iterator[tuple[str, float]]:
-    """Yield nodes of the file whose values differ and how much, in order."""
+    """Yield each node of the file whose value differs and its relative error, in order."""
     values = _values(module, source, feed)
     nodes = {output: node for node in source.model.graph.node for output in node.output}
     values = {name: value for name, value in values.items() if name in nodes}
@@ -130,7 +130,7 @@ def _differing(module: fx.GraphModule, source: Source, feed: Feed, tolerance: fl
 
 
 def _values(module: fx.GraphModule, source: Source, feed: Feed) -> dict[str, np.ndarray]:
-    """Return what the network gives for every value of the file that it computes."""
+    """Return value name -> array of the network, for every value of the file that the network computes."""
     found: dict[str, np.ndarray] = {}
 
     class _Recorder(fx.Interpreter):
@@ -156,13 +156,13 @@ def _tensors(source: Source, feed: Feed) -> list[Tensor]:
 
 
 def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarray]) -> Feed:
-    """Return values by ONNX Runtime; a file for one image runs on each by itself.
+    """Return values by ONNX Runtime; a file for one image runs once for each image.
 
     Args:
-        session: Of the file.
+        session: Open session of the file.
         source: The file.
-        feed: Inputs.
-        wanted: Names of the values, and what the network gives for them: what single images give is joined like it.
+        feed: Input name -> array.
+        wanted: Name of each value -> the network's array, whose shape determines the joining of single images.
     """
     names = list(wanted)
     with translated(lambda error: ModelError(f"ONNX Runtime must be able to run '{source.path}': {first_line(error)}")):
@@ -176,7 +176,7 @@ def _run(session: Any, source: Source, feed: Feed, wanted: Mapping[str, np.ndarr
 
 
 def _joined(values: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Return the values of single images as one: along a new axis if that gives the shape, else along the first one."""
+    """Return the values of single images joined along a new axis if that has the shape, else along the first axis."""
     stacked = np.stack(values)
     return stacked if stacked.shape == shape or stacked.ndim == 1 else np.concatenate(values)
 
@@ -221,7 +221,7 @@ def _given(source: Source, images: Sequence[np.ndarray]) -> Feed:
 
 
 def _session(source: Source, outputs: Sequence[str] | None) -> Any:
-    """Open the file, or, without any rewriting by the runtime, one that also gives inner values."""
+    """Open the file; with `outputs`, open a copy that returns inner values too, without graph optimisations."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     model: str | bytes = str(source.path)
@@ -234,7 +234,7 @@ def _session(source: Source, outputs: Sequence[str] | None) -> Any:
         model = telling.SerializeToString()
 
     def otherwise(error: Exception) -> Any:
-        if onnx.TensorProto.DOUBLE in _weight_types(source):  # it has no convolutions in double precision
+        if onnx.TensorProto.DOUBLE in _weight_types(source):  # ONNX Runtime has no convolutions in double precision
             return ReferenceEvaluator(source.model if outputs is None else telling)
         raise ModelError(f"ONNX Runtime must be able to open '{source.path}': {first_line(error)}") from error
 

@@ -1,9 +1,9 @@
-"""Patterns of nodes that stand for one layer or function, where the operator sets had no operator for it.
+"""Patterns of nodes that stand for one layer or function without an operator in older operator sets.
 
     Reshape InstanceNormalization Reshape [Mul] [Add]    a group norm, as exporters wrote it before operator set 21
     Reshape Transpose Reshape Gather                     every k-th channel: a channel shuffle that is split at once
 
-Node by node both would compute the same. As one, their widths are those of a layer or of a slice, and prunable.
+Imported node by node, both would compute the same values. Merged into one layer or slice, their channels are prunable.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from compress.onnx_import.values import Computed, Fixed
 
 
 def every_kth_channel(op: Operation, index: int) -> Computed | None:
-    """Return every k-th channel from the given one on, where a Gather takes those; None where it takes something else.
+    """Return every k-th channel where a Gather takes those, starting at `index` modulo k; None for another Gather.
 
     Args:
-        op: A Gather of one place along the first axis.
-        index: Its position.
+        op: Gather of one index along the first axis.
+        index: Index that the Gather takes.
     """
     back = _producer(op.node.inputs[0], "Reshape")
     turn = None if back is None else _producer(back.inputs[0], "Transpose")
@@ -48,10 +48,10 @@ def every_kth_channel(op: Operation, index: int) -> Computed | None:
 
 
 def group_norm(op: Operation) -> None:
-    """Let the last of the nodes that stand for a group norm be that layer, where an instance norm is one of them.
+    """Merge the nodes of a group norm pattern into one layer, the result of its last node; do nothing without a match.
 
     Args:
-        op: The InstanceNormalization.
+        op: InstanceNormalization within the possible pattern.
     """
     split, back = _producer(op.node.inputs[0], "Reshape"), _only_reader(op.node, "Reshape")
     image = None if split is None or split.inputs[0] is None else op.values.find(split.inputs[0])
@@ -81,7 +81,7 @@ def group_norm(op: Operation) -> None:
 
 
 def _restores(op: Operation, back: ir.Node, image: Computed) -> bool:
-    """Return whether a Reshape gives the shape that there was before the groups."""
+    """Return whether a Reshape restores the shape of the image."""
     shape = None if back.inputs[1] is None else op.values.find(back.inputs[1])
     if not isinstance(shape, Fixed):
         return False
@@ -96,7 +96,7 @@ def _restores(op: Operation, back: ir.Node, image: Computed) -> bool:
 
 
 def _channel_constant(op: Operation, node: ir.Node, kind: str, width: int, rank: int) -> tuple[ir.Node, Fixed | None]:
-    """Return the node that next combines channels with a constant, and that constant; else the node given and None."""
+    """Return the only reader that combines each channel with a constant, and the constant; else `node` and None."""
     reader = _only_reader(node, kind)
     others = [] if reader is None else [value for value in reader.inputs if value is not node.outputs[0]]
     found = op.values.find(others[0]) if len(others) == 1 and others[0] is not None else None
@@ -112,7 +112,7 @@ def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
 
 
 def _only_reader(node: ir.Node, kind: str) -> ir.Node | None:
-    """Return the node that alone reads what a node gives, if it is of a kind."""
+    """Return the only reader of a node's output if it has the operator `kind`, else None."""
     output = node.outputs[0]
     readers = output.consumers()
     is_inner = not output.is_graph_output() and len(output.uses()) == 1

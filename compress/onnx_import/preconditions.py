@@ -31,11 +31,11 @@ class Source:
 
     Attributes:
         path: The .onnx file.
-        model: Its content, weights included.
+        model: Content of the file, weights included.
         opset: Version of the default operator set.
-        inputs: Without the weights; "batch" or 1 before the sizes of one image.
+        inputs: Inputs without weights; the first axis is "batch" or 1, followed by the sizes of one image.
         outputs: Names of the outputs.
-        has_open_batch: Whether it takes any number of images; otherwise it takes 1.
+        has_open_batch: Whether the file takes any number of images; otherwise it takes 1.
     """
 
     path: Path
@@ -46,25 +46,25 @@ class Source:
     has_open_batch: bool
 
     def shapes(self, spec: TensorSpec, numbers: Iterable[int] = PROBES) -> list[tuple[int, ...]]:
-        """Return the shape of an input for each of some numbers of images."""
+        """Return the shape of an input for each number of images in `numbers`."""
         sizes = tuple(int(size) for size in spec.shape[1:])
         return [(number, *sizes) if self.carries_images(spec) else (int(spec.shape[0]), *sizes) for number in numbers]
 
     def carries_images(self, spec: TensorSpec) -> bool:
-        """Return whether images lie along the first axis of an input."""
+        """Return whether the first axis of an input is the batch axis."""
         return spec.shape[0] == ("batch" if self.has_open_batch else 1)
 
 
 def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Source:
-    """Read a file, and refuse one that cannot be imported.
+    """Read a file and check that it can be imported.
 
     Args:
         path: The .onnx file.
-        shapes: Shape of one image by input, where the file leaves it open.
+        shapes: Input name -> shape of one image, for inputs with open sizes.
 
     Raises:
-        ArtifactError: It is missing, corrupt, or keeps weights outside of its folder.
-        ModelError: It is quantised, of an operator set that cannot be read, or its inputs have no fixed sizes.
+        ArtifactError: The file is missing, corrupt, or has weights outside its folder.
+        ModelError: The file is quantised, has an unsupported operator set, or its inputs have no fixed sizes.
     """
     require_beside(load_onnx(path), path)
     model = load_onnx(path, weights=True)
@@ -125,7 +125,7 @@ def _with_sizes(spec: TensorSpec, given: Sequence[int] | None, path: Path) -> Te
     """Return an input with the sizes of one image filled in.
 
     Raises:
-        ModelError: They are open and nobody gives them, or are given and differ from those of the file.
+        ModelError: Sizes are open and not given, or the given sizes do not fit the file.
     """
     if not spec.shape:
         raise ModelError(f"Input '{spec.name}' of '{path}' must have an axis for images, it is a single number.")

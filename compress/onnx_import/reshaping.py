@@ -1,7 +1,7 @@
-"""Changes of shape, written so that widths may change and any number of images fits.
+"""Changes of shape in a form that stays valid for other widths and any number of images.
 
-The axes of both shapes are put into the smallest groups of equal size. A group that joins becomes `flatten`, one that
-divides `unflatten` with one size left open, and sizes that stay are not written at all:
+The axes of both shapes are matched in the smallest groups of equal size. A group that joins axes becomes `flatten`. A
+group that divides an axis becomes `unflatten` with one open size. Unchanged axes appear in neither:
 
     (B, C, H, W) -> (B, 2, C/2, H, W)   unflatten(1, (2, -1))
     (B, C, H, W) -> (B, C*H*W)          flatten(1, 3)
@@ -24,8 +24,8 @@ def reshape(op: Operation, image: Computed, wanted: Sequence[Shape]) -> Computed
 
     Args:
         op: The Reshape-like node that is being imported.
-        image: What to reshape.
-        wanted: Shape for each number of images in `PROBES`.
+        image: Value to reshape.
+        wanted: New shape for each number of images in `PROBES`.
 
     Raises:
         Refused: The shape depends on the number of images in more than one axis, or does not fit.
@@ -49,16 +49,16 @@ def reshape(op: Operation, image: Computed, wanted: Sequence[Shape]) -> Computed
 
 
 def open_shapes(image: Computed, asked: Sequence[Sequence[int]], allow_zero: bool, has_open_batch: bool) -> list[Shape]:
-    """Return the shape that a Reshape asks for, for each number of images in `PROBES`.
+    """Return the shape that a Reshape produces, for each number of images in `PROBES`.
 
-    A file made for one image has sizes in it that are those of one image. There the sizes of one image are worked out,
-    and the axis that images lie along is found: the one that is computed from their number or copied, else the first
-    where it is 1, else the one that is left open, else the first, as images come before all else in memory.
+    A file made for one image holds the sizes of one image, so the batch axis of the new shape must be found. It is the
+    first of these that exists: an axis computed from the number of images; one copied from the batch axis; the first
+    axis if its size is 1; the axis given as -1. Otherwise it is the first axis, as the batch is outermost in memory.
 
     Args:
-        image: What is reshaped.
-        asked: Sizes for each number of images; -1 is to be found out, 0 copies.
-        allow_zero: Whether 0 means 0.
+        image: Value to reshape.
+        asked: Requested sizes for each number of images; -1 is inferred, 0 copies.
+        allow_zero: Whether 0 means a size of 0.
         has_open_batch: Whether the file is made for any number of images.
     """
     if has_open_batch or image.shapes[0] == image.shapes[1]:
@@ -82,7 +82,7 @@ def open_shapes(image: Computed, asked: Sequence[Sequence[int]], allow_zero: boo
 
 
 def _of_one(sizes: Sequence[int]) -> int:
-    """Return a size as it is for one image."""
+    """Return the size for one image."""
     if len(set(sizes)) == 1:
         return int(sizes[0])
     if any(size % images for size, images in zip(sizes, PROBES, strict=True)):
@@ -99,7 +99,7 @@ def _resolved(shape: Shape, target: Sequence[int], allow_zero: bool) -> Shape:
 
 
 def _groups(before: Shape, after: Shape) -> list[Group] | None:
-    """Return (start, end, first, last): axes start to end of one shape hold those of first to last of the other."""
+    """Return groups (start, end, first, last): axes [start, end) of one shape equal axes [first, last) of the other."""
     groups, i, j = [], 0, 0
     while i < len(before) and j < len(after):
         start, first, left, right = i, j, before[i], after[j]
@@ -125,7 +125,7 @@ def _is_both(group: Group) -> bool:
 
 
 def _written_as_open(op: Operation, first: int, last: int) -> int | None:
-    """Return the axis that a Reshape leaves open by -1, counted from `first`."""
+    """Return the axis of a Reshape with size -1, counted from `first`; None without one from `first` to `last`."""
     if op.kind != "Reshape":
         return None
     sizes = op.known(1).arrays[0].tolist()
@@ -134,7 +134,7 @@ def _written_as_open(op: Operation, first: int, last: int) -> int | None:
 
 
 def _with_open_axis(shapes: Sequence[Shape], preferred: int | None = None) -> tuple[int, ...]:
-    """Return sizes with -1 for the one that depends on the number of images, or for the preferred or the last one."""
+    """Return sizes with -1 at the axis that depends on the number of images, else at the preferred or last axis."""
     moving = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if len(moving) > 1:
         raise Refused("depends on the number of images in more than one axis")

@@ -1,11 +1,11 @@
 """Values of an ONNX file while a network is built from it.
 
-    Fixed      known before any image is: weights, constants, sizes, and everything computed from those alone
+    Fixed      known without any image: weights, constants, sizes, and everything computed from those alone
     Computed   the output of an operation on images: a node of the new graph, and its shapes
 
-Sizes may depend on the number of images. Therefore all values are followed for two made-up numbers of images at once,
-`PROBES`; what differs between the two depends on that number. They are large primes, unlikely to be the width of a
-layer. A node whose inputs are all known is computed by the evaluator of the ONNX standard.
+Sizes may depend on the number of images. So every value is computed for two assumed numbers of images, `PROBES`; a
+value that differs between the two depends on that number. They are primes, unlikely to be the width of a layer. The
+evaluator of the ONNX standard computes each node whose inputs are all known.
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ PROBES = (11, 13)
 
 
 class Refused(Exception):
-    """A node that cannot be built; its text says why, without naming the node."""
+    """Error for a node that cannot be built; its text states the reason without the name of the node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """A value that no image changes.
+    """A value that does not depend on images.
 
     Attributes:
-        name: In the file.
-        arrays: Its value for each number of images in `PROBES`.
+        name: Name in the file.
+        arrays: Value for each number of images in `PROBES`.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Fixed:
 
     @property
     def is_constant(self) -> bool:
-        """Return whether it is the same for any number of images."""
+        """True if the value is the same for any number of images."""
         first, *others = self.arrays
         return all(other is first or np.array_equal(first, other) for other in others)
 
     @property
     def array(self) -> np.ndarray:
-        """The value.
+        """Value for any number of images.
 
         Raises:
-            Refused: It depends on the number of images.
+            Refused: The value depends on the number of images.
         """
         if not self.is_constant:
             raise Refused(f"'{self.name}' must not depend on the number of images")
@@ -67,12 +67,12 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A value that images change.
+    """A value that depends on images.
 
     Attributes:
-        name: In the file.
-        node: Computes it.
-        probes: A tensor without data for each number of images in `PROBES`: shape and dtype.
+        name: Name in the file.
+        node: Node of the new graph that computes the value.
+        probes: Meta tensor (shape and dtype without data) for each number of images in `PROBES`.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Computed:
         """Return the size of an axis.
 
         Raises:
-            Refused: It depends on the number of images.
+            Refused: The size depends on the number of images.
         """
         first, *others = (shape[axis] for shape in self.shapes)
         if any(other != first for other in others):
@@ -110,7 +110,7 @@ class BatchSize:
     """The number of images, as an argument of a call.
 
     Attributes:
-        node: Computes it.
+        node: Node of the new graph that computes it.
         probes: `PROBES`.
     """
 
@@ -125,7 +125,7 @@ class KnownValues:
     """Values of the file that are known so far, by name; constants of the file are known from the start.
 
     Attributes:
-        merged: Last node of a pattern of nodes -> the result of the pattern as a whole.
+        merged: Last node of a pattern of nodes -> result of the complete pattern.
     """
 
     def __init__(self) -> None:
@@ -143,10 +143,10 @@ class KnownValues:
         self._by_name[name] = value
 
     def of(self, value: ir.Value) -> Value:
-        """Return a value; None for an input that is left out.
+        """Return a value; None for an optional input that is missing.
 
         Raises:
-            Refused: No node has computed it.
+            Refused: No node has computed the value.
         """
         name = value.name or ""
         if name == "":
@@ -164,7 +164,7 @@ class KnownValues:
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:
-    """Return floating-point numbers of any precision as float32, other values as they are."""
+    """Return floating-point numbers of any precision as float32, and other values unchanged."""
     is_other_float = array.dtype.kind == "f" or array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
     return array.astype(np.float32) if is_other_float and array.dtype != np.float32 else array
 
@@ -178,7 +178,7 @@ def evaluate(node: ir.Node, inputs: Sequence[Fixed | None], opset: int) -> list[
     """Return the outputs of a node for each number of images.
 
     Raises:
-        Refused: It draws random numbers, or cannot be computed.
+        Refused: The node draws random numbers, is control flow, or cannot be computed.
     """
     if node.op_type in _RANDOM:
         raise Refused("draws random numbers, which is not supported")
@@ -194,7 +194,7 @@ def evaluate(node: ir.Node, inputs: Sequence[Fixed | None], opset: int) -> list[
 
 
 def _read(node: ir.Node) -> list[ir.Value]:
-    """Return the outputs up to the last one that something reads; old exporters name more of them."""
+    """Return the outputs up to the last one that is used; old exporters name further, unused outputs."""
     used = [index for index, output in enumerate(node.outputs) if output.uses() or output.is_graph_output()]
     return list(node.outputs[: max(used, default=0) + 1])
 

@@ -1,6 +1,6 @@
 """Residual blocks that can be removed, leaving the identity.
 
-A block is removable when it has convolutions, returns the shape it gets, and returns a non-negative input
+A block is removable if it has convolutions, keeps the shape of its input, and returns a non-negative input
 unchanged once all its parameters are zero: then `x + f(x)` without `f` is `x`.
 """
 
@@ -19,7 +19,7 @@ def find_removable_blocks(module: nn.Module, example: Tensor) -> tuple[str, ...]
     """Return the module paths of removable residual blocks in definition order, innermost blocks only.
 
     Args:
-        module: Any network; left as it is.
+        module: Any network; left unchanged.
         example: One input, (1, C, H, W).
     """
     shapes = _same_shape_parts(module, example)
@@ -28,7 +28,7 @@ def find_removable_blocks(module: nn.Module, example: Tensor) -> tuple[str, ...]
 
 
 def _same_shape_parts(module: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the parts with convolutions and children that are called once and return the shape they get."""
+    """Return module path -> output shape, for parts with inner convolutions, called once, that keep the input shape."""
     calls: dict[str, list[tuple[int, ...] | None]] = {}
 
     def watch(name: str):  # type: ignore[no-untyped-def]
@@ -60,7 +60,7 @@ def _passes_input_when_silent(block: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 def _silenced(block: nn.Module) -> nn.Module:
-    """Return a copy with everything learned in it set to zero."""
+    """Return a copy with all parameters and running means of norms set to zero."""
     silent = copy.deepcopy(block).eval()
     for part in silent.modules():
         for parameter in part.parameters(recurse=False):
@@ -71,14 +71,14 @@ def _silenced(block: nn.Module) -> nn.Module:
 
 
 def closing_layers(module: nn.Module, example: Tensor) -> dict[str, str]:
-    """Return the layers whose outputs, behind their batch norm, are added to what a residual block was given.
+    """Return the layers whose outputs, behind their norm, are added to the input of a residual block.
 
     Args:
-        module: Any network; left as it is.
+        module: Any network; left unchanged.
         example: One input, (1, C, H, W).
 
     Returns:
-        Layer -> its block, for the removable blocks that pass on the sum of the two (or its positive part).
+        Layer -> its block, for the removable blocks that return the sum of the two (or its positive part).
     """
     with eval_mode(module):
         norms = following_norms(module, NORMS, example)
@@ -103,12 +103,12 @@ def closing_layers(module: nn.Module, example: Tensor) -> dict[str, str]:
 
 @torch.no_grad()
 def _adds_up(block: nn.Module, part: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a block returns the sum of a non-negative input and of what the part inside gives."""
+    """Return whether a block returns the sum of a non-negative input and of the output of the part inside."""
     silent = _silenced(block)
     generator = torch.Generator().manual_seed(0)
     x, added = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
     with hooked(after=[(silent.get_submodule(part), lambda _part, _inputs, output: output + added)]):
         try:
             return torch.allclose(silent(x), x + added)
-        except RuntimeError:  # of another shape: something lies between it and the sum
+        except RuntimeError:  # another shape: an operation lies between the part and the sum
             return False

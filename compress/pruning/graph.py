@@ -1,4 +1,4 @@
-"""Channel groups of a network, and the sizes that follow them.
+"""Channel graph of a network: its channel groups, and the sizes that depend on them.
 
 The trace (`tracing/`) finds which channels are the same, `grouping.py` the groups; each cut is tried by `trial.py`.
 """
@@ -23,7 +23,7 @@ class ParameterAxis:
     Attributes:
         tensor: The parameter or buffer.
         dim: The dimension.
-        lost: Group name -> indices along `dim` that one unit of the group takes with it. Excluded groups are there too.
+        lost: Group name -> number of indices along `dim` removed with one unit; excluded groups are included.
     """
 
     tensor: Tensor
@@ -39,7 +39,7 @@ class ChannelGraph:
         example: One input, (1, ...).
 
     Attributes:
-        groups: By name, in definition order; prunable as far as the trace tells.
+        groups: Group name -> group that is prunable by the trace, in definition order.
         excluded: Groups that are not prunable by the trace.
 
     Raises:
@@ -64,10 +64,10 @@ class ChannelGraph:
             self.groups = {name: replace(group, shares=shares[name]) for name, group in finder.groups.items()}
 
     def gone(self, removed: Mapping[str, Sequence[int]]) -> np.ndarray:
-        """Return (labels,) whether each label is removed with the channels given.
+        """Return (labels,) bool: whether each label is removed with the given channels.
 
         Args:
-            removed: Group name -> indices of removed channels, whole units of them.
+            removed: Group name -> indices of removed channels, in complete units.
 
         Raises:
             UnsupportedLayer: There is no such group, an index lies outside it, or a unit would be divided.
@@ -112,7 +112,7 @@ class ChannelGraph:
         return axes
 
     def _owner_of_labels(self, names: Sequence[str]) -> np.ndarray:
-        """Return (labels,) the position in `names` of the group that each belongs to, -1 for none of them."""
+        """Return (labels,) the position in `names` of each label's group, -1 for labels of other groups."""
         owner = np.full(self.trace.size, -1, np.int64)
         for number, name in enumerate(names):
             owner[self._found[name].labels] = number
@@ -122,12 +122,12 @@ class ChannelGraph:
 def _find_shares(
     groups: Mapping[str, ChannelGroup], amounts: Sequence[tuple[Amount, list[np.ndarray]]], owner: np.ndarray
 ) -> dict[str, tuple[Share, ...]]:
-    """Return the shares of each group in amounts of MACs and parameters, given with the labels on each of their axes.
+    """Return the shares of each group in amounts of MACs and parameters.
 
     Args:
-        groups: By name.
-        amounts: In the order in which a group's shares are listed.
-        owner: (labels,) the position in `groups` of the group that each belongs to, or -1.
+        groups: Group name -> group.
+        amounts: Amounts, with the labels on each of their axes, in the order of a group's shares.
+        owner: (labels,) the position in `groups` of each label's group, or -1.
     """
     names = list(groups)
     shares: list[list[Share]] = [[] for _ in names]
@@ -168,6 +168,6 @@ def _counted_params(found: Trace, owners: Owners) -> Iterator[tuple[Amount, list
 
 
 def _sizes(places: Sequence[np.ndarray]) -> tuple[int, int]:
-    """Return the sizes of two axes, 1 for one that is not there."""
+    """Return the sizes of two axes, 1 for a missing axis."""
     first, second = (*map(len, places), 1, 1)[:2]
     return first, second

@@ -30,8 +30,8 @@ class GroupLabels:
     """Labels of the channels of a group.
 
     Attributes:
-        labels: (n,) all labels of it.
-        units: (n,) the unit of each.
+        labels: (n,) all labels of the group.
+        units: (n,) unit of each label.
     """
 
     labels: np.ndarray
@@ -40,12 +40,12 @@ class GroupLabels:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Place of a parameter or buffer in a network.
+    """Module that holds a parameter or buffer, with the name of the tensor in it.
 
     Attributes:
-        path: Path of the module it belongs to.
-        module: That module.
-        name: Name of the parameter in it.
+        path: Path of the module.
+        module: The module.
+        name: Name of the tensor in the module.
         order: Position of the module in definition order.
     """
 
@@ -77,7 +77,7 @@ class Owners:
         return self._by_identity[id(axis.tensor)][0]
 
     def paths(self, tensor: Tensor, user: str) -> list[str]:
-        """Return the module that uses a parameter, if it is its own, or else all that it belongs to."""
+        """Return the path of the module `user` if it holds the parameter, else of all modules that hold it."""
         paths = [owner.path for owner in self.of(tensor)]
         return [user] if user in paths else paths
 
@@ -86,7 +86,7 @@ class Owners:
         return any(isinstance(owner.module, COUNTED) for owner in self.of(axis.tensor))
 
     def layer_name(self, axis: Axis) -> str:
-        """Return the path of the layer that an axis belongs to; outside of known layers that of the parameter."""
+        """Return the path of the layer that an axis belongs to; outside known layers, the parameter's path."""
         owner = self.first(axis)
         return owner.path if isinstance(owner.module, LAYERS) else ".".join(filter(None, (owner.path, owner.name)))
 
@@ -95,7 +95,7 @@ class AxisIndex:
     """Axes of a trace, looked up by label.
 
     Args:
-        axes: In the order of their labels.
+        axes: Axes in the order of their labels.
     """
 
     def __init__(self, axes: Sequence[Axis]) -> None:
@@ -114,8 +114,8 @@ class AxisIndex:
         return found
 
     def split(self, labels: np.ndarray, channels: np.ndarray) -> Iterator[tuple[Axis, Tensor, Tensor]]:
-        """Yield for each axis its places, ascending, and their channels."""
-        order = np.argsort(labels, kind="stable")  # labels count through the axes, and through the places of each
+        """Yield each axis with its positions, ascending, and their channels."""
+        order = np.argsort(labels, kind="stable")  # labels count through the axes, and through the positions of each
         labels, channels = labels[order], channels[order]
         numbers, starts = np.unique(self.numbers(labels), return_index=True)
         for number, start, end in zip(numbers, starts, [*starts[1:], len(labels)], strict=True):
@@ -124,16 +124,16 @@ class AxisIndex:
 
 
 class GroupFinder:
-    """Finds the channel groups of a trace.
+    """Search for the channel groups of a trace.
 
     Args:
-        trace: With at least one axis.
-        owners: Of the network that was traced.
+        trace: Trace with at least one axis.
+        owners: Owners of the traced network's tensors.
 
     Attributes:
-        groups: By name, in definition order.
-        excluded: Groups that cannot be removed from, with the reason.
-        found: Labels of every group, prunable and excluded.
+        groups: Group name -> prunable group, in definition order.
+        excluded: Groups that are not prunable, with the reason.
+        found: Group name -> labels, for prunable and excluded groups.
     """
 
     def __init__(self, trace: Trace, owners: Owners) -> None:
@@ -176,10 +176,10 @@ class GroupFinder:
         """Add one group, or the reason why it is excluded.
 
         Args:
-            root: The axis that names it.
-            labels: All labels of it.
+            root: Axis that the group is named after.
+            labels: All labels of the group.
             parts: Channels in each unit.
-            reason: The reason why it cannot be removed from, if one is known already.
+            reason: Reason why the group is not prunable, if one is known already.
         """
         name = self._name(root, labels)
         numbers, channels, units = _numbered(
@@ -223,7 +223,7 @@ class GroupFinder:
                             if (name := f"{names[0]}:{count}") not in self.found)  # fmt: skip
 
     def _members(self, labels: np.ndarray, channels: np.ndarray) -> Iterable[Member]:
-        """Yield each layer of a kind that is known, once for its outputs and once for its inputs."""
+        """Yield each layer of a known kind, once for its outputs and once for its inputs."""
         done: set[tuple[str, str]] = set()
         for axis, slots, found in self._index.split(labels, channels):
             side: Literal["out", "in"] = "in" if axis.role == "in" else "out"
@@ -239,7 +239,7 @@ class GroupFinder:
                 yield Read(owner.path, owner.name, axis.dim, axis.slots(slots), found)
 
     def _norms_behind(self, members: Sequence[Member]) -> dict[str, Member]:
-        """Return for each layer whose outputs a norm of the group reads directly that norm."""
+        """Return layer -> norm of the group that reads the layer's outputs directly."""
         norms = {member.layer: member for member in members if member.is_norm}
         return {
             member.layer: norms[norm]
@@ -267,7 +267,7 @@ def _patterns(unit: np.ndarray, index: AxisIndex) -> list[bytes]:
 
 
 def _parts(unit: np.ndarray, channel: np.ndarray, index: AxisIndex) -> np.ndarray:
-    """Return for each unit how many channels that some layer computes are in it."""
+    """Return for each unit its number of channels that a layer computes."""
     made = index.is_made(np.arange(len(unit)))
     _, first = np.unique(channel[made], return_index=True)
     return np.bincount(unit[made][first], minlength=int(unit.max()) + 1)
@@ -317,6 +317,6 @@ def _first_keys(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _first_places(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return for each value wanted one place where it occurs."""
+    """Return for each wanted value the first index at which it occurs."""
     found, first = np.unique(values, return_index=True)
     return first[np.searchsorted(found, wanted)]

@@ -1,12 +1,13 @@
 """Channel groups: coupled channels that are removed together.
 
 channel group   coupled channels; named by its first convolution or linear layer in definition order
-root            that layer; channels are counted in the order of its outputs
+root            this first layer; channels are counted in the order of its outputs
 unit            channels that are only removed together; most are one channel
 parts           channels in a unit: a grouped convolution, or one chunked into halves, loses the same position of
-                every part; channel p * units + u is the one of unit u in part p
-member          one layer touched by the group: on its "out" axis (producer, norm, depthwise) or "in" axis (reader)
-gates           the places where multiplying a channel by 0 is the same as removing it
+                every part; channel p * units + u belongs to unit u and part p
+member          one layer of the group: the channels are on its "out" axis (producer, norm, depthwise) or "in" axis
+                (reader)
+gates           the layers at whose outputs multiplying a channel by 0 is the same as removing it
 """
 
 import re
@@ -24,7 +25,7 @@ from compress.pruning.shortcuts import FixedShortcut
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)
-_NUMBERS = re.compile(r"(?<![\w.'])[\d.]+(?:e[+-]?\d+)?(?!\w)")  # not those in the names of layers
+_NUMBERS = re.compile(r"(?<![\w.'])[\d.]+(?:e[+-]?\d+)?(?!\w)")  # without numbers in the names of layers
 LAYERS = (*COUNTED, *NORMS, nn.PReLU, FixedShortcut)
 
 
@@ -37,7 +38,7 @@ class Member:
         module: The layer.
         axis: "out" when the group's channels are the layer's outputs, "in" when they are its inputs.
         slots: (n,) int64, ascending positions on that axis.
-        channels: (n,) int64, which channel of the group each slot belongs to.
+        channels: (n,) int64, the channel of the group that each slot belongs to.
     """
 
     layer: str
@@ -62,11 +63,11 @@ class Read:
     """A weight that reads a group's channels, in a layer or anywhere else.
 
     Attributes:
-        path: Of the module it hangs at.
-        name: Its name there.
-        dim: The dimension of its inputs.
+        path: Path of the module that holds the weight.
+        name: Name of the weight in that module.
+        dim: Dimension of the weight's inputs.
         slots: (n,) int64, indices along `dim`.
-        channels: (n,) int64, which channel of the group each slot reads.
+        channels: (n,) int64, the channel of the group that each slot reads.
     """
 
     path: str
@@ -78,14 +79,14 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A part of a network's cost that follows the numbers of channels on at most two axes.
+    """A part of a network's cost that depends on the numbers of channels on at most two axes.
 
     Attributes:
         unit: "macs", "params", or "weights" (the params that values are multiplied by).
         number: Index among the amounts of this unit in one network.
-        layer: Path of the module whose code multiplies, or that the parameter belongs to.
-        total: With all channels.
-        sizes: Of its two axes with all channels; 1 for an axis that is not there.
+        layer: Path of the module whose code multiplies, or that holds the parameter.
+        total: Cost with all channels.
+        sizes: Sizes of the two axes with all channels; 1 for a missing axis.
     """
 
     unit: str
@@ -100,9 +101,9 @@ class Share:
     """Share of a group in a part of the cost.
 
     Attributes:
-        amount: That part.
-        axis: 0 or 1, the axis of it that the group's channels are on.
-        slots: Places there for each channel.
+        amount: Part of the cost.
+        axis: Axis of the amount that the group's channels are on, 0 or 1.
+        slots: Number of positions on that axis for each channel.
     """
 
     amount: Amount
@@ -112,18 +113,18 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ChannelGroup:
-    """Channels that must be cut together.
+    """Group of channels that are coupled across layers.
 
     Attributes:
         name: Module path of the root.
         width: Number of channels, C.
         parts: Channels in each unit.
-        members: Every layer touched, in trace order.
-        gates: For each producer the member at which it is masked or scored: its batch norm, or itself.
-        bare: The convolutions, depthwise ones among them, and linear layers whose outputs no norm of the group follows.
-        reads: Every weight that reads the channels.
+        members: Layers that compute, normalise, pass on or read the channels, in trace order.
+        gates: For each producer, the member at which its channels are masked or scored: its batch norm, or itself.
+        bare: Convolutions (also depthwise) and linear layers whose outputs no norm of the group follows.
+        reads: Weights that read the channels.
         is_summed: Whether feature maps of these channels are added up, as along a residual stream.
-        shares: Its shares in the network's MACs, params and weights.
+        shares: Shares of the group in the network's MACs, params and weights.
     """
 
     name: str
@@ -153,7 +154,7 @@ class ChannelGroup:
 
     @property
     def other_reads(self) -> tuple[Read, ...]:
-        """The weights that read the channels and are not those of a convolution or linear layer."""
+        """The weights outside convolution and linear layers that read the channels."""
         layers = {reader.layer for reader in self.readers}
         return tuple(read for read in self.reads if read.path not in layers)
 
@@ -165,12 +166,12 @@ class ChannelGroup:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """A group that is not prunable.
+    """A channel group that is not prunable.
 
     Attributes:
-        name: The group.
-        reason: Why, in words.
-        expected: Whether this is in the nature of the network (its outputs) and needs no warning.
+        name: Name of the group.
+        reason: Reason of the exclusion, in words.
+        expected: Whether the exclusion follows from the network itself (its outputs) and needs no warning.
     """
 
     name: str
@@ -179,9 +180,9 @@ class Exclusion:
 
 
 def exclusions_by_cause(excluded: Iterable[Exclusion], shown: int = 3) -> list[str]:
-    """Return a sentence for each cause why groups are not prunable, with the first of their names.
+    """Return one sentence for each reason why groups are not prunable, with the first few of their names.
 
-    Reasons that differ in numbers alone, such as how far outputs were apart, are one cause; the first is shown.
+    Reasons that differ in numbers alone, such as the distance of outputs, count as one; the first is shown.
 
     >>> exclusions_by_cause([Exclusion("a", "error 0.2"), Exclusion("b", "error 0.31")])
     ["2 channel groups are not prunable: error 0.2 ('a', 'b')."]
@@ -203,7 +204,7 @@ def exclusions_by_cause(excluded: Iterable[Exclusion], shown: int = 3) -> list[s
 
 
 def kept_outputs(removed: Mapping[str, Sequence[int]], groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
-    """Return for each layer that loses outputs the (n,) sorted output indices that are left."""
+    """Return layer -> (n,) ascending indices of kept outputs, for each layer that loses outputs."""
     gone: dict[str, list[Tensor]] = {}
     sizes: dict[str, int] = {}
     for name, indices in removed.items():

@@ -1,11 +1,11 @@
 """Widths of channel groups, read from the shapes of a state dict that is narrower than its network.
 
-Each dimension of each parameter gives one equation: the indices it lacks are the sum, over the channel groups on it, of
-the units that the group lost times the indices that one unit takes along. A convolution behind a concatenation has
-several groups on its inputs, a linear layer behind a flattened feature map several indices for each channel.
+Each dimension of each parameter yields one equation. Its number of missing indices is the sum, over the channel groups
+on it, of the units that the group lost times the indices of one unit. A convolution behind a concatenation has several
+groups on its inputs, a linear layer behind a flattened feature map several indices for each channel.
 
-The trial of the solution is exact: the network of full width, with the narrow values at the kept positions and nothing
-reading the others, must give what the narrow network gives.
+A trial checks the solution: the network of full width, with the narrow values at the kept positions and nothing reading
+the others, must have the outputs of the narrow network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from compress.pruning.graph import ChannelGraph
 from compress.pruning.surgery import kept_indices
 from compress.pruning.trial import difference, masked_copy
 
-_WHOLE = 1e-6  # a number of units is whole to within it
+_WHOLE = 1e-6  # tolerance of a whole number of units
 FULL_WIDTH = "model.factory and model.kwargs must be those of the network before it was slimmed."
 
 
@@ -30,11 +30,11 @@ class _Equation:
     """Equation of one dimension of one tensor.
 
     Attributes:
-        name: Of the tensor in the state dict.
-        full: Its shape in the network.
-        found: Its shape in the state dict.
-        lacking: Indices that the dimension lacks.
-        lost: Group name -> indices that one unit takes along.
+        name: Name of the tensor in the state dict.
+        full: Shape of the tensor in the network.
+        found: Shape of the tensor in the state dict.
+        lacking: Number of missing indices of the dimension.
+        lost: Group name -> number of indices of one unit.
     """
 
     name: str
@@ -55,17 +55,17 @@ def find_removed(
     """Return the cut that gives the network the shapes of a state dict.
 
     Args:
-        graph: Of the network of full width.
-        tensors: Its parameters and buffers by their names in the state dict; shared ones under each name.
-        shapes: Of the state dict, by the same names; names without a shape here are passed over.
+        graph: Channel graph of the network of full width.
+        tensors: Name in the state dict -> parameter or buffer of the network; shared tensors under each name.
+        shapes: Name -> shape in the state dict; tensors without a shape are skipped.
         source: The state dict in words, for messages.
 
     Returns:
-        Group name -> channels that go: the last units of the group. Groups of full width are left out.
+        Group name -> removed channels: the last units of the group. Groups of full width are left out.
 
     Raises:
-        ArtifactError: A tensor is wider than in the network, lacks indices where no channel can go, or the shapes
-            contradict each other or leave the widths open. Says which tensor, with both shapes.
+        ArtifactError: A tensor is wider than in the network or narrower without a prunable channel, or the shapes
+            contradict each other or leave the widths open. The message names the tensor and both shapes.
     """
     equations = _equations(graph, tensors, shapes, source)
     units = {name: group.width // group.parts for name, group in graph.groups.items()}
@@ -84,12 +84,12 @@ def check_narrow(
     removed: Mapping[str, Sequence[int]],
     example: Tensor,
 ) -> str | None:
-    """Say how a narrow network differs from its values in the network of full width, or return None.
+    """Return how a narrow network differs, in words, from its values in the network of full width, or None.
 
     Args:
         module: The network of full width; its values at the kept positions are overwritten.
         slim: The narrow network, with its own values.
-        graph: Of `module`.
+        graph: Channel graph of `module`.
         removed: Group name -> channels that `slim` lacks.
         example: Inputs, (N, ...).
     """
@@ -116,7 +116,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _equations(
     graph: ChannelGraph, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> list[_Equation]:
-    """Return what each dimension tells, those with one group first."""
+    """Return the equation of each prunable dimension; equations with fewer groups come first."""
     axes = {(id(axis.tensor), axis.dim): axis.lost for axis in graph.parameter_axes()}
     reasons = {item.name: item.reason for item in graph.excluded}
     equations = []
@@ -203,12 +203,12 @@ def _solve(equations: Sequence[_Equation], units: Mapping[str, int], source: str
 
 
 def _remaining(equation: _Equation, lost: Mapping[str, int]) -> float:
-    """Return the indices that are lacking for groups whose loss is not known."""
+    """Return the number of missing indices beyond the known losses of groups."""
     return equation.lacking - sum(count * lost.get(name, 0) for name, count in equation.lost.items())
 
 
 def _whole(value: float, equation: _Equation, units: int, source: str) -> int:
-    """Return a number of units, which must be whole and leave one at least."""
+    """Return a number of lost units; raise ArtifactError unless it is whole and leaves at least one unit."""
     if abs(value - round(value)) > _WHOLE or not 0 <= round(value) < units:
         raise _unfit(source, equation.words)
     return round(value)

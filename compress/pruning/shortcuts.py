@@ -2,8 +2,8 @@
 
 Such a shortcut (He et al. 2016, option A) takes every second row and column and puts zero channels around. Their number
 is written down in the network's code, so no channel on either side could be removed. A convolution with fixed weights,
-zeros and ones, computes the same and reads and gives channels like any other. Runtimes are faster at it, too: they keep
-their blocked layout of channels.
+zeros and ones, computes the same and has input and output channels like any other. Runtimes are faster at it, too,
+because they keep their blocked layout of channels.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ _NAME = "fixed_shortcut"
 
 
 class FixedShortcut(nn.Module):
-    """Every n-th row and column, with each channel at its place among zeros.
+    """Fixed convolution that takes every n-th row and column and puts zero channels around the inputs.
 
     Args:
-        inputs: Channels that it gets.
-        before: Zero channels put before them.
-        after: Zero channels put behind them.
-        strides: Rows and columns from one that is kept to the next.
+        inputs: Number of input channels.
+        before: Number of zero channels before the input channels.
+        after: Number of zero channels behind the input channels.
+        strides: Steps between kept rows and between kept columns.
     """
 
     def __init__(self, inputs: int, before: int, after: int, strides: tuple[int, int]) -> None:
@@ -42,16 +42,16 @@ class FixedShortcut(nn.Module):
         return F.conv2d(x, getattr(self, FIXED_BUFFER), stride=self.strides)
 
     def follow(self) -> None:
-        """Let the numbers of channels follow the weight."""
+        """Set the numbers of channels to the sizes of the weight."""
         self.out_channels, self.in_channels = getattr(self, FIXED_BUFFER).shape[:2]
 
 
 def write_out_shortcuts(module: nn.Module, example: Tensor) -> int:
     """Turn zero-padded shortcuts into convolutions in place, as far as the network's code can be rewritten.
 
-    A module without weights that does nothing else is replaced; in any other one the padding is replaced where
-    torch.fx can follow its forward pass. What is put in its place gives the same outputs for random inputs, to the last
-    bit; where it would not, the module is left as it is.
+    A module without weights that does nothing else is replaced. In any other module, the padding is replaced if
+    torch.fx can trace the forward pass. A replacement must have bit-identical outputs for random inputs; otherwise the
+    module is left unchanged.
 
     Args:
         module: Any network.
@@ -78,7 +78,7 @@ def write_out_shortcuts(module: nn.Module, example: Tensor) -> int:
 
 
 def _inputs_of(module: nn.Module, path: str, example: Tensor) -> list[Tensor]:
-    """Return the inputs with which a part is called; none where one of them is not a single tensor."""
+    """Return the inputs with which a part is called; empty if any call has other arguments than a single tensor."""
     seen: list[Tensor | None] = []
 
     def note(_part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def _inputs_of(module: nn.Module, path: str, example: Tensor) -> list[Tensor]:
 
 
 def _as_shortcut(part: nn.Module, given: Tensor) -> FixedShortcut | None:
-    """Return the shortcut that a module without weights is, or None."""
+    """Return the shortcut that equals a module without weights, or None."""
     if next(part.parameters(), None) is not None or next(part.buffers(), None) is not None:
         return None
     with torch.no_grad(), eval_mode(part):
@@ -101,7 +101,7 @@ def _as_shortcut(part: nn.Module, given: Tensor) -> FixedShortcut | None:
 
 
 def _traced(part: nn.Module) -> fx.Graph | None:
-    """Return the graph of a module's own operations, or None where it depends on the training flag."""
+    """Return the graph of a module's own operations, or None if it depends on the training flag."""
     with eval_mode(part):
         graph = _Shallow().trace(part)
         training = _Shallow().trace(part.train())
@@ -110,7 +110,7 @@ def _traced(part: nn.Module) -> fx.Graph | None:
 
 def _with_shortcut(part: nn.Module, given: Tensor) -> nn.Module | None:
     """Return a module with its padding of channels written as convolutions, or None where that cannot be done."""
-    graph = attempt(lambda: _traced(part), lambda _: None)  # torch.fx follows some forward passes, and raises at others
+    graph = attempt(lambda: _traced(part), lambda _: None)  # torch.fx traces some forward passes, and raises at others
     if graph is None:
         return None
     rewritten = fx.GraphModule(part, graph, type(part).__name__)
@@ -146,13 +146,13 @@ def _matching(source: Tensor, result: Tensor) -> FixedShortcut | None:
     for before in range(result.shape[1] - source.shape[1] + 1):
         if torch.equal(result[:, before : before + 1], source[:, :1, :: strides[0], :: strides[1]]):
             found = FixedShortcut(source.shape[1], before, result.shape[1] - source.shape[1] - before, strides)
-            if torch.equal(found(source), result):  # a first channel that is silent looks like any padding
+            if torch.equal(found(source), result):  # a first channel of zeros looks like padding
                 return found
     return None
 
 
 def _sliced(node: fx.Node) -> fx.Node:
-    """Return what a padding starts from: what it is given, or what that is a slice of."""
+    """Return the source of a padding: its input, or the value that this input is a slice of."""
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem" and len(node.users) == 1:
         places = node.args[1]
         if isinstance(places, tuple) and len(places) == 4 and all(isinstance(one, slice) for one in places):
@@ -161,14 +161,14 @@ def _sliced(node: fx.Node) -> fx.Node:
 
 
 class _Shallow(fx.Tracer):
-    """Follows one forward pass and enters no part of it."""
+    """Tracer of one forward pass that enters no submodule."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 class _Values(fx.Interpreter):
-    """Keeps what each node gives."""
+    """Interpreter that keeps the result of each node."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)

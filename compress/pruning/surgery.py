@@ -4,7 +4,7 @@ A cut removes channels from every parameter and buffer, and corrects the numbers
 (`out_channels`, `num_features`, ...). In other modules it corrects whole numbers, also in lists, mappings and
 dataclasses, that equal a count of channels in their own code:
 
-    sizes    (32,) -> (20,)               one number, or several in a row, such as those of a split
+    sizes    (32,) -> (20,)               one number, or several in a row, such as the sizes of a split
     shapes   (128, 4, 4) -> (80, 4, 4)    sizes of a value, or some of them in a row; -1 stands for any of them
 
 Such a correction is a guess, which the trial of the cut confirms or refutes (`trial.py`).
@@ -33,9 +33,9 @@ _DEEPEST = 6  # containers within containers
 
 
 class Sizes:
-    """Counts of channels that the code of one module may have written down, and their values after a cut.
+    """Counts of channels that the code of one module may contain, and their values after a cut.
 
-    A count that would become two different ones is left unchanged.
+    A count with two different values after the cut is left unchanged.
     """
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class Sizes:
         self._shapes: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
 
     def add(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
-        """Note a number, or several in a row."""
+        """Add a count, or several in a row, with the values after the cut."""
         self._after.setdefault(before, set()).add(after)
 
     def add_shape(self, shape: tuple[int, ...], dim: int, left: int) -> None:
-        """Note the sizes of a value, of which that along `dim` becomes `left`."""
+        """Add the sizes of a value; the size along `dim` becomes `left`."""
         for start in range(dim + 1):
             for end in range(dim + 1, len(shape) + 1):
                 if end - start > 1:
@@ -75,12 +75,12 @@ class Sizes:
 
 
 def corrected(value: object, sizes: Sizes, depth: int = 0) -> object:
-    """Return an attribute as it is after a cut: numbers in it, and in containers in it; the same object if unchanged.
+    """Return an attribute with its counts corrected for a cut, also inside containers; the same object if unchanged.
 
     Args:
         value: Any attribute.
         sizes: Counts of channels before and after the cut.
-        depth: Number of containers around it.
+        depth: Number of containers around the attribute.
     """
     if type(value) is int:  # True and False are not
         after = sizes.after((value,))
@@ -97,14 +97,14 @@ def corrected(value: object, sizes: Sizes, depth: int = 0) -> object:
 
 
 def _is_shape(numbers: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether numbers are these sizes, at most one of them left open by -1."""
+    """Return whether numbers equal the sizes of a shape; at most one of them may be -1, for any size."""
     return numbers.count(-1) <= 1 and all(
         given in (-1, size) for given, size in zip(numbers, shape, strict=True)
     )  # fmt: skip
 
 
 def _entries(value: object) -> Iterator[tuple[object, object]]:
-    """Yield the entries of a container by key, place or name; nothing of other values."""
+    """Yield the entries of a container by key, index or name; nothing for other values."""
     if isinstance(value, list | tuple):
         yield from enumerate(value)
     elif isinstance(value, dict):
@@ -163,7 +163,7 @@ def cut_out(module: nn.Module, graph: ChannelGraph, removed: Mapping[str, Sequen
     """
     gone = graph.gone(removed)
     slim = {key: _without(tensor, kept) for key, (tensor, kept) in _kept_indices(graph, gone).items()}
-    known: dict[int, object] = dict(slim)  # what is slim already is not copied first
+    known: dict[int, object] = dict(slim)  # slim tensors are not copied again
     copied = copy.deepcopy(module, known)  # type: ignore[arg-type]
     widths, sizes = _norm_groups_left(module, graph, gone), _sizes_left(graph, gone)
     for path, part in module.named_modules():
@@ -187,7 +187,7 @@ def kept_indices(graph: ChannelGraph, removed: Mapping[str, Sequence[int]]) -> l
 
 
 def _kept_indices(graph: ChannelGraph, gone: np.ndarray) -> dict[int, tuple[Tensor, dict[int, Tensor]]]:
-    """Return by identity each tensor that becomes smaller, and the ascending kept indices of its dimensions."""
+    """Return `id` -> each tensor that becomes smaller, with the ascending kept indices of its dimensions."""
     found: dict[int, tuple[Tensor, dict[int, set[int]]]] = {}
     for axis in graph.trace.axes:
         places = torch.from_numpy(np.flatnonzero(gone[axis.start : axis.start + axis.size]))
@@ -228,7 +228,7 @@ def _norm_groups_left(module: nn.Module, graph: ChannelGraph, gone: np.ndarray) 
 
 
 def _sizes_left(graph: ChannelGraph, gone: np.ndarray) -> dict[str, Sizes]:
-    """Return for each module the counts of channels that its code may have written down, before and after the cut."""
+    """Return module path -> counts of channels that its code may contain, before and after the cut."""
     found: dict[str, Sizes] = {}
     for sized in graph.trace.sized:
         before = tuple(len(labels) for labels in sized.labels)
@@ -247,7 +247,7 @@ def _correct_numbers(
     sizes: Sizes,
     norm: tuple[int, int] | None,
 ) -> None:
-    """Set the numbers of channels that a module carries to those of its parameters."""
+    """Set the numbers of channels that a module carries to the sizes of its parameters."""
     if norm is not None and isinstance(part, nn.GroupNorm):
         part.num_groups, part.num_channels = norm
     elif isinstance(part, LAYERS):
@@ -269,7 +269,7 @@ def _correct_numbers(
 
 
 def _correct_recurrent(part: nn.RNNBase | nn.RNNCellBase) -> None:
-    """Set the number of inputs to that of the weight that reads them; the hidden state is never cut."""
+    """Set the number of inputs to the size of the weight that reads them; the hidden state is never cut."""
     weight = part.weight_ih_l0 if isinstance(part, nn.RNNBase) else part.weight_ih
     assert isinstance(weight, Tensor)
     part.input_size = int(weight.shape[1])

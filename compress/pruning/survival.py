@@ -1,4 +1,4 @@
-"""Channels of the baseline's feature maps that are left after a recipe."""
+"""Surviving channels: the channels of the baseline's feature maps that a recipe keeps."""
 
 import copy
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from compress.pruning.graph import ChannelGraph
 def surviving_channels(
     module: nn.Module, recipe: Recipe, example: Tensor, apply: Callable[[nn.Module, Recipe, Tensor], nn.Module]
 ) -> dict[str, Tensor]:
-    """Return for each part whose feature map loses channels the (n,) ascending channels of it that are left.
+    """Return module path -> (n,) ascending kept channels, for each feature map that loses channels.
 
     Args:
-        module: The baseline; left as it is.
-        recipe: What was done to it.
+        module: The baseline; left unchanged.
+        recipe: Edits made to the baseline.
         example: One input, (1, ...).
-        apply: Carries out edits on a network that it may change.
+        apply: Applies a recipe to a network, which it may change.
 
     Raises:
         UntraceableModel: The network does not run.

@@ -1,6 +1,6 @@
 """Trial cuts of channel groups: each is made on a copy and compared with the network that masks the same channels.
 
-masked    the original in which nothing reads the removed channels: the weights by which they are read are zero
+masked      the original in which nothing reads the removed channels: the weights that read them are zero
 safety net  the cut network must run, keep its output shapes, and equal the masked one
 """
 
@@ -26,7 +26,7 @@ _TRIAL_SEED = 20190813
 _TRIAL_TOLERANCE = 1e-3
 _MISCOUNT = 0.5  # a count is a whole number, a prediction nearly one
 _UNIT_NAMES = {"macs": "MACs", "params": "params"}
-_SILENT = 1e-2  # a weight whose largest value is below it lets hardly anything through
+_SILENT = 1e-2  # a weight whose largest value is below it passes hardly anything on
 
 
 def find_cuttable(
@@ -35,9 +35,9 @@ def find_cuttable(
     """Return the groups that are prunable, and the others with the reason.
 
     Args:
-        module: Any network; it is left as it is, and the groups returned refer to its own layers.
+        module: Any network; left unchanged. The groups returned refer to its own layers.
         example: One input, (1, ...).
-        skip: Groups not to be looked at.
+        skip: Names of groups to leave out.
 
     Raises:
         UntraceableModel: The network does not run.
@@ -53,9 +53,9 @@ def find_cuttable(
 
 @contextmanager
 def _all_heard(module: nn.Module) -> Iterator[None]:
-    """Give weights that are (nearly) zero others while it lasts: behind them a wrong cut would not be seen.
+    """Replace weights that are (nearly) zero within the context, because they would hide a wrong cut.
 
-    Such are layer scales as they begin, and the last norms of residual blocks.
+    Examples are initial layer scales, and the last norms of residual blocks.
     """
     generator = torch.Generator().manual_seed(_TRIAL_SEED)
     kept = {
@@ -98,9 +98,9 @@ class _Trial:
     """Cuts on copies of one network.
 
     Args:
-        module: The network; left as it is.
+        module: The network; left unchanged.
         example: One input, (1, ...).
-        graph: Of `module`.
+        graph: Channel graph of `module`.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, graph: ChannelGraph) -> None:
@@ -124,7 +124,7 @@ class _Trial:
         return failing or self._failing_together(names)
 
     def _failing_together(self, names: list[str]) -> dict[str, str]:
-        """Find groups that fail only in company: admit them one by one and drop each that breaks the rest."""
+        """Return groups that fail only together: admit groups one by one, and drop each that breaks the others."""
         admitted: list[str] = []
         failing: dict[str, str] = {}
         for name in names:
@@ -136,7 +136,7 @@ class _Trial:
         return failing
 
     def _reason(self, names: list[str]) -> str | None:
-        """Cut half of each group on a copy; return what is wrong with the result, or None."""
+        """Cut half of each group on a copy; return the fault of the result in words, or None."""
         removed = {name: self.removed[name] for name in names}
         try:
             slim = cut_out(self.module, self.graph, removed)
@@ -166,11 +166,11 @@ class _Trial:
 
 
 def difference(got: object, expected: object) -> str | None:
-    """Say how the outputs of a cut network differ from those of the masked one, or return None.
+    """Return how the outputs of a cut network differ, in words, from the masked network's, or None.
 
     Args:
         got: Outputs of the cut network, of any structure.
-        expected: Outputs of the masked one.
+        expected: Outputs of the masked network.
     """
     found, wanted = _tensors(got), _tensors(expected)
     if [tuple(a.shape) for a in found] != [tuple(a.shape) for a in wanted]:
@@ -192,7 +192,7 @@ def _tensors(outputs: object) -> list[Tensor]:
 
 
 def _failure(error: BaseException) -> str:
-    """Return what an error says, with the line of the user's code that it came from where there is one."""
+    """Return an error's message, with the line of the user's code that raised it, if any."""
     said = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
     frame = user_frame(error)
     return said if frame is None else f"{said}, in {user_place(error)}: {frame.line}"

@@ -44,10 +44,9 @@ class ExpectedCost:
     """Expected cost of a network whose channels and blocks are kept with given probabilities; differentiable in them.
 
     Args:
-        cost: As a function of widths.
-        whole: What it is divided by.
-        blocks: Module paths of residual blocks; what lies in one costs nothing where it is not there. No block lies in
-            another.
+        cost: Cost as a function of the widths.
+        whole: Divisor of the cost, such as the baseline's cost.
+        blocks: Module paths of residual blocks; layers in a removed block cost nothing. No block lies in another.
     """
 
     def __init__(self, cost: CoupledCost, whole: float, blocks: Sequence[str] = ()) -> None:
@@ -60,11 +59,11 @@ class ExpectedCost:
         self._inside = torch.tensor(inside, dtype=torch.bool).reshape(len(cost.terms), len(self._blocks))
 
     def __call__(self, widths: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
-        """Return the cost over the whole, a scalar.
+        """Return the expected cost over `whole`, a scalar.
 
         Args:
             widths: Group name -> expected width, a scalar.
-            kept: Block -> the chance that it is there, (1,).
+            kept: Block -> probability that the block is kept, (1,).
         """
         removed = (self._full - torch.stack([widths[name] for name in self._names])).double()
         out, inp = (size - slots @ removed for size, slots in self._axes)
@@ -100,7 +99,7 @@ class LayerAxes:
 
 
 def layer_axes(module: nn.Module, groups: Mapping[str, ChannelGroup]) -> LayerAxes:
-    """Return how the sizes of layers follow the widths of `groups`."""
+    """Return the sizes of layers as functions of the widths of `groups`."""
     outs, inps = _slots_by_layer(groups)
     axes: dict[str, tuple[Axis, Axis]] = {}
     for name, layer in module.named_modules():
@@ -116,13 +115,13 @@ def layer_axes(module: nn.Module, groups: Mapping[str, ChannelGroup]) -> LayerAx
 
 
 def _channels(layer: nn.Module) -> int:
-    """Return how many channels a layer passes on: the length of its parameters or buffers."""
+    """Return the number of channels that a layer passes on: the length of its parameters or buffers."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     return next((int(tensor.shape[0]) for tensor in tensors if tensor.ndim), 0)
 
 
 def _slots_by_layer(groups: Mapping[str, ChannelGroup]) -> tuple[_Slots, _Slots]:
-    """Return for each layer and group how many slots each channel has on the out axis and on the in axis."""
+    """Return layer -> group -> slots of each channel, for the out axis and for the in axis."""
     axes: dict[str, _Slots] = {"out": {}, "in": {}}
     for group in groups.values():
         for member in group.members:

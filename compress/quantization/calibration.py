@@ -1,4 +1,4 @@
-"""Calibration images of INT8 ranges, in batches, and the classes that a file gives them."""
+"""Calibration images for INT8 ranges, in batches, and the classes that a file predicts for them."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ _ELEMENTS_AT_ONCE, _IMAGES_AT_ONCE = 2**19, 32
 
 
 class Batches:
-    """Calibration images in batches of one size: histograms of activations need that.
+    """Calibration images in batches of equal size, which histograms of activations need.
 
     Args:
-        model: The network that reads them: one input, of images.
-        split: Calibration images.
-        images: How many of them, spread evenly.
+        model: Model with one input for images.
+        split: Calibration split.
+        images: Number of images, spread evenly over the split.
         progress: Receives progress by batch.
 
     Raises:
-        DataError: There are fewer images than that, or they do not fill the file's fixed batches.
+        DataError: The split has fewer images, or `images` is no multiple of the file's fixed batch size.
     """
 
     def __init__(self, model: ModelProto, split: Split, images: int, progress: Progress) -> None:
@@ -55,11 +55,11 @@ class Batches:
         return {self.name: self.split.preprocessing.normalize(images)}
 
     def classes(self, path: Path, label: str) -> np.ndarray:
-        """Return the class that a file gives to each image.
+        """Return the predicted class of each image, the index of the largest value of the first output.
 
         Raises:
             NonFinite: An output is NaN or infinite.
-            ExportFailed: The file does not run.
+            ExportFailed: The file cannot be run.
         """
         import onnxruntime
 
@@ -88,19 +88,19 @@ class Batches:
 
 
 class OneBatch:
-    """Batches for ONNX Runtime's calibrator, which asks until it gets None."""
+    """Reader of one batch for ONNX Runtime's calibrator, which reads until it gets None."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
         self.feed: dict[str, np.ndarray] | None = feed
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """Return the batch, once."""
+        """Return the batch at the first call, then None."""
         feed, self.feed = self.feed, None
         return feed
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor that is not above a limit.
+    """Return the largest divisor of `number` that is at most `limit`.
 
     >>> largest_divisor(256, 32), largest_divisor(100, 32), largest_divisor(31, 30)
     (32, 25, 1)

@@ -2,8 +2,8 @@
 
     float.onnx --ranges on calibration images--> QDQ graph --outputs left in float--> checked --> model.onnx
 
-Every tensor to be rounded is followed by QuantizeLinear and DequantizeLinear; what is between them is rounded, and a
-runtime with integer kernels computes with those.
+Every tensor to be quantised is followed by QuantizeLinear and DequantizeLinear. Values between the two are integers,
+and a runtime with integer kernels computes with them.
 """
 
 import contextlib
@@ -50,15 +50,16 @@ _TYPES = {"int8": "QInt8", "uint8": "QUInt8"}
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Settings of the rounding.
+    """Settings of a quantisation.
 
     Attributes:
-        images: Calibration images whose activations decide the ranges.
-        method: What of them is kept: everything, what loses least information, or all but the outermost values.
-        per_channel: Whether each output channel of a weight has a scale of its own.
+        images: Number of calibration images whose activations determine the ranges.
+        method: Range of activations: all values, the range that loses least information, or all but the outermost
+            values.
+        per_channel: Whether each output channel of a weight has its own scale.
         reduce_range: Whether weights have 7 bits, so that sums do not saturate on processors without VNNI.
-        activation_type: Of activations; "int8" has its zero point at 0.
-        weight_type: Of weights.
+        activation_type: Type of activations; "int8" has its zero point at 0.
+        weight_type: Type of weights.
         exclude: Patterns of layers or nodes that stay float; * matches any text.
     """
 
@@ -76,12 +77,12 @@ class QuantizeReport:
     """Report of a quantised file.
 
     Attributes:
-        layers: Layers that multiply by rounded weights.
-        float_layers: Layers that do not, by name.
-        agreement: Share of the calibration images that get the same class from both files.
-        size_bytes_before: All files of the float model.
-        size_bytes_after: All files of the quantised one.
-        files: Names of the latter, the .onnx file first.
+        layers: Number of layers with quantised weights.
+        float_layers: Names of the layers with float weights.
+        agreement: Share of the calibration images with the same predicted class from both files.
+        size_bytes_before: Bytes of all files of the float model.
+        size_bytes_after: Bytes of all files of the quantised model.
+        files: Names of the quantised model's files, the .onnx file first.
     """
 
     layers: int
@@ -95,20 +96,20 @@ class QuantizeReport:
 def quantize_onnx(
     source: Path, target: Path, split: Split, wanted: Quantization, progress: Progress | None = None
 ) -> QuantizeReport:
-    """Write an INT8 copy of a float file; one that was there is replaced only when the new one passed every check.
+    """Write an INT8 copy of a float file; an existing file is replaced only when the new one passed every check.
 
     Args:
         source: A float32 .onnx file with one image input, opset 13 or later; it is not changed.
         target: The .onnx file to write.
         split: Calibration images.
-        wanted: How values are rounded.
+        wanted: Settings of the quantisation.
         progress: Receives progress by batch.
 
     Raises:
-        ExportFailed: The file cannot be quantised (opset, half precision, quantised already), ONNX Runtime refused, or
-            what it wrote is not valid or not the same network.
-        DataError: There are fewer calibration images than asked for.
-        NonFinite: The float file gives NaN or infinity on calibration images.
+        ExportFailed: The file cannot be quantised (opset, half precision, quantised already), ONNX Runtime failed, or
+            its result is not valid or has another signature or opset.
+        DataError: There are fewer calibration images than requested.
+        NonFinite: Outputs are NaN or infinite on calibration images, or a scale is not finite and above 0.
         StageError: A pattern of `exclude` matches nothing, or everything is excluded.
     """
     model = load_onnx(source, weights=True)
@@ -156,7 +157,7 @@ def _check_can_be_quantized(model: ModelProto, path: Path) -> None:
 
 
 def _layers(model: ModelProto) -> dict[str, str]:
-    """Return node name -> layer name of everything that multiplies by a weight."""
+    """Return node name -> layer name of each node that multiplies by a weight."""
     rows = rows_of(model)
     return {
         node.name: row.name
@@ -166,7 +167,7 @@ def _layers(model: ModelProto) -> dict[str, str]:
 
 
 def _excluded(model: ModelProto, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the nodes that stay float."""
+    """Return the names of the nodes that match a pattern and stay float."""
     unnamed = sum(not node.name for node in model.graph.node)
     if unnamed:
         raise ExportFailed(f"Every node of a file must have a name for it to be quantised, {unnamed} have none.")
@@ -192,7 +193,7 @@ def _excluded(model: ModelProto, patterns: Sequence[str]) -> list[str]:
 def _quantize(
     model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, excluded: list[str]
 ) -> ModelProto:
-    """Let ONNX Runtime find the ranges and write the graph."""
+    """Return the graph that ONNX Runtime quantises with the ranges of `_ranges`."""
     from onnxruntime.quantization import QDQQuantizer, QuantType
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
@@ -226,14 +227,14 @@ def _not_quantized(error: Exception) -> ExportFailed:
 
 
 def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, operators: list[str]) -> Any:
-    """Return the range of every activation, a batch at a time: else all activations of all images are kept.
+    """Return the range of every activation, collected batch by batch to limit memory.
 
-    `quantize_static` would do the same, but leaves entropy a histogram of as many bins as there are levels, so that
-    there is nothing to choose, and takes percentiles of absolute values, which wastes half of the levels after a ReLU.
+    `quantize_static` has two drawbacks. Its histogram for entropy has as many bins as levels, so that no range can be
+    chosen. Its percentiles are of absolute values, which wastes half of the levels after a ReLU.
     """
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
-    source = folder / "source.onnx"  # the calibrator writes beside what it reads
+    source = folder / "source.onnx"  # the calibrator writes beside its input file
     save_onnx(model, source, model.ByteSize() > ONE_FILE_LIMIT_BYTES)
     calibrator = create_calibrator(
         source,
@@ -264,7 +265,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _finish(rounded: ModelProto, original: ModelProto) -> ModelProto:
-    """Leave the outputs in float, carry over the metadata, and check the written file."""
+    """Return the graph with float outputs and the original metadata, after checks of signature, opset and scales."""
     _free_outputs(rounded)
     del rounded.metadata_props[:]
     rounded.metadata_props.extend(original.metadata_props)
@@ -289,7 +290,7 @@ def _finish(rounded: ModelProto, original: ModelProto) -> ModelProto:
 
 
 def _free_outputs(model: ModelProto) -> None:
-    """Take the rounding off the network's outputs: with 256 values, classes would tie."""
+    """Remove the quantisation of the network's outputs: with 256 values, classes would tie."""
     producers = {name: node for node in model.graph.node for name in node.output}
     for output in model.graph.output:
         last = producers.get(output.name)
@@ -311,10 +312,10 @@ def _free_outputs(model: ModelProto) -> None:
 
 
 def _float_layers(rounded: ModelProto, original: ModelProto) -> tuple[str, ...]:
-    """Return the layers whose weights are not rounded.
+    """Return the layers whose weights are not quantised.
 
     Raises:
-        ExportFailed: Those are all layers.
+        ExportFailed: No layer is quantised.
     """
     layers = _layers(original)
     whole = {node.output[0] for node in rounded.graph.node if node.op_type == "DequantizeLinear"}

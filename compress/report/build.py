@@ -49,20 +49,20 @@ def build_report(
     """Return the content of `report.json`: plain values only, safe for `json.dumps(allow_nan=False)`.
 
     Args:
-        name: Of the run.
+        name: Name of the run.
         verdict: Outcome of the last verification.
-        stages: In the order they were run.
-        config: The resolved pipeline file.
-        environment: As from `describe_environment`.
-        provenance: As from `describe_provenance`.
+        stages: Outcomes of the stages, in order.
+        config: Settings of the resolved pipeline file.
+        environment: Result of `describe_environment`.
+        provenance: Result of `describe_provenance`.
 
     Returns:
         Keys schema, name, verdict, baseline, slim, stages, environment, config, provenance, details, non_finite.
-        `baseline` and `slim` are None where verify could not measure. Every number that was NaN or infinite is None,
-        and its place is in `non_finite` ("details.parity.max_abs: nan").
+        `baseline` and `slim` are None if verify could not measure. Every number that was NaN or infinite is None,
+        and its key path is in `non_finite` ("details.parity.max_abs: nan").
 
     Raises:
-        InternalError: A value is not plain (numbers, text, paths, lists, dicts); names its place.
+        InternalError: A value is not plain (numbers, text, paths, lists, dicts); the message names its key path.
     """
     non_finite: list[str] = []
     report: dict[str, Any] = {
@@ -83,11 +83,11 @@ def describe_verdict(name: str, verdict: Verdict) -> dict[str, Any]:
     """Return the part of `build_report` that follows from the verdict alone.
 
     Args:
-        name: Of the run or the file.
+        name: Name of the run or the file.
         verdict: Outcome of the verification.
 
     Raises:
-        InternalError: A value is not plain; names its place.
+        InternalError: A value is not plain; the message names its key path.
     """
     non_finite: list[str] = []
     plain: dict[str, Any] = _to_plain({"name": name, **_describe(verdict)}, "", non_finite)
@@ -110,11 +110,11 @@ def _describe(verdict: Verdict) -> dict[str, Any]:
 
 
 def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> None:
-    """Write `report.json`, with a digest of itself, and `report.html` into `folder`; each is whole or not there.
+    """Write `report.json`, with a digest of itself, and `report.html` into `folder`; each file is complete or absent.
 
     Args:
-        report: As from `build_report`.
-        folder: Made when missing.
+        report: Result of `build_report`.
+        folder: Folder of the files, created if missing.
         page: Whether `report.html` is written; drawing it takes a second or two.
 
     Raises:
@@ -135,7 +135,7 @@ def write_verdict_page(name: str, verdict: Verdict, path: Path) -> None:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Write plain values; the file is whole or not there.
+    """Write plain values as JSON; the file is complete or absent.
 
     Raises:
         ArtifactError: The file cannot be written.
@@ -146,7 +146,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 
 
 def write_page(text: str, path: Path) -> None:
-    """Write a page; the file is whole or not there.
+    """Write a page; the file is complete or absent.
 
     Raises:
         ArtifactError: The file cannot be written.
@@ -155,7 +155,7 @@ def write_page(text: str, path: Path) -> None:
 
 
 def _describe_check(check: CheckResult) -> dict[str, Any]:
-    """Return the public form; the detail names a number that JSON cannot hold."""
+    """Return the plain values of a check; its detail names a number without a form in JSON."""
     values = asdict(check)
     for key in ("value", "limit"):
         if values[key] is not None and not math.isfinite(values[key]):

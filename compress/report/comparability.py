@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from compress.report.formats import MISSING, format_metric, format_ms, format_whole
 from compress.report.model import Report
 
-DRIFT = 1.05  # by how much the baseline's latency may differ between runs
+DRIFT = 1.05  # largest ratio of the baseline's latency between runs
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -17,7 +17,7 @@ def list_caveats(reports: Sequence[Report], letters: Sequence[str]) -> list[str]
     """Return all reasons why the runs are not comparable, as sentences.
 
     Args:
-        reports: Of the runs.
+        reports: Reports of the runs.
         letters: Short name of each run.
     """
     found = [
@@ -61,7 +61,7 @@ def share_baseline(reports: Sequence[Report]) -> bool:
 
 
 def _describe_drift(reports: Sequence[Report], letters: Sequence[str]) -> str:
-    """Return the fastest and the slowest latency of one baseline, where they are too far apart; else ""."""
+    """Return the fastest and the slowest latency of one baseline if they differ too much; else ""."""
     times = [(report.latency().before, letter) for report, letter in zip(reports, letters, strict=True)]
     known = [(time, letter) for time, letter in times if time]
     if len(known) < 2 or not share_baseline(reports) or max(known)[0] <= DRIFT * min(known)[0]:

@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 def value_rows(reports: Sequence[Report]) -> list[Row]:
-    """Return costs, metrics and times of runs, without those that no run knows; the baseline is that of the first."""
+    """Return rows of costs, metrics and times that any run has; the baseline is that of the first run."""
     metric = reports[0].metric
     details = [report.details for report in reports]
     changes = [one.quality.changes for one in details]
@@ -104,7 +104,7 @@ def _verdict_cell(report: Report) -> Cell:
 
 
 def _cost_row(label: str, changes: Sequence[Change], form: Format, less: str = "", more: str = "") -> Row:
-    """Return a row of values, with the ratio to the baseline as the note where there are words for it."""
+    """Return a row of values, with the ratio to the baseline as the note if `less` is given."""
     notes = [describe_ratio(change, less, more) if less else "" for change in changes]
     cells = [Cell(form(change.after), note) for change, note in zip(changes, notes, strict=True)]
     return Row(label, Cell(form(changes[0].before)), cells)
@@ -134,7 +134,7 @@ def _speedup_cell(report: Report) -> Cell:
 
 
 def comparison_rows(reports: Sequence[Report], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows for the terminal; of the small print only intervals."""
+    """Return columns and rows for the terminal; of the notes in small print, only intervals."""
     has_baseline = share_baseline(reports)
     rows = []
     for row in value_rows(reports):
@@ -148,11 +148,11 @@ def comparison_rows(reports: Sequence[Report], names: Sequence[str]) -> tuple[li
 
 
 def render_comparison(reports: Sequence[Report], names: Sequence[str]) -> str:
-    """Return the whole page.
+    """Return the HTML page of a comparison.
 
     Args:
-        reports: Of two runs or more.
-        names: Name of each run; no two the same.
+        reports: Reports of two runs or more.
+        names: Names of the runs, all different.
     """
     letters, metric = letters_of(len(reports)), reports[0].metric
     heads = [f"{letter} {name}" for letter, name in zip(letters, names, strict=True)]
@@ -186,7 +186,7 @@ def name_runs(reports: Sequence[Report], given: Sequence[str]) -> list[str]:
 
 
 def letters_of(count: int) -> list[str]:
-    """Return short names of so many runs, for plots.
+    """Return short names of a number of runs, for plots.
 
     >>> letters_of(3), letters_of(27)[-1]
     (['A', 'B', 'C'], '27')
@@ -208,7 +208,7 @@ def _list_panels(reports: Sequence[Report], letters: Sequence[str], are_times_al
 
 
 def _list_points(reports: Sequence[Report], letters: Sequence[str], costs: Sequence[Change]) -> list[Point]:
-    """Return a point for each run, and one for each baseline: for the first alone where they share it."""
+    """Return a point for each run and for each baseline; only the first baseline if the runs share it."""
     is_shared = share_baseline(reports)
     points = []
     for number, (report, letter, cost) in enumerate(zip(reports, letters, costs, strict=True)):
@@ -245,7 +245,7 @@ def _distribution_rows(reports: Sequence[Report]) -> list[tuple[str, list[Cell]]
 
 
 def _check_rows(reports: Sequence[Report]) -> list[tuple[str, bool, list[Cell]]]:
-    """Return name, whether it is open in some run, and the status and value in each, the open ones first."""
+    """Return for each check its name, whether it is open in any run, and its status and values, open checks first."""
     found = [{check.name: check for check in report.verdict.checks} for report in reports]
     rows = []
     for name in _union(name for checks in found for name in checks):
@@ -291,7 +291,7 @@ def list_differences(configs: Sequence[Mapping[str, JsonValue]]) -> list[tuple[s
 
 
 def _name_stages(config: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
-    """Return the settings of a pipeline but for its stages, and the stages by name."""
+    """Return the settings of a pipeline without its stages, and the stages by name."""
     stages: dict[str, JsonValue] = {}
     listed = config.get("stages")
     for stage in listed if isinstance(listed, list) else []:
@@ -304,7 +304,7 @@ def _name_stages(config: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue],
 
 
 def _compare(values: Sequence[object], key: str, rows: list[tuple[str, list[str]]]) -> None:
-    """Add a row for `values`, or for what lies below them, where they are not all the same."""
+    """Add a row for `values`, or for each entry of mappings, if they are not all equal."""
     mappings = [value for value in values if isinstance(value, dict)]
     if len(mappings) == len(values):
         for name in _union(name for mapping in mappings for name in mapping):
@@ -315,7 +315,7 @@ def _compare(values: Sequence[object], key: str, rows: list[tuple[str, list[str]
 
 
 def _show(value: object) -> str:
-    """Return a value as it would stand in a pipeline file, on one line."""
+    """Return a value as one line of YAML, as in a pipeline file."""
     if value is _ABSENT:
         return MISSING
     text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)

@@ -16,7 +16,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Estimate(Mirror):
-    """A value with its 95 % interval, where that is known."""
+    """A value with its 95 % interval, if it is known."""
 
     value: float | None = None
     low: float | None = None
@@ -26,7 +26,7 @@ class Estimate(Mirror):
 
 
 def keep_png(content: Any) -> str:
-    """Return base64 of a small PNG as it is, and "" for anything else: nothing else may stand in a page."""
+    """Return base64 of a small PNG unchanged, and "" for other content, which must not enter a page."""
     if not isinstance(content, str) or len(content) > PNG_BYTES_AT_MOST * 4 // 3 or not content.isascii():
         return ""
     try:
@@ -36,11 +36,11 @@ def keep_png(content: Any) -> str:
 
 
 class WorstImage(Mirror):
-    """An evaluation image that the file gets wrong."""
+    """Evaluation image that the ONNX file classifies wrongly."""
 
     label: Count | None = None
     predicted: Count | None = None
-    index: Count | None = None  # place in the data
+    index: Count | None = None  # position in the data
     image: Annotated[str, BeforeValidator(keep_png)] = ""  # base64 of a PNG, or ""
 
 
@@ -60,7 +60,7 @@ class Quality(Mirror):
     worst_images: tuple[WorstImage, ...] = ()
 
     def name_class(self, index: int | None, prefix: str = "class ") -> str:
-        """Return the name of a class, or `prefix` and its number where it has none."""
+        """Return the name of a class, or `prefix` and its number if it has no name."""
         return f"{prefix}{index}" if index is None or index >= len(self.classes) else self.classes[index]
 
     def class_quality(self, index: int) -> Change:
@@ -143,7 +143,7 @@ class Resources(Mirror):
 
 
 class Providers(Mirror):
-    """Nodes by execution provider; `fell_back` are those that the provider asked for did not take."""
+    """Nodes by execution provider; `fell_back` are nodes that the requested provider did not take."""
 
     asked: str | None = None
     nodes: dict[str, Count] = Field(default_factory=dict)

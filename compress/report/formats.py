@@ -29,7 +29,7 @@ def format_count(value: float | None) -> str:
 
 
 def format_whole(value: float | None) -> str:
-    """Return a whole number with its thousands set apart.
+    """Return an integer with separated thousands.
 
     >>> format_whole(10000), format_whole(None)
     ('10,000', '–')
@@ -143,7 +143,7 @@ def format_metric(value: float | None, metric: Metric) -> str:
 
 
 def format_interval(estimate: Estimate | None, metric: Metric) -> str:
-    """Return the 95 % interval of an estimate, without its unit; "" where it is not known.
+    """Return the 95 % interval of an estimate, without its unit; "" if it is not known.
 
     >>> format_interval(Estimate(value=-0.002, low=-0.012, high=0.008), Metric("top1"))
     '−1.20 to 0.80'
@@ -177,7 +177,7 @@ def format_points(difference: float | None) -> str:
 
 
 def describe_difference(change: Change, metric: Metric) -> str:
-    """Return the change of a metric: of a share in percentage points, else as a number.
+    """Return the change of a metric, in percentage points for a share, else as a number.
 
     >>> describe_difference(Change(before=0.92, after=0.9135), Metric("top1"))
     '−0.65 percentage points'
@@ -194,7 +194,7 @@ def describe_difference(change: Change, metric: Metric) -> str:
 
 
 def describe_ratio(change: Change, less: str, more: str) -> str:
-    """Return the factor by which a value became smaller or larger; "" where it is not known.
+    """Return the factor by which a value became smaller or larger; "" if it is not known.
 
     >>> describe_ratio(Change(before=2, after=1), "faster", "slower")
     '2.00× faster'
@@ -211,7 +211,7 @@ def describe_ratio(change: Change, less: str, more: str) -> str:
 
 
 def describe_change(change: Change, form: Format) -> str:
-    """Return both values with an arrow between them; "–" where neither is known.
+    """Return both values with an arrow between them; "–" if neither is known.
 
     >>> describe_change(Change(before=2, after=1), format_number)
     '2 → 1'
@@ -220,7 +220,7 @@ def describe_change(change: Change, form: Format) -> str:
 
 
 def describe_speedup(ratio: LatencyRatio, digits: int = 2) -> tuple[str, str]:
-    """Return the speed-up and its interval, "" where that is not known.
+    """Return the speed-up and its interval; "" for an unknown interval.
 
     >>> describe_speedup(LatencyRatio(value=0.5, low=0.4, high=0.625))
     ('2.00', '1.60 to 2.50')
@@ -236,11 +236,11 @@ class ChangeRow(NamedTuple):
 
     Attributes:
         label: Name of the value.
-        before: Of the baseline, as text.
-        after: Of the slim network, as text.
-        change: In words.
-        tone: "gain", "loss" or "" where it is neither.
-        ratio: Slim / baseline; None where it says nothing.
+        before: Value of the baseline, as text.
+        after: Value of the slim network, as text.
+        change: Change in words.
+        tone: "gain", "loss", or "" for neither.
+        ratio: Slim / baseline; None if the ratio has no meaning.
     """
 
     label: str
@@ -254,7 +254,7 @@ class ChangeRow(NamedTuple):
 def compare_costs(
     label: str, change: Change, form: Format, less: str, more: str, *, more_is_better: bool = False
 ) -> ChangeRow:
-    """Return the row of a cost, or of another value whose ratio says most."""
+    """Return the row of a cost, or of another value that is best compared by its ratio."""
     text, tone, ratio = describe_ratio(change, less, more) or MISSING, "", None
     if change.before and change.after:
         ratio = change.after / change.before

@@ -2,8 +2,8 @@
 
     report.json --read_report--> Report --> pages, plots, comparison, sweep, bundle
 
-Whatever reads a report reads this mirror; only the writer (`build.py`) and the reader handle plain values. The reader
-refuses a value of a wrong kind, and fills in what reports of earlier versions lack (see `records.py`).
+All code that reads a report reads this mirror; only the writer (`build.py`) and the reader handle plain values. The
+reader refuses a value of a wrong kind, and fills in keys that reports of earlier versions lack (see `records.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _KINDS = {"noise": "noise", "corruptions": "corruption"}  # name of a mean -> ki
 
 
 class Check(Mirror):
-    """One thing that was checked, as `CheckResult`."""
+    """Result of one check, with the fields of `CheckResult`."""
 
     name: str = ""
     status: Status = "skipped"
@@ -123,7 +123,7 @@ class Environment(Mirror):
         return {**values, "others": {key: value for key, value in values.items() if key not in cls.model_fields}}
 
     def to_settings(self) -> dict[str, JsonValue]:
-        """Return what is known, by name."""
+        """Return the known properties by name."""
         stated: dict[str, JsonValue] = self.model_dump(exclude={"others"})
         return {key: value for key, value in {**stated, **self.others}.items() if value not in (None, {})}
 
@@ -169,7 +169,7 @@ class Provenance(Mirror):
 
 
 class Stage(Mirror):
-    """One stage of a run; its record is of the class that `RECORDS` names."""
+    """One stage of a run, with a record of the class in `RECORDS`."""
 
     stage: str = ""
     status: str = ""
@@ -188,10 +188,10 @@ class Part:
     """Part of a run that has a section of its own on the page.
 
     Attributes:
-        place: Of the stage in the pipeline, from 1.
-        stage: Name, as in `RECORDS`; a step of `slim` counts as the stages that it is made of.
-        record: Of that stage.
-        is_repeated: Whether another part is of the same stage.
+        place: Position of the stage in the pipeline, from 1.
+        stage: Name of the stage, a key of `RECORDS`; a step of `slim` is listed as its component stages.
+        record: Record of the stage.
+        is_repeated: Whether another part has the same stage.
     """
 
     place: int
@@ -201,12 +201,12 @@ class Part:
 
     @property
     def has_section(self) -> bool:
-        """Return whether there is anything to show of it."""
+        """Return whether the record of this part has any content to show."""
         return self.stage in RECORDS and self.record != type(self.record)()
 
 
 class Report(Mirror):
-    """Content of a `report.json`; of a verdict alone there are no stages, environment and config."""
+    """Content of a `report.json`; the report of a verdict alone has no stages, environment and config."""
 
     name: str = ""
     verdict: RecordedVerdict
@@ -217,7 +217,7 @@ class Report(Mirror):
     config: dict[str, JsonValue] = Field(default_factory=dict)  # resolved pipeline
     provenance: Provenance | None = None
     details: Details = Details()
-    non_finite: tuple[str, ...] = ()  # places of numbers that were NaN or infinite
+    non_finite: tuple[str, ...] = ()  # key paths of numbers that were NaN or infinite
 
     @property
     def metric(self) -> Metric:
@@ -256,14 +256,14 @@ class Report(Mirror):
 
     @property
     def quality_names(self) -> list[str]:
-        """Metrics that are known of either network, in the order met."""
+        """Metrics known for either network, in order of appearance."""
         return list(
             dict.fromkeys(name for one in (self.baseline, self.slim) if one is not None for name in one.quality)
         )
 
     @property
     def latency_names(self) -> list[str]:
-        """Percentiles of latency that are known of either network, in the order met."""
+        """Latency percentiles known for either network, in order of appearance."""
         return list(dict.fromkeys(name for one in self._networks for name in one.latency_ms))
 
     @property
@@ -272,13 +272,13 @@ class Report(Mirror):
 
     @property
     def seconds(self) -> float | None:
-        """Time of all stages; None where it is not known."""
+        """Time of all stages in seconds; None if it is not known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(known) if known else None
 
     @property
     def speedup(self) -> float | None:
-        """Speed-up measured in turn, which gates were held to; of early reports the quotient of the medians."""
+        """Speed-up measured in turn, which gates limit; in early reports, the quotient of the medians."""
         ratio, medians = self.details.latency.ratio, self.latency()
         if ratio is not None:
             return 1 / ratio.value
@@ -300,11 +300,11 @@ def read_report(values: Mapping[str, Any], where: str = "The report") -> Report:
     """Return the mirror of a report's plain values.
 
     Args:
-        values: As in `report.json`, or as `describe_verdict` returns them.
-        where: Names the report in messages.
+        values: Content of `report.json`, or result of `describe_verdict`.
+        where: Name of the report in messages.
 
     Raises:
-        ArtifactError: A value is of another kind than a run writes; names its place.
+        ArtifactError: A value has a type that runs do not write; the message names its key path.
     """
     try:
         return Report.model_validate(values)

@@ -28,18 +28,18 @@ CHANGE_FORMATS: dict[str, formats.Format] = {
 
 
 def render_report(report: Report) -> str:
-    """Return the page of one run; the same report gives the same text."""
+    """Return the page of one run; the same report yields the same text."""
     return render("report.html.j2", f"{report.name}: {report.verdict.outcome}", report.name, report=report)
 
 
 def render(template: str, title: str, name: str, command: str = "compress report", **values: Any) -> str:
-    """Return a page.
+    """Return an HTML page from a template.
 
     Args:
-        template: File in `templates/`.
-        title: Of the window.
-        name: Heading.
-        command: Small above the heading.
+        template: Name of a file in `templates/`.
+        title: Title of the window.
+        name: Heading of the page.
+        command: Command, shown in small print above the heading.
         values: Variables of the template.
     """
     return _environment().get_template(template).render(title=title, name=name, command=command, **values)

@@ -1,6 +1,6 @@
 """Plots of a report as inline SVG: widths, latency, training, robustness, throughput, and quality over cost.
 
-Every function takes a key, unique in the page, and returns "" where there is nothing to draw.
+Every function takes a key that is unique in the page, and returns "" if there are no data to draw.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _draw_bars(
 
 
 def plot_stairs(key: str, stairs: Sequence[Stairs]) -> Markup:
-    """Return the latency of the network over the width of those groups where the width matters most."""
+    """Return the latency of the network over the width of the groups with the largest effect."""
     drawn = sorted(
         (one for one in stairs if len(one.steps) > 1),
         key=lambda one: min(step.ms for step in one.steps) - max(step.ms for step in one.steps),
@@ -115,8 +115,8 @@ def plot_sensitivity(key: str, curves: Sequence[Mapping[str, Any]], at_most: int
 
     Args:
         key: Prefix of the picture's ids.
-        curves: For each group name, widths, rises and errors.
-        at_most: The first of them that are drawn.
+        curves: For each group its name, widths, rises and errors.
+        at_most: Number of curves to draw, the first ones.
     """
     drawn = [one for one in curves if len(one["widths"]) > 1][:at_most]
     if not drawn:
@@ -138,7 +138,7 @@ def plot_sensitivity(key: str, curves: Sequence[Mapping[str, Any]], at_most: int
 
 
 def _small_axes(figure: Any, drawn: Sequence[Any], **options: bool) -> Iterator[tuple[Any, Any]]:
-    """Yield axes of a grid, one for each thing that is drawn; the rest of the grid stays empty."""
+    """Yield axes of a grid with the item to draw on each; the rest of the grid stays empty."""
     columns = min(COLUMNS, len(drawn))
     grid = figure.subplots(-(-len(drawn) // columns), columns, squeeze=False, **options)
     for axes in grid.flat[len(drawn) :]:
@@ -219,7 +219,7 @@ def plot_noise(key: str, curves: Mapping[str, Curve], baseline: Curve, metric: M
     Args:
         key: Unique in the page.
         curves: Label of a network -> (level, value).
-        baseline: The same of the baseline; empty where the networks do not share one.
+        baseline: (level, value) of the baseline; empty if the networks do not share one.
         metric: Primary metric.
     """
     drawn = {label: points for label, curve in curves.items() if len(points := _scale(curve, metric)) > 1}
@@ -274,7 +274,7 @@ def plot_severities(key: str, curves: Mapping[str, tuple[Curve, Curve]], metric:
 def plot_latency(key: str, latency: Latency) -> Markup:
     """Return histograms of both networks' latency with their medians.
 
-    A long tail is cut off at the right edge, where it would squeeze the rest; `count_beyond_edge` says how much.
+    A long tail is cut off at the right edge, since it would squeeze the rest; `count_beyond_edge` counts its calls.
     """
     calls = {"baseline": _known(latency.baseline_ms), "slim": _known(latency.slim_ms)}
     series = [(name, calls[name], color) for name, color in (("baseline", BASELINE), ("slim", SLIM)) if calls[name]]
@@ -308,7 +308,7 @@ def count_beyond_edge(latency: Latency) -> int:
 
 
 def _latency_range(series: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the left and right edge for sorted series; a long tail does not decide the right one."""
+    """Return the left and right edge for sorted series; the right edge ignores a long tail."""
     low = min(values[0] for values in series)
     full = max(values[-1] for values in series)
     bulk = max(values[math.ceil(TAIL_QUANTILE * len(values)) - 1] for values in series)
@@ -317,7 +317,7 @@ def _latency_range(series: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def plot_throughput(key: str, rows: Sequence[Throughput]) -> Markup:
-    """Return images per second of both networks over the batch size, where there are several sizes."""
+    """Return images per second of both networks over the batch size, for several batch sizes."""
     known = sorted((row for row in rows if row.batch_size is not None), key=lambda row: row.batch_size or 0)
     series = [
         (label, color, [(place, getattr(row, label)) for place, row in enumerate(known)])
@@ -344,15 +344,15 @@ def plot_throughput(key: str, rows: Sequence[Throughput]) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One network.
+    """Quality and cost of one network in a plot.
 
     Attributes:
-        cost: In the unit of the panel.
-        quality: Primary metric, a share in percent.
-        label: Short; of a baseline the runs that it belongs to, or "" for all of them.
-        low: Lower end of the interval of the quality, in the same unit; None where it is not known.
-        high: Upper end.
-        is_baseline: Whether it is the baseline.
+        cost: Cost in the unit of the panel.
+        quality: Primary metric; a share is in percent.
+        label: Short name of the run; for a baseline, the names of its runs, or "" for all runs.
+        low: Lower end of the interval of the quality, in the same unit; None if it is not known.
+        high: Upper end of the interval of the quality; None if it is not known.
+        is_baseline: Whether the network is the baseline.
     """
 
     cost: float
@@ -365,12 +365,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Quality over one cost.
+    """Plot of quality over one cost.
 
     Attributes:
-        title: Of the axis of cost.
-        points: The networks.
-        is_joined: Whether an arrow leads from the first to the last, in place of a line along the front.
+        title: Title of the cost axis.
+        points: Points of the networks.
+        is_joined: Whether an arrow leads from the first to the last point, in place of a line along the front.
         more_is_better: Whether the cost is a gain, such as a speed-up.
     """
 
@@ -381,7 +381,7 @@ class Panel:
 
 
 def list_front(points: Sequence[Point], metric: Metric, more_is_better: bool = False) -> list[Point]:
-    """Return the points that no other betters in cost and quality, the smallest cost first."""
+    """Return the Pareto front of the points in cost and quality, the smallest cost first."""
     better_quality, better_cost = (1 if is_high else -1 for is_high in (metric.higher_is_better, more_is_better))
     front = [
         one
@@ -457,7 +457,7 @@ def _axis(metric: Metric) -> str:
 
 
 def _limit(axes: Any, metric: Metric) -> None:
-    """Let the axis of quality begin at 0, and end a little above 100 where it is in percent."""
+    """Start the axis of quality at 0, and end it slightly above 100 if it is in percent."""
     axes.set_ylim(0, TOP if metric.is_share else None)
 
 

@@ -1,6 +1,6 @@
 """Provenance of a result (digests, commits, licences) and the environment it was measured in.
 
-The run itself writes both down: files beside a run folder may change later, its report does not. Nothing names a
+The run itself records both: files beside a run folder may change later, but its report does not. No value names a
 person, a host or a path.
 """
 
@@ -30,9 +30,9 @@ def describe_provenance(
     """Return the provenance of a run.
 
     Args:
-        pipeline: That ran.
+        pipeline: Pipeline that ran.
         components: Dependencies of its first stage, with digests of data, weights and factory.
-        published: Name in the run folder -> file, for each file that others must be able to recognise.
+        published: Name in the run folder -> file, for each file that others must be able to identify.
         warn: Receives a warning about a card that cannot be read.
 
     Returns:
@@ -56,7 +56,7 @@ def describe_provenance(
 
 
 def find_commit(folder: Path) -> dict[str, Any] | None:
-    """Return the commit that a folder is at, and whether tracked files in it differ; None outside of a repository."""
+    """Return the commit of a folder, and whether tracked files in it differ; None outside of a repository."""
     commit = _ask_git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -68,11 +68,11 @@ def read_licences(folder: Path | None, warn: Callable[[str], None]) -> dict[str,
     """Return the licences that the card beside a model's factory states.
 
     Args:
-        folder: Of the card; None for none.
+        folder: Folder of the card; None without a card.
         warn: Receives a warning about a card that cannot be read.
 
     Returns:
-        Keys model, data, data_name; None where the card does not say.
+        Keys model, data, data_name; None for values that the card does not state.
     """
     card: Any = None
     if folder is not None and (folder / CARD_FILE).is_file():
@@ -88,7 +88,7 @@ def read_licences(folder: Path | None, warn: Callable[[str], None]) -> dict[str,
 
 
 def _ask_git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints; None when there is no git, no repository, or no answer."""
+    """Return the output of git; None without git, without a repository, or without an answer."""
     # a hook or another tool may have set variables that point git to a repository of its own
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"

@@ -31,9 +31,9 @@ class Run:
 
     Attributes:
         given: Path that the user named.
-        path: Of its `report.json`.
-        report: Its content.
-        is_sealed: Whether it had a digest of itself; older versions wrote none.
+        path: Path of the run's `report.json`.
+        report: Content of this file.
+        is_sealed: Whether the file has a digest of itself; older versions wrote none.
     """
 
     given: str
@@ -49,8 +49,8 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
         places: Run folders or `report.json` files.
 
     Raises:
-        ConfigError: None is given, or one twice.
-        ArtifactError: One is no run folder, has no report yet, or a report that cannot be read.
+        ConfigError: No path is given, or a run is given twice.
+        ArtifactError: A path is no run folder, or has no readable report.
     """
     if not places:
         raise ConfigError("At least one run folder must be given, got none.")
@@ -73,7 +73,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """Return the plain values of a `report.json` after a comparison with its digest; early versions wrote none.
 
     Raises:
-        ArtifactError: It is missing, no JSON, damaged or edited, no report of a run, or of another schema.
+        ArtifactError: The file is missing, no JSON, damaged or edited, no report of a run, or has another schema.
     """
     try:
         values = read_json(path)
@@ -129,7 +129,7 @@ class Printer(Protocol):
     """Console that results are printed to."""
 
     def say(self, text: str) -> None:
-        """Print what was asked for."""
+        """Print the requested output."""
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -143,13 +143,13 @@ def write_pages(places: Sequence[Path], out: Path | None, printer: Printer) -> P
 
     Args:
         places: Run folders or `report.json` files.
-        out: A folder, made when missing, or a file that ends in .html. None: beside the `report.json` of one run, in
+        out: Folder, created if missing, or file name that ends in .html. None: beside the `report.json` of one run, in
             the current folder for several.
-        printer: Receives the metrics of several runs and the limits of their comparison.
+        printer: Console for the metrics of several runs and the caveats of their comparison.
 
     Raises:
-        ConfigError: A run is given twice, or `out` is no place for a page.
-        ArtifactError: A run has no whole report, or the page cannot be written.
+        ConfigError: A run is given twice, or no page can be written to `out`.
+        ArtifactError: A run has no complete report, or the page cannot be written.
     """
     if out is not None:
         _require_place(out)
@@ -188,7 +188,7 @@ def _is_page(out: Path) -> bool:
 
 
 def _require_place(out: Path) -> None:
-    """Refuse a place where no page can go, before anything is read."""
+    """Refuse a path that no page can be written to, before any report is read."""
     if not _is_page(out) and out.exists() and not out.is_dir():
         raise ConfigError(f"--out must be a folder or a file that ends in .html, got '{out}', which is another file.")
     for folder in out.parents:

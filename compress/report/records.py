@@ -1,8 +1,8 @@
-"""Typed records of the stages in `report.json`, and the values that every part of the report is made of.
+"""Typed records of the stages in `report.json`, and base classes of all parts of the report.
 
     Mirror   base of every part: frozen, unknown keys ignored, NaN and infinity refused
     Change   a value before and after: of a stage, or of the baseline and the slim network
-    Record   what any stage may state, with one subclass for each stage in `RECORDS`
+    Record   values that any stage may state, with one subclass for each stage in `RECORDS`
 
 Reports of earlier versions lack keys: a missing list is empty, any other missing value is None. A key that holds the
 name of the primary metric ("validation_top1_after") is read under a neutral name ("validation").
@@ -67,7 +67,7 @@ class Change(Mirror):
 
 
 def rename(values: Any, names: dict[str, str]) -> Any:
-    """Return an object with some keys renamed; anything else as it is."""
+    """Return a mapping with some keys renamed; other values unchanged."""
     return {names.get(key, key): value for key, value in values.items()} if isinstance(values, dict) else values
 
 
@@ -176,7 +176,7 @@ class TrainingRecord(Record):
 
 
 class MethodRecord(TrainingRecord):
-    """Record of a method that chooses while the network trains; `cut_...` is the trained network around the cut."""
+    """Record of a training-time method; `cut_...` is the trained network before and after the removal of channels."""
 
     name: str | None = None
     # values of its own; "..._ratio" is a share
@@ -189,7 +189,7 @@ class MethodRecord(TrainingRecord):
 
 
 class Round(Mirror):
-    """A network that was timed as a whole; shares of the baseline's latency."""
+    """Measured latency of a complete network, as shares of the baseline's latency."""
 
     predicted: Size = 0.0
     measured: Size = 0.0
@@ -226,11 +226,11 @@ class LayerLatency(Mirror):
 
 
 class LatencyBudget(Mirror):
-    """Way to a budget of latency; ratios are shares of the baseline's latency."""
+    """Predicted and measured latency under a latency budget; ratios are shares of the baseline's latency."""
 
     reference_ms: Size | None = None  # of the baseline, by the table
     predicted_ratio: Size | None = None  # of the choice, by the table
-    measured_ratio: Size | None = None  # None where it was not timed
+    measured_ratio: Size | None = None  # None if it was not timed
     table_error: float | None = None  # median relative error on the variants
     scatter: float | None = None  # of single calls, relative
     rounds: tuple[Round, ...] = ()
@@ -240,7 +240,7 @@ class LatencyBudget(Mirror):
 
 
 class BlockTrial(Mirror):
-    """A number of residual blocks that was tried; `loss` on validation within the budget, or `reason` for none."""
+    """A tried number of removed residual blocks; validation `loss` within the budget, or the `reason` for none."""
 
     blocks: Count | None = None
     loss: float | None = None
@@ -250,14 +250,14 @@ class BlockTrial(Mirror):
 class TriedNetwork(Mirror):
     """A candidate network that was cut, repaired quickly and scored by its validation loss."""
 
-    source: str | None = None  # what it was chosen by
+    source: str | None = None  # criterion of the choice
     blocks: Count | None = None  # removed
     loss: float | None = None
     predicted_loss: float | None = None
 
 
 class WholeNetworks(Mirror):
-    """Candidate networks that damages were learned from."""
+    """Candidate networks that damages were estimated from."""
 
     tried: tuple[TriedNetwork, ...] = ()
 
@@ -280,7 +280,7 @@ class EditRecord(Record):
 class CutRecord(EditRecord):
     """Values that `prune` and `low_rank` have in common."""
 
-    method: MethodRecord | None = None  # training that decided what is cut
+    method: MethodRecord | None = None  # training that chose the removed channels
     repairs: tuple[Repair, ...] = ()
     latency: LatencyBudget | None = None
     block_trials: tuple[BlockTrial, ...] = ()
@@ -311,7 +311,7 @@ class PruneRecord(CutRecord):
 
     @property
     def targets(self) -> dict[str, Change]:
-        """Target -> value asked for and value reached."""
+        """Target -> requested value and reached value."""
         asked = self.asked or dict.fromkeys(self.target, self.asked_ratio)
         reached = self.reached or dict.fromkeys(asked, self.reached_ratio)
         return {name: Change(before=value, after=reached.get(name)) for name, value in asked.items()}
@@ -336,7 +336,7 @@ class LowRankRecord(CutRecord):
 
 
 class SlimTrial(Mirror):
-    """A way to share a budget: `share` of it by ranks; `loss` on validation within the budget, or `reason` for none."""
+    """A split of a budget: `share` of it by ranks; validation `loss` within the budget, or the `reason` for none."""
 
     share: float | None = None
     loss: float | None = None

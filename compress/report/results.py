@@ -1,4 +1,4 @@
-"""Rows, facts and sentences of a report page on what verification measured."""
+"""Rows, facts and sentences of a report page on the measurements of `verify`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def list_main_changes(report: Report) -> list[str]:
 
 
 def list_comparison(report: Report) -> list[ChangeRow]:
-    """Return a row for each cost and each metric that is known of either network."""
+    """Return a row for each cost and each metric known for either network."""
     costs = [
         ("MACs", report.change("macs"), format_count, "fewer", "more"),
         ("Parameters", report.change("params"), format_count, "fewer", "more"),
@@ -104,12 +104,12 @@ def list_panels(report: Report) -> list[Panel]:
 
 
 def make_point(report: Report, cost: float, is_baseline: bool, label: str) -> Point | None:
-    """Return a network at its cost, or None where its quality is not known.
+    """Return the point of a network in a plot; None if its quality is not known.
 
     Args:
-        report: Of the run.
-        cost: In the unit of the panel.
-        is_baseline: Whether it is the baseline, else the slim network.
+        report: Report of the run.
+        cost: Cost in the unit of the panel.
+        is_baseline: Whether the network is the baseline, else the slim network.
         label: As in `Point`.
     """
     metric, quality = report.metric, report.details.quality
@@ -123,7 +123,7 @@ def make_point(report: Report, cost: float, is_baseline: bool, label: str) -> Po
 
 
 def describe_conditions(latency: Latency) -> str:
-    """Return the conditions that latency was measured under, as a list; "" where nothing is known."""
+    """Return the conditions that latency was measured under, as a list; "" if none is known."""
     threads, batch = latency.threads, latency.batch_size
     names = [name for name in (latency.runtime, latency.provider) if name]
     names += [f"{threads} thread{'' if threads == 1 else 's'}"] if threads is not None else []
@@ -225,7 +225,7 @@ def class_rows(quality: Quality) -> list[Cells]:
 
 
 def group_worst_images(quality: Quality) -> dict[int | None, list[WorstImage]]:
-    """Return the images that the file gets wrong by class, in the order met; few enough for a page."""
+    """Return wrongly classified images by class, in order of appearance; few enough for a page."""
     groups: dict[int | None, list[WorstImage]] = {}
     for image in quality.worst_images[:IMAGES_AT_MOST]:
         if image.image:
@@ -292,7 +292,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def drop_on(distribution: Distribution | None, metric: Metric) -> float | None:
-    """Return the drop of the primary metric on a distribution, positive for a loss; None where it is not known."""
+    """Return the drop of the primary metric on a distribution, positive for a loss; None if it is not known."""
     estimate = None if distribution is None else distribution.changes.get(metric.worsening)
     return None if estimate is None else estimate.value
 
@@ -328,10 +328,10 @@ class StageEffect(NamedTuple):
     """Change of the primary metric by one stage, or by a part of the pipeline.
 
     Attributes:
-        place: Of the stage in the pipeline; None for a part of it.
-        name: Of the stage, or of the part.
+        place: Position of the stage in the pipeline; None for a part of the pipeline.
+        name: Name of the stage or part.
         split: "validation" or "evaluation".
-        quality: Before and after.
+        quality: Primary metric before and after.
         metric: Primary metric.
     """
 

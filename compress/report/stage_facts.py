@@ -99,8 +99,8 @@ def list_training(record: TrainingRecord, before: float | None) -> Iterator[Fact
     """Yield the facts of a training.
 
     Args:
-        record: Of the training.
-        before: Primary metric on validation before it, where the record does not state it.
+        record: Record of the training.
+        before: Primary metric on validation before the training, for records that do not state it.
     """
     metric, rates = record.metric, [one.learning_rate for one in record.epochs if one.learning_rate is not None]
     words = f"validation {metric.words}"
@@ -136,7 +136,7 @@ def _describe_chosen(record: TrainingRecord) -> str | None:
 
 
 def list_rewinding(record: TrainingRecord) -> Iterator[Fact]:
-    """Yield the start of a training that did not start from the weights at hand, or not at the fine-tuning's rates."""
+    """Yield the initial weights of a training if they were not inherited, and its schedule if it was rewound."""
     epoch = record.rewind_epoch
     if record.weights not in (None, "inherited"):
         is_known = record.weights == "rewound" and epoch is not None
@@ -147,7 +147,7 @@ def list_rewinding(record: TrainingRecord) -> Iterator[Fact]:
 
 
 def describe_damage(group: Group) -> str:
-    """Return the damage of narrowing a group, with its standard error where it was measured."""
+    """Return the damage of narrowing a group, with its standard error if it was measured."""
     damage = format_number(group.damage)
     return damage if group.damage_error is None else f"{damage} ± {format_number(group.damage_error)}"
 

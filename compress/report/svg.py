@@ -56,8 +56,8 @@ def render_svg(key: str, title: str, height_inches: float, draw: Draw) -> Markup
     Args:
         key: Unique in the page; prefix of the picture's ids.
         title: Text for screen readers.
-        height_inches: Of a drawing that is `WIDTH_INCHES` wide.
-        draw: Draws on a matplotlib figure in the stand-in colours.
+        height_inches: Height of the drawing, which is `WIDTH_INCHES` wide.
+        draw: Function that draws on a matplotlib `Figure` in the stand-in colours.
     """
     # Imported here: matplotlib takes a second to import, and neither the command line nor a run that finds everything
     # unchanged draws anything. `Figure` without pyplot keeps no global state and needs no display.
@@ -100,7 +100,7 @@ def to_standalone(picture: str) -> str:
 
 
 def shorten(name: str, longest: int = 32) -> str:
-    """Return a name that leaves room for the picture: of a module's path the end says most.
+    """Return a name cut to a length; of a module's path, the end is kept.
 
     >>> shorten("layer1.0.conv1"), shorten("a.very.long.path.of.modules.conv1", 14)
     ('layer1.0.conv1', '…modules.conv1')

@@ -37,8 +37,8 @@ class SweepRun:
     Attributes:
         budget: Limit of the quantity that is swept.
         run: Name of the run folder.
-        report: Of the run; None where the budget was not met.
-        error: Reason why there is no report.
+        report: Report of the run; None if the budget was not met.
+        error: Reason for the missing report.
     """
 
     budget: float
@@ -54,9 +54,9 @@ class PrunePotential:
     Attributes:
         delta: Largest drop against the baseline, as a share.
         nominal: Potential on unchanged images.
-        average: Mean over all other distributions.
-        minimum: Smallest of those.
-        worst: Distribution of the minimum.
+        average: Mean potential over all other distributions.
+        minimum: Smallest potential of these distributions.
+        worst: Name of the distribution with the smallest potential.
         distributions: Potential by distribution.
     """
 
@@ -73,9 +73,9 @@ class Sweep:
     """Results of a pipeline at several budgets.
 
     Attributes:
-        name: Of the pipeline.
-        quantity: What the budgets limit, such as "latency".
-        runs: In the order they were made.
+        name: Name of the pipeline.
+        quantity: Quantity that the budgets limit, such as "latency".
+        runs: Runs in order.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Sweep:
 
     @property
     def potential(self) -> PrunePotential | None:
-        """Prune potential; None where no run measured robustness next to a baseline."""
+        """Prune potential; None if no run measured robustness and a baseline."""
         return prune_potential(self.reports)
 
     @property
@@ -144,12 +144,12 @@ def prune_potential(reports: Sequence[Report], delta: float = DELTA) -> PrunePot
     """Return the share of MACs that can be removed within a given drop, on each distribution.
 
     Args:
-        reports: Of runs that differ in their budgets only.
+        reports: Reports of runs that differ only in their budgets.
         delta: Largest drop of the primary metric against the baseline, as a share.
 
     Returns:
-        For each distribution the largest share of MACs that a run removed within the drop, 0 where none did. None
-        where no run measured robustness next to a baseline.
+        For each distribution, the largest share of MACs that a run removed within the drop; 0 without such a run. None
+        if no run measured robustness and a baseline.
 
     Source: Liebenwein et al. 2021, "Lost in Pruning", arXiv:2103.03014.
     """
@@ -186,7 +186,7 @@ def describe_potential(potential: PrunePotential) -> str:
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write `sweep.json` and `sweep.html`; each file is whole or not there.
+    """Write `sweep.json` and `sweep.html`; each file is complete or absent.
 
     Raises:
         ArtifactError: A file cannot be written.
@@ -235,7 +235,7 @@ def _run_to_plain(run: SweepRun, metric: Metric) -> dict[str, Any]:
 
 
 def render_sweep(sweep: Sweep) -> str:
-    """Return the whole page."""
+    """Return the HTML page of a sweep."""
     metric, baseline, potential = sweep.metric, sweep.baseline, sweep.potential
     points = []
     for run in sweep.runs:

@@ -1,31 +1,17 @@
 """Survey of a network for a new pipeline file: spelling of a model, header of a checkpoint, architecture."""
 
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.catalog import NETWORKS
 from compress.config.paths import PRETRAINED
-from compress.errors import ConfigError, ModelError
+from compress.errors import ConfigError
+from compress.networks.architectures import CHECKPOINTS, Shapes, count_outputs, find_architecture
 
-CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".safetensors", ".bin", ".tar")
 SPELLINGS = (
     "resnet18 (torchvision), timm:NAME, file.py:build, pkg.module:build, m.onnx, or a checkpoint such as best.pt"
 )
-_FAMILIES = {  # names of parameters -> torchvision networks that have them
-    r"^layer1\.0\.conv1\.weight$": r"resnet|resnext",
-    r"^features\.conv0\.weight$": r"densenet",
-    r"^features\.0\.0\.weight$": r"mobilenet|efficientnet|mnasnet|convnext",
-    r"^features\.0\.weight$": r"vgg|alexnet|squeezenet",
-    r"^stem\.0\.weight$": r"regnet",
-    r"^conv1\.0\.weight$": r"shufflenet",
-    r"^layers\.0\.weight$": r"mnasnet",
-    r"^conv1\.conv\.weight$": r"googlenet",
-    r"^Conv2d_1a_3x3\.conv\.weight$": r"inception",
-}
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ def survey_model(text: str, weights: str | None, classes: int | None) -> ModelSu
         if kind == "factory":
             raise ConfigError(f"--weights must be given for the network of '{text}'.", hint="--weights best.pt")
         return ModelSurvey(model, PRETRAINED)
-    outputs = _outputs(_read_shapes(Path(weights).expanduser()))
+    outputs = count_outputs(_read_shapes(Path(weights).expanduser()))
     if kind != "factory" and outputs is not None:
         model["kwargs"] = {"num_classes": outputs}
     return ModelSurvey(model, weights, outputs)
@@ -99,7 +85,7 @@ def _survey_checkpoint(path: Path, text: str) -> ModelSurvey:
     if not path.is_file():
         raise ConfigError(f"MODEL file '{text}' does not exist.", hint=f"MODEL is {SPELLINGS}.")
     shapes = _read_shapes(path)
-    outputs = _outputs(shapes)
+    outputs = count_outputs(shapes)
     name = find_architecture(shapes, outputs)
     kwargs = {} if outputs is None else {"kwargs": {"num_classes": outputs}}
     return ModelSurvey(
@@ -115,54 +101,3 @@ def _read_shapes(path: Path) -> Shapes:
     from compress.networks.weights import read_weights  # imports torch
 
     return {name: tuple(value.shape) for name, value in read_weights(path).items()}
-
-
-def _outputs(shapes: Shapes) -> int | None:
-    """Return the outputs of the last layer: the first axis of the last weight of two axes, or of a 1 x 1 kernel."""
-    last = [shape for name, shape in shapes.items() if name.endswith("weight") and len(shape) in (2, 4)]
-    return last[-1][0] if last and (len(last[-1]) == 2 or last[-1][2:] == (1, 1)) else None
-
-
-def find_architecture(shapes: Shapes, classes: int | None) -> str:
-    """Return the torchvision network whose parameters have these names and shapes.
-
-    Args:
-        shapes: Name -> shape of a state dict.
-        classes: Outputs of the last layer.
-
-    Raises:
-        ModelError: No such network exists.
-    """
-    for name in _candidates(shapes):
-        if _has_shapes(name, shapes, classes):
-            return name
-    raise ModelError(
-        f"No network of torchvision has the layers of this checkpoint ({len(shapes)} tensors, such as "
-        f"'{next(iter(shapes), '')}').",
-        hint=f"Name the network, and the checkpoint by --weights: MODEL is {SPELLINGS}.",
-    )
-
-
-def _candidates(shapes: Shapes) -> Iterable[str]:
-    from torchvision import models  # heavy
-
-    families = [family for pattern, family in _FAMILIES.items() if any(re.match(pattern, name) for name in shapes)]
-    wanted = re.compile("|".join(families)) if families else None
-    return [name for name in models.list_models(module=models) if wanted is not None and wanted.search(name)]
-
-
-def _has_shapes(name: str, shapes: Shapes, classes: int | None) -> bool:
-    import torch
-    from torchvision import models
-
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": False}
-    try:
-        with torch.device("meta"):
-            expected = models.get_model(name, weights=None, **options).state_dict()
-    except NotImplementedError:  # a constructor that computes with tensors
-        expected = models.get_model(name, weights=None, **options).state_dict()
-    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
-    given = {key: shape for key, shape in shapes.items() if not key.startswith(auxiliary)}
-    return given == {key: tuple(value.shape) for key, value in expected.items()}

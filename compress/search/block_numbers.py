@@ -21,10 +21,10 @@ class Trial:
     """An attempt with a number of blocks removed.
 
     Attributes:
-        blocks: That number.
-        attempt: Returns the attempt; made again of its parts where an interrupted run tried it.
-        loss: On the validation split; infinite where it is NaN.
-        removes_channels: False where the blocks alone meet the targets.
+        blocks: Number of removed blocks.
+        attempt: Function that returns the attempt; after an interrupted run it is rebuilt from its parts.
+        loss: Loss on the validation split; infinite where it is NaN.
+        removes_channels: False if removing the blocks alone meets the targets.
     """
 
     blocks: int
@@ -37,14 +37,14 @@ class _LatestLatency:
     """Latency of the last network with a table of its own.
 
     Attributes:
-        get: Returns it; after a kill it is made of its table when it is first asked for.
+        get: Function that returns that latency, or None before the first; after a kill, it is rebuilt at first use.
     """
 
     def __init__(self) -> None:
         self.get: Callable[[], LatencyModel | None] = lambda: None
 
     def differs_from(self, found: LatencyModel | None) -> bool:
-        """Return whether a network has another table than this one."""
+        """Return whether the table of `found` differs from that of the last network."""
         known = self.get()
         return found is not None and (known is None or found.table is not known.table)
 
@@ -66,14 +66,13 @@ class BlockNumberSearch:
         self._unreachable: BudgetUnreachable | None = None
 
     def run(self, networks: Iterable[Shortened]) -> Attempt:
-        """Meet the targets with no block removed, with one, with two ...; return the least validation loss.
+        """Meet the targets with no block removed, with one, with two ...; return the attempt of least validation loss.
 
-        In a network of many blocks several go between one trial and the next, and the numbers around the best are tried
-        in the end. More blocks are not tried when that loss has risen twice in a row, or when the blocks alone are more
-        than was asked for.
+        In a network of many blocks, trials skip numbers of blocks; the numbers next to the best are tried at the end.
+        The search stops when the loss has risen twice in a row, or when removing blocks alone meets the targets.
 
         Args:
-            networks: As `shorten` gives them.
+            networks: Networks that `shorten` yields.
 
         Raises:
             BudgetUnreachable: The targets cannot be met with any number of blocks.
@@ -105,7 +104,7 @@ class BlockNumberSearch:
         return best.attempt()
 
     def _try(self, shortened: Shortened) -> Trial | None:
-        """Return an attempt without some blocks; None where the targets cannot be met so."""
+        """Return a trial without some blocks; None if it cannot meet the targets."""
         try:
             trial = self._trial(shortened)
         except BudgetUnreachable as error:

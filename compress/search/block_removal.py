@@ -1,4 +1,4 @@
-"""Removal of residual blocks, one by one, each time the one whose loss rises least."""
+"""Removal of residual blocks one by one, always the block whose removal raises the loss least."""
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ class Shortened:
 
 
 class Remembered:
-    """Networks of `shorten`, each made once however often they are iterated over."""
+    """Cached networks of `shorten`: each is made once, even if they are iterated over several times."""
 
     def __init__(self, networks: Iterator[Shortened]) -> None:
         self._rest = networks
@@ -67,9 +67,13 @@ def without_blocks(model: TorchModel, blocks: Sequence[str]) -> TorchModel:
 
 
 def places_in_whole(groups: Groups, whole: Groups) -> dict[str, tuple[str, Tensor]]:
-    """Return for each group of a network without some blocks the group in the whole one, and (C,) its channels there.
+    """Return group -> its name in the network with all blocks, and the (C,) indices of its channels there.
 
-    A group is named after the first layer that computes it; without a block that may be another one.
+    A group is named after the first layer that computes it, so the removal of a block may change the name.
+
+    Args:
+        groups: Groups of the network without some blocks.
+        whole: Groups of the network with all blocks.
     """
     if groups is whole:
         return {name: (name, torch.arange(group.width)) for name, group in whole.items()}
@@ -86,14 +90,14 @@ def places_in_whole(groups: Groups, whole: Groups) -> dict[str, tuple[str, Tenso
 def shorten(
     model: TorchModel, score_images: int, repairs: Container[str], ctx: StageContext, refit_images: int = 512
 ) -> Iterator[Shortened]:
-    """Yield the network as it is, then without one residual block, without two, until none can be removed.
+    """Yield the complete network, then it without one residual block, without two, until none can be removed.
 
     Args:
-        model: The network; left as it is.
-        score_images: Calibration images to measure the loss on.
+        model: The network, not modified.
+        score_images: Number of calibration images to measure the loss on.
         repairs: Names of the repairs that are tried after each block.
-        ctx: Has the splits.
-        refit_images: Images that a least-squares repair fits layers to.
+        ctx: Splits, parts and listener of the stage.
+        refit_images: Number of images that a least-squares repair fits layers to.
     """
     whole, example = model.module, example_input(model.signature)
     blocks = len(find_removable_blocks(whole, example))
@@ -129,18 +133,18 @@ def take_shortened(networks: Iterable[Shortened], count: int) -> Shortened:
     """Return the network with `count` residual blocks removed.
 
     Args:
-        networks: As `shorten` gives them.
-        count: Blocks to remove.
+        networks: Networks that `shorten` yields.
+        count: Number of blocks to remove.
 
     Raises:
-        ConfigValueError: The network has fewer; nothing is removed or repaired then.
+        ConfigValueError: The network has fewer removable blocks.
     """
     for found in networks:
         if len(found.removed) == count:
             return found
         if count > found.blocks:
             break
-    there = found.blocks if count > found.blocks else len(found.removed)  # one may go only while another is there
+    there = found.blocks if count > found.blocks else len(found.removed)  # removable only with another
     raise ConfigValueError(
         f"blocks must not be more than the residual blocks that can be removed ({there}), got {count}."
     )

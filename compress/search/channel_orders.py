@@ -31,7 +31,7 @@ from compress.training.evaluate import evaluate_loss, image_losses, run
 
 LOSS_IMAGES = 128
 SENSITIVITY_FILE = "sensitivity.json"
-_RANKED = ("order", "measured", "errors", "scales")  # kept of a group's ranking
+_RANKED = ("order", "measured", "errors", "scales")  # arrays of a group's ranking that are stored
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ChannelOrders:
     Attributes:
         shortened: The network.
         surveyed: Its groups and their allowed widths.
-        key: Identifies the network among the parts of the stage.
+        key: Digest that identifies the network among the parts of the stage.
         ctx: Splits, parts and listener of the stage.
         by_errors: True takes the errors of the ranking as damages.
     """
@@ -53,10 +53,10 @@ class ChannelOrders:
     by_errors: bool
 
     def find(self, criterion: Any, candidates: Mapping[str, Candidates]) -> dict[str, Candidates]:
-        """Return the groups with orders, and with measured damages where those are asked for.
+        """Return the groups with orders, and with measured damages if the settings request them.
 
         Args:
-            criterion: Ranks by readers or by losses; or by scores, whose order stays.
+            criterion: Criterion that ranks by readers or by losses; one that ranks by scores leaves the order.
             candidates: Group -> its candidates.
         """
         sensitivity = self._sensitivity() if self.surveyed.config.damage == "sensitivity" else None
@@ -70,7 +70,7 @@ class ChannelOrders:
         return found
 
     def loss_with(self, group: ChannelGroup) -> Callable[[Tensor], float]:
-        """Return the function from (C,) factors to the loss with the reads of each channel multiplied by them."""
+        """Return a function of (C,) factors: the loss with the reads of each channel multiplied by its factor."""
         module, calibration = self.shortened.model.module, self.ctx.data.calibration
         split = calibration.first(min(self.surveyed.config.score_images, LOSS_IMAGES))
 
@@ -95,7 +95,7 @@ class ChannelOrders:
     def _by_readers(
         self, criterion: Any, found: dict[str, Candidates], sensitivity: Sensitivity | None
     ) -> dict[str, Candidates]:
-        """Rank groups by refits of their readers, and measure their damages; groups that share readers in one pass."""
+        """Rank groups by refits of their readers, and measure damages; groups that share readers take one pass."""
         ranks, config, groups, ctx = criterion.order == "readers", self.surveyed.config, self.surveyed.groups, self.ctx
         if not ranks and "least_squares" not in config.repair:
             return found
@@ -149,13 +149,13 @@ class ChannelOrders:
 
 
 def at_levels(one: Candidates, by_removed: np.ndarray) -> np.ndarray:
-    """Return, of (U + 1, ...) values by the number of removed units, those of the allowed widths."""
+    """Select the values of the allowed widths from (U + 1, ...) values, indexed by the number of removed units."""
     chosen: np.ndarray = by_removed[(one.full - np.asarray(one.levels)) // one.channels_per_unit]
     return chosen
 
 
 def _most_removed(one: Candidates) -> int:
-    """Return the most units that may be removed."""
+    """Return the largest number of units that may be removed."""
     return (one.full - one.levels[0]) // one.channels_per_unit
 
 

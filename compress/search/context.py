@@ -19,14 +19,14 @@ class StageContext:
     """Folder, data, listener and teacher of one run of one stage.
 
     Attributes:
-        folder: A folder of the stage's own. It survives a kill and is handed to the same stage (same cache key)
-            again, so training state lives there; it is removed when the stage is done.
+        folder: Work folder of the stage, for training state. It survives a kill, and the same stage (same cache key)
+            gets it again. It is removed when the stage is done.
         seed: Seed of all random numbers.
-        data: The splits, opened when first asked for.
+        data: Data splits, opened at first use.
         progress: Receives the progress of long operations.
-        deploy: Target runtime; None where the pipeline names none.
-        latency_tables: A folder for tables of latencies, shared by all runs.
-        teacher: The baseline, to be learned from; None before there is one.
+        deploy: Target runtime; None if the pipeline names no runtime.
+        latency_tables: Folder of latency tables, shared by all runs.
+        teacher: The baseline as a distillation teacher; None if the stage's input is no `TorchModel`.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class StageContext:
     @cached_property
     def parts(self) -> "Parts":
         """Finished parts of the stage, kept in its folder."""
-        from compress.search.parts import Parts  # torch, which verification of a file does without
+        from compress.search.parts import Parts  # imports torch; verifying a file needs none
 
         return Parts(self.folder, self.progress)
 

@@ -36,13 +36,13 @@ IMITATED = 1e-6  # loss below which a network equals the baseline
 
 @dataclass(frozen=True)
 class EvidenceCollector:
-    """Collects the evidence that a criterion asks for.
+    """Collector of the evidence that a criterion needs.
 
     Attributes:
         model: The network.
         groups: Its groups that are scored.
-        config: Numbers of images.
-        ctx: Has the calibration split.
+        config: Settings of the stage, with the numbers of images.
+        ctx: Context of the stage, with the calibration split.
     """
 
     model: TorchModel
@@ -51,7 +51,7 @@ class EvidenceCollector:
     ctx: StageContext
 
     def collect(self, criterion: Criterion) -> Any:
-        """Return the evidence for a criterion; None where it asks for weights alone.
+        """Return the evidence for a criterion; None for a criterion that needs only weights.
 
         Raises:
             DataError: The loss has no gradients: images have no labels, and the network is the baseline.
@@ -80,7 +80,7 @@ class EvidenceCollector:
             return collect_gradients(module, self.groups.values(), batches, each, split.objective.image_losses)
 
     def with_statistics(self, module: nn.Module) -> nn.Module:
-        """Return the network; a copy with measured statistics where no batch norm has seen an image yet."""
+        """Return the network, or a copy with measured statistics if its batch norms have seen no image yet."""
         norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.running_mean is not None]
         is_new = bool(norms) and all(
             not norm.running_mean.any() and bool((norm.running_var == 1).all())  # type: ignore[union-attr]
@@ -93,7 +93,7 @@ class EvidenceCollector:
         return measured
 
     def is_trained(self, module: nn.Module, split: Split) -> bool:
-        """Return whether a network does clearly better than one that gives the same output for every image."""
+        """Return whether a network has a clearly lower loss than a constant output."""
         example = example_input(self.model.signature)
         with torch.no_grad(), eval_mode(module):
             guess = split.objective.guess(run(module, example))
@@ -111,11 +111,11 @@ class EvidenceCollector:
 
 
 def score_batch(model: TorchModel, each: int) -> int:
-    """Return the images to score at once: many small ones, few large ones, whose activations all are kept.
+    """Return the batch size for scoring, smaller for larger images, as all activations stay in memory.
 
     Args:
         model: The network.
-        each: Images of one gradient; the batch is a multiple of it.
+        each: Number of images per gradient; the batch size is a multiple of it.
     """
     pixels = math.prod(int(size) for size in model.signature.inputs[0].shape[2:])
     fitting = min(SCORE_BATCH, SCORE_PIXELS // max(1, pixels))
@@ -123,7 +123,7 @@ def score_batch(model: TorchModel, each: int) -> int:
 
 
 def _require_gradients(module: nn.Module, split: Split, criterion: str) -> None:
-    """Check that the loss has gradients: without labels it is the distance to the baseline, least at the baseline.
+    """Check that the loss has gradients. Without labels it is the distance to the baseline, least at the baseline.
 
     Raises:
         DataError: The network is the baseline, and images have no labels.

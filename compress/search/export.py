@@ -24,10 +24,10 @@ _COMPARED = 4  # images
 
 
 def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
-    """Write the network as it is now, with an open batch axis.
+    """Write the present network as an ONNX file with an open batch axis.
 
     Raises:
-        ExportFailed: torch or ONNX refused, or the file is not what was asked for.
+        ExportFailed: torch's exporter or ONNX fails, or the file is not as requested.
     """
     with ctx.progress.task("export to ONNX", 1) as task:
         export_onnx(
@@ -42,10 +42,10 @@ def export_present(model: TorchModel, path: Path, ctx: StageContext) -> None:
 
 
 def check_export(model: TorchModel, path: Path, ctx: StageContext) -> str | None:
-    """Compare a file with its network on calibration images; return a warning where they differ a little.
+    """Compare a file with its network on calibration images; return a warning if they differ a little.
 
     Raises:
-        ExportFailed: They differ by more than rounding does; says where that begins.
+        ExportFailed: They differ by more than rounding; the message states where the difference begins, if known.
     """
     allowed, noticed = (_OFF, _NOTICED) if model.precision == "fp32" else (_OFF_IN_HALF, _OFF_IN_HALF)
     samples, _ = next(evaluation_batches(ctx.data.calibration.first(_COMPARED), _COMPARED, "nothing"))
@@ -64,7 +64,7 @@ def check_export(model: TorchModel, path: Path, ctx: StageContext) -> str | None
 
 
 def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
-    """Return an ONNX file of the present network, written into a folder at the first call."""
+    """Return the path of the present network's ONNX file: the baseline's file, or a new export into a folder."""
     if model.recipe.is_baseline:
         return model.baseline.onnx_path
     path = folder / "present.onnx"
@@ -73,7 +73,7 @@ def exported(model: TorchModel, folder: Path, ctx: StageContext) -> Path:
 
 
 def conditions_of(deploy: DeployConfig | None) -> Conditions:
-    """Return the conditions of the target runtime; the default ones where the pipeline names none."""
+    """Return the conditions of the target runtime; default conditions if the pipeline names no runtime."""
     if deploy is None:
         return Conditions()
     return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, repeats=deploy.repeats)
@@ -84,13 +84,13 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
 
     Args:
         path: The exported network; it is not changed.
-        signature: Its inputs and outputs.
+        signature: Inputs and outputs of the network.
         policy: "measured" keeps a rewrite that runs faster than the given file, "always" and "never" do not measure.
-        ctx: Has the target runtime and images.
+        ctx: Context of the stage, with the target runtime and images.
 
     Returns:
-        One record for each rewrite that fits somewhere: its name, the number of places, the speed-up (None where it
-        was not measured) and whether it is kept.
+        One record for each rewrite that fits somewhere: its name, the number of matches in the graph, the speed-up
+        (None if not measured) and whether it is kept.
     """
     records = []
     conditions, split = conditions_of(ctx.deploy), ctx.data.calibration
@@ -116,7 +116,7 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
 
 
 def _require_here(deploy: DeployConfig | None, name: str) -> None:
-    """Raise ConfigValueError where the model is for another machine, so that nothing may be measured here."""
+    """Raise ConfigValueError if the model is for another machine, so that nothing can be measured here."""
     if deploy is not None and deploy.accept_foreign_table:
         raise ConfigValueError(
             f"rewrites must be always or never with a table of another machine: '{name}' fits, and whether it is "

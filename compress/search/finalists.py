@@ -18,13 +18,14 @@ FINALISTS = 3
 
 
 def order_finalists(tried: Sequence[Tried], usual: Pricing) -> list[Tried]:
-    """Return the networks to finish, best first; where blocks go, the last to be finished has the usual prices.
+    """Return the networks to finish, best first; if the best one removes blocks, add it once more at usual prices.
 
-    Damages that were learned on the network with these blocks need not hold without them.
+    The copy is the last of the `FINALISTS`. Damages learned with these blocks in the network need not hold without
+    them.
 
     Args:
         tried: Candidate networks.
-        usual: Prices of estimates as they are.
+        usual: Prices without learned factors.
     """
     ordered = sorted(tried, key=lambda one: one.loss)
     best = ordered[0]
@@ -50,10 +51,10 @@ class Finalists:
         self._shorter: dict[tuple[str, ...], Prepared] = {(): prepared}
 
     def finish(self, ordered: Sequence[Tried]) -> Attempt:
-        """Finish the best networks and return that of least validation loss.
+        """Prune and repair the best networks in full, and return the attempt of least validation loss.
 
         Args:
-            ordered: Best first.
+            ordered: Candidate networks, best first.
 
         Raises:
             BudgetUnreachable: The targets cannot be met with any of them.
@@ -80,7 +81,7 @@ class Finalists:
         return best[1]
 
     def _finished(self, tried: Tried) -> Attempt:
-        """Return a network within the targets: channels ranked without the removed blocks, widths by its prices."""
+        """Return an attempt within the targets: channels ranked without the removed blocks, widths by its prices."""
         prepared = self._without_blocks(tried.structure.removed)
         places = places_in_whole(prepared.surveyed.groups, self._prepared.surveyed.groups)
         candidates = tried.pricing.repriced(prepared.candidates, {name: whole for name, (whole, _) in places.items()})

@@ -22,7 +22,7 @@ CUT_JUMP = 0.02
 
 
 def hooked_settings(config: TrainingConfig, ctx: StageContext, module: nn.Module) -> FitSettings:
-    """Return the settings of a run that ends with its last step, when the hooks have done their work."""
+    """Return the settings of a training that keeps its last weights, as the hooks finish only at the end."""
     return replace(fit_settings(config, ctx.seed, ctx.data.train, module), keep="last")
 
 
@@ -34,16 +34,16 @@ def train_with_hooks(
     state: Path,
     ctx: StageContext,
 ) -> Record:
-    """Train a network in place and return the record; resumes from `state`, if it is there.
+    """Train a network in place and return the record; resume from the file `state` if it exists.
 
     Warns if training makes the primary metric worse by more than noise.
 
     Args:
-        module: The network; hooks may be on it already.
+        module: The network; the method may have modified it already.
         artifact: Input of the stage; the distillation teacher is made from it.
         config: Settings of the training.
-        hooks: Called in every step.
-        state: File of the saved state.
+        hooks: Hooks of the method, called in every step.
+        state: Path of the saved training state.
         ctx: Splits, teacher and listener of the stage.
 
     Raises:
@@ -86,12 +86,12 @@ def loss_and_quality(module: nn.Module, when: str, ctx: StageContext) -> Record:
 
 
 def say_cut(record: Record, metric: Metric, progress: Progress) -> None:
-    """Note the effect of the removal on a network that was trained for it; warn where the loss rises.
+    """Note the effect of the removal on a network that was trained for it; warn if the loss rises.
 
     Args:
-        record: With the values of both `loss_and_quality`, and the name and the cause that the method states.
+        record: Loss and metric before and after the cut, as in `loss_and_quality`, and the method's name and cause.
         metric: The primary metric.
-        progress: Receives progress by step.
+        progress: Receives the note and the warning.
     """
     before, after = record["loss_before_cut"], record["loss_after_cut"]
     progress.note(

@@ -19,13 +19,13 @@ def measure_isometry(
     """Return the mean singular value of each network's input-output Jacobian.
 
     Args:
-        artifact: Knows the MACs of the baseline, by which the measurement is sized.
-        networks: Name -> function that gives the network, or None.
-        ctx: Has the calibration images.
+        artifact: Model of the pipeline; the MACs of its baseline limit the effort of the measurement.
+        networks: Name -> function that returns the network, or None for no network.
+        ctx: Context of the stage, with the calibration images.
 
     Returns:
-        The values by name, None where there is no network; the images and the most directions of the output that were
-        used. Only {"skipped": reason} where nothing could be measured.
+        Mean singular value by name, None without a network; the number of images and the largest number of output
+        directions used. Only {"skipped": reason} if nothing could be measured.
     """
     effort = affordable(artifact.baseline.metrics.macs, ctx.data.calibration)
     if effort is None:
@@ -41,16 +41,16 @@ def measure_isometry(
 
 
 def conclusion(isometry: Record, rate: float, reference: float, reference_name: str) -> tuple[str, bool]:
-    """Return the conclusion of the singular values before training on the learning rate, and whether it is a warning.
+    """Return advice on the learning rate by the singular values before training, and whether it is a warning.
 
     Args:
-        isometry: With the values "baseline" and "before".
-        rate: Peak of this training.
-        reference: Peak that a large rate is known by.
-        reference_name: Of that, as in "of the original training".
+        isometry: Record with the values "baseline" and "before".
+        rate: Peak learning rate of this training.
+        reference: Peak learning rate to compare with.
+        reference_name: Description of the reference, as in "of the original training".
 
     Returns:
-        A sentence or two; "" where there is no baseline to compare with.
+        A sentence or two, and whether to warn; "" and False without a baseline to compare with.
     """
     baseline, before = isometry.get("baseline"), isometry.get("before")
     if not baseline or before is None:

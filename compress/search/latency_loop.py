@@ -1,10 +1,10 @@
 """Latency loop: a choice is timed as a complete network, and chosen again until the latency budget is met.
 
-The table's sum is some per cent off for the one network that is chosen; a network that is timed says by how much, and
-the next is chosen with the limit moved by that much. It ends when the latency is met, or when widths come no nearer.
+The latency table is some per cent off for a single network. Timing the chosen network measures this error, and the
+limit of the next choice is corrected by it. The loop ends when the latency is met, or when widths come no nearer.
 
-Every choice is timed beside the baseline. A baseline that takes another time than when it was last timed shows that the
-machine has changed its speed; the choice is then timed again, beside the baseline again.
+Every choice is timed beside the baseline. If the baseline's latency differs from its last one, the machine has changed
+its speed; the choice and the baseline are then timed again.
 """
 
 import statistics
@@ -29,10 +29,10 @@ class TimedChoice:
     """A choice of widths that was timed as a complete network.
 
     Attributes:
-        widths: What was chosen: group name -> width.
-        predicted: Share of the baseline's latency, by the table.
-        ratio: The same, measured.
-        reference_ms: Latency of the baseline beside it; None where that was not kept.
+        widths: Group name -> chosen width.
+        predicted: Predicted share of the baseline's latency, by the table.
+        ratio: Measured share of the baseline's latency.
+        reference_ms: Latency of the baseline in the same measurement, in ms; None if not recorded.
     """
 
     widths: dict[str, int]
@@ -51,7 +51,7 @@ class Chosen(Protocol):
 
 
 class Timed(Protocol):
-    """Predicts the latency of a choice, and measures it."""
+    """Model that predicts and measures the latency of a choice."""
 
     @property
     def reference_ms(self) -> float:
@@ -77,17 +77,17 @@ def meet_latency(
     """Return the choice whose measured latency comes nearest to the target from below, within 3 % of it if any does.
 
     Args:
-        select: Chooses with the limit of the latency multiplied by a factor.
-        model: Predicts and measures.
-        asked: Share of the baseline's latency.
+        select: Function that makes a choice with the latency limit multiplied by a factor.
+        model: Model that predicts and measures latencies.
+        asked: Target, as a share of the baseline's latency.
         progress: Receives progress by round.
-        in_ms: True states milliseconds in errors, where the target was given in them.
+        in_ms: True states latencies in milliseconds in errors, for a target in milliseconds.
 
     Returns:
-        The choice, and everything that was timed, in order.
+        The choice, and all timed choices in order.
 
     Raises:
-        BudgetUnreachable: No choice is within the latency as it is measured.
+        BudgetUnreachable: No choice meets the target in its measurement.
     """
     correction = 1.0
     timed: list[TimedChoice] = []
@@ -95,7 +95,7 @@ def meet_latency(
     for number in range(ROUNDS):
         selection = _select(select, correction, asked, timed, model)
         if _is_timed(selection, timed):
-            # a limit that moves by less than the gap to the next choice: ask for one past the last
+            # the limit moved by less than the gap to the next choice: move it past the last choice
             correction = timed[-1].predicted / timed[-1].ratio
             selection = _select(select, correction, asked, timed, model)
             if _is_timed(selection, timed):
@@ -127,7 +127,7 @@ def meet_latency(
 
 
 def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]) -> Record:
-    """Return what the report shows of the latency."""
+    """Return the report's entry on the latency."""
     measured = [choice.ratio for choice in timed if choice.widths == widths]
     return {
         "reference_ms": model.reference_ms,
@@ -150,7 +150,7 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
 
 
 def rounds_record(timed: Sequence[TimedChoice]) -> list[Record]:
-    """Return what the report shows of the choices that were timed."""
+    """Return the report's entries on the timed choices."""
     return [
         {"predicted": choice.predicted, "measured": choice.ratio, "baseline_ms": choice.reference_ms}
         for choice in timed
@@ -174,10 +174,10 @@ def _is_timed(selection: Chosen, timed: list[TimedChoice]) -> bool:
 def _time_well(
     widths: Widths, predicted: float, timed: Sequence[TimedChoice], model: Timed, progress: Progress
 ) -> PairLatency:
-    """Time a choice; several times, with the medians as the result, where the first time is not as expected.
+    """Time a choice; if the first result is unexpected, time it again and return the medians.
 
-    Expected are the ratio that the table predicts, with the relative error of the choice before, and the baseline's
-    latency of then.
+    The expected ratio is the table's, corrected by the relative error of the last choice. The expected latency of the
+    baseline is its last one.
     """
     before = timed[-1] if timed else None
     expected = predicted * (before.ratio / before.predicted if before else 1.0)
@@ -192,7 +192,7 @@ def _time_well(
 
 
 def _surprise(found: PairLatency, expected: float, expected_ms: float) -> str | None:
-    """Return the part of a measurement that is far from the expected value, in words; None where none is."""
+    """Describe the value of a measurement that is far from the expected one; None if both are near."""
     if abs(found.ratio / expected - 1) > UNEXPECTED:
         return f"measured {found.ratio:.3f} where {expected:.3f} was expected"
     if _has_moved(found.reference_ms, expected_ms):
@@ -201,7 +201,7 @@ def _surprise(found: PairLatency, expected: float, expected_ms: float) -> str | 
 
 
 def _warn_of_speed(timed: Sequence[TimedChoice], model: Timed, progress: Progress) -> None:
-    """Warn where the baseline takes another time than when the table was made."""
+    """Warn if the baseline's latency has changed since the table was made."""
     here = [choice.reference_ms for choice in timed if choice.reference_ms is not None]
     now_ms = statistics.median(here) if here else model.reference_ms
     if _has_moved(now_ms, model.reference_ms):

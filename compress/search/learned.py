@@ -2,7 +2,7 @@
 
     network -> survey -> training, with the method's hooks -> channels chosen by the method -> their removal, by `prune`
 
-The method asks for a choice again and again; the last one is final, and timed where the budget is in milliseconds.
+The method requests a choice many times; the last one is final, and is timed if the target is a latency.
 """
 
 import copy
@@ -43,9 +43,9 @@ class Learned:
 
     Attributes:
         surveyed: The trained network without the removed blocks, and its prunable groups.
-        candidates: Its groups, with the scores that the choice was made by.
+        candidates: Its groups, with the scores that the choice is based on.
         selection: The channels to remove.
-        timed: Complete networks that were timed on the way.
+        timed: Choices that were timed as complete networks, in order.
         removed_blocks: Module paths of the removed blocks.
         record: Record of the method and its training.
     """
@@ -62,8 +62,8 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     """Train a copy of a network while a method chooses the channels to remove.
 
     Args:
-        model: The network; left as it is.
-        config: With `method` and `training`.
+        model: The network, not modified.
+        config: Settings of the prune stage, with a method and its training.
         ctx: Splits, folder and listener of the stage; the state of the training is kept in the folder.
 
     Raises:
@@ -93,7 +93,7 @@ def _require_work(chooser: "_Chooser", surveyed: Survey) -> None:
     """Check before the training that the budget can be met, and that something must be removed for it.
 
     Raises:
-        BudgetUnreachable: It cannot.
+        BudgetUnreachable: The budget cannot be met.
         AlreadyWithin: Nothing must be removed.
     """
     if not chooser({name: torch.ones(group.width) for name, group in surveyed.groups.items()}):
@@ -122,7 +122,7 @@ class _Hooks:
 
 
 class _Chooser:
-    """Chooses the channels to remove while a network trains; see `compress.pruning.methods.base.Choose`.
+    """Chooser of the channels to remove while a network trains; see `compress.pruning.methods.base.Choose`.
 
     Args:
         surveyed: The network before the training, and its prunable groups.
@@ -200,7 +200,7 @@ def _candidates(
     scores: Mapping[str, Tensor],
     damages: Mapping[str, np.ndarray] | None,
 ) -> list[Candidates]:
-    """Return the groups with scores, and perhaps damages, of groups in the complete network."""
+    """Return the groups with scores, and perhaps damages, taken from the groups of the complete network."""
     here = {name: scores[before][channels] for name, (before, channels) in places.items()}
     candidates = find_candidates(surveyed.groups, here, surveyed.levels, comparable=True)
     if damages is None:
@@ -232,7 +232,7 @@ def _setting(
 
 
 def _of(module: nn.Module, group: ChannelGroup) -> ChannelGroup:
-    """Return a group as that of a copy of its network."""
+    """Return a group with its modules taken from a copy of its network."""
     members, gates, bare = (
         tuple(replace(member, module=module.get_submodule(member.layer)) for member in several)
         for several in (group.members, group.gates, group.bare)
@@ -241,9 +241,9 @@ def _of(module: nn.Module, group: ChannelGroup) -> ChannelGroup:
 
 
 def _unit_and_kept(surveyed: Survey) -> tuple[str, float]:
-    """Return the unit in which expected costs are weighed, and the share of the baseline to keep.
+    """Return the unit of expected costs, and the share of the baseline to keep.
 
-    A size is weighed in params, a latency in MACs; the final choice is made by the target itself.
+    Params stand for a size, MACs for a latency; only the final choice uses the target itself.
     """
     target, targets = surveyed.config.target, surveyed.targets
     if target.macs is not None:
@@ -256,7 +256,7 @@ def _unit_and_kept(surveyed: Survey) -> tuple[str, float]:
 
 
 def _branches(model: TorchModel) -> dict[str, str]:
-    """Return residual block -> part whose output is added to the block's input, for each removable block."""
+    """Return removable residual block -> path of the module whose output is added to the block's input."""
     module, example = model.module, example_input(model.signature)
     norms = following_norms(module, NORMS, example)
     return {block: norms.get(layer, layer) for layer, block in closing_layers(module, example).items()}

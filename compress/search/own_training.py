@@ -1,4 +1,4 @@
-"""Training by code of the user's own: its context, and checks of the weights that it returns."""
+"""Training by the user's code: its context, and checks of the weights that it returns."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -48,11 +48,11 @@ class SplitDataset(Dataset[Any]):
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """Data, teacher and folder for a training loop of the user's own.
+    """Data, teacher and folder for the user's training loop.
 
     Attributes:
-        folder: For checkpoints of the loop. It survives a kill, and the same call gets it again, until the stage is
-            finished.
+        folder: Folder for checkpoints of the loop. It survives a kill, and the same call gets it again, until the
+            stage is finished.
         seed: Seed of the pipeline.
         device: GPU if there is one, else the CPU.
     """
@@ -103,16 +103,16 @@ class TrainingContext:
 
 
 def train_by_user_code(artifact: TorchModel, reference: str, kwargs: Mapping[str, Any], ctx: StageContext) -> nn.Module:
-    """Return the network that `train(model, context, **kwargs)` of the user has trained.
+    """Return the network after training by the user's function `train(model, context, **kwargs)`.
 
     Args:
         artifact: The slim network.
-        reference: "path/to/file.py:train" or "pkg.module:train".
-        kwargs: Keyword arguments.
-        ctx: Splits, folder and teacher.
+        reference: Import path of the function, "path/to/file.py:train" or "pkg.module:train".
+        kwargs: Keyword arguments of the function.
+        ctx: Splits, folder and teacher of the stage.
 
     Raises:
-        ModelError: It cannot be imported, raises, or returns no network of the same structure.
+        ModelError: The function cannot be imported, raises, or returns no network of the same structure.
         NonFinite: A weight is NaN or infinite.
     """
     train = import_callable(reference, "Training")
@@ -143,7 +143,7 @@ def train_by_user_code(artifact: TorchModel, reference: str, kwargs: Mapping[str
 
 
 def load_trained(artifact: TorchModel, path: Path) -> nn.Module:
-    """Return the network with weights that were trained elsewhere.
+    """Return a copy of the network with weights that were trained elsewhere.
 
     Args:
         artifact: The slim network.
@@ -160,7 +160,7 @@ def load_trained(artifact: TorchModel, path: Path) -> nn.Module:
 
 
 def _with_weights(artifact: TorchModel, state: Mapping[str, Any], what: str) -> nn.Module:
-    """Return a copy of the network with a state dict that has its names and shapes, and is finite."""
+    """Return a copy of the network with given weights, after checks of their names, shapes and finiteness."""
     tensors = {str(name): value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
     module = copy.deepcopy(artifact.module)
     try:

@@ -1,9 +1,9 @@
-"""Finished parts of a stage, kept in its work folder: a kill loses no more than the part at work.
+"""Finished parts of a stage, stored in its work folder: a kill loses only the part in progress.
 
     FOLDER/parts/KEY    SHA-256 of the rest, then a safetensors file: the tensors, and the record in its metadata
 
-The key of a part is the digest of everything it depends on within the stage; what the stage itself depends on is in the
-name of its work folder, which goes when the stage is done. A damaged part is made again.
+The key of a part is the digest of everything it depends on within the stage. The name of the work folder covers the
+inputs of the stage itself. The folder is removed when the stage is done. A damaged part is computed again.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Part:
 
     Attributes:
         record: Plain values, JSON-ready.
-        tensors: On the CPU.
+        tensors: Name -> tensor, on the CPU.
     """
 
     record: Any
@@ -42,11 +42,11 @@ class Part:
 
 
 class Parts:
-    """The parts of one stage that are done.
+    """Store of the finished parts of one stage.
 
     Args:
         folder: The stage's work folder.
-        progress: Receives one message if an interrupted run left such parts.
+        progress: Receives one message if an interrupted run left finished parts.
     """
 
     def __init__(self, folder: Path, progress: Progress) -> None:
@@ -54,20 +54,20 @@ class Parts:
         self.has_told = False
 
     def keep(self, key: Mapping[str, Any], make: Callable[[], Part]) -> Part:
-        """Return a part that was done before, or make it and keep it.
+        """Return a finished part, or compute and store it.
 
         Args:
-            key: Everything that it depends on within the stage; plain values.
-            make: Makes it.
+            key: Everything that the part depends on within the stage, as plain values.
+            make: Function that computes the part.
         """
         return self.find(key) or self.add(key, make())
 
     def find(self, key: Mapping[str, Any]) -> Part | None:
-        """Return a part that was done before; None where it has to be made.
+        """Return a finished part; None if it must be computed.
 
-        The state of torch's random numbers is then as after it was made.
+        A found part restores the state of torch's random numbers from the time when it was stored.
         """
-        if current_ranks().size > 1:  # what one process finds others may not: they would no longer do the same
+        if current_ranks().size > 1:  # one rank may find a part that another does not: they would diverge
             return None
         path = self._path(key)
         try:
@@ -85,10 +85,10 @@ class Parts:
         return part
 
     def add(self, key: Mapping[str, Any], part: Part) -> Part:
-        """Keep a part, and return it.
+        """Store a part, and return it.
 
         Raises:
-            OSError: The disk does not take it.
+            OSError: The part cannot be written.
         """
         if current_ranks().size == 1:
             write_atomic(self._path(key), _pack(part))
@@ -116,7 +116,7 @@ def _pack(part: Part) -> bytes:
 
 
 def _unpack(content: bytes) -> Part | None:
-    """Return a part; None where it is not what was written."""
+    """Return a part, or None if the content is damaged."""
     whole = content[_DIGEST_BYTES:]
     if hashlib.sha256(whole).digest() != content[:_DIGEST_BYTES]:
         return None

@@ -15,11 +15,11 @@ _INSIDE, _RESIDUAL, _BLOCK = "inside", "residual", "block"
 
 @dataclass(frozen=True)
 class Pricing:
-    """Factors and power of estimated damages.
+    """Prices of estimated damages: a factor for each decision, and a common exponent.
 
     Attributes:
         source: Origin of the factors, for notes and the report.
-        power: Of each damage.
+        power: Exponent of each damage.
         factors: Decision -> factor of its damage.
     """
 
@@ -28,15 +28,15 @@ class Pricing:
     factors: Mapping[str, float]
 
     def damage(self, name: str, damage: float | np.ndarray) -> float | np.ndarray:
-        """Return the damage of a decision as the knapsack sees it."""
+        """Return the priced damage of a decision, which the knapsack minimises."""
         return self.factors[name] * damage**self.power
 
     def repriced(self, candidates: Iterable[Candidates], names: Mapping[str, str] | None = None) -> list[Candidates]:
-        """Return candidates with the damages that the knapsack sees.
+        """Return candidates with priced damages.
 
         Args:
             candidates: Groups with estimated damages.
-            names: Group -> decision whose factor it has; by default the decision of its own name.
+            names: Group -> decision whose factor it uses; by default the decision of the same name.
         """
         return [
             replace(
@@ -51,14 +51,14 @@ class Estimates:
 
     Args:
         candidates: Groups with estimated damages of each width.
-        groups: The same groups; channels along residual streams are distinguished by them.
+        groups: The same groups, by name; each states whether it lies along a residual stream.
         block_damages: Residual block -> estimated damage of its removal, above 0.
 
     Attributes:
         candidates: Group -> its candidates.
-        block_damages: As given.
-        decisions: Residual block -> decision about it.
-        kinds: Decision -> kind, whose decisions have factors in common.
+        block_damages: Residual block -> estimated damage of its removal.
+        decisions: Residual block -> name of the decision about it.
+        kinds: Decision -> kind: "inside" a block, along a "residual" stream, or a "block".
     """
 
     def __init__(self, candidates: Sequence[Candidates], groups: Groups, block_damages: Mapping[str, float]) -> None:
@@ -69,7 +69,7 @@ class Estimates:
         self.kinds |= dict.fromkeys(self.decisions.values(), _BLOCK)
 
     def damages(self, structure: Structure) -> dict[str, float]:
-        """Return decision -> estimated damage of what was chosen."""
+        """Return decision -> estimated damage of its chosen option; kept blocks are left out."""
         damages = {
             name: float(one.damages[one.levels.index(structure.widths[name])]) for name, one in self.candidates.items()
         }
@@ -108,7 +108,7 @@ class Estimates:
         return Pricing(source, pricing.power, factors)
 
     def _dearest(self, residual: float) -> float:
-        """Return a price of blocks at which the least harmful one counts more than all channels."""
+        """Return a factor of blocks at which the least harmful block costs as much as all channels together."""
         most = [
             float(one.damages.max()) * (residual if self.kinds[name] == _RESIDUAL else 1.0)
             for name, one in self.candidates.items()

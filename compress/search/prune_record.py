@@ -1,4 +1,4 @@
-"""Record of the prune stage: costs before and after, targets asked for and reached, width and damage of each group."""
+"""Record of the prune stage: costs before and after, requested and reached targets, width and damage of each group."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,7 @@ def prune_record(before: TorchModel, attempt: Attempt) -> Record:
         attempt: The slim network.
 
     Raises:
-        InternalError: MACs or params differ from those that the widths were chosen by.
+        InternalError: MACs or params differ from the predicted ones.
     """
     surveyed, selection = attempt.prepared.surveyed, attempt.selection
     config, latency = surveyed.config, surveyed.targets.latency
@@ -54,7 +54,7 @@ def prune_record(before: TorchModel, attempt: Attempt) -> Record:
 
 
 def asked_and_reached(attempt: Attempt) -> tuple[dict[str, float], dict[str, float]]:
-    """Return for each target the value asked for and the value reached: shares of the baseline, MB or ms."""
+    """Return the requested value and the reached value of each target: shares of the baseline, MB or ms."""
     selection, targets = attempt.selection, attempt.prepared.surveyed.targets
     asked, reached = targets.config.given(), targets.reached(selection.widths)
     if targets.latency is not None:
@@ -84,7 +84,7 @@ def _costs(before: TorchModel, attempt: Attempt) -> dict[str, int]:
 def _shortfall(
     asked: Mapping[str, float], reached: Mapping[str, float], multiple_of: int, has_removed: bool
 ) -> str | None:
-    """Return a sentence where no target is used up as nearly as it should be; None where one is, and none exceeded."""
+    """Return a sentence if a target is exceeded, or if no target is met closely; else None."""
     misses = {name: reached[name] / asked[name] - 1 for name in asked}
     tolerance = {name: LATENCY_WITHIN if name.startswith("latency") else MET_WITHIN for name in asked}
     if all(misses[name] <= tolerance[name] for name in asked) and any(

@@ -2,7 +2,7 @@
 
     prepare -> choose -> cut -> repair -> loss
 
-Every step is kept in parts, so that a run that was killed goes on.
+The result of every step is stored in parts, so that a killed run resumes.
 """
 
 import math
@@ -49,8 +49,8 @@ class Prepared:
         shortened: The network, perhaps without some blocks.
         surveyed: Its prunable groups and the targets.
         candidates: The groups with their scores and allowed widths.
-        key: Identifies the network among the parts of the stage.
-        damage: Measure that widths are chosen by: scores, errors or sensitivity; None where a method decides.
+        key: Digest that identifies the network among the parts of the stage.
+        damage: Measure that widths are chosen by: scores, errors or sensitivity; None if a method decides.
     """
 
     shortened: Shortened
@@ -68,7 +68,7 @@ class Attempt:
         prepared: The ranked network.
         model: The network, before or after the channels are removed.
         selection: The channels chosen.
-        timed: Complete networks that were timed on the way.
+        timed: Choices that were timed as complete networks, in order.
         repairs: Records of the repairs after the removal.
     """
 
@@ -105,7 +105,7 @@ class Pruner:
 
         Args:
             shortened: The network, perhaps without some blocks.
-            latency: Of the same network with more blocks; its table is used where it covers this one.
+            latency: Latency of the same network with more blocks; its table is reused if it covers this network.
             among: As in `survey`.
         """
         surveyed = survey(shortened.model, self.config, latency, self.ctx, among=among)
@@ -130,11 +130,11 @@ class Pruner:
         return self.config.residual_factors if self.config.residual == "auto" and has_any else (1.0,)
 
     def choose(self, prepared: Prepared, factor: float) -> Attempt:
-        """Choose the channels to remove until the targets are met; none is removed yet.
+        """Choose the channels to remove to meet the targets, without removing them.
 
         Args:
             prepared: The ranked network.
-            factor: Of damage along residual streams.
+            factor: Factor of damages along residual streams.
         """
         groups = prepared.surveyed.groups
         candidates = [one.dearer(factor) if groups[one.name].is_summed else one for one in prepared.candidates]
@@ -146,7 +146,7 @@ class Pruner:
         Args:
             prepared: The ranked network.
             candidates: Its groups, with the damages to choose by.
-            how: Tells the choice from others of the same network.
+            how: Values that distinguish this choice from others of the same network, for its key among the parts.
         """
         key = {"part": "choice", "of": prepared.key, "target": self.config.target.given(), **how}
         part = self.ctx.parts.find(key)
@@ -214,17 +214,17 @@ class Pruner:
 
 
 def best_along_streams(kept: Attempt, pruner: Pruner) -> tuple[Attempt, list[Record]]:
-    """Meet the targets again with more channels of residual streams removed; return the least validation loss.
+    """Meet the targets again with more channels of residual streams removed; return the attempt of least loss.
 
-    Scores and repairs say less surely how much such a channel is missed, which every block of a stage adds to, than one
-    inside a block.
+    Scores and repairs are less certain for these channels than for channels inside a block, since every block of a
+    stage adds to them.
 
     Args:
-        kept: The attempt that hardly touches them.
-        pruner: Meets the targets.
+        kept: The attempt with the first factor, which removes few of these channels.
+        pruner: Steps that prune the network.
 
     Returns:
-        The best attempt, and the factor and loss of each one tried; none where there is nothing to try.
+        The best attempt, and the factor and loss of each attempt; no records if there is nothing to try.
     """
     factors = pruner.stream_factors(kept.prepared)
     if factors == (1.0,):
@@ -253,7 +253,7 @@ def check_cut(slim: nn.Module, original: nn.Module, selection: Selection, groups
     """Check that the slim network equals the original with the removed channels masked.
 
     Raises:
-        InternalError: It does not.
+        InternalError: Their outputs differ.
     """
     images, _ = next(evaluation_batches(split.first(8), 8, "nothing"))
     wanted = each(run(masked_copy(original, selection.removed, groups), images))

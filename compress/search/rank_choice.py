@@ -25,10 +25,10 @@ class RankDecision:
     """Schemes and ranks of a network's layers.
 
     Attributes:
-        choices: One for each layer that can be factorised.
-        moments: Layer -> second moments of its inputs, where errors are of outputs.
-        shared_error: Relative error that all layers share, where ranks follow from one.
-        latency: Record of the timing, where ranks follow from that.
+        choices: Scheme and ranks of each layer that can be factorised.
+        moments: Layer -> second moments of its inputs; empty where errors are of kernels.
+        shared_error: Relative error that all layers share; None if ranks are chosen by another rule.
+        latency: Record of the timing for a latency target, else None.
     """
 
     choices: tuple[RankChoice, ...]
@@ -38,7 +38,7 @@ class RankDecision:
 
     @property
     def edits(self) -> list[Factorize]:
-        """Edits of the layers that do not stay dense."""
+        """Edits of the layers that are factorised."""
         return [Factorize(c.layer, c.scheme, c.ranks) for c in self.choices if c.scheme is not None]
 
     def to_part(self) -> Part:
@@ -61,7 +61,7 @@ class RankDecision:
 
 @dataclass(frozen=True)
 class RankChooser:
-    """Chooses ranks within the target.
+    """Chooser of ranks within the target.
 
     Attributes:
         config: Settings of the low-rank stage.
@@ -76,7 +76,7 @@ class RankChooser:
     ctx: StageContext
 
     def decide_once(self, artifact: TorchModel) -> RankDecision:
-        """Return what `decide` does, or the decision of an interrupted run."""
+        """Return the stored decision of an interrupted run, or make it with `decide`."""
         settings = self.config.model_dump(mode="json")
         key = {"part": "ranks", "of": weights_digest(artifact.module), "settings": settings}
         return RankDecision.from_part(self.ctx.parts.keep(key, lambda: self.decide(artifact).to_part()))
@@ -86,7 +86,7 @@ class RankChooser:
 
         Raises:
             BudgetUnreachable: The target cannot be met, or the network is within it already.
-            StageError: No layer gets cheaper at the relative error given.
+            StageError: No layer gets cheaper at the given relative error.
         """
         config = self.config
         moments = measure_moments(artifact.module, self.found, config, self.ctx)
@@ -178,12 +178,12 @@ class RankChooser:
 
 
 def rank_metric(config: LowRankConfig) -> Metric:
-    """Return the unit of the target: "params" where one of them is asked for, else "macs"."""
+    """Return the unit of the target: "params" for a target of params, else "macs"."""
     return "params" if config.target is not None and config.target.params is not None else "macs"
 
 
 def rank_target(config: LowRankConfig, baseline: ModelMetrics) -> tuple[float, int]:
-    """Return the kept ratio asked for and the baseline's cost that it is relative to."""
+    """Return the target, as a share of the baseline's cost, and that cost."""
     target = config.target
     assert target is not None
     if target.macs is not None:
@@ -199,7 +199,7 @@ def _require_any(
     multiple_of: int,
     metric: Metric,
 ) -> None:
-    """Raise StageError where no layer gets cheaper."""
+    """Raise StageError if no layer gets cheaper."""
     if any(choice.scheme is not None for choice in choices):
         return
     dense = sum(choice.cost(metric) for choice in choices)

@@ -1,4 +1,4 @@
-"""Layers whose ranks are chosen: those that are not excluded, the images that they read, their singular values."""
+"""Inputs of the choice of ranks: layers that are not excluded, moments of their inputs, their singular values."""
 
 from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -23,8 +23,8 @@ def exclude_layers(
 
     Args:
         found: Layers that can be factorised.
-        reasons: Other layers -> reason why they cannot.
-        patterns: Names of layers, with wildcards.
+        reasons: Other layer -> reason why it cannot be factorised.
+        patterns: Names of layers to exclude, with wildcards.
 
     Raises:
         StageError: A pattern matches no layer.
@@ -47,7 +47,7 @@ def exclude_layers(
 def measure_moments(
     module: nn.Module, found: Container[str], config: LowRankConfig, ctx: StageContext
 ) -> dict[str, Moments]:
-    """Return layer -> second moments of its inputs on calibration images; none where errors are of kernels."""
+    """Return layer -> second moments of its inputs on calibration images; empty where errors are of kernels."""
     if config.error_of == "kernels":
         return {}
     names = [name for name, _ in module.named_modules() if name in found]
@@ -74,7 +74,7 @@ def measure_spectra(
     Args:
         module: The network.
         found: Its layers that can be factorised.
-        moments: Layer -> second moments of its inputs, where errors are of outputs.
+        moments: Layer -> second moments of its inputs; empty where errors are of kernels.
         config: Settings of the stage.
         progress: Receives progress by layer.
     """

@@ -2,10 +2,10 @@
 
     factorise all layers at several shared errors -> time each layer in each of those networks
     -> each layer stays dense or takes one of those factorisations: a knapsack, the least damage within the budget
-    -> the choice is timed as a whole, and chosen again until the budget is met
+    -> the choice is timed as a complete network, and made again until the budget is met
 
-ALDS and the energy rule take the place of the knapsack. For them every scheme is timed by itself, since the cheapest in
-MACs need not be the fastest. A factorisation that is no faster than its dense layer, as measured, is never chosen.
+ALDS or the energy rule can replace the knapsack. For them every scheme is timed by itself, since the cheapest in MACs
+need not be the fastest. Only a factorisation that is measured faster than its dense layer can be chosen.
 """
 
 import tempfile
@@ -44,12 +44,12 @@ ERRORS, LARGEST_ERROR = 7, 0.95
 
 @dataclass(frozen=True)
 class RankSelection:
-    """A choice for each layer.
+    """Selection of one option for each layer.
 
     Attributes:
-        widths: Layer -> number of its option.
-        is_optimal: Whether it is proved that no choice within the budget does less damage, or has a smaller largest
-            bound where ALDS chooses.
+        widths: Layer -> index of its option.
+        is_optimal: True if it is proved that no choice within the budget does less damage; for ALDS, that no choice
+            has a smaller largest bound.
     """
 
     widths: dict[str, int]
@@ -62,14 +62,14 @@ class RankLatency:
 
     Attributes:
         model: The network.
-        ctx: Has the folder, the images and the deployment.
+        ctx: Context of the stage, with its folder, the images and the target runtime.
         options: Layer -> its choices, the dense layer last.
         option_ms: Layer -> (options,) milliseconds of each.
-        fixed_ms: Latency of all other layers.
-        reference_ms: Latency of the baseline.
+        fixed_ms: Latency of all other layers, in ms.
+        reference_ms: Latency of the baseline, in ms.
         moments: Layer -> second moments of its inputs, as `factorized_copy` takes them.
         allocation: Rule of the choice; "shared_error" is the knapsack.
-        in_ms: True states milliseconds in errors, where the target was given in them.
+        in_ms: True states latencies in milliseconds in errors, for a target in milliseconds.
     """
 
     model: TorchModel
@@ -87,7 +87,7 @@ class RankLatency:
         return tuple(self.options[layer][option] for layer, option in widths.items())
 
     def predict_ratio(self, widths: Mapping[str, int]) -> float:
-        """Return the sum over the layers, over the baseline's latency."""
+        """Return the sum of the layers' latencies, as a share of the baseline's latency."""
         return self.cost.at(dict(widths)) / self.reference_ms
 
     def time_pair(self, widths: Mapping[str, int]) -> PairLatency:
@@ -99,10 +99,10 @@ class RankLatency:
             return measure_pair(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
 
     def select(self, limit_ms: float) -> RankSelection:
-        """Return the choice with the least damage within a latency, or the one of another rule.
+        """Return the choice of the rule `allocation` within a latency; by default the one of least damage.
 
         Raises:
-            BudgetUnreachable: The fastest choices together take longer.
+            BudgetUnreachable: Even the fastest options take longer, or no factorisation is faster than its layer.
         """
         budget = Budget("ms", self.cost, limit_ms, self.reference_ms, "the baseline's latency", self.in_ms)
         decisions = [
@@ -135,7 +135,7 @@ class RankLatency:
 
 
 def factorised(model: TorchModel, choices: Sequence[RankChoice], moments: Mapping[str, Moments]) -> TorchModel:
-    """Return the network with the layers that do not stay dense factorised."""
+    """Return the network with its layers factorised, except those whose choice has no scheme."""
     edits = [Factorize(c.layer, c.scheme, c.ranks) for c in choices if c.scheme is not None]
     module, _ = factorized_copy(model.module, edits, moments)
     return replace(model, module=module, recipe=model.recipe.then(*edits))
@@ -150,16 +150,16 @@ def rank_latency(
     ctx: StageContext,
     allocation: RankAllocation = "shared_error",
 ) -> RankLatency:
-    """Time the layers of a network dense and at several shared relative errors.
+    """Time the layers of a network, dense and at several shared relative errors, and return its latency.
 
     Args:
         model: The network.
-        spectra: Its layers that can be factorised.
-        moments: Of what they read, as far as they are known.
+        spectra: Singular values of its layers that can be factorised.
+        moments: Layer -> second moments of its inputs, as far as they are known.
         multiple_of: Ranks are multiples of this.
-        deploy: Where it will run.
-        ctx: Surroundings.
-        allocation: Rule that will choose; "alds" needs spectra with norm bounds.
+        deploy: Target runtime.
+        ctx: Splits, folder and listener of the stage.
+        allocation: Rule of the later choice; "alds" needs spectra with norm bounds.
 
     Raises:
         BudgetUnreachable: No layer gets cheaper at any error.
@@ -199,7 +199,7 @@ def rank_latency(
 
 
 def _shared_trials(spectra: Sequence[LayerSpectra], multiple_of: int) -> list[tuple[RankChoice, ...]]:
-    """Return all layers at several shared errors, each with the scheme that is cheapest there; none if none is."""
+    """Return the cheapest choice of every layer at each of several shared errors; empty if none gets cheaper."""
     if not any(choice.scheme for choice in choose_ranks(spectra, 1.0, multiple_of)):
         return []
     dense_macs = sum(layer.macs for layer in spectra)
@@ -209,9 +209,9 @@ def _shared_trials(spectra: Sequence[LayerSpectra], multiple_of: int) -> list[tu
 
 
 def _scheme_trials(spectra: Sequence[LayerSpectra], multiple_of: int, rule: Rule) -> list[tuple[RankChoice, ...]]:
-    """Return, for each scheme, all layers that have it at several shared errors; the other layers stay dense.
+    """Return, for each scheme, choices of all its layers at several shared errors; other layers stay dense.
 
-    Layers with the scheme "svd" alone come along with the first scheme, which saves its timings.
+    Layers whose only scheme is "svd" are timed with the first scheme, which saves timings of "svd" alone.
     """
     names = list(dict.fromkeys(option.scheme for layer in spectra for option in layer.schemes))
     first = next((name for name in names if name != "svd"), "svd")
@@ -231,7 +231,7 @@ def _scheme_trials(spectra: Sequence[LayerSpectra], multiple_of: int, rule: Rule
 
 
 def _faster_options(dense: Sequence[RankChoice], ms: Mapping[RankChoice, float]) -> dict[str, tuple[RankChoice, ...]]:
-    """Return the layers with a factorisation faster than they are: what each may become, staying dense last."""
+    """Return layer -> its factorisations that are faster than the dense layer, followed by the dense layer."""
     options: dict[str, tuple[RankChoice, ...]] = {}
     for whole in dense:
         faster = [c for c in ms if c.layer == whole.layer and c.scheme is not None and ms[c] < ms[whole]]
@@ -247,7 +247,7 @@ def _time(
     deploy: DeployConfig,
     ctx: StageContext,
 ) -> Iterator[tuple[dict[str, float], float, float]]:
-    """Yield for each trial the milliseconds of each layer ("" for the rest), of the whole, and of the baseline."""
+    """Yield for each trial the ms of each layer ("" for other nodes), of the complete network, and of the baseline."""
     with tempfile.TemporaryDirectory(dir=ctx.folder) as folder:
         written = []
         for number, choices in enumerate(trials):
@@ -269,7 +269,7 @@ def _time(
 def _tables(
     model: TorchModel, written: Sequence[tuple[Path, Sequence[Site]]], deploy: DeployConfig, ctx: StageContext
 ) -> list[TableFile]:
-    """Return a table of one sample for each file; those that an earlier process timed are not timed again."""
+    """Return a table of one sample for each file; tables of an earlier process are read instead of timed."""
     conditions, here = conditions_of(deploy), deploy_conditions(deploy)
     places = [table_path(ctx, here, sites, deploy.repeats, "-whole") for _, sites in written]
     missing = [index for index, place in enumerate(places) if not TableFile.read_cached(place, ctx.progress.warn)]
@@ -289,6 +289,6 @@ def _tables(
 
 
 def _owner(name: str, choices: Sequence[RankChoice]) -> str:
-    """Return the layer that a site belongs to, itself or a part of its factorisation; "" for none of them."""
+    """Return the layer that a site is, or is a factor of; "" for a site of no such layer."""
     found = [choice.layer for choice in choices if name == choice.layer or name.startswith(f"{choice.layer}.")]
     return max(found, key=len, default="")

@@ -32,16 +32,16 @@ def repairs_towards(
     ctx: StageContext,
     refit_images: int = 512,
 ) -> list[Repair]:
-    """Return the repairs that are asked for, in the order that works: what refits before new statistics.
+    """Return the requested repairs in a useful order: refits of layers before new batch-norm statistics.
 
     Args:
-        original: What the network was cut from.
-        slim: The network; says which layers are left.
+        original: The network before the removal.
+        slim: The network after the removal; its layers are the ones compared.
         kept_outputs: As in `Comparison`.
-        names: Repairs asked for.
+        names: Names of the requested repairs.
         example: One input, (1, C, H, W).
-        ctx: Has the images.
-        refit_images: Images that the least-squares repair fits layers to.
+        ctx: Context of the stage, with the calibration images.
+        refit_images: Number of images that the least-squares repair fits layers to.
     """
     layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
     closing = closing_layers(original, example) if "least_squares" in names else {}
@@ -65,12 +65,12 @@ def apply_repairs(
 
     Args:
         module: The network after a cut.
-        repairs: Names, and functions that change the network in place and return what they changed.
-        ctx: Has the validation split.
-        enough: After one of these lowered the loss no other is tried.
+        repairs: Names, and functions that change the network in place and return a collection of their changes.
+        ctx: Context of the stage, with the validation split.
+        enough: Names of repairs after which no other is tried, if they lowered the loss.
 
     Returns:
-        For each repair that found something to change its name, the loss before and after, and whether it was kept.
+        One record for each repair that changed something: its name, the loss before and after, and whether it was kept.
     """
     if not repairs:
         return []

@@ -14,12 +14,12 @@ from compress.search.repairs import Repair
 
 @contextmanager
 def scaled_reads(module: nn.Module, group: ChannelGroup, factors: Tensor) -> Iterator[None]:
-    """Multiply the weights that read each channel of a group by a factor, while it lasts.
+    """Multiply the weights that read each channel of a group by a factor, within the context.
 
     Args:
         module: The network the group belongs to.
-        group: C channels.
-        factors: (C,) float32.
+        group: Channel group of C channels.
+        factors: (C,) float32 factors of the channels.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     try:
@@ -52,7 +52,7 @@ def scaling_repairs(
         candidates: Ranked groups.
         selection: The removed channels.
         groups: The groups of the network before the removal.
-        fold: Moves means into biases. The factors are found with means taken off, so that it is part of the repair.
+        fold: Function that moves means into biases; part of the repair, as the factors hold for centred inputs.
     """
     chosen = {
         one.name: torch.from_numpy(scales)
@@ -63,7 +63,7 @@ def scaling_repairs(
         return []
 
     def scale(module: nn.Module) -> list[str]:
-        """Multiply the slots that are left in each read of the slim network, which are in their old order."""
+        """Multiply the kept slots of each read in the slim network; their order is unchanged."""
         for name, scales in chosen.items():
             group, removed = groups[name], torch.tensor(selection.removed[name])
             for read in group.reads:

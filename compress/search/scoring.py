@@ -4,7 +4,7 @@
     order    by readers or by losses, for criteria that do so
     damage   of each width: by scores, by errors of the ranking, or measured (sensitivity)
 
-All of it is kept in parts, so that a run that was killed goes on.
+All of it is stored in parts, so that a killed run resumes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Scoring:
     Attributes:
         shortened: The network.
         surveyed: Its groups, their allowed widths, and the settings of the stage.
-        key: Identifies the network among the parts of the stage.
+        key: Digest that identifies the network among the parts of the stage.
         ctx: Splits, parts and listener of the stage.
     """
 
@@ -69,7 +69,7 @@ class Scoring:
 
     @property
     def evidence(self) -> EvidenceCollector:
-        """Collector of the evidence that the criterion asks for."""
+        """Collector of the evidence that the criterion needs."""
         return EvidenceCollector(self.shortened.model, self.surveyed.groups, self.surveyed.config, self.ctx)
 
     def candidates(self) -> list[Candidates]:
@@ -78,7 +78,7 @@ class Scoring:
         Raises:
             UnsupportedLayer: The criterion cannot score a group.
             NonFinite: A score is NaN or infinite.
-            ConfigValueError: `damage: errors` is asked of a criterion without errors.
+            ConfigValueError: `damage: errors` is set for a criterion without errors.
         """
         config, groups, criterion = self.surveyed.config, self.surveyed.groups, self.criterion
         if config.damage == "errors" and criterion.order == "scores":
@@ -97,7 +97,7 @@ class Scoring:
         return list(found.values())
 
     def _by_errors(self) -> dict[str, Candidates]:
-        """Return the groups with errors as damages; groups that cannot be ranked have scores, on their scale."""
+        """Return the groups with errors as damages; for groups that cannot be ranked, scores on the scale of errors."""
         criterion, groups = self.criterion, self.surveyed.groups
         if self.surveyed.config.damage == "scores" and criterion.widths_by == "scores":
             self.ctx.progress.note(
@@ -119,7 +119,7 @@ class Scoring:
         return np.random.default_rng([self.ctx.seed, *one.name.encode()]).permutation(len(one.scores))
 
     def _scored(self, criterion: Any, groups: Groups) -> dict[str, Candidates]:
-        """Return the groups with scores, and with the damages that the criterion makes of them."""
+        """Return the groups with scores, and with the damages that the criterion computes from them."""
 
         def measure() -> Part:
             return Part(None, score_groups(groups, criterion, self.evidence.collect(criterion)))
@@ -133,9 +133,9 @@ class Scoring:
     def _on_a_scale(
         self, scored: Mapping[str, Candidates], ranked: Mapping[str, Candidates], unranked: Sequence[str]
     ) -> dict[str, Candidates]:
-        """Return groups that cannot be ranked, their damages by scores brought to the scale of errors.
+        """Return the groups that cannot be ranked, with damages by scores on the scale of errors.
 
-        The factor is the median, over the groups that have both, of error over damage at the least width.
+        The factor is the median of error over damage at the least width, over the groups that have both.
         """
         ratios = [
             float(one.damages[0] / scored[name].damages[0])
@@ -148,15 +148,15 @@ class Scoring:
 
     @property
     def _has_labels(self) -> bool:
-        """True where the loss is that of a task, and not the distance to the baseline."""
+        """True if the loss comes from labels, False if it is the distance to the baseline."""
         return not isinstance(self.ctx.data.calibration.objective, Imitation)
 
 
 def criterion_of(config: PruneConfig, seed: int) -> Criterion:
-    """Return the criterion that a pipeline names, or that it makes of an importance of the user's own.
+    """Return the criterion that a pipeline names, or a criterion made of the user's torch-pruning importance.
 
     Raises:
-        ModelError: That importance cannot be imported, raises, or is none.
+        ModelError: That importance cannot be imported, raises, or is not an importance.
     """
     named = config.criterion
     if isinstance(named, TorchPruningConfig):
@@ -169,6 +169,6 @@ def criterion_of(config: PruneConfig, seed: int) -> Criterion:
 
 
 def criterion_name(config: CutConfig) -> str:
-    """Return the name of the criterion, or file and class of an importance of the user's own, less its folder."""
+    """Return the name of the criterion; for the user's importance, its file without the folder, and its class."""
     named = config.criterion
     return named if isinstance(named, str) else short_reference(named.torch_pruning)

@@ -53,12 +53,12 @@ class Targets:
     Attributes:
         config: The targets, in shares of the baseline or absolute.
         baseline: Costs of the baseline.
-        module: The network as it is now.
+        module: The present network.
         example: One input, (1, C, H, W).
         groups: Groups whose width may change.
-        file_bytes: Size of the present network's ONNX file.
-        latency: Its latency, where a target needs it.
-        correction: Factor of the limit of the latency, after complete networks were timed.
+        file_bytes: Size of the present network's ONNX file; 0 without a target of size.
+        latency: Latency of the network; None unless a target needs it.
+        correction: Factor of the latency limit, found by timing complete networks.
     """
 
     config: TargetConfig
@@ -89,14 +89,14 @@ class Targets:
         return min(asked)
 
     def budgets(self, levels: Mapping[str, Sequence[int]], blocks: Mapping[str, str] | None = None) -> list[Budget]:
-        """Return every budget, as tables over the widths allowed.
+        """Return all budgets, as tables over the allowed widths.
 
         Args:
             levels: Group name -> its allowed widths.
             blocks: Module path of a residual block -> the decision whose option 0 removes it. No block lies in another.
 
         Raises:
-            BudgetUnreachable: Layers that cannot be narrowed alone take more than the latency allowed.
+            BudgetUnreachable: The layers that cannot be narrowed take more than the allowed latency by themselves.
         """
         found = []
         for unit in ("macs", "params"):
@@ -120,9 +120,10 @@ class Targets:
         return found
 
     def _table(self, unit: str, levels: Mapping[str, Sequence[int]], blocks: Mapping[str, str]) -> TableCost:
-        """Return MACs, params or weights as tables; costs in a block that no group changes go with the block, too.
+        """Return MACs, params or weights as tables over widths and removed blocks.
 
-        Of weights only those that some group changes go with a block, so that a file is no larger than its table says.
+        A removed block also saves its MACs or params that no group changes. Of weights it saves only those that a group
+        changes, so that a file is no larger than its table predicts.
         """
         cost = self.cost(unit)
         switches = {
@@ -141,7 +142,7 @@ class Targets:
         return TableCost(table.fixed - sum(rest.values()), table.factors + fixed, table.sized)
 
     def _amount_in(self, unit: str, block: str) -> float:
-        """Return the MACs or params that go with a block, all channels in place."""
+        """Return the MACs or params that the removal of a block saves, with all channels."""
         if unit == "macs":
             if self._layer_macs is None:
                 self._layer_macs = layer_macs(self.module, self.example)
@@ -150,7 +151,7 @@ class Targets:
         return float(sum(p.numel() for p in self.module.get_submodule(block).parameters() if id(p) not in outside))
 
     def _size_budget(self, levels: Mapping[str, Sequence[int]], size_mb: float, blocks: Mapping[str, str]) -> Budget:
-        """Return the budget of the file's size: the present size less the weights that go; all else stays."""
+        """Return the budget of the file's size: the present size less the removed weights."""
         weights = self._table("weights", levels, blocks)
         full = {name: len(widths) - 1 for name, widths in levels.items()} | dict.fromkeys(blocks.values(), 1)
         rest = self.file_bytes / _WEIGHT_BYTES - weights.at(full)
@@ -163,7 +164,7 @@ class Targets:
         return {unit: self.cost(unit).at(widths) / float(getattr(self.baseline, unit)) for unit in ("macs", "params")}
 
     def size_mb(self, widths: Widths) -> float:
-        """Return the size of the file at the given widths, at most."""
+        """Return an upper bound of the file's size in MB at the given widths."""
         weights = self.cost("weights")
         return (self.file_bytes - (weights.full - weights.at(widths)) * _WEIGHT_BYTES) / 1e6
 
@@ -177,7 +178,7 @@ class Survey:
         config: Settings of the prune stage.
         limits: Floors, caps and multiples of widths.
         groups: Its prunable channel groups.
-        excluded: The others, with reasons.
+        excluded: Excluded channel groups, with reasons.
         levels: Group name -> allowed widths, ascending; the last is the full width.
         targets: Targets of the stage for this network.
     """
@@ -226,16 +227,16 @@ def survey(
     Args:
         model: The network.
         config: Settings of the prune stage.
-        latency: Of the same network with more blocks; its table is used where it covers this one.
+        latency: Latency of the same network with more blocks; its table is reused if it covers this network.
         ctx: Splits, folder and listener of the stage.
-        unfit: Returns the reason why a method cannot prune a group, or None.
-        among: Layers that compute the prunable groups, where these were found before; `unfit` and `config.exclude` are
-            not asked again.
+        unfit: Function that returns the reason why a method cannot prune a group, or None.
+        among: Layers that compute the prunable groups, if these were found before; `unfit` and `config.exclude` are
+            then not used.
 
     Raises:
         UntraceableModel: No channel graph could be built.
         ConfigValueError: `exclude` names no layer with prunable channels.
-        ArtifactError: The latency table given is of another machine or network.
+        ArtifactError: The given latency table is of another machine or network.
     """
     example = example_input(model.signature)
     if among is None:
@@ -260,9 +261,9 @@ def find_groups(
     Args:
         module: The network.
         example: One input, (1, ...).
-        config: Has `exclude` and `residual`.
+        config: Settings of the stage, with `exclude`, `only` and `residual`.
         progress: Receives one warning for each reason of exclusion.
-        unfit: Returns the reason why a method cannot prune a group, or None.
+        unfit: Function that returns the reason why a method cannot prune a group, or None.
 
     Raises:
         UntraceableModel: No channel graph could be built.
@@ -289,16 +290,16 @@ def find_groups(
 
 
 def _limits_by_group(groups: Groups, config: CutConfig, limits: Limits, all_there: bool) -> dict[str, Limits]:
-    """Return the limits of each group: those of the last pattern that names it, else those of the stage.
+    """Return group -> its limits: by the last pattern that names the group, else the limits of the stage.
 
     Args:
         groups: The groups.
-        config: Has `limits`.
-        limits: Those of the stage.
-        all_there: False if blocks were removed, so that a pattern may name no group any more.
+        config: Settings of the stage, with `limits` by pattern.
+        limits: Limits of the stage.
+        all_there: False if blocks were removed; a pattern may then name no group.
 
     Raises:
-        ConfigValueError: A pattern names no group, and all are there.
+        ConfigValueError: A pattern names no group, although `all_there`.
     """
     found = dict.fromkeys(groups, limits)
     for pattern, own in config.limits.items():
@@ -313,7 +314,7 @@ def _matching(groups: Groups, patterns: tuple[str, ...], setting: str) -> set[st
     """Return the groups with a producer that one of the patterns of a setting names.
 
     Raises:
-        ConfigValueError: A pattern names none.
+        ConfigValueError: A pattern names no group.
     """
     chosen: set[str] = set()
     for pattern in patterns:
@@ -340,7 +341,7 @@ def _find_targets(
     latency: LatencyModel | None,
     ctx: StageContext,
 ) -> Targets:
-    """Return the targets, with the network's latency where one of them needs it."""
+    """Return the targets, with the network's latency if a target needs it."""
     target, example = config.target, example_input(model.signature)
     size = 0
     if target.size_mb is not None:

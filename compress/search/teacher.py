@@ -1,4 +1,4 @@
-"""The baseline as a teacher: its outputs and feature maps are learned."""
+"""Baseline as the teacher of distillation, for outputs and feature maps."""
 
 import copy
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class BaselineTeacher:
     """The baseline of a model, rebuilt from its factory, the edits before the pipeline and its weights.
 
     Attributes:
-        model: A model that the pipeline has made of the baseline.
+        model: Any model that the pipeline has made from the baseline.
     """
 
     model: TorchModel
@@ -34,7 +34,7 @@ class BaselineTeacher:
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """A network that was loaded just now, and that nothing has changed yet.
+    """Teacher that copies a network just loaded and not yet changed.
 
     Attributes:
         module: The network.

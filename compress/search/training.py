@@ -36,7 +36,7 @@ PROBED = (0.1, 0.3, 1.0)
 
 
 def training_epochs(config: TrainingConfig, images: int) -> float:
-    """Return the number of epochs; where steps are given, the epochs they come to."""
+    """Return the number of epochs, computed from the steps if those are given."""
     return config.epochs or (config.steps or 0) * config.batch_size * config.accumulation / images
 
 
@@ -48,17 +48,17 @@ def train(
     unfolds: bool = True,
     reverts: bool = True,
 ) -> tuple[TorchModel, Record]:
-    """Return the trained network and the record; resumes from `state_file` in the stage's folder, if it is there.
+    """Train a copy of a network, and return it with the record; resume from `state_file` if it exists.
 
     If training lowers the quality on the validation split by more than noise, the original weights are kept, unless
     `reverts` is False.
 
     Args:
-        artifact: The network; left as it is.
+        artifact: The network, not modified.
         config: Settings of the training.
         ctx: Splits, teacher, folder and listener of the stage.
-        state_file: Name of the file of the saved state.
-        unfolds: True gives a network without norms batch norms while it trains.
+        state_file: Name of the file of the saved state, in the stage's folder.
+        unfolds: True adds batch norms to a network without norms while it trains.
         reverts: False keeps a network that training made worse, where more removals and training follow.
 
     Raises:
@@ -137,14 +137,14 @@ def train(
 def _isometry_before(
     artifact: TorchModel, config: TrainingConfig, settings: FitSettings, ctx: StageContext, warnings: list[str]
 ) -> Record:
-    """Measure the Jacobian's singular values before training, and log what they say about the peak learning rate.
+    """Measure the Jacobian's singular values before training, and log advice on the peak learning rate.
 
     Args:
         artifact: The network about to be trained.
-        config: Names the original training, where the pipeline does.
-        settings: Have the peak.
-        ctx: Has the calibration images and the teacher.
-        warnings: A warning is added to it.
+        config: Settings of the pipeline file, perhaps with the original training.
+        settings: Settings of the loop, with the peak learning rate.
+        ctx: Context of the stage, with the calibration images and the teacher.
+        warnings: List to which a warning is appended.
     """
     baseline = None if artifact.recipe.is_baseline or ctx.teacher is None else ctx.teacher.build
     isometry = measure_isometry(artifact, {"baseline": baseline, "before": lambda: artifact.module}, ctx)
@@ -161,7 +161,7 @@ def _isometry_before(
 
 
 def _few_steps(config: TrainingConfig, settings: FitSettings, train: Split) -> list[str]:
-    """Return a warning where so many epochs come to a handful of optimiser steps."""
+    """Return a warning if the epochs come to fewer than `FEW_STEPS` optimiser steps."""
     per_epoch, steps = plan_steps(train, settings)
     if config.steps is not None or steps >= FEW_STEPS:
         return []
@@ -192,10 +192,10 @@ def _probe(
 ) -> list[Record]:
     """Train for an epoch at each of several rates, smallest first, and return the metric of each.
 
-    Results are kept in a file, so that a run that was killed does not try a rate again.
+    Results are saved in a file, so that a resumed run does not try a rate again.
 
     Raises:
-        NonFinite: At every rate the loss became NaN or infinite.
+        NonFinite: The loss became NaN or infinite at every rate.
     """
     metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
     key = f"validation_{metric.name}"
@@ -244,13 +244,13 @@ def pace(settings: FitSettings) -> str:
 def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Module) -> FitSettings:
     """Return the settings of the loop.
 
-    Without norms, such as of ONNX files whose batch norms are folded into convolutions, training diverges at rates that
-    are right with them, and so it does where a loss is of no particular size, such as that of numbers or of a user's
-    own; there gradients are clipped unless the pipeline says to what.
+    Gradients are clipped to `CLIP` in two cases in which the usual rates diverge, unless the pipeline sets a limit. One
+    is a network without norms, such as an ONNX file with batch norms folded into convolutions. The other is a loss of
+    any size, such as that of regression or a loss of the user.
 
     Args:
-        config: As in the pipeline file.
-        seed: Of the run.
+        config: Training settings of the pipeline file.
+        seed: Seed of the run.
         train: The training split.
         module: The network.
     """
@@ -290,12 +290,12 @@ def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Mod
 def distillation_from(
     config: DistillationConfig | None, artifact: TorchModel, ctx: StageContext
 ) -> Distillation | None:
-    """Return the distillation that is asked for, with the baseline as the teacher.
+    """Return the requested distillation, with the baseline as the teacher.
 
     Args:
-        config: As in the pipeline file; None for no distillation.
+        config: Settings of the pipeline file; None for no distillation.
         artifact: The network about to be trained.
-        ctx: Has the teacher; without one the baseline of the artifact is built.
+        ctx: Context of the stage; if it has no teacher, the baseline of the artifact is built.
     """
     if config is None:
         return None

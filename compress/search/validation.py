@@ -18,7 +18,7 @@ from compress.verification.task_metrics import Measured, estimate_measured
 
 FEWEST_PARTS = 10  # of a task without intervals of its own, such as detection, whose metrics take long
 SIGNIFICANCE = 0.05
-LEAST_SHARE, LEAST_RATIO = 0.02, 0.05  # of a share as it is, of other metrics relative to evaluation
+LEAST_SHARE, LEAST_RATIO = 0.02, 0.05  # shares: absolute; other metrics: relative to evaluation
 
 
 def metric_of(split: Split) -> Metric:
@@ -49,9 +49,9 @@ def is_quality_worse(before: Facts, after: Facts, task: Task) -> bool:
     """Return whether the primary metric is worse by more than noise.
 
     Args:
-        before: Facts of each image by one network.
-        after: Facts of the same images by the other one.
-        task: Their task.
+        before: Facts of each image, from the network before.
+        after: Facts of the same images, from the network after.
+        task: Task of the images.
     """
     metric = task.main
     values = [task.aggregate(facts)[metric.name] for facts in (before, after)]
@@ -86,7 +86,7 @@ def is_loss_higher(before: Tensor, after: Tensor) -> bool:
 
 
 def chance_warning(quality: float, evaluation: Split) -> str | None:
-    """Return a warning where a classifier's top-1 is not significantly above chance, else None.
+    """Return a warning if a classifier's top-1 is not significantly above chance, else None.
 
     Chance is the share of the most frequent class; the test is the exact binomial one, one-sided, at 5 %.
 
@@ -115,18 +115,18 @@ def chance_warning(quality: float, evaluation: Split) -> str | None:
 def compare_with_evaluation(
     module: nn.Module, evaluation: float, ctx: StageContext, warn: Callable[[str], None]
 ) -> Record:
-    """Measure the baseline on validation and warn where it does far better there than on evaluation.
+    """Measure the baseline on validation and warn if it does far better there than on evaluation.
 
-    Nothing is chosen by that comparison.
+    No choice depends on this comparison.
 
     Args:
-        module: Baseline.
-        evaluation: Its primary metric on the evaluation split.
-        ctx: Has the splits.
-        warn: Takes the warning.
+        module: The baseline.
+        evaluation: Primary metric of the baseline on the evaluation split.
+        ctx: Context of the stage, with the splits.
+        warn: Function that is called with the warning.
 
     Returns:
-        Value on validation; empty without labels, where the baseline is compared with itself.
+        Record of the metric on validation; empty without labels, where the baseline is compared with itself.
     """
     split, metric = ctx.data.validation, metric_of(ctx.data.validation)
     if not split.task.needs_targets:

@@ -4,8 +4,8 @@
     factors learned from the losses so far, or the best factors varied  -> more networks
     the best few -> channels ranked anew without the removed blocks, full repair -> the least validation loss
 
-Every network is the answer of one knapsack within the budgets. The first rounds remove channels by one ranking, repair
-on few images and score on part of the validation split: seconds each. The evaluation split is never looked at.
+Every network solves one knapsack within the budgets. The first rounds remove channels by one ranking, repair on few
+images and score on part of the validation split: seconds each. The evaluation split is never used.
 
 Source: Sun et al. 2025, "MDP: Multidimensional Vision Model Pruning with Latency Constraint", CVPR, arXiv:2504.02168,
 for blocks and widths in one program; Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML,
@@ -44,11 +44,11 @@ def search(prepared: Prepared, blocks: Sequence[str], pruner: Pruner) -> tuple[A
 
     Args:
         prepared: The ranked network.
-        blocks: Module paths of residual blocks that may be removed; none to choose widths only.
-        pruner: Ranks, prunes and repairs; has the settings and the number of networks to try.
+        blocks: Module paths of residual blocks that may be removed; empty to choose widths only.
+        pruner: Steps that prune a network, with the settings and the number of networks to try.
 
     Raises:
-        BudgetUnreachable: Nothing is within the budgets.
+        BudgetUnreachable: No network is within the budgets.
     """
     run = WholeNetworkSearch(prepared, blocks, pruner)
     run.try_all()
@@ -58,16 +58,16 @@ def search(prepared: Prepared, blocks: Sequence[str], pruner: Pruner) -> tuple[A
 
 
 class WholeNetworkSearch:
-    """Networks tried one after the other, each with prices learned from those before it.
+    """Search that tries networks one after the other, with prices learned from the losses so far.
 
     Args:
         prepared: The ranked network.
         blocks: Residual blocks that may be removed.
-        pruner: Has the settings, the splits and the parts of the stage.
+        pruner: Steps that prune a network, with the settings, splits and parts of the stage.
 
     Attributes:
         trials: The networks tried.
-        fit: Factors learned from their losses; None before there is anything to learn from.
+        fit: Factors learned from their losses; None before any loss has risen.
     """
 
     def __init__(self, prepared: Prepared, blocks: Sequence[str], pruner: Pruner) -> None:
@@ -80,7 +80,7 @@ class WholeNetworkSearch:
         self.fit: Fit | None = None
 
     def try_all(self) -> None:
-        """Try as many networks as the settings ask for; fewer where no new ones are found."""
+        """Try the number of networks that the settings request, or fewer if no new ones are found."""
         self._try_prices()
         self.fit = self.learn()
         failures = number = 0
@@ -98,7 +98,7 @@ class WholeNetworkSearch:
             )
 
     def learn(self) -> Fit | None:
-        """Return factors that explain the losses so far; None where there is nothing to explain."""
+        """Return factors that explain the losses so far; None if no loss has risen."""
         tried, base = self.trials.tried, self.trials.base_loss
         seen = [(one, one.loss - base) for one in tried if math.isfinite(one.loss)]
         rises = [rise for _, rise in seen if rise > 0]
@@ -110,7 +110,7 @@ class WholeNetworkSearch:
         return learn_factors(observations, self.estimates.kinds) if observations else None
 
     def usual_pricing(self) -> Pricing:
-        """Return prices of estimates as they are, with the best factor of residual streams."""
+        """Return prices without learned factors, with the best factor of residual streams."""
         factor = min(self._streams, key=lambda one: self._streams[one])
         return self.estimates.price(f"streams x {factor:g}", factor)
 
@@ -139,12 +139,12 @@ class WholeNetworkSearch:
     def _try_block_prices(self) -> None:
         """Try networks with fewer and fewer blocks.
 
-        Blocks become half as dear from one solve to the next. In a network of many blocks several more must go before
-        another network is tried. It ends when the loss has risen twice in a row.
+        Each solve halves the price of blocks. In a network of many blocks, a solve must remove several more blocks to
+        be tried. The search ends when the loss has risen twice in a row, or when half of all networks are tried.
         """
         estimates, best, count = self.estimates, self.trials.best, len(self.estimates.decisions)
         factor = min(self._streams, key=lambda one: self._streams[one])
-        # at first no block is worth what channels cost
+        # at this price the removal of any block costs as much as all removed channels, or more
         price = estimates.channel_damage(best.structure, best.pricing) / min(estimates.block_damages.values())
         last, rises, least = len(best.structure.removed), 0, best.loss
         step = math.ceil(count / STEPS)
@@ -162,10 +162,10 @@ class WholeNetworkSearch:
                 return
 
     def _draw(self, number: int) -> tuple[Pricing, Structure] | None:
-        """Return a network that was not tried, the most promising of a few; None where draws give none.
+        """Return the most promising of a few new networks; None if the draws yield no new network.
 
-        Even numbers are drawn around what was learned, odd ones around the best network. More and more variation is
-        added until a network is new. A prediction far below the best loss so far is an error of the fit.
+        Draws of even number vary the learned prices, draws of odd number the prices of the best network. The variation
+        grows until a network is new. A prediction far below the best loss so far counts as an error of the fit.
         """
         random = np.random.default_rng([self._seed, number])
         centre, source = self.trials.best.pricing, "near the best"
@@ -187,7 +187,7 @@ class WholeNetworkSearch:
         return None
 
     def _try(self, pricing: Pricing, structure: Structure) -> Tried:
-        """Prune, repair and score a network; one that was tried is not tried again."""
+        """Prune, repair and score a network, or return its earlier trial."""
         if (known := self.trials.find(structure)) is not None:
             return known
         predicted = None
@@ -204,10 +204,10 @@ class WholeNetworkSearch:
 
 
 class _Solver:
-    """Widths and blocks of least priced damage within the budgets.
+    """Solver for widths and blocks of least priced damage within the budgets.
 
     Attributes:
-        correction: Factor of the limit of the latency, by which the latency table was found to be off.
+        correction: Factor of the latency limit that corrects the error of the latency table.
     """
 
     def __init__(self, surveyed: Survey, estimates: Estimates) -> None:
@@ -220,7 +220,7 @@ class _Solver:
         """Return the widths and blocks of least damage.
 
         Raises:
-            BudgetUnreachable: Nothing is within the budgets.
+            BudgetUnreachable: No network is within the budgets.
         """
         candidates = pricing.repriced(self._estimates.candidates.values())
         blocks = self._estimates.priced_blocks(pricing)

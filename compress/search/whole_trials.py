@@ -32,10 +32,10 @@ class Tried:
     """A candidate network that was pruned, repaired and scored.
 
     Attributes:
-        structure: Its widths and blocks.
-        pricing: Prices by which it is the best.
-        loss: On part of the validation split; infinite where it is NaN.
-        predicted: The same, predicted; None before there was anything to learn from.
+        structure: Widths of its groups, and removed blocks.
+        pricing: Prices at which the structure has the least damage.
+        loss: Loss on part of the validation split; infinite where it is NaN.
+        predicted: Predicted loss; None before factors were learned.
     """
 
     structure: Structure
@@ -56,9 +56,9 @@ class Tried:
 
 
 class NetworkTrials:
-    """Networks that were tried, and the losses they came to.
+    """Trials of candidate networks, with their losses.
 
-    The first rounds remove channels by one ranking, that of the network with all its blocks.
+    The first rounds remove channels by one ranking, made on the network with all its blocks.
 
     Args:
         prepared: The ranked network.
@@ -66,8 +66,8 @@ class NetworkTrials:
         memory_format: Memory format that networks are fastest in.
 
     Attributes:
-        base_loss: Loss of the network itself.
-        tried: In order.
+        base_loss: Loss of the network before any removal.
+        tried: Networks that were tried, in order.
     """
 
     def __init__(self, prepared: Prepared, ctx: StageContext, memory_format: torch.memory_format) -> None:
@@ -85,16 +85,16 @@ class NetworkTrials:
         return min(self.tried, key=lambda one: one.loss)
 
     def find(self, structure: Structure) -> Tried | None:
-        """Return a network that was tried; None where it was not."""
+        """Return the earlier trial of a structure; None if it was not tried."""
         return next((one for one in self.tried if name_structure(one.structure) == name_structure(structure)), None)
 
     def add(self, structure: Structure, pricing: Pricing, predicted: float | None) -> Tried:
         """Prune, repair and score a network.
 
         Args:
-            structure: Its widths and blocks.
-            pricing: Prices by which it is the best.
-            predicted: Its loss, predicted.
+            structure: Widths of its groups, and removed blocks.
+            pricing: Prices at which the structure has the least damage.
+            predicted: Predicted loss; None before factors were learned.
         """
         loss = self._loss(structure)
         tried = Tried(structure, pricing, math.inf if math.isnan(loss) else loss, predicted)
@@ -102,7 +102,7 @@ class NetworkTrials:
         return tried
 
     def measure_blocks(self, blocks: Sequence[str]) -> dict[str, float]:
-        """Return block -> rise of the loss when it is skipped; above 0, so that each has a price."""
+        """Return block -> rise of the loss when the block is skipped; above 0, so that each block has a price."""
         if not blocks:
             return {}
         split = self._ctx.data.calibration.first(min(TRIAL_IMAGES, self._config.score_images))
@@ -116,7 +116,7 @@ class NetworkTrials:
         return {block: max(value if math.isfinite(value) else most, 1e-3 * most) for block, value in found.items()}
 
     def keep(self, what: str, key: Mapping[str, object], make: Callable[[], T]) -> T:
-        """Return a plain value that was found before, or find it and keep it."""
+        """Return a stored plain value, or compute and store it."""
         full = {"part": f"joint {what}", "of": self._prepared.key, "images": self._config.score_images, **key}
         value: T = self._ctx.parts.keep(full, lambda: Part(make())).record
         return value
@@ -124,7 +124,7 @@ class NetworkTrials:
     def _loss(self, structure: Structure) -> float:
         """Return the loss of a network after a quick repair.
 
-        The first one decides whether batch-norm statistics are measured again in all of them.
+        The first network decides whether batch-norm statistics are measured again in all networks.
         """
         removed = self._removed(structure)
         key = {"cut": removed, "removed": structure.removed, "batch_norm": self._needs_batch_norm}
@@ -135,7 +135,7 @@ class NetworkTrials:
         return measured if self._needs_batch_norm else refitted
 
     def _measure(self, structure: Structure, removed: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-        """Return the loss after refits, and that with batch-norm statistics measured again where it may count."""
+        """Return the loss after refits and, unless known to be of no use, the loss with new batch-norm statistics."""
         slim = self._cut(structure, removed)
         prepared, names = self._prepared, self._config.repair
         kept, images = kept_outputs(removed, prepared.surveyed.groups), min(TRIAL_IMAGES, self._config.refit_images)
@@ -171,5 +171,5 @@ class NetworkTrials:
 
 
 def name_structure(structure: Structure) -> str:
-    """Return a name that two structures share only where they are the same."""
+    """Return a name that is equal for equal structures only."""
     return f"{structure.removed} {sorted(structure.widths.items())}"

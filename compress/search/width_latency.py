@@ -1,10 +1,10 @@
 """Latency of a network at other widths, on the target runtime: tables for budgets in milliseconds.
 
     plan variants -> time those that no table holds yet -> build the table -> budget
-                                                     a choice of widths -> timed as a whole, next to the baseline
+                                       a choice of widths -> timed as a complete network, next to the baseline
 
-Tables are kept in a folder that all runs share, one file for each network and set of conditions; what was timed
-before a kill is not timed again.
+Tables are stored in a folder that all runs share, one file for each network and set of conditions. Variants that were
+timed before a kill are not timed again.
 """
 
 import tempfile
@@ -46,7 +46,7 @@ class LatencyModel:
 
     Attributes:
         writer: Writes variants of the network's file.
-        axes: How its layers follow the widths.
+        axes: Sizes of its layers by the widths.
         levels: Channel group -> its allowed widths.
         table: Latency of its layers by their widths.
         file: The timed variants that the table is made of.
@@ -67,16 +67,16 @@ class LatencyModel:
     time_pair: Callable[[Widths], PairLatency]
 
     def predict_ratio(self, widths: Widths) -> float:
-        """Return the latency by the table, over the baseline's."""
+        """Return the latency by the table, as a share of the baseline's."""
         return self.table.network_ms(self.writer.sites, self.axes.sizes(widths)) / self.reference_ms
 
     @cached_property
     def cost(self) -> TableCost:
-        """The latency in milliseconds, as tables over the widths allowed."""
+        """The latency in milliseconds, as tables over the allowed widths."""
         return latency_cost(self.table, self.writer.sites, self.axes.axes, self.levels)
 
     def stairs(self, widths: Widths) -> dict[str, list[tuple[int, float]]]:
-        """Return group -> latency of the network, in ms, at each width allowed, the other groups as chosen."""
+        """Return group -> network latency in ms at each allowed width, with other groups at the given widths."""
         chosen = {name: list(levels).index(widths[name]) for name, levels in self.levels.items()}
         return {
             name: [(width, self.cost.at({**chosen, name: option})) for option, width in enumerate(levels)]
@@ -84,7 +84,7 @@ class LatencyModel:
         }
 
     def layers(self, widths: Widths) -> dict[str, tuple[float, float]]:
-        """Return for each layer the milliseconds it takes when whole and at the given widths, by the table."""
+        """Return layer -> its milliseconds by the table, at the full widths and at the given ones."""
         times: dict[str, tuple[float, float]] = {}
         sizes = self.axes.sizes(widths)
         for site in self.writer.sites:
@@ -96,17 +96,17 @@ class LatencyModel:
         return times
 
     def budget(self, ratio: float, blocks: Mapping[str, str] | None = None) -> Budget:
-        """Return the budget of a share of the baseline's latency.
+        """Return the budget of the latency.
 
         Args:
-            ratio: That share.
+            ratio: Allowed share of the baseline's latency.
             blocks: Module path of a residual block -> the decision whose option 0 removes it.
         """
         cost = self.switched_cost(blocks) if blocks else self.cost
         return Budget("ms", cost, ratio * self.reference_ms, self.reference_ms, "the baseline's latency")
 
     def switched_cost(self, blocks: Mapping[str, str]) -> TableCost:
-        """Return the latency in milliseconds where residual blocks may be removed; as in `budget`."""
+        """Return the latency in milliseconds with residual blocks that may be removed; `blocks` as in `budget`."""
         switches = {
             site.layer: decision
             for site in self.writer.sites
@@ -125,23 +125,23 @@ def model_latency(
     count_macs: Callable[[Widths], float],
     longer: LatencyModel | None = None,
 ) -> LatencyModel:
-    """Time variants of a network, as far as no table holds them, and return its latency as a function of widths.
+    """Time those variants of a network that no table holds, and return its latency as a function of widths.
 
     Args:
-        model: The network as it is now.
-        axes: How its layers follow the widths of its channel groups.
+        model: The present network.
+        axes: Sizes of its layers by the widths of its channel groups.
         levels: Channel group -> its allowed widths.
-        deploy: Where and how it will run.
-        ctx: Holds the folder for tables.
-        count_macs: Widths -> MACs, to check that a variant has the sizes it should have.
-        longer: Of the same network with more blocks, whose table is taken over where it covers this one.
+        deploy: Target runtime, perhaps with a latency table.
+        ctx: Context of the stage, with the folder for latency tables.
+        count_macs: Function from widths to MACs, to check the sizes of a variant.
+        longer: Latency of the same network with more blocks; its table is reused if it covers this network.
 
     Raises:
         ArtifactError: The table of `deploy` is of another machine, runtime or network.
         BudgetUnreachable: The table of `deploy` does not cover the network without blocks.
         ConfigValueError: The runtime cannot time single nodes.
-        ModelError: The network's file cannot be made smaller as its layers say.
-        RuntimeUnavailable: The provider is not there.
+        ModelError: The network's ONNX file cannot be narrowed like its layers.
+        RuntimeUnavailable: The provider is not available.
     """
     path = exported(model, ctx.folder, ctx)
     writer = VariantWriter(load_onnx(path, weights=True))
@@ -203,7 +203,7 @@ def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums
 
 
 def _half_in_order(column: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return widths of which the first half rises, but for chance."""
+    """Return the widths with their first half sorted in ascending order, up to random noise."""
     half = len(column) // 2
     share = column[:half] / column.max()
     order = np.argsort(share + random.normal(0, _JITTER, half))
@@ -228,7 +228,7 @@ class _Timing:
     def complete(
         self, known: TableFile | None, planned: Sequence[Widths], here: TableConditions, path: Path
     ) -> TableFile:
-        """Return the table with every planned variant in it; missing ones are timed, and each is saved at once."""
+        """Return the table with every planned variant; missing variants are timed, and each is saved at once."""
         samples = list(known.samples) if known is not None else []
         reference_ms = known.reference_ms if known is not None else None
         have = [sample.sizes for sample in samples]
@@ -277,7 +277,7 @@ class _Timing:
 def _check_variant(
     writer: VariantWriter, axes: LayerAxes, widths: Widths, count_macs: Callable[[Widths], float]
 ) -> None:
-    """Raise ModelError unless a variant has as many MACs as its widths say."""
+    """Raise ModelError unless a variant's file loses as many MACs as the network does at its widths."""
     hint = "Use a target of macs or params for this network."
     try:
         rows = rows_of(writer.write(axes.sizes(widths), axes.sizes({})))
@@ -331,5 +331,5 @@ def _check_covers(table: TableFile, planned: Sequence[Widths], axes: LayerAxes) 
 
 
 def table_path(ctx: StageContext, here: TableConditions, sites: Sequence[Site], repeats: int, suffix: str = "") -> Path:
-    """Return where the table of a network is kept; who asks for more repeats wants it timed again."""
+    """Return the path of a network's latency table; each number of repeats has its own table."""
     return ctx.latency_tables / f"{network_digest(sites)[:16]}-{here.key[:16]}-{repeats}-{SCHEMA}{suffix}.json"

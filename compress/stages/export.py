@@ -16,7 +16,7 @@ _AXES = {"NCHW": {"height": 2, "width": 3}, "NHWC": {"height": 1, "width": 2}}
 
 
 class ExportStage:
-    """Write the network as an ONNX file that passes ONNX's checker and has the opset asked for."""
+    """Stage that writes the network as an ONNX file of the requested opset, which passes ONNX's checker."""
 
     def __init__(self, config: ExportConfig) -> None:
         self.config = config
@@ -25,8 +25,8 @@ class ExportStage:
         """Write `model.onnx` into the stage's folder.
 
         Raises:
-            ExportFailed: torch or ONNX refused, or the file is not what was asked for.
-            ConfigValueError: Axes of an image are to stay open, and the first input is none.
+            ExportFailed: torch's exporter or ONNX fails, or the file is not as requested.
+            ConfigValueError: `dynamic` names axes of an image, but the first input is no image.
         """
         config = self.config
         open_axes = {_AXES[artifact.preprocessing.layout][name]: name for name in config.dynamic}
@@ -63,7 +63,7 @@ class ExportStage:
                 f"The model is {len(report.files)} files, to be kept together: {', '.join(report.files)}."
             )
         signature = exported_signature(artifact.signature, config.dynamic_batch)
-        if open_axes:  # how the sizes of outputs follow from those of the image, only the file says
+        if open_axes:  # only the file states how output sizes follow from the image's size
             signature = read_signature(load_onnx(path))
         record = {**asdict(report), "files": list(report.files)}
         return OnnxModel(path, report.opset, signature, artifact), record

@@ -17,17 +17,17 @@ STATE_FILE = "training_state.pt"
 
 
 class FinetuneStage:
-    """Train with one seeded loop; the best epoch is chosen on the validation split."""
+    """Stage that trains the network with a seeded loop and chooses the best epoch on the validation split."""
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the trained network; a run that was killed resumes from its last state.
+        """Return the trained network; a killed run resumes from its last state.
 
         Raises:
             ModelError: `weights` is random, and a parameter cannot be drawn anew.
-            As `compress.checkpoint.rebuild.rewound` where `weights` is rewound.
+            As `compress.checkpoint.rebuild.rewound` if `weights` is rewound.
             As `compress.training.loop.fit`.
         """
         config = self.config
@@ -47,7 +47,7 @@ class FinetuneStage:
 
 
 def _trained_elsewhere(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) -> tuple[TorchModel, Record]:
-    """Return the network with weights that the user's own code or another program has trained."""
+    """Return the network with weights that the user's code or another program has trained."""
     before = validation_quality(artifact.module, ctx)
     if config.trained is not None:
         module, source = load_trained(artifact, Path(config.trained)), f"'{config.trained}'"
@@ -84,7 +84,7 @@ def _rewound(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) ->
 
 
 def _tail(config: FinetuneConfig, images: int) -> str:
-    """Return what of the original schedule this training runs through, as it is logged."""
+    """Describe for the log the part of the original schedule that this training runs through."""
     if config.original is None or config.rewind_epoch is None:
         raise InternalError("A pipeline passed validation without the original schedule.")
     left, epochs = config.original.epochs - config.rewind_epoch, training_epochs(config, images)

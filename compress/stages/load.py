@@ -58,13 +58,13 @@ FIXED_SEED = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A network that was built and tried on images, and not yet measured.
+    """A network that was built and tried on images, but not measured yet.
 
     Attributes:
-        module: In the form that stages work with.
-        spec: How it is built.
+        module: The network in the form that stages work with.
+        spec: Factory of the network.
         recipe: Edits of the baseline: modules that no output reads, and narrow widths.
-        signature: Inputs and outputs.
+        signature: Inputs and outputs of the network.
         imported: Entries of the record about an ONNX file.
     """
 
@@ -76,7 +76,7 @@ class Opened:
 
 
 class LoadStage:
-    """Build the network, load its weights strictly, try it on real images, measure the baseline."""
+    """Stage that builds the network, loads its weights strictly, runs it on real images and measures the baseline."""
 
     def __init__(self, config: LoadConfig) -> None:
         self.config = config
@@ -95,7 +95,7 @@ class LoadStage:
         model, rewrites = self._measure(opened, ctx)
         metrics, metric = model.baseline.metrics, ctx.data.evaluation.task.main
         if self.is_untrained:
-            self.warnings.append(UNTRAINED_NOTE)  # of the report; no fault, so nothing is warned about while it runs
+            self.warnings.append(UNTRAINED_NOTE)  # in the report only: it is no fault
             ctx.progress.note(UNTRAINED_NOTE)
         elif warning := chance_warning(metrics.quality[metric.name], ctx.data.evaluation):
             self._warn(ctx, warning)
@@ -178,7 +178,7 @@ class LoadStage:
 
     @property
     def is_untrained(self) -> bool:
-        """True where the network starts from a seeded initialisation."""
+        """True if the network starts from a seeded initialisation."""
         return self.config.weights == UNTRAINED
 
     def _in_one_form(
@@ -191,7 +191,7 @@ class LoadStage:
         return self._without_unread(module, images, ctx)
 
     def _build_narrow(self, spec: FactorySpec, images: torch.Tensor, ctx: StageContext) -> tuple[nn.Module, Recipe]:
-        """Return the network at the widths of its weights, and the edits that lead to it from the factory's."""
+        """Return the network at the widths of its weights, and the edits that lead to it from the full network."""
         path = Path(self.config.weights or "")
         module, recipe, conversions = build_narrow(spec, path, images)
         for conversion in conversions:
@@ -234,7 +234,7 @@ class LoadStage:
         return slim, recipe
 
     def _measure(self, opened: Opened, ctx: StageContext) -> tuple[TorchModel, list[Record]]:
-        """Export the network as it runs best, measure the file, and return the model and what was tried."""
+        """Export the network with the rewrites that speed it up, and measure the file; return model and rewrites."""
         module, spec, signature = opened.module, opened.spec, opened.signature
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
         write_weights(module, weights)
@@ -271,12 +271,12 @@ class LoadStage:
 
 
 def _lacking(recipe: Recipe) -> dict[str, int]:
-    """Return by channel group the channels that the weights lack."""
+    """Return channel group -> number of channels that the weights lack."""
     return {name: len(gone) for edit in recipe.edits if isinstance(edit, Narrow) for name, gone in edit.removed.items()}
 
 
 def _guessed_norms(full: nn.Module, slim: nn.Module) -> list[str]:
-    """Return in words each group norm that was taken to have fewer groups, as whole groups are what `prune` removes."""
+    """Describe each group norm that is assumed to have fewer groups, since `prune` removes complete groups."""
     found = []
     for path, part in slim.named_modules():
         if isinstance(part, nn.GroupNorm):
@@ -287,7 +287,7 @@ def _guessed_norms(full: nn.Module, slim: nn.Module) -> list[str]:
 
 
 def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record:
-    """Return, and say, how far a network from an ONNX file is from what ONNX Runtime computes with the file."""
+    """Return, and note, the error of a network from an ONNX file against ONNX Runtime's outputs of the file."""
     if not (spec.kind == "onnx" and isinstance(module, fx.GraphModule)):
         return {}
     error = module.meta["import_error"]
@@ -298,14 +298,14 @@ def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record
 
 
 def _classes(spec: FactorySpec, ctx: StageContext) -> tuple[str, ...]:
-    """Return the names of the classes: as the data says, else as an ONNX file does."""
+    """Return the names of the classes: from the data, else from the ONNX file."""
     if ctx.data.classes or spec.kind != "onnx":
         return ctx.data.classes
     return read_metadata(load_onnx(Path(spec.reference))).classes
 
 
 def factory_spec(model: Model) -> FactorySpec:
-    """Return how a `model:` section says the network is built."""
+    """Return the factory that a `model:` section describes."""
     return FactorySpec.from_model(model.model_dump())
 
 
@@ -313,12 +313,12 @@ def load_network(spec: FactorySpec, weights: str, tell: Callable[[Conversion], N
     """Return the network with its weights, as its factory made it.
 
     Args:
-        spec: How it is built.
-        weights: A file, or "pretrained".
-        tell: Given each conversion of weights to another type.
+        spec: Factory of the network.
+        weights: Path of the weights, or "pretrained".
+        tell: Function called with each conversion of weights to another type.
 
     Raises:
-        ModelError: The factory fails, or the network computes something else with the weights that come with it.
+        ModelError: The factory fails, or the network computes something else with its pretrained weights.
         ArtifactError: The weights cannot be read or do not fit.
         NonFinite: A weight is NaN or infinite.
     """
@@ -342,7 +342,7 @@ def try_network(module: nn.Module, split: Split, spec: FactorySpec) -> Signature
     """Run two real images through the network and return its signature.
 
     Raises:
-        ModelError: The network does not run on them, does not return what the task needs, or changes from run to run.
+        ModelError: The network does not run on them, has outputs that do not fit the task, or changes between runs.
         NonFinite: An output is NaN or infinite.
     """
     images, targets = next(evaluation_batches(split.first(2), 2))
@@ -359,11 +359,11 @@ def try_network(module: nn.Module, split: Split, spec: FactorySpec) -> Signature
 
 
 def check_outputs(returned: Any, targets: Any, task: Task) -> None:
-    """Check that what a network returns is what the task needs.
+    """Check that the outputs of a network fit the task.
 
     Raises:
-        ModelError: It is not.
-        DataError: The targets are not what the network can say.
+        ModelError: The outputs do not fit the task.
+        DataError: The targets do not fit the outputs.
     """
     task.check(returned, targets)
 
@@ -379,7 +379,7 @@ def check_precision(module: nn.Module) -> None:
 
 
 def check_inputs(split: Split, spec: FactorySpec) -> None:
-    """Raise DataError unless samples that are mappings have the inputs that are declared, in their order."""
+    """Raise DataError unless samples have the declared inputs of the network, in their order and shapes."""
     given: Mapping[str, tuple[int, ...]] = getattr(split.source, "inputs", {})
     wanted = {name: tuple(declared["shape"]) for name, declared in spec.inputs.items()}
     if given and tuple(given) != tuple(wanted):
@@ -399,7 +399,7 @@ def check_inputs(split: Split, spec: FactorySpec) -> None:
 
 
 def with_inputs(spec: FactorySpec, split: Split) -> FactorySpec:
-    """Return how a network is built, with its only input declared where samples are no images."""
+    """Return the factory with the network's only input declared, if samples are no images."""
     shape = getattr(split.source, "shape", None)
     if spec.inputs or shape is None:
         return spec
@@ -411,7 +411,7 @@ def with_inputs(spec: FactorySpec, split: Split) -> FactorySpec:
 
 
 def check_labels(split: Split, signature: Signature) -> None:
-    """Raise DataError unless every label of the split is an output of the network, where labels are classes."""
+    """Raise DataError unless every class label of the split is an output of the network."""
     labels = known_labels(split)
     if labels is None:
         return

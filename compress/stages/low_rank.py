@@ -1,8 +1,8 @@
 """low_rank: TorchModel -> TorchModel with kernels replaced by products of smaller ones, where that is cheaper.
 
-Ranks come from one relative error that all layers share, given or solved from a budget; or, within a budget, from ALDS
-or the energy-against-cost rule (`lowrank/allocations.py`). Batch-norm statistics are re-estimated on calibration images
-afterwards.
+Ranks come from one relative error that all layers share, which is given or solved from a budget. Within a budget they
+can also come from ALDS or the energy-against-cost rule (`lowrank/allocations.py`). Batch-norm statistics are
+re-estimated on calibration images afterwards.
 """
 
 import copy
@@ -34,10 +34,10 @@ STATE_FILE = "method.pt"
 
 
 class LowRankStage:
-    """Factorise convolutions and linear layers.
+    """Stage that factorises convolutions and linear layers.
 
     Args:
-        config: Checked section of the pipeline file.
+        config: Validated section of the pipeline file.
     """
 
     def __init__(self, config: LowRankConfig) -> None:
@@ -47,7 +47,7 @@ class LowRankStage:
         """Return the factorised network and the record of each layer.
 
         Raises:
-            BudgetUnreachable: The target cannot be met; says the best reachable.
+            BudgetUnreachable: The target cannot be met; the message names the best reachable value.
             StageError: Nothing would be factorised, or an exclude pattern matches no layer.
             NonFinite: A weight is not finite.
         """
@@ -91,7 +91,7 @@ class LowRankStage:
     ) -> tuple[TorchModel, RankDecision, Record]:
         """Train the network towards low rank; return it, the ranks of its layers, and the record of the training.
 
-        Ranks that a latency decides are those of before the training; others follow the weights.
+        With a latency target, ranks are chosen before the training; otherwise they follow the trained weights.
         """
         training, options, ctx = self.config.training, self.config.trp or TrpConfig(), chooser.ctx
         if training is None:
@@ -137,7 +137,7 @@ def _effect_of_cut(slim: nn.Module, errors: Mapping[str, float], learned: Record
 
 
 def _repair(slim: nn.Module, ctx: StageContext) -> list[Record]:
-    """Repair a factorised network in place, or give it the weights that an interrupted run has repaired it to."""
+    """Repair a factorised network in place, or load the repaired weights of an interrupted run."""
 
     def repair() -> Part:
         return Part(apply_repairs(slim, [batch_norm_repair(ctx)], ctx), slim.state_dict())

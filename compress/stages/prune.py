@@ -34,7 +34,7 @@ class _Choice:
         attempt: The slim network.
         block_trials: Numbers of blocks that were tried.
         residual_trials: Factors of damage along residual streams that were tried.
-        networks: Candidate networks that were tried; None where none were.
+        networks: Record of the search among candidate networks; None without one.
         learned: Training of a method; None without one.
     """
 
@@ -46,7 +46,7 @@ class _Choice:
 
 
 class PruneStage:
-    """Remove channels and residual blocks, and repair."""
+    """Stage that removes channels and residual blocks, and repairs the network."""
 
     def __init__(self, config: PruneConfig) -> None:
         self.config = config
@@ -59,14 +59,14 @@ class PruneStage:
         Args:
             artifact: The network.
             ctx: Splits, parts and listener of the stage.
-            networks: As `shorten` gives them, where a caller that runs several stages on the network has them.
+            networks: Networks that `shorten` yields, if the caller already has them; None to compute them here.
 
         Raises:
             BudgetUnreachable: The target cannot be met, or nothing would be removed.
             UntraceableModel: No channel graph could be built.
             UnsupportedLayer: The criterion cannot score a group.
             ConfigValueError: `exclude` or `blocks` does not fit the network.
-            ArtifactError: The latency table given is of another machine or network.
+            ArtifactError: The given latency table is of another machine or network.
         """
         with in_fastest_memory_format(artifact.module, ctx.data.validation) as memory_format:
             pruner = Pruner(self.config, ctx, memory_format)
@@ -75,7 +75,7 @@ class PruneStage:
         return model, record
 
     def profile(self, artifact: TorchModel, ctx: StageContext) -> TableFile:
-        """Return the timed variants that a run would choose widths by, without choosing any.
+        """Return the timed variants that a choice of widths would use, without choosing any.
 
         Raises:
             As `run`.
@@ -92,7 +92,7 @@ class PruneStage:
 
     @property
     def _blocks_first(self) -> int:
-        """Number of blocks that are removed before anything is chosen."""
+        """Number of blocks that are removed before channels are chosen."""
         return 0 if isinstance(self.config.blocks, str) else self.config.blocks
 
     def _run(self, artifact: TorchModel, networks: Iterable[Shortened], pruner: Pruner) -> tuple[TorchModel, Record]:
@@ -119,7 +119,7 @@ class PruneStage:
         return best.model, record
 
     def _choose(self, networks: Iterable[Shortened], pruner: Pruner) -> _Choice:
-        """Search for the best network within the targets, in the way that the settings ask for."""
+        """Search for the best network within the targets, by the search that the settings name."""
         config = self.config
         if config.method is not None:
             return _learn(take_shortened(networks, self._blocks_first), pruner)
@@ -155,7 +155,7 @@ def _removable_blocks(prepared: Prepared, progress: Progress) -> tuple[str, ...]
 
 
 def _learn(shortened: Shortened, pruner: Pruner) -> _Choice:
-    """Train while a method chooses channels, remove those, and repair; record the effect of the removal alone."""
+    """Train while a method chooses channels, remove them, and repair; record the effect of the removal alone."""
     ctx = pruner.ctx
     learned = learn(shortened.model, pruner.config, ctx)
     model = learned.surveyed.model
@@ -171,7 +171,7 @@ def _learn(shortened: Shortened, pruner: Pruner) -> _Choice:
 
 
 def _require_removal(best: Attempt) -> None:
-    """Raise AlreadyWithin where an attempt removes nothing."""
+    """Raise AlreadyWithin if an attempt removes nothing."""
     if best.selection.removed or best.removed_blocks:
         return
     asked, reached = asked_and_reached(best)
@@ -193,7 +193,7 @@ def _isometry(artifact: TorchModel, best: Attempt, pruner: Pruner) -> Record:
 
 
 def _note_few_images(config: PruneConfig, ctx: StageContext) -> None:
-    """Note where there are fewer images than were asked for; the default asks for as many as there are."""
+    """Note if the calibration split has fewer images than a setting requests, unless the setting is the default."""
     for name in ("score_images", "refit_images"):
         asked, there = getattr(config, name), len(ctx.data.calibration)
         if asked > there and asked != CutConfig.model_fields[name].default:

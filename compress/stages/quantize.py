@@ -1,4 +1,4 @@
-"""quantize: OnnxModel -> OnnxModel, whose weights and activations have 8 bits."""
+"""quantize: OnnxModel -> OnnxModel with weights and activations of 8 bits."""
 
 import shutil
 from dataclasses import asdict, replace
@@ -11,24 +11,24 @@ from compress.onnx_file.io import external_files, load_onnx, save_onnx
 from compress.quantization.onnx_int8 import Quantization, QuantizeReport, quantize_onnx
 from compress.search.context import Record, StageContext
 
-NO_INTEGER_KERNELS = ("CUDAExecutionProvider",)  # computes what is between the roundings in float
+NO_INTEGER_KERNELS = ("CUDAExecutionProvider",)  # computes in float between the roundings
 CPU = "CPUExecutionProvider"
 FEW_AGREE = 0.9
 
 
 class QuantizeStage:
-    """Round the exported network to INT8, with ranges from calibration images; the float file is kept beside it."""
+    """Stage that rounds the exported network to INT8, with ranges from calibration images; it keeps the float file."""
 
     def __init__(self, config: QuantizeConfig) -> None:
         self.config = config
 
     def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[OnnxModel, Record]:
-        """Write `model.onnx`, and the file it was made from as `float.onnx`, into the stage's folder.
+        """Write the quantised file as `model.onnx`, and its float source as `float.onnx`, into the stage's folder.
 
         Raises:
-            ExportFailed: The file cannot be quantised, or what was written is not as it must be.
-            DataError: There are fewer calibration images than asked for.
-            NonFinite: The network gives NaN or infinity on calibration images.
+            ExportFailed: The file cannot be quantised, or the written file is not as it must be.
+            DataError: There are fewer calibration images than requested.
+            NonFinite: The network returns NaN or infinity on calibration images.
             StageError: A pattern of `exclude` matches nothing, or everything.
         """
         wanted = settings_of(self.config)
@@ -63,7 +63,7 @@ class QuantizeStage:
 
 
 def settings_of(config: QuantizeConfig) -> Quantization:
-    """Return how values are rounded, out of the `quantize` section."""
+    """Return the settings of the quantisation, from the `quantize` section."""
     return Quantization(
         images=config.images,
         method=config.method,
@@ -81,7 +81,7 @@ def _record(wanted: Quantization, report: QuantizeReport) -> Record:
 
 
 def _keep(source: Path, target: Path) -> Path:
-    """Copy a model under another name, its external weights too."""
+    """Copy a model file under another name, with its external weights."""
     model = load_onnx(source)
     if external_files(model, source):
         save_onnx(load_onnx(source, weights=True), target, external=True)

@@ -1,8 +1,8 @@
 """slim: TorchModel -> TorchModel with fewer channels, fewer blocks and factorised layers, under one budget.
 
-    channels (and blocks)   alone down to the budget
-    ranks                   take a third, two thirds, all of the way; channels the rest
-    -> each network is cut, repaired, and timed where milliseconds count; the least validation loss wins
+    channels (and blocks)   alone, down to the budget
+    ranks                   for a third, two thirds, all of the way; channels for the rest
+    -> each network is cut, repaired, and timed if the target is a latency; the least validation loss wins
 
 Estimates of damage of channels and of ranks have no common scale, so complete networks are compared. With
 several steps the budget is approached in equal ratios, with some training in between.
@@ -42,9 +42,9 @@ class Slimmed:
 
     Attributes:
         model: The network.
-        cut: Record of `prune`; None where only ranks were chosen.
-        factorised: Record of `low_rank`; None where only channels and blocks were.
-        loss: On the validation split.
+        cut: Record of `prune`; None if only ranks were chosen.
+        factorised: Record of `low_rank`; None if no ranks were chosen.
+        loss: Loss on the validation split.
     """
 
     model: TorchModel
@@ -54,13 +54,16 @@ class Slimmed:
 
 
 class SlimStage:
-    """Try ways to share the budget between the moves, keep the best; perhaps in several steps."""
+    """Stage that tries ways to share the budget between channels, blocks and ranks, and keeps the best.
+
+    With several steps, it approaches the budget step by step.
+    """
 
     def __init__(self, config: SlimConfig) -> None:
         self.config = config
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
-        """Return the slim network; a run that was killed resumes after the last finished step.
+        """Return the slim network; a killed run resumes after the last finished step.
 
         Raises:
             BudgetUnreachable: No way to share the budget meets it.
@@ -87,7 +90,7 @@ class SlimStage:
         return model, record
 
     def profile(self, artifact: TorchModel, ctx: StageContext) -> TableFile:
-        """Return the timed variants that channels would be chosen by, without choosing any.
+        """Return the timed variants that a choice of channels would use, without choosing any.
 
         Raises:
             As `PruneStage.profile`.
@@ -97,14 +100,14 @@ class SlimStage:
     def _step(self, model: TorchModel, number: int, ctx: StageContext) -> tuple[TorchModel, Record]:
         """Slim once and train, or read the results of a killed run."""
         is_last = number == self.config.steps
-        files = ctx.folder / f"step{number}_files"  # what was measured of one network is not true of the next
+        files = ctx.folder / f"step{number}_files"  # measurements of one network do not hold for the next
         files.mkdir(exist_ok=True)
         cut = _Saved(ctx.folder / f"step{number}", model)
         found = cut.read()
         if found is None:
             try:
                 found = self._slim(model, number / self.config.steps, is_last, replace(ctx, folder=files))
-            except AlreadyWithin as error:  # the step before, or a stage before, came this far
+            except AlreadyWithin as error:  # an earlier step or stage has met the budget
                 if is_last and number == 1:
                     raise
                 ctx.progress.note(f"step {number}: nothing to do. {error.message}")
@@ -125,7 +128,7 @@ class SlimStage:
     def _slim(
         self, model: TorchModel, progress_made: float, is_last: bool, ctx: StageContext
     ) -> tuple[TorchModel, Record]:
-        """Return the best network within a budget that is `progress_made` of the way to the target."""
+        """Return the best network within the budget of a step, and its record; `progress_made` as in `_with_share`."""
         trials: list[Record] = []
         found: list[Slimmed] = []
         unreachable: list[StageError] = []
@@ -164,14 +167,14 @@ class SlimStage:
 
         Args:
             model: The network.
-            networks: The network without some of its blocks.
-            progress_made: How far this step goes: the budget is the target to this power.
-            share: In [0, 1].
-            alone: Record of channels and blocks alone; as many blocks are removed here. None to search for the number.
+            networks: The network with fewer and fewer blocks, as `shorten` yields it.
+            progress_made: Part of the way to the target, in (0, 1]: the budget is the target to this power.
+            share: Part of the way to the budget that ranks take, in [0, 1].
+            alone: Record of channels and blocks alone, with the number of blocks to remove; None to search for it.
             ctx: Splits, parts and listener of the stage.
 
         Raises:
-            BudgetUnreachable: This share leads nowhere.
+            BudgetUnreachable: The budget cannot be met with this share.
             StageError: No layer can be factorised.
         """
         cut: Record | None = None
@@ -193,7 +196,7 @@ class SlimStage:
         return Slimmed(model, cut, factorised, loss)
 
     def _cut_config(self, way: float, alone: Record | None = None) -> PruneConfig:
-        """Return the settings of `prune` for a budget that is some of the way to the target."""
+        """Return the settings of `prune` for a budget part of the way to the target; arguments as in `_target`."""
         shared = {name: getattr(self.config, name) for name in CutConfig.model_fields}
         blocks: int | Literal["auto"] = 0
         if "blocks" in self.config.moves:
@@ -202,7 +205,10 @@ class SlimStage:
         return PruneConfig(stage="prune", **shared | {"target": target, "blocks": blocks})
 
     def _target(self, way: float, alone: Record | None = None) -> dict[str, float]:
-        """Return the budget some of the way from the whole baseline to the target: a power of its share."""
+        """Return the budget part of the way from the baseline to the target: the target's share to the power `way`.
+
+        A target in milliseconds needs the baseline's latency, from the record `alone` of channels and blocks.
+        """
         given = self.config.target.given()
         if way == 1:
             return given
@@ -214,18 +220,18 @@ class SlimStage:
 
 
 class _Saved:
-    """Result of one part of a step, in a folder that is whole or absent after a kill.
+    """Result of one part of a step, in a folder that is complete or absent after a kill.
 
     Args:
-        folder: The folder, perhaps not made yet.
-        like: The model that the stage began with; has the factory.
+        folder: The folder, perhaps not created yet.
+        like: Any model of the pipeline, for its factory.
     """
 
     def __init__(self, folder: Path, like: TorchModel) -> None:
         self.folder, self.factory = folder, like.factory
 
     def read(self) -> tuple[TorchModel, Record] | None:
-        """Return the result; None where it is missing or damaged, and has to be made again."""
+        """Return the result; None if it is missing or damaged."""
         try:
             values = read_record(self.folder / "record.json")
             if self._digests(self.folder) != values["files"]:

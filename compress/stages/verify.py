@@ -18,7 +18,7 @@ from compress.verification.verdict import verify_onnx
 
 
 class VerifyStage:
-    """Measure the file in its runtime, next to the baseline's, and hold it to the gates."""
+    """Stage that measures the file in its runtime, next to the baseline's file, and applies the gates."""
 
     def __init__(self, config: VerifyConfig) -> None:
         self.config = config
@@ -28,7 +28,7 @@ class VerifyStage:
 
         Raises:
             ArtifactError: The file is missing or no ONNX model.
-            RuntimeUnavailable: The provider is not there.
+            RuntimeUnavailable: The provider is not available.
             DataError: The evaluation split does not fit the network.
         """
         config, reference = self.config, artifact.reference
@@ -49,7 +49,7 @@ class VerifyStage:
 
 
 def conditions_of(config: VerifyConfig) -> Conditions:
-    """Return runtime, provider, threads and batch size, out of the `verify` section."""
+    """Return runtime, provider, threads and batch size, from the `verify` section."""
     return Conditions(
         runtime=config.runtime,
         provider=config.provider,
@@ -61,10 +61,10 @@ def conditions_of(config: VerifyConfig) -> Conditions:
 
 
 def scope_of(config: VerifyConfig, evaluation: Split, seed: int) -> Scope:
-    """Return the optional measurements, out of the `verify` section; data sets of the user's own are opened.
+    """Return the optional measurements, from the `verify` section, with the user's data sets opened.
 
     Raises:
-        DataError: One of those data sets cannot be used.
+        DataError: A data set cannot be used.
     """
     wanted, resources = config.robustness, config.resources
     return Scope(
@@ -78,7 +78,7 @@ def scope_of(config: VerifyConfig, evaluation: Split, seed: int) -> Scope:
 
 
 def gates_of(config: VerifyConfig) -> Gates:
-    """Return the limits, out of the `verify` section."""
+    """Return the limits, from the `verify` section."""
     gates = config.gates
     return Gates(
         parity=gates.parity,

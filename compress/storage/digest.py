@@ -71,7 +71,7 @@ def digest_evaluation(data: Mapping[str, Any]) -> str:
 
 
 def digest_data(source: Mapping[str, Any]) -> str:
-    """Return the digest of the content of an image source, independent of the place of its files.
+    """Return the digest of the content of an image source, independent of the paths of its files.
 
     - arrays, idx, coco: bytes of the files.
     - folder, masks, yolo: relative name, size and modification time of each file; reading all images takes minutes.

@@ -19,7 +19,7 @@ _MOST_JSON_BYTES = 2**28
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview, *, is_shared: bool = False) -> None:
-    """Write a temporary file beside `path` and rename it, so that `path` is whole or unchanged.
+    """Write a temporary file beside `path` and rename it, so that `path` is complete or unchanged.
 
     Args:
         path: File to write; missing folders are created.

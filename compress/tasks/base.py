@@ -1,13 +1,13 @@
 """Interface of tasks: loss, facts of each image, metrics, and the primary metric.
 
-    outputs, targets --loss--> a number to train by            torch, any device
-    outputs, targets --facts--> a little for each image        numpy, so that torch and ONNX are judged by the same code
+    outputs, targets --loss--> scalar to minimise              torch, any device
+    outputs, targets --facts--> small arrays for each image    numpy, the same code for torch and ONNX
     facts of all images --aggregate--> {"miou": 0.71, ...}
 
-`outputs` is the tensor (or array) of a network with one output, else a mapping of names to them. `targets` is one
-tensor (or array) for the batch, or a list with an entry for each image where those differ in shape.
+`outputs` is the tensor (or array) of a network with one output, else a mapping from output names to tensors. `targets`
+is one tensor (or array) for the batch, or a list with an entry for each image if their shapes differ.
 
-torch is imported by training only: a file is verified without it.
+Only training imports torch: an ONNX file is verified without it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Metric:
     """A quality metric: its name, unit and direction.
 
     Attributes:
-        name: As in gates and reports, such as "miou".
-        higher_is_better: Whether more of it is better.
-        is_share: Whether it lies in [0, 1] and is shown in percent.
-        label: In words.
+        name: Name in gates and reports, such as "miou".
+        higher_is_better: Whether larger values are better.
+        is_share: Whether values lie in [0, 1] and are shown in percent.
+        label: Name in sentences.
     """
 
     name: str
@@ -94,9 +94,9 @@ class Metric:
         return f"{self.worse_word}.{self.name}"
 
     def other(self, name: str) -> Metric:
-        """Return the metric called `name` that is measured beside this, the primary one.
+        """Return the metric of a name, measured beside this primary metric.
 
-        Robustness is the primary metric on other images. Whatever is not known by name is a plain number.
+        Robustness is the primary metric on other images. Metrics with an unknown name are plain numbers.
 
         >>> Metric("top1").other("worst_class").title, Metric("rmse", is_share=False).other("noise").is_share
         ('Worst class', False)
@@ -131,20 +131,21 @@ _EARLIER_AGGREGATE = "figures"  # name in tasks of earlier revisions
 
 
 class Task:
-    """Base of all tasks, and of a user's own: give `loss`, `metrics` and `metric`, and change the rest where need be.
+    """Base class of built-in and user-defined tasks; a subclass defines at least `loss`, `metrics` and `metric`.
 
     Attributes:
-        name: As in the pipeline file.
-        metric: Name of the primary metric, one of those that `metrics` returns.
-        higher_is_better: Whether more of it is better.
-        is_share: Whether it lies in [0, 1] and is shown in percent.
-        resamples: Most parts of the images that are left out in turn for the interval of a metric (jackknife); 0 gives
-            no interval.
-        chooses: Whether the network chooses among classes, so that its loss is of a known size.
-        can_mix: Whether mixup and CutMix make sense: targets are class indices.
-        is_spatial: Whether targets lie at places in the image, so that what moves pixels would make them wrong.
-        learns_from_original: Whether the baseline's outputs are learned, whatever targets there are.
-        needs_targets: Whether what is measured needs targets; without, it is the distance to the baseline.
+        name: Name in the pipeline file.
+        metric: Name of the primary metric, a key of the mapping that `metrics` returns.
+        higher_is_better: Whether larger values of the primary metric are better.
+        is_share: Whether the primary metric lies in [0, 1] and is shown in percent.
+        label: Name of the primary metric in sentences.
+        resamples: Largest number of parts of the images that are omitted in turn for the interval of a metric
+            (jackknife); 0 for no interval.
+        chooses: Whether the network chooses among classes, so that a guess has a known loss.
+        can_mix: Whether mixup and CutMix are possible: targets are class indices.
+        is_spatial: Whether targets have positions in the image, so that they must move with its pixels.
+        learns_from_original: Whether training targets are always the baseline's outputs, even with labels.
+        needs_targets: Whether metrics need targets; otherwise they compare outputs with the baseline.
     """
 
     name: ClassVar[str] = "own"
@@ -171,10 +172,10 @@ class Task:
         return Metric(self.metric, self.higher_is_better, self.is_share, self.label)
 
     def sized(self, height: int, width: int) -> Task:
-        """Return the task for images of that size, as they go into the network; where it does not matter, itself."""
+        """Return the task for a size of the network's input images; the same object if the size does not matter."""
         return self
 
-    # what is learned: torch
+    # training: torch
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the mean loss of a batch, a scalar to be minimised."""
@@ -191,10 +192,10 @@ class Task:
         return self.loss(outputs, targets)
 
     def distances(self, outputs: Any, wanted: Any) -> Tensor:
-        """Return (N,) how far outputs are from those of another network, 0 where they are equal.
+        """Return (N,) distances of outputs to the wanted outputs of another network, 0 for equal outputs.
 
-        By default the squared difference over the mean square in the batch of what is wanted, for each floating-point
-        output, then their mean: an image whose outputs are nearly 0 would count for everything by its own size.
+        By default, the squared difference over the mean square of the wanted outputs in the batch, averaged over
+        floating-point outputs. Relative to its own size, an image with outputs near 0 would dominate.
         """
         import torch
 
@@ -209,28 +210,28 @@ class Task:
         """Return the mean distance of a batch to the outputs of another network: the loss of distillation.
 
         Args:
-            outputs: Of the network that learns.
-            wanted: Of the other one, of the same form.
-            temperature: Divides logits, where outputs are logits.
+            outputs: Outputs of the trained network.
+            wanted: Outputs of the other network, of the same form.
+            temperature: Divisor of logits, for outputs that are logits.
         """
         return self.distances(outputs, wanted).mean()
 
     def guess(self, outputs: Any) -> float:
-        """Return the loss of a network that says the same of every image; infinite where the task does not know it."""
+        """Return the loss of a network with the same output for every image; infinite if it is unknown."""
         return float("inf")
 
     def vary(self, targets: Any, variation: Any) -> Any:
-        """Return targets as the images of a batch were varied (`data/augmentation.py`); by default as they are."""
+        """Return targets with the augmentation of their images (`data/augmentation.py`); by default unchanged."""
         return targets
 
-    # what is measured: numpy
+    # metrics: numpy
 
     def check(self, outputs: Any, targets: Any) -> None:
-        """Check that outputs and targets of a batch, tensors or arrays, are what the task needs.
+        """Check that outputs and targets of a batch, tensors or arrays, fit the task.
 
         Raises:
-            ModelError: The outputs are not.
-            DataError: The targets are not.
+            ModelError: The outputs do not fit.
+            DataError: The targets do not fit.
         """
 
     def metrics(self, outputs: Any, targets: Any) -> dict[str, float]:
@@ -243,7 +244,7 @@ class Task:
         return {**{f"output.{name}": value for name, value in named.items()}, "target": as_column(targets)}
 
     def aggregate(self, facts: Facts) -> dict[str, float]:
-        """Return the metrics over the images that facts are of; by default `metrics` of all outputs."""
+        """Return the metrics over all images from their facts; by default `metrics` of all outputs."""
         named = {name.partition(".")[2]: value for name, value in facts.items() if name.startswith("output.")}
         targets = facts["target"]
         outputs = named[""] if list(named) == [""] else named
@@ -259,7 +260,7 @@ class Task:
 
 
 def require_finite(metrics: Mapping[str, float]) -> None:
-    """Raise NonFinite where a metric is NaN or infinite: it could not be compared."""
+    """Raise NonFinite if a metric is NaN or infinite, and so cannot be compared."""
     for name, value in metrics.items():
         if not np.isfinite(value):
             raise NonFinite(
@@ -269,7 +270,7 @@ def require_finite(metrics: Mapping[str, float]) -> None:
 
 
 def as_column(values: Any) -> np.ndarray:
-    """Return an array with one entry for each image, of objects where the images' targets differ in shape."""
+    """Return an array with one entry for each image; a list becomes an array of objects."""
     if isinstance(values, np.ndarray):
         return values
     column = np.empty(len(values), object)
@@ -278,17 +279,17 @@ def as_column(values: Any) -> np.ndarray:
 
 
 def joined(parts: list[Facts]) -> Facts:
-    """Return the facts of several batches as those of all their images."""
+    """Return the concatenated facts of several batches."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def chosen(facts: Facts, places: np.ndarray) -> Facts:
-    """Return the facts of some images, of some perhaps several times."""
+    """Return the facts of the images at some positions, which may repeat."""
     return {name: values[places] for name, values in facts.items()}
 
 
 def require_targets(targets: Any, kind: str, axes: int) -> None:
-    """Raise DataError unless targets are an array or tensor of so many axes."""
+    """Raise DataError unless targets are an array or tensor with a number of axes."""
     if not hasattr(targets, "ndim") or targets.ndim != axes:
         got = f"shape {tuple(targets.shape)}" if hasattr(targets, "shape") else type(targets).__name__
         raise DataError(f"Targets must be {kind}, an array of {axes} ax{'is' if axes == 1 else 'es'}, got {got}.")
@@ -298,11 +299,11 @@ LEVEL = 0.05
 
 
 def is_shown_worse(before: np.ndarray, after: np.ndarray) -> bool:
-    """Return whether fewer images are right after than before, by more than noise (exact McNemar test, 5 %, two-sided).
+    """Return whether significantly fewer images are correct after than before (exact McNemar test, 5 %, two-sided).
 
     Args:
-        before: (N,) bool, whether each image was right.
-        after: (N,) bool, whether it is now.
+        before: (N,) bool, whether each image was classified correctly before.
+        after: (N,) bool, whether each image is classified correctly after.
 
     >>> lost = np.arange(256) >= 4
     >>> is_shown_worse(np.ones(256, bool), lost), is_shown_worse(np.ones(256, bool), np.arange(256) >= 6)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Classification(Task):
-    """Cross-entropy to learn by, top-1 to decide by."""
+    """Classification task: cross-entropy as the loss, top-1 as the primary metric."""
 
     name: ClassVar[str] = "classification"
     metric = "top1"
@@ -57,7 +57,7 @@ class Classification(Task):
         return F.kl_div(got, want, reduction="batchmean", log_target=True) * temperature**2
 
     def guess(self, outputs: Any) -> float:
-        """Return the loss of a guess: ln K."""
+        """Return the loss of equal probabilities for all classes, ln K."""
         return math.log(outputs.shape[1])
 
     def check(self, outputs: Any, targets: Any) -> None:
@@ -81,11 +81,11 @@ class Classification(Task):
             )
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return whether each image is right."""
+        """Return (N,) whether each image is classified correctly."""
         return {"right": np.asarray(outputs).argmax(1) == targets}
 
     def aggregate(self, facts: Facts) -> dict[str, float]:
-        """Return the share of images that are right."""
+        """Return the share of correctly classified images."""
         return {"top1": float(facts["right"].sum()) / len(facts["right"])}
 
 

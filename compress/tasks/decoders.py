@@ -50,7 +50,7 @@ def _of_anchors(values: np.ndarray, image_size: tuple[int, int]) -> dict[str, np
 def suppress(
     boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, overlap: float = OVERLAP, most: int = MOST
 ) -> np.ndarray:
-    """Return the positions of boxes that no better box of the same class overlaps: non-maximum suppression.
+    """Return the positions of the boxes that non-maximum suppression within each class keeps.
 
     Args:
         boxes: (M, 4) [x0, y0, x1, y1].

@@ -1,7 +1,7 @@
-"""detection: boxes of objects. A function of the user's makes boxes of the outputs; targets are lists of boxes.
+"""detection: boxes of objects. A user function decodes outputs into boxes; targets are lists of boxes.
 
-A box is [x0, y0, x1, y1] in pixels of the image that goes into the network. Targets of an image are a mapping of
-`boxes` (M, 4) float32 and `labels` (M,) int64; what `postprocess` returns for an image has `scores` (M,), too.
+A box is [x0, y0, x1, y1] in pixels of the network's input image. The targets of an image are a mapping with `boxes`
+(M, 4) float32 and `labels` (M,) int64; the mappings that `postprocess` returns also have `scores` (M,).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Postprocess = Callable[[dict[str, Any], tuple[int, int]], Sequence[Mapping[str, 
 
 
 class Detection(Task):
-    """Mean average precision to decide by; a loss of the user's to learn by, else the baseline's outputs.
+    """Detection task: mean average precision as the primary metric, the user's loss or imitation of the baseline.
 
     Args:
         postprocess: `postprocess(outputs, (height, width))` -> for each image `boxes`, `scores`, `labels`; outputs are
-            torch tensors by their names.
-        loss: `loss(outputs, targets)` -> scalar; None learns from the baseline.
+            torch tensors by name.
+        loss: `loss(outputs, targets)` -> scalar; None to train on the outputs of the baseline.
     """
 
     name: ClassVar[str] = "detection"
@@ -52,23 +52,23 @@ class Detection(Task):
         return one
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return what the user's loss says."""
+        """Return the value of the user's loss."""
         if self.own_loss is None:
             raise DataError("A detection task must name a loss to learn from boxes.", hint="task.loss: my_task.py:loss")
         return self.own_loss(outputs, targets)
 
     def vary(self, targets: Any, variation: Any) -> Any:
-        """Return boxes as the images were varied; those that are out of the image are gone."""
+        """Return boxes with the augmentation of their images; boxes outside of the image are dropped."""
         return variation.of_boxes(targets)
 
     def check(self, outputs: Any, targets: Any) -> None:
-        """Check that targets are boxes, and that `postprocess` makes boxes of the first image's outputs.
+        """Check that targets are boxes, and that `postprocess` returns boxes for the first image.
 
-        `facts` asks it for those of all images, and checks them again.
+        `facts` checks the boxes of all images.
 
         Raises:
-            ModelError: It does not.
-            DataError: They are not.
+            ModelError: `postprocess` does not return boxes.
+            DataError: The targets are no boxes.
         """
         for one in targets:
             if not isinstance(one, Mapping) or not {"boxes", "labels"} <= set(one):
@@ -76,11 +76,11 @@ class Detection(Task):
         self._boxes(picked(outputs, slice(0, 1)), 1)
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return the boxes found in each image and those that are there."""
+        """Return the detected boxes and the target boxes of each image."""
         return {"found": as_column(self._boxes(outputs, len(targets))), "there": as_column(targets)}
 
     def _boxes(self, outputs: Any, count: int) -> list[dict[str, np.ndarray]]:
-        """Return what the user's function makes of outputs, tensors or arrays."""
+        """Return the boxes that the user's function decodes from outputs, tensors or arrays."""
         import torch
 
         tensors = {
@@ -100,7 +100,7 @@ class Detection(Task):
     def aggregate(self, facts: Facts) -> dict[str, float]:
         """Return "map" (mean over overlaps from 0.5 to 0.95), "map50" and "map75", as COCO defines them.
 
-        They are NaN where no image has an object: there is nothing to be found.
+        They are NaN if no image has an object.
 
         Source: Lin et al. 2014, "Microsoft COCO: Common Objects in Context", arXiv:1405.0312; computed by torchmetrics.
 
@@ -120,7 +120,7 @@ class Detection(Task):
         metric.update(found, there)
         values = metric.compute()
         keys = {"map": "map", "map50": "map_50", "map75": "map_75"}
-        has_any = any(len(one["labels"]) for one in there)  # torchmetrics gives -1 without boxes
+        has_any = any(len(one["labels"]) for one in there)  # torchmetrics returns -1 without boxes
         return {name: float(values[key]) if has_any else math.nan for name, key in keys.items()}
 
 

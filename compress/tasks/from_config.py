@@ -23,18 +23,18 @@ _USERS = (
     "facts",
     "aggregate",
 )
-_OPTIONAL = ("distance", "distances")  # whether a task has its own says what is measured without labels
-_SCALARS = ("loss", "training_loss", "distance")  # of a batch; one number each
+_OPTIONAL = ("distance", "distances")  # a task that defines one of them is measured by it without labels
+_SCALARS = ("loss", "training_loss", "distance")  # scalar for each batch
 
 
 def open_task(config: TaskConfig) -> Task:
-    """Return the task; only what the section names is imported.
+    """Return the task of a section; only the code that it names is imported.
 
     Args:
-        config: Checked, with absolute paths.
+        config: Checked `task:` section with absolute paths.
 
     Raises:
-        ModelError: Something of the user's own cannot be imported, raises, or is no task.
+        ModelError: The user's code cannot be imported, raises, or is no task.
     """
     if config.own is not None:
         return own_task(config.own, config.kwargs)
@@ -54,7 +54,7 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
     """Return the user's own task.
 
     Raises:
-        ModelError: It cannot be imported, raises, or is none.
+        ModelError: The reference cannot be imported, raises, or is no task.
     """
     make = import_callable(reference, "Task")
     with import_path_of(reference), raise_as(ModelError, f"Task '{reference}' must open"):
@@ -72,10 +72,10 @@ def own_task(reference: str, kwargs: dict[str, Any]) -> Task:
 
 
 def _guarded_task(task: Task, reference: str) -> Task:
-    """Return a user's task in a subclass whose methods show their errors, as do those of copies for a size of images.
+    """Return a user's task with a subclass whose methods report their errors, also in copies for an image size.
 
-    A subclass, and no task around it: `isinstance` and the attributes of the user's own class stay as they are. The
-    given object is left unchanged, for a factory may return one object several times.
+    A subclass, in contrast to a wrapper, keeps `isinstance` and the attributes of the user's class. The given object is
+    unchanged, since a factory may return one object several times.
     """
     base, what = type(task), f"of task '{reference}'"
 
@@ -89,23 +89,23 @@ def _guarded_task(task: Task, reference: str) -> Task:
     own = type(base.__name__, (base,), {"__module__": base.__module__} | {name: method_of(name) for name in names})
     shown: Task = object.__new__(own)
     vars(shown).update(vars(task))
-    for name in vars(shown).keys() & set(_USERS):  # functions that the task was given when it was made
+    for name in vars(shown).keys() & set(_USERS):  # functions set on the instance
         setattr(shown, name, _checked(getattr(shown, name), name, what))
     return shown
 
 
 def _checked(method: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:
-    """Return a method of a user's task whose errors are shown, and whose losses are numbers with gradients."""
+    """Return a method of a user's task with reported errors, and checked losses."""
     said = f"Method '{name}' {what}"
     return scalar(guarded(method, said), said) if name in _SCALARS else guarded(method, said)
 
 
 def scalar(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """Return a loss of the user's that is checked to be one number that a network can learn by.
+    """Return a user's loss with a check that its value is a scalar with gradients.
 
     Args:
-        function: What the user wrote.
-        what: It is, at the beginning of a sentence.
+        function: Loss function of the user.
+        what: Name of the function, as the beginning of a message.
     """
 
     @wraps(function)
@@ -130,11 +130,11 @@ def scalar(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """Return a function of the user's whose errors are shown with ours around them.
+    """Return a user's function whose errors are raised as ModelError.
 
     Args:
-        function: What the user wrote.
-        what: It is, at the beginning of a sentence.
+        function: Function of the user.
+        what: Name of the function, as the beginning of a message.
     """
 
     @wraps(function)

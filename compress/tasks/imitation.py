@@ -1,8 +1,8 @@
 """embedding, and any task without labels: distance of the outputs to those of the baseline.
 
-Targets are what that network returns for the same images. Where the task chooses among classes, the share of equal
-choices decides ("agreement"), else the distance of the outputs ("distance"): relative, of all of them, unless the task
-is one of the user's that says by itself how far outputs are from others.
+Targets are the outputs of the baseline for the same images. For tasks that choose among classes, the primary metric is
+the share of equal choices ("agreement"). For others it is the distance of the outputs ("distance"): the relative
+distance of all outputs, or the distance that a user's task defines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Imitation(Task):
     """A task whose targets are the outputs of the baseline.
 
     Args:
-        of: The task that the network is for; says how outputs are compared.
+        of: Task of the network, which defines the comparison of outputs.
     """
 
     learns_from_original = True
@@ -40,15 +40,15 @@ class Imitation(Task):
         self.higher_is_better = self.is_share = self.chooses
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the mean distance to what the baseline returns."""
+        """Return the mean distance to the outputs of the baseline."""
         return self.of.distance(outputs, targets)
 
     def image_losses(self, outputs: Any, targets: Any) -> Tensor:
-        """Return (N,) the distance of each image's outputs."""
+        """Return (N,) the distance of each image's outputs to those of the baseline."""
         return self.distances(outputs, targets)
 
     def distances(self, outputs: Any, wanted: Any) -> Tensor:
-        """Return what the task itself says, of one image after the other where it says it of a batch only."""
+        """Return (N,) distances by the imitated task, image by image if it defines only `distance` of a batch."""
         if self.own != "distance":
             return self.of.distances(outputs, wanted)
         import torch
@@ -57,27 +57,27 @@ class Imitation(Task):
         return torch.stack(list(each_image))
 
     def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
-        """Return what the task itself says."""
+        """Return the mean distance of a batch by the imitated task."""
         return self.of.distance(outputs, wanted, temperature)
 
     def guess(self, outputs: Any) -> float:
-        """Return what the task itself says."""
+        """Return the loss of a guess by the imitated task."""
         return self.of.guess(outputs)
 
     def check(self, outputs: Any, targets: Any) -> None:
         """Check that both networks return the same kinds of outputs.
 
         Raises:
-            ModelError: They do not.
+            ModelError: Number or shapes of the outputs differ.
         """
         shapes = [[tuple(one.shape[1:]) for one in each(values)] for values in (outputs, targets)]
         if shapes[0] != shapes[1]:
             raise ModelError(f"Outputs must have the shapes of the baseline's, {shapes[1]} an image, got {shapes[0]}.")
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return (N,) squared distance and size of all outputs, their cosine, and the share of equal choices if any.
+        """Return (N,) squared distance, squared norm and cosine of all outputs, and the share of equal choices if any.
 
-        Where the user's task says how far outputs are from others, that takes the place of the first two.
+        The distance that a user's task defines replaces the first two.
         """
         got, want = (_flat(values) for values in (outputs, targets))
         sizes = np.maximum(np.linalg.norm(want, axis=1), 1e-12)
@@ -92,15 +92,15 @@ class Imitation(Task):
         return facts
 
     def aggregate(self, facts: Facts) -> dict[str, float]:
-        """Return "distance" (of all images together, relative), and the means of "cosine" and "agreement".
+        """Return "distance" (relative, over all images together), and the means of "cosine" and "agreement".
 
-        Where the user's task says how far outputs are from others, "distance" is the mean of that.
+        For a user's task that defines a distance, "distance" is its mean.
         """
         means = {name: float(values.mean()) for name, values in facts.items() if name not in ("apart", "size")}
         return means if "distance" in means else {"distance": _relative(facts), **means}
 
     def _own_distances(self, outputs: Any, targets: Any) -> np.ndarray:
-        """Return (N,) what the user's task says of arrays or tensors."""
+        """Return (N,) distances of arrays or tensors by the user's task."""
         import torch
 
         with torch.no_grad():
@@ -109,7 +109,7 @@ class Imitation(Task):
 
 
 def _own_method(task: Task) -> str | None:
-    """Return the name of the method by which a task says how far outputs are from others, None where it has none."""
+    """Return the name of the distance method that a task overrides; None if it overrides neither."""
     for name in ("distances", "distance"):
         if getattr(getattr(task, name), "__func__", None) is not getattr(Task, name):
             return name
@@ -128,7 +128,7 @@ def _flat(outputs: Any) -> np.ndarray:
 
 
 class Embedding(Imitation):
-    """Outputs that only mean something beside each other: what counts is that they stay where they were."""
+    """Embedding task: the outputs of the network should stay close to those of the baseline."""
 
     name: ClassVar[str] = "embedding"
 

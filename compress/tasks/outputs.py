@@ -15,12 +15,12 @@ def named(returned: Any, names: Sequence[str] = ()) -> dict[str, Any]:
     """Return the outputs of a network by their names.
 
     Args:
-        returned: A tensor or array, or a tuple, list, mapping or dataclass of them; what is none (None, numbers) in a
-            mapping or dataclass is left out.
-        names: Of the outputs, where `returned` does not say them; `output_0` and so on by default.
+        returned: A tensor or array, or a tuple, list, mapping or dataclass of tensors; other values in a mapping or
+            dataclass (None, numbers) are omitted.
+        names: Names of the outputs if `returned` has no names; `output_0` and so on by default.
 
     Raises:
-        ModelError: There is no tensor, or something else is in a tuple.
+        ModelError: `returned` has no tensor, or a tuple has another value.
 
     >>> list(named({"mask": np.zeros(1), "loss": None})), list(named((np.zeros(1), np.zeros(2))))
     (['mask'], ['output_0', 'output_1'])
@@ -42,34 +42,34 @@ def named(returned: Any, names: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def plain(returned: Any, names: Sequence[str] = ()) -> Any:
-    """Return the one output of a network itself, or several by their names.
+    """Return a single output of a network directly, or several outputs by name.
 
     Raises:
-        ModelError: As `named`.
+        ModelError: As in `named`.
     """
     found = named(returned, names)
     return next(iter(found.values())) if len(found) == 1 else found
 
 
 def each(outputs: Any) -> list[Any]:
-    """Return the outputs one after the other, whether it is one or several."""
+    """Return the list of outputs, for one output or several."""
     return list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
 
 
 def first(outputs: Any) -> Any:
-    """Return the first output, which is the one that is judged where a network has more (such as an auxiliary head)."""
+    """Return the first output, which loss and metrics use in networks with several (such as an auxiliary head)."""
     return each(outputs)[0]
 
 
 def changed(outputs: Any, change: Any) -> Any:
-    """Return outputs of the same form, each passed through a function."""
+    """Return outputs of the same form after applying a function to each."""
     if isinstance(outputs, Mapping):
         return {name: change(value) for name, value in outputs.items()}
     return change(outputs)
 
 
 def picked(values: Any, places: Any) -> Any:
-    """Return some entries of outputs or of targets along the first axis; of a list the same entries.
+    """Return some entries of outputs or targets along the first axis, or of a list.
 
     >>> picked(["a", "b", "c"], slice(1, 3)), picked({"x": np.arange(3)}, slice(1, 2))
     (['b', 'c'], {'x': array([1])})
@@ -78,7 +78,7 @@ def picked(values: Any, places: Any) -> Any:
 
 
 def singles(outputs: Any) -> list[slice]:
-    """Return for each image of a batch what picks it alone, still as a batch.
+    """Return for each image of a batch the slice that selects it as a batch of one.
 
     >>> singles({"x": np.zeros((2, 5))})
     [slice(0, 1, None), slice(1, 2, None)]
@@ -87,7 +87,7 @@ def singles(outputs: Any) -> list[slice]:
 
 
 def check_finite(outputs: Any) -> None:
-    """Raise NonFinite where an array among the outputs has NaN or infinity."""
+    """Raise NonFinite if an output array has NaN or infinity."""
     for value in each(outputs):
         if not np.isfinite(value).all():
             raise NonFinite(f"Outputs of the network must be finite, got NaN or infinity in a batch of {len(value)}.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Regression(Task):
-    """The squared error to learn by, its root mean to decide by."""
+    """Regression task: squared error as the loss, root mean squared error as the primary metric."""
 
     name: ClassVar[str] = "regression"
     metric = "rmse"
@@ -35,11 +35,11 @@ class Regression(Task):
         return errors
 
     def check(self, outputs: Any, targets: Any) -> None:
-        """Check that there are as many numbers as targets.
+        """Check that outputs and targets of an image have the same shape, apart from axes of size 1.
 
         Raises:
-            ModelError: There are not.
-            DataError: Targets are no numbers.
+            ModelError: The shapes differ.
+            DataError: Targets are no array.
         """
         got = first(outputs)
         if not hasattr(targets, "shape"):
@@ -63,7 +63,7 @@ class Regression(Task):
 
 
 def _shown(values: Any) -> str:
-    """Return how many numbers there are for each image.
+    """Return the shape of the values of each image, as text.
 
     >>> _shown(np.zeros(5)), _shown(np.zeros((5, 2, 3)))
     ('1', '2 x 3')

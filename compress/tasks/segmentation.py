@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Segmentation(Task):
-    """Cross-entropy of pixels to learn by, the mean intersection over union of classes to decide by.
+    """Segmentation task: pixel cross-entropy as the loss, mean intersection over union as the primary metric.
 
-    Where a network has several outputs the first one is judged and learned (torchvision's `out`).
+    For a network with several outputs, loss and metrics use the first one (torchvision's `out`).
 
     Args:
-        ignore_index: Value of mask pixels that do not count.
+        ignore_index: Value of ignored mask pixels.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -35,11 +35,11 @@ class Segmentation(Task):
         self.ignore_index = ignore_index
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the mean cross-entropy of the pixels that count, in nats."""
+        """Return the mean cross-entropy of all pixels that are not ignored, in nats."""
         return self.training_loss(outputs, targets, 0.0)
 
     def training_loss(self, outputs: Any, targets: Any, smoothing: float) -> Tensor:
-        """Return the same with smoothed labels; 0 where no pixel of the batch counts."""
+        """Return the mean cross-entropy with smoothed labels, in nats; 0 if all pixels of the batch are ignored."""
         import torch.nn.functional as F
 
         counted = (targets != self.ignore_index).sum().clamp_min(1)
@@ -74,25 +74,25 @@ class Segmentation(Task):
         import torch.nn.functional as F
 
         found = []
-        for pair in zip(each(wanted), each(outputs), strict=True):  # auxiliary heads stay where they were, too
+        for pair in zip(each(wanted), each(outputs), strict=True):  # distillation covers auxiliary heads, too
             want, got = (F.log_softmax(one / temperature, 1) for one in pair)
             found.append(F.kl_div(got, want, reduction="none", log_target=True).sum(1).flatten(1).mean(1))
         return torch.stack(found).mean(0)
 
     def guess(self, outputs: Any) -> float:
-        """Return the loss of a guess: ln K."""
+        """Return the loss of equal probabilities for all classes, ln K."""
         return math.log(first(outputs).shape[1])
 
     def vary(self, targets: Any, variation: Any) -> Any:
-        """Return masks as the images were varied; what was padded does not count."""
+        """Return masks with the augmentation of their images; padding is ignored."""
         return variation.of_maps(targets, self.ignore_index)
 
     def check(self, outputs: Any, targets: Any) -> None:
         """Check for (N, K, H, W) outputs of the masks' size and classes below K.
 
         Raises:
-            ModelError: The first output is not of that shape.
-            DataError: Targets are no masks, or of classes that the network does not have.
+            ModelError: The first output has another shape.
+            DataError: Targets are no masks, or have classes that the network does not have.
         """
         logits = first(outputs)
         if logits.ndim != 4 or logits.shape[1] < 2:
@@ -123,7 +123,7 @@ class Segmentation(Task):
             )
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
-        """Return (N, K) pixels of each class that are right, predicted, and there."""
+        """Return (N, K) numbers of correct, predicted and target pixels of each class."""
         logits = first(outputs)
         classes = logits.shape[1]
         predicted, counted = logits.argmax(1), targets != self.ignore_index
@@ -136,9 +136,9 @@ class Segmentation(Task):
         return dict(zip(("right", "predicted", "there"), counts, strict=True))
 
     def aggregate(self, facts: Facts) -> dict[str, float]:
-        """Return "miou", the mean over classes that are there or predicted, and "pixel_accuracy".
+        """Return "miou", the mean over classes with target or predicted pixels, and "pixel_accuracy".
 
-        Both are NaN where no pixel counts: there is nothing to be right about.
+        Both are NaN if all pixels are ignored.
         """
         right, predicted, there = (facts[name].sum(0) for name in ("right", "predicted", "there"))
         union = predicted + there - right

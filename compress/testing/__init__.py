@@ -1,6 +1,6 @@
 """Contract suites for criteria, methods, runtimes and tasks, built-in ones and plug-ins.
 
-A suite is a class whose methods are tests. Subclass it in a test file, say what is under test, and pytest runs it:
+A suite is a class whose methods are tests. Subclass it in a test file, name the class under test, and pytest runs it:
 
     @pytest.fixture(params=..., scope="module")
     def case(request) -> RuntimeCase: ...

@@ -11,20 +11,20 @@ from compress.pruning.groups import ChannelGroup, Member
 
 
 def flags_and_hooks(module: nn.Module) -> list[object]:
-    """Return training flags, numbers of hooks, and what is known of each parameter but its values."""
+    """Return training flags, numbers of hooks, and for each parameter whether it needs and has a gradient."""
     parts = [(part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()]
     return [parts, [(parameter.requires_grad, parameter.grad is None) for parameter in module.parameters()]]
 
 
 def over_parts(group: ChannelGroup, units: Tensor) -> Tensor:
-    """Return the channel index that moves the units of every part alike."""
+    """Return the channel index that rearranges the units of all parts in the same way."""
     starts = torch.arange(group.parts) * (group.width // group.parts)
     return (starts[:, None] + units[None, :]).flatten()
 
 
 @torch.no_grad()
 def rearranged(module: nn.Module, group: ChannelGroup, index: Tensor) -> nn.Module:
-    """Return a copy of `module` in which channel c of the group is what channel index[c] was, in every layer."""
+    """Return a copy of `module` whose channel c of the group is channel index[c] of `module`, in every layer."""
     changed = copy.deepcopy(module)
     done: set[tuple[str, str]] = set()
     for member in group.members:
@@ -43,7 +43,7 @@ def rearranged(module: nn.Module, group: ChannelGroup, index: Tensor) -> nn.Modu
 
 
 def _source(member: Member, index: Tensor, size: int) -> Tensor:
-    """Return for each of `size` slots of the member's axis which slot it takes its values from."""
+    """Return for each of `size` slots of the member's axis the slot that its values come from."""
     source = torch.arange(max(size, int(member.slots.max()) + 1))
     for channel, origin in enumerate(index.tolist()):
         source[member.slots[member.channels == channel]] = member.slots[member.channels == origin]

@@ -22,10 +22,10 @@ from compress.testing.checks import flags_and_hooks, hold, over_parts, rearrange
 
 @dataclass(frozen=True)
 class CriterionCase:
-    """One network and what a criterion may look at.
+    """Network and images for the tests of a criterion.
 
     Attributes:
-        name: For the test's title.
+        name: Name in the titles of tests.
         module: A classifier; the suite works on copies of it.
         images: (N, ...) input of the network.
         labels: (N,) class indices.
@@ -38,7 +38,7 @@ class CriterionCase:
 
 
 def _evidence(kind: Evidence, module: nn.Module, groups: Mapping[str, ChannelGroup], case: CriterionCase) -> Any:
-    """Return what a criterion gets to look at, collected from the images of a case in two batches."""
+    """Return the evidence of a criterion, collected from the images of a case in two batches."""
     halves = list(zip(case.images.chunk(2), case.labels.chunk(2), strict=True))
     if kind == "weights":
         return None
@@ -88,7 +88,7 @@ class CriterionContract:
             hold(not scores.requires_grad, f"'{name}' has scores that hold on to a gradient graph")
 
     def test_scores_are_the_same_twice(self, criterion_case: CriterionCase) -> None:
-        """A new criterion with the same seed gives the same scores to the bit."""
+        """A new criterion with the same seed computes the same scores to the bit."""
         first, second = (self.score(criterion_case, criterion_case.module) for _ in range(2))
         for name, scores in first.items():
             hold(torch.equal(scores, second[name]), f"'{name}' has other scores the second time")
@@ -105,7 +105,7 @@ class CriterionContract:
         hold(flags_and_hooks(module) == flags, "a training flag, a requires_grad, a gradient or a hook changed")
 
     def test_permuted_channels_have_permuted_scores(self, criterion_case: CriterionCase) -> None:
-        """A channel is scored by what it is, not by where it stands."""
+        """The score of a channel does not depend on its index."""
         if not self.criterion_class.treats_equals_equally:
             return
         for name, group in self._groups(criterion_case).items():
@@ -118,7 +118,7 @@ class CriterionContract:
                 self._hold_close(after[name], before[name][index], name)
 
     def test_equal_channels_have_equal_scores(self, criterion_case: CriterionCase) -> None:
-        """Two channels that are computed and read alike are worth the same."""
+        """Channels with equal weights in all layers have equal scores."""
         if not self.criterion_class.treats_equals_equally:
             return
         for name, group in self._groups(criterion_case).items():
@@ -130,7 +130,7 @@ class CriterionContract:
                 self._hold_close(scores[name], scores[name][index], name)
 
     def test_criterion_says_what_it_is(self, criterion_case: CriterionCase) -> None:
-        """Name and traits are there, of their types."""
+        """The criterion has a name and traits of the right types."""
         hold(isinstance(self.criterion_class.name, str) and bool(self.criterion_class.name), "it has no name")
         for trait in ("comparable", "treats_equals_equally"):
             hold(isinstance(getattr(self.criterion_class, trait), bool), f"'{trait}' is not True or False")

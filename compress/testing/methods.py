@@ -29,7 +29,7 @@ class MethodCase:
     """A classifier and images to train it on.
 
     Attributes:
-        name: For the test's title.
+        name: Name in the titles of tests.
         module: Network with (N, K) outputs; copied before it is trained.
         images: (N, C, H, W).
         labels: (N,) int64.
@@ -47,13 +47,13 @@ _FINISHED: dict[tuple[type, str], _MethodRun] = {}
 class MethodContract:
     """Contract of every training-time method. A subclass sets `method_class` and offers a fixture `method_case`.
 
-    The network is trained for a few steps by SGD; a quarter of the channels of every group is asked to go.
+    SGD trains the network for a few steps; a quarter of the channels of every group is to be removed.
 
     Attributes:
         method_class: The method under test.
         options: Its settings; None for its defaults.
         rates: Learning rate of each step.
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
         tolerance: Largest change of the outputs by the cut, as a share of the largest output.
     """
 
@@ -64,7 +64,7 @@ class MethodContract:
     tolerance: ClassVar[float] = 0.02
 
     def test_the_cut_changes_next_to_nothing(self, method_case: MethodCase) -> None:
-        """The removed channels give zeros at the end: the cut network has the outputs of the trained one."""
+        """Removed channels are zero at the end: the pruned network has the outputs of the trained one."""
         run = self._finished(method_case)
         removed = run.method.removed
         hold(bool(removed), "nothing goes")
@@ -74,7 +74,7 @@ class MethodContract:
         hold(difference <= self.tolerance * float(run.outputs.abs().max()), f"outputs move by {difference:.2g}")
 
     def test_what_goes_is_what_was_chosen_last(self, method_case: MethodCase) -> None:
-        """The budget is asked for a final choice once, and that one is carried out."""
+        """The method requests one final choice from the budget, and removes the channels of this choice."""
         run = self._finished(method_case)
         hold(len(run.final) == 1, f"{len(run.final)} choices were to stand")
         got = {name: len(channels) for name, channels in run.method.removed.items()}
@@ -89,7 +89,7 @@ class MethodContract:
         self._hold_same(self._finished(method_case), again)
 
     def test_a_run_goes_on_from_its_state(self, method_case: MethodCase) -> None:
-        """A run that stops and goes on from what was saved, more than once, ends as one that does not stop."""
+        """A run that is resumed several times from its saved state has the result of an uninterrupted run."""
         run = self._run(method_case)
         for stop in (1, len(self.rates) // 3, len(self.rates) - 3, len(self.rates)):
             run.train(stop)
@@ -108,14 +108,14 @@ class MethodContract:
         hold(all(isinstance(name, str) and math.isfinite(value) for name, value in metrics.items()), f"{metrics}")
 
     def test_method_says_what_it_is(self, method_case: MethodCase) -> None:
-        """It has a name, and decides for every group whether it can prune it."""
+        """The method has a name, and a decision for every group on whether it can be pruned."""
         hold(isinstance(self.method_class.name, str) and bool(self.method_class.name), "it has no name")
         for group in find_cuttable(method_case.module, method_case.images[:1])[0].values():
             reason = self.method_class.unfit(group)
             hold(reason is None or bool(reason), f"'{group.name}' is refused without a reason")
 
     def _finished(self, case: MethodCase) -> _MethodRun:
-        """Return a run that came to its end, made once for each case."""
+        """Return a finished run, computed once for each case."""
         key = (type(self), case.name)
         if key not in _FINISHED:
             run = self._run(case)
@@ -135,7 +135,7 @@ class MethodContract:
 
 
 class _MethodRun:
-    """A network in training with a method at work on it."""
+    """Training of a network with a method."""
 
     def __init__(
         self, case: MethodCase, method_class: type[Method], options: Any, rates: tuple[float, ...], momentum: float
@@ -174,7 +174,7 @@ class _MethodRun:
         closed: Sequence[str] = (),
         is_final: bool = False,
     ) -> Removed:
-        """Let the quarter of each group's units go that has the lowest scores."""
+        """Choose the quarter of each group's units with the lowest scores for removal."""
         removed = {}
         for name, values in scores.items():
             group = self.groups[name]
@@ -201,13 +201,13 @@ class _MethodRun:
         self.step = until
 
     def finish(self) -> None:
-        """Note what the network gives with the method at work, then let that come to its end."""
+        """Record the outputs of the network with the method, then finish the method."""
         with torch.no_grad():
             self.outputs = self.module.eval()(self.case.images)
         self.method.finish()
 
     def go_on_from(self, other: _MethodRun) -> None:
-        """Take over what another run would save, as a file holds it."""
+        """Restore the state of another run, after saving it to a file in memory."""
         content = io.BytesIO()
         torch.save([other.module.state_dict(), other.optimizer.state_dict(), other.method.state_dict()], content)
         content.seek(0)
@@ -219,7 +219,7 @@ class _MethodRun:
 
 
 def _left(group: ChannelGroup) -> int:
-    """Return how many units of a group are to be left."""
+    """Return the number of units of a group to keep."""
     units = group.width // group.parts
     return units - max(1, units // 4)
 

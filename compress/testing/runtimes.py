@@ -20,13 +20,13 @@ from compress.verification.runtimes.torch_eager import TorchEager
 
 @dataclass(frozen=True)
 class RuntimeCase:
-    """One network in both its forms.
+    """Torch network and its ONNX file for the tests of a runtime.
 
     Attributes:
-        name: For the test's title.
+        name: Name in the titles of tests.
         module: The torch network.
-        signature: Its inputs and outputs, with an open batch axis.
-        onnx_path: Its export.
+        signature: Inputs and outputs of the network, with an open batch axis.
+        onnx_path: Exported ONNX file.
     """
 
     name: str
@@ -40,8 +40,8 @@ class RuntimeContract:
 
     Attributes:
         runtime_class: The runtime under test.
-        provider: Execution provider that is present on the machine.
-        unavailable_provider: A provider that is not.
+        provider: Execution provider that is available on the machine.
+        unavailable_provider: Execution provider that is not available.
         tolerance: Largest difference to torch eager, absolute and relative.
     """
 
@@ -86,7 +86,7 @@ class RuntimeContract:
             hold(np.allclose(together[name][1:2], values, rtol=self.tolerance, atol=self.tolerance), f"output '{name}'")
 
     def test_outputs_are_the_callers_own(self, case: RuntimeCase) -> None:
-        """A second run leaves the arrays of the first alone."""
+        """A second run does not change the output arrays of the first."""
         with self.open(case) as runtime:
             first = runtime.run(_inputs(case.signature, 1, seed=0))
             kept = {name: array.copy() for name, array in first.items()}
@@ -108,24 +108,24 @@ class RuntimeContract:
             self._expect(case, {spec.name: np.ascontiguousarray(wrong)}, f"Input '{spec.name}' must have shape")
 
     def test_rejects_wrong_dtype(self, case: RuntimeCase) -> None:
-        """float64 is not silently taken for float32."""
+        """float64 inputs are refused instead of converted to float32."""
         spec = case.signature.inputs[0]
         array = _inputs(case.signature, 1)[spec.name].astype(np.float64)
         self._expect(case, {spec.name: array}, f"Input '{spec.name}' must be {spec.dtype}")
 
     def test_provider_in_use_is_the_one_asked_for(self, case: RuntimeCase) -> None:
-        """An open runtime computes where it was asked to."""
+        """An open runtime computes on the requested provider."""
         with self.open(case) as runtime:
             hold(runtime.provider_in_use == runtime.provider == self.provider, f"{runtime.provider_in_use} in use")
 
     def test_nodes_are_placed_where_the_runtime_computes(self, case: RuntimeCase) -> None:
-        """A runtime that can tell where its nodes are names at least one, on the provider asked for."""
+        """A runtime that reports the providers of its nodes has at least one node on the requested provider."""
         with self.open(case) as runtime:
             placements = runtime.placements(_inputs(case.signature, 1))
         hold(placements is None or bool(placements.get(self.provider)), f"nodes are placed as {placements}")
 
     def test_a_bound_call_can_be_made_again_and_again(self, case: RuntimeCase) -> None:
-        """The timed call computes each time, and leaves the runtime usable."""
+        """The timed call computes each time, and the runtime remains usable afterwards."""
         inputs = _inputs(case.signature, 2)
         with self.open(case) as runtime:
             call, before = runtime.bind(inputs), runtime.run(inputs)
@@ -136,7 +136,7 @@ class RuntimeContract:
             hold(np.array_equal(values, after[name]), f"output '{name}' changed")
 
     def test_absent_provider_is_unavailable(self, case: RuntimeCase) -> None:
-        """A provider that is not there is an error that names it, never silently another provider."""
+        """An unavailable provider causes an error that names it, and no fallback to another provider."""
         try:
             with self.open(case, self.unavailable_provider):
                 pass

@@ -21,11 +21,11 @@ class TaskCase:
     """A task with outputs and targets of a few images.
 
     Attributes:
-        name: For the test's title.
-        task: The task.
-        outputs: Tensor, or name -> tensor: of N images, at least 4.
-        targets: Tensor of N entries, or a list of N.
-        best: Outputs of the same form that could not be better; None where the task does not know such.
+        name: Name in the titles of tests.
+        task: Task under test.
+        outputs: Tensor, or name -> tensor, for N images, at least 4.
+        targets: Tensor or list of N entries.
+        best: Best possible outputs, of the same form; None if the task has none.
     """
 
     name: str
@@ -36,7 +36,7 @@ class TaskCase:
 
     @property
     def count(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(first(self.outputs))
 
 
@@ -55,14 +55,14 @@ class TaskContract:
         hold(not task_case.task.main.is_share or 0 <= value <= 1, f"{task_case.task.main.name} is {value}")
 
     def test_facts_have_an_entry_for_each_image(self, task_case: TaskCase) -> None:
-        """So that images can be drawn again."""
+        """Each fact has one entry per image, as resampling needs."""
         for name, values in _facts(task_case, task_case.outputs).items():
             hold(
                 len(values) == task_case.count, f"fact '{name}' has {len(values)} entries for {task_case.count} images"
             )
 
     def test_facts_of_parts_are_those_of_the_whole(self, task_case: TaskCase) -> None:
-        """Batches of another size give the same metrics."""
+        """Metrics do not depend on the batch size."""
         halves = [slice(0, 2), slice(2, task_case.count)]
         parts = [
             task_case.task.facts(arrays(picked(task_case.outputs, one)), _plain(task_case.targets[one]))
@@ -74,7 +74,7 @@ class TaskContract:
         hold(close, f"metrics are {together} in parts, {whole} together")
 
     def test_loss_is_a_finite_scalar_with_a_gradient(self, task_case: TaskCase) -> None:
-        """A network can be trained by it."""
+        """The loss is a finite scalar with a gradient, as training needs."""
         if not task_case.task.needs_targets or not _has_loss(task_case):
             return
         outputs = changed(task_case.outputs, lambda one: one.detach().clone().requires_grad_(True))
@@ -84,7 +84,7 @@ class TaskContract:
         hold(any(one is not None and bool(one.abs().sum() > 0) for one in gradients), "loss has no gradient")
 
     def test_losses_of_images_average_to_the_loss(self, task_case: TaskCase) -> None:
-        """So that a mean over images says what training minimises."""
+        """The mean of the losses of images is the loss that training minimises."""
         if not _has_loss(task_case):
             return
         losses = task_case.task.image_losses(task_case.outputs, task_case.targets)
@@ -93,7 +93,7 @@ class TaskContract:
         hold(math.isclose(mean, loss, rel_tol=1e-4, abs_tol=1e-6), f"mean of losses is {mean}, loss is {loss}")
 
     def test_distance_is_0_of_equal_outputs_alone(self, task_case: TaskCase) -> None:
-        """A network that imitates another one perfectly has nothing to learn."""
+        """The distance is 0 for equal outputs, and positive for other outputs."""
         outputs = task_case.outputs
         other = changed(outputs, lambda one: one.flip(0) * 1.5)
         hold(abs(float(task_case.task.distance(outputs, outputs))) < 1e-6, "distance of equal outputs is not 0")
@@ -102,7 +102,7 @@ class TaskContract:
         hold(shape == (task_case.count,), f"distances have shape {shape}")
 
     def test_best_outputs_are_no_worse(self, task_case: TaskCase) -> None:
-        """The direction that the task states is the right one."""
+        """Best outputs are better by `higher_is_better` of the primary metric."""
         if task_case.best is None:
             return
         name = task_case.task.main.name
@@ -110,7 +110,7 @@ class TaskContract:
         hold(task_case.task.main.is_better(best, some), f"{name} is {best} at best, {some} of other outputs")
 
     def test_outputs_of_the_wrong_shape_are_refused(self, task_case: TaskCase) -> None:
-        """With an error that says what must hold, not one from deep inside."""
+        """Outputs of a wrong shape raise an error of this package."""
         if type(task_case.task).check is Task.check:
             return
         task_case.task.check(task_case.outputs, task_case.targets)
@@ -135,7 +135,7 @@ def _has_loss(case: TaskCase) -> bool:
 
 
 def _plain(targets: Any) -> Any:
-    """Return targets with arrays in place of tensors."""
+    """Return targets with tensors converted to arrays."""
     if isinstance(targets, Tensor):
         return targets.numpy()
     if isinstance(targets, dict):

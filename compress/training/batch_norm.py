@@ -1,4 +1,4 @@
-"""Batch-norm statistics: re-estimation, and their mean over several processes."""
+"""Batch-norm statistics: re-estimation, and synchronisation over several ranks."""
 
 import math
 from collections.abc import Iterator
@@ -23,18 +23,18 @@ _BATCH = 128
 def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -> tuple[str, ...]:
     """Measure the running mean and variance of every batch norm again, in place, and return their module paths.
 
-    Frozen ones, which stay in eval mode in any case, keep theirs.
+    Frozen batch norms, which always stay in eval mode, keep their statistics.
 
-    Both are averages over batches of (almost) one size, each with images from all over the split: one that is sorted
-    by class gives the same as one that is not.
+    Mean and variance are averages over batches of (almost) equal size. Each batch has images from all over the split,
+    so a split that is sorted by class yields the same statistics.
 
     Args:
         module: The network; training flags are restored. Without batch norms nothing happens.
-        split: At least two images to look at; labels are not used.
+        split: At least two images; labels are not used.
         progress: Receives progress by batch.
 
     Raises:
-        DataError: There is one image only, which has no variance.
+        DataError: The split has a single image, which has no variance.
     """
     found = {name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm) and _measures(part)}
     norms = tuple(found.values())
@@ -64,7 +64,7 @@ def reestimate_batch_norm(module: nn.Module, split: Split, progress: Progress) -
 
 
 def _measures(norm: _BatchNorm) -> bool:
-    """Return whether a batch norm keeps statistics and goes to training mode, in which it measures them."""
+    """Return whether a batch norm tracks statistics and can enter training mode, in which it measures them."""
     before = norm.training
     follows = norm.train().training
     norm.training = before
@@ -73,14 +73,14 @@ def _measures(norm: _BatchNorm) -> bool:
 
 @contextmanager
 def synced_batch_norms(module: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Let the batch norms of a network agree on their statistics with those of the other processes, while it lasts.
+    """Synchronise the batch statistics of a network's batch norms over all ranks, within the context.
 
-    In training mode only; on any device (torch's own SyncBatchNorm needs a GPU). All processes must run the same
+    This affects training mode only, on any device (torch's own SyncBatchNorm needs a GPU). All ranks must run the same
     layers in the same order.
 
     Args:
-        module: The network; its batch norms stay what they are.
-        ranks: The processes.
+        module: The network; its batch norms keep their class.
+        ranks: The ranks of the training.
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     for norm in norms:
@@ -89,11 +89,11 @@ def synced_batch_norms(module: nn.Module, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         for norm in norms:
-            del norm.forward  # the one of the class is behind it
+            del norm.forward  # uncovers the method of the class
 
 
 def _forward(norm: _BatchNorm, alone: Any, ranks: Ranks, x: Tensor) -> Tensor:
-    """Normalise (N, C, ...) by mean and variance over the whole batch, and let them into the running statistics."""
+    """Normalise (N, C, ...) by mean and variance over the batch of all ranks, and update the running statistics."""
     if not norm.training:
         return alone(x)  # type: ignore[no-any-return]
     axes = [axis for axis in range(x.ndim) if axis != 1]
@@ -118,13 +118,13 @@ def _forward(norm: _BatchNorm, alone: Any, ranks: Ranks, x: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, ranks: Ranks) -> Tensor:
-    """Return the mean over the processes, whose parts are equally large."""
+    """Return the mean over the ranks, whose parts of the batch are equally large."""
     total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
     return total / ranks.size
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over the processes; what each gets as gradient is summed as well."""
+    """Sum of a tensor over the ranks; the gradients of all ranks are summed as well."""
 
     @staticmethod
     def forward(_ctx: Any, values: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Batch norms for networks whose own were folded into their convolutions, as exporters to ONNX do.
+"""Batch norms for training networks whose own batch norms were folded into convolutions, as ONNX exporters do.
 
     conv(w, b)  --unfolded-->  conv(w / n), batch norm  --training-->  --folded-->  conv(w', b')
 
-n is the norm of each filter, so that filters have a norm of 1 whatever the scale of the images; the batch norm has the
-mean and variance of what the convolution gives on calibration images, and a scale and shift that give it back. In eval
-mode the network computes what it computed before; in training it is tamed as the original was. Folding is exact.
+n is the norm of each filter, so that filters have a norm of 1 at any scale of the images. The batch norm has the mean
+and variance of the convolution's outputs on calibration images, and a scale and shift that restore these outputs. In
+eval mode the network computes the same as before; in training it is as stable as the original. Folding is exact.
 """
 
 import copy
@@ -28,9 +28,9 @@ class UnfoldedConv(nn.Module):
     """A convolution and the batch norm behind it.
 
     Args:
-        conv: With a bias; left as it is.
-        mean: (C,) of its outputs.
-        variance: (C,) of them.
+        conv: Convolution with a bias, not modified.
+        mean: (C,) mean of the convolution's outputs.
+        variance: (C,) variance of the convolution's outputs.
     """
 
     def __init__(self, conv: nn.Conv2d, mean: Tensor, variance: Tensor) -> None:
@@ -55,7 +55,7 @@ class UnfoldedConv(nn.Module):
 
     @torch.no_grad()
     def fold_into(self, conv: nn.Conv2d) -> None:
-        """Give a convolution the weights with which it computes what this does in eval mode."""
+        """Set a convolution's weights and bias so that it computes the same as this module in eval mode."""
         assert conv.bias is not None
         running_mean, running_var = _running(self.norm)
         scale = self.norm.weight / (running_var + self.norm.eps).sqrt()
@@ -72,12 +72,12 @@ def can_unfold(module: nn.Module) -> bool:
 def unfolded(module: nn.Module, images: Split) -> nn.Module:
     """Return a copy of a network with batch norms behind its convolutions, in eval mode.
 
-    Those that give one value for each image and channel are left alone: a batch says too little of them. So are those
-    that are called more than once.
+    Two kinds of convolutions get none: those with one output value per image and channel, as a batch has too few
+    values of it, and those called more than once.
 
     Args:
-        module: The network; left as it is.
-        images: Statistics are those of the first of them.
+        module: The network, not modified.
+        images: Split whose first images determine the statistics.
     """
     changed = copy.deepcopy(module)
     for name, (mean, variance) in _statistics(changed, images).items():
@@ -88,14 +88,14 @@ def unfolded(module: nn.Module, images: Split) -> nn.Module:
 
 
 def folded(module: nn.Module, like: nn.Module) -> nn.Module:
-    """Return a network that computes in eval mode what one with batch norms computes.
+    """Return a network without batch norms that computes the same in eval mode as one with them.
 
     Args:
-        module: As `unfolded` made it, trained since; left as it is.
-        like: What it was made from; left as it is.
+        module: Network that `unfolded` returned, trained since; not modified.
+        like: Network that `unfolded` was given; not modified.
     """
     changed = copy.deepcopy(like)
-    changed.load_state_dict(module.state_dict(), strict=False)  # all but the convolutions, whose names are others
+    changed.load_state_dict(module.state_dict(), strict=False)  # all but the convolutions, whose names differ
     for name, part in module.named_modules():
         if isinstance(part, UnfoldedConv):
             part.fold_into(_conv(changed, name))
@@ -103,7 +103,7 @@ def folded(module: nn.Module, like: nn.Module) -> nn.Module:
 
 
 def _statistics(module: nn.Module, images: Split) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (C,) mean and variance of what each convolution gives, by its name."""
+    """Return name of convolution -> (C,) mean and variance of its outputs."""
     sums: dict[str, list[Tensor]] = {}
     calls: dict[str, int] = {}
 

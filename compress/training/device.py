@@ -1,7 +1,7 @@
 """Device of a training, and the transfer of images to it.
 
-Everything outside the training loop runs on the CPU: a network comes from there and goes back. Numbers drawn at random
-are drawn on the CPU, so that order and augmentation are the same on every device.
+Everything outside the training loop runs on the CPU: a network is moved to the device and back. Random numbers are
+drawn on the CPU, so that order and augmentation are the same on every device.
 """
 
 import os
@@ -21,12 +21,12 @@ _MOST_OF_MEMORY = 0.4
 
 
 def training_device(name: str) -> torch.device:
-    """Return the device of a name: "cpu", "cuda", or "auto" for the GPU where there is one.
+    """Return the device of a name: "cpu", "cuda", or "auto" for the GPU if torch sees one.
 
-    Of several processes on one machine each takes the GPU of its number.
+    With several processes on one machine, each takes the GPU of its local rank.
 
     Raises:
-        StageError: A GPU is asked for, and torch sees none, or fewer than there are processes.
+        StageError: A GPU is requested, but torch sees no GPU, or fewer GPUs than processes.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return CPU
@@ -41,7 +41,7 @@ def training_device(name: str) -> torch.device:
             f"Each process on a machine must have a GPU of its own, torch sees {count}, this is process {own + 1}.",
             hint="Start as many processes as there are GPUs, or set device: cpu.",
         )
-    torch.cuda.set_device(own)  # what is asked about "the" GPU is asked about this one
+    torch.cuda.set_device(own)  # queries about "the" GPU then refer to this one
     return torch.device("cuda", own)
 
 
@@ -49,7 +49,7 @@ def require_precision(precision: str, device: torch.device) -> None:
     """Check that a device has instructions for a precision.
 
     Raises:
-        StageError: It has not.
+        StageError: The device lacks these instructions.
     """
     if device.type == "cpu":
         if precision == "bf16" and not has_bf16():
@@ -73,7 +73,7 @@ def require_precision(precision: str, device: torch.device) -> None:
 
 def has_bf16() -> bool:
     """Return whether this CPU has instructions for bfloat16; without them it is emulated, and slower than float32."""
-    if platform.machine() in ("x86_64", "AMD64"):  # where the library says yes to any AVX-512, and emulates
+    if platform.machine() in ("x86_64", "AMD64"):  # here the library accepts any AVX-512, and emulates
         return bool(torch.cpu.get_capabilities()["avx512_bf16"])
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -82,7 +82,7 @@ def placed(splits: Sequence[Split], device: torch.device) -> list[Split]:
     """Return splits whose batches are made on a device; images held in memory are copied there once if they fit.
 
     Args:
-        splits: Splits of one source share one copy of its images on the device.
+        splits: Splits to place; splits of one source share one copy of its images on the device.
         device: Target device; for the CPU the splits are returned unchanged.
     """
     if device.type == "cpu":
@@ -100,9 +100,9 @@ def placed(splits: Sequence[Split], device: torch.device) -> list[Split]:
 
 
 def resident(source: ImageSource, device: torch.device) -> Tensor | None:
-    """Return all images of a source on a device, (N, H, W, C) uint8; None where they do not lie in memory as they are.
+    """Return all images of a source on a device, (N, H, W, C) uint8; None if they are not an array in memory.
 
-    Of the GPU memory that is free they may take two fifths.
+    Return None, too, if they need more than two fifths of the free GPU memory.
     """
     if not isinstance(source, ArraySource) or source.fit_image is not None:
         return None
@@ -113,7 +113,7 @@ def resident(source: ImageSource, device: torch.device) -> Tensor | None:
 
 @contextmanager
 def moved(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Keep networks on a device while it lasts, then bring them back to the CPU."""
+    """Keep networks on a device within the context, then move them back to the CPU."""
     try:
         for network in networks:
             network.to(device)
@@ -125,9 +125,9 @@ def moved(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Let the CPU treat denormal numbers, which slow it down many times over, as zero; restore the setting at the end.
+    """Make the CPU treat denormal numbers, which slow it down many times over, as zero; restore the setting at the end.
 
-    Only for training: while it lasts the whole process cannot tell a denormal number from zero.
+    For training only: within the context, every denormal number in the process counts as zero.
     """
     were_flushed = float(torch.tensor(1e-310, dtype=torch.float64) * 1) == 0.0
     torch.set_flush_denormal(True)

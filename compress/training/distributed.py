@@ -1,7 +1,7 @@
-"""Distributed training: each process sees a part of every batch, and all take the same steps.
+"""Distributed training: each rank sees a part of every batch, and all ranks take the same steps.
 
-The processes are those that `torchrun` started. Only code inside `together` runs in all of them. Anywhere else, and in
-a single process, there is one rank and these functions do nothing.
+`torchrun` starts the processes. All of them run only the code inside `together`. Anywhere else, and in a single
+process, there is one rank and these functions do nothing.
 """
 
 import time
@@ -24,18 +24,18 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of one training.
+    """Ranks of one training.
 
     Attributes:
-        rank: Which of them this is; 0 writes files.
-        size: How many they are.
+        rank: Number of this process, from 0; rank 0 writes files.
+        size: Number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors by their means over the processes, in place; all give the same ones in the same order."""
+        """Replace tensors by their means over the ranks, in place; the order must be the same on all ranks."""
         if self.size == 1:
             return
         by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -50,7 +50,7 @@ class Ranks:
                 tensor.detach().copy_(part.view_as(tensor))
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Return the sums of numbers over the processes."""
+        """Return the sums of numbers over the ranks."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -59,7 +59,7 @@ class Ranks:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Return whether it is true in any of the processes."""
+        """Return whether the flag is true on any rank."""
         return self.total([float(flag)])[0] > 0
 
 
@@ -67,11 +67,11 @@ _is_together = False
 
 
 def open_group() -> Ranks:
-    """Meet the other processes that `torchrun` has started, and return who they are and who this is."""
+    """Join the process group that `torchrun` has started, and return its ranks."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = next(rendezvous("env://"))
     store = PrefixStore(_agreed_name(store, rank, size), store)
-    # one that has nothing to do waits as long as it takes
+    # an idle rank waits as long as it takes
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=30))
     return Ranks(rank, size)
 
@@ -79,8 +79,8 @@ def open_group() -> Ranks:
 def _agreed_name(store: Store, rank: int, size: int) -> str:
     """Return a name that only the processes of this start know.
 
-    After a restart the store still has what the processes before have left in it, such as their addresses. So each
-    says a word of its own, and the first one answers it until all have taken the name from their answer.
+    After a restart the store still has entries of the processes before, such as their addresses. So each rank writes
+    a random word, and rank 0 answers it with the name until all ranks have read their answers.
     """
     own = uuid.uuid4().hex
     if rank > 0:
@@ -98,7 +98,7 @@ def _agreed_name(store: Store, rank: int, size: int) -> str:
 
 
 def add_up(values: Tensor) -> None:
-    """Replace a tensor by its sum over the processes, in place.
+    """Replace a tensor by its sum over the ranks, in place.
 
     Raises:
         StageError: Another process has ended.
@@ -119,18 +119,18 @@ def _with_others() -> Iterator[None]:
 
 
 def close_group(is_done: bool) -> None:
-    """Part.
+    """Leave the process group.
 
     Args:
-        is_done: Whether all processes have come to the end; GPUs wait for one another here, so that one which has
-            failed must not.
+        is_done: True if this process has reached the end. GPUs wait for one another here, so a failed process skips
+            it.
     """
     if is_done or not torch.cuda.is_available():
         dist.destroy_process_group()
 
 
 def tell(text: str | None = None) -> str:
-    """Return to all processes what the one of rank 0 says."""
+    """Broadcast the text of rank 0, and return it on all ranks."""
     content = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
     size = torch.tensor([len(content)])
     with _with_others():
@@ -143,7 +143,7 @@ def tell(text: str | None = None) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Context manager for code that all processes run."""
+    """Context manager for code that all ranks run."""
     global _is_together
     _is_together = True
     try:
@@ -153,7 +153,7 @@ def together() -> Iterator[None]:
 
 
 def current_ranks() -> Ranks:
-    """Return who trains: the processes that met, inside `together`; else a ranks of one."""
+    """Return the ranks that train: the process group inside `together`, else a single rank."""
     if not (_is_together and dist.is_initialized()):
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size())

@@ -21,15 +21,15 @@ class EpochLog:
 
     Args:
         validation: Images that epochs are compared on; their task has the primary metric.
-        batch_size: Images in one call; None for as many as are fast.
-        keeps_best: False keeps no weights, where the last epoch is returned.
+        batch_size: Number of images in one call; None for a fast number.
+        keeps_best: False keeps no weights, for a training that returns the last epoch.
         ranks: The ranks, which share the images of a classifier.
         progress: Receives progress by measurement.
 
     Attributes:
-        records: One for each epoch.
+        records: Record of each epoch.
         best: Epoch to return and its weights: the best one, or a later one that is not shown to be worse. None before
-            the first epoch, and where no weights are kept.
+            the first epoch, or if no weights are kept.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class EpochLog:
         Args:
             module: The network.
             loss: Mean training loss of the epoch.
-            rate: Learning rate at its end.
-            speed: Images a second.
+            rate: Learning rate at the end of the epoch.
+            speed: Images per second.
         """
         reached, right = self.measure(module)
         known = [record.validation for record in self.records]
@@ -63,9 +63,9 @@ class EpochLog:
         return record
 
     def measure(self, module: nn.Module) -> tuple[float, Tensor | None]:
-        """Return the primary metric on validation, and (N,) bool the images that are right; None in other tasks.
+        """Return the primary metric on validation, and (N,) bool the images classified right; None in other tasks.
 
-        Each rank measures a part of the images where the metric is a share of them.
+        For a classifier, each rank measures a part of the images.
         """
         ranks, is_shared = self._ranks, self._ranks.size > 1 and isinstance(self._validation.task, Classification)
         part = self._validation.part(ranks.rank, ranks.size) if is_shared else self._validation
@@ -97,7 +97,7 @@ class EpochLog:
             self._best_right = state.get("best_right")
 
     def _is_as_good(self, right: Tensor | None) -> bool:
-        """Return True where the best epoch is not shown to be better than one that gets these images right."""
+        """Return True if an epoch that gets these images right is not shown to be worse than the best epoch."""
         if right is None or self._best_right is None:
             return False
         return not is_shown_worse(self._best_right.numpy(), right.numpy())

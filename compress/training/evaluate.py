@@ -19,7 +19,7 @@ from compress.tasks.outputs import arrays, plain
 
 
 def run(module: nn.Module, images: Tensor) -> Any:
-    """Return the one output of a network for a batch, or several by their names."""
+    """Run a network on a batch and return its output; several outputs as name -> tensor."""
     return plain(module(images), getattr(module, "output_names", ()))
 
 
@@ -30,14 +30,14 @@ def evaluate_quality(
 
     Args:
         module: The network; its training flags are restored.
-        split: At least one image; says what the task is.
-        batch_size: Images at once; None for as many as are fast.
+        split: At least one image, with the task.
+        batch_size: Number of images in one call; None for a fast number.
         progress: Receives progress by batch.
 
     Raises:
-        DataError: The split is empty, or has targets that the network cannot have.
-        ModelError: The outputs are not what the task needs.
-        NonFinite: A metric is no finite number.
+        DataError: The split is empty, or its targets do not fit the outputs.
+        ModelError: The outputs do not fit the task.
+        NonFinite: A metric is NaN or infinite.
     """
     return measure_quality(module, split, batch_size, progress)[0]
 
@@ -45,7 +45,7 @@ def evaluate_quality(
 def measure_quality(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> tuple[float, np.ndarray | None]:
-    """Return the primary metric, and (N,) bool which images are right; None where they are not right or wrong.
+    """Return the primary metric, and (N,) bool the images classified right; None in other tasks.
 
     Raises:
         As `evaluate_quality`.
@@ -71,12 +71,12 @@ def quality_facts(
 def evaluate_loss(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> float:
-    """Return the mean loss; of a classifier the cross-entropy in nats.
+    """Return the mean loss; for a classifier the cross-entropy in nats.
 
     Args:
         module: The network; its training flags are restored.
         split: At least one image.
-        batch_size: Images at once; None for as many as are fast.
+        batch_size: Number of images in one call; None for a fast number.
         progress: Receives progress by batch.
 
     Raises:
@@ -89,12 +89,12 @@ def evaluate_loss(
 def image_losses(
     module: nn.Module, split: Split, batch_size: int | None = None, progress: Progress | None = None
 ) -> Tensor:
-    """Return (N,) float64 the loss of each image; of a classifier the cross-entropy in nats.
+    """Return (N,) float64 the loss of each image; for a classifier the cross-entropy in nats.
 
     Args:
         module: The network; its training flags are restored.
         split: At least one image.
-        batch_size: Images at once; None for as many as are fast.
+        batch_size: Number of images in one call; None for a fast number.
         progress: Receives progress by batch.
 
     Raises:
@@ -113,7 +113,7 @@ def image_losses(
 def _outputs(
     module: nn.Module, split: Split, batch_size: int | None, progress: Progress | None, what: str, wanted: Wanted
 ) -> Iterator[tuple[Any, Any]]:
-    """Give checked outputs and targets, batch by batch."""
+    """Yield checked outputs and targets, batch by batch."""
     if len(split) == 0:
         raise DataError(f"Split '{split.name}' must hold at least one image to measure {what} on, it holds none.")
     task = split.objective if wanted == "objective" else split.task

@@ -15,20 +15,20 @@ from compress.model.modes import eval_mode, hooked
 
 
 class MapPairs:
-    """Watches two networks, while entered, and compares their feature maps after each pair of forward passes.
+    """Context manager that records the feature maps of two networks and compares them after both forward passes.
 
-    A map is what a part with convolutions inside gives; it is compared when the part of that name in the other network
-    gives one of the same shape, or of the channels that are left of it. Of parts that give the same tensor the
-    outermost counts.
+    A feature map is the output of a module with convolutions inside. It is compared if the module of the same name in
+    the other network returns the same shape, or the same shape but for removed channels. Of modules that return the
+    same tensor, the outermost counts.
 
     Args:
         student: Network that learns.
-        teacher: Network it is compared with.
+        teacher: Network that the student is compared with.
         split: At least one image, to find the maps with.
-        kept: Part -> (n,) the teacher's channels that are left in the student's map, where some were cut.
+        kept: Module path -> (n,) channels of the teacher's map that the student keeps, if some were removed.
 
     Raises:
-        ModelError: The networks have no such map.
+        ModelError: The networks have no common map.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MapPairs:
         self._hooks = ExitStack()
 
     def difference(self) -> Tensor:
-        """Return the mean over maps of the squared difference, in shares of the teacher's mean square."""
+        """Return the mean over maps of the squared difference, relative to the teacher's mean square."""
         ours, theirs = self._kept
         for name, channels in self._left.items():
             theirs[name] = theirs[name].index_select(1, channels.to(theirs[name].device))
@@ -73,13 +73,13 @@ class MapPairs:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return values of less than 32 bits as float32, others as they are."""
+    """Return values of less than 32 bits as float32, others unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_part: nn.Module, _inputs: object, output: Tensor) -> None:
-        kept[name] = at_least_float32(output.clone())  # what follows may change it in place
+        kept[name] = at_least_float32(output.clone())  # later layers may change it in place
 
     return hook
 
@@ -89,7 +89,7 @@ def _narrowed(shape: tuple[int, ...], kept: Tensor | None) -> tuple[int, ...]:
 
 
 def _maps(network: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what parts with convolutions inside give, for one image; outermost of equal ones."""
+    """Return module path -> shape of its feature map for one image; of equal maps, only the outermost module's."""
     found: dict[int, tuple[str, Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:

@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Defer the first SIGINT inside the block; the yielded function tells whether one came. A second SIGINT interrupts.
+    """Defer the first SIGINT inside the block; the yielded function returns whether it came. A second one interrupts.
 
-    Outside of the main thread, where signals cannot be had, nothing is deferred.
+    Outside of the main thread, which cannot handle signals, nothing is deferred.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -1,14 +1,14 @@
 """Dynamical isometry probe: mean singular value of a network's input-output Jacobian.
 
-A cut lowers the singular values, and training recovers them the faster the larger the learning rate is. The probe says
-how much of them a network has left.
+Pruning lowers the singular values, and training recovers them the faster the larger the learning rate is. The probe
+measures the remaining singular values of a network.
 
     J (outputs x inputs) of one image  --P (m x outputs), orthonormal rows-->  P J  -->  mean of its singular values
 
-With more outputs than `MAX_OUTPUTS` J is projected on as many random directions, the same for all networks with as many
-outputs. The root mean square of the singular values of P J is on average that of J. Their mean is about that root mean
-square, and so larger than the mean of J where its singular values differ much. Values are comparable between networks
-with the same outputs.
+With more outputs than `MAX_OUTPUTS`, J is projected on that many random directions, the same for all networks with
+equally many outputs. On average, the singular values of P J have the root mean square of J's. Their mean is about that
+root mean square, and so larger than the mean of J if J's singular values differ much. Values are comparable between
+networks with the same outputs.
 
 Source: Wang, Qin, Bai and Fu 2021, "Dynamical Isometry: The Missing Ingredient for Neural Network Pruning",
     arXiv:2105.05916. The projection is ours.
@@ -31,7 +31,7 @@ from compress.training.evaluate import run
 IMAGES, FEWEST_IMAGES = 32, 4
 MAX_OUTPUTS = 16  # directions of the output
 MAX_MACS = 1e11  # of one measurement: a few seconds on two cores
-MAX_SCALARS = 2**19  # of all images: depthwise networks take longer than their MACs say
+MAX_SCALARS = 2**19  # of all images: depthwise networks take longer than their MACs suggest
 _MAX_PROJECTION = 2**24  # scalars of the projection
 _BATCH_SCALARS = 2**18
 _SEED = 0
@@ -42,8 +42,8 @@ class Effort:
     """Size of one measurement; the same for all networks that are compared.
 
     Attributes:
-        images: Calibration images.
-        directions: Most directions of the output.
+        images: Number of calibration images.
+        directions: Largest number of output directions.
     """
 
     images: int
@@ -57,8 +57,8 @@ def affordable(macs: int, split: Split) -> Effort | None:
     An image costs one forward pass and a backward pass to the input for each direction.
 
     Args:
-        macs: Of the baseline for one image.
-        split: Has the images.
+        macs: MACs of the baseline for one image.
+        split: Calibration images.
     """
     passes = MAX_MACS / max(1, macs)
     images = max(FEWEST_IMAGES, min(IMAGES, int(passes / (1 + MAX_OUTPUTS)), MAX_SCALARS // _scalars(split)))
@@ -71,17 +71,17 @@ def mean_singular_value(
 ) -> tuple[float | None, str]:
     """Return the mean singular value of the Jacobian of all outputs by the input, over images and directions.
 
-    The network computes in float32 and eval mode; weights and gradients are left as they are. An image has
-    min(directions, outputs, inputs) singular values, of a matrix of (directions or outputs) x inputs.
+    The network computes in float32 and eval mode; weights and gradients do not change. An image has min(directions,
+    outputs, inputs) singular values, of a matrix of (directions or outputs) x inputs.
 
     Args:
         module: The network, on the CPU; each image's outputs must not depend on the others of its batch.
-        split: The images; some of them, spread evenly, are used, and no targets.
-        effort: How many, and how many directions of the output.
+        split: Images, of which an evenly spread part is used; targets are not used.
+        effort: Number of images and of output directions.
         progress: Receives progress by batch.
 
     Returns:
-        The value and ""; or None and the reason.
+        The value and ""; or None and the reason why there is no value.
     """
     wiring = wiring_of(module)
     if wiring is not None and any(spec.dtype != "float32" for spec in wiring.inputs):
@@ -132,11 +132,11 @@ def _image_means(module: nn.Module, images: Tensor, directions: int) -> Tensor:
 
 
 def projection(outputs: int, directions: int) -> Tensor:
-    """Return (m, outputs) orthonormal directions of the output: the unit vectors where they suffice, else random ones.
+    """Return (m, outputs) orthonormal directions of the output: the unit vectors if they suffice, else random ones.
 
     Args:
-        outputs: Scalars that a network returns for one image.
-        directions: Most of them; fewer where outputs are so many that they would not fit into memory.
+        outputs: Number of scalars that a network returns for one image.
+        directions: Largest number of directions; fewer are returned if they would not fit into memory.
     """
     if outputs <= directions:
         return torch.eye(outputs)

@@ -19,16 +19,16 @@ class Learner:
     Args:
         module: Network that learns.
         settings: Optimiser, clipping, averages, precision.
-        hooks: Called in every step, or None.
-        device: Device that the network is to be moved to.
+        hooks: Hooks of a method, called in every step, or None.
+        device: Device that the network will be moved to.
         ranks: The ranks, whose gradients are averaged.
 
     Attributes:
-        module: As given.
-        hooks: As given.
-        optimizer: Of all parameters of the network.
-        moving: Moving average of the weights; None where none is asked for.
-        tail: Average of the weights of the last steps; None where none is asked for.
+        module: Network that learns.
+        hooks: Hooks of a method, or None.
+        optimizer: Optimiser of all parameters of the network.
+        moving: Moving average of the weights; None if not requested.
+        tail: Average of the weights of the last steps; None if not requested.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Learner:
 
     @property
     def averages(self) -> list[WeightAverage]:
-        """The averages of the weights that are asked for."""
+        """Requested averages of the weights."""
         return [average for average in (self.moving, self.tail) if average is not None]
 
     @property
@@ -57,7 +57,7 @@ class Learner:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def give_optimizer(self) -> None:
-        """Hand the optimiser to hooks that change its state; its saved state is loaded by then."""
+        """Pass the optimiser to hooks that change its state, after its saved state is loaded."""
         if isinstance(self.hooks, OptimizerHooks):
             self.hooks.on_optimizer(self.optimizer)
 
@@ -74,11 +74,11 @@ class Learner:
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def end_step(self, step: int, is_in_tail: bool) -> None:
-        """Change the weights by the mean gradients of all ranks.
+        """Update the weights by the mean gradients of all ranks.
 
         Args:
             step: Number of the step, counted from 0.
-            is_in_tail: True lets the new weights into the average of the last steps.
+            is_in_tail: True adds the new weights to the average of the last steps.
         """
         hooks = self.hooks
         learned = [*self.module.parameters(), *(hooks.parameters() if hooks is not None else ())]
@@ -103,10 +103,10 @@ class Learner:
 
         Args:
             step: Number of the last step, counted from 1.
-            total_steps: Of the run.
+            total_steps: Number of steps of the run.
 
         Raises:
-            NonFinite: One is NaN or infinite.
+            NonFinite: A weight is NaN or infinite.
         """
         for name, value in self.module.state_dict().items():
             if not torch.isfinite(value).all():

@@ -1,9 +1,9 @@
 """The training loop: seeded, resumable, with the best epoch chosen on validation.
 
 One call of `fit` is a run of optimiser steps, split into epochs; after each epoch the primary metric is measured on
-the validation split. The whole state is saved atomically after each epoch, every few minutes and on Ctrl-C. Everything
-random depends on the seed, the epoch and the step alone, so a run that was killed resumes from the last state and ends
-with the same weights as an undisturbed one (same thread count, CPU).
+the validation split. The complete state is saved atomically after each epoch, every few minutes and on Ctrl-C. Random
+numbers depend on the seed, the epoch and the step alone. A killed run therefore resumes from the last state and ends
+with the same weights as an undisturbed run (same thread count, CPU).
 
     settings    hyperparameters, number of steps, result
     learner     network, optimiser, averages of the weights: one step
@@ -71,18 +71,18 @@ def fit(
         data: Images to learn from and to choose the epoch on.
         settings: Hyperparameters.
         distillation: Teacher, or None.
-        state_file: File that an interrupted run resumes from; None: not resumable.
+        state_file: File that an interrupted run resumes from; None for a run that cannot resume.
         progress: Receives progress by step and epoch.
-        hooks: Called in each step.
+        hooks: Hooks of a method, called in each step, or None.
 
     Raises:
-        NonFinite: The loss is NaN or infinite; names the step. The last state that was saved stays.
+        NonFinite: The loss is NaN or infinite; the message names the step. The last saved state stays.
         OutOfMemory: A batch does not fit into memory.
-        KeyboardInterrupt: On Ctrl-C, after the step under way was made and the state saved.
+        KeyboardInterrupt: On Ctrl-C, after the present step is finished and the state saved.
         DataError: Labels do not fit the outputs, a split is empty, or batches are too small for batch norm.
-        ModelError: No parameter requires a gradient, or outputs are not what the task needs.
-        ConfigValueError: Images are to be mixed, and the targets are no class indices.
-        StageError: The device is not there, it has no instructions for the precision, or the network cannot be
+        ModelError: No parameter requires a gradient, or outputs do not fit the task.
+        ConfigValueError: Mixup or CutMix is set, but the targets are no class indices.
+        StageError: The device is not available, it has no instructions for the precision, or the network cannot be
             compiled.
         ArtifactError: The saved state belongs to another run.
     """
@@ -96,14 +96,14 @@ def fit(
     finally:
         del run
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()  # the runtime that times the file wants memory as well
+            torch.cuda.empty_cache()  # the runtime that times the file needs memory as well
 
 
 class TrainingRun:
-    """One call of `fit` under way; arguments as there.
+    """State of one call of `fit`; arguments as in `fit`.
 
     Attributes:
-        step: Optimiser steps made.
+        step: Number of finished optimiser steps.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class TrainingRun:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """Keep feature maps for the loss, and let the batch norms of all ranks agree, where that is asked for."""
+        """Record feature maps for the loss, and synchronise batch norms over the ranks, if the settings request it."""
         is_synced = self.settings.sync_batch_norm and self.ranks.size > 1
         synced = synced_batch_norms(self.learner.module, self.ranks) if is_synced else nullcontext()
         with synced, self.loss.watching_maps():
@@ -179,7 +179,7 @@ class TrainingRun:
         self.losses.add(value, self.step)
 
     def _train_epoch(self, is_interrupted: Callable[[], bool]) -> None:
-        """Run one epoch, or the rest of it or of the steps, then measure on validation."""
+        """Run one epoch, or the rest of a started epoch or of the steps, then measure on validation."""
         self.learner.module.train()
         settings, ranks, epoch = self.settings, self.ranks, len(self.epochs.records)
         first = epoch * self.plan.per_epoch
@@ -194,7 +194,7 @@ class TrainingRun:
             done * settings.accumulation,
             (ranks.rank, ranks.size),
         )
-        rank = (ranks.rank,) if ranks.size > 1 else ()  # tells the random numbers of the ranks apart
+        rank = (ranks.rank,) if ranks.size > 1 else ()  # each rank draws its own random numbers
         images_seen, started = 0, time.perf_counter()
         with (
             torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]),
@@ -226,7 +226,7 @@ class TrainingRun:
         )
 
     def _save_when_due(self, is_interrupted: bool, is_due: bool = False) -> None:
-        """Save the state when it is time to; end the run after Ctrl-C in any of the processes."""
+        """Save the state if it is due; end the run after Ctrl-C on any rank."""
         is_due = is_due or time.monotonic() - self.saved_at >= 60 * self.settings.save_minutes
         is_interrupted, is_due = (votes > 0 for votes in self.ranks.total([float(is_interrupted), float(is_due)]))
         if self.state_file is not None and (is_interrupted or is_due):
@@ -237,7 +237,7 @@ class TrainingRun:
             raise KeyboardInterrupt
 
     def _save(self, file: StateFile) -> None:
-        """Write everything that a later process resumes from; rank 0 does it for all."""
+        """Write everything that a later process resumes from, on rank 0."""
         self.losses.read(self.step)
         self.learner.require_finite_weights(self.step, self.plan.total)
         self.saved_at = time.monotonic()
@@ -246,7 +246,7 @@ class TrainingRun:
             file.write({**run, **self.learner.state_dict(), **self.epochs.state_dict()})
 
     def _restore(self) -> None:
-        """Resume from the saved state, if there is one, on all ranks at the same step."""
+        """Resume from the saved state, if there is one; raise ArtifactError if ranks resume at different steps."""
         if self.state_file is not None:
             self._load(self.state_file)
         others = self.ranks.total([self.step])[0] - self.step
@@ -321,7 +321,7 @@ def _require_trainable(module: nn.Module, data: TrainingData, settings: FitSetti
 
 @contextmanager
 def _translated_errors(batch_size: int) -> Iterator[None]:
-    """Name the remedy where memory runs out or torch cannot compile the network."""
+    """Raise errors that name the remedy if memory runs out or torch cannot compile the network."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -339,7 +339,7 @@ def _translated_errors(batch_size: int) -> Iterator[None]:
 
 
 def _grouped(batches: Iterator[Batch], each: int, count: int) -> Iterator[list[Batch]]:
-    """Yield `count` lists of `each` batches; the last may be shorter, and there are fewer where none is left."""
+    """Yield `count` lists of `each` batches; the last list may be shorter, and there are fewer if batches run out."""
     for _ in range(count):
         if several := list(islice(batches, each)):
             yield several

@@ -1,4 +1,4 @@
-"""Losses of training: of one batch, with label smoothing, mixed images and distillation; and of the steps so far."""
+"""Losses of training: the loss of one batch, with mixed images and distillation, and a log of the steps' losses."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +17,22 @@ from compress.training.mixing import mixed, mixed_loss
 from compress.training.settings import Distillation, FitSettings, learning_rate
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SHOWN = 20  # losses that the progress bar shows the mean of
+_SHOWN = 20  # number of losses whose mean the progress bar shows
 
 
 class BatchLoss:
-    """Loss of one batch: that of the training task, or a mean of it and the distance to a teacher.
+    """Loss of one batch: the loss of the training task, or its mean with the distance to a teacher.
 
     Args:
         module: Network that learns.
-        train: Training split on the CPU; has the task and at least one image.
+        train: Training split on the CPU, with the task and at least one image.
         settings: Smoothing, mixing, precision, compilation.
         distillation: Teacher, or None.
         device: Device that the network computes on.
         memory_format: Memory format of the images.
 
     Raises:
-        ModelError: Feature maps are to be compared, and the two networks have none in common.
+        ModelError: Feature maps are to be compared, but the two networks have no common map.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class BatchLoss:
 
         Args:
             images: (N, C, H, W) or (N, H, W, C).
-            targets: Of the training task.
+            targets: Targets of the training task.
             is_first: True checks outputs and targets, as in the first step of a run.
 
         Raises:
             DataError: Targets do not fit the outputs, or the batch is too small for batch norm.
-            ModelError: Outputs are not what the task needs, or not those of the teacher in shape.
+            ModelError: Outputs do not fit the task, or differ in shape from the teacher's.
         """
         if images.ndim == 4:
             images = images.contiguous(memory_format=self._memory_format)
@@ -74,11 +74,11 @@ class BatchLoss:
         return hard if self._distillation is None else self._distilled(hard, outputs, images, self._distillation)
 
     def watching_maps(self) -> AbstractContextManager[object]:
-        """Return a context manager in which feature maps are kept, where they are part of the loss."""
+        """Return a context manager that records feature maps, if they are part of the loss."""
         return nullcontext() if self._maps is None else self._maps
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context manager in which the forward pass computes in the precision asked for."""
+        """Return a context manager for the forward pass in the requested precision."""
         precision = self._settings.precision
         return torch.autocast(self._device.type, _DTYPES[precision], enabled=precision != "fp32")
 
@@ -96,14 +96,14 @@ class BatchLoss:
             ) from error
 
     def _task_loss(self, outputs: Any, targets: Any, share: Tensor) -> Tensor:
-        """Return the loss of the training task; `share`, (N,) on the CPU, is the part of each image's neighbour."""
+        """Return the loss of the training task; `share`, (N,) on the CPU, is the neighbour's share of each image."""
         smoothing = self._settings.label_smoothing
         if share.any():
             return mixed_loss(outputs, targets, share, smoothing)
         return self._task.training_loss(outputs, targets, smoothing)
 
     def _distilled(self, hard: Tensor, outputs: Any, images: Tensor, distillation: Distillation) -> Tensor:
-        """Return the mean of the task's loss and the distance to the teacher's outputs, plus that of feature maps."""
+        """Return the weighted mean of task loss and distance to the teacher's outputs, plus the feature-map loss."""
         weight, teacher = distillation.weight, distillation.teacher
         with torch.no_grad(), self.autocast():
             taught = plain(teacher(images), getattr(teacher, "output_names", ()))
@@ -119,7 +119,7 @@ class BatchLoss:
 
 
 def loss_sync_interval(device: torch.device) -> int:
-    """Return the steps between loss readbacks; reading a loss blocks until the GPU has finished the step."""
+    """Return the number of steps between loss readbacks; a readback blocks until the GPU has finished the step."""
     return 1 if device.type == "cpu" else 20
 
 
@@ -127,11 +127,11 @@ class LossLog:
     """Losses of the steps of the present epoch, averaged over the ranks and checked to be finite.
 
     Args:
-        settings: Have the learning rates, which are drawn beside the losses.
-        total_steps: Of the run.
-        interval: Steps between loss readbacks.
+        settings: Settings with the learning rates, which the curves show beside the losses.
+        total_steps: Number of steps of the run.
+        interval: Number of steps between loss readbacks.
         ranks: The ranks.
-        curve: Draws the values of a step.
+        curve: Function that draws the values of a step.
 
     Attributes:
         values: Losses that were read back.
@@ -151,14 +151,14 @@ class LossLog:
         self._unread: list[Tensor] = []
 
     def check_in_step(self, value: Tensor, step: int) -> None:
-        """Check the loss of the step under way, where every loss is read back.
+        """Check the loss of an unfinished step, if every loss is read back.
 
         Args:
-            value: Loss of its batches so far.
+            value: Loss of the step's batches so far.
             step: Number of the step, counted from 1.
 
         Raises:
-            NonFinite: It is NaN or infinite.
+            NonFinite: The loss is NaN or infinite.
         """
         if self.interval == 1:
             self._require_finite(self._mean([value.item()]), step)
@@ -176,7 +176,7 @@ class LossLog:
             step: Number of the last of these steps, counted from 1.
 
         Raises:
-            NonFinite: One is NaN or infinite; names its step.
+            NonFinite: A loss is NaN or infinite; the message names its step.
         """
         if not self._unread:
             return
@@ -189,7 +189,7 @@ class LossLog:
         self.values += values
 
     def fields(self) -> dict[str, str]:
-        """Return the mean of the last losses as the progress bar shows it; nothing before the first."""
+        """Return the mean of the last losses for the progress bar; empty before the first loss."""
         recent = self.values[-_SHOWN:]
         return {"loss": f"{sum(recent) / len(recent):.3f}"} if recent else {}
 

@@ -1,7 +1,7 @@
-"""Memory format of feature maps: channels-last where a network computes the same in it, which is faster on a CPU.
+"""Memory format of feature maps: channels-last, which is faster on a CPU, if a network computes the same in it.
 
-Channels-last is a format of tensors with four axes: weights and buffers with five, of 3-D convolutions or a user's own,
-stay contiguous in a network whose others are channels-last.
+Channels-last is a format of tensors with four axes. Weights and buffers with five axes, as of 3-D convolutions, stay
+contiguous in a channels-last network.
 """
 
 import copy
@@ -24,7 +24,7 @@ _IMAGE_AXES = 4
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """Bring the weights and buffers of four axes into a memory format, in place; the others are left as they are.
+    """Bring the weights and buffers of four axes into a memory format, in place; others do not change.
 
     Args:
         module: Any network; its parameters stay the same objects, also where layers share them.
@@ -36,11 +36,11 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
 
 
 def set_common_format(modules: Sequence[nn.Module], split: Split) -> torch.memory_format:
-    """Bring networks that read the same images into the format that all are fastest in; contiguous where they differ.
+    """Bring networks that read the same images into their common fastest format; contiguous if they differ.
 
     Args:
         modules: The networks, changed in place.
-        split: Images that they can read.
+        split: Images that the networks can read.
     """
     formats = {fastest_memory_format(module, split) for module in modules}
     memory_format = formats.pop() if len(formats) == 1 else torch.contiguous_format
@@ -50,19 +50,19 @@ def set_common_format(modules: Sequence[nn.Module], split: Split) -> torch.memor
 
 
 def fastest_memory_format(module: nn.Module, split: Split) -> torch.memory_format:
-    """Return channels-last where the network computes the same in it, else contiguous.
+    """Return channels-last if the network computes the same in it, else contiguous.
 
-    Tried are a call in eval mode and one in training mode, with images of either format: a `.view` of a feature map
-    fails in channels-last, and code that reads memory in its order gives something else.
+    The check runs the network in eval mode and in training mode, on images of either format. A `.view` of a feature map
+    fails in channels-last, and code that depends on the memory order computes other values.
 
     Args:
-        module: The network; left as it is.
-        split: Images that it can read.
+        module: The network, not modified.
+        split: Images that the network can read.
     """
     images = next((images for images, _ in evaluation_batches(split.first(2), 2, "nothing")), torch.empty(0))
     if images.ndim != _IMAGE_AXES:
         return torch.contiguous_format
-    # the network's code may raise anything; what is wrong in both formats is found later
+    # the network's code may raise anything; an error in both formats is found later
     is_same = attempt(lambda: _is_same_channels_last(module, images), lambda _: False)
     return torch.channels_last if is_same else torch.contiguous_format
 
@@ -80,13 +80,13 @@ def _is_same_channels_last(module: nn.Module, images: Tensor) -> bool:
 
 
 def _call(module: nn.Module, images: Tensor, training: bool) -> Any:
-    """Return what a network returns; random numbers drawn by it do not count."""
+    """Return the outputs of a network; the global random state does not change."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), eval_mode(module):
         return module.train(training)(images)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """Return a network that a trial is not noticed by: hooks belong to the training around it."""
+    """Remove the hooks of a network, so that the training around a trial does not notice it."""
     for part in module.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
@@ -100,7 +100,7 @@ def _are_close(found: Any, wanted: Any) -> bool:
 
 @contextmanager
 def in_fastest_memory_format(module: nn.Module, split: Split) -> Iterator[torch.memory_format]:
-    """Keep a network's weights in the format that it runs fastest in, and say which; contiguous again at the end."""
+    """Keep a network's weights in its fastest format within the context, and yield that; contiguous afterwards."""
     found = fastest_memory_format(module, split)
     set_memory_format(module, found)
     try:

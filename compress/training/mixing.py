@@ -8,15 +8,15 @@ from compress.data.batches import Augmentation
 
 
 def mixed(images: Tensor, augmentation: Augmentation, layout: str = "NCHW") -> tuple[Tensor, Tensor]:
-    """Mix each image with its neighbour in the batch; where both ways are asked for, a coin decides for the batch.
+    """Mix each image with its neighbour in the batch; if both ways are on, each batch draws one of them.
 
     Args:
         images: (N, C, H, W) or (N, H, W, C).
-        augmentation: With the alphas of `mixup` and `cutmix`; 0 is off.
-        layout: Which of the two.
+        augmentation: Settings with the alphas of `mixup` and `cutmix`; 0 is off.
+        layout: "NCHW" or "NHWC".
 
     Returns:
-        The images, and (N,) the shares of the neighbours in them, on the CPU; all 0 where nothing is mixed.
+        The images, and (N,) the shares of the neighbours in them, on the CPU; all 0 if nothing is mixed.
 
     Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412, with a share for each
         pair; Yun et al. 2019, "CutMix", arXiv:1905.04899.
@@ -39,9 +39,9 @@ def mixed_loss(outputs: Tensor, labels: Tensor, share: Tensor, smoothing: float)
 
     Args:
         outputs: (N, K) logits.
-        labels: (N,) of the images themselves.
-        share: (N,) how much of each image is its neighbour's, and so how much its neighbour's label counts.
-        smoothing: Of labels.
+        labels: (N,) labels of the images before mixing.
+        share: (N,) share of the neighbour in each image, and so the weight of the neighbour's label.
+        smoothing: Label smoothing, in [0, 1).
     """
     own, other = (
         F.cross_entropy(outputs, wanted, label_smoothing=smoothing, reduction="none")
@@ -51,12 +51,12 @@ def mixed_loss(outputs: Tensor, labels: Tensor, share: Tensor, smoothing: float)
 
 
 def _with_rectangles(images: Tensor, area: float, down: int) -> tuple[Tensor, Tensor]:
-    """Put a rectangle of the neighbour into each image, at the same place in all of a batch.
+    """Put a rectangle of the neighbour into each image, at the same position in the complete batch.
 
     Args:
         images: The batch.
-        area: Share of the image that the rectangle has before it is cut off at the borders.
-        down: The axis of the height; that of the width follows.
+        area: Share of the image that the rectangle covers, before clipping at the borders.
+        down: Axis of the height; the axis of the width follows it.
     """
     where, share = [slice(None)] * images.ndim, 1.0
     for axis in (down, down + 1):

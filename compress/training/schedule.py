@@ -11,12 +11,12 @@ def schedule(step: int, total_steps: int, warmup_ratio: float, name: str = "cosi
     """Return the learning rate at `step` as a share of its peak.
 
     With `start` the run is the tail of a longer schedule: its steps are the last ones of `total_steps / (1 - start)`,
-    rounded. Warm-up and milestones are those of the longer schedule; what of them lies before the tail is skipped.
+    rounded. Warm-up and milestones follow the longer schedule; the part before the tail is skipped.
 
     Args:
-        step: Counted from 0.
-        total_steps: Of the run.
-        warmup_ratio: Share of them over which the rate rises.
+        step: Number of the step, counted from 0.
+        total_steps: Number of steps of the run.
+        warmup_ratio: Share of the steps over which the rate rises.
         name: "cosine": a line up, a cosine down to 0. "one_cycle": a cosine up from 1/25 of the peak and one down to 0.
             "step": a line up, then a tenth from half of the steps on and a hundredth from three quarters.
         start: Share of the schedule, in [0, 1), that lies before the first step.
@@ -43,12 +43,12 @@ def schedule(step: int, total_steps: int, warmup_ratio: float, name: str = "cosi
 
 
 def peak_from_original(learning_rate: float, original_epochs: float, epochs: float) -> float:
-    """Return the peak to fine-tune with: that of the original training, 0.3 of it where there is little time.
+    """Return the peak to fine-tune with: the original peak, or 0.3 of it for a short fine-tuning.
 
     Args:
         learning_rate: Peak of the original training.
-        original_epochs: How long that was.
-        epochs: How long the fine-tuning is; from 30 % of the original on it is not short.
+        original_epochs: Epochs of the original training.
+        epochs: Epochs of the fine-tuning; less than 30 % of the original is short.
 
     Source: Renda et al. 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv:2003.02389: the
         original rates bring back more than the small one that a training ended with. The share for short runs is ours.

@@ -32,10 +32,10 @@ class Distillation:
     Attributes:
         teacher: Network in eval mode with the same classes.
         weight: Share of the loss, in [0, 1], that comes from the teacher's outputs.
-        temperature: Divides both logits before the softmax.
-        features: Weight of the mean relative squared difference of feature maps, where both networks have one of the
-            same name and shape (as the hints of Romero et al. 2015, arXiv:1412.6550, without their regressor).
-        kept: Module path -> (n,) channels of the teacher's map that the network still has, where some were removed.
+        temperature: Divisor of both networks' logits before the softmax.
+        features: Weight of the mean relative squared difference of feature maps that both networks have under the same
+            name and shape (as the hints of Romero et al. 2015, arXiv:1412.6550, without their regressor).
+        kept: Module path -> (n,) channels of the teacher's map that the network keeps, if some were removed.
     """
 
     teacher: nn.Module
@@ -52,29 +52,29 @@ class FitSettings:
     Attributes:
         epochs: Passes over the training split; may be a fraction. Ignored when `steps` is given.
         steps: Optimiser steps; None counts them from `epochs`.
-        batch_size: Images a batch, of which a step takes `accumulation`.
+        batch_size: Images per batch; a step takes `accumulation` batches.
         learning_rate: Peak of the schedule.
-        momentum: Of SGD with Nesterov's correction.
+        momentum: Momentum of SGD, with Nesterov's correction.
         weight_decay: L2 factor on every parameter; with "adamw" decoupled from the gradient.
         warmup_ratio: Share of the steps, in [0, 1), over which the rate rises.
-        label_smoothing: In [0, 1).
+        label_smoothing: Label smoothing, in [0, 1).
         augmentation: Random changes of training images.
-        seed: Decides order, augmentation and the random numbers of the network.
+        seed: Seed of the order, the augmentation and the random numbers of the network.
         keep: "best" returns the epoch that is best on validation, or the last one that is not shown to be worse (exact
             McNemar test, of classifiers), "last" the final one.
-        compiled: True sends the forward pass through `torch.compile` (needs a C++ compiler).
+        compiled: True runs the forward pass through `torch.compile` (needs a C++ compiler).
         optimizer: "sgd" with Nesterov momentum, or "adamw".
-        schedule: As `compress.training.schedule.schedule` calls it.
+        schedule: Name of the schedule, as in `compress.training.schedule.schedule`.
         schedule_start: Share of that schedule, in [0, 1), that lies before the first step.
         gradient_clip: Largest norm of all gradients together; None is off.
-        accumulation: Batches a step; their gradients are averaged. Batch norm sees one batch at a time.
-        ema: Decay of the moving average of the weights that is measured and returned in their place; 0 is off.
+        accumulation: Batches per step; their gradients are averaged. Batch norm sees one batch at a time.
+        ema: Decay of the moving average of the weights, which is measured and returned instead of them; 0 is off.
         average_ratio: Share of the steps, at the end, whose weights are averaged; with batch-norm statistics measured
             again, that average is one more candidate. 0 is off.
         precision: "fp32"; or "bf16", "fp16": convolutions and linear layers compute in it, weights stay float32.
-        device: "cpu", "cuda", or "auto" for the GPU where there is one.
-        sync_batch_norm: True normalises by the statistics of the whole batch, not of the part that each rank has.
-        save_minutes: Longest time between two saved states; there is one after each epoch anyway.
+        device: "cpu", "cuda", or "auto" for the GPU if torch sees one.
+        sync_batch_norm: True normalises by the statistics of the complete batch, not of each rank's part.
+        save_minutes: Longest time in minutes between two saved states; each epoch also ends with one.
     """
 
     epochs: float = 1.0
@@ -109,9 +109,9 @@ class EpochRecord:
     Attributes:
         epoch: Counted from 1.
         loss: Mean training loss.
-        validation: The primary metric on the validation split; of a classifier top-1, in [0, 1].
-        learning_rate: At the end of the epoch.
-        images_per_second: While training, without validation.
+        validation: The primary metric on the validation split; for a classifier top-1, in [0, 1].
+        learning_rate: Learning rate at the end of the epoch.
+        images_per_second: Training speed, without validation.
     """
 
     epoch: int
@@ -133,11 +133,11 @@ class FitResult:
     """Result of a training run.
 
     Attributes:
-        epochs: One record each.
-        chosen_epoch: The epoch whose weights the module now holds; the last one where it holds the average.
-        steps: Optimiser steps.
-        averaged: The primary metric, on the validation split, of the average of the last steps; None without.
-        is_averaged: True where the module holds that average.
+        epochs: Record of each epoch.
+        chosen_epoch: The epoch whose weights the module now holds; the last epoch if it holds the average.
+        steps: Number of optimiser steps.
+        averaged: The primary metric of the average of the last steps, on the validation split; None without average.
+        is_averaged: True if the module holds that average.
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -151,8 +151,8 @@ class StepPlan(NamedTuple):
     """Numbers of optimiser steps.
 
     Attributes:
-        per_epoch: Of a full epoch.
-        total: Of the run.
+        per_epoch: Steps of a full epoch.
+        total: Steps of the run.
     """
 
     per_epoch: int
@@ -160,16 +160,16 @@ class StepPlan(NamedTuple):
 
     @property
     def epochs(self) -> int:
-        """Epochs of the run; the last may be shorter."""
+        """Number of epochs of the run; the last may be shorter."""
         return math.ceil(self.total / self.per_epoch)
 
     def last(self, share: float) -> int:
-        """Return a share of all steps, at least one."""
+        """Return the number of steps in a share of all steps, at least 1."""
         return max(1, round(share * self.total))
 
 
 def plan_steps(train: Split, settings: FitSettings) -> StepPlan:
-    """Return the optimiser steps of an epoch and of the whole run."""
+    """Return the number of optimiser steps of an epoch and of the run."""
     per_epoch = max(1, batches_per_epoch(train, settings.batch_size) // settings.accumulation)
     return StepPlan(per_epoch, settings.steps or max(1, round(settings.epochs * per_epoch)))
 

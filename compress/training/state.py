@@ -1,6 +1,6 @@
-"""Saved state of a training run: one file with a digest, that is whole or absent.
+"""Saved state of a training run: one file with a digest, which is complete or absent.
 
-STATE_MARK    SHA-256 of the rest    a dictionary, as `torch.save` writes it
+STATE_MARK    SHA-256 of the rest    a dictionary, written by `torch.save`
 """
 
 import hashlib
@@ -28,9 +28,8 @@ class StateFile:
     """File that an interrupted training run resumes from.
 
     Attributes:
-        path: The file.
-        is_kept: True leaves it when the run is done, for a caller with more to do: called again, the run is then at
-            its end at once. Otherwise it is removed.
+        path: Path of the file.
+        is_kept: True keeps the file when the run is done, so that a repeated call ends at once. False removes it.
     """
 
     path: Path
@@ -43,7 +42,7 @@ class StateFile:
             state: Tensors and plain values, with the run's settings under "identity".
 
         Raises:
-            OSError: The file system refuses.
+            OSError: The file cannot be written.
         """
         content = io.BytesIO()  # torch's own writer hides the file system's message behind an error of another kind
         torch.save(state, content)
@@ -53,11 +52,11 @@ class StateFile:
         """Return the saved state; None if the file is missing or damaged.
 
         Args:
-            identity: Settings of this run, which the saved run must have had.
-            warn: Called where the file is damaged.
+            identity: Settings of this run, which the saved run must share.
+            warn: Function called with a message if the file is damaged.
 
         Raises:
-            ArtifactError: The state belongs to another run; names the differences.
+            ArtifactError: The state belongs to another run; the message names the differences.
         """
         if not self.path.is_file():
             return None
@@ -86,7 +85,7 @@ def identify(
     distillation: Distillation | None,
     hooks: TrainingHooks | None,
 ) -> State:
-    """Return the settings that a saved state must have been made with, as plain values by name."""
+    """Return the settings that a saved state must share to be resumed, as plain values by name."""
     free = ("compiled", "device", "save_minutes")  # may change from one start to the next
     values = {key: value for key, value in asdict(settings).items() if key not in free}
     taught = distillation
@@ -105,10 +104,10 @@ def identify(
 
 
 def read_state(path: Path) -> io.BytesIO:
-    """Return the content of a saved state, for `torch.load`, which does not notice changed bits by itself.
+    """Return the content of a saved state for `torch.load`, which does not notice changed bits by itself.
 
     Raises:
-        ValueError: It differs from its digest.
+        ValueError: The content differs from its digest.
     """
     content = path.read_bytes()
     if not content.startswith(STATE_MARK):  # of an older version, which wrote no digest

@@ -11,15 +11,15 @@ _WARMUP = 10
 class WeightAverage:
     """Average of a network's weights and buffers over steps: a moving one, or the mean of all updates.
 
-    A moving average forgets faster in the first steps, so that it is not of the weights before training: what was
-    weighs min(decay, (1 + n) / (10 + n)) after n steps.
+    A moving average forgets faster in the first steps, so that weights from before training soon lose their influence:
+    after n steps the old average has the weight min(decay, (1 + n) / (10 + n)).
 
     Args:
-        module: The network that is trained; it is not changed.
-        decay: In (0, 1); None weighs all updates alike.
+        module: The network in training, not modified.
+        decay: Decay of the moving average, in (0, 1); None weighs all updates alike.
 
     Attributes:
-        module: A copy that holds the average; in eval mode.
+        module: Copy of the network that holds the average, in eval mode.
 
     Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the faster start as in
         TensorFlow's ExponentialMovingAverage; all alike at the end of a run: Izmailov et al. 2018, arXiv:1803.05407.

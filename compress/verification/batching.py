@@ -22,16 +22,16 @@ _WITHIN, _ROUNDED_WITHIN = 1e-3, 0.05  # of the largest output; the latter where
 
 
 def batch_difference(session: Runtime, split: Split) -> float | None:
-    """Return by how much an image alone differs from the same image in a batch, over the largest output.
+    """Return the largest difference of an output between an image alone and in a batch, relative to the largest output.
 
-    In a file with a fixed batch size, an image alone is among copies of itself.
+    With a fixed batch size, copies of the image fill up its batch.
 
     Args:
-        session: Open.
-        split: Images.
+        session: Open runtime of the file.
+        split: Source of the images; at most the first four are compared.
 
     Returns:
-        None where there is nothing to compare: a batch of one, or a split of one image.
+        None for a batch of one, or a split of one image: nothing can be compared.
 
     Raises:
         ModelError, NonFinite: The file fails on the images.
@@ -50,19 +50,19 @@ def batch_difference(session: Runtime, split: Split) -> float | None:
 
 
 def largest_difference(path: Path) -> float:
-    """Return up to which relative difference outputs of a file count as the same."""
+    """Return the relative difference up to which two outputs of a file count as equal."""
     model = load_onnx(path)
     return _ROUNDED_WITHIN if is_half(model) or is_quantized(model) else _WITHIN
 
 
 def quality_batch(session: Runtime, path: Path, split: Split, conditions: Conditions) -> int:
-    """Return how many images to measure quality on at once: those of a call where outputs depend on the batch.
+    """Return the batch size for measuring quality: the deployed one where outputs depend on the batch.
 
     Args:
-        session: The file, open.
-        path: The file.
-        split: Images.
-        conditions: Say how many batch size has.
+        session: Open runtime of the file.
+        path: The .onnx file.
+        split: Images for the comparison.
+        conditions: Conditions of deployment, with its batch size.
     """
     try:
         difference = batch_difference(session, split)
@@ -74,13 +74,13 @@ def quality_batch(session: Runtime, path: Path, split: Split, conditions: Condit
 
 
 def check_batch(session: Runtime, path: Path, split: Split, conditions: Conditions) -> CheckResult:
-    """Check that an image gets the same outputs alone as among others, unless it is deployed alone.
+    """Check that the outputs for an image do not depend on the other images of its batch.
 
     Args:
-        session: The file, open.
-        path: The file.
-        split: Images.
-        conditions: Say how many batch size has.
+        session: Open runtime of the file.
+        path: The .onnx file.
+        split: Images for the comparison.
+        conditions: Conditions of deployment; a dependence passes where the deployed batch size is 1.
     """
     limit = largest_difference(path)
     try:

@@ -1,7 +1,7 @@
 """Blocks of back-to-back calls, the unit of every latency measurement.
 
-A sitting is one opening of a model. In it calls are made in blocks, and the value of the sitting is the median of the
-medians of its blocks. A model is opened in several sittings, since each opening has an offset of its own (0.5 to 1 %).
+A sitting is one opening of a model, in which calls are made in blocks. Its latency is the median of the medians of its
+blocks. A model is opened in several sittings, since the latency of each opening has an offset of its own (0.5 to 1 %).
 
 The part between the two marks stands word for word in `compress/bundle/check.py`, which runs without this package.
 """
@@ -65,10 +65,10 @@ def median_of_blocks(blocks: Sequence[Sequence[float]]) -> float:
 
 
 def alternate(labels: Sequence[str], seed: int) -> Iterator[tuple[str, ...]]:
-    """Yield orders of the labels for ever: a random one, the same reversed, then both turned by one place, and so on.
+    """Yield orders of labels without end: a random order, its reverse, then both rotated by one position, and so on.
 
-    In every two orders each label comes before each other label once. In every 2n orders of n labels each label stands
-    at each place twice, so that none is favoured by its place; then another random order begins.
+    In every two orders each label comes before each other label once. In every 2n orders of n labels each label takes
+    each position twice, so that no label has an advantage. Then another random order begins.
     """
     source = random.Random(seed)
     while True:
@@ -88,11 +88,11 @@ def time_in_blocks(
     """Time several models in rounds, one block of each model a round.
 
     Args:
-        calls: Label -> makes one call.
+        calls: Label -> function that makes one call of the model.
         sizes: Timed calls of a block, one entry a round.
-        orders: Yields the order of the labels for each round.
-        clock: Seconds.
-        on_round: Called after each round.
+        orders: Iterator over the orders of the labels, one order a round.
+        clock: Function that returns the time in seconds.
+        on_round: Function called after each round.
 
     Returns:
         Label -> (rounds, calls) milliseconds.
@@ -112,7 +112,7 @@ def time_in_blocks(
 
 
 def timed_positions(sizes: Sequence[int]) -> list[int]:
-    """Return which of a model's calls in rounds of blocks are timed, counted from its first call.
+    """Return the positions of a model's timed calls among all its calls; the first call of each block is not timed.
 
     >>> timed_positions([2, 3])
     [1, 2, 4, 5, 6]

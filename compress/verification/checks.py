@@ -1,4 +1,4 @@
-"""Checks of a file besides its gates: one function each, returning a CheckResult."""
+"""Checks of an ONNX file besides its gates: one function each, returning a CheckResult."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ BASELINE_WITHIN = 0.002  # another runtime may decide otherwise where two classe
 
 
 def check_structure(model: ModelProto, path: Path, signature: Signature | None, opset: int | None) -> CheckResult:
-    """Check that the file is whole, valid, in inference mode, and has the opset and signature it should have.
+    """Check that a file is complete, valid, in inference mode, and has the required opset and signature.
 
     Args:
-        model: The file, read without external data.
-        path: Where it lies.
-        signature: Inputs and outputs it must have; None takes what it has.
-        opset: Version of the default operator set it must have; None takes what it has.
+        model: Model of the file, read without external data.
+        path: The .onnx file.
+        signature: Required inputs and outputs; None accepts any.
+        opset: Required version of the default operator set; None accepts any.
     """
     problems = external_problems(model, path) or tensor_problems(model) or _invalid(path)
     got_opset = default_opset(model)
@@ -76,9 +76,9 @@ def check_macs(counted: int | str, reference: nn.Module, signature: Signature) -
     Products of constants, which do not depend on the input, may be missing: the exporter may compute them beforehand.
 
     Args:
-        counted: MACs of the graph, or why they could not be counted.
+        counted: MACs of the graph, or the reason why they could not be counted.
         reference: The torch network.
-        signature: Its inputs.
+        signature: Inputs of the torch network.
     """
     from compress.cost.macs import count_products  # torch, only where there is a torch reference
     from compress.model.adapter import example_input
@@ -91,9 +91,9 @@ def check_weights(counted: int | str, reference: nn.Module, signature: Signature
     """Check that the graph multiplies by as many weights as the torch network, biases and norms left out.
 
     Args:
-        counted: Weights of the graph's layers, or why they could not be counted.
+        counted: Weights of the graph's layers, or the reason why they could not be counted.
         reference: The torch network.
-        signature: Its inputs.
+        signature: Inputs of the torch network.
     """
     from compress.cost.macs import count_products
     from compress.model.adapter import example_input
@@ -104,21 +104,21 @@ def check_weights(counted: int | str, reference: nn.Module, signature: Signature
 
 
 def check_preprocessing(model: ModelProto, split: Split) -> CheckResult:
-    """Check that images are prepared here as the file says they must be, and that classes have the same names.
+    """Check preprocessing and class names of a split against the metadata of a file.
 
     Args:
-        model: The file; one that says nothing is not held to anything.
-        split: What it is verified on.
+        model: Model with the metadata; the check is skipped where they hold nothing to compare.
+        split: Images that the file is verified on.
     """
     return _compare_preprocessing("preprocessing", model, split)
 
 
 def check_baseline_preprocessing(model: ModelProto, split: Split) -> list[CheckResult]:
-    """Return the same check of the baseline's file, and none where it says nothing.
+    """Return the check of `check_preprocessing` for the baseline's file, or an empty list where it is skipped.
 
     Args:
-        model: The baseline's file, which gets the images that the file itself gets.
-        split: As there.
+        model: Model of the baseline, which runs on the same images as the file.
+        split: Images that both are verified on.
     """
     check = _compare_preprocessing("baseline_preprocessing", model, split)
     return [] if check.status == "skipped" else [check]
@@ -143,18 +143,18 @@ def _compare_preprocessing(name: str, model: ModelProto, split: Split) -> CheckR
 
 
 def _is_prepared(split: Split) -> bool:
-    """Return whether samples are floating-point, so that nothing is known of how they were prepared."""
+    """Return whether samples are floating-point, and so were prepared by code of the user's own."""
     return bool(len(split)) and split.read(np.zeros(1, np.int64)).dtype.kind == "f"
 
 
 def check_baseline(recorded: float, measured: float, images: int, metric: Metric = TOP1) -> CheckResult:
-    """Check that the baseline's file is as good as when it was recorded: else the images or the file are others now.
+    """Check that the baseline's metric agrees with the recorded one; otherwise the images or the file have changed.
 
     Args:
-        recorded: Top-1, or whatever decides, when the baseline was made.
-        measured: The same now.
-        images: That it is measured on.
-        metric: What it is.
+        recorded: Primary metric when the baseline was made.
+        measured: Primary metric now.
+        images: Number of images that it is measured on.
+        metric: Primary metric of the task.
     """
     limit = max(BASELINE_WITHIN, 1.5 / images)
     if not metric.is_share:
@@ -168,7 +168,7 @@ def check_baseline(recorded: float, measured: float, images: int, metric: Metric
 def check_denormals(path: Path) -> CheckResult:
     """Check that no constant is a denormal number, with which a CPU computes many times more slowly.
 
-    Half precision is widened to float32 before a CPU computes, where its smallest numbers are normal ones.
+    A CPU widens half precision to float32, in which the smallest half-precision numbers are normal ones.
     """
     denormal, constants = 0, 0
     with reading_graph(path):
@@ -187,7 +187,7 @@ def check_denormals(path: Path) -> CheckResult:
 
 
 def _floats(model: ModelProto) -> Iterator[np.ndarray]:
-    """Yield the values of each constant in float16, float32 or float64; there are none smaller in other types."""
+    """Yield the values of each constant in float16, float32 or float64."""
     kinds = (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
     for tensor in each_tensor(model):
         if tensor.data_type in kinds:
@@ -202,7 +202,7 @@ def _floats(model: ModelProto) -> Iterator[np.ndarray]:
 
 
 def _check_count(name: str, unit: str, counted: int | str, expected: int, foldable: int) -> CheckResult:
-    """Check a count of the graph against torch's, of which a part may be missing."""
+    """Check a count of the graph against torch's; up to `foldable` of it may be missing in the graph."""
     from compress.cost.macs import counts_agree
 
     if isinstance(counted, str):
@@ -215,10 +215,10 @@ def _check_count(name: str, unit: str, counted: int | str, expected: int, foldab
 
 
 def check_provider(runtime: Runtime, placements: Mapping[str, tuple[str, ...]] | None = None) -> CheckResult:
-    """Check that the open runtime computes on the provider asked for; nodes that it left to others are listed.
+    """Check that an open runtime computes on the requested provider; the detail lists nodes that fell back to others.
 
     Args:
-        runtime: Open.
+        runtime: Open runtime of the file.
         placements: Provider -> the nodes it computes; None where they are not known.
     """
     got = runtime.provider_in_use
@@ -232,7 +232,7 @@ def check_provider(runtime: Runtime, placements: Mapping[str, tuple[str, ...]] |
 
 
 def list_fell_back(asked: str, placements: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return the nodes that other providers than the one asked for compute.
+    """Return the nodes that other providers than the requested one compute.
 
     >>> list_fell_back("GPU", {"GPU": ("Conv a",), "CPU": ("Shape b", "Gather c")})
     ['Shape b', 'Gather c']
@@ -241,7 +241,7 @@ def list_fell_back(asked: str, placements: Mapping[str, tuple[str, ...]]) -> lis
 
 
 def check_parity(result: ParityResult, asked: int, limit: float) -> CheckResult:
-    """Check the largest difference to torch; says the smallest limit that would have passed."""
+    """Check the largest difference to torch; the detail states the smallest limit that would have passed."""
     images = f"{result.samples} images" if result.samples >= asked else f"all {result.samples} images ({asked} asked)"
     detail = (
         f"{images}, mean difference {result.mean_abs:.2g}{say_agreement(result)}; "
@@ -252,7 +252,7 @@ def check_parity(result: ParityResult, asked: int, limit: float) -> CheckResult:
 
 
 def say_agreement(result: ParityResult) -> str:
-    """Return how often the largest output is the same, as a part of a sentence; "" where outputs are not (N, K)."""
+    """Return the top-1 agreement as a part of a sentence; "" where outputs are not (N, K)."""
     return "" if math.isnan(result.top1_agreement) else f", top-1 agrees on {result.top1_agreement:.2%}"
 
 
@@ -260,8 +260,8 @@ def check_edges(differences: Mapping[str, float], limit: float) -> CheckResult:
     """Check the largest difference to torch on unusual inputs.
 
     Args:
-        differences: What was put in -> the largest absolute difference.
-        limit: That of `check_parity`.
+        differences: Description of the input -> the largest absolute difference.
+        limit: Largest difference that passes, as in `check_parity`.
     """
     largest = max(differences.values())
     detail = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
@@ -269,7 +269,7 @@ def check_edges(differences: Mapping[str, float], limit: float) -> CheckResult:
 
 
 def check_evaluation(images: int, value: float, metric: Metric = TOP1) -> CheckResult:
-    """Record that top-1, or whatever decides, was measured, and on how many images."""
+    """Record the primary metric and the number of images it was measured on; fails without images."""
     status = "pass" if images > 0 else "fail"
     detail = f"{metric.words} {metric.show(value)} on {images:,} images"
     return CheckResult("evaluation", status, float(images), None, "images", detail)  # type: ignore[arg-type]

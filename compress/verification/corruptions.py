@@ -1,9 +1,9 @@
 """Common image corruptions (NumPy, SciPy, Pillow), and noise on the network's input.
 
-All of it is numpy, scipy and Pillow, so that a file is judged alike with and without torch. Severities go from 1 to 5;
-what they mean follows Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations", arXiv:1903.12261: their values for CIFAR where images are small, those for ImageNet where they are not.
-Elastic distortion and fog are simpler than theirs.
+The module needs no torch, so that a file is judged alike with and without it. Severities from 1 to 5 follow Hendrycks
+and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", arXiv:1903.12261:
+their values for CIFAR on small images, their values for ImageNet on larger ones. Elastic distortion and fog are simpler
+than in the paper.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def corrupt(name: str, images: np.ndarray, severity: int, seed: tuple[int, ...])
     """Return corrupted images.
 
     Args:
-        name: In `catalog.CORRUPTIONS`.
-        images: (N, H, W, C) uint8; left as they are.
+        name: Name in `catalog.CORRUPTIONS`.
+        images: (N, H, W, C) uint8; not changed in place.
         severity: 1 to 5.
-        seed: Decides everything random; severities draw the same.
+        seed: Seed of all random numbers; every severity draws the same ones.
 
     Returns:
         (N, H, W, C) uint8.
@@ -42,8 +42,8 @@ def add_noise(inputs: np.ndarray, kind: str, level: float, seed: tuple[int, ...]
     Args:
         inputs: float32, after normalisation.
         kind: "uniform": between -level and level; "gaussian": with standard deviation `level`.
-        level: In units of the network's input.
-        seed: Decides the noise.
+        level: Strength of the noise, in units of the network's input.
+        seed: Seed of the noise.
     """
     random = np.random.default_rng([*seed, *kind.encode()])
     if kind == "uniform":
@@ -107,7 +107,7 @@ def _pixelate(images: np.ndarray, severity: int, _random: np.random.Generator) -
 
 
 def _elastic(images: np.ndarray, severity: int, random: np.random.Generator) -> np.ndarray:
-    """Move each pixel by a smooth random field: up to about 1 % to 5 % of the side, waves of an eighth of it."""
+    """Shift each pixel by a smooth random field: up to about 1 % to 5 % of the side, with waves of an eighth of it."""
     from scipy.ndimage import gaussian_filter, map_coordinates
 
     count, height, width, channels = images.shape
@@ -126,7 +126,7 @@ def _elastic(images: np.ndarray, severity: int, random: np.random.Generator) -> 
 
 
 def _fog(images: np.ndarray, severity: int, random: np.random.Generator) -> np.ndarray:
-    """Mix in a light haze that is denser in places: noise of several wavelengths."""
+    """Blend in a light haze of uneven density: noise of several wavelengths."""
     from scipy.ndimage import zoom
 
     share = (0.2, 0.3, 0.4, 0.5, 0.6)[severity - 1]
@@ -169,7 +169,7 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _by_picture(images: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Apply what Pillow does to one picture to each of (N, H, W, C)."""
+    """Apply a Pillow operation to each of (N, H, W, C) images."""
     is_grey = images.shape[-1] == 1
     corrupted = [np.asarray(change(Image.fromarray(image[..., 0] if is_grey else image))) for image in images]
     together: np.ndarray = np.stack(corrupted)

@@ -23,12 +23,13 @@ def judge(estimate: Estimate, limit: float, *, is_least: bool, judge_by: JudgeBy
 
     Args:
         estimate: Measured value, with its interval where one is known.
-        limit: Value that must not be exceeded, or not be fallen short of.
-        is_least: Whether the limit is a least value.
+        limit: Largest allowed value, or the smallest one with `is_least`.
+        is_least: Whether the limit is the smallest allowed value.
         judge_by: "estimate": the value itself must keep the limit. "bound": the limit must be shown to be kept (pass)
             or broken (fail). "significant": the value itself must keep the limit, but only a limit that is shown to be
             broken fails.
-        is_coarse: Whether one image alone weighs more than the limit; a broken limit must then be shown in any case.
+        is_coarse: Whether one image alone weighs more than the limit; only a limit that is shown to be broken then
+            fails.
     """
     sign = -1 if is_least else 1  # a least value is a largest one of the opposite
     kept = sign * estimate.value <= sign * limit + SLACK
@@ -60,8 +61,8 @@ def is_undecided(estimate: Estimate, limit: float) -> bool:
 def images_needed(estimate: Estimate, limit: float, *, compares: bool, is_share: bool) -> int | None:
     """Return the least number of images with which the limit can be decided, rounded up to two digits.
 
-    Half the width of the interval shrinks with the root of the number of images. It must not be more than the distance
-    from the limit to the value; of a comparison, whose value is 0 between equal networks, than the limit itself.
+    Half the width of the interval shrinks with the root of the number of images. It must not exceed the distance from
+    the limit to the value. In a comparison, whose value is 0 between equal networks, it must not exceed the limit.
 
     Args:
         estimate: Measured value with its interval.
@@ -70,8 +71,8 @@ def images_needed(estimate: Estimate, limit: float, *, compares: bool, is_share:
         is_share: Whether the value is a share of images: one image must then not weigh more than the limit.
 
     Returns:
-        None where the limit is decided already, where the interval or the number of images is not known, or where no
-        number of images would do.
+        None where the limit is decided already, where the interval or the number of images is unknown, or where no
+        number of images suffices.
     """
     if estimate.images is None or not is_undecided(estimate, limit):
         return None

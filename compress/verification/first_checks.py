@@ -1,4 +1,4 @@
-"""Checks of a file before any long work: those that need no run of it, and those of its first opening."""
+"""Checks of a file before any long work: static checks without a run, and checks at its first opening."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class StaticChecks:
     """Result of the checks without a run.
 
     Attributes:
-        checks: In the order of the report.
+        checks: Checks in the order of the report.
         counts: MACs, params and weights of the graph; None where they cannot be counted.
     """
 
@@ -88,9 +88,9 @@ class Opening:
     """Result of the first opening.
 
     Attributes:
-        checks: In the order of the report.
+        checks: Checks in the order of the report.
         is_runnable: True where the file can be run on the evaluation images.
-        fell_back: Operators that the provider left to another one; None where that is not known.
+        fell_back: Nodes that another provider computes ("Conv conv1"); None where they are not known.
         details: Values for the report.
     """
 
@@ -105,8 +105,8 @@ def open_files(job: VerificationJob) -> Opening:
 
     Raises:
         DataError: The targets do not fit, or file and baseline have different numbers of classes.
-        ModelError, NonFinite, ArtifactError: The baseline is not for the task, or cannot be opened.
-        RuntimeUnavailable: The provider is not there.
+        ModelError, NonFinite, ArtifactError: The baseline does not fit the task, or cannot be opened.
+        RuntimeUnavailable: The provider is not available.
         ConfigValueError: The batch size is not the file's fixed one.
     """
     before: tuple[CheckResult, ...] = ()
@@ -136,7 +136,7 @@ def open_files(job: VerificationJob) -> Opening:
 
 
 def _open(session: Runtime, job: VerificationJob, before: tuple[CheckResult, ...], classes: int | None) -> Opening:
-    """Check the provider of an open file that is fit for the task, and list the nodes it left to others."""
+    """Check the provider of an open file that fits the task, and list the nodes that fell back to others."""
     session.check_work(len(job.evaluation) + job.conditions.timed_images)
     placements = None
     with suppress(ModelError):  # a file that fails on its input is reported by the checks of its outputs
@@ -157,7 +157,7 @@ def _open(session: Runtime, job: VerificationJob, before: tuple[CheckResult, ...
 
 
 def _check_fitness(session: Runtime, job: VerificationJob) -> int | None:
-    """Check that an open file is for the task and takes the images; return the number of a classifier's classes."""
+    """Check that an open file fits the task and the images; return the number of classes of a classifier."""
     if not isinstance(job.evaluation.task, Classification):
         check_batch_size(session, job.conditions)
         check_task(session, job.evaluation)

@@ -34,29 +34,29 @@ _NONE: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """Limits; None, or a name that is not there, is not checked.
+    """Limits of the verdict; a limit of None, or a name missing in a mapping, is not checked.
 
     Attributes:
         parity: Largest absolute difference to torch on real samples.
         max_drop: "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution", or the metrics
-            of another task -> largest loss against the baseline, as a share (0.01 is one point).
+            of another task -> largest loss against the baseline, as a share (0.01 is one percentage point).
         max_rise: "calibration_error", "excess_error" -> largest gain against the baseline.
         minimum: "top1", "top5", "worst_class", "noise", "corruptions", "shifted" -> smallest share.
         maximum: "calibration_error", "churn", "softmax_distance" -> largest value.
-        max_drop_on: Name of a distribution -> largest loss of top-1 there.
+        max_drop_on: Name of a distribution -> largest loss of top-1 on it.
         max_ratio: "macs", "params", "size", "p50", "p90", "p95", "p99", "cold_start", "memory", "energy" -> largest
-            share of what the baseline has or takes.
+            ratio to the baseline's value.
         max_quantile_ms: "p90", "p95", "p99" -> largest latency.
-        max_macs: For one image.
-        max_params: Trainable scalars.
+        max_macs: Largest number of MACs for one image.
+        max_params: Largest number of scalars in parameters.
         judge_by: Whether the estimate or its interval must keep a limit (`decision_rules.judge`).
-        min_speedup: Baseline latency / slim latency, medians.
-        max_latency_ms: Median latency.
-        max_size_mb: All files of the model, in 10^6 bytes.
-        max_cold_start_ms: Until a session is there, in a new process.
-        max_memory_mb: By how much memory grows with the session, in 10^6 bytes.
-        min_images_per_second: At the batch size where they are most.
-        max_fallback_nodes: Nodes that another provider than the one asked for computes.
+        min_speedup: Smallest ratio of baseline latency to slim latency, medians.
+        max_latency_ms: Largest median latency.
+        max_size_mb: Largest size of all files of the model, in 10^6 bytes.
+        max_cold_start_ms: Longest time until a session is ready in a new process.
+        max_memory_mb: Largest growth of memory with the session, in 10^6 bytes.
+        min_images_per_second: Smallest throughput, at the batch size with the highest.
+        max_fallback_nodes: Largest number of nodes that another provider than the requested one computes.
     """
 
     parity: float = 1e-3
@@ -80,7 +80,7 @@ class Gates:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Names of the checks that the limits ask for, without parity."""
+        """Names of the checks of all limits that are set, without parity."""
         single = ("min_speedup", "max_latency_ms", *_OF_SIZE, *_OF_RESOURCES, "max_fallback_nodes")
         several = {**self._of_quality, "max_ratio": self.max_ratio, "max_quantile_ms": self.max_quantile_ms}
         return (
@@ -104,11 +104,11 @@ class Gates:
         changes: Mapping[str, Estimate] | None,
         metric: Metric = CLASSIFICATION.main,
     ) -> list[CheckResult]:
-        """Return one check for each limit of quality; one that cannot be measured is "skipped" and says why.
+        """Return one check for each limit of quality; "skipped" with the reason for an unknown metric.
 
         Args:
-            own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
-            changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
+            own: Metrics of the file, named as in `metrics.estimate_quality`; None where it could not be measured.
+            changes: Changes against the baseline, named as in `metrics.estimate_changes`; None without a baseline.
             metric: Primary metric; noise and corruptions are judged by it, too.
         """
         found = {**(own or {}), **(changes or {})}
@@ -133,12 +133,12 @@ class Gates:
     def check_speed(
         self, sample: LatencySample | None, ratio: LatencyRatio | None, conditions: str
     ) -> list[CheckResult]:
-        """Return one check for each limit of speed; one that cannot be measured is "skipped" and says why.
+        """Return one check for each limit of speed; "skipped" with the reason for an unknown latency.
 
         Args:
-            sample: The timed calls of the file; None where it could not be timed.
-            ratio: What it takes over what the baseline takes; None without a baseline.
-            conditions: How they were measured, for the sentences: "onnxruntime, 1 thread, batch 1".
+            sample: Timed calls of the file; None where it could not be timed.
+            ratio: Latency of the file / latency of the baseline; None without a baseline.
+            conditions: Conditions of the measurement for the details: "onnxruntime, 1 thread, batch 1".
         """
         checks = []
         if self.min_speedup is not None:
@@ -190,13 +190,13 @@ class Gates:
         found: Resources | None,
         speed: LatencyRatio | None = None,
     ) -> list[CheckResult]:
-        """Return one check for each limit on a share of the baseline's; "skipped" where one of the two is not known.
+        """Return one check for each limit on a ratio to the baseline; "skipped" where one of the values is not known.
 
         Args:
-            slim: Of the file.
-            baseline: Of the baseline.
-            found: What else was measured; None where resources were not looked at.
-            speed: Latency of the file / latency of the baseline, which `p50` is held to.
+            slim: Metrics of the file.
+            baseline: Metrics of the baseline.
+            found: Measured resources; None where they were not measured.
+            speed: Latency of the file / latency of the baseline, used for `p50`.
         """
         checks = []
         for name, limit in self.max_ratio.items():
@@ -219,8 +219,8 @@ class Gates:
         """Return one check for each limit of start, memory and throughput; "skipped" where that was not measured.
 
         Args:
-            found: What was measured; None where resources were not looked at.
-            label: Of the file among them.
+            found: Measured resources; None where they were not measured.
+            label: Label of the file in them.
         """
         checks = []
         for name, unit in _OF_RESOURCES.items():
@@ -237,10 +237,10 @@ class Gates:
         return checks
 
     def check_fallback(self, fell_back: Sequence[str] | None) -> list[CheckResult]:
-        """Return the check of how many nodes fell back, if there is a limit.
+        """Return the check of the number of nodes that fell back, if there is a limit.
 
         Args:
-            fell_back: The nodes that another provider computes; None where that is not known.
+            fell_back: Nodes that another provider computes; None where they are not known.
         """
         limit = self.max_fallback_nodes
         if limit is None:
@@ -254,7 +254,7 @@ class Gates:
     def _check(
         self, name: str, estimate: Estimate, limit: float, *, is_least: bool, unit: str = "share"
     ) -> CheckResult:
-        """Hold an estimate to its limit; where noise decides, tell so and how many images would do."""
+        """Compare an estimate with its limit; where noise decides, the detail states the number of images needed."""
         is_share, compares = unit == "share", name.startswith(("max_drop", "max_rise"))
         coarse = is_share and not is_least and is_coarse(estimate, limit)
         status = judge(estimate, limit, is_least=is_least, judge_by=self.judge_by, is_coarse=coarse)
@@ -276,7 +276,7 @@ class Gates:
 
 
 def _why_missing(kind: str, name: str, own: Mapping[str, Estimate] | None, found: Mapping[str, Estimate] | None) -> str:
-    """Return why a metric is not known; `found` is None where it compares and there is no baseline."""
+    """Return the reason why a metric is not known; `found` is None for a comparison without a baseline."""
     if own is None:
         return "quality of the file could not be measured"
     if found is None:
@@ -306,7 +306,7 @@ def _metric_of(name: str, metrics: ModelMetrics | None, found: Resources | None,
 
 
 def _describe(ratio: LatencyRatio, where: str) -> str:
-    """Return how a ratio of latencies was measured, and the baseline against itself."""
+    """Return the conditions of a ratio of latencies, and the ratio of the baseline to itself."""
     said = f"{_sittings(ratio.sittings)} side by side ({where})"
     if ratio.sittings == 1:
         said += "; opening takes too long for more, so the interval is a wide guess"
@@ -318,7 +318,7 @@ def _sittings(count: int) -> str:
 
 
 def _of_resource(found: Resources, name: str, label: str) -> Estimate | None:
-    """Return what a limit of resources is held against; None where it was not measured."""
+    """Return the measured value for a limit of resources; None where it was not measured."""
     if name == "max_cold_start_ms" and label in found.cold_start_ms:
         return Estimate(found.cold_start_ms[label], detail="until a session is there, in a new process, median")
     if name == "max_memory_mb" and label in found.peak_memory_bytes:

@@ -27,22 +27,22 @@ class VerificationJob:
 
     Attributes:
         path: The .onnx file.
-        evaluation: Images that the metrics are measured on, all of them.
+        evaluation: Split that the metrics are measured on, with all its images.
         conditions: Runtime, provider, threads and batch size.
         gates: The limits.
         scope: Optional measurements.
-        signature: Inputs and outputs the file must have; None takes those it has.
-        opset: Operator set the file must have; None takes the one it has.
+        signature: Required inputs and outputs of the file; None accepts any.
+        opset: Required operator set of the file; None accepts any.
         reference: Torch network that the file must equal; without one, parity and the comparison of MACs are skipped
             and not required.
         baseline_onnx: The baseline's export; it runs on the same images, and its latency is measured side by side with
             the file's.
         baseline_metrics: The baseline's size and MACs; counted in `baseline_onnx` when None.
-        float_onnx: The float file that a quantised one was made from: it must equal `reference` in the quantised one's
-            place, and the two are compared.
+        float_onnx: Float file that a quantised one was made from. Instead of the quantised file it must equal
+            `reference`, and the two files are compared.
 
     Raises:
-        ConfigValueError: There are no labels and no baseline either.
+        ConfigValueError: There are neither labels nor a baseline.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class VerificationJob:
 
     @property
     def fitness(self) -> str:
-        """Name of the check that the file is for the task at all."""
+        """Name of the check that the file fits the task."""
         return "classifier" if isinstance(self.evaluation.task, Classification) else "task"
 
     def open(self, *, all_cores: bool = False) -> Runtime:

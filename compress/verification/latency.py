@@ -2,7 +2,7 @@
 
 Models are opened anew in several sittings, in alternating order, and timed in blocks of back-to-back calls
 (`verification/call_blocks.py`). The ratio of a sitting is one observation; the interval is taken over the sittings.
-Why it is done so: docs/decisions/020-latency-over-reopened-sittings.md.
+The reasons: docs/decisions/020-latency-over-reopened-sittings.md.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from compress.verification.call_blocks import (
 )
 from compress.verification.runtimes.base import Runtime
 
-FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer say nothing about it
+FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer calls do not determine the quantile
 AGAIN = " (opened again)"  # ends the label of the model that is compared with itself
-_CALLS_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter for each of the repeats asked for
+_CALLS_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter: fewest and most calls for each requested repeat
 _MORE_TIMES = 3
 _PRECISE = 0.01
 _SPREAD, _PAUSE_S = 6, 3.0
@@ -46,8 +46,8 @@ class Stopwatch:
     """Source of time.
 
     Attributes:
-        clock: Seconds from any start.
-        wait: Lets a number of seconds pass.
+        clock: Function that returns the seconds since an arbitrary start.
+        wait: Function that sleeps for a number of seconds.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -59,9 +59,9 @@ class Calls:
     """Calls of each model.
 
     Attributes:
-        warmup: Untimed calls after the first opening; fewer of slow models after the next ones.
-        repeats: Timed calls, at least 1. Fast models get up to five times as many; slow ones that are compared a
-            fifth.
+        warmup: Untimed calls after the first opening; slow models get fewer after later openings.
+        repeats: Timed calls, at least 1. Fast models get up to five times as many, slow models in a comparison down to
+            a fifth.
     """
 
     warmup: int
@@ -89,8 +89,8 @@ class LatencySample:
     def p50_interval(self) -> tuple[float, float]:
         """The interval in which the median lies with 95 % confidence, whatever the distribution of the sittings.
 
-        From six sittings on it follows from their ranks. Fewer can show no 95 % that way: Student's t on the
-        logarithms widens their range. One alone says nothing of the next, so its value is taken to be 5 % off.
+        For six or more sittings it follows from their ranks. Ranks of fewer sittings reach no 95 %, so Student's t on
+        the logarithms widens the range. A single sitting gets 5 % to either side.
         """
         values = self.sittings or self.milliseconds
         if len(self.sittings) == 1:
@@ -102,7 +102,7 @@ class LatencySample:
         return min(low, math.exp(middle - half)), max(high, math.exp(middle + half))
 
     def to_metrics(self) -> dict[str, float]:
-        """Return {"p50", "p90", "p95", "p99"}, as far as there are calls enough to know them."""
+        """Return "p50", "p90", "p95", "p99" -> milliseconds; quantiles with too few calls are left out."""
         slow = {
             name: float(np.quantile(self.milliseconds, int(name[1:]) / 100))
             for name, fewest in FEWEST_CALLS.items()
@@ -117,9 +117,9 @@ class LatencyRatio:
 
     Attributes:
         value: Geometric mean of the ratios of the sittings.
-        low: Lower end of the interval in which it lies with 95 % confidence.
-        high: Upper end.
-        error: Standard error of its logarithm, which is nearly its relative error.
+        low: Lower end of the 95 % confidence interval of `value`.
+        high: Upper end of that interval.
+        error: Standard error of the logarithm of `value`, which is nearly its relative error.
         sittings: Observations behind the interval; 1 where opening the models takes too long for more.
         control: Ratio of the second model to a second opening of itself in the same sittings; None if not measured.
     """
@@ -160,15 +160,15 @@ def measure_latency(
     Args:
         sessions: Label -> open runtime.
         inputs: Label -> inputs of that runtime; checked once, before any call.
-        warmup: Untimed calls of each.
-        repeats: Timed calls of each, at least 1; `call_blocks.plan_blocks` divides them into blocks.
+        warmup: Untimed calls of each model.
+        repeats: Timed calls of each model, at least 1; `call_blocks.plan_blocks` divides them into blocks.
         progress: Receives progress by round.
 
     Returns:
-        Label -> its calls.
+        Label -> timed calls.
 
     Raises:
-        DataError: There is nothing to measure, or no call to make.
+        DataError: There is no model, or no call to make.
         ModelError: Inputs do not fit, or a network fails on them.
     """
     _require_calls(len(sessions), repeats)
@@ -197,21 +197,21 @@ def compare_latency(
     """Time one model, or two side by side, in sittings for which they are opened anew.
 
     There are six sittings, and up to three times as many until the ratio is known to 1 %. Fewer are made where opening
-    takes long. A machine keeps the same speed for seconds, and not every network changes with it alike: a ratio that
-    is close to its limit is measured in six more sittings with pauses, and the sittings before them count as one.
+    takes long. A machine keeps the same speed for seconds, and its changes do not affect every network alike. So a
+    ratio close to its limit is measured in six more sittings with pauses, and the earlier sittings count as one.
 
     Args:
-        models: Label -> makes its runtime, not opened yet. The first is compared with the second.
-        feed: Returns the inputs of an open runtime; asked once for each model.
+        models: Label -> function that makes the runtime, not opened yet. The first is compared with the second.
+        feed: Function that returns the inputs of an open runtime; called once for each model.
         calls: Untimed and timed calls of each model.
         progress: Receives progress by sitting.
         has_control: True opens the second model once more in each sitting and compares it with itself. The interval of
-            the ratio is then never narrower than that of this A/A ratio, and holds its distance from 1.
-        is_close: Returns True for a ratio that is close to its limit.
+            the ratio is then at least as wide as the interval of this A/A ratio, and as its distance from 1.
+        is_close: Function that returns True for a ratio close to its limit.
         stopwatch: Source of time.
 
     Raises:
-        DataError: There is nothing to measure, or no call to make.
+        DataError: There is no model, or no call to make.
         ModelError: Inputs do not fit, or a network fails on them.
         ArtifactError, RuntimeUnavailable: A model cannot be opened.
     """
@@ -241,9 +241,9 @@ class _Sittings:
     """Sittings of the same models, one after the other.
 
     Attributes:
-        asked: Calls of each model, over all sittings.
+        asked: Requested calls of each model, over all sittings.
         wanted: Sittings to make at a time; known from the first opening on.
-        calls: Timed calls of each model in a sitting; known from the first one on.
+        calls: Timed calls of each model in a sitting; known from the first sitting on.
         found: One entry a sitting: label -> (rounds, calls) milliseconds.
     """
 
@@ -277,7 +277,7 @@ class _Sittings:
             number += 1
 
     def _sit(self) -> None:
-        """Open every model, warm it up and time it; the first sitting finds out how many calls and sittings fit."""
+        """Open every model, warm it up and time it; the first sitting sets the numbers of calls and sittings."""
         with ExitStack() as stack:
             started = self.watch.clock()
             sessions = {label: stack.enter_context(self.models[label]()) for label in next(self.openings)}
@@ -342,8 +342,8 @@ def _observe(
 ) -> tuple[list[float], list[float]]:
     """Return the ratio of each sitting, and of each round of the first one.
 
-    A sitting's ratio is the median of those of its rounds: two blocks of a round are next to each other in time, and
-    a machine that changes its speed between them spoils one round only.
+    A sitting's ratio is the median of its rounds' ratios. The two blocks of a round are next to each other in time. A
+    change of the machine's speed between them spoils one round only.
     """
     rounds = [[median(a) / median(b) for a, b in zip(sitting[one], sitting[other], strict=True)] for sitting in found]
     ratios = [median(of_sitting) for of_sitting in rounds]
@@ -357,11 +357,11 @@ def estimate_ratio(
     """Return a ratio with its interval: Student's t on the logarithms of the ratios of the sittings.
 
     Args:
-        ratios: (S,) one a sitting.
-        rounds: (R,) of the rounds of the first sitting, used where there is only that one: they do not say what the
-            next sitting would be like, so the interval then reaches at least 5 % to either side.
-        control: The second model's ratio to itself. The interval is made at least as wide as its interval, and as
-            its distance from 1.
+        ratios: (S,) ratios, one a sitting.
+        rounds: (R,) ratios of the rounds of the first sitting, used where it is the only one. They do not predict the
+            next sitting, so the interval then reaches at least 5 % to either side.
+        control: Ratio of the second model to itself. The interval is made at least as wide as the interval of
+            `control`, and as its distance from 1.
 
     >>> str(estimate_ratio([0.5, 0.51, 0.49, 0.5, 0.505, 0.495]))
     '0.500 (0.493 to 0.507)'
@@ -387,7 +387,7 @@ def _log_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _rank_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the two values between which the median lies with 95 % confidence; all of them where they are few."""
+    """Return the two values between which the median lies with 95 % confidence; the extremes of few values."""
     from scipy.stats import binom
 
     count = len(values)

@@ -44,8 +44,8 @@ class Conditions:
         provider: Execution provider, which must be the one in use.
         threads: Intra-op threads of the latency measurement; top-1 and parity use all cores.
         batch_size: Images in one call of the latency measurement.
-        warmup: Calls before it.
-        repeats: Timed calls of each model; where a ratio is measured, calls go up and down with it.
+        warmup: Untimed calls before the latency measurement.
+        repeats: Timed calls of each model; the calls for a ratio are proportional to it.
     """
 
     runtime: str = "onnxruntime"
@@ -57,7 +57,7 @@ class Conditions:
 
     @property
     def timed_images(self) -> int:
-        """Images that the calls of a latency measurement take, those before it included."""
+        """Number of images in all calls of a latency measurement, untimed ones included."""
         return (self.warmup + self.repeats) * self.batch_size
 
     @property
@@ -74,8 +74,8 @@ class Conditions:
 
         Raises:
             UnknownName: There is no such runtime.
-            ConfigValueError: More threads than cores: what would be measured says nothing.
-            RuntimeUnavailable: The runtime cannot read ONNX files, or what it needs is not installed.
+            ConfigValueError: There are more threads than cores, which makes a measurement meaningless.
+            RuntimeUnavailable: The runtime cannot read ONNX files, or a package it needs is not installed.
         """
         if self.threads > available_cores():
             raise ConfigValueError(
@@ -91,10 +91,10 @@ class Conditions:
 
 
 def require_conditions(conditions: Conditions) -> None:
-    """Try whether files can be run so on this machine, with a file of one node.
+    """Check that files can be run under these conditions on this machine, with a file of one node.
 
     Raises:
-        As `Conditions.open`, and RuntimeUnavailable when the provider is not there.
+        As `Conditions.open`, and RuntimeUnavailable when the provider is not available.
     """
     value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "trial", value[:1], value[1:])
@@ -121,19 +121,19 @@ def measure_onnx(
     reference: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> ModelMetrics:
-    """Measure one file alone: size, top-1 or whatever decides over a whole split, latency.
+    """Measure one file alone: MACs, params, size, latency, and top-1 or the task's metrics over a complete split.
 
     Args:
         path: The .onnx file.
-        split: At least one image.
-        conditions: Where and how.
+        split: Split of at least one image.
+        conditions: Conditions of the measurement.
         reference: The torch network, whose params are then reported instead of the graph's.
         progress: Receives progress by part.
 
     Raises:
         ArtifactError: The file is missing or cannot be opened.
-        RuntimeUnavailable: The provider is not there.
-        ModelError, NonFinite: The network is not for the task, or fails on an image.
+        RuntimeUnavailable: The provider is not available.
+        ModelError, NonFinite: The network does not fit the task, or fails on an image.
         DataError: The targets do not fit.
         ConfigValueError: The batch size is not the file's fixed one.
     """
@@ -165,7 +165,7 @@ def time_files(
         conditions: Runtime, provider, threads and calls.
         progress: Receives progress by sitting.
         has_control: True compares the second file with itself as well.
-        is_close: Returns True for a ratio so close to its limit that it must be measured for longer.
+        is_close: Function that returns True for a ratio so close to its limit that it must be measured for longer.
 
     Raises:
         As `compare_latency`.
@@ -185,8 +185,8 @@ class PairLatency:
     """Latency of a file beside another one.
 
     Attributes:
-        ratio: Latency of the file / latency of the other.
-        reference_ms: The other's, median.
+        ratio: Latency of the file / latency of the reference file.
+        reference_ms: Median latency of the reference file in milliseconds.
     """
 
     ratio: float
@@ -196,23 +196,22 @@ class PairLatency:
 def measure_ratio(
     path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
 ) -> float:
-    """Return latency of a file / latency of another one, as `measure_pair`."""
+    """Return latency of a file / latency of a reference file, measured as in `measure_pair`."""
     return measure_pair(path, reference, split, conditions, progress).ratio
 
 
 def measure_pair(
     path: Path, reference: Path, split: Split, conditions: Conditions, progress: Progress | None = None
 ) -> PairLatency:
-    """Time a file and another one side by side, over sittings for which both are opened anew.
+    """Time a file and a reference file side by side, over sittings for which both are opened anew.
 
-    Where it cannot be known to half of the 3 % by which a budget may be missed, a warning says how noisy the machine
-    is.
+    A budget may be missed by 3 %. Where the error of the ratio is above half of that, a warning states it.
 
     Args:
         path: The .onnx file.
-        reference: The file it is compared with.
+        reference: The .onnx file it is compared with.
         split: Images for the calls.
-        conditions: Where and how.
+        conditions: Conditions of the measurement.
         progress: Receives progress by sitting.
 
     Raises:
@@ -233,7 +232,7 @@ def measure_pair(
 
 
 def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str, np.ndarray]:
-    """Return real images for one call: the first of the split, repeated when it has too few."""
+    """Return inputs for one call: the first images of the split, repeated where it has too few."""
     check_not_empty(split)
     positions = np.arange(batch_size) % len(split)
     images = split.preprocessing.normalize(split.source.read(split.indices[positions]))
@@ -241,7 +240,7 @@ def latency_inputs(session: Runtime, split: Split, batch_size: int) -> dict[str,
 
 
 def evaluation_batch(spec: TensorSpec) -> int:
-    """Return how many images to evaluate at once: many small ones, few large ones.
+    """Return the number of images to evaluate at once: many small ones, few large ones.
 
     >>> evaluation_batch(TensorSpec("image", ("batch", 3, 32, 32)))
     256
@@ -272,5 +271,5 @@ def torch_params(reference: nn.Module) -> int:
 
 
 def existing_bytes(path: Path) -> int:
-    """Return the bytes of those files of a model that are there."""
+    """Return the total size in bytes of a model's files that exist."""
     return sum(file.stat().st_size for file in model_files(path) if is_present(file) and file.is_file())

@@ -25,7 +25,7 @@ _OF_CALIBRATION = "root mean square of confidence - accuracy, without bias"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """The outputs of a classifier over a split.
+    """Outputs of a classifier over a split.
 
     Attributes:
         outputs: (N, K) float, logits or probabilities.
@@ -40,33 +40,33 @@ class Predictions:
 
     @property
     def classes(self) -> int:
-        """Classes that the network tells apart, K."""
+        """Number K of classes."""
         return int(self.outputs.shape[1])
 
     @property
     def value(self) -> float:
-        """Top-1, which decides."""
+        """Top-1, the value of the primary metric."""
         return float(self.hits.mean())
 
     @property
     def metric(self) -> Metric:
-        """Name of the metric."""
+        """Primary metric."""
         return CLASSIFICATION.main
 
     @property
     def chosen(self) -> np.ndarray:
-        """(N,) the class with the largest output, the first of equal ones."""
+        """(N,) predicted classes: the class with the largest output, the first of equal ones."""
         chosen: np.ndarray = self.outputs.argmax(1)
         return chosen
 
     @property
     def hits(self) -> np.ndarray:
-        """(N,) whether that is the label."""
+        """(N,) bool, whether the predicted class is the label."""
         hits: np.ndarray = self.chosen == self.labels
         return hits
 
     def among(self, count: int) -> np.ndarray:
-        """Return (N,) whether the label is among the `count` largest outputs; equal ones rank by class."""
+        """Return (N,) bool, whether the label is among the `count` largest outputs; equal outputs rank by class."""
         right = []
         for start in range(0, len(self), _ROWS_AT_ONCE):
             outputs, labels = self.outputs[start : start + _ROWS_AT_ONCE], self.labels[start : start + _ROWS_AT_ONCE]
@@ -78,7 +78,7 @@ class Predictions:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """(N, K) float32: the outputs where they are probabilities already, else their softmax."""
+        """(N, K) float32 probabilities: the outputs where they are probabilities already, else their softmax."""
         outputs = self.outputs.astype(np.float32)
         if outputs.min() >= 0 and np.abs(outputs.sum(1) - 1).max() < 1e-3:
             return outputs
@@ -91,13 +91,13 @@ class Predictions:
 def share_interval(successes: int, count: int, comparisons: int = 1) -> tuple[float, float]:
     """Return the interval in which a share lies with 95 % confidence (Wilson 1927).
 
-    The worst of several is rare by itself, and Wilson's interval too narrow for that: it has Clopper and Pearson's.
+    Wilson's interval is too narrow for the worst of several shares, which gets Clopper and Pearson's.
 
     Args:
-        successes: Of `count`.
-        count: At least 1.
-        comparisons: How many shares this one was chosen from as the worst; each then has its part of the 5 %
-            (Bonferroni), so that all of them lie in theirs with 95 % confidence.
+        successes: Number of successes among `count`.
+        count: Number of trials, at least 1.
+        comparisons: Number of shares among which this one is the worst. Each then gets its part of the 5 %
+            (Bonferroni), so that all shares lie in their intervals with 95 % confidence.
 
     >>> [round(bound, 4) for bound in share_interval(95, 100)]
     [0.8882, 0.9785]
@@ -110,7 +110,7 @@ def share_interval(successes: int, count: int, comparisons: int = 1) -> tuple[fl
 
 
 def class_accuracy(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """Return (K,) top-1 of the images of each class, NaN without images, and (K,) their number."""
+    """Return (K,) top-1 of each class, NaN without images, and (K,) images of each class."""
     counts = np.bincount(predictions.labels, minlength=predictions.classes)
     right = np.bincount(predictions.labels[predictions.hits], minlength=predictions.classes)
     with np.errstate(invalid="ignore"):
@@ -118,20 +118,20 @@ def class_accuracy(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
 
 
 def calibration_error(predictions: Predictions) -> Bounds:
-    """Return by how much confidence and accuracy differ, with its interval (`statistics.calibration_bounds`)."""
+    """Return the calibration error with its interval (`statistics.calibration_bounds`)."""
     return calibration_bounds(predictions.probabilities.max(1), predictions.hits)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A metric, and how sure it is.
+    """Measured value with its confidence interval.
 
     Attributes:
-        value: As measured.
-        low: Lower end of the interval in which it lies with 95 % confidence; None where no interval is known.
-        high: Upper end.
-        detail: What it is, in words.
-        images: Images that it was measured on, all of equal weight; None where that is not so.
+        value: Measured value.
+        low: Lower end of the 95 % confidence interval; None where no interval is known.
+        high: Upper end of the interval; None where no interval is known.
+        detail: Description in words.
+        images: Number of images it was measured on; None where the images do not have equal weight.
     """
 
     value: float
@@ -143,14 +143,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PairedDrop:
-    """By how much top-1 is lower than that of another network on the same images.
+    """Drop of top-1 from one network to another on the same images.
 
     Attributes:
-        drop: Top-1 of the other network - top-1.
-        interval: In which it lies with 95 % confidence.
-        only_before: Images that only the other network gets right.
-        only_after: Images that only this one gets right.
-        p_value: How likely at least such a difference is if both are as good (exact McNemar test, both sides; times
+        drop: Top-1 of the first network - top-1 of the second.
+        interval: 95 % confidence interval of `drop`.
+        only_before: Images that only the first network gets right.
+        only_after: Images that only the second network gets right.
+        p_value: Probability of at least such a difference if both are as good (exact McNemar test, both sides; times
             the number of comparisons).
         images: Images compared.
 
@@ -171,12 +171,12 @@ def paired_drop(before: np.ndarray, after: np.ndarray, comparisons: int = 1) -> 
     """Compare two networks image by image.
 
     Args:
-        before: (N,) bool, whether the other network is right.
-        after: (N,) bool, whether this one is.
-        comparisons: How many such drops this one was chosen from as the worst (Bonferroni).
+        before: (N,) bool, whether the first network is right.
+        after: (N,) bool, whether the second network is right.
+        comparisons: Number of drops among which this one is the worst (Bonferroni).
 
     Raises:
-        DataError: They are not of the same images, or of no images.
+        DataError: The arrays differ in shape or are empty.
     """
     if before.shape != after.shape or len(before) == 0:
         raise DataError(f"Networks must be compared on the same images, got {len(before)} and {len(after)}.")
@@ -195,12 +195,12 @@ def paired_drop(before: np.ndarray, after: np.ndarray, comparisons: int = 1) -> 
 def mean_loss_interval(losses: np.ndarray, comparisons: int = 1) -> tuple[float, float]:
     """Return the interval in which the mean of losses lies with 95 % confidence.
 
-    For losses of -1, 0 and 1 it is Agresti and Min's: half an image more in each of the four cells, that is one more
-    that is lost and one that is won; the same is done for means over several distributions.
+    For losses of -1, 0 and 1 it is Agresti and Min's: half an image is added to each of the four cells, half of it lost
+    and half of it won in all. Means over several distributions are treated alike.
 
     Args:
-        losses: (N,) in [-1, 1], one an image.
-        comparisons: How many such means this one was chosen from as the worst.
+        losses: (N,) losses in [-1, 1], one an image.
+        comparisons: Number of means among which this one is the worst.
     """
     count, total = len(losses) + 2, float(losses.sum())
     middle = total / count
@@ -210,10 +210,10 @@ def mean_loss_interval(losses: np.ndarray, comparisons: int = 1) -> tuple[float,
 
 
 def mean_share_interval(shares: np.ndarray) -> tuple[float, float]:
-    """Return the interval in which the mean of shares lies with 95 % confidence, after two more of 0 and two of 1.
+    """Return the interval in which the mean of shares lies with 95 % confidence; adds two shares of 0 and two of 1.
 
     Args:
-        shares: (N,) in [0, 1], one an image, such as its share of right answers over several distributions.
+        shares: (N,) shares in [0, 1], one an image, such as its share of right answers over several distributions.
 
     Source, for shares of 0 and 1: Agresti and Coull 1998, "Approximate is better than exact".
     """
@@ -226,10 +226,10 @@ def mean_share_interval(shares: np.ndarray) -> tuple[float, float]:
 def mean_distance_interval(distances: np.ndarray) -> tuple[float, float]:
     """Return the interval in which the mean of distances of probabilities lies with 95 % confidence.
 
-    One image more, at the largest distance there is, stands for the rare large ones that few images do not show.
+    One added image at the largest possible distance stands for rare large distances that few images do not show.
 
     Args:
-        distances: (N,) in [0, sqrt 2].
+        distances: (N,) l2 distances in [0, sqrt 2].
     """
     more = np.append(np.asarray(distances, np.float64), _FARTHEST)
     half = _quantile(1) * float(more.std()) / math.sqrt(len(more))
@@ -238,7 +238,7 @@ def mean_distance_interval(distances: np.ndarray) -> tuple[float, float]:
 
 
 def _quantile(comparisons: int) -> float:
-    """Return by how many standard errors an interval reaches to either side."""
+    """Return the half width of an interval in standard errors."""
     return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2 / comparisons)
 
 
@@ -256,13 +256,13 @@ def _distances(before: Predictions, after: Predictions) -> np.ndarray:
 
 
 def estimate_quality(predictions: Predictions, names: Sequence[str] = ()) -> dict[str, Estimate]:
-    """Return how good a network is: "top1", "top5", "worst_class", "calibration_error".
+    """Return the classification metrics of a network: "top1", "top5", "worst_class", "calibration_error".
 
-    There is a "top5" of more than five classes only, and a "worst_class" only where every class has an image.
+    "top5" needs more than five classes, "worst_class" needs an image of every class.
 
     Args:
-        predictions: Over a split.
-        names: Of the classes, for the details.
+        predictions: Outputs over a split.
+        names: Names of the classes, for the details.
     """
     count, right = len(predictions), int(predictions.hits.sum())
     found = {"top1": _share(right, count, "images")}
@@ -282,7 +282,7 @@ def _share(successes: int, count: int, noun: str) -> Estimate:
 
 
 def _worst_class(accuracy: np.ndarray, counts: np.ndarray, names: Sequence[str]) -> Estimate:
-    """Return the least top-1 of a class; it lies between the least ends of the intervals of all classes together."""
+    """Return the lowest top-1 of a class; its interval is formed by the lowest ends of all classes' intervals."""
     rights = np.rint(accuracy * counts).astype(np.int64)
     ends = [share_interval(int(right), int(of), len(counts)) for right, of in zip(rights, counts, strict=True)]
     worst = int(accuracy.argmin())
@@ -292,10 +292,10 @@ def _worst_class(accuracy: np.ndarray, counts: np.ndarray, names: Sequence[str])
 
 
 def worst_drop(drops: Sequence[PairedDrop]) -> tuple[int, Estimate]:
-    """Return which of several drops is the largest, and that; it lies between the largest ends of all their intervals.
+    """Return index and estimate of the largest drop; its interval is formed by the largest ends of all intervals.
 
     Args:
-        drops: At least one; each for as many comparisons as there are drops.
+        drops: At least one drop; each computed with `comparisons` equal to the number of drops.
     """
     worst = max(range(len(drops)), key=lambda place: drops[place].drop)
     low, high = (max(side) for side in zip(*(drop.interval for drop in drops), strict=True))
@@ -303,19 +303,19 @@ def worst_drop(drops: Sequence[PairedDrop]) -> tuple[int, Estimate]:
 
 
 def estimate_changes(before: Predictions, after: Predictions, names: Sequence[str] = ()) -> dict[str, Estimate]:
-    """Return what changed from one network to another on the same images.
+    """Return the changes of the metrics from one network to another on the same images.
 
     Args:
-        before: Of the network that is compared with.
-        after: Of the network in question.
-        names: Of the classes, for the details.
+        before: Outputs of the network compared with, usually the baseline.
+        after: Outputs of the network that is judged.
+        names: Names of the classes, for the details.
 
     Returns:
-        "drop.top1", "drop.top5", "drop.worst_class" (of the class that lost most, where every class has an image),
+        "drop.top1", "drop.top5", "drop.worst_class" (largest drop of a class, where every class has an image),
         "rise.calibration_error", "churn" and "softmax_distance".
 
     Raises:
-        DataError: They are not of the same images and classes.
+        DataError: The outputs differ in shape, or the labels differ.
     """
     if before.outputs.shape != after.outputs.shape or not np.array_equal(before.labels, after.labels):
         raise DataError(
@@ -339,7 +339,7 @@ def estimate_changes(before: Predictions, after: Predictions, names: Sequence[st
 
 
 def _worst_class_drop(before: Predictions, after: Predictions, names: Sequence[str]) -> Estimate:
-    """Return the largest drop of top-1 of a class; every class has an image."""
+    """Return the largest drop of top-1 of a class; every class must have an image."""
     places = [np.flatnonzero(before.labels == index) for index in range(before.classes)]
     worst, lost = worst_drop([paired_drop(before.hits[each], after.hits[each], len(places)) for each in places])
     return replace(lost, detail=f"class {class_name(worst, names)} of {len(places)}; {lost.detail}")
@@ -355,6 +355,6 @@ def class_name(index: int, names: Sequence[str]) -> str:
 
 
 def as_estimate(drop: PairedDrop) -> Estimate:
-    """Return a drop as a metric of its own."""
+    """Return a drop as an estimate, with McNemar's test in its detail."""
     detail = f"{drop.only_before:,} images lost, {drop.only_after:,} won; exact McNemar test p = {drop.p_value:.2g}"
     return Estimate(drop.drop, *drop.interval, detail, drop.images)

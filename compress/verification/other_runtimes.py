@@ -34,11 +34,11 @@ class Also:
     """One more runtime to open the file in.
 
     Attributes:
-        label: Tells it from others in the names of checks.
+        label: Name of the runtime in the names of checks.
         runtime: Name in `catalog.RUNTIMES`.
         provider: Execution provider.
-        threads: Intra-op threads; those of the shipping runtime where None.
-        is_required: Whether the verdict fails where it is not there.
+        threads: Intra-op threads; None takes the number of the shipping runtime.
+        is_required: Whether the verdict fails where the runtime is not available.
     """
 
     label: str
@@ -49,7 +49,7 @@ class Also:
 
     @property
     def check(self) -> str:
-        """Name of its check."""
+        """Name of the check in this runtime."""
         return f"also.{self.label}"
 
 
@@ -57,10 +57,10 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
     """Compare a file with the ONNX reference evaluator on a few images; skipped where that takes too long.
 
     Args:
-        session: The runtime that ships the file, open.
-        path: The file.
-        split: At least one image.
-        limit: Largest absolute difference of an output.
+        session: Open runtime that ships the file.
+        path: The .onnx file.
+        split: Split of at least one image.
+        limit: Largest absolute difference of an output that passes.
         progress: Receives progress by batch.
     """
     if session.name == _EVALUATOR.runtime:
@@ -81,19 +81,19 @@ def check_evaluator(session: Runtime, path: Path, split: Split, limit: float, pr
 def check_also(
     wanted: Also, path: Path, split: Split, conditions: Conditions, limit: float, progress: Progress
 ) -> tuple[CheckResult, dict[str, Any]]:
-    """Open a file in one more runtime, compare it there with the runtime that ships it, and time both side by side.
+    """Open a file in one more runtime, compare its outputs with the runtime that ships it, and time both side by side.
 
     Args:
-        wanted: Where.
-        path: The file.
-        split: At least one image.
-        conditions: Those of the runtime that ships the file.
-        limit: Largest absolute difference of an output.
+        wanted: The other runtime.
+        path: The .onnx file.
+        split: Split of at least one image.
+        conditions: Conditions of the runtime that ships the file.
+        limit: Largest absolute difference of an output that passes.
         progress: Receives progress by part.
 
     Returns:
-        The check, skipped where that runtime is not installed, failed where no machine has it; and plain values for the
-        report.
+        The check and plain values for the report. The check is skipped where the runtime is not installed, and fails
+        where no machine has it.
     """
     threads = wanted.threads or conditions.threads
     there = replace(conditions, runtime=wanted.runtime, provider=wanted.provider, threads=threads)
@@ -131,7 +131,7 @@ def check_also(
 
 
 def _limit(path: Path, limit: float, result: ParityResult) -> float:
-    """Return the limit, wider where the file rounds."""
+    """Return the limit, wider for a file in half precision or INT8."""
     model = load_onnx(path)
     return max(limit, ROUNDED_WITHIN * result.largest_output) if is_half(model) or is_quantized(model) else limit
 

@@ -38,7 +38,7 @@ class Outputs:
     """Result of running a file on the evaluation images.
 
     Attributes:
-        checks: In the order of the report.
+        checks: Checks in the order of the report.
         found: Metrics of the file; None where it cannot be measured.
         found_float: Metrics of the float file that it was quantised from; None without one.
         details: Values for the report.
@@ -55,8 +55,8 @@ class Perturbed:
     """Result of running a file and its baseline on perturbed and shifted images.
 
     Attributes:
-        checks: A failed check where they cannot be run.
-        standings: One for each distribution.
+        checks: One failed check where the files cannot be run.
+        standings: Metrics on each distribution.
         details: Values for the report.
     """
 
@@ -80,7 +80,7 @@ def measure_baseline(job: VerificationJob, progress: Progress) -> Found | None:
 
 
 def check_outputs(job: VerificationJob, progress: Progress) -> Outputs:
-    """Check parity, metrics, repeatability and independence of the batch, on all cores."""
+    """Check parity, metrics, repeatability and independence of the other images of a batch, on all cores."""
     with job.open(all_cores=True) as session:
         checks, details = _check_parity(session, job, progress)
         found = None
@@ -101,7 +101,7 @@ def check_outputs(job: VerificationJob, progress: Progress) -> Outputs:
 
 
 def measure_perturbed(job: VerificationJob, progress: Progress) -> Perturbed:
-    """Measure file and baseline under noise, corruptions and distribution shift, where asked for, on all cores."""
+    """Measure file and baseline under the requested noise, corruptions and distribution shift, on all cores."""
     wanted = job.scope.robustness
     if wanted is None:
         return Perturbed()
@@ -122,7 +122,7 @@ def measure_perturbed(job: VerificationJob, progress: Progress) -> Perturbed:
 def _check_parity(
     session: Runtime, job: VerificationJob, progress: Progress
 ) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Compare the file with the torch network; in place of a quantised file the float one it was made from."""
+    """Compare the file, or the float file behind a quantised one, with the torch network."""
     if job.reference is None:
         return [skipped(name, "no torch network to compare with") for name in PARITY], {}
     with _float_in_place(session, job) as compared:
@@ -132,7 +132,7 @@ def _check_parity(
 
 @contextmanager
 def _float_in_place(session: Runtime, job: VerificationJob) -> Iterator[Runtime]:
-    """Give the float file, open, that a quantised one was made from; an open file itself where it is not quantised."""
+    """Open and yield the float file behind a quantised one; yield `session` itself where it is not quantised."""
     if job.float_onnx is None:
         yield session
         return
@@ -159,7 +159,7 @@ def _parity_of(
 
 
 def _predict(session: Runtime, path: Path, job: VerificationJob, progress: Progress) -> Found:
-    """Measure an open file on the evaluation split; without labels, by the outputs of the baseline."""
+    """Measure an open file on the evaluation split; without labels, against the outputs of the baseline."""
     batch = quality_batch(session, path, job.evaluation, job.conditions)
     with ExitStack() as stack:
         baseline = None
@@ -169,7 +169,7 @@ def _predict(session: Runtime, path: Path, job: VerificationJob, progress: Progr
 
 
 def _check_repeatable(session: Runtime, job: VerificationJob) -> CheckResult:
-    """Compute the first images twice: a network that draws at random gets a different verdict each time."""
+    """Compare two runs on the first images: a network with random numbers gets a different verdict each time."""
     images = first_images(job.evaluation, batch_size_of(session, evaluation_batch(image_input(session))))
     try:
         return check_repeatable(_flat(session, images), _flat(session, images), job.gates.parity)
@@ -178,7 +178,7 @@ def _check_repeatable(session: Runtime, job: VerificationJob) -> CheckResult:
 
 
 def _flat(session: Runtime, images: np.ndarray) -> np.ndarray:
-    """Return (N, M) all outputs of each image in one row."""
+    """Return (N, M) outputs: all outputs of an image in one row."""
     rows = [np.asarray(one, np.float64).reshape(len(images), -1) for one in each(respond(session, images))]
     return np.concatenate(rows, axis=1)
 
@@ -193,7 +193,7 @@ def _check_batch(session: Runtime, job: VerificationJob, progress: Progress) -> 
 def _compare_with_float(
     path: Path, found: Found | None, job: VerificationJob, progress: Progress
 ) -> tuple[CheckResult, Found | None]:
-    """Measure the float file that a quantised one was made from, and compare their predictions."""
+    """Measure the float file behind a quantised one, and compare the predictions of both."""
     if found is None:
         return skipped(AGREEMENT, "quality of the file could not be measured"), None
     try:

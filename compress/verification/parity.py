@@ -1,4 +1,4 @@
-"""Parity of the file with the torch network, on real images."""
+"""Parity of two runtimes, such as an exported file and its torch network, on real images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compress.verification.quality import batch_size_of, check_not_empty, image_
 from compress.verification.runtimes.base import Runtime
 from compress.verification.samples import feed, fill_batch, fixed_batch
 
-_MORE_PIXELS = 64  # a multiple of what networks shrink images by
+_MORE_PIXELS = 64  # a multiple of the total stride of usual networks
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +53,18 @@ def parity(
     """Compare all outputs of two open runtimes on images spread evenly over a split.
 
     Args:
-        runtime: What is checked; its batch size is used where it is fixed.
-        reference: What it must equal.
-        split: At least one image.
-        samples: Images to compare; all of a smaller split.
+        runtime: Runtime that is checked; its batch size is used where it is fixed.
+        reference: Runtime with the outputs that are correct.
+        split: Split of at least one image.
+        samples: Number of images to compare; a smaller split is compared completely.
         batch_size: Images at once where the batch axis is open.
         progress: Receives progress by batch.
 
     Raises:
         DataError: The split is empty.
         ModelError: Output names or shapes differ, or one of the networks fails.
-        NonFinite: An output of either is NaN or infinite.
-        ConfigValueError: A runtime is made for less.
+        NonFinite: An output of one of the networks is NaN or infinite.
+        ConfigValueError: A runtime would take too long for so many images.
     """
     check_not_empty(split)
     chosen = split.first(samples)
@@ -88,16 +88,16 @@ def parity(
 
 
 def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int) -> dict[str, float]:
-    """Compare two open runtimes on inputs that are unusual: a black and a white image, other sizes, one, three, many.
+    """Compare two open runtimes on unusual inputs: black and white images, other image sizes, batches of 1, 3 and many.
 
     Args:
-        runtime: What is checked; batches are of its fixed size where it has one.
-        reference: What it must equal.
-        split: At least one image; repeated where it has too few.
+        runtime: Runtime that is checked; with a fixed batch size, no other size is run.
+        reference: Runtime with the outputs that are correct.
+        split: Split of at least one image; repeated where it has too few.
         largest: Images in the largest batch.
 
     Returns:
-        What was put in -> the largest absolute difference of any output value.
+        Description of the input -> the largest absolute difference of any output value.
 
     Raises:
         As `parity`.
@@ -116,7 +116,7 @@ def edge_parity(runtime: Runtime, reference: Runtime, split: Split, largest: int
 
 
 def _unusual_images(runtime: Runtime, split: Split) -> dict[str, np.ndarray]:
-    """Return a black and a white image, and one of each other size where height or width are open; none for rows."""
+    """Return a black image, a white image, and a larger one for each open axis of height and width; none for rows."""
     inputs = runtime.signature.inputs
     if is_packed(inputs):
         return {}
@@ -134,7 +134,7 @@ def _unusual_images(runtime: Runtime, split: Split) -> dict[str, np.ndarray]:
 def _paired(
     got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], count: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the outputs of both for the first `count` images, in float64, after checking that they can be compared."""
+    """Return pairs of float64 outputs for the first `count` images, after checking that they can be compared."""
     if set(got) != set(wanted) or not wanted:
         raise ModelError(f"Outputs must be named {', '.join(wanted)} as in the reference, got {', '.join(got)}.")
     pairs = []
@@ -164,7 +164,7 @@ def _summary(samples: int, differences: np.ndarray, agreeing: list[np.ndarray], 
 
 
 def round_up(value: float, digits: int = 2) -> float:
-    """Return the smallest number of that many significant digits that is not below `value`.
+    """Return the smallest number with `digits` significant digits that is at least `value`.
 
     >>> round_up(1.234e-6), round_up(0.1), round_up(0.0)
     (1.3e-06, 0.1, 0.0)

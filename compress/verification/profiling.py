@@ -1,7 +1,7 @@
-"""Times of the nodes of several models, and of each model as a whole, beside one reference.
+"""Times of the nodes of several models, and of complete calls of each model, beside one reference.
 
-At most `TOGETHER` models are timed at a time, in rounds of blocks with the reference: node by node and, in another
-session without per-node profiling, as a whole. The reference's times in the same rounds show the machine's speed then.
+At most `TOGETHER` models are timed at a time, in rounds of blocks with the reference: node by node, and as complete
+calls in another session without per-node profiling. The reference's times show the machine's speed in those rounds.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from compress.verification.runtimes.onnxruntime import NodeTimes, OnnxRuntime
 
 TOGETHER = 1  # more of them push one another out of the caches, the large more than the small
 WARMUP = 3
-_MS_EACH, _FEWEST_CALLS = 4.0, 0.1  # for each of the repeats asked for
+_MS_EACH, _FEWEST_CALLS = 4.0, 0.1  # for each requested repeat
 
 Inputs = Callable[[OnnxRuntime], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """Profile of one model: times of its nodes and of the whole.
+    """Profile of one model: times of its nodes and of complete calls.
 
     Attributes:
-        nodes: Node by node.
-        total_ms: (calls,) the whole model, without the clock inside.
-        reference_ms: (calls,) the reference in the same rounds.
+        nodes: Times of each node.
+        total_ms: (calls,) times of the model without per-node profiling.
+        reference_ms: (calls,) times of the reference in the same rounds.
     """
 
     nodes: NodeTimes
@@ -52,20 +52,20 @@ def profile_models(
     conditions: Conditions,
     progress: Progress | None = None,
 ) -> Iterator[Profile]:
-    """Yield what each model took, in order.
+    """Yield the profile of each model, in order.
 
     Args:
-        models: Files, asked for a few at a time, so that they may be written one by one.
-        count: How many there are, for the progress.
-        reference: What every model is timed next to.
-        inputs: Makes the inputs of an open runtime.
-        conditions: Where and how; its runtime must be ONNX Runtime.
+        models: Model files, requested a few at a time, so that the iterable may write them one by one.
+        count: Number of models, for the progress.
+        reference: File that every model is timed next to.
+        inputs: Function that makes the inputs of an open runtime.
+        conditions: Conditions of the measurement; the runtime must be ONNX Runtime.
         progress: Receives progress by model.
 
     Raises:
         ConfigValueError: The runtime cannot time single nodes.
         ArtifactError, ModelError: A model cannot be opened or run.
-        RuntimeUnavailable: The provider is not there.
+        RuntimeUnavailable: The provider is not available.
     """
     if conditions.runtime != OnnxRuntime.name:
         raise ConfigValueError(
@@ -75,7 +75,7 @@ def profile_models(
     with (progress or SilentProgress()).task("time variants of the network", count) as task:
         while batch := list(islice(iterator, TOGETHER)):
             yield from _profile_together(batch, reference, inputs, conditions, is_reference_first)
-            is_reference_first = not is_reference_first  # what is opened first is a little slower
+            is_reference_first = not is_reference_first  # the session opened first is a little slower
             task.advance(len(batch))
 
 

@@ -40,20 +40,20 @@ def predict(
     """Return the predictions of a network for all images of a split.
 
     Args:
-        runtime: Open; one image input. With a fixed batch axis, that size is used instead.
-        split: At least one image; says what the task is.
+        runtime: Open runtime of the network. With a fixed batch axis, its size replaces `batch_size`.
+        split: Split of at least one image, with the task.
         batch_size: Images at once where the batch axis is open.
         progress: Receives progress by batch.
-        corrupt: Corrupts the uint8 images of a batch; takes them and the index of the first one.
-        perturb: Adds noise to the inputs of the network; same arguments.
-        original: The baseline, open, whose outputs are the targets where images have none; by default the
-            network itself.
+        corrupt: Function that corrupts the uint8 images of a batch; takes the images and the index of the first one.
+        perturb: Function that adds noise to the inputs of the network; takes the same arguments.
+        original: Open runtime of the baseline, whose outputs are the targets of images without labels; by default
+            `runtime`.
 
     Raises:
-        DataError: The split is empty, or has targets that the network cannot have.
-        ModelError: The network is not for the task, or images do not fit its input.
+        DataError: The split is empty, or has targets outside the network's outputs.
+        ModelError: The network does not fit the task, or images do not fit its input.
         NonFinite: An output is NaN or infinite.
-        ConfigValueError: The runtime is made for less.
+        ConfigValueError: The runtime would take too long for so many images.
     """
     (found,) = predict_each(
         (runtime,), split, batch_size, progress, corrupt=corrupt, perturb=perturb, original=original or runtime
@@ -71,16 +71,16 @@ def predict_each(
     perturb: Change | None = None,
     original: Runtime | None = None,
 ) -> list[Found]:
-    """Return the outputs of several networks for all images of a split, which are read and changed once.
+    """Return the predictions of several networks for all images of a split, which are read and changed once.
 
     Args:
-        runtimes: Open, as for `predict`; fixed batch axes are of one size.
-        split: As there, and so are the others.
+        runtimes: Open runtimes, as in `predict`; fixed batch axes must have one size.
+        split: Split of at least one image, with the task.
         batch_size: Images at once where every batch axis is open.
         progress: Receives progress by batch.
-        corrupt: Corrupts the uint8 images of a batch.
-        perturb: Adds noise to the inputs of the networks.
-        original: As there; by default the last of `runtimes`.
+        corrupt: Function that corrupts the uint8 images of a batch, as in `predict`.
+        perturb: Function that adds noise to the inputs of the networks, as in `predict`.
+        original: Open runtime of the baseline, as in `predict`; by default the last of `runtimes`.
 
     Raises:
         As `predict`.
@@ -117,7 +117,7 @@ def _measure_each(
     changes: tuple[Change | None, Change | None],
     original: Runtime | None,
 ) -> list[Found]:
-    """Return the facts of each image for the metrics of several networks."""
+    """Return the measurements of several networks in a task other than classification."""
     (corrupt, perturb), judged, teacher = changes, split.task, original or runtimes[-1]
     size, done = min(batch_size_of(runtime, batch_size) for runtime in runtimes), 0
     facts: list[list[Facts]] = [[] for _ in runtimes]
@@ -141,10 +141,10 @@ def _measure_each(
 
 
 def respond(runtime: Runtime, images: np.ndarray) -> Any:
-    """Return the one output of a network for N images, or several by their names.
+    """Return the output of a network for N images: one array, or a dictionary of several by name.
 
     Raises:
-        ModelError: The images do not fit the input, or an output has not an entry for each.
+        ModelError: The images do not fit the input, or an output does not have one entry for each image.
         NonFinite: An output is NaN or infinite.
     """
     inputs = feed(runtime, images)
@@ -159,11 +159,11 @@ def respond(runtime: Runtime, images: np.ndarray) -> Any:
 
 
 def check_task(runtime: Runtime, split: Split) -> None:
-    """Check that an open network takes the images of a split and returns what its task needs.
+    """Check that an open network takes the images of a split and returns outputs that fit its task.
 
     Raises:
-        ModelError: It does not.
-        DataError: The targets are not what the network can say.
+        ModelError: The images do not fit, or the outputs do not fit the task.
+        DataError: The targets lie outside the network's outputs.
         NonFinite: An output is NaN or infinite.
     """
     check_image_shape(runtime, split)
@@ -175,7 +175,7 @@ def check_task(runtime: Runtime, split: Split) -> None:
 
 @contextmanager
 def named(runtime: Runtime) -> Iterator[None]:
-    """Say in errors whose network it is, where the runtime has an owner."""
+    """Prefix errors with the owner of the network, where the runtime has one."""
     try:
         yield
     except CompressError as error:
@@ -185,7 +185,7 @@ def named(runtime: Runtime) -> Iterator[None]:
 
 
 def first_images(split: Split, count: int) -> np.ndarray:
-    """Return the first `count` images of a split, prepared; all of a smaller one."""
+    """Return the first `count` preprocessed images of a split; all images of a smaller one."""
     return split.preprocessing.normalize(split.read(np.arange(min(count, len(split)))))
 
 
@@ -194,7 +194,7 @@ def image_batches(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """Yield (network input, targets) in order, every image once; the next batch is read while this one is used.
 
-    Targets are None unless they are asked for.
+    Targets are None unless `with_targets` is True.
     """
     chunks = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
 
@@ -239,12 +239,12 @@ def classify(runtime: Runtime, images: np.ndarray) -> np.ndarray:
 
 
 def image_input(runtime: Runtime) -> TensorSpec:
-    """Return the first input of a network: its images, where it takes any."""
+    """Return the first input of a network, the one for images."""
     return runtime.signature.inputs[0]
 
 
 def classifier_width(runtime: Runtime) -> int:
-    """Return the number K of classes the network tells apart; ModelError when its output is no (N, K) array."""
+    """Return the number K of classes of a network; raises ModelError where its output is no (N, K) array."""
     inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
     if not inputs or len(outputs) != 1:
         raise ModelError(f"A classifier must have inputs and one output, got {len(inputs)} and {len(outputs)}.")
@@ -255,12 +255,12 @@ def classifier_width(runtime: Runtime) -> int:
 
 
 def check_image_shape(runtime: Runtime, split: Split) -> None:
-    """Raise ModelError when the images of a split, prepared, do not fit the input of an open network."""
+    """Raise ModelError when the preprocessed images of a split do not fit the input of an open network."""
     spec = image_input(runtime)
     image = split.preprocessing.normalize(split.read(np.zeros(1, np.int64)))
     inputs, outputs = runtime.signature.inputs, runtime.signature.outputs
     if is_packed(inputs) and image.ndim <= ROW_AXES:
-        return  # unpacking rows says what is wrong with them
+        return  # unpacking checks the rows
     if len(inputs) > 1:
         raise ModelError(f"A classifier must have one input and one output, got {len(inputs)} and {len(outputs)}.")
     wanted = spec.shape
@@ -283,13 +283,13 @@ def batch_size_of(runtime: Runtime, wanted: int) -> int:
 
 
 def check_not_empty(split: Split) -> None:
-    """Raise DataError when there is nothing to measure on."""
+    """Raise DataError when a split has no images."""
     if len(split) == 0:
         raise DataError(f"Split '{split.name}' must hold at least one image to measure on, it holds none.")
 
 
 def check_labels(split: Split, classes: int) -> None:
-    """Raise DataError when labels do not fit a network of that many classes."""
+    """Raise DataError when labels or class names do not fit a network with `classes` classes."""
     labels = split.labels
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         wrong = int(labels.max()) if int(labels.max()) >= classes else int(labels.min())

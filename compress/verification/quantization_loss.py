@@ -1,4 +1,4 @@
-"""Loss by INT8 and by slimming before it: the float file stands between baseline and INT8 file."""
+"""Shares of quality loss: by slimming (baseline to float file) and by INT8 (float file to INT8 file)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _OF_FLOAT = "of the float file it was quantised from"
 
 
 def of_float(check: CheckResult) -> CheckResult:
-    """Return a check that was made on the float file, saying so."""
+    """Return a check with a note in its detail that it was made on the float file."""
     return replace(check, detail=f"{check.detail} ({_OF_FLOAT})")
 
 
 def check_agreement(whole: Found, rounded: Found) -> CheckResult:
-    """Observe how often the quantised file gives the class that the float file gives.
+    """Record the share of images with equal predictions of both files; in other tasks the difference of the metric.
 
     Args:
-        whole: Of the float file, over the whole evaluation split.
-        rounded: Of the quantised file, on the same images.
+        whole: Predictions of the float file over the complete evaluation split.
+        rounded: Predictions of the quantised file on the same images.
     """
     if not isinstance(whole, Predictions) or not isinstance(rounded, Predictions):
         metric = rounded.metric
@@ -40,16 +40,16 @@ def check_agreement(whole: Found, rounded: Found) -> CheckResult:
 
 
 def drop_shares(before: Found | None, whole: Found | None, after: Found | None) -> list[dict[str, Any]]:
-    """Return what each part of the pipeline did to quality on the evaluation split, plain, in the order they were done.
+    """Return the change of quality by each part of the pipeline on the evaluation split, as plain values in order.
 
     Args:
-        before: Of the baseline, or None.
-        whole: Of the float file that a quantised one was made from; None where the file is float itself.
-        after: Of the file; None where it could not be measured.
+        before: Metrics of the baseline, or None.
+        whole: Metrics of the float file that a quantised one was made from; None where the file is float itself.
+        after: Metrics of the file; None where it could not be measured.
 
     Returns:
-        {"stage": "slimming" or "quantize", "top1_before", "top1_after", "points"}: points above 0 are a gain. Of
-        another task they are called after its metric, and points are 100 times the difference all the same.
+        {"stage": "slimming" or "quantize", "top1_before", "top1_after", "points"}: points above 0 are a gain. Other
+        tasks use their primary metric's name; points are always 100 times the difference.
     """
     slim = whole or after
     steps = [("slimming", before, slim)] + ([("quantize", whole, after)] if whole is not None else [])

@@ -53,11 +53,11 @@ _SPEED_GATES = ("min_speedup", "max_latency_ms")
 
 
 def with_remedies(checks: Iterable[CheckResult], required: Iterable[str]) -> tuple[CheckResult, ...]:
-    """Return checks, those that did not pass with a next step; one that a check brings along is kept.
+    """Return checks, with a next step in each check that did not pass; a next step that is already set is kept.
 
     Args:
         checks: Outcome of each check.
-        required: Names of those that must not be skipped.
+        required: Names of the checks that must not be skipped.
     """
     names = set(required)
     return tuple(replace(check, remedy=check.remedy or _remedy(check, names)) for check in checks)
@@ -74,5 +74,5 @@ def _remedy(check: CheckResult, required: set[str]) -> str:
 
 
 def _is_named(check: str, name: str) -> bool:
-    """Return whether a check is the one named, or one of a kind, whose name ends in a dot."""
+    """Return whether a check has the given name, or belongs to a kind with a name that ends in a dot."""
     return check.startswith(name) if name.endswith(".") else check == name

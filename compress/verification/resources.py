@@ -1,8 +1,8 @@
 """Resources of a file besides latency: start, memory, energy, throughput by batch size.
 
-Start and memory are measured in one process for each file, so that nothing of the other file, of torch or of the images
-is counted. Energy comes from the counters of Intel's and AMD's processors (RAPL) below /sys/class/powercap, in
-microjoules. On most systems only root may read them, and they count the whole package, other processes too.
+Start and memory are measured in a separate process for each file, without the other file, torch and the images. Energy
+comes from the counters of Intel's and AMD's processors (RAPL) below /sys/class/powercap, in microjoules. On most
+systems only root may read them. They count the complete package, including other processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ sys.modules["compress"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["compress"])
 from compress.verification.start_probe import main
 sys.exit(main(request))
-"""  # the package by its place: found by name, the folder that holds it would be searched for every module
+"""  # the package by its path: found by name, the folder that holds it would be searched for every module
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class Resources:
     """Resources of each file; a label is "slim" or "baseline".
 
     Attributes:
-        cold_start_ms: Label -> until a session is there, in a new process; median.
-        peak_memory_bytes: Label -> by how much memory grew at most, from before the session until after some calls.
+        cold_start_ms: Label -> median time until a session is ready in a new process.
+        peak_memory_bytes: Label -> largest growth of memory, from before the session until after some calls.
         throughput: One entry a batch size: {"batch_size": n, label: images per second}.
-        energy_joules: Label -> of one call, all of the processor's packages together; empty where it cannot be read.
-        missing: What could not be measured, and why.
+        energy_joules: Label -> energy of one call in all packages of the processor; empty where it cannot be read.
+        missing: Measurement that failed ("start", "memory", "energy") -> reason.
     """
 
     cold_start_ms: dict[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Resources:
     missing: dict[str, str] = field(default_factory=dict)
 
     def best_throughput(self, label: str) -> float | None:
-        """Return images per second at the batch size at which they are most; None where it was not measured."""
+        """Return the highest images per second of any batch size; None where throughput was not measured."""
         return max((entry[label] for entry in self.throughput if label in entry), default=None)
 
 
@@ -74,18 +74,18 @@ def measure_resources(
     batch_sizes: Sequence[int],
     progress: Progress | None = None,
 ) -> Resources:
-    """Measure everything but the time of a call; the files take turns.
+    """Measure start, memory, energy and throughput of each file; the files take turns.
 
     Args:
         files: Label -> .onnx file.
-        split: At least one image.
-        conditions: Where and how; the batch size counts for start, memory and energy.
-        batch_sizes: For the throughput; a file with a fixed batch axis is measured at that size alone.
+        split: Split of at least one image.
+        conditions: Conditions of the measurement; their batch size is used for start, memory and energy.
+        batch_sizes: Batch sizes for the throughput; with a fixed batch axis, only the fixed size is measured.
         progress: Receives progress by part.
 
     Raises:
         ModelError: A network fails on a batch.
-        RuntimeUnavailable: The provider is not there.
+        RuntimeUnavailable: The provider is not available.
     """
     found = Resources()
     progress = progress or SilentProgress()
@@ -106,11 +106,11 @@ def measure_resources(
 
 
 class _Failed(Exception):
-    """A process that was to measure ended otherwise."""
+    """Failure of a process that measures a file."""
 
 
 def _starts(files: Mapping[str, Path], conditions: Conditions, task: Task) -> dict[str, list[Answer]]:
-    """Return for each file what new processes measured; the files take turns."""
+    """Return label -> measurements of `STARTS` new processes; the files take turns."""
     seen: dict[str, list[Answer]] = {label: [] for label in files}
     for _ in range(STARTS):
         for label, file in files.items():
@@ -120,7 +120,7 @@ def _starts(files: Mapping[str, Path], conditions: Conditions, task: Task) -> di
 
 
 def _probe(path: Path, conditions: Conditions) -> Answer:
-    """Start a process that opens a file, calls it, and says what that took."""
+    """Measure start and memory of a file in a new process (`start_probe`)."""
     request = json.dumps({"path": str(path.absolute()), "conditions": asdict(conditions)})
     try:
         command = [sys.executable, "-I", "-c", _START, json.dumps(_search_path()), str(_PACKAGE), request]
@@ -134,14 +134,14 @@ def _probe(path: Path, conditions: Conditions) -> Answer:
 
 
 def _search_path() -> list[str]:
-    """Return where modules are looked for: not in the current folder, in which anything may lie."""
+    """Return the module search path without the current folder, which may hold modules of any name."""
     here = Path.cwd().resolve()
     folders = [folder for folder in sys.path if folder and Path(folder).is_absolute()]
     return [folder for folder in folders if Path(folder).resolve() != here]
 
 
 def _medians(seen: Mapping[str, Sequence[Answer]], key: str, missing: dict[str, str]) -> dict[str, float]:
-    """Return label -> median of one metric; nothing, and a reason in `missing`, where the system does not say it."""
+    """Return label -> median of one metric; nothing where the system does not report it, with a reason in `missing`."""
     values = {label: [answer[key] for answer in answers] for label, answers in seen.items()}
     if any(value is None for those in values.values() for value in those):
         missing[key.rpartition("_")[0]] = "it cannot be read on this system"
@@ -191,17 +191,17 @@ _SHORTEST_S = 0.5  # the counters move once a millisecond or so
 
 @dataclass(frozen=True, slots=True)
 class EnergyMeter:
-    """The counters of all packages.
+    """Energy counters of all packages of the processor.
 
     Attributes:
-        counters: Their folders; each holds `energy_uj` and `max_energy_range_uj`, at which it begins anew.
+        counters: Folders of the counters; each holds `energy_uj` and `max_energy_range_uj`, at which it wraps to 0.
     """
 
     counters: tuple[Path, ...]
 
     @classmethod
     def find(cls, root: Path = POWERCAP) -> EnergyMeter | None:
-        """Return the meter of this machine; None without one, or if it may not be read."""
+        """Return the meter of this machine; None where it has no counters, or they may not be read."""
         counters = tuple(sorted(root.glob("*-rapl:[0-9]"))) if root.is_dir() else ()
         try:
             for counter in counters:
@@ -212,7 +212,7 @@ class EnergyMeter:
         return cls(counters) if counters else None
 
     def joules_of(self, call: Callable[[], object], seconds: float = _SHORTEST_S) -> float:
-        """Return the joules of one call, from as many as fit into some time."""
+        """Return the joules of one call: the mean over the calls that fit into `seconds`, at least one."""
         before, started, calls = self._read(), time.perf_counter(), 0
         while calls == 0 or time.perf_counter() - started < seconds:
             call()
@@ -223,7 +223,7 @@ class EnergyMeter:
         return [int((counter / "energy_uj").read_text()) for counter in self.counters]
 
     def _between(self, before: list[int], after: list[int]) -> float:
-        """Return the joules from one reading to the next; a counter may have begun anew once."""
+        """Return the joules from one reading to the next; a counter may have wrapped once."""
         microjoules = 0
         for counter, first, last in zip(self.counters, before, after, strict=True):
             again = int((counter / "max_energy_range_uj").read_text()) if last < first else 0

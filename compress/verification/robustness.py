@@ -41,12 +41,12 @@ class Robustness:
     """Settings of a robustness measurement.
 
     Attributes:
-        images: Of the evaluation split, spread evenly; all of a smaller one.
+        images: Number of images, spread evenly over the evaluation split; a smaller split is used completely.
         noise: "uniform" or "gaussian".
-        noise_levels: In units of the network's input, after normalisation.
+        noise_levels: Strengths of the noise, in units of the network's input, after normalisation.
         corruptions: Names in `catalog.CORRUPTIONS`.
-        severities: 1 to 5.
-        seed: Decides everything random.
+        severities: Severities of each corruption, 1 to 5.
+        seed: Seed of all random numbers.
     """
 
     images: int = 1000
@@ -59,14 +59,14 @@ class Robustness:
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Images of one kind.
+    """Distribution of images that networks are measured on.
 
     Attributes:
-        name: Such as "uniform noise 0.1" or "jpeg 3".
+        name: Name such as "uniform noise 0.1" or "jpeg 3".
         kind: "nominal", "noise", "corruption" or "shifted".
-        corrupt: Changes uint8 images, given the place of the first one in the split; None leaves them.
-        perturb: The same for network inputs.
-        split: Whose images; None for the evaluation split.
+        corrupt: Function that changes uint8 images, given the position of the first one in the split, or None.
+        perturb: Function that changes network inputs, with the same arguments, or None.
+        split: Split with the images; None for the evaluation split.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Distribution:
 
 
 def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None) -> list[Distribution]:
-    """Return what is looked at, the images as they are first, the user's own data sets last.
+    """Return all distributions: nominal images, noise, corruptions, then the user's own data sets.
 
     Raises:
         DataError: A data set has the name of a distribution.
@@ -99,32 +99,32 @@ def distributions(wanted: Robustness, shifted: Mapping[str, Split] | None = None
 
 
 def _perturb(kind: str, level: float, seed: int, inputs: np.ndarray, start: int) -> np.ndarray:
-    """Add noise that depends on the place of each image alone, not on how many go in at once."""
+    """Add noise that depends only on the position of each image, not on the batch size."""
     each = [add_noise(one[None], kind, level, (seed, start + place)) for place, one in enumerate(inputs)]
     return np.concatenate(each)
 
 
 def _corrupt(name: str, severity: int, seed: int, images: np.ndarray, start: int) -> np.ndarray:
-    """Corrupt each image by what depends on its place alone."""
+    """Corrupt each image with random numbers that depend only on its position."""
     each = [corrupt(name, one[None], severity, (seed, start + place)) for place, one in enumerate(images)]
     return np.concatenate(each)
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Metrics of a network on one distribution.
+    """Metrics of a file and its baseline on one distribution.
 
     Attributes:
-        name: Of the distribution.
-        kind: Of the distribution.
-        value: Top-1 of the file, or whatever decides in its task.
-        baseline_value: Of the baseline; None without one.
-        changes: "drop.top1", "churn" and "softmax_distance" against the baseline there, or what is worse of the metric
-            that decides; empty without one.
-        hits: (N,) whether the file is right, in the order of the images, which is the same on every distribution of
-            noise and corruptions; empty where images are not right or wrong.
-        baseline_hits: (N,) whether the baseline is; None without one.
-        metric: Primary metric.
+        name: Name of the distribution.
+        kind: Kind of the distribution.
+        value: Primary metric of the file.
+        baseline_value: Primary metric of the baseline; None without one.
+        changes: "drop.top1", "churn" and "softmax_distance" against the baseline on this distribution; in other tasks
+            the loss of the primary metric. Empty without a baseline.
+        hits: (N,) bool, whether the file is right; images come in the same order on every distribution of noise and
+            corruptions. Empty in other tasks than classification.
+        baseline_hits: (N,) bool, whether the baseline is right; None without one.
+        metric: Primary metric of the task.
     """
 
     name: str
@@ -138,12 +138,12 @@ class Standing:
 
     @property
     def loss(self) -> Estimate:
-        """By how much the file is worse than the baseline there."""
+        """Loss of the primary metric against the baseline on this distribution."""
         return loss_of(self.changes, self.metric)
 
     @property
     def losses(self) -> np.ndarray:
-        """(N,) float: 1 for an image that only the baseline gets right, -1 for one that only the file does."""
+        """(N,) float: 1 for an image that only the baseline gets right, -1 where only the file does, else 0."""
         if self.baseline_hits is None:
             raise InternalError("Losses were asked for where there is no baseline.")
         losses: np.ndarray = self.baseline_hits.astype(np.float64) - self.hits
@@ -159,16 +159,16 @@ def standings(
     progress: Progress | None = None,
     shifted: Mapping[str, Split] | None = None,
 ) -> list[Standing]:
-    """Let a file and its baseline predict on every distribution.
+    """Measure a file and its baseline on every distribution.
 
     Args:
-        session: The file, open.
-        baseline: The baseline, open, or None.
-        split: At least one image.
-        wanted: What is looked at.
+        session: Open runtime of the file.
+        baseline: Open runtime of the baseline, or None.
+        split: Evaluation split of at least one image.
+        wanted: Settings: noise, corruptions and number of images.
         batch_size: Images at once where the batch axis is open.
         progress: Receives progress by distribution.
-        shifted: Data sets from elsewhere by their names.
+        shifted: Name -> split of a shifted data set.
 
     Raises:
         As `compress.verification.quality.predict`.
@@ -186,10 +186,10 @@ def standings(
 
 
 def fitting(wanted: Robustness, split: Split) -> Robustness:
-    """Return what can be looked at: nothing that moves pixels away from their masks or boxes.
+    """Return settings that fit the task of a split: without corruptions that move pixels away from masks or boxes.
 
     Raises:
-        DataError: Images are prepared already, and corruptions are asked for.
+        DataError: Corruptions are requested for images that are not uint8.
     """
     if wanted.corruptions and split.read(np.zeros(1, np.int64)).dtype != np.uint8:
         raise DataError(
@@ -216,14 +216,14 @@ def _standing(one: Distribution, before: Found | None, after: Found) -> Standing
 
 
 def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Return what gates are held to: of the file alone, and against the baseline.
+    """Return the estimates for the gates: metrics of the file alone, and changes against the baseline.
 
     Returns:
-        "noise", "corruptions" and "shifted": mean top-1 there. Against the baseline "drop.noise" and so on: mean loss
-        of top-1; "drop.worst_distribution": the largest loss; "rise.excess_error": by how much more the file loses from
-        the nominal images to the corrupted ones than the baseline does; "on.NAME": the loss on each distribution. Of
-        another task the same of its primary metric, without intervals of means and without "rise.excess_error"; losses
-        of what should be low are called "rise.noise" and so on.
+        Metrics: "noise", "corruptions" and "shifted", the mean top-1 over the distributions of each kind. Changes:
+        "drop.noise" and so on, the mean loss of top-1; "drop.worst_distribution", the largest loss; "on.NAME", the loss
+        on each distribution; "rise.excess_error", the loss of the file from nominal to corrupted images minus the loss
+        of the baseline. Other tasks have the same of their primary metric, without intervals of means and without
+        "rise.excess_error"; a metric that should be low has "rise.noise" and so on.
     """
     if found and not len(found[0].hits):
         return _summarize_measured(found)
@@ -250,7 +250,7 @@ def summarize(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str,
 
 
 def _summarize_measured(found: Sequence[Standing]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Return the same where images are not right or wrong."""
+    """Return the estimates of `summarize` for a task other than classification."""
     own, changes = {}, {}
     worse = "drop" if found[0].metric.higher_is_better else "rise"
     for name, kind in {"noise": "noise", "corruptions": "corruption", "shifted": "shifted"}.items():
@@ -272,14 +272,14 @@ def _summarize_measured(found: Sequence[Standing]) -> tuple[dict[str, Estimate],
 
 
 def _share_interval(those: Sequence[Standing]) -> tuple[float, float]:
-    """Return where the mean of top-1 over distributions lies; of the same images, it is one metric an image."""
+    """Return the interval of the mean top-1 over distributions; unless shifted, of each image's share of hits."""
     if those[0].kind == "shifted":
         return _of_independent([mean_share_interval(one.hits.astype(np.float64)) for one in those])
     return mean_share_interval(np.mean([one.hits for one in those], axis=0))
 
 
 def _loss_interval(those: Sequence[Standing]) -> tuple[float, float]:
-    """Return where the mean loss over distributions lies."""
+    """Return the interval of the mean loss over distributions."""
     if those[0].kind == "shifted":
         return _of_independent([mean_loss_interval(one.losses) for one in those])
     return mean_loss_interval(np.mean([one.losses for one in those], axis=0))
@@ -293,7 +293,7 @@ def _of_independent(intervals: Sequence[tuple[float, float]]) -> tuple[float, fl
 
 
 def _worst(compared: Sequence[Standing]) -> Estimate:
-    """Return the largest loss on any distribution, as sure as the largest of so many can be."""
+    """Return the largest loss on any distribution, with an interval for the largest of several."""
     drops = []
     for one in compared:
         if one.baseline_hits is None:
@@ -304,14 +304,14 @@ def _worst(compared: Sequence[Standing]) -> Estimate:
 
 
 def _excess(corrupted: Sequence[Standing], nominal: Standing) -> Estimate:
-    """Return by how much more a file loses on corrupted images than on the same ones as they are."""
+    """Return the loss of a file against the baseline on corrupted images minus the loss on nominal images."""
     each = np.mean([one.losses for one in corrupted], axis=0) - nominal.losses
     low, high = (2 * end for end in mean_loss_interval(each / 2))  # a difference of losses reaches from -2 to 2
     return Estimate(float(each.mean()), low, high, f"mean over {len(corrupted)} distributions", len(each))
 
 
 def stated(found: Sequence[Standing]) -> list[dict[str, Any]]:
-    """Return plain values for the report."""
+    """Return the metrics on each distribution as plain values for the report."""
     return [
         {
             "name": one.name,

@@ -1,7 +1,7 @@
 """Inputs of a network from the samples of a data set.
 
-One image input takes the samples as they are; several inputs, or one that is not of floating-point numbers, are
-unpacked from the samples' rows.
+A single image input takes the samples unchanged. Several inputs, or one that is not floating-point, are unpacked from
+rows that hold all inputs of a sample side by side.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def feed(runtime: Runtime, samples: np.ndarray) -> dict[str, np.ndarray]:
     """Return input name -> array for some samples, repeated until a fixed batch is full.
 
     Args:
-        runtime: Open.
-        samples: (N, ...) prepared images, or (N, K) rows of all inputs.
+        runtime: Open runtime of the network.
+        samples: (N, ...) preprocessed images, or (N, K) rows of all inputs.
 
     Raises:
         ModelError: The only input takes no images.
-        DataError: The rows do not hold the inputs.
+        DataError: The rows do not fit the inputs.
     """
     inputs = runtime.signature.inputs
     filled = fill_batch(samples, inputs[0])
@@ -35,7 +35,7 @@ def feed(runtime: Runtime, samples: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def rows_of(inputs: Mapping[str, np.ndarray]) -> int:
-    """Return the number of samples in what `feed` returned, those that fill up a batch too."""
+    """Return the number of samples in the inputs that `feed` returned, including repeated ones."""
     return len(next(iter(inputs.values())))
 
 
@@ -46,7 +46,7 @@ def fill_batch(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
 
 
 def as_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """Return prepared images in the precision that an input has.
+    """Return preprocessed images in the dtype of an input.
 
     Raises:
         ModelError: The input takes no floating-point numbers.
@@ -60,6 +60,6 @@ def as_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
 
 
 def fixed_batch(runtime: Runtime) -> int | None:
-    """Return the batch size that a network has, None where the batch axis of its inputs is open."""
+    """Return the fixed batch size of a network; None where the batch axis of its inputs is open."""
     batch = runtime.signature.inputs[0].shape[0]
     return batch if isinstance(batch, int) else None

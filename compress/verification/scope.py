@@ -1,4 +1,4 @@
-"""Scope of a verification beyond the checks of every file."""
+"""Scope of a verification: optional measurements beyond the checks of every file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ class Scope:
     """Scope of a verification.
 
     Attributes:
-        parity_samples: Images compared with the torch network.
-        robustness: Which noise and which corruptions; None for none.
-        shifted: Data sets from elsewhere that are looked at with them, by their names.
-        batch_sizes: At which throughput is measured; without any, start and memory are not looked at either.
-        second_opinion: Whether the ONNX reference evaluator must have been asked; it is asked where that takes seconds.
+        parity_samples: Number of images compared with the torch network.
+        robustness: Settings of noise and corruptions; None measures no robustness.
+        shifted: Name -> split of a shifted data set, measured together with `robustness`.
+        batch_sizes: Batch sizes of the throughput; without any, start and memory are not measured either.
+        second_opinion: Whether the comparison with the ONNX reference evaluator is required. It is made in any case
+            where it takes seconds.
         also: More runtimes to open the file in.
     """
 
@@ -36,7 +37,7 @@ class Scope:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """Names of the checks that must not be skipped because of it."""
+        """Names of the checks that this scope requires."""
         return (*([EVALUATOR] if self.second_opinion else []), *(one.check for one in self.also if one.is_required))
 
     @property

@@ -14,13 +14,13 @@ from compress.verification.resources import Resources, measure_resources
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Latency and resources.
+    """Latency and resources of a file and its baseline.
 
     Attributes:
         checks: Failed checks where a measurement failed.
         samples: Timed calls by label: "slim", "baseline".
         ratio: Latency of the file / latency of the baseline; None without a baseline.
-        resources: Start, memory and throughput; None where they are not asked for.
+        resources: Start, memory and throughput; None where they are not requested.
         details: Values for the report.
     """
 
@@ -49,7 +49,7 @@ def measure_latencies(job: VerificationJob, progress: Progress) -> Speed:
 
 
 def measure_use(job: VerificationJob, progress: Progress) -> Speed:
-    """Measure start, memory and throughput of the file and of the baseline, where they are asked for."""
+    """Measure start, memory and throughput of the file and of the baseline, where they are requested."""
     sizes = job.scope.batch_sizes
     if not sizes:
         return Speed()

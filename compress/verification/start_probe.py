@@ -1,7 +1,7 @@
 """Start of one file in a new process, which `resources` launches.
 
-The request is JSON with "path" and "conditions"; so is the answer, with "start_ms" and "memory_bytes" (null where the
-system does not say).
+The request is JSON with "path" and "conditions". The answer is JSON with "start_ms" and "memory_bytes" (null where the
+system does not report it).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CALLS = 3
 
 
 def main(request: str) -> int:
-    """Answer a request on stdout; returns the exit code."""
+    """Answer a request on stdout; return the exit code."""
     values = json.loads(request)
     try:
         answer = probe(Path(values["path"]), Conditions(**values["conditions"]))
@@ -35,10 +35,10 @@ def main(request: str) -> int:
 
 
 def probe(path: Path, conditions: Conditions) -> dict[str, float | None]:
-    """Open a file, call it some times on zeros, and return what that took.
+    """Open a file, call it some times on zeros, and return time and memory.
 
     Returns:
-        "start_ms": until the session was there. "memory_bytes": from before the session to the most there was.
+        "start_ms": time until the session was ready. "memory_bytes": growth from before the session to the peak.
 
     Raises:
         As `Conditions.open`, and ModelError when the network fails.
@@ -65,7 +65,7 @@ def _zeros(session: Runtime, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def _memory(name: str) -> int | None:
-    """Return a metric of this process's memory in bytes, as Linux states it; None elsewhere."""
+    """Return a memory metric of this process in bytes, as Linux reports it; None on other systems."""
     try:
         found = re.search(rf"^{name}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     except OSError:

@@ -1,15 +1,15 @@
 """Confidence intervals of metrics (jackknife), and the calibration error without bias.
 
 Percentiles of bootstrap samples are too narrow for a metric that is no plain mean (a mean over classes, a root, a
-ratio). Pseudo-values (Tukey 1958) turn a metric into a mean of parts, to which Student's t applies. Skewed parts make
-that too narrow in small samples; hence the most extreme part on either side counts twice, and the widest interval is
-taken. `benchmarks/interval_coverage.py` simulates the coverage.
+ratio). Pseudo-values (Tukey 1958) turn a metric into a mean of parts, to which Student's t applies. In small samples,
+Student's t is too narrow for skewed parts. Hence the most extreme part on either side counts twice, and the widest
+interval is taken. `benchmarks/interval_coverage.py` simulates the coverage.
 
 The expected calibration error of Guo et al. 2017 (mean absolute gap of bins) is never 0 on a sample, and the bootstrap
 moves it further away from the truth. Here the mean squared gap is estimated without bias, as in Kumar et al. 2019,
 "Verified Uncertainty Calibration", arXiv:1909.10155, over bins of equally many images, and its root is reported. The
-interval solves |estimate - t| <= z sd(t) for the true value t, as Wilson's does for shares; sd(t) is that of a sum of
-squares of normal means. `benchmarks/calibration_interval.py` simulates the coverage.
+interval solves |estimate - t| <= z sd(t) for the true value t, as Wilson's does for shares. sd(t) is the standard
+deviation of a sum of squares of normal means. `benchmarks/calibration_interval.py` simulates the coverage.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def jackknife_intervals(
     """Return the 95 % interval of each metric.
 
     Args:
-        metrics: Takes positions of images and returns the metrics over them.
+        metrics: Function that takes positions of images and returns the metrics over them.
         count: Number N of images.
-        most_parts: Images are left out in at most so many parts of equal size, always the same.
+        most_parts: Largest number of equal parts that images are left out in; the parts are the same in each run.
 
     Returns:
-        Nothing for fewer than two images or parts, or for a metric that is no number without one of the parts.
+        Name -> interval. Empty for fewer than two images or parts; a metric that is not finite without one of the parts
+        is left out.
     """
     parts = min(count, most_parts)
     if parts < 2:
@@ -56,7 +57,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of a mean, wide enough for skewed values.
 
     Args:
-        values: (N,), at least two.
+        values: (N,) values, at least two.
     """
     ends = [_student(np.append(values, extreme)) for extreme in (values.min(), values.max())]
     plain = _student(values)
@@ -92,11 +93,12 @@ def calibration_bounds(confidence: np.ndarray, hits: np.ndarray) -> Bounds:
     """Return the root mean squared difference between confidence and accuracy, in [0, 1].
 
     Args:
-        confidence: (N,) float, probability that the network gives its choice, in [0, 1].
-        hits: (N,) bool, whether the choice is right.
+        confidence: (N,) float, probability of the predicted class, in [0, 1].
+        hits: (N,) bool, whether the predicted class is right.
 
     Returns:
-        The root of the debiased mean of squares, 0 where that is negative. No interval below two images a bin.
+        The root of the debiased mean of squares, 0 where that is negative. Without a bin of two images, the mean
+        absolute difference without an interval.
     """
     gaps, weights, noise = _bins(np.asarray(confidence, np.float64), np.asarray(hits, np.float64))
     if not len(gaps):
@@ -108,7 +110,7 @@ def calibration_bounds(confidence: np.ndarray, hits: np.ndarray) -> Bounds:
 
 
 def difference_bounds(after: Bounds, before: Bounds) -> Bounds:
-    """Return the difference of two values and its interval: from the least to the largest that theirs allow for.
+    """Return the difference of two values and its interval, from the least to the largest possible difference.
 
     Narrower intervals (root of the sum of squares) fail here: next to 0 a root is biased by as much as its noise.
 
@@ -124,9 +126,9 @@ class _Noise(NamedTuple):
     """(B,) Variance of each bin's mean gap, times the share of the bin.
 
     Attributes:
-        unbiased: As sampled.
-        cautious: At least that of a share of right answers with one image more of either kind, since a bin of right
-            answers alone looks as if it had no variance.
+        unbiased: Sample variance.
+        cautious: Sample variance, but at least the variance of a share of hits with one added hit and one added miss.
+            A bin of hits alone has no sample variance.
     """
 
     unbiased: np.ndarray

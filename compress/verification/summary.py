@@ -26,8 +26,8 @@ class QualitySummary:
     """Quality of the file, and its change against the baseline.
 
     Attributes:
-        own: Of the file, as `metrics.estimate_quality` calls them; None where it could not be measured.
-        changes: Against the baseline, as `metrics.estimate_changes` calls them; None without a baseline.
+        own: Metrics of the file, named as in `metrics.estimate_quality`; None where it could not be measured.
+        changes: Changes against the baseline, named as in `metrics.estimate_changes`; None without a baseline.
         details: Plain values for the report.
     """
 
@@ -37,12 +37,12 @@ class QualitySummary:
 
 
 def estimate(found: Found, names: Sequence[str] = ()) -> Estimates:
-    """Return how good a network is."""
+    """Return the metrics of a network with their intervals."""
     return estimate_quality(found, names) if isinstance(found, Predictions) else estimate_measured(found)
 
 
 def changes_from(before: Found, after: Found, names: Sequence[str] = ()) -> Estimates:
-    """Return what changed from one network to another."""
+    """Return the changes of the metrics from one network to another."""
     if isinstance(before, Predictions) and isinstance(after, Predictions):
         return estimate_changes(before, after, names)
     if isinstance(before, Measured) and isinstance(after, Measured):
@@ -51,7 +51,7 @@ def changes_from(before: Found, after: Found, names: Sequence[str] = ()) -> Esti
 
 
 def summarize_quality(before: Found | None, after: Found | None, evaluation: Split) -> QualitySummary:
-    """Put together what the baseline and the file come to on a split; None for one that could not."""
+    """Summarize the predictions of baseline and file on a split; None stands for one that could not be measured."""
     if not isinstance(evaluation.task, Classification):
         return _summarize_measured(before, after, evaluation)
     assert not isinstance(before, Measured)
@@ -75,7 +75,7 @@ def summarize_quality(before: Found | None, after: Found | None, evaluation: Spl
 
 
 def _summarize_measured(before: Found | None, after: Found | None, evaluation: Split) -> QualitySummary:
-    """Put together the same of another task than classification."""
+    """Summarize the metrics of a task other than classification."""
     own = estimate(after) if after is not None else None
     whole = estimate(before) if before is not None else None
     changes = changes_from(before, after) if before is not None and after is not None else None
@@ -93,7 +93,7 @@ def _summarize_measured(before: Found | None, after: Found | None, evaluation: S
 
 
 def values_of(estimates: Mapping[str, Estimate] | None) -> dict[str, float]:
-    """Return the metrics without how sure they are."""
+    """Return the values of metrics without their intervals."""
     return {name: estimate.value for name, estimate in (estimates or {}).items()}
 
 
@@ -113,19 +113,19 @@ SIDE = 64  # pixels; larger images are scaled down
 
 
 def worst_images(before: Predictions | None, after: Predictions | None, split: Split) -> list[dict[str, Any]]:
-    """Return images of the classes that lost most against the baseline, or without one the worst.
+    """Return misclassified images of the classes that lost most against the baseline, or of the worst classes.
 
-    With a baseline they are images that it gets right and the file gets wrong, and a class that lost nothing has none.
-    Without one they are images that the file gets wrong. In each class those come first that the file is surest of.
+    With a baseline, the images are right in the baseline and wrong in the file, and a class without loss is left out.
+    Without a baseline, the images are wrong in the file. In each class, the most confident errors come first.
 
     Args:
-        before: Of the baseline over `split`; None without one.
-        after: Of the file; None where it could not be run.
-        split: Where the images are.
+        before: Predictions of the baseline over `split`; None without one.
+        after: Predictions of the file; None where it could not be run.
+        split: Split with the images.
 
     Returns:
         For each of at most `CLASSES` x `IMAGES` images {"class": index of the class it stands for, which is its label,
-        "label", "predicted": class indices, "index": its place in the source, "image": PNG in base64, no side longer
+        "label", "predicted": class indices, "index": position in the source, "image": PNG in base64, no side longer
         than `SIDE` pixels}; plain values.
     """
     if after is None:
@@ -158,7 +158,7 @@ def to_png(image: np.ndarray) -> str:
 
 
 def _worst_classes(before: Predictions | None, after: Predictions) -> list[int]:
-    """Return classes by what they lost, the most first; by what they lack where there is nothing to lose from."""
+    """Return classes by loss of top-1, largest first; without a baseline, by their share of errors."""
     accuracy = class_accuracy(after)[0]
     losses = 1 - accuracy if before is None else class_accuracy(before)[0] - accuracy
     order = np.argsort(-np.nan_to_num(losses), kind="stable")
@@ -166,7 +166,7 @@ def _worst_classes(before: Predictions | None, after: Predictions) -> list[int]:
 
 
 def _surest(after: Predictions, wrong: np.ndarray, label: int) -> list[int]:
-    """Return places of wrong images of a class, those first whose class is furthest below what was chosen."""
+    """Return positions of wrong images of a class, by the margin of the predicted class, largest first."""
     places = np.flatnonzero(wrong & (after.labels == label))
     outputs = after.outputs[places]
     margins = outputs.max(1) - outputs[:, label] if len(places) else np.empty(0)

@@ -1,7 +1,7 @@
 """Metrics of any task with confidence intervals, and their change against the baseline.
 
-A task keeps a few facts of each image; metrics follow from the facts of any choice of images, so that images can be
-left out in turn for an interval (jackknife), the same ones of both networks.
+A task stores a few facts of each image and computes its metrics from the facts of any subset of images. So images can
+be left out in turn for an interval (jackknife), the same images of both networks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Measured:
     """Metrics of a network over a split.
 
     Attributes:
-        task: What is measured.
-        facts: Of each image.
+        task: Task with the metrics.
+        facts: Facts of each image.
     """
 
     task: Task
@@ -35,7 +35,7 @@ class Measured:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """Every metric of the task over all images; NonFinite where one is no finite number."""
+        """Every metric of the task over all images; raises NonFinite where one is not finite."""
         found = self.task.aggregate(self.facts)
         require_finite(found)
         return found
@@ -47,7 +47,7 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """Its value."""
+        """Value of the primary metric."""
         return self.metrics[self.task.metric]
 
 
@@ -65,13 +65,13 @@ def estimate_measured(found: Measured) -> dict[str, Estimate]:
 
 
 def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate]:
-    """Return what changed from one network to another on the same images.
+    """Return the changes of the metrics from one network to another on the same images.
 
     Returns:
-        For each metric "drop.NAME", by how much it is lower, and "rise.NAME", by how much it is higher.
+        For each metric "drop.NAME", its decrease, and "rise.NAME", its increase.
 
     Raises:
-        DataError: They are not of the same images.
+        DataError: The numbers of images differ.
     """
     if len(before) != len(after):
         raise DataError(f"Networks must be compared on the same images, got {len(before)} and {len(after)}.")
@@ -92,5 +92,5 @@ def changes_of_measured(before: Measured, after: Measured) -> dict[str, Estimate
 
 
 def loss_of(changes: Mapping[str, Estimate], metric: Metric) -> Estimate:
-    """Return by how much the primary metric is worse."""
+    """Return the loss of the primary metric."""
     return changes[metric.worsening]

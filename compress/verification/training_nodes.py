@@ -13,21 +13,21 @@ from compress.errors import attempt
 from compress.onnx_file.io import subgraphs
 
 _STANDARD = ("", "ai.onnx")
-_FLAG_IN_INPUT, _MODE_IN_ATTRIBUTE = 12, 14  # operator sets from which Dropout and BatchNormalization are as they are
+_FLAG_IN_INPUT, _MODE_IN_ATTRIBUTE = 12, 14  # operator sets of today's form of Dropout and BatchNormalization
 _ALWAYS_INFERENCE = 7  # operator set from which Dropout had no flag, until it got one again
 _SAME_TRUTH = ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten")
 
-Source: TypeAlias = TensorProto | NodeProto  # what yields a value: a tensor of the file, or a node
+Source: TypeAlias = TensorProto | NodeProto  # origin of a value: a tensor of the file, or a node
 
 
 def training_nodes(model: ModelProto, folder: Path) -> list[NodeProto]:
-    """Return the nodes that are in training mode, those of subgraphs and of local functions among them.
+    """Return the nodes in training mode, including nodes of subgraphs and local functions.
 
-    A flag that cannot be traced to a constant counts as set: whoever gives it may set it.
+    A flag that cannot be traced to a constant counts as set, because an input of the file may set it.
 
     Args:
-        model: The file; tensors may lie in files beside it.
-        folder: Where it lies.
+        model: Model of the file; tensors may be external data.
+        folder: Folder of the file and its external data.
     """
     inlined = _inlined(model)
     opset = _opset(inlined.opset_import)
@@ -40,7 +40,7 @@ def training_nodes(model: ModelProto, folder: Path) -> list[NodeProto]:
 def _inlined(model: ModelProto) -> ModelProto:
     if not model.functions:
         return model
-    # a file that is not valid stays as it is: the checker reports it
+    # an invalid file is not changed: the checker reports it
     return attempt(lambda: onnx.inliner.inline_local_functions(model), lambda _: model)
 
 
@@ -76,7 +76,7 @@ def _is_training(node: NodeProto, known: Mapping[str, Source], opset: int, folde
 
 
 def _may_be_true(name: str, known: Mapping[str, Source], folder: Path) -> bool:
-    """Return whether a value is not known to be false."""
+    """Return False only where a value is a constant without a true entry."""
     seen: set[str] = set()
     while name not in seen:
         seen.add(name)

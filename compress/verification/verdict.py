@@ -1,6 +1,6 @@
 """Verdict on an ONNX file: every check, on the file itself, in the runtime that ships it.
 
-static_checks   structure, weights, MACs                        opening   provider, fitness for the task
+first_checks    structure, weights, MACs, then provider and fitness for the task
 outputs         parity, quality, quality under perturbation     speed     latency, start, memory, throughput
 gates           limits
 """
@@ -33,10 +33,10 @@ from compress.verification.summary import estimate, summarize_quality, values_of
 
 
 def verify_onnx(job: VerificationJob, progress: Progress | None = None) -> Verdict:
-    """Check a file and hold it to its gates.
+    """Check a file and compare it with its gates.
 
-    A file that cannot be run, or that gives NaN, is a failed check and not an error. A gate that cannot be measured
-    is skipped and, being required, fails the verdict.
+    A file that cannot be run, or that returns NaN, is a failed check and not an error. A gate that cannot be measured
+    is skipped; every gate is required, so a skipped one fails the verdict.
 
     Args:
         job: The file, its baseline and its limits.
@@ -44,7 +44,7 @@ def verify_onnx(job: VerificationJob, progress: Progress | None = None) -> Verdi
 
     Raises:
         ArtifactError: The file or the baseline is missing or no ONNX model.
-        RuntimeUnavailable: The provider is not there.
+        RuntimeUnavailable: The provider is not available.
         DataError: The evaluation split is empty, or its targets do not fit.
         ConfigValueError: The batch size is not the file's fixed one.
     """
@@ -92,7 +92,7 @@ def _not_run(job: VerificationJob) -> Outputs:
 
 
 def _check_elsewhere(job: VerificationJob, progress: Progress) -> tuple[tuple[CheckResult, ...], list[dict[str, Any]]]:
-    """Compare the file with the reference evaluator, and with itself in the other runtimes asked for."""
+    """Compare the file with the reference evaluator, and with itself in the other requested runtimes."""
     limit = job.gates.parity
     with job.open(all_cores=True) as session:
         checks = [check_evaluator(session, job.path, job.evaluation, limit, progress)]
@@ -105,7 +105,7 @@ def _check_elsewhere(job: VerificationJob, progress: Progress) -> tuple[tuple[Ch
 
 
 def _baseline_metrics(job: VerificationJob, progress: Progress) -> ModelMetrics | None:
-    """Return size and MACs of the baseline; of a file only they are counted, 0 where that cannot be done."""
+    """Return the metrics of the baseline; without given ones, size and counts of its file, 0 where not countable."""
     path = job.baseline_onnx
     if job.baseline_metrics is not None or path is None:
         return job.baseline_metrics
@@ -119,7 +119,7 @@ def _baseline_metrics(job: VerificationJob, progress: Progress) -> ModelMetrics 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """Results of all parts, to be held to the gates."""
+    """Results of all parts, to be compared with the gates."""
 
     job: VerificationJob
     static: StaticChecks
@@ -129,7 +129,7 @@ class _Judgement:
     measured: _Measured
 
     def verdict(self) -> Verdict:
-        """Apply the gates and put everything together."""
+        """Apply the gates and return the verdict."""
         job, measured, outputs = self.job, self.measured, self.measured.outputs
         quality = summarize_quality(self.before, outputs.found, job.evaluation)
         own, changes = quality.own, quality.changes
@@ -192,7 +192,7 @@ class _Judgement:
         return ModelMetrics(macs, params, existing_bytes(self.job.path), values_of(own), latency)
 
     def _own_baseline(self) -> ModelMetrics | None:
-        """Return the baseline with the latency of this run; without one, no latency is taken from elsewhere."""
+        """Return the baseline's metrics with quality and latency of this run only."""
         given, samples = self.baseline, self.measured.latency.samples
         if given is None:
             return None

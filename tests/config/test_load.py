@@ -310,3 +310,21 @@ def test_resolved_pipeline_loads_to_an_equal_one(tiny: Path, kwargs: dict[str, o
 def test_any_text_is_refused_with_a_config_error_that_says_where(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^any\.yaml"):  # no such text is a whole pipeline
         parse_pipeline(text, Path("any.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("resnet18", "torchvision", "resnet18"),
+        ("torchvision:resnet18", "torchvision", "resnet18"),
+        ("timm:convnext_tiny", "timm", "convnext_tiny"),
+        ("pkg.nets:build", "factory", "pkg.nets:build"),
+        ("net.py:build", "factory", "{folder}/net.py:build"),
+        ("net.onnx", "onnx", "{folder}/net.onnx"),
+    ],
+)
+def test_a_network_may_be_spelled_as_one_text(tiny: Path, text: str, kind: str, value: str) -> None:
+    weights = "null" if kind == "onnx" else "w.pt"
+    overrides = [f"stages.load.model={text}", f"stages.load.weights={weights}"]
+    model = load_pipeline(tiny, overrides, environ={}).resolved["stages"][0]["model"]
+    assert model[kind] == value.format(folder=Path.cwd())

@@ -254,7 +254,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "shape", "error", "text"),
     [
-        ("nothing", None, ConfigValueError, r"inspect takes an \.onnx file, .*, got 'nothing'"),
+        ("nothing", None, ModelError, "torchvision has no network named 'nothing'"),
         ("nets:chain", None, ConfigValueError, "'nets:chain' needs the shape of one image"),
         ("nowhere.onnx", None, ArtifactError, "nowhere.onnx"),
         ("torchvision:resnet81", None, ModelError, "torchvision has no network named 'resnet81'"),

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import compress
 from compress.cli.commands import app
 from compress.config.load import load_pipeline
-from compress.scaffold.model_survey import find_architecture
+from compress.networks.architectures import find_architecture
 
 CLASSES = ("disc", "square", "stripes")
 BUILD = """

@@ -34,7 +34,7 @@ def check_order(sections: Sections) -> Iterator[Problem]:
 
 
 def _misplaced(index: int, name: str, names: Sequence[str | None]) -> tuple[str, str | None] | None:
-    """Return the fault of a stage's place and a hint; None if it can stand there."""
+    """Return the fault of a stage's position and a hint; None if the position is allowed."""
     wanted = STAGES[name].consumes
     if index == 0:
         return None if wanted == NOTHING else (f"needs {_ARTICLES[wanted]}, but nothing comes before it.", _BEGIN)

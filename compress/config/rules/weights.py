@@ -1,4 +1,4 @@
-"""Rules for `load`, and for what stages may learn from the loaded network: its weights, features and quality."""
+"""Rules for `load`, and for stages that use the weights, features or quality of the loaded network."""
 
 from collections.abc import Iterator
 
@@ -64,7 +64,7 @@ def _distillations(sections: Sections) -> Iterator[tuple[KeyPath, DistillationCo
 
 
 def _training(stage: Section | None) -> tuple[KeyPath, TrainingConfig | None]:
-    """Return the training settings of a stage, and their place in it."""
+    """Return the training settings of a stage, and their key path in it."""
     if isinstance(stage, FinetuneConfig):
         return (), stage
     if isinstance(stage, PruneConfig | LowRankConfig):

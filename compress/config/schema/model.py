@@ -106,11 +106,30 @@ Model = Annotated[
 ]
 
 
+def read_spelling(value: object) -> object:
+    """Return the section of a network that is spelled as one text, and anything else unchanged.
+
+    >>> read_spelling("resnet18"), read_spelling("timm:convnext_tiny"), read_spelling("net.py:build")
+    ({'torchvision': 'resnet18'}, {'timm': 'convnext_tiny'}, {'factory': 'net.py:build'})
+    """
+    if not isinstance(value, str):
+        return value
+    if value.lower().endswith(".onnx"):
+        return {"onnx": value}
+    kind, colon, name = value.partition(":")
+    if colon and kind in NETWORKS:
+        return {kind: name}
+    return {"factory": value} if colon else {"torchvision": value}
+
+
 class LoadConfig(Section):
     """Build the network, load its weights strictly, and measure the baseline."""
 
     stage: Literal["load"]
-    model: Model = Field(description="network: factory, torchvision, timm or onnx")
+    model: Annotated[Model, BeforeValidator(read_spelling, json_schema_input_type=Model | str)] = Field(
+        description="network: factory, torchvision, timm or onnx; or one text, such as resnet18, timm:convnext_tiny, "
+        "file.py:build, net.onnx"
+    )
     weights: Annotated[str | None, PathKind.WEIGHTS] = Field(
         None,
         description="safetensors file, torch checkpoint readable with weights_only=True, TorchScript archive, or "

@@ -1,4 +1,4 @@
-"""Schema of a whole pipeline file, and of the stages `export` and `quantize`; no torch.
+"""Schema of a complete pipeline file, and of the stages `export` and `quantize`; no torch.
 
 Kept ratios are in (0, 1] and relative to the baseline. Paths are absolute, or relative to the pipeline file.
 """

@@ -18,18 +18,18 @@ _SOME = 3
 
 @dataclass(frozen=True)
 class AnnotatedSource:
-    """Images, and a target for each, read one by one.
+    """Source of images with a target for each, read one by one.
 
     Attributes:
-        count: Images.
-        read_image: Place -> the image as it goes into a batch: uint8 (H, W, C), or float32 that is prepared already.
-        read_target: Place -> an array, or a mapping of arrays; None where images have no targets.
-        classes: Class names where the source has them, else ().
-        is_threadsafe: Whether several may be read at once; they are then, on all cores.
-        known_labels: (N,) class indices, where they are known without reading the images.
-        size_hint: What to do where images differ in size.
-        inputs: Input name -> its shape in a sample, where samples are mappings; {} for images.
-        shape: Of a sample that is one array and no image; None for images and mappings.
+        count: Number of images.
+        read_image: Function from an index to the image for a batch: uint8 (H, W, C), or float32 if already prepared.
+        read_target: Function from an index to an array or a mapping of arrays; None for images without targets.
+        classes: Class names if the source has them, else ().
+        is_threadsafe: Whether images may be read in parallel, on all cores.
+        known_labels: (N,) class indices if they are known without reading the images, else None.
+        size_hint: Hint in the error for images of different sizes.
+        inputs: Input name -> its shape in a sample, for samples that are mappings; {} for images.
+        shape: Shape of a sample that is one array but no image; None for images and mappings.
     """
 
     count: int
@@ -55,7 +55,7 @@ class AnnotatedSource:
         """(N,) int64 class indices.
 
         Raises:
-            DataError: The targets are none.
+            DataError: The targets are no class indices.
         """
         values = self.known_labels
         if values is None:
@@ -69,7 +69,7 @@ class AnnotatedSource:
         return labels.astype(np.int64)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices`: (n, H, W, C) uint8, or float32 that is prepared already, or (n, K) rows.
+        """Return the images at `indices`: (n, H, W, C) uint8, or float32 if already prepared, or (n, K) rows.
 
         Raises:
             DataError: The images do not all have one shape.
@@ -85,7 +85,7 @@ class AnnotatedSource:
         return np.stack(images)
 
     def read_targets(self, indices: np.ndarray) -> Any:
-        """Return the targets at `indices`: one array where all have one shape, else a list."""
+        """Return the targets at `indices`: one array if all have one shape, else a list."""
         if self.read_target is None:
             raise DataError("These images have no targets.")
         several = readers().map if self.is_threadsafe else map
@@ -93,7 +93,7 @@ class AnnotatedSource:
 
 
 def stacked(targets: Sequence[Any]) -> Any:
-    """Return targets as one array, int64 or float32, where they are arrays or numbers of one shape; else as a list.
+    """Return arrays or numbers of one shape as one int64 or float32 array; other targets as a list.
 
     >>> stacked([1, 2]), stacked([{"boxes": 1}])
     (array([1, 2]), [{'boxes': 1}])
@@ -122,8 +122,8 @@ def read_target_arrays(
         targets_path: `.npy` with the targets; None when they are in the `.npz`.
         image_key: Name of the image array in an `.npz`.
         target_key: Name of the target array in an `.npz`.
-        preprocessing: Its geometric half is done to images, and to masks.
-        mask_fill: Targets are masks, and this is what is put where an image was padded; None where they are no masks.
+        preprocessing: Preprocessing, whose geometric half is applied to images and masks.
+        mask_fill: Value of masks where images are padded; None for targets other than masks.
 
     Raises:
         ArtifactError: A file is missing, unreadable or lacks a key.
@@ -154,18 +154,18 @@ def read_target_arrays(
 
 
 def read_masks(images: Path, masks: Path, preprocessing: Preprocessing, grey: bool, fill: int) -> AnnotatedSource:
-    """Read a folder of pictures and one of masks, a picture of class indices with the same name for each.
+    """Read a folder of pictures and a folder of masks, which are pictures of class indices with the same names.
 
     Args:
-        images: Folder.
-        masks: Folder; PNG with one channel or a palette.
-        preprocessing: Its geometric half is done to both.
+        images: Folder of the pictures.
+        masks: Folder of the masks; PNG with one channel or a palette.
+        preprocessing: Preprocessing, whose geometric half is applied to pictures and masks.
         grey: Whether pictures are read with one channel.
-        fill: What is put into masks where an image was padded.
+        fill: Value of masks where pictures are padded.
 
     Raises:
         ArtifactError: A folder is missing.
-        DataError: There are no pictures, or one has no mask, or one of another size.
+        DataError: There are no pictures, or a picture has no mask or a mask of another size.
     """
     pictures = list_pictures(images)
     by_name = {path.stem: path for path in list_pictures(masks)}
@@ -193,11 +193,11 @@ def read_masks(images: Path, masks: Path, preprocessing: Preprocessing, grey: bo
 
 
 def read_unlabelled(path: Path, image_key: str, preprocessing: Preprocessing, grey: bool) -> AnnotatedSource:
-    """Read images that have no targets: a folder of pictures (its sub-folders, too), a .npy, or an .npz.
+    """Read images without targets: a folder of pictures with its sub-folders, a .npy, or an .npz.
 
     Raises:
-        ArtifactError: There is no such file or folder, or it cannot be read.
-        DataError: It holds no images.
+        ArtifactError: The file or folder is missing or unreadable.
+        DataError: The file or folder holds no images.
     """
     if path.is_dir():
         pictures = list_pictures(path, deep=True)
@@ -213,8 +213,8 @@ def list_pictures(folder: Path, deep: bool = False) -> list[Path]:
     """Return the pictures in a folder, and below it if `deep`, sorted by name.
 
     Raises:
-        ArtifactError: There is no such folder.
-        DataError: It has no pictures.
+        ArtifactError: The folder is missing.
+        DataError: The folder has no pictures.
     """
     if not folder.is_dir():
         raise ArtifactError(f"Data folder '{folder}' does not exist.")
@@ -225,7 +225,7 @@ def list_pictures(folder: Path, deep: bool = False) -> list[Path]:
 
 
 def picture_reader(pictures: Sequence[Path], fit_image: FitImage, grey: bool) -> Callable[[int], np.ndarray]:
-    """Return what reads a picture by its place."""
+    """Return a function that reads a picture by its index."""
 
     def read(place: int) -> np.ndarray:
         return fit_image(to_pixels(open_picture(pictures[place]), grey))
@@ -237,7 +237,7 @@ def as_images(images: np.ndarray, path: Path) -> np.ndarray:
     """Return uint8 (N, H, W, C) images.
 
     Raises:
-        DataError: They are none.
+        DataError: The array holds no images.
     """
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) == 0:

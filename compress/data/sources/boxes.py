@@ -1,4 +1,4 @@
-"""Images with boxes: COCO's JSON, or one .txt file for each image as YOLO has it.
+"""Images with boxes: COCO's JSON, or one .txt file for each image as in YOLO.
 
 A target is {"boxes": (M, 4) float32 [x0, y0, x1, y1] in pixels of the prepared image, "labels": (M,) int64}.
 """
@@ -19,24 +19,24 @@ from compress.data.sources.image_files import open_picture, to_pixels
 from compress.errors import ArtifactError, DataError
 
 MOST_CATEGORY = 65_535
-GREY = 114  # what YOLO's networks see at the rims
+GREY = 114  # padding value of YOLO's networks
 Boxes = dict[str, np.ndarray]
 
 
 def read_coco(
     annotations: Path, images: Path, preprocessing: Preprocessing, grey: bool, letterbox: tuple[int, int] | None
 ) -> AnnotatedSource:
-    """Read pictures and the boxes that a JSON file of the COCO form has for them; labels are its category ids.
+    """Read pictures and their boxes from a JSON file in COCO format; labels are its category ids.
 
     Args:
         annotations: The JSON file, with `images`, `annotations` and `categories`.
         images: Folder of the pictures.
-        preprocessing: Its geometric half is done to both; not with a letterbox.
+        preprocessing: Preprocessing, whose geometric half is applied to pictures and boxes; not with a letterbox.
         grey: Whether pictures are read with one channel.
-        letterbox: (height, width) that pictures are fitted into; None leaves that to `preprocessing`.
+        letterbox: (height, width) that pictures are scaled and padded to; None to use `preprocessing` instead.
 
     Raises:
-        ArtifactError: A file is missing, or the JSON is not of that form.
+        ArtifactError: A file is missing, or the JSON is not in COCO format.
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def read_coco(
         found = of_image[files[place][0]]
         return as_boxes([box for box, _ in found], [label for _, label in found])
 
-    # a name for each id up to the largest, so that a label is a place in them
+    # a name for each id up to the largest, so that a label is an index
     classes = tuple(names.get(index, str(index)) for index in range(max(names, default=-1) + 1))
     return _source([path for _, path in files], target, classes, preprocessing, grey, letterbox)
 
@@ -73,17 +73,17 @@ def read_coco(
 def read_yolo(
     labels: Path, images: Path, preprocessing: Preprocessing, grey: bool, letterbox: tuple[int, int] | None
 ) -> AnnotatedSource:
-    """Read pictures and their boxes: a .txt of the same name, "class x y width height" a line, shares of the picture.
+    """Read pictures and .txt files of the same names, one relative "class x y width height" per line.
 
     Args:
         labels: Folder of the .txt files; a picture without one has no box.
         images: Folder of the pictures.
-        preprocessing: As for `read_coco`.
+        preprocessing: As in `read_coco`.
         grey: Whether pictures are read with one channel.
-        letterbox: As there.
+        letterbox: As in `read_coco`.
 
     Raises:
-        ArtifactError: A folder is missing, or none of the pictures has a file.
+        ArtifactError: A folder is missing, or no picture has a .txt file.
     """
     pictures = list_pictures(images)
     files = [labels / f"{path.stem}.txt" for path in pictures]
@@ -102,10 +102,10 @@ def read_yolo(
 
 
 def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
-    """Yield the class and the four shares of each line.
+    """Yield the class and the four relative coordinates of each line.
 
     Raises:
-        DataError: A line has something else, or the file is no text.
+        DataError: A line has other content, or the file is no text.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -126,7 +126,7 @@ def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
 
 
 def _category(value: Any) -> int:
-    """Return a category id; labels are places in a list of names, which is as long as the largest id."""
+    """Return a checked category id: an index into a list of names whose length follows from the largest id."""
     number = int(value)
     if not 0 <= number <= MOST_CATEGORY:
         raise ValueError(f"category ids must be from 0 to {MOST_CATEGORY}, got {str(value)[:40]}")
@@ -134,12 +134,12 @@ def _category(value: Any) -> int:
 
 
 def as_boxes(boxes: list[list[float]], labels: list[int]) -> Boxes:
-    """Return boxes and their labels as arrays, empty ones for no boxes."""
+    """Return boxes and their labels as arrays, which are empty without boxes."""
     return {"boxes": np.asarray(boxes, np.float32).reshape(-1, 4), "labels": np.asarray(labels, np.int64)}
 
 
 def fit_letterbox(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a uint8 (H, W, C) image scaled to fit into a size, in the middle, grey at the rims."""
+    """Return a uint8 (H, W, C) image scaled to fit into a size, centred, with grey padding."""
     scale, top, left = _letterbox(image.shape[:2], size)
     height, width = (round(side * scale) for side in image.shape[:2])
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -150,19 +150,19 @@ def fit_letterbox(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _letterbox(image_size: tuple[int, ...], size: tuple[int, int]) -> tuple[float, int, int]:
-    """Return by how much an image is scaled, and how many rows and columns of grey come before it."""
+    """Return the scale of an image, and the rows and columns of grey padding before it."""
     scale = min(want / have for want, have in zip(size, image_size, strict=True))
     top, left = ((want - round(have * scale)) // 2 for want, have in zip(size, image_size, strict=True))
     return scale, top, left
 
 
 def moved(target: Boxes, scale: tuple[float, float], shift: tuple[float, float], size: tuple[int, int]) -> Boxes:
-    """Return boxes as an image was scaled, then shifted, then cut off at its borders; those outside are gone.
+    """Return boxes scaled, shifted and clipped to the borders of an image; boxes outside are dropped.
 
     Args:
-        target: Boxes and labels, and whatever else has an entry for each box.
-        scale: Of rows and of columns.
-        shift: Rows and columns, after scaling.
+        target: Boxes, labels and any other arrays with an entry for each box.
+        scale: Scale factors of rows and columns.
+        shift: Shift of rows and columns in pixels, after scaling.
         size: (height, width) of the result.
     """
     factors, shifts, ends = (np.asarray([x, y, x, y], np.float32) for y, x in (scale, shift, size))

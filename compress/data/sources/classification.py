@@ -1,8 +1,8 @@
 """Images with class labels: arrays, IDX files, folders, torchvision data sets.
 
-An `ImageSource` is N labelled uint8 images, read by index; all images that one `read` returns have one shape.
+An `ImageSource` has N labelled uint8 images, read by index; all images that one `read` returns have one shape.
 Small sets are arrays in memory; folders and large torchvision sets are decoded when they are read.
-Other targets than class indices are read by `annotated.py`, `boxes.py` and `user.py`.
+The modules `annotated.py`, `boxes.py` and `user.py` read targets other than class indices.
 """
 
 import gzip
@@ -28,13 +28,13 @@ from compress.errors import ArtifactError, DataError, translated
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
-_MOST_DEFLATED = 1_040  # gzip makes no more bytes of one
+_MOST_DEFLATED = 1_040  # largest expansion factor of gzip
 
 FitImage = Callable[[np.ndarray], np.ndarray]
 
 
 class ImageSource(Protocol):
-    """N labelled images."""
+    """Source of N labelled images."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -42,15 +42,15 @@ class ImageSource(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names where the source has them, else ()."""
+        """Class names if the source has them, else ()."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Return the images at `indices`: uint8 (n, H, W, C), C = 1 or 3; float32 where they are prepared already."""
+        """Return the images at `indices`: uint8 (n, H, W, C), C = 1 or 3; float32 if already prepared."""
 
     def read_targets(self, indices: np.ndarray) -> Any:
-        """Return what the images are labelled with: an array of n entries, or a list."""
+        """Return the targets of the images at `indices`: an array of n entries, or a list."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class LazySource:
     """Images decoded when they are read.
 
     Attributes:
-        open_image: Index -> picture.
+        open_image: Function from an index to a picture.
         labels: (N,) int64.
         classes: Class names or ().
         fit_image: Geometric preprocessing of one image.
         grey: Whether images are read with one channel instead of three.
-        is_threadsafe: Whether several may be opened at once; they are then, on all cores.
+        is_threadsafe: Whether images may be opened in parallel, on all cores.
     """
 
     open_image: Callable[[int], Image.Image]
@@ -135,7 +135,7 @@ class LazySource:
 
 @cache
 def readers() -> ThreadPoolExecutor:
-    """Return threads that decode pictures, one for each core; decoders let go of the interpreter while they work."""
+    """Return a thread pool that decodes pictures, one thread per core; decoders release the interpreter lock."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
 
 
@@ -236,7 +236,7 @@ def _ordered(names: Sequence[str], order: Sequence[str] | None, root: Path) -> t
 
 
 def order_warning(classes: Sequence[str]) -> str | None:
-    """Return a warning where class names are in text order and a count in them says another order, else None.
+    """Return a warning if class names are in text order but contain numbers in another order, else None.
 
     >>> order_warning(["0", "1", "2"]), order_warning(["cat", "dog"])
     (None, None)
@@ -255,7 +255,7 @@ def order_warning(classes: Sequence[str]) -> str | None:
 
 
 def _by_count(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts by the numbers in a name where there are some."""
+    """Return a sort key that orders names by the numbers in them."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
@@ -265,16 +265,16 @@ def read_torchvision(
     """Read any torchvision classification data set by its class name.
 
     Args:
-        name: Such as "CIFAR10", "FashionMNIST", "Flowers102".
+        name: Class name, such as "CIFAR10", "FashionMNIST", "Flowers102".
         root: Folder that torchvision reads from and downloads to.
-        train: Training half or test half.
+        train: Whether the training half is read, else the test half.
         download: Whether torchvision may fetch missing files.
         fit_image: Geometric preprocessing.
         grey: Whether images are read with one channel.
 
     Raises:
-        DataError: No such data set, or it has no labels.
-        ArtifactError: The files are not there.
+        DataError: The data set does not exist, or has no labels.
+        ArtifactError: The files are missing.
     """
     from torchvision import datasets  # heavy, and only needed by those who name a torchvision set
 
@@ -329,7 +329,7 @@ def _torchvision_labels(dataset: object, name: str) -> np.ndarray:
 
 
 def load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """Return the array of a .npy file, or those of an .npz by their names.
+    """Return the array of a .npy file, or the arrays of an .npz by name.
 
     Raises:
         ArtifactError: The file is missing, damaged, or holds pickled objects.
@@ -342,7 +342,7 @@ def load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             )
         ),
         path.open("rb") as stream,
-    ):  # numpy leaves a file that it opened itself open when it is damaged
+    ):  # numpy does not close a damaged file that it opened itself
         require_room(path, _claimed_bytes(path))
         loaded = np.load(stream, allow_pickle=False)
         return {key: loaded[key] for key in loaded.files} if hasattr(loaded, "files") else loaded
@@ -356,7 +356,7 @@ def _load_labels(path: Path) -> np.ndarray:
 
 
 def member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
-    """Return one array of an .npz; ArtifactError when it is not there."""
+    """Return one array of an .npz; raise ArtifactError if it is missing."""
     if key not in arrays:
         raise ArtifactError(
             f"'{path}' must hold an array named '{key}', it holds {', '.join(sorted(arrays)) or 'none'}.",
@@ -366,7 +366,7 @@ def member(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
 
 
 def _claimed_bytes(path: Path) -> int:
-    """Return how many bytes the arrays of an .npy or .npz file take when they are unpacked, as far as the file says."""
+    """Return the unpacked size in bytes of the arrays in a .npy or .npz file, according to the file."""
     if not zipfile.is_zipfile(path):
         return path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -377,7 +377,7 @@ def require_room(path: Path, claimed: int) -> None:
     """Refuse a file whose content, once unpacked, does not fit into this machine's memory.
 
     Raises:
-        ArtifactError: It does not.
+        ArtifactError: The content does not fit.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -400,7 +400,7 @@ def _read_idx_array(path: Path) -> np.ndarray:
             if claimed > path.stat().st_size * (_MOST_DEFLATED if path.suffix == ".gz" else 1):
                 raise ValueError(f"header says {shape}, the file is too small for that")
             require_room(path, claimed)
-            raw = stream.read(claimed + 1)  # never more than the header says, whatever it unpacks to
+            raw = stream.read(claimed + 1)  # never more than the header states
         if zero != 0 or len(raw) != claimed:
             raise ValueError(f"header says {shape}, the file holds {'more' if len(raw) > claimed else 'less'}")
         return np.frombuffer(raw, dtype).reshape(shape)

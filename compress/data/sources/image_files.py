@@ -1,9 +1,9 @@
-"""Image files as uint8 arrays: one documented conversion for each mode that Pillow gives, or a refusal by name.
+"""Conversion of image files to uint8 arrays: a documented conversion for each mode of Pillow, or an error.
 
     1, L, P, RGB, YCbCr, HSV, CMYK    as Pillow converts them, without colour profiles
     LA, PA, RGBA ...                  the same, alpha is dropped
     I;16 (16-bit grey)                divided by 257: 65535 is white
-    I, F, LAB                         refused: what is white in them is not known
+    I, F, LAB                         refused: their white level is not known
 
 EXIF orientation is not applied, as in torchvision; of several frames the first is read. For users: docs/images.md.
 """
@@ -19,7 +19,7 @@ from compress.errors import DataError, translated
 _PLAIN = ("1", "L", "P", "RGB", "YCbCr", "HSV", "CMYK", "RGBX")
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-_SCALED_TO_16_BITS = ("PNG", "PPM")  # whose 16-bit values some versions of Pillow give in mode I
+_SCALED_TO_16_BITS = ("PNG", "PPM")  # some versions of Pillow return their 16-bit values in mode I
 _BITS_PER_SAMPLE = 258  # tag of TIFF
 _WHITE = 2**16 - 1
 
@@ -42,15 +42,15 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def to_pixels(picture: Image.Image, grey: bool, what: str = "") -> np.ndarray:
-    """Return a picture of any mode as uint8 (H, W, 3), or (H, W, 1) where grey is asked for.
+    """Return a picture of any mode as uint8 (H, W, 3), or (H, W, 1) if `grey`.
 
     Args:
-        picture: Decoded.
+        picture: Decoded picture.
         grey: Whether one channel is returned.
-        what: Names the picture where it has no file.
+        what: Name in messages of a picture without a file.
 
     Raises:
-        DataError: What is black and white in its mode is not known.
+        DataError: The black and white levels of its mode are not known.
     """
     if picture.mode in SIXTEEN_BITS or (picture.mode == "I" and picture.format in _SCALED_TO_16_BITS):
         pixels = _from_16_bits(picture, what)

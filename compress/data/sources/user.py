@@ -1,10 +1,10 @@
-"""Data set classes of the user's own, as images and targets.
+"""Data set classes of the user, as sources of images and targets.
 
-It needs `__len__` and `__getitem__` -> (image, target), as torch's do; without a target it returns the image alone.
-An image is a PIL picture, uint8 (H, W, C) or (H, W), a uint8 tensor (C, H, W), or floating-point (C, H, W) that is
-prepared already and goes into the network as it is. Floating-point arrays of other axes, such as (1, 128) signals and
-(3, 4, 8, 8) clips, go into it as they are, too. For a network of several inputs it is a mapping of their names to
-arrays, in the order of `model.inputs`; they travel side by side, as `packing.py` says.
+A data set needs `__len__` and `__getitem__` -> (image, target), as in torch; without targets, it returns the image
+alone. An image is a PIL picture, uint8 (H, W, C) or (H, W), a uint8 tensor (C, H, W), or a floating-point (C, H, W)
+array that is already prepared and is the network's input. Floating-point arrays of other ranks, such as (1, 128)
+signals and (3, 4, 8, 8) clips, are the network's input as well. For a network with several inputs, a sample is a
+mapping from their names to arrays, in the order of `model.inputs`; `packing.py` packs them into rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ _IMAGE_AXES = 3
 
 
 def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
-    """Build the user's data set and look at its first entry.
+    """Build the user's data set and check its first entry.
 
     Args:
         reference: "pkg.module:Class" or "path/file.py:Class".
-        kwargs: Handed on as they are.
+        kwargs: Keyword arguments of the class.
 
     Raises:
         ModelError: The reference cannot be imported.
@@ -39,14 +39,14 @@ def read_own(reference: str, kwargs: Mapping[str, Any]) -> AnnotatedSource:
 
 
 def read_dataset(dataset: Any, what: str) -> AnnotatedSource:
-    """Return images and targets of a data set object, and look at its first entry.
+    """Return a data set object as a source of images and targets, after a check of its first entry.
 
     Args:
-        dataset: With `__len__` and `__getitem__`.
-        what: Its name at the beginning of messages.
+        dataset: Object with `__len__` and `__getitem__`.
+        what: Name of the data set, as the beginning of messages.
 
     Raises:
-        DataError: It raises, is empty, or returns no image.
+        DataError: The data set raises, is empty, or returns no image.
     """
     with raise_as(DataError, f"{what} must open and give its first entry"):
         count = len(dataset)
@@ -70,7 +70,7 @@ def read_dataset(dataset: Any, what: str) -> AnnotatedSource:
         found = entry(place)[0]
         if shape is not None:
             return as_row({"x": found}, ["x"], {"x": shape})
-        if list(map(len, inputs.values())) == [_IMAGE_AXES]:  # a mapping of one prepared image
+        if list(map(len, inputs.values())) == [_IMAGE_AXES]:  # a mapping with one prepared image
             return _one_image(found, inputs, what)
         return as_row(found, list(inputs), inputs) if inputs else as_image(found, what)
 
@@ -88,10 +88,10 @@ def read_dataset(dataset: Any, what: str) -> AnnotatedSource:
 
 
 def as_image(image: Any, what: str = "The data set") -> np.ndarray:
-    """Return uint8 (H, W, C), or float32 (H, W, C) of an image that is prepared already.
+    """Return an image as uint8 (H, W, C), or as float32 (H, W, C) if it is already prepared.
 
     Raises:
-        DataError: It is no image.
+        DataError: The value is no image.
     """
     if isinstance(image, Image.Image):
         return to_pixels(image, image.mode in ("L", *SIXTEEN_BITS), what)
@@ -123,7 +123,7 @@ def _one_image(found: Any, inputs: Mapping[str, tuple[int, ...]], what: str) -> 
 
 
 def as_target(target: Any) -> Any:
-    """Return a target with arrays in place of tensors, in mappings and tuples too."""
+    """Return a target with tensors converted to arrays, also in mappings and tuples."""
     if hasattr(target, "detach"):
         return target.detach().cpu().numpy()
     if isinstance(target, Mapping):
@@ -134,7 +134,7 @@ def as_target(target: Any) -> Any:
 
 
 def _known_labels(dataset: Any, count: int) -> np.ndarray | None:
-    """Return the class indices that a data set names as torchvision's do, without reading its images."""
+    """Return class indices from the attributes that torchvision's data sets have, without reading images."""
     values = getattr(dataset, "targets", None)
     if not isinstance(values, Sequence | np.ndarray) or len(values) != count:
         return None

@@ -1,4 +1,4 @@
-"""Operators that treat each number by itself: arithmetic, comparisons, activations."""
+"""Element-wise operators: arithmetic, comparisons, activations."""
 
 import math
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def build_binary(op: Operation) -> Result:
 
 @operator("Div")
 def build_division(op: Operation) -> Result:
-    """Build a division; that of whole numbers rounds towards 0."""
+    """Build a division; integer division rounds towards 0."""
     first, second = op.image(0), op.operand(1)
     whole = not first.probes[0].is_floating_point() and (
         not second.probes[0].is_floating_point() if isinstance(second, Computed) else isinstance(second, int)
@@ -97,7 +97,7 @@ def build_division(op: Operation) -> Result:
 
 @operator("Mod")
 def build_modulus(op: Operation) -> Result:
-    """Build a remainder: with the sign of the divisor, or with that of the dividend (fmod)."""
+    """Build a remainder with the sign of the divisor, or of the dividend (fmod)."""
     function = torch.fmod if op.attribute("fmod", 0) else torch.remainder
     return op.call(function, op.image(0), op.operand(1))
 
@@ -114,7 +114,7 @@ def build_folded(op: Operation) -> Result:
 
 @operator("Clip")
 def build_clip(op: Operation) -> Result:
-    """Build limits."""
+    """Build torch.clamp, or ReLU6 for limits 0 and 6."""
     low, high = op.scalar("min", 1), op.scalar("max", 2)
     low = None if low is None or np.isneginf(low) else low
     high = None if high is None or np.isposinf(high) else high
@@ -133,7 +133,7 @@ def build_leaky_relu(op: Operation) -> Result:
 
 @operator("ThresholdedRelu")
 def build_thresholded_relu(op: Operation) -> Result:
-    """Build a ReLU that begins at alpha."""
+    """Build a threshold: x above alpha, else 0."""
     return op.call(F.threshold, op.image(), op.attribute("alpha", 1.0), 0.0)
 
 
@@ -162,7 +162,7 @@ def build_celu(op: Operation) -> Result:
 
 @operator("Selu")
 def build_selu(op: Operation) -> Result:
-    """Build a scaled exponential linear unit: that of torch, or one with other constants."""
+    """Build a scaled exponential linear unit: F.selu, or an ELU with other constants."""
     alpha, gamma = op.attribute("alpha", 1.67326319217681884765625), op.attribute("gamma", 1.05070102214813232421875)
     if math.isclose(alpha, 1.6732632, rel_tol=1e-6) and math.isclose(gamma, 1.0507010, rel_tol=1e-6):
         return op.call(F.selu, op.image())
@@ -177,7 +177,7 @@ def build_gelu(op: Operation) -> Result:
 
 @operator("HardSigmoid")
 def build_hard_sigmoid(op: Operation) -> Result:
-    """Build a line between 0 and 1."""
+    """Build a hard sigmoid: a line clamped to [0, 1]."""
     alpha, beta = op.attribute("alpha", 0.2), op.attribute("beta", 0.5)
     if math.isclose(alpha, 1 / 6, rel_tol=1e-6) and beta == 0.5:
         return op.call(F.hardsigmoid, op.image())
@@ -187,7 +187,7 @@ def build_hard_sigmoid(op: Operation) -> Result:
 
 @operator("HardSwish")
 def build_hard_swish(op: Operation) -> Result:
-    """Build x times a line between 0 and 1."""
+    """Build x times a hard sigmoid."""
     return op.call(F.hardswish, op.image())
 
 
@@ -208,7 +208,7 @@ def build_choice(op: Operation) -> Result:
 
 @operator("Cast", "CastLike")
 def build_cast(op: Operation) -> Result:
-    """Build a change of type; floating-point numbers are float32 whatever their precision in the file."""
+    """Build a change of dtype; every floating-point type of the file becomes float32."""
     if op.kind == "CastLike":
         like = op.inputs[1]
         numpy_type = like.arrays[0].dtype if isinstance(like, Fixed) else None
@@ -221,7 +221,7 @@ def build_cast(op: Operation) -> Result:
 
 @operator("Identity", "Dropout")
 def build_identity(op: Operation) -> Result:
-    """Build nothing: the input is the output. A file has no dropout left to do."""
+    """Return the input; Dropout in inference mode is an identity."""
     if op.kind == "Dropout" and op.has(2) and bool(op.array(2)):
         raise Refused("is in training mode")
     return op.image()

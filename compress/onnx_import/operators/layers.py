@@ -1,4 +1,4 @@
-"""Operators with weights, each as the plain torch layer of the same meaning."""
+"""Operators with weights, each as the equivalent torch layer."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @operator("Conv")
 def build_convolution(op: Operation) -> Result:
-    """Build nn.Conv1d, nn.Conv2d or nn.Conv3d; uneven padding goes before it."""
+    """Build nn.Conv1d, nn.Conv2d or nn.Conv3d; uneven padding is a separate operation before it."""
     image = op.image()
     if not isinstance(op.inputs[1], Fixed):
         return _convolve_with_computed(op, image)
@@ -57,7 +57,7 @@ def _convolve_with_computed(op: Operation, image: Computed) -> Result:
 
 @operator("ConvTranspose")
 def build_transposed_convolution(op: Operation) -> Result:
-    """Build nn.ConvTranspose1d, 2d or 3d; uneven padding is cut off its output."""
+    """Build nn.ConvTranspose1d, 2d or 3d; uneven padding is cropped from its output."""
     image, weight, bias = op.image(), op.known(1), op.known(2) if op.has(2) else None
     axes, groups = weight.array.ndim - 2, op.attribute("group", 1)
     window = read_window(op, image, weight.array.shape[2:], transposed=True)
@@ -126,7 +126,7 @@ def build_instance_norm(op: Operation) -> Result:
 
 @operator("GroupNormalization")
 def build_group_norm(op: Operation) -> Result:
-    """Build nn.GroupNorm; before operator set 21 there was one scale a group and not a channel."""
+    """Build nn.GroupNorm; before operator set 21 it had one scale a group instead of one a channel."""
     image, scale, bias, eps = op.image(), op.known(1), op.known(2), op.attribute("epsilon", 1e-5)
     groups, channels = op.attribute("num_groups", 1), image.size(1)
 
@@ -159,7 +159,7 @@ def build_layer_norm(op: Operation) -> Result:
 
 @operator("PRelu")
 def build_prelu(op: Operation) -> Result:
-    """Build nn.PReLU where there is one slope, or one a channel; else a choice by sign."""
+    """Build nn.PReLU for one slope in all or one a channel; else torch.where by sign."""
     image = op.image()
     slope = op.inputs[1]
     if isinstance(slope, Fixed) and (slope.array.size == 1 or _is_by_channel(slope.array, image)):
@@ -176,7 +176,7 @@ def build_prelu(op: Operation) -> Result:
 
 @operator("Gemm")
 def build_gemm(op: Operation) -> Result:
-    """Build nn.Linear where the second matrix is a constant; else the products and sums that it stands for."""
+    """Build nn.Linear where the second matrix is a constant; else the products and sums of the Gemm."""
     alpha, beta = op.attribute("alpha", 1.0), op.attribute("beta", 1.0)
     image = op.call(torch.t, op.image()) if op.attribute("transA", 0) else op.image()
     transposed = bool(op.attribute("transB", 0))
@@ -195,7 +195,7 @@ def build_gemm(op: Operation) -> Result:
 
 @operator("MatMul")
 def build_matmul(op: Operation) -> Result:
-    """Build nn.Linear where the second matrix is a constant, with the bias that is added next; else a product."""
+    """Build nn.Linear where the second matrix is a constant, with the bias of a following Add; else a product."""
     second = op.inputs[1]
     if not isinstance(second, Fixed) or second.array.ndim != 2:
         return op.call(torch.matmul, op.image(0), op.image(1))
@@ -209,7 +209,7 @@ def build_matmul(op: Operation) -> Result:
 
 @operator("Einsum")
 def build_einsum(op: Operation) -> Result:
-    """Build a sum over indices."""
+    """Build torch.einsum."""
     equation = op.attribute("equation", "")
     return op.call(torch.einsum, equation, *(op.image(index) for index in range(len(op.inputs))))
 
@@ -238,7 +238,7 @@ def _linear(
 
 
 def _bias_added_next(op: Operation, width: int) -> Fixed | None:
-    """Return the constant that the only reader of a product adds to it, one number for each output."""
+    """Return the bias that the only reader of a product adds, one number for each output; else None."""
     output = op.node.outputs[0]
     readers = output.consumers()
     if output.is_graph_output() or len(readers) != 1 or readers[0].op_type != "Add" or len(output.uses()) != 1:
@@ -250,7 +250,7 @@ def _bias_added_next(op: Operation, width: int) -> Fixed | None:
 
 
 def _is_bias(value: Computed | Fixed | None, width: int) -> bool:
-    """Return whether what a Gemm adds is the same for each row."""
+    """Return whether the third input of a Gemm is missing, or a constant that is the same for each row."""
     if value is None:
         return True
     return isinstance(value, Fixed) and (
@@ -259,7 +259,7 @@ def _is_bias(value: Computed | Fixed | None, width: int) -> bool:
 
 
 def _is_by_channel(slope: np.ndarray, image: Computed) -> bool:
-    """Return whether there is one slope a channel, the second axis of the image."""
+    """Return whether a PRelu has one slope for each channel, the second axis of the image."""
     if image.rank < 2 or slope.size != image.shapes[0][1]:
         return False
     shape = (1,) * (image.rank - slope.ndim) + slope.shape
@@ -267,7 +267,7 @@ def _is_by_channel(slope: np.ndarray, image: Computed) -> bool:
 
 
 def _padded(op: Operation, image: Computed, window: Window) -> tuple[Computed, tuple[int, ...]]:
-    """Return the image with uneven padding around it, and the even padding that is left to the layer."""
+    """Return the image, padded if the padding is uneven, and the even padding for the layer."""
     if window.begins == window.ends:
         return image, window.begins
     pads = amounts_in_order(list(zip(window.begins, window.ends, strict=True)))

@@ -29,7 +29,7 @@ def build_global_maximum(op: Operation) -> Result:
 
 @operator("MaxPool")
 def build_maximum(op: Operation) -> Result:
-    """Build the maximum of each window; uneven padding goes before it."""
+    """Build the maximum of each window; uneven padding is a separate operation before it."""
     image, window, ceil = _read(op)
     pads = window.begins
     if window.begins != window.ends or any(2 * pad > size for pad, size in zip(pads, window.sizes, strict=True)):
@@ -41,7 +41,7 @@ def build_maximum(op: Operation) -> Result:
 
 @operator("AveragePool")
 def build_average(op: Operation) -> Result:
-    """Build the mean of each window; where torch counts otherwise, the sum divided by the number of points."""
+    """Build the mean of each window; with padding that torch does not support, divide by the share of points inside."""
     image, window, ceil = _read(op)
     if any(dilation != 1 for dilation in window.dilations):
         raise Refused("has dilations, which are not supported")

@@ -1,4 +1,4 @@
-"""Operators that make one number of many: sums, means, extremes, and quotients of a sum."""
+"""Operators that reduce axes: sums, means, extremes; and normalisations by a reduction, such as softmax."""
 
 import math
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def build_product(op: Operation) -> Result:
 
 @operator("ArgMax", "ArgMin")
 def build_place_of_extreme(op: Operation) -> Result:
-    """Build the place of the largest or smallest number."""
+    """Build the index of the largest or smallest number along an axis."""
     if op.attribute("select_last_index", 0):
         raise Refused("has select_last_index, which is not supported")
     image, function = op.image(), torch.argmax if op.kind == "ArgMax" else torch.argmin
@@ -62,7 +62,7 @@ def build_place_of_extreme(op: Operation) -> Result:
 
 @operator("TopK")
 def build_largest(op: Operation) -> Result:
-    """Build the largest or smallest numbers and their places."""
+    """Build the k largest or smallest numbers and their indices."""
     image, count = op.image(), op.setting("k", 1)
     axis, largest = image.axis(op.attribute("axis", -1)), bool(op.attribute("largest", 1))
     return op.call_several(torch.topk, image, int(count[0] if isinstance(count, list) else count), axis, largest, True)
@@ -79,7 +79,7 @@ def build_running_sum(op: Operation) -> Result:
 
 @operator(*_NORMALISED)
 def build_softmax(op: Operation) -> Result:
-    """Build a softmax along one axis, or along all axes from one on as older operator sets mean it."""
+    """Build a softmax along one axis; in older operator sets, over all axes from `axis` on together."""
     image = op.image()
     axis = image.axis(op.attribute("axis", -1 if op.opset >= _SOFTMAX_OF_ONE_AXIS else 1))
     function: Callable[..., Tensor] = _NORMALISED[op.kind]

@@ -1,4 +1,4 @@
-"""Resize and Upsample: with torch's own interpolation where it means the same, else with fixed weights per axis."""
+"""Resize and Upsample, by torch's interpolation where it is equivalent, else by fixed weights for each axis."""
 
 import math
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _CENTRED = ("half_pixel", "pytorch_half_pixel")
 
 @dataclass(frozen=True, slots=True)
 class _Resize:
-    """Settings of a Resize; axes are those after the channels.
+    """Settings of a Resize, for the axes after the channels.
 
     Attributes:
         mode: "nearest", "linear" or "cubic".
-        place: How positions of the output are those of the input.
-        rounding: How "nearest" rounds them.
+        place: Mapping of output positions to input positions (`coordinate_transformation_mode`).
+        rounding: Rounding of positions for "nearest" (`nearest_mode`).
         before: Sizes of the input.
         after: Sizes of the output.
-        scales: As the file says, or the ratio of sizes.
-        coefficient: Of cubic convolution.
+        scales: Scales in the file, or the ratios of sizes.
+        coefficient: Coefficient a of cubic convolution.
     """
 
     mode: str
@@ -40,7 +40,7 @@ class _Resize:
 
 @operator("Resize", "Upsample")
 def build_resize(op: Operation) -> Result:
-    """Build a change of the size of images."""
+    """Build a resize of images."""
     image = op.image()
     asked = _read(op, image)
     if asked.before == asked.after and asked.scales == (1.0,) * len(asked.after):
@@ -75,7 +75,7 @@ def _read(op: Operation, image: Computed) -> _Resize:
             ratios[axis] = float(scales[place])
             after[axis] = math.floor(before[axis] * ratios[axis])
         elif axis == 0 and not op.graph.has_open_batch:
-            continue  # the file says how many images it is made for
+            continue  # the size in the file is its own number of images
         elif sizes[place] != before[axis]:
             after[axis] = int(sizes[place])
             ratios[axis] = after[axis] / before[axis]
@@ -94,7 +94,7 @@ def _read(op: Operation, image: Computed) -> _Resize:
 
 
 def _list(op: Operation, index: int, image: Computed | None = None) -> list[float]:
-    """Return an input as a list, [] where it is left out or empty."""
+    """Return an input as a list; [] where it is missing or empty."""
     if not op.has(index):
         return []
     value = op.known(index)
@@ -104,7 +104,7 @@ def _list(op: Operation, index: int, image: Computed | None = None) -> list[floa
 
 
 def _torch_mode(asked: _Resize, rank: int) -> str | None:
-    """Return the mode of torch that means the same, or None."""
+    """Return the equivalent mode of F.interpolate, or None."""
     is_whole = all(scale == int(scale) for scale in asked.scales)
     exact = all(math.isclose(b * s, a) for b, a, s in zip(asked.before, asked.after, asked.scales, strict=True))
     if rank not in _LINEAR or not exact:
@@ -120,7 +120,7 @@ def _torch_mode(asked: _Resize, rank: int) -> str | None:
 
 
 def _along(op: Operation, image: Computed, axis: int, asked: _Resize) -> Computed:
-    """Return an image resized along one axis, each new place a fixed mixture of old ones."""
+    """Return an image resized along one axis; each new position is a fixed mixture of old positions."""
     weights = _weights(axis, asked)
     name = f"{op.output}_axis_{axis}"
     if ((weights == 0) | (weights == 1)).all() and (weights.sum(1) == 1).all():
@@ -132,7 +132,7 @@ def _along(op: Operation, image: Computed, axis: int, asked: _Resize) -> Compute
 
 
 def _weights(axis: int, asked: _Resize) -> np.ndarray:
-    """Return (new, old) the share of each old place in each new one."""
+    """Return (new, old) weights: the share of each old position in each new one."""
     before, after = asked.before[axis], asked.after[axis]
     places = _places(axis, asked)
     weights = np.zeros((after, before))
@@ -157,7 +157,7 @@ def _places(axis: int, asked: _Resize) -> Sequence[float]:
 
 
 def _shares(place: float, asked: _Resize) -> list[tuple[int, float]]:
-    """Return old places and their shares at a position between them."""
+    """Return pairs of an old position and its share in the value at `place`."""
     if asked.mode == "nearest":
         return [(_rounded(place, asked.rounding), 1.0)]
     low = math.floor(place)

@@ -1,4 +1,4 @@
-"""Operators that take parts of tensors, join them, or put something around them."""
+"""Operators that slice, gather, split, concatenate or pad tensors."""
 
 from operator import getitem
 from typing import Any
@@ -35,7 +35,7 @@ def build_concatenation(op: Operation) -> Result:
 
 @operator("Split")
 def build_split(op: Operation) -> Result:
-    """Build a split; into equal parts by their number, so that widths may change."""
+    """Build a split; equal parts are given by their number, so that widths may change."""
     image = op.image()
     axis = image.axis(op.attribute("axis", 0))
     count, size, sizes = len(op.node.outputs), image.size(axis), op.setting("split", 1)
@@ -49,7 +49,7 @@ def build_split(op: Operation) -> Result:
 
 @operator("Slice")
 def build_slice(op: Operation) -> Result:
-    """Build a range along some axes; one that ends with the axis is written so."""
+    """Build a range along some axes; a range up to the end of an axis has an open end, so that widths may change."""
     image = op.image()
     starts, ends = op.setting("starts", 1), op.setting("ends", 2)
     axes, steps = op.setting("axes", 3) or range(len(starts)), op.setting("steps", 4) or [1] * len(starts)
@@ -71,7 +71,7 @@ def build_slice(op: Operation) -> Result:
 
 @operator("Gather")
 def build_gather(op: Operation) -> Result:
-    """Build a choice along one axis: of one place, or of several."""
+    """Build a choice of one index or of several along an axis."""
     if not isinstance(op.inputs[1], Fixed):
         return _gather_by_image(op)
     image = op.image()
@@ -88,7 +88,7 @@ def build_gather(op: Operation) -> Result:
 
 
 def _whole(op: Operation, image: Computed) -> Computed | None:
-    """Return a new shape where a choice takes every number in its place, as exporters write as_strided."""
+    """Return a reshape where a Gather takes every element in order, as exporters write as_strided; else None."""
     arrays = op.known(1).arrays
     if image.rank != 1 or any(
         array.size != size or not np.array_equal(array.reshape(-1), np.arange(size))
@@ -106,7 +106,7 @@ def _gather_by_image(op: Operation) -> Computed:
 
 
 def _pick(op: Operation, image: Computed, axis: int, chosen: np.ndarray, size: int | None) -> Computed:
-    """Return the given places along an axis; as a range where they are one."""
+    """Return the entries at some indices along an axis; as a slice where the indices form a range."""
     length = image.shapes[0][axis] if size is None else size
     places = np.where(chosen < 0, chosen + length, chosen).astype(np.int64)
     steps = np.diff(places)
@@ -120,14 +120,14 @@ def _pick(op: Operation, image: Computed, axis: int, chosen: np.ndarray, size: i
 
 @operator("GatherElements")
 def build_gather_elements(op: Operation) -> Result:
-    """Build a choice of single numbers along one axis."""
+    """Build torch.gather: a choice of single numbers along one axis."""
     image = op.image()
     return op.call(torch.gather, image, image.axis(op.attribute("axis", 0)), op.image(1))
 
 
 @operator("Pad")
 def build_padding(op: Operation) -> Result:
-    """Build something around a tensor."""
+    """Build padding around a tensor."""
     image, mode = op.image(), op.attribute("mode", "constant")
     amounts = op.setting("pads", 1)
     axes = [image.axis(axis) for axis in (op.array(3).tolist() if op.has(3) else range(image.rank))]

@@ -1,4 +1,4 @@
-"""Operators that give the same numbers another shape or order."""
+"""Operators that change the shape or axis order of a tensor."""
 
 import math
 
@@ -21,7 +21,7 @@ def build_reshape(op: Operation) -> Result:
 
 @operator("Flatten")
 def build_flatten(op: Operation) -> Result:
-    """Build a matrix: the axes before one, and those from it on."""
+    """Build a matrix: the axes before `axis` become rows, the others columns."""
     image, axis = op.image(), op.attribute("axis", 1)
     axis = axis + image.rank if axis < 0 else axis
     return reshape(op, image, [(math.prod(shape[:axis]), math.prod(shape[axis:])) for shape in image.shapes])
@@ -82,13 +82,13 @@ def build_expand(op: Operation) -> Result:
 
 @operator("Tile")
 def build_tile(op: Operation) -> Result:
-    """Build repetition of a whole tensor."""
+    """Build repetition of a complete tensor along each axis."""
     return op.call(torch.tile, op.image(), tuple(op.array(1).tolist()))
 
 
 @operator("Shape")
 def build_shape(op: Operation) -> Result:
-    """Return the shape, which is known."""
+    """Return the shape, a known value."""
     image = op.image()
     start, end = op.attribute("start", 0), op.attribute("end", image.rank)
     return Fixed(op.output, tuple(np.array(shape[start:end], np.int64) for shape in image.shapes))
@@ -96,7 +96,7 @@ def build_shape(op: Operation) -> Result:
 
 @operator("Size")
 def build_size(op: Operation) -> Result:
-    """Return the number of elements, which is known."""
+    """Return the number of elements, a known value."""
     return Fixed(op.output, tuple(np.array(math.prod(shape), np.int64) for shape in op.image().shapes))
 
 

@@ -1,6 +1,6 @@
 """Criteria: scores of channels, orders in which they are removed, and the evidence that both rest on.
 
-evidence   collected once for a network: nothing but weights, gradients at gates, contributions to readers, ...
+evidence   collected once for a network: weights alone, gradients at gates, contributions to readers, ...
 scores     one number for each channel, larger = keep; they decide widths, and the order unless `order` says otherwise
 ranking    order of removal of a group's units, and the error of the readers at each number of removed units
 """
@@ -47,10 +47,10 @@ class Ranking:
     """Order of removal of a group's units.
 
     Attributes:
-        order: (U,) int64, units in the order in which they are removed; beyond the most that may go it is arbitrary.
+        order: (U,) int64, units in the order in which they are removed; arbitrary beyond the largest number to remove.
         errors: (U + 1,) float64, >= 0, rising: error with the first n units of `order` removed, summed over the layers
-            that read the group, each relative to the energy of its outputs. Beyond the most that may go it is constant.
-        scales: (U + 1, U) float32, factor of what reads each unit with the first n removed; None for all 1.
+            that read the group, each relative to the energy of its outputs; constant where `order` is arbitrary.
+        scales: (U + 1, U) float32, factor on the weights that read each unit, with the first n removed; None for all 1.
     """
 
     order: np.ndarray
@@ -59,12 +59,12 @@ class Ranking:
 
 
 class Criterion(Protocol):
-    """A score for each channel of a group.
+    """Criterion that scores each channel of a group.
 
     Attributes:
-        name: As in the pipeline file.
+        name: Name in the pipeline file.
         evidence: Kind of evidence that `scores` gets:
-            "weights"              None: the layers of the group tell everything
+            "weights"              None: the layers of the group suffice
             "gate_gradients"       `GradientStats` of the loss
             "gradient_flow"        `GradientStats` of the gradient norm (`gradient_flow.collect_gradient_flow`)
             "parameter_gradients"  `parameter_gradients.ParameterGradients` of the loss
@@ -75,11 +75,11 @@ class Criterion(Protocol):
             "loss"     `rank_by_loss`, from losses of the network with channels masked
         widths_by: Basis of a width's damage: "scores", or the "errors" of the ranking. With "errors", scores are used
             only for groups that cannot be ranked.
-        comparable: Whether scores of different groups may be ranked together as they are; if not, each group's are
+        comparable: Whether scores of different groups may be ranked together directly; if not, each group's scores are
             divided by their mean first.
         treats_equals_equally: Whether equal channels get equal scores (all but random).
 
-    Three methods are optional: `damages` (what each number of removed units costs, where it is not the squared sum of
+    Three methods are optional: `damages` (the damage of each number of removed units, if it is not the squared sum of
     their scores), `rank` for the order "readers", `rank_by_loss` for the order "loss".
     """
 
@@ -103,7 +103,7 @@ class Criterion(Protocol):
             (C,) float32, finite. Larger means keep.
 
         Raises:
-            UnsupportedLayer: The group lacks what the criterion looks at.
+            UnsupportedLayer: The group lacks the layers that the criterion reads.
         """
         ...
 
@@ -117,7 +117,7 @@ class RanksByReaders(Criterion, Protocol):
         Args:
             group: C channels in `parts` equal parts; a unit is one channel of each part.
             stats: `compress.pruning.ranking.elimination.ReaderStats` of each of its readers.
-            most: Units that may be removed at most.
+            most: Largest number of units to remove.
         """
         ...
 
@@ -130,14 +130,14 @@ class RanksByLoss(Criterion, Protocol):
 
         Args:
             group: C channels in `parts` equal parts.
-            loss_of: (C,) float32 factors of what reads each channel -> mean loss on one fixed batch.
-            most: Units that may be removed at most.
+            loss_of: (C,) float32 factors on the weights that read each channel -> mean loss on one fixed batch.
+            most: Largest number of units to remove.
         """
         ...
 
 
 class HasDamages(Criterion, Protocol):
-    """A criterion that says what each number of removed units costs."""
+    """A criterion with its own damage of each number of removed units."""
 
     def damages(self, scores: np.ndarray) -> np.ndarray:
         """Return (U + 1,) float64, >= 0, rising: the damage of removing the n lowest of (U,) unit scores."""
@@ -174,11 +174,11 @@ def collect_gradients(
 
     Args:
         module: The network; weights, gradients, buffers and training flags are left as they are.
-        groups: Whose gates are watched.
+        groups: Groups whose gates are watched.
         batches: (images, targets) pairs, as large as is fast.
-        images_each: Images that one entry of the statistics averages over; None takes a whole batch. The network is
+        images_each: Images that one entry of the statistics averages over; None for a full batch. The network is
             in eval mode, where images do not influence each other, so small entries cost no more than large ones.
-        losses: Of the network's outputs and the targets, (N,); by default the cross-entropy of a classifier.
+        losses: Loss of each image, (N,), from the network's outputs and the targets; by default cross-entropy.
     """
     gates = {gate.layer for group in groups for gate in group.gates}
     if not gates:
@@ -199,7 +199,7 @@ def _image_derivatives(
 
     def keep(name: str) -> Any:
         def hook(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            # an in-place activation may follow: what it overwrites is this alias, not the tensor kept here
+            # an in-place activation may follow: it overwrites the returned clone, not the tensor kept here
             gate_output = output if output.requires_grad else output.detach().requires_grad_(True)
             outputs[name].append(gate_output)
             return gate_output.clone()

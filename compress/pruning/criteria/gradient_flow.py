@@ -43,8 +43,8 @@ def collect_gradient_flow(
 ) -> GradientStats:
     """Differentiate <g, g(s)> by the gates s of all channels, g being the gradient of the mean loss by all weights.
 
-    g is over all images and held constant; g(s) is the same gradient with factors s, all 1, at the gates. Half of the
-    derivative is that of the squared gradient norm. The network is in eval mode. Each batch takes the memory of two to
+    g is over all images and held constant; g(s) is the same gradient with factors s, all 1, at the gates. The result is
+    half the derivative of the squared gradient norm. The network is in eval mode. Each batch takes the memory of two to
     three training steps.
 
     Args:
@@ -58,7 +58,7 @@ def collect_gradient_flow(
         One entry: gate layer -> (channels,) d<g, g(s)>/ds.
 
     Raises:
-        UnsupportedLayer: An operation has no second derivative; names it, or the module it is in.
+        UnsupportedLayer: An operation has no second derivative; the message names the operation or its module.
 
     Source: Wang et al. 2020, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR,
         arXiv:2002.07376, with gates in place of single weights.
@@ -129,7 +129,7 @@ def _gated(module: nn.Module, gates: dict[str, Tensor]) -> Iterator[None]:
 def _require_second_derivatives(value: Tensor) -> None:
     """Raise RuntimeError if some function behind `value` can be differentiated only once.
 
-    Such a function is a node of its own that is reached by no path to the gates: its share would silently be missing.
+    Such a function is a separate node off every path to the gates: its share would be missing without an error.
     """
     seen, waiting = set(), [value.grad_fn]
     while waiting:
@@ -150,7 +150,7 @@ def _channels(layer: nn.Module) -> int:
 
 
 def _no_second_derivative(module: nn.Module, images: Tensor, error: Exception) -> UnsupportedLayer | Exception:
-    """Return the refusal that names the operation; the error itself where first derivatives are at fault."""
+    """Return an `UnsupportedLayer` that names the operation; the error itself if it is about something else."""
     text = str(error)
     named = _OPERATION.search(text)
     if named is None and "twice" not in text and "double" not in text and "does not require grad" not in text:
@@ -196,9 +196,9 @@ def _smallest_failing(module: nn.Module, images: Tensor) -> str | None:
 class Grasp:
     """Derivative of the gradient norm by a gate of each channel, signed on an untrained network.
 
-        untrained   signed: a channel whose removal raises the gradient norm goes first (temperature 200)
-        trained     absolute: the channel whose removal changes the gradient norm least goes first (temperature 1);
-                    a trained network has hardly any gradient, and raising it means leaving the minimum
+        untrained   signed: a channel whose removal raises the gradient norm is removed first (temperature 200)
+        trained     absolute: the channel whose removal changes the gradient norm least is removed first (temperature
+                    1); a trained network has hardly any gradient, and raising it means leaving the minimum
 
     Source: Wang et al. 2020, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR,
         arXiv:2002.07376; for trained networks Lubana and Dick 2021, "A Gradient Flow Framework For Analyzing Network
@@ -222,7 +222,7 @@ class Grasp:
 
         Args:
             group: C coupled channels.
-            stats: From `collect_gradient_flow`; signed where it was collected from an untrained network.
+            stats: From `collect_gradient_flow`; signed if collected from an untrained network.
 
         Returns:
             (C,) float32; negative only where `stats.is_signed`.
@@ -237,7 +237,7 @@ class Grasp:
         return total if stats.is_signed else total.abs()
 
     def damages(self, scores: np.ndarray) -> np.ndarray:
-        """Return (U + 1,) the gradient norm lost with the n lowest scores; what raises it counts as no loss.
+        """Return (U + 1,) the gradient norm lost with the n lowest scores; a rise counts as 0.
 
         First-order changes of the gradient norm add up, so the sum is not squared.
         """

@@ -1,4 +1,4 @@
-"""Greedy forward selection by the loss: from nothing, the channel with which the network's loss is least is added."""
+"""Greedy forward selection by the loss: from no channels on, add the channel with which the loss is least."""
 
 import math
 import zlib
@@ -18,11 +18,11 @@ _SELECTED = 0.5  # the share of the units that subsets are sized for
 
 
 class GreedyLoss(Taylor):
-    """Stochastic greedy: each step tries a random subset of the channels that are not in, all on one fixed batch.
+    """Stochastic greedy selection: each step tries a random subset of the unselected channels on one fixed batch.
 
-    With n of U units in, what reads the group sees them U / n times as strong: the paper's uniform weights. Subsets
-    hold ln(10) / 0.5 candidates, which finds one of the best of a half-full group with a chance of 90 %. Costs a few
-    forward passes for each channel of the network: for small networks.
+    With n of U units selected, the weights that read them are multiplied by U / n: the paper's uniform weights. Subsets
+    hold ln(10) / 0.5 candidates, which finds one of the best of a half-full group with a chance of 90 %. The selection
+    costs a few forward passes for each channel, so it suits small networks.
 
     Source: Ye et al. 2020, "Good Subnetworks Provably Exist: Pruning via Greedy Forward Selection", ICML,
         arXiv:2003.01794; subsets as in Khanna et al. 2017, "Scalable Greedy Feature Selection via Weak Submodularity",
@@ -42,8 +42,8 @@ class GreedyLoss(Taylor):
 
         Args:
             group: C channels in `parts` equal parts, U = C / parts.
-            loss_of: (C,) float32 factors of what reads each channel -> mean loss on one fixed batch.
-            most: Units that may be removed at most.
+            loss_of: (C,) float32 factors on the weights that read each channel -> mean loss on one fixed batch.
+            most: Largest number of units to remove.
 
         Returns:
             The order; errors are rises of the loss in nats; `scales` are U / n for the n units kept.

@@ -1,7 +1,7 @@
 """Criteria without data: norms of filters (l1, l2), batch-norm scales (bn_scale), random scores (random).
 
 A batch norm divides the size of a filter out, so filters are multiplied by gamma / sqrt(variance + eps) of the norm
-behind them before they are measured. Random scores are the baseline of all criteria.
+behind them before they are measured. Random scores are the reference for all criteria.
 """
 
 import zlib

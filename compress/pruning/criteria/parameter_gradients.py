@@ -1,4 +1,4 @@
-"""Gradients of the loss by weights: the evidence of criteria that look at single weights."""
+"""Gradients of the loss by weights: the evidence of criteria that score single weights."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class ParameterGradients:
     """Gradients of the loss, in eval mode.
 
     Attributes:
-        mean: Name of a parameter -> its shape, the gradient of the mean loss over all images.
-        squares: Name of a parameter -> its shape, the mean over batches of the squared gradient of a batch's mean loss;
-            with batches of one image the diagonal of the empirical Fisher matrix.
+        mean: Parameter name -> gradient of the mean loss over all images, in the parameter's shape.
+        squares: Parameter name -> mean over batches of the squared gradient of a batch's mean loss, in the parameter's
+            shape. With batches of one image, it is the diagonal of the empirical Fisher matrix.
     """
 
     mean: dict[str, Tensor]

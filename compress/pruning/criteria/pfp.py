@@ -1,4 +1,4 @@
-"""Provable filter pruning (pfp, sipp): channels of the smallest relative contribution to their readers go first.
+"""Provable filter pruning (pfp, sipp): remove first the channels of the smallest relative contribution to readers.
 
 The evidence is collected on images without labels: for each reader, the share of each input in its outputs.
 """
@@ -46,11 +46,11 @@ def collect_contributions(
 ) -> Contributions:
     """Run images through a network and record the shares at every reader that is a convolution or linear layer.
 
-    At most 16 positions of each image and layer are looked at. Layers of other kinds, transposed convolutions among
-    them, are left out.
+    At most 16 positions of each image and layer are used. Layers of other kinds, transposed convolutions among them,
+    are left out.
 
     Args:
-        module: The network; left as it is.
+        module: The network; left unchanged.
         groups: Groups whose readers are watched.
         batches: (images, targets) pairs of a few images each; targets are not used.
     """
@@ -71,11 +71,11 @@ def collect_contributions(
 
 
 class _Shares:
-    """Shares at one layer while images pass.
+    """Shares at one layer, updated image by image.
 
     Attributes:
-        largest: (groups, unknowns) over everything seen.
-        mean: (outputs, unknowns) over images.
+        largest: (groups, unknowns) largest share so far.
+        mean: (outputs, unknowns) mean share over positions, the largest over images.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -88,7 +88,7 @@ class _Shares:
         self.mean = torch.zeros(self.weight.shape)
 
     def add(self, inputs: Tensor, seed: int) -> None:
-        """Look at some positions of each image of a batch."""
+        """Update the shares from some positions of each image of a batch."""
         for patches in self._patches(inputs, seed):  # (groups, positions, unknowns) of one image
             for number, (x, weight) in enumerate(zip(patches, self.weight.chunk(self.groups), strict=True)):
                 rows = slice(number * len(weight), (number + 1) * len(weight))
@@ -140,14 +140,14 @@ class _Shares:
 
 
 _CONSTANT, _FAILURE = 3.0, 1e-16  # C and delta of the paper's code
-_SPAN = (-27.0, 27.0)  # natural logarithms of the error parameters that are looked at
+_SPAN = (-27.0, 27.0)  # natural logarithms of the smallest and largest error parameter
 _BISECTIONS = 60
 
 
 class Pfp:
     """Sensitivity of a channel: its largest share in any output of any layer that reads it. No labels are used.
 
-    A width's damage is the error parameter eps at which the paper keeps so many channels, so that one ranking of all
+    A width's damage is the error parameter eps at which the paper keeps that many channels, so that one ranking of all
     groups by damage is the paper's shared error; `allocation: shared_error` is its rule to the letter.
 
     Source: Liebenwein et al. 2020, "Provable Filter Pruning for Efficient Neural Networks", ICLR, arXiv:1911.07412, in
@@ -223,12 +223,12 @@ class Pfp:
 
 
 class Sipp(Pfp):
-    """As `pfp`, with the mean over the positions of an image in place of the largest: an outlier decides less.
+    """Sensitivity as in `pfp`, from the mean share over an image's positions, on which outliers weigh less.
 
     With `score_images: 1` it is the paper's single-sample form.
 
     Source: Baykal et al. 2019, "SiPPing Neural Networks: Sensitivity-informed Provable Pruning of Neural Networks",
-        arXiv:1910.05422, whose sensitivities of single weights are joined to one for each channel by their largest.
+        arXiv:1910.05422, whose sensitivities of single weights are reduced to their largest for each channel.
     """
 
     name: ClassVar[str] = "sipp"

@@ -22,9 +22,9 @@ from compress.pruning.ranking.forward_selection import (
 
 
 class Reconstruction(Taylor):
-    """Widths by Taylor scores, and the order within a group by the error of its refitted readers.
+    """Criterion with widths by Taylor scores, and the order within a group by the error of its refitted readers.
 
-    Where the readers of a group cannot be refitted (grouped convolutions, very wide layers) the scores decide both.
+    If the readers of a group cannot be refitted (grouped convolutions, very wide layers), the scores decide both.
 
     Source: `compress.pruning.ranking.elimination`.
     """
@@ -38,7 +38,7 @@ class Reconstruction(Taylor):
 
 
 class _ByReaders(Taylor):
-    """Order and widths by the error of the readers' outputs; Taylor scores where readers cannot be ranked by."""
+    """Criterion with order and widths by the error of the readers' outputs; Taylor scores if these cannot be ranked."""
 
     order: ClassVar[Order] = "readers"
     widths_by: ClassVar[WidthsBy] = "errors"
@@ -79,5 +79,5 @@ class Lasso(_ByReaders):
     name: ClassVar[str] = "lasso"
 
     def rank(self, group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
-        """Rank units by the path."""
+        """Rank units by the LASSO path."""
         return lasso_ranking(contribution_gram(group, stats), most)

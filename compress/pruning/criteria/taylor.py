@@ -26,8 +26,8 @@ class Taylor:
     def scores(self, group: ChannelGroup, stats: GradientStats | None) -> Tensor:
         """Score each channel of `group` by the mean over batches of |d loss / d gate|.
 
-        The derivatives of all producers of a channel are added before the absolute value is taken, so a residual
-        group is scored as a whole.
+        The derivatives of all producers of a channel are added before the absolute value is taken, so each channel of
+        a residual stream gets one score.
 
         Args:
             group: C coupled channels.

@@ -1,13 +1,13 @@
-"""Importance measures of torch-pruning, by name or of the user's own, on channel groups of our graph.
+"""Importance measures of torch-pruning, by name or of the user's own, on channel groups of our channel graph.
 
-Its `Group` is built from our `ChannelGroup`; its tracer takes no part. An importance gets copies of the group's
-layers, with gradients where it needs them, so that the network cannot be changed. torch-pruning is imported at the
-first score: that takes seconds.
+torch-pruning's `Group` is built from our `ChannelGroup`; its tracer is not used. An importance gets copies of the
+group's layers, with gradients if it needs them, so that the network cannot be changed. torch-pruning is imported at
+the first score, because the import takes seconds.
 
 Faults of torch-pruning 1.6.1 that are not passed on:
     GroupHessianImportance.accumulate_grad keeps the last sample only    the mean of all squares stands in `.grad`
     FPGMImportance fails on layers that read through groups              refused, with the layer
-    RandomImportance draws from torch's global generator                 seeded, and the generator is put back
+    RandomImportance draws from torch's global generator                 seeded, and the generator is restored
 """
 
 import copy
@@ -50,7 +50,7 @@ def build_group(group: ChannelGroup, gradients: Mapping[str, Tensor] | None = No
 
     Args:
         group: C channels, numbered 0 to C - 1. These numbers are the items' `root_idxs`.
-        gradients: Name of a parameter -> its shape; becomes `.grad` of the layers' parameters. None for no gradients.
+        gradients: Parameter name -> gradient, set as `.grad` of the layers' parameters; None for no gradients.
 
     Returns:
         A `torch_pruning.dependency.Group` of copies of the layers; it belongs to no `DependencyGraph`.
@@ -74,7 +74,7 @@ def build_group(group: ChannelGroup, gradients: Mapping[str, Tensor] | None = No
 
 
 def _ordered(group: ChannelGroup) -> list[Member]:
-    """Return each layer once for each of its sides: the root, those that hold every channel once, the others."""
+    """Return each layer once per side: the root, then the layers that hold every channel once, then the others."""
     every: dict[tuple[int, str], Member] = {}
     for member in group.members:
         every.setdefault((id(member.module), member.axis), member)
@@ -88,7 +88,7 @@ def _ordered(group: ChannelGroup) -> list[Member]:
 
 
 def function_name(member: Member) -> str | None:
-    """Return the name of torch-pruning's function that would cut a layer; None where it knows no such layer."""
+    """Return the name of torch-pruning's function that would cut a layer; None for a layer of unknown kind."""
     kind = next((kind for classes, kind in _KINDS if isinstance(member.module, classes)), None)
     if kind is None:
         return None
@@ -98,7 +98,7 @@ def function_name(member: Member) -> str | None:
 
 
 def _copied_layers(group: ChannelGroup, gradients: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:
-    """Return by path a copy of each layer; parameters that are shared are shared by the copies."""
+    """Return module path -> copy of the layer; the copies share the parameters that the layers share."""
     shared: dict[int, Any] = {}
     layers = {member.layer: copy.deepcopy(member.module, shared) for member in group.members}
     for layer in layers.values():
@@ -115,7 +115,7 @@ def _copied_layers(group: ChannelGroup, gradients: Mapping[str, Tensor] | None) 
 def score_group(
     importance: Callable[[Any], Any], group: ChannelGroup, gradients: Mapping[str, Tensor] | None, seed: int
 ) -> Any:
-    """Return whatever an importance gives for a group; torch's generator is seeded by the group and put back."""
+    """Return an importance's result for a group; torch's generator is seeded by seed and group, then restored."""
     built = build_group(group, gradients)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed * 1_000_003 + zlib.crc32(group.name.encode()))
@@ -123,11 +123,11 @@ def score_group(
 
 
 class _Measure:
-    """A class of torch-pruning with its own defaults, but for the normalizer.
+    """An importance class of torch-pruning with its defaults, except for the normalizer.
 
     Attributes:
-        gradients: Evidence that stands in `.grad`.
-        reads_weights: Whether it looks at convolutions and linear layers.
+        gradients: Kind of gradients set as `.grad`.
+        reads_weights: Whether the class reads weights of convolutions and linear layers.
     """
 
     name: ClassVar[str]
@@ -205,7 +205,7 @@ class TpMagnitude(_Measure):
 
 
 class TpFpgm(_Measure):
-    """Sum of the distances of a channel's squared weights to those of the other channels, mean over the layers.
+    """Sum of distances between a channel's squared weights and the other channels', mean over the layers.
 
     Source: torch-pruning, `FPGMImportance`; He et al. 2019, "Filter Pruning via Geometric Median", arXiv:1811.00250,
         which takes distances of weights, not of their squares.
@@ -255,7 +255,7 @@ class TpTaylor(_Measure):
     """Mean over the layers of each channel's sum of |weight * gradient|; batch norms do not count.
 
     Source: torch-pruning, `GroupTaylorImportance`; Molchanov et al. 2019, "Importance Estimation for Neural Network
-        Pruning", arXiv:1906.10771. That batch norms do not count is torch-pruning 1.6: it asks for a group norm there.
+        Pruning", arXiv:1906.10771. Batch norms do not count because torch-pruning 1.6 looks for a group norm there.
     """
 
     name = "tp_taylor"
@@ -325,19 +325,19 @@ class TpRandom(_Measure):
 
 
 class OwnImportance:
-    """A criterion made of an importance of the user's own.
+    """A criterion made from the user's own importance.
 
     Args:
         reference: "pkg.module:Class" or "path/file.py:Class", a subclass of `torch_pruning.importance.Importance`.
         kwargs: Keyword arguments of the class.
-        gradients: Which gradients of the loss its layers have in `.grad`: "none", "mean" of all images, or "squares",
-            the mean of each image's squared gradient. None: "mean" for subclasses of torch-pruning's Taylor
-            importance, "squares" for those of its Hessian importance, else "none".
+        gradients: Gradients of the loss in `.grad` of the layers: "none", "mean" of all images, or "squares", the mean
+            of each image's squared gradient. None: "mean" for subclasses of torch-pruning's Taylor importance,
+            "squares" for subclasses of its Hessian importance, else "none".
         comparable: Whether scores of different groups have one scale.
-        seed: Of torch's random numbers while it scores.
+        seed: Seed of torch's random numbers during scoring.
 
     Raises:
-        ModelError: It cannot be imported, raises, or is no importance.
+        ModelError: The class cannot be imported, raises, or is no importance.
     """
 
     order: ClassVar[Order] = "scores"
@@ -374,11 +374,11 @@ class OwnImportance:
 
         Args:
             group: C coupled channels.
-            stats: From `collect_parameter_gradients`, where gradients are asked for.
+            stats: From `collect_parameter_gradients`; None if no gradients are needed.
 
         Returns:
-            (C,) float32. Where scores of groups have no common scale and some are negative, the least is moved to 0:
-            scores are divided by their mean afterwards.
+            (C,) float32. If scores of groups have no common scale and some are negative, all are shifted so that the
+            least is 0, because scores are divided by their mean afterwards.
 
         Raises:
             ModelError: The importance raises, or returns something else than one number for each channel.
@@ -411,7 +411,7 @@ def _accepted(make: Callable[..., Any]) -> str | None:
 
 
 def _kind_of(value: Any) -> str:
-    """Return the type of a value; None by its name."""
+    """Return the name of a value's type; "None" for None."""
     return "None" if value is None else type(value).__name__
 
 

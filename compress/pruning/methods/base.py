@@ -1,4 +1,4 @@
-"""Training-time methods: their interface, and what they are given.
+"""Training-time methods: their interface and their setting.
 
 A method is a set of hooks of the training loop. While the network trains it decides which channels are removed, and how
 many of each group under one budget for all, and brings them to zero, so that the cut at the end changes next to
@@ -8,8 +8,8 @@ nothing:
     chosen   the removed channels, by the budget and the scores; chosen again every so many steps
     frozen   from one step on the choice is final, and removed channels decay for the rest of the run
 
-The scale and the shift of the batch norms that a channel passes decay, because a batch norm makes up for small weights
-before it; only where no batch norm follows do the weights themselves decay. A zero-padded shortcut has nothing to
+The scale and the shift of the batch norms that a channel passes decay, because a batch norm compensates small weights
+before it. The weights themselves decay only where no batch norm follows. A zero-padded shortcut has nothing to
 decay: its contribution to a removed channel is faded to 0 once the choice is final.
 """
 
@@ -48,7 +48,7 @@ class Choose(Protocol):
             scores: (C,) for each group; larger = keep.
             damages: (levels,) damage of each allowed width by group; None to compute it from the scores.
             closed: Residual blocks that are removed, too.
-            is_final: Whether the choice is final; widths are then timed, where the budget is in milliseconds.
+            is_final: Whether the choice is final; widths are then timed if the budget is in milliseconds.
 
         Raises:
             BudgetUnreachable: No allowed widths are within the budgets.
@@ -62,15 +62,15 @@ class Setting:
 
     Attributes:
         module: The network in training.
-        groups: Its prunable channel groups; their members are layers of `module`.
-        choose: Chooses the removed channels.
+        groups: Prunable channel groups; their members are layers of `module`.
+        choose: Chooses the removed channels within the budget.
         levels: Group name -> allowed widths, ascending; the last is the full width.
         rates: (steps,) the learning rate of each step.
         momentum: Momentum of SGD.
         weight_decay: L2 factor that the optimiser adds to every gradient.
         seed: Seed of everything random.
-        cost: Expected cost by the probabilities of channels and blocks to be kept, as a share of the baseline's.
-        kept_ratio: The share of the cost to keep.
+        cost: Expected cost from the probabilities that channels and blocks are kept, as a share of the baseline's cost.
+        kept_ratio: Share of the baseline's cost to keep.
         blocks: Removable residual block -> the part whose output is added to the block's input.
     """
 
@@ -92,7 +92,7 @@ class Setting:
         return len(self.rates)
 
     def sized_decay(self, first: int) -> float:
-        """Return the L2 factor that, from a step to the last one, brings a parameter without gradient to e^-8 of it.
+        """Return the L2 factor that brings a parameter without gradient to e^-8 of its value, from a step to the last.
 
         Raises:
             StageError: The steps are too few for any factor: momentum alone forgets too slowly.
@@ -125,7 +125,7 @@ class Setting:
         """Check that given L2 factors of the steps from `first` on let a parameter without gradient decay to e^-8.
 
         Raises:
-            StageError: They do not; the hint names a sufficient number of steps.
+            StageError: The decay is too small; the hint names a sufficient number of steps.
         """
         self.require_steps(first)
         reached = self._reached(first, factors)
@@ -145,7 +145,7 @@ class Setting:
         """Check that steps are left from `first` on.
 
         Raises:
-            StageError: None is.
+            StageError: No step with a learning rate is left.
         """
         if not self.rates[first:].any():
             raise StageError(
@@ -157,7 +157,7 @@ class Setting:
         """Check that the steps from `first` on are enough for momentum to forget: it keeps sqrt(momentum) a step.
 
         Raises:
-            StageError: They are not.
+            StageError: The steps are too few.
         """
         self.require_left(first)
         least = math.ceil(2 * DECAYED / -math.log(self.momentum)) if self.momentum > 0 else 1
@@ -174,19 +174,19 @@ class Hooks(Protocol):
     """Hooks of one training run, as `compress.training.hooks.TrainingHooks`."""
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return what is learned besides the network."""
+        """Return the tensors that are learned besides the network."""
         ...
 
     def on_step_begin(self, step: int) -> None:
-        """Before the forward pass."""
+        """Act before the forward pass."""
         ...
 
     def on_gradients(self, step: int) -> None:
-        """After the backward pass."""
+        """Act after the backward pass."""
         ...
 
     def on_step_end(self, step: int) -> None:
-        """After the weights have changed."""
+        """Act after the weights have changed."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Method(Hooks, Protocol):
     """A training-time method: hooks of the training, and their result.
 
     Attributes:
-        name: As in the pipeline file.
+        name: Name in the pipeline file.
     """
 
     name: ClassVar[str]
@@ -215,7 +215,7 @@ class Method(Hooks, Protocol):
         ...
 
     def finish(self) -> None:
-        """After the last step: remove all hooks from the network, and leave in it what is to be cut."""
+        """Remove all hooks from the network after the last step, and leave it ready to be cut."""
         ...
 
     @property

@@ -20,7 +20,7 @@ _STARTS, _ROUNDS = 4, 30
 
 
 class Csgd(TrainingMethod):
-    """Clusters of channels, one for each kept channel, whose members become equal while training.
+    """Training-time method: clusters of channels, one for each kept channel, whose members become equal.
 
     All members of a cluster get the mean of their gradients and are pulled towards their own mean. The factor of the
     pull brings their distance to e^-8 by the last step. Then the first member replaces all: readers read it with the
@@ -64,7 +64,7 @@ class Csgd(TrainingMethod):
 
     @property
     def removed(self) -> Removed:
-        """All members of a cluster but the first."""
+        """All members of each cluster except the first."""
         removed = {}
         for name, clusters in (self.clusters or {}).items():
             _, first = np.unique(clusters.numpy(), return_index=True)
@@ -88,7 +88,7 @@ class Csgd(TrainingMethod):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Merge: the first member of each cluster becomes their mean, and is read with the sum of their weights."""
+        """Merge each cluster: its first member becomes the mean, and is read with the sum of the members' weights."""
         self._left = self._distance()
         for name, clusters in (self.clusters or {}).items():
             group = self.setting.groups[name]
@@ -100,7 +100,7 @@ class Csgd(TrainingMethod):
                 _merge_columns(reader, clusters)
 
     def metrics(self) -> dict[str, float]:
-        """Return the share left of the distance of the channels to the means of their clusters."""
+        """Return the remaining share of the channels' distance to the means of their clusters."""
         return {"left_ratio": self._left / self._apart if self._apart else 0.0}
 
     def cause(self) -> str:
@@ -146,7 +146,7 @@ class Clustering:
 
     Attributes:
         labels: (C,) int64, the cluster of each channel.
-        distortion: Sum of squared distances to the centres, as a share of that to one centre for all; in [0, 1].
+        distortion: Sum of squared distances to the centres, over the sum with one centre for all; in [0, 1].
     """
 
     labels: np.ndarray

@@ -19,7 +19,7 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 
 
 class Gates(TrainingMethod):
-    """A gate behind each channel and each residual branch, open or closed at random by a learned probability.
+    """Training-time method with a gate behind each channel and residual branch, open with a learned probability.
 
     Before the final choice each image draws its own gates; a closed gate sets the channel, or the branch, to 0. The
     gradient passes as if the probability itself had been multiplied. The probabilities learn from the loss and, while
@@ -142,7 +142,7 @@ class NetworkGates:
 
     Attributes:
         channels: Group name -> (C,) logits of the probability to be open.
-        blocks: Residual block -> (1,) logit of the same.
+        blocks: Residual block -> (1,) logit of the probability to be open.
         chosen: The final choice of removed channels; from then on the gates are fixed. None before.
         closed: Removed residual blocks.
         drawn: Gates of the last forward pass: (N, C) by group name, (N, 1) by block name followed by "()".
@@ -200,7 +200,7 @@ class NetworkGates:
             yield self._setting.module.get_submodule(part), self._branch_mask(name)
 
     def _mask(self, name: str, member: Member, is_gate: bool) -> Hook:
-        """Return the hook that multiplies the outputs of a layer; a norm that is no gate only once gates are fixed."""
+        """Return the hook that multiplies a layer's outputs; for a norm that is not a gate, after the final choice."""
 
         def hook(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             if not (is_gate or self.chosen is not None):

@@ -1,4 +1,4 @@
-"""Directional pruning: a threshold on batch-norm scales grows until those at zero are enough for the budget."""
+"""Directional pruning: a threshold on batch-norm scales grows until enough scales are zero for the budget."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ _MANY_AT_ZERO = 0.1  # of the kept channels, when the choice is made
 
 
 class Grda(TrainingMethod):
-    """Soft threshold, growing with every step, on accumulators of the scales and shifts of batch norms.
+    """Training-time method: a growing soft threshold on accumulators of the scales and shifts of batch norms.
 
         accumulator   v starts as the weights; v <- v - rate * gradient. No momentum, no weight decay
         threshold     g_t = c * sum over the steps s up to t of rate_s^(1/2 + mu) * (s^mu - (s - 1)^mu)
@@ -32,19 +32,19 @@ class Grda(TrainingMethod):
     layer without channels would end the network.
 
     Without `c` in the options, the threshold after `reached_at` of the steps is the quantile of the importance at the
-    start that leaves zeros enough for the budget. Once the zeros are enough the choice is final and the threshold grows
-    no more. Where they are not after `until` of the steps, the choice is made by importance. In half of the remaining
-    steps, removed units that are not zero are brought to zero, and so is the contribution of zero-padded shortcuts to
-    removed channels, which has no threshold. Kept units at zero are brought to their accumulators times the mean factor
-    of the group, for the budget has room for them.
+    start that leaves enough zeros for the budget. Once there are enough zeros, the choice is final and the threshold
+    grows no more. If zeros are still too few after `until` of the steps, the choice is made by importance. In half of
+    the remaining steps, removed units that are not zero are brought to zero, and so is the contribution of zero-padded
+    shortcuts to removed channels, which has no threshold. Kept units at zero are brought to their accumulators times
+    the mean factor of the group, because the budget has room for them.
 
     Args:
         setting: Network, budget and schedule.
         options: See `GrdaConfig`.
 
     Raises:
-        StageError: The run has too few steps for the threshold to grow in or after the choice, the interval leaves one
-            look only, or a given c is too small for the budget; the hint names a sufficient number.
+        StageError: The run has too few steps for the threshold to grow in or after the choice, the interval allows one
+            check only, or a given c is too small for the budget. The hint names a sufficient number.
 
     Source: Chao et al. 2020, "Directional Pruning of Deep Neural Networks", NeurIPS, arXiv:2006.09358 (single weights).
         Li et al. 2021, arXiv:2107.05328, prune structures so but have no code: the group form here is a reconstruction.
@@ -190,7 +190,7 @@ class FinalChoice:
     """The final choice of removed channels, and the state of the others at that time.
 
     Args:
-        groups: By name.
+        groups: Group name -> accumulators.
 
     Attributes:
         removed: Removed channels; None before the choice.
@@ -227,7 +227,7 @@ class FinalChoice:
         return _members((self.removed or {}).get(name, ()), group.width).reshape(group.parts, -1).any(0)
 
     def left(self, step: int, steps: int) -> float:
-        """Return 1 up to the choice, from where it falls to 0 in half of the remaining steps."""
+        """Return the factor of removed units: 1 up to the choice, then falling to 0 in half of the remaining steps."""
         if self.stopped is None:
             return 1.0
         return max(0.0, 1 - (step - self.stopped) / max(1.0, FADE * (steps - 1 - self.stopped)))

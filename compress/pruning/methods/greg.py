@@ -1,4 +1,4 @@
-"""Growing regularisation: the penalty on removed channels grows every few steps, until nothing of them is left."""
+"""Growing regularisation: the penalty on removed channels grows every few steps, until they vanish."""
 
 from typing import Any, ClassVar
 
@@ -15,11 +15,11 @@ _RECOVERY = -1e-4
 
 
 class Greg(Scored):
-    """L2 penalty on the removed channels that grows step by step up to a ceiling, and is constant from there.
+    """Training-time method: an L2 penalty on the removed channels grows up to a ceiling, and is constant from there.
 
-        variant 1   they are chosen early, by their scores (first-order importance, as in all methods; no filter norms)
+        variant 1   channels are chosen early, by scores (first-order importance, as in all methods; no filter norms)
         variant 2   first the penalty of all channels grows alike: channels that the loss needs resist, the others
-                    shrink, and scores tell them apart better; kept channels then get a small negative penalty
+                    shrink, and scores separate them better; kept channels then get a small negative penalty
 
     Args:
         setting: Network, budget and schedule.

@@ -39,7 +39,7 @@ class Rows:
 
     @property
     def gradient(self) -> Tensor:
-        """(n, ...) its gradient there, a copy; zero without one."""
+        """(n, ...) the gradient at the slots, a copy; zero without a gradient."""
         gradient = self.parameter.grad
         return torch.zeros_like(self.values) if gradient is None else gradient.transpose(0, self.axis)[self.slots]
 
@@ -61,8 +61,8 @@ class Rows:
 class Shortcuts:
     """Contribution of zero-padded shortcuts to the channels of a group.
 
-    Their weights are fixed and no norm lies behind them: where all norms of a channel are at 0, their contribution is
-    left. The factors are written into the weights: they are saved with the network, and no hook is needed.
+    Their weights are fixed and no norm lies behind them, so they contribute even if all norms of a channel are at 0.
+    The factors are written into the weights: they are saved with the network, and no hook is needed.
 
     Args:
         group: A group whose shortcuts contribute in full.
@@ -74,7 +74,7 @@ class Shortcuts:
 
     @torch.no_grad()
     def give(self, factors: Tensor) -> None:
-        """Set their contribution to the one at the start times (C,) factors."""
+        """Set the contribution of the shortcuts to the initial one times (C,) factors."""
         for member, whole in zip(self._members, self._whole, strict=True):
             rows = _fixed_rows(member)
             rows.set_values(whole.to(rows.parameter.device) * rows.spread(factors))
@@ -86,8 +86,8 @@ class GroupTensors:
     Values by channel are on the CPU, wherever the parameters are.
 
     Attributes:
-        gates: For each place where multiplying a channel by 0 is the same as removing it, the parameters that are
-            linear in such a factor.
+        gates: For each gate of the group, the parameters that its output is linear in. Multiplying a channel by 0 at a
+            gate is the same as removing it.
         filters: Weights and biases of convolutions and linear layers, depthwise ones among them.
         decaying: Parameters that are 0 where a channel is 0: scales and shifts of the norms, and the filters of layers
             that no norm follows.
@@ -107,7 +107,7 @@ class GroupTensors:
     def derivatives(self) -> Tensor:
         """Return (C,) the derivative of the loss by a factor 1 at each channel, from the gradients of the parameters.
 
-        It stays on the device of the parameters, so that nothing waits for a GPU.
+        The result is on the device of the parameters, so that nothing waits for a GPU.
 
         The output of a gate is linear in its parameters, so the derivative is the sum over them of parameter *
         gradient. It is added up over all gates of a channel before any absolute value is taken.
@@ -139,7 +139,7 @@ class GroupTensors:
         return total.sqrt()
 
     def every(self) -> list[Rows]:
-        """Return all of them, each once."""
+        """Return the rows of all these parameters, each once."""
         seen = {id(rows.parameter) for rows in self.decaying}
         return self.decaying + [rows for rows in self.filters if id(rows.parameter) not in seen]
 
@@ -150,12 +150,12 @@ def fixed_members(group: ChannelGroup) -> list[Member]:
 
 
 def _fixed_rows(member: Member) -> Rows:
-    """Return the rows of a shortcut's weight as it is now: moving a network to a device replaces its buffers."""
+    """Return the rows of a shortcut's present weight: moving a network to a device replaces its buffers."""
     return Rows(getattr(member.module, FIXED_BUFFER), member.slots, member.channels)
 
 
 def unfit_gate(group: ChannelGroup) -> str | None:
-    """Return the reason why no gate can close the channels of a group: a norm without a scale to learn; else None."""
+    """Return the reason why no gate can close a group's channels, such as a norm without a scale to learn, or None."""
     fixed = [gate.layer for gate in group.gates if not rows_of(gate)]
     if not group.gates:
         return "no convolution or linear layer computes it"
@@ -183,7 +183,7 @@ def norm_factors(gate: Member, width: int) -> Tensor:
 
 
 def weight_rows(member: Member) -> Rows:
-    """Return the rows of the weight of a convolution or linear layer, without those of its bias."""
+    """Return the rows of the weight of a convolution or linear layer, without its bias."""
     (rows,) = [rows for rows in rows_of(member) if rows.parameter is member.module.weight]
     return rows
 

@@ -12,12 +12,12 @@ _DECAYED_WHILE_OPEN = 2.0
 
 
 class Gsm(Scored):
-    """No gradient, only decay, in each step for the channels that do not fit into the budget.
+    """Training-time method: in each step, channels beyond the budget get no gradient and only decay.
 
-    A channel whose score rises again before the final choice is trained again. Removed channels have a decay factor of
-    their own. Before the final choice it brings a channel that is removed all the time to e^-2, for a channel that has
-    decayed does not come back; after it to e^-8. A given `passive_decay` is used all the time, as in the paper: it must
-    bring a channel that is removed from the first choice on to e^-8.
+    A channel whose score rises again before the final choice is trained again. Removed channels have a separate decay
+    factor. Before the final choice, it brings a channel that is removed all the time to e^-2, because a channel that
+    has decayed does not come back; after the choice, to e^-8. A given `passive_decay` is used all the time, as in the
+    paper: it must bring a channel that is removed from the first choice on to e^-8.
 
     The `momentum` of the options replaces that of the training, before this method is made.
 
@@ -29,7 +29,7 @@ class Gsm(Scored):
         StageError: The run is too short for the decay; the hint names a sufficient number of steps.
 
     Source: Ding et al. 2019, "Global Sparse Momentum SGD for Pruning Very Deep Neural Networks", arXiv:1909.12778.
-        Channels in place of single weights, their Taylor scores, and the decay of their own are adaptations.
+        Channels in place of single weights, their Taylor scores, and the separate decay are adaptations.
     """
 
     name: ClassVar[str] = "gsm"

@@ -1,4 +1,4 @@
-"""Incremental regularisation: penalties rise for channels of low rank and fall again for those that climb."""
+"""Incremental regularisation: penalties rise for channels of low rank and fall again for channels that climb."""
 
 import math
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ _MIDDLE = 0.25
 
 
 class IncReg(Scored):
-    """L2 penalty of each channel that changes every few steps by an amount that depends on its average rank.
+    """Training-time method: an L2 penalty of each channel changes every few steps, by the channel's average rank.
 
     The change is +A for the weakest channel, 0 at the rank where the budget is met, and negative beyond; a penalty is
     never below 0. A channel whose penalty has reached the ceiling keeps it, and is removed first. After the final
@@ -69,7 +69,7 @@ class IncReg(Scored):
         self.penalties, self.ranks, self.rankings = state["penalties"], state["ranks"], state["rankings"]
 
     def _choose(self, is_final: bool) -> None:
-        """Add the present ranks to their averages, and choose by those."""
+        """Add the present ranks to their averages, and choose by the averages."""
         every = torch.cat(list(self.scores.values()))
         present = torch.empty(len(every)).scatter_(0, every.argsort(stable=True), torch.arange(float(len(every))))
         self.rankings += 1
@@ -87,7 +87,7 @@ class IncReg(Scored):
                 penalties.copy_(self.goes(name) * self.ceiling)
 
     def _change(self) -> None:
-        """Change every penalty by the place of its channel: removed ones first, each part by average rank."""
+        """Change every penalty by its channel's position: removed channels before kept ones, both by average rank."""
         ranks = torch.cat([self.ranks[name] for name in self.penalties])
         goes = torch.cat([self.goes(name) for name in self.penalties])
         order = torch.from_numpy(np.lexsort((ranks.numpy(), ~goes.numpy())))
@@ -106,8 +106,8 @@ class IncReg(Scored):
 def increments(count: int, going: int, most: float) -> Tensor:
     """Return (count,) the change of the penalty of each channel, weakest channel first.
 
-    A curve that falls from `most`, is 0 at the place `going`, and is the same turned around its middle; never below
-    -`most`.
+    The curve falls from `most`, is 0 at position `going`, and is symmetric by rotation about its middle, but never
+    below -`most`.
 
     >>> [round(float(value), 3) for value in increments(9, 4, 1.0)]
     [1.0, 0.595, 0.354, 0.203, 0.0, -0.341, -0.914, -1.0, -1.0]

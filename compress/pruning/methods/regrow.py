@@ -20,15 +20,15 @@ _INTERVALS = 40
 
 
 class Regrow(Scored):
-    """A new choice of channels every few steps, of which a random share of the removed ones comes back.
+    """Training-time method that chooses channels every few steps and lets a random share of the removed ones return.
 
     widths      of each group, by the budget and the first-order scores of all methods here
     leverage    decides within a group: channels whose filters span the most are kept
-    regrowth    a share of the group's channels, drawn at random from the others, is trained as well; it falls to 0
+    regrowth    a share of the group's channels, drawn at random from the removed ones, is trained, too; it falls to 0
     mask        scales and shifts of masked channels are 0, as is the contribution of zero-padded shortcuts to them;
                 they get no gradient
 
-    A channel that comes back has the filters, norms and reader columns that it had when it was masked, and no momentum.
+    A channel that comes back has its filters, norms and reader columns from before it was masked, and no momentum.
     From `until` on the masks are final. A masked channel is 0 everywhere, so the cut changes nothing.
 
     Args:
@@ -36,7 +36,7 @@ class Regrow(Scored):
         options: See `RegrowConfig`.
 
     Raises:
-        StageError: The run has no step for a first choice before the final one, or none after it.
+        StageError: The run has no step for a first choice before the final one, or no step after it.
 
     Source: Hou et al. 2022, "CHEX: CHannel EXploration for CNN Model Compression", CVPR, arXiv:2203.15794; Evci et al.
         2020, "Rigging the Lottery", arXiv:1911.11134 (regrowth). Widths by first-order scores under a budget, leverage
@@ -59,7 +59,7 @@ class Regrow(Scored):
             )
         super().__init__(setting, frozen, interval, first=interval)
         self.returned = {name: torch.zeros(group.width, dtype=torch.bool) for name, group in setting.groups.items()}
-        self._returning: dict[str, Tensor] = {}  # (C,) bool: those that came back in this step
+        self._returning: dict[str, Tensor] = {}  # (C,) bool: channels that came back in this step
         self._snapshots = Snapshots(setting.module, self.tensors)
         self._optimizer: Optimizer | None = None
         self._step = 0
@@ -96,7 +96,7 @@ class Regrow(Scored):
                 masked.set_values(torch.zeros_like(masked.values))
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of channels that came back, and the share of them that is kept in the end."""
+        """Return the number of channels that came back, and the share of them kept in the end."""
         returned = torch.cat([*self.returned.values(), torch.zeros(0, dtype=torch.bool)])
         goes = torch.cat([*(self.goes(name) for name in self.returned), torch.zeros(0, dtype=torch.bool)])
         count = int(returned.sum())
@@ -152,7 +152,7 @@ class Regrow(Scored):
                     self._snapshots.reset_momentum(groups[name], returning, self._optimizer)
 
     def _without_regrown(self, group: ChannelGroup, going: list[int], number: int) -> list[int]:
-        """Return the units to mask, without those drawn to come back; all processes draw the same."""
+        """Return the units to mask, without the units drawn to come back; all processes draw the same."""
         count = min(len(going), round(self.share(self._step) * (group.width // group.parts)))
         random = np.random.default_rng([self.setting.seed, self._step, number])
         regrown = random.choice(len(going), count, replace=False) if count else ()
@@ -232,7 +232,7 @@ def leverage(filters: Tensor, kept: int) -> Tensor:
         filters: One row for each channel.
         kept: Number of singular vectors, as many as channels are to be kept.
 
-    Where the filters are shorter than there are channels (n < C), L1 norms take the place of leverage, as in the paper.
+    If the filters are shorter than the number of channels (n < C), L1 norms replace leverage, as in the paper.
 
     >>> leverage(torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), 2).tolist()
     [1.0, 1.0, 0.0]

@@ -12,12 +12,12 @@ _REMEMBERED = 0.9
 
 
 class Scored(TrainingMethod):
-    """Scores of channels, the choice by them, and its schedule.
+    """Base of methods that score channels and choose by the scores on a schedule.
 
     Args:
         setting: Network, budget and schedule.
         frozen: Step of the final choice.
-        interval: Steps from one choice to the next before that.
+        interval: Steps from one choice to the next before the final one.
         first: Step of the first choice; no channel is removed before.
     """
 

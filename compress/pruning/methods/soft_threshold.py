@@ -14,22 +14,22 @@ from compress.pruning.methods.group_tensors import Rows, Shortcuts, rows_of
 
 
 class ThresholdedGroup:
-    """Accumulators of one group.
+    """Accumulators of the gradients of one group.
 
     Args:
-        setting: The network and the smallest width of the group.
+        setting: Setting with the network and the allowed widths of the group.
         group: The group.
 
     Attributes:
         width: Number of channels, C.
-        parts: Channels in a unit; of U units channel p * U + u is the one of unit u in part p.
+        parts: Channels in a unit; with U units, channel p * U + u belongs to unit u and part p.
         units: Number of units, U.
         rows: Thresholded parameters.
         shortcuts: Contribution of zero-padded shortcuts.
         values: The accumulator of each of `rows`.
         readers: (U,) norm of the weights that read each unit at the start, 1 on average.
         protected: (U,) bool: units without a threshold.
-        before: (C,) root of the sum of squares of the thresholded weights of each channel, at the start.
+        before: (C,) norm of the thresholded weights of each channel, at the start.
     """
 
     def __init__(self, setting: Setting, group: ChannelGroup) -> None:
@@ -86,11 +86,11 @@ class ThresholdedGroup:
 
 
 class ZeroBudget:
-    """Choices of removed channels by importance above a threshold, and how many of them are at 0.
+    """Choice of removed channels by importance above a threshold, with the share of them at 0.
 
     Args:
         choose: Chooses the removed channels within the budget.
-        groups: By name.
+        groups: Group name -> accumulators.
     """
 
     def __init__(self, choose: Choose, groups: Mapping[str, ThresholdedGroup]) -> None:
@@ -112,7 +112,7 @@ class ZeroBudget:
         return zero / max(1, count)
 
     def least_threshold(self) -> float:
-        """Return the least threshold that leaves zeros enough for the budget, of the weights as they are."""
+        """Return the least threshold that zeroes enough units for the budget, at the present weights."""
         importance = {name: group.importance() for name, group in self._groups.items()}
         every = [importance[name][~group.protected] for name, group in self._groups.items()]
         steps = np.unique(torch.cat([torch.zeros(0), *every]).numpy())
@@ -143,14 +143,14 @@ def threshold_growth(rates: np.ndarray, mu: float) -> np.ndarray:
 
 
 def reader_norms(module: nn.Module, group: ChannelGroup) -> Tensor:
-    """Return (C,) the norms of the columns that read each channel, 1 where nothing reads it.
+    """Return (C,) the norms of the columns that read each channel; all 1 if nothing reads the group.
 
-    The norms of each weight are divided by their root mean square, for a norm behind the reader makes its scale
-    arbitrary. Over several weights it is the root of the mean of squares.
+    The norms of each weight are divided by their root mean square, because a norm behind the reader makes its scale
+    arbitrary. Over several weights, the root mean square is taken.
 
     Args:
         module: The network that the group belongs to.
-        group: Any.
+        group: Any channel group.
     """
     found = []
     for read in group.reads:

@@ -15,8 +15,8 @@ from compress.pruning.methods.group_tensors import Rows, norm_factors, weight_ro
 class Tpp(Greg):
     """Greg, variant 1, with a Gram term that pulls removed filters to be orthogonal to kept ones.
 
-    Each layer that computes channels of a group that loses some has kernels W, (N, n), one row a filter, with its batch
-    norm folded in by constant factors a, (N,). It adds to the loss
+    The term applies to each layer that computes channels of a group with removed channels. Its kernels are W, (N, n),
+    one filter per row, with its batch norm folded in by constant factors a, (N,). It adds to the loss
 
         strength * min(penalty, 1) * s * ||M * W W'||^2,   s = N / (||W||^2 mean(a^2))
 
@@ -92,8 +92,8 @@ class _Kernel:
 
     Args:
         producer: The layer.
-        gate: Its batch norm, or itself.
-        width: Of the group.
+        gate: Batch norm behind the layer, or the layer itself.
+        width: Number of channels of the group.
     """
 
     def __init__(self, producer: Member, gate: Member, width: int) -> None:
@@ -125,7 +125,7 @@ class _Kernel:
 
     @staticmethod
     def scale(kernels: Tensor, factors: Tensor, gram: Tensor, step_size: float) -> float:
-        """Return s: N / (||W||^2 mean(a^2)), lowered where a step of a size would move a filter further than to 0."""
+        """Return s: N / (||W||^2 mean(a^2)), lowered if a step of `step_size` would move a filter beyond 0."""
         squares = float(kernels.square().sum()) * float(factors.square().mean())
         curvature = 4 * float(gram.abs().sum(1).max()) * float(factors.square().max()) * step_size
         wanted = len(kernels) / max(squares, 1e-12)

@@ -1,10 +1,10 @@
-"""Order in which a group's channels are removed, if the layers that read them are refitted afterwards.
+"""Backward elimination of a group's channels; the layers that read them (readers) are refitted after each removal.
 
-    statistics   one pass over images: for each reading layer the Gram matrix of what it reads
-    elimination  take away the channel whose loss the readers, refitted, make up for best; update; repeat
-    refit        the same matrices give the readers' best weights for any set of channels that is left
+    statistics   one pass over images: for each reader the Gram matrix of its inputs
+    elimination  remove the channel that the refitted readers compensate best; update the matrices; repeat
+    refit        the same matrices give the readers' best weights for any set of kept channels
 
-A score of its own for each channel cannot know that one channel can be rebuilt from the others; this does.
+Unlike a separate score for each channel, elimination takes into account that a channel can be rebuilt from the others.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -39,14 +39,14 @@ _COMPACT = 0.25
 
 @dataclass(frozen=True)
 class ReaderStats:
-    """A layer that reads channels, and what it reads.
+    """Statistics of a layer that reads channels (a reader).
 
     Attributes:
         layer: Module path.
-        gram: (n, n) float64, second moments of what it reads; where it has an intercept an always-1 last.
-        weight: (outputs, n) float64, its weights; where it has an intercept that last.
-        energy: Mean square of its outputs, summed over them, their means taken off.
-        has_intercept: Whether a constant can be added to its outputs, in its bias or in the batch norm behind it.
+        gram: (n, n) float64, second moments of the layer's inputs; with an intercept, the last input is always 1.
+        weight: (outputs, n) float64, weights of the layer; with an intercept, its bias is the last column.
+        energy: Variance of each output over images and positions, summed over the outputs.
+        has_intercept: Whether a constant can be added to the outputs, in the layer's bias or the batch norm behind it.
     """
 
     layer: str
@@ -56,7 +56,7 @@ class ReaderStats:
     has_intercept: bool = True
 
     def refit(self, gone: Tensor) -> Tensor:
-        """Return the (outputs, n) weights that, zero at inputs `gone`, come nearest to the old outputs."""
+        """Return the (outputs, n) weights, zero at the removed inputs `gone`, that come nearest to the old outputs."""
         left = torch.ones(len(self.gram), dtype=torch.bool)
         left[gone] = False
         found = torch.linalg.solve(self.gram[left][:, left], self.gram[left] @ self.weight.T)
@@ -75,14 +75,14 @@ def reader_statistics(
     progress: Progress,
     is_done: Callable[[Sequence[str]], bool] = lambda names: False,
 ) -> Iterator[Bulk]:
-    """Give groups whose readers can all be refitted, with the statistics of those readers, as many as memory allows.
+    """Yield groups whose readers can all be refitted, with their readers' statistics, in bulks that fit into memory.
 
     Args:
         module: The network the groups belong to.
-        groups: Groups that may be cut; those that another kind of layer reads are left out.
-        split: Images to look at; labels are not used.
+        groups: Prunable groups; a group that another kind of layer reads is left out.
+        split: Images to run; labels are not used.
         progress: Receives progress by batch.
-        is_done: Says of which groups, given together, no statistics are needed.
+        is_done: Returns whether the statistics of these groups, yielded together, are not needed.
     """
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
     once, norms = _called_once(module, names, split)
@@ -101,12 +101,12 @@ def reader_statistics(
 def layer_statistics(
     module: nn.Module, names: Iterable[str], split: Split, progress: Progress
 ) -> Iterator[dict[str, ReaderStats]]:
-    """Give the statistics of layers, as many at a time as memory allows; of those that can be refitted.
+    """Yield the statistics of the layers that can be refitted, in bulks that fit into memory.
 
     Args:
         module: The network.
         names: Module paths of convolutions and linear layers.
-        split: Images to look at; labels are not used.
+        split: Images to run; labels are not used.
         progress: Receives progress by batch.
     """
     able = {name: layer for name in names if _is_affordable(layer := module.get_submodule(name))}
@@ -116,17 +116,17 @@ def layer_statistics(
 
 
 def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> np.ndarray:
-    """Return the units of a group, first to go first; `removal_ranking` without the errors."""
+    """Return the units of a group in order of removal; as `removal_ranking`, without the errors."""
     return removal_ranking(group, stats, most).order
 
 
 def removal_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> Ranking:
-    """Rank the units of a group by backward elimination: the one that the refitted readers make up for best goes next.
+    """Rank the units of a group by backward elimination: next is the unit that the refitted readers compensate best.
 
     Args:
         group: C channels in `parts` equal parts; a unit is one channel of each part.
-        stats: For each of its readers.
-        most: Units that may go; the order of the others is arbitrary.
+        stats: Reader path -> statistics, for all readers of the group.
+        most: Largest number of units to remove; the order of the others is arbitrary.
 
     Source: removal with update by the inverse Hessian (Hassibi and Stork 1992, "Optimal Brain Surgeon"), with whole
         columns of a layer as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089, section 3.1; summed over all layers
@@ -153,7 +153,7 @@ def removal_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most:
 
 
 def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:
-    """Return (units, n) which of a reader's unknowns belong to each unit of a group."""
+    """Return (units, n) indices of the reader's unknowns (inputs of one output) that belong to each unit of a group."""
     layer = reader.module
     cells = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
     stride = group.width // group.parts
@@ -162,10 +162,10 @@ def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:
 
 
 class _Eliminated:
-    """One reader while units are taken away from it.
+    """Reader whose input units are removed one after the other.
 
     Args:
-        stats: Its statistics.
+        stats: Statistics of the reader.
         inputs: (units, n) unknowns of each unit.
     """
 
@@ -177,21 +177,21 @@ class _Eliminated:
         self.energy = max(stats.energy, 1e-12)
 
     def losses(self) -> Tensor:
-        """Return (units left,) what taking each away adds to the squared error of the outputs, over their energy."""
+        """Return (kept units,) rises of the squared error of the outputs, over their energy, when a unit is removed."""
         blocks = self.inverse[self.inputs[:, :, None], self.inputs[:, None, :]]
         rows = self.weight[self.inputs]  # units, n, outputs
         losses: Tensor = (torch.linalg.inv(blocks) * (rows @ rows.mT)).sum((1, 2)) / self.energy
         return losses
 
     def keep(self, units: Tensor) -> None:
-        """Take all other units away: those left take over what they can."""
+        """Remove all other units, and refit the weights of the kept ones."""
         leaves = torch.ones(len(self.inputs), dtype=torch.bool)
         leaves[units] = False
         gone = self.inputs[leaves].flatten()
         across = self.inverse[gone]
         factor = torch.linalg.solve(across[:, gone], across)
         self.weight.addmm_(factor.T, self.weight[gone], alpha=-1)
-        self.inverse.addmm_(across.T, factor, alpha=-1)  # what is gone becomes 0, and is not looked at any more
+        self.inverse.addmm_(across.T, factor, alpha=-1)  # removed entries become 0, and are not read any more
         self.inputs = self.inputs[units]
         self.gone = torch.cat([self.gone, gone])
         if len(self.gone) > _COMPACT * len(self.inverse):
@@ -208,7 +208,7 @@ class _Eliminated:
 
 
 def _is_eligible(group: ChannelGroup, reader: Member) -> bool:
-    """Return whether a reader can be refitted at a bearable cost and sees all units of the group alike."""
+    """Return whether a reader can be refitted at a bearable cost and reads all units of the group equally often."""
     if not _is_affordable(reader.module):
         return False
     seen = torch.bincount(reader.channels % (group.width // group.parts), minlength=group.width // group.parts)
@@ -227,12 +227,12 @@ def _called_once(module: nn.Module, names: Iterable[str], split: Split) -> tuple
 
 
 def _unknowns(layer: nn.Module) -> int:
-    """Return the inputs of each output of a layer, and one for the intercept."""
+    """Return the number of inputs of each output of a layer, plus one for the intercept."""
     return int(layer.weight[0].numel()) + 1  # type: ignore[index,union-attr,operator]
 
 
 def _bulks(readers: Mapping[str, Sequence[nn.Module]]) -> Iterator[list[str]]:
-    """Part names so that the Gram matrices of the layers that each stands for fit into memory."""
+    """Split names into bulks so that the Gram matrices of each bulk's layers fit into memory."""
     bulk: list[str] = []
     sizes: dict[nn.Module, int] = {}
     for name, layers in readers.items():
@@ -249,7 +249,7 @@ def _bulks(readers: Mapping[str, Sequence[nn.Module]]) -> Iterator[list[str]]:
 def _collect(
     module: nn.Module, readers: Mapping[str, nn.Module], norms: Container[str], split: Split, progress: Progress
 ) -> dict[str, ReaderStats]:
-    """Run images through the network and return what each reader reads."""
+    """Run images through the network and return the statistics of each reader."""
     sizes = {name: _unknowns(layer) for name, layer in readers.items()}
     grams = {name: GramSum(size) for name, size in sizes.items()}
     rows = dict.fromkeys(readers, 0)

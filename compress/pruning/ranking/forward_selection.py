@@ -1,9 +1,9 @@
 """Orders of channels from the statistics of their readers: forward selection and the LASSO path.
 
-    contribution gram   (U, U): products of what each unit adds to the outputs of all readers of a group
+    contribution gram   (U, U): products of the units' contributions to the outputs of all readers of a group
     imitation           weights on the simplex, one best unit added at a time (greedy forward selection)
     refit               the unit that lowers the error of fully refitted readers most is added
-    lasso               one path of the penalty from large to small; units go in the reverse order of their entry
+    lasso               one path of the penalty from large to small; units are removed in the reverse order of entry
 
 All work on the Gram matrices of `pruning/ranking/elimination.py`, need no labels, and give the order for every width.
 """
@@ -29,13 +29,13 @@ _RIDGE = 1e-8
 
 
 def contribution_gram(group: ChannelGroup, stats: Mapping[str, ReaderStats]) -> np.ndarray:
-    """Return (U, U) float64: sums over readers of E<h_i, h_j> / energy, h_i being what unit i adds to the outputs.
+    """Return (U, U) float64: sums over readers of E<h_i, h_j> / energy, with unit i's contribution h_i to the outputs.
 
-    Where a reader has an intercept, means are taken off first: a constant can be made up for.
+    If a reader has an intercept, means are subtracted first, because the intercept compensates a constant.
 
     Args:
         group: C channels in `parts` equal parts, U = C / parts.
-        stats: For each of its readers.
+        stats: Reader path -> statistics, for all readers of the group.
     """
     units = group.width // group.parts
     total = torch.zeros(units, units, dtype=torch.float64)
@@ -56,14 +56,14 @@ def contribution_gram(group: ChannelGroup, stats: Mapping[str, ReaderStats]) -> 
 def imitation_ranking(gram: np.ndarray, most: int) -> Ranking:
     """Rank units by greedy local imitation with line search.
 
-    The outputs of the readers are F = sum of u_i H_i with u = 1/U and H_i = U h_i. From nothing, the unit whose weight
-    brings a point `a` of the simplex nearest to F is moved to, a <- (1 - t) a + t e_i with the best t. Units are kept
-    in the order in which they enter; a step may also shift weight between units that are in, at most 8 times from one
-    entry to the next while others would gain, too.
+    The outputs of the readers are F = sum of u_i H_i with u = 1/U and H_i = U h_i. A point `a` of the simplex starts at
+    the best single unit. Each step moves it to the unit that brings it nearest to F: a <- (1 - t) a + t e_i with the
+    best t. Units are kept in the order in which they enter. A step may also shift weight between entered units, at most
+    8 times between two entries while a new unit would lower the error, too.
 
     Args:
-        gram: (U, U), of `contribution_gram`.
-        most: Units that may be removed at most.
+        gram: (U, U), from `contribution_gram`.
+        most: Largest number of units to remove.
 
     Returns:
         Order and errors of all widths; `scales` are U * a, the factors of the readers' columns at each width.
@@ -131,8 +131,8 @@ def refit_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: i
 
     Args:
         group: C channels in `parts` equal parts.
-        stats: For each of its readers.
-        most: Units that may be removed at most.
+        stats: Reader path -> statistics, for all readers of the group.
+        most: Largest number of units to remove.
 
     Source: orthogonal least squares (Chen et al. 1989, "Orthogonal least squares methods and their application to
         non-linear system identification") on the Gram matrices of the readers, whole columns of a layer at once.
@@ -158,17 +158,17 @@ def refit_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: i
 
 
 def lasso_ranking(gram: np.ndarray, most: int) -> Ranking:
-    """Rank units by a LASSO path: the later a unit's coefficient leaves zero as the penalty falls, the sooner it goes.
+    """Rank units by a LASSO path: units whose coefficient leaves zero last, as the penalty falls, are removed first.
 
     Minimises 1/2 || F - sum of b_i h_i ||^2 + penalty * sum of |b_i| ||h_i|| by coordinate descent, warm-started along
     100 penalties that fall in equal ratios; the weights ||h_i|| make the penalty independent of the size of a unit.
 
     Args:
-        gram: (U, U), of `contribution_gram`.
-        most: Units that may be removed at most.
+        gram: (U, U), from `contribution_gram`.
+        most: Largest number of units to remove.
 
     Returns:
-        The order; errors are those of the best factors of the units kept.
+        The order; errors are computed with the best factors of the kept units.
 
     Source: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV, arXiv:1707.06168. One
         path for all widths, in place of a search of the penalty for each, is an adaptation.
@@ -208,7 +208,7 @@ def _descend(
         largest = _sweep(gram, coefficients, residual, penalty, everything)
         if largest <= _TOLERANCE:
             return
-        for _ in range(_SWEEPS):  # what is in, until it settles
+        for _ in range(_SWEEPS):  # entered units only, until they settle
             if _sweep(gram, coefficients, residual, penalty, np.flatnonzero(coefficients)) <= _TOLERANCE:
                 break
 
@@ -245,10 +245,10 @@ def _scalar_refit_errors(gram: np.ndarray, entered: list[int]) -> np.ndarray:
 
 
 class _Selected:
-    """One reader while units are added to what it reads.
+    """Reader whose input units are added one after the other.
 
     Args:
-        stats: Its statistics.
+        stats: Statistics of the reader.
         inputs: (units, n) unknowns of each unit.
 
     Attributes:
@@ -261,7 +261,7 @@ class _Selected:
         outside[columns] = False
         gram, weight = stats.gram[columns][:, columns], stats.weight[:, columns].T
         across = stats.gram[columns][:, outside]
-        if outside.any():  # what other groups give, and the constant, stay and are refitted, too
+        if outside.any():  # inputs from other groups, and the constant, are kept and refitted
             gram = gram - across @ torch.linalg.solve(stats.gram[outside][:, outside], across.T)
         self.inputs = torch.arange(len(columns)).reshape(inputs.shape)
         self.energy = max(stats.energy, 1e-12)
@@ -271,7 +271,7 @@ class _Selected:
         self.error = float((weight * self.cross).sum()) / self.energy
 
     def gains(self, units: np.ndarray) -> Tensor:
-        """Return (units,) the fall of the error when each is added."""
+        """Return (units,) the fall of the error when each unit is added."""
         inputs = self.inputs[torch.from_numpy(units)]
         blocks = self.gram[inputs[:, :, None], inputs[:, None, :]]
         blocks = blocks + self.ridge * torch.eye(blocks.shape[1], dtype=blocks.dtype)
@@ -293,7 +293,7 @@ class _Selected:
 
 
 def _limited(order: np.ndarray, errors: np.ndarray, most: int, scales: np.ndarray | None = None) -> Ranking:
-    """Return a ranking whose errors never fall, and are constant beyond the most that may go."""
+    """Return a ranking whose errors never fall, and are constant beyond `most` removed units."""
     errors = np.maximum.accumulate(errors)
     errors[most + 1 :] = errors[most]
     return Ranking(order, errors, scales)

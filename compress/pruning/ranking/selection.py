@@ -18,11 +18,11 @@ Groups = Mapping[str, ChannelGroup]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Choice of channels, with its damage and costs.
+    """Choice of widths and removed channels.
 
     Attributes:
         widths: Group name -> width after the cut.
-        removed: Group name -> indices that go; groups that lose nothing are absent.
+        removed: Group name -> indices of removed channels; groups that keep all channels are absent.
         is_optimal: Whether it is proved that no widths within the budgets do less damage.
     """
 
@@ -50,13 +50,14 @@ def score_groups(groups: Groups, criterion: Criterion, stats: Any) -> dict[str, 
 def find_candidates(
     groups: Groups, scores: Mapping[str, Tensor], levels: Mapping[str, tuple[int, ...]], comparable: bool
 ) -> list[Candidates]:
-    """Return the groups as the allocation sees them.
+    """Return the groups in the form that the allocation takes.
 
     Args:
-        groups: Groups that may be cut.
-        scores: (C,) for each group; larger = keep.
-        levels: For each group the widths it may have, ascending; the last is the full width.
-        comparable: Whether scores of different groups have one scale; else each group's are divided by their mean.
+        groups: Prunable groups.
+        scores: Group name -> (C,) scores; larger = keep.
+        levels: Group name -> allowed widths, ascending; the last is the full width.
+        comparable: Whether scores of different groups have one scale; else each group's scores are divided by their
+            mean.
     """
     return [
         Candidates(name, _unit_scores(group, scores[name], comparable), group.parts, levels[name])
@@ -71,13 +72,13 @@ def select_channels(
     limits: Limits,
     method: str,
 ) -> Selection:
-    """Choose the channels that go so that the costs stay within the budgets.
+    """Choose the removed channels so that the costs stay within the budgets.
 
     Args:
-        groups: Groups that may be cut.
-        candidates: The same, with their scores and allowed widths.
-        budgets: In tables over those widths.
-        limits: What made them, for messages.
+        groups: Prunable groups.
+        candidates: The same groups, with scores and allowed widths.
+        budgets: Budgets, with costs as tables over the allowed widths.
+        limits: Limits that the allowed widths follow, for messages.
         method: "global", "uniform" or "shared_error".
 
     Raises:
@@ -91,7 +92,7 @@ def select_channels(
 
 
 def _unit_scores(group: ChannelGroup, scores: Tensor, comparable: bool) -> np.ndarray:
-    """Turn (C,) channel scores into unit scores, of mean 1 in each group where scores have no common scale."""
+    """Return (U,) unit scores, sums of (C,) channel scores; divided by their mean if scores have no common scale."""
     units: np.ndarray = scores.double().numpy().reshape(group.parts, -1).sum(0)
     if not comparable:
         mean = float(units.mean())

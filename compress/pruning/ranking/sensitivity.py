@@ -37,8 +37,8 @@ class Rise:
     Attributes:
         mean: Mean over images, in nats.
         error: Standard error of the mean.
-        is_measured: False at widths below the one at which the network was no better than a guess; they count as much
-            worse.
+        is_measured: False at widths below the one at which the network was no better than a guess. Each such rise
+            counts as twice that at the next wider width.
     """
 
     mean: float
@@ -50,8 +50,8 @@ class SavedRises:
     """Rises of the loss of one network, saved in a file as they are measured.
 
     Args:
-        path: The file; it need not exist. One that is not whole is ignored.
-        key: Distinguishes networks in the same file.
+        path: Path of the file; it need not exist. A damaged file is ignored.
+        key: Identifier of the network within the file.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -73,16 +73,16 @@ class SavedRises:
 
 
 class Sensitivity:
-    """Measures groups of one network, one after another.
+    """Measurement of the rises of the loss for the groups of one network.
 
     Args:
         module: The network; left unchanged.
         losses_of: Network -> (N,) the loss of each image.
         guess: Loss of a network with the same output for every image.
-        reestimate: Re-estimates batch-norm statistics, in place; used where readers cannot be refitted.
+        reestimate: Re-estimates batch-norm statistics, in place; used if readers cannot be refitted.
         example: One input, (1, C, H, W).
-        saved: Rises that are known, and the place for new ones.
-        progress: Reports each width.
+        saved: Store of the measured rises; new ones are added to it.
+        progress: Receives progress by width.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class Sensitivity:
 
         Args:
             group: The group to narrow.
-            candidates: Its widths, and the order in which its channels are removed.
-            stats: Statistics of the layers that read it; None where they cannot be refitted.
+            candidates: Widths of the group, and the order in which its channels are removed.
+            stats: Statistics of the layers that read the group; None if these cannot be refitted.
         """
         found: list[Rise] = [Rise(0.0, 0.0)]
         with self.progress.task(f"loss at the widths of {group.name}", len(candidates.levels) - 1) as task:
@@ -170,7 +170,7 @@ class Sensitivity:
 
 
 def _read(path: Path) -> dict[str, list[float]]:
-    """Return the measurements of an interrupted run; none if the file is missing or not whole."""
+    """Return the measurements of an interrupted run; empty if the file is missing or damaged."""
     try:
         content = read_record(path)
     except ArtifactError:
@@ -187,13 +187,13 @@ def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:
 def block_damage(
     module: nn.Module, blocks: Sequence[str], loss_of: Callable[[nn.Module], float], progress: Progress
 ) -> dict[str, float]:
-    """Return for each block the loss with it skipped, less the loss with it in place.
+    """Return block -> rise of the loss when that block is skipped.
 
     Args:
         module: Classifier; left unchanged.
         blocks: Module paths of removable blocks.
         loss_of: Network -> mean loss on labelled images outside of the evaluation split.
-        progress: Reports each block.
+        progress: Receives progress by block.
     """
     with progress.task("loss without each block", len(blocks) + 1) as task:
         intact = loss_of(module)

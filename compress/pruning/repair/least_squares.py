@@ -12,14 +12,14 @@ _BLOCK = 512
 
 
 def is_refittable(layer: nn.Module) -> bool:
-    """Return whether a layer is linear in what it reads, and its inputs can be taken out of its images."""
+    """Return whether a layer is linear in its inputs, and these can be extracted as patches."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)
 
 
 def positions_needed(unknowns: int, images: int) -> int:
-    """Return how many positions of each image to look at, so that there are several rows for each unknown."""
+    """Return the number of positions to sample in each image, so that there are several rows for each unknown."""
     return max(_FEWEST_POSITIONS, -(-_ROWS_PER_UNKNOWN * unknowns // images))
 
 
@@ -28,7 +28,7 @@ class Places:
     """Sample of output positions of each image.
 
     Attributes:
-        count: Number of positions; all of a smaller map.
+        count: Number of positions; a smaller map is used completely.
         seed: Seed of the sample, for one batch.
     """
 
@@ -36,14 +36,14 @@ class Places:
     seed: int
 
     def rows_of(self, maps: Tensor) -> Tensor:
-        """Return (rows, C) of (N, C, H, W) maps, or of (N, ..., C) features all."""
+        """Return (rows, C) values at the sampled positions of (N, C, H, W) maps; all rows of (N, ..., C) features."""
         if maps.ndim != 4:
             return maps.reshape(-1, maps.shape[-1])
         down, across = self.inside(*maps.shape[2:])
         return maps[:, :, down, across].transpose(1, 2).flatten(0, 1)
 
     def inside(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return the rows and the columns of the places in a map."""
+        """Return the rows and the columns of the sampled positions in a map."""
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(height * width, generator=generator)[: self.count]
         return chosen // width, chosen % width
@@ -52,14 +52,14 @@ class Places:
 def regression_rows(
     layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, places: Places
 ) -> tuple[Tensor, Tensor]:
-    """Return (rows, inputs * kernel) and (rows, outputs) at the same places in every image."""
+    """Return (rows, inputs * kernel) inputs and (rows, outputs) outputs at the same positions in every image."""
     if isinstance(layer, nn.Linear):
         return inputs.reshape(-1, inputs.shape[-1]), places.rows_of(outputs)
     return _patches(layer, inputs, *places.inside(*outputs.shape[2:])), places.rows_of(outputs)
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return what a convolution reads for the outputs at (rows, columns): (N * positions, inputs * kernel)."""
+    """Return (N * positions, inputs * kernel) inputs that a convolution reads for its outputs at (rows, columns)."""
     vertical, horizontal = (int(padding) for padding in layer.padding)
     padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical))
     offsets = [torch.arange(size) * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
@@ -74,7 +74,7 @@ class GramSum:
     It is symmetric: of each batch only the blocks on and above the diagonal are computed.
 
     Args:
-        size: Entries of a row.
+        size: Number of entries of a row.
     """
 
     def __init__(self, size: int) -> None:

@@ -1,8 +1,8 @@
 """Forward passes over many images that wait for one another at chosen layers.
 
-A repair that goes from layer to layer needs what every image gives at one layer before any image may go on, because
-the layer changes in between. Passes that wait cost one forward pass for all layers together, where starting again for
-each layer would cost one per layer.
+A repair that goes from layer to layer needs the activations of all images at one layer before any pass continues,
+because the layer changes in between. Waiting passes cost one forward pass for all layers together; a restart for each
+layer would cost one per layer.
 
     with Lockstep(network, ["conv1", "conv2"], batches) as passes:
         inputs = list(passes.reach("conv1"))     # every pass now waits before conv1
@@ -23,11 +23,11 @@ from compress.model.modes import hooked
 
 
 class _AbandonedError(BaseException):  # a network's own `except Exception` must not swallow it
-    """Ends a pass that nobody waits for any more."""
+    """Exception that ends an abandoned pass."""
 
 
 class _Pass:
-    """One batch's forward pass, in a thread that runs only while somebody waits for it."""
+    """One batch's forward pass, in a thread that runs only while the caller waits for it."""
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.at: str | None = None
@@ -39,7 +39,7 @@ class _Pass:
         self._thread.start()
 
     def advance(self) -> None:
-        """Let the pass run until it waits at its next layer, or ends; `at` says which."""
+        """Run the pass until it waits at its next layer, then in `at`, or ends, with `at` None."""
         self.at, self.seen = None, ()
         self._go.release()
         self._waits.acquire()
@@ -47,11 +47,11 @@ class _Pass:
             raise self._error
 
     def is_here(self) -> bool:
-        """Return whether the caller is inside this pass; others may call the network's layers as they like."""
+        """Return whether the caller is inside this pass; calls of layers from elsewhere do not wait."""
         return threading.current_thread() is self._thread
 
     def wait(self, layer: str, seen: tuple[Tensor, ...]) -> None:
-        """Called inside the pass: hand over what is seen there and wait to be advanced."""
+        """Hand over the tensors seen at a layer and wait to be advanced; called inside the pass."""
         if self.is_abandoned:
             raise _AbandonedError
         self.at, self.seen = layer, seen
@@ -84,13 +84,14 @@ class Lockstep:
     """Forward passes of one network that wait at given layers.
 
     Args:
-        network: In eval mode; its weights may be changed while the passes wait.
+        network: A network in eval mode; its weights may be changed while the passes wait.
         layers: Module paths, in the order in which the network calls them first.
         batches: The images of each pass, (N, C, H, W).
-        after: The layers that a pass waits behind, with their input and output; before the others, with their input.
+        after: Layers behind which a pass waits, with their input and output. It waits before the other layers, with
+            their input.
 
     Attributes:
-        shift: (outputs,) or None; added to what the layer gave that the passes wait after, once they go on.
+        shift: (outputs,) or None; added to the output of the layer behind which the passes wait, when they continue.
 
     Layers called from outside the passes do not wait. All passes hold their live activations at once; the caller
     bounds the number of images.
@@ -110,10 +111,10 @@ class Lockstep:
         )
 
     def reach(self, layer: str) -> Iterator[tuple[Tensor, ...]]:
-        """Advance each pass to the layer and give what it waits with, one pass after the other.
+        """Advance each pass to the layer and yield the tensors seen there, one pass after the other.
 
         Raises:
-            InternalError: A pass comes to another layer, or to its end.
+            InternalError: A pass reaches another layer, or its end.
         """
         if next(self._layers, None) != layer:
             raise InternalError(f"Layers must be reached in the order given, '{layer}' is out of it.")
@@ -152,13 +153,13 @@ class Lockstep:
 def run_watched(
     network: nn.Module, images: Tensor, hooks: Mapping[nn.Module, Callable[..., None]], before: bool = False
 ) -> None:
-    """Run a network once without gradients, each of its parts given watched by a hook.
+    """Run a network once without gradients, with hooks on some of its parts.
 
     Args:
-        network: In eval mode.
+        network: A network in eval mode.
         images: (N, C, H, W).
-        hooks: Part -> what is called with the part, its inputs and its output.
-        before: Whether it is called as the part is entered, without the output.
+        hooks: Part -> function called with the part, its inputs and its output.
+        before: Whether the functions are called before the parts run, without the output.
     """
     with hooked(before=hooks.items()) if before else hooked(after=hooks.items()), torch.no_grad():
         network(images)
@@ -168,7 +169,7 @@ def call_order(network: nn.Module, parts: Iterable[str], images: Tensor) -> list
     """Return the parts that a forward pass calls exactly once, in the order in which it enters them.
 
     Args:
-        network: In eval mode.
+        network: A network in eval mode.
         parts: Module paths.
         images: (N, C, H, W).
     """
@@ -179,15 +180,15 @@ def call_order(network: nn.Module, parts: Iterable[str], images: Tensor) -> list
 
 
 def following_norms(network: nn.Module, norms: tuple[type[nn.Module], ...], images: Tensor) -> dict[str, str]:
-    """Return for each layer whose output tensor a norm reads, and no other module, the module path of that norm.
+    """Return layer -> module path of the norm, for each layer whose output tensor that norm alone reads.
 
     Args:
-        network: In eval mode.
+        network: A network in eval mode.
         norms: The classes that count as norms.
         images: (N, C, H, W).
     """
     given: dict[int, tuple[str, int]] = {}
-    held: list[Tensor] = []  # no id is given out twice while its tensor lives
+    held: list[Tensor] = []  # keeps tensors alive, so that no id is used twice
     readers: dict[str, list[str]] = {}
 
     def watch(name: str):  # type: ignore[no-untyped-def]
@@ -195,7 +196,7 @@ def following_norms(network: nn.Module, norms: tuple[type[nn.Module], ...], imag
             for value in inputs:
                 layer, version = given.get(id(value), (None, 0))
                 if layer is not None:
-                    # changed in place since the layer gave it: something lies between
+                    # changed in place after the layer's call: another operation lies between
                     is_norm = isinstance(part, norms) and isinstance(value, Tensor) and value._version == version
                     readers.setdefault(layer, []).append(name if is_norm else "")
             if isinstance(output, Tensor):

@@ -1,10 +1,10 @@
 """Repairs: recovery of accuracy after a cut without training.
 
-least squares   refit each layer whose inputs changed so that it gives, from the kept channels, its former outputs
-bias folding    move the mean of what a layer lacks into its bias, or into the batch norm behind it
+least squares   refit each layer whose inputs changed so that it computes its former outputs from the kept channels
+bias folding    add the mean of a layer's lost output to its bias, or to the batch norm behind it
 
-Both go through the network in the order of its calls, so that each layer makes up for what the ones before it still
-lack. The third repair, batch norm, is `compress.training.batch_norm.reestimate_batch_norm`.
+Both visit the layers in the order of their calls, so that each layer also compensates the remaining errors of the
+layers before it. The third repair, batch norm, is `compress.training.batch_norm.reestimate_batch_norm`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,18 +38,18 @@ _CLOSED = 0.05
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cut network next to the one it was cut from.
+    """A cut network and the network before the cut.
 
     Attributes:
         slim: The cut network; repairs change it in place.
         original: The network before the cut, with the same layer names.
-        readers: Layers whose inputs are not what they were.
-        kept_outputs: Layer that lost outputs too -> (n,) the output channels of `original` that are left.
+        readers: Layers whose inputs changed with the cut.
+        kept_outputs: Layer that lost outputs, too -> (n,) kept output channels of `original`.
         split: Images to compare on; labels are not used.
-        closing: Layer -> the residual block that adds what it gives, behind its norm, to the block's input. Such a
-            layer makes up for what the input of its block lacks, too.
-        means: Layer -> (n,) the mean of each of its outputs in `original`, as far as a repair has come by it.
-        most_images: How many images of the split layers are fitted to.
+        closing: Layer -> the residual block that adds the layer's output, behind its norm, to the block's input. Such a
+            layer also compensates the error of its block's input.
+        means: Layer -> (n,) mean of each output in `original`; filled in by the repairs.
+        most_images: Largest number of images of the split to fit layers to.
     """
 
     slim: nn.Module
@@ -66,10 +66,9 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
     """Refit the layers whose inputs changed, in place and in the order of their calls.
 
     Each layer's weights become the ridge least-squares solution of "original output from slim input" on positions
-    sampled from the images; what is constant in it goes to the bias, or to the batch norm behind the layer. A layer
-    that closes a residual block is asked for the block's original sum. Memory is bounded: patches are taken for one
-    batch of images at a time, and of many images only as many are looked at as the activations of both networks leave
-    room for.
+    sampled from the images. Its constant part is added to the bias, or to the batch norm behind the layer. A layer that
+    closes a residual block is fitted to the block's original sum. Memory is bounded: patches are extracted for one
+    batch of images at a time, and the size of both networks' activations limits the number of images.
 
     Args:
         comparison: Convolutions without groups and linear layers in it are refitted.
@@ -113,7 +112,7 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
 
 
 def add_constant(layer: nn.Module, norm: nn.Module | None, constant: Tensor) -> None:
-    """Add a constant, (outputs,), to what a layer gives: to its bias, or off the mean the norm behind subtracts."""
+    """Add a constant, (outputs,), to a layer's output: to its bias, or off the running mean of the norm behind it."""
     if isinstance(getattr(layer, "bias", None), Tensor):
         layer.bias.add_(constant)  # type: ignore[union-attr,operator]
     elif norm is not None:
@@ -121,10 +120,10 @@ def add_constant(layer: nn.Module, norm: nn.Module | None, constant: Tensor) -> 
 
 
 def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
-    """Give each layer whose inputs changed the mean output it had, in its bias or the batch norm behind it, in place.
+    """Restore in place the mean output of each layer whose inputs changed, in its bias or the batch norm behind it.
 
-    A removed channel that was constant is made up for in full where the layer does not pad; at padded borders, where
-    the channel was not constant to the layer, on average only.
+    A layer without padding compensates a constant removed channel exactly. At padded borders, where the channel was not
+    constant to the layer, it is compensated on average only.
 
     Args:
         comparison: Layers with a bias, or with a batch norm behind them, are adjusted.
@@ -161,15 +160,15 @@ def fold_means(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A layer whose inputs are not what they were.
+    """A layer whose inputs changed with the cut.
 
     Attributes:
         name: Module path.
         layer: The layer in the cut network.
-        norm: The batch norm behind it there, if any.
-        kept: (outputs,) the baseline's outputs that are kept.
-        stretch: (outputs,) the deviation in the norm's statistics over the baseline's.
-        moved: (outputs,) shift of the norm's mean from the baseline's, stretched.
+        norm: The batch norm behind the layer in the cut network, if any.
+        kept: (outputs,) indices of the baseline's outputs that are kept.
+        stretch: (outputs,) ratio of the norm's running deviations, cut network over original.
+        moved: (outputs,) running mean of the norm, less `stretch` times the baseline's.
     """
 
     name: str
@@ -181,17 +180,17 @@ class _Reader:
 
     @property
     def has_bias(self) -> bool:
-        """Return whether constants go to the layer itself."""
+        """Return whether the layer itself has a bias for constants."""
         return isinstance(getattr(self.layer, "bias", None), Tensor)
 
     @property
     def has_intercept(self) -> bool:
-        """Return whether a constant can be added to what the layer gives."""
+        """Return whether a constant can be added to the layer's output."""
         return self.has_bias or self.norm is not None
 
     @property
     def scale(self) -> Tensor:
-        """(outputs,) what the layer must give for 1 more behind its norm; 0 where the norm lets nearly nothing pass."""
+        """(outputs,) change of the layer's output for 1 more behind its norm; 0 where the norm's gain is nearly 0."""
         if self.norm is None or not isinstance(self.norm.weight, Tensor):
             return torch.ones(1)
         gain = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()  # type: ignore[operator]
@@ -199,16 +198,16 @@ class _Reader:
         return torch.where(is_open, 1 / torch.where(is_open, gain, torch.ones_like(gain)), torch.zeros_like(gain))
 
     def wanted(self, outputs: Tensor) -> Tensor:
-        """Return what the layer should give where the original gave `outputs`, both (rows, outputs)."""
+        """Return the target outputs of the layer for `outputs` of the original, both (rows, outputs)."""
         return outputs[:, self.kept] * self.stretch + self.moved
 
     def shift(self, constant: Tensor) -> None:
-        """Add a constant, (outputs,), to what the layer gives."""
+        """Add a constant, (outputs,), to the layer's output."""
         add_constant(self.layer, self.norm, constant)
 
 
 def _batches(comparison: Comparison) -> list[Tensor]:
-    """Return the images to look at, as many as there is room for, in batches of one pass each."""
+    """Return the images to fit to, as many as fit into memory, in batches of one pass each."""
     split = comparison.split
     example = next(evaluation_batches(split.first(1), 1, "nothing"))[0]
     room = _LIVE_BYTES // (2 * _live_bytes(comparison.original, example))
@@ -217,7 +216,7 @@ def _batches(comparison: Comparison) -> list[Tensor]:
 
 
 def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
-    """Return the layers to adjust, in the order of their calls; what one shares with another layer must fit both."""
+    """Return the layers to adjust, in the order of their calls, without those that share parameters with others."""
     slim, original = comparison.slim, comparison.original
     norms = following_norms(slim, BATCH_NORMS, example)
     found = []
@@ -237,7 +236,7 @@ def _readers(comparison: Comparison, example: Tensor) -> list[_Reader]:
 
 
 def _live_bytes(network: nn.Module, example: Tensor) -> int:
-    """Return roughly what one image's activations take while a pass waits: twice what one layer reads and gives."""
+    """Return roughly the bytes of one image's activations while a pass waits: twice one layer's inputs and output."""
     most = 0
 
     def watch(_part: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -250,7 +249,7 @@ def _live_bytes(network: nn.Module, example: Tensor) -> int:
 
 
 def _places(reader: _Reader, batches: int, images: int) -> list[Places]:
-    """Return the places to look at in each batch."""
+    """Return the sample of positions for each batch."""
     unknowns = reader.layer.weight[0].numel() + reader.has_intercept  # type: ignore[union-attr,index,operator]
     return [Places(positions_needed(unknowns, images), number) for number in range(batches)]
 
@@ -262,14 +261,15 @@ def _refit(
     batches: int,
     images: int,
 ) -> bool:
-    """Refit one layer, and say whether there was reason to.
+    """Refit one layer if its inputs changed, and return whether it was refitted.
 
     Args:
         reader: The layer.
-        pairs: Its input, and input and output of the baseline's layer, batch by batch.
-        missing: For each batch (rows, outputs) what the sum that this layer closes lacks; None where it closes none.
-        batches: Their number.
-        images: In all of them.
+        pairs: Input of the layer, and input and output of the baseline's layer, batch by batch.
+        missing: For each batch, (rows, outputs) missing part of the block's sum that the layer closes; None if it
+            closes none.
+        batches: Number of batches.
+        images: Number of images in all batches.
     """
     layer = reader.layer
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
@@ -299,7 +299,7 @@ def _refit(
     gram.diagonal().add_(ridge)
     result, info = torch.linalg.solve_ex(gram, cross + ridge * old.double())
     solution = result.float()
-    if int(info) != 0 or not solution.isfinite().all():  # nothing but zeros comes in
+    if int(info) != 0 or not solution.isfinite().all():  # all inputs are zero
         return False
     if reader.has_intercept:
         reader.shift(solution[-1] - old[-1])
@@ -317,7 +317,7 @@ class _Mean:
         self.images = 0
 
     def add(self, output: Tensor) -> None:
-        """Add what the layer gives for a batch."""
+        """Add the layer's output for a batch."""
         channels = output.ndim - 1 if self._is_linear else 1
         others = [axis for axis in range(output.ndim) if axis != channels]
         self._total = self._total + output.sum(others, dtype=torch.float64)
@@ -332,7 +332,7 @@ class _Mean:
 
 @contextmanager
 def _known_means(comparison: Comparison, names: Iterable[str], batches: Iterable[Tensor]) -> Iterator[None]:
-    """Fill in the means of the baseline's layers that see all of the images while it lasts, each once."""
+    """Fill in the means of the baseline's layers that see each of the images once within the context."""
     means = {name: _Mean(comparison.original.get_submodule(name)) for name in names}
 
     def watch(mean: _Mean):  # type: ignore[no-untyped-def]

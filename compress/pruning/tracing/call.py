@@ -10,9 +10,9 @@ class Call:
     """One operation with its arguments by name.
 
     Attributes:
-        name: PyTorch's, such as "convolution" or "add_".
-        arguments: By name; those not given are absent.
-        result: Its return value.
+        name: PyTorch's name of the operation, such as "convolution" or "add_".
+        arguments: Name -> value of each argument given.
+        result: Return value of the operation.
     """
 
     def __init__(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

@@ -1,9 +1,9 @@
 """Facts about channels that operations reveal, written to the trace.
 
-same        two places that are one channel: the two sides of a sum, a convolution's output and its batch norm
-tied        two places that are removed together though they are different channels: position 3 of every part of a
+same        two labels of one channel: the two sides of a sum, a convolution's output and its batch norm
+tied        two labels that are removed together though they are different channels: position 3 of every part of a
             grouped convolution
-frozen      places that cannot be removed, with the reason: a softmax over channels, an unknown operation
+frozen      labels that cannot be removed, with the reason: a softmax over channels, an unknown operation
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from compress.pruning.tracing.record import Shaped, Sized, Trace, is_labelled, o
 
 
 class Facts:
-    """Writes facts about channels to a trace.
+    """Recorder of facts about channels in a trace.
 
     Args:
-        trace: The trace.
+        trace: Trace that facts are added to.
         paths: Paths of the modules whose code is running, innermost last.
     """
 
@@ -36,22 +36,22 @@ class Facts:
         return self._paths[-1]
 
     def match(self, one: Tensor, other: Tensor) -> None:
-        """Record that slots are the same channel, wherever both belong to one."""
+        """Record that labels at the same position are one channel, wherever both belong to a channel."""
         self.trace.same.extend(_pairs(one, other))
 
     def join(self, one: Tensor, other: Tensor) -> None:
-        """Note that two vectors of labels are the same channels; a channel opposite no channel is frozen."""
+        """Note that two vectors of labels are the same channels; a channel without a counterpart is frozen."""
         self.match(one, other)
         reason = f"it meets values that follow no channel, in {where(self.place)}"
         self.freeze(one[(one >= 0) & (other < 0)], reason)
         self.freeze(other[(one < 0) & (other >= 0)], reason)
 
     def tie(self, one: Tensor, other: Tensor) -> None:
-        """Record that slots are removed together."""
+        """Record that labels at the same position are removed together."""
         self.trace.tied.extend(_pairs(one, other))
 
     def require(self, own: Tensor, source: Tensor) -> None:
-        """Note that each of its own channels is removed with the channel it is computed from."""
+        """Note that each channel in `own` is removed with the channel in `source` that it is computed from."""
         self.tie(own, source)
         self.freeze(own[source < 0], f"it is computed from values that follow no channel, in {where(self.place)}")
 
@@ -67,16 +67,16 @@ class Facts:
             self.freeze(labels, f"its channels are mixed by '{call.name}' in {where(self.place)}")
 
     def note_size(self, *labels: Tensor) -> None:
-        """Note that the running code may have numbers of channels written down."""
+        """Note that the running code may contain numbers of channels."""
         self.trace.sized.append(Sized(self.place, tuple(of_channels(one) for one in labels)))
 
     def note_shape(self, labels: Tensor, shape: Sequence[int], dim: int) -> None:
-        """Note that the running code may have the sizes of a value written down, one of which follows its channels.
+        """Note that the running code may contain the sizes of a value, one of which is a number of channels.
 
         Args:
-            labels: The channels along `dim`.
+            labels: Labels of the channels along `dim`.
             shape: Sizes of the value.
-            dim: The axis that shrinks with its channels.
+            dim: Axis of the value that shrinks with its channels.
         """
         self.trace.shaped.append(Shaped(self.place, tuple(shape), dim, of_channels(labels)))
 
@@ -97,6 +97,6 @@ def where(place: str) -> str:
 
 
 def _pairs(one: Tensor, other: Tensor) -> list[Tensor]:
-    """Return (2, n) the pairs of different labels of channels; nothing where there are none."""
+    """Return a list of the (2, n) pairs of different channel labels; empty without such pairs."""
     chosen = (one >= 0) & (other >= 0) & (one != other)
     return [torch.stack([one[chosen], other[chosen]])] if bool(chosen.any()) else []

@@ -12,7 +12,7 @@ from compress.pruning.tracing.watch import Watch
 
 
 def convolution(watch: Watch, call: Call) -> None:
-    """A convolution: reads its inputs' channels and makes new ones; a depthwise one passes them on."""
+    """Follow a convolution: it reads its inputs' channels and makes new ones; a depthwise one passes them on."""
     value, weight = call.arguments["input"], call.arguments["weight"]
     parts, transposed = int(call.arguments["groups"]), bool(call.arguments["transposed"])
     labels = watch.labels.of(value)
@@ -42,7 +42,7 @@ def convolution(watch: Watch, call: Call) -> None:
 
 
 def _convolution_with_computed_weight(watch: Watch, call: Call, inputs: Tensor, passes_on: bool) -> None:
-    """A depthwise convolution with a weight that is the same for all channels passes them on; others mix them."""
+    """Follow a convolution with a computed weight: a depthwise one passes channels on, others mix them."""
     weight = call.arguments["weight"]
     own = watch.labels.of(weight)
     along_outputs = vector(own, 0, weight.shape[0])
@@ -57,9 +57,9 @@ def _convolution_with_computed_weight(watch: Watch, call: Call, inputs: Tensor, 
 
 
 def _channels_of(watch: Watch, labels: Tensor, size: int) -> Tensor | None:
-    """Return (size,) the labels along axis 1, or None where they differ along other axes only.
+    """Return (size,) the labels along axis 1, or None if they differ along other axes only.
 
-    Places that differ along other axes as well (a vector that was reshaped to a feature map) are tied.
+    Positions that differ along other axes as well (a vector that was reshaped to a feature map) are tied.
     """
     if labels.shape[1] == 1 or labels.numel() == labels.shape[1]:
         return vector(labels, 1, size)
@@ -80,7 +80,7 @@ def _add_bias(watch: Watch, bias: Tensor | None, labels: Tensor) -> None:
 
 
 def matrix_product(watch: Watch, call: Call) -> None:
-    """A product with a parameter, as linear layers are carried out: reads channels and makes new ones."""
+    """Follow a product with a parameter, as in a linear layer: it reads channels and makes new ones."""
     value, right = call.get("mat1", "self"), call.arguments["mat2"]
     if call.name == "addmm":
         value = call.arguments["mat1"]
@@ -105,7 +105,7 @@ def matrix_product(watch: Watch, call: Call) -> None:
 
 
 def transpose_matrix(watch: Watch, call: Call) -> None:
-    """A transposed parameter stays known as that parameter."""
+    """Follow a transposition; a transposed parameter is still known as that parameter."""
     if watch.labels.is_known(call.first) and call.first.ndim == 2:
         watch.labels.note_transposed(call.result, call.first)
         watch.labels.give(call.result, unlabelled(2))
@@ -114,7 +114,7 @@ def transpose_matrix(watch: Watch, call: Call) -> None:
 
 
 def batch_norm(watch: Watch, call: Call) -> None:
-    """A norm with statistics of each channel alone: passes channels on."""
+    """Follow a norm with statistics of each channel alone: it passes channels on."""
     value = call.arguments["input"]
     labels = watch.labels.of(value)
     channels = _channels_of(watch, labels, value.shape[1])
@@ -132,7 +132,7 @@ def batch_norm(watch: Watch, call: Call) -> None:
 
 
 def group_norm(watch: Watch, call: Call) -> None:
-    """A norm over groups of channels: a whole group of them can go, and nothing less."""
+    """Follow a norm over groups of channels: only complete groups can be removed."""
     value, parts = call.arguments["input"], int(call.arguments["group"])
     labels = watch.labels.of(value)
     channels = _channels_of(watch, labels, value.shape[1])
@@ -153,7 +153,7 @@ def group_norm(watch: Watch, call: Call) -> None:
 
 
 def layer_norm(watch: Watch, call: Call) -> None:
-    """A norm over channels: with one of them gone the others' values change, so none can go."""
+    """Follow a norm over channels: removing one changes the others' values, so no channel can be removed."""
     value = call.arguments["input"]
     labels = watch.labels.of(value)
     if any(size > 1 for size in labels.shape[-len(call.arguments["normalized_shape"]) :]):

@@ -22,7 +22,7 @@ from compress.pruning.tracing.watch import Watch
 
 
 def move(watch: Watch, call: Call) -> None:
-    """An operation that only moves values about: carried out on the labels themselves."""
+    """Follow an operation that only moves values, by carrying it out on the labels."""
     labels = watch.labels.of(call.first)
     results = call.outputs
     if not is_labelled(labels):
@@ -35,12 +35,12 @@ def move(watch: Watch, call: Call) -> None:
 
 
 def permute(watch: Watch, call: Call) -> None:
-    """Axes in another order."""
+    """Follow a permutation of axes."""
     watch.labels.give(call.result, call.repeat(watch.labels.of(call.first)))
 
 
 def view(watch: Watch, call: Call) -> None:
-    """Another shape of the same values: an axis of channels may become several, or the other way round."""
+    """Follow a reshape: an axis of channels may become several axes, or the other way round."""
     labels = watch.labels.of(call.first)
     if not is_labelled(labels):
         watch.labels.give(call.result, unlabelled(call.result.ndim))
@@ -50,7 +50,7 @@ def view(watch: Watch, call: Call) -> None:
     watch.facts.note_size(labels)
     dims = [dim for dim, size in enumerate(result.shape) if size > 1]
     if len(dims) > 1 and sum(size > 1 for size in labels.shape) < len(dims):
-        # one axis became several: all but one are taken to keep their sizes when channels go
+        # one axis became several: all but one are assumed to keep their sizes when channels are removed
         is_map = labels.ndim == 2 and result.ndim > 3 and 1 in dims  # a vector became a feature map
         chosen = 1 if is_map else max(dims, key=lambda dim: (result.shape[dim], dim))
         first = _first_along(result, chosen)
@@ -64,7 +64,7 @@ def view(watch: Watch, call: Call) -> None:
 
 
 def _first_along(labels: Tensor, dim: int) -> Tensor:
-    """Return the labels along one axis at the first place of all others; as many axes as before."""
+    """Return the labels along one axis at the first position of all others; the number of axes is kept."""
     for other in range(labels.ndim):
         if other != dim:
             labels = labels.narrow(other, 0, 1)
@@ -72,7 +72,7 @@ def _first_along(labels: Tensor, dim: int) -> Tensor:
 
 
 def take_slice(watch: Watch, call: Call) -> None:
-    """A slice: equal shares of the channels must lose the same positions."""
+    """Follow a slice: equal shares of the channels must lose the same positions."""
     labels, value = watch.labels.of(call.first), call.first
     dim = int(call.arguments.get("dim", 0)) % value.ndim
     if not is_labelled(labels) or labels.shape[dim] == 1:
@@ -88,7 +88,7 @@ def take_slice(watch: Watch, call: Call) -> None:
 
 
 def _tie_shares(watch: Watch, labels: Tensor, dim: int, shares: int, is_strided: bool) -> None:
-    """Tie the places at the same position of each of a number of equal shares along an axis."""
+    """Tie the labels at the same position of each of several equal shares along an axis."""
     each = labels.shape[dim] // shares
     shape = (each, shares) if is_strided else (shares, each)
     parts = labels.unflatten(dim, shape)  # type: ignore[no-untyped-call]
@@ -97,14 +97,14 @@ def _tie_shares(watch: Watch, labels: Tensor, dim: int, shares: int, is_strided:
 
 
 def select(watch: Watch, call: Call) -> None:
-    """One position of an axis."""
+    """Follow the selection of one position of an axis."""
     labels, value = watch.labels.of(call.first), call.first
     dim = int(call.arguments.get("dim", 0)) % value.ndim
     watch.labels.give(call.result, labels.squeeze(dim) if labels.shape[dim] == 1 else compact(call.repeat(labels)))
 
 
 def split(watch: Watch, call: Call) -> None:
-    """Pieces along an axis: equal ones must lose the same positions."""
+    """Follow a split along an axis: equal pieces must lose the same positions."""
     labels, value = watch.labels.of(call.first), call.first
     dim = int(call.arguments.get("dim", 0)) % value.ndim
     pieces = call.outputs
@@ -124,7 +124,7 @@ def split(watch: Watch, call: Call) -> None:
 
 
 def unbind(watch: Watch, call: Call) -> None:
-    """Every position of an axis on its own."""
+    """Follow the separation of an axis into its positions."""
     labels = watch.labels.of(call.first)
     dim = int(call.arguments.get("dim", 0)) % call.first.ndim
     for position, piece in enumerate(call.outputs):
@@ -132,7 +132,7 @@ def unbind(watch: Watch, call: Call) -> None:
 
 
 def squeeze(watch: Watch, call: Call) -> None:
-    """Axes of size 1 taken away."""
+    """Follow the removal of axes of size 1."""
     watch.labels.give(
         call.result, watch.labels.of(call.first).reshape(_without_ones(watch.labels.of(call.first), call))
     )
@@ -148,19 +148,19 @@ def _without_ones(labels: Tensor, call: Call) -> list[int]:
 
 
 def unsqueeze(watch: Watch, call: Call) -> None:
-    """An axis of size 1 put in."""
+    """Follow the insertion of an axis of size 1."""
     watch.labels.give(call.result, call.repeat(watch.labels.of(call.first)))
 
 
 def expand(watch: Watch, call: Call) -> None:
-    """Values repeated along axes of size 1."""
+    """Follow the repetition of values along axes of size 1."""
     watch.labels.give(call.result, padded(watch.labels.of(call.first), call.result.ndim))
 
 
 def restride(watch: Watch, call: Call) -> None:
-    """A tensor's strides written anew: one axis of values one behind the other stays what it was.
+    """Follow new strides of a tensor: its labels are kept if at most one axis is longer than 1, and contiguous.
 
-    Adaptive pooling to a single place does this where weights are channels-last, as in every squeeze-and-excite block.
+    Adaptive pooling to a single position sets strides if weights are channels-last, as in squeeze-and-excite blocks.
     """
     labels, value = watch.labels.of(call.first), call.result
     axes = [dim for dim, size in enumerate(value.shape) if size > 1]
@@ -174,7 +174,7 @@ def restride(watch: Watch, call: Call) -> None:
 
 
 def concatenate(watch: Watch, call: Call) -> None:
-    """Values put behind one another: along the channels' axis, or along another one with the same channels."""
+    """Follow a concatenation: along the channels' axis, or along another axis with the same channels."""
     tensors = [t for t in call.arguments["tensors"] if t.numel() or t.ndim > 1]
     dim = int(call.arguments.get("dim", 0)) % call.result.ndim
     labels = [watch.labels.of(tensor) for tensor in tensors]
@@ -195,7 +195,7 @@ def concatenate(watch: Watch, call: Call) -> None:
 
 
 def stack(watch: Watch, call: Call) -> None:
-    """Values side by side along a new axis, with the same channels."""
+    """Follow a stacking along a new axis of values with the same channels."""
     tensors = call.arguments["tensors"]
     dim = int(call.arguments.get("dim", 0)) % call.result.ndim
     labels = [watch.labels.of(tensor).unsqueeze(dim) for tensor in tensors]
@@ -209,7 +209,7 @@ def stack(watch: Watch, call: Call) -> None:
 
 
 def pad(watch: Watch, call: Call) -> None:
-    """Zeros or other fixed values put around: around channels, they are places that follow none."""
+    """Follow a padding with zeros or another constant: positions added to a channel axis belong to no channel."""
     labels, amounts = watch.labels.of(call.first), [int(amount) for amount in call.arguments["pad"]]
     if not is_labelled(labels):
         watch.labels.give(call.result, unlabelled(call.result.ndim))
@@ -226,7 +226,7 @@ def pad(watch: Watch, call: Call) -> None:
 
 
 def index(watch: Watch, call: Call) -> None:
-    """Indexing with tensors: fixed positions among channels cannot follow a cut."""
+    """Follow indexing with tensors: fixed positions among channels cannot follow a cut."""
     labels, value = watch.labels.of(call.first), call.first
     places = call.get("indices", "index")
     dims = (
@@ -240,7 +240,7 @@ def index(watch: Watch, call: Call) -> None:
 
 
 def columns(watch: Watch, call: Call) -> None:
-    """The places under a kernel, as channels."""
+    """Follow an unfolding: the positions under a kernel become channels."""
     channels = _channels(watch, call)
     if channels is None:
         return
@@ -249,7 +249,7 @@ def columns(watch: Watch, call: Call) -> None:
 
 
 def _channels(watch: Watch, call: Call) -> Tensor | None:
-    """Return the channels of a feature map; None, and what is mixed noted, where its labels differ along other axes."""
+    """Return the channels of a feature map; freeze them and return None if its labels differ along other axes."""
     labels = watch.labels.of(call.first)
     channels = vector(labels, 1, call.first.shape[1])
     if channels is None:
@@ -259,14 +259,14 @@ def _channels(watch: Watch, call: Call) -> Tensor | None:
 
 
 def copy_into(watch: Watch, call: Call) -> None:
-    """Values written into a part of another tensor: what the rest of it holds is not followed."""
+    """Follow values written into a part of another tensor: the rest of it is not followed, so all channels freeze."""
     for tensor in call.tensors:
         labels = watch.labels.of(tensor)
         watch.facts.freeze(labels, f"it is written into another tensor in {where(watch.place)}")
 
 
 def pixel_shuffle(watch: Watch, call: Call) -> None:
-    """Square blocks of channels become places: the channels of one block go together."""
+    """Follow a pixel shuffle: square blocks of channels become positions, so a block is removed as one."""
     channels = _channels(watch, call)
     if channels is None:
         return

@@ -1,4 +1,4 @@
-"""Rules for operations that leave every value at its place, for reductions, and for unknown operations."""
+"""Rules for elementwise operations, for reductions, and for unknown operations."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _SUMS = ("add", "add_", "sub", "sub_")
 
 
 def pointwise(watch: Watch, call: Call) -> None:
-    """Values that meet place by place belong to the same channel."""
+    """Follow an elementwise operation: values at the same position belong to the same channel."""
     tensors = [tensor for tensor in call.tensors if tensor.numel() > 1 or watch.labels.is_followed(tensor)]
     if not tensors or not call.outputs:
         return
@@ -36,7 +36,7 @@ def pointwise(watch: Watch, call: Call) -> None:
 
 
 def _label_whole_parameters(watch: Watch, tensors: Sequence[Tensor], labels: list[Tensor]) -> None:
-    """Label a parameter with several dimensions along the one along which the others have channels."""
+    """Label a parameter with several dimensions along the dimension on which the other values have channels."""
     dims = {dim for one in labels if is_labelled(one) for dim, size in enumerate(one.shape) if size > 1}
     if len(dims) != 1:
         return
@@ -55,15 +55,15 @@ def meet(
     other_shape: Sequence[int],
     strangers: str = "values that follow no channel",
 ) -> Tensor:
-    """Return the labels of two values that meet place by place, and note which channels are the same.
+    """Return the labels of two values combined element by element, and record which channels are the same.
 
     Args:
-        watch: Notes it.
+        watch: Observer that records the facts.
         one: Labels of the first value.
-        one_shape: Its sizes.
+        one_shape: Sizes of the first value.
         other: Labels of the second value.
-        other_shape: Its sizes.
-        strangers: What messages call a value without channels.
+        other_shape: Sizes of the second value.
+        strangers: Name of values without channels, for messages.
     """
     one, other = _without_broadcast(watch, one, one_shape, other), _without_broadcast(watch, other, other_shape, one)
     whole_one, whole_other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ def meet(
 
 
 def _without_broadcast(watch: Watch, labels: Tensor, shape: Sequence[int], other: Tensor) -> Tensor:
-    """Return a value's labels, none where a single channel of it meets several others: a mask is not each of them."""
+    """Return a value's labels; freeze and drop them if one of its channels, as in a mask, is broadcast over others."""
     spread = [dim for dim, size in enumerate(other.shape) if size > 1 and shape[dim] == 1]
     if not spread or not is_labelled(labels) or not is_labelled(other):
         return labels
@@ -90,7 +90,7 @@ def _without_broadcast(watch: Watch, labels: Tensor, shape: Sequence[int], other
 
 
 def keep(watch: Watch, call: Call) -> None:
-    """The result has the shape and the channels of the first argument."""
+    """Follow an operation whose result has the shape and the channels of the first argument."""
     give_all(watch, call, watch.labels.of(call.first))
 
 
@@ -114,8 +114,8 @@ def spatial(count: int) -> Rule:
 
 
 def reduce(watch: Watch, call: Call) -> None:
-    """A sum, a mean, a largest value along some axes."""
-    if isinstance(call.arguments.get("other"), Tensor):  # the larger of two values, place by place
+    """Follow a reduction along some axes, such as a sum, a mean or a maximum."""
+    if isinstance(call.arguments.get("other"), Tensor):  # the larger of two values, element by element
         pointwise(watch, call)
         return
     value = call.first
@@ -131,7 +131,7 @@ def reduce(watch: Watch, call: Call) -> None:
 
 
 def over_axis(watch: Watch, call: Call) -> None:
-    """A softmax, a sorting or a running sum: keeps the shape, mixes along one axis."""
+    """Follow a softmax, a sorting or a running sum: it keeps the shape and mixes along one axis."""
     labels = watch.labels.of(call.first)
     if call.first.ndim:
         _without_axes(watch, call, labels, {int(call.arguments.get("dim", -1)) % call.first.ndim})
@@ -139,9 +139,9 @@ def over_axis(watch: Watch, call: Call) -> None:
 
 
 def _without_axes(watch: Watch, call: Call, labels: Tensor, axes: set[int]) -> Tensor:
-    """Return the labels, of size 1 along axes that are summed up; what is summed up must go together.
+    """Return the labels with size 1 along reduced axes; tie the channels that are reduced to one value.
 
-    Where no other axis tells channels apart, all of them are mixed.
+    If channels differ along reduced axes only, all of them are mixed.
     """
     if all(labels.shape[axis] == 1 for axis in axes):
         return labels
@@ -156,13 +156,13 @@ def _without_axes(watch: Watch, call: Call, labels: Tensor, axes: set[int]) -> T
 
 
 def create(watch: Watch, call: Call) -> None:
-    """A value made of nothing belongs to no channel."""
+    """Follow the creation of a value: it belongs to no channel."""
     for output in call.outputs:
         watch.labels.give(output, unlabelled(output.ndim))
 
 
 def unknown(watch: Watch, call: Call) -> None:
-    """An operation nobody here knows: none of the channels it reads can go."""
+    """Follow an operation without a rule: no channel that it reads can be removed."""
     for tensor in call.tensors:
         watch.facts.mix(watch.labels.of(tensor), call)
     for output in call.outputs:

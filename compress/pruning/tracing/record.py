@@ -1,7 +1,7 @@
 """Trace of one forward pass, and arithmetic on labels of channels.
 
-    label       the number of a channel, at least 0; NONE for a place that belongs to no channel, ZERO for padded zeros
-    labels      int64, one axis for each axis of the value, of size 1 where the label is the same all along it: a
+    label       the number of a channel, at least 0; NONE for a position without a channel, ZERO for padded zeros
+    labels      int64, one axis for each axis of the value, of size 1 if the label is the same all along it: a
                 feature map (1, C, H, W) has labels (1, C, 1, 1)
 
 An operation that only moves values is carried out on the labels themselves.
@@ -23,9 +23,9 @@ class Axis:
     Attributes:
         tensor: The parameter.
         role: "out", "in" or "scale".
-        dim: Dimension of the tensor that holds its places.
-        size: Number of places; larger than the dimension where a grouped convolution keeps those of one part only.
-        start: Label of the first place.
+        dim: Dimension of the tensor that the axis runs along.
+        size: Number of positions; larger than the dimension for a grouped convolution, which stores one part only.
+        start: Label of the first position.
     """
 
     tensor: Tensor
@@ -36,21 +36,21 @@ class Axis:
 
     @property
     def labels(self) -> Tensor:
-        """(size,) the labels of its places."""
+        """(size,) labels of the positions on the axis."""
         return torch.arange(self.start, self.start + self.size)
 
     def slots(self, places: Tensor) -> Tensor:
-        """Return the indices along `dim` of the places given by their numbers."""
+        """Return the indices along `dim` of the given positions on the axis."""
         return places % self.tensor.shape[self.dim]
 
 
 @dataclass(frozen=True)
 class Sized:
-    """Module whose code has, or may have, a number of channels written down.
+    """Module whose code contains, or may contain, a number of channels.
 
     Attributes:
-        module: Its path.
-        labels: The places whose numbers stand there, one after the other.
+        module: Module path.
+        labels: For each number in a row, the labels of the channels that it counts.
     """
 
     module: str
@@ -59,13 +59,13 @@ class Sized:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Module whose code has, or may have, the sizes of a value written down.
+    """Module whose code contains, or may contain, the sizes of a value.
 
     Attributes:
-        module: Its path.
-        shape: The sizes.
-        dim: The axis that channels lie along.
-        labels: Those channels.
+        module: Module path.
+        shape: Sizes of the value.
+        dim: Axis of the channels.
+        labels: Labels of the channels along that axis.
     """
 
     module: str
@@ -76,12 +76,12 @@ class Shaped:
 
 @dataclass(frozen=True)
 class Counted:
-    """Multiply-accumulates that follow numbers of channels.
+    """Multiply-accumulates (MACs) that depend on numbers of channels.
 
     Attributes:
         module: Path of the module whose code multiplies.
-        macs: With all channels.
-        labels: For each number that `macs` is proportional to, the places that it counts; two at most.
+        macs: MACs with all channels.
+        labels: For each number of channels that `macs` is proportional to, the labels of these channels; two at most.
     """
 
     module: str
@@ -95,19 +95,19 @@ class Trace:
 
     Attributes:
         axes: Axes of parameters, in the order of their labels.
-        same: Pairs of labels, each (2, n).
-        tied: Likewise.
-        frozen: Labels and the reason.
-        behind: Weight, and parameter of the norm that reads its outputs directly, each with the path of the module
-            whose code uses it.
+        same: Pairs of labels of one channel, each (2, n).
+        tied: Pairs of labels that are removed together, each (2, n).
+        frozen: Labels that cannot be removed, each with the reason.
+        behind: Weight of a layer, and parameter of the norm that reads the layer's outputs directly, each with the path
+            of the module whose code uses it.
         norm_groups: Module path of each group norm, with the labels of the channels it normalises.
-        sized: Modules with numbers of channels written down.
-        shaped: Modules with sizes of whole values written down.
-        padded: Module paths whose code puts zero channels around others.
+        sized: Modules whose code may contain numbers of channels.
+        shaped: Modules whose code may contain the sizes of values.
+        padded: Paths of the modules whose code pads a channel axis.
         summed: Labels of the channels of each sum of two feature maps.
         maps: Module path -> (C,) labels of the channels of the feature map that it returned last.
-        counted: Products whose MACs follow numbers of channels.
-        multiplied: Parameters that values are multiplied by, by identity.
+        counted: Products whose MACs depend on numbers of channels.
+        multiplied: `id` of each parameter that values are multiplied by.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -139,12 +139,12 @@ def unlabelled(ndim: int) -> Tensor:
 
 
 def is_labelled(labels: Tensor) -> bool:
-    """Return whether any place belongs to a channel."""
+    """Return whether any position belongs to a channel."""
     return bool((labels >= 0).any())
 
 
 def of_channels(labels: Tensor) -> Tensor:
-    """Return (n,) the channels that occur."""
+    """Return (n,) the distinct labels of channels, ascending."""
     found: Tensor = torch.unique(labels[labels >= 0])
     return found
 
@@ -159,14 +159,14 @@ def along(axis: int, ndim: int, values: Tensor) -> Tensor:
 
 
 def vector(labels: Tensor, axis: int, size: int) -> Tensor | None:
-    """Return (size,) the labels along one axis, or None where they differ along another axis, too."""
+    """Return (size,) the labels along one axis, or None if they differ along another axis, too."""
     if labels.numel() != labels.shape[axis]:
         return None
     return labels.flatten().expand(size) if labels.shape[axis] == 1 else labels.flatten()
 
 
 def moved(operation: Callable[[Tensor], Tensor], labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the labels of the result of an operation that only moves the values, here of a value of this shape."""
+    """Return the labels after an operation that only moves values, applied to a value of the given shape."""
     return compact(operation(labels.expand(*shape)))
 
 

@@ -13,7 +13,7 @@ _NAMES: dict[Rule, str] = {
     "cudnn_batch_norm",
     layers.group_norm: "native_group_norm",
     layers.layer_norm: "native_layer_norm",
-    # those that PyTorch does not mark as being for each value alone
+    # elementwise operations that PyTorch does not tag as pointwise
     pointwise.pointwise: "_prelu_kernel prelu hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ "
     "log_sigmoid_forward rrelu_with_noise native_dropout elu elu_ celu celu_ selu selu_ softplus hardsigmoid "
     "hardsigmoid_ hardshrink softshrink mish mish_ silu silu_ relu6 threshold threshold_ gelu gelu_ where addcmul",
@@ -60,8 +60,8 @@ def find_rule(name: str, is_pointwise: bool) -> Rule:
     """Return the rule of an operation.
 
     Args:
-        name: PyTorch's, such as "convolution" or "add_".
-        is_pointwise: Whether PyTorch says that it works on each value alone.
+        name: PyTorch's name of the operation, such as "convolution" or "add_".
+        is_pointwise: Whether PyTorch tags the operation as pointwise (elementwise).
     """
     return _RULES.get(name, pointwise.pointwise if is_pointwise else pointwise.unknown)
 

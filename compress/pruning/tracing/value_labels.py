@@ -12,11 +12,11 @@ from compress.pruning.tracing.record import Axis, along, unlabelled, vector
 
 
 class ValueLabels:
-    """Labels by value; parameters get theirs when they are used first.
+    """Channel labels of each value; a parameter gets its labels at its first use.
 
     Args:
         module: The network whose forward pass is watched.
-        facts: Receives the axes of parameters, and places of them that belong together.
+        facts: Recorder of the parameters' axes, and of positions that belong together.
     """
 
     def __init__(self, module: nn.Module, facts: Facts) -> None:
@@ -28,7 +28,7 @@ class ValueLabels:
         self._transposed: Any = WeakIdKeyDictionary()
 
     def of(self, value: Tensor) -> Tensor:
-        """Return a value's labels; those of a parameter that differs along one dimension are its own."""
+        """Return a value's labels; a parameter that is longer than 1 along one dimension only has labels of its own."""
         found: Tensor | None = self._labels.get(value)
         if found is not None:
             return found
@@ -41,7 +41,7 @@ class ValueLabels:
         return along(dim, tensor.ndim, self.axis(tensor, "scale", dim, tensor.shape[dim]).labels)
 
     def of_vector(self, tensor: Tensor) -> Tensor | None:
-        """Return (C,) the labels of a vector with one value for each channel, such as a bias; None of other values."""
+        """Return (C,) the labels of a vector with one value for each channel, such as a bias; else None."""
         if id(tensor) in self._known and tensor.ndim == 1:
             return self.axis(tensor, "scale", 0, tensor.shape[0]).labels
         return vector(self.of(tensor), 0, tensor.shape[0]) if tensor.ndim == 1 else None
@@ -56,11 +56,11 @@ class ValueLabels:
         return isinstance(value, Tensor) and id(value) in self._known
 
     def is_followed(self, value: Tensor) -> bool:
-        """Return whether a value came out of an operation that was watched."""
+        """Return whether a value is the result of a watched operation."""
         return value in self._labels
 
     def name_of(self, value: Tensor) -> str:
-        """Return the name in messages of a value that belongs to no channel: its attribute where it is one."""
+        """Return the name, for messages, of a value without channels: its attribute's path if it has one."""
         place = self._attributes.get(id(value))
         return f"attribute '{place}'" if place else "values that follow no channel"
 
@@ -69,12 +69,12 @@ class ValueLabels:
         self._transposed[value] = weight
 
     def untransposed(self, value: Tensor) -> Tensor:
-        """Return the parameter that a value is the transpose of, else the value itself."""
+        """Return the parameter whose transpose a value is, else the value itself."""
         found: Tensor = self._transposed.get(value, value)
         return found
 
     def weight_behind(self, value: Tensor) -> tuple[Tensor, int, int] | None:
-        """Return the parameter that a matrix product's right side is, with the dimensions of its outputs and inputs."""
+        """Return the parameter on a matrix product's right side, with its output and input dimensions; else None."""
         if value in self._transposed:
             return self._transposed[value], 0, 1
         return (value, 1, 0) if self.is_known(value) else None
@@ -86,8 +86,8 @@ class ValueLabels:
             tensor: The parameter.
             role: "out", "in" or "scale".
             dim: Dimension of the tensor.
-            size: Number of places.
-            parts: Equal ranges of places that lose the same positions.
+            size: Number of positions.
+            parts: Number of equal ranges that lose the same positions.
         """
         trace, key = self._facts.trace, (id(tensor), role, dim)
         if key not in self._axes:
@@ -105,7 +105,7 @@ class ValueLabels:
 
 
 def _share(facts: Facts, one: Axis, other: Axis) -> None:
-    """Note that a dimension of a parameter is used in two ways: its places are the same, or cannot be removed."""
+    """Record that a dimension of a parameter is used in two ways: match equal sizes, freeze unequal ones."""
     if one.size == other.size:
         facts.match(one.labels, other.labels)
         return

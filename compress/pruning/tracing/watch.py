@@ -1,8 +1,8 @@
 """Observer of a forward pass: finds which channels of a network's parameters are the same channel.
 
-    axis        the outputs, the inputs, or the scaled channels of one parameter; each of its places has a label
+    axis        the outputs, the inputs, or the scaled channels of one parameter; each position has a label
     label       follows the values from operation to operation (`value_labels.py`)
-    fact        two axes meet in an operation: their places are the same, tied or frozen (`facts.py`)
+    fact        two axes meet in an operation: their positions are the same, tied or frozen (`facts.py`)
 
 Operations are observed as PyTorch's dispatcher carries them out, so the style of the network's code does not matter.
 Each result is tried on a copy before it is used (`trial.py`).
@@ -23,21 +23,21 @@ from compress.pruning.tracing.facts import Facts, where
 from compress.pruning.tracing.record import Counted, Trace, vector
 from compress.pruning.tracing.value_labels import ValueLabels
 
-_MOST_FACTORS = 2  # numbers of channels that one product's MACs can follow
+_MOST_FACTORS = 2  # numbers of channels that one product's MACs can depend on
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Applies a rule to every operation of a forward pass.
+    """Dispatch mode that applies a rule to every operation of a forward pass.
 
     Args:
         module: The network.
-        find_rule: Returns the rule of an operation, by its name and whether it treats each value alone.
+        find_rule: Returns the rule of an operation, from its name and whether it is elementwise.
         paths: Paths of the modules whose code is running, innermost last.
 
     Attributes:
-        trace: Everything found.
-        labels: Labels of values.
-        facts: Receives what an operation reveals.
+        trace: Trace with all facts found.
+        labels: Channel labels of values.
+        facts: Recorder of the facts that an operation reveals.
     """
 
     def __init__(self, module: nn.Module, find_rule: "Callable[[str, bool], Rule]", paths: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _count(self, call: Call) -> None:
-        """Note the products of an operation, and which numbers of channels their MACs follow."""
+        """Record the products of an operation, and the channels that their MACs depend on."""
         for product in find_products(call.name, call.arguments, call.result):
             weights = [self.labels.untransposed(one) for one in product.operands]
             if any(id(one) in self._fixed for one in weights):
@@ -102,7 +102,7 @@ Rule = Callable[[Watch, Call], None]
 
 
 def _labels_along(labels: Tensor, axis: int) -> Tensor:
-    """Return (n,) the labels of a value along an axis, (0,) where they do not differ along it."""
+    """Return (n,) the labels of a value along an axis; (0,) if they do not differ along it."""
     if labels.shape[axis] == 1:
         return torch.empty(0, dtype=torch.int64)
     for other in range(labels.ndim):

@@ -4,7 +4,7 @@
         runtime.run({"image": images})          check names, shapes, dtypes -> _run -> check outputs, copy
                                                 _close
 
-A runtime fills in `_open`, `_run` and `_close`; everything else is the same for all.
+A runtime implements `_open`, `_run` and `_close`; everything else is shared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Opened(ABC):
     """A network that is open inside a `with` block.
 
     Attributes:
-        name: As in `catalog.RUNTIMES`.
+        name: Name in `catalog.RUNTIMES`.
     """
 
     name: ClassVar[str]
@@ -72,9 +72,9 @@ class Runtime(Opened):
     """A network, ready to run inside a `with` block.
 
     Attributes:
-        name: As in `catalog.RUNTIMES`.
+        name: Name in `catalog.RUNTIMES`.
         reads_onnx: True if `from_file` works.
-        provider: Execution provider asked for.
+        provider: Requested execution provider.
         start_ms: Time until the runtime was ready to compute; None if not measured.
         owner: Owner of the network, named first in errors of its predictions ("Baseline 'a.onnx'"); "" for none.
     """
@@ -113,7 +113,7 @@ class Runtime(Opened):
         return False
 
     def placements(self, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]] | None:
-        """Return provider -> the nodes it computes ("Conv conv1"), found by one call; None if the runtime cannot tell.
+        """Return provider -> its nodes ("Conv conv1"), found by one call; None where the runtime does not report them.
 
         Raises:
             ModelError: A name, shape or dtype does not fit, or the network fails on this input.
@@ -121,10 +121,10 @@ class Runtime(Opened):
         return None
 
     def check_work(self, images: int) -> None:
-        """Refuse work on so many images that it would take this runtime far too long, before it begins.
+        """Raise an error before work on more images than this runtime can compute in acceptable time.
 
         Raises:
-            ConfigValueError: The runtime is made for less.
+            ConfigValueError: The runtime would take too long.
         """
         return
 
@@ -135,7 +135,7 @@ class Runtime(Opened):
             inputs: Name -> array, one for each input of the signature; an open axis takes any size from 1.
 
         Returns:
-            Name -> array, in the order of the signature; the arrays are the caller's own.
+            Name -> array, in the order of the signature; the arrays are copies.
 
         Raises:
             ModelError: A name, shape or dtype does not fit, or the network fails on this input.

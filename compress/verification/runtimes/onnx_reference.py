@@ -1,7 +1,7 @@
 """Runtime onnx_reference: the evaluator of the package onnx, by the letter of the standard, on the CPU.
 
-It shares no code with ONNX Runtime and rewrites nothing, which makes it a second opinion, and slow: tens to some
-thousands of millions of multiply-accumulates a second, where ONNX Runtime does tens of thousands of millions.
+It shares no code with ONNX Runtime and rewrites nothing, which makes it an independent second opinion. It is slow: 10^7
+to some 10^9 multiply-accumulates a second, where ONNX Runtime does some 10^10.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.onnx_file.io import default_opset, is_quantized, load_onnx, read_s
 from compress.verification.runtimes.base import Arrays, Runtime
 
 CPU = "CPU"
-_QUANTIZED_OPSET = 19  # the evaluator has no older DequantizeLinear; what it computes is the same
+_QUANTIZED_OPSET = 19  # the evaluator has no older DequantizeLinear; newer ones compute the same values
 LARGEST_WORK = 20_000_000_000  # MACs x images: half a minute for wide convolutions, some minutes for depthwise ones
 
 
@@ -29,7 +29,7 @@ class OnnxReference(Runtime):
     Args:
         path: The .onnx file; external data lies beside it.
         provider: Only "CPU".
-        largest_work: MACs x images that one task may come to.
+        largest_work: Largest MACs x images of one task.
     """
 
     name: ClassVar[str] = "onnx_reference"
@@ -52,7 +52,7 @@ class OnnxReference(Runtime):
         return CPU
 
     def check_work(self, images: int) -> None:
-        """Refuse more multiply-accumulates than can be waited for."""
+        """Raise ConfigValueError where MACs x images exceed `largest_work`."""
         work = self._macs * images
         if work > self.largest_work:
             counted = f"{self._macs:,} MACs x {images:,} image{'' if images == 1 else 's'}"
@@ -85,7 +85,7 @@ class OnnxReference(Runtime):
                 )
             ),
             warnings.catch_warnings(),
-            np.errstate(all="ignore"),  # what overflows is seen in the outputs
+            np.errstate(all="ignore"),  # overflow is visible in the outputs
         ):
             warnings.simplefilter("ignore")
             outputs = self._evaluator.run(names, inputs)
@@ -96,10 +96,10 @@ class OnnxReference(Runtime):
 
 
 def _evaluator(path: Path) -> Any:
-    """Return the evaluator of a file whose weights are all there.
+    """Return the evaluator of a complete file.
 
     Raises:
-        ModelError: It does not know an operator.
+        ModelError: The evaluator does not know an operator.
     """
     from onnx import version_converter
     from onnx.reference import ReferenceEvaluator  # its operators are a quarter of a second to import

@@ -1,7 +1,7 @@
-"""Sessions of ONNX Runtime on the execution provider asked for, and on no other.
+"""Sessions of ONNX Runtime on the requested execution provider, and on no other.
 
-ONNX Runtime falls back to the CPU without an error when a provider cannot start (the GPU build lists CUDA on any
-machine), so `onnxruntime.py` compares the provider of the open session with the one asked for.
+ONNX Runtime falls back to the CPU without an error when a provider cannot start; the GPU build lists CUDA on any
+machine. So `onnxruntime.py` compares the provider of the open session with the requested one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SILENT, _WARNING = 4, 2
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """A session of a file on a provider.
+    """Request for a session of a file on a provider.
 
     Attributes:
         runtime: Name of the runtime in messages.
@@ -82,7 +82,7 @@ class SessionRequest:
 
         Args:
             provider_options: Options of the provider.
-            profile_folder: Folder of the times of single nodes; None to take none.
+            profile_folder: Folder for the profile of single nodes; None turns profiling off.
 
         Raises:
             RuntimeUnavailable: The provider cannot start on this machine.

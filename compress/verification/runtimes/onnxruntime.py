@@ -1,6 +1,6 @@
-"""Runtime onnxruntime: an ONNX file in ONNX Runtime, on the provider asked for and on no other.
+"""Runtime onnxruntime: an ONNX file in ONNX Runtime, on the requested provider and on no other.
 
-Single nodes that a provider does not support go to the CPU; only the profile of a call tells which.
+Single nodes that a provider does not support run on the CPU; only the profile of a call lists them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class NodeTimes:
     """Time of every node.
 
     Attributes:
-        names: In the order in which the nodes run, as the runtime calls them after it rewrote the graph.
-        milliseconds: (nodes, calls); the runtime counts in whole microseconds.
+        names: Node names after the runtime's graph rewrites, in the order in which the nodes run.
+        milliseconds: (nodes, calls) times; the runtime counts in whole microseconds.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime):
         path: The .onnx file; external data lies beside it.
         provider: Exact ONNX Runtime name of the execution provider.
         threads: Threads inside one operator; operators run one after the other.
-        profile_folder: Folder of the times of single nodes until `read_profile`; None to take none.
+        profile_folder: Folder for the profile of single nodes until `read_profile`; None turns profiling off.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -84,9 +84,9 @@ class OnnxRuntime(Runtime):
         return self._bind_on("cuda", inputs)
 
     def placements(self, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
-        """Return provider -> the nodes it computes, as the runtime calls them after it rewrote the graph.
+        """Return provider -> the nodes it computes, by their names after the runtime's graph rewrites.
 
-        A provider that compiles parts of the graph (TensorRT) counts each of them as one node.
+        A provider that compiles parts of the graph (TensorRT) counts each part as one node.
         """
         with tempfile.TemporaryDirectory() as folder:
             profiled = OnnxRuntime(self.path, self.provider, self.threads, Path(folder))
@@ -132,7 +132,7 @@ class OnnxRuntime(Runtime):
         self._session = None
 
     def read_profile(self) -> NodeTimes:
-        """Return the time of every node in every call so far, and stop taking times.
+        """Return the time of every node in every call so far, and stop profiling.
 
         Raises:
             InternalError: The runtime was not opened with a `profile_folder`.
@@ -149,7 +149,7 @@ class OnnxRuntime(Runtime):
 
 
 def _read_file(request: SessionRequest) -> tuple[Signature, dict[str, str]]:
-    """Return the signature and the provider's options; the file is not held in memory while the session is made."""
+    """Return the signature and the provider's options; releases the file's content before the session is made."""
     model = load_onnx(request.path)
     require_external(model, request.path)
     request.check_built_in()
@@ -170,7 +170,7 @@ def _take_events(session: Any) -> list[dict[str, Any]]:
 
 
 def placements_in(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """Return provider -> "operator name" of the nodes it computed, out of the events of a profile, each node once."""
+    """Return provider -> "operator name" of each node it computed, once, from the events of a profile."""
     found: dict[str, dict[str, None]] = {}
     for event in _nodes_of(events):
         said = event.get("args") or {}
@@ -180,7 +180,7 @@ def placements_in(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, .
 
 
 def _nodes_of(events: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Yield the events of a profile that are about the work of a node."""
+    """Yield the events of a profile that hold the kernel time of a node."""
     for event in events:
         if event.get("cat") == "Node" and str(event["name"]).endswith(_KERNEL):
             yield event

@@ -19,10 +19,10 @@ CPU = "CPU"
 
 
 class TorchEager(Runtime):
-    """A torch network on the CPU, in eval mode; its training flags stay as they are.
+    """A torch network on the CPU, in eval mode; its training flags are restored.
 
     Args:
-        module: Returns one tensor, or a tuple of as many as the signature has outputs.
+        module: Network that returns one tensor, or a tuple with one tensor for each output of the signature.
         signature: Names of inputs (in the order of `forward`) and outputs.
         provider: Only "CPU".
     """
@@ -59,4 +59,4 @@ class TorchEager(Runtime):
         return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
     def _close(self) -> None:
-        """There is nothing to give back."""
+        """Do nothing: a torch network holds no resources of a runtime."""

@@ -5,8 +5,8 @@
 Damages are estimated decision by decision, and damages of channels and of blocks have no common unit. Candidate
 networks show how much each counts. The fit has two steps: a scale for each kind of decision, then a factor for each
 decision, which a ridge draws to the scale of its kind. Errors are relative, so that networks of small loss count as
-much as bad ones. Of n networks, each is predicted from the others. The fit takes the strongest ridge with an error
-within 1 + 1/sqrt(n) of the least, and the best power with this ridge.
+much as bad ones. The ridge is chosen by leave-one-out error over the n networks: the strongest whose error is at most
+(1 + 1/sqrt(n)) times the least, with the best power for this ridge.
 
 Source: Frantar and Alistarh 2022, "SPDY: Accurate Pruning with Speedup Guarantees", ICML, arXiv:2201.13096, where
 sensitivities are searched at random by the loss of candidate networks. The regression is ours.
@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from compress.errors import InternalError
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-POWERS = (0.5, 0.6, 0.7, 0.85, 1.0)  # from 0.5 on, a group is the dearer to narrow the narrower it is
+POWERS = (0.5, 0.6, 0.7, 0.85, 1.0)  # from 0.5 up, each further channel removed from a group costs more
 LEAST = 0.25  # of the scale of its kind: nothing is free
 _LEAST_KIND, _KIND_RIDGE = 1e-3, 1e-3  # of the common scale
 
@@ -31,7 +31,7 @@ class Observation:
     """One candidate network with its damages and its loss.
 
     Attributes:
-        damages: Decision -> estimated damage of the option taken, without any factor; decisions left out have none.
+        damages: Decision -> estimated damage of the option taken, before any factor; a missing decision has damage 0.
         rise: Loss of the network less that of the network before the cut, > 0.
     """
 

@@ -26,7 +26,7 @@ from compress.tasks.from_config import guarded, scalar
 from compress.user_code import raise_as
 
 Loss = Callable[..., Tensor]
-SEED = 0  # of the borders between training and validation images: the same for every call
+SEED = 0  # of the split into training and validation samples, so that every call splits alike
 MOST_VALIDATION, _VALIDATION_PART = 2000, 10
 
 
@@ -59,14 +59,15 @@ class LoaderSplits:
     """Splits of data in memory.
 
     Args:
-        data: Loader, data set or arrays; training and calibration images, and validation images if none are given.
+        data: `DataLoader`, data set or arrays of samples: inputs, or (inputs..., target). Used for training and
+            calibration; validation samples are split off if `validation` is None.
         names: Names of the network's inputs.
         task: Task of the network; None to derive it from the targets.
         validation: Loader, data set or arrays of validation images; None to carve them out of `data`.
 
     Raises:
-        DataError: The data hold nothing, or something that is not as the network takes it.
-        ConfigValueError: The targets do not tell the task.
+        DataError: There is no sample, or a sample does not have the inputs that the network takes.
+        ConfigValueError: The task cannot be derived: targets are no class indices.
     """
 
     def __init__(self, data: Any, names: Sequence[str], task: Task | None, validation: Any = None) -> None:

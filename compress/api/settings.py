@@ -17,7 +17,7 @@ Listener = Progress | bool
 
 
 def listener(progress: Listener) -> Progress:
-    """Return the receiver of progress: the console for True, none for False."""
+    """Return a progress receiver: the console for True, a silent one for False."""
     if isinstance(progress, bool):
         return Console() if progress else SilentProgress()
     return progress

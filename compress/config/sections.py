@@ -1,4 +1,4 @@
-"""Typed sections of a document, checked by pydantic; the valid ones of a file that has problems, too."""
+"""Typed sections of a pipeline file, checked by pydantic. A file with problems still yields its valid sections."""
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ S = TypeVar("S", bound=Section)
 class Sections:
     """The valid sections of a pipeline file, for rules that compare one section with another.
 
-    A section with a refused setting is read without that setting, and without a check of its own rules. So all problems
-    of a file are found at once: problems within sections, by pydantic, and problems between sections.
+    If a setting is invalid, the rest of its section is still read, but rules within that section are not checked. So
+    all problems of a file are found at once: problems within sections, by pydantic, and problems between sections.
 
     Attributes:
         document: Positions, and paths of refused values.
@@ -31,7 +31,7 @@ class Sections:
         stages: Settings of each stage; None if they are invalid.
         task: None if it is invalid.
         data: None if it is missing or invalid.
-        deploy: None if it is left out or invalid, which `document.is_valid(("deploy",))` distinguishes.
+        deploy: None if it is left out or invalid, `document.is_valid(("deploy",))` tells which.
     """
 
     document: Document

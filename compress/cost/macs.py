@@ -28,7 +28,7 @@ class Product:
     Attributes:
         macs: Multiply-accumulates.
         operands: The two tensors that are multiplied; weights come last.
-        axes: The axes whose sizes `macs` is proportional to, each once.
+        axes: (tensor, dimension) pairs; `macs` is a constant times the product of these sizes.
     """
 
     macs: int
@@ -136,7 +136,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 COUNTED = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 _LISTED = (*COUNTED, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
-# their results do not depend on the values of the tensors that they are given
+# operations that read only shape and dtype of their tensors, never the values
 _CREATE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
            "new_full", "new_empty", "new_empty_strided")  # fmt: skip
 

@@ -27,8 +27,8 @@ from compress.stages.load import LoadStage
 from compress.tasks.from_config import open_task
 
 _TRIES = 3
-_EXPORT_S, _LATENCY_S, _TABLE_S = 6.0, 45.0, 90.0  # measured on small networks; calls of large ones come on top
-_PASSES_OF_A_CUT = 6  # over the images of scores and refits: tracing, statistics, repairs
+_EXPORT_S, _LATENCY_S, _TABLE_S = 6.0, 45.0, 90.0  # seconds on small networks
+_PASSES_OF_A_CUT = 6  # forward passes over the scoring and refitting images
 _VALIDATIONS_OF_A_CUT, _BLOCK_NUMBERS = 6, 8
 _FILES = 3  # copies of the weights for each stage: the network, its baseline, the ONNX file
 

@@ -39,7 +39,7 @@ def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None
     Args:
         path: The ONNX file.
         settings: A pipeline, of which the data section and the `verify` stage are used, or a file of gates.
-        against: Baseline file for the gates that compare; without it those gates count as not made, and fail.
+        against: The baseline's .onnx file, for gates that compare with it; without it these gates fail as not measured.
         progress: Receives progress by part.
 
     Raises:

@@ -1,7 +1,7 @@
 """Fidelity of an exported file: the difference of its outputs to torch, and the first layer whose values differ.
 
-torch's exporter loses some settings without a warning (such as AvgPool2d's divisor_override). The layer is found by
-exporting the network once more, with the inputs and outputs of every layer as outputs.
+torch's exporter loses some settings without a warning (such as AvgPool2d's divisor_override). To find the layer, the
+network is exported again with the inputs and outputs of every layer as additional outputs of the graph.
 """
 
 import tempfile

@@ -1,7 +1,8 @@
 """Potential of pruning: prunable groups, reasons against the other groups, and the least MACs that can remain.
 
-The MACs that *depend on* a group are those of computing and of reading its channels. The *least* MACs remain when every
-group has the least width that the limits allow. *Fixed* layers are those that no group narrows.
+The MACs that *depend on* a group are those of the layers that compute its channels and of the layers that read them.
+The *least* MACs remain when every group has the least width that the limits allow. *Fixed* layers are those that no
+group narrows.
 """
 
 from collections.abc import Collection, Mapping

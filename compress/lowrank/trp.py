@@ -20,7 +20,7 @@ class TrainedRank:
         module: The network; its layers are changed in place.
         choose: Returns scheme and ranks of each layer for its present weights; unchanged layers are absent.
         interval: Steps from one cut to the next.
-        strength: Factor of the sub-gradient of the nuclear norm, in the steps that begin with a cut.
+        strength: Weight of the nuclear norm's sub-gradient, which is added only in steps that begin with a cut.
 
     The kernels have full rank after the last step; the factorisation that follows cuts them once.
 

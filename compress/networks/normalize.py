@@ -6,7 +6,8 @@
     FrozenBatchNorm2d ──> FrozenNorm, an nn.BatchNorm2d that stays in eval mode and is not trained
     SyncBatchNorm ──> the batch norm of one process
 
-`load` normalises after loading the weights, and each rebuild before replaying edits. So the recipe and the saved
+The stage `load` normalises after it has loaded the weights; a rebuild from a recipe normalises before it replays the
+edits. So the recipe and the saved
 weights refer to plain layers. The structure depends only on the code of the network, never on its weights.
 """
 
@@ -26,7 +27,7 @@ from compress.model.adapter import flatten_outputs
 from compress.model.modes import eval_mode, hooked
 from compress.pruning.shortcuts import write_out_shortcuts
 
-SAME_WITHIN = 1e-4  # of the largest output: folding computes in another order
+SAME_WITHIN = 1e-4  # relative to the largest output; folded weights round differently
 _REMOVERS: dict[str, Callable[..., Any]] = {
     "torch.nn.utils.weight_norm.WeightNorm": remove_weight_norm,
     "torch.nn.utils.spectral_norm.SpectralNorm": remove_spectral_norm,

@@ -1,7 +1,8 @@
 """Structure of an ONNX file without its weights. No torch.
 
 The copy is a valid ONNX file: zeros of the same shape (ConstantOfShape) replace each weight of a layer, under its name.
-A network built from the copy has the same layers, names and shapes; constants that shapes are made of are kept.
+A network built from the copy has the same layers, names and shapes; constants from which the graph computes shapes are
+kept.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from onnx import ModelProto, helper, numpy_helper
 from compress.onnx_file.io import CLASSES_KEY, PREPROCESSING_KEY, each_node, load_onnx
 
 _SHAPE_OF = "compress.shape_of."
-_LARGE = 64  # scalars; smaller weights are kept
+_LARGE = 64  # elements; weights with fewer are kept
 _WEIGHTS: dict[str, tuple[int, ...]] = {
     "BatchNormalization": (1, 2, 3, 4),
     "Conv": (1, 2),
@@ -29,7 +30,7 @@ _WEIGHTS: dict[str, tuple[int, ...]] = {
 
 
 def write_structure(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX file without the weights of its layers; a copy of such a copy is equal to it.
+    """Write a copy of an ONNX file without the weights of its layers; copying a copy changes nothing.
 
     Args:
         source: The .onnx file, or a copy without weights.

@@ -64,8 +64,8 @@ class Parts:
     def parameter(self, weight: Fixed, array: np.ndarray | None = None) -> nn.Parameter:
         """Return a trainable copy of a constant; layers that read the same kernel or matrix share it.
 
-        Biases and other vectors are not shared: optimisers of files merge constants that are equal by chance, such as
-        zeros.
+        Biases and other vectors are not shared: ONNX graph optimisers merge constants that happen to be equal, such as
+        zero biases.
 
         Args:
             weight: Constant of the file.

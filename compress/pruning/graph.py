@@ -23,7 +23,8 @@ class ParameterAxis:
     Attributes:
         tensor: The parameter or buffer.
         dim: The dimension.
-        lost: Group name -> number of indices along `dim` removed with one unit; excluded groups are included.
+        lost: Group name -> number of indices along `dim` that are removed with one unit of the group; groups excluded
+            from pruning are listed too.
     """
 
     tensor: Tensor

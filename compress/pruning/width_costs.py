@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.allocation.costs import ONE, Axis, CoupledCost, Term
+from compress.allocation.costs import Axis, CoupledCost, Term
 from compress.cost.macs import COUNTED, count_macs, count_params
 from compress.pruning.groups import Amount, ChannelGroup, is_depthwise
 from compress.pruning.shortcuts import FixedShortcut
@@ -107,7 +107,8 @@ def layer_axes(module: nn.Module, groups: Mapping[str, ChannelGroup]) -> LayerAx
         if not out and not inp:
             continue
         if isinstance(layer, (*COUNTED, FixedShortcut)) and not is_depthwise(layer):
-            axes[name] = _axes(layer, out, inp)
+            size_out, size_in = _sizes(layer)
+            axes[name] = (Axis(size_out, out), Axis(size_in, inp))
         else:
             axis = Axis(_channels(layer), out or inp)
             axes[name] = (axis, axis)
@@ -134,10 +135,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     return int(layer.out_channels), int(layer.in_channels)  # type: ignore[arg-type]
-
-
-def _axes(layer: nn.Module, out: Mapping[str, float], inp: Mapping[str, float]) -> tuple[Axis, Axis]:
-    size_out, size_in = _sizes(layer)
-    if is_depthwise(layer):
-        return Axis(size_out, out or inp), ONE
-    return Axis(size_out, out), Axis(size_in, inp)

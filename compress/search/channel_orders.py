@@ -1,7 +1,7 @@
 """Orders in which the channels of each group are removed, and damages measured on the way.
 
-by readers    least-squares refits of the layers that read the channels
-by losses     the loss with reads of channels multiplied by factors
+by readers    error of the reading layers, refitted without the channels (least squares)
+by losses     loss when the values read from a channel are multiplied by a factor
 sensitivity   the loss with each allowed width
 """
 
@@ -43,7 +43,7 @@ class ChannelOrders:
         surveyed: Its groups and their allowed widths.
         key: Digest that identifies the network among the parts of the stage.
         ctx: Splits, parts and listener of the stage.
-        by_errors: True takes the errors of the ranking as damages.
+        by_errors: True uses the refit errors found while ranking as damages.
     """
 
     shortened: Shortened

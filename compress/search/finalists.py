@@ -1,4 +1,4 @@
-"""Finalists of a search among candidate networks: channels ranked anew without the removed blocks, repaired in full."""
+"""Last round of a search: the best candidates are rebuilt, their channels ranked again, and repaired in full."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ FINALISTS = 3
 
 
 def order_finalists(tried: Sequence[Tried], usual: Pricing) -> list[Tried]:
-    """Return the networks to finish, best first; if the best one removes blocks, add it once more at usual prices.
+    """Return the candidate networks in the order in which they are finished, lowest loss first.
 
-    The copy is the last of the `FINALISTS`. Damages learned with these blocks in the network need not hold without
-    them.
+    If the best one removes blocks, a copy priced without learned factors becomes number `FINALISTS`: factors learned
+    while the blocks were present need not hold without them.
 
     Args:
         tried: Candidate networks.

@@ -18,8 +18,8 @@ class MapPairs:
     """Context manager that records the feature maps of two networks and compares them after both forward passes.
 
     A feature map is the output of a module with convolutions inside. It is compared if the module of the same name in
-    the other network returns the same shape, or the same shape but for removed channels. Of modules that return the
-    same tensor, the outermost counts.
+    the other network returns the same shape, or the same shape but for removed channels. If nested modules return the
+    same tensor, only the outermost is compared.
 
     Args:
         student: Network that learns.

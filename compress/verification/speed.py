@@ -17,7 +17,7 @@ class Speed:
     """Latency and resources of a file and its baseline.
 
     Attributes:
-        checks: Failed checks where a measurement failed.
+        checks: One failed check for a measurement that failed; () otherwise.
         samples: Timed calls by label: "slim", "baseline".
         ratio: Latency of the file / latency of the baseline; None without a baseline.
         resources: Start, memory and throughput; None where they are not requested.

@@ -78,7 +78,7 @@ def select_channels(
         groups: Prunable groups.
         candidates: The same groups, with scores and allowed widths.
         budgets: Budgets, with costs as tables over the allowed widths.
-        limits: Limits that the allowed widths follow, for messages.
+        limits: Limits from which the allowed widths were made; used in error messages only.
         method: "global", "uniform" or "shared_error".
 
     Raises:

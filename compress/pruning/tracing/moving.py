@@ -22,7 +22,7 @@ from compress.pruning.tracing.watch import Watch
 
 
 def move(watch: Watch, call: Call) -> None:
-    """Follow an operation that only moves values, by carrying it out on the labels."""
+    """Follow an operation that only moves values, by applying it to the channel labels of its input."""
     labels = watch.labels.of(call.first)
     results = call.outputs
     if not is_labelled(labels):

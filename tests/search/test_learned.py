@@ -125,7 +125,7 @@ def test_a_cut_that_changes_more_is_warned_about_with_its_cause(learn, monkeypat
     _, record, said = learn("chain", method="gsm")
     (warning,) = [text for text in said.warnings if "must change next to nothing" in text]
     assert "The removed channels had" in warning
-    assert "more steps after the choice stands would help" in warning
+    assert "more steps after the final choice would help" in warning
     assert f"{record['method']['loss_after_cut'] - record['method']['loss_before_cut']:.3f}" in warning
 
 

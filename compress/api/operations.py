@@ -127,7 +127,7 @@ def sensitivity(
         Curves with `tables()`, `to_dict()` and `to_svg()`; notebooks show the picture.
 
     Raises:
-        As `prune`.
+        CompressError: As `prune`.
     """
     config = read_settings(PruneConfig, {"stage": "prune", "target": {"macs": 0.5}, **settings}, "sensitivity")
     lineage = open_lineage(model, example)
@@ -235,7 +235,7 @@ def low_rank(
         settings: Settings of the stage `low_rank`, such as `allocation` and `schemes`.
 
     Raises:
-        As `prune`.
+        CompressError: As `prune`.
     """
     budget = {"latency": latency, "latency_ms": latency_ms, "macs": macs, "params": params}
     target = {name: value for name, value in budget.items() if value is not None}
@@ -279,7 +279,7 @@ def finetune(
             of the loader) and others.
 
     Raises:
-        As `prune`.
+        CompressError: As `prune`.
         NonFinite: A loss or weight becomes NaN or infinite.
     """
     values = dict(settings)

@@ -24,7 +24,7 @@ demo: $(READY) ## compress the embedded MNIST network and verify the result
 test: $(READY)  ## run the tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-fast: $(READY) ## run the tests without pipelines, trainings and measurements, in three minutes
+test-fast: $(READY) ## run the tests without pipelines, trainings and measurements
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 fuzz: $(READY)  ## damage 500 ONNX files and 500 images, and see that none of them ends in a bug

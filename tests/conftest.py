@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 SLOW = (  # runs of pipelines, trainings, measurements, code of the documentation
     "tests/api", "tests/bundle", "tests/docs", "tests/e2e", "tests/exporting", "tests/onnx_import", "tests/report",
     "tests/scaffold", "tests/search", "tests/stages", "tests/cli/test_first_hour.py", "tests/networks/test_shapes.py",
-    "tests/training/test_loop.py", "tests/training/test_distributed.py", "tests/engine", "tests/fuzz", "tests/inspection",
-    "tests/quantization", "tests/networks/test_networks.py", "tests/pruning/test_torch_pruning.py",
+    "tests/training/test_loop.py", "tests/training/test_distributed.py", "tests/engine", "tests/fuzz",
+    "tests/inspection", "tests/quantization", "tests/networks/test_networks.py", "tests/pruning/test_torch_pruning.py",
 )  # fmt: skip
 
 

@@ -129,10 +129,7 @@ class LoaderSplits:
     def _with_baseline(self, split: Split) -> Split:
         if not self.task.learns_from_original and has_targets(self._source):
             return split
-        return Split(split.name, split.source, split.indices, split.preprocessing, split.task, self._build_baseline)
-
-    def _build_baseline(self) -> Any:
-        return self._baseline
+        return Split(split.name, split.source, split.indices, split.preprocessing, split.task, lambda: self._baseline)
 
     @cached_property
     def _baseline(self) -> Any:

@@ -48,7 +48,7 @@ class Segmentation(Task):
                 first(outputs), targets, ignore_index=self.ignore_index, label_smoothing=smoothing, reduction="sum"
             )
         except IndexError:
-            self._require_classes(targets[targets != self.ignore_index], first(outputs).shape[1])
+            _require_classes(targets[targets != self.ignore_index], first(outputs).shape[1], self.ignore_index)
             raise
         mean: Tensor = total / counted
         return mean
@@ -63,21 +63,11 @@ class Segmentation(Task):
 
     def distances(self, outputs: Any, wanted: Any) -> Tensor:
         """Return (N,) the mean Kullback-Leibler divergence of pixels from the wanted probabilities, in nats."""
-        return self._divergences(outputs, wanted, 1.0)
+        return _divergences(outputs, wanted, 1.0)
 
     def distance(self, outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
         """Return the mean divergence of softened probabilities, times the squared temperature."""
-        return self._divergences(outputs, wanted, temperature).mean() * temperature**2
-
-    def _divergences(self, outputs: Any, wanted: Any, temperature: float) -> Tensor:
-        import torch
-        import torch.nn.functional as F
-
-        found = []
-        for pair in zip(each(wanted), each(outputs), strict=True):  # distillation covers auxiliary heads, too
-            want, got = (F.log_softmax(one / temperature, 1) for one in pair)
-            found.append(F.kl_div(got, want, reduction="none", log_target=True).sum(1).flatten(1).mean(1))
-        return torch.stack(found).mean(0)
+        return _divergences(outputs, wanted, temperature).mean() * temperature**2
 
     def guess(self, outputs: Any) -> float:
         """Return the loss of equal probabilities for all classes, ln K."""
@@ -106,28 +96,14 @@ class Segmentation(Task):
                 f"{logits.shape[2]} x {logits.shape[3]}.",
                 hint="Let the network end with a resize to the size of its input, as torchvision's do.",
             )
-        self._require_classes(targets[targets != self.ignore_index], logits.shape[1])
-
-    def _require_classes(self, counted: Any, classes: int) -> None:
-        """Refuse pixels of classes that the network does not have.
-
-        Raises:
-            DataError: There are such pixels.
-        """
-        if len(counted) and (int(counted.max()) >= classes or int(counted.min()) < 0):
-            wrong = int(counted.max()) if int(counted.max()) >= classes else int(counted.min())
-            raise DataError(
-                f"Mask pixels must be from 0 to {classes - 1} (the network has {classes} classes), or "
-                f"{self.ignore_index}, got {wrong}.",
-                hint="task.ignore_index names the value that does not count.",
-            )
+        _require_classes(targets[targets != self.ignore_index], logits.shape[1], self.ignore_index)
 
     def facts(self, outputs: Any, targets: Any) -> Facts:
         """Return (N, K) numbers of correct, predicted and target pixels of each class."""
         logits = first(outputs)
         classes = logits.shape[1]
         predicted, counted = logits.argmax(1), targets != self.ignore_index
-        self._require_classes(targets[counted], classes)
+        _require_classes(targets[counted], classes, self.ignore_index)
         counts = np.zeros((3, len(logits), classes), np.int64)
         for place in range(len(logits)):
             got, want = predicted[place][counted[place]], targets[place][counted[place]]
@@ -148,3 +124,30 @@ class Segmentation(Task):
             "miou": float(iou.mean()) if counted else math.nan,
             "pixel_accuracy": float(right.sum() / counted) if counted else math.nan,
         }
+
+
+def _divergences(outputs: Any, wanted: Any, temperature: float) -> Tensor:
+    """Return (N,) the mean divergence of each image's pixels, of softened probabilities and over all outputs."""
+    import torch
+    import torch.nn.functional as F
+
+    found = []
+    for pair in zip(each(wanted), each(outputs), strict=True):  # distillation covers auxiliary heads, too
+        want, got = (F.log_softmax(one / temperature, 1) for one in pair)
+        found.append(F.kl_div(got, want, reduction="none", log_target=True).sum(1).flatten(1).mean(1))
+    return torch.stack(found).mean(0)
+
+
+def _require_classes(counted: Any, classes: int, ignore_index: int) -> None:
+    """Refuse pixels of classes that the network does not have.
+
+    Raises:
+        DataError: There are such pixels.
+    """
+    if len(counted) and (int(counted.max()) >= classes or int(counted.min()) < 0):
+        wrong = int(counted.max()) if int(counted.max()) >= classes else int(counted.min())
+        raise DataError(
+            f"Mask pixels must be from 0 to {classes - 1} (the network has {classes} classes), or {ignore_index}, "
+            f"got {wrong}.",
+            hint="task.ignore_index names the value that does not count.",
+        )

@@ -173,8 +173,9 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
 _ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9, "erasing": 0.0}}
 _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
     "finetune": {"own": None, "kwargs": {}, "trained": None},
-    "prune": {"only": [], "limits": {}},
-    "slim": {"only": [], "limits": {}},
+    "low_rank": {"repair": ["batch_norm"], "block_repair": None},
+    "prune": {"only": [], "limits": {}, "block_repair": None},
+    "slim": {"only": [], "limits": {}, "block_repair": None},
 }
 
 

@@ -262,12 +262,21 @@ class WholeNetworks(Mirror):
     tried: tuple[TriedNetwork, ...] = ()
 
 
+class RepairedBlock(Mirror):
+    """A block that was trained to return what it returned before the cut; errors are relative to the variance."""
+
+    name: str = ""
+    error: Change = Change()
+    is_kept: bool = False
+
+
 class Repair(Mirror):
-    """A repair without training, and the validation loss around it."""
+    """A repair after a cut, and the validation loss around it."""
 
     repair: str | None = None
     loss: Change = Change()
     is_kept: bool = False
+    blocks: tuple[RepairedBlock, ...] = ()
 
 
 class EditRecord(Record):

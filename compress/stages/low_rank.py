@@ -22,6 +22,7 @@ from compress.lowrank.surgery import factorized_copy
 from compress.lowrank.trp import TrainedRank
 from compress.model.artifacts import TorchModel
 from compress.progress import Progress, SilentProgress
+from compress.search.block_repair import repair_blocks
 from compress.search.context import Record, StageContext
 from compress.search.hooked_training import loss_and_quality, say_cut, train_with_hooks
 from compress.search.parts import Part, weights_digest
@@ -63,7 +64,9 @@ class LowRankStage:
         slim, errors = _factorise(artifact.module, decision, ctx.progress)
         if learned is not None:
             learned |= _effect_of_cut(slim, errors, learned, ctx)
-        repairs = _repair(slim, ctx)
+        factorised = replace(artifact, module=slim, recipe=artifact.recipe.then(*decision.edits))
+        repairs = _repair(slim, self.config.repair, ctx)
+        repairs += repair_blocks(artifact, factorised, self.config.repair, self.config.block_repair, ctx)
         after = validation_quality(slim, ctx)
         macs_after = layer_macs(slim, example)
         record: Record = {
@@ -84,7 +87,7 @@ class LowRankStage:
         metric = metric_of(ctx.data.validation)
         said = f"{metric.words} {metric.show(before)} -> {metric.show(after)}"
         self._state_result(artifact, record, said, ctx.progress)
-        return replace(artifact, module=slim, recipe=artifact.recipe.then(*decision.edits)), record
+        return factorised, record
 
     def _train(
         self, artifact: TorchModel, first: RankDecision, chooser: RankChooser
@@ -136,11 +139,12 @@ def _effect_of_cut(slim: nn.Module, errors: Mapping[str, float], learned: Record
     return effect
 
 
-def _repair(slim: nn.Module, ctx: StageContext) -> list[Record]:
+def _repair(slim: nn.Module, names: Sequence[str], ctx: StageContext) -> list[Record]:
     """Repair a factorised network in place, or load the repaired weights of an interrupted run."""
+    wanted = [repair for repair in (batch_norm_repair(ctx),) if repair[0] in names]
 
     def repair() -> Part:
-        return Part(apply_repairs(slim, [batch_norm_repair(ctx)], ctx), slim.state_dict())
+        return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
 
     part = ctx.parts.keep({"part": "low_rank", "of": weights_digest(slim)}, repair)
     slim.load_state_dict(part.tensors)

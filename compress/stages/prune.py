@@ -14,6 +14,7 @@ from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
 from compress.search.block_numbers import BlockNumberSearch
 from compress.search.block_removal import Shortened, shorten, take_shortened
+from compress.search.block_repair import repair_blocks
 from compress.search.context import Record, StageContext
 from compress.search.hooked_training import loss_and_quality, say_cut
 from compress.search.isometry_record import measure_isometry
@@ -102,6 +103,7 @@ class PruneStage:
         choice = self._choose(networks, pruner)
         best = choice.attempt
         _require_removal(best)
+        last_repair = repair_blocks(artifact, best.model, self.config.repair, self.config.block_repair, ctx)
         after = validation_quality(best.model.module, ctx)
         record = {
             **prune_record(artifact, best),
@@ -110,7 +112,7 @@ class PruneStage:
             "residual_trials": choice.residual_trials,
             "whole_networks": choice.networks,
             "method": choice.learned,
-            "repairs": best.prepared.shortened.repairs + best.repairs,
+            "repairs": best.prepared.shortened.repairs + best.repairs + last_repair,
             "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
             "isometry": _isometry(artifact, best, pruner),
             **before_and_after(ctx, before, after),

@@ -19,12 +19,14 @@ from compress.checkpoint.layout import load_torch_model, save_torch_model
 from compress.checkpoint.rebuild import example_input
 from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.prune import CutConfig, PruneConfig, SlimConfig
+from compress.config.schema.repair import without_blocks
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.errors import AlreadyWithin, ArtifactError, BudgetUnreachable, StageError
 from compress.model.artifacts import TorchModel
 from compress.search.block_removal import Remembered, shorten
+from compress.search.block_repair import repair_blocks
 from compress.search.context import Record, StageContext
 from compress.search.training import train
 from compress.search.validation import before_and_after, validation_quality
@@ -152,6 +154,10 @@ class SlimStage:
         if not found:
             raise unreachable[0]
         best = min(found, key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
+        repairs = repair_blocks(model, best.model, self.config.repair, self.config.block_repair, ctx)
+        changed = best.factorised or best.cut
+        if changed is not None:
+            changed["repairs"] += repairs
         return best.model, {"trials": trials, "prune": best.cut, "low_rank": best.factorised, "training": None}
 
     def _with_share(
@@ -198,6 +204,7 @@ class SlimStage:
     def _cut_config(self, way: float, alone: Record | None = None) -> PruneConfig:
         """Return the settings of `prune` for a budget part of the way to the target; arguments as in `_target`."""
         shared = {name: getattr(self.config, name) for name in CutConfig.model_fields}
+        shared |= {"repair": without_blocks(self.config.repair), "block_repair": None}
         blocks: int | Literal["auto"] = 0
         if "blocks" in self.config.moves:
             blocks = "auto" if alone is None else len(alone["removed_blocks"])

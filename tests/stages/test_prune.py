@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import nets
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bright import Listener as _Listener
+from pydantic import ValidationError
 from torch import nn
 
 import compress.search.evidence as evidence_module
@@ -31,6 +33,7 @@ from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.ranking.elimination import reader_statistics, removal_order
 from compress.pruning.ranking.sensitivity import Sensitivity
+from compress.pruning.repair import block_reconstruction
 from compress.pruning.repair.repairs import _batches
 from compress.pruning.tracing.record import OUTPUTS
 from compress.pruning.trial import find_cuttable
@@ -79,6 +82,7 @@ def prune(data, tmp_path):
         slim, record = stage.run(artifact, StageContext(tmp_path, 0, data, listener))
         return slim, record, listener
 
+    call.folder = tmp_path
     return call
 
 
@@ -642,3 +646,61 @@ def test_channels_at_random_have_the_widths_of_the_criterion(prune):
     assert _removed(chosen) != _removed(at_random)
     again, _, _ = prune("chain", score_images=32, order="random")
     assert again.recipe == at_random.recipe
+
+
+def test_blocks_are_trained_after_the_other_repairs(prune):
+    _, without, _ = prune("residual", repair=["least_squares", "batch_norm"])
+    slim, record, _ = prune(
+        "residual",
+        repair=["least_squares", "batch_norm", "blocks"],
+        block_repair={"images": 48, "steps": 40, "batch_size": 8},
+    )
+    *others, last = record["repairs"]
+    assert others == without["repairs"]
+    assert last["repair"] == "blocks"
+    assert {block["name"] for block in last["blocks"]} >= {"body.1", "body.2"}
+    assert any(block["is_kept"] for block in last["blocks"])
+    assert all(block["error_after"] <= block["error_before"] for block in last["blocks"])
+    assert all(parameter.is_contiguous() for parameter in slim.module.parameters())
+    _hold_replay(slim, "residual")
+
+
+def test_a_killed_block_repair_goes_on_with_the_next_block(prune, monkeypatch):
+    settings = {
+        "repair": ["least_squares", "blocks"], "block_repair": {"images": 32, "steps": 10, "batch_size": 8}
+    }  # fmt: skip
+    whole, record, _ = prune("residual", **settings)
+    trained = []
+    train = block_reconstruction._train
+
+    def fail_at_second(block, given):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(block.name)
+        return train(block, given)
+
+    for parts in Path(prune.folder).glob("parts/*"):
+        parts.unlink()
+    monkeypatch.setattr(block_reconstruction, "_train", fail_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        prune("residual", **settings)
+    again = []
+    monkeypatch.setattr(
+        block_reconstruction, "_train", lambda block, given: again.append(block.name) or train(block, given)
+    )
+    resumed, resumed_record, _ = prune("residual", **settings)
+    assert trained[0] not in again
+    assert resumed_record["repairs"] == record["repairs"]
+    state = resumed.module.state_dict()
+    assert all(torch.equal(values, state[key]) for key, values in whole.module.state_dict().items())
+
+
+def test_settings_of_blocks_without_the_repair_are_refused():
+    with pytest.raises(ValidationError, match="block_repair must be left out unless repair holds blocks"):
+        PruneConfig(stage="prune", target=TargetConfig(macs=0.5), block_repair={"steps": 3})
+
+
+def test_blocks_alone_stands_for_all_repairs():
+    config = PruneConfig(stage="prune", target=TargetConfig(macs=0.5), repair="blocks")
+    assert config.repair == ("scaling", "least_squares", "bias_folding", "batch_norm", "blocks")
+    assert PruneConfig(stage="prune", target=TargetConfig(macs=0.5), repair=["blocks"]).repair == ("blocks",)

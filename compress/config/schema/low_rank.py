@@ -10,6 +10,7 @@ from compress.config.schema.base import (
     Section,
     to_tuple,
 )
+from compress.config.schema.repair import BLOCKS, BlockRepair, check_block_repair
 from compress.config.schema.targets import RankTargetConfig
 from compress.config.schema.training import TrainingConfig, check_training
 
@@ -55,6 +56,10 @@ def check_alds_schemes(allocation: str, schemes: Schemes) -> None:
         raise ValueError(f"schemes must be of {', '.join(ALDS_SCHEMES)} where alds allocates ranks")
 
 
+def _to_repairs(value: object) -> object:
+    return ("batch_norm", BLOCKS) if value == BLOCKS else to_tuple(value)
+
+
 class TrpConfig(Section):
     """Settings of the method trp (trained rank pruning)."""
 
@@ -80,6 +85,12 @@ class LowRankConfig(Section):
     score_images: Count = Field(256, description="number of calibration images for errors of outputs")
     multiple_of: Count = Field(8, description="ranks are multiples of this if the layer is wide enough")
     exclude: Names = Field((), description="layers to leave dense; * matches any text")
+    repair: Annotated[tuple[Literal["batch_norm", "blocks"], ...], BeforeValidator(_to_repairs)] = Field(
+        ("batch_norm",),
+        description="repairs after the factorisation, each kept only if it lowers the validation loss; [] for none; "
+        "blocks alone stands for both",
+    )
+    block_repair: BlockRepair = None
     method: Literal["trp"] | None = Field(
         None,
         description="trp: training with projections of kernels to low rank at intervals; by default one factorisation",
@@ -93,6 +104,7 @@ class LowRankConfig(Section):
         return fill_schemes(values, "allocation")
 
     def _check_rules(self) -> None:
+        check_block_repair(self.repair, self.block_repair)
         if (self.relative_error is None) == (self.target is None):
             raise ValueError("must hold exactly one of relative_error, target")
         if self.allocation != "shared_error" and self.target is None:

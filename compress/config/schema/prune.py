@@ -29,6 +29,7 @@ from compress.config.schema.methods import (
     RegrowConfig,
     TppConfig,
 )
+from compress.config.schema.repair import CLOSED_FORM, BlockRepair, Repairs, check_block_repair
 from compress.config.schema.targets import TargetConfig
 from compress.config.schema.training import TrainingConfig, check_training
 
@@ -136,15 +137,16 @@ class CutConfig(Section):
         "squared",
     )
     refit_images: Count = Field(512, description="number of calibration images for the least-squares repair")
-    repair: Annotated[
-        tuple[Literal["scaling", "least_squares", "bias_folding", "batch_norm"], ...], BeforeValidator(to_tuple)
-    ] = Field(
-        ("scaling", "least_squares", "bias_folding", "batch_norm"),
+    repair: Repairs = Field(
+        CLOSED_FORM,
         description="repairs after pruning, each kept only if it lowers the validation loss; scaling applies to "
-        "criteria with factors for kept channels; [] for none",
+        "criteria with factors for kept channels; [] for none; blocks alone stands for all, with block reconstruction "
+        "as the last",
     )
+    block_repair: BlockRepair = None
 
     def _check_rules(self) -> None:
+        check_block_repair(self.repair, self.block_repair)
         if self.whole_networks is not None and self.allocation != "global":
             raise ValueError("allocation must be global where whole_networks is given")
         has_scores_alone = isinstance(self.criterion, TorchPruningConfig) or self.criterion in WITHOUT_ERRORS

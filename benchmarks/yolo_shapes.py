@@ -21,6 +21,7 @@ SHAPES = ("triangle", "square", "star")
 SPLITS = {"train": (600, 1), "val": (150, 2)}  # pictures, seed
 _ARROW = np.asarray([[0, -1], [0.8, 0.5], [0, 0.15], [-0.8, 0.5]])  # tip, right wing, notch, left wing
 _POINTS = np.asarray([[0, -1], [-0.8, 0.5], [0.8, 0.5], [0, 0.15]])  # tip, left, right, tail
+_WIDEST = 0.6  # turn of an arrow in radians
 _FINER = 4  # pictures are drawn larger, then reduced
 
 
@@ -58,7 +59,8 @@ def picture(
         if (np.hypot(taken[:, 0] - x, taken[:, 1] - y) < taken[:, 2] + radius).any():
             continue
         taken = np.concatenate([taken, [[x, y, radius]]])
-        label, angle = int(random.integers(len(kinds))), random.uniform(0, 2 * np.pi)
+        label, widest = int(random.integers(len(kinds))), _WIDEST if kinds == ("arrow",) else np.pi
+        angle = random.uniform(-widest, widest)
         turn = np.asarray([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         outline, points = (radius * (one @ turn) + [x, y] for one in (corners(kinds[label]), _POINTS))
         cover = Image.new("L", (side * _FINER, side * _FINER))

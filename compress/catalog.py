@@ -203,6 +203,7 @@ TASKS.declare_all("compress.tasks", (
 # Metrics that gates may name, by task and kind of limit. PERTURBED are those of the primary metric under perturbations.
 PERTURBED = ("noise", "corruptions", "shifted")
 _OF_IMITATION = {"max_drop": ("cosine",), "max_rise": ("distance",), "min": ("cosine",), "max": ("distance",)}
+_OF_DETECTION = tuple(f"{part}{name}" for part in ("", "mask_", "keypoint_") for name in ("map", "map50", "map75"))
 _NO_LIMITS: dict[str, tuple[str, ...]] = {"max_drop": (), "max_rise": (), "min": (), "max": ()}
 GATED: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {
@@ -218,8 +219,8 @@ GATED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "detection": {
         **_NO_LIMITS,
-        "max_drop": ("map", "map50", "map75", *PERTURBED, "worst_distribution"),
-        "min": ("map", "map50", "map75", *PERTURBED),
+        "max_drop": (*_OF_DETECTION, *PERTURBED, "worst_distribution"),
+        "min": (*_OF_DETECTION, *PERTURBED),
     },
     "regression": {
         **_NO_LIMITS,
@@ -241,7 +242,7 @@ GATED_WITHOUT_LABELS: dict[str, tuple[str, ...]] = {
 }
 SHARES = {
     "top1", "top5", "worst_class", "noise", "corruptions", "shifted", "worst_distribution", "calibration_error",
-    "excess_error", "churn", "miou", "pixel_accuracy", "map", "map50", "map75", "agreement",
+    "excess_error", "churn", "miou", "pixel_accuracy", "agreement", *_OF_DETECTION,
 }  # fmt: skip
 
 CRITERIA: Registry[Any] = Registry("criterion")

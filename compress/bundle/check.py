@@ -10,7 +10,7 @@ bytes are known to be those that were written.
                 .zip are, byte for byte, what would be written for this content
     signature   with --public-key: the manifest was signed with the private half of that key
     provider    ONNX Runtime computes on the execution provider asked for and has not fallen back to another
-    parity      the outputs on real images are those that were recorded, and so are as many classes as was promised
+    parity      the outputs on real images are those that were recorded, and a classifier's classes, as many as promised
     latency     the median latency keeps the promise in milliseconds; the model is opened anew up to six times
 
     exit code   0 all checks that could be made passed      1 a check failed         2 the command line is wrong
@@ -47,7 +47,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
-KIND, RUNTIME = "compress bundle", "onnxruntime"
+KIND, RUNTIME, CLASSIFICATION = "compress bundle", "onnxruntime", "classification"
 SCHEMA = 1
 MODEL, DESCRIPTION, SAMPLES = "model.onnx", "model.json", "samples.npz"
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -339,9 +339,11 @@ class Promises:
 
     Attributes:
         input: Name of the one input.
-        output: Name of the one output.
+        outputs: Names of the outputs; one of a classifier.
+        is_classifier: Whether the output has a value for each class.
         batch: Fixed batch size of the file, None where it is open.
         tolerance: Largest difference of an output from the recorded one.
+        relative: The same, as a share of the output's largest recorded value; the larger limit counts.
         min_agreement: Smallest share of images, in [0, 1], that must get the class that was recorded.
         limit_ms: Median latency that was promised; None without such a promise.
         measured_ms: Median latency where the model was verified; None where it was not measured.
@@ -356,11 +358,14 @@ class Promises:
             values = json.loads(data.decode("utf-8"))
             if values["schema"] != SCHEMA:
                 raise damaged(f"{DESCRIPTION} must have schema {SCHEMA}, got {values['schema']!a}")
-            (source,), (target,) = values["signature"]["inputs"], values["signature"]["outputs"]
-            self.input, self.output = _text(source["name"]), _text(target["name"])
+            (source,), targets = values["signature"]["inputs"], values["signature"]["outputs"]
+            self.input, self.outputs = _text(source["name"]), [_text(one["name"]) for one in targets]
+            self.is_classifier = values.get("task", CLASSIFICATION) == CLASSIFICATION
+            if not targets or (self.is_classifier and len(targets) > 1):
+                raise ValueError(f"{len(targets)} outputs")
             self.batch = source["shape"][0] if type(source["shape"][0]) is int else None
             promises, measured = values["promises"], values["measured"]
-            self.tolerance = _number(promises["tolerance"])
+            self.tolerance, self.relative = _number(promises["tolerance"]), _number(promises.get("relative", 0))
             self.min_agreement = _share(promises.get("min_agreement", 1.0))
             self.limit_ms = None if promises["max_latency_ms"] is None else _number(promises["max_latency_ms"])
             self.measured_ms = None if measured["latency_ms"] is None else _number(measured["latency_ms"])
@@ -407,8 +412,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def read_samples(data: bytes) -> dict[str, Any]:
-    """Return the arrays of `samples.npz`; inputs and expected outputs fit each other.
+def read_samples(data: bytes, outputs: int = 1) -> dict[str, Any]:
+    """Return the arrays of `samples.npz`; inputs and the expected values of that many outputs fit each other.
 
     Raises:
         Stop: The file is not as `compress bundle` writes it.
@@ -429,12 +434,17 @@ def read_samples(data: bytes) -> dict[str, Any]:
             arrays[name.partition(".")[0]] = numpy.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
         except Exception as error:  # numpy's reader raises types of every kind on a foreign header
             raise damaged(f"{SAMPLES} holds '{name}', which is no array of numbers: {ascii(error)[:100]}") from error
-    for name in ("inputs", "expected"):
+    for name in ("inputs", *(expected_name(place) for place in range(outputs))):
         if name not in arrays or arrays[name].ndim < 2 or len(arrays[name]) == 0:
             raise damaged(f"{SAMPLES} must hold an array '{name}' with a batch axis")
-    if len(arrays["inputs"]) != len(arrays["expected"]):
-        raise damaged(f"{SAMPLES} must hold as many outputs as inputs")
+        if len(arrays["inputs"]) != len(arrays[name]):
+            raise damaged(f"{SAMPLES} must hold as many outputs as inputs")
     return arrays
+
+
+def expected_name(place: int) -> str:
+    """Return the name of the expected values of an output: `expected`, `expected_1`, ..."""
+    return f"expected_{place}" if place else "expected"
 
 
 def _require_numpy() -> Any:
@@ -560,12 +570,13 @@ def open_session(model: bytes | str, promises: Promises, provider: str, threads:
     used = session.get_providers()[0]
     if used != provider:
         raise Stop("provider", f"{provider} was asked for, ONNX Runtime fell back to {used}", UNAVAILABLE)
-    for kind, name, given in (
-        ("input", promises.input, [one.name for one in session.get_inputs()]),
-        ("output", promises.output, [one.name for one in session.get_outputs()]),
+    for kind, names, given in (
+        ("input", [promises.input], [one.name for one in session.get_inputs()]),
+        ("output", promises.outputs, [one.name for one in session.get_outputs()]),
     ):
-        if given != [name]:
-            raise Stop("provider", f"{MODEL} must have the {kind} '{name}', it has {', '.join(given)}", DAMAGED)
+        if given != names:
+            wanted = "', '".join(names)
+            raise Stop("provider", f"{MODEL} must have the {kind} '{wanted}', it has {', '.join(given)}", DAMAGED)
     return session
 
 
@@ -576,7 +587,7 @@ def _is_nvidia(provider: str) -> bool:
 def timed_call(session: Any, promises: Promises, provider: str) -> Call:
     """Return what is timed: a call on inputs; on a GPU inputs and outputs stay there, as where it was verified."""
     if not _is_nvidia(provider):
-        return lambda inputs: session.run([promises.output], {promises.input: inputs})[0]
+        return lambda inputs: session.run(promises.outputs, {promises.input: inputs})[0]
     return _bound_call(session, promises, "cuda")
 
 
@@ -590,7 +601,8 @@ def _bound_call(session: Any, promises: Promises, device: str) -> Call:
         if not bound:
             bound.append(OrtValue.ortvalue_from_numpy(inputs, device, 0))
             binding.bind_ortvalue_input(promises.input, bound[0])
-            binding.bind_output(promises.output, device, 0)
+            for name in promises.outputs:
+                binding.bind_output(name, device, 0)
             binding.synchronize_inputs()
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()  # a clock stopped before that would time the start of the work
@@ -647,6 +659,35 @@ def check_parity(
     if min_agreement < 1:
         detail += f" (at least {100 * min_agreement:g} % must be)"
     return difference <= tolerance and same / len(inputs) >= min_agreement, detail, difference  # NaN is never within
+
+
+def check_each_output(
+    run: Call, samples: Mapping[str, Any], promises: Promises, tolerance: float, relative: float
+) -> tuple[bool, str, float]:
+    """Compare every output with its recorded values; return as `check_parity` does.
+
+    Args:
+        run: Call on inputs that returns all outputs.
+        samples: Arrays of `samples.npz`.
+        promises: Names of the outputs and the batch size.
+        tolerance: Largest difference that passes.
+        relative: The same, as a share of the output's largest recorded value; the larger limit counts.
+    """
+    numpy = _require_numpy()
+    inputs = samples["inputs"]
+    step = promises.batch or len(inputs)
+    parts = [run(inputs[numpy.arange(start, start + step) % len(inputs)]) for start in range(0, len(inputs), step)]
+    passes, told, largest = True, [], 0.0
+    for place, name in enumerate(promises.outputs):
+        got = numpy.concatenate([part[place] for part in parts])[: len(inputs)].astype(numpy.float64)
+        expected = samples[expected_name(place)].astype(numpy.float64)
+        if got.shape != expected.shape:
+            return False, f"output '{name}' must have shape {expected.shape}, got {got.shape}", math.inf
+        difference = float(numpy.abs(got - expected).max()) if got.size else 0.0
+        limit = max(tolerance, relative * float(numpy.abs(expected).max())) if got.size else tolerance
+        passes, largest = passes and difference <= limit, max(largest, difference)  # NaN is never within
+        told.append(f"{difference:.3g} in '{name}' (tolerance {limit:.3g})")
+    return passes, f"largest difference {', '.join(told)}, {_count(len(inputs), 'image')}", largest
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------
@@ -781,7 +822,7 @@ def run_checks(options: argparse.Namespace, outcome: Outcome) -> None:
     if options.public_key is not None:
         outcome.add("signature", "pass", check_signature(content, options.public_key))
     promises = Promises(content[DESCRIPTION])
-    samples = read_samples(content[SAMPLES])
+    samples = read_samples(content[SAMPLES], len(promises.outputs))
     if not promises.passed:
         named = ", ".join(promises.failed) or "a check that was required was not made"
         outcome.say(f"Warning: this model did not pass its verification: {named}. It was bundled all the same.")
@@ -819,11 +860,17 @@ def _check_outputs(
     session: Any, promises: Promises, samples: Mapping[str, Any], options: argparse.Namespace, outcome: Outcome
 ) -> None:
     def run(inputs: Any) -> Any:
-        return session.run([promises.output], {promises.input: inputs})[0]
+        return session.run(promises.outputs, {promises.input: inputs})
 
     tolerance = promises.tolerance if options.tolerance is None else options.tolerance
+    relative = promises.relative if options.tolerance is None else 0.0
     try:
-        is_same, detail, difference = check_parity(run, samples, promises.batch, tolerance, promises.min_agreement)
+        if promises.is_classifier:
+            is_same, detail, difference = check_parity(
+                lambda inputs: run(inputs)[0], samples, promises.batch, tolerance, promises.min_agreement
+            )
+        else:
+            is_same, detail, difference = check_each_output(run, samples, promises, tolerance, relative)
     except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
         lines = str(error).splitlines() or [type(error).__name__]
         raise Stop("parity", f"{MODEL} must run on its samples, ONNX Runtime says: {lines[0][:300]}", FAILED) from error

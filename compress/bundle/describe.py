@@ -19,6 +19,7 @@ from compress.onnx_file.io import is_half, is_quantized, read_metadata, read_sig
 from compress.report.model import Provenance, Report
 from compress.verification.other_runtimes import ROUNDED_WITHIN
 
+RELATIVE = 1e-4  # of the largest value of an output: a detector's are in pixels
 MIN_AGREEMENT_ROUNDED = 0.9  # one of 16 images, the default, may lie so near to a border that rounding decides
 _PROVIDER = "CPUExecutionProvider"  # available in every ONNX Runtime
 _FOLDERS = re.compile(  # of an absolute path: in quotes, where there may be spaces in it, or without them
@@ -35,7 +36,7 @@ def describe_model(
     Args:
         run: Run to bundle.
         proto: ONNX model of the run.
-        expected: (N, K) outputs of the model for the samples in the bundle.
+        expected: (N, ...) first output of the model for the samples in the bundle.
         licence: Licence of the model; None for the licence in the report of the run.
 
     Raises:
@@ -50,6 +51,7 @@ def describe_model(
     stated = provenance.licence.model_dump()
     return {
         "schema": SCHEMA,
+        **({} if run.is_classifier else {"task": run.task}),
         "name": run.name,
         "precision": precision,
         "signature": read_signature(proto).to_dict(),
@@ -57,7 +59,7 @@ def describe_model(
         "classes": list(metadata.classes),
         "metrics": _metrics(run.report),
         "verdict": without_folders(run.report.verdict.model_dump(), is_text=True),
-        "promises": _promises(run.verify, precision != "fp32", float(np.abs(expected).max())),
+        "promises": _promises(run, precision != "fp32", float(np.abs(expected).max())),
         "measured": _measured(run),
         "samples": len(expected),
         "licence": stated if licence is None else {**stated, "model": licence},
@@ -93,22 +95,26 @@ def _metrics(report: Report) -> dict[str, Any]:
     }
 
 
-def _promises(verify: dict[str, Any], is_rounded: bool, largest_output: float) -> dict[str, Any]:
+def _promises(run: FinishedRun, is_rounded: bool, largest_output: float) -> dict[str, Any]:
     """Return the limits of the verdict that another machine can check as well.
 
     Args:
-        verify: Settings of the stage `verify`.
+        run: Run to bundle.
         is_rounded: Whether the file rounds values, which differs between processors.
-        largest_output: Largest absolute expected output.
+        largest_output: Largest absolute expected output of a classifier.
     """
-    gates, ships = verify["gates"], verify["runtime"] == RUNTIME
-    rounded = {"tolerance": max(gates["parity"], ROUNDED_WITHIN * largest_output)}
+    gates, ships = run.verify["gates"], run.verify["runtime"] == RUNTIME
+    limits: dict[str, Any] = {"tolerance": gates["parity"]}
+    if not run.is_classifier:
+        limits["relative"] = ROUNDED_WITHIN if is_rounded else RELATIVE
+    elif is_rounded:
+        limits["tolerance"] = max(gates["parity"], ROUNDED_WITHIN * largest_output)
+    if run.is_classifier:
+        limits["min_agreement"] = MIN_AGREEMENT_ROUNDED if is_rounded else 1.0
     return {
-        "tolerance": gates["parity"],
-        **(rounded if is_rounded else {}),
-        "min_agreement": MIN_AGREEMENT_ROUNDED if is_rounded else 1.0,
+        **limits,
         "max_latency_ms": gates["max_latency_ms"] if ships else None,
-        "provider": verify["provider"] if ships else _PROVIDER,
+        "provider": run.verify["provider"] if ships else _PROVIDER,
     }
 
 

@@ -15,7 +15,9 @@ from compress.report.build import REPORT_SCHEMA
 from compress.report.details import Quality
 from compress.report.model import Report, read_report
 from compress.storage.digest import RecordDamaged, digest_evaluation, digest_file, read_json, read_record
+from compress.tasks import decoders
 from compress.tasks.classification import CLASSIFICATION
+from compress.tasks.detection import Detection
 
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
 
@@ -42,6 +44,32 @@ class FinishedRun:
     def name(self) -> str:
         """Name of the run."""
         return self.report.name
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.report.details.quality.task
+
+    @property
+    def is_classifier(self) -> bool:
+        """Return whether the output has a value for each class."""
+        return self.task == CLASSIFICATION.name
+
+    @property
+    def decoder(self) -> str | None:
+        """Name of the function that decodes a detector's outputs, if it is one of this package; else None."""
+        module, _, name = str(self._task_settings.get("postprocess") or "").partition(":")
+        return name if module == decoders.__name__ else None
+
+    @property
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Further arguments of that function."""
+        return dict(self._task_settings.get("kwargs") or {})
+
+    @property
+    def _task_settings(self) -> dict[str, Any]:
+        settings: Any = self.report.config.get("task") or {}
+        return settings if isinstance(settings, dict) else {}
 
     @property
     def has_passed(self) -> bool:
@@ -77,7 +105,7 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         ArtifactError: The folder is no run, the run is not finished, or a file differs from the one that the run wrote.
-        ConfigError: The task of the run is not classification.
+        ConfigError: The task of the run is neither classification nor detection.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -92,7 +120,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise ArtifactError(f"The run in '{folder}' must be finished, it has no report.json.", hint=again)
     report = _read_report(folder / "report.json", again)
     try:
-        _require_classifier(report.details.quality)
+        _require_task(report.details.quality)
         digests = _require_provenance(report, folder, again)
         model_files = {name: folder / name for name in digests if name.startswith(MODEL_FILE)}
         for name in digests:
@@ -110,12 +138,13 @@ def read_run(folder: Path) -> FinishedRun:
     return run
 
 
-def _require_classifier(quality: Quality) -> None:
-    """Refuse a run of another task: the check on the device supports only labels and top-1."""
-    if quality.task != CLASSIFICATION.name:
+def _require_task(quality: Quality) -> None:
+    """Refuse a run of another task: the check on the device supports classifiers and detectors."""
+    if quality.task not in (CLASSIFICATION.name, Detection.name):
         labels = "" if quality.is_labelled else " without labels"
         raise ConfigError(
-            f"A bundle must be of a classifier with labelled images, this run's task is {quality.task}{labels}.",
+            f"A bundle must be of a classifier or detector with labelled images, this run's task is "
+            f"{quality.task}{labels}.",
             hint="model.onnx in the run folder is the complete network.",
         )
 

@@ -12,6 +12,7 @@ from compress.report.formats import describe_speedup
 from compress.report.model import Check, Report
 from compress.verification.quantization_loss import AGREEMENT
 
+DECODER = "decode.py"
 _PRECISIONS = {
     "int8": " It is quantised to INT8: weights and activations are rounded to 8 bits. Each processor rounds in its own "
     "way, so outputs differ more between machines than those of a float file.",
@@ -44,8 +45,11 @@ def render_readme(run: FinishedRun, model: dict[str, Any], files: Sequence[str])
         rows=_list_rows(run.report),
         conditions=_describe_conditions(run.report, model["measured"]),
         quantization=_describe_quantization(run.report),
-        example=example(model),
-        geometry=_geometry(model["preprocessing"]),
+        example=example(model) if run.is_classifier else _example_of_detector(model, run),
+        geometry=_geometry(model["preprocessing"]) + _describe_letterbox(run.data.evaluation),
+        reading=_describe_reading(run),
+        decoder=DECODER if run.decoder else None,
+        is_classifier=run.is_classifier,
         files=files,
         samples=SAMPLES,
         licence=model["licence"],
@@ -54,20 +58,59 @@ def render_readme(run: FinishedRun, model: dict[str, Any], files: Sequence[str])
 
 def example(model: dict[str, Any]) -> str:
     """Return five lines of Python that classify the samples, run in the folder of the bundle."""
+    (target,) = model["signature"]["outputs"]
+    opened, call = _example_parts(model)
+    return f"{opened}print(session.run([{target['name']!r}], {call})[0].argmax(axis=1))\n"
+
+
+def _example_of_detector(model: dict[str, Any], run: FinishedRun) -> str:
+    """Return lines of Python that find the objects in the samples, run in the folder of the bundle."""
+    opened, call = _example_parts(model)
+    names = [target["name"] for target in model["signature"]["outputs"]]
+    outputs = f"outputs = dict(zip({names!r}, session.run({names!r}, {call})))\n"
+    if run.decoder is None:
+        return f"{opened}{outputs}print({{name: values.shape for name, values in outputs.items()}})\n"
+    further = "".join(f", {name}={value!r}" for name, value in run.decoder_arguments.items())
+    return (
+        f"from {Path(DECODER).stem} import {run.decoder}\n{opened}{outputs}"
+        f"for found in {run.decoder}(outputs, images.shape[1:3]{further}):\n"
+        '    print(found["labels"][:3], found["scores"][:3], found["boxes"][:3])\n'
+    )
+
+
+def _example_parts(model: dict[str, Any]) -> tuple[str, str]:
+    """Return the lines that read samples and open a session, and the inputs of its call."""
     wanted = model["preprocessing"]
-    (source,), (target,) = model["signature"]["inputs"], model["signature"]["outputs"]
+    (source,) = model["signature"]["inputs"]
     batch = source["shape"][0]
     picked = f"[:{batch}]" if isinstance(batch, int) else ""
     reversed_ = "[..., ::-1]" if wanted["channels"] == "BGR" else ""
     moved = ".transpose(0, 3, 1, 2)" if wanted["layout"] == "NCHW" else ""
     mean, std = list(wanted["mean"]), list(wanted["std"])
-    return (
+    lines = (
         "import numpy as np, onnxruntime as ort\n"
         f'images = np.load("{SAMPLES}")["images"]{picked}  # uint8 (N, H, W, C)\n'
         f"x = (images{reversed_} * np.float32({wanted['scale']!r}) - np.float32({mean})) / np.float32({std})\n"
         'session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n'
-        f"print(session.run([{target['name']!r}], {{{source['name']!r}: x{moved}}})[0].argmax(axis=1))\n"
     )
+    return lines, f"{{{source['name']!r}: x{moved}}}"
+
+
+def _describe_reading(run: FinishedRun) -> str:
+    """Return a sentence on the meaning of the outputs."""
+    if run.is_classifier:
+        return (
+            "The output has one value per class, the largest is the prediction; `model.json` has the names of the "
+            "classes where they are known."
+        )
+    if run.decoder:
+        return f"`{DECODER}` makes boxes [x0, y0, x1, y1] in pixels of `images` of the outputs; it needs numpy alone."
+    return "The outputs are decoded by your `task.postprocess`, which is no part of this bundle."
+
+
+def _describe_letterbox(source: Any) -> str:
+    size = getattr(source, "letterbox", None)
+    return "" if size is None else f", fitted into {size[0]} x {size[1]} keeping proportions, with borders of grey 114"
 
 
 def _introduce(run: FinishedRun, model: dict[str, Any]) -> str:
@@ -79,7 +122,8 @@ def _introduce(run: FinishedRun, model: dict[str, Any]) -> str:
         else f"**It did not pass its verification** ({run.unmet}), and was bundled all the same."
     )
     precision = _PRECISIONS.get(model["precision"], "")
-    about = f"An image classifier in ONNX, made smaller by compress.{precision} Input `{source['name']}`: {shape}."
+    kind = "An image classifier" if run.is_classifier else "An object detector"
+    about = f"{kind} in ONNX, made smaller by compress.{precision} Input `{source['name']}`: {shape}."
     return f"{about} {outcome}"
 
 
@@ -157,7 +201,7 @@ def _describe_quantization(report: Report) -> str:
             for stage, points, before, after in effects
             if points is not None and before is not None and after is not None
         ]
-        sentences.append(f"Effect of each part on top-1: {'; '.join(parts)}.")
+        sentences.append(f"Effect of each part on {report.details.quality.metric.label}: {'; '.join(parts)}.")
     return " ".join(sentences)
 
 

@@ -9,28 +9,30 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.bundle.check import build_archive
+from compress.bundle.check import build_archive, expected_name
 from compress.data.splits import Split
 from compress.errors import ConfigError
-from compress.verification.quality import check_labels, classifier_width, classify, image_input
+from compress.tasks.outputs import each
+from compress.verification.quality import check_labels, classifier_width, classify, image_input, respond
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 
 _BATCH = 16
 
 
-def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndarray]:
-    """Return sample images with their inputs, labels and expected outputs.
+def make_samples(path: Path, evaluation: Split, count: int, is_classifier: bool = True) -> dict[str, np.ndarray]:
+    """Return sample images with their inputs, expected outputs, and the labels of a classifier.
 
     Args:
         path: The .onnx file.
         evaluation: Evaluation split of at least one image.
         count: Number of images; all images of a smaller split. Rounded up to full batches for a fixed batch size.
+        is_classifier: Whether the network has one output with a value for each class.
 
     Returns:
-        images: (N, H, W, C) uint8, after resizing and cropping.
+        images: (N, H, W, C) uint8, after resizing and cropping, or fitted into a letterbox.
         inputs: (N, ...) float32, inputs of the network.
-        labels: (N,) int64.
-        expected: (N, K) float32, outputs of the network.
+        labels: (N,) int64 of a classifier.
+        expected: (N, ...) float32, first output of the network; `expected_1` and so on for further outputs.
 
     Raises:
         ModelError, NonFinite: The network is no classifier, or fails on an image.
@@ -38,19 +40,21 @@ def make_samples(path: Path, evaluation: Split, count: int) -> dict[str, np.ndar
     """
     with OnnxRuntime(path) as runtime:
         spec = image_input(runtime)
-        check_labels(evaluation, classifier_width(runtime))
+        if is_classifier:
+            check_labels(evaluation, classifier_width(runtime))
         fixed = spec.shape[0] if isinstance(spec.shape[0], int) else None
         split = evaluation.first(count)
         positions = np.arange(len(split) if fixed is None else -(-len(split) // fixed) * fixed) % len(split)
         images = split.read(positions)
         inputs = split.preprocessing.normalize(images)
         step = fixed or _BATCH
-        outputs = [classify(runtime, inputs[start : start + step]) for start in range(0, len(inputs), step)]
+        call = classify if is_classifier else respond
+        outputs = [each(call(runtime, inputs[start : start + step])) for start in range(0, len(inputs), step)]
     return {
         "images": np.ascontiguousarray(images),
         "inputs": inputs,
-        "labels": split.labels[positions],
-        "expected": np.concatenate(outputs),
+        **({"labels": split.labels[positions]} if is_classifier else {}),
+        **{expected_name(place): np.concatenate(parts) for place, parts in enumerate(zip(*outputs, strict=True))},
     }
 
 

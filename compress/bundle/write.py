@@ -8,13 +8,14 @@ from pathlib import Path
 from compress.bundle import check
 from compress.bundle.describe import describe_model, to_text
 from compress.bundle.finished_run import MODEL_FILE, FinishedRun, read_run
-from compress.bundle.readme import render_readme
+from compress.bundle.readme import DECODER, render_readme
 from compress.bundle.samples import make_samples, pack_arrays
 from compress.bundle.signing import sign
 from compress.data.from_config import Splits
 from compress.errors import ArtifactError, ConfigError, InternalError
 from compress.onnx_file.io import load_onnx
 from compress.storage.files import require_output, write_atomic
+from compress.tasks import decoders
 
 DEFAULT_SAMPLES = 16
 
@@ -89,8 +90,8 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
         As in `write_bundle`.
     """
     path = run.model_files[MODEL_FILE]
-    evaluation = Splits(run.data).evaluation
-    arrays = make_samples(path, evaluation, samples)
+    evaluation = Splits(run.data).evaluation  # the task does not change images
+    arrays = make_samples(path, evaluation, samples, run.is_classifier)
     proto = load_onnx(path)
     model = describe_model(run, proto, arrays["expected"], licence)
     if model["preprocessing"] != evaluation.preprocessing.to_dict():
@@ -102,6 +103,7 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
         check.SAMPLES: pack_arrays(arrays),
         "README.md": render_readme(run, model, sorted(run.model_files)).encode("utf-8", "replace"),
         "check.py": Path(check.__file__).read_bytes(),
+        **({DECODER: Path(decoders.__file__).read_bytes()} if run.decoder else {}),
     }
     return {**content, check.MANIFEST: check.build_manifest(content)}
 
@@ -143,7 +145,7 @@ def _prove(archive: bytes) -> None:
     try:
         content = check.read_archive(archive, "the bundle")
         check.check_integrity(content)
-        check.Promises(content[check.DESCRIPTION])
-        check.read_samples(content[check.SAMPLES])
+        promises = check.Promises(content[check.DESCRIPTION])
+        check.read_samples(content[check.SAMPLES], len(promises.outputs))
     except check.Stop as stop:
         raise InternalError(f"The bundle is not as its own check wants it: {stop.detail}.") from stop

@@ -44,22 +44,37 @@ class Variation:
         """Return boxes with the crop, mirroring and transforms of the images; boxes outside of the image are dropped.
 
         Args:
-            targets: For each image `boxes` (M, 4) [x0, y0, x1, y1] and `labels` (M,).
+            targets: For each image `boxes` (M, 4) [x0, y0, x1, y1], `labels` (M,), and any `polygons` or `keypoints`.
+                Mirrored key points keep their order: left is not exchanged with right.
         """
         moved = [self._boxes(target, place) for place, target in enumerate(targets)]
         return moved if self.transforms is None else self.transforms.of_boxes(moved)
 
     def _boxes(self, target: dict[str, Any], place: int) -> dict[str, Any]:
         height, width = self.size
-        boxes = target["boxes"].clone()
-        if self.top is not None and self.left is not None:
-            shift = [self.padding - int(self.left[place]), self.padding - int(self.top[place])]
-            boxes = boxes + boxes.new_tensor(shift + shift)
-        if self.mirrored is not None and bool(self.mirrored[place]):
-            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        corners = self._points(target["boxes"].reshape(-1, 2, 2), place)
+        boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
         boxes = boxes.clamp(min=boxes.new_zeros(4), max=boxes.new_tensor([width, height, width, height]))
         seen = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
+        result = {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
+        if "polygons" in target:
+            kept = [parts for parts, is_seen in zip(target["polygons"], seen.tolist(), strict=True) if is_seen]
+            result["polygons"] = [[self._points(one, place) for one in parts] for parts in kept]
+        if "keypoints" in target:
+            points = target["keypoints"][seen]
+            places = self._points(points[..., :2], place)
+            is_inside = ((places >= 0) & (places <= places.new_tensor([width, height]))).all(-1, keepdim=True)
+            result["keypoints"] = torch.cat([places, points[..., 2:] * is_inside], -1)
+        return result
+
+    def _points(self, points: Tensor, place: int) -> Tensor:
+        """Return (..., 2) points x, y of an image with its crop and mirroring."""
+        if self.top is not None and self.left is not None:
+            shift = [self.padding - int(self.left[place]), self.padding - int(self.top[place])]
+            points = points + points.new_tensor(shift)
+        if self.mirrored is not None and bool(self.mirrored[place]):
+            points = torch.stack([self.size[1] - points[..., 0], points[..., 1]], -1)
+        return points
 
     def _varied(self, values: Tensor, fill: int) -> Tensor:
         if self.top is None and self.mirrored is None:

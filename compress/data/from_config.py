@@ -271,7 +271,8 @@ def _read_annotated(source: Source, preprocessing: Preprocessing, task: Task, gr
     if isinstance(source, CocoSource):
         return read_coco(Path(source.coco), Path(source.images), preprocessing, grey, source.letterbox)
     if isinstance(source, YoloSource):
-        return read_yolo(Path(source.yolo), Path(source.images), preprocessing, grey, source.letterbox)
+        places = Path(source.yolo), Path(source.images)
+        return read_yolo(*places, preprocessing, grey, source.letterbox, source.polygons, source.keypoints or 0)
     if isinstance(source, UnlabelledSource):
         return read_unlabelled(Path(source.unlabelled), source.image_key, preprocessing, grey)
     assert isinstance(source, OwnSource)

@@ -82,6 +82,8 @@ class DrawnTransforms:
     def of_boxes(self, targets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return boxes with the transforms of the images; boxes outside of the crop are dropped.
 
+        Polygons and key points are left out.
+
         Args:
             targets: For each image `boxes` (M, 4) [x0, y0, x1, y1] and `labels` (M,).
         """
@@ -96,7 +98,8 @@ class DrawnTransforms:
         height, width = self.size
         moved = moved.clamp(min=moved.new_zeros(4), max=moved.new_tensor([width, height, width, height]))
         seen = (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
-        return {**target, "boxes": moved[seen], "labels": target["labels"][seen]}
+        others = {key: value for key, value in target.items() if key not in ("polygons", "keypoints", "masks")}
+        return {**others, "boxes": moved[seen], "labels": target["labels"][seen]}
 
     def _apply(self, value: Any, seed: int, with_values: bool = False) -> Any:
         """Transform one image, mask or set of boxes; only images are changed by policies and erasing."""

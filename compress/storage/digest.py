@@ -18,6 +18,7 @@ from compress.errors import ArtifactError
 _CHUNK_BYTES = 1 << 20
 _CONTENT_KEYS = ("arrays", "idx", "labels", "coco")
 _FOLDER_KEYS = ("folder", "masks", "images", "yolo")
+_ADDED = {"polygons": False, "keypoints": None}  # settings added since -> the default that digests leave out
 _PATH_KEYS = (*_CONTENT_KEYS, *_FOLDER_KEYS, "root", "unlabelled", "own")
 
 
@@ -70,6 +71,11 @@ def digest_evaluation(data: Mapping[str, Any]) -> str:
     return digest_value({"of": digest_data(data["train"]), **sizes})
 
 
+def without_added(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a source without the settings that were added later and have their default."""
+    return {key: value for key, value in source.items() if key not in _ADDED or value != _ADDED[key]}
+
+
 def digest_data(source: Mapping[str, Any]) -> str:
     """Return the digest of the content of an image source, independent of the paths of its files.
 
@@ -86,7 +92,7 @@ def digest_data(source: Mapping[str, Any]) -> str:
     Raises:
         ArtifactError: A file or folder is missing.
     """
-    parts: dict[str, Any] = {key: value for key, value in source.items() if key not in _PATH_KEYS}
+    parts = {key: value for key, value in without_added(source).items() if key not in _PATH_KEYS}
     for key in _CONTENT_KEYS:
         if source.get(key) is not None:
             parts[key] = digest_file(Path(source[key]))

@@ -36,6 +36,12 @@ _WORDS = {
     "map": "mAP",
     "map50": "mAP at 0.5",
     "map75": "mAP at 0.75",
+    "mask_map": "mask mAP",
+    "mask_map50": "mask mAP at 0.5",
+    "mask_map75": "mask mAP at 0.75",
+    "keypoint_map": "key point mAP",
+    "keypoint_map50": "key point mAP at 0.5",
+    "keypoint_map75": "key point mAP at 0.75",
     "rmse": "RMSE",
     "mae": "MAE",
 }

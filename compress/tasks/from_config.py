@@ -1,7 +1,7 @@
 """Task of a pipeline, from the `task` section of its file."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from compress.catalog import TASKS
@@ -42,7 +42,7 @@ def open_task(config: TaskConfig) -> Task:
     if config.ignore_index is not None:
         made["ignore_index"] = config.ignore_index
     if config.postprocess is not None:
-        made["postprocess"] = import_callable(config.postprocess, "Postprocess")
+        made["postprocess"] = partial(import_callable(config.postprocess, "Postprocess"), **config.kwargs)
     if config.loss is not None:
         what = f"Loss '{config.loss}'"
         made["loss"] = scalar(guarded(import_callable(config.loss, "Loss"), what), what)

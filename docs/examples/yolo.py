@@ -1,16 +1,19 @@
-"""A YOLO detector of ultralytics for compress: how it is built, and how it is trained after pruning."""
+"""YOLO networks of ultralytics for compress: how they are built, and how they are trained after pruning."""
 
-from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import DetectionModel
-
-
-def build(cfg="yolov8n.yaml", classes=80):
-    return DetectionModel(cfg, nc=classes, verbose=False)
+from ultralytics import YOLO
 
 
-def train(model, context, **settings):
-    place = {"project": str(context.folder), "name": "train", "exist_ok": True}
-    trainer = DetectionTrainer(overrides={"model": "yolov8n.yaml", **place, **settings})
-    trainer.model = model  # else the trainer builds the network anew, from that file
+def parts(cfg):  # classes of the network and of its trainer
+    return (yolo := YOLO(cfg)).task_map[yolo.task]
+
+
+def build(cfg, **kwargs):
+    return parts(cfg)["model"](cfg, verbose=False, **kwargs)
+
+
+def train(model, context, cfg, **settings):
+    place = {"model": cfg, "project": str(context.folder), "exist_ok": True}
+    trainer = parts(cfg)["trainer"](overrides={**place, **settings})
+    trainer.model = model  # else the trainer builds the network anew, from cfg
     trainer.train()
     return trainer.ema.ema.float()

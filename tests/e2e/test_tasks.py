@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from smallrun import Notes, World
 from taskworld import HERE, PREPROCESSING, make_task_world, seeded, values
 
+from compress.bundle.check import read_content
 from compress.errors import ConfigValueError, DataError
 from compress.onnx_file.io import load_onnx, read_signature
 
@@ -100,6 +101,15 @@ def test_detection_by_a_postprocess_and_a_loss_of_the_users_own(tmp_path: Path) 
     report, _ = _report(world, pipeline)
     assert 0.3 < report["baseline"]["quality"]["map50"] <= 1
     assert set(report["slim"]["quality"]) == {"map", "map50", "map75"}
+    packed = tmp_path / "detector.zip"
+    bundled = smallrun.call("bundle", str(world.runs / "tasked"), "-o", str(packed))
+    assert bundled.exit_code == 0, bundled.output
+    checked = smallrun.call("check", str(packed), "--repeats", "3")
+    assert checked.exit_code == 0, checked.output
+    assert re.search(r"pass +parity +largest difference 0 in '\w+' \(tolerance [0-9.e-]+\), 16 images", checked.output)
+    readme = read_content(packed)["README.md"].decode()
+    assert "An object detector in ONNX" in readme
+    assert "top-1" not in readme
 
 
 def test_a_task_and_a_data_set_of_the_users_own(tmp_path: Path) -> None:
@@ -117,7 +127,7 @@ def test_a_task_and_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     assert report["details"]["quality"]["metric"]["label"] == "within a tenth"
     refused = smallrun.call("bundle", str(world.runs / "tasked"), "-o", str(tmp_path / "m.zip"))
     assert refused.exit_code == 2
-    assert "must be of a classifier with labelled images, this run's task is own" in refused.stderr
+    assert "must be of a classifier or detector with labelled images, this run's task is own" in refused.stderr
     shutil.copytree(world.runs / "tasked", world.runs / "other")
     compared = smallrun.call(
         "report", *(str(world.runs / name) for name in ("tasked", "other")), "-o", str(tmp_path / "c")

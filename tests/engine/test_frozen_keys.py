@@ -20,7 +20,7 @@ from compress.config.load import load_pipeline
 from compress.cost.conditions import TableConditions
 from compress.engine import keys
 from compress.engine.keys import build_steps
-from compress.storage.digest import digest_value
+from compress.storage.digest import digest_value, without_added
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("pipelines", "tests/config/good")
@@ -134,7 +134,7 @@ def make_world(root: Path, patch: pytest.MonkeyPatch) -> World:
     patch.chdir(root / "cwd")
     patch.setenv("HOME", str(root / "home"))
     patch.setattr(keys, "version", lambda name: "1")
-    patch.setattr(keys, "digest_data", lambda source: digest_value(world.plain(dict(source))))
+    patch.setattr(keys, "digest_data", lambda source: digest_value(world.plain(without_added(source))))
     patch.setattr(keys, "digest_file", lambda path: path.relative_to(root).as_posix() if root in path.parents else "")
     patch.setattr(
         keys,

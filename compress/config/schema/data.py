@@ -86,6 +86,14 @@ class YoloSource(Section):
     yolo: FilePath = Field(description="path of the folder with the .txt files; an image without one has no box")
     images: FilePath = Field(description="path of the folder with the images")
     letterbox: Size | None = Field(None, description="[height, width] that images are fitted into, with grey borders")
+    polygons: bool = Field(False, description="true: a line is a class and the corners of a polygon: masks")
+    keypoints: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="number of key points behind each box, x, y or x, y, visibility"
+    )
+
+    def _check_rules(self) -> None:
+        if self.polygons and self.keypoints is not None:
+            raise ValueError("polygons must be left out beside keypoints")
 
 
 class UnlabelledSource(Section):

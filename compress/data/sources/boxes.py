@@ -1,6 +1,8 @@
 """Images with boxes: COCO's JSON, or one .txt file for each image as in YOLO.
 
 A target is {"boxes": (M, 4) float32 [x0, y0, x1, y1] in pixels of the prepared image, "labels": (M,) int64}.
+If asked for, it also has "polygons", for each object a list of (P, 2) float32 corners x, y, or "keypoints" (M, K, 3)
+float32 x, y and visibility.
 """
 
 import json
@@ -19,8 +21,9 @@ from compress.data.sources.image_files import open_picture, to_pixels
 from compress.errors import ArtifactError, DataError
 
 MOST_CATEGORY = 65_535
+_BOX_VALUES, _LEAST_CORNERS = 5, 3
 GREY = 114  # padding value of YOLO's networks
-Boxes = dict[str, np.ndarray]
+Boxes = dict[str, Any]
 
 
 def read_coco(
@@ -71,7 +74,13 @@ def read_coco(
 
 
 def read_yolo(
-    labels: Path, images: Path, preprocessing: Preprocessing, grey: bool, letterbox: tuple[int, int] | None
+    labels: Path,
+    images: Path,
+    preprocessing: Preprocessing,
+    grey: bool,
+    letterbox: tuple[int, int] | None,
+    polygons: bool = False,
+    keypoints: int = 0,
 ) -> AnnotatedSource:
     """Read pictures and .txt files of the same names, one relative "class x y width height" per line.
 
@@ -81,6 +90,8 @@ def read_yolo(
         preprocessing: As in `read_coco`.
         grey: Whether pictures are read with one channel.
         letterbox: As in `read_coco`.
+        polygons: Whether a line is a class and the corners of a polygon, whose bounding box is the box.
+        keypoints: Number of key points behind the box in each line, x, y or x, y, visibility; 0 for none.
 
     Raises:
         ArtifactError: A folder is missing, or no picture has a .txt file.
@@ -92,17 +103,31 @@ def read_yolo(
 
     def target(place: int, size: tuple[int, int]) -> Boxes:
         path, (height, width) = files[place], size
-        boxes, found = [], []
-        for label, x, y, w, h in _yolo_lines(path) if path.is_file() else ():
-            boxes.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
-            found.append(label)
-        return as_boxes(boxes, found)
+        lines = list(_yolo_lines(path, polygons, keypoints)) if path.is_file() else []
+        found = [label for label, _ in lines]
+        scale = np.asarray([width, height])
+        if polygons:
+            corners = [np.reshape(values, (-1, 2)) * scale for _, values in lines]
+            boxes = [[*one.min(0).tolist(), *one.max(0).tolist()] for one in corners]
+            return as_boxes(boxes, found) | {"polygons": [[one.astype(np.float32)] for one in corners]}
+        boxes = [
+            [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
+            for _, (x, y, w, h, *_) in lines
+        ]
+        if not keypoints:
+            return as_boxes(boxes, found)
+        points = np.zeros((len(lines), keypoints, 3), np.float32)
+        for row, (_, values) in zip(points, lines, strict=True):
+            given = np.reshape(values[4:], (keypoints, -1))
+            row[:, :2] = given[:, :2] * scale
+            row[:, 2] = given[:, 2] if given.shape[1] > 2 else (given > 0).any(1)
+        return as_boxes(boxes, found) | {"keypoints": points}
 
     return _source(pictures, target, (), preprocessing, grey, letterbox)
 
 
-def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
-    """Yield the class and the four relative coordinates of each line.
+def _yolo_lines(path: Path, polygons: bool, keypoints: int) -> Iterator[tuple[int, list[float]]]:
+    """Yield the class and the relative values of each line.
 
     Raises:
         DataError: A line has other content, or the file is no text.
@@ -115,14 +140,30 @@ def _yolo_lines(path: Path) -> Iterator[tuple[int, float, float, float, float]]:
         if not line.strip():
             continue
         try:
-            label, x, y, w, h = (float(value) for value in line.split()[:5])
-            if not label.is_integer() or not 0 <= label <= MOST_CATEGORY or not all(map(math.isfinite, (x, y, w, h))):
+            label, *values = (float(value) for value in line.split()[: None if polygons or keypoints else _BOX_VALUES])
+            if not label.is_integer() or not 0 <= label <= MOST_CATEGORY or not all(map(math.isfinite, values)):
+                raise ValueError(line)
+            if not _is_complete(len(values), polygons, keypoints):
                 raise ValueError(line)
         except ValueError as error:
+            wanted = _describe_line(polygons, keypoints)
             raise DataError(
-                f"'{path}' line {number} must be a class (0 to {MOST_CATEGORY}) and four shares, got '{line[:80]}'."
+                f"'{path}' line {number} must be a class (0 to {MOST_CATEGORY}) and {wanted}, got '{line[:80]}'."
             ) from error
-        yield int(label), x, y, w, h
+        yield int(label), values
+
+
+def _is_complete(count: int, polygons: bool, keypoints: int) -> bool:
+    """Return whether a line has the right number of values behind its class."""
+    if polygons:
+        return count % 2 == 0 and count >= _LEAST_CORNERS * 2
+    return count in ({4 + 2 * keypoints, 4 + 3 * keypoints} if keypoints else {4})
+
+
+def _describe_line(polygons: bool, keypoints: int) -> str:
+    if polygons:
+        return "x and y shares of at least three corners"
+    return f"four shares, then {keypoints} key points of 2 or 3 values" if keypoints else "four shares"
 
 
 def _category(value: Any) -> int:
@@ -160,7 +201,7 @@ def moved(target: Boxes, scale: tuple[float, float], shift: tuple[float, float],
     """Return boxes scaled, shifted and clipped to the borders of an image; boxes outside are dropped.
 
     Args:
-        target: Boxes, labels and any other arrays with an entry for each box.
+        target: Boxes and labels, and any polygons or key points.
         scale: Scale factors of rows and columns.
         shift: Shift of rows and columns in pixels, after scaling.
         size: (height, width) of the result.
@@ -168,7 +209,21 @@ def moved(target: Boxes, scale: tuple[float, float], shift: tuple[float, float],
     factors, shifts, ends = (np.asarray([x, y, x, y], np.float32) for y, x in (scale, shift, size))
     boxes = (target["boxes"] * factors + shifts).clip(0, ends)
     seen = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
+    result = {**target, "boxes": boxes[seen], "labels": target["labels"][seen]}
+    if "polygons" in target:
+        kept = (parts for parts, is_seen in zip(target["polygons"], seen, strict=True) if is_seen)
+        result["polygons"] = [[corners * factors[:2] + shifts[:2] for corners in parts] for parts in kept]
+    if "keypoints" in target:
+        result["keypoints"] = _moved_points(target["keypoints"][seen], factors[:2], shifts[:2], ends[:2])
+    return result
+
+
+def _moved_points(points: np.ndarray, factors: np.ndarray, shifts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return (M, K, 3) key points scaled and shifted; those outside of the image become invisible."""
+    places = points[..., :2] * factors + shifts
+    is_inside = ((places >= 0) & (places <= ends)).all(-1, keepdims=True)
+    moved: np.ndarray = np.concatenate([places, points[..., 2:] * is_inside], -1)
+    return moved
 
 
 def _source(

@@ -210,7 +210,8 @@ def _render(path: Path, scaffold: Scaffold, data: DataSurvey, model: ModelSurvey
 
 def _gates(data: DataSurvey, sizes: _Sizes) -> str:
     if not data.is_labelled:
-        return "      max: {churn: 0.05}    # share of images whose prediction changes"
+        agreement = 1 - max(0.05, sizes.drop)
+        return f"      min: {{agreement: {agreement:g}}}    # share of images with the baseline's class"
     images = "" if data.images is None else f"; {sizes.evaluation:,} images cannot tell smaller drops from none"
     points = f"{100 * sizes.drop:.0f} percentage point{'' if sizes.drop == 0.01 else 's'}"
     return f"      max_drop: {{top1: {sizes.drop:g}}}    # {points} of top-1{images if sizes.drop > 0.01 else ''}"

@@ -58,8 +58,8 @@ def usual_normalizations(is_grey: bool) -> list[Normalization]:
     if is_grey:
         chosen = [(_BYTE, _HALF, _HALF), (_BYTE, *_GREY), *shared]
         return [Normalization(*values, channels) for values in chosen]
-    chosen = [(_BYTE, *_IMAGENET), (_BYTE, _HALF, _HALF), *shared]
-    found = [Normalization(*values, channels) for values in chosen]
+    found = [Normalization(_BYTE, *_IMAGENET, channels)]
+    found += [Normalization(*values, channels) for values in ((_BYTE, _HALF, _HALF), *shared)]
     return [*found, *(replace(values, channels="BGR") for values in found[:1])]
 
 

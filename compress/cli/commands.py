@@ -557,7 +557,8 @@ def init(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Folder with train/ and test/, or of class folders, or of images; .npz files; a torchvision data set.",
+            help="Folder with train/ and test/, or of class folders, of images, or of images/ and masks/; .npz files; "
+            "files of MNIST; a torchvision data set.",
         ),
     ],
     model: Annotated[
@@ -584,11 +585,13 @@ def init(
     from compress.scaffold.template import Scaffold, write_pipeline
 
     shape = None if input_shape is None else _parse_shape(input_shape)
-    found = write_pipeline(out, Scaffold(data, model, weights, target_macs, shape), force)
     console = Console()
-    for sentence in found:
+    written = write_pipeline(out, Scaffold(data, model, weights, target_macs, shape), force, console)
+    for sentence in written.found:
         console.say(f"{sentence}.")
-    console.say(f"{out} is written; next: compress validate --deep {out}")
+    for warning in written.warnings:
+        console.warn(f"{warning.rstrip('.')}.")
+    console.say(f"{out} is written. Change the budget there if you like; next: compress run {out}")
 
 
 def _parse_budgets(text: str) -> list[float]:

@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.catalog import DETECTION, require_packages
 from compress.config.load import Pipeline
 from compress.config.paths import PRETRAINED, UNTRAINED
+from compress.config.rules.gates import require_known_metrics
 from compress.errors import CompressError, InternalError, NoSuchPlace
 from compress.model.artifacts import FactorySpec
 from compress.progress import Progress, SilentProgress
@@ -19,6 +20,7 @@ from compress.user_code import as_stage_error, import_callable
 
 if TYPE_CHECKING:  # imports torch
     from compress.data.from_config import Splits
+    from compress.data.splits import Split
     from compress.stages.load import Opened
 
 _DISAGREEMENT = 0.1  # share of images that two networks judge differently, for the resolution of a gate
@@ -94,6 +96,20 @@ def require_checkpoints(pipeline: Pipeline, factory: FactorySpec) -> None:
             load_checkpoint(factory, Path(stage["rewind_to"]))
 
 
+def require_metrics(pipeline: Pipeline, evaluation: "Split") -> None:
+    """Refuse gates on metrics that images without labels do not have.
+
+    Raises:
+        ConfigError: A gate names such a metric.
+    """
+    from compress.tasks.imitation import Imitation
+
+    task = evaluation.task
+    if isinstance(task, Imitation):
+        known = ["distance", "cosine", *(("agreement",) if task.chooses else ())]
+        require_known_metrics(pipeline.config, {"metrics": known})
+
+
 @contextmanager
 def _located(place: str) -> Iterator[None]:
     """Put a key path before the message of an error."""
@@ -114,6 +130,7 @@ class Finding:
         text: The problem, as a sentence.
         hint: Remedy, or None.
         exit_code: Exit code of the error; 0 for a warning.
+        error: The error itself; None for a warning.
     """
 
     section: str
@@ -121,6 +138,7 @@ class Finding:
     text: str
     hint: str | None = None
     exit_code: int = 0
+    error: CompressError | None = None
 
 
 def find_problems(pipeline: Pipeline, progress: Progress | None = None) -> list[Finding]:
@@ -167,8 +185,10 @@ class _Inspection:
             task.advance()
             has_weights = self._has_weights()
             task.advance()
-            if data is not None and len(counts) == 4 and has_weights:
-                self._open_network(data)
+            if data is not None and len(counts) == 4:
+                self._try("stages (verify)", lambda: require_metrics(self.pipeline, data.evaluation))
+                if has_weights:
+                    self._open_network(data)
             task.advance()
         if evaluation := counts.get("evaluation"):
             self._judge_gates(evaluation)
@@ -185,8 +205,16 @@ class _Inspection:
             if ours is None:
                 raise
         assert ours is not None
-        self.findings.append(Finding(section, "error", ours.message, ours.hint, ours.exit_code))
+        self._add(Finding(section, "error", ours.message, ours.hint, ours.exit_code, ours))
         return None
+
+    def _add(self, finding: Finding) -> None:
+        """Add a finding, or its section to that of the same problem of another split."""
+        for place, one in enumerate(self.findings):
+            if (one.text, one.hint) == (finding.text, finding.hint):
+                self.findings[place] = replace(one, section=_joined(one.section, finding.section))
+                return
+        self.findings.append(finding)
 
     def _open_data(self) -> "Splits":
         from compress.data.from_config import Splits
@@ -236,7 +264,18 @@ class _Inspection:
             opened = self._try("stages[0] (load)", lambda: LoadStage(config).open(ctx))
         self.findings += [Finding("stages[0] (load)", "warning", text) for text in listener.texts]
         if opened is not None:
+            self._judge_baseline(opened, data)
             self._find_groups(opened)
+
+    def _judge_baseline(self, opened: "Opened", data: "Splits") -> None:
+        """Warn about a classifier at chance level on some evaluation images, or with another order of classes."""
+        from compress.search.diagnosis import IMAGES, describe_baseline
+
+        config: Any = self.pipeline.config.stages[0]
+        if config.weights != UNTRAINED:
+            section, split = "stages[0] (load)", data.evaluation.first(IMAGES)
+            for text in self._try(section, lambda: describe_baseline(opened.module, split)) or ():
+                self._add(Finding(section, "warning", text))
 
     def _find_groups(self, opened: "Opened") -> None:
         from compress.checkpoint.rebuild import example_input
@@ -267,6 +306,18 @@ class _Inspection:
                 )
                 hint = f"Use {images_for(limit):,} images or more, or a limit of {math.ceil(100 * least) / 100:g}."
                 self.findings.append(Finding("stages (verify)", "warning", text, hint))
+
+
+def _joined(section: str, other: str) -> str:
+    """Return the names of two sections as one.
+
+    >>> _joined("data (train)", "data (validation)"), _joined("data (train)", "stages[0] (load)")
+    ('data (train, validation)', 'data (train), stages[0] (load)')
+    """
+    start, _, rest = section.rpartition(" (")
+    if start and other.startswith(f"{start} ("):
+        return f"{start} ({rest[:-1]}, {other[len(start) + 2 :]}"
+    return f"{section}, {other}"
 
 
 def images_for(limit: float) -> int:

@@ -37,6 +37,8 @@ from compress.networks.zoo import pretrained_state
 from compress.onnx_file.io import load_onnx, read_inputs, read_metadata
 from compress.onnx_import.importer import import_onnx
 from compress.search.context import Record, StageContext
+from compress.search.diagnosis import IMAGES as JUDGED
+from compress.search.diagnosis import describe_baseline
 from compress.search.export import check_export, export_present, try_rewrites
 from compress.search.teacher import LoadedTeacher
 from compress.search.validation import chance_warning, compare_with_evaluation, stated
@@ -99,6 +101,8 @@ class LoadStage:
             ctx.progress.note(UNTRAINED_NOTE)
         elif warning := chance_warning(metrics.quality[metric.name], ctx.data.evaluation):
             self._warn(ctx, warning)
+            for reason in describe_baseline(opened.module, ctx.data.evaluation.first(JUDGED))[1:]:
+                self._warn(ctx, reason)
         recipe = opened.recipe
         record = {
             "macs": metrics.macs,

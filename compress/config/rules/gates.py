@@ -1,6 +1,6 @@
 """Rules for gates: their metrics are those of the task, and limits of shares are no percentages."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compress.catalog import GATED, GATED_WITHOUT_LABELS, PERTURBED, SHARES, closest
@@ -19,6 +19,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "min": (0, 1),
     "max": (0, 1.5),
 }
+_OF_UNLABELLED = ("distance", "cosine", "agreement")
+_HINTED = {True: "min: {agreement: 0.95}", False: "max_drop"}
 _NO_SHARES = ("regression", "embedding")  # tasks whose primary metric is no share
 
 
@@ -55,27 +57,37 @@ def check_limits(document: Document, path: KeyPath, gates: GatesConfig, task: Ta
 
 
 def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> None:
-    """Check the gates of a task of the user's own, once the baseline was measured.
+    """Check gates against the metrics of the baseline: those of a user's task, or of images without labels.
 
     Args:
         config: A checked pipeline.
-        record: Record of its `load` stage, which lists the metrics of the task.
+        record: Record of its `load` stage, with the "metrics" of the baseline on the evaluation images.
 
     Raises:
-        ConfigValueError: A gate names a metric that the task does not have.
+        ConfigValueError: A gate names a metric that is not among them.
     """
-    known, verify = record.get("metrics"), config.stages[-1]
-    if config.task.own is None or not known or not isinstance(verify, VerifyConfig):
+    verify, task, known = config.stages[-1], config.task.name, record.get("metrics")
+    if not known or not isinstance(verify, VerifyConfig):
         return
-    for kind in ("max_drop", "max_rise", "min", "max"):
+    is_unlabelled = task is not None and set(known) <= set(_OF_UNLABELLED)
+    kind_of_metric = "evaluation images without labels" if is_unlabelled and task != "embedding" else "the task"
+    for kind in GATED_WITHOUT_LABELS:
         limits: Mapping[str, float] = getattr(verify.gates, kind)
-        allowed = [*known, *PERTURBED, "worst_distribution", "excess_error", *GATED_WITHOUT_LABELS[kind]]
         for name in limits:
-            if name not in allowed:
+            if not _is_measured(name, kind, known, task, is_unlabelled):
                 raise ConfigValueError(
-                    f"gates.{kind} must name metrics of the task ({', '.join(known)}), got '{name}'.",
-                    hint=closest(name, known),
+                    f"gates.{kind} must name metrics of {kind_of_metric} ({', '.join(known)}), got '{name}'.",
+                    hint=closest(name, list(known)) or f"gates.{_HINTED[is_unlabelled]}",
                 )
+
+
+def _is_measured(name: str, kind: str, known: Sequence[str], task: str | None, is_unlabelled: bool) -> bool:
+    """Return whether a metric of a gate can be measured where the baseline has the `known` ones."""
+    if name in known or name in (*PERTURBED, "worst_distribution", "excess_error"):
+        return True
+    if task is None:
+        return name in GATED_WITHOUT_LABELS[kind]
+    return not is_unlabelled and name in GATED[task][kind]
 
 
 def _unknown_metric(document: Document, path: KeyPath, task: str) -> Problem:

@@ -75,6 +75,7 @@ RANKS: dict[str, dict[str, Any]] = {
     "trp": {"method": "trp"},
 }
 FROM_SCRATCH = "random weights"
+UNMEASURED: dict[str, Any] = {"robustness": None, "resources": None}
 NOT_WHILE_LEARNING = (
     "stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms", "rewind_to", "rewind_epoch",
     "rewind_schedule", "own", "kwargs", "trained",
@@ -148,11 +149,12 @@ def pipeline_file(table: Table, kept: float, epochs: int, overrides: Sequence[st
     stages = [stage for stage in values["stages"] if epochs or stage["stage"] != "finetune"]
     for stage in stages:
         if stage["stage"] == "verify":
-            stage |= {"robustness": None, "resources": None, "gates": {"parity": 0.001}}
+            stage |= {"gates": {"parity": 0.001}, "warmup": 1, "repeats": 5}
+    stages = [_plain(stage) | (UNMEASURED if stage["stage"] == "verify" else {}) for stage in stages]
     name = f"{Path(table.pipeline).stem}-{kept:g}-{epochs}"
     path = folder / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**_plain(values), "stages": [_plain(stage) for stage in stages], "name": name}))
+    path.write_text(yaml.safe_dump({**_plain(values), "stages": stages, "name": name}))
     return path
 
 

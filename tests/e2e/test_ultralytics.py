@@ -1,5 +1,6 @@
 """YOLO networks of ultralytics through whole pipelines, where it is installed: the example of the documentation."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -106,8 +107,6 @@ TRAINING = {"imgsz": SIDE, "epochs": 1, "batch": 8, "workers": 0, "plots": False
 
 def ran(values: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run a pipeline in a folder, bundle and check it; return the checks of the verdict."""
-    import json
-
     monkeypatch.chdir(folder)
     shutil.copy(ROOT / "docs" / "examples" / "yolo.py", folder)
     sys.path.insert(0, str(folder))
@@ -122,6 +121,7 @@ def ran(values: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     (folder / "yolo.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     ended = call("run", "yolo.yaml")
     assert ended.exit_code in (0, 1, 6), ended.output
+    assert sorted(path.name for path in Path("runs").iterdir() if path.name[0] != ".") == ["yolo"]
     report = json.loads(Path("runs/yolo/report.json").read_text(encoding="utf-8"))
     bundled = call("bundle", "runs/yolo", "-o", "yolo.zip", "--allow-failed")
     assert bundled.exit_code == 0, bundled.output

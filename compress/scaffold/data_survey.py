@@ -144,7 +144,7 @@ def _survey_folder(path: Path) -> DataSurvey:
     if empty:
         raise DataError(
             f"Every class folder in '{path}' must hold an image, none in {', '.join(empty[:6])}.",
-            hint="Move folders that are no classes to another place.",
+            hint="Move folders that are no classes out of it.",
         )
     by_class = {name: sorted(_images(path / name)) for name in names}
     files = [file for members in by_class.values() for file in members] if names else sorted(_images(path))

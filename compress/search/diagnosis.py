@@ -74,7 +74,7 @@ def describe_baseline(module: nn.Module, split: Split) -> list[str]:
 
     Args:
         module: The network; its training flags are restored.
-        split: Evaluation images; of other tasks than classification nothing is said.
+        split: Evaluation images; other tasks than classification have no warnings.
     """
     if not isinstance(split.task, Classification):
         return []

@@ -183,6 +183,19 @@ def test_deep_validation_finds_every_problem_at_once(tmp_path: Path, monkeypatch
     assert call("validate", "broken.yaml").exit_code == 0, "without --deep only the file itself is looked at"
 
 
+def test_deep_validation_names_a_problem_of_several_splits_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "photos", 24)
+    assert call("init", "photos", *factory(tmp_path)).exit_code == 0
+    (tmp_path / "photos" / "notes").mkdir()
+    done = call("validate", "--deep", "pipeline.yaml")
+    assert done.exit_code == 4
+    assert done.stderr.count("must hold an image, none in notes.") == 1
+    assert "pipeline.yaml: data (train, calibration, validation, evaluation): Every class folder" in done.stderr
+
+
 def test_deep_validation_runs_the_network_and_finds_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     halves(tmp_path / "set")

@@ -70,8 +70,8 @@ def find_architecture(shapes: Shapes, classes: int | None) -> str:
         found += f" The nearest is {nearest[0]}, which differs in {', '.join(nearest[1][:_SHOWN])}{more}."
     raise ModelError(
         found,
-        hint="Name the network and its weights: compress init DATA file.py:build --weights FILE. file.py:build is a "
-        "function of yours that builds it; resnet18 and timm:NAME are networks of torchvision and timm.",
+        hint="Name the network besides its weights: file.py:build (a function of yours), resnet18 (torchvision) or "
+        "timm:NAME, with --weights FILE.",
     )
 
 

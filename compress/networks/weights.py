@@ -351,8 +351,8 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
         loaded = {key: value for key, value in loaded.items() if key not in COUNTERS}
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ArtifactError(
-            f"'{path}' must hold a state dict (names to tensors), directly or under one of "
-            f"{', '.join((*AVERAGES, *WRAPPERS))}."
+            f"'{path}' must hold a state dict (names to tensors), it holds {_contents(loaded)}.",
+            hint=f"A state dict may be nested under one of {', '.join((*AVERAGES, *WRAPPERS))}.",
         )
     for what, is_so in (
         ("dense", lambda v: v.layout == torch.strided),
@@ -362,6 +362,14 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
         if odd := [str(name) for name, value in loaded.items() if not is_so(value)]:
             raise ArtifactError(f"The tensors in '{path}' must be {what}, {some(odd)} is not.")
     return {str(name): value for name, value in loaded.items()}
+
+
+def _contents(loaded: Any) -> str:
+    """Describe an object that is no state dict."""
+    if not isinstance(loaded, Mapping):
+        return f"an object of type {type(loaded).__name__}"
+    odd = [f"{name} ({type(value).__name__})" for name, value in loaded.items() if not isinstance(value, Tensor)]
+    return f"{some(odd)} besides {len(loaded) - len(odd)} tensors" if odd else "no entries"
 
 
 def _is_filled(value: Any) -> bool:

@@ -21,7 +21,8 @@ _VALIDATIONS = ("val", "valid", "validation")
 _TESTS = ("test", "testing", "eval", "evaluation", *_VALIDATIONS)
 _PICTURES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "segmentations", "labels", "annotations")
-_BOXES = ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "instances_*.json", "annotations/*.json", "*coco*.json")
+_BOXES = ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "instances_*.json", "annotations/*.json", "*coco*.json",
+          "*annotations*.json")  # fmt: skip
 _TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
 _TORCHVISION = re.compile(r"[A-Z][A-Za-z0-9]*")
 _FEWEST = 4  # images of a class, one for each split
@@ -51,6 +52,8 @@ def survey_data(text: str) -> DataSurvey:
     if path.is_file():
         if path.suffix.lower() in _TABLES:
             raise _table_error(path)
+        if path.suffix.lower() in (".yaml", ".yml", ".json"):
+            raise _boxes_error(path, path)
         if path.suffix != ".npz":
             raise ConfigError(f"DATA must be a folder or an .npz file, got the file '{text}'.", hint=FORMS)
         return survey_array_file(path)
@@ -79,11 +82,15 @@ def _survey_torchvision(text: str) -> DataSurvey:
 def _require_no_boxes(path: Path) -> None:
     """Refuse boxes of YOLO's and COCO's formats, which need functions of the user."""
     for file in chain.from_iterable(path.glob(pattern) for pattern in _BOXES):
-        raise DataError(
-            f"'{path}' holds boxes, such as '{file}'. No pipeline can be written for a detector without its "
-            "postprocess function.",
-            hint="Start from the pipeline in docs/yolo.md (ultralytics) or in docs/tasks.md, section Detection.",
-        )
+        raise _boxes_error(path, file)
+
+
+def _boxes_error(path: Path, file: Path) -> DataError:
+    fact = f"'{path}' describes boxes." if file == path else f"'{path}' holds boxes, such as '{file}'."
+    return DataError(
+        f"{fact} No pipeline can be written for a detector without its postprocess function.",
+        hint="Start from the pipeline in docs/yolo.md (ultralytics) or in docs/tasks.md, section Detection.",
+    )
 
 
 def _table_error(path: Path) -> DataError:
@@ -130,13 +137,14 @@ def _survey_folder(path: Path) -> DataSurvey:
         raise _table_error(table)
     if len(names) == 1:
         raise DataError(
-            f"'{path}' must have a folder for each class, it has one folder with images: '{names[0]}'.", hint=FORMS
+            f"'{path}' must have a folder for each class, it has one folder with images: '{names[0]}'.",
+            hint=f"Images without classes are given by their own folder: {path / names[0]}. {FORMS}",
         )
     empty = sorted({entry.name for entry in _folders(path)} - set(names)) if names else []
     if empty:
         raise DataError(
             f"Every class folder in '{path}' must hold an image, none in {', '.join(empty[:6])}.",
-            hint="Move folders that are no classes to another place.",
+            hint="Move folders that are no classes out of it.",
         )
     by_class = {name: sorted(_images(path / name)) for name in names}
     files = [file for members in by_class.values() for file in members] if names else sorted(_images(path))

@@ -132,7 +132,7 @@ def write_pipeline(path: Path, scaffold: Scaffold, force: bool = False, progress
         _write_schema(path.parent / SCHEMA_FILE)
     except OSError as error:
         raise ConfigError(f"{path}: the pipeline file cannot be written: {error.strerror}.") from error
-    return Written(tuple(notes), (*data.notes, *_doubts(data), *warnings))
+    return Written(tuple(notes), (*data.notes, *_doubts(data, model), *warnings))
 
 
 def _parse(text: str, path: Path) -> Pipeline:
@@ -174,16 +174,22 @@ def _describe(data: DataSurvey) -> list[str]:
     return [f"{data.images:,} images ({sizes}) {kind}{own}"]
 
 
-def _doubts(data: DataSurvey) -> list[str]:
-    """Return a sentence if the evaluation images decide hardly anything."""
-    if data.images is None or data.task != "classification":
+def _doubts(data: DataSurvey, model: ModelSurvey) -> list[str]:
+    """Return sentences on evaluation images that decide hardly anything, and on outputs without images."""
+    if data.images is None or data.task != "classification" or not data.is_labelled:
         return []
-    sizes = _sizes(data)
+    sizes, doubts = _sizes(data), []
+    if model.classes is not None and data.classes is not None and model.classes > data.classes:
+        doubts = [
+            f"The network has {model.classes} classes, the data {data.classes}. The first outputs are taken for the "
+            "classes of the data, in the order of their names"
+        ]
     if sizes.drop <= _COARSE:
-        return []
+        return doubts
     return [
+        *doubts,
         f"{sizes.evaluation} evaluation images show drops of {100 * sizes.drop:.0f} percentage points and more. "
-        f"A gate of 5 points needs {images_for(0.05):,} images, one of 1 point {images_for(0.01):,}."
+        f"A gate of 0.05 needs {images_for(0.05):,} images, one of 0.01 {images_for(0.01):,}."
     ]
 
 

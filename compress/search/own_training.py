@@ -51,8 +51,8 @@ class TrainingContext:
     """Data, teacher and folder for the user's training loop.
 
     Attributes:
-        folder: Folder for checkpoints of the loop. It survives a kill, and the same call gets it again, until the
-            stage is finished.
+        folder: Absolute path of a folder for checkpoints of the loop. It survives a kill, and the same call gets it
+            again, until the stage is finished.
         seed: Seed of the pipeline.
         device: GPU if there is one, else the CPU.
     """
@@ -118,7 +118,7 @@ def train_by_user_code(artifact: TorchModel, reference: str, kwargs: Mapping[str
     train = import_callable(reference, "Training")
     what = f"Training '{reference}'"
     given = as_users_own(copy.deepcopy(artifact.module), example_input(artifact.signature)).train()
-    folder = ctx.folder / "own"
+    folder = (ctx.folder / "own").absolute()  # trainers put relative folders below a folder of their own
     folder.mkdir(exist_ok=True)
     context = TrainingContext(
         folder,

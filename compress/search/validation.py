@@ -108,7 +108,7 @@ def chance_warning(quality: float, evaluation: Split) -> str | None:
     return (
         f"The baseline is at chance level: {right} of {images} evaluation images are right, and {most} would be with "
         "the same answer for all of them. Check weights, data.preprocessing (mean, std, scale, channels) and the order "
-        "of the classes: every change of quality below is relative to this."
+        "of the classes. The change of quality in the verdict is relative to this baseline."
     )
 
 

@@ -208,7 +208,7 @@ class Task:
         found = []
         for got, want in zip(each(outputs), each(wanted), strict=True):
             if want.is_floating_point():
-                difference, size = (got - want).flatten(1), want.flatten(1)
+                difference, size = (got - want).reshape(len(want), -1), want.reshape(len(want), -1)
                 found.append(difference.square().sum(1) / size.square().sum(1).mean().clamp_min(1e-12))
         return torch.stack(found).mean(0)
 

@@ -121,7 +121,7 @@ def _scalars(split: Split) -> int:
 def _image_means(module: nn.Module, images: Tensor, directions: int) -> Tensor:
     """Return (N,) the mean singular value of each image."""
     images = images.detach().requires_grad_(True)
-    outputs = torch.cat([one.flatten(1).float() for one in each(run(module, images))], 1)
+    outputs = torch.cat([one.reshape(len(one), -1).float() for one in each(run(module, images))], 1)
     rows = []
     for direction in projection(outputs.shape[1], directions):
         total = (outputs @ direction).sum()  # images are independent: the gradient of a sum holds one row of each

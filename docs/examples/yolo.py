@@ -12,8 +12,7 @@ def build(cfg, **kwargs):
 
 
 def train(model, context, cfg, **settings):
-    place = {"model": cfg, "project": str(context.folder), "exist_ok": True}
-    trainer = parts(cfg)["trainer"](overrides={**place, **settings})
+    trainer = parts(cfg)["trainer"](overrides={"model": cfg, "project": str(context.folder), **settings})
     trainer.model = model  # else the trainer builds the network anew, from cfg
     trainer.train()
     return trainer.ema.ema.float()

@@ -119,7 +119,28 @@ def test_gates_that_name_no_metric_of_a_task_of_the_users_are_refused_after_load
     assert one.value.hint == "did you mean 'top1'?"
     require_known_metrics(config, {"metrics": ["top1", "top2"]})
     require_known_metrics(config, {})
-    require_known_metrics(world.load(world.values()).config, {"metrics": ["miou"]})
+    require_known_metrics(world.load(world.values()).config, {"metrics": ["top1", "top5"]})
     done = world.call("run", values, "--quiet")
     assert done.exit_code == 2
     assert "got 'top2'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gates", "metrics", "message"),
+    [
+        ({"max": {"churn": 0.05}}, ["distance", "cosine", "agreement"], "images without labels"),
+        ({"max_drop": {"top1": 0.05}}, ["distance", "cosine", "agreement"], "images without labels"),
+        ({"min": {"agreement": 0.9}}, ["top1", "top5"], "metrics of the task"),
+        ({"max_drop": {"noise": 0.1, "worst_class": 0.1}}, ["top1", "top5"], None),
+        ({"min": {"agreement": 0.9}, "max_drop": {"noise": 0.1}}, ["distance", "cosine", "agreement"], None),
+    ],
+)
+def test_gates_must_fit_evaluation_images_with_or_without_labels(world, gates, metrics, message):
+    values = world.values()
+    values["stages"][-1]["gates"] = gates
+    config = world.load(values).config
+    if message is None:
+        require_known_metrics(config, {"metrics": metrics})
+        return
+    with pytest.raises(ConfigValueError, match=message):
+        require_known_metrics(config, {"metrics": metrics})

@@ -677,7 +677,7 @@ def check_each_output(
     inputs = samples["inputs"]
     step = promises.batch or len(inputs)
     parts = [run(inputs[numpy.arange(start, start + step) % len(inputs)]) for start in range(0, len(inputs), step)]
-    passes, told, largest = True, [], 0.0
+    passes, described, largest = True, [], 0.0
     for place, name in enumerate(promises.outputs):
         got = numpy.concatenate([part[place] for part in parts])[: len(inputs)].astype(numpy.float64)
         expected = samples[expected_name(place)].astype(numpy.float64)
@@ -686,8 +686,8 @@ def check_each_output(
         difference = float(numpy.abs(got - expected).max()) if got.size else 0.0
         limit = max(tolerance, relative * float(numpy.abs(expected).max())) if got.size else tolerance
         passes, largest = passes and difference <= limit, max(largest, difference)  # NaN is never within
-        told.append(f"{difference:.3g} in '{name}' (tolerance {limit:.3g})")
-    return passes, f"largest difference {', '.join(told)}, {_count(len(inputs), 'image')}", largest
+        described.append(f"{difference:.3g} in '{name}' (tolerance {limit:.3g})")
+    return passes, f"largest difference {', '.join(described)}, {_count(len(inputs), 'image')}", largest
 
 
 # -- latency -----------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def _describe_reading(run: FinishedRun) -> str:
         )
     if run.decoder:
         return f"`{DECODER}` makes boxes [x0, y0, x1, y1] in pixels of `images` of the outputs; it needs numpy alone."
-    return "The outputs are decoded by your `task.postprocess`, which is no part of this bundle."
+    return "The outputs are decoded by your `task.postprocess`, which this bundle does not contain."
 
 
 def _describe_letterbox(source: Any) -> str:

@@ -189,7 +189,7 @@ def _doubts(data: DataSurvey, model: ModelSurvey) -> list[str]:
     return [
         *doubts,
         f"{sizes.evaluation} evaluation images show drops of {100 * sizes.drop:.0f} percentage points and more. "
-        f"A gate of 0.05 needs {images_for(0.05):,} images, one of 0.01 {images_for(0.01):,}."
+        f"A gate of 0.05 needs {images_for(0.05):,} images, one of 0.01 {images_for(0.01):,}.",
     ]
 
 

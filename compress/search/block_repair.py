@@ -63,7 +63,7 @@ def repair_blocks(
 
     records = apply_repairs(after.module, [(BLOCKS, reconstruct)], ctx)
     if results and not records:
-        ctx.progress.note("blocks: training lowered the error of no block; all are left as they were")
+        ctx.progress.note("blocks: training lowered the error of no block; all are unchanged")
     return [{**one, "blocks": [asdict(result) for result in results]} for one in records]
 
 

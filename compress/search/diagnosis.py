@@ -162,8 +162,10 @@ def is_shown_better(count: int, other: int, images: int) -> bool:
     from scipy.stats import binomtest
 
     gain = (count - other) / images
-    return count >= _LEAST_SHARE * images and gain >= _LEAST_GAIN and bool(
-        binomtest(count, images, other / images, alternative="greater").pvalue <= _SIGNIFICANCE
+    return (
+        count >= _LEAST_SHARE * images
+        and gain >= _LEAST_GAIN
+        and bool(binomtest(count, images, other / images, alternative="greater").pvalue <= _SIGNIFICANCE)
     )
 
 

@@ -193,7 +193,7 @@ def test_the_page_on_bundles_names_every_option_check_and_exit_code(capsys):
     for name in ("integrity", "signature", "provider", "parity", "latency"):
         assert f"| `{name}` |" in text
     assert f"| 1 | {MIN_AGREEMENT_ROUNDED:g}: " in text
-    assert f", or {100 * ROUNDED_WITHIN:g} % of the largest expected output" in text
+    assert f", or {100 * ROUNDED_WITHIN:g} % of a classifier's largest expected output" in text
 
 
 def test_the_commands_on_bundles_have_the_options_shown():

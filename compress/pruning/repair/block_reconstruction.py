@@ -75,7 +75,7 @@ def reconstruct_blocks(
     """Train blocks front to back and in place, each to return the outputs of the original block.
 
     An eighth of the images is held out of the training. A block whose error on them does not fall is trained again with
-    a quarter of the learning rate, then left as it was.
+    a quarter of the learning rate, then kept unchanged.
 
     Args:
         blocks: Blocks in the order of their calls; a block's inputs are computed after the blocks before it are

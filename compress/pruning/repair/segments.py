@@ -73,7 +73,7 @@ def find_segments(network: fx.GraphModule, example: Tensor) -> list[Segment]:
     """Divide a traced network into segments of about `LEAST_LAYERS` to `MOST_LAYERS` layers.
 
     A segment ends where the nodes behind it read one feature map alone, such as the output of a residual block. Where
-    `MOST_LAYERS` convolutions and linear layers come without such a place, it ends where the fewest are read.
+    `MOST_LAYERS` convolutions and linear layers come without such a feature map, it ends where the fewest are read.
 
     Args:
         network: A network with one input, in eval mode.

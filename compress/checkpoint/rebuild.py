@@ -19,7 +19,7 @@ from compress.lowrank.surgery import replace_structure
 from compress.model.adapter import example_input
 from compress.model.artifacts import FactorySpec, Signature
 from compress.model.modes import eval_mode
-from compress.model.recipe import Factorize, Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
+from compress.model.recipe import Factorize, MergeBlock, Narrow, Recipe, RemoveBlock, RemoveChannels, RemoveUnread
 from compress.networks.factories import call_factory
 from compress.networks.narrow_weights import load_narrow, require_same
 from compress.networks.normalize import prepare
@@ -30,7 +30,7 @@ from compress.networks.zoo import drop_auxiliary, timm_factory, torchvision_fact
 from compress.onnx_import.importer import build_imported
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.narrowing import find_removed, named_tensors
-from compress.pruning.surgery import remove_block, remove_channels
+from compress.pruning.surgery import merge_block, remove_block, remove_channels
 from compress.user_code import import_callable, import_path_of
 
 __all__ = [
@@ -208,6 +208,8 @@ def apply_edits(module: nn.Module, recipe: Recipe, example: Tensor) -> nn.Module
                 module = remove_channels(module, edit, example)
             elif isinstance(edit, RemoveBlock):
                 module = remove_block(module, edit)
+            elif isinstance(edit, MergeBlock):
+                module = merge_block(module, edit)
             elif isinstance(edit, Factorize):
                 replace_structure(module, edit)
             else:
@@ -237,11 +239,16 @@ def rewound(
         ArtifactError: The checkpoint cannot be read, or does not fit the network.
         ModelError: The factory fails.
         NonFinite: A weight is NaN or infinite.
-        StageError: The recipe factorises a layer: its factors are not part of the checkpoint.
+        StageError: The recipe factorises a layer or merges a block: the checkpoint has no weights for them.
         RebuildMismatch: The recipe does not fit the factory.
 
     Source: Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv:1912.05671.
     """
+    if merged := [edit.block for edit in recipe.edits if isinstance(edit, MergeBlock)]:
+        raise StageError(
+            f"Weights cannot be rewound through merged blocks, the recipe has merged {some(merged)}.",
+            hint="Set weights: inherited, or leave merges out.",
+        )
     if factorised := [edit.layer for edit in recipe.edits if isinstance(edit, Factorize)]:
         raise StageError(
             f"Weights cannot be rewound through a low-rank factorisation, the recipe has factorised "

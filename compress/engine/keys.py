@@ -174,7 +174,7 @@ _ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9
 _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
     "finetune": {"own": None, "kwargs": {}, "trained": None},
     "low_rank": {"repair": ["batch_norm"], "block_repair": None},
-    "prune": {"only": [], "limits": {}, "block_repair": None},
+    "prune": {"only": [], "limits": {}, "block_repair": None, "merge": False},
     "slim": {"only": [], "limits": {}, "block_repair": None},
 }
 

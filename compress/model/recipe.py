@@ -62,6 +62,28 @@ class RemoveBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeBlock:
+    """Replace a block by one convolution with a bias, `BLOCK.merged`, and perhaps a ReLU behind it.
+
+    Attributes:
+        block: Module path of the block.
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        kernel: Odd side length of the kernel; the padding keeps the size of the map, up to the stride.
+        stride: Stride of the block.
+        activation: "relu" or "none".
+    """
+
+    kind: ClassVar[str] = "merge_block"
+    block: str
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Factorize:
     """Replace a convolution or linear layer by a chain of smaller ones.
 
@@ -77,10 +99,11 @@ class Factorize:
     ranks: tuple[int, ...]
 
 
-Edit = RemoveUnread | Narrow | RemoveChannels | RemoveBlock | Factorize
+Edit = RemoveUnread | Narrow | RemoveChannels | RemoveBlock | MergeBlock | Factorize
 _EDITS: dict[str, type[Edit]] = {
-    edit.kind: edit for edit in (RemoveUnread, Narrow, RemoveChannels, RemoveBlock, Factorize)
+    edit.kind: edit for edit in (RemoveUnread, Narrow, RemoveChannels, RemoveBlock, MergeBlock, Factorize)
 }
+_NUMBERS = ("inputs", "outputs", "kernel", "stride")
 _OF_BASELINE = (RemoveUnread, Narrow)
 
 
@@ -145,6 +168,8 @@ def _parse_edit(entry: dict[str, Any]) -> Edit:
             values[key] = _whole_numbers(value)
         elif key == "modules":
             values[key] = _names(value)
+        elif key in _NUMBERS:
+            (values[key],) = _whole_numbers([value])
         elif not isinstance(value, str):
             raise TypeError(f"{key} must be text, got {value!r}")
     return edit(**values)

@@ -13,6 +13,7 @@ Such a correction is a guess, which the trial of the cut confirms or refutes (`t
 import argparse
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import CONVOLUTIONS, TRANSPOSED
 from compress.errors import UnsupportedLayer
-from compress.model.recipe import RemoveBlock, RemoveChannels
+from compress.model.recipe import MergeBlock, RemoveBlock, RemoveChannels
 from compress.model.tensors import held_tensors, own_attributes
 from compress.pruning.graph import ChannelGraph
 from compress.pruning.groups import BATCH_NORMS, INSTANCE_NORMS, LAYERS
@@ -321,12 +322,37 @@ def remove_block(module: nn.Module, edit: RemoveBlock) -> nn.Module:
     Raises:
         UnsupportedLayer: There is no such block.
     """
+    return _replaced(module, edit.block, nn.Identity(), "remove")
+
+
+def merge_block(module: nn.Module, edit: MergeBlock) -> nn.Module:
+    """Return a copy of `module` with the block replaced by one convolution, whose weights are 0.
+
+    Raises:
+        UnsupportedLayer: There is no such block.
+    """
+    layer = merged_layer(edit)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    parts = OrderedDict[str, nn.Module](merged=layer)
+    if edit.activation == "relu":
+        parts["activation"] = nn.ReLU()
+    return _replaced(module, edit.block, nn.Sequential(parts), "merge")
+
+
+def merged_layer(edit: MergeBlock) -> nn.Conv2d:
+    """Return the convolution that replaces a block, with arbitrary weights."""
+    return nn.Conv2d(edit.inputs, edit.outputs, edit.kernel, edit.stride, edit.kernel // 2)
+
+
+def _replaced(module: nn.Module, block: str, by: nn.Module, aim: str) -> nn.Module:
+    """Return a copy of a network with another module in the place of a block."""
     slim = copy.deepcopy(module)
-    parent_name, _, name = edit.block.rpartition(".")
+    parent_name, _, name = block.rpartition(".")
     try:
         parent = slim.get_submodule(parent_name)
         parent.get_submodule(name)
     except AttributeError as error:
-        raise UnsupportedLayer(f"The network must have a block '{edit.block}' to remove, it has none.") from error
-    setattr(parent, name, nn.Identity().train(parent.training))
+        raise UnsupportedLayer(f"The network must have a block '{block}' to {aim}, it has none.") from error
+    setattr(parent, name, by.train(parent.training))
     return slim

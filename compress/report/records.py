@@ -317,6 +317,7 @@ class PruneRecord(CutRecord):
     damage: str | None = None  # "sensitivity" where damages were measured
     groups: tuple[Group, ...] = ()  # in definition order
     removed_blocks: tuple[str, ...] = ()
+    merged_blocks: tuple[str, ...] = ()
 
     @property
     def targets(self) -> dict[str, Change]:

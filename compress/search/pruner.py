@@ -80,8 +80,13 @@ class Attempt:
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:
-        """Module paths of the removed blocks."""
+        """Module paths of the removed and merged blocks."""
         return self.prepared.shortened.removed
+
+    @property
+    def merged_blocks(self) -> tuple[str, ...]:
+        """Module paths of the blocks merged into one convolution."""
+        return self.prepared.shortened.merged
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class Pruner:
             "removed": shortened.removed,
             "weights": [weights_digest(shortened.whole), weights_digest(shortened.model.module)],
             "levels": None if surveyed is None else surveyed.levels,
+            **({"merged": shortened.merged} if shortened.merged else {}),
         }
         return digest_value(values)
 

@@ -43,7 +43,12 @@ def repairs_towards(
         ctx: Context of the stage, with the calibration images.
         refit_images: Number of images that the least-squares repair fits layers to.
     """
-    layers = frozenset(name for name, part in slim.named_modules() if isinstance(part, COUNTED))
+    known = dict(original.named_modules())
+    layers = frozenset(
+        name
+        for name, part in slim.named_modules()
+        if isinstance(part, COUNTED) and isinstance(known.get(name), COUNTED)
+    )
     closing = closing_layers(original, example) if "least_squares" in names else {}
     means: dict[str, Tensor] = {}
 

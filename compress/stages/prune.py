@@ -89,7 +89,8 @@ class PruneStage:
 
     def _shorten(self, artifact: TorchModel, ctx: StageContext) -> Iterable[Shortened]:
         config = self.config
-        return shorten(artifact, config.score_images, config.repair, ctx, config.refit_images)
+        images, refit_images = config.score_images, config.refit_images
+        return shorten(artifact, images, config.repair, ctx, refit_images, merges=config.merge)
 
     @property
     def _blocks_first(self) -> int:
@@ -107,7 +108,8 @@ class PruneStage:
         after = validation_quality(best.model.module, ctx)
         record = {
             **prune_record(artifact, best),
-            "removed_blocks": list(best.removed_blocks),
+            "removed_blocks": [name for name in best.removed_blocks if name not in best.merged_blocks],
+            "merged_blocks": list(best.merged_blocks),
             "block_trials": choice.block_trials,
             "residual_trials": choice.residual_trials,
             "whole_networks": choice.networks,
@@ -211,8 +213,9 @@ def _note_result(record: Record, best: Attempt, progress: Progress) -> None:
     has_factors = any(one.scales is not None for one in best.prepared.candidates)
     if "scaling" in repair and repair != CutConfig.model_fields["repair"].default and not has_factors:
         progress.note("repair: scaling was left out, as nothing found factors for the channels that it keeps")
-    cut, removed = len(best.selection.removed), len(best.removed_blocks)
+    cut, merged = len(best.selection.removed), len(best.merged_blocks)
+    removed, said = len(best.removed_blocks) - merged, f", {merged} merged" if merged else ""
     progress.note(
-        f"{cut} of {len(best.prepared.surveyed.groups)} channel groups cut, {removed} blocks removed: "
+        f"{cut} of {len(best.prepared.surveyed.groups)} channel groups cut, {removed} blocks removed{said}: "
         f"{record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
     )

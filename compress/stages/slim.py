@@ -136,7 +136,8 @@ class SlimStage:
         unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
         config = self.config
-        networks = Remembered(shorten(model, config.score_images, config.repair, ctx, config.refit_images))
+        images, refit_images, merges = config.score_images, config.refit_images, "merges" in config.moves
+        networks = Remembered(shorten(model, images, config.repair, ctx, refit_images, merges=merges))
         for share in (0.0, *(RANK_SHARES if has_ranks else ())):
             try:
                 one = self._with_share(model, networks, progress_made, share, found[0].cut if found else None, ctx)
@@ -207,9 +208,10 @@ class SlimStage:
         shared |= {"repair": without_blocks(self.config.repair), "block_repair": None}
         blocks: int | Literal["auto"] = 0
         if "blocks" in self.config.moves:
-            blocks = "auto" if alone is None else len(alone["removed_blocks"])
+            blocks = "auto" if alone is None else len(alone["removed_blocks"]) + len(alone["merged_blocks"])
         target = TargetConfig(**self._target(way, alone))
-        return PruneConfig(stage="prune", **shared | {"target": target, "blocks": blocks})
+        has_merges = "merges" in self.config.moves and blocks != 0
+        return PruneConfig(stage="prune", **shared | {"target": target, "blocks": blocks, "merge": has_merges})
 
     def _target(self, way: float, alone: Record | None = None) -> dict[str, float]:
         """Return the budget part of the way from the baseline to the target: the target's share to the power `way`.

@@ -28,7 +28,7 @@ from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
-from compress.model.recipe import Recipe, RemoveBlock, RemoveChannels
+from compress.model.recipe import MergeBlock, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress
 from compress.pruning.criteria.base import collect_gradients
 from compress.pruning.ranking.elimination import reader_statistics, removal_order
@@ -704,3 +704,37 @@ def test_blocks_alone_stands_for_all_repairs():
     config = PruneConfig(stage="prune", target=TargetConfig(macs=0.5), repair="blocks")
     assert config.repair == ("scaling", "least_squares", "bias_folding", "batch_norm", "blocks")
     assert PruneConfig(stage="prune", target=TargetConfig(macs=0.5), repair=["blocks"]).repair == ("blocks",)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, "auto"])
+def test_blocks_are_merged_within_the_budget(prune, blocks):
+    slim, record, listener = prune("residual", merge=True, blocks=blocks, target=TargetConfig(macs=0.45))
+    assert record["macs_after"] == count_macs(slim.module, nets.EXAMPLE) <= 0.45 * record["macs_before"]
+    taken = [*record["removed_blocks"], *record["merged_blocks"]]
+    if blocks != "auto":
+        assert len(taken) == blocks
+    edits = [edit for edit in slim.recipe.edits if isinstance(edit, RemoveBlock | MergeBlock)]
+    assert sorted(edit.block for edit in edits) == sorted(taken)
+    assert [edit.block for edit in edits if isinstance(edit, MergeBlock)] == record["merged_blocks"]
+    assert any("merged into one convolution" in text or "removed (loss" in text for text in listener.notes)
+    _hold_replay(slim, "residual")
+
+
+@pytest.mark.parametrize("name", ["chain", "depthwise"])
+def test_blocks_that_cannot_be_removed_are_merged(prune, name):
+    slim, record, _ = prune(name, merge=True, blocks=1, target=TargetConfig(macs=0.4), residual="cut")
+    assert len(record["merged_blocks"]) == 1
+    assert record["removed_blocks"] == []
+    _hold_replay(slim, name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"merge": True}, "blocks must be auto or a number of blocks where merge is true, got 0"),
+        ({"merge": True, "blocks": "joint"}, "where merge is true, got joint"),
+    ],
+)
+def test_merge_without_a_number_of_blocks_is_refused(settings, match):
+    with pytest.raises(ValidationError, match=match):
+        PruneConfig(stage="prune", target=TargetConfig(macs=0.5), **settings)

@@ -27,7 +27,7 @@ from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, UnsupportedLayer
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
-from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
+from compress.model.recipe import Factorize, MergeBlock, Recipe, RemoveBlock, RemoveChannels
 from compress.progress import SilentProgress, SilentTask
 from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity
 from compress.search.context import StageContext
@@ -161,6 +161,17 @@ def test_channels_alone_are_what_prune_does_and_ranks_alone_what_low_rank_does(r
     expected, by_prune = PruneStage(pruning.model_copy(update={"blocks": "auto"})).run(model, ctx)
     assert _same(shorter, expected)
     assert by_slim["steps"][0]["prune"]["block_trials"] == by_prune["block_trials"]
+
+
+def test_blocks_are_merged_where_merges_are_permitted(run):
+    slim, record = run("residual", moves=("channels", "blocks", "merges"), target=TargetConfig(macs=0.4))
+    (step,) = record["steps"]
+    edits = [edit.block for edit in slim.recipe.edits if isinstance(edit, RemoveBlock | MergeBlock)]
+    assert sorted(edits) == sorted(step["prune"]["removed_blocks"] + step["prune"]["merged_blocks"])
+    assert record["macs_after"] == count_macs(slim.module, nets.EXAMPLE) <= 0.4 * record["macs_before"]
+    _hold_replay(slim, "residual")
+    with pytest.raises(ValueError, match="moves must hold blocks where they hold merges"):
+        SlimConfig(stage="slim", target=TargetConfig(macs=0.4), moves=("channels", "merges"))
 
 
 def test_blocks_are_taken_out_once_for_all_shares(run):

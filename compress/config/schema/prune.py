@@ -167,6 +167,10 @@ class PruneConfig(CutConfig):
         description="number of residual blocks to remove first, by least damage; auto: the best number, or the choice "
         "of the method; joint: blocks and widths in one problem",
     )
+    merge: bool = Field(
+        False,
+        description="true: blocks may also be merged into one convolution, residual or not; blocks counts both",
+    )
     method: Annotated[str, registered(METHODS)] | None = Field(
         None, description="training-time method that chooses the channels; by default scores choose them at once"
     )
@@ -209,6 +213,10 @@ class PruneConfig(CutConfig):
     def _check_rules(self) -> None:
         super()._check_rules()
         check_training(self.method, self.training)
+        if self.merge and self.blocks in (0, "joint"):
+            raise ValueError(f"blocks must be auto or a number of blocks where merge is true, got {self.blocks}")
+        if self.merge and self.method is not None:
+            raise ValueError("merge must be false where a method decides")
         if self.method is not None and self.blocks == "joint":
             raise ValueError("blocks must not be joint where a method decides by scores of its own")
         if self.method is not None and self.whole_networks is not None:
@@ -236,8 +244,9 @@ class SlimConfig(CutConfig):
     """Remove channels and residual blocks and factorise layers under one budget, in one or several steps."""
 
     stage: Literal["slim"]
-    moves: Annotated[tuple[Literal["channels", "blocks", "ranks"], ...], BeforeValidator(to_tuple)] = Field(
-        ("channels", "blocks", "ranks"), description="permitted edits; channels is required"
+    moves: Annotated[tuple[Literal["channels", "blocks", "merges", "ranks"], ...], BeforeValidator(to_tuple)] = Field(
+        ("channels", "blocks", "ranks"),
+        description="permitted edits; channels is required; merges lets blocks be merged into one convolution",
     )
     rank_allocation: RankAllocation = "shared_error"
     schemes: Schemes = SCHEMES
@@ -252,6 +261,8 @@ class SlimConfig(CutConfig):
     def _check_rules(self) -> None:
         super()._check_rules()
         check_alds_schemes(self.rank_allocation, self.schemes)
+        if "merges" in self.moves and "blocks" not in self.moves:
+            raise ValueError("moves must hold blocks where they hold merges")
         if "channels" not in self.moves:
             raise ValueError("moves must hold channels; for ranks alone there is the stage low_rank")
         given = list(self.target.given())

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,34 +186,42 @@ def with_rises(candidates: Candidates, rises: Sequence[Rise]) -> Candidates:
 
 
 def block_damage(
-    module: nn.Module, blocks: Sequence[str], loss_of: Callable[[nn.Module], float], progress: Progress
+    module: nn.Module,
+    blocks: Sequence[str],
+    loss_of: Callable[[nn.Module], float],
+    progress: Progress,
+    instead: Callable[[str, Tensor], Tensor] = lambda _block, inputs: inputs,
 ) -> dict[str, float]:
-    """Return block -> rise of the loss when that block is skipped.
+    """Return block -> rise of the loss when that block is skipped, or replaced.
 
     Args:
         module: Classifier; left unchanged.
         blocks: Module paths of removable blocks.
         loss_of: Network -> mean loss on labelled images outside of the evaluation split.
         progress: Receives progress by block.
+        instead: Takes a block and its input, and returns what the block then returns; by default its input.
     """
     with progress.task("loss without each block", len(blocks) + 1) as task:
         intact = loss_of(module)
         task.advance()
         damage = {}
         for name in blocks:
-            with _skipped(module.get_submodule(name)):
+            with _replaced(module.get_submodule(name), partial(instead, name)):
                 damage[name] = loss_of(module) - intact
             task.advance()
     return damage
 
 
 @contextmanager
-def _skipped(block: nn.Module) -> Iterator[None]:
-    """Let a block return its input."""
+def _replaced(block: nn.Module, instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a block return something else for its input."""
+    given: list[Tensor] = []
 
-    def pass_on(_block: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> Tensor:
-        unchanged: Tensor = inputs[0]
-        return unchanged
+    def remember(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given.append(inputs[0].clone())  # the block may change it in place
 
-    with hooked(after=[(block, pass_on)]):
+    def give(_block: nn.Module, _inputs: tuple[Any, ...], _output: Tensor) -> Tensor:
+        return instead(given.pop())
+
+    with hooked(before=[(block, remember)]), hooked(after=[(block, give)]):
         yield

@@ -96,7 +96,7 @@ def pipeline_of(kind: str, cfg: str, shapes: Path, trains: bool) -> dict[str, An
                 "stage": "verify",
                 "resources": None,
                 "repeats": 5,
-                "gates": {"max_drop": {given["metric"]: 0.9}, "max_macs": 10**12, "parity": 0.01},
+                "gates": {"max_drop": {given["metric"]: 0.9}, "max_macs": 10**12, "parity": 1.0},
             },
         ],
     }
@@ -130,6 +130,12 @@ def ran(values: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return {one["name"]: one for one in report["verdict"]["checks"]} | {"report": report}
 
 
+def assert_parity(checks: dict[str, Any]) -> None:
+    """Compare with the largest output: boxes of random weights are far outside of the picture."""
+    parity = checks["report"]["details"]["parity"]
+    assert parity["max_abs"] < 1e-4 * max(1.0, parity["largest_output"]), parity
+
+
 @pytest.mark.parametrize(
     ("kind", "cfg"),
     [
@@ -138,13 +144,14 @@ def ran(values: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -
         ("segment", "yolov8n-seg.yaml"),
         ("segment", "yolo11n-seg.yaml"),
         ("pose", "yolov8n-pose.yaml"),
+        ("detect", "yolo26n.yaml"),
     ],
 )
 def test_a_network_is_pruned_trained_verified_and_bundled(
     kind: str, cfg: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = ran(pipeline_of(kind, cfg, shapes, trains=True), tmp_path, monkeypatch)
-    assert checks["parity"]["status"] == "pass", checks["parity"]
+    assert_parity(checks)
     slim, baseline = checks["report"]["slim"], checks["report"]["baseline"]
     assert slim["macs"] < 0.72 * baseline["macs"]
     assert OF_TASK[kind]["metric"] in slim["quality"]
@@ -169,7 +176,7 @@ def test_a_network_is_pruned_and_exported_without_training(
     kind: str, cfg: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = ran(pipeline_of(kind, cfg, shapes, trains=False), tmp_path, monkeypatch)
-    assert checks["parity"]["status"] == "pass", checks["parity"]
+    assert_parity(checks)
     assert checks["report"]["slim"]["macs"] < 0.72 * checks["report"]["baseline"]["macs"]
 
 
@@ -190,5 +197,5 @@ def test_a_classifier_is_pruned_trained_verified_and_bundled(
     own["kwargs"]["data"] = str(place)
     verify["gates"]["max_drop"] = {"top1": 0.9}
     checks = ran(values, tmp_path, monkeypatch)
-    assert checks["parity"]["status"] == "pass", checks["parity"]
+    assert_parity(checks)
     assert Image.open(next((place / "val").rglob("*.png"))).size == (SIDE, SIDE)

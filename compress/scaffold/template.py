@@ -60,6 +60,7 @@ stages:
 _PATHS = ("arrays", "folder", "unlabelled", "idx", "labels", "images", "masks", "root")
 _RISE = 0.05  # share of the targets' spread that a regression's error may rise by
 _FEWEST_STEPS, _MOST_EPOCHS = 100, 20
+_MOST_DROP = 0.15  # limit of a drop, for any number of images
 _COARSE = 0.1  # drop that a gate should be able to show
 _IMAGENET_CLASSES = 1000
 _DISAGREEMENT = 0.1  # share of images that baseline and slim network judge differently, for the gate's resolution
@@ -184,11 +185,11 @@ def _doubts(data: DataSurvey, model: ModelSurvey) -> list[str]:
             f"The network has {model.classes} classes, the data {data.classes}. The first outputs are taken for the "
             "classes of the data, in the order of their names"
         ]
-    if sizes.drop <= _COARSE:
+    if sizes.shown <= _COARSE:
         return doubts
     return [
         *doubts,
-        f"{sizes.evaluation} evaluation images show drops of {100 * sizes.drop:.0f} percentage points and more. "
+        f"{sizes.evaluation} evaluation images show drops of {100 * sizes.shown:.0f} percentage points and more. "
         f"A gate of 0.05 needs {images_for(0.05):,} images, one of 0.01 {images_for(0.01):,}.",
     ]
 
@@ -220,6 +221,11 @@ class _Sizes:
 
     @property
     def drop(self) -> float:
+        """Limit of the accuracy drop: the shown one, as far as a drop is acceptable at all."""
+        return min(_MOST_DROP, self.shown)
+
+    @property
+    def shown(self) -> float:
         """Accuracy drop that the evaluation images can tell from none, at least one percentage point."""
         return max(0.01, math.ceil(100 * 1.96 * math.sqrt(_DISAGREEMENT / self.evaluation)) / 100)
 
@@ -285,6 +291,8 @@ def _gates(data: DataSurvey, sizes: _Sizes) -> str:
     if data.task == "segmentation":
         return f"      max_drop: {{miou: {sizes.drop:g}}}    # {points} of mIoU"
     images = "" if data.images is None else f"; {sizes.evaluation:,} images cannot tell smaller drops from none"
+    if sizes.drop < sizes.shown:
+        images = f"; {sizes.evaluation} images are too few to decide it"
     return f"      max_drop: {{top1: {sizes.drop:g}}}    # {points} of top-1{images if sizes.drop > 0.01 else ''}"
 
 

@@ -226,6 +226,51 @@ def sweep(
 
 @app.command()
 @guarded
+def search(
+    pipeline: PipelineFile,
+    between: Annotated[
+        str | None,
+        typer.Option("--between", metavar="LOW,HIGH", help="Range of the target's value; 0.1,1 for shares by default."),
+    ] = None,
+    most_runs: Annotated[int, typer.Option("--runs", min=1, help="Largest number of runs.")] = 7,
+    within: Annotated[
+        float, typer.Option("--within", min=0.001, help="Stop when the answer is known up to this share.")
+    ] = 0.05,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    runs_dir: RunsDir = Path("runs"),
+    junit: Junit = None,
+    json_file: JsonFile = None,
+    github_summary: Summary = False,
+) -> None:
+    """Find the smallest budget at which a pipeline passes its gates, by bisection."""
+    limits = _parse_range(between)
+    from compress.cli.ci import require_places, write_for_ci
+    from compress.config.load import load_pipeline
+
+    name = load_pipeline(pipeline, overrides or (), seed).config.name
+    require_places(junit, json_file, github_summary)
+    from compress.engine.budget_search import SearchLimits, search_budget  # imports torch
+
+    console = Console(quiet)
+    given = SearchLimits(limits, most_runs, within)
+    outcome = search_budget(pipeline, given, runs_dir, tuple(overrides or ()), seed, console)
+    tried = outcome.tried
+    console.print_table(f"Budgets of {tried.quantity}", tried.columns, tried.rows)
+    if outcome.best is None or outcome.verdict is None:
+        console.say(f"No budget of {tried.quantity} up to {max(one.budget for one in tried.runs):g} passes.")
+    else:
+        known = "" if outcome.failing is None else f"; {outcome.failing:g} does not pass"
+        console.say(f"Smallest that passes: {tried.quantity} {outcome.best.budget:g} ({outcome.best.run}){known}.")
+        write_for_ci(outcome.verdict, name, junit, json_file, github_summary)
+    console.note(f"Report: {outcome.folder / 'search.html'}")
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+@guarded
 def validate(
     pipelines: Annotated[list[Path], typer.Argument(metavar="PIPELINE...", help="Pipeline files (YAML).")],
     overrides: Overrides = None,
@@ -602,6 +647,23 @@ def _parse_budgets(text: str) -> list[float]:
     if not values or not all(0 < value < float("inf") for value in values):
         raise ConfigError(f"--budgets must be numbers above 0, such as 0.8,0.6,0.5, got '{text}'.")
     return values
+
+
+def _parse_range(text: str | None) -> tuple[float, float] | None:
+    """Read "0.2,0.9"; None stays None.
+
+    Raises:
+        ConfigError: It is not two positive numbers, the smaller one first.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low < high < float("inf"):
+        raise ConfigError(f"--between must be two numbers above 0, the smaller one first, got '{text}'.")
+    return low, high
 
 
 def _parse_input(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.config.load import Pipeline, load_pipeline
-from compress.engine.runner import run
+from compress.engine.runner import RunOutcome, run
 from compress.errors import (
     OUTCOME_EXIT_CODES,
     VERDICT_FAILED_EXIT_CODE,
@@ -73,20 +73,39 @@ def sweep(
     codes: set[int] = set()
     for budget, quantity, pipeline in pipelines:
         progress.note(f"== {quantity} {budget:g} ({len(results) + 1} of {len(pipelines)})")
-        result = SweepRun(budget, pipeline.config.name)
-        try:
-            outcome = run(pipeline, runs_dir, progress)
-        except BudgetUnreachable as error:
-            result = replace(result, error=error.message)
-            progress.warn(error.message)
-            codes.add(BudgetUnreachable.exit_code)
-        else:
-            result = replace(result, report=read_report(outcome.report))
-            codes.add(OUTCOME_EXIT_CODES[outcome.verdict.outcome])
+        result, outcome = run_at(pipeline, budget, runs_dir, progress)
+        codes.add(BudgetUnreachable.exit_code if outcome is None else OUTCOME_EXIT_CODES[outcome.verdict.outcome])
         results.append(result)
         whole = Sweep(name, quantity, tuple(results))
         write_sweep(whole, folder)
     return SweepOutcome(folder, whole, next((code for code in _FIRST if code in codes), 0))
+
+
+def run_at(pipeline: Pipeline, budget: float, runs_dir: Path, progress: Progress) -> tuple[SweepRun, RunOutcome | None]:
+    """Run a pipeline at one budget; the outcome is None if the budget cannot be met."""
+    result = SweepRun(budget, pipeline.config.name)
+    try:
+        outcome = run(pipeline, runs_dir, progress)
+    except BudgetUnreachable as error:
+        progress.warn(error.message)
+        return replace(result, error=error.message), None
+    return replace(result, report=read_report(outcome.report)), outcome
+
+
+def swept_target(pipeline: Pipeline) -> tuple[int, str, float]:
+    """Return the index of the first stage with a target, and the name and value of the target's first quantity.
+
+    Raises:
+        ConfigValueError: No stage has a target.
+    """
+    for index, stage in enumerate(pipeline.config.stages):
+        if (target := getattr(stage, "target", None)) is not None:
+            quantity, value = next(iter(target.given().items()))
+            return index, quantity, float(value)
+    raise ConfigValueError(
+        f"'{pipeline.path}' must have a stage with a target to be swept, it has none.",
+        hint="--set stages.prune.target.macs=0.5",
+    )
 
 
 def _at_budgets(
@@ -94,18 +113,7 @@ def _at_budgets(
 ) -> Iterator[tuple[float, str, Pipeline]]:
     """Yield each budget, the quantity that it limits and its pipeline, the largest budget first."""
     pipeline = load_pipeline(path, overrides, seed)
-    targets = [
-        (index, target.given())
-        for index, stage in enumerate(pipeline.config.stages)
-        if (target := getattr(stage, "target", None)) is not None
-    ]
-    if not targets:
-        raise ConfigValueError(
-            f"'{path}' must have a stage with a target to be swept, it has none.",
-            hint="--set stages.prune.target.macs=0.5",
-        )
-    index, given = targets[0]
-    quantity = next(iter(given))
+    index, quantity, _ = swept_target(pipeline)
     for budget in sorted(set(budgets), reverse=True):
         changes = [f"stages.{index}.target.{quantity}={budget:.12g}", f"name={pipeline.config.name}-{budget:.12g}"]
         yield budget, quantity, load_pipeline(path, [*overrides, *changes], seed)

@@ -76,11 +76,15 @@ class Sweep:
         name: Name of the pipeline.
         quantity: Quantity that the budgets limit, such as "latency".
         runs: Runs in order.
+        kind: "sweep", or "search" for a search of the smallest passing budget; the name of the files.
+        best: Run of the smallest passing budget; None for a sweep, and if no run passed.
     """
 
     name: str
     quantity: str
     runs: tuple[SweepRun, ...]
+    kind: str = "sweep"
+    best: str | None = None
 
     @property
     def reports(self) -> list[Report]:
@@ -112,10 +116,10 @@ class Sweep:
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of each run, as text."""
         before = None if self.baseline is None else self.baseline.quality.get(self.metric.name)
-        return [_make_row(run, before, len(self.columns)) for run in self.runs]
+        return [_make_row(run, before, len(self.columns), run.run == self.best) for run in self.runs]
 
 
-def _make_row(run: SweepRun, before: float | None, count: int) -> tuple[str, ...]:
+def _make_row(run: SweepRun, before: float | None, count: int, is_best: bool) -> tuple[str, ...]:
     budget, report = f"{run.budget:g}", run.report
     if report is None:
         return (budget, "not met", *[""] * (count - 2))
@@ -124,7 +128,7 @@ def _make_row(run: SweepRun, before: float | None, count: int) -> tuple[str, ...
     change = Change(before=before, after=after)
     return (
         budget,
-        report.verdict.outcome,
+        f"{report.verdict.outcome}, smallest" if is_best else report.verdict.outcome,
         format_metric(after, metric),
         describe_difference(change, metric),
         format_count(macs.after),
@@ -186,20 +190,21 @@ def describe_potential(potential: PrunePotential) -> str:
 
 
 def write_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write `sweep.json` and `sweep.html`; each file is complete or absent.
+    """Write `sweep.json` and `sweep.html`, or `search.json` and `search.html`; each file is complete or absent.
 
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(to_plain(sweep), folder / "sweep.json")
-    write_page(render_sweep(sweep), folder / "sweep.html")
+    write_json(to_plain(sweep), folder / f"{sweep.kind}.json")
+    write_page(render_sweep(sweep), folder / f"{sweep.kind}.html")
 
 
 def to_plain(sweep: Sweep) -> dict[str, Any]:
     """Return the content of `sweep.json`.
 
     Returns:
-        Keys schema, name, quantity, baseline (or None), runs, prune_potential (or None). Each run has budget, run,
+        Keys schema, name, quantity, baseline (or None), runs, prune_potential (or None); of a search also best, the
+        name of a run or None. Each run has budget, run,
         error, passed, outcome, macs, params, size_bytes, the primary metric under its name, latency_ms (p50), and
         speedup and fewer_macs against the baseline of that run. `metric` describes a primary metric other than top1.
     """
@@ -212,6 +217,7 @@ def to_plain(sweep: Sweep) -> dict[str, Any]:
         "runs": [_run_to_plain(run, metric) for run in sweep.runs],
         "prune_potential": None if potential is None else asdict(potential),
         **({} if metric == TOP1 else {"metric": metric.to_dict()}),
+        **({"best": sweep.best} if sweep.kind == "search" else {}),
     }
 
 
@@ -248,9 +254,9 @@ def render_sweep(sweep: Sweep) -> str:
     panel = Panel("speed-up over the baseline", points, more_is_better=True)
     return render(
         "sweep.html.j2",
-        f"{sweep.name}: sweep",
+        f"{sweep.name}: {sweep.kind}",
         sweep.name,
-        "compress sweep",
+        f"compress {sweep.kind}",
         sweep=sweep,
         front=plot_fronts("front", [panel], metric),
         rows=list(zip(sweep.runs, sweep.rows, strict=True)),

@@ -162,5 +162,5 @@ stages:
     config = parse_pipeline(text, tmp_path / "it.yaml").config
     with pytest.raises(ConfigValueError, match=r"\(map, map50\), got 'mask_map50'") as caught:
         require_known_metrics(config, {"metrics": ["map", "map50"]})
-    assert caught.value.hint == "data.evaluation: {yolo: ..., polygons: true} reads their labels"
+    assert caught.value.hint == "data.evaluation: {yolo or coco: ..., polygons: true} reads their labels"
     require_known_metrics(config, {"metrics": ["map", "map50", "mask_map50"]})

@@ -94,7 +94,7 @@ def _is_measured(name: str, kind: str, known: Sequence[str], task: str | None, i
 def _reader_of(name: str) -> str | None:
     """Return a hint at the setting that reads the labels of a metric; None for other metrics."""
     setting = next((setting for beginning, setting in _READ_BY.items() if name.startswith(beginning)), None)
-    return setting and f"data.evaluation: {{yolo: ..., {setting}}} reads their labels"
+    return setting and f"data.evaluation: {{yolo or coco: ..., {setting}}} reads their labels"
 
 
 def _unknown_metric(document: Document, path: KeyPath, task: str) -> Problem:

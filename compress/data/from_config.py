@@ -269,7 +269,8 @@ def _read_annotated(source: Source, preprocessing: Preprocessing, task: Task, gr
         fill = _mask_fill(task)
         return read_masks(Path(source.images), Path(source.masks), preprocessing, grey, 0 if fill is None else fill)
     if isinstance(source, CocoSource):
-        return read_coco(Path(source.coco), Path(source.images), preprocessing, grey, source.letterbox)
+        places = Path(source.coco), Path(source.images)
+        return read_coco(*places, preprocessing, grey, source.letterbox, source.polygons, source.keypoints or 0)
     if isinstance(source, YoloSource):
         places = Path(source.yolo), Path(source.images)
         return read_yolo(*places, preprocessing, grey, source.letterbox, source.polygons, source.keypoints or 0)

@@ -104,20 +104,22 @@ def _precisions(found: np.ndarray, count: int) -> np.ndarray:
     return values
 
 
-def mask_overlaps(found: Any, there: np.ndarray) -> np.ndarray:
+def mask_overlaps(found: Any, there: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
     """Return (M, G) the intersection over union of masks; few found masks are in memory at once.
 
     Args:
-        found: M masks of (H, W) bool: an array, or a sequence whose slices are arrays.
+        found: M masks of (H, W) bool: an array, or an object that returns arrays for arrays of positions.
         there: (G, H, W) bool.
+        places: Positions of the found masks that are compared, the others overlap with none; None for all.
     """
     overlaps = np.zeros((len(found), len(there)), np.float32)
     if overlaps.size == 0:
         return overlaps
     wanted = there.reshape(len(there), -1).astype(np.float32)
     areas = wanted.sum(1)
-    for start in range(0, len(found), _MASKS_AT_ONCE):
-        part = slice(start, start + _MASKS_AT_ONCE)
+    places = np.arange(len(found)) if places is None else places
+    for start in range(0, len(places), _MASKS_AT_ONCE):
+        part = places[start : start + _MASKS_AT_ONCE]
         masks = np.asarray(found[part])
         got = masks.reshape(len(masks), -1).astype(np.float32)
         shared = got @ wanted.T

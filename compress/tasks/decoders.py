@@ -86,8 +86,8 @@ class PrototypeMasks:
     def __len__(self) -> int:
         return len(self.coefficients)
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """Return the (n, height, width) bool masks of some objects."""
+    def __getitem__(self, part: slice | np.ndarray) -> np.ndarray:
+        """Return the (n, height, width) bool masks of the objects in a slice or at some positions."""
         coefficients, boxes = self.coefficients[part], np.ceil(self.boxes[part]).astype(np.int64)
         sums = np.tensordot(coefficients, self.prototypes, 1)
         masks = np.zeros((len(coefficients), *self.image_size), bool)

@@ -6,7 +6,7 @@ A box is [x0, y0, x1, y1] in pixels of the network's input image. The targets of
 Where targets and decoded objects both have masks or key points, their precision is measured beside that of the boxes:
 
     masks      targets: `polygons`, for each object a list of (P, 2) corners, or `masks` (M, H, W)
-               decoded: `masks` (M, H, W), or a sequence whose slices are such arrays
+               decoded: `masks` (M, H, W), or an object that returns such arrays for arrays of positions
     keypoints  targets: (M, K, 3) x, y, visibility      decoded: (M, K, 2 or 3) x, y
 """
 
@@ -113,7 +113,8 @@ class Detection(Task):
                 raise ModelError(
                     f"task.postprocess must return a mask for each of {len(labels)} boxes, got {len(masks)}."
                 )
-            overlaps = mask_overlaps(masks, _masks_of(target, self.image_size)) if len(possible) else overlaps
+            if len(possible):
+                overlaps = mask_overlaps(masks, _masks_of(target, self.image_size), possible)
             return match(overlaps, scores, labels, there), there
         points, boxes = np.asarray(target["keypoints"], np.float32), np.asarray(target["boxes"])
         is_unseen = points[..., 2].max(-1) <= 0

@@ -7,6 +7,7 @@ import pytest
 import smallrun
 from smallrun import Notes
 
+from compress.config.load import parse_pipeline
 from compress.config.rules.gates import require_known_metrics
 from compress.data.from_config import Splits
 from compress.engine.keys import build_steps
@@ -144,3 +145,22 @@ def test_gates_must_fit_evaluation_images_with_or_without_labels(world, gates, m
         return
     with pytest.raises(ConfigValueError, match=message):
         require_known_metrics(config, {"metrics": metrics})
+
+
+def test_gates_on_masks_need_labels_of_masks(tmp_path):
+    text = """
+name: it
+task: {name: detection, postprocess: "a:b"}
+data:
+  train: {yolo: labels, images: images}
+  evaluation: {yolo: labels, images: images}
+stages:
+  - {stage: load, model: {torchvision: ssd300_vgg16}, weights: w.pt}
+  - {stage: export}
+  - {stage: verify, gates: {max_drop: {mask_map50: 0.02}}}
+"""
+    config = parse_pipeline(text, tmp_path / "it.yaml").config
+    with pytest.raises(ConfigValueError, match=r"\(map, map50\), got 'mask_map50'") as caught:
+        require_known_metrics(config, {"metrics": ["map", "map50"]})
+    assert caught.value.hint == "data.evaluation: {yolo or coco: ..., polygons: true} reads their labels"
+    require_known_metrics(config, {"metrics": ["map", "map50", "mask_map50"]})

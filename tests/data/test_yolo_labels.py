@@ -1,5 +1,6 @@
-"""Polygons and key points of YOLO's text files, moved with their pictures."""
+"""Polygons and key points of YOLO's text files and of COCO's JSON, moved with their pictures."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from compress.config.schema.data import DataConfig, YoloSource
 from compress.data.augmentation import Variation
 from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
-from compress.data.sources.boxes import read_yolo
-from compress.errors import DataError
+from compress.data.sources.boxes import read_coco, read_yolo
+from compress.errors import ArtifactError, DataError
 from compress.storage.digest import digest_data
 from compress.tasks.average_precision import fill_polygons
 from compress.tasks.detection import Detection
@@ -107,3 +108,52 @@ def test_polygons_and_points_are_cropped_and_mirrored_with_their_images() -> Non
     assert found["polygons"][0][0].tolist() == [[10, 1], [6, 1], [8, 7]]
     assert found["keypoints"].tolist() == [[[10, 1, 2], [3, 7, 2]]]
     assert found["labels"].tolist() == [1]
+
+
+def coco(folder: Path, **changes: object) -> Path:
+    """Write a picture of 40 x 20 pixels (width, height), and COCO's JSON with one object."""
+    Image.new("RGB", (40, 20)).save(folder / "one.png")
+    object_ = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 5, 20, 10], "iscrowd": 0} | changes
+    crowd = {
+        "id": 2,
+        "image_id": 7,
+        "category_id": 3,
+        "bbox": [0, 0, 9, 9],
+        "iscrowd": 1,
+        "segmentation": {"counts": []},
+    }
+    content = {"images": [{"id": 7, "file_name": "one.png"}], "annotations": [object_, crowd], "categories": []}
+    (folder / "it.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder / "it.json"
+
+
+def test_polygons_and_points_of_coco(tmp_path: Path) -> None:
+    path = coco(tmp_path, segmentation=[[10, 5, 30, 5, 20, 15], [0, 0, 4, 0, 4, 4]], keypoints=[10, 5, 2, 0, 0, 0])
+    size = (80, 80)
+    (target,) = read_coco(path, tmp_path, PLAIN, False, size, polygons=True).read_targets(np.arange(1))
+    assert [one.tolist() for one in target["polygons"][0]] == [
+        [[20, 30], [60, 30], [40, 50]],
+        [[0, 20], [8, 20], [8, 28]],
+    ]
+    (target,) = read_coco(path, tmp_path, PLAIN, False, size, keypoints=2).read_targets(np.arange(1))
+    assert target["keypoints"].tolist() == [[[20, 30, 2], [0, 20, 0]]]
+    assert target["labels"].tolist() == [3]
+    path = coco(tmp_path)
+    (target,) = read_coco(path, tmp_path, PLAIN, False, size, keypoints=2).read_targets(np.arange(1))
+    assert target["keypoints"][..., 2].tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "wanted"),
+    [
+        ({"segmentation": {"counts": [1, 2]}}, {"polygons": True}, "must be polygons, got run lengths"),
+        ({"segmentation": [[1, 2, 3]]}, {"polygons": True}, "cannot reshape"),
+        ({}, {"polygons": True}, "KeyError: 'segmentation'"),
+        ({"keypoints": [1, 2, 2]}, {"keypoints": 2}, "keypoints must be 6 finite numbers, got 3"),
+    ],
+)
+def test_other_forms_of_coco_are_refused(
+    tmp_path: Path, changes: dict[str, object], settings: dict[str, int], wanted: str
+) -> None:
+    with pytest.raises(ArtifactError, match=f"must be JSON of the COCO form, got .*{wanted}"):
+        read_coco(coco(tmp_path, **changes), tmp_path, PLAIN, False, None, **settings)  # type: ignore[arg-type]

@@ -75,6 +75,9 @@ def test_overlaps_of_many_masks() -> None:
     found, there = random.random((40, 9, 7)) > 0.5, random.random((3, 9, 7)) > 0.5
     wanted = [[(one & other).sum() / (one | other).sum() for other in there] for one in found]
     assert mask_overlaps(found, there) == pytest.approx(np.asarray(wanted), abs=1e-6)
+    some = mask_overlaps(found, there, np.asarray([3, 30]))
+    assert some[[3, 30]] == pytest.approx(np.asarray(wanted)[[3, 30]], abs=1e-6)
+    assert (some != 0).any(1).nonzero()[0].tolist() == [3, 30]
     assert mask_overlaps(found, there[:0]).shape == (40, 0)
 
 

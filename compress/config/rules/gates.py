@@ -21,6 +21,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 _OF_UNLABELLED = ("distance", "cosine", "agreement")
 _HINTED = {True: "min: {agreement: 0.95}", False: "max_drop"}
+_READ_BY = {"mask_": "polygons: true", "keypoint_": "keypoints: K"}  # metrics of detection -> setting of their labels
 _NO_SHARES = ("regression", "embedding")  # tasks whose primary metric is no share
 
 
@@ -77,7 +78,7 @@ def require_known_metrics(config: PipelineConfig, record: Mapping[str, Any]) -> 
             if not _is_measured(name, kind, known, task, is_unlabelled):
                 raise ConfigValueError(
                     f"gates.{kind} must name metrics of {kind_of_metric} ({', '.join(known)}), got '{name}'.",
-                    hint=closest(name, list(known)) or f"gates.{_HINTED[is_unlabelled]}",
+                    hint=_reader_of(name) or closest(name, list(known)) or f"gates.{_HINTED[is_unlabelled]}",
                 )
 
 
@@ -87,7 +88,13 @@ def _is_measured(name: str, kind: str, known: Sequence[str], task: str | None, i
         return True
     if task is None:
         return name in GATED_WITHOUT_LABELS[kind]
-    return not is_unlabelled and name in GATED[task][kind]
+    return not is_unlabelled and name in GATED[task][kind] and not name.startswith(tuple(_READ_BY))
+
+
+def _reader_of(name: str) -> str | None:
+    """Return a hint at the setting that reads the labels of a metric; None for other metrics."""
+    setting = next((setting for beginning, setting in _READ_BY.items() if name.startswith(beginning)), None)
+    return setting and f"data.evaluation: {{yolo or coco: ..., {setting}}} reads their labels"
 
 
 def _unknown_metric(document: Document, path: KeyPath, task: str) -> Problem:

@@ -72,12 +72,25 @@ class MasksSource(Section):
     images: FilePath = Field(description="path of the folder with the images")
 
 
+KeyPoints = Annotated[int, Field(ge=1, le=1000)] | None
+
+
+def _check_one_kind(source: Any) -> None:
+    if source.polygons and source.keypoints is not None:
+        raise ValueError("polygons must be left out beside keypoints")
+
+
 class CocoSource(Section):
     """Images, and boxes in a JSON file of the COCO format."""
 
     coco: FilePath = Field(description="path of the JSON file")
     images: FilePath = Field(description="path of the folder with the images")
     letterbox: Size | None = Field(None, description="[height, width] that images are fitted into, with grey borders")
+    polygons: bool = Field(False, description="true: polygons of objects are read, for masks")
+    keypoints: KeyPoints = Field(None, description="number of key points of each object")
+
+    def _check_rules(self) -> None:
+        _check_one_kind(self)
 
 
 class YoloSource(Section):
@@ -87,13 +100,10 @@ class YoloSource(Section):
     images: FilePath = Field(description="path of the folder with the images")
     letterbox: Size | None = Field(None, description="[height, width] that images are fitted into, with grey borders")
     polygons: bool = Field(False, description="true: a line is a class and the corners of a polygon: masks")
-    keypoints: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="number of key points behind each box, x, y or x, y, visibility"
-    )
+    keypoints: KeyPoints = Field(None, description="number of key points behind each box, x, y or x, y, visibility")
 
     def _check_rules(self) -> None:
-        if self.polygons and self.keypoints is not None:
-            raise ValueError("polygons must be left out beside keypoints")
+        _check_one_kind(self)
 
 
 class UnlabelledSource(Section):

@@ -27,7 +27,13 @@ Boxes = dict[str, Any]
 
 
 def read_coco(
-    annotations: Path, images: Path, preprocessing: Preprocessing, grey: bool, letterbox: tuple[int, int] | None
+    annotations: Path,
+    images: Path,
+    preprocessing: Preprocessing,
+    grey: bool,
+    letterbox: tuple[int, int] | None,
+    polygons: bool = False,
+    keypoints: int = 0,
 ) -> AnnotatedSource:
     """Read pictures and their boxes from a JSON file in COCO format; labels are its category ids.
 
@@ -37,6 +43,8 @@ def read_coco(
         preprocessing: Preprocessing, whose geometric half is applied to pictures and boxes; not with a letterbox.
         grey: Whether pictures are read with one channel.
         letterbox: (height, width) that pictures are scaled and padded to; None to use `preprocessing` instead.
+        polygons: Whether the polygons of `segmentation` are read.
+        keypoints: Number of `keypoints` of each object, x, y, visibility; 0 for none.
 
     Raises:
         ArtifactError: A file is missing, or the JSON is not in COCO format.
@@ -45,14 +53,15 @@ def read_coco(
         content = json.loads(annotations.read_text(encoding="utf-8"))
         names = {_category(one["id"]): str(one["name"]) for one in content.get("categories", [])}
         files = [(int(one["id"]), images / one["file_name"]) for one in content["images"]]
-        of_image: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
+        of_image: dict[int, list[tuple[list[float], int, Any]]] = defaultdict(list)
         for one in content["annotations"]:
             if not one.get("iscrowd"):
                 x, y, width, height = (float(value) for value in one["bbox"])
                 if not all(map(math.isfinite, (x, y, width, height))):
                     raise ValueError(f"a box must be finite numbers, got {one['bbox']}")
                 label = _category(one["category_id"])
-                of_image[int(one["image_id"])].append(([x, y, x + width, y + height], label))
+                further = _coco_polygons(one) if polygons else _coco_points(one, keypoints) if keypoints else None
+                of_image[int(one["image_id"])].append(([x, y, x + width, y + height], label, further))
     except OSError as error:
         raise ArtifactError(f"'{annotations}' must be a readable file: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -66,11 +75,36 @@ def read_coco(
 
     def target(place: int, size: tuple[int, int]) -> Boxes:
         found = of_image[files[place][0]]
-        return as_boxes([box for box, _ in found], [label for _, label in found])
+        boxes = as_boxes([box for box, _, _ in found], [label for _, label, _ in found])
+        if polygons:
+            return boxes | {"polygons": [further for *_, further in found]}
+        points = (
+            np.asarray([further for *_, further in found], np.float32).reshape(-1, keypoints, 3) if keypoints else None
+        )
+        return boxes if points is None else boxes | {"keypoints": points}
 
     # a name for each id up to the largest, so that a label is an index
     classes = tuple(names.get(index, str(index)) for index in range(max(names, default=-1) + 1))
     return _source([path for _, path in files], target, classes, preprocessing, grey, letterbox)
+
+
+def _coco_polygons(annotation: dict[str, Any]) -> list[np.ndarray]:
+    """Return the (P, 2) polygons of an object."""
+    parts = annotation["segmentation"]
+    if not isinstance(parts, list):
+        raise ValueError("the segmentation of an object that is no crowd must be polygons, got run lengths")
+    corners = [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]
+    if not all(np.isfinite(one).all() for one in corners):
+        raise ValueError("corners of polygons must be finite numbers")
+    return corners
+
+
+def _coco_points(annotation: dict[str, Any], count: int) -> np.ndarray:
+    """Return the (K, 3) key points of an object; an object without them has none that is visible."""
+    points = np.asarray(annotation.get("keypoints") or np.zeros(3 * count), np.float32)
+    if points.size != 3 * count or not np.isfinite(points).all():
+        raise ValueError(f"keypoints must be {3 * count} finite numbers, got {points.size}")
+    return points.reshape(count, 3)
 
 
 def read_yolo(

@@ -21,7 +21,7 @@ def test_a_pipeline_is_searched_and_what_is_known_is_not_run_again(world: World)
     assert found["best"] == min(passing, key=lambda run: run["budget"])["run"]
     assert f"({found['best']})" in done.stdout
     assert "passed, smallest" in done.stdout
-    assert json.loads((world.folder / "v.json").read_text(encoding="utf-8"))["passed"] is True
+    assert json.loads((world.folder / "v.json").read_text(encoding="utf-8"))["verdict"]["passed"] is True
     assert "compress search" in (folder / "search.html").read_text(encoding="utf-8")
     again = world.call("search", values, "--runs", "3", "--between", "0.4,0.9")
     assert again.exit_code == 0

@@ -23,7 +23,6 @@ from compress.pruning.survival import surviving_channels
 from compress.search.context import Record, StageContext
 from compress.search.parts import Part, weights_digest
 from compress.search.repairs import apply_repairs
-from compress.training.memory_format import set_memory_format
 
 _PASS_BATCH = 32
 _MEMORY = 2 * 10**9
@@ -57,7 +56,6 @@ def repair_blocks(
     results: list[Reconstructed] = []
 
     def reconstruct(module: nn.Module) -> list[str]:
-        set_memory_format(module, torch.contiguous_format)
         results.extend(_reconstruct(module, before, edits, settings, ctx))
         return [one.name for one in results if one.is_kept]
 

@@ -14,6 +14,7 @@ import onnxslim
 import pytest
 import torch
 from exported import CLASSES, PREPROCESSING, SIGNATURE, exported, exported_with_report
+from fixtures import RecordingProgress
 from onnx import numpy_helper
 from torch import nn
 
@@ -27,21 +28,9 @@ from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signat
 from compress.model.recipe import Recipe
 from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import file_bytes, load_onnx, read_signature, read_sizes
-from compress.progress import SilentProgress
 from compress.search.context import StageContext
 from compress.stages.export import ExportStage
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
-
-
-class Notes(SilentProgress):
-    def __init__(self):
-        self.notes, self.warnings = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def warn(self, text):
-        self.warnings.append(text)
 
 
 class DependsOnValues(nn.Module):
@@ -102,7 +91,7 @@ def test_training_flags_survive_and_denormals_are_flushed(tmp_path):
 
 def test_stage_writes_two_files_with_fixed_batch_when_asked(tmp_path):
     config = ExportConfig(stage="export", opset=20, dynamic_batch=False, external_data=True)
-    progress = Notes()
+    progress = RecordingProgress()
     model, record = ExportStage(config).run(torch_model(nets.build("chain")), StageContext(tmp_path, 0, None, progress))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"] == record["files"]
     assert model.path == tmp_path / "model.onnx"
@@ -213,7 +202,7 @@ def test_wrong_simplification_is_not_kept(tmp_path, monkeypatch, damage, wording
 def test_stage_says_when_the_graph_was_not_simplified(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: onnx.load(exported("chain")))
     monkeypatch.setattr(onnxslim, "slim", lambda model, **_: _with_scaled_weight(model))
-    progress = Notes()
+    progress = RecordingProgress()
     context = StageContext(tmp_path, 0, None, progress)
     model, record = ExportStage(ExportConfig(stage="export")).run(torch_model(nets.build("chain")), context)
     assert record["simplified"] is False

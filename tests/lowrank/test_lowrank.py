@@ -9,6 +9,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from fixtures import RecordingProgress
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -367,16 +368,8 @@ def _artifact(module: nn.Module) -> TorchModel:
     )
 
 
-class _Notes(SilentProgress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def _run(module: nn.Module, folder: Path, **config: object) -> tuple[TorchModel, dict[str, object], list[str]]:
-    progress = _Notes()
+    progress = RecordingProgress()
     ctx = StageContext(folder, 0, _Data(), progress)  # type: ignore[arg-type]
     stage = LowRankStage(LowRankConfig(stage="low_rank", **config))  # type: ignore[arg-type]
     artifact, record = stage.run(_artifact(module), ctx)

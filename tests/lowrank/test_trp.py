@@ -2,10 +2,10 @@
 
 from types import SimpleNamespace
 
-import bright
 import nets
 import pytest
 import torch
+from fixtures import make_context, make_model, make_splits
 from torch import nn
 
 from compress.config.schema.low_rank import LowRankConfig, TrpConfig
@@ -84,7 +84,7 @@ def test_a_kernel_of_the_ranks_asked_for_is_left_as_it_is():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return bright.splits(tmp_path_factory.mktemp("data"))
+    return make_splits(tmp_path_factory.mktemp("data"), calibration=48, bright=True)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def run(data, tmp_path):
     """Run the stage on a tiny network; give what went in, the slim model, the record and what was said."""
 
     def call(name, folder="stage", **config):
-        artifact, (ctx, said) = bright.artifact(name, tmp_path), bright.context(tmp_path / folder, data)
+        artifact, (ctx, said) = make_model(name, tmp_path), make_context(tmp_path / folder, data)
         settings = {"target": RankTargetConfig(macs=0.6), "multiple_of": 1} | config
         slim, record = LowRankStage(LowRankConfig(stage="low_rank", **settings)).run(artifact, ctx)
         return SimpleNamespace(artifact=artifact, slim=slim, record=record, notes=said.notes, warnings=said.warnings)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning
-from bright import Listener
+from fixtures import RecordingProgress, make_model
 from smallrun import ROOT, World, make_world, statuses
 from steady import profile_by_macs
 from torch import nn
@@ -22,12 +22,10 @@ from compress.config.load import parse_pipeline
 from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig, UnlabelledSource
 from compress.config.schema.prune import PruneConfig, TorchPruningConfig
 from compress.config.schema.targets import TargetConfig
-from compress.cost.macs import count_macs, count_params
+from compress.cost.macs import count_macs
 from compress.data.from_config import Splits
 from compress.engine.keys import build_steps
 from compress.errors import CompressError, DataError, ModelError, NonFinite, UnsupportedLayer
-from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
-from compress.model.recipe import Recipe
 from compress.pruning.criteria import torch_pruning as adapter
 from compress.pruning.criteria.parameter_gradients import ParameterGradients, collect_parameter_gradients
 from compress.pruning.graph import ChannelGraph
@@ -385,15 +383,6 @@ def test_the_page_names_every_measure_and_setting():
 # -- in a pipeline ----------------------------------------------------------------------------------------------------
 
 
-def _model(tmp_path, name: str = "residual") -> TorchModel:
-    module = nets.build(name)
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    signature = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
-    baseline = Baseline(figures, tmp_path / "baseline.onnx", tmp_path / "baseline.safetensors")
-    return TorchModel(module, spec, Recipe(), signature, None, (), baseline)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "images.npz"
@@ -412,7 +401,9 @@ def _splits(source) -> Splits:
 def _prune(tmp_path, splits, criterion, **settings):
     config = PruneConfig(stage="prune", target=TargetConfig(macs=0.6), criterion=criterion, score_images=8, repair=(),
                          multiple_of=1, residual="cut", **settings)  # fmt: skip
-    return PruneStage(config).run(_model(tmp_path), StageContext(tmp_path, 0, splits, Listener()))
+    return PruneStage(config).run(
+        make_model("residual", tmp_path), StageContext(tmp_path, 0, splits, RecordingProgress())
+    )
 
 
 @pytest.mark.parametrize("name", ["tp_magnitude", "tp_fpgm", "tp_lamp", "tp_taylor", "tp_hessian", "tp_bn_scale",

@@ -1,26 +1,21 @@
 """Block reconstruction within a stage: which images it sees, what it is a part of, when it is rolled back."""
 
 import copy
-import shutil
 from dataclasses import replace
 
 import nets
-import numpy as np
 import pytest
 import torch
-from exported import PREPROCESSING, SIGNATURE, exported
+from exported import exported
+from fixtures import make_saved_model, make_splits
 from torch import fx
 
-from compress.checkpoint.rebuild import apply_edits, write_weights
-from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.prune import SlimConfig
 from compress.config.schema.repair import BlockRepairConfig
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
-from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
-from compress.data.from_config import Splits
-from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe, RemoveChannels
 from compress.onnx_import.importer import build_imported
 from compress.progress import SilentProgress
@@ -37,25 +32,7 @@ QUICK = BlockRepairConfig(images=48, steps=30, batch_size=8)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    random = np.random.default_rng(0)
-    np.savez(path, x=random.integers(0, 256, (96, 16, 16, 3), np.uint8), y=np.arange(96) % 4)
-    source = ArraysSource(arrays=str(path))
-    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
-    return Splits(
-        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
-    )
-
-
-def _model(name, folder, module=None):
-    path = folder / "baseline.onnx"
-    module = nets.build(name) if module is None else module
-    shutil.copy(exported(name), path)
-    write_weights(module, folder / "baseline.safetensors")
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    baseline = Baseline(figures, path, folder / "baseline.safetensors")
-    return TorchModel(module, spec, Recipe(), SIGNATURE, PREPROCESSING, (), baseline)
+    return make_splits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -72,7 +49,7 @@ def _halved(model):
 
 @pytest.mark.parametrize("name", ["residual", "chain"])
 def test_validation_loss_is_recorded_and_no_worse(ctx, name):
-    before = _model(name, ctx.folder)
+    before = make_saved_model(name, ctx.folder)
     after = _halved(before)
     start = float(image_losses(after.module, ctx.data.validation).mean())
     (record,) = block_repair.repair_blocks(before, after, ["blocks"], QUICK, ctx)
@@ -83,7 +60,7 @@ def test_validation_loss_is_recorded_and_no_worse(ctx, name):
 
 
 def test_nothing_is_done_unless_it_is_asked_for(ctx):
-    before = _model("residual", ctx.folder)
+    before = make_saved_model("residual", ctx.folder)
     after = _halved(before)
     state = copy.deepcopy(after.module.state_dict())
     assert block_repair.repair_blocks(before, after, ["least_squares", "batch_norm"], None, ctx) == []
@@ -91,7 +68,7 @@ def test_nothing_is_done_unless_it_is_asked_for(ctx):
 
 
 def test_blocks_that_raise_the_validation_loss_are_rolled_back(ctx, monkeypatch):
-    before = _model("residual", ctx.folder)
+    before = make_saved_model("residual", ctx.folder)
     after = _halved(before)
     state = copy.deepcopy(after.module.state_dict())
 
@@ -121,7 +98,7 @@ def test_images_come_from_calibration_then_from_train_and_never_from_validation(
 
 
 def test_fewer_images_are_used_where_memory_is_short(ctx, monkeypatch):
-    before = _model("residual", ctx.folder)
+    before = make_saved_model("residual", ctx.folder)
     counts = []
     images = block_repair._images
     monkeypatch.setattr(block_repair, "_MEMORY", 5 * 4 * 4 * 16 * 16 * 16)
@@ -132,7 +109,9 @@ def test_fewer_images_are_used_where_memory_is_short(ctx, monkeypatch):
 
 def test_low_rank_repairs_blocks(ctx):
     settings = {"target": RankTargetConfig(macs=0.5), "multiple_of": 1, "repair": "blocks", "block_repair": QUICK}
-    slim, record = LowRankStage(LowRankConfig(stage="low_rank", **settings)).run(_model("residual", ctx.folder), ctx)
+    slim, record = LowRankStage(LowRankConfig(stage="low_rank", **settings)).run(
+        make_saved_model("residual", ctx.folder), ctx
+    )
     assert [one["repair"] for one in record["repairs"]] == ["batch_norm", "blocks"]
     assert any(block["error_after"] < block["error_before"] for block in record["repairs"][-1]["blocks"])
     replayed = apply_edits(nets.build("residual", seed=3), slim.recipe, nets.EXAMPLE)
@@ -147,7 +126,7 @@ def test_slim_repairs_blocks_of_the_network_it_keeps_alone(ctx, monkeypatch):
         stage="slim", target=TargetConfig(macs=0.5), multiple_of=1, moves=("channels", "ranks"), score_images=16,
         repair="blocks", block_repair=QUICK,
     )  # fmt: skip
-    model = _model("residual", ctx.folder)
+    model = make_saved_model("residual", ctx.folder)
     slim, record = SlimStage(config).run(model, replace(ctx, teacher=BaselineTeacher(model)))
     assert len(calls) == 1
     (step,) = record["steps"]
@@ -160,7 +139,7 @@ def test_slim_repairs_blocks_of_the_network_it_keeps_alone(ctx, monkeypatch):
 def test_a_network_read_from_a_file_is_repaired_by_segments_of_its_graph(ctx):
     module = build_imported(exported("residual"))
     assert isinstance(module, fx.GraphModule)
-    before = _model("residual", ctx.folder, module)
+    before = make_saved_model("residual", ctx.folder, module)
     after = _halved(before)
     (record,) = block_repair.repair_blocks(before, after, ["blocks"], QUICK, ctx)
     assert len(record["blocks"]) >= 2

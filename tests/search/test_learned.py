@@ -5,11 +5,11 @@ import re
 import shutil
 from dataclasses import replace
 
-import bright
 import nets
 import pytest
 import torch
 from exported import exported
+from fixtures import make_context, make_model, make_splits
 from steady import profile_by_macs
 
 import compress.search.hooked_training as hooked
@@ -35,7 +35,7 @@ TRAINING = TrainingConfig(steps=90, batch_size=16, learning_rate=0.05, momentum=
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return bright.splits(tmp_path_factory.mktemp("data"))
+    return make_splits(tmp_path_factory.mktemp("data"), calibration=48, bright=True)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def learn(data, tmp_path):
     """Run `prune` with a method on a tiny network; give the slim model, the record and what was said."""
 
     def call(name, folder="stage", **config):
-        artifact, (ctx, listener) = bright.artifact(name, tmp_path), bright.context(tmp_path / folder, data)
+        artifact, (ctx, listener) = make_model(name, tmp_path), make_context(tmp_path / folder, data)
         settings = {"target": TargetConfig(macs=0.5), "multiple_of": 1, "training": TRAINING} | config
         stage = PruneStage(PruneConfig(stage="prune", **settings))
         slim, record = stage.run(artifact, ctx)
@@ -79,7 +79,7 @@ def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, meth
 @pytest.mark.parametrize("method", ["grda", "regrow", "tpp"])
 def test_a_latency_budget_is_met_by_widths_that_were_timed(data, tmp_path, monkeypatch, method):
     profile_by_macs(monkeypatch)
-    artifact, (ctx, listener) = bright.artifact("residual", tmp_path), bright.context(tmp_path / "stage", data)
+    artifact, (ctx, listener) = make_model("residual", tmp_path), make_context(tmp_path / "stage", data)
     shutil.copy(exported("residual"), artifact.baseline.onnx_path)
     ctx = replace(ctx, deploy=DeployConfig(batch_size=64), latency_tables=tmp_path / "tables")
     config = PruneConfig(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bright import Listener, artifact, context, splits
+from fixtures import RecordingProgress, make_context, make_model, make_splits
 from torch import nn
 
 import compress.search.parts as parts_module
@@ -22,7 +22,7 @@ from compress.stages.slim import SlimStage
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Splits:
-    return splits(tmp_path_factory.mktemp("data"))
+    return make_splits(tmp_path_factory.mktemp("data"), calibration=48, bright=True)
 
 
 class Counted:
@@ -45,9 +45,9 @@ class Counted:
 
 def prune(folder: Path, data: Splits, **config: Any) -> tuple[dict[str, torch.Tensor], Any]:
     folder.mkdir(exist_ok=True)
-    ctx, _ = context(folder, data)
+    ctx, _ = make_context(folder, data)
     settings = {"target": TargetConfig(macs=0.5), "multiple_of": 1, "score_images": 32, "blocks": "auto", **config}
-    model, record = PruneStage(PruneConfig(stage="prune", **settings)).run(artifact("residual", folder), ctx)
+    model, record = PruneStage(PruneConfig(stage="prune", **settings)).run(make_model("residual", folder), ctx)
     return model.module.state_dict(), (record, model.recipe.to_json())
 
 
@@ -85,11 +85,11 @@ def test_slim_makes_no_part_twice_and_goes_on(tmp_path: Path, data: Splits, monk
 
     def slim(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
         folder.mkdir(exist_ok=True)
-        ctx, _ = context(folder, data)
+        ctx, _ = make_context(folder, data)
         config = SlimConfig.model_validate(
             {"stage": "slim", "target": {"macs": 0.5}, "multiple_of": 1, "score_images": 32}
         )
-        model, record = SlimStage(config).run(artifact("residual", folder), ctx)
+        model, record = SlimStage(config).run(make_model("residual", folder), ctx)
         return model.module.state_dict(), (record, model.recipe.to_json())
 
     undisturbed = slim(tmp_path / "undisturbed")
@@ -109,9 +109,9 @@ def test_low_rank_goes_on(tmp_path: Path, data: Splits, monkeypatch: pytest.Monk
     counted = Counted(monkeypatch)
 
     def factorise(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
-        ctx, _ = context(folder, data)
+        ctx, _ = make_context(folder, data)
         values = {"stage": "low_rank", "relative_error": 0.4, "multiple_of": 1, "error_of": error_of}
-        model, record = LowRankStage(LowRankConfig.model_validate(values)).run(artifact("residual", folder), ctx)
+        model, record = LowRankStage(LowRankConfig.model_validate(values)).run(make_model("residual", folder), ctx)
         return model.module.state_dict(), (record, model.recipe.to_json())
 
     undisturbed = factorise(tmp_path / "undisturbed")
@@ -136,7 +136,7 @@ def test_other_settings_have_parts_of_their_own(tmp_path: Path, data: Splits, mo
 
 
 def test_a_part_comes_back_with_its_record_and_the_random_state(tmp_path: Path) -> None:
-    listener = Listener()
+    listener = RecordingProgress()
     parts = Parts(tmp_path, listener)
     tensors = {"a.b": torch.randn(2, 3), "count": torch.tensor(7), "empty": torch.zeros(0), "order": torch.arange(3)}
 
@@ -156,7 +156,7 @@ def test_a_part_comes_back_with_its_record_and_the_random_state(tmp_path: Path) 
 
 
 def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, Listener())
+    parts = Parts(tmp_path, RecordingProgress())
     parts.add({}, Part([1], {"a": torch.arange(4)}))
     (path,) = (tmp_path / FOLDER).iterdir()
     whole = path.read_bytes()
@@ -166,21 +166,21 @@ def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
     ]
     for damage in damages:
         path.write_bytes(damage(whole))
-        listener = Listener()
+        listener = RecordingProgress()
         assert Parts(tmp_path, listener).find({}) is None
         assert listener.warnings == ["A part of an interrupted run is damaged and is made again."]
 
 
 def test_of_several_processes_none_goes_on_from_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one of them finds another may not; they would no longer do the same."""
-    Parts(tmp_path, Listener()).add({}, Part([1]))
+    Parts(tmp_path, RecordingProgress()).add({}, Part([1]))
 
     class Two:
         size = 2
 
     monkeypatch.setattr(parts_module, "current_ranks", Two)
-    assert Parts(tmp_path, Listener()).find({}) is None
-    Parts(tmp_path, Listener()).add({"other": 1}, Part([1]))
+    assert Parts(tmp_path, RecordingProgress()).find({}) is None
+    Parts(tmp_path, RecordingProgress()).add({"other": 1}, Part([1]))
     assert len(list((tmp_path / FOLDER).iterdir())) == 1
 
 

@@ -1,7 +1,6 @@
 """Every criterion meets a budget in MACs and one in milliseconds; orders, errors and factors reach the cut network."""
 
 import copy
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -9,22 +8,20 @@ import nets
 import numpy as np
 import pytest
 import torch
-from bright import Listener
-from exported import SIGNATURE, exported
+from fixtures import RecordingProgress, make_saved_model, make_splits
 from steady import profile_by_macs
 from torch import nn
 
 from compress.catalog import CRITERIA, WITH_ERRORS, WITHOUT_ERRORS
-from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig, UnlabelledSource
+from compress.config.schema.data import DataConfig, PreprocessingConfig, UnlabelledSource
 from compress.config.schema.prune import PruneConfig
 from compress.config.schema.targets import TargetConfig
 from compress.config.schema.verify import DeployConfig
-from compress.cost.macs import count_macs, count_params
+from compress.cost.macs import count_macs
 from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.errors import ConfigValueError, DataError
-from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
-from compress.model.recipe import Recipe
+from compress.model.artifacts import TorchModel
 from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
@@ -44,29 +41,12 @@ LABEL_FREE = ("greedy", "greedy_refit", "lasso", "pfp", "sipp")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    random = np.random.default_rng(0)
-    np.savez(path, x=random.integers(0, 256, (96, 16, 16, 3), np.uint8), y=np.arange(96) % 4)
-    source = ArraysSource(arrays=str(path))
-    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
-    return Splits(
-        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
-    )
-
-
-def _model(name: str, folder, module: nn.Module | None = None) -> TorchModel:
-    path = folder / "baseline.onnx"
-    shutil.copy(exported(name), path)
-    module = nets.build(name) if module is None else module
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
-    baseline = Baseline(figures, path, folder / "baseline.safetensors")
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
+    return make_splits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def ctx(data, tmp_path):
-    return StageContext(tmp_path, 0, data, Listener(), DeployConfig(batch_size=64), tmp_path / "tables")
+    return StageContext(tmp_path, 0, data, RecordingProgress(), DeployConfig(batch_size=64), tmp_path / "tables")
 
 
 def _config(**values) -> PruneConfig:
@@ -75,7 +55,7 @@ def _config(**values) -> PruneConfig:
 
 @pytest.mark.parametrize("criterion", BUILT_IN)
 def test_a_budget_in_macs_is_met(criterion, ctx, tmp_path) -> None:
-    model = _model("residual", tmp_path)
+    model = make_saved_model("residual", tmp_path)
     slim, record = PruneStage(_config(criterion=criterion, score_images=16)).run(model, ctx)
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * count_macs(model.module, nets.EXAMPLE)
     assert record["criterion"] == criterion
@@ -88,7 +68,7 @@ def test_a_budget_in_macs_is_met(criterion, ctx, tmp_path) -> None:
 def test_a_budget_in_milliseconds_is_met(criterion, ctx, tmp_path, monkeypatch) -> None:
     profile_by_macs(monkeypatch)
     config = _config(criterion=criterion, score_images=16, target=TargetConfig(latency=0.7), multiple_of=2)
-    _, record = PruneStage(config).run(_model("chain", tmp_path), ctx)
+    _, record = PruneStage(config).run(make_saved_model("chain", tmp_path), ctx)
     assert record["reached"]["latency"] <= 0.7 * 1.03
     assert record["latency"] is not None
 
@@ -97,7 +77,7 @@ def test_a_budget_in_milliseconds_is_met(criterion, ctx, tmp_path, monkeypatch) 
 def test_labels_are_not_looked_at(criterion, data, ctx, tmp_path, monkeypatch) -> None:
     """Ranks and damages stay as they are where the gradients of the loss cannot be had."""
     monkeypatch.setattr("compress.search.evidence.collect_gradients", lambda *_args: pytest.fail("labels were used"))
-    found = _candidates(_config(criterion=criterion, score_images=16), _model("residual", tmp_path), ctx)
+    found = _candidates(_config(criterion=criterion, score_images=16), make_saved_model("residual", tmp_path), ctx)
     assert all(float(one.damages[0]) > 0 for one in found)
 
 
@@ -108,7 +88,7 @@ def _candidates(config: PruneConfig, model: TorchModel, ctx: StageContext):
 
 def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp_path) -> None:
     """A grouped convolution reads the first group of this network: its readers cannot be refitted."""
-    model = _model("grouped", tmp_path)
+    model = make_saved_model("grouped", tmp_path)
     found = {one.name: one for one in _candidates(_config(criterion="greedy", score_images=16), model, ctx)}
     unranked = [name for name, one in found.items() if one.order is None]
     assert unranked
@@ -122,7 +102,10 @@ def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp
 
 @pytest.mark.parametrize("criterion", ["greedy", "greedy_loss", "lasso", "pfp", "reconstruction"])
 def test_an_interrupted_run_finds_what_it_had(criterion, ctx, tmp_path, monkeypatch) -> None:
-    model, config = _model("residual", tmp_path), _config(criterion=criterion, score_images=16)
+    model, config = (
+        make_saved_model("residual", tmp_path),
+        _config(criterion=criterion, score_images=16),
+    )
     first = _candidates(config, model, ctx)
     for name in ("collect_gradients", "collect_contributions"):
         monkeypatch.setattr(f"compress.search.evidence.{name}", lambda *_args: pytest.fail("made twice"))
@@ -137,7 +120,7 @@ def test_an_interrupted_run_finds_what_it_had(criterion, ctx, tmp_path, monkeypa
 
 def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, monkeypatch) -> None:
     """The cut network with factors equals the whole one whose reads are multiplied by them, 0 for what goes."""
-    model = _model("concat", tmp_path)
+    model = make_saved_model("concat", tmp_path)
     config = _config(criterion="greedy", score_images=16, repair=("scaling",), residual="cut")
     monkeypatch.setattr("compress.search.repairs.is_loss_higher", lambda *_args: False)  # kept, whatever it does
     monkeypatch.setattr("compress.search.repairs.fold_means", lambda *_args: ())
@@ -163,7 +146,7 @@ def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, m
 
 def test_means_are_folded_with_the_factors(ctx, tmp_path, monkeypatch) -> None:
     """After the repair the mean of what a reader gives is that of the whole network."""
-    model = _model("chain", tmp_path)
+    model = make_saved_model("chain", tmp_path)
     config = _config(criterion="greedy", score_images=16, repair=("scaling",))
     monkeypatch.setattr("compress.search.repairs.is_loss_higher", lambda *_args: False)
     slim, _ = PruneStage(config).run(model, ctx)
@@ -227,7 +210,7 @@ def test_errors_of_a_plug_in_that_has_none_are_refused(ctx, tmp_path, monkeypatc
 
     monkeypatch.setitem(CRITERIA._entries, "own", Own)
     with pytest.raises(ConfigValueError, match="damage must be scores or sensitivity with criterion 'own'"):
-        PruneStage(_config(criterion="own", damage="errors")).run(_model("chain", tmp_path), ctx)
+        PruneStage(_config(criterion="own", damage="errors")).run(make_saved_model("chain", tmp_path), ctx)
 
 
 @pytest.fixture
@@ -245,7 +228,9 @@ def unlabelled(tmp_path):
 def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, unlabelled, tmp_path) -> None:
     unlabelled.teacher = LoadedTeacher(nets.build("residual"))
     with pytest.raises(DataError, match=f"Criterion '{criterion}' needs gradients of a loss"):
-        PruneStage(_config(criterion=criterion)).run(_model("residual", tmp_path), replace(ctx, data=unlabelled))
+        PruneStage(_config(criterion=criterion)).run(
+            make_saved_model("residual", tmp_path), replace(ctx, data=unlabelled)
+        )
 
 
 @pytest.mark.parametrize("name", ["residual", "grouped"])
@@ -253,7 +238,7 @@ def test_gradients_without_labels_are_refused_at_the_baseline(criterion, ctx, un
 def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx, unlabelled, tmp_path) -> None:
     """The gradients of the distance to the baseline are rounding noise at the baseline."""
     unlabelled.teacher = LoadedTeacher(nets.build(name))
-    model, config = _model(name, tmp_path), _config(criterion=criterion, score_images=16)
+    model, config = make_saved_model(name, tmp_path), _config(criterion=criterion, score_images=16)
     found = _candidates(config, model, replace(ctx, data=unlabelled))
     assert min(one.damages[0] for one in found) > 1e-4
     _, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
@@ -264,7 +249,7 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("compress.search.evidence.collect_gradients", lambda *_args: pytest.fail("labels were used"))
     config = _config(criterion="reconstruction", damage="errors", score_images=16)
-    found = _candidates(config, _model("residual", tmp_path), ctx)
+    found = _candidates(config, make_saved_model("residual", tmp_path), ctx)
     for one in found:
         assert one.damages[-1] == 0.0
         assert (np.diff(one.damages) <= 0).all()
@@ -272,7 +257,7 @@ def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) 
 
 @pytest.mark.parametrize("criterion", ["greedy", "pfp", "taylor"])
 def test_one_bound_for_all_groups_meets_the_budget(criterion, ctx, tmp_path) -> None:
-    model = _model("residual", tmp_path)
+    model = make_saved_model("residual", tmp_path)
     config = _config(criterion=criterion, score_images=16, allocation="shared_error")
     slim, record = PruneStage(config).run(model, ctx)
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * record["macs_before"]
@@ -288,9 +273,13 @@ def test_gradient_flow_is_signed_on_an_untrained_network_only(ctx, tmp_path, mon
 
     monkeypatch.setattr(EvidenceCollector, "collect", spy)
     config = _config(criterion="grasp", score_images=16)
-    _candidates(config, _model("chain", tmp_path), ctx)
+    _candidates(config, make_saved_model("chain", tmp_path), ctx)
     monkeypatch.setattr(EvidenceCollector, "is_trained", lambda *_args: True)
-    _candidates(config, _model("chain", tmp_path), StageContext(tmp_path / "other", 0, ctx.data, Listener()))
+    _candidates(
+        config,
+        make_saved_model("chain", tmp_path),
+        StageContext(tmp_path / "other", 0, ctx.data, RecordingProgress()),
+    )
     assert [one.is_signed for one in seen] == [True, False]
 
 
@@ -299,7 +288,7 @@ def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> 
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.reset_running_stats()
-    model = _model("chain", tmp_path, module)
+    model = make_saved_model("chain", tmp_path, module)
     config = _config(criterion="snip", score_images=16)
     surveyed = survey(model, config, None, ctx)
     scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
@@ -311,7 +300,10 @@ def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> 
 
 
 def test_the_loss_of_the_stage_follows_the_factors(ctx, tmp_path) -> None:
-    model, config = _model("chain", tmp_path), _config(criterion="greedy_loss", score_images=16)
+    model, config = (
+        make_saved_model("chain", tmp_path),
+        _config(criterion="greedy_loss", score_images=16),
+    )
     surveyed = survey(model, config, None, ctx)
     scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
     group = surveyed.groups["body.0.0"]

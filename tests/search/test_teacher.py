@@ -6,7 +6,7 @@ from pathlib import Path
 import nets
 import pytest
 import torch
-from bright import artifact, context, splits
+from fixtures import make_context, make_model, make_splits
 from torch import nn
 
 from compress.checkpoint.rebuild import write_weights
@@ -18,7 +18,7 @@ from compress.search.training import distillation_from
 
 
 def test_the_baseline_is_built_anew_without_later_edits(tmp_path: Path) -> None:
-    model = artifact("residual", tmp_path)
+    model = make_model("residual", tmp_path)
     write_weights(model.module, model.baseline.weights_path)
     teacher = BaselineTeacher(without_blocks(model, ("body.1",)))
     built = teacher.build()
@@ -38,8 +38,8 @@ def test_a_loaded_network_teaches_as_it_was_and_stays_as_it_is() -> None:
 
 
 def test_distillation_takes_the_teacher_of_the_context(tmp_path: Path) -> None:
-    ctx, _ = context(tmp_path, splits(tmp_path))
-    model, config = artifact("chain", tmp_path), DistillationConfig(weight=0.25, temperature=3.0)
+    ctx, _ = make_context(tmp_path, make_splits(tmp_path, calibration=48, bright=True))
+    model, config = make_model("chain", tmp_path), DistillationConfig(weight=0.25, temperature=3.0)
     assert distillation_from(None, model, ctx) is None
     with pytest.raises(ArtifactError, match=r"baseline\.safetensors' does not exist"):
         distillation_from(config, model, ctx)  # without a teacher the baseline's weights are read

@@ -11,8 +11,8 @@ import nets
 import pytest
 import steady
 import torch
-from bright import Listener, artifact, context, splits
 from exported import exported
+from fixtures import RecordingProgress, make_context, make_model, make_splits
 from steady import profile_by_macs
 
 import compress.search.finalists as finalists_module
@@ -37,12 +37,12 @@ from compress.stages.slim import SlimStage
 from compress.training.evaluate import evaluate_loss
 
 BLOCKS = {"body.1": "body.1()", "body.2": "body.2()"}
-Pruned = tuple[TorchModel, dict[str, Any], Listener]
+Pruned = tuple[TorchModel, dict[str, Any], RecordingProgress]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Splits:
-    return splits(tmp_path_factory.mktemp("data"))
+    return make_splits(tmp_path_factory.mktemp("data"), calibration=48, bright=True)
 
 
 def _config(config: Mapping[str, Any]) -> PruneConfig:
@@ -54,8 +54,8 @@ def _config(config: Mapping[str, Any]) -> PruneConfig:
 def prune(data: Splits, tmp_path: Path) -> Callable[..., Pruned]:
     def call(name: str, folder: str = "stage", **config: Any) -> Pruned:
         (tmp_path / folder).mkdir(exist_ok=True)
-        ctx, listener = context(tmp_path / folder, data)
-        slim, record = PruneStage(_config(config)).run(artifact(name, tmp_path), ctx)
+        ctx, listener = make_context(tmp_path / folder, data)
+        slim, record = PruneStage(_config(config)).run(make_model(name, tmp_path), ctx)
         return slim, record, listener
 
     return call
@@ -173,7 +173,7 @@ def test_excluded_layers_may_lie_in_blocks_that_go(prune: Callable[..., Pruned])
 @pytest.mark.parametrize("unit", ["macs", "params", "weights"])
 def test_a_removed_block_costs_nothing(tmp_path: Path, unit: str, residual: str) -> None:
     """At any widths, with any set of blocks, the cost is that of the network cut so; of weights it is no less."""
-    model = artifact("residual", tmp_path)
+    model = make_model("residual", tmp_path)
     every, _ = find_cuttable(model.module, nets.EXAMPLE)
     groups = {name: group for name, group in every.items() if residual == "cut" or not group.is_summed}
     levels = dict.fromkeys(groups, (4, 16))
@@ -204,12 +204,12 @@ def timed(data: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         path, module = tmp_path / "baseline.onnx", nets.build("residual")
         shutil.copy(exported("residual"), path)
         figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
-        model = artifact("residual", tmp_path)
+        model = make_model("residual", tmp_path)
         model = TorchModel(
             model.module, model.factory, model.recipe, model.signature, None, (), Baseline(figures, path, path)
         )
         (tmp_path / folder).mkdir(exist_ok=True)
-        listener = Listener()
+        listener = RecordingProgress()
         deploy = DeployConfig(batch_size=64)
         ctx = StageContext(tmp_path / folder, 0, data, listener, deploy, tmp_path / "tables")
         return *PruneStage(_config(config)).run(model, ctx), listener
@@ -247,7 +247,7 @@ def _hold_time_of_blocks(targets: Targets, args: Any) -> None:
     whole, bare = (cost.at(full | dict.fromkeys(BLOCKS.values(), kept)) for kept in (1, 0))
     assert whole == pytest.approx(targets.latency.cost.at(full))
     macs = [
-        count_macs(without_blocks(artifact("residual", Path()), gone).module, nets.EXAMPLE)
+        count_macs(without_blocks(make_model("residual", Path()), gone).module, nets.EXAMPLE)
         for gone in ((), tuple(BLOCKS))
     ]
     assert bare / whole == pytest.approx(macs[1] / macs[0], abs=0.05)
@@ -291,7 +291,7 @@ def test_the_search_goes_on_after_every_part(
 
 
 def test_slim_learns_damages_too(data: Splits, tmp_path: Path) -> None:
-    ctx, _ = context(tmp_path, data)
+    ctx, _ = make_context(tmp_path, data)
     config = SlimConfig(
         stage="slim",
         target=TargetConfig(macs=0.5),
@@ -300,7 +300,7 @@ def test_slim_learns_damages_too(data: Splits, tmp_path: Path) -> None:
         whole_networks=4,
         moves=("channels",),
     )
-    slim, record = SlimStage(config).run(artifact("residual", tmp_path), ctx)
+    slim, record = SlimStage(config).run(make_model("residual", tmp_path), ctx)
     assert record["macs_after"] <= 0.5 * record["macs_before"]
     assert record["steps"][0]["prune"]["whole_networks"]["tried"]
     _hold_replay(slim, "residual")

@@ -12,18 +12,17 @@ import pytest
 import steady
 import torch
 from exported import SIGNATURE, exported
+from fixtures import RecordingProgress, make_saved_model, make_splits
 from steady import profile_by_macs
 from torch import nn
 
 import compress.search.rank_latency as rank_latency
 import compress.search.width_latency as latency
-from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.prune import PruneConfig
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
-from compress.data.from_config import Splits
 from compress.errors import (
     ArtifactError,
     BudgetUnreachable,
@@ -59,47 +58,18 @@ def replace_config(**changes) -> DeployConfig:
     return DEPLOY.model_copy(update=changes)
 
 
-class _Listener(SilentProgress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    random = np.random.default_rng(0)
-    np.savez(path, x=random.integers(0, 256, (64, 16, 16, 3), np.uint8), y=np.arange(64) % 4)
-    source = ArraysSource(arrays=str(path))
-    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
-    return Splits(
-        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
-    )
+    return make_splits(tmp_path_factory.mktemp("data"), 64)
 
 
 @pytest.fixture
 def ctx(data, tmp_path):
-    return StageContext(tmp_path, 0, data, _Listener(), DEPLOY, tmp_path / "tables")
-
-
-def _model(name: str, tmp_path) -> TorchModel:
-    path = tmp_path / "baseline.onnx"
-    shutil.copy(exported(name), path)
-    module = nets.build(name)
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    baseline = Baseline(figures, path, tmp_path / "baseline.safetensors")
-    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
+    return StageContext(tmp_path, 0, data, RecordingProgress(), DEPLOY, tmp_path / "tables")
 
 
 def _latency_model(name: str, ctx, deploy: DeployConfig | None = None, levels=(8, 16)):
-    model = _model(name, ctx.folder)
+    model = make_saved_model(name, ctx.folder)
     groups, _ = find_cuttable(model.module, nets.EXAMPLE)
     chosen = {name: (*(w for w in levels if w < group.width), group.width) for name, group in groups.items()}
     macs = build_cost(model.module, nets.EXAMPLE, groups, "macs").at
@@ -200,7 +170,7 @@ def test_a_runtime_that_cannot_time_nodes_is_refused(ctx):
 
 
 def test_a_file_that_cannot_be_narrowed_as_the_network_is_refused(ctx):
-    model = _model("chain", ctx.folder)
+    model = make_saved_model("chain", ctx.folder)
     shutil.copy(exported("residual"), model.baseline.onnx_path)
     groups, _ = find_cuttable(model.module, nets.EXAMPLE)
     levels = {name: (4, group.width) for name, group in groups.items()}
@@ -260,7 +230,7 @@ def _meet(bias: float, asked: float = 0.5, steps: int = 1):
             raise BudgetUnreachable("nothing fits", best=model.predict_ratio({"a": 10}) * model.reference_ms)
         return Selection({"a": max(fitting)}, {"a": (0,)}, True)
 
-    listener = _Listener()
+    listener = RecordingProgress()
     return *meet_latency(select, model, asked, listener), listener
 
 
@@ -301,7 +271,7 @@ class _Disturbed(_Model):
 
 def _timed_once(model: _Disturbed, width: int) -> tuple[float, list[str]]:
     """Offer one choice only, so that one round is timed."""
-    listener = _Listener()
+    listener = RecordingProgress()
     selection = Selection({"a": width}, {"a": (0,)}, True)
     _, timed = meet_latency(lambda correction: selection, model, 1.0, listener)
     assert [choice.widths for choice in timed] == [{"a": width}]
@@ -342,7 +312,7 @@ def test_one_disturbed_measurement_does_not_lead_the_choice_astray():
         def select(correction: float) -> Selection:
             return Selection({"a": max(w for w in range(10, 101) if w <= 50 * correction)}, {"a": (0,)}, True)
 
-        return meet_latency(select, model, 0.5, _Listener())
+        return meet_latency(select, model, 0.5, RecordingProgress())
 
     assert meet(disturbed) == meet(calm)
     assert disturbed.measured == [50, 50, 50]
@@ -357,7 +327,7 @@ def test_what_is_expected_follows_the_network_that_was_timed_before():
         fitting = [w for w in range(10, 101) if model.predict_ratio({"a": w}) <= 0.5 * correction]
         return Selection({"a": max(fitting)}, {"a": (0,)}, True)
 
-    listener = _Listener()
+    listener = RecordingProgress()
     selection, timed = meet_latency(select, model, 0.5, listener)
     assert len(timed) > 1
     assert model.measured == [timed[0].widths["a"]] * 3 + [choice.widths["a"] for choice in timed[1:]]
@@ -380,7 +350,7 @@ class _Moving(_Model):
 
 
 def _meet_once(model, width: int = 50):
-    listener = _Listener()
+    listener = RecordingProgress()
     _, timed = meet_latency(lambda correction: Selection({"a": width}, {"a": (0,)}, True), model, width / 100, listener)
     return timed[-1], listener
 
@@ -427,7 +397,7 @@ def test_a_machine_that_stays_slow_is_measured_again_only_once():
     def select(correction: float) -> Selection:
         return Selection({"a": 60 if correction == 1 else 50}, {"a": (0,)}, True)
 
-    listener = _Listener()
+    listener = RecordingProgress()
     _, timed = meet_latency(select, model, 0.5, listener)
     assert [choice.widths["a"] for choice in timed] == [60, 50]
     assert model.calls == 4
@@ -437,7 +407,7 @@ def test_a_machine_that_stays_slow_is_measured_again_only_once():
 @pytest.mark.parametrize("target", [{"latency": 0.7}, {"latency": 0.95, "macs": 0.5}, {"size_mb": 0.02}])
 def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
     profile_by_macs(monkeypatch)
-    model = _model("residual", tmp_path)
+    model = make_saved_model("residual", tmp_path)
     config = PruneConfig(stage="prune", target=TargetConfig(**target), multiple_of=2, score_images=16)
     slim, record = PruneStage(config).run(model, ctx)
     assert record["target"] == target
@@ -505,7 +475,7 @@ def test_a_table_serves_fewer_blocks_too(ctx, tmp_path, monkeypatch):
     profile = latency.profile_models
     monkeypatch.setattr(latency, "profile_models", lambda *args: asked.append(args) or profile(*args))
     config = PruneConfig(stage="prune", target=TargetConfig(latency=0.5), multiple_of=2, score_images=16, blocks="auto")
-    _, record = PruneStage(config).run(_model("residual", tmp_path), ctx)
+    _, record = PruneStage(config).run(make_saved_model("residual", tmp_path), ctx)
     assert len(record["block_trials"]) > 1
     assert len(asked) < len(record["block_trials"]), "the table without blocks is needed only where new operators meet"
     assert record["reached"]["latency"] <= 0.5 * 1.03
@@ -518,7 +488,7 @@ def test_blocks_that_are_tried_share_a_table_even_after_a_target_was_missed(ctx,
     monkeypatch.setattr(latency, "profile_models", lambda *args: asked.append(args) or profile(*args))
     limits = {"multiple_of": 2, "score_images": 16, "max_removed_ratio": 0.1, "blocks": "auto"}
     config = PruneConfig(stage="prune", target=TargetConfig(latency=0.75), **limits)
-    _, record = PruneStage(config).run(_model("residual", tmp_path), ctx)
+    _, record = PruneStage(config).run(make_saved_model("residual", tmp_path), ctx)
     assert record["block_trials"][0]["loss"] is None, "channels alone do not meet it"
     assert len(asked) < len(record["block_trials"])
 
@@ -548,7 +518,7 @@ def _low_rank(model: TorchModel, ctx: StageContext, **config):
 
 def test_ranks_meet_a_latency_target(ctx, tmp_path, monkeypatch):
     profile_by_macs(monkeypatch)
-    model = _model("residual", tmp_path)
+    model = make_saved_model("residual", tmp_path)
     slim, record = _low_rank(model, ctx, target=RankTargetConfig(latency=0.7))
     timing = record["latency"]
     assert timing["measured_ratio"] <= 0.7 * 1.03
@@ -573,14 +543,14 @@ def test_a_factorisation_that_is_slower_than_its_layer_is_never_chosen(ctx, tmp_
         )
 
     monkeypatch.setattr(steady, "_node_ms", with_one_slow)
-    _, record = _low_rank(_model("residual", tmp_path), ctx, target=RankTargetConfig(latency=0.75))
+    _, record = _low_rank(make_saved_model("residual", tmp_path), ctx, target=RankTargetConfig(latency=0.75))
     assert slow not in {entry["layer"] for entry in record["layers"]}
     assert slow in {entry["layer"] for entry in record["dense"]}
 
 
 def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):
     profile_by_macs(monkeypatch)
-    model = _model("residual", tmp_path)
+    model = make_saved_model("residual", tmp_path)
     with pytest.raises(
         BudgetUnreachable, match=r"Target 0\.010 of the baseline's latency cannot be reached; the best is"
     ):
@@ -598,10 +568,10 @@ def test_a_target_in_milliseconds_that_cannot_be_met_says_milliseconds(ctx, tmp_
     profile_by_macs(monkeypatch)
     text = r"Target 1e-05 ms \(0\.\d{3} of the baseline's latency\) cannot be reached.* \S+ ms \(0\.\d{3} of"
     with pytest.raises(BudgetUnreachable, match=text):
-        _low_rank(_model("residual", tmp_path), ctx, target=RankTargetConfig(latency_ms=1e-5))
+        _low_rank(make_saved_model("residual", tmp_path), ctx, target=RankTargetConfig(latency_ms=1e-5))
     config = PruneConfig(stage="prune", target=TargetConfig(latency_ms=1e-5), criterion="l1", multiple_of=1)
     with pytest.raises(BudgetUnreachable, match=text):
-        PruneStage(config).run(_model("residual", tmp_path), ctx)
+        PruneStage(config).run(make_saved_model("residual", tmp_path), ctx)
 
 
 def test_a_choice_that_is_timed_too_slow_says_milliseconds_where_they_were_asked_for():
@@ -609,13 +579,13 @@ def test_a_choice_that_is_timed_too_slow_says_milliseconds_where_they_were_asked
         return Selection({"a": 100}, {"a": (0,)}, True)
 
     with pytest.raises(BudgetUnreachable) as caught:
-        meet_latency(select, _Disturbed(()), 0.5, _Listener(), in_ms=True)
+        meet_latency(select, _Disturbed(()), 0.5, RecordingProgress(), in_ms=True)
     text = r"Target \S+ ms \(0\.500 of the baseline's latency\) .* takes \S+ ms \(1\.000 of it\), measured\."
     assert re.fullmatch(text, caught.value.message)
 
 
 def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, tmp_path, monkeypatch):
-    model, timed = _model("chain", tmp_path), []
+    model, timed = make_saved_model("chain", tmp_path), []
     config = LowRankConfig(stage="low_rank", relative_error=0.5)
     spectra = measure_spectra(model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, config, SilentProgress())
     original = profiling._profile_together
@@ -639,7 +609,7 @@ def test_factorisations_that_were_timed_before_a_kill_are_not_timed_again(ctx, t
 
 
 def test_ranks_are_timed_for_real(ctx, tmp_path):
-    model = _model("chain", tmp_path)
+    model = make_saved_model("chain", tmp_path)
     config = LowRankConfig(stage="low_rank", relative_error=0.5)
     spectra = measure_spectra(model.module, find_layers(model.module, nets.EXAMPLE)[0], {}, config, SilentProgress())
     timed = rank_latency.rank_latency(model, spectra, {}, 1, DEPLOY, ctx)

@@ -4,9 +4,9 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-import bright
 import pytest
 import torch
+from fixtures import make_context, make_model, make_splits
 
 from compress.config.schema.training import FinetuneConfig
 from compress.errors import ArtifactError, ModelError, NonFinite
@@ -83,10 +83,10 @@ def loop(tmp_path: Path) -> Path:
 
 def _run(name: str, loop: Path, tmp_path: Path, **kwargs: object):
     config = FinetuneConfig(stage="finetune", own=f"{loop}:{name}", kwargs=kwargs)
-    data = bright.splits(tmp_path)
+    data = make_splits(tmp_path, calibration=48, bright=True)
     (tmp_path / "stage").mkdir(exist_ok=True)
-    ctx, listener = bright.context(tmp_path / "stage", data)
-    model = bright.artifact("chain", tmp_path)
+    ctx, listener = make_context(tmp_path / "stage", data)
+    model = make_model("chain", tmp_path)
     ctx = replace(ctx, teacher=LoadedTeacher(model.module))
     return FinetuneStage(config).run(model, ctx), model, listener
 
@@ -137,13 +137,13 @@ def test_a_loop_that_gives_something_else_is_refused(
 
 
 def test_weights_that_were_trained_elsewhere_are_loaded_strictly(tmp_path: Path) -> None:
-    model = bright.artifact("chain", tmp_path)
+    model = make_model("chain", tmp_path)
     state = {
         name: value * 1.5 if value.is_floating_point() else value for name, value in model.module.state_dict().items()
     }
     torch.save(state, tmp_path / "trained.pt")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
-    ctx, _ = bright.context(tmp_path, bright.splits(tmp_path))
+    ctx, _ = make_context(tmp_path, make_splits(tmp_path, calibration=48, bright=True))
 
     def run(file: str):
         return FinetuneStage(FinetuneConfig(stage="finetune", trained=str(tmp_path / file))).run(model, ctx)

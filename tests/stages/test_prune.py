@@ -10,22 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nets
-import numpy as np
 import pytest
 import torch
-from bright import Listener as _Listener
+from fixtures import RecordingProgress, make_model, make_splits
 from pydantic import ValidationError
 from torch import nn
 
 import compress.search.evidence as evidence_module
 import compress.search.repairs as repairing
 from compress.checkpoint.rebuild import apply_edits
-from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.config.schema.prune import PruneConfig
 from compress.config.schema.targets import TargetConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.batches import evaluation_batches
-from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, ConfigValueError, UnsupportedLayer
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import MergeBlock, Recipe, RemoveBlock, RemoveChannels
@@ -51,22 +48,7 @@ SIGNATURE = Signature((TensorSpec("images", ("batch", 3, 16, 16)),), (TensorSpec
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Splits of 96 synthetic images in an .npz file."""
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    random = np.random.default_rng(0)
-    np.savez(path, x=random.integers(0, 256, (96, 16, 16, 3), np.uint8), y=np.arange(96) % 4)
-    source = ArraysSource(arrays=str(path))
-    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
-    return Splits(
-        DataConfig(train=source, evaluation=source, calibration=48, validation=16, preprocessing=preprocessing)
-    )
-
-
-def _artifact(module: nn.Module, tmp_path, name: str = "chain") -> TorchModel:
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})
-    baseline = Baseline(figures, tmp_path / "baseline.onnx", tmp_path / "baseline.safetensors")
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
+    return make_splits(tmp_path_factory.mktemp("data"), calibration=48)
 
 
 @pytest.fixture
@@ -74,10 +56,10 @@ def prune(data, tmp_path):
     """Run the stage on a tiny network, or on an artifact, and return the slim model, the record, what was said."""
 
     def call(network, **config):
-        artifact = _artifact(nets.build(network), tmp_path, network) if isinstance(network, str) else network
+        artifact = make_model(network, tmp_path) if isinstance(network, str) else network
         config.setdefault("target", TargetConfig(macs=0.5))
         config.setdefault("multiple_of", 1)
-        listener = _Listener()
+        listener = RecordingProgress()
         stage = PruneStage(PruneConfig(stage="prune", **config))
         slim, record = stage.run(artifact, StageContext(tmp_path, 0, data, listener))
         return slim, record, listener
@@ -340,7 +322,7 @@ def test_between_one_block_and_the_next_a_refit_that_helps_is_enough(data, tmp_p
     figures = ModelMetrics(count_macs(network, nets.EXAMPLE), count_params(network), 0, {}, {})
     baseline = Baseline(figures, tmp_path, tmp_path)
     model = TorchModel(network, FactorySpec("factory", "nets:build"), Recipe(), SIGNATURE, None, (), baseline)
-    networks = shorten(model, 16, every, StageContext(tmp_path, 0, data, _Listener()))
+    networks = shorten(model, 16, every, StageContext(tmp_path, 0, data, RecordingProgress()))
     assert next(networks).repairs == []
     told = iter(losses)
     monkeypatch.setattr(repairing, "image_losses", lambda *_, **__: torch.full((16,), next(told)))
@@ -428,7 +410,7 @@ def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(tmp_path, loss
         """A pruner whose networks are numbers of removed blocks."""
 
         config = PruneConfig(stage="prune", target=TargetConfig(macs=0.5), blocks="auto")
-        ctx = SimpleNamespace(progress=_Listener(), parts=Parts(tmp_path, _Listener()))
+        ctx = SimpleNamespace(progress=RecordingProgress(), parts=Parts(tmp_path, RecordingProgress()))
 
         def identify(self, shortened, _surveyed):
             return str(len(shortened.removed))
@@ -451,7 +433,7 @@ def test_of_many_blocks_the_numbers_around_the_best_are_tried_too(tmp_path, loss
 
 def test_a_loss_that_is_no_number_is_never_kept(data, tmp_path):
     network = nets.build("chain")
-    ctx = StageContext(tmp_path, 0, data, _Listener())
+    ctx = StageContext(tmp_path, 0, data, RecordingProgress())
     before = copy.deepcopy(network.state_dict())
 
     def corrupt(module: nn.Module) -> tuple[str]:
@@ -523,7 +505,7 @@ def test_a_repair_inside_the_noise_is_kept_and_more_are_tried(data, tmp_path, mo
     noise = torch.tensor([0.5, -0.4] * 16)
     told = iter([torch.full((32,), 1.0), torch.full((32,), 0.9), 0.9 + noise, 0.91 + noise, 0.91 + noise])
     monkeypatch.setattr(repairing, "image_losses", lambda *_, **__: next(told))
-    ctx = StageContext(tmp_path, 0, data, _Listener())
+    ctx = StageContext(tmp_path, 0, data, RecordingProgress())
     repairs = [(name, lambda module: ("changed",)) for name in ("first", "second", "third")]
     records = apply_repairs(nets.build("chain"), repairs, ctx, enough=("second",))
     assert [one["is_kept"] for one in records] == [True, True, False]
@@ -532,7 +514,7 @@ def test_a_repair_inside_the_noise_is_kept_and_more_are_tried(data, tmp_path, mo
 
 
 def test_input_is_left_untouched(prune, tmp_path):
-    artifact = _artifact(nets.build("residual"), tmp_path, "residual")
+    artifact = make_model("residual", tmp_path, nets.build("residual"))
     artifact.module.head.weight.requires_grad_(False)
     state = copy.deepcopy(artifact.module.state_dict())
     slim, _, _ = prune(artifact, blocks=1, target=TargetConfig(macs=0.3), repair=("least_squares",))
@@ -573,7 +555,7 @@ class _ZeroPadded(nn.Module):
 
 def test_groups_that_cannot_be_cut_are_a_named_warning(prune, tmp_path):
     torch.manual_seed(0)
-    _, record, said = prune(_artifact(_ZeroPadded().eval(), tmp_path), target=TargetConfig(macs=0.8))
+    _, record, said = prune(make_model("chain", tmp_path, _ZeroPadded().eval()), target=TargetConfig(macs=0.8))
     whole = {entry["name"] for entry in record["excluded"]} - {"head"}
     assert whole
     assert "inner" not in whole
@@ -584,7 +566,7 @@ def test_groups_that_cannot_be_cut_are_a_named_warning(prune, tmp_path):
 
 @pytest.mark.parametrize(("side", "images"), [(32, 64), (64, 64), (128, 16), (224, 8), (1024, 8)])
 def test_few_large_images_are_scored_at_once_and_many_small_ones(tmp_path, side, images):
-    model = _artifact(nets.build("chain"), tmp_path)
+    model = make_model("chain", tmp_path, nets.build("chain"))
     signature = Signature((TensorSpec("images", ("batch", 3, side, side)),), SIGNATURE.outputs)
     assert score_batch(replace(model, signature=signature), 8) == images
     assert score_batch(replace(model, signature=signature), 7) % 7 == 0

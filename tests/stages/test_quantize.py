@@ -6,8 +6,8 @@ import nets
 import numpy as np
 import onnx
 import pytest
-from bright import context, splits
 from exported import SIGNATURE
+from fixtures import make_context, make_splits
 from onnx import numpy_helper
 
 import compress.stages.quantize as stage_module
@@ -38,7 +38,7 @@ SETTINGS = QuantizeConfig(stage="quantize", images=48, reduce_range=has_vnni() i
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return splits(tmp_path_factory.mktemp("data"))
+    return make_splits(tmp_path_factory.mktemp("data"), calibration=48, bright=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def whole(tmp_path_factory, data):
 @pytest.fixture(scope="module")
 def done(whole, data, tmp_path_factory):
     """What quantize yields, its record, and what was said."""
-    ctx, listener = context(tmp_path_factory.mktemp("stage"), data)
+    ctx, listener = make_context(tmp_path_factory.mktemp("stage"), data)
     artifact, record = QuantizeStage(SETTINGS).run(whole, ctx)
     return artifact, record, listener
 
@@ -78,7 +78,7 @@ def test_the_float_file_is_kept_beside_the_quantised_one(done, whole):
 def test_external_weights_of_the_float_file_are_kept_under_its_new_name(whole, data, tmp_path):
     path = tmp_path / "model.onnx"
     save_onnx(load_onnx(whole.path, weights=True), path, external=True)
-    ctx, _ = context(tmp_path / "stage", data)
+    ctx, _ = make_context(tmp_path / "stage", data)
     artifact, _ = QuantizeStage(SETTINGS).run(replace(whole, path=path), ctx)
     path.unlink()
     (tmp_path / "model.onnx.data").unlink()
@@ -102,13 +102,13 @@ def test_an_artifact_without_a_float_file_has_none_after_a_round_trip(whole, tmp
 
 
 def test_too_few_calibration_images_are_refused(whole, data, tmp_path):
-    ctx, _ = context(tmp_path / "stage", data)
+    ctx, _ = make_context(tmp_path / "stage", data)
     with pytest.raises(DataError, match="must have the 256 calibration images that it asks for, the split has 48"):
         QuantizeStage(QuantizeConfig(stage="quantize")).run(whole, ctx)
 
 
 def test_a_provider_without_integer_kernels_is_warned_of(whole, data, tmp_path):
-    ctx, listener = context(tmp_path / "stage", data)
+    ctx, listener = make_context(tmp_path / "stage", data)
     QuantizeStage(SETTINGS).run(whole, replace(ctx, deploy=DeployConfig(provider="CUDAExecutionProvider")))
     (warning,) = listener.warnings
     assert warning.startswith("CUDAExecutionProvider computes quantised networks in float: the file gets smaller, not")
@@ -120,7 +120,7 @@ def test_a_provider_without_integer_kernels_is_warned_of(whole, data, tmp_path):
 ])  # fmt: skip
 def test_a_processor_that_saturates_is_warned_of(monkeypatch, data, tmp_path, vnni, settings, count):
     monkeypatch.setattr(stage_module, "has_vnni", lambda: vnni)
-    ctx, _ = context(tmp_path / "stage", data)
+    ctx, _ = make_context(tmp_path / "stage", data)
     warnings = QuantizeStage(QuantizeConfig(stage="quantize", **settings))._warnings(ctx)
     assert len(warnings) == count
     assert all("set reduce_range: true" in warning for warning in warnings)
@@ -130,7 +130,7 @@ def test_a_processor_that_saturates_is_warned_of(monkeypatch, data, tmp_path, vn
 def test_a_file_that_agrees_too_little_is_warned_of(whole, data, tmp_path, monkeypatch):
     real = stage_module.quantize_onnx
     monkeypatch.setattr(stage_module, "quantize_onnx", lambda *given: replace(real(*given), agreement=0.5))
-    ctx, listener = context(tmp_path / "stage", data)
+    ctx, listener = make_context(tmp_path / "stage", data)
     QuantizeStage(SETTINGS).run(whole, ctx)
     assert listener.warnings[0].startswith("The quantised file gives only 50.0% of the calibration images the class")
 
@@ -235,7 +235,7 @@ def test_a_quantised_file_that_cannot_be_run_fails_what_it_would_have_been_compa
 
 def test_the_stage_verify_hands_over_the_float_file(done, data, tmp_path):
     artifact, _, _ = done
-    ctx, _ = context(tmp_path / "stage", data)
+    ctx, _ = make_context(tmp_path / "stage", data)
     verdict, _ = VerifyStage(VerifyConfig(stage="verify", warmup=1, repeats=4)).run(artifact, ctx)
     assert check_of(verdict, "quantized_agreement").status == "pass"
 

@@ -1,17 +1,16 @@
 """ALDS and the energy rule: hand-computed and brute-force cases, valid bounds, budgets of the stage, grouped layers."""
 
 import itertools
-import shutil
 from dataclasses import replace
 
-import bright
 import nets
 import numpy as np
 import onnx
 import pytest
 import steady
 import torch
-from exported import SIGNATURE, exported
+from exported import SIGNATURE
+from fixtures import make_context, make_model, make_saved_model, make_splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steady import profile_by_macs
@@ -19,14 +18,12 @@ from torch import nn
 
 import compress.search.rank_latency as rank_latency
 from compress.checkpoint.rebuild import apply_edits
-from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.config.schema.low_rank import ALDS_SCHEMES, LowRankConfig
 from compress.config.schema.prune import SlimConfig
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.config.schema.training import TrainingConfig
 from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
-from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, InternalError, StageError, UnsupportedLayer
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
@@ -44,7 +41,6 @@ from compress.lowrank.factorize import (
 from compress.lowrank.layers import find_layers, layer_spectra
 from compress.lowrank.ranks import Cost, LayerSpectra, RankChoice, SchemeSpectra
 from compress.lowrank.surgery import apply_factorize, replace_structure
-from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Factorize, Recipe
 from compress.progress import SilentProgress
 from compress.pruning.trial import find_cuttable
@@ -398,14 +394,7 @@ def test_tables_that_do_not_belong_together_are_an_internal_error():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    random = np.random.default_rng(0)
-    np.savez(path, x=random.integers(0, 256, (64, 16, 16, 3), np.uint8), y=np.arange(64) % 4)
-    source = ArraysSource(arrays=str(path))
-    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
-    return Splits(
-        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
-    )
+    return make_splits(tmp_path_factory.mktemp("data"), 64)
 
 
 @pytest.fixture
@@ -413,18 +402,9 @@ def ctx(data, tmp_path):
     return StageContext(tmp_path, 0, data, SilentProgress(), DEPLOY, tmp_path / "tables")
 
 
-def _model(name, folder):
-    path, module = folder / "baseline.onnx", nets.build(name)
-    shutil.copy(exported(name), path)
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    baseline = Baseline(figures, path, folder / "baseline.safetensors")
-    return TorchModel(module, spec, Recipe(), SIGNATURE, None, (), baseline)  # type: ignore[arg-type]
-
-
 def _run(ctx, name="residual", **config):
     stage = LowRankStage(LowRankConfig(stage="low_rank", multiple_of=1, **config))
-    return stage.run(_model(name, ctx.folder), ctx)
+    return stage.run(make_saved_model(name, ctx.folder), ctx)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -482,7 +462,7 @@ def test_stage_refuses_budgets_out_of_reach(ctx, rule):
 def test_stage_meets_a_budget_in_milliseconds(ctx, rule, schemes, target, monkeypatch):
     profile_by_macs(monkeypatch)
     monkeypatch.setattr(rank_latency, "ERRORS", 2)
-    model = _model("residual", ctx.folder)
+    model = make_saved_model("residual", ctx.folder)
     asked = 0.6 * (steady._total_ms(model.baseline.onnx_path) if "latency_ms" in target else 1)
     config = {"allocation": rule, "schemes": schemes, "multiple_of": 1}
     target = RankTargetConfig(**dict.fromkeys(target, asked))
@@ -541,7 +521,7 @@ def test_every_scheme_is_timed_by_itself(ctx, rule):
     layer = [[choice for choice in trial if choice.layer == "body.1.conv1"] for trial in trials]
     assert len({choice.ranks for (choice,) in layer if choice.scheme in ("nc2", "vh")}) >= 2
     with pytest.raises(BudgetUnreachable, match="none of 0 does at any rank"):
-        rank_latency.rank_latency(_model("residual", ctx.folder), [], {}, 1, DEPLOY, ctx, rule)
+        rank_latency.rank_latency(make_saved_model("residual", ctx.folder), [], {}, 1, DEPLOY, ctx, rule)
 
 
 def test_alds_in_milliseconds_avoids_groups_that_are_slow(ctx, monkeypatch):
@@ -563,7 +543,7 @@ def test_alds_in_milliseconds_avoids_groups_that_are_slow(ctx, monkeypatch):
 
 
 def test_alds_and_trp_train_together(tmp_path):
-    context, _ = bright.context(tmp_path / "trp", bright.splits(tmp_path))
+    context, _ = make_context(tmp_path / "trp", make_splits(tmp_path, calibration=48, bright=True))
     config = LowRankConfig(
         stage="low_rank",
         target=RankTargetConfig(macs=0.6),
@@ -573,7 +553,7 @@ def test_alds_and_trp_train_together(tmp_path):
         method="trp",
         training=TrainingConfig(steps=8, batch_size=16, learning_rate=0.05),
     )
-    model = bright.artifact("residual", tmp_path)
+    model = make_model("residual", tmp_path)
     slim, record = LowRankStage(config).run(model, context)
     assert record["macs_after"] <= 0.6 * record["macs_before"]
     assert {"nc2", "nc4"} & {edit.scheme for edit in slim.recipe.edits}
@@ -593,7 +573,7 @@ def test_slim_passes_the_allocation_on(ctx):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LowRankStage, "__init__", watched)
-        SlimStage(config)._with_share(_model("residual", ctx.folder), None, 1.0, 1.0, None, ctx)  # type: ignore[arg-type]
+        SlimStage(config)._with_share(make_saved_model("residual", ctx.folder), None, 1.0, 1.0, None, ctx)  # type: ignore[arg-type]
     assert seen == [("alds", ALDS_SCHEMES)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from bright import Listener
+from fixtures import RecordingProgress
 from safetensors.torch import save_file
 
 from compress.checkpoint.rebuild import apply_edits, rewound
@@ -172,7 +172,7 @@ def run(tmp_path: Path):
 
     def call(**config):
         (tmp_path / finetune.STATE_FILE).unlink(missing_ok=True)
-        listener = Listener()
+        listener = RecordingProgress()
         stage = FinetuneStage(FinetuneConfig(stage="finetune", batch_size=16, **config))
         model, record = stage.run(
             artifact, StageContext(tmp_path, 0, data, listener, teacher=BaselineTeacher(artifact))

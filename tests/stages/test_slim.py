@@ -2,8 +2,6 @@
 
 import copy
 import json
-import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import nets
@@ -11,24 +9,21 @@ import numpy as np
 import pytest
 import steady
 import torch
-from exported import PREPROCESSING, SIGNATURE, exported
+from fixtures import Killed, RecordingProgress, make_saved_model, make_splits
 from steady import profile_by_macs
 
 import compress.search.rank_latency as rank_latency
 import compress.stages.slim as slim_module
-from compress.checkpoint.rebuild import apply_edits, write_weights
-from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.checkpoint.rebuild import apply_edits
 from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.prune import PruneConfig, SlimConfig
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.config.schema.training import DistillationConfig, TrainingConfig
 from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
-from compress.data.from_config import Splits
 from compress.errors import BudgetUnreachable, UnsupportedLayer
-from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
-from compress.model.recipe import Factorize, MergeBlock, Recipe, RemoveBlock, RemoveChannels
-from compress.progress import SilentProgress, SilentTask
+from compress.model.artifacts import TorchModel
+from compress.model.recipe import Factorize, MergeBlock, RemoveBlock, RemoveChannels
 from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity
 from compress.search.context import StageContext
 from compress.search.teacher import BaselineTeacher
@@ -41,59 +36,20 @@ DEPLOY = DeployConfig(batch_size=64)
 BETWEEN = TrainingConfig(steps=2, batch_size=16, learning_rate=0.01)
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
-class _Listener(SilentProgress):
-    """Keeps what was said, and may end the run when a task begins."""
-
-    def __init__(self, kill_at: str | None = None) -> None:
-        self.notes: list[str] = []
-        self.kill_at = kill_at
-
-    @contextmanager
-    def task(self, label, total):
-        if self.kill_at is not None and label.startswith(self.kill_at):
-            raise Killed
-        yield SilentTask()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    random = np.random.default_rng(0)
-    np.savez(path, x=random.integers(0, 256, (96, 16, 16, 3), np.uint8), y=np.arange(96) % 4)
-    source = ArraysSource(arrays=str(path))
-    preprocessing = PreprocessingConfig(mean=(0.5,), std=(0.25,))
-    return Splits(
-        DataConfig(train=source, evaluation=source, calibration=32, validation=16, preprocessing=preprocessing)
-    )
-
-
-def _model(name: str, folder) -> TorchModel:
-    folder.mkdir(exist_ok=True)
-    path, module = folder / "baseline.onnx", nets.build(name)
-    shutil.copy(exported(name), path)
-    write_weights(module, folder / "baseline.safetensors")
-    figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), path.stat().st_size, {}, {})
-    spec = FactorySpec("factory", "nets:build", {"name": name})
-    baseline = Baseline(figures, path, folder / "baseline.safetensors")
-    return TorchModel(module, spec, Recipe(), SIGNATURE, PREPROCESSING, (), baseline)
+    return make_splits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def run(data, tmp_path):
     """Run the stage on a tiny network, or on a model, in a folder that may be there already."""
 
-    def call(network, folder: str = "stage", progress: _Listener | None = None, deploy=None, **config):
-        model = _model(network, tmp_path / "baseline") if isinstance(network, str) else network
+    def call(network, folder: str = "stage", progress: RecordingProgress | None = None, deploy=None, **config):
+        model = make_saved_model(network, tmp_path / "baseline") if isinstance(network, str) else network
         config = {"target": TargetConfig(macs=0.5), "multiple_of": 1, "moves": ("channels",)} | config
         (tmp_path / folder).mkdir(exist_ok=True)
-        ctx = StageContext(tmp_path / folder, 0, data, progress or _Listener(), deploy, tmp_path / "tables")
+        ctx = StageContext(tmp_path / folder, 0, data, progress or RecordingProgress(), deploy, tmp_path / "tables")
         ctx = replace(ctx, teacher=BaselineTeacher(model))
         return SlimStage(SlimConfig(stage="slim", **config)).run(model, ctx)
 
@@ -144,8 +100,8 @@ def test_target_is_met_by_what_may_be_done_with_the_least_loss_of_what_was_tried
 
 
 def test_channels_alone_are_what_prune_does_and_ranks_alone_what_low_rank_does(run, data, tmp_path):
-    model = _model("residual", tmp_path / "baseline")
-    ctx = StageContext(tmp_path, 0, data, _Listener())
+    model = make_saved_model("residual", tmp_path / "baseline")
+    ctx = StageContext(tmp_path, 0, data, RecordingProgress())
     pruning = PruneConfig(stage="prune", target=TargetConfig(macs=0.5), multiple_of=1)
     ranking = LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.5), multiple_of=1)
     pruned, _ = PruneStage(pruning).run(model, ctx)
@@ -175,7 +131,7 @@ def test_blocks_are_merged_where_merges_are_permitted(run):
 
 
 def test_blocks_are_taken_out_once_for_all_shares(run):
-    listener = _Listener()
+    listener = RecordingProgress()
     run("residual", progress=listener, moves=("channels", "blocks", "ranks"), target=TargetConfig(macs=0.3))
     removed = [note.split()[1] for note in listener.notes if note.startswith("block ")]
     assert removed
@@ -228,7 +184,7 @@ def test_other_targets_are_met_too(run, target):
 
 
 def test_the_input_is_left_untouched(run, tmp_path):
-    model = _model("residual", tmp_path / "baseline")
+    model = make_saved_model("residual", tmp_path / "baseline")
     before = copy.deepcopy(model.module.state_dict())
     run(model, moves=("channels", "blocks", "ranks"), steps=2, between=BETWEEN)
     assert list(model.module.state_dict()) == list(before)
@@ -331,8 +287,8 @@ def test_a_kill_within_the_training_goes_on_after_the_last_epoch(run, monkeypatc
     config = {"target": TargetConfig(macs=0.36), "steps": 2, "between": between}
     expected, _ = run("chain", folder="undisturbed", **config)
     with pytest.raises(Killed):
-        run("chain", progress=_Listener("epoch 3 of 3"), **config)
-    listener = _Listener()
+        run("chain", progress=RecordingProgress("epoch 3 of 3"), **config)
+    listener = RecordingProgress()
     done = _watch(monkeypatch)
     slim, record = run("chain", progress=listener, **config)
     assert done == ALL[1:]
@@ -398,9 +354,9 @@ def test_a_layer_that_a_criterion_cannot_score_is_named(run):
 
 
 def test_steps_that_are_met_already_are_passed_over(run, tmp_path, data):
-    model = _model("residual", tmp_path / "baseline")
+    model = make_saved_model("residual", tmp_path / "baseline")
     config = PruneConfig(stage="prune", target=TargetConfig(macs=0.6), multiple_of=1)
-    pruned, _ = PruneStage(config).run(model, StageContext(tmp_path, 0, data, _Listener()))
+    pruned, _ = PruneStage(config).run(model, StageContext(tmp_path, 0, data, RecordingProgress()))
     slim, record = run(pruned, target=TargetConfig(macs=0.5), steps=2, between=BETWEEN)
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * model.baseline.metrics.macs
     assert record["macs_before"] == count_macs(pruned.module, nets.EXAMPLE)
@@ -448,7 +404,7 @@ def _reference_ms(model: TorchModel) -> float:
 @pytest.mark.parametrize("moves", [("channels",), ("channels", "blocks")], ids=len)
 @pytest.mark.parametrize("unit", ["latency", "latency_ms"])
 def test_latency_is_met_as_it_is_measured(run, tmp_path, moves, unit):
-    model = _model("residual", tmp_path / "baseline")
+    model = make_saved_model("residual", tmp_path / "baseline")
     target = TargetConfig(**{unit: 0.6 * (_reference_ms(model) if unit == "latency_ms" else 1)})
     slim, record = run(model, deploy=DEPLOY, target=target, moves=moves, multiple_of=2, score_images=16)
     (step,) = record["steps"]
@@ -461,7 +417,7 @@ def test_latency_is_met_as_it_is_measured(run, tmp_path, moves, unit):
 
 @pytest.mark.usefixtures("timed_by_macs")
 def test_milliseconds_become_shares_for_channels_that_go_part_of_the_way_to_ranks(run, data, monkeypatch, tmp_path):
-    model, asked, measured = _model("residual", tmp_path / "baseline"), [], []
+    model, asked, measured = make_saved_model("residual", tmp_path / "baseline"), [], []
     for stage in (PruneStage, LowRankStage):
 
         def watched(self, artifact, ctx, *networks, original=stage.run):
@@ -494,7 +450,7 @@ def test_milliseconds_become_shares_for_channels_that_go_part_of_the_way_to_rank
 
 @pytest.mark.usefixtures("timed_by_macs")
 def test_milliseconds_that_channels_alone_do_not_meet_are_left_to_ranks_alone(run, tmp_path):
-    model = _model("residual", tmp_path / "baseline")
+    model = make_saved_model("residual", tmp_path / "baseline")
     target = TargetConfig(latency_ms=0.7 * _reference_ms(model))
     limits = {"moves": ("channels", "ranks"), "multiple_of": 2, "score_images": 16, "max_removed_ratio": 0.1}
     slim, record = run(model, deploy=DEPLOY, target=target, **limits)
@@ -516,9 +472,9 @@ def test_two_steps_meet_a_share_of_the_latency(run):
 
 @pytest.mark.usefixtures("timed_by_macs")
 def test_profile_times_the_network_and_chooses_nothing(data, tmp_path):
-    model = _model("residual", tmp_path / "baseline")
+    model = make_saved_model("residual", tmp_path / "baseline")
     config = SlimConfig(stage="slim", target=TargetConfig(latency=0.5), multiple_of=4, steps=2, between=BETWEEN)
-    ctx = StageContext(tmp_path, 0, data, _Listener(), DEPLOY, tmp_path / "tables")
+    ctx = StageContext(tmp_path, 0, data, RecordingProgress(), DEPLOY, tmp_path / "tables")
     table = SlimStage(config).profile(model, ctx)
     prune = PruneConfig(stage="prune", target=TargetConfig(latency=0.5), multiple_of=4, blocks="auto")
     assert table == PruneStage(prune).profile(model, replace(ctx, latency_tables=tmp_path / "other"))

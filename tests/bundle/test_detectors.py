@@ -1,6 +1,8 @@
 """Bundles of detectors: several outputs, compared by value alone."""
 
+import ast
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from bundles import CPU, Content, make_content, sealed, write_zip
 
 from compress.bundle import check
 from compress.bundle.samples import pack_arrays
+from compress.tasks import decoders
 
 SCALE = 500.0  # of the first output, as boxes in pixels have it
 
@@ -95,3 +98,10 @@ def test_a_model_with_other_outputs_is_refused(tmp_path: Any, capsys: pytest.Cap
     code, line = checked(sealed(content | {"model.json": json.dumps(values).encode()}), tmp_path, capsys)
     assert code == 4
     assert "must have the output 'boxes', 'points', it has boxes, prototypes" in line
+
+
+def test_the_decoder_of_a_bundle_needs_numpy_alone() -> None:
+    tree = ast.parse(Path(decoders.__file__).read_bytes())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {one.name for node in ast.walk(tree) if isinstance(node, ast.Import) for one in node.names}
+    assert names == {"collections.abc", "typing", "numpy"}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compress.errors import ModelError
 from compress.tasks.average_precision import (
     IGNORED,
     RIGHT,
@@ -164,3 +165,38 @@ def test_points_without_visibility_count_neither_way() -> None:
     boxes = np.asarray([[0, 0, 10, 10]] * 2, np.float32)
     found = np.zeros((1, 3, 2), np.float32)
     assert keypoint_similarities(found, there, boxes).tolist() == [[1, 0]]
+
+
+def test_decoded_masks_and_points_must_fit_their_boxes() -> None:
+    there, found = _scene(0, 2)
+    for change, message in (
+        ({"masks": found["masks"][:-1]}, "must return a mask for each of 6 boxes, got 5"),
+        (
+            {"keypoints": found["keypoints"][:, :5]},
+            r"must return keypoints of shape \(6, 17, 2 or 3\), got \(6, 5, 2\)",
+        ),
+    ):
+        decoded = found | change
+        task = Detection(lambda outputs, size, decoded=decoded: [decoded]).sized(SIDE, SIDE)
+        with pytest.raises(ModelError, match=message):
+            task.facts(np.zeros((1, 1)), [there])
+
+
+def test_only_what_both_sides_have_is_measured() -> None:
+    there, found = _scene(0, 2)
+    for key in ("masks", "keypoints"):
+        without = {name: value for name, value in found.items() if name != key}
+        task = Detection(lambda outputs, size, without=without: [without]).sized(SIDE, SIDE)
+        measured = task.aggregate(task.facts(np.zeros((1, 1)), [there]))
+        others = {"masks": "keypoint_map", "keypoints": "mask_map"}
+        assert set(measured) == {"map", "map50", "map75"} | {f"{others[key]}{end}" for end in ("", "50", "75")}
+
+
+def test_an_image_without_objects_counts_its_mistakes() -> None:
+    there, found = _scene(0, 2)
+    nothing = {key: value[:0] for key, value in there.items()}
+    task = Detection(lambda outputs, size: [found, found]).sized(SIDE, SIDE)
+    alone = task.aggregate(task.facts(np.zeros((2, 1)), [there, there]))
+    beside = task.aggregate(task.facts(np.zeros((2, 1)), [there, nothing]))
+    assert beside["mask_map50"] < alone["mask_map50"]
+    assert beside["keypoint_map50"] < alone["keypoint_map50"]

@@ -415,3 +415,29 @@ def test_units_of_a_group_cannot_be_divided():
     assert groups["0"].parts == 4
     with pytest.raises(UnsupportedLayer, match="same positions of each of its 4 parts"):
         cut_copy(module, {"0": (0, 1)}, _images(1, 3, 12, 10))
+
+
+class _OthersWidth(nn.Module):
+    """Reshapes one layer's channels by the width of another layer, as the attention of A2N (super-image) does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = _conv(3, WIDTH), _conv(), _conv()
+        self.gate, self.free, self.head = nn.Linear(WIDTH, 1), nn.Conv2d(WIDTH, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        batch, channels, _, _ = x.shape
+        inner = F.relu(self.inner(x))
+        gate = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(inner, 1).view(batch, channels)))
+        x = x + self.outer(inner) * gate.view(batch, 1, 1, 1)
+        return self.head(F.relu(self.free(x)).mean((2, 3)))
+
+
+def test_groups_whose_widths_must_be_equal_are_not_prunable() -> None:
+    groups, excluded = find_cuttable(_OthersWidth().eval(), _images(1, 3, 12, 10))
+    assert list(groups) == ["free"]
+    reasons = {item.name: item.reason for item in excluded}
+    for name in ("stem", "inner"):
+        assert "the cut network does not run" in reasons[name]
+        assert ".view(batch, channels)" in reasons[name]

@@ -145,6 +145,7 @@ def build_from_library(entry: Entry) -> tuple[nn.Module, FactorySpec, Tensor]:
     from compress.checkpoint.rebuild import build_module, with_one_array, without_unread
     from compress.data.packing import is_packed, row_width
     from compress.model.artifacts import FactorySpec
+    from compress.networks.wiring import signature_of
 
     assert entry.factory is not None
     assert isinstance(entry.size, tuple)
@@ -154,8 +155,10 @@ def build_from_library(entry: Entry) -> tuple[nn.Module, FactorySpec, Tensor]:
         (name,) = input_names(module, 1)
         spec = replace(spec, inputs={name: {"shape": list(entry.size)}})
     inputs = spec.input_specs()
-    example = torch.zeros([2, row_width(inputs)] if is_packed(inputs) else [2, *entry.size])
+    shape = [2, row_width(inputs)] if is_packed(inputs) else [2, *entry.size]
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     plain, _ = without_unread(with_one_array(module, spec, example), example)
+    signature_of(plain, spec, example)
     return plain, spec, example[:1]
 
 

@@ -134,6 +134,7 @@ def try_network(entry: Entry, say: Callable[[Record], None] = lambda _: None) ->
             module, trial.spec, example = build_from_library(entry)
             trial.record |= {"input": list(entry.size or ()), "own_input": None}
             vary_weights(module, example)
+            _amplify(module, example.shape[1:])
             return module, example
         module, shape, own = build(entry)
         trial.record |= {"input": list(shape), "own_input": None if own is None else list(own)}
@@ -179,13 +180,32 @@ def try_module(
 
 
 @torch.no_grad()
-def _require_telling(module: nn.Module, shape: Sequence[int]) -> None:
-    """Raise ModelError unless the outputs are finite and differ from image to image."""
+def _amplify(module: nn.Module, shape: Sequence[int]) -> None:
+    """Double kernels, twice at most, while outputs hardly depend on the input: networks without norms fade out."""
+    for _ in range(2):
+        if _spread(module, shape) > LEAST_EFFECT:
+            return
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter *= 2
+
+
+@torch.no_grad()
+def _spread(module: nn.Module, shape: Sequence[int]) -> float:
+    """Return how much outputs differ from input to input; infinity if one is not finite."""
     generator = torch.Generator().manual_seed(1)
     first, second = (_tensors(module(torch.randn([2, *shape], generator=generator))) for _ in range(2))
     if not all(bool(output.isfinite().all()) for output in first):
+        return float("inf")
+    return _distance(first, second)
+
+
+def _require_telling(module: nn.Module, shape: Sequence[int]) -> None:
+    """Raise WrongResult unless the outputs are finite and differ from image to image."""
+    spread = _spread(module, shape)
+    if spread == float("inf"):
         raise WrongResult("The outputs must be finite, got NaN or infinity with varied weights.")
-    if not _distance(first, second) > LEAST_EFFECT:
+    if not spread > LEAST_EFFECT:
         raise WrongResult("The outputs must depend on the images, they hardly do with varied weights.")
 
 

@@ -177,6 +177,12 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "upsampling_and_pooling": lambda: _Calls(
         lambda m, x: F.interpolate(F.max_pool2d(m.conv(x), 2), size=x.shape[2:], mode="bilinear") + x, conv=_conv()
     ),
+    "gated_linear_unit": lambda: _Calls(
+        lambda m, x: m.back(F.glu(m.widen(x), 1) * m.scale[:, None, None]) + x,
+        widen=_conv(WIDTH, 12), scale=nn.Parameter(torch.rand(6) + 0.5), back=_conv(6, WIDTH),
+    ),
+    "gated_linear_unit_of_rows": lambda: _Calls(lambda m, x: m.conv(F.glu(F.interpolate(x, scale_factor=2), 2)),
+                                                conv=_conv()),
     "two_branches_and_a_softmax_of_them": lambda: _Calls(
         lambda m, x: (torch.stack([m.a(x), m.b(x)], 1) * m.gate(x.mean((2, 3), keepdim=True)).view(
             x.shape[0], 2, -1, 1, 1).softmax(1)).sum(1),
@@ -441,3 +447,23 @@ def test_groups_whose_widths_must_be_equal_are_not_prunable() -> None:
     for name in ("stem", "inner"):
         assert "the cut network does not run" in reasons[name]
         assert ".view(batch, channels)" in reasons[name]
+
+
+def test_the_halves_of_a_gated_linear_unit_are_one_group() -> None:
+    groups, _ = find_cuttable(_build("gated_linear_unit"), _images(1, 3, 12, 10))
+    assert (groups["middle.widen"].width, groups["middle.widen"].parts) == (6, 1)
+
+
+def _reason(middle: nn.Module, name: str, width: int = WIDTH) -> str:
+    _, excluded = find_cuttable(_Net(middle, width).eval(), _images(1, 3, 12, 10))
+    (reason,) = (item.reason for item in excluded if item.name == name)
+    return reason
+
+
+def test_reasons_name_the_operation() -> None:
+    assert _reason(nn.GroupNorm(1, WIDTH), "stem") == (
+        "a group norm's statistics are over all its channels, in 'middle'"
+    )
+    weighed = _Calls(lambda m, x: (x[:, None] * m.masks(x).unflatten(1, (2, WIDTH))).flatten(1, 2), masks=_conv(8, 16))
+    assert _reason(weighed, "stem", 16) == "each of its channels weighs several others, in 'middle'"
+    assert _reason(weighed, "middle.masks", 16) == "it meets channels that each weigh several others, in 'middle'"

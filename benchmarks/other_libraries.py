@@ -6,21 +6,29 @@
     python benchmarks/other_libraries.py --table                  the page only
 
 The networks are in library_networks.yaml. Those whose library is not installed are left out. Each has a process of its
-own and goes through the steps of support_trial.py, with an export at the second cut only.
+own (forked, so that torch is imported once) and goes through the steps of support_trial.py, with an export at the
+second cut only.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
+import tempfile
+import time
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from support_matrix import PACKAGES, ROOT, Results, sentence, try_apart, wanted
+import support_trial
+import torch
+from support_matrix import PACKAGES, ROOT, Results, merge, sentence, wanted
 from support_networks import Entry, libraries, listed_of_library
-from support_table import largest, number, table
+from support_table import largest, normalised, number, table, uncut
 
 from compress.storage.files import write_atomic
 
@@ -67,6 +75,7 @@ def render(values: Mapping[str, Any]) -> str:
     others = ", ".join(f"{name} {value}" for name, value in found.items() if name not in stated)
     parts = [HEAD, f"Made with {others}.", "## Summary", _summary(known, found)]
     parts += ["## Refused and failed", _failures(known)]
+    parts += ["## Channel groups that are not prunable", uncut(known)]
     for library, records in known.items():
         parts += [f"## {library}", table(COLUMNS, [_row(name, record) for name, record in records.items()])]
     return "\n\n".join(parts) + "\n"
@@ -85,12 +94,26 @@ def _summary(known: Mapping[str, Mapping[str, Record]], found: Mapping[str, str]
 
 def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
     rows = [
-        (f"{library}/{name}", verdict({"failures": [failure]}), failure["step"], _plain(failure["reason"]))
+        (f"{library}/{name}", verdict({"failures": [failure]}), failure["step"], _plain(failure["reason"])
+         + _why_few(record, failure))
         for library, records in known.items()
         for name, record in records.items()
         for failure in record["failures"]
     ]  # fmt: skip
     return table(("network", "result", "step", "reason"), rows) if rows else "None."
+
+
+def _why_few(record: Record, failure: Record) -> str:
+    """Return the reasons against the groups that are not prunable, where too few are."""
+    causes: dict[str, int] = defaultdict(int)
+    for reason, count in record.get("uncut", {}).items():
+        causes[normalised(reason)] += count
+    if failure["step"] not in ("inspect", "cut") or not failure.get("refused") or not causes:
+        return ""
+    most = sorted(causes.items(), key=lambda item: -item[1])[:3]
+    total = record["groups"] + sum(causes.values())
+    shown = "; ".join(f"`{reason}` ({count})" for reason, count in most)
+    return f" {sum(causes.values())} of {total} channel groups are not prunable: {shown}"
 
 
 def _plain(reason: str) -> str:
@@ -116,6 +139,49 @@ def _row(name: str, record: Record) -> Sequence[str]:
     )
 
 
+def try_forked(entry: Entry, limit_s: float) -> dict[str, Any]:
+    """Try one network in a copy of this process.
+
+    Args:
+        entry: Network to try.
+        limit_s: Seconds after which the copy is ended.
+
+    Returns:
+        Its record; if the process ended early, what was known by then and that as a failure.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        lines, output = Path(folder) / "lines", Path(folder) / "output"
+        lines.touch()
+        process = multiprocessing.get_context("fork").Process(target=_try_here, args=(entry, lines, output))
+        process.start()
+        process.join(limit_s)
+        ended = f"its process ended with exit code {process.exitcode}"
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            ended = f"it did not end within {limit_s:.0f} s"
+        said = output.read_text("utf-8", errors="replace").strip().splitlines() if output.is_file() else []
+        known = [json.loads(line) for line in lines.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return {
+        **merge(known, ended, said), "family": entry.family, "wall_s": round(time.perf_counter() - started, 1)
+    }  # fmt: skip
+
+
+def _try_here(entry: Entry, lines: Path, output: Path) -> None:
+    """Try a network; write what is known to `lines`, and what libraries print to `output`."""
+    written = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    warnings.simplefilter("ignore")
+    with lines.open("a", encoding="utf-8", buffering=1) as file:
+
+        def say(record: Record) -> None:
+            file.write(json.dumps(record) + "\n")
+
+        say({**support_trial.try_network(entry, say), "is_done": True})
+
+
 def _is_installed(library: str) -> bool:
     try:
         return all(bool(version(package)) for package in libraries()[library])
@@ -138,6 +204,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the results, and try nothing")
     arguments = parser.parse_args()
     results = Results(arguments.out, _packages())
+    torch.set_num_threads(1)
     if not arguments.table:
         _try_all(arguments, results)
     page = render(json.loads(arguments.out.read_text("utf-8")))
@@ -152,7 +219,7 @@ def _try_all(arguments: argparse.Namespace, results: Results) -> None:
         else:
             print(f"{library}: not installed. Hint: pip install {' '.join(libraries()[library])}", flush=True)
     for entry in wanted(entries, results.records, arguments.only, arguments.redo):
-        record = try_apart(entry, arguments.limit)
+        record = try_forked(entry, arguments.limit)
         results.add(entry, record)
         print(sentence(entry, record), flush=True)
 

@@ -109,11 +109,11 @@ def try_apart(entry: Entry, limit_s: float, command: Sequence[str] = (sys.execut
         out.seek(0)
         err.seek(0)
         lines, said = [json.loads(line) for line in out if line.endswith("\n")], err.read().strip().splitlines()
-    record = _merge(lines, ended, said)
+    record = merge(lines, ended, said)
     return {**record, "family": entry.family, "wall_s": round(time.perf_counter() - started, 1)}
 
 
-def _merge(lines: list[Record], ended: str, said: list[str]) -> Record:
+def merge(lines: list[Record], ended: str, said: list[str]) -> Record:
     """Return the last record that a process printed, with a failure where it was not the whole one."""
     records = [line for line in lines if "seconds" in line]
     if records and records[-1].pop("is_done", False):

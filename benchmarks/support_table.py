@@ -50,7 +50,7 @@ def render(values: Mapping[str, Any]) -> str:
     known = {name: records for name, records in sets.items() if records}
     versions = ", ".join(f"{name} {value}" for name, value in values["environment"].items() if name != "cores")
     parts = [HEAD, f"Made with {versions}, {values['environment']['cores']} cores.", "## Summary", _summary(known)]
-    parts += ["## Failures", _failures(known), "## Channel groups that are not prunable", _uncut(known)]
+    parts += ["## Failures", _failures(known), "## Channel groups that are not prunable", uncut(known)]
     for name, records in known.items():
         parts += [f"## {TITLES[name]}", table(COLUMNS, [_row(network, record) for network, record in records.items()])]
         parts += [f"Left out: {', '.join(names)} ({why})." for why, names in left_out(name).items()]
@@ -106,7 +106,8 @@ def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
     return "\n".join(parts)
 
 
-def _uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
+def uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
+    """Return a table of the reasons against pruning, with the groups and networks they concern."""
     groups: dict[str, int] = defaultdict(int)
     networks: dict[str, list[str]] = defaultdict(list)
     for records in known.values():

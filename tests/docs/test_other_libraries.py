@@ -3,9 +3,10 @@
 import ast
 import importlib
 import json
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -54,16 +55,49 @@ def test_the_page_has_versions_counts_and_reasons(modules: dict[str, ModuleType]
     good = {"failures": [], "seconds": {}, "family": "A", "input": [1, 32, 32], "macs": 2_000_000, "params": 500_000,
             "groups": 3, "uncut": {"it has only 3 channels in 3 parts": 2}, "least_share": 0.05,
             "cuts": [{"reached": 0.7, "difference": 1e-15}, {"reached": 0.4, "parity": 1e-6}]}  # fmt: skip
-    refusal = {"step": "inspect", "reason": "No prunable\nchannel group found.", "refused": True}
+    refusal = {"step": "load", "reason": "No prunable\nchannel group found.", "refused": True}
     wrong = {"step": "compare", "reason": "in /home/me/site-packages/monai/nets/a.py, line 3"}
     records = [good] + [{"failures": found, "seconds": {}, "family": "B", "cuts": []} for found in ([refusal], [wrong])]
     networks = dict(zip(("monai/a", "kornia/b", "kornia/c"), records, strict=True))
     page = modules["other_libraries"].render({"environment": {"torch": "2.0", "monai": "1.5"}, "networks": networks})
     assert "Made with torch 2.0.\n" in page
     assert "| monai | 1.5 | 1 | 0 | 0 |\n| kornia |  | 0 | 1 | 1 |\n| all |  | 1 | 1 | 1 |" in page
-    assert "| kornia/b | refused | inspect | `No prunable channel group found.` |" in page
+    assert "| kornia/b | refused | load | `No prunable channel group found.` |" in page
     assert "| kornia/c | failed | compare | `in nets/a.py, line 3` |" in page
     assert "| a | A | 1 x 32 x 32 | 2.0 | 0.50 | 3 of 5 | 0.05 | 0.70, 0.40 | 1e-15 | 1e-06 | passed |" in page
+
+
+def test_a_refusal_of_a_cut_says_why_groups_are_not_prunable(modules: dict[str, ModuleType]) -> None:
+    uncut = {"its channels are mixed by 'a' in 'b'": 2, "its channels are mixed by 'a' in 'c.d'": 3, "it is odd": 1}
+    refusal = {"step": "cut", "reason": "Target 0.4 cannot be reached.", "refused": True}
+    record = {"failures": [refusal], "seconds": {}, "family": "A", "cuts": [], "groups": 4, "uncut": uncut}
+    page = modules["other_libraries"].render({"environment": {}, "networks": {"monai/a": record}})
+    reasons = "`its channels are mixed by '…' in '…'` (5); `it is odd` (1)"
+    assert f"`Target 0.4 cannot be reached.` 6 of 10 channel groups are not prunable: {reasons} |" in page
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+@pytest.mark.parametrize(
+    ("code", "limit_s", "reason"),
+    [
+        ("print('no such thing', flush=True); os._exit(3)", 60.0, "its process ended with exit code 3: no such thing"),
+        ("import time; time.sleep(60)", 0.5, "it did not end within 0 s"),
+    ],
+)
+def test_a_process_that_ends_early_is_a_failure(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, code: str, limit_s: float, reason: str
+) -> None:
+    def end(_entry: object, say: Callable[[Any], None]) -> None:
+        say({"step": "load"})
+        exec(code, {"os": os})
+
+    monkeypatch.setattr(modules["support_trial"], "try_network", end)
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
+        record = modules["other_libraries"].try_forked(modules["support_networks"].Entry("any", "a", "A"), limit_s)
+    assert record["failures"] == [{"step": "load", "reason": reason}]
+    assert record["family"] == "A"
 
 
 def test_only_an_error_of_the_package_is_a_refusal(modules: dict[str, ModuleType]) -> None:

@@ -56,6 +56,11 @@ class _Squeeze(nn.Module):
         return x * torch.sigmoid(self.widen(F.silu(self.reduce(x.mean((2, 3), keepdim=True)))))
 
 
+def _unpool(module: nn.Module, x: Tensor) -> Tensor:
+    pooled, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(module.conv(pooled), places, 2)
+
+
 def _shuffle(module: nn.Module, x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
@@ -183,6 +188,7 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     ),
     "gated_linear_unit_of_rows": lambda: _Calls(lambda m, x: m.conv(F.glu(F.interpolate(x, scale_factor=2), 2)),
                                                 conv=_conv()),
+    "unpooling_to_the_places_of_a_pooling": lambda: _Calls(_unpool, conv=_conv()),
     "two_branches_and_a_softmax_of_them": lambda: _Calls(
         lambda m, x: (torch.stack([m.a(x), m.b(x)], 1) * m.gate(x.mean((2, 3), keepdim=True)).view(
             x.shape[0], 2, -1, 1, 1).softmax(1)).sum(1),

@@ -103,6 +103,16 @@ def glu(watch: Watch, call: Call) -> None:
     give_all(watch, call, labels)
 
 
+def unpool(watch: Watch, call: Call) -> None:
+    """Follow the inverse of a max pooling: values and indices of their places have the same channels."""
+    value, places = call.first, call.arguments["indices"]
+    labels = meet(watch, watch.labels.of(value), value.shape, watch.labels.of(places), places.shape)
+    if any(size > 1 for size in labels.shape[-3 if call.name.endswith("3d") else -2 :]):
+        watch.facts.mix(labels, call)
+        labels = unlabelled(labels.ndim)
+    give_all(watch, call, labels)
+
+
 def keep(watch: Watch, call: Call) -> None:
     """Follow an operation whose result has the shape and the channels of the first argument."""
     give_all(watch, call, watch.labels.of(call.first))

@@ -42,10 +42,11 @@ class Results:
 
     Args:
         path: Of the JSON file; it need not exist.
+        packages: Distributions whose versions are kept with the results.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, packages: Sequence[str] = PACKAGES) -> None:
+        self.path, self.packages = path, packages
         self._lock = threading.Lock()
         read = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         self.records: dict[str, Record] = read.get("networks", {})
@@ -54,14 +55,14 @@ class Results:
         """Keep one network's result."""
         with self._lock:
             self.records[entry.key] = record
-            values = {"environment": environment(), "networks": dict(sorted(self.records.items()))}
+            values = {"environment": environment(self.packages), "networks": dict(sorted(self.records.items()))}
             write_atomic(self.path, json.dumps(values, indent=1) + "\n")
 
 
-def environment() -> Record:
+def environment(packages: Sequence[str] = PACKAGES) -> Record:
     """Return what the results were made with."""
     return {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
-            **{name: found for name in PACKAGES if (found := _version(name))}}  # fmt: skip
+            **{name: found for name in packages if (found := _version(name))}}  # fmt: skip
 
 
 def wanted(entries: Sequence[Entry], records: dict[str, Record], only: Sequence[str], redo: str) -> list[Entry]:
@@ -95,7 +96,7 @@ def try_apart(entry: Entry, limit_s: float, command: Sequence[str] = (sys.execut
         Its record; when the process ended early, what was known by then and that as a failure.
     """
     started, ended = time.perf_counter(), None
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *_import_path()])}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen([*command, json.dumps(entry.to_dict())], stdout=out, stderr=err, env=surroundings)
         try:
@@ -108,11 +109,11 @@ def try_apart(entry: Entry, limit_s: float, command: Sequence[str] = (sys.execut
         out.seek(0)
         err.seek(0)
         lines, said = [json.loads(line) for line in out if line.endswith("\n")], err.read().strip().splitlines()
-    record = _merge(lines, ended, said)
+    record = merge(lines, ended, said)
     return {**record, "family": entry.family, "wall_s": round(time.perf_counter() - started, 1)}
 
 
-def _merge(lines: list[Record], ended: str, said: list[str]) -> Record:
+def merge(lines: list[Record], ended: str, said: list[str]) -> Record:
     """Return the last record that a process printed, with a failure where it was not the whole one."""
     records = [line for line in lines if "seconds" in line]
     if records and records[-1].pop("is_done", False):
@@ -124,6 +125,10 @@ def _merge(lines: list[Record], ended: str, said: list[str]) -> Record:
     return record
 
 
+def _import_path() -> list[str]:
+    return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -131,7 +136,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _sentence(entry: Entry, record: Record) -> str:
+def sentence(entry: Entry, record: Record) -> str:
+    """Return a result in one line."""
     failures = "; ".join(f"{failure['step']}: {failure['reason']}" for failure in record["failures"])
     memory = f", {record['peak_memory_mb']} MB" if "peak_memory_mb" in record else ""
     return f"{entry.key}: {failures or 'passed'} ({record['wall_s']:.0f} s{memory})"
@@ -164,7 +170,7 @@ def main() -> None:
     def work(entry: Entry) -> None:
         record = try_apart(entry, arguments.limit)
         results.add(entry, record)
-        print(_sentence(entry, record), flush=True)
+        print(sentence(entry, record), flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as workers:
         list(workers.map(work, left))

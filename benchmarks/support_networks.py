@@ -7,7 +7,7 @@ their memory is their own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,11 @@ import yaml
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compress.model.artifacts import FactorySpec
+
 LISTS = Path(__file__).with_name("networks.yaml")
+LIBRARY_LISTS = Path(__file__).with_name("library_networks.yaml")
+_IMAGE_AXES = 3
 SETS = ("torchvision", "timm", "segmentation", "detection", "video", "onnx")
 
 
@@ -25,11 +29,14 @@ class Entry:
     """One network of the matrix.
 
     Attributes:
-        set: Of `SETS`.
+        set: Of `SETS`, or the name of a library.
         name: Unique in its set.
         family: What it stands for.
         size: Height and width, or the whole shape of one input; None for the network's own.
         path: Of an ONNX file.
+        factory: Of a library's network, "pkg.module:callable".
+        kwargs: Of the factory.
+        outputs: Kept outputs; () for all.
     """
 
     set: str
@@ -37,6 +44,9 @@ class Entry:
     family: str
     size: int | tuple[int, ...] | None = None
     path: str | None = None
+    factory: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -50,8 +60,8 @@ class Entry:
 
 def entry_of(values: Mapping[str, Any]) -> Entry:
     """Return the entry that `to_dict` gave."""
-    size = values["size"]
-    return Entry(**{**values, "size": tuple(size) if isinstance(size, list) else size})
+    size, outputs = values["size"], tuple(values.get("outputs", ()))
+    return Entry(**{**values, "size": tuple(size) if isinstance(size, list) else size, "outputs": outputs})
 
 
 def listed(name: str, onnx_folder: Path | None = None, size: int | None = None) -> list[Entry]:
@@ -73,6 +83,24 @@ def listed(name: str, onnx_folder: Path | None = None, size: int | None = None) 
         for family, names in values["networks"].items()
         for one in names
     ]  # fmt: skip
+
+
+def libraries() -> dict[str, tuple[str, ...]]:
+    """Return library -> packages whose versions are stated."""
+    return {name: tuple(values["packages"]) for name, values in _library_lists().items()}
+
+
+def listed_of_library(library: str) -> list[Entry]:
+    """Return the networks of a library."""
+    entries = []
+    for name, (family, shape, factory, *rest) in _library_lists()[library]["networks"].items():
+        kwargs, outputs = [*rest, {}, []][0], [*rest[1:], []][0]
+        entries.append(Entry(library, name, family, tuple(shape), None, factory, kwargs, tuple(outputs)))
+    return entries
+
+
+def _library_lists() -> dict[str, Any]:
+    return dict(yaml.safe_load(LIBRARY_LISTS.read_text("utf-8")))
 
 
 def left_out(name: str) -> dict[str, list[str]]:
@@ -103,6 +131,35 @@ def build(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | N
     if shape is None:
         raise ValueError(f"networks.yaml must give a size for {entry.key}: the network has none of its own.")
     return with_one_array(module, spec, torch.zeros([2, *shape])), shape, own
+
+
+def build_from_library(entry: Entry) -> tuple[nn.Module, FactorySpec, Tensor]:
+    """Return a library's network as `load` leaves it, its specification, and one input.
+
+    Raises:
+        CompressError: It cannot be built, or `load` refuses it.
+    """
+    import torch
+
+    from compress.api.lineage import input_names
+    from compress.checkpoint.rebuild import build_module, with_one_array, without_unread
+    from compress.data.packing import is_packed, row_width
+    from compress.model.artifacts import FactorySpec
+    from compress.networks.wiring import signature_of
+
+    assert entry.factory is not None
+    assert isinstance(entry.size, tuple)
+    spec = FactorySpec("factory", entry.factory, dict(entry.kwargs), {}, entry.outputs)
+    module = build_module(spec)
+    if len(entry.size) != _IMAGE_AXES:
+        (name,) = input_names(module, 1)
+        spec = replace(spec, inputs={name: {"shape": list(entry.size)}})
+    inputs = spec.input_specs()
+    shape = [2, row_width(inputs)] if is_packed(inputs) else [2, *entry.size]
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain, _ = without_unread(with_one_array(module, spec, example), example)
+    signature_of(plain, spec, example)
+    return plain, spec, example[:1]
 
 
 def _import_file(entry: Entry) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...] | None]:

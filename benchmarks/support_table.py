@@ -19,6 +19,7 @@ TITLES = {
 HEAD = """# Support matrix
 
 `python benchmarks/support_matrix.py --table` writes this page from `support.json`, the results of the same program.
+Networks of ultralytics, segmentation_models_pytorch, monai and others: [other libraries](other-libraries.md).
 
 Each network is built with random weights. Batch-norm statistics, scales and biases differ in every channel, so that a
 wrong cut shows. It is inspected and cut to 0.7 and to 0.4 of its MACs, with the widths that `prune` chooses by l2
@@ -49,9 +50,9 @@ def render(values: Mapping[str, Any]) -> str:
     known = {name: records for name, records in sets.items() if records}
     versions = ", ".join(f"{name} {value}" for name, value in values["environment"].items() if name != "cores")
     parts = [HEAD, f"Made with {versions}, {values['environment']['cores']} cores.", "## Summary", _summary(known)]
-    parts += ["## Failures", _failures(known), "## Channel groups that are not prunable", _uncut(known)]
+    parts += ["## Failures", _failures(known), "## Channel groups that are not prunable", uncut(known)]
     for name, records in known.items():
-        parts += [f"## {TITLES[name]}", _table(COLUMNS, [_row(network, record) for network, record in records.items()])]
+        parts += [f"## {TITLES[name]}", table(COLUMNS, [_row(network, record) for network, record in records.items()])]
         parts += [f"Left out: {', '.join(names)} ({why})." for why, names in left_out(name).items()]
     return "\n\n".join(parts) + "\n"
 
@@ -75,8 +76,8 @@ def _summary(known: Mapping[str, Mapping[str, Record]]) -> str:
         wrong = sum(failure["step"] == "compare" for record in records.values() for failure in record["failures"])
         rows.append(
             (TITLES[name], f"{passed} of {len(records)}", f"{passed / len(records):.1%}",
-             str(sum("difference" in cut for cut in cuts)), str(wrong), _largest(cuts, "difference"),
-             _largest(cuts, "parity"))
+             str(sum("difference" in cut for cut in cuts)), str(wrong), largest(cuts, "difference"),
+             largest(cuts, "parity"))
         )  # fmt: skip
     columns = (
         "set",
@@ -87,7 +88,7 @@ def _summary(known: Mapping[str, Mapping[str, Record]]) -> str:
         "largest difference",
         "largest parity",
     )
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
@@ -105,7 +106,8 @@ def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
     return "\n".join(parts)
 
 
-def _uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
+def uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
+    """Return a table of the reasons against pruning, with the groups and networks they concern."""
     groups: dict[str, int] = defaultdict(int)
     networks: dict[str, list[str]] = defaultdict(list)
     for records in known.values():
@@ -118,7 +120,7 @@ def _uncut(known: Mapping[str, Mapping[str, Record]]) -> str:
         (reason, str(count), str(len(networks[reason])), ", ".join(networks[reason][:6]))
         for reason, count in sorted(groups.items(), key=lambda item: -item[1])
     ]
-    return _table(("reason", "groups", "networks", "examples"), rows) if rows else "None."
+    return table(("reason", "groups", "networks", "examples"), rows) if rows else "None."
 
 
 def _row(name: str, record: Record) -> Sequence[str]:
@@ -131,28 +133,31 @@ def _row(name: str, record: Record) -> Sequence[str]:
         name,
         record["family"],
         shape,
-        _number(record, "macs", 1e9, ".2f"),
-        _number(record, "params", 1e6, ".1f"),
+        number(record, "macs", 1e9, ".2f"),
+        number(record, "params", 1e6, ".1f"),
         f"{record['groups']} of {record['groups'] + uncut}" if "groups" in record else "",
-        _number(record, "blocks", 1, ".0f"),
-        _number(record, "least_share", 1, ".2f"),
+        number(record, "blocks", 1, ".0f"),
+        number(record, "least_share", 1, ".2f"),
         ", ".join(f"{cut['reached']:.2f}" for cut in cuts if "reached" in cut),
-        _largest(cuts, "difference"),
-        _largest(cuts, "parity"),
-        *(_number(seconds, step, 1, ".1f") for step in ("inspect", "cut", "export")),
-        _number(record, "peak_memory_mb", 1000, ".1f"),
+        largest(cuts, "difference"),
+        largest(cuts, "parity"),
+        *(number(seconds, step, 1, ".1f") for step in ("inspect", "cut", "export")),
+        number(record, "peak_memory_mb", 1000, ".1f"),
         f"failed: {steps}" if steps else "passed",
     )
 
 
-def _number(values: Record, key: str, unit: float, form: str) -> str:
+def number(values: Record, key: str, unit: float, form: str) -> str:
+    """Return a value in a unit, or nothing where it is missing."""
     return format(values[key] / unit, form) if key in values else ""
 
 
-def _largest(cuts: Iterable[Record], key: str) -> str:
+def largest(cuts: Iterable[Record], key: str) -> str:
+    """Return the largest value of the cuts, or nothing."""
     return format(max((cut[key] for cut in cuts if key in cut), default=float("nan")), ".0e").replace("nan", "")
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

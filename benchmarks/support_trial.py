@@ -6,6 +6,9 @@ prints what is known as soon as it is known, one line of JSON after the other; t
 
     compare    the slim network equals the original with the removed channels masked, in float64
     parity     the slim network's ONNX file equals it, in ONNX Runtime
+    reload     the network built anew, with the recipe replayed and the saved weights loaded, equals the slim one
+
+A failure is "refused" if the package itself said so, by an error of its own.
 """
 
 import copy
@@ -24,14 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support_networks import Entry, build, entry_of
+from support_networks import Entry, build, build_from_library, entry_of
 from torch import Tensor, nn
 
 from compress.allocation.problem import Budget, from_widths
 from compress.allocation.widths import width_levels
 from compress.catalog import CRITERIA
+from compress.checkpoint.rebuild import apply_edits, load_strict, read_weights, write_weights
 from compress.cost.macs import count_macs
-from compress.errors import BudgetUnreachable, CompressError, ModelError
+from compress.errors import BudgetUnreachable, CompressError, InternalError, ModelError, UnsupportedLayer
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.inspection.least_latency import random_inputs
@@ -39,7 +43,7 @@ from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import CUT_LIMITS, vary_weights
 from compress.model.adapter import flatten_outputs
 from compress.model.artifacts import FactorySpec
-from compress.model.recipe import RemoveChannels
+from compress.model.recipe import Recipe, RemoveChannels
 from compress.networks.wiring import signature_of
 from compress.onnx_file.counting import count_onnx
 from compress.progress import SilentProgress
@@ -56,6 +60,7 @@ SHARES = (0.7, 0.4)
 CRITERION = "l2"
 CUT_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output
 PARITY_LIMIT = 1e-4  # of the largest output
+RELOAD_LIMIT = 1e-6  # of the largest output
 LEAST_EFFECT = 1e-3  # what silencing channels must change of the outputs, for the comparison to say anything
 
 Record = dict[str, Any]
@@ -67,10 +72,15 @@ class Trial:
 
     Args:
         say: Is given what is known.
+
+    Attributes:
+        spec: Specification of the network: its inputs and the outputs to keep.
+        record: What is known.
     """
 
     def __init__(self, say: Callable[[Record], None] = lambda _: None) -> None:
         self.say = say
+        self.spec = FactorySpec("factory", "support_trial:slim")
         self.record: Record = {"seconds": {}, "cuts": [], "failures": []}
 
     @contextmanager
@@ -91,7 +101,17 @@ class Trial:
 
     def fail(self, step: str, reason: Exception | str) -> None:
         """Add a failure."""
-        self.record["failures"].append({"step": step, "reason": _reason(reason)})
+        failure: Record = {"step": step, "reason": _reason(reason)}
+        if isinstance(reason, CompressError) and not isinstance(reason, WrongResult | InternalError):
+            failure["refused"] = True
+        self.record["failures"].append(failure)
+
+
+Make = Callable[[Trial], tuple[nn.Module, Tensor]]
+
+
+class WrongResult(ModelError):
+    """A check of this file has failed: the package did something wrong, or the comparison says nothing."""
 
 
 class Stopped(Exception):
@@ -110,6 +130,12 @@ def try_network(entry: Entry, say: Callable[[Record], None] = lambda _: None) ->
     """
 
     def make(trial: Trial) -> tuple[nn.Module, Tensor]:
+        if entry.factory is not None:
+            module, trial.spec, example = build_from_library(entry)
+            trial.record |= {"input": list(entry.size or ()), "own_input": None}
+            vary_weights(module, example)
+            _amplify(module, example.shape[1:])
+            return module, example
         module, shape, own = build(entry)
         trial.record |= {"input": list(shape), "own_input": None if own is None else list(own)}
         example = torch.zeros([1, *shape])
@@ -117,13 +143,14 @@ def try_network(entry: Entry, say: Callable[[Record], None] = lambda _: None) ->
             vary_weights(module, example)
         return module, example
 
-    return try_module(make, SHARES, say)
+    return try_module(make, SHARES, say, SHARES if entry.factory is None else SHARES[-1:])
 
 
 def try_module(
-    make: Callable[[Trial], tuple[nn.Module, Tensor]],
+    make: Make,
     shares: Sequence[float] = SHARES,
     say: Callable[[Record], None] = lambda _: None,
+    exported: Sequence[float] | None = None,
 ) -> Record:
     """Take a network through all steps.
 
@@ -131,6 +158,7 @@ def try_module(
         make: Returns the network and one input, (1, ...).
         shares: Of its MACs, to each of which it is cut.
         say: Is given what is known after each step.
+        exported: Shares at which the slim network is exported and reloaded, too; all by default.
 
     Returns:
         Its figures, the seconds of each step, peak memory, and what failed; it has passed when nothing has.
@@ -142,21 +170,43 @@ def try_module(
             _require_telling(module, example.shape[1:])
         potential, groups = _inspect(module, example, trial)
         for share in shares:
-            _cut_and_export(module, example, potential, groups, share, trial)
+            slim, removed = _cut(module, example, potential, groups, share, trial)
+            if exported is None or share in exported:
+                _export(slim, example, trial)
+                _reload(make, slim, removed, example, trial)
     except Stopped:
         pass
     return trial.record
 
 
 @torch.no_grad()
-def _require_telling(module: nn.Module, shape: Sequence[int]) -> None:
-    """Raise ModelError unless the outputs are finite and differ from image to image."""
+def _amplify(module: nn.Module, shape: Sequence[int]) -> None:
+    """Double kernels, twice at most, while outputs hardly depend on the input: networks without norms fade out."""
+    for _ in range(2):
+        if _spread(module, shape) > LEAST_EFFECT:
+            return
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter *= 2
+
+
+@torch.no_grad()
+def _spread(module: nn.Module, shape: Sequence[int]) -> float:
+    """Return how much outputs differ from input to input; infinity if one is not finite."""
     generator = torch.Generator().manual_seed(1)
     first, second = (_tensors(module(torch.randn([2, *shape], generator=generator))) for _ in range(2))
     if not all(bool(output.isfinite().all()) for output in first):
-        raise ModelError("The outputs must be finite, got NaN or infinity with varied weights.")
-    if not _distance(first, second) > LEAST_EFFECT:
-        raise ModelError("The outputs must depend on the images, they hardly do with varied weights.")
+        return float("inf")
+    return _distance(first, second)
+
+
+def _require_telling(module: nn.Module, shape: Sequence[int]) -> None:
+    """Raise WrongResult unless the outputs are finite and differ from image to image."""
+    spread = _spread(module, shape)
+    if spread == float("inf"):
+        raise WrongResult("The outputs must be finite, got NaN or infinity with varied weights.")
+    if not spread > LEAST_EFFECT:
+        raise WrongResult("The outputs must depend on the images, they hardly do with varied weights.")
 
 
 def _inspect(module: nn.Module, example: Tensor, trial: Trial) -> tuple[Potential, Groups]:
@@ -172,13 +222,13 @@ def _inspect(module: nn.Module, example: Tensor, trial: Trial) -> tuple[Potentia
             "uncut": dict(Counter(item.reason for item in potential.uncut)),
         }
         if not groups:
-            raise ModelError("At least one channel group must be there to cut, there is none.")
+            raise UnsupportedLayer("No prunable channel group found.")
     return potential, groups
 
 
-def _cut_and_export(
+def _cut(
     module: nn.Module, example: Tensor, potential: Potential, groups: Groups, share: float, trial: Trial
-) -> None:
+) -> tuple[nn.Module, RemoveChannels]:
     cut: Record = {"asked": share}
     trial.record["cuts"].append(cut)
     with trial.step("cut"):
@@ -187,14 +237,20 @@ def _cut_and_export(
         except BudgetUnreachable as error:  # what can be reached is cut and compared all the same
             trial.fail("cut", error)
             removed = _least(potential, groups)
-        slim = remove_channels(module, RemoveChannels(removed), example)
+        edit = RemoveChannels(removed)
+        slim = remove_channels(module, edit, example)
         cut["reached"] = count_macs(slim, example) / potential.macs
     with trial.step("compare"):
         _compare(module, slim, removed, groups, example.shape[1:], cut)
+    return slim, edit
+
+
+def _export(slim: nn.Module, example: Tensor, trial: Trial) -> None:
+    cut = trial.record["cuts"][-1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slim.onnx"
         with trial.step("export"):
-            signature = signature_of(slim, FactorySpec("factory", "support_trial:slim"), example)
+            signature = signature_of(slim, trial.spec, example)
             export_onnx(slim, signature, path, ExportSettings(opset=OPSET))
             cut["file_macs"] = count_onnx(path).macs
         with trial.step("parity"):
@@ -204,7 +260,20 @@ def _cut_and_export(
             pairs = [[torch.from_numpy(one[spec.name]) for spec in signature.outputs] for one in (got, wanted)]
             cut["parity"] = _distance(*pairs)
             if not cut["parity"] <= PARITY_LIMIT:
-                raise ModelError(f"The file must equal the slim network, it differs by {cut['parity']:.1e} of it.")
+                raise WrongResult(f"The file must equal the slim network, it differs by {cut['parity']:.1e} of it.")
+
+
+@torch.no_grad()
+def _reload(make: Make, slim: nn.Module, edit: RemoveChannels, example: Tensor, trial: Trial) -> None:
+    with trial.step("reload"), tempfile.TemporaryDirectory() as folder:
+        weights, text = Path(folder) / "slim.safetensors", Recipe((edit,)).to_json()
+        write_weights(slim, weights)
+        again = apply_edits(make(Trial())[0], Recipe.from_json(text), example)
+        load_strict(again, read_weights(weights), f"'{weights.name}'")
+        images = torch.randn([2, *example.shape[1:]], generator=torch.Generator().manual_seed(3))
+        difference = _distance(_tensors(again(images)), _tensors(slim(images)))
+        if not difference <= RELOAD_LIMIT:
+            raise WrongResult(f"The reloaded network must equal the slim one, it differs by {difference:.1e} of it.")
 
 
 def choose(module: nn.Module, example: Tensor, groups: Groups, share: float) -> dict[str, tuple[int, ...]]:
@@ -255,12 +324,12 @@ def _compare(
     cut["effect"] = _distance(_outputs(module, images, precision), expected)
     cut["precision"] = str(precision).removeprefix("torch.")
     if not cut["difference"] <= CUT_LIMIT[precision]:
-        raise ModelError(
+        raise WrongResult(
             f"The slim network must equal the original with its channels masked, it differs by "
             f"{cut['difference']:.1e} of it."
         )
     if not cut["effect"] >= LEAST_EFFECT:
-        raise ModelError(f"Silencing channels must change the outputs, it changes {cut['effect']:.1e} of them.")
+        raise WrongResult(f"Silencing channels must change the outputs, it changes {cut['effect']:.1e} of them.")
 
 
 def _outputs(module: nn.Module, images: Tensor, precision: torch.dtype) -> list[Tensor]:
@@ -274,7 +343,7 @@ def _tensors(outputs: object) -> list[Tensor]:
 def _distance(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Return the largest difference of any output over the largest value of that output."""
     if [one.shape for one in got] != [one.shape for one in wanted]:
-        raise ModelError(f"Outputs must have the shapes {_shapes(wanted)}, got {_shapes(got)}.")
+        raise WrongResult(f"Outputs must have the shapes {_shapes(wanted)}, got {_shapes(got)}.")
     return max(
         float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-30)
         for a, b in zip(got, wanted, strict=True)

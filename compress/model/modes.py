@@ -34,15 +34,33 @@ def hooked(
     Args:
         before: Modules with the hook that runs before their forward pass, as `nn.Module.register_forward_pre_hook`.
         after: Modules with the hook that runs after it, as `nn.Module.register_forward_hook`.
-        with_kwargs: Pass the keyword arguments of the call to the hooks in `before`.
+        with_kwargs: Pass the keyword arguments of the call to the hooks behind the positional ones. Otherwise the hooks
+            get the values of all arguments as one tuple, in the order of the call.
         always_call: Run the hooks in `after` even if the forward pass raises.
     """
     with ExitStack() as hooks:
         for part, hook in before:
-            hooks.callback(part.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove)
+            wrapped = hook if with_kwargs else _before_all_values(hook)
+            hooks.callback(part.register_forward_pre_hook(wrapped, with_kwargs=True).remove)
         for part, hook in after:
-            hooks.callback(part.register_forward_hook(hook, always_call=always_call).remove)
+            wrapped = hook if with_kwargs else _after_all_values(hook)
+            hooks.callback(part.register_forward_hook(wrapped, with_kwargs=True, always_call=always_call).remove)
         return hooks.pop_all()
+
+
+def _before_all_values(hook: Hook) -> Hook:
+    def wrapped(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = hook(part, (*args, *kwargs.values()))
+        if values is None:
+            return None
+        values = values if isinstance(values, tuple) else (values,)
+        return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
+
+    return wrapped
+
+
+def _after_all_values(hook: Hook) -> Hook:
+    return lambda part, args, kwargs, output: hook(part, (*args, *kwargs.values()), output)
 
 
 @contextmanager

@@ -32,9 +32,10 @@ def _same_shape_parts(module: nn.Module, example: Tensor) -> dict[str, tuple[int
     calls: dict[str, list[tuple[int, ...] | None]] = {}
 
     def watch(name: str):  # type: ignore[no-untyped-def]
-        def hook(_part: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        def hook(_part: nn.Module, inputs: tuple[object, ...], keywords: dict[str, object], output: object) -> None:
             same = (
                 len(inputs) == 1
+                and not keywords  # the identity has none
                 and isinstance(inputs[0], Tensor)
                 and isinstance(output, Tensor)
                 and inputs[0].shape == output.shape
@@ -48,7 +49,7 @@ def _same_shape_parts(module: nn.Module, example: Tensor) -> dict[str, tuple[int
         for name, part in module.named_modules()
         if name and any(isinstance(child, CONVOLUTIONS) for child in part.modules() if child is not part)
     ]
-    with hooked(after=parts), torch.no_grad(), eval_mode(module):
+    with hooked(after=parts, with_kwargs=True), torch.no_grad(), eval_mode(module):
         module(example)
     return {name: shapes[0] for name, shapes in calls.items() if len(shapes) == 1 and shapes[0] is not None}
 

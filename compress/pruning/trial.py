@@ -107,7 +107,7 @@ class _Trial:
         self.module, self.graph, self.example = module, graph, example
         self.costs: dict[str, CoupledCost] = {}
         generator = torch.Generator().manual_seed(_TRIAL_SEED)
-        self.removed = {name: _some_half(group, generator) for name, group in graph.groups.items()}
+        self.removed = _different_parts(graph.groups, generator)
         self.inputs = random_inputs(module, example, 2, _TRIAL_SEED).to(example.dtype)
 
     def failing(self, names: list[str]) -> dict[str, str]:
@@ -136,7 +136,7 @@ class _Trial:
         return failing
 
     def _reason(self, names: list[str]) -> str | None:
-        """Cut half of each group on a copy; return the fault of the result in words, or None."""
+        """Cut about half of each group on a copy; return the fault of the result in words, or None."""
         removed = {name: self.removed[name] for name in names}
         try:
             slim = cut_out(self.module, self.graph, removed)
@@ -182,9 +182,20 @@ def difference(got: object, expected: object) -> str | None:
     return None
 
 
-def _some_half(group: ChannelGroup, generator: torch.Generator) -> tuple[int, ...]:
-    units = group.width // group.parts
-    return group.expand(torch.randperm(units, generator=generator)[: max(1, units // 2)].tolist())
+def _different_parts(groups: Mapping[str, ChannelGroup], generator: torch.Generator) -> dict[str, tuple[int, ...]]:
+    """Return random channels to remove, a quarter to three quarters of each group.
+
+    Groups of the same width are cut to different widths: code that reads the width of one group to reshape another
+    works as long as both are equal.
+    """
+    removed, seen = {}, dict[int, int]()
+    for name, group in groups.items():
+        units = group.width // group.parts
+        least, half, most = max(1, units // 4), max(1, units // 2), max(1, 3 * units // 4)
+        count = least + (half - least + seen.get(units, 0)) % (most - least + 1)
+        seen[units] = seen.get(units, 0) + 1
+        removed[name] = group.expand(torch.randperm(units, generator=generator)[:count].tolist())
+    return removed
 
 
 def _tensors(outputs: object) -> list[Tensor]:

@@ -88,7 +88,7 @@ def test_detectors_and_segmenters_return_tensors(modules: dict[str, ModuleType])
 def test_a_whole_trial_has_its_figures(modules: dict[str, ModuleType]) -> None:
     record = tried(modules["support_trial"], nets.build("residual"))
     assert record["failures"] == []
-    assert list(record["seconds"]) == ["load", "inspect", "cut", "compare", "export", "parity"]
+    assert list(record["seconds"]) == ["load", "inspect", "cut", "compare", "export", "parity", "reload"]
     (cut,) = record["cuts"]
     assert cut["reached"] * record["macs"] == pytest.approx(cut["file_macs"])
     assert record["groups"] + sum(record["uncut"].values()) == 4

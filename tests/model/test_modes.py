@@ -28,6 +28,27 @@ def test_hooks_run_in_order_and_are_removed_at_the_end():
     assert count_hooks(module) == 0
 
 
+class Scaled(nn.Module):
+    def forward(self, values: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return values * scale
+
+
+def test_hooks_see_and_change_arguments_given_by_name():
+    module, seen = Scaled(), []
+    before = (module, lambda _part, values: seen.append(values))
+    with hooked(before=[before], after=[(module, lambda _part, values, output: seen.append((*values, output)))]):
+        assert module(2.0, scale=3.0) == 6.0
+        assert module(values=2.0) == 2.0
+    assert seen == [(2.0, 3.0), (2.0, 3.0, 6.0), (2.0,), (2.0, 2.0)]
+    with hooked(before=[(module, lambda _part, values: tuple(2 * value for value in values))]):
+        assert module(2.0, scale=3.0) == 24.0
+    with hooked(before=[(module, lambda _part, values: 10 * values[0])]):
+        assert module(2.0) == module(values=2.0) == 20.0
+    with hooked(after=[(module, lambda *values: seen.append(values[1:]))], with_kwargs=True):
+        module(2.0, scale=3.0)
+    assert seen[-1] == ((2.0,), {"scale": 3.0}, 6.0)
+
+
 def test_hooks_are_removed_where_the_network_fails_and_by_close():
     module, calls = nn.Sequential(Failing()), []
     with pytest.raises(ValueError, match="fails"), hooked(after=[(module, lambda *_: calls.append("skipped"))]):

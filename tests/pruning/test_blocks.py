@@ -30,6 +30,29 @@ class _Projected(nets.ResidualBlock):
         return F.relu(self.project(x) + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
+class _Columns(nets.ResidualBlock):
+    """Takes a number by name."""
+
+    def forward(self, x: Tensor, columns: int) -> Tensor:
+        return super().forward(x) * columns
+
+
+class _WithNames(nn.Module):
+    """Blocks whose arguments are given by name, as transformers and pytorchcv (FractalNet) do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(3, 8, 3), nets.ResidualBlock(8)
+        self.counted, self.by_name = _Columns(8), nets.ResidualBlock(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_name(x=self.counted(self.plain(self.stem(x)), columns=1))
+
+
+def test_blocks_with_arguments_by_name_are_not_removable() -> None:
+    assert find_removable_blocks(_WithNames().eval(), nets.EXAMPLE) == ("plain",)
+
+
 class _Zoo(nn.Module):
     """Residual blocks in every kind of container, and look-alikes."""
 

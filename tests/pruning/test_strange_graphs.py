@@ -56,6 +56,11 @@ class _Squeeze(nn.Module):
         return x * torch.sigmoid(self.widen(F.silu(self.reduce(x.mean((2, 3), keepdim=True)))))
 
 
+def _unpool(module: nn.Module, x: Tensor) -> Tensor:
+    pooled, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(module.conv(pooled), places, 2)
+
+
 def _shuffle(module: nn.Module, x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
@@ -177,6 +182,13 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "upsampling_and_pooling": lambda: _Calls(
         lambda m, x: F.interpolate(F.max_pool2d(m.conv(x), 2), size=x.shape[2:], mode="bilinear") + x, conv=_conv()
     ),
+    "gated_linear_unit": lambda: _Calls(
+        lambda m, x: m.back(F.glu(m.widen(x), 1) * m.scale[:, None, None]) + x,
+        widen=_conv(WIDTH, 12), scale=nn.Parameter(torch.rand(6) + 0.5), back=_conv(6, WIDTH),
+    ),
+    "gated_linear_unit_of_rows": lambda: _Calls(lambda m, x: m.conv(F.glu(F.interpolate(x, scale_factor=2), 2)),
+                                                conv=_conv()),
+    "unpooling_to_the_places_of_a_pooling": lambda: _Calls(_unpool, conv=_conv()),
     "two_branches_and_a_softmax_of_them": lambda: _Calls(
         lambda m, x: (torch.stack([m.a(x), m.b(x)], 1) * m.gate(x.mean((2, 3), keepdim=True)).view(
             x.shape[0], 2, -1, 1, 1).softmax(1)).sum(1),
@@ -415,3 +427,49 @@ def test_units_of_a_group_cannot_be_divided():
     assert groups["0"].parts == 4
     with pytest.raises(UnsupportedLayer, match="same positions of each of its 4 parts"):
         cut_copy(module, {"0": (0, 1)}, _images(1, 3, 12, 10))
+
+
+class _OthersWidth(nn.Module):
+    """Reshapes one layer's channels by the width of another layer, as the attention of A2N (super-image) does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = _conv(3, WIDTH), _conv(), _conv()
+        self.gate, self.free, self.head = nn.Linear(WIDTH, 1), nn.Conv2d(WIDTH, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        batch, channels, _, _ = x.shape
+        inner = F.relu(self.inner(x))
+        gate = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(inner, 1).view(batch, channels)))
+        x = x + self.outer(inner) * gate.view(batch, 1, 1, 1)
+        return self.head(F.relu(self.free(x)).mean((2, 3)))
+
+
+def test_groups_whose_widths_must_be_equal_are_not_prunable() -> None:
+    groups, excluded = find_cuttable(_OthersWidth().eval(), _images(1, 3, 12, 10))
+    assert list(groups) == ["free"]
+    reasons = {item.name: item.reason for item in excluded}
+    for name in ("stem", "inner"):
+        assert "the cut network does not run" in reasons[name]
+        assert ".view(batch, channels)" in reasons[name]
+
+
+def test_the_halves_of_a_gated_linear_unit_are_one_group() -> None:
+    groups, _ = find_cuttable(_build("gated_linear_unit"), _images(1, 3, 12, 10))
+    assert (groups["middle.widen"].width, groups["middle.widen"].parts) == (6, 1)
+
+
+def _reason(middle: nn.Module, name: str, width: int = WIDTH) -> str:
+    _, excluded = find_cuttable(_Net(middle, width).eval(), _images(1, 3, 12, 10))
+    (reason,) = (item.reason for item in excluded if item.name == name)
+    return reason
+
+
+def test_reasons_name_the_operation() -> None:
+    assert _reason(nn.GroupNorm(1, WIDTH), "stem") == (
+        "a group norm's statistics are over all its channels, in 'middle'"
+    )
+    weighed = _Calls(lambda m, x: (x[:, None] * m.masks(x).unflatten(1, (2, WIDTH))).flatten(1, 2), masks=_conv(8, 16))
+    assert _reason(weighed, "stem", 16) == "each of its channels weighs several others, in 'middle'"
+    assert _reason(weighed, "middle.masks", 16) == "it meets channels that each weigh several others, in 'middle'"

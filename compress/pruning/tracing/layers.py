@@ -140,6 +140,10 @@ def group_norm(watch: Watch, call: Call) -> None:
         watch.facts.mix(labels, call)
     else:
         size = len(channels) // parts
+        if parts == 1:
+            watch.facts.freeze(
+                channels, f"a group norm's statistics are over all its channels, in {where(watch.place)}"
+            )
         watch.facts.tie(channels, channels.reshape(parts, size)[:, :1].expand(parts, size).flatten())
         for name in ("weight", "bias"):
             if (tensor := call.get(name)) is not None:

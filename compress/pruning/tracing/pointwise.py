@@ -65,7 +65,10 @@ def meet(
         other_shape: Sizes of the second value.
         strangers: Name of values without channels, for messages.
     """
+    given = is_labelled(one), is_labelled(other)
     one, other = _without_broadcast(watch, one, one_shape, other), _without_broadcast(watch, other, other_shape, one)
+    if given != (is_labelled(one), is_labelled(other)):
+        strangers = "channels that each weigh several others"
     whole_one, whole_other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
     watch.facts.match(whole_one, whole_other)
     for mine, yours, labels, shape in (
@@ -87,6 +90,27 @@ def _without_broadcast(watch: Watch, labels: Tensor, shape: Sequence[int], other
         return labels
     watch.facts.freeze(labels, f"each of its channels weighs several others, in {where(watch.place)}")
     return unlabelled(labels.ndim)
+
+
+def glu(watch: Watch, call: Call) -> None:
+    """Follow a gated linear unit: one half of an axis is multiplied by the sigmoid of the other half."""
+    labels = watch.labels.of(call.first)
+    dim = int(call.arguments.get("dim", -1)) % call.first.ndim
+    if labels.shape[dim] > 1:
+        shape = [*call.result.shape]
+        values, gates = labels.split(shape[dim], dim)  # type: ignore[no-untyped-call]
+        labels = meet(watch, values, shape, gates, shape)
+    give_all(watch, call, labels)
+
+
+def unpool(watch: Watch, call: Call) -> None:
+    """Follow the inverse of a max pooling: values and indices of their places have the same channels."""
+    value, places = call.first, call.arguments["indices"]
+    labels = meet(watch, watch.labels.of(value), value.shape, watch.labels.of(places), places.shape)
+    if any(size > 1 for size in labels.shape[-3 if call.name.endswith("3d") else -2 :]):
+        watch.facts.mix(labels, call)
+        labels = unlabelled(labels.ndim)
+    give_all(watch, call, labels)
 
 
 def keep(watch: Watch, call: Call) -> None:

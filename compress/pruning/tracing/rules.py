@@ -21,6 +21,8 @@ _NAMES: dict[Rule, str] = {
     "empty_like full_like rand_like randn_like bernoulli bernoulli_ dropout zero_ fill_",
     pointwise.reduce: "mean sum amax amin max min var std var_mean std_mean prod linalg_vector_norm norm logsumexp "
     "argmax argmin any all median count_nonzero",
+    pointwise.glu: "glu",
+    pointwise.unpool: "max_unpool2d max_unpool3d",
     pointwise.over_axis: "_softmax _log_softmax softmax log_softmax cumsum cumprod sort topk",
     moving.move: "repeat flip roll channel_shuffle native_channel_shuffle repeat_interleave unfold as_strided diagonal "
     "triu tril",

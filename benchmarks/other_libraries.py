@@ -204,6 +204,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the page from the results, and try nothing")
     arguments = parser.parse_args()
     results = Results(arguments.out, _packages())
+    listed = {entry.key for library in libraries() for entry in listed_of_library(library)}
+    results.records = {key: record for key, record in results.records.items() if key in listed}
     torch.set_num_threads(1)
     if not arguments.table:
         _try_all(arguments, results)

@@ -30,6 +30,7 @@ from support_matrix import PACKAGES, ROOT, Results, merge, sentence, wanted
 from support_networks import Entry, libraries, listed_of_library
 from support_table import largest, normalised, number, table, uncut
 
+from compress.pruning.grouping import OUTPUTS
 from compress.storage.files import write_atomic
 
 Record = Mapping[str, Any]
@@ -107,11 +108,12 @@ def _why_few(record: Record, failure: Record) -> str:
     """Return the reasons against the groups that are not prunable, where too few are."""
     causes: dict[str, int] = defaultdict(int)
     for reason, count in record.get("uncut", {}).items():
-        causes[normalised(reason)] += count
+        if reason != OUTPUTS:
+            causes[normalised(reason)] += count
     if failure["step"] not in ("inspect", "cut") or not failure.get("refused") or not causes:
         return ""
     most = sorted(causes.items(), key=lambda item: -item[1])[:3]
-    total = record["groups"] + sum(causes.values())
+    total = record["groups"] + sum(record["uncut"].values())
     shown = "; ".join(f"`{reason}` ({count})" for reason, count in most)
     return f" {sum(causes.values())} of {total} channel groups are not prunable: {shown}"
 

@@ -470,6 +470,10 @@ def test_reasons_name_the_operation() -> None:
     assert _reason(nn.GroupNorm(1, WIDTH), "stem") == (
         "a group norm's statistics are over all its channels, in 'middle'"
     )
+    slides = _Calls(lambda m, x: m.over(x.transpose(1, 3)).transpose(1, 3), over=nn.Conv2d(10, 10, 3, padding=1))
+    assert _reason(slides, "stem") == "a convolution slides along its channels, in 'middle.over'"
+    octave = _Calls(lambda m, x: F.conv2d(x, m.kernel[:WIDTH]), kernel=nn.Parameter(torch.rand(12, WIDTH, 1, 1)))
+    assert _reason(octave, "stem") == "a convolution whose kernel is computed reads its channels, in 'middle'"
     weighed = _Calls(lambda m, x: (x[:, None] * m.masks(x).unflatten(1, (2, WIDTH))).flatten(1, 2), masks=_conv(8, 16))
     assert _reason(weighed, "stem", 16) == "each of its channels weighs several others, in 'middle'"
     assert _reason(weighed, "middle.masks", 16) == "it meets channels that each weigh several others, in 'middle'"

@@ -19,7 +19,7 @@ def convolution(watch: Watch, call: Call) -> None:
     inputs = _channels_of(watch, labels, value.shape[1])
     outputs = int(call.result.shape[1])
     if inputs is None:
-        watch.facts.mix(labels, call)
+        watch.facts.freeze(labels, f"a convolution slides along its channels, in {where(watch.place)}")
         inputs = torch.full((value.shape[1],), NONE)
     is_each_alone = parts > 1 and parts == value.shape[1]
     if not watch.labels.is_known(weight):
@@ -51,8 +51,8 @@ def _convolution_with_computed_weight(watch: Watch, call: Call, inputs: Tensor, 
             watch.facts.join(along_outputs, inputs)
         watch.labels.give(call.result, along(1, call.result.ndim, inputs))
         return
-    watch.facts.mix(inputs, call)
-    watch.facts.mix(own, call)
+    watch.facts.freeze(inputs, f"a convolution whose kernel is computed reads its channels, in {where(watch.place)}")
+    watch.facts.freeze(own, f"a convolution's kernel is computed from its channels, in {where(watch.place)}")
     watch.labels.give(call.result, unlabelled(call.result.ndim))
 
 

@@ -30,7 +30,7 @@ from support_matrix import PACKAGES, ROOT, Results, merge, sentence, wanted
 from support_networks import Entry, libraries, listed_of_library
 from support_table import largest, normalised, number, table, uncut
 
-from compress.pruning.grouping import OUTPUTS
+from compress.pruning.tracing.record import OUTPUTS
 from compress.storage.files import write_atomic
 
 Record = Mapping[str, Any]

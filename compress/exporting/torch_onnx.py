@@ -212,6 +212,7 @@ def run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappin
         real_inputs(module),
         torch.no_grad(),
         _quiet(),
+        _printable(module),
     ):
         program = torch.onnx.export(
             module,
@@ -227,6 +228,32 @@ def run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappin
         model = program.model_proto
         name_constants(model, module)
         return model
+
+
+@contextmanager
+def _printable(module: nn.Module) -> Iterator[None]:
+    """Print a network whose own `__repr__` raises by its class within the context: the exporter prints it."""
+    kind = type(module)
+    if _prints(module):
+        yield
+        return
+    own = kind.__dict__.get("__repr__")
+    kind.__repr__ = object.__repr__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.__repr__
+        else:
+            kind.__repr__ = own  # type: ignore[method-assign]
+
+
+def _prints(module: nn.Module) -> bool:
+    try:
+        repr(module)
+    except Exception:  # the user's code
+        return False
+    return True
 
 
 def _dynamic_shapes(module: nn.Module, wanted: Signature) -> tuple[object, ...] | None:

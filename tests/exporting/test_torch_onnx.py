@@ -134,6 +134,27 @@ def test_refused_export_is_one_quiet_error_and_keeps_the_old_file(tmp_path, capf
     assert logging.root.manager.disable == level
 
 
+class Unprintable(nn.Sequential):
+    """As the autoencoder of torchxrayvision without trained weights."""
+
+    def __repr__(self):
+        return self.weights
+
+
+class UnprintableInside(nn.Sequential):
+    pass
+
+
+def test_a_network_that_cannot_be_printed_is_exported(tmp_path):
+    own = Unprintable.__repr__
+    for module in (Unprintable(nn.Flatten()), UnprintableInside(Unprintable(nn.Flatten()))):
+        signature = Signature((TensorSpec("input", ("batch", 1, 2, 2)),), (TensorSpec("output", ("batch", 4)),))
+        export_onnx(module.eval(), signature, tmp_path / "m.onnx", ExportSettings(opset=18))
+        with pytest.raises(AttributeError, match="weights"):
+            repr(module)
+    assert (Unprintable.__repr__, "__repr__" in vars(UnprintableInside)) == (own, False)
+
+
 def test_another_opset_than_asked_for_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_onnx, "run_exporter", lambda *_: onnx.load(exported("chain")))
     with pytest.raises(ExportFailed, match="must have opset 20, torch wrote opset 18"):

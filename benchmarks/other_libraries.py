@@ -96,12 +96,16 @@ def _summary(known: Mapping[str, Mapping[str, Record]], found: Mapping[str, str]
 def _failures(known: Mapping[str, Mapping[str, Record]]) -> str:
     rows = [
         (f"{library}/{name}", verdict({"failures": [failure]}), failure["step"], _plain(failure["reason"])
-         + _why_few(record, failure))
+         + _hint(failure) + _why_few(record, failure))
         for library, records in known.items()
         for name, record in records.items()
         for failure in record["failures"]
     ]  # fmt: skip
     return table(("network", "result", "step", "reason"), rows) if rows else "None."
+
+
+def _hint(failure: Record) -> str:
+    return f" Hint: {_plain(failure['hint'])}" if "hint" in failure and failure["step"] != "cut" else ""
 
 
 def _why_few(record: Record, failure: Record) -> str:

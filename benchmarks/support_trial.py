@@ -103,7 +103,7 @@ class Trial:
         """Add a failure."""
         failure: Record = {"step": step, "reason": _reason(reason)}
         if isinstance(reason, CompressError) and not isinstance(reason, WrongResult | InternalError):
-            failure["refused"] = True
+            failure |= {"refused": True, **({"hint": reason.hint} if reason.hint else {})}
         self.record["failures"].append(failure)
 
 

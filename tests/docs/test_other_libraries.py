@@ -55,14 +55,15 @@ def test_the_page_has_versions_counts_and_reasons(modules: dict[str, ModuleType]
     good = {"failures": [], "seconds": {}, "family": "A", "input": [1, 32, 32], "macs": 2_000_000, "params": 500_000,
             "groups": 3, "uncut": {"it has only 3 channels in 3 parts": 2}, "least_share": 0.05,
             "cuts": [{"reached": 0.7, "difference": 1e-15}, {"reached": 0.4, "parity": 1e-6}]}  # fmt: skip
-    refusal = {"step": "load", "reason": "No prunable\nchannel group found.", "refused": True}
+    refusal = {"step": "load", "reason": "No prunable\nchannel group found.", "refused": True,
+               "hint": "Do so."}  # fmt: skip
     wrong = {"step": "compare", "reason": "in /home/me/site-packages/monai/nets/a.py, line 3"}
     records = [good] + [{"failures": found, "seconds": {}, "family": "B", "cuts": []} for found in ([refusal], [wrong])]
     networks = dict(zip(("monai/a", "kornia/b", "kornia/c"), records, strict=True))
     page = modules["other_libraries"].render({"environment": {"torch": "2.0", "monai": "1.5"}, "networks": networks})
     assert "Made with torch 2.0.\n" in page
     assert "| monai | 1.5 | 1 | 0 | 0 |\n| kornia |  | 0 | 1 | 1 |\n| all |  | 1 | 1 | 1 |" in page
-    assert "| kornia/b | refused | load | `No prunable channel group found.` |" in page
+    assert "| kornia/b | refused | load | `No prunable channel group found.` Hint: `Do so.` |" in page
     assert "| kornia/c | failed | compare | `in nets/a.py, line 3` |" in page
     assert "| a | A | 1 x 32 x 32 | 2.0 | 0.50 | 3 of 5 | 0.05 | 0.70, 0.40 | 1e-15 | 1e-06 | passed |" in page
 

@@ -153,7 +153,9 @@ def unpack_images(data: Path, folder: Path) -> None:
             archive.extract(name, part / ("imagenet_rest" if place % 2 else "imagenet_half"))
         rest = names[1::2]
         pictures = [np.asarray(Image.open(part / "imagenet_rest" / name).convert("RGB")) for name in rest]
-        np.savez(part / "imagenet_rest.npz", x=np.stack(pictures), y=np.array([int(name[:3]) for name in rest]))
+        np.savez(
+            part / "imagenet_rest.npz", x=np.stack(pictures), y=np.array([1 + int(name[:3]) for name in rest])
+        )  # 0 is the background
     with zipfile.ZipFile(data / "detection" / "coco128.zip") as archive:
         pictures_of_coco = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         for place, name in enumerate(pictures_of_coco):

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from support_networks import Entry, build, build_from_library, entry_of
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ from compress.inspection.least_latency import random_inputs
 from compress.inspection.potential import Potential, find_potential
 from compress.inspection.targets import CUT_LIMITS, vary_weights
 from compress.model.adapter import flatten_outputs
-from compress.model.artifacts import FactorySpec
+from compress.model.artifacts import FactorySpec, Signature
 from compress.model.recipe import Recipe, RemoveChannels
 from compress.networks.wiring import signature_of
 from compress.onnx_file.counting import count_onnx
@@ -260,7 +261,24 @@ def _export(slim: nn.Module, example: Tensor, trial: Trial) -> None:
             pairs = [[torch.from_numpy(one[spec.name]) for spec in signature.outputs] for one in (got, wanted)]
             cut["parity"] = _distance(*pairs)
             if not cut["parity"] <= PARITY_LIMIT:
-                raise WrongResult(f"The file must equal the slim network, it differs by {cut['parity']:.1e} of it.")
+                raise WrongResult(
+                    f"ONNX output differs from PyTorch by {cut['parity']:.1e} of the largest output (limit "
+                    f"{PARITY_LIMIT:.0e}){_rounding(slim, signature, inputs, pairs)}."
+                )
+
+
+def _rounding(
+    slim: nn.Module, signature: Signature, inputs: Mapping[str, np.ndarray], pairs: Sequence[Sequence[Tensor]]
+) -> str:
+    """Return how far the file and PyTorch are from PyTorch in float64, in words; nothing if it does not run."""
+    try:
+        arrays = [torch.from_numpy(inputs[spec.name]).double() for spec in signature.inputs]
+        with torch.no_grad():
+            wanted = _tensors(copy.deepcopy(slim).double()(*arrays))
+    except (CompressError, RuntimeError):
+        return ""
+    file, own = (_distance(one, wanted) for one in pairs)
+    return f"; in float64 the file is off by {file:.1e}, PyTorch by {own:.1e}"
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,9 @@ ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and it
 _DECIDES = (
     "The network's code decides by the values of its input, which no graph of tensors can: a note of the load stage "
     "names the layer. torch.where computes both sides and takes one."
+)
+_COMPLEX = (
+    "torch exports no complex numbers. Give the network the spectrogram, and compute Fourier transforms outside of it."
 )
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -205,7 +208,7 @@ def run_exporter(module: nn.Module, wanted: Signature, opset: int, sizes: Mappin
         translated(
             lambda error: ExportFailed(
                 f"torch could not export the network to ONNX (opset {opset}): {_reason(error)}",
-                hint=_DECIDES if "data-dependent" in _reason(error) else _export_hint(dynamic, sizes),
+                hint=_refusal_hint(_reason(error)) or _export_hint(dynamic, sizes),
             )
         ),
         eval_mode(module),
@@ -267,6 +270,10 @@ def _dynamic_shapes(module: nn.Module, wanted: Signature) -> tuple[object, ...] 
     return shapes if wiring_of(module) is None else (shapes,)  # an adapted network takes any number of arguments
 
 
+def _refusal_hint(reason: str) -> str | None:
+    return _DECIDES if "data-dependent" in reason else _COMPLEX if "complex" in reason else None
+
+
 def _export_hint(dynamic: bool, sizes: Mapping[str, int]) -> str | None:
     hints = ["dynamic_batch: false if the network's code depends on the batch size"] if dynamic else []
     hints += ["dynamic: [] if it depends on the size of the image"] if sizes else []
@@ -293,6 +300,12 @@ def _example(spec: TensorSpec, batch: int) -> Tensor:
     return torch.from_numpy(draw(spec, sizes, np.random.default_rng(0)))
 
 
+def _fixed_axes(want: Sequence[TensorSpec], have: Sequence[TensorSpec]) -> str:
+    pairs = [pair for a, b in zip(want, have, strict=False) for pair in zip(a.shape, b.shape, strict=False)]
+    fixed = dict.fromkeys(str(asked) for asked, found in pairs if isinstance(asked, str) and isinstance(found, int))
+    return f": the network's code fixes the size of {', '.join(fixed)}" if fixed else ""
+
+
 def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open: bool) -> Signature:
     """Return the file's signature; only sizes of outputs that depend on open input axes may differ from `wanted`."""
     got_opset = default_opset(model)
@@ -306,7 +319,8 @@ def _check_is_as_asked(model: ModelProto, wanted: Signature, opset: int, is_open
         followed = is_open and kind == "outputs" and _follow(want, have)
         if want != have and not followed:
             raise ExportFailed(
-                f"The exported file must have the {kind} {_describe(want)}, torch wrote {_describe(have)}.",
+                f"The exported file must have the {kind} {_describe(want)}, torch wrote {_describe(have)}"
+                f"{_fixed_axes(want, have)}.",
                 hint=_export_hint(True, {"height": 1} if is_open else {}),
             )
     return got

@@ -189,7 +189,7 @@ class GroupFinder:
         if reason is None and count * parts == 1:
             reason = ONE_CHANNEL
         elif reason is None and count < 2:
-            reason = f"its {parts} channels can only go together"
+            reason = f"its {parts} channels can only be removed all together"
         members = () if reason is not None else tuple(self._members(numbers, channels))
         if reason is None and not any(member.is_producer for member in members):
             reason = "no convolution or linear layer computes it, but a function with a parameter of its own"

@@ -49,6 +49,7 @@ def test_the_page_is_that_of_the_results(modules: dict[str, ModuleType]) -> None
     networks = modules["support_networks"]
     listed = {entry.key for library in networks.libraries() for entry in networks.listed_of_library(library)}
     assert set(values["networks"]) <= listed
+    assert len(values["networks"]) >= 60
 
 
 def test_the_page_has_versions_counts_and_reasons(modules: dict[str, ModuleType]) -> None:

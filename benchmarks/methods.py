@@ -348,6 +348,7 @@ def main() -> None:
     table, console, texts = TABLES[arguments.table], Console(), []
     overrides = [*arguments.overrides, *([f"stages.load.weights={arguments.weights}"] if arguments.weights else [])]
     source = source_digest()
+    latest = source  # of the runs in the tables
     folder, has_file = arguments.runs_dir / f"methods-{source}", not arguments.overrides
     for kept in arguments.kept or table.kept:
         for epochs in table.epochs if arguments.epochs is None else arguments.epochs:
@@ -379,6 +380,7 @@ def main() -> None:
                         append_run(arguments.results, runs[-1])
                 if not runs:
                     continue
+                latest = runs[-1].source
                 found.append(result(row.name, runs))
                 console.note(markdown(found[-1:], row.name).splitlines()[4])
             if not found:
@@ -393,7 +395,7 @@ def main() -> None:
             given += [f" --{name} {' '.join(f'{value:g}' for value in values)}"] if values not in (None, [0]) else []
         given += [" --epochs 0"] if arguments.epochs == [0] else []
         command = f"python benchmarks/methods.py {arguments.table}{''.join(given)}"
-        write_marked(arguments.write, text, f"methods-{arguments.table}", command)
+        write_marked(arguments.write, text, f"methods-{arguments.table}", command, source=latest)
     print(text)
 
 

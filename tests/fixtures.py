@@ -1,4 +1,4 @@
-"""What most tests of stages need: a tiny network as `load` gives it, splits of images, a listener, a context."""
+"""Fixtures for tests of stages: tiny networks in the form that `load` returns, splits, a listener, a context."""
 
 import shutil
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def make_splits(folder: Path, count: int = 96, calibration: int = 32, *, bright:
 
 
 def make_saved_model(name: str, folder: Path, module: nn.Module | None = None) -> TorchModel:
-    """Return a network of `nets` as `load` gives it, with the ONNX file and the weights of its baseline."""
+    """Return a network of `nets` in the form that `load` returns, with the files of its baseline."""
     model = make_model(name, folder, module)
     folder.mkdir(exist_ok=True)
     shutil.copy(exported(name), model.baseline.onnx_path)
@@ -87,7 +87,7 @@ def make_saved_model(name: str, folder: Path, module: nn.Module | None = None) -
 
 
 def make_model(name: str, folder: Path, module: nn.Module | None = None) -> TorchModel:
-    """Return a network of `nets` as `load` gives it, without the files of its baseline."""
+    """Return a network of `nets` in the form that `load` returns, without the files of its baseline."""
     module = nets.build(name) if module is None else module
     path, weights = folder / "baseline.onnx", folder / "baseline.safetensors"
     figures = ModelMetrics(count_macs(module, nets.EXAMPLE), count_params(module), 0, {}, {})

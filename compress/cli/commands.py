@@ -258,11 +258,12 @@ def search(
     outcome = search_budget(pipeline, given, runs_dir, tuple(overrides or ()), seed, console)
     tried = outcome.tried
     console.print_table(f"Budgets of {tried.quantity}", tried.columns, tried.rows)
-    if outcome.best is None or outcome.verdict is None:
+    if outcome.best is None:
         console.say(f"No budget of {tried.quantity} up to {max(one.budget for one in tried.runs):g} passes.")
     else:
         known = "" if outcome.failing is None else f"; {outcome.failing:g} does not pass"
         console.say(f"Smallest that passes: {tried.quantity} {outcome.best.budget:g} ({outcome.best.run}){known}.")
+    if outcome.verdict is not None:
         write_for_ci(outcome.verdict, name, junit, json_file, github_summary)
     console.note(f"Report: {outcome.folder / 'search.html'}")
     if outcome.exit_code:

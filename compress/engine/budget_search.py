@@ -48,7 +48,7 @@ class SearchOutcome:
         folder: Folder of `search.json` and `search.html`.
         tried: All runs, in order of their budgets, the largest first.
         best: Run of the smallest passing budget; None if none passed.
-        verdict: Verdict of that run.
+        verdict: Verdict of that run; of the largest budget that has one if none passed, None if none has.
         failing: Largest budget below it that did not pass; None if every tried one passed.
     """
 
@@ -106,8 +106,9 @@ def search_budget(
         tried = tuple(found[one][0] for one in sorted(found, reverse=True))
         whole = Sweep(name, quantity, tried, "search", None if best is None else best.run)
         write_sweep(whole, folder)
-    outcome = None if bracket.passing is None else found[bracket.passing][1]
-    return SearchOutcome(folder, whole, best, None if outcome is None else outcome.verdict, bracket.failing)
+    verdicts = {one: outcome.verdict for one, (_, outcome) in found.items() if outcome is not None}
+    shown = max(verdicts, default=None) if bracket.passing is None else bracket.passing
+    return SearchOutcome(folder, whole, best, None if shown is None else verdicts[shown], bracket.failing)
 
 
 class _Bracket:

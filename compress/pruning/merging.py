@@ -3,8 +3,8 @@
     x -> 1x1 -> ReLU6 -> depthwise 3x3 -> ReLU6 -> 1x1 -> + x        becomes        x -> 3x3
 
 The convolution is the least-squares solution of "output of the original block from the input in the present network".
-A fused chain without its activations is one of the candidates of that regression, so it is at least as good on the
-images that it is fitted to.
+A fused chain without its activations is one of the candidates of that regression, so the fit is at least as good at
+the positions that it samples, up to the ridge.
 
 Source: Kim et al. 2024, "LayerMerge: Neural Network Depth Compression through Layer Pruning and Merging",
     arXiv:2406.12837, for the merging of layers; there kernels are fused, and trained afterwards.
@@ -45,9 +45,9 @@ class Mergeable:
 def find_mergeable_blocks(module: nn.Module, example: Tensor) -> dict[str, Mergeable]:
     """Return block -> how it can be merged, in definition order.
 
-    A block is a module with two to `MOST_CONVOLUTIONS` convolutions and no other layer with weights than norms. It is
-    called once, with one feature map, and returns one of the same size or, with stride 2, of half the size. Merging
-    saves at least `LEAST_SAVING` of its MACs. Blocks within a block are left out, as are plain containers of blocks.
+    A block is a module with two to `MOST_CONVOLUTIONS` convolutions. It is called once, with one feature map that is
+    not given by name, and returns one of the same size or, with stride 2, of half the size. Merging saves at least
+    `LEAST_SAVING` of its MACs. Blocks within a block are left out, as are plain containers of blocks.
 
     Args:
         module: Any network; left unchanged.
@@ -156,8 +156,8 @@ def _feature_maps(module: nn.Module, example: Tensor) -> dict[str, tuple[Tensor,
     calls: dict[str, list[tuple[Tensor, Tensor] | None]] = {}
 
     def watch(name: str):  # type: ignore[no-untyped-def]
-        def hook(_part: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            given = inputs[0] if len(inputs) == 1 else None
+        def hook(_part: nn.Module, inputs: tuple[object, ...], keywords: dict[str, object], output: object) -> None:
+            given = inputs[0] if len(inputs) == 1 and not keywords else None  # the replacement has no such keyword
             is_map = isinstance(given, Tensor) and isinstance(output, Tensor) and given.ndim == output.ndim == 4
             pair = (given.clone(), output.clone()) if is_map else None  # type: ignore[union-attr,attr-defined]
             calls.setdefault(name, []).append(pair)
@@ -166,7 +166,7 @@ def _feature_maps(module: nn.Module, example: Tensor) -> dict[str, tuple[Tensor,
 
     parts = [(part, watch(name)) for name, part in module.named_modules() if name and _count(part) > 1]
     noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))  # signs tell a ReLU at the end
-    with hooked(after=parts), torch.no_grad(), eval_mode(module):
+    with hooked(after=parts, with_kwargs=True), torch.no_grad(), eval_mode(module):
         module(noise.to(example.dtype))
     return {name: pairs[0] for name, pairs in calls.items() if len(pairs) == 1 and pairs[0] is not None}
 

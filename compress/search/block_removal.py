@@ -39,7 +39,7 @@ class Shortened:
 
     Attributes:
         model: The network.
-        removed: Removed and merged blocks, in that order.
+        removed: Blocks removed or merged, in the order of the steps.
         repairs: Records of the repairs after the last removal.
         whole: The network with all its blocks.
         blocks: Number of blocks of `whole` that can be removed or merged.

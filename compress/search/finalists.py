@@ -112,4 +112,4 @@ class Finalists:
         part = self._ctx.parts.keep(key, repair)
         model.module.load_state_dict(part.tensors)
         repairs = before.repairs + part.record
-        return Shortened(model, before.removed + blocks, repairs, before.whole, before.blocks)
+        return replace(before, model=model, removed=before.removed + blocks, repairs=repairs)

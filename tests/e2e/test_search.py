@@ -31,8 +31,10 @@ def test_a_pipeline_is_searched_and_what_is_known_is_not_run_again(world: World)
 def test_gates_that_no_network_passes_are_exit_code_1(world: World) -> None:
     values = world.values() | {"name": "never"}
     values["stages"][-1]["gates"] = {"max_size_mb": 1e-6}
-    done = world.call("search", values, "--runs", "2", "--between", "0.5,0.9", "--quiet")
+    file = world.folder / "never.xml"
+    done = world.call("search", values, "--runs", "2", "--between", "0.5,0.9", "--quiet", "--junit", str(file))
     assert done.exit_code == 1
+    assert "<failure" in file.read_text(encoding="utf-8")
     assert "No budget of macs up to 0.9 passes." in done.stdout
 
 

@@ -140,3 +140,10 @@ def test_layers_that_close_a_block_are_those_whose_outputs_are_added_as_they_are
 
 def test_a_network_without_residual_blocks_has_no_closing_layer():
     assert closing_layers(nets.build("chain"), nets.EXAMPLE) == {}
+
+
+def test_a_skipped_block_returns_its_input_even_if_it_changes_it_in_place():
+    block = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1))
+    images = torch.randn(2, 3, 4, 4)
+    with _replaced(block, lambda inputs: inputs), torch.no_grad():
+        assert torch.equal(block(images.clone()), images)

@@ -122,3 +122,17 @@ def test_networks_are_left_unchanged():
     fit_merged(network, network, edits, [nets.images(4)], SilentProgress())
     merge_block(network, edits[0])
     assert all(torch.equal(values, before[name]) for name, values in network.state_dict().items())
+
+
+def test_blocks_whose_input_is_given_by_name_are_not_found():
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = nets.ResidualBlock(3), nn.Linear(3, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.block(x=images).mean((2, 3)))
+
+    network = ByName().eval()
+    assert network(nets.EXAMPLE).shape == (1, 4)
+    assert find_mergeable_blocks(network, nets.EXAMPLE) == {}

@@ -10,9 +10,7 @@ from torch import Tensor, fx, nn
 
 from compress.cost.macs import COUNTED
 from compress.model.tensors import find_shared
-
-MOST_LAYERS = 16
-LEAST_LAYERS = 3
+from compress.pruning.repair.units import CHUNK_LAYERS, MOST_LAYERS
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class SegmentModule(nn.Module):
 
 
 def find_segments(network: fx.GraphModule, example: Tensor) -> list[Segment]:
-    """Divide a traced network into segments of about `LEAST_LAYERS` to `MOST_LAYERS` layers.
+    """Divide a traced network into segments of about `CHUNK_LAYERS` to `MOST_LAYERS` layers.
 
     A segment ends where the nodes behind it read one feature map alone, such as the output of a residual block. Where
     `MOST_LAYERS` convolutions and linear layers come without such a feature map, it ends where the fewest are read.
@@ -87,7 +85,7 @@ def find_segments(network: fx.GraphModule, example: Tensor) -> list[Segment]:
     is_layer = [_is_layer(network, node) for node in nodes]
     for index in range(len(nodes) - 1):
         layers += is_layer[index]
-        if _is_end(network, index, nodes, live, values) and len(live[index]) == 1 and layers >= LEAST_LAYERS:
+        if _is_end(network, index, nodes, live, values) and len(live[index]) == 1 and layers >= CHUNK_LAYERS:
             place = index
         elif layers >= MOST_LAYERS:
             places = [one for one in range(start, index + 1) if _is_end(network, one, nodes, live, values)]

@@ -13,6 +13,7 @@ from torch import nn
 
 from compress.checkpoint.rebuild import write_weights
 from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
@@ -95,8 +96,10 @@ def make_model(name: str, folder: Path, module: nn.Module | None = None) -> Torc
     return TorchModel(module, spec, Recipe(), SIGNATURE, PREPROCESSING, (), Baseline(figures, path, weights))
 
 
-def make_context(folder: Path, data: Splits) -> tuple[StageContext, RecordingProgress]:
+def make_context(
+    folder: Path, data: Splits, int8: QuantizeConfig | None = None
+) -> tuple[StageContext, RecordingProgress]:
     """Return a context with a folder of its own, and its listener."""
     folder.mkdir(exist_ok=True)
     progress = RecordingProgress()
-    return StageContext(folder, 0, data, progress), progress
+    return StageContext(folder, 0, data, progress, int8=int8), progress

@@ -268,13 +268,14 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Recipe, FactorySpec]
 
 
 def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
-    for path in (model.path, *([model.float_path] if model.float_path is not None else [])):
+    others = {"float_file": model.float_path, "int8_baseline_file": model.int8_baseline_path}
+    present = {key: path for key, path in others.items() if path is not None}
+    for path in (model.path, *present.values()):
         for file in path.parent.glob(f"{path.name}*"):
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
     values = {"file": model.path.name, "opset": model.opset, "signature": model.signature.to_dict()}
-    if model.float_path is not None:
-        values["float_file"] = model.float_path.name
+    values |= {key: path.name for key, path in present.items()}
     _write_json(folder / "onnx.json", values)
     (folder / "reference").mkdir(exist_ok=True)
     save_torch_model(model.reference, folder / "reference")
@@ -288,6 +289,7 @@ def _load_onnx_model(folder: Path, factory: FactorySpec | None) -> OnnxModel:
         signature=Signature.from_dict(values["signature"]),
         reference=load_torch_model(folder / "reference", factory),
         float_path=folder / values["float_file"] if "float_file" in values else None,
+        int8_baseline_path=folder / values["int8_baseline_file"] if "int8_baseline_file" in values else None,
     )
 
 

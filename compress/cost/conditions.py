@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.verify import DeployConfig
 from compress.storage.digest import digest_value
 
@@ -31,7 +32,8 @@ class TableConditions:
         provider: Execution provider.
         threads: Threads inside one operator.
         batch_size: Images in one call.
-        precision: Precision of weights and activations, such as "fp32".
+        precision: Precision of weights and activations, such as "fp32"; for INT8 with the settings that its speed
+            depends on.
     """
 
     machine: str
@@ -73,9 +75,28 @@ def present_conditions(
     )
 
 
-def deploy_conditions(deploy: DeployConfig) -> TableConditions:
-    """Return the conditions of this machine with the settings of a `deploy` section."""
-    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, deploy.precision)
+def deploy_conditions(deploy: DeployConfig, int8: QuantizeConfig | None = None) -> TableConditions:
+    """Return the conditions of this machine with the settings of a `deploy` section.
+
+    Args:
+        deploy: The section.
+        int8: Settings of the quantisation if `deploy.precision` is "int8".
+    """
+    precision = deploy.precision if int8 is None else describe_int8(int8)
+    return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, precision)
+
+
+def describe_int8(int8: QuantizeConfig) -> str:
+    """Return the settings of a quantisation that the speed of its files depends on, in words.
+
+    >>> describe_int8(QuantizeConfig(stage="quantize", per_channel=False))
+    'int8, weights int8 per tensor, activations uint8'
+    """
+    scales = "per channel" if int8.per_channel else "per tensor"
+    parts = ["int8", f"weights {int8.weight_type} {scales}", f"activations {int8.activation_type}"]
+    if int8.exclude:
+        parts.append(f"float {' '.join(sorted(int8.exclude))}")
+    return ", ".join(parts)
 
 
 def has_vnni() -> bool | None:

@@ -21,6 +21,7 @@ from typing import Any
 from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
 from compress.config.load import Pipeline
 from compress.config.paths import PRETRAINED, UNTRAINED
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.task import DEFAULT_TASK, TaskConfig
 from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import deploy_conditions
@@ -84,7 +85,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             if task is not None:
                 fixed["task"] = task
         if config.deploy is not None and needs_latency(stage):
-            fixed["deploy"] = _deploy_component(config.deploy)
+            fixed["deploy"] = _deploy_component(config.deploy, config.int8)
         files = {
             key: _file_digest(Path(values[key]), what) for key, what in _FILES.items() if values.get(key) is not None
         }
@@ -95,9 +96,12 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
         if entry.produces == TORCH_MODEL and entry.consumes == NOTHING:
             fixed["files"] = _model_files(values, folder)
             if config.deploy is not None:
-                fixed["precision"] = config.deploy.precision
+                fixed["precision"] = config.deploy.precision if config.int8 is None else "fp32"
             if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
-                fixed["deploy"] = {**asdict(deploy_conditions(config.deploy)), "repeats": config.deploy.repeats}
+                conditions = deploy_conditions(config.deploy, config.int8)
+                fixed["deploy"] = {**asdict(conditions), "repeats": config.deploy.repeats}
+        if entry.name == "quantize" and config.int8 is not None:
+            fixed["precision"] = "int8"  # the baseline is quantised too
         steps.append(Step(index, entry, stage, values, fixed))
     return steps
 
@@ -154,7 +158,7 @@ def needs_latency(stage: Any) -> bool:
     return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
 
 
-def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
+def _deploy_component(deploy: DeployConfig, int8: QuantizeConfig | None) -> dict[str, Any]:
     """Return the component of latencies: the conditions on this machine, and the given latency table."""
     table = None
     if deploy.table is not None:
@@ -162,7 +166,7 @@ def _deploy_component(deploy: DeployConfig) -> dict[str, Any]:
             raise ArtifactError(f"Latency table '{deploy.table}' does not exist.")
         table = digest_file(Path(deploy.table))
     return {
-        **asdict(deploy_conditions(deploy)),
+        **asdict(deploy_conditions(deploy, int8)),
         "table": table,
         "accept_foreign_table": deploy.accept_foreign_table,
         "repeats": deploy.repeats,

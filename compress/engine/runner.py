@@ -384,7 +384,8 @@ class _Run:
             self.data.teacher = teacher
         tables = self.store.root / ".latency"
         with self._listener(step, work) as listener:
-            return call(stage, StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher))
+            ctx = StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher, config.int8)
+            return call(stage, ctx)
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
         """Return the listener of a stage's progress; for a stage that starts anew, old curves are removed."""

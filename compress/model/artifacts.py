@@ -189,6 +189,8 @@ class OnnxModel:
         signature: Inputs and outputs.
         reference: The torch network that the file must equal; for a quantised file, `float_path` must equal it.
         float_path: The float file that a quantised file was made from; None for a float file.
+        int8_baseline_path: The baseline's file, quantised in the same way; None where latencies are not compared
+            with it.
     """
 
     path: Path
@@ -196,6 +198,7 @@ class OnnxModel:
     signature: Signature
     reference: TorchModel
     float_path: Path | None = None
+    int8_baseline_path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ def quantize_onnx(
     expected = batches.classes(source, "float file")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
-        rounded = _finish(_quantize(model, Path(folder), batches, wanted, excluded), model)
+        rounded = rounded_graph(model, activation_ranges(model, Path(folder), batches, wanted), wanted, excluded)
         float_layers = _float_layers(rounded, model)
         external = rounded.ByteSize() > ONE_FILE_LIMIT_BYTES
         checked = save_checked(rounded, Path(folder) / "checked" / target.name, external)
@@ -154,6 +154,13 @@ def _check_can_be_quantized(model: ModelProto, path: Path) -> None:
     if len(read_signature(model).inputs) != 1:
         names = ", ".join(spec.name for spec in read_signature(model).inputs)
         raise ExportFailed(f"'{path}' must have one input, of images, to be quantised, it has {names}.")
+    _require_names(model)
+
+
+def _require_names(model: ModelProto) -> None:
+    unnamed = sum(not node.name for node in model.graph.node)
+    if unnamed:
+        raise ExportFailed(f"Every node of a file must have a name for it to be quantised, {unnamed} have none.")
 
 
 def _layers(model: ModelProto) -> dict[str, str]:
@@ -168,18 +175,14 @@ def _layers(model: ModelProto) -> dict[str, str]:
 
 def _excluded(model: ModelProto, patterns: Sequence[str]) -> list[str]:
     """Return the names of the nodes that match a pattern and stay float."""
-    unnamed = sum(not node.name for node in model.graph.node)
-    if unnamed:
-        raise ExportFailed(f"Every node of a file must have a name for it to be quantised, {unnamed} have none.")
     layers, found = _layers(model), set()
-    known = {node.name: (node.name, layers.get(node.name, node.name)) for node in model.graph.node}
     for pattern in patterns:
-        matches = {node for node, names in known.items() if any(fnmatchcase(name, pattern) for name in names)}
+        matches = set(matching_nodes(model, [pattern]))
         if not matches:
             raise StageError(
                 f"exclude pattern '{pattern}' must match a layer or node of the file, it matches none. Layers are "
                 f"{', '.join(layers.values())}.",
-                hint=closest(pattern, [*layers.values(), *known]),
+                hint=closest(pattern, [*layers.values(), *(node.name for node in model.graph.node)]),
             )
         found |= matches
     if layers and found.issuperset(layers):
@@ -190,18 +193,39 @@ def _excluded(model: ModelProto, patterns: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def _quantize(
-    model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, excluded: list[str]
-) -> ModelProto:
-    """Return the graph that ONNX Runtime quantises with the ranges of `_ranges`."""
-    from onnxruntime.quantization import QDQQuantizer, QuantType
-    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+def matching_nodes(model: ModelProto, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the nodes that match a pattern, by their own name or that of their layer, in graph order.
 
-    operators = sorted({*QLinearOpsRegistry, *QDQRegistry})
+    Raises:
+        ExportFailed: A node has no name.
+    """
+    _require_names(model)
+    layers = _layers(model)
+    return [
+        node.name
+        for node in model.graph.node
+        if any(fnmatchcase(name, one) for one in patterns for name in {node.name, layers.get(node.name, node.name)})
+    ]
+
+
+def rounded_graph(model: ModelProto, ranges: Any, wanted: Quantization, excluded: Sequence[str]) -> ModelProto:
+    """Return the graph that ONNX Runtime quantises, with float outputs and the metadata of the float model.
+
+    Args:
+        model: Float model with all weights; it is not changed.
+        ranges: Ranges of its activations, from `activation_ranges`.
+        wanted: Settings of the quantisation.
+        excluded: Names of nodes that stay float.
+
+    Raises:
+        ExportFailed: ONNX Runtime failed, or the result has another signature or opset.
+        NonFinite: A scale is not finite and above 0.
+    """
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+
     copy = ModelProto()
     copy.CopyFrom(model)
     with translated(_not_quantized), _quiet():
-        ranges = _ranges(model, folder, batches, wanted, operators)
         quantizer = QDQQuantizer(
             copy,
             per_channel=wanted.per_channel,
@@ -210,14 +234,21 @@ def _quantize(
             activation_qType=getattr(QuantType, _TYPES[wanted.activation_type]),
             tensors_range=ranges,
             nodes_to_quantize=[],
-            nodes_to_exclude=excluded,
-            op_types_to_quantize=operators,
+            nodes_to_exclude=list(excluded),
+            op_types_to_quantize=_operators(),
             extra_options={"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         rounded: ModelProto = quantizer.model.model
-    return rounded
+    return _finish(rounded, model)
+
+
+def _operators() -> list[str]:
+    """Return the operators that ONNX Runtime can quantise."""
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    return sorted({*QLinearOpsRegistry, *QDQRegistry})
 
 
 def _not_quantized(error: Exception) -> ExportFailed:
@@ -226,8 +257,17 @@ def _not_quantized(error: Exception) -> ExportFailed:
     return ExportFailed(f"ONNX Runtime could not quantise the file: {first_line(error)}")
 
 
-def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantization, operators: list[str]) -> Any:
+def activation_ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantization) -> Any:
     """Return the range of every activation, collected batch by batch to limit memory.
+
+    Args:
+        model: Float model with all weights.
+        folder: Folder for temporary files.
+        batches: Calibration images.
+        wanted: Settings of the quantisation.
+
+    Raises:
+        ExportFailed: ONNX Runtime failed.
 
     `quantize_static` has two drawbacks. Its histogram for entropy has as many bins as levels, so that no range can be
     chosen. Its percentiles are of absolute values, which wastes half of the levels after a ReLU.
@@ -235,20 +275,21 @@ def _ranges(model: ModelProto, folder: Path, batches: Batches, wanted: Quantizat
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
     source = folder / "source.onnx"  # the calibrator writes beside its input file
-    save_onnx(model, source, model.ByteSize() > ONE_FILE_LIMIT_BYTES)
-    calibrator = create_calibrator(
-        source,
-        operators,
-        augmented_model_path=str(folder / "augmented.onnx"),
-        calibrate_method=getattr(CalibrationMethod, _METHODS[wanted.method]),
-        use_external_data_format=model.ByteSize() > ONE_FILE_LIMIT_BYTES,
-        extra_options=_HISTOGRAMS.get(wanted.method, {}),
-    )
-    with batches.progress.task("ranges of activations", len(batches.split)) as task:
-        for number in range(len(batches)):
-            calibrator.collect_data(OneBatch(batches.read(number)))
-            task.advance(batches.size)
-        return calibrator.compute_data()
+    with translated(_not_quantized), _quiet():
+        save_onnx(model, source, model.ByteSize() > ONE_FILE_LIMIT_BYTES)
+        calibrator = create_calibrator(
+            source,
+            _operators(),
+            augmented_model_path=str(folder / "augmented.onnx"),
+            calibrate_method=getattr(CalibrationMethod, _METHODS[wanted.method]),
+            use_external_data_format=model.ByteSize() > ONE_FILE_LIMIT_BYTES,
+            extra_options=_HISTOGRAMS.get(wanted.method, {}),
+        )
+        with batches.progress.task("ranges of activations", len(batches.split)) as task:
+            for number in range(len(batches)):
+                calibrator.collect_data(OneBatch(batches.read(number)))
+                task.advance(batches.size)
+            return calibrator.compute_data()
 
 
 @contextlib.contextmanager

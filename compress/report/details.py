@@ -122,6 +122,7 @@ class Latency(Mirror):
     batch_size: Count | None = None
     warmup: Count | None = None
     io_binding: bool = False  # whether inputs and outputs stay on the device
+    baseline_file: str | None = None  # "int8": the baseline's INT8 file was timed
     ratio: LatencyRatio | None = None
 
 

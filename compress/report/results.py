@@ -141,6 +141,7 @@ def list_latency(latency: Latency) -> list[Fact]:
         ("warm-up calls", latency.warmup),
         ("timed calls, baseline and slim", f"{len(latency.baseline_ms)} and {len(latency.slim_ms)}"),
         ("inputs and outputs", "on the device" if latency.io_binding else None),
+        ("timed file of the baseline", "quantised as the slim one" if latency.baseline_file == "int8" else None),
     ]
     ratio = latency.ratio
     if ratio is None or ratio.low is None or ratio.high is None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.verify import DeployConfig
 from compress.data.splits import DataSplits, Teacher
 from compress.progress import Progress
@@ -27,6 +28,7 @@ class StageContext:
         deploy: Target runtime; None if the pipeline names no runtime.
         latency_tables: Folder of latency tables, shared by all runs.
         teacher: The baseline as a distillation teacher; None if the stage's input is no `TorchModel`.
+        int8: Settings of the INT8 files that latencies are measured on; None where files are timed as exported.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class StageContext:
     deploy: DeployConfig | None = None
     latency_tables: Path = Path()
     teacher: Teacher | None = None
+    int8: QuantizeConfig | None = None
 
     @cached_property
     def parts(self) -> "Parts":

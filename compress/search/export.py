@@ -15,6 +15,7 @@ from compress.model.artifacts import Signature, TorchModel
 from compress.model.modes import eval_mode
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.search.context import Record, StageContext
+from compress.search.deployed_files import timed_files
 from compress.verification.measurement import Conditions, measure_ratio
 
 OPSET = 18
@@ -107,7 +108,8 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
                 raise InternalError(f"Rewriting {name} changed the network: {difference}.")
             if policy == "measured":
                 _require_here(ctx.deploy, name)
-                speedup = 1 / measure_ratio(rewritten, path, split, conditions, ctx.progress)
+                with timed_files([rewritten, path], ctx) as (new, old):
+                    speedup = 1 / measure_ratio(new, old, split, conditions, ctx.progress)
                 ctx.progress.note(f"{name}: rewritten in {places} places, {speedup:.2f}x as fast on {conditions}")
         records.append(
             {"rewrite": name, "places": places, "speedup": speedup, "is_kept": speedup is None or speedup > WORTH_IT}

@@ -20,7 +20,6 @@ from compress.allocation.knapsack import allocate
 from compress.allocation.problem import Budget, Decision, Factor, TableCost
 from compress.config.schema.low_rank import RankAllocation
 from compress.config.schema.verify import DeployConfig
-from compress.cost.conditions import deploy_conditions
 from compress.cost.latency_table import BEFORE, WHOLE_QUANTILE, Sample
 from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
@@ -34,6 +33,7 @@ from compress.model.artifacts import TorchModel
 from compress.model.recipe import Factorize
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.search.context import StageContext
+from compress.search.deployed_files import conditions_here, timed_file, timed_files, variant_copies
 from compress.search.export import conditions_of, export_present
 from compress.search.width_latency import table_path
 from compress.verification.measurement import PairLatency, latency_inputs, measure_pair
@@ -95,8 +95,9 @@ class RankLatency:
         with tempfile.TemporaryDirectory(dir=self.ctx.folder) as folder:
             path = Path(folder) / "factorised.onnx"
             export_present(factorised(self.model, self.chosen(widths), self.moments), path, self.ctx)
-            conditions, reference = conditions_of(self.ctx.deploy), self.model.baseline.onnx_path
-            return measure_pair(path, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
+            conditions, reference = conditions_of(self.ctx.deploy), timed_file(self.model.baseline.onnx_path, self.ctx)
+            with timed_files([path], self.ctx) as (timed,):
+                return measure_pair(timed, reference, self.ctx.data.calibration, conditions, self.ctx.progress)
 
     def select(self, limit_ms: float) -> RankSelection:
         """Return the choice of the rule `allocation` within a latency; by default the one of least damage.
@@ -253,8 +254,9 @@ def _time(
         for number, choices in enumerate(trials):
             path = Path(folder) / f"trial{number}.onnx"
             export_present(factorised(model, choices, moments), path, ctx)
-            writer = VariantWriter(load_onnx(path, weights=True))
-            variant = writer.write({}, {})
+            source = load_onnx(path, weights=True)
+            writer = VariantWriter(source)
+            variant = variant_copies(source, writer, ctx)(writer.write({}, {}))
             save_onnx(variant, path, variant.ByteSize() > ONE_FILE_LIMIT_BYTES)
             written.append((path, writer.sites))
         for choices, (_, sites), table in zip(trials, written, _tables(model, written, deploy, ctx), strict=True):
@@ -270,13 +272,13 @@ def _tables(
     model: TorchModel, written: Sequence[tuple[Path, Sequence[Site]]], deploy: DeployConfig, ctx: StageContext
 ) -> list[TableFile]:
     """Return a table of one sample for each file; tables of an earlier process are read instead of timed."""
-    conditions, here = conditions_of(deploy), deploy_conditions(deploy)
+    conditions, here = conditions_of(deploy), conditions_here(ctx)
     places = [table_path(ctx, here, sites, deploy.repeats, "-whole") for _, sites in written]
     missing = [index for index, place in enumerate(places) if not TableFile.read_cached(place, ctx.progress.warn)]
     profiles = profile_models(
         (written[index][0] for index in missing),
         len(missing),
-        model.baseline.onnx_path,
+        timed_file(model.baseline.onnx_path, ctx),
         lambda session: latency_inputs(session, ctx.data.calibration, conditions.batch_size),
         conditions,
         ctx.progress,

@@ -18,7 +18,7 @@ import onnx
 
 from compress.allocation.problem import Budget, TableCost
 from compress.config.schema.verify import DeployConfig
-from compress.cost.conditions import TableConditions, deploy_conditions
+from compress.cost.conditions import TableConditions
 from compress.cost.latency_table import WHOLE_QUANTILE, LatencyTable, Sample, build_table, latency_cost
 from compress.cost.table_file import SCHEMA, TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
@@ -28,6 +28,7 @@ from compress.onnx_file.counting import rows_of
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.pruning.width_costs import LayerAxes
 from compress.search.context import StageContext
+from compress.search.deployed_files import Copy, conditions_here, timed_file, variant_copies
 from compress.search.export import conditions_of, exported
 from compress.verification.measurement import Conditions, PairLatency, latency_inputs, measure_pair
 from compress.verification.profiling import profile_models
@@ -144,17 +145,18 @@ def model_latency(
         RuntimeUnavailable: The provider is not available.
     """
     path = exported(model, ctx.folder, ctx)
-    writer = VariantWriter(load_onnx(path, weights=True))
+    source = load_onnx(path, weights=True)
+    writer = VariantWriter(source)
     most = max((len({*out.slots, *inp.slots}) for out, inp in axes.axes.values()), default=0)
     planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2)
     _check_variant(writer, axes, planned[1], count_macs)
-    conditions = conditions_of(deploy)
-    timing = _Timing(path, model.baseline.onnx_path, writer, axes, conditions, ctx)
+    reference, copy = timed_file(model.baseline.onnx_path, ctx), variant_copies(source, writer, ctx)
+    timing = _Timing(reference, writer, copy, axes, conditions_of(deploy), ctx)
     if longer is not None and longer.table.covers(writer.sites):
         return replace(longer, writer=writer, axes=axes, levels=levels, time_pair=timing.pair)
     if longer is not None and deploy.table is not None:
         raise BudgetUnreachable("The latency table given knows no network with these blocks removed.")
-    here = deploy_conditions(deploy)
+    here = conditions_here(ctx)
     known, is_foreign = _known_table(deploy, here, writer, ctx)
     if is_foreign and known is not None:
         table = known
@@ -215,14 +217,14 @@ class _Timing:
 
     def __init__(
         self,
-        path: Path,
         reference: Path,
         writer: VariantWriter,
+        copy: Copy,
         axes: LayerAxes,
         conditions: Conditions,
         ctx: StageContext,
     ) -> None:
-        self.path, self.reference, self.writer, self.axes = path, reference, writer, axes
+        self.reference, self.writer, self.copy, self.axes = reference, writer, copy, axes
         self.conditions, self.ctx = conditions, ctx
 
     def complete(
@@ -266,7 +268,7 @@ class _Timing:
         full = self.axes.sizes({})
         for number, wanted in enumerate(sizes):
             path = folder / f"variant{number}.onnx"
-            variant = self.writer.write(wanted, full)
+            variant = self.copy(self.writer.write(wanted, full))
             save_onnx(variant, path, variant.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF - 10**8)
             yield path
 

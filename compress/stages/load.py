@@ -246,7 +246,7 @@ class LoadStage:
         products = count_products(module, example)
         counted = sum(products.macs.values())
         baseline = Baseline(ModelMetrics(counted, count_params(module), 0, {}, {}), path, weights)
-        precision = "fp32" if ctx.deploy is None else ctx.deploy.precision
+        precision = "fp16" if ctx.deploy is not None and ctx.deploy.precision == "fp16" else "fp32"
         model = TorchModel(
             module,
             spec,

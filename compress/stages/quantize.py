@@ -8,8 +8,9 @@ from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.conditions import has_vnni
 from compress.model.artifacts import OnnxModel
 from compress.onnx_file.io import external_files, load_onnx, save_onnx
-from compress.quantization.onnx_int8 import Quantization, QuantizeReport, quantize_onnx
+from compress.quantization.onnx_int8 import Quantization, QuantizeReport, matching_nodes, quantize_onnx
 from compress.search.context import Record, StageContext
+from compress.search.deployed_files import quantization_of
 
 NO_INTEGER_KERNELS = ("CUDAExecutionProvider",)  # computes in float between the roundings
 CPU = "CPUExecutionProvider"
@@ -25,13 +26,15 @@ class QuantizeStage:
     def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[OnnxModel, Record]:
         """Write the quantised file as `model.onnx`, and its float source as `float.onnx`, into the stage's folder.
 
+        With `deploy.precision: int8`, the baseline is quantised too, as `int8_baseline.onnx`.
+
         Raises:
             ExportFailed: The file cannot be quantised, or the written file is not as it must be.
             DataError: There are fewer calibration images than requested.
             NonFinite: The network returns NaN or infinity on calibration images.
             StageError: A pattern of `exclude` matches nothing, or everything.
         """
-        wanted = settings_of(self.config)
+        wanted = quantization_of(self.config)
         for warning in self._warnings(ctx):
             ctx.progress.warn(warning)
         whole = _keep(artifact.path, ctx.folder / "float.onnx")
@@ -46,7 +49,22 @@ class QuantizeStage:
             f"{report.layers} layers in INT8, {len(report.float_layers)} in float, "
             f"{report.size_bytes_before:,} to {report.size_bytes_after:,} bytes"
         )
-        return replace(artifact, path=path, float_path=whole), _record(wanted, report)
+        alone = self._quantize_baseline(artifact, wanted, ctx)
+        result = replace(artifact, path=path, float_path=whole, int8_baseline_path=alone)
+        return result, _record(wanted, report)
+
+    def _quantize_baseline(self, artifact: OnnxModel, wanted: Quantization, ctx: StageContext) -> Path | None:
+        """Return the baseline's INT8 file; None where latencies are not compared with it."""
+        if ctx.int8 is None:
+            return None
+        source, path = artifact.reference.baseline.onnx_path, ctx.folder / "int8_baseline.onnx"
+        present = [one for one in wanted.exclude if matching_nodes(load_onnx(source), [one])]
+        settings = replace(wanted, exclude=tuple(present))  # factorised layers are in the slim network only
+        report = quantize_onnx(source, path, ctx.data.calibration, settings, ctx.progress)
+        ctx.progress.note(
+            f"baseline in INT8 alone: {report.agreement:.1%} of the calibration images get the class of the float file"
+        )
+        return path
 
     def _warnings(self, ctx: StageContext) -> list[str]:
         provider = CPU if ctx.deploy is None else ctx.deploy.provider
@@ -60,19 +78,6 @@ class QuantizeStage:
         if provider == CPU and saturates and has_vnni() is False:
             warnings.append("Sums may saturate in INT8 on a processor without VNNI: set reduce_range: true.")
         return warnings
-
-
-def settings_of(config: QuantizeConfig) -> Quantization:
-    """Return the settings of the quantisation, from the `quantize` section."""
-    return Quantization(
-        images=config.images,
-        method=config.method,
-        per_channel=config.per_channel,
-        reduce_range=config.reduce_range,
-        activation_type=config.activation_type,
-        weight_type=config.weight_type,
-        exclude=config.exclude,
-    )
 
 
 def _record(wanted: Quantization, report: QuantizeReport) -> Record:

@@ -44,6 +44,7 @@ class VerifyStage:
             baseline_onnx=reference.baseline.onnx_path,
             baseline_metrics=reference.baseline.metrics,
             float_onnx=artifact.float_path,
+            int8_baseline=artifact.int8_baseline_path,
         )
         return verify_onnx(job, ctx.progress), {}
 

@@ -40,6 +40,8 @@ class VerificationJob:
         baseline_metrics: The baseline's size and MACs; counted in `baseline_onnx` when None.
         float_onnx: Float file that a quantised one was made from. Instead of the quantised file it must equal
             `reference`, and the two files are compared.
+        int8_baseline: The baseline's file, quantised as the file was. Latency, start, memory and throughput are then
+            compared with it instead of `baseline_onnx`, and its metrics are measured.
 
     Raises:
         ConfigValueError: There are neither labels nor a baseline.
@@ -56,6 +58,7 @@ class VerificationJob:
     baseline_onnx: Path | None = None
     baseline_metrics: ModelMetrics | None = None
     float_onnx: Path | None = None
+    int8_baseline: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.evaluation.task.needs_targets and self.baseline_onnx is None:
@@ -68,9 +71,8 @@ class VerificationJob:
     @property
     def files(self) -> dict[str, Path]:
         """The files that are timed, by label: "slim", and "baseline" where there is one."""
-        return (
-            {"slim": self.path} if self.baseline_onnx is None else {"slim": self.path, "baseline": self.baseline_onnx}
-        )
+        baseline = self.int8_baseline or self.baseline_onnx
+        return {"slim": self.path} if baseline is None else {"slim": self.path, "baseline": baseline}
 
     @property
     def fitness(self) -> str:

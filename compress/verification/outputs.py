@@ -79,6 +79,18 @@ def measure_baseline(job: VerificationJob, progress: Progress) -> Found | None:
         return predict(session, job.evaluation, batch, progress)
 
 
+def measure_int8_baseline(job: VerificationJob, progress: Progress) -> Found | None:
+    """Return the metrics of the baseline's INT8 file on all cores; None without one.
+
+    Raises:
+        ModelError, NonFinite, ArtifactError: The file cannot be run; the message names it.
+    """
+    if job.int8_baseline is None:
+        return None
+    with job.open_baseline(job.int8_baseline, all_cores=True) as session:
+        return _predict(session, job.int8_baseline, job, progress)
+
+
 def check_outputs(job: VerificationJob, progress: Progress) -> Outputs:
     """Check parity, metrics, repeatability and independence of the other images of a batch, on all cores."""
     with job.open(all_cores=True) as session:

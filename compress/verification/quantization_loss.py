@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from compress.model.artifacts import CheckResult
+from compress.verification.latency import LatencyRatio
 from compress.verification.metrics import Predictions, estimate_changes
 from compress.verification.quality import Found
+from compress.verification.summary import changes_from
 
-AGREEMENT = "quantized_agreement"
+AGREEMENT, INT8_ALONE = "quantized_agreement", "int8_alone"
 _OF_FLOAT = "of the float file it was quantised from"
 
 
@@ -37,6 +39,25 @@ def check_agreement(whole: Found, rounded: Found) -> CheckResult:
         f"probabilities {changes['softmax_distance'].value:.4g}"
     )
     return CheckResult(AGREEMENT, "pass", agreeing, None, "share", detail)
+
+
+def check_against_int8(alone: Found, found: Found, latency: LatencyRatio | None) -> CheckResult:
+    """Record the difference of the primary metric between the baseline in INT8 and the file.
+
+    Args:
+        alone: Metrics of the baseline's INT8 file, over the complete evaluation split.
+        found: Metrics of the file on the same images.
+        latency: Latency of the file / latency of the baseline's INT8 file; None where it was not measured.
+    """
+    metric, drop = found.metric, changes_from(alone, found)[f"drop.{found.metric.name}"]
+    spread = "" if drop.low is None or drop.high is None else f" ({-100 * drop.high:+.2f} to {-100 * drop.low:+.2f})"
+    change = f"{-100 * drop.value:+.2f}{spread} points" if metric.is_share else f"{-drop.value:+.4g}"
+    speed = "" if latency is None else f", at {latency} of its latency"
+    detail = (
+        f"the baseline in INT8 alone has {metric.words} {metric.show(alone.value)}; this file has "
+        f"{metric.show(found.value)}, {change}{speed}"
+    )
+    return CheckResult(INT8_ALONE, "pass", -drop.value, None, "share" if metric.is_share else "", detail)
 
 
 def drop_shares(before: Found | None, whole: Found | None, after: Found | None) -> list[dict[str, Any]]:

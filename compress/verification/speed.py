@@ -44,7 +44,8 @@ def measure_latencies(job: VerificationJob, progress: Progress) -> Speed:
     stated = {key: value for key, value in asdict(conditions).items() if key != "repeats"}
     ratio = None if found.ratio is None else asdict(found.ratio)
     binding = job.open().io_binding
-    details = {"latency": {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding}}
+    timed = {"baseline_file": "int8"} if job.int8_baseline is not None else {}
+    details = {"latency": {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding, **timed}}
     return Speed((), found.samples, found.ratio, None, details)
 
 

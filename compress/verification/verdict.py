@@ -22,9 +22,16 @@ from compress.verification.job import PARITY, VerificationJob
 from compress.verification.measurement import existing_bytes, torch_params
 from compress.verification.metrics import Estimate
 from compress.verification.other_runtimes import check_also, check_evaluator
-from compress.verification.outputs import Outputs, Perturbed, check_outputs, measure_baseline, measure_perturbed
+from compress.verification.outputs import (
+    Outputs,
+    Perturbed,
+    check_outputs,
+    measure_baseline,
+    measure_int8_baseline,
+    measure_perturbed,
+)
 from compress.verification.quality import Found
-from compress.verification.quantization_loss import AGREEMENT, drop_shares
+from compress.verification.quantization_loss import AGREEMENT, INT8_ALONE, check_against_int8, drop_shares
 from compress.verification.remedies import with_remedies
 from compress.verification.resources import Resources
 from compress.verification.robustness import summarize
@@ -51,8 +58,9 @@ def verify_onnx(job: VerificationJob, progress: Progress | None = None) -> Verdi
     progress = progress or SilentProgress()
     static, opening = check_statically(job), open_files(job)
     before, baseline = measure_baseline(job, progress), _baseline_metrics(job, progress)
+    alone = measure_int8_baseline(job, progress)
     measured = _measure(job, progress) if opening.is_runnable else _Measured(_not_run(job))
-    return _Judgement(job, static, opening, before, baseline, measured).verdict()
+    return _Judgement(job, static, opening, before, baseline, alone, measured).verdict()
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ class _Judgement:
     opening: Opening
     before: Found | None
     baseline: ModelMetrics | None
+    alone: Found | None
     measured: _Measured
 
     def verdict(self) -> Verdict:
@@ -146,6 +155,7 @@ class _Judgement:
         checks = [
             *(*self.static.checks, *self.opening.checks, *measured.checks),
             *self._check_recorded(),
+            *self._check_against_int8(),
             *job.gates.check_quality(own, changes, job.evaluation.task.main),
             *self._check_costs(slim, baseline),
         ]
@@ -160,6 +170,15 @@ class _Judgement:
         if recorded is None or self.before is None:
             return []
         return [check_baseline(recorded, self.before.value, len(self.before), metric)]
+
+    def _check_against_int8(self) -> list[CheckResult]:
+        """Compare the file with what quantisation alone gives, where that was measured."""
+        found = self.measured.outputs.found
+        if self.job.int8_baseline is None:
+            return []
+        if self.alone is None or found is None:
+            return [skipped(INT8_ALONE, "quality of the file could not be measured")]
+        return [check_against_int8(self.alone, found, self.measured.latency.ratio)]
 
     def _check_costs(self, slim: ModelMetrics, baseline: ModelMetrics | None) -> list[CheckResult]:
         gates, latency, resources = self.job.gates, self.measured.latency, self._resources
@@ -181,6 +200,7 @@ class _Judgement:
         always = ("structure", "denormals", "provider", job.fitness, "evaluation", REPEATABLE)
         compared = ("macs_agree", "weights_agree", *PARITY) if job.reference is not None else ()
         quantized = (AGREEMENT,) if job.float_onnx is not None else ()
+        quantized += (INT8_ALONE,) if job.int8_baseline is not None else ()
         return (*always, *compared, *quantized, *job.scope.required, *job.gates.asked)
 
     def _slim_metrics(self, own: Mapping[str, Estimate] | None) -> ModelMetrics:

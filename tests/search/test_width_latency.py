@@ -19,10 +19,12 @@ from torch import nn
 import compress.search.rank_latency as rank_latency
 import compress.search.width_latency as latency
 from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.prune import PruneConfig
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params, layer_macs
+from compress.cost.variants import VariantWriter, site_of
 from compress.errors import (
     ArtifactError,
     BudgetUnreachable,
@@ -37,11 +39,13 @@ from compress.lowrank.layers import find_layers
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe
 from compress.onnx_file.counting import rows_of
+from compress.onnx_file.io import is_quantized, load_onnx
 from compress.progress import SilentProgress
 from compress.pruning.ranking.selection import Selection
 from compress.pruning.trial import find_cuttable
 from compress.pruning.width_costs import build_cost, layer_axes
 from compress.search.context import StageContext
+from compress.search.deployed_files import variant_copies
 from compress.search.latency_loop import meet_latency
 from compress.search.rank_inputs import measure_spectra
 from compress.search.survey import Targets
@@ -51,6 +55,7 @@ from compress.storage.digest import add_digest
 from compress.verification import profiling
 from compress.verification.measurement import PairLatency
 
+INT8 = QuantizeConfig(stage="quantize")
 DEPLOY = DeployConfig(batch_size=64)  # one call of networks this small is mostly overhead, which no cut changes
 
 
@@ -87,6 +92,49 @@ def test_the_table_of_a_network_covers_all_its_widths(name, ctx):
     full = {group: len(widths) - 1 for group, widths in model.levels.items()}
     assert model.cost.at(full) / model.reference_ms == pytest.approx(model.predict_ratio({}))
     assert model.is_measured_here
+
+
+@pytest.fixture
+def int8_ctx(data, tmp_path):
+    return StageContext(
+        tmp_path, 0, data, RecordingProgress(), replace_config(precision="int8", repeats=4), tmp_path / "tables", int8=INT8
+    )
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_variants_in_int8_are_timed_by_site(name, int8_ctx, monkeypatch):
+    seen = []
+    original = profiling._profile_together
+
+    def watched(paths, reference, *others):
+        seen.extend([reference, *paths])
+        assert all(is_quantized(onnx.load(path)) for path in seen[-2:])
+        yield from original(paths, reference, *others)
+
+    monkeypatch.setattr(profiling, "_profile_together", watched)
+    model = _latency_model(name, int8_ctx)
+    assert len(seen) == 2 * len(model.file.samples)
+    assert model.file.conditions.precision == "int8, weights int8 per channel, activations uint8"
+    sites = set(range(len(model.writer.sites)))
+    assert all(sites <= set(sample.site_ms) for sample in model.file.samples), "every layer has its own time"
+    assert 0 < model.time_pair({group: widths[0] for group, widths in model.levels.items()}).ratio < 3
+
+
+def test_layers_that_stay_float_stay_float_in_the_variants(int8_ctx):
+    ctx = replace(int8_ctx, int8=INT8.model_copy(update={"exclude": ("head", "no_such_layer")}))
+    source = load_onnx(exported("chain"), weights=True)
+    writer = VariantWriter(source)
+    quantised = variant_copies(source, writer, ctx)(writer.write({}, {}))
+    whole = {node.output[0] for node in quantised.graph.node if node.op_type == "DequantizeLinear"}
+    layers = [node for node in quantised.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    (left,) = [node for node in layers if node.input[1] not in whole]
+    assert site_of(left.name) == len(writer.sites) - 1, "the head is the last layer"
+
+
+def test_int8_and_float_have_tables_of_their_own(int8_ctx, ctx):
+    _latency_model("chain", int8_ctx)
+    _latency_model("chain", ctx)
+    assert len(list(ctx.latency_tables.iterdir())) == 2
 
 
 def test_what_was_timed_before_a_kill_is_not_timed_again(ctx, monkeypatch):

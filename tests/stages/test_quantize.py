@@ -75,6 +75,53 @@ def test_the_float_file_is_kept_beside_the_quantised_one(done, whole):
     assert listener.warnings == []
 
 
+@pytest.fixture(scope="module")
+def deployed(whole, data, tmp_path_factory):
+    """What quantize yields where latencies are those of INT8 files."""
+    ctx, listener = make_context(tmp_path_factory.mktemp("deployed"), data, int8=SETTINGS)
+    artifact, _ = QuantizeStage(SETTINGS).run(whole, ctx)
+    return artifact, listener
+
+
+def test_the_baseline_is_quantised_too_where_int8_is_deployed(deployed, whole, done):
+    artifact, listener = deployed
+    assert done[0].int8_baseline_path is None
+    assert is_quantized(load_onnx(artifact.int8_baseline_path))
+    assert artifact.int8_baseline_path.read_bytes() == artifact.path.read_bytes(), "this network was not slimmed"
+    assert listener.notes[-1].startswith("baseline in INT8 alone: ")
+
+
+def test_a_pattern_of_the_slim_network_alone_is_no_fault_of_the_baseline(whole, data, tmp_path):
+    slim = load_onnx(whole.path, weights=True)
+    (weight,) = [tensor for tensor in slim.graph.initializer if tensor.name == "stem.weight"]
+    for node in slim.graph.node:
+        node.input[:] = ["added.weight" if name == weight.name else name for name in node.input]
+    weight.name = "added.weight"
+    save_onnx(slim, tmp_path / "slim.onnx", external=False)
+    settings = SETTINGS.model_copy(update={"exclude": ("added",)})
+    ctx, _ = make_context(tmp_path / "work", data, int8=settings)
+    artifact, record = QuantizeStage(settings).run(replace(whole, path=tmp_path / "slim.onnx"), ctx)
+    assert record["float_layers"] == ["added"]
+    assert is_quantized(load_onnx(artifact.int8_baseline_path))
+
+
+def test_the_file_is_timed_beside_the_int8_baseline_and_compared_with_it(deployed, data, tmp_path):
+    artifact, _ = deployed
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    save_artifact(artifact, folder)
+    artifact = load_artifact("OnnxModel", folder)
+    assert artifact.int8_baseline_path == folder / "int8_baseline.onnx"
+    ctx, _ = make_context(tmp_path / "work", data)
+    verdict, _ = VerifyStage(VerifyConfig(stage="verify", warmup=1, repeats=2, resources=None)).run(artifact, ctx)
+    (check,) = [check for check in verdict.checks if check.name == "int8_alone"]
+    assert (check.status, check.value) == ("pass", 0)
+    assert check.detail.startswith("the baseline in INT8 alone has top-1 ")
+    assert "of its latency" in check.detail
+    assert "int8_alone" in verdict.required
+    assert verdict.details["latency"]["baseline_file"] == "int8"
+
+
 def test_external_weights_of_the_float_file_are_kept_under_its_new_name(whole, data, tmp_path):
     path = tmp_path / "model.onnx"
     save_onnx(load_onnx(whole.path, weights=True), path, external=True)

@@ -7,6 +7,7 @@ from compress.config.rules.gates import check_gates
 from compress.config.rules.stages import (
     check_calibration_images,
     check_half_precision,
+    check_int8_deployment,
     check_latency_targets,
     check_order,
     check_other_runtimes,
@@ -27,6 +28,7 @@ RULES: tuple[Callable[[Sections], Iterator[Problem]], ...] = (
     check_latency_targets,
     check_half_precision,
     check_quantized_precision,
+    check_int8_deployment,
     check_calibration_images,
     check_other_runtimes,
     check_weights,

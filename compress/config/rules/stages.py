@@ -15,6 +15,7 @@ from compress.config.sections import Sections
 
 TIMED_RUNTIME = "onnxruntime"
 NO_HALF = ("CPUExecutionProvider",)  # casts float16 to float32 and back around every operator
+NO_INTEGER = ("CUDAExecutionProvider",)  # computes in float between the roundings
 _LATENCY = ("latency", "latency_ms")
 _ARTICLES = {"TorchModel": "a TorchModel", "OnnxModel": "an OnnxModel", VERDICT: "a Verdict"}
 
@@ -95,6 +96,19 @@ def check_quantized_precision(sections: Sections) -> Iterator[Problem]:
         if sections.deploy is not None and sections.deploy.precision == "fp16":
             text = "'quantize' needs files in fp32, but deploy.precision is fp16."
             yield sections.document.problem(path, text, "leave one of the two out")
+
+
+def check_int8_deployment(sections: Sections) -> Iterator[Problem]:
+    """Latencies of INT8 files need the settings of the quantisation, and kernels for integers."""
+    deploy, document = sections.deploy, sections.document
+    if deploy is None or deploy.precision != "int8" or not document.is_valid(("deploy", "precision")):
+        return
+    if next(iter(sections.of(QuantizeConfig)), None) is None and document.is_valid(("stages",)):
+        text = "int8 needs a quantize stage, which makes the INT8 file; the pipeline has none."
+        yield document.problem(("deploy", "precision"), text, "add after export: - {stage: quantize}")
+    if deploy.provider in NO_INTEGER and document.is_valid(("deploy", "provider")):
+        text = f"int8 must be on a provider with integer kernels, got {deploy.provider}, which computes in float."
+        yield document.problem(("deploy", "precision"), text, f"set deploy.precision: fp32 for {deploy.provider}")
 
 
 def check_calibration_images(sections: Sections) -> Iterator[Problem]:

@@ -96,3 +96,10 @@ class PipelineConfig(Section):
     data: DataConfig
     deploy: DeployConfig | None = None
     stages: Stages = Field(min_length=1, description="stages in order, from load to verify")
+
+    @property
+    def int8(self) -> QuantizeConfig | None:
+        """Settings of the INT8 files that latencies are measured on; None where `deploy.precision` is another."""
+        if self.deploy is None or self.deploy.precision != "int8":
+            return None
+        return next((stage for stage in self.stages if isinstance(stage, QuantizeConfig)), None)

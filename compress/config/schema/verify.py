@@ -171,8 +171,10 @@ class DeployConfig(Section):
     threads: Threads = Field(1, description="intra-op threads")
     batch_size: BatchSize = Field(1, description="batch size")
     repeats: Calls = Field(100, description="timed calls of each variant, fewer for slow ones, more on a noisy machine")
-    precision: Literal["fp32", "fp16"] = Field(
-        "fp32", description="precision of the files; fp16 needs a provider that computes in it"
+    precision: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32",
+        description="precision of the files; fp16 needs a provider that computes in it, int8 a quantize stage: "
+        "latencies are then those of INT8 files, the baseline's included",
     )
     table: OptionalPath = Field(
         None, description="latency table of `compress profile`; by default measured on this machine"

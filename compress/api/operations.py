@@ -25,6 +25,7 @@ from compress.bundle import check
 from compress.checkpoint.layout import save_checkpoint
 from compress.checkpoint.rebuild import example_input
 from compress.config.schema.low_rank import LowRankConfig
+from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.prune import PruneConfig
 from compress.config.schema.training import FinetuneConfig
 from compress.config.schema.verify import DeployConfig
@@ -451,7 +452,8 @@ def _context(
         torch.manual_seed(seed)
         work = Path(folder)
         target = _deploy(deploy, "deploy")
-        yield StageContext(work, seed, splits, listener(progress), target, work / "latency", teacher)
+        int8 = QuantizeConfig(stage="quantize") if target.precision == "int8" else None
+        yield StageContext(work, seed, splits, listener(progress), target, work / "latency", teacher, int8)
 
 
 def _check_data(splits: LoaderSplits, model: TorchModel) -> None:

@@ -200,8 +200,8 @@ class _Judgement:
         always = ("structure", "denormals", "provider", job.fitness, "evaluation", REPEATABLE)
         compared = ("macs_agree", "weights_agree", *PARITY) if job.reference is not None else ()
         quantized = (AGREEMENT,) if job.float_onnx is not None else ()
-        quantized += (INT8_ALONE,) if job.int8_baseline is not None else ()
-        return (*always, *compared, *quantized, *job.scope.required, *job.gates.asked)
+        alone = (INT8_ALONE,) if job.int8_baseline is not None else ()
+        return (*always, *compared, *quantized, *alone, *job.scope.required, *job.gates.asked)
 
     def _slim_metrics(self, own: Mapping[str, Estimate] | None) -> ModelMetrics:
         counts, samples = self.static.counts, self.measured.latency.samples

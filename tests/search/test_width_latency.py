@@ -96,9 +96,8 @@ def test_the_table_of_a_network_covers_all_its_widths(name, ctx):
 
 @pytest.fixture
 def int8_ctx(data, tmp_path):
-    return StageContext(
-        tmp_path, 0, data, RecordingProgress(), replace_config(precision="int8", repeats=4), tmp_path / "tables", int8=INT8
-    )
+    deploy = replace_config(precision="int8", repeats=4)
+    return StageContext(tmp_path, 0, data, RecordingProgress(), deploy, tmp_path / "tables", int8=INT8)
 
 
 @pytest.mark.parametrize("name", nets.NAMES)

@@ -14,6 +14,7 @@ from torch import nn
 from compress.checkpoint.rebuild import write_weights
 from compress.config.schema.data import ArraysSource, DataConfig, PreprocessingConfig
 from compress.config.schema.pipeline import QuantizeConfig
+from compress.config.schema.verify import DeployConfig
 from compress.cost.macs import count_macs, count_params
 from compress.data.from_config import Splits
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
@@ -102,4 +103,5 @@ def make_context(
     """Return a context with a folder of its own, and its listener."""
     folder.mkdir(exist_ok=True)
     progress = RecordingProgress()
-    return StageContext(folder, 0, data, progress, int8=int8), progress
+    deploy = None if int8 is None else DeployConfig(precision="int8")
+    return StageContext(folder, 0, data, progress, deploy, quantize=int8), progress

@@ -452,8 +452,8 @@ def _context(
         torch.manual_seed(seed)
         work = Path(folder)
         target = _deploy(deploy, "deploy")
-        int8 = QuantizeConfig(stage="quantize") if target.precision == "int8" else None
-        yield StageContext(work, seed, splits, listener(progress), target, work / "latency", teacher, int8)
+        tables, quantize = work / "latency", QuantizeConfig(stage="quantize")
+        yield StageContext(work, seed, splits, listener(progress), target, tables, teacher, quantize)
 
 
 def _check_data(splits: LoaderSplits, model: TorchModel) -> None:

@@ -100,6 +100,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             if config.deploy is not None and values["rewrites"] == "measured":  # measured where the model will run
                 conditions = deploy_conditions(config.deploy, config.int8)
                 fixed["deploy"] = {**asdict(conditions), "repeats": config.deploy.repeats}
+        if values.get("quantization_aware") and config.quantize is not None:
+            fixed["quantize"] = config.quantize.model_dump(mode="json", exclude={"stage", "images", "method"})
         if entry.name == "quantize" and config.int8 is not None:
             fixed["precision"] = "int8"  # the baseline is quantised too
         steps.append(Step(index, entry, stage, values, fixed))
@@ -176,7 +178,7 @@ def _deploy_component(deploy: DeployConfig, int8: QuantizeConfig | None) -> dict
 # settings added since a store was first written -> the default with which earlier results are the same
 _ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9, "erasing": 0.0}}
 _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
-    "finetune": {"own": None, "kwargs": {}, "trained": None},
+    "finetune": {"own": None, "kwargs": {}, "trained": None, "quantization_aware": 0.0},
     "low_rank": {"repair": ["batch_norm"], "block_repair": None},
     "prune": {"only": [], "limits": {}, "block_repair": None, "merge": False},
     "slim": {"only": [], "limits": {}, "block_repair": None},

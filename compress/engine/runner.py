@@ -384,7 +384,7 @@ class _Run:
             self.data.teacher = teacher
         tables = self.store.root / ".latency"
         with self._listener(step, work) as listener:
-            ctx = StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher, config.int8)
+            ctx = StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher, config.quantize)
             return call(stage, ctx)
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:

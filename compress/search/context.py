@@ -28,7 +28,7 @@ class StageContext:
         deploy: Target runtime; None if the pipeline names no runtime.
         latency_tables: Folder of latency tables, shared by all runs.
         teacher: The baseline as a distillation teacher; None if the stage's input is no `TorchModel`.
-        int8: Settings of the INT8 files that latencies are measured on; None where files are timed as exported.
+        quantize: Settings of the pipeline's `quantize` stage; None without one.
     """
 
     folder: Path
@@ -38,7 +38,12 @@ class StageContext:
     deploy: DeployConfig | None = None
     latency_tables: Path = Path()
     teacher: Teacher | None = None
-    int8: QuantizeConfig | None = None
+    quantize: QuantizeConfig | None = None
+
+    @property
+    def int8(self) -> QuantizeConfig | None:
+        """Settings of the INT8 files that latencies are measured on; None where files are timed as exported."""
+        return self.quantize if self.deploy is not None and self.deploy.precision == "int8" else None
 
     @cached_property
     def parts(self) -> "Parts":

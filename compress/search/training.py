@@ -12,7 +12,7 @@ from compress.checkpoint.rebuild import apply_edits, example_input
 from compress.config.schema.training import DistillationConfig, TrainingConfig
 from compress.data.batches import Augmentation
 from compress.data.splits import Split
-from compress.errors import ArtifactError, NonFinite
+from compress.errors import ArtifactError, ConfigValueError, NonFinite
 from compress.model.artifacts import TorchModel
 from compress.pruning.survival import surviving_channels
 from compress.search.context import Record, StageContext
@@ -24,6 +24,7 @@ from compress.storage.files import write_atomic
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
 from compress.training.distributed import current_ranks
 from compress.training.evaluate import quality_facts
+from compress.training.fake_quantization import Int8Rounding
 from compress.training.loop import fit
 from compress.training.schedule import peak_from_original
 from compress.training.settings import Distillation, FitResult, FitSettings, TrainingData, plan_steps
@@ -69,6 +70,8 @@ def train(
     before = task.aggregate(facts)[metric.name]
     start, is_unfolded = _started(artifact.module, ctx) if unfolds else (artifact.module, False)
     settings = fit_settings(config, ctx.seed, ctx.data.train, start)
+    if config.rounded_ratio:
+        settings = replace(settings, keep="last", rounding=_rounding(ctx), rounded_ratio=config.rounded_ratio)
     warnings = _few_steps(config, settings, ctx.data.train)
     distillation = distillation_from(config.distillation, artifact, ctx)
 
@@ -239,6 +242,23 @@ def pace(settings: FitSettings) -> str:
     """Return the peak learning rate and the gradient clipping, as a note states them."""
     clip = "" if settings.gradient_clip is None else f", gradients clipped to {settings.gradient_clip:g}"
     return f"peak learning rate {settings.learning_rate:g}{clip}"
+
+
+def _rounding(ctx: StageContext) -> Int8Rounding:
+    """Return the rounding of the pipeline's `quantize` stage."""
+    if ctx.quantize is None:
+        raise ConfigValueError(
+            "quantization_aware needs a quantize stage, whose settings it trains for; the pipeline has none.",
+            hint="add after export: - {stage: quantize}",
+        )
+    config = ctx.quantize
+    return Int8Rounding(
+        per_channel=config.per_channel,
+        reduce_range=config.reduce_range,
+        has_signed_weights=config.weight_type == "int8",
+        has_signed_activations=config.activation_type == "int8",
+        exclude=config.exclude,
+    )
 
 
 def fit_settings(config: TrainingConfig, seed: int, train: Split, module: nn.Module) -> FitSettings:

@@ -14,7 +14,7 @@ with the same weights as an undisturbed run (same thread count, CPU).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 
@@ -37,6 +37,7 @@ from compress.training.batch_norm import reestimate_batch_norm, synced_batch_nor
 from compress.training.device import flushed_denormals, moved, placed, require_precision, training_device
 from compress.training.distributed import current_ranks
 from compress.training.epochs import EpochLog
+from compress.training.fake_quantization import FakeQuantization
 from compress.training.hooks import TrainingHooks
 from compress.training.interrupts import deferred_interrupts
 from compress.training.learner import Learner
@@ -164,8 +165,17 @@ class TrainingRun:
         with synced, self.loss.watching_maps():
             yield
 
+    def rounding(self) -> AbstractContextManager[object]:
+        """Return the context manager of forward passes in the next step: with layers in 8 bits near the end."""
+        rounding = self.settings.rounding
+        if rounding is None or self.step < self.plan.total - self.plan.last(self.settings.rounded_ratio):
+            return nullcontext()
+        networks = (self.learner.module, *(average.module for average in self.learner.averages))
+        return FakeQuantization(rounding, {weight for network in networks for weight in rounding.floats(network)})
+
     def train_step(self, batches: Sequence[Batch]) -> None:
         """Take one step on the mean loss of one batch, or of several."""
+        self.loss.rounding = self.rounding()
         self.learner.begin_step(self.step, learning_rate(self.settings, self.step, self.plan.total))
         value = torch.zeros((), device=self.device)
         for images, targets in batches:
@@ -217,7 +227,8 @@ class TrainingRun:
     def _close_epoch(self, speed: float) -> None:
         loss = self.losses.close_epoch()
         self.learner.require_finite_weights(self.step, self.plan.total)
-        record = self.epochs.close(self.learner.measured, loss, self.learner.rate, speed)
+        with self.rounding():
+            record = self.epochs.close(self.learner.measured, loss, self.learner.rate, speed)
         name, reached = self.epochs.metric.name, record.validation
         self.curve(self.step, {f"validation_{name}": reached, "images_per_second": speed})
         self.progress.note(
@@ -277,7 +288,8 @@ class TrainingRun:
         if learner.tail is not None:
             average = learner.tail.module
             reestimate_batch_norm(average, self.data.train.first(_STATISTICS_IMAGES), self.progress)
-            reached, _ = epochs.measure(average)
+            with self.rounding():
+                reached, _ = epochs.measure(average)
             steps = self.plan.last(self.settings.average_ratio)
             self.progress.note(f"average of the last {steps} steps: validation {epochs.show(reached)}")
             best = epochs.records[chosen - 1].validation

@@ -31,6 +31,9 @@ class BatchLoss:
         device: Device that the network computes on.
         memory_format: Memory format of the images.
 
+    Attributes:
+        rounding: Context manager of each forward pass of the network that learns, but not of the teacher's.
+
     Raises:
         ModelError: Feature maps are to be compared, but the two networks have no common map.
     """
@@ -47,6 +50,7 @@ class BatchLoss:
         self._module, self._train, self._task, self._settings = module, train, train.objective, settings
         self._distillation, self._device, self._memory_format = distillation, device, memory_format
         self._forward: Callable[[Tensor], Any] = torch.compile(module) if settings.compiled else module
+        self.rounding: AbstractContextManager[object] = nullcontext()
         self._maps: MapPairs | None = None
         if distillation is not None and distillation.features:
             self._maps = MapPairs(module, distillation.teacher, train, distillation.kept)
@@ -84,7 +88,7 @@ class BatchLoss:
 
     def _outputs(self, images: Tensor) -> Any:
         try:
-            with self.autocast():
+            with self.autocast(), self.rounding:
                 return plain(self._forward(images), getattr(self._module, "output_names", ()))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compress.data.batches import Augmentation, batches_per_epoch
 from compress.data.splits import Split
 from compress.tasks.base import Metric
+from compress.training.fake_quantization import Int8Rounding
 from compress.training.schedule import schedule
 
 
@@ -75,6 +76,8 @@ class FitSettings:
         device: "cpu", "cuda", or "auto" for the GPU if torch sees one.
         sync_batch_norm: True normalises by the statistics of the complete batch, not of each rank's part.
         save_minutes: Longest time in minutes between two saved states; each epoch also ends with one.
+        rounding: Rounding of weights and inputs of layers to 8 bits, or None.
+        rounded_ratio: Share of the steps, at the end, with that rounding.
     """
 
     epochs: float = 1.0
@@ -100,6 +103,8 @@ class FitSettings:
     device: str = "auto"
     sync_batch_norm: bool = False
     save_minutes: float = 5.0
+    rounding: Int8Rounding | None = None
+    rounded_ratio: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,8 @@ def identify(
     taught = distillation
     if not settings.schedule_start:
         del values["schedule_start"]  # states of older versions do not know it
+    if settings.rounding is None:
+        del values["rounding"], values["rounded_ratio"]
     return {
         **values,
         "total steps": plan_steps(data.train, settings).total,

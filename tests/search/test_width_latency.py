@@ -97,7 +97,7 @@ def test_the_table_of_a_network_covers_all_its_widths(name, ctx):
 @pytest.fixture
 def int8_ctx(data, tmp_path):
     deploy = replace_config(precision="int8", repeats=4)
-    return StageContext(tmp_path, 0, data, RecordingProgress(), deploy, tmp_path / "tables", int8=INT8)
+    return StageContext(tmp_path, 0, data, RecordingProgress(), deploy, tmp_path / "tables", quantize=INT8)
 
 
 @pytest.mark.parametrize("name", nets.NAMES)
@@ -120,7 +120,7 @@ def test_variants_in_int8_are_timed_by_site(name, int8_ctx, monkeypatch):
 
 
 def test_layers_that_stay_float_stay_float_in_the_variants(int8_ctx):
-    ctx = replace(int8_ctx, int8=INT8.model_copy(update={"exclude": ("head", "no_such_layer")}))
+    ctx = replace(int8_ctx, quantize=INT8.model_copy(update={"exclude": ("head", "no_such_layer")}))
     source = load_onnx(exported("chain"), weights=True)
     writer = VariantWriter(source)
     quantised = variant_copies(source, writer, ctx)(writer.write({}, {}))

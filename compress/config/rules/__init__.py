@@ -11,6 +11,7 @@ from compress.config.rules.stages import (
     check_latency_targets,
     check_order,
     check_other_runtimes,
+    check_quantization_aware,
     check_quantized_precision,
 )
 from compress.config.rules.weights import (
@@ -29,6 +30,7 @@ RULES: tuple[Callable[[Sections], Iterator[Problem]], ...] = (
     check_half_precision,
     check_quantized_precision,
     check_int8_deployment,
+    check_quantization_aware,
     check_calibration_images,
     check_other_runtimes,
     check_weights,

@@ -10,6 +10,7 @@ from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.prune import CutConfig
 from compress.config.schema.targets import RankTargetConfig
+from compress.config.schema.training import FinetuneConfig
 from compress.config.schema.verify import VerifyConfig
 from compress.config.sections import Sections
 
@@ -109,6 +110,17 @@ def check_int8_deployment(sections: Sections) -> Iterator[Problem]:
     if deploy.provider in NO_INTEGER and document.is_valid(("deploy", "provider")):
         text = f"int8 must be on a provider with integer kernels, got {deploy.provider}, which computes in float."
         yield document.problem(("deploy", "precision"), text, f"set deploy.precision: fp32 for {deploy.provider}")
+
+
+def check_quantization_aware(sections: Sections) -> Iterator[Problem]:
+    """Training for a rounding needs the stage that rounds."""
+    document = sections.document
+    if next(iter(sections.of(QuantizeConfig)), None) is not None or not document.is_valid(("stages",)):
+        return
+    for path, finetune in sections.of(FinetuneConfig):
+        if finetune.quantization_aware and document.is_valid((*path, "quantization_aware")):
+            text = f"{finetune.quantization_aware:g} needs a quantize stage, whose rounding it trains for; got none."
+            yield document.problem((*path, "quantization_aware"), text, "add after export: - {stage: quantize}")
 
 
 def check_calibration_images(sections: Sections) -> Iterator[Problem]:

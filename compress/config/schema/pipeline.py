@@ -100,6 +100,9 @@ class PipelineConfig(Section):
     @property
     def int8(self) -> QuantizeConfig | None:
         """Settings of the INT8 files that latencies are measured on; None where `deploy.precision` is another."""
-        if self.deploy is None or self.deploy.precision != "int8":
-            return None
+        return self.quantize if self.deploy is not None and self.deploy.precision == "int8" else None
+
+    @property
+    def quantize(self) -> QuantizeConfig | None:
+        """Settings of the `quantize` stage; None without one."""
         return next((stage for stage in self.stages if isinstance(stage, QuantizeConfig)), None)

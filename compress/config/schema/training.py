@@ -105,6 +105,11 @@ class TrainingConfig(Section):
         """True if the peak rate is that of the original training, independent of the length of this one."""
         return False
 
+    @property
+    def rounded_ratio(self) -> float:
+        """Share of the steps, at the end, in which layers are rounded to 8 bits."""
+        return 0.0
+
     def _check_rules(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("must hold exactly one of epochs, steps")
@@ -157,6 +162,11 @@ class FinetuneConfig(TrainingConfig):
         None,
         description="state dict of the slim network, trained elsewhere; all other settings then have no effect",
     )
+    quantization_aware: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="share of the steps, at the end, in which weights and inputs of layers are rounded to 8 bits as "
+        "the quantize stage rounds them; 0 is off",
+    )
     norms: bool = Field(
         True,
         description="true: batch norms behind the convolutions of a network without norms, for training only; they "
@@ -184,6 +194,11 @@ class FinetuneConfig(TrainingConfig):
         """True if the peak rate is that of the original training, independent of the length of this one."""
         return self.rewind_schedule is not None
 
+    @property
+    def rounded_ratio(self) -> float:
+        """Share of the steps, at the end, in which layers are rounded to 8 bits."""
+        return self.quantization_aware
+
     def _check_rules(self) -> None:
         if self.kwargs and self.own is None:
             raise ValueError("kwargs must be left out without own")
@@ -199,6 +214,10 @@ class FinetuneConfig(TrainingConfig):
             raise ValueError("rewind_to must name a checkpoint where weights is rewound")
         if self.weights != "rewound" and self.rewind_to is not None:
             raise ValueError("rewind_to must be left out unless weights is rewound")
+        if self.quantization_aware and self.compiled:
+            raise ValueError("compiled must be false with quantization_aware, which torch.compile cannot follow")
+        if self.quantization_aware and self.precision != "fp32":
+            raise ValueError("precision must be fp32 with quantization_aware, which rounds float32 values")
         if self.rewind_schedule is not None and self.probe:
             raise ValueError("probe must be false with rewind_schedule, which fixes the peak rate")
         if self.rewind_schedule == "whole" and self.original is None and self.learning_rate is None:

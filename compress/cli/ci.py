@@ -11,17 +11,18 @@ from xml.etree import ElementTree
 
 from compress.cli.text import CHECK_COLUMNS, VALUE_COLUMNS, check_rows, next_steps, value_rows, verdict_sentence
 from compress.errors import ArtifactError, ConfigError
-from compress.report.build import describe_verdict, write_json
+from compress.report.build import STDOUT, VERDICT_SCHEMA, describe_verdict, write_json
+from compress.report.stamp import stamp
 from compress.storage.files import remove_earlier, write_atomic
 
 if TYPE_CHECKING:  # the artifacts import numpy
-    from compress.model.artifacts import Verdict
+    from compress.model.artifacts import CheckResult, Verdict
 
 GITHUB_SUMMARY = "GITHUB_STEP_SUMMARY"
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def to_junit(verdict: Verdict, name: str) -> bytes:
+def to_junit(verdict: Verdict, name: str, seconds: float | None = None) -> bytes:
     """Return a JUnit report with one test case for each check.
 
     A check that was required and skipped is a failure, an inconclusive one an error.
@@ -29,6 +30,7 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
     Args:
         verdict: Outcome of the verification.
         name: Of the test suite.
+        seconds: Time of the command, which the checks share; None if it is not known.
     """
     cases = ElementTree.Element("testsuite", name=_clean(name))
     failures = errors = skips = 0
@@ -59,6 +61,8 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
         failures += 1
     counts = {"tests": len(cases), "failures": failures, "errors": errors, "skipped": skips}
     cases.attrib |= {key: str(value) for key, value in counts.items()}
+    if seconds is not None:
+        cases.attrib |= {"time": f"{seconds:.3f}", "timestamp": stamp()["date"]}
     suites = ElementTree.Element("testsuites", {key: str(value) for key, value in counts.items()})
     suites.append(cases)
     ElementTree.indent(suites)
@@ -67,36 +71,55 @@ def to_junit(verdict: Verdict, name: str) -> bytes:
 
 
 def to_markdown(verdict: Verdict, name: str) -> str:
-    """Return a verdict as a heading, a sentence and tables."""
+    """Return a verdict as a heading, a sentence and tables; checks that did not pass come first."""
     parts = [f"## {_cell(name)}", verdict_sentence(verdict)]
     if steps := next_steps(verdict):
         parts.append("\n".join(f"- Next step for {step}" for step in steps))
-    parts.append(_table(CHECK_COLUMNS, check_rows(verdict)))
+    order = sorted(range(len(verdict.checks)), key=lambda index: _urgency(verdict.checks[index]))
+    rows = check_rows(verdict)
+    parts.append(_table(CHECK_COLUMNS, [rows[index] for index in order]))
     if values := value_rows(verdict):
         parts.append(_table(VALUE_COLUMNS, values))
     return "\n\n".join(parts) + "\n"
 
 
-def write_for_ci(verdict: Verdict, name: str, junit: Path | None, json_file: Path | None, summary: bool) -> None:
+def annotations(verdict: Verdict, name: str) -> list[str]:
+    """Return a GitHub annotation for each check that keeps the verdict from passing, failed ones first."""
+    kinds = {"fail": "error", "skipped": "error", "inconclusive": "warning"}
+    return [
+        f"::{kinds[check.status]} title={_property(f'{name}: {check.name}')}::{_message(check)}"
+        for check in sorted(verdict.open_checks, key=_urgency)
+    ]
+
+
+def write_for_ci(
+    verdict: Verdict,
+    name: str,
+    junit: Path | None,
+    json_file: Path | None,
+    summary: bool,
+    seconds: float | None = None,
+) -> None:
     """Write a verdict in the forms that were asked for.
 
     Args:
         verdict: Outcome of the verification.
         name: Of the run or the file.
         junit: File for JUnit XML; None for none.
-        json_file: File for JSON; None for none.
+        json_file: File for JSON, "-" for standard output; None for none.
         summary: Whether Markdown is added to the file that GitHub Actions names in GITHUB_STEP_SUMMARY.
+        seconds: Time of the command; None if it is not known.
 
     Raises:
         ArtifactError: A file cannot be written.
     """
     if junit is not None:
         try:
-            write_atomic(junit, to_junit(verdict, name))
+            write_atomic(junit, to_junit(verdict, name, seconds))
         except OSError as error:
             raise ArtifactError(f"'{junit}' cannot be written: {error.strerror}.") from error
     if json_file is not None:
-        write_json(describe_verdict(name, verdict), json_file)
+        write_json({"schema": VERDICT_SCHEMA, **describe_verdict(name, verdict), "made": stamp()}, json_file)
     if summary:
         place = Path(os.environ[GITHUB_SUMMARY])
         try:
@@ -134,11 +157,32 @@ def require_place(option: str, path: Path | None, suffix: str, kind: str) -> Non
         ConfigError: It is a folder or in none, a link, a device or another file, or its name ends otherwise.
         ArtifactError: An earlier one cannot be removed.
     """
-    if path is None:
+    if path is None or (path == STDOUT and suffix == ".json"):
         return
     if not path.is_dir() and path.suffix.lower() != suffix:
         raise ConfigError(f"{option} must be a file whose name ends in {suffix}, got '{path}'.")
     remove_earlier(option, path, kind)
+
+
+def _urgency(check: CheckResult) -> int:
+    """Return the place of a check by its status: failed, inconclusive, skipped, passed."""
+    return ("fail", "inconclusive", "skipped", "pass").index(check.status)
+
+
+def _message(check: CheckResult) -> str:
+    text = check.detail or check.status
+    if check.limit is not None and check.value is not None:
+        text += f" (value {check.value:g}, limit {check.limit:g}{f' {check.unit}' if check.unit else ''})"
+    return _escaped(f"{text}. Next step: {check.remedy}" if check.remedy else text)
+
+
+def _property(text: str) -> str:
+    return _escaped(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _escaped(text: str) -> str:
+    """Return text as a workflow command of GitHub takes it."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _clean(text: str) -> str:

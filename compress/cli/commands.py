@@ -8,9 +8,10 @@ Whatever imports torch is imported inside the commands that need it, so that `--
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,7 @@ from compress.errors import ConfigError
 
 if TYPE_CHECKING:
     from compress.config.load import Pipeline
+    from compress.model.artifacts import Verdict
 
 app = typer.Typer(
     name="compress",
@@ -42,7 +44,9 @@ ForeignTable = Annotated[
     bool, typer.Option("--accept-foreign-table", help="Use deploy.table although another machine made it.")
 ]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE.xml", help="Write the checks as JUnit XML.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the verdict as JSON.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE.json", help="Write the verdict as JSON; - is standard output.")
+]
 Summary = Annotated[
     bool, typer.Option("--github-summary", help="Add the verdict to the summary of a GitHub Actions job.")
 ]
@@ -110,12 +114,14 @@ def run(
     require_places(junit, json_file, github_summary)
     from compress.engine.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
 
-    console = Console(quiet)
+    console, started = _console(quiet, json_file), time.monotonic()
     outcome = run_with_others(loaded, runs_dir, console, tensorboard)
     if outcome is None:  # another process runs the pipeline, this one has helped
         return
     console.print_verdict(outcome.verdict)
-    write_for_ci(outcome.verdict, loaded.config.name, junit, json_file, github_summary)
+    seconds = time.monotonic() - started
+    write_for_ci(outcome.verdict, loaded.config.name, junit, json_file, github_summary, seconds)
+    _annotate(outcome.verdict, loaded.config.name, github_summary, console)
     for label, name in (("ONNX file", "model.onnx"), ("Report", "report.html")):
         path = outcome.folder / name
         if path.exists():
@@ -253,7 +259,7 @@ def search(
     require_places(junit, json_file, github_summary)
     from compress.engine.budget_search import SearchLimits, search_budget  # imports torch
 
-    console = Console(quiet)
+    console, started = _console(quiet, json_file), time.monotonic()
     given = SearchLimits(limits, most_runs, within)
     outcome = search_budget(pipeline, given, runs_dir, tuple(overrides or ()), seed, console)
     tried = outcome.tried
@@ -264,7 +270,9 @@ def search(
         known = "" if outcome.failing is None else f"; {outcome.failing:g} does not pass"
         console.say(f"Smallest that passes: {tried.quantity} {outcome.best.budget:g} ({outcome.best.run}){known}.")
     if outcome.verdict is not None:
-        write_for_ci(outcome.verdict, name, junit, json_file, github_summary)
+        seconds = time.monotonic() - started
+        write_for_ci(outcome.verdict, name, junit, json_file, github_summary, seconds)
+        _annotate(outcome.verdict, name, github_summary, console)
     console.note(f"Report: {outcome.folder / 'search.html'}")
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
@@ -359,10 +367,11 @@ def verify(
     require_place("--report", report, ".html", "page of a verdict")
     from compress.engine.verify_file import verify_file  # imports ONNX Runtime
 
-    console = Console(quiet)
+    console, started = _console(quiet, json_file), time.monotonic()
     verdict = verify_file(model, settings, against, console)
     console.print_verdict(verdict)
-    write_for_ci(verdict, model.name, junit, json_file, github_summary)
+    write_for_ci(verdict, model.name, junit, json_file, github_summary, time.monotonic() - started)
+    _annotate(verdict, model.name, github_summary, console)
     if report is not None:
         from compress.report.build import write_verdict_page  # imports matplotlib
 
@@ -459,7 +468,8 @@ def inspect(
         Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the curves of --sensitivity.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE.json", help="Write what was found as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE.json", help="Write what was found as JSON; - is standard output."),
     ] = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
@@ -469,7 +479,7 @@ def inspect(
     from compress.cli.ci import require_place
 
     require_place("--json", json_file, ".json", "JSON overview")
-    console = Console(quiet)
+    console = _console(quiet, json_file)
     if sensitivity or plot is not None:
         _inspect_sensitivity(target, overrides or (), plot, json_file, console)
         return
@@ -479,9 +489,7 @@ def inspect(
     for title, columns, rows in overview.tables(layers):
         console.print_table(title, columns, rows)
     if json_file is not None:
-        from compress.report.build import write_json
-
-        write_json(overview.to_dict(), json_file)
+        _write_stamped(overview.to_dict(), json_file)
 
 
 def _inspect_sensitivity(
@@ -502,9 +510,27 @@ def _inspect_sensitivity(
     if plot is not None:
         plot.write_text(found.to_svg(), encoding="utf-8")
     if json_file is not None:
-        from compress.report.build import write_json
+        _write_stamped(found.to_dict(), json_file)
 
-        write_json(found.to_dict(), json_file)
+
+def _console(quiet: bool, json_file: Path | None) -> Console:
+    """Return the console of a command; with `--json -`, standard output is left to the JSON."""
+    return Console(quiet, stdout=sys.stderr if json_file == Path("-") else None)
+
+
+def _annotate(verdict: "Verdict", name: str, wanted: bool, console: Console) -> None:
+    """Print GitHub annotations of the checks that keep a verdict from passing."""
+    from compress.cli.ci import annotations
+
+    for line in annotations(verdict, name) if wanted else ():
+        console.say(line)
+
+
+def _write_stamped(values: dict[str, Any], json_file: Path) -> None:
+    from compress.report.build import write_json
+    from compress.report.stamp import stamp
+
+    write_json({**values, "made": stamp()}, json_file)
 
 
 @app.command()

@@ -5,6 +5,7 @@ Numbers that are NaN or infinite have no JSON spelling: they become null and are
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -15,10 +16,13 @@ from compress.errors import ArtifactError, InternalError
 from compress.model.artifacts import CheckResult, Verdict
 from compress.report.model import read_report
 from compress.report.page import render_report
+from compress.report.stamp import stamp
 from compress.storage.digest import add_digest
 from compress.storage.files import write_atomic
 
 REPORT_SCHEMA = 1
+VERDICT_SCHEMA = 1
+STDOUT = Path("-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,8 @@ def build_report(
         provenance: Result of `describe_provenance`.
 
     Returns:
-        Keys schema, name, verdict, baseline, slim, stages, environment, config, provenance, details, non_finite.
+        Keys schema, name, verdict, baseline, slim, stages, environment, config, provenance, details, non_finite;
+        `write_report` adds `made`, the stamp, and a digest.
         `baseline` and `slim` are None if verify could not measure. Every number that was NaN or infinite is None,
         and its key path is in `non_finite` ("details.parity.max_abs: nan").
 
@@ -120,7 +125,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(add_digest(report), folder / "report.json")
+    write_json(add_digest({**report, "made": stamp()}), folder / "report.json")
     if page:
         write_page(render_report(read_report(report)), folder / "report.html")
 
@@ -135,12 +140,15 @@ def write_verdict_page(name: str, verdict: Verdict, path: Path) -> None:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Write plain values as JSON; the file is complete or absent.
+    """Write plain values as JSON, to a file that is complete or absent, or to standard output for the path "-".
 
     Raises:
         ArtifactError: The file cannot be written.
     """
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    if path == STDOUT:
+        sys.stdout.write(f"{text}\n")
+        return
     # A lone surrogate (an undecodable byte of a file name) has no UTF-8; as "\udc80" it is valid JSON.
     _write_atomically(path, (text + "\n").encode("utf-8", "backslashreplace"))
 

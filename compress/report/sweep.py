@@ -23,6 +23,7 @@ from compress.report.page import render
 from compress.report.plots import Panel, Point, plot_fronts
 from compress.report.records import TOP1, Change
 from compress.report.results import drop_on
+from compress.report.stamp import stamp
 from compress.tasks.base import Metric
 
 SWEEP_SCHEMA = 1
@@ -195,7 +196,7 @@ def write_sweep(sweep: Sweep, folder: Path) -> None:
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(to_plain(sweep), folder / f"{sweep.kind}.json")
+    write_json({**to_plain(sweep), "made": stamp()}, folder / f"{sweep.kind}.json")
     write_page(render_sweep(sweep), folder / f"{sweep.kind}.html")
 
 

@@ -1,11 +1,14 @@
 """What a CI system reads says what the verdict says."""
 
 import json
+from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
-from compress.cli.ci import require_places, to_junit, to_markdown, write_for_ci
+import compress
+from compress.cli.ci import annotations, require_places, to_junit, to_markdown, write_for_ci
 from compress.errors import ArtifactError, ConfigError
 from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 
@@ -63,6 +66,42 @@ def test_markdown_has_the_sentence_and_both_tables():
     assert "| MACs | 200 | 100 | 2.00x fewer |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").count("|") in (5, 7) for line in tables)
+
+
+def test_checks_that_did_not_pass_come_first_in_the_summary():
+    text = to_markdown(VERDICT, "run")
+    places = [text.index(f"| {name} |") for name in ("min_speedup", "max.churn", "weights_agree", "parity")]
+    assert places == sorted(places)
+
+
+def test_annotations_name_the_failed_checks():
+    undecided = CheckResult("drop,top1", "inconclusive", 0.01, 0.02, "share", "50 % of\nthe images", "more images")
+    verdict = Verdict((CHECKS[0], undecided, CHECKS[1]), (), None, None)
+    assert annotations(verdict, "run: a") == [
+        "::error title=run%3A a%3A min_speedup::too slow | <by far>\x00 (value 1.1, limit 1.3 x)",
+        "::warning title=run%3A a%3A drop%2Ctop1::50 %25 of%0Athe images (value 0.01, limit 0.02 share). Next step: "
+        "more images",
+    ]
+    assert annotations(Verdict(CHECKS[:1], ("parity",), None, None), "run") == []
+
+
+def test_junit_has_the_time_of_the_command(tmp_path):
+    (tmp_path / "out.xml").write_bytes(to_junit(VERDICT, "run", 12.5))
+    (suite,) = JUnitXml.fromfile(str(tmp_path / "out.xml"))
+    assert suite.time == 12.5
+    assert datetime.fromisoformat(suite.timestamp).tzinfo is not None
+
+
+def test_json_for_standard_output(capsys):
+    require_places(None, Path("-"), False)
+    write_for_ci(VERDICT, "run", None, Path("-"), False)
+    values = json.loads(capsys.readouterr().out)
+    assert (values["schema"], values["name"]) == (1, "run")
+    assert values["made"]["tool"] == "compress"
+    assert values["made"]["version"] == compress.__version__
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(values["made"]["date"])).total_seconds() < 600
+    with pytest.raises(ConfigError, match="--junit must be a file"):
+        require_places(Path("-"), None, False)
 
 
 def test_what_is_asked_for_is_written(tmp_path, monkeypatch):

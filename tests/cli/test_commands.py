@@ -150,6 +150,9 @@ def test_verdicts_are_written_for_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert summary.read_text().startswith("## minimal\n\nFAILED")
     assert call("verify", "model.onnx", "--pipeline", GOOD, "--junit", junit).exit_code == 0
     assert 'failures="0"' in junit.read_text()
+    done = call("run", GOOD, "--json", "-", "--github-summary")
+    assert json.loads(done.stdout)["verdict"]["passed"] is False
+    assert "\n::error title=minimal%3A parity::" in done.stderr
     refused = call("run", GOOD, "--junit", tmp_path)
     assert (refused.exit_code, "--junit must be a file to write" in refused.stderr) == (2, True)
 
@@ -183,7 +186,11 @@ def test_inspect_prints_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     done = call("inspect", "sound.py:build", "--input", "1,16000", "--json", tmp_path / "a.json", "--second-opinion")
     assert done.stdout == "network:\n  name  MACs\n  conv    12\n"
     assert calls[1] == ("sound.py:build", (1, 16000), (), False, True)
-    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"macs": 12}
+    values = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert (values["macs"], values["made"]["tool"]) == (12, "compress")
+    done = call("inspect", "net.py:build", "--json", "-")
+    assert json.loads(done.stdout)["macs"] == 12
+    assert done.stderr.startswith("network:\n")
 
 
 @pytest.mark.parametrize("shape", ["3,0,32", "a,b,c", "3,-1,2", "3,,2", ""])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compress.checkpoint.rebuild import apply_edits, example_input
 from compress.config.schema.repair import BLOCKS, BlockRepairConfig
+from compress.cost.macs import count_macs
 from compress.data.batches import evaluation_batches
 from compress.data.splits import Split
 from compress.model.artifacts import TorchModel
@@ -25,6 +26,10 @@ from compress.search.parts import Part, weights_digest
 from compress.search.repairs import apply_repairs
 
 _PASS_BATCH = 32
+_STEPS, _FEWEST_STEPS = 400, 100
+_BATCH, _SMALLEST_BATCH = 64, 8
+_MACS = 5e12  # of the whole training by default: some minutes of one core
+_PASSES = 3  # forward, gradients of inputs, gradients of weights
 _MEMORY = 2 * 10**9
 
 
@@ -74,7 +79,9 @@ def _reconstruct(
         return surviving_channels(network, edits, example, apply_edits)
 
     walk = find_walk(Pair(module, before.module, surviving), example)
-    training = Reconstruction(settings.steps, settings.batch_size, settings.learning_rate, ctx.seed)
+    steps, batch_size = affordable(count_macs(module, example), settings.steps, settings.batch_size)
+    ctx.progress.note(f"blocks: {steps} steps with {batch_size} images for each of {len(walk)} blocks")
+    training = Reconstruction(steps, batch_size, settings.learning_rate, ctx.seed)
     digest = weights_digest(module)
 
     def keep(
@@ -84,7 +91,8 @@ def _reconstruct(
             result, weights = train()
             return Part(asdict(result), weights)
 
-        key = {"part": "block", "of": digest, "block": name, "settings": settings.model_dump(mode="json")}
+        chosen = {**settings.model_dump(mode="json"), "steps": steps, "batch_size": batch_size}
+        key = {"part": "block", "of": digest, "block": name, "settings": chosen}
         part = ctx.parts.keep(key, make)
         return Reconstructed(**part.record), part.tensors
 
@@ -93,6 +101,25 @@ def _reconstruct(
             room = max(2, _MEMORY // max(walk.live_bytes(example), 1))
         batches = _images(min(settings.images, room), ctx)
         return reconstruct_blocks(walk.blocks(batches), len(walk), training, ctx.progress, keep)
+
+
+def affordable(macs: int, steps: int | None = None, batch_size: int | None = None) -> tuple[int, int]:
+    """Return the number of steps and their images; defaults are lowered, the images first, to bound the work.
+
+    Args:
+        macs: Multiply-accumulates of the network for one image.
+        steps: Requested steps; None for the default.
+        batch_size: Requested images in a step; None for the default.
+
+    >>> affordable(40_000_000), affordable(300_000_000), affordable(4_000_000_000), affordable(4_000_000_000, 400, 64)
+    ((400, 64), (400, 13), (100, 8), (400, 64))
+    """
+    whole = max(1, _PASSES * macs)
+    if batch_size is None:
+        batch_size = int(min(max(_MACS / (whole * (steps or _STEPS)), _SMALLEST_BATCH), _BATCH))
+    if steps is None:
+        steps = int(min(max(_MACS / (whole * batch_size), _FEWEST_STEPS), _STEPS))
+    return steps, batch_size
 
 
 def _images(count: int, ctx: StageContext) -> list[Tensor]:

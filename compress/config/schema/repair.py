@@ -22,8 +22,12 @@ class BlockRepairConfig(Section):
     images: Count = Field(
         4096, description="number of images: those of calibration, then of train; labels are not used"
     )
-    steps: Count = Field(400, description="number of training steps of each block")
-    batch_size: Count = Field(64, description="number of images in a step")
+    steps: Count | None = Field(
+        None, description="number of training steps of each block; 400 by default, fewer for networks of many MACs"
+    )
+    batch_size: Count | None = Field(
+        None, description="number of images in a step; 64 by default, fewer for networks of many MACs"
+    )
     learning_rate: Positive = Field(
         0.05, description="peak learning rate of Adam, relative to the root mean square of each weight tensor"
     )

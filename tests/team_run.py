@@ -26,13 +26,33 @@ from compress.training.settings import Distillation, FitSettings, TrainingData
 from compress.training.state import StateFile
 
 SETTINGS = FitSettings(epochs=3, batch_size=16, learning_rate=0.05, augmentation=Augmentation(1, True))
-KINDS = ("plain", "norm", "synced", "averaged", "accumulated", "late")
+KINDS = ("plain", "norm", "synced", "averaged", "accumulated", "late", "unused", "unused accumulated")
+
+
+class PartlyUsed(nn.Module):
+    """A layer that few images pass, one that none passes, and an output that no loss reads."""
+
+    output_names = ("logits",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(32, 3)
+        self.few, self.none, self.unread = nn.Linear(32, 3), nn.Linear(3, 3), nn.Linear(32, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = nn.functional.adaptive_avg_pool2d(self.first(x).relu(), 2).flatten(1)
+        self.unread_output = self.unread(features)
+        outputs = self.last(features)
+        (bright,) = torch.where(x[:, 0].mean((1, 2)) > 0.55)
+        return outputs.index_add(0, bright, self.few(features[bright])) if len(bright) else outputs
 
 
 def network(kind: str, seed: int = 0) -> nn.Module:
     """A network without anything that looks at several images at once, but for the kinds "norm" and "synced"."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if kind.startswith("unused"):
+            return PartlyUsed()
         norm = nn.BatchNorm2d(8) if kind in ("norm", "synced") else nn.Identity()
         return nn.Sequential(
             nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
@@ -59,7 +79,7 @@ def settings(kind: str) -> FitSettings:
         return replace(SETTINGS, epochs=10, save_minutes=0.0005)
     if kind == "synced":
         return replace(SETTINGS, sync_batch_norm=True)
-    return replace(SETTINGS, accumulation=2) if kind == "accumulated" else SETTINGS
+    return replace(SETTINGS, accumulation=2) if "accumulated" in kind else SETTINGS
 
 
 def train(

@@ -13,7 +13,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -283,11 +283,9 @@ class ParallelLoss:
             syncs: False leaves the gradients of this batch to each rank; the next batch that syncs averages their sum.
         """
         module = self._module
-        if isinstance(module, DistributedDataParallel) and not syncs:
-            with module.no_sync():
-                loss: Tensor = module(*inputs)
-            return loss
-        loss = module(*inputs)
+        is_kept = isinstance(module, DistributedDataParallel) and not syncs
+        with module.no_sync() if is_kept else nullcontext():  # type: ignore[no-untyped-call,operator]
+            loss: Tensor = module(*inputs)
         return loss
 
 

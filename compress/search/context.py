@@ -1,6 +1,7 @@
 """Context of a stage, and the protocol that stages follow."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ class StageContext:
         deploy: Target runtime; None if the pipeline names no runtime.
         latency_tables: Folder of latency tables, shared by all runs.
         teacher: The baseline as a distillation teacher; None if the stage's input is no `TorchModel`.
+        joint: Returns the context manager for a numbered training of a stage that otherwise runs in one process. Other
+            processes join that training by `Stage.train`.
     """
 
     folder: Path
@@ -36,6 +39,7 @@ class StageContext:
     deploy: DeployConfig | None = None
     latency_tables: Path = Path()
     teacher: Teacher | None = None
+    joint: Callable[[int], AbstractContextManager[Any]] = lambda _number: nullcontext()
 
     @cached_property
     def parts(self) -> "Parts":

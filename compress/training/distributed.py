@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 TRAINING_TIMEOUT = timedelta(minutes=30)
 WAITING_TIMEOUT = timedelta(days=30)
-_POLL_S, _HEARD_S, _PRINTED_S = 0.05, 10.0, 2.0
+_POLL_S, _ANSWER_S, _PRINT_S = 0.05, 10.0, 2.0
 _LOST = (
     "connection closed by peer",
     "connection reset",
@@ -41,7 +41,7 @@ _LOST = (
     "nccl",
     "wait time",
 )
-_FAILURE, _HEARD = "failure", "heard"
+_FAILURE, _TAKEN_OVER = "failure", "taken over"
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,60 +336,57 @@ def data_parallel(network: nn.Module, loss: Callable[..., Tensor], ranks: Ranks)
                 parameter.grad = None  # a view of a bucket
 
 
-def report_failure(rank: int, message: str, hint: str | None) -> bool:
-    """Return whether rank 0 prints the failure of this rank, or has printed its own; wait for that for some seconds.
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """Messages between the ranks about failures, through the store, so that one rank prints.
 
-    Args:
-        rank: This rank, not 0.
-        message: What this rank would print.
-        hint: The remedy, or None.
+    Attributes:
+        store: Store of this start.
     """
-    store = _state.store
-    if store is None:
+
+    store: Store
+
+    def report_failure(self, rank: int, message: str, hint: str | None) -> bool:
+        """Return whether rank 0 prints the failure of this rank, or one of its own; wait for that for some seconds."""
+        with suppress(RuntimeError):  # the store may have ended with another process
+            self.store.set(_FAILURE, json.dumps([rank, message, hint]))
+            return self.is_taken_over()
         return False
-    with suppress(RuntimeError):  # the store may have ended with another process
-        store.set(_FAILURE, json.dumps([rank, message, hint]))
-        return _has_come(store, _HEARD)
-    return False
 
-
-def wait_for_rank_0() -> bool:
-    """Return whether rank 0 ends with a message of its own; wait for that for some seconds."""
-    store = _state.store
-    if store is None:
-        return False
-    with suppress(RuntimeError):
-        return _has_come(store, _HEARD)
-    return False
-
-
-def hear_failure(is_looked_for: bool) -> tuple[int, str, str | None] | None:
-    """Return rank, message and hint of another rank's failure, if one comes; the others then end without a message.
-
-    Args:
-        is_looked_for: False if rank 0 has failed by itself.
-    """
-    store = _state.store
-    if store is None:
+    def hear_failure(self) -> tuple[int, str, str | None] | None:
+        """Return rank, message and hint of another rank's failure; None if none comes within some seconds."""
+        with suppress(RuntimeError):
+            if self._comes(_FAILURE):
+                rank, message, hint = json.loads(self.store.get(_FAILURE))
+                return rank, message, hint
         return None
-    found = None
-    with suppress(RuntimeError):
-        if is_looked_for and _has_come(store, _FAILURE):
-            rank, message, hint = json.loads(store.get(_FAILURE))
-            found = rank, message, hint
-        store.set(_HEARD, "")
-    return found
+
+    def take_over(self) -> None:
+        """State that rank 0 prints what there is to print."""
+        with suppress(RuntimeError):
+            self.store.set(_TAKEN_OVER, "")
+
+    def is_taken_over(self) -> bool:
+        """Return whether rank 0 prints; wait for that for some seconds, and for the print itself.
+
+        The starter of the processes ends all others as soon as one fails.
+        """
+        with suppress(RuntimeError):
+            if self._comes(_TAKEN_OVER):
+                time.sleep(_PRINT_S)
+                return True
+        return False
+
+    def _comes(self, key: str) -> bool:
+        deadline = time.monotonic() + _ANSWER_S
+        while time.monotonic() < deadline:
+            if self.store.check([key]):
+                return True
+            time.sleep(_POLL_S)
+        return False
 
 
-def let_rank_0_print() -> None:
-    """Wait a moment before this process ends: the starter then ends all others."""
-    time.sleep(_PRINTED_S)
-
-
-def _has_come(store: Store, key: str) -> bool:
-    deadline = time.monotonic() + _HEARD_S
-    while time.monotonic() < deadline:
-        if store.check([key]):
-            return True
-        time.sleep(_POLL_S)
-    return False
+def open_messages() -> Messages:
+    """Return the messages about failures; within `open_group` and `close_group`."""
+    assert _state.store is not None
+    return Messages(_state.store)

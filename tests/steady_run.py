@@ -1,4 +1,4 @@
-"""`compress` on a machine without noise. Every timing leaves a file with the rank of its process in the folder TIMED."""
+"""`compress` on a machine without noise. A process that times leaves a file with its rank in the folder TIMED."""
 
 import os
 from pathlib import Path

@@ -143,7 +143,7 @@ def test_an_error_in_a_stage_ends_all_processes(world, middle, message):
 def test_a_failure_in_one_process_is_printed_by_another(world):
     factory = world.folder / "lonely.py"
     factory.write_text(
-        "import os\nimport nets\n\n\ndef build():\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport nets\n\n\ndef build():\n"
         "    if os.environ.get('RANK') == '1':\n        raise ValueError('no such disk here')\n"
         "    return nets.build('linear_head')\n"
     )

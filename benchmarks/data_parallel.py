@@ -93,8 +93,10 @@ def images_per_second(run: TrainingRun, batches: Sequence[Sequence[Batch]]) -> f
     for several in batches:
         run.train_step(several)
     wait_for_all()
-    return run.ranks.size * sum(len(images) for several in batches for images, _ in several) / (
-        time.perf_counter() - started
+    return (
+        run.ranks.size
+        * sum(len(images) for several in batches for images, _ in several)
+        / (time.perf_counter() - started)
     )
 
 

@@ -14,6 +14,7 @@
     │  ├─ BudgetUnreachable          the target cannot be met; the message states the best reachable
     │  ├─ NonFinite                  a weight, output or loss is NaN or infinite
     │  ├─ ExportFailed               torch or ONNX refused the export
+    │  ├─ RankLost                   another process of a joint training has ended or does not answer
     │  └─ RebuildMismatch            replaying a recipe does not yield the saved network
     ├─ ArtifactError        exit 4   missing, corrupt or foreign file
     │  └─ RunLocked                  another process holds the run folder
@@ -138,6 +139,10 @@ class OutOfMemory(StageError):
 
 class ExportFailed(StageError):
     """torch or ONNX refused the export, or the file differs from the request."""
+
+
+class RankLost(StageError):
+    """Another process of a joint training has ended, or does not answer."""
 
 
 class RebuildMismatch(StageError):

@@ -7,6 +7,7 @@
 Whatever imports torch is imported inside the commands that need it, so that `--help` and `validate` stay quick.
 """
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -112,6 +113,8 @@ def run(
     from compress.cli.ci import require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
+    if "WORLD_SIZE" in os.environ:  # torch warns in each process that networks may have unused parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from compress.engine.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
 
     console, started = _console(quiet, json_file), time.monotonic()

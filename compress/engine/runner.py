@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -330,7 +330,10 @@ class _Run:
             work.mkdir(parents=True, exist_ok=True)
             source = self.entries[-1].folder if self.entries else None
             with self.workers.call(step, key, source):
-                artifact, record = self._with_stage(step, work, lambda stage, ctx: stage.run(self.artifact, ctx))
+                joint = self.workers.call_within(step, key, source)
+                artifact, record = self._with_stage(
+                    step, work, lambda stage, ctx: stage.run(self.artifact, replace(ctx, joint=joint))
+                )
             meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
             entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
         except CompressError as error:
@@ -350,11 +353,18 @@ class _Run:
         self.artifact = self._load(step.entry.produces, entry)
         return entry
 
-    def follow(self, index: int, key: str, source: Path) -> None:
-        """Run one stage along with the process of rank 0, and discard the result."""
+    def follow(self, index: int, key: str, source: Path, training: int | None = None) -> None:
+        """Run one stage, or one training of it, along with the process of rank 0, and discard the result."""
         step = build_steps(self.pipeline)[index]
         self.artifact = load_artifact(step.entry.consumes, source, self.factory)
-        self._with_stage(step, self.store.work_folder(key), lambda stage, ctx: stage.run(self.artifact, ctx))
+
+        def work(stage: Any, ctx: "StageContext") -> None:
+            if training is None:
+                stage.run(self.artifact, ctx)
+            else:
+                stage.train(self.artifact, training, ctx)
+
+        self._with_stage(step, self.store.work_folder(key), work)
 
     def _load(self, kind: str, entry: Entry) -> Any:
         return load_artifact(kind, entry.folder, self.factory)

@@ -1,6 +1,7 @@
 """Context of a stage, and the protocol that stages follow."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ class StageContext:
         latency_tables: Folder of latency tables, shared by all runs.
         teacher: The baseline as a distillation teacher; None if the stage's input is no `TorchModel`.
         quantize: Settings of the pipeline's `quantize` stage; None without one.
+        joint: Returns the context manager for a numbered training of a stage that otherwise runs in one process. Other
+            processes join that training by `Stage.train`.
     """
 
     folder: Path
@@ -39,6 +42,7 @@ class StageContext:
     latency_tables: Path = Path()
     teacher: Teacher | None = None
     quantize: QuantizeConfig | None = None
+    joint: Callable[[int], AbstractContextManager[Any]] = lambda _number: nullcontext()
 
     @property
     def int8(self) -> QuantizeConfig | None:

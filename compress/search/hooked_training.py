@@ -12,6 +12,7 @@ from compress.search.context import Record, StageContext
 from compress.search.training import distillation_from, fit_settings, pace
 from compress.search.validation import is_quality_worse, metric_of, stated, validation_quality
 from compress.tasks.base import Metric
+from compress.training.distributed import leave
 from compress.training.evaluate import evaluate_loss, quality_facts
 from compress.training.hooks import TrainingHooks
 from compress.training.loop import fit
@@ -36,7 +37,7 @@ def train_with_hooks(
 ) -> Record:
     """Train a network in place and return the record; resume from the file `state` if it exists.
 
-    Warns if training makes the primary metric worse by more than noise.
+    Warns if training makes the primary metric worse by more than noise. Of several ranks, rank 0 alone returns.
 
     Args:
         module: The network; the method may have modified it already.
@@ -56,6 +57,7 @@ def train_with_hooks(
     ctx.progress.note(pace(settings))
     data, file = TrainingData(ctx.data.train, validation), StateFile(state, is_kept=True)
     result = fit(module, data, settings, teacher, file, ctx.progress, hooks)
+    leave()
     now = quality_facts(module, validation, progress=ctx.progress)
     after = validation.task.aggregate(now)[metric.name]
     if is_quality_worse(facts, now, validation.task):

@@ -31,6 +31,7 @@ from compress.search.context import Record, StageContext
 from compress.search.hooked_training import hooked_settings, train_with_hooks
 from compress.search.latency_loop import TimedChoice
 from compress.search.survey import Survey, survey
+from compress.training.distributed import from_rank_0
 from compress.training.hooks import OptimizerHooks
 from compress.training.settings import FitSettings, learning_rate, plan_steps
 
@@ -124,6 +125,8 @@ class _Hooks:
 class _Chooser:
     """Chooser of the channels to remove while a network trains; see `compress.pruning.methods.base.Choose`.
 
+    Of several ranks, rank 0 chooses, and times complete networks if the target is a latency; the others wait for it.
+
     Args:
         surveyed: The network before the training, and its prunable groups.
         ctx: Splits, folder and listener of the stage.
@@ -140,6 +143,15 @@ class _Chooser:
         damages: Mapping[str, np.ndarray] | None = None,
         closed: Sequence[str] = (),
         is_final: bool = False,
+    ) -> Removed:
+        return _as_removed(from_rank_0(lambda: self._choose(scores, damages, closed, is_final)))
+
+    def _choose(
+        self,
+        scores: Mapping[str, Tensor],
+        damages: Mapping[str, np.ndarray] | None,
+        closed: Sequence[str],
+        is_final: bool,
     ) -> Removed:
         surveyed = self._without(closed)
         places = places_in_whole(surveyed.groups, self._surveyed.groups)
@@ -194,6 +206,10 @@ class _Chooser:
         return self._shorter[tuple(closed)]
 
 
+def _as_removed(values: Mapping[str, Sequence[int]]) -> Removed:
+    return {name: tuple(channels) for name, channels in values.items()}
+
+
 def _candidates(
     surveyed: Survey,
     places: Mapping[str, tuple[str, Tensor]],
@@ -213,7 +229,7 @@ def _setting(
 ) -> Setting:
     """Return the setting of a method; `module`, a copy of the surveyed network, is trained."""
     _, steps = plan_steps(ctx.data.train, settings)
-    unit, kept = _unit_and_kept(surveyed)
+    unit, kept = from_rank_0(lambda: _unit_and_kept(surveyed))
     blocks = _branches(surveyed.model) if surveyed.config.blocks == "auto" else {}
     whole = float(getattr(surveyed.model.baseline.metrics, unit))
     return Setting(

@@ -28,6 +28,7 @@ from compress.search.context import StageContext
 from compress.search.export import exported
 from compress.search.latency_loop import TimedChoice, meet_latency
 from compress.search.width_latency import LatencyModel, model_latency
+from compress.training.distributed import on_rank_0
 from compress.verification.measurement import existing_bytes
 
 MEASURED_LEVELS = 8
@@ -57,7 +58,7 @@ class Targets:
         example: One input, (1, C, H, W).
         groups: Groups whose width may change.
         file_bytes: Size of the present network's ONNX file; 0 without a target of size.
-        latency: Latency of the network; None unless a target needs it.
+        latency: Latency of the network; None unless a target needs it. Of several ranks, rank 0 alone has it.
         correction: Factor of the latency limit, found by timing complete networks.
     """
 
@@ -352,5 +353,6 @@ def _find_targets(
         if ctx.deploy is None:
             raise InternalError("A pipeline with a latency target passed validation without a deploy section.")
         axes, count = layer_axes(model.module, groups), targets.cost("macs").at
-        targets.latency = model_latency(model, axes, levels, ctx.deploy, ctx, count, latency)
+        deploy = ctx.deploy
+        targets.latency = on_rank_0(lambda: model_latency(model, axes, levels, deploy, ctx, count, latency))
     return targets

@@ -22,7 +22,7 @@ from compress.search.validation import is_quality_worse, metric_of, stated
 from compress.storage.digest import add_digest, read_record
 from compress.storage.files import write_atomic
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
-from compress.training.distributed import current_ranks
+from compress.training.distributed import current_ranks, leave
 from compress.training.evaluate import quality_facts
 from compress.training.fake_quantization import Int8Rounding
 from compress.training.loop import fit
@@ -52,7 +52,7 @@ def train(
     """Train a copy of a network, and return it with the record; resume from `state_file` if it exists.
 
     If training lowers the quality on the validation split by more than noise, the original weights are kept, unless
-    `reverts` is False.
+    `reverts` is False. Of several ranks, rank 0 alone returns.
 
     Args:
         artifact: The network, not modified.
@@ -95,6 +95,7 @@ def train(
     isometry = _isometry_before(artifact, config, settings, ctx, warnings)
     # until the stage's result is stored, the state is kept
     module, result = trained(settings, StateFile(ctx.folder / state_file, is_kept=True))
+    leave()
     reached = _reached(result)
     is_worse = False
     if reverts and metric.is_better(before, reached):

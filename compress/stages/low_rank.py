@@ -21,6 +21,7 @@ from compress.lowrank.ranks import RankChoice
 from compress.lowrank.surgery import factorized_copy
 from compress.lowrank.trp import TrainedRank
 from compress.model.artifacts import TorchModel
+from compress.model.recipe import Factorize
 from compress.progress import Progress, SilentProgress
 from compress.search.block_repair import repair_blocks
 from compress.search.context import Record, StageContext
@@ -30,6 +31,7 @@ from compress.search.rank_choice import LABELS, RankChooser, RankDecision, rank_
 from compress.search.rank_inputs import exclude_layers
 from compress.search.repairs import apply_repairs, batch_norm_repair
 from compress.search.validation import before_and_after, metric_of, validation_quality
+from compress.training.distributed import from_rank_0, on_rank_0
 
 STATE_FILE = "method.pt"
 
@@ -57,9 +59,11 @@ class LowRankStage:
         macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
         total = sum(macs_before.values()) if rank_metric(self.config) == "macs" else params_before
         chooser = RankChooser(self.config, found, total, ctx)
-        decision, learned = chooser.decide_once(artifact), None
-        if self.config.method is not None:
-            artifact, decision, learned = self._train(artifact, decision, chooser)
+        learned: Record | None = None
+        if self.config.method is None:
+            decision = chooser.decide_once(artifact)
+        else:
+            artifact, decision, learned = self._train(artifact, chooser)
         before = validation_quality(artifact.module, ctx)
         slim, errors = _factorise(artifact.module, decision, ctx.progress)
         if learned is not None:
@@ -89,13 +93,13 @@ class LowRankStage:
         self._state_result(artifact, record, said, ctx.progress)
         return factorised, record
 
-    def _train(
-        self, artifact: TorchModel, first: RankDecision, chooser: RankChooser
-    ) -> tuple[TorchModel, RankDecision, Record]:
+    def _train(self, artifact: TorchModel, chooser: RankChooser) -> tuple[TorchModel, RankDecision, Record]:
         """Train the network towards low rank; return it, the ranks of its layers, and the record of the training.
 
-        With a latency target, ranks are chosen before the training; otherwise they follow the trained weights.
+        With a latency target, ranks are chosen before the training; otherwise they follow the trained weights. Of
+        several ranks, rank 0 chooses, and it alone returns.
         """
+        first = on_rank_0(lambda: chooser.decide_once(artifact))
         training, options, ctx = self.config.training, self.config.trp or TrpConfig(), chooser.ctx
         if training is None:
             raise InternalError("A pipeline with a method but no training passed validation.")
@@ -103,9 +107,13 @@ class LowRankStage:
         quiet = replace(chooser, ctx=replace(ctx, progress=SilentProgress()))
 
         def decide() -> RankDecision:
-            return first if first.latency is not None else quiet.decide(trained)
+            return first if first is not None and first.latency is not None else quiet.decide(trained)
 
-        hooks = TrainedRank(trained.module, lambda: decide().edits, options.interval, options.strength)
+        def decided() -> list[Factorize]:
+            found = from_rank_0(lambda: [[edit.layer, edit.scheme, edit.ranks] for edit in decide().edits])
+            return [Factorize(layer, scheme, tuple(ranks)) for layer, scheme, ranks in found]
+
+        hooks = TrainedRank(trained.module, decided, options.interval, options.strength)
         record = train_with_hooks(trained.module, artifact, training, hooks, ctx.folder / STATE_FILE, ctx)
         return trained, decide(), {"name": hooks.name, "metrics": {}, **record}
 

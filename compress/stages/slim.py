@@ -122,10 +122,30 @@ class SlimStage:
         after = trained.read()
         if after is None:
             slim, record = found
-            slim, training = train(slim, self.config.between, ctx, f"step{number}.pt", reverts=False)
+            with ctx.joint(number):
+                slim, training = train(slim, self.config.between, ctx, f"step{number}.pt", reverts=False)
             after = slim, {**record, "training": training}
             trained.write(*after)
         return after
+
+    def train(self, artifact: TorchModel, number: int, ctx: StageContext) -> None:
+        """Train the network of a step along with the process that runs the stage.
+
+        Args:
+            artifact: Input of the stage.
+            number: Number of the step, from 1; its network is in the stage's folder.
+            ctx: Context of the stage.
+
+        Raises:
+            ArtifactError: The folder has no network of this step.
+        """
+        found = _Saved(ctx.folder / f"step{number}", artifact).read()
+        if found is None or self.config.between is None:
+            raise ArtifactError(
+                f"All processes must read the network of step {number} in '{ctx.folder}', this one finds none.",
+                hint="Keep the run folder on a file system that all machines see alike.",
+            )
+        train(found[0], self.config.between, ctx, f"step{number}.pt", reverts=False)
 
     def _slim(
         self, model: TorchModel, progress_made: float, is_last: bool, ctx: StageContext

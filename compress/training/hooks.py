@@ -15,7 +15,10 @@ class TrainingHooks(Protocol):
     """
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return parameters learned besides the network's; their gradients are averaged over the ranks, too."""
+        """Return parameters learned besides the network's; their gradients are averaged over the ranks, too.
+
+        In a step, either all ranks have a gradient of one of them, or none has.
+        """
         ...
 
     def on_step_begin(self, step: int) -> None:

@@ -21,7 +21,7 @@ class Learner:
         settings: Optimiser, clipping, averages, precision.
         hooks: Hooks of a method, called in every step, or None.
         device: Device that the network will be moved to.
-        ranks: The ranks, whose gradients are averaged.
+        ranks: The ranks, whose networks take the same steps.
 
     Attributes:
         module: Network that learns.
@@ -73,17 +73,31 @@ class Learner:
         """Add the gradients of a batch."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
+    def average(self, loss: Tensor) -> Tensor:
+        """Average over the ranks, after the backward pass, all that is not averaged in it; return the mean loss.
+
+        These are the statistics of batch norms and the gradients of a method's own parameters. The latter are on the
+        CPU, and `DistributedDataParallel` takes parameters of one kind of device only.
+
+        Args:
+            loss: Scalar, the loss of this rank's part of the step.
+        """
+        if self._ranks.size == 1:
+            return loss
+        learned = () if self.hooks is None else self.hooks.parameters()
+        gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
+        mean = loss.clone()
+        self._ranks.average([*gradients, *_statistics(self.module), mean])
+        return mean
+
     def end_step(self, step: int, is_in_tail: bool) -> None:
-        """Update the weights by the mean gradients of all ranks.
+        """Update the weights by the gradients.
 
         Args:
             step: Number of the step, counted from 0.
             is_in_tail: True adds the new weights to the average of the last steps.
         """
         hooks = self.hooks
-        learned = [*self.module.parameters(), *(hooks.parameters() if hooks is not None else ())]
-        gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
-        self._ranks.average([*gradients, *_statistics(self.module)])
         if self._clip is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)

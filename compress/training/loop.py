@@ -7,6 +7,7 @@ with the same weights as an undisturbed run (same thread count, CPU).
 
     settings    hyperparameters, number of steps, result
     learner     network, optimiser, averages of the weights: one step
+    distributed several processes, whose gradients are averaged
     losses      loss of a batch; losses of the steps so far
     epochs      validation after each epoch, choice of the epoch
     state       the saved state on disk
@@ -35,7 +36,13 @@ from compress.model.tensors import detach_stored
 from compress.progress import Progress, SilentProgress
 from compress.training.batch_norm import reestimate_batch_norm, synced_batch_norms
 from compress.training.device import flushed_denormals, moved, placed, require_precision, training_device
-from compress.training.distributed import current_ranks
+from compress.training.distributed import (
+    current_ranks,
+    data_parallel,
+    is_lost,
+    rank_lost,
+    wait_for_all,
+)
 from compress.training.epochs import EpochLog
 from compress.training.fake_quantization import FakeQuantization
 from compress.training.hooks import TrainingHooks
@@ -53,6 +60,7 @@ from compress.training.settings import (
 )
 from compress.training.state import StateFile, identify
 
+VOTE_STEPS = 20  # steps from one vote of several processes on Ctrl-C and saving to the next
 _STATISTICS_IMAGES = 2048
 
 
@@ -85,6 +93,7 @@ def fit(
         ConfigValueError: Mixup or CutMix is set, but the targets are no class indices.
         StageError: The device is not available, it has no instructions for the precision, or the network cannot be
             compiled.
+        RankLost: Another process of a joint training has ended, or does not answer.
         ArtifactError: The saved state belongs to another run.
     """
     _require_trainable(module, data, settings)
@@ -127,7 +136,7 @@ class TrainingRun:
         self.loss = BatchLoss(module, data.train, settings, distillation, self.device, memory_format)
         interval = 1 if hooks is not None else loss_sync_interval(self.device)
         self.curve = partial(progress.curve, "training" if state_file is None else state_file.path.stem)
-        self.losses = LossLog(settings, self.plan.total, interval, self.ranks, self.curve)
+        self.losses = LossLog(settings, self.plan.total, interval, self.curve)
         size = None if self.device.type == "cpu" else settings.batch_size  # known to fit into a GPU's memory
         self.epochs = EpochLog(self.data.validation, size, settings.keep == "best", self.ranks, progress)
         self.step, self.saved_at, self.state_file = 0, time.monotonic(), state_file
@@ -145,6 +154,7 @@ class TrainingRun:
         """Resume from the saved state, train to the end and return the result."""
         if self.ranks.size > 1:
             self.progress.note(f"{self.ranks.size} processes train together, each on its part of every batch")
+        wait_for_all()  # work before a training may take longer than its timeout
         with moved(self.networks, self.device):
             self._restore()
             self.learner.give_optimizer()
@@ -159,10 +169,14 @@ class TrainingRun:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """Record feature maps for the loss, and synchronise batch norms over the ranks, if the settings request it."""
+        """Average gradients over the ranks; record feature maps and synchronise batch norms, if the settings ask so."""
         is_synced = self.settings.sync_batch_norm and self.ranks.size > 1
         synced = synced_batch_norms(self.learner.module, self.ranks) if is_synced else nullcontext()
-        with synced, self.loss.watching_maps():
+        with (
+            synced,
+            self.loss.watching_maps(),
+            data_parallel(self.learner.module, self.loss, self.ranks) as self._parallel_loss,
+        ):
             yield
 
     def rounding(self) -> AbstractContextManager[object]:
@@ -174,15 +188,16 @@ class TrainingRun:
         return FakeQuantization(rounding, {weight for network in networks for weight in rounding.floats(network)})
 
     def train_step(self, batches: Sequence[Batch]) -> None:
-        """Take one step on the mean loss of one batch, or of several."""
+        """Take one step on the mean loss of one batch, or of several; within `surroundings`."""
         self.loss.rounding = self.rounding()
         self.learner.begin_step(self.step, learning_rate(self.settings, self.step, self.plan.total))
         value = torch.zeros((), device=self.device)
-        for images, targets in batches:
-            loss = self.loss(images, targets, is_first=self.step == 0) / len(batches)
+        for number, (images, targets) in enumerate(batches, 1):
+            loss = self._parallel_loss(images, targets, self.step == 0, syncs=number == len(batches)) / len(batches)
             value = value + loss.detach()
-            self.losses.check_in_step(value, self.step + 1)
             self.learner.backward(loss)
+        value = self.learner.average(value)
+        self.losses.check_in_step(value, self.step + 1)
         tail = self.plan.last(self.settings.average_ratio)
         self.learner.end_step(self.step, is_in_tail=self.step >= self.plan.total - tail)
         self.step += 1
@@ -219,7 +234,8 @@ class TrainingRun:
                 images_seen += ranks.size * sum(len(images) for images, _ in several)
                 speed = images_seen / (time.perf_counter() - started)
                 task.advance(1, **self.losses.fields(), speed=f"{speed:.0f} images/s")
-                self._save_when_due(is_interrupted())
+                if ranks.size == 1 or self.step % VOTE_STEPS == 0:
+                    self._save_when_due(is_interrupted())
             self.losses.read(self.step)
         self._close_epoch(images_seen / (time.perf_counter() - started))
         self._save_when_due(is_interrupted(), is_due=True)
@@ -337,6 +353,8 @@ def _translated_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if is_lost(error):
+            raise rank_lost(error) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise StageError(
                 f"torch.compile must be able to compile the network, it is not: {str(error).strip().splitlines()[0]}",

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from compress.data.splits import Split, known_labels
 from compress.errors import DataError, ModelError, NonFinite
 from compress.tasks.outputs import changed, each, plain
-from compress.training.distributed import Ranks
 from compress.training.feature_maps import MapPairs, at_least_float32
 from compress.training.mixing import mixed, mixed_loss
 from compress.training.settings import Distillation, FitSettings, learning_rate
@@ -128,13 +127,12 @@ def loss_sync_interval(device: torch.device) -> int:
 
 
 class LossLog:
-    """Losses of the steps of the present epoch, averaged over the ranks and checked to be finite.
+    """Losses of the steps of the present epoch, checked to be finite.
 
     Args:
         settings: Settings with the learning rates, which the curves show beside the losses.
         total_steps: Number of steps of the run.
         interval: Number of steps between loss readbacks.
-        ranks: The ranks.
         curve: Function that draws the values of a step.
 
     Attributes:
@@ -146,26 +144,25 @@ class LossLog:
         settings: FitSettings,
         total_steps: int,
         interval: int,
-        ranks: Ranks,
         curve: Callable[[int, Mapping[str, float]], None],
     ) -> None:
         self.values: list[float] = []
         self.interval = interval
-        self._settings, self._total_steps, self._ranks, self._curve = settings, total_steps, ranks, curve
+        self._settings, self._total_steps, self._curve = settings, total_steps, curve
         self._unread: list[Tensor] = []
 
     def check_in_step(self, value: Tensor, step: int) -> None:
         """Check the loss of an unfinished step, if every loss is read back.
 
         Args:
-            value: Loss of the step's batches so far.
+            value: Mean loss of the step's batches.
             step: Number of the step, counted from 1.
 
         Raises:
             NonFinite: The loss is NaN or infinite.
         """
         if self.interval == 1:
-            self._require_finite(self._mean([value.item()]), step)
+            self._require_finite([value.item()], step)
 
     def add(self, value: Tensor, step: int) -> None:
         """Add the loss of a step; after every `interval` steps their losses are read back."""
@@ -184,7 +181,7 @@ class LossLog:
         """
         if not self._unread:
             return
-        values = self._mean(torch.stack(self._unread).tolist())
+        values: list[float] = torch.stack(self._unread).tolist()
         first = step - len(values) + 1
         self._require_finite(values, first)
         for number, value in enumerate(values, first):
@@ -202,9 +199,6 @@ class LossLog:
         loss = sum(self.values) / len(self.values)
         self.values = []
         return loss
-
-    def _mean(self, values: list[float]) -> list[float]:
-        return [value / self._ranks.size for value in self._ranks.total(values)]
 
     def _rate(self, step: int) -> float:
         return learning_rate(self._settings, step - 1, self._total_steps)

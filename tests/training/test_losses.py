@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from compress.errors import NonFinite
-from compress.training.distributed import Ranks
 from compress.training.losses import LossLog
 from compress.training.settings import FitSettings, learning_rate
 
@@ -13,7 +12,7 @@ SETTINGS = FitSettings(steps=10, learning_rate=0.5, warmup_ratio=0.0)
 
 def _log(interval: int) -> tuple[LossLog, list[tuple[int, dict[str, float]]]]:
     drawn: list[tuple[int, dict[str, float]]] = []
-    return LossLog(SETTINGS, 10, interval, Ranks(), lambda step, values: drawn.append((step, dict(values)))), drawn
+    return LossLog(SETTINGS, 10, interval, lambda step, values: drawn.append((step, dict(values)))), drawn
 
 
 def test_losses_are_read_back_every_few_steps_and_at_the_end_of_an_epoch() -> None:

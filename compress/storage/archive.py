@@ -60,7 +60,7 @@ def unpack(path: Path, key: str, folder: Path) -> None:
             raise RecordDamaged(f"its content has SHA-256 {digest.hexdigest()[:12]}, its first line {expected[:12]}")
         stream.seek(start)
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
                     _extract(archive, member, folder)
         except (tarfile.TarError, ValueError) as error:

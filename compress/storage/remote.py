@@ -318,7 +318,7 @@ def _parse(url: str) -> tuple[str, str]:
 
 def _refusal(error: Exception, url: str) -> RemoteRefused | None:
     """Return the error for a remote store that is reached but cannot be used; None if it is out of reach."""
-    said = first_line(error).rstrip(".")
+    said = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     if "Credential" in type(error).__name__ or type(error).__name__ in ("ProfileNotFound", "NoAuthTokenError"):
         return RemoteRefused(f"Remote store '{url}' needs credentials, none were found: {said}.", hint=_CREDENTIALS)
     if isinstance(error, FileNotFoundError):

@@ -140,7 +140,9 @@ def test_a_store_that_others_lock_by_flock_is_not_opened_by_leases(
 ) -> None:
     assert open_locks(tmp_path, pytest.fail).kind == "native"
     without_flock(monkeypatch)
-    with pytest.raises(ArtifactError, match="by file locks, which this host cannot use: .*No locks available") as caught:
+    with pytest.raises(
+        ArtifactError, match="by file locks, which this host cannot use: .*No locks available"
+    ) as caught:
         open_locks(tmp_path, pytest.fail)
     assert KIND_FILE in str(caught.value.hint)
 

@@ -218,7 +218,7 @@ def find_lack(folder: Path) -> str | None:
 
 
 def _local_option(folder: Path) -> str | None:
-    """Return the mount option that keeps locks of a folder on this host; None if there is none, or none is known."""
+    """Return the mount option that keeps locks of a folder on this host; None if no such option is found."""
     try:
         lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:

@@ -149,7 +149,7 @@ def test_a_server_that_is_killed_is_a_warning_and_gets_the_rest_later(
 @needs_moto
 def test_a_bucket_that_is_not_there_is_an_error_before_any_work(s3: S3Server) -> None:
     with pytest.raises(
-        RemoteRefused, match="'s3://none/x' must be in a bucket that exists: .*bucket does not"
+        RemoteRefused, match=r"'s3://none/x' must be in a bucket that exists: .*bucket does not"
     ) as caught:
         open_remote("s3://none/x")
     assert (caught.value.exit_code, caught.value.hint) == (4, "Create the bucket.")
@@ -169,7 +169,7 @@ def test_missing_credentials_are_an_error_that_names_the_variables(
 
 @needs_moto
 def test_a_bucket_with_no_name_is_an_error(s3: S3Server) -> None:
-    with pytest.raises(RemoteRefused, match="cannot be addressed so: .*Invalid bucket name"):
+    with pytest.raises(RemoteRefused, match=r"cannot be addressed so: .*Invalid bucket name"):
         open_remote("s3://UPPER_case!/x")
 
 
@@ -289,7 +289,7 @@ def test_a_full_disk_here_is_an_error_of_the_local_store(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("compress.storage.remote.unpack", refuse)
-    with pytest.raises(ArtifactError, match="could not be written to '.*other': No space left"):
+    with pytest.raises(ArtifactError, match=r"could not be written to '.*other': No space left"):
         fetched(open_remote(url), other)
 
 

@@ -141,7 +141,7 @@ def test_a_store_that_others_lock_by_flock_is_not_opened_by_leases(
     assert open_locks(tmp_path, pytest.fail).kind == "native"
     without_flock(monkeypatch)
     with pytest.raises(
-        ArtifactError, match="by file locks, which this host cannot use: .*No locks available"
+        ArtifactError, match=r"by file locks, which this host cannot use: .*No locks available"
     ) as caught:
         open_locks(tmp_path, pytest.fail)
     assert KIND_FILE in str(caught.value.hint)
@@ -183,7 +183,7 @@ def test_the_kind_of_locks_is_one_of_two(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="must hold 'native' or 'lease', got 'both'"):
         open_locks(tmp_path, pytest.fail)
     (tmp_path / "file").write_text("", encoding="ascii")
-    with pytest.raises(ArtifactError, match="Store '.*file/store' must be writable: Not a directory"):
+    with pytest.raises(ArtifactError, match=r"Store '.*file/store' must be writable: Not a directory"):
         open_locks(tmp_path / "file" / "store", pytest.fail)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -214,6 +216,35 @@ def test_locks_that_do_not_leave_their_host_are_found_by_the_mount(
     assert find_lack(shared / "runs") == lack
     assert find_lack(tmp_path) is None
     assert list((shared / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["native", "lease"])
+def test_a_host_sweeps_its_own_and_those_of_others_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where locks do not reach other hosts, a free lock says nothing; a clock of this host that is off says nothing."""
+    store = Store(tmp_path, pytest.fail, _locks(kind))
+    with store.scratch("k") as own:
+        assert own.name.split(".")[:2] == ["k", re.sub(r"[^A-Za-z0-9_-]", "-", platform.node())]
+        mine = own.name.replace(own.name[-8:], "00000000")
+    names = {"own": mine, "young": "k.other.20261130T120000.7.0a", "old": "k.other.20261101T120000.7.0b"}
+    folders = {name: tmp_path / ".partial" / value for name, value in names.items()}
+    for name, folder in folders.items():
+        folder.mkdir()
+        lock = folder.with_name(f"{folder.name}.lock")
+        if name != "own":
+            (lock if kind == "native" else lease_file(lock)).write_bytes(LEASE_OF_OTHER)
+        for path in tmp_path.glob(f".partial/{folder.name}*"):
+            hours = 25 if name == "old" else 23
+            os.utime(path, (time.time() - 3600 * hours,) * 2)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7200)
+    store.sweep()
+    assert {name: folder.exists() for name, folder in folders.items()} == {"own": False, "young": True, "old": False}
+    assert {path.name.partition(".lock")[0] for path in (tmp_path / ".partial").iterdir()} == {names["young"]}
+
+
+LEASE_OF_OTHER = b"filelock/2\npid=7\nhost=other\nmode=lease\ntoken=" + b"0" * 32 + b"\nduration=120.0\n"
 
 
 def test_a_lost_lease_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

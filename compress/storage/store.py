@@ -270,10 +270,14 @@ def _is_foreign(partial: Path) -> bool:
 
 
 def _age_s(partial: Path) -> float:
-    """Return the seconds since an unfinished entry or its lock was last written, by the clock of the file system."""
+    """Return the seconds since an unfinished entry or its lock was last written, by the clock of the file system.
+
+    One that its writer has finished in between is of age 0.
+    """
     lock = _lock_file(partial)
     paths = (partial, lock, lease_file(lock))
-    return file_system_time(partial.parent) - max(path.stat().st_mtime for path in paths if path.exists())
+    now = file_system_time(partial.parent)
+    return now - max((path.stat().st_mtime for path in paths if path.exists()), default=now)
 
 
 def _remove(partial: Path) -> None:

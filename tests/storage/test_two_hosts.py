@@ -244,6 +244,17 @@ def test_a_host_sweeps_its_own_and_those_of_others_after_a_day(
     assert {path.name.partition(".lock")[0] for path in (tmp_path / ".partial").iterdir()} == {names["young"]}
 
 
+def test_an_entry_that_another_host_finishes_during_the_sweep_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / ".partial" / "k.other.20261101T120000.7.0a.lock"
+    gone.parent.mkdir()
+    listed = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([gone, *listed(path, pattern)]))
+    Store(tmp_path, pytest.fail).sweep()
+    assert list(listed(gone.parent, "*")) == []
+
+
 LEASE_OF_OTHER = b"filelock/2\npid=7\nhost=other\nmode=lease\ntoken=" + b"0" * 32 + b"\nduration=120.0\n"
 
 

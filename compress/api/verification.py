@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -37,6 +37,9 @@ from compress.stages.verify import conditions_of, gates_of, scope_of
 from compress.tasks.base import Task
 from compress.verification.job import VerificationJob
 from compress.verification.verdict import verify_onnx
+
+if TYPE_CHECKING:
+    from compress.storage.remote import Remote  # imports fsspec
 
 BASELINE_FILE = "baseline.onnx"
 
@@ -194,6 +197,7 @@ def run(
     *,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     runs_dir: str | os.PathLike[str] = "runs",
+    store: str | None = None,
     seed: int | None = None,
     progress: Listener = True,
 ) -> Run:
@@ -203,6 +207,7 @@ def run(
         pipeline: Path of a pipeline file, or its contents; relative paths in the latter start at the current folder.
         overrides: Settings to change, `{"stages.prune.target.macs": 0.4}`, or texts "key=value".
         runs_dir: Folder of the run folders.
+        store: URL of a remote store to share finished stages with, such as "s3://bucket/folder".
         seed: Replaces the seed of the pipeline.
         progress: True prints progress and warnings, False nothing; or an object that receives them.
 
@@ -216,11 +221,16 @@ def run(
         checked = parse_pipeline(text, Path("pipeline.yaml"), texts, seed, os.environ)
     else:
         checked = load_pipeline(Path(pipeline), texts, seed)
-    return _run(checked, Path(runs_dir), progress)
+    remote = None
+    if store is not None:
+        from compress.storage.remote import open_remote  # imports fsspec
+
+        remote = open_remote(store)
+    return _run(checked, Path(runs_dir), progress, remote)
 
 
-def _run(pipeline: Pipeline, runs_dir: Path, progress: Listener) -> Run:
-    outcome: RunOutcome = run_stages(pipeline, runs_dir, listener(progress))
+def _run(pipeline: Pipeline, runs_dir: Path, progress: Listener, remote: Remote | None) -> Run:
+    outcome: RunOutcome = run_stages(pipeline, runs_dir, listener(progress), remote)
     return Run(outcome.folder, _printable(outcome.verdict), outcome.report)
 
 

@@ -23,6 +23,7 @@ from compress.errors import ConfigError
 if TYPE_CHECKING:
     from compress.config.load import Pipeline
     from compress.model.artifacts import Verdict
+    from compress.storage.remote import Remote
 
 app = typer.Typer(
     name="compress",
@@ -41,6 +42,15 @@ Overrides = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Takes the place of the file's seed.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="FOLDER", help="Where run folders are kept.")]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        envvar="COMPRESS_STORE",
+        help="Share finished stages with other hosts, as in s3://BUCKET/FOLDER.",
+    ),
+]
 ForeignTable = Annotated[
     bool, typer.Option("--accept-foreign-table", help="Use deploy.table although another machine made it.")
 ]
@@ -68,6 +78,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _open_store(url: str | None) -> "Remote | None":
+    """Return the remote store at a URL; None where no URL is given."""
+    if not url:
+        return None
+    from compress.storage.remote import open_remote  # imports fsspec
+
+    return open_remote(url)
+
+
 @app.callback()
 def _options(
     version: Annotated[  # read by its callback
@@ -85,6 +104,7 @@ def run(
     seed: Seed = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
+    store: StoreUrl = None,
     accept_foreign_table: ForeignTable = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write training curves to the run folder, for TensorBoard to draw.")
@@ -108,17 +128,18 @@ def run(
     trained = [] if weights is None else [f"stages.finetune.trained={weights.absolute()}"]
     loaded = load_pipeline(pipeline, [*(overrides or ()), *accepted, *trained], seed)
     if until is not None:
-        _run_until(loaded, runs_dir, until, Console(quiet))
+        _run_until(loaded, runs_dir, until, Console(quiet), _open_store(store))
         return
     from compress.cli.ci import require_places, write_for_ci
 
     require_places(junit, json_file, github_summary)
     if "WORLD_SIZE" in os.environ:  # torch warns in each process that networks may have unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    remote = _open_store(store)
     from compress.engine.runner import run_with_others  # imports torch; a wrong pipeline file is refused before that
 
     console, started = _console(quiet, json_file), time.monotonic()
-    outcome = run_with_others(loaded, runs_dir, console, tensorboard)
+    outcome = run_with_others(loaded, runs_dir, console, tensorboard, remote)
     if outcome is None:  # another process runs the pipeline, this one has helped
         return
     console.print_verdict(outcome.verdict)
@@ -132,10 +153,10 @@ def run(
     raise_outcome(outcome.verdict.outcome)
 
 
-def _run_until(loaded: "Pipeline", runs_dir: Path, until: str, console: Console) -> None:
+def _run_until(loaded: "Pipeline", runs_dir: Path, until: str, console: Console, remote: "Remote | None") -> None:
     from compress.engine.runner import run_until  # imports torch
 
-    folder = run_until(loaded, runs_dir, until, console)
+    folder = run_until(loaded, runs_dir, until, console, remote)
     console.say(f"Slim network: {folder / 'slim'}")
     console.say(f"Load it, train it and save its state dict: {folder / 'load_slim.py'}")
     console.say(f"Continue: compress run {loaded.path} --weights trained.pt")
@@ -148,6 +169,7 @@ def plan(
     overrides: Overrides = None,
     seed: Seed = None,
     runs_dir: RunsDir = Path("runs"),
+    store: StoreUrl = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Time some batches, and estimate minutes and disk space of each stage.")
     ] = False,
@@ -156,9 +178,12 @@ def plan(
     from compress.config.load import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides or (), seed)
+    remote = _open_store(store)
     from compress.engine.runner import plan as plan_stages  # as in run
 
-    console, planned = Console(), plan_stages(loaded, runs_dir)
+    console, planned = Console(), plan_stages(loaded, runs_dir, remote)
+    if remote is not None and remote.failure is not None:
+        console.warn(f"Remote store '{remote.url}' is out of reach: {remote.failure}.")
     console.print_plan([(row.stage, row.status, ", ".join(row.reasons)) for row in planned])
     if estimate:
         _print_estimate(loaded, [row.status == "run" for row in planned], console)
@@ -184,6 +209,7 @@ def profile(
     overrides: Overrides = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
+    store: StoreUrl = None,
 ) -> None:
     """Time a network's layers on this machine, for a latency target here or, with deploy.table, elsewhere."""
     from compress.config.load import load_pipeline
@@ -192,10 +218,11 @@ def profile(
     from compress.storage.files import require_output
 
     require_output("--out", out, "latency table")
+    remote = _open_store(store)
     from compress.engine.runner import profile as profile_pipeline  # imports torch
 
     console = Console(quiet)
-    table = profile_pipeline(loaded, runs_dir, console)
+    table = profile_pipeline(loaded, runs_dir, console, remote)
     table.write(out)
     console.say(f"{out}: {len(table.samples)} variants, {table.conditions.machine}, {table.conditions.runtime}.")
 
@@ -211,19 +238,21 @@ def sweep(
     seed: Seed = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
+    store: StoreUrl = None,
 ) -> None:
     """Run a pipeline at several budgets and put the results side by side."""
     values = _parse_budgets(budgets)
     from compress.config.load import load_pipeline
 
     load_pipeline(pipeline, overrides or (), seed)
+    remote = _open_store(store)
     from compress.engine.sweep import (
         sweep as sweep_pipeline,  # imports torch; a wrong pipeline file is refused before that
     )
     from compress.report.sweep import describe_potential
 
     console = Console(quiet)
-    outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console)
+    outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console, remote)
     results = outcome.sweep
     console.print_table(f"Budgets of {results.quantity}", results.columns, results.rows)
     if results.potential is not None:
@@ -249,6 +278,7 @@ def search(
     seed: Seed = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
+    store: StoreUrl = None,
     junit: Junit = None,
     json_file: JsonFile = None,
     github_summary: Summary = False,
@@ -260,11 +290,12 @@ def search(
 
     name = load_pipeline(pipeline, overrides or (), seed).config.name
     require_places(junit, json_file, github_summary)
+    remote = _open_store(store)
     from compress.engine.budget_search import SearchLimits, search_budget  # imports torch
 
     console, started = _console(quiet, json_file), time.monotonic()
     given = SearchLimits(limits, most_runs, within)
-    outcome = search_budget(pipeline, given, runs_dir, tuple(overrides or ()), seed, console)
+    outcome = search_budget(pipeline, given, runs_dir, tuple(overrides or ()), seed, console, remote)
     tried = outcome.tried
     console.print_table(f"Budgets of {tried.quantity}", tried.columns, tried.rows)
     if outcome.best is None:
@@ -558,26 +589,41 @@ def doctor(
 @guarded
 def clean(
     runs_dir: RunsDir = Path("runs"),
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", help="Clean this remote store, not the local one.")
+    ] = None,
     older_than: Annotated[
-        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Leave younger files alone.")
-    ] = 0.0,
+        float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Leave younger files alone.")
+    ] = None,
+    max_size: Annotated[
+        float | None,
+        typer.Option("--max-size", metavar="GB", min=0, help="Remove the oldest until the store has this size."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only listed.")] = False,
 ) -> None:
-    """List, or remove, stored stages that no run uses, and the state of killed ones."""
-    from compress.engine.cleaning import find_leftovers, remove
+    """List, or remove, stored stages that no run uses, and the state of killed ones; or old ones of a remote store."""
+    from compress.engine.cleaning import Limits, find_leftovers, find_old, remove, remove_remote
 
-    console, found = Console(), find_leftovers(runs_dir, older_than)
-    rows = [(one.kind, one.path.name[:12], f"{one.size_bytes / 1e6:.1f}", f"{one.age_days:.1f}") for one in found]
+    console = Console()
+    limits = Limits(older_than, None if max_size is None else int(max_size * 1e9))
+    if store is None:
+        found = find_leftovers(runs_dir, limits)
+    else:
+        limits.require_some()
+        remote = _open_store(store)
+        found = [] if remote is None else find_old(remote, limits)
+    rows = [(one.kind, one.label[:12], f"{one.size_bytes / 1e6:.1f}", f"{one.age_days:.1f}") for one in found]
     if not found:
         console.say("Nothing to remove.")
         return
     console.print_table("leftovers", ("kind", "key", "MB", "days"), rows)
+    what = "folders" if store is None else "files"
     total = sum(one.size_bytes for one in found) / 1e6
     if not yes:
-        console.say(f"{len(found)} folders, {total:,.1f} MB; --yes removes them.")
+        console.say(f"{len(found)} {what}, {total:,.1f} MB; --yes removes them.")
         return
-    removed = remove(found, runs_dir)
-    console.say(f"{len(removed)} folders removed, {sum(one.size_bytes for one in removed) / 1e6:,.1f} MB.")
+    removed = remove(found, runs_dir) if store is None else remove_remote(found, remote, console)
+    console.say(f"{len(removed)} {what} removed, {sum(one.size_bytes for one in removed) / 1e6:,.1f} MB.")
 
 
 @app.command("list")

@@ -10,14 +10,19 @@ budgets share are made once. A verdict that is inconclusive does not pass.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.config.load import load_pipeline
-from compress.engine.runner import RunOutcome
+from compress.engine.runner import STORE, RunOutcome
 from compress.engine.sweep import run_at, swept_target
 from compress.errors import VERDICT_FAILED_EXIT_CODE, ConfigValueError
 from compress.model.artifacts import Verdict
 from compress.progress import Progress, SilentProgress
 from compress.report.sweep import Sweep, SweepRun, write_sweep
+from compress.storage.lock import open_locks
+
+if TYPE_CHECKING:
+    from compress.storage.remote import Remote  # imports fsspec
 
 SHARES = ("latency", "macs", "params")
 DEFAULT_RANGE = (0.1, 1.0)
@@ -71,6 +76,7 @@ def search_budget(
     overrides: tuple[str, ...] = (),
     seed: int | None = None,
     progress: Progress | None = None,
+    remote: "Remote | None" = None,
 ) -> SearchOutcome:
     """Find the smallest budget at which a pipeline passes its gates.
 
@@ -81,6 +87,7 @@ def search_budget(
         overrides: Settings in the form of `--set`.
         seed: Seed that replaces the file's seed; None to keep it.
         progress: Receives progress by run.
+        remote: Store of other hosts, as in `run`.
 
     Raises:
         ConfigError: The pipeline is invalid, or the range does not fit the target.
@@ -94,18 +101,20 @@ def search_budget(
     folder = runs_dir / f"{name}-search"
     bracket = _Bracket(between, limits, given)
     found: dict[float, tuple[SweepRun, RunOutcome | None]] = {}
-    while (budget := bracket.next()) is not None:
-        progress.note(f"== {quantity} {budget:g} (run {len(found) + 1} of at most {limits.runs})")
-        changes = [f"stages.{index}.target.{quantity}={budget:.12g}", f"name={name}-{budget:.12g}"]
-        result, outcome = run_at(load_pipeline(path, [*overrides, *changes], seed), budget, runs_dir, progress)
-        found[budget] = result, outcome
-        passes = outcome is not None and outcome.verdict.passed
-        bracket.add(budget, passes)
-        progress.note(f"{quantity} {budget:g}: {'passes' if passes else 'does not pass'}")
-        best = None if bracket.passing is None else found[bracket.passing][0]
-        tried = tuple(found[one][0] for one in sorted(found, reverse=True))
-        whole = Sweep(name, quantity, tried, "search", None if best is None else best.run)
-        write_sweep(whole, folder)
+    with open_locks(runs_dir / STORE, lambda text: None).hold(folder):  # the runs repeat the warning
+        while (budget := bracket.next()) is not None:
+            progress.note(f"== {quantity} {budget:g} (run {len(found) + 1} of at most {limits.runs})")
+            changes = [f"stages.{index}.target.{quantity}={budget:.12g}", f"name={name}-{budget:.12g}"]
+            changed = load_pipeline(path, [*overrides, *changes], seed)
+            result, outcome = run_at(changed, budget, runs_dir, progress, remote)
+            found[budget] = result, outcome
+            passes = outcome is not None and outcome.verdict.passed
+            bracket.add(budget, passes)
+            progress.note(f"{quantity} {budget:g}: {'passes' if passes else 'does not pass'}")
+            best = None if bracket.passing is None else found[bracket.passing][0]
+            tried = tuple(found[one][0] for one in sorted(found, reverse=True))
+            whole = Sweep(name, quantity, tried, "search", None if best is None else best.run)
+            write_sweep(whole, folder)
     verdicts = {one: outcome.verdict for one, (_, outcome) in found.items() if outcome is not None}
     shown = max(verdicts, default=None) if bracket.passing is None else bracket.passing
     return SearchOutcome(folder, whole, best, None if shown is None else verdicts[shown], bracket.failing)

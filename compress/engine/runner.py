@@ -6,6 +6,8 @@ stage, store its result and write the lock. Then lay out the run folder:
     runs/NAME/   pipeline.yaml (resolved)  model.onnx  slim/  lock  report.json  report.html
     runs/.store/ finished stages by key, and latency tables, shared by all runs
 
+With a remote store (sharing.py), stages that other hosts have finished are downloaded.
+
 Nothing here imports torch unless a stage has to run.
 """
 
@@ -26,6 +28,7 @@ from compress.engine.curves import require_tensorboard, written_curves
 from compress.engine.keys import Step, build_steps, explain, needs_latency
 from compress.engine.preflight import require_checkpoints, require_importances, require_packages_of, require_runtimes
 from compress.engine.run_folder import publish, publish_slim
+from compress.engine.sharing import Sharing, find_remote_entry
 from compress.engine.workers import Workers, workers
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
 from compress.model.artifacts import FactorySpec, TorchModel, Verdict
@@ -34,14 +37,16 @@ from compress.report.build import StageRun, build_report, write_report
 from compress.report.provenance import describe_environment, describe_provenance
 from compress.storage.digest import digest_value
 from compress.storage.files import write_atomic
-from compress.storage.lock import hold
+from compress.storage.lock import NATIVE, Locks, open_locks
 from compress.storage.store import Entry, Store
 from compress.user_code import as_stage_error
 
 if TYPE_CHECKING:  # imports torch
     from compress.search.context import StageContext
+    from compress.storage.remote import Remote  # imports fsspec
 
 LOCK_SCHEMA = 1
+STORE = ".store"
 WAIT_S = 0.2
 PROFILED = ("prune", "slim")  # stages whose latency table can be saved and used elsewhere
 T = TypeVar("T")
@@ -53,12 +58,12 @@ class PlannedStage:
 
     Attributes:
         stage: Name of the stage.
-        status: "unchanged" if its result is in the store, "run" if it must run.
-        reasons: Reasons why it would run; empty if unchanged.
+        status: "unchanged" if its result is in the store, "download" if in the remote store, "run" if it must run.
+        reasons: Reasons why it would run or be downloaded; empty if unchanged.
     """
 
     stage: str
-    status: Literal["unchanged", "run"]
+    status: Literal["unchanged", "download", "run"]
     reasons: tuple[str, ...]
 
 
@@ -71,9 +76,9 @@ class RunOutcome:
     report: dict[str, Any]
 
 
-def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
+def plan(pipeline: Pipeline, runs_dir: Path, remote: "Remote | None" = None) -> list[PlannedStage]:
     """Return the plan of each stage, without running any."""
-    store = Store(runs_dir / ".store", warn=lambda text: None)
+    store = Store(runs_dir / STORE, warn=lambda text: None)
     previous = _read_lock(runs_dir / pipeline.config.name)
     planned: list[PlannedStage] = []
     digest: str | None = ""
@@ -82,28 +87,43 @@ def plan(pipeline: Pipeline, runs_dir: Path) -> list[PlannedStage]:
             planned.append(PlannedStage(step.entry.name, "run", (f"its input changes: '{planned[-1].stage}' runs",)))
             continue
         components = step.components(digest)
-        entry = store.get(digest_value(components))
-        if entry is None:
-            reasons = explain(components, previous, step)
-            planned.append(PlannedStage(step.entry.name, "run", reasons))
-            digest = None
-        else:
+        key = digest_value(components)
+        entry = store.get(key)
+        if entry is not None:
             planned.append(PlannedStage(step.entry.name, "unchanged", ()))
             digest = entry.digest
+        elif (digest := find_remote_entry(remote, step, key)) is not None:
+            planned.append(PlannedStage(step.entry.name, "download", ("another host has finished it",)))
+        else:
+            planned.append(PlannedStage(step.entry.name, "run", explain(components, previous, step)))
     return planned
 
 
-def run(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> RunOutcome:
+def run(
+    pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, remote: "Remote | None" = None
+) -> RunOutcome:
     """Run the stages of a pipeline that are not cached, and write its run folder.
+
+    Args:
+        pipeline: The pipeline, with validated settings.
+        runs_dir: Parent folder of all run folders.
+        progress: Receives the progress of long operations.
+        remote: Store of other hosts, whose finished stages are taken, and which gets those of this run.
 
     Raises:
         CompressError: A stage failed; the message names it. Results of finished stages stay cached.
         RunLocked: Another process runs in this folder.
     """
-    return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False)
+    return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False, remote)
 
 
-def run_until(pipeline: Pipeline, runs_dir: Path, until: str, progress: Progress | None = None) -> Path:
+def run_until(
+    pipeline: Pipeline,
+    runs_dir: Path,
+    until: str,
+    progress: Progress | None = None,
+    remote: "Remote | None" = None,
+) -> Path:
     """Run the stages before the first stage named `until`, and write the slim network for a training elsewhere.
 
     Returns:
@@ -120,14 +140,19 @@ def run_until(pipeline: Pipeline, runs_dir: Path, until: str, progress: Progress
         raise ConfigValueError(
             f"--until must be a stage of '{pipeline.path}' that takes a torch network ({names}), got {until}."
         )
-    folder = runs_dir / pipeline.config.name
-    with hold(folder):
-        _Run(pipeline, runs_dir, folder, progress or SilentProgress(), Workers()).execute_before(steps, index)
+    folder, progress = runs_dir / pipeline.config.name, progress or SilentProgress()
+    locks = open_locks(runs_dir / STORE, progress.warn)
+    with locks.hold(folder):
+        _Run(pipeline, runs_dir, folder, progress, Workers(), remote=remote, locks=locks).execute_before(steps, index)
     return folder
 
 
 def run_with_others(
-    pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, writes_curves: bool = False
+    pipeline: Pipeline,
+    runs_dir: Path,
+    progress: Progress | None = None,
+    writes_curves: bool = False,
+    remote: "Remote | None" = None,
 ) -> RunOutcome | None:
     """Run a pipeline as `run`, along with the other processes that `torchrun` has started, if there are any.
 
@@ -136,6 +161,7 @@ def run_with_others(
         runs_dir: Parent folder of all run folders.
         progress: Receives the progress of long operations.
         writes_curves: True writes training curves as event files, into the folder `tensorboard` of the run.
+        remote: Store of other hosts, as in `run`; only the process of rank 0 uses it.
 
     Returns:
         Outcome of the run; None in a process of another rank than 0.
@@ -148,18 +174,28 @@ def run_with_others(
         require_tensorboard()
     helper = _Run(pipeline, runs_dir, runs_dir / pipeline.config.name, SilentProgress(), Workers())
     with workers(helper.follow) as present:
-        return (
-            None if present is None else _run(pipeline, runs_dir, progress or SilentProgress(), present, writes_curves)
-        )
+        if present is None:
+            return None
+        return _run(pipeline, runs_dir, progress or SilentProgress(), present, writes_curves, remote)
 
 
-def _run(pipeline: Pipeline, runs_dir: Path, progress: Progress, workers: Workers, writes_curves: bool) -> RunOutcome:
+def _run(
+    pipeline: Pipeline,
+    runs_dir: Path,
+    progress: Progress,
+    workers: Workers,
+    writes_curves: bool,
+    remote: "Remote | None",
+) -> RunOutcome:
     folder = runs_dir / pipeline.config.name
-    with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress, workers, writes_curves).execute()
+    locks = open_locks(runs_dir / STORE, progress.warn)
+    with locks.hold(folder):
+        return _Run(pipeline, runs_dir, folder, progress, workers, writes_curves, remote, locks).execute()
 
 
-def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None) -> Any:
+def profile(
+    pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, remote: "Remote | None" = None
+) -> Any:
     """Time the variants for the first stage with a latency target; stages before it run as in `run`.
 
     Returns:
@@ -179,8 +215,9 @@ def profile(pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None
             hint="--set stages.prune.target.latency=0.5",
         )
     folder = runs_dir / pipeline.config.name
-    with hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress, Workers()).profile(steps, index)
+    locks = open_locks(runs_dir / STORE, progress.warn)
+    with locks.hold(folder):
+        return _Run(pipeline, runs_dir, folder, progress, Workers(), remote=remote, locks=locks).profile(steps, index)
 
 
 class _Run:
@@ -194,11 +231,15 @@ class _Run:
         progress: Progress,
         workers: Workers,
         writes_curves: bool = False,
+        remote: "Remote | None" = None,
+        locks: Locks = NATIVE,
     ) -> None:
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
         self.workers, self.writes_curves = workers, writes_curves
         self.factory = FactorySpec.from_model(pipeline.resolved["stages"][0]["model"])
-        self.store = Store(runs_dir / ".store", progress.warn)
+        self.locks = locks
+        self.store = Store(runs_dir / STORE, progress.warn, locks)
+        self.sharing = Sharing(remote, self.store, progress)
         self.previous = _read_lock(folder)
         self.stages: list[StageRun] = []
         self.entries: list[Entry] = []
@@ -238,6 +279,7 @@ class _Run:
         )
         if nothing_ran:
             self.progress.note("Nothing to do: every stage is unchanged.")
+        self.sharing.finish()
         return RunOutcome(verdict, self.folder, report)
 
     def execute_before(self, steps: Sequence[Step], index: int) -> None:
@@ -247,6 +289,7 @@ class _Run:
         for step in steps[:index]:
             digest = self._do(step, len(steps), digest)
         publish_slim(self.folder, self.entries[-1], self.factory)
+        self.sharing.finish()
 
     def profile(self, steps: Sequence[Step], index: int) -> Any:
         """Run or restore the stages before one with a latency target, and time the variants for that stage."""
@@ -255,7 +298,7 @@ class _Run:
             digest = self._do(step, len(steps), digest)
         key = digest_value([steps[index].components(digest), "profile"])
         work = self.store.work_folder(key)
-        with hold(self.store.lock_folder(key)):
+        with self.locks.hold(self.store.lock_folder(key)):
             work.mkdir(parents=True, exist_ok=True)
             table = self._with_stage(steps[index], work, lambda stage, ctx: stage.profile(self.artifact, ctx))
             shutil.rmtree(work, ignore_errors=True)
@@ -266,7 +309,7 @@ class _Run:
         components = step.components(input_digest)
         key = digest_value(components)
         label = f"[{step.index + 1}/{count}] {step.entry.name}"
-        entry = self.store.get(key)
+        entry = self.store.get(key) or self._fetch(step, key, label)
         status: Literal["ran", "unchanged"] = "unchanged"
         if entry is None:
             reasons = explain(components, self.previous, step)
@@ -289,7 +332,15 @@ class _Run:
         self.entries.append(entry)
         self.locked.append({"stage": step.entry.name, "key": key, "components": components, "output": entry.digest})
         self._write_lock(count)
+        self.sharing.share(step, key, label, is_new=status == "ran")
         return entry.digest
+
+    def _fetch(self, step: Step, key: str, label: str) -> Entry | None:
+        """Download the result of a stage, unless another run on this store makes or downloads it meanwhile."""
+        if self.sharing.remote is None:
+            return None
+        with self._claim(key, label) as made_elsewhere:
+            return made_elsewhere or self.sharing.fetch(step, key, label)
 
     def _try_runtimes(self) -> None:
         """Check once, before the first stage runs, that packages, user code and runtimes are available."""
@@ -313,7 +364,7 @@ class _Run:
         with ExitStack() as stack:
             while True:
                 try:
-                    stack.enter_context(hold(self.store.lock_folder(key)))
+                    stack.enter_context(self.locks.hold(self.store.lock_folder(key)))
                     break
                 except RunLocked:
                     if not waited:

@@ -10,9 +10,10 @@ killed sweep resumes. A budget that cannot be met is a row with that reason.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.config.load import Pipeline, load_pipeline
-from compress.engine.runner import RunOutcome, run
+from compress.engine.runner import STORE, RunOutcome, run
 from compress.errors import (
     OUTCOME_EXIT_CODES,
     VERDICT_FAILED_EXIT_CODE,
@@ -23,6 +24,10 @@ from compress.errors import (
 from compress.progress import Progress, SilentProgress
 from compress.report.model import read_report
 from compress.report.sweep import Sweep, SweepRun, write_sweep
+from compress.storage.lock import open_locks
+
+if TYPE_CHECKING:
+    from compress.storage.remote import Remote  # imports fsspec
 
 _FIRST = (BudgetUnreachable.exit_code, VERDICT_FAILED_EXIT_CODE, VERDICT_INCONCLUSIVE_EXIT_CODE)
 
@@ -50,6 +55,7 @@ def sweep(
     overrides: Sequence[str] = (),
     seed: int | None = None,
     progress: Progress | None = None,
+    remote: "Remote | None" = None,
 ) -> SweepOutcome:
     """Run a pipeline at each budget, the largest first.
 
@@ -60,9 +66,11 @@ def sweep(
         overrides: Settings in the form of `--set`, such as "stages.prune.target.macs=0.5".
         seed: Seed that replaces the file's seed; None to keep it.
         progress: Receives progress by run.
+        remote: Store of other hosts, as in `run`.
 
     Raises:
         ConfigError: The pipeline is invalid at one of the budgets; nothing has run then.
+        RunLocked: Another process sweeps this pipeline into this folder.
         CompressError: As `run`, except for budgets that cannot be met.
     """
     progress = progress or SilentProgress()
@@ -71,21 +79,24 @@ def sweep(
     folder = runs_dir / f"{name}-sweep"
     results: list[SweepRun] = []
     codes: set[int] = set()
-    for budget, quantity, pipeline in pipelines:
-        progress.note(f"== {quantity} {budget:g} ({len(results) + 1} of {len(pipelines)})")
-        result, outcome = run_at(pipeline, budget, runs_dir, progress)
-        codes.add(BudgetUnreachable.exit_code if outcome is None else OUTCOME_EXIT_CODES[outcome.verdict.outcome])
-        results.append(result)
-        whole = Sweep(name, quantity, tuple(results))
-        write_sweep(whole, folder)
+    with open_locks(runs_dir / STORE, lambda text: None).hold(folder):  # the runs repeat the warning
+        for budget, quantity, pipeline in pipelines:
+            progress.note(f"== {quantity} {budget:g} ({len(results) + 1} of {len(pipelines)})")
+            result, outcome = run_at(pipeline, budget, runs_dir, progress, remote)
+            codes.add(BudgetUnreachable.exit_code if outcome is None else OUTCOME_EXIT_CODES[outcome.verdict.outcome])
+            results.append(result)
+            whole = Sweep(name, quantity, tuple(results))
+            write_sweep(whole, folder)
     return SweepOutcome(folder, whole, next((code for code in _FIRST if code in codes), 0))
 
 
-def run_at(pipeline: Pipeline, budget: float, runs_dir: Path, progress: Progress) -> tuple[SweepRun, RunOutcome | None]:
+def run_at(
+    pipeline: Pipeline, budget: float, runs_dir: Path, progress: Progress, remote: "Remote | None" = None
+) -> tuple[SweepRun, RunOutcome | None]:
     """Run a pipeline at one budget; the outcome is None if the budget cannot be met."""
     result = SweepRun(budget, pipeline.config.name)
     try:
-        outcome = run(pipeline, runs_dir, progress)
+        outcome = run(pipeline, runs_dir, progress, remote)
     except BudgetUnreachable as error:
         progress.warn(error.message)
         return replace(result, error=error.message), None

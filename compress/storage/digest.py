@@ -187,17 +187,32 @@ def read_json(path: Path, *, allows_nan: bool = False) -> Any:
     Raises:
         RecordDamaged: The file is missing, unreadable, no JSON, or repeats a key.
     """
-    refusal = None if allows_nan else _refuse_constant
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refusal, object_pairs_hook=_unique)
+        return parse_json(path.read_bytes(), str(path), allows_nan=allows_nan)
     except FileNotFoundError as error:
         raise RecordDamaged(f"'{path}' does not exist.") from error
     except OSError as error:
         raise RecordDamaged(f"'{path}' must be a readable file: {error.strerror or error}.") from error
+
+
+def parse_json(content: bytes, where: str, *, allows_nan: bool = False) -> Any:
+    """Return the values of JSON in UTF-8 without repeated keys.
+
+    Args:
+        content: The JSON.
+        where: Name of the file in messages.
+        allows_nan: True to read NaN and Infinity, which are not in the JSON standard, as numbers.
+
+    Raises:
+        RecordDamaged: It is no JSON, or repeats a key.
+    """
+    refusal = None if allows_nan else _refuse_constant
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=refusal, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise RecordDamaged(f"'{path}' must be readable JSON: it is nested too deeply.") from error
+        raise RecordDamaged(f"'{where}' must be readable JSON: it is nested too deeply.") from error
     except ValueError as error:
-        raise RecordDamaged(f"'{path}' must be readable JSON: {str(error)[:200]}.") from error
+        raise RecordDamaged(f"'{where}' must be readable JSON: {str(error)[:200]}.") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ are never replaced.
 import json
 import os
 import secrets
+import time
 import zipfile
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,22 @@ def write_atomic(path: Path, content: str | bytes | memoryview, *, is_shared: bo
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def file_system_time(folder: Path) -> float:
+    """Return the time of a folder's file system, in seconds, to compare times of its files with.
+
+    A network drive has a clock of its own. The clock of this host takes its place where the folder is not writable.
+    """
+    probe = folder / f".clock.{secrets.token_hex(4)}"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def require_output(option: str, path: Path, kind: str) -> None:

@@ -401,7 +401,7 @@ def test_a_runs_folder_that_is_a_file(plain: World, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("", encoding="utf-8")
     done = smallrun.call("run", str(plain.write(plain.values())), "--runs-dir", str(tmp_path / "runs"))
     assert done.exit_code == 4
-    assert done.stderr == f"Run folder '{tmp_path / 'runs' / 'chain'}' must be writable: Not a directory.\n"
+    assert done.stderr == f"Store '{tmp_path / 'runs' / '.store'}' must be writable: Not a directory.\n"
 
 
 def full(*_: object, **__: object) -> None:

@@ -70,7 +70,7 @@ def test_a_budget_that_cannot_be_met_does_not_pass(monkeypatch, tmp_path):
     monkeypatch.setattr(budget_search, "load_pipeline", lambda *_: pipeline)
     monkeypatch.setattr(budget_search, "swept_target", lambda _: (1, "macs", 0.5))
 
-    def run_at(_pipeline, budget, _runs_dir, _progress):
+    def run_at(_pipeline, budget, _runs_dir, _progress, _remote):
         result = budget_search.SweepRun(budget, f"x-{budget:g}", error=None if budget > 0.6 else "cannot be reached")
         passed = SimpleNamespace(verdict=SimpleNamespace(passed=True))
         return result, passed if budget > 0.6 else None

@@ -14,7 +14,7 @@ import pytest
 
 from compress.errors import ArtifactError
 from compress.storage.digest import add_digest
-from compress.storage.lock import try_lock
+from compress.storage.lock import Locks, try_lock
 from compress.storage.store import ENTRY_SCHEMA, Store
 
 KEY = "0" * 64
@@ -395,7 +395,7 @@ def test_sweep_removes_locks_without_a_folder_and_folders_without_a_lock(
     (partial / "a.1.lock").touch()
     store.sweep()
     assert list(partial.iterdir()) == []
-    monkeypatch.setattr("compress.storage.store.try_lock", lambda path: nullcontext())
+    monkeypatch.setattr("compress.storage.lock.Locks.try_lock", lambda self, path: nullcontext())
     (partial / "a.2").mkdir()
     store.sweep()
     assert list(partial.iterdir()) == []
@@ -406,13 +406,13 @@ def test_a_lock_that_cannot_be_tried_does_not_stop_the_sweep(store: Warned, monk
     for name in ("a.1", "b.2", "c.3"):
         (partial / name).mkdir(parents=True)
 
-    def only_from_the_second_on(path: Path) -> AbstractContextManager[None]:
+    def only_from_the_second_on(self: Locks, path: Path) -> AbstractContextManager[None]:
         tried.append(path)
         if len(tried) == 1:
             raise OSError("no lock")
         return nullcontext()
 
-    monkeypatch.setattr("compress.storage.store.try_lock", only_from_the_second_on)
+    monkeypatch.setattr("compress.storage.lock.Locks.try_lock", only_from_the_second_on)
     store.sweep()
     assert len(tried) == 3
     assert [path.name for path in partial.iterdir()] == [tried[0].stem]

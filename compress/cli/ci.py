@@ -83,7 +83,7 @@ def to_markdown(verdict: Verdict, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def annotations(verdict: Verdict, name: str) -> list[str]:
+def github_annotations(verdict: Verdict, name: str) -> list[str]:
     """Return a GitHub annotation for each check that keeps the verdict from passing, failed ones first."""
     kinds = {"fail": "error", "skipped": "error", "inconclusive": "warning"}
     return [

@@ -554,9 +554,9 @@ def _console(quiet: bool, json_file: Path | None) -> Console:
 
 def _annotate(verdict: "Verdict", name: str, wanted: bool, console: Console) -> None:
     """Print GitHub annotations of the checks that keep a verdict from passing."""
-    from compress.cli.ci import annotations
+    from compress.cli.ci import github_annotations
 
-    for line in annotations(verdict, name) if wanted else ():
+    for line in github_annotations(verdict, name) if wanted else ():
         console.say(line)
 
 

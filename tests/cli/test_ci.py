@@ -8,7 +8,7 @@ import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
 import compress
-from compress.cli.ci import annotations, require_places, to_junit, to_markdown, write_for_ci
+from compress.cli.ci import github_annotations, require_places, to_junit, to_markdown, write_for_ci
 from compress.errors import ArtifactError, ConfigError
 from compress.model.artifacts import CheckResult, ModelMetrics, Verdict
 
@@ -77,12 +77,12 @@ def test_checks_that_did_not_pass_come_first_in_the_summary():
 def test_annotations_name_the_failed_checks():
     undecided = CheckResult("drop,top1", "inconclusive", 0.01, 0.02, "share", "50 % of\nthe images", "more images")
     verdict = Verdict((CHECKS[0], undecided, CHECKS[1]), (), None, None)
-    assert annotations(verdict, "run: a") == [
+    assert github_annotations(verdict, "run: a") == [
         "::error title=run%3A a%3A min_speedup::too slow | <by far>\x00 (value 1.1, limit 1.3 x)",
         "::warning title=run%3A a%3A drop%2Ctop1::50 %25 of%0Athe images (value 0.01, limit 0.02 share). Next step: "
         "more images",
     ]
-    assert annotations(Verdict(CHECKS[:1], ("parity",), None, None), "run") == []
+    assert github_annotations(Verdict(CHECKS[:1], ("parity",), None, None), "run") == []
 
 
 def test_junit_has_the_time_of_the_command(tmp_path):

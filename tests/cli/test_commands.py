@@ -122,9 +122,9 @@ def test_run_passes_everything_on_and_says_where_the_results_are(
         f"ONNX file: {tmp_path / 'model.onnx'}",
         f"Report: {tmp_path / 'report.html'}",
     ]
-    pipeline, folder, console, writes_curves = calls[0]
+    pipeline, folder, console, writes_curves, remote = calls[0]
     assert (pipeline.config.name, pipeline.config.seed, folder, console.quiet) == ("other", 3, tmp_path, False)
-    assert writes_curves is False
+    assert (writes_curves, remote) == (False, None)
     call("run", GOOD, "--tensorboard")
     assert calls[-1][3] is True
     assert "Report" not in call("run", GOOD, "--quiet").stdout

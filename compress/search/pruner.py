@@ -28,7 +28,7 @@ from compress.search.block_removal import Shortened
 from compress.search.context import Record, StageContext
 from compress.search.latency_loop import TimedChoice
 from compress.search.parts import Part, weights_digest
-from compress.search.repairs import apply_repairs, repairs_towards
+from compress.search.repairs import apply_repairs, loss_after, repairs_towards
 from compress.search.scaling import scaling_repairs
 from compress.search.scoring import Scoring
 from compress.search.survey import Survey, survey
@@ -211,6 +211,8 @@ class Pruner:
 
     def loss(self, attempt: Attempt) -> float:
         """Return the validation loss of a network that was pruned and repaired."""
+        if attempt.repairs:
+            return loss_after(attempt.repairs)
 
         def measure() -> Part:
             return Part(evaluate_loss(attempt.model.module, self.ctx.data.validation, progress=self.ctx.progress))

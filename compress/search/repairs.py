@@ -99,3 +99,9 @@ def apply_repairs(
         else:
             module.load_state_dict(state)
     return records
+
+
+def loss_after(records: Sequence[Record]) -> float:
+    """Return the validation loss behind the repairs of `apply_repairs`, of which there is at least one."""
+    kept = [record["loss_after"] for record in records if record["is_kept"]]
+    return float(kept[-1] if kept else records[0]["loss_before"])

@@ -53,9 +53,14 @@ def regression_rows(
     layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, places: Places
 ) -> tuple[Tensor, Tensor]:
     """Return (rows, inputs * kernel) inputs and (rows, outputs) outputs at the same positions in every image."""
+    return input_rows(layer, inputs, outputs, places), places.rows_of(outputs)
+
+
+def input_rows(layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, places: Places) -> Tensor:
+    """Return (rows, inputs * kernel) inputs at positions of the outputs, the same in every image."""
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1]), places.rows_of(outputs)
-    return _patches(layer, inputs, *places.inside(*outputs.shape[2:])), places.rows_of(outputs)
+        return inputs.reshape(-1, inputs.shape[-1])
+    return _patches(layer, inputs, *places.inside(*outputs.shape[2:]))
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

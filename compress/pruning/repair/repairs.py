@@ -297,8 +297,8 @@ def _refit(
     gram = grams.matrix()
     ridge = RIDGE * gram.diagonal().mean()
     gram.diagonal().add_(ridge)
-    result, info = torch.linalg.solve_ex(gram, cross + ridge * old.double())
-    solution = result.float()
+    factor, info = torch.linalg.cholesky_ex(gram)
+    solution = torch.cholesky_solve(cross + ridge * old.double(), factor).float()
     if int(info) != 0 or not solution.isfinite().all():  # all inputs are zero
         return False
     if reader.has_intercept:

@@ -170,7 +170,7 @@ class _RowSum:
         if number != self._number:
             self._add_waiting()
         self._number = number
-        self._waiting.append(input_rows(layer, inputs, output, Places(self._positions, number)))
+        self._waiting.append(input_rows(layer, inputs, output.shape[2:], Places(self._positions, number)))
 
     def moments(self) -> Tensor:
         """Return the (size, size) mean."""

@@ -261,7 +261,7 @@ def removal_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most:
     fastest = [preferred_dtype(one.numel()) for one in inputs]
     try:
         return _eliminate(readers, inputs, fastest, most)
-    except torch.linalg.LinAlgError:  # float32 does not suffice for inputs that are nearly copies of each other
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # inputs are nearly copies of each other
         return _eliminate(readers, inputs, [torch.float64] * len(readers), most)
 
 

@@ -154,11 +154,12 @@ def main() -> None:
             module, split = model.module, data.calibration.first(arguments.count)
         else:
             module = build_module(spec).eval()
-            state = torch.load(arguments.weights, weights_only=True)
+            state = torch.load(arguments.weights, map_location="cpu", weights_only=True)
             state = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
             module.load_state_dict(state)
             images = np.load(arguments.images)
-            source = ArraySource(images["x"][: arguments.count], images["y"][: arguments.count])
+            step = len(images["x"]) // arguments.count  # images may be sorted by class
+            source = ArraySource(images["x"][::step], images["y"][::step])
             split = Split("calibration", source, np.arange(arguments.count), Preprocessing(**IMAGENET))
         rows = compare(module, size, split)
     plain = rows["plain"]

@@ -59,7 +59,7 @@ class ChannelOrders:
         return reader_passes(self.shortened.model.module, self.surveyed.groups, split)
 
     def shared_pass(self, criterion: Any) -> ReaderPass | None:
-        """Return the first pass that `find` needs, for another loop over the same images; None if there is none."""
+        """Return the first pass that `find` needs, for another loop over the same images; None if it needs none."""
         needs_readers = criterion.order == "readers" or self.surveyed.config.damage == "sensitivity"
         if not needs_readers or not self._uses_readers(criterion):
             return None

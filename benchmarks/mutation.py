@@ -114,11 +114,12 @@ PACKAGES = {
         ),
     ),
     "repair": Package(
-        ("compress/pruning/repair/repairs.py",),
-        ("unit/test_regression.py", "unit/test_repair.py", "unit/test_repair_values.py"),
+        ("compress/pruning/repair/originals.py", "compress/pruning/repair/repairs.py"),
+        ("unit/test_originals.py", "unit/test_regression.py", "unit/test_repair.py", "unit/test_repair_values.py"),
     ),
     "elimination": Package(
-        ("compress/pruning/ranking/elimination.py",), ("unit/test_elimination.py", "unit/test_elimination_values.py")
+        ("compress/pruning/ranking/downdates.py", "compress/pruning/ranking/elimination.py"),
+        ("unit/test_downdates.py", "unit/test_elimination.py", "unit/test_elimination_values.py"),
     ),
 }
 

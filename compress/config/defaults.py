@@ -30,14 +30,14 @@ _EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
         "PruneConfig": {**_FEW, "residual_factors": (4.0,)},
         "SlimConfig": {**_FEW, "residual_factors": (4.0,)},
         "VerifyConfig": {"resources": None, "warmup": 3, "repeats": 30},
-        "deploy": {"repeats": 30},
+        "DeployConfig": {"repeats": 30},
     },
     "thorough": {
         "PruneConfig": {**_MANY, "blocks": "auto"},
         "SlimConfig": _MANY,
         "FinetuneConfig": {"average_ratio": 0.2},
         "VerifyConfig": {"warmup": 20, "repeats": 300},
-        "deploy": {"repeats": 300},
+        "DeployConfig": {"repeats": 300},
     },
 }
 
@@ -60,13 +60,14 @@ def fill_stages(config: PipelineConfig) -> PipelineConfig:
 
 
 def _with_effort(config: PipelineConfig) -> PipelineConfig:
-    """Return a pipeline with the defaults of its effort in place of the normal ones."""
-    defaults = _EFFORTS.get(config.effort)
-    if defaults is None:
-        return config
-    stages = tuple(_filled(stage, defaults.get(_kind(stage), {})) for stage in config.stages)
-    deploy = None if config.deploy is None else _filled(config.deploy, defaults["deploy"])
+    stages = tuple(with_effort(stage, config.effort) for stage in config.stages)
+    deploy = None if config.deploy is None else with_effort(config.deploy, config.effort)
     return config.model_copy(update={"stages": stages, "deploy": deploy})
+
+
+def with_effort(section: S, effort: str) -> S:
+    """Return the settings of a stage or a deployment with the defaults of an effort in place of the normal ones."""
+    return _filled(section, _EFFORTS.get(effort, {}).get(_kind(section), {}))
 
 
 def _kind(stage: Section) -> str:

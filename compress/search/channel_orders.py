@@ -7,7 +7,7 @@ sensitivity   the loss with each allowed width
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from compress.checkpoint.rebuild import example_input
 from compress.model.modes import eval_mode
 from compress.pruning.criteria.base import Ranking
 from compress.pruning.groups import ChannelGroup
-from compress.pruning.ranking.elimination import reader_statistics
+from compress.pruning.ranking.elimination import ReaderPass, reader_passes
 from compress.pruning.ranking.sensitivity import SavedRises, Sensitivity, with_rises
 from compress.search.block_removal import Shortened
 from compress.search.context import StageContext
@@ -51,6 +51,19 @@ class ChannelOrders:
     key: str
     ctx: StageContext
     by_errors: bool
+
+    @cached_property
+    def passes(self) -> list[ReaderPass]:
+        """Passes over the calibration images for the statistics of readers."""
+        split = self.ctx.data.calibration.first(self.surveyed.config.score_images)
+        return reader_passes(self.shortened.model.module, self.surveyed.groups, split)
+
+    def shared_pass(self, criterion: Any) -> ReaderPass | None:
+        """Return the first pass that `find` needs, for another loop over the same images; None if it needs none."""
+        needs_readers = criterion.order == "readers" or self.surveyed.config.damage == "sensitivity"
+        if not needs_readers or not self._uses_readers(criterion):
+            return None
+        return next((one for one in self.passes if not one.has_begun), None)
 
     def find(self, criterion: Any, candidates: Mapping[str, Candidates]) -> dict[str, Candidates]:
         """Return the groups with orders, and with measured damages if the settings request them.
@@ -96,18 +109,17 @@ class ChannelOrders:
         self, criterion: Any, found: dict[str, Candidates], sensitivity: Sensitivity | None
     ) -> dict[str, Candidates]:
         """Rank groups by refits of their readers, and measure damages; groups that share readers take one pass."""
-        ranks, config, groups, ctx = criterion.order == "readers", self.surveyed.config, self.surveyed.groups, self.ctx
-        if not ranks and "least_squares" not in config.repair:
+        ranks, groups, ctx = criterion.order == "readers", self.surveyed.groups, self.ctx
+        if not self._uses_readers(criterion):
             return found
 
-        def is_done(names: Sequence[str]) -> bool:
+        for one_pass in self.passes:
+            names = one_pass.groups
             part = ctx.parts.find(self._part(names))
             if part is not None:
                 found.update({name: _with_arrays(found[name], part.tensors) for name in names})
-            return part is not None
-
-        split, module = ctx.data.calibration.first(config.score_images), self.shortened.model.module
-        for names, stats in reader_statistics(module, groups, split, ctx.progress, is_done):
+                continue
+            stats = one_pass.collect(ctx.progress)
             with ctx.progress.task("order of channels", len(names)) as task:
                 for name in names:
                     one = found[name]
@@ -120,6 +132,9 @@ class ChannelOrders:
             arrays = {name: values for one in names for name, values in _arrays(found[one]).items()}
             ctx.parts.add(self._part(names), Part(None, arrays))
         return found
+
+    def _uses_readers(self, criterion: Any) -> bool:
+        return criterion.order == "readers" or "least_squares" in self.surveyed.config.repair
 
     def _part(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the key of the part that keeps the orders of some groups."""

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from compress.pruning.criteria.base import Criterion, collect_gradients
 from compress.pruning.criteria.gradient_flow import collect_gradient_flow
 from compress.pruning.criteria.pfp import collect_contributions
 from compress.pruning.groups import BATCH_NORMS
+from compress.pruning.ranking.elimination import ReaderPass
 from compress.pruning.ranking.selection import Groups
 from compress.search.context import StageContext
 from compress.search.repairs import batch_norm_repair
@@ -50,8 +52,12 @@ class EvidenceCollector:
     config: PruneConfig
     ctx: StageContext
 
-    def collect(self, criterion: Criterion) -> Any:
+    def collect(self, criterion: Criterion, shared: ReaderPass | None = None) -> Any:
         """Return the evidence for a criterion; None for a criterion that needs only weights.
+
+        Args:
+            criterion: The criterion.
+            shared: Pass over the same images for the statistics of readers, which goes along with that of gradients.
 
         Raises:
             DataError: The loss has no gradients: images have no labels, and the network is the baseline.
@@ -77,7 +83,10 @@ class EvidenceCollector:
         with ctx.progress.task("score channels", len(split)) as task:
             size, each = score_batch(self.model, self.config.images_per_gradient), self.config.images_per_gradient
             batches = _counted(evaluation_batches(split, size), task)
-            return collect_gradients(module, self.groups.values(), batches, each, split.objective.image_losses)
+            if shared is not None and module is self.model.module:
+                batches = shared.along(batches)
+            with closing(batches):
+                return collect_gradients(module, self.groups.values(), batches, each, split.objective.image_losses)
 
     def with_statistics(self, module: nn.Module) -> nn.Module:
         """Return the network, or a copy with measured statistics if its batch norms have seen no image yet."""
@@ -137,7 +146,7 @@ def _require_gradients(module: nn.Module, split: Split, criterion: str) -> None:
         )
 
 
-def _counted(batches: Iterator[Batch], task: Task) -> Iterator[Batch]:
+def _counted(batches: Iterator[Batch], task: Task) -> Generator[Batch]:
     """Yield batches and advance the task by their images."""
     for images, targets in batches:
         yield images, targets

@@ -7,7 +7,7 @@ The result of every step is stored in parts, so that a killed run resumes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import nn
@@ -22,13 +22,14 @@ from compress.model.artifacts import TorchModel
 from compress.model.recipe import RemoveChannels
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.selection import Groups, Selection
+from compress.pruning.repair.originals import OriginalOutputs
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import masked_copy
 from compress.search.block_removal import Shortened
 from compress.search.context import Record, StageContext
 from compress.search.latency_loop import TimedChoice
 from compress.search.parts import Part, weights_digest
-from compress.search.repairs import apply_repairs, repairs_towards
+from compress.search.repairs import apply_repairs, loss_after, repairs_towards
 from compress.search.scaling import scaling_repairs
 from compress.search.scoring import Scoring
 from compress.search.survey import Survey, survey
@@ -51,6 +52,7 @@ class Prepared:
         candidates: The groups with their scores and allowed widths.
         key: Digest that identifies the network among the parts of the stage.
         damage: Measure that widths are chosen by: scores, errors or sensitivity; None if a method decides.
+        outputs: Outputs of the network with all blocks, shared by the repairs of all attempts.
     """
 
     shortened: Shortened
@@ -58,6 +60,7 @@ class Prepared:
     candidates: list[Candidates]
     key: str
     damage: str | None = None
+    outputs: OriginalOutputs = field(default_factory=OriginalOutputs, compare=False)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Pruner:
         def repair() -> Part:
             names, images = self.config.repair, self.config.refit_images
             ((_, fold),) = repairs_towards(whole, slim, kept, ("bias_folding",), example, ctx, images)
-            wanted = repairs_towards(whole, slim, kept, names, example, ctx, images)
+            wanted = repairs_towards(whole, slim, kept, names, example, ctx, images, prepared.outputs)
             if "scaling" in names:
                 wanted = scaling_repairs(prepared.candidates, selection, groups, fold) + wanted
             return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
@@ -211,6 +214,8 @@ class Pruner:
 
     def loss(self, attempt: Attempt) -> float:
         """Return the validation loss of a network that was pruned and repaired."""
+        if attempt.repairs:
+            return loss_after(attempt.repairs)
 
         def measure() -> Part:
             return Part(evaluate_loss(attempt.model.module, self.ctx.data.validation, progress=self.ctx.progress))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
 from compress.pruning.blocks import closing_layers
+from compress.pruning.repair.originals import OriginalOutputs
 from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
 from compress.search.context import Record, StageContext
 from compress.search.validation import is_loss_higher
@@ -31,6 +32,7 @@ def repairs_towards(
     example: Tensor,
     ctx: StageContext,
     refit_images: int = 512,
+    outputs: OriginalOutputs | None = None,
 ) -> list[Repair]:
     """Return the requested repairs in a useful order: refits of layers before new batch-norm statistics.
 
@@ -42,6 +44,7 @@ def repairs_towards(
         example: One input, (1, C, H, W).
         ctx: Context of the stage, with the calibration images.
         refit_images: Number of images that the least-squares repair fits layers to.
+        outputs: Outputs of the original that the repairs of several cuts share; None for one cut.
     """
     known = dict(original.named_modules())
     layers = frozenset(
@@ -50,10 +53,11 @@ def repairs_towards(
         if isinstance(part, COUNTED) and isinstance(known.get(name), COUNTED)
     )
     closing = closing_layers(original, example) if "least_squares" in names else {}
-    means: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {} if outputs is None else outputs.means
+    split = ctx.data.calibration
 
     def comparison(module: nn.Module) -> Comparison:
-        return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing, means, refit_images)
+        return Comparison(module, original, layers, kept_outputs, split, closing, means, refit_images, outputs)
 
     every: list[Repair] = [
         ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
@@ -99,3 +103,9 @@ def apply_repairs(
         else:
             module.load_state_dict(state)
     return records
+
+
+def loss_after(records: Sequence[Record]) -> float:
+    """Return the validation loss behind the repairs of `apply_repairs`, of which there is at least one."""
+    kept = [record["loss_after"] for record in records if record["is_kept"]]
+    return float(kept[-1] if kept else records[0]["loss_before"])

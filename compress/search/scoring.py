@@ -62,7 +62,7 @@ class Scoring:
         is_without_loss = criterion.order == "readers" and not self._has_labels
         return "errors" if damage == "scores" and (criterion.widths_by == "errors" or is_without_loss) else damage
 
-    @property
+    @cached_property
     def orders(self) -> ChannelOrders:
         """Orders of the channels, found by readers or by losses."""
         return ChannelOrders(self.shortened, self.surveyed, self.key, self.ctx, by_errors=self.damage == "errors")
@@ -122,7 +122,8 @@ class Scoring:
         """Return the groups with scores, and with the damages that the criterion computes from them."""
 
         def measure() -> Part:
-            return Part(None, score_groups(groups, criterion, self.evidence.collect(criterion)))
+            evidence = self.evidence.collect(criterion, self.orders.shared_pass(criterion))
+            return Part(None, score_groups(groups, criterion, evidence))
 
         scores = self.ctx.parts.keep({"part": "scores", "of": self.key}, measure).tensors
         found = find_candidates(groups, scores, self.surveyed.levels, criterion.comparable)

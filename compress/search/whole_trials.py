@@ -140,7 +140,8 @@ class NetworkTrials:
         prepared, names = self._prepared, self._config.repair
         kept, images = kept_outputs(removed, prepared.surveyed.groups), min(TRIAL_IMAGES, self._config.refit_images)
         example = example_input(prepared.shortened.model.signature)
-        wanted = repairs_towards(prepared.shortened.whole, slim, kept, names, example, self._ctx, images)
+        whole, outputs = prepared.shortened.whole, prepared.outputs
+        wanted = repairs_towards(whole, slim, kept, names, example, self._ctx, images, outputs)
         losses = {}
         for name, repair in wanted:
             if name != "batch_norm":

@@ -236,23 +236,6 @@ def test_one_of_two_twins_goes_at_no_loss_though_their_scores_are_high(name, gro
     assert scores(module)[[twin, loved]].max() > scores(module).median()
 
 
-@pytest.mark.parametrize(("name", "group"), CASES)
-def test_order_does_not_depend_on_when_what_is_gone_is_dropped(name, group, monkeypatch):
-    module, split = nets.build(name), _split()
-    units = _groups(module)[group].width
-    compactions = []
-    compact = elimination._Eliminated._compact
-    monkeypatch.setattr(elimination._Eliminated, "_compact", lambda self: compactions.append(compact(self)))
-    orders = []
-    for share in (0, elimination._COMPACT, 1):
-        compactions.clear()
-        monkeypatch.setattr(elimination, "_COMPACT", share)
-        orders.append(_order(module, group, split))
-        assert (len(compactions) == 0) == (share == 1)
-        assert sorted(orders[-1]) == list(range(units))
-    assert orders[0] == orders[1] == orders[2]
-
-
 @pytest.mark.parametrize("rounds", [1, 4, 64])
 @pytest.mark.parametrize("most", [0, 1, 7, 15, 16])
 def test_every_unit_has_one_place_however_many_go(rounds, most, monkeypatch):

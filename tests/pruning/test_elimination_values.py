@@ -1,5 +1,7 @@
 """Formulas of the elimination by hand: statistics, refits and losses of readers with two or three inputs."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from compress.data.splits import Split
 from compress.progress import SilentProgress
 from compress.pruning.groups import ChannelGroup, Member
 from compress.pruning.ranking import elimination
-from compress.pruning.ranking.elimination import ReaderStats, layer_statistics, removal_order, unit_inputs
+from compress.pruning.ranking.downdates import Downdates
+from compress.pruning.ranking.elimination import ReaderPass, ReaderStats, layer_statistics, removal_order, unit_inputs
 from compress.pruning.repair.least_squares import RIDGE
 
 SILENT = SilentProgress()
@@ -96,55 +99,6 @@ def test_a_refit_without_an_input_by_hand() -> None:
     assert stats.refit(torch.tensor([], dtype=torch.int64)).tolist() == [[pytest.approx(1.0), pytest.approx(3.0)]]
 
 
-def test_losses_are_what_the_refit_cannot_make_up_for_over_the_energy() -> None:
-    gram, weight = f64([2.0, 1.0], [1.0, 1.0]), f64([1.0, 3.0])
-    stats = ReaderStats("r", gram, weight, 4.0)
-    expected = []
-    for gone in (0, 1):
-        gap = (weight - stats.refit(torch.tensor([gone])))[0]
-        expected.append(float(gap @ gram @ gap) / 4.0)
-    assert expected == [pytest.approx(1 * 1 / 4), pytest.approx(9 * 0.5 / 4)]  # w² over the inverse's diagonal: 1, 2
-    found = elimination._Eliminated(stats, torch.tensor([[0], [1]])).losses()
-    assert found.tolist() == pytest.approx(expected)
-
-
-def test_a_loss_of_several_unknowns_and_outputs_is_one_sum() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(30, 4, generator=generator, dtype=torch.float64)
-    gram, weight = rows.T @ rows, torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    stats = ReaderStats("r", gram, weight, 2.0)
-    found = elimination._Eliminated(stats, torch.tensor([[0, 1], [2, 3]])).losses()
-    for unit, gone in enumerate(([0, 1], [2, 3])):
-        gap = weight - stats.refit(torch.tensor(gone))
-        assert found[unit] == pytest.approx(float(((gap @ gram) * gap).sum()) / 2.0)
-
-
-@pytest.mark.parametrize("compact", [0.0, 1.0])
-def test_those_left_take_over_what_they_can(compact: float, monkeypatch) -> None:
-    monkeypatch.setattr(elimination, "_COMPACT", compact)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(30, 5, generator=generator, dtype=torch.float64)
-    gram, weight = rows.T @ rows, torch.randn(2, 5, generator=generator, dtype=torch.float64)
-    stats = ReaderStats("r", gram, weight, 1.0)
-    one = elimination._Eliminated(stats, torch.tensor([[0], [1], [2], [3]]))  # 4 is an intercept
-    one.keep(torch.tensor([0, 2, 3]))
-    refitted = stats.refit(torch.tensor([1]))[:, [0, 2, 3, 4]]
-    places = [*one.inputs.flatten().tolist(), 3 if compact == 0.0 else 4]
-    assert torch.allclose(one.weight[places].T, refitted)
-    assert len(one.inverse) == (4 if compact == 0.0 else 5)
-    assert one.gone.tolist() == ([] if compact == 0.0 else [1])
-    for index, unit in enumerate([0, 2, 3]):
-        gap = stats.refit(torch.tensor([1])) - stats.refit(torch.tensor([1, unit]))
-        assert one.losses()[index] == pytest.approx(float(((gap @ gram) * gap).sum()))
-    one.keep(torch.tensor([0, 2]))
-    assert torch.allclose(one.weight[[*one.inputs.flatten().tolist()]].T, stats.refit(torch.tensor([1, 2]))[:, [0, 3]])
-
-
-def test_no_energy_is_not_divided_by() -> None:
-    stats = ReaderStats("r", f64([1.0]), f64([1.0]), 0.0)
-    assert elimination._Eliminated(stats, torch.tensor([[0]])).losses().tolist() == [pytest.approx(1e12)]
-
-
 # the order ----------------------------------------------------------------------------------------------------------
 
 
@@ -173,8 +127,8 @@ def test_losses_of_all_readers_are_added_each_over_its_own_energy() -> None:
 def test_many_units_go_at_a_time_in_a_wide_group(monkeypatch) -> None:
     monkeypatch.setattr(elimination, "_ROUNDS", 2)
     rounds: list[int] = []
-    real = elimination._Eliminated.losses
-    monkeypatch.setattr(elimination._Eliminated, "losses", lambda one: rounds.append(1) or real(one))
+    real = Downdates.losses
+    monkeypatch.setattr(Downdates, "losses", lambda one: rounds.append(1) or real(one))
     layer, size = nn.Linear(7, 1, bias=False), 7
     stats = ReaderStats("r", torch.eye(size, dtype=torch.float64), torch.arange(7.0, dtype=torch.float64)[None], 1.0)
     group = group_of(7, 1, reader("r", layer, list(range(7)), list(range(7))))
@@ -232,3 +186,85 @@ def test_bulks_hold_as_many_gram_matrices_as_there_is_room_for(monkeypatch) -> N
         monkeypatch.setattr(elimination, "_GRAM_BYTES", room)
         assert list(elimination._bulks(wanted)) == expected
     assert list(elimination._bulks({})) == []
+
+
+# precision and passes ------------------------------------------------------------------------------------------------
+
+
+def test_float32_gives_way_to_float64_where_it_does_not_suffice(monkeypatch) -> None:
+    monkeypatch.setattr(elimination, "preferred_dtype", lambda _unknowns: torch.float32)
+    gram = torch.ones(4, 4, dtype=torch.float64)
+    gram.diagonal().add_(1e-9)  # 1 + 1e-9 is 1 in float32
+    layer = nn.Linear(4, 1, bias=False)
+    stats = {"r": ReaderStats("r", gram, f64([1.0, 2.0, 3.0, 4.0]), 1.0, False)}
+    group = group_of(4, 1, reader("r", layer, [0, 1, 2, 3], [0, 1, 2, 3]))
+    assert sorted(removal_order(group, stats, 3).tolist()) == [0, 1, 2, 3]
+    used: list[torch.dtype] = []
+    real = Downdates.__init__
+    monkeypatch.setattr(Downdates, "__init__", lambda one, *values: (used.append(values[-1]), real(one, *values))[1])
+    removal_order(group, stats, 3)
+    assert used == [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("size", [3, 8, 32, 50, 70])
+def test_statistics_along_another_loop_are_those_of_an_own_pass(size: int, monkeypatch) -> None:
+    monkeypatch.setattr(elimination, "positions_needed", lambda _unknowns, _images: 2)  # of nine: samples matter
+    torch.manual_seed(0)
+    network, data = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)).eval(), split(70)
+
+    def one_pass() -> ReaderPass:
+        return ReaderPass(network, ["g"], {"0": network[0], "2": network[2]}, (), data)
+
+    own, shared = one_pass(), one_pass()
+    for images, _ in shared.along(evaluation_batches(data, size)):
+        network(images).sum().backward()
+    ran: list[int] = []
+    handle = network.register_forward_hook(lambda *_: ran.append(1))
+    along, alone = shared.collect(SILENT), own.collect(SILENT)
+    handle.remove()
+    assert len(ran) == 3, "batches of 32 for the own pass, none for the other"
+    for name, one in alone.items():
+        assert torch.allclose(along[name].gram, one.gram, rtol=1e-6)
+        assert along[name].energy == pytest.approx(one.energy, rel=1e-5)
+    assert not any(part._forward_hooks for part in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_loop_that_ends_early_is_followed_by_an_own_pass() -> None:
+    network, data = nn.Sequential(nn.Conv2d(2, 3, 1)).eval(), split(40)
+    wanted = ReaderPass(network, [], {"0": network[0]}, (), data).collect(SILENT)["0"]
+    one = ReaderPass(network, [], {"0": network[0]}, (), data)
+    assert not one.has_begun
+    with closing(one.along(evaluation_batches(data, 8))) as batches:
+        network(next(batches)[0])
+    assert one.has_begun
+    assert not network[0]._forward_hooks
+    assert torch.equal(one.collect(SILENT)["0"].gram, wanted.gram)
+
+
+def test_calls_between_batches_do_not_count() -> None:
+    """Targets of images without labels come from the baseline, which may be the network itself."""
+    network, data = nn.Sequential(nn.Conv2d(2, 3, 1)).eval(), split(40)
+    wanted = ReaderPass(network, [], {"0": network[0]}, (), data).collect(SILENT)["0"]
+
+    def batches():
+        for images, targets in evaluation_batches(data, 8):
+            network(images + 1)
+            yield images, targets
+
+    one = ReaderPass(network, [], {"0": network[0]}, (), data)
+    for images, _ in one.along(batches()):
+        network(images)
+    assert torch.allclose(one.collect(SILENT)["0"].gram, wanted.gram, rtol=1e-6)
+
+
+def test_inputs_with_other_counts_than_images_are_taken_whole() -> None:
+    network, data = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 27)), nn.Linear(27, 2)).eval(), split(3)
+    with torch.no_grad():
+        stats = ReaderPass(network, [], {"2": network[2]}, (), data).collect(SILENT)["2"]
+        x = torch.cat([batch for batch, _ in evaluation_batches(data, 8)]).reshape(-1, 27)
+    assert len(x) == 2
+    rows = torch.cat([x, torch.ones(2, 1)], 1).double()
+    gram = rows.T @ rows / 2
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    assert torch.allclose(stats.gram, gram, atol=1e-5)

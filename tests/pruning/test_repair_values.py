@@ -24,6 +24,7 @@ from compress.pruning.repair.least_squares import (
     regression_rows,
 )
 from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms, run_watched
+from compress.pruning.repair.originals import Sampled
 from compress.pruning.repair.repairs import Comparison, add_constant, fold_means, refit_readers
 
 SILENT = SilentProgress()
@@ -150,7 +151,8 @@ def refit(layer: nn.Module, x: Tensor, before: Tensor, y: Tensor, norm=None, mis
         "0", layer, norm, torch.arange(outputs), numbers.get("stretch", torch.ones(1)), torch.zeros(1)
     )
     with torch.no_grad():
-        return repair._refit(reader, [((x,), (before, y))], missing, 1, len(x))
+        (places,) = repair._places(reader, [reader.layer], [x])
+        return repair._refit(reader, [(places, (x,), Sampled.of(before, y, places))], missing)
 
 
 def ridge_solution(x: np.ndarray, y: np.ndarray, old: np.ndarray) -> np.ndarray:
@@ -378,10 +380,11 @@ def test_a_network_that_reads_nothing_still_takes_a_byte() -> None:
 
 def test_places_follow_the_number_of_unknowns() -> None:
     reader = reader_with(None, nn.Linear(40, 3))
-    found = repair._places(reader, 2, 5)
+    found = repair._places(reader, [reader.layer], [torch.zeros(3), torch.zeros(2)])
     assert found == [Places(positions_needed(41, 5), 0), Places(positions_needed(41, 5), 1)]
     bare = reader_with(None, nn.Conv2d(8, 3, 3, bias=False))
-    assert repair._places(bare, 1, 2) == [Places(4 * 72 // 2, 0)]
+    assert repair._places(bare, [bare.layer], [torch.zeros(2)]) == [Places(4 * 72 // 2, 0)]
+    assert repair._places(bare, [bare.layer, nn.Linear(100, 1)], [torch.zeros(2)]) == [Places(200, 0)]
 
 
 @pytest.mark.parametrize(

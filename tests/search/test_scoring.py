@@ -26,8 +26,11 @@ from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
 from compress.search.block_removal import Shortened
+from compress.search.channel_orders import ChannelOrders
 from compress.search.context import StageContext
 from compress.search.evidence import EvidenceCollector
+from compress.search.pruner import Pruner
+from compress.search.repairs import loss_after
 from compress.search.scaling import scaled_reads
 from compress.search.scoring import Scoring
 from compress.search.survey import survey
@@ -116,6 +119,65 @@ def test_an_interrupted_run_finds_what_it_had(criterion, ctx, tmp_path, monkeypa
         for kind in ("order", "scales"):
             assert (getattr(one, kind) is None) == (getattr(other, kind) is None)
             assert getattr(one, kind) is None or np.array_equal(getattr(one, kind), getattr(other, kind))
+
+
+def test_scores_and_reader_statistics_take_one_pass(ctx, tmp_path, monkeypatch) -> None:
+    """The loop that computes gradients collects statistics along the way; orders and scores are those of two loops."""
+    model = make_saved_model("residual", tmp_path)
+    config = _config(criterion="reconstruction", score_images=16)
+    found = _candidates(config, model, replace(ctx, folder=tmp_path / "one"))
+    assert "score channels" in ctx.progress.tasks
+    assert "what layers read" not in ctx.progress.tasks
+    assert not any(part._forward_hooks for part in model.module.modules())
+    monkeypatch.setattr(ChannelOrders, "shared_pass", lambda *_args: None)
+    wanted = _candidates(config, model, replace(ctx, folder=tmp_path / "two"))
+    assert "what layers read" in ctx.progress.tasks
+    for one, other in zip(found, wanted, strict=True):
+        assert np.array_equal(one.order, other.order)
+        assert np.array_equal(one.scores, other.scores)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "settings"),
+    [("taylor", {}), ("l1", {}), ("greedy", {}), ("taylor", {"damage": "sensitivity", "repair": ()})],
+)
+def test_no_statistics_are_collected_for_nothing(criterion, settings, ctx, tmp_path) -> None:
+    model = make_saved_model("residual", tmp_path)
+    config = _config(criterion=criterion, score_images=16, **settings)
+    surveyed = survey(model, config, None, ctx)
+    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
+    if criterion == "greedy":  # its order needs readers, and no scores: an own pass
+        scoring.candidates()
+        assert "what layers read" in ctx.progress.tasks
+        assert "score channels" not in ctx.progress.tasks
+    assert scoring.orders.shared_pass(scoring.criterion) is None
+
+
+def test_statistics_of_a_network_with_new_norms_take_their_own_pass(ctx, tmp_path) -> None:
+    """Gradients are those of a copy with measured statistics then, and readers are those of the network itself."""
+    model = make_saved_model("residual", tmp_path)
+    for part in model.module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+    _candidates(_config(criterion="reconstruction", score_images=16), model, ctx)
+    assert {"score channels", "what layers read"} <= set(ctx.progress.tasks)
+
+
+@pytest.mark.parametrize(
+    ("records", "loss"),
+    [([(3.0, 2.0, True)], 2.0), ([(3.0, 4.0, False)], 3.0), ([(3.0, 2.0, True), (2.0, 5.0, False)], 2.0)],
+)
+def test_the_loss_behind_repairs_is_that_of_the_last_one_kept(records, loss) -> None:
+    keys = ("loss_before", "loss_after", "is_kept")
+    assert loss_after([dict(zip(keys, one, strict=True)) for one in records]) == loss
+
+
+def test_the_loss_of_an_attempt_is_the_one_that_its_repairs_measured(ctx, tmp_path) -> None:
+    model = make_saved_model("residual", tmp_path)
+    pruner = Pruner(_config(criterion="reconstruction", score_images=16), ctx)
+    attempt = pruner.attempt(pruner.prepare(Shortened(model, (), [], model.module, 0)))
+    assert attempt.repairs
+    assert pruner.loss(attempt) == evaluate_loss(attempt.model.module, ctx.data.validation)
 
 
 def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, monkeypatch) -> None:

@@ -1,40 +1,41 @@
 """Backward elimination of a group's channels; the layers that read them (readers) are refitted after each removal.
 
-    statistics   one pass over images: for each reader the Gram matrix of its inputs
-    elimination  remove the channel that the refitted readers compensate best; update the matrices; repeat
+    statistics   one pass over images, its own or that of the scores: for each reader the Gram matrix of its inputs
+    elimination  remove the channels that the refitted readers compensate best; refit; repeat
     refit        the same matrices give the readers' best weights for any set of kept channels
 
 Unlike a separate score for each channel, elimination takes into account that a channel can be rebuilt from the others.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.data.batches import evaluation_batches
+from compress.data.batches import Batch, evaluation_batches
 from compress.data.splits import Split
-from compress.model.modes import eval_mode
+from compress.model.modes import eval_mode, hooked
 from compress.progress import Progress
 from compress.pruning.criteria.base import Ranking
 from compress.pruning.groups import BATCH_NORMS, ChannelGroup, Member
+from compress.pruning.ranking.downdates import Downdates, preferred_dtype
 from compress.pruning.repair.least_squares import (
     RIDGE,
     GramSum,
     Places,
+    input_rows,
     is_refittable,
     positions_needed,
-    regression_rows,
 )
-from compress.pruning.repair.lockstep import call_order, following_norms, run_watched
+from compress.pruning.repair.lockstep import call_order, following_norms
 
 _BATCH = 32
 _MOST_UNKNOWNS = 5000
 _GRAM_BYTES = 2 * 10**9
 _ROUNDS = 64
-_COMPACT = 0.25
+_LEAST_ENERGY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -68,34 +69,157 @@ class ReaderStats:
 Bulk = tuple[list[str], dict[str, ReaderStats]]
 
 
-def reader_statistics(
-    module: nn.Module,
-    groups: Mapping[str, ChannelGroup],
-    split: Split,
-    progress: Progress,
-    is_done: Callable[[Sequence[str]], bool] = lambda names: False,
-) -> Iterator[Bulk]:
-    """Yield groups whose readers can all be refitted, with their readers' statistics, in bulks that fit into memory.
+class ReaderPass:
+    """One pass over images that collects the statistics of readers, in a loop of its own or along with another.
+
+    Args:
+        module: The network.
+        groups: Names of the groups that the readers belong to.
+        readers: Module path -> convolution or linear layer of the network.
+        norms: Layers with a batch norm behind them.
+        split: Images to run; labels are not used.
+
+    Attributes:
+        groups: As given.
+        has_begun: Whether a loop has begun.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[str],
+        readers: Mapping[str, nn.Module],
+        norms: Container[str],
+        split: Split,
+    ) -> None:
+        self.groups, self.has_begun = list(groups), False
+        self._module, self._readers, self._norms, self._split = module, dict(readers), norms, split
+        self._sums: dict[str, _RowSum] = {}
+        self._before, self._here = 0, 0  # images of earlier batches, and of the one that the caller runs now
+
+    def along(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        """Yield all batches of the split in order; what the caller runs them through must call each reader once."""
+        self.has_begun = True
+        for name, layer in self._readers.items():
+            size = _unknowns(layer)
+            self._sums[name] = _RowSum(size, positions_needed(size, len(self._split)))
+        hooks = [(layer, self._watch(name)) for name, layer in self._readers.items()]
+        with hooked(after=hooks):
+            for images, targets in batches:
+                self._here = len(images)
+                yield images, targets
+                self._before, self._here = self._before + self._here, 0
+
+    def collect(self, progress: Progress) -> dict[str, ReaderStats]:
+        """Return the statistics by reader, once; images are run unless another loop has run all of them.
+
+        Args:
+            progress: Receives progress by batch.
+        """
+        if self._before < len(self._split):
+            self._before = 0
+            with torch.no_grad(), eval_mode(self._module), progress.task("what layers read", len(self._split)) as task:
+                for images, _ in self.along(evaluation_batches(self._split, _BATCH, "nothing")):
+                    self._module(images)
+                    task.advance(len(images))
+        found = {}
+        for name, layer in self._readers.items():
+            found[name] = _finished(name, layer, self._sums.pop(name).moments(), name in self._norms)
+        return found
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()
+        def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if self._here == 0:  # a call for the targets of the next batch
+                return
+            for part, number in self._parts(len(inputs[0])):
+                self._sums[name].add(layer, inputs[0].detach()[part], output, number)
+
+        return hook
+
+    def _parts(self, length: int) -> Iterator[tuple[slice, int]]:
+        """Yield parts of the first axis of a layer's input, and the number of the sample of positions of each.
+
+        Samples belong to `_BATCH` images each, whatever the size of the batches: all loops give the same statistics.
+        """
+        first, end = self._before, self._before + self._here
+        if length % self._here:
+            yield slice(None), first // _BATCH
+            return
+        each = length // self._here
+        while first < end:
+            last = min(end, (first // _BATCH + 1) * _BATCH)
+            yield slice((first - self._before) * each, (last - self._before) * each), first // _BATCH
+            first = last
+
+
+class _RowSum:
+    """Sum of the second moments of a reader's inputs, each row with a 1 behind it.
+
+    Args:
+        size: Number of unknowns with the intercept.
+        positions: Number of positions of each image.
+    """
+
+    def __init__(self, size: int, positions: int) -> None:
+        self._gram, self._positions, self._count = GramSum(size), positions, 0
+        self._number, self._waiting = 0, list[Tensor]()
+
+    def add(self, layer: nn.Conv2d | nn.Linear, inputs: Tensor, output: Tensor, number: int) -> None:
+        """Add rows of some images; rows of one sample of positions wait for each other, as large products are fast."""
+        if number != self._number:
+            self._add_waiting()
+        self._number = number
+        self._waiting.append(input_rows(layer, inputs, output.shape[2:], Places(self._positions, number)))
+
+    def moments(self) -> Tensor:
+        """Return the (size, size) mean."""
+        self._add_waiting()
+        return self._gram.matrix().div_(self._count)
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            rows = torch.cat(self._waiting)
+            self._gram.add(torch.cat([rows, torch.ones(len(rows), 1)], 1))
+            self._count += len(rows)
+            self._waiting.clear()
+
+
+def reader_passes(module: nn.Module, groups: Mapping[str, ChannelGroup], split: Split) -> list[ReaderPass]:
+    """Return passes over images for the groups whose readers can all be refitted; each pass fits into memory.
 
     Args:
         module: The network the groups belong to.
         groups: Prunable groups; a group that another kind of layer reads is left out.
         split: Images to run; labels are not used.
-        progress: Receives progress by batch.
-        is_done: Returns whether the statistics of these groups, yielded together, are not needed.
     """
     names = {r.layer for group in groups.values() for r in group.readers if _is_eligible(group, r)}
     once, norms = _called_once(module, names, split)
-    eligible = {
-        name: group
+    readers = {
+        name: {reader.layer: reader.module for reader in group.readers}
         for name, group in groups.items()
         if group.readers and not group.other_reads and all(reader.layer in once for reader in group.readers)
     }
-    for bulk in _bulks({name: [reader.module for reader in group.readers] for name, group in eligible.items()}):
-        if is_done(bulk):
-            continue
-        readers = {reader.layer: reader.module for name in bulk for reader in eligible[name].readers}
-        yield bulk, _collect(module, readers, norms, split, progress)
+    bulks = _bulks({name: list(layers.values()) for name, layers in readers.items()})
+    return [
+        ReaderPass(module, bulk, {path: layer for name in bulk for path, layer in readers[name].items()}, norms, split)
+        for bulk in bulks
+    ]
+
+
+def reader_statistics(
+    module: nn.Module, groups: Mapping[str, ChannelGroup], split: Split, progress: Progress
+) -> Iterator[Bulk]:
+    """Yield groups whose readers can all be refitted, with their readers' statistics, in bulks that fit into memory.
+
+    Args:
+        module: As in `reader_passes`.
+        groups: As in `reader_passes`.
+        split: As in `reader_passes`.
+        progress: Receives progress by batch.
+    """
+    for one in reader_passes(module, groups, split):
+        yield one.groups, one.collect(progress)
 
 
 def layer_statistics(
@@ -112,7 +236,7 @@ def layer_statistics(
     able = {name: layer for name in names if _is_affordable(layer := module.get_submodule(name))}
     once, norms = _called_once(module, able, split)
     for bulk in _bulks({name: [layer] for name, layer in able.items() if name in once}):
-        yield _collect(module, {name: able[name] for name in bulk}, norms, split, progress)
+        yield ReaderPass(module, [], {name: able[name] for name in bulk}, norms, split).collect(progress)
 
 
 def removal_order(group: ChannelGroup, stats: Mapping[str, ReaderStats], most: int) -> np.ndarray:
@@ -132,22 +256,39 @@ def removal_ranking(group: ChannelGroup, stats: Mapping[str, ReaderStats], most:
         columns of a layer as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089, section 3.1; summed over all layers
         that read a channel, each relative to the energy of its outputs.
     """
-    readers = [_Eliminated(stats[reader.layer], unit_inputs(group, reader)) for reader in group.readers]
-    units = group.width // group.parts
+    readers = [stats[reader.layer] for reader in group.readers]
+    inputs = [unit_inputs(group, reader) for reader in group.readers]
+    fastest = [preferred_dtype(one.numel()) for one in inputs]
+    try:
+        return _eliminate(readers, inputs, fastest, most)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # inputs are nearly copies of each other
+        return _eliminate(readers, inputs, [torch.float64] * len(readers), most)
+
+
+def _eliminate(
+    readers: Sequence[ReaderStats], inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], most: int
+) -> Ranking:
+    units = len(inputs[0])
+    regressions = [
+        Downdates(reader.gram, reader.weight, unknowns, dtype)
+        for reader, unknowns, dtype in zip(readers, inputs, dtypes, strict=True)
+    ]
     alive = np.arange(units)
     order: list[int] = []
     errors = np.zeros(units + 1)
     at_once = max(1, most // _ROUNDS)
     while len(order) < most:
-        losses = sum((reader.losses() for reader in readers), start=torch.zeros(len(alive), dtype=torch.float64))
-        chosen = np.argsort(losses.numpy(), kind="stable")[: min(at_once, most - len(order))]
-        rises = np.maximum(losses.numpy()[chosen], 0.0)
+        losses = np.zeros(len(alive))
+        for reader, regression in zip(readers, regressions, strict=True):
+            losses += regression.losses().numpy() / max(reader.energy, _LEAST_ENERGY)
+        chosen = np.argsort(losses, kind="stable")[: min(at_once, most - len(order))]
+        rises = np.maximum(losses[chosen], 0.0)
         errors[len(order) + 1 : len(order) + 1 + len(chosen)] = errors[len(order)] + np.cumsum(rises)
         order += alive[chosen].tolist()
-        left = np.setdiff1d(np.arange(len(alive)), chosen)
-        for reader in readers:
-            reader.keep(torch.from_numpy(left))
-        alive = alive[left]
+        if len(order) < most:
+            for regression in regressions:
+                regression.remove(torch.from_numpy(chosen))
+        alive = np.delete(alive, chosen)
     errors[len(order) + 1 :] = errors[len(order)]
     return Ranking(np.asarray([*order, *alive], dtype=np.int64), errors)
 
@@ -159,52 +300,6 @@ def unit_inputs(group: ChannelGroup, reader: Member) -> Tensor:
     stride = group.width // group.parts
     slots = torch.stack([reader.slots[reader.channels % stride == unit] for unit in range(stride)])
     return (slots[:, :, None] * cells + torch.arange(cells)).flatten(1)
-
-
-class _Eliminated:
-    """Reader whose input units are removed one after the other.
-
-    Args:
-        stats: Statistics of the reader.
-        inputs: (units, n) unknowns of each unit.
-    """
-
-    def __init__(self, stats: ReaderStats, inputs: Tensor) -> None:
-        self.inputs = inputs
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(stats.gram))
-        self.weight = stats.weight.T.clone(memory_format=torch.contiguous_format)  # (n, outputs), changed below
-        self.gone = torch.zeros(0, dtype=torch.int64)
-        self.energy = max(stats.energy, 1e-12)
-
-    def losses(self) -> Tensor:
-        """Return (kept units,) rises of the squared error of the outputs, over their energy, when a unit is removed."""
-        blocks = self.inverse[self.inputs[:, :, None], self.inputs[:, None, :]]
-        rows = self.weight[self.inputs]  # units, n, outputs
-        losses: Tensor = (torch.linalg.inv(blocks) * (rows @ rows.mT)).sum((1, 2)) / self.energy
-        return losses
-
-    def keep(self, units: Tensor) -> None:
-        """Remove all other units, and refit the weights of the kept ones."""
-        leaves = torch.ones(len(self.inputs), dtype=torch.bool)
-        leaves[units] = False
-        gone = self.inputs[leaves].flatten()
-        across = self.inverse[gone]
-        factor = torch.linalg.solve(across[:, gone], across)
-        self.weight.addmm_(factor.T, self.weight[gone], alpha=-1)
-        self.inverse.addmm_(across.T, factor, alpha=-1)  # removed entries become 0, and are not read any more
-        self.inputs = self.inputs[units]
-        self.gone = torch.cat([self.gone, gone])
-        if len(self.gone) > _COMPACT * len(self.inverse):
-            self._compact()
-
-    def _compact(self) -> None:
-        stays = torch.ones(len(self.inverse), dtype=torch.bool)
-        stays[self.gone] = False
-        left = stays.nonzero().flatten()
-        self.weight = self.weight.index_select(0, left)
-        self.inverse = self.inverse.index_select(0, left).index_select(1, left)
-        self.inputs = (torch.cumsum(stays, 0) - 1)[self.inputs]
-        self.gone = self.gone[:0]
 
 
 def _is_eligible(group: ChannelGroup, reader: Member) -> bool:
@@ -244,36 +339,6 @@ def _bulks(readers: Mapping[str, Sequence[nn.Module]]) -> Iterator[list[str]]:
         sizes |= needed
     if bulk:
         yield bulk
-
-
-def _collect(
-    module: nn.Module, readers: Mapping[str, nn.Module], norms: Container[str], split: Split, progress: Progress
-) -> dict[str, ReaderStats]:
-    """Run images through the network and return the statistics of each reader."""
-    sizes = {name: _unknowns(layer) for name, layer in readers.items()}
-    grams = {name: GramSum(size) for name, size in sizes.items()}
-    rows = dict.fromkeys(readers, 0)
-    number = 0
-
-    def watch(name: str):  # type: ignore[no-untyped-def]
-        def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            places = Places(positions_needed(sizes[name], len(split)), number)
-            x, _ = regression_rows(layer, inputs[0], output, places)
-            x = torch.cat([x, torch.ones(len(x), 1)], 1)
-            grams[name].add(x)
-            rows[name] += len(x)
-
-        return hook
-
-    with eval_mode(module), progress.task("what layers read", len(split)) as task:
-        batches = evaluation_batches(split, _BATCH, "nothing")
-        for number, (images, _) in enumerate(batches):  # noqa: B007 - read by the hooks
-            run_watched(module, images, {module.get_submodule(name): watch(name) for name in readers})
-            task.advance(len(images))
-    return {
-        name: _finished(name, reader, grams[name].matrix().div_(rows[name]), name in norms)
-        for name, reader in readers.items()
-    }
 
 
 def _finished(name: str, layer: nn.Module, gram: Tensor, has_norm: bool) -> ReaderStats:

@@ -53,9 +53,21 @@ def regression_rows(
     layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor, places: Places
 ) -> tuple[Tensor, Tensor]:
     """Return (rows, inputs * kernel) inputs and (rows, outputs) outputs at the same positions in every image."""
+    return input_rows(layer, inputs, outputs.shape[2:], places), places.rows_of(outputs)
+
+
+def input_rows(layer: nn.Conv2d | nn.Linear, inputs: Tensor, map_shape: torch.Size, places: Places) -> Tensor:
+    """Return (rows, inputs * kernel) inputs at sampled positions of the output, the same in every image.
+
+    Args:
+        layer: The layer.
+        inputs: Its inputs.
+        map_shape: (H, W) of its output; not used for a linear layer.
+        places: Sample of positions.
+    """
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1]), places.rows_of(outputs)
-    return _patches(layer, inputs, *places.inside(*outputs.shape[2:])), places.rows_of(outputs)
+        return inputs.reshape(-1, inputs.shape[-1])
+    return _patches(layer, inputs, *places.inside(*map_shape))
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Both visit the layers in the order of their calls, so that each layer also compe
 layers before it. The third repair, batch norm, is `compress.training.batch_norm.reestimate_batch_norm`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,11 +24,12 @@ from compress.pruning.repair.least_squares import (
     RIDGE,
     GramSum,
     Places,
+    input_rows,
     is_refittable,
     positions_needed,
-    regression_rows,
 )
 from compress.pruning.repair.lockstep import Lockstep, call_order, following_norms, run_watched
+from compress.pruning.repair.originals import OriginalOutputs, Sampled
 
 _BATCH = 128
 _PASS_BATCH = 32
@@ -50,6 +51,7 @@ class Comparison:
             layer also compensates the error of its block's input.
         means: Layer -> (n,) mean of each output in `original`; filled in by the repairs.
         most_images: Largest number of images of the split to fit layers to.
+        outputs: Outputs of `original` from the repairs of its other cuts, and for them; None if there is one cut.
     """
 
     slim: nn.Module
@@ -60,6 +62,7 @@ class Comparison:
     closing: Mapping[str, str] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     most_images: int = 512
+    outputs: OriginalOutputs | None = None
 
 
 def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]:
@@ -91,21 +94,19 @@ def refit_readers(comparison: Comparison, progress: Progress) -> tuple[str, ...]
         refitted = []
         with (
             progress.task("least squares", len(readers)) as task,
-            _known_means(comparison, [reader.name for reader in every], batches),
             Lockstep(slim, stops, batches) as ours,
-            Lockstep(original, stops, batches, after=readers) as theirs,
+            _originals(comparison, every, stops, readers, blocks, batches) as theirs,
         ):
             for stop in stops:
-                pairs = zip(ours.reach(stop), theirs.reach(stop), strict=True)
+                reader = blocks.get(stop) or readers[stop]
+                every_place = _places(reader, (reader.layer,), batches)
+                seen = zip(every_place, ours.reach(stop), theirs(stop), strict=True)
                 if stop in blocks:
-                    reader = blocks[stop]
-                    places = _places(reader, len(batches), sum(map(len, batches)))
                     missing[reader.name] = [
-                        place.rows_of(wanted[:, reader.kept] - got)
-                        for place, ((got,), (wanted,)) in zip(places, pairs, strict=True)
+                        wanted.rows_of(places)[:, reader.kept] - places.rows_of(got) for places, (got,), wanted in seen
                     ]
                     continue
-                if _refit(readers[stop], pairs, missing.pop(stop, None), len(batches), sum(map(len, batches))):
+                if _refit(reader, seen, missing.pop(stop, None)):
                     refitted.append(stop)
                 task.advance()
     return tuple(refitted)
@@ -248,28 +249,59 @@ def _live_bytes(network: nn.Module, example: Tensor) -> int:
     return max(most, 1)
 
 
-def _places(reader: _Reader, batches: int, images: int) -> list[Places]:
-    """Return the sample of positions for each batch."""
-    unknowns = reader.layer.weight[0].numel() + reader.has_intercept  # type: ignore[union-attr,index,operator]
-    return [Places(positions_needed(unknowns, images), number) for number in range(batches)]
+@contextmanager
+def _originals(
+    comparison: Comparison,
+    every: Sequence[_Reader],
+    stops: Sequence[str],
+    readers: Mapping[str, _Reader],
+    blocks: Mapping[str, _Reader],
+    batches: Sequence[Tensor],
+) -> Iterator[Callable[[str], Iterable[Sampled]]]:
+    """Yield a function from each stop in turn to the outputs of the original by batch, and fill in their means."""
+    original, known, sizes = comparison.original, comparison.outputs, [len(images) for images in batches]
+    if known is not None and known.has(stops, sizes):
+        yield known.get
+        return
+
+    def sampled(stop: str) -> Iterator[Sampled]:
+        reader = blocks.get(stop) or readers[stop]
+        places = _places(reader, (reader.layer, original.get_submodule(reader.name)), batches)
+        samples = []
+        for place, tensors in zip(places, passes.reach(stop), strict=True):
+            one = Sampled.of(tensors[0], tensors[-1], place)
+            if known is not None:
+                samples.append(one)
+            yield one
+        if known is not None:
+            known.add(stop, samples, sizes)
+
+    with (
+        _known_means(comparison, [reader.name for reader in every], batches),
+        Lockstep(original, stops, batches, after=readers) as passes,
+    ):
+        yield sampled
+
+
+def _places(reader: _Reader, layers: Iterable[nn.Module], batches: Sequence[Tensor]) -> list[Places]:
+    """Return the sample of positions for each batch, enough for all of the layers."""
+    unknowns = max(int(layer.weight[0].numel()) for layer in layers) + reader.has_intercept  # type: ignore[union-attr,index,operator]
+    needed = positions_needed(unknowns, sum(map(len, batches)))
+    return [Places(needed, number) for number in range(len(batches))]
 
 
 def _refit(
     reader: _Reader,
-    pairs: Iterable[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]],
+    seen: Iterable[tuple[Places, tuple[Tensor, ...], Sampled]],
     missing: Sequence[Tensor] | None,
-    batches: int,
-    images: int,
 ) -> bool:
     """Refit one layer if its inputs changed, and return whether it was refitted.
 
     Args:
         reader: The layer.
-        pairs: Input of the layer, and input and output of the baseline's layer, batch by batch.
+        seen: Positions, input of the layer, and input and output of the baseline's layer, batch by batch.
         missing: For each batch, (rows, outputs) missing part of the block's sum that the layer closes; None if it
             closes none.
-        batches: Number of batches.
-        images: Number of images in all batches.
     """
     layer = reader.layer
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
@@ -280,13 +312,12 @@ def _refit(
     grams = GramSum(unknowns)
     cross = torch.zeros(unknowns, outputs, dtype=torch.float64)
     has_changed = False
-    every_place = _places(reader, batches, images)
-    for number, (places, ((inputs,), (before, outputs_before))) in enumerate(zip(every_place, pairs, strict=True)):
-        has_changed |= inputs.shape != before.shape or not torch.equal(inputs, before)
-        x, y = regression_rows(layer, inputs, outputs_before, places)
+    for number, (places, (inputs,), before) in enumerate(seen):
+        has_changed |= not before.equals_input(inputs)
+        x = input_rows(layer, inputs, before.map_shape, places)
         if reader.has_intercept:
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
-        wanted = reader.wanted(y)
+        wanted = reader.wanted(before.rows_of(places))
         if missing is not None:
             has_changed |= bool(missing[number].any())
             wanted = wanted + missing[number] * reader.scale
@@ -297,8 +328,8 @@ def _refit(
     gram = grams.matrix()
     ridge = RIDGE * gram.diagonal().mean()
     gram.diagonal().add_(ridge)
-    result, info = torch.linalg.solve_ex(gram, cross + ridge * old.double())
-    solution = result.float()
+    factor, info = torch.linalg.cholesky_ex(gram)
+    solution = torch.cholesky_solve(cross + ridge * old.double(), factor).float()
     if int(info) != 0 or not solution.isfinite().all():  # all inputs are zero
         return False
     if reader.has_intercept:

@@ -142,7 +142,7 @@ def measure(name: str, folder: Path, latency: float) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         _, record = PruneStage(config).run(model, ctx)
-        ratio, fewer = record["latency"]["measured_ratio"], record["macs_before"] / record["macs_after"]
+        ratio, fewer = record.latency.measured_ratio, record.macs_before / record.macs_after
         reached = f"{ratio:.3f} | {fewer:.2f}x | {1 / ratio / fewer:.2f}"
     except CompressError as error:
         reached = f"{error.message} | |"

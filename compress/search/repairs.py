@@ -2,23 +2,26 @@
 
 import copy
 import math
-from collections.abc import Callable, Container, Mapping, Sequence, Sized
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
+from typing import Any
 
 from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
+from compress.model.stage_records import Repair
 from compress.pruning.blocks import closing_layers
 from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
+from compress.search.parts import Part
 from compress.search.validation import is_loss_higher
 from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import image_losses
 
-Repair = tuple[str, Callable[[nn.Module], Sized]]
+NamedRepair = tuple[str, Callable[[nn.Module], Sized]]
 REPAIRS = ("least_squares", "bias_folding", "batch_norm")
 
 
-def batch_norm_repair(ctx: StageContext) -> Repair:
+def batch_norm_repair(ctx: StageContext) -> NamedRepair:
     """Return the repair that measures batch-norm statistics again on the calibration split."""
     return "batch_norm", lambda module: reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
 
@@ -31,7 +34,7 @@ def repairs_towards(
     example: Tensor,
     ctx: StageContext,
     refit_images: int = 512,
-) -> list[Repair]:
+) -> list[NamedRepair]:
     """Return the requested repairs in a useful order: refits of layers before new batch-norm statistics.
 
     Args:
@@ -55,7 +58,7 @@ def repairs_towards(
     def comparison(module: nn.Module) -> Comparison:
         return Comparison(module, original, layers, kept_outputs, ctx.data.calibration, closing, means, refit_images)
 
-    every: list[Repair] = [
+    every: list[NamedRepair] = [
         ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
         ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
         batch_norm_repair(ctx),
@@ -64,8 +67,8 @@ def repairs_towards(
 
 
 def apply_repairs(
-    module: nn.Module, repairs: Sequence[Repair], ctx: StageContext, enough: Container[str] = ()
-) -> list[Record]:
+    module: nn.Module, repairs: Sequence[NamedRepair], ctx: StageContext, enough: Container[str] = ()
+) -> list[Repair]:
     """Apply repairs in turn and in place; one that raises the validation loss by more than noise is rolled back.
 
     Args:
@@ -89,7 +92,7 @@ def apply_repairs(
         loss, after = float(losses.mean()), float(new_losses.mean())
         is_lower = after < loss or (math.isnan(loss) and not math.isnan(after))
         is_kept = is_lower or (after > loss and not is_loss_higher(losses, new_losses))
-        records.append({"repair": name, "loss_before": loss, "loss_after": after, "is_kept": is_kept})
+        records.append(Repair(repair=name, loss_before=loss, loss_after=after, is_kept=is_kept))
         said = "" if is_lower else ", inside the noise" if is_kept else ", rolled back"
         ctx.progress.note(f"{name}: validation loss {loss:.4f} -> {after:.4f}{said}")
         if is_kept:
@@ -99,3 +102,13 @@ def apply_repairs(
         else:
             module.load_state_dict(state)
     return records
+
+
+def repaired_part(module: nn.Module, repairs: Sequence[Repair]) -> Part:
+    """Return a repaired network as a part of the stage."""
+    return Part([one.to_dict() for one in repairs], module.state_dict())
+
+
+def repairs_of(record: Iterable[Mapping[str, Any]]) -> tuple[Repair, ...]:
+    """Return the repairs in the record of a part."""
+    return tuple(Repair(**one) for one in record)

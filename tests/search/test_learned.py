@@ -73,7 +73,7 @@ def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, meth
     replayed = apply_edits(nets.build(name, seed=3), slim.recipe, nets.EXAMPLE)
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
     assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
-    json.dumps(record)
+    json.dumps(record.to_dict())
 
 
 @pytest.mark.parametrize("method", ["grda", "regrow", "tpp"])

@@ -83,7 +83,7 @@ def test_labels_are_not_looked_at(criterion, data, ctx, tmp_path, monkeypatch) -
 
 def _candidates(config: PruneConfig, model: TorchModel, ctx: StageContext):
     surveyed = survey(model, config, None, ctx)
-    return Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx).candidates()
+    return Scoring(Shortened(model, (), (), model.module, 0), surveyed, "key", ctx).candidates()
 
 
 def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp_path) -> None:
@@ -291,7 +291,7 @@ def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> 
     model = make_saved_model("chain", tmp_path, module)
     config = _config(criterion="snip", score_images=16)
     surveyed = survey(model, config, None, ctx)
-    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
+    scoring = Scoring(Shortened(model, (), (), model.module, 0), surveyed, "key", ctx)
     measured = scoring.evidence.with_statistics(module)
     assert measured is not module
     assert not module.body[0][1].running_mean.any()
@@ -305,7 +305,7 @@ def test_the_loss_of_the_stage_follows_the_factors(ctx, tmp_path) -> None:
         _config(criterion="greedy_loss", score_images=16),
     )
     surveyed = survey(model, config, None, ctx)
-    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
+    scoring = Scoring(Shortened(model, (), (), model.module, 0), surveyed, "key", ctx)
     group = surveyed.groups["body.0.0"]
     loss_of, split = scoring.orders.loss_with(group), ctx.data.calibration.first(16)
     factors = torch.linspace(0, 2, group.width)

@@ -321,7 +321,7 @@ def test_between_one_block_and_the_next_a_refit_that_helps_is_enough(data, tmp_p
     baseline = Baseline(figures, tmp_path, tmp_path)
     model = TorchModel(network, FactorySpec("factory", "nets:build"), Recipe(), SIGNATURE, None, (), baseline)
     networks = shorten(model, 16, every, StageContext(tmp_path, 0, data, RecordingProgress()))
-    assert next(networks).repairs == []
+    assert next(networks).repairs == ()
     told = iter(losses)
     monkeypatch.setattr(repairing, "image_losses", lambda *_, **__: torch.full((16,), next(told)))
     assert [one.repair for one in next(networks).repairs] == list(every[:tried])
@@ -636,7 +636,7 @@ def test_blocks_are_trained_after_the_other_repairs(prune):
         block_repair={"images": 48, "steps": 40, "batch_size": 8},
     )
     *others, last = record.repairs
-    assert others == without.repairs
+    assert others == [*without.repairs]
     assert last.repair == "blocks"
     assert {block.name for block in last.blocks} >= {"body.1", "body.2"}
     assert any(block.is_kept for block in last.blocks)

@@ -5,8 +5,8 @@
     StoredRecord    a record that was read from disk, as its plain values
 
 A field's key in the dump is its name. Keys of the primary metric are named after it: the field `validation_before` is
-"validation_top1_before" there. A field marked `OPTIONAL` has no key where it is None. `compress.report.records` reads
-the dumps, those of earlier versions included.
+"validation_top1_before" there. A field marked `OPTIONAL` has no key for None. `compress.report.records` reads the
+dumps, those of earlier versions included.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class StoredRecord(StageRecord):
     values: Mapping[str, Any]
 
     def to_dict(self, metric: Metric = TOP1) -> dict[str, Any]:
-        """Return the values as they were read."""
+        """Return the stored values."""
         return dict(self.values)
 
 

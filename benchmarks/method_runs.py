@@ -88,8 +88,8 @@ def measure(row: str, arguments: argparse.Namespace, first: set[tuple[str, int]]
             values |= {method: settings} if settings else {}
         started = time.perf_counter()
         slim, record = PruneStage(PruneConfig.model_validate(values)).run(model, ctx)
-        learned = record.get("method") or {}
-        losses = [learned.get("loss_before_cut"), learned.get("loss_after_cut")]
+        learned = record.method
+        losses = [None, None] if learned is None else [learned.loss_before_cut, learned.loss_after_cut]
         losses.append(evaluate_loss(slim.module, data.validation))
         losses.append(None)
         if epochs:
@@ -104,7 +104,7 @@ def measure(row: str, arguments: argparse.Namespace, first: set[tuple[str, int]]
         removed = {(group, channel) for group, channels in edit.removed.items() for channel in channels}
         first |= set() if first else removed
         overlap = len(first & removed) / len(first | removed)
-        console.note(f"figures of {method}: {learned.get('figures')}; MACs {record['reached_ratio']:.3f}")
+        console.note(f"metrics of {method}: {learned and learned.metrics}; MACs {record.reached_ratio:.3f}")
     said = ", ".join(f"{key}: {value}" for key, value in settings.items())
     return f"| {method} | {said} | {shown} | {top1[0]:.2%} | {top1[1]:.2%} | {overlap:.2f} | {seconds:.0f} |"
 

@@ -78,7 +78,7 @@ FROM_SCRATCH = "random weights"
 UNMEASURED: dict[str, Any] = {"robustness": None, "resources": None}
 NOT_WHILE_LEARNING = (
     "stage", "weights", "epochs", "steps", "ema", "average_ratio", "probe", "norms", "rewind_to", "rewind_epoch",
-    "rewind_schedule", "own", "kwargs", "trained",
+    "rewind_schedule", "own", "kwargs", "trained", "quantization_aware",
 )  # fmt: skip
 
 

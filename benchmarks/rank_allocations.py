@@ -57,10 +57,10 @@ def row(model: TorchModel, ctx: StageContext, metric: str, kept: float, multiple
         except StageError as error:
             return f"{head} {error.message} | | | | |"
     loss = evaluate_loss(slim.module, ctx.data.validation, progress=ctx.progress)
-    chosen = [layer["scheme"] for layer in record["layers"]]
+    chosen = [layer.scheme for layer in record.layers]
     counts = ", ".join(f"{chosen.count(name)} {name}" for name in dict.fromkeys(chosen))
-    macs, params = (record[f"{name}_after"] / record[f"{name}_before"] for name in ("macs", "params"))
-    return f"{head} {macs:.3f} | {params:.3f} | {counts} | {loss:.4f} | {record['validation_top1_after']:.2%} |"
+    macs, params = record.macs_after / record.macs_before, record.params_after / record.params_before
+    return f"{head} {macs:.3f} | {params:.3f} | {counts} | {loss:.4f} | {record.validation_after:.2%} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

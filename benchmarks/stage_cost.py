@@ -183,9 +183,9 @@ def measure(name: str, effort: str, tables: Path, target: TargetConfig) -> dict[
         started = Seconds.now()
         try:
             _, record = PruneStage(config).run(model, ctx)
-            reached = f"{record['macs_before'] / record['macs_after']:.2f}x fewer MACs"
+            reached = f"{record.macs_before / record.macs_after:.2f}x fewer MACs"
             if target.needs_latency:
-                reached += f", {record['latency']['measured_ratio']:.3f} of the latency"
+                reached += f", {record.latency.measured_ratio:.3f} of the latency"
         except CompressError as error:
             reached = error.message
         whole = Seconds.now() - started

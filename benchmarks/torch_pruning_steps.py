@@ -153,7 +153,7 @@ class Bench:
             twin, base = with_plain_shortcuts(self.base.module), self.base
             hooks = GroupNormHooks(self.cutter(Setting()), twin, streams)
             state = self.context.folder / f"sparse-{streams}.pt"
-            train_with_hooks(twin, base, _halved(self.recipe), hooks, state, self.context)
+            train_with_hooks("group_norm", twin, base, _halved(self.recipe), hooks, state, self.context)
             return replace(base, module=trained_weights(base.module, twin))
 
         return self._network(f"sparse-{'streams' if streams else 'inside'}", make)

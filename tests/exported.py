@@ -10,8 +10,9 @@ import nets
 
 from compress.data.preprocessing import Preprocessing
 from compress.exporting.settings import ExportSettings
-from compress.exporting.torch_onnx import ExportReport, export_onnx
+from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TensorSpec
+from compress.model.stage_records import ExportRecord
 
 SIGNATURE = Signature((TensorSpec("image", ("batch", 3, 16, 16)),), (TensorSpec("logits", ("batch", 4)),))
 PREPROCESSING = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
@@ -26,7 +27,7 @@ def _folder() -> Path:
 
 
 @cache
-def exported_with_report(name: str) -> tuple[Path, ExportReport]:
+def exported_with_report(name: str) -> tuple[Path, ExportRecord]:
     """Export a tiny network; tests must not change the file."""
     path = _folder() / f"{name}.onnx"
     report = export_onnx(

@@ -385,7 +385,7 @@ class _Run:
                 artifact, record = self._with_stage(
                     step, work, lambda stage, ctx: stage.run(self.artifact, replace(ctx, joint=joint))
                 )
-            meta = {"record": record, "seconds": round(time.perf_counter() - started, 3)}
+            meta = {"record": record.to_dict(), "seconds": round(time.perf_counter() - started, 3)}
             entry = self.store.put(key, lambda folder: save_artifact(artifact, folder), meta, VOLATILE)
         except CompressError as error:
             error.message = f"Stage '{step.entry.name}' ({step.index + 1} of {count}): {error.message}"

@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from compress.exporting.simplify import find_difference, simplify_onnx
 from compress.model.adapter import real_inputs, wiring_of
 from compress.model.artifacts import Signature, TensorSpec
 from compress.model.modes import eval_mode
+from compress.model.stage_records import ExportRecord
 from compress.onnx_file.io import (
     at_sizes,
     default_opset,
@@ -52,33 +52,6 @@ _COMPLEX = (
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """Result of an export.
-
-    Attributes:
-        nodes_before: Number of nodes in torch's export.
-        nodes_after: Number of nodes in the file.
-        simplified: True where the file holds the graph that onnxslim made.
-        simplify_note: Reason why it does not, or "".
-        opset: Version of the default operator set.
-        size_bytes: Bytes of all files together.
-        files: Names of the files, the .onnx file first.
-        denormals_flushed: Weights too small for a normal float32 that were set to zero.
-        rewrites: Rewrite -> number of times it was applied.
-    """
-
-    nodes_before: int
-    nodes_after: int
-    simplified: bool
-    simplify_note: str
-    opset: int
-    size_bytes: int
-    files: tuple[str, ...]
-    denormals_flushed: int
-    rewrites: dict[str, int]
-
-
 def export_onnx(
     module: nn.Module,
     signature: Signature,
@@ -86,7 +59,7 @@ def export_onnx(
     settings: ExportSettings,
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] = (),
-) -> ExportReport:
+) -> ExportRecord:
     """Write `module` as an ONNX file; an existing file is replaced only when the new one passed every check.
 
     Args:
@@ -118,7 +91,7 @@ def export_onnx(
         if settings.precision == "fp16":
             draft.halve()
         files = move_into_place(draft.path, path)
-    return ExportReport(
+    return ExportRecord(
         nodes_before=nodes_before,
         nodes_after=len(draft.model.graph.node),
         simplified=settings.simplify and not note,

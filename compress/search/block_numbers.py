@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from compress.errors import BudgetUnreachable, InternalError
+from compress.model.stage_records import BlockTrial
 from compress.search.block_removal import Shortened
-from compress.search.context import Record
 from compress.search.parts import Part
 from compress.search.pruner import Attempt, Pruner
 from compress.search.survey import survey
@@ -60,7 +60,7 @@ class BlockNumberSearch:
     """
 
     def __init__(self, pruner: Pruner) -> None:
-        self.records: list[Record] = []
+        self.records: list[BlockTrial] = []
         self._pruner, self._progress = pruner, pruner.ctx.progress
         self._latency = _LatestLatency()
         self._unreachable: BudgetUnreachable | None = None
@@ -108,10 +108,10 @@ class BlockNumberSearch:
         try:
             trial = self._trial(shortened)
         except BudgetUnreachable as error:
-            self.records.append({"blocks": len(shortened.removed), "loss": None, "reason": error.message})
+            self.records.append(BlockTrial(blocks=len(shortened.removed), loss=None, reason=error.message))
             self._unreachable = self._unreachable or error
             return None
-        self.records.append({"blocks": trial.blocks, "loss": trial.loss, "reason": None})
+        self.records.append(BlockTrial(blocks=trial.blocks, loss=trial.loss))
         self._progress.note(f"{trial.blocks} blocks removed: validation loss {trial.loss:.4f} within the budget")
         return replace(trial, loss=math.inf if math.isnan(trial.loss) else trial.loss)
 

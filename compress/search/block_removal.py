@@ -20,14 +20,15 @@ from compress.data.splits import Split
 from compress.errors import ConfigValueError
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import MergeBlock, RemoveBlock
+from compress.model.stage_records import Repair
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.merging import Mergeable, find_mergeable_blocks, fit_merged, load_merged, merged_output
 from compress.pruning.ranking.selection import Groups
 from compress.pruning.ranking.sensitivity import block_damage
 from compress.pruning.surgery import merge_block, remove_block
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.parts import Part, weights_digest
-from compress.search.repairs import REPAIRS, apply_repairs, repairs_towards
+from compress.search.repairs import REPAIRS, apply_repairs, repairs_of, repairs_towards
 from compress.training.evaluate import evaluate_loss
 
 _FIT_BATCH = 32
@@ -48,7 +49,7 @@ class Shortened:
 
     model: TorchModel
     removed: tuple[str, ...]
-    repairs: list[Record]
+    repairs: tuple[Repair, ...]
     whole: nn.Module
     blocks: int
     merged: tuple[str, ...] = ()
@@ -122,7 +123,7 @@ def shorten(
     whole, example = model.module, example_input(model.signature)
     mergeable = find_mergeable_blocks(whole, example) if merges else {}
     blocks = len({*find_removable_blocks(whole, example), *mergeable})
-    yield Shortened(model, (), [], whole, blocks)
+    yield Shortened(model, (), (), whole, blocks)
     removed: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     split = ctx.data.calibration.first(score_images)
@@ -138,7 +139,8 @@ def shorten(
         wanted = repairs_towards(whole, slim, {}, repairs, example, ctx, refit_images)
         tried = apply_repairs(slim, wanted, ctx, enough=("least_squares",))  # more blocks or a cut may follow
         is_merge = {"merge": asdict(edit)} if isinstance(edit, MergeBlock) else {}
-        return Part({"block": edit.block, "repairs": tried, **is_merge}, slim.state_dict())
+        repaired = [one.to_dict() for one in tried]
+        return Part({"block": edit.block, "repairs": repaired, **is_merge}, slim.state_dict())
 
     while True:
         names = find_removable_blocks(model.module, example)
@@ -156,7 +158,7 @@ def shorten(
         model = replace(model, module=module, recipe=model.recipe.then(edit))
         removed = (*removed, edit.block)
         merged = merged if given is None else (*merged, edit.block)
-        yield Shortened(model, removed, part.record["repairs"], whole, blocks, merged)
+        yield Shortened(model, removed, repairs_of(part.record["repairs"]), whole, blocks, merged)
 
 
 def _edited(module: nn.Module, edit: RemoveBlock | MergeBlock) -> nn.Module:

@@ -1,7 +1,7 @@
 """Block reconstruction of the network that a stage has chosen, resumable block by block."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,11 @@ from compress.data.splits import Split
 from compress.model.artifacts import TorchModel
 from compress.model.modes import eval_mode
 from compress.model.recipe import Recipe
-from compress.pruning.repair.block_reconstruction import (
-    Reconstructed,
-    Reconstruction,
-    reconstruct_blocks,
-)
+from compress.model.stage_records import Repair, RepairedBlock
+from compress.pruning.repair.block_reconstruction import Reconstruction, reconstruct_blocks
 from compress.pruning.repair.walks import Pair, find_walk
 from compress.pruning.survival import surviving_channels
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.parts import Part, weights_digest
 from compress.search.repairs import apply_repairs
 
@@ -39,7 +36,7 @@ def repair_blocks(
     repair: Sequence[str],
     settings: BlockRepairConfig | None,
     ctx: StageContext,
-) -> list[Record]:
+) -> list[Repair]:
     """Train each block of a cut network, in place, to return what it returned before the stage.
 
     The result is rolled back if the validation loss rises.
@@ -58,7 +55,7 @@ def repair_blocks(
         return []
     settings = settings or BlockRepairConfig()
     edits = Recipe(after.recipe.edits[len(before.recipe.edits) :])
-    results: list[Reconstructed] = []
+    results: list[RepairedBlock] = []
 
     def reconstruct(module: nn.Module) -> list[str]:
         results.extend(_reconstruct(module, before, edits, settings, ctx))
@@ -67,12 +64,12 @@ def repair_blocks(
     records = apply_repairs(after.module, [(BLOCKS, reconstruct)], ctx)
     if results and not records:
         ctx.progress.note("blocks: training lowered the error of no block; all are unchanged")
-    return [{**one, "blocks": [asdict(result) for result in results]} for one in records]
+    return [replace(one, blocks=tuple(results)) for one in records]
 
 
 def _reconstruct(
     module: nn.Module, before: TorchModel, edits: Recipe, settings: BlockRepairConfig, ctx: StageContext
-) -> list[Reconstructed]:
+) -> list[RepairedBlock]:
     example = example_input(before.signature)
 
     def surviving(network: nn.Module) -> dict[str, Tensor]:
@@ -85,16 +82,16 @@ def _reconstruct(
     digest = weights_digest(module)
 
     def keep(
-        name: str, train: Callable[[], tuple[Reconstructed, dict[str, Tensor]]]
-    ) -> tuple[Reconstructed, dict[str, Tensor]]:
+        name: str, train: Callable[[], tuple[RepairedBlock, dict[str, Tensor]]]
+    ) -> tuple[RepairedBlock, dict[str, Tensor]]:
         def make() -> Part:
             result, weights = train()
-            return Part(asdict(result), weights)
+            return Part(result.to_dict(), weights)
 
         chosen = {**settings.model_dump(mode="json"), "steps": steps, "batch_size": batch_size}
         key = {"part": "block", "of": digest, "block": name, "settings": chosen}
         part = ctx.parts.keep(key, make)
-        return Reconstructed(**part.record), part.tensors
+        return RepairedBlock(**part.record), part.tensors
 
     with eval_mode(module), eval_mode(before.module):
         with torch.no_grad():

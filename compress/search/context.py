@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.verify import DeployConfig
 from compress.data.splits import DataSplits, Teacher
+from compress.model.stage_records import StageRecord
 from compress.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,16 +58,13 @@ class StageContext:
         return Parts(self.folder, self.progress)
 
 
-Record = dict[str, Any]
-
-
 class Stage(Protocol):
     """One step of a pipeline. Kind of input and output, version and summary are declared in `catalog.STAGES`."""
 
     def __init__(self, config: Any) -> None: ...
 
-    def run(self, artifact: Any, ctx: StageContext) -> tuple[Any, Record]:
-        """Return a new artifact and a JSON-ready record for the report; the input is not changed."""
+    def run(self, artifact: Any, ctx: StageContext) -> tuple[Any, StageRecord]:
+        """Return a new artifact and a record for the report; the input is not changed."""
         ...
 
 

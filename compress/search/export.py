@@ -13,8 +13,9 @@ from compress.exporting.simplify import find_difference
 from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
 from compress.model.artifacts import Signature, TorchModel
 from compress.model.modes import eval_mode
+from compress.model.stage_records import Rewrite
 from compress.onnx_file.io import load_onnx, save_onnx
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.deployed_files import timed_files
 from compress.verification.measurement import Conditions, measure_ratio
 
@@ -80,7 +81,7 @@ def conditions_of(deploy: DeployConfig | None) -> Conditions:
     return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, repeats=deploy.repeats)
 
 
-def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Record]:
+def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Rewrite]:
     """Apply each rewrite to a file and return those that fit, their speed-up, and whether they are kept.
 
     Args:
@@ -111,9 +112,8 @@ def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContex
                 with timed_files([rewritten, path], ctx) as (new, old):
                     speedup = 1 / measure_ratio(new, old, split, conditions, ctx.progress)
                 ctx.progress.note(f"{name}: rewritten in {places} places, {speedup:.2f}x as fast on {conditions}")
-        records.append(
-            {"rewrite": name, "places": places, "speedup": speedup, "is_kept": speedup is None or speedup > WORTH_IT}
-        )
+        is_kept = speedup is None or speedup > WORTH_IT
+        records.append(Rewrite(rewrite=name, places=places, speedup=speedup, is_kept=is_kept))
     return records
 
 

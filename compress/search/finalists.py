@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 
 from compress.checkpoint.rebuild import example_input
 from compress.errors import BudgetUnreachable, InternalError
+from compress.model.stage_records import BlockTrial
 from compress.search.block_removal import Shortened, places_in_whole, without_blocks
-from compress.search.context import Record
 from compress.search.parts import Part, weights_digest
 from compress.search.pricing import Pricing
 from compress.search.pruner import Attempt, Prepared, Pruner
-from compress.search.repairs import apply_repairs, repairs_towards
+from compress.search.repairs import apply_repairs, repaired_part, repairs_of, repairs_towards
 from compress.search.whole_trials import Tried
 
 FINALISTS = 3
@@ -46,7 +46,7 @@ class Finalists:
     """
 
     def __init__(self, prepared: Prepared, pruner: Pruner) -> None:
-        self.records: list[Record] = []
+        self.records: list[BlockTrial] = []
         self._prepared, self._pruner, self._ctx = prepared, pruner, pruner.ctx
         self._shorter: dict[tuple[str, ...], Prepared] = {(): prepared}
 
@@ -67,14 +67,14 @@ class Finalists:
                 attempt = self._finished(tried)
             except BudgetUnreachable as error:
                 unreachable = unreachable or error
-                self.records.append({"blocks": blocks, "loss": None, "reason": error.message})
+                self.records.append(BlockTrial(blocks=blocks, loss=None, reason=error.message))
                 continue
             loss = self._pruner.loss(attempt)
-            self.records.append({"blocks": blocks, "loss": loss, "reason": None})
+            self.records.append(BlockTrial(blocks=blocks, loss=loss))
             self._ctx.progress.note(f"{blocks} blocks removed, repaired in full: validation loss {loss:.4f}")
             if best is None or loss < best[0] or math.isnan(best[0]):
                 best = loss, attempt
-            if sum(record["loss"] is not None for record in self.records) == FINALISTS:
+            if sum(record.loss is not None for record in self.records) == FINALISTS:
                 break
         if best is None:
             raise unreachable or InternalError("No candidate network was tried.")
@@ -105,11 +105,11 @@ class Finalists:
             module, whole = model.module, before.whole
             wanted = repairs_towards(whole, module, {}, config.repair, example, self._ctx, config.refit_images)
             tried = apply_repairs(module, wanted, self._ctx, enough=("least_squares",))  # channels are removed next
-            return Part(tried, module.state_dict())
+            return repaired_part(module, tried)
 
         weights = weights_digest(before.model.module)
         key = {"part": "without", "of": self._prepared.key, "removed": blocks, "weights": weights}
         part = self._ctx.parts.keep(key, repair)
         model.module.load_state_dict(part.tensors)
-        repairs = before.repairs + part.record
+        repairs = before.repairs + repairs_of(part.record)
         return replace(before, model=model, removed=before.removed + blocks, repairs=repairs)

@@ -7,11 +7,10 @@ from torch import nn
 
 from compress.config.schema.training import TrainingConfig
 from compress.model.artifacts import TorchModel
-from compress.progress import Progress
-from compress.search.context import Record, StageContext
+from compress.model.stage_records import MethodRecord
+from compress.search.context import StageContext
 from compress.search.training import distillation_from, fit_settings, pace
-from compress.search.validation import is_quality_worse, metric_of, stated, validation_quality
-from compress.tasks.base import Metric
+from compress.search.validation import is_quality_worse, metric_of, validation_quality
 from compress.training.distributed import leave
 from compress.training.evaluate import evaluate_loss, quality_facts
 from compress.training.hooks import TrainingHooks
@@ -28,18 +27,20 @@ def hooked_settings(config: TrainingConfig, ctx: StageContext, module: nn.Module
 
 
 def train_with_hooks(
+    name: str,
     module: nn.Module,
     artifact: TorchModel,
     config: TrainingConfig,
     hooks: TrainingHooks,
     state: Path,
     ctx: StageContext,
-) -> Record:
+) -> MethodRecord:
     """Train a network in place and return the record; resume from the file `state` if it exists.
 
     Warns if training makes the primary metric worse by more than noise. Of several ranks, rank 0 alone returns.
 
     Args:
+        name: Name of the method.
         module: The network; the method may have modified it already.
         artifact: Input of the stage; the distillation teacher is made from it.
         config: Settings of the training.
@@ -66,42 +67,40 @@ def train_with_hooks(
             f"{metric.show(before)} -> {metric.show(after)}. More steps, a lower learning_rate or a target that keeps "
             "more would help; a 'finetune' stage may win some of it back."
         )
-    return {
-        f"validation_{metric.name}_before": before,
-        "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
-        "chosen_epoch": result.chosen_epoch,
-        "steps": result.steps,
-        "peak_learning_rate": settings.learning_rate,
-        "batch_size": settings.batch_size,
-        "loss_before_cut": evaluate_loss(module, validation, progress=ctx.progress),
-        f"{metric.name}_before_cut": after,
-        **stated(metric),
-    }
+    return MethodRecord(
+        name=name,
+        metric=metric,
+        validation_before=before,
+        epochs=result.epochs,
+        chosen_epoch=result.chosen_epoch,
+        steps=result.steps,
+        peak_learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        loss_before_cut=evaluate_loss(module, validation, progress=ctx.progress),
+        quality_before_cut=after,
+    )
 
 
-def loss_and_quality(module: nn.Module, when: str, ctx: StageContext) -> Record:
-    """Return the loss and the primary metric, on the validation split, under names that end with `when`."""
-    return {
-        f"loss_{when}": evaluate_loss(module, ctx.data.validation, progress=ctx.progress),
-        f"{metric_of(ctx.data.validation).name}_{when}": validation_quality(module, ctx),
-    }
-
-
-def say_cut(record: Record, metric: Metric, progress: Progress) -> None:
-    """Note the effect of the removal on a network that was trained for it; warn if the loss rises.
+def measure_cut(record: MethodRecord, module: nn.Module, ctx: StageContext) -> MethodRecord:
+    """Measure the effect of the removal on a network that was trained for it; warn if the loss rises.
 
     Args:
-        record: Loss and metric before and after the cut, as in `loss_and_quality`, and the method's name and cause.
-        metric: The primary metric.
-        progress: Receives the note and the warning.
+        record: Record of the training, with the cause of a higher loss.
+        module: The network after the removal.
+        ctx: Validation split and listener of the stage.
+
+    Returns:
+        The record with loss and primary metric after the removal.
     """
-    before, after = record["loss_before_cut"], record["loss_after_cut"]
-    progress.note(
-        f"{record['name']}: validation loss {before:.4f} before the cut, {after:.4f} after it; {metric.words} "
-        f"{metric.show(record[f'{metric.name}_before_cut'])}, {metric.show(record[f'{metric.name}_after_cut'])}"
+    before, after = record.loss_before_cut, evaluate_loss(module, ctx.data.validation, progress=ctx.progress)
+    quality, metric = validation_quality(module, ctx), record.metric
+    ctx.progress.note(
+        f"{record.name}: validation loss {before:.4f} before the cut, {after:.4f} after it; {metric.words} "
+        f"{metric.show(record.quality_before_cut)}, {metric.show(quality)}"
     )
     if not after - before <= CUT_JUMP:
-        progress.warn(
-            f"The cut after '{record['name']}' must change next to nothing, it raised the validation loss by "
-            f"{after - before:.3f}, above {CUT_JUMP:g}. {record['cause']}"
+        ctx.progress.warn(
+            f"The cut after '{record.name}' must change next to nothing, it raised the validation loss by "
+            f"{after - before:.3f}, above {CUT_JUMP:g}. {record.cause}"
         )
+    return replace(record, loss_after_cut=after, quality_after_cut=quality)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from compress.model.artifacts import TorchModel
-from compress.search.context import Record, StageContext
+from compress.model.stage_records import Isometry
+from compress.search.context import StageContext
 from compress.training.isometry import affordable, mean_singular_value
 
 LOW_RATIO = 0.5  # of the baseline's mean singular value
@@ -15,7 +16,7 @@ SOURCE = "arXiv:2105.05916"
 
 def measure_isometry(
     artifact: TorchModel, networks: Mapping[str, Callable[[], nn.Module] | None], ctx: StageContext
-) -> Record:
+) -> Isometry:
     """Return the mean singular value of each network's input-output Jacobian.
 
     Args:
@@ -24,27 +25,27 @@ def measure_isometry(
         ctx: Context of the stage, with the calibration images.
 
     Returns:
-        Mean singular value by name, None without a network; the number of images and the largest number of output
-        directions used. Only {"skipped": reason} if nothing could be measured.
+        Mean singular value by name, None without a network; or the reason why nothing was measured.
     """
     effort = affordable(artifact.baseline.metrics.macs, ctx.data.calibration)
     if effort is None:
-        return {"skipped": f"{artifact.baseline.metrics.macs:,} MACs an image would take too long"}
+        return Isometry(skipped=f"{artifact.baseline.metrics.macs:,} MACs an image would take too long")
     values: dict[str, float | None] = {}
     for name, make in networks.items():
         values[name] = None
         if make is not None:
             values[name], reason = mean_singular_value(make(), ctx.data.calibration, effort, ctx.progress)
             if reason:
-                return {"skipped": reason}
-    return {**values, "images": min(effort.images, len(ctx.data.calibration)), "directions": effort.directions}
+                return Isometry(skipped=reason)
+    images = min(effort.images, len(ctx.data.calibration))
+    return Isometry(values=values, images=images, directions=effort.directions)
 
 
-def conclusion(isometry: Record, rate: float, reference: float, reference_name: str) -> tuple[str, bool]:
+def conclusion(isometry: Isometry, rate: float, reference: float, reference_name: str) -> tuple[str, bool]:
     """Return advice on the learning rate by the singular values before training, and whether it is a warning.
 
     Args:
-        isometry: Record with the values "baseline" and "before".
+        isometry: Measurement with the values "baseline" and "before".
         rate: Peak learning rate of this training.
         reference: Peak learning rate to compare with.
         reference_name: Description of the reference, as in "of the original training".
@@ -52,7 +53,7 @@ def conclusion(isometry: Record, rate: float, reference: float, reference_name: 
     Returns:
         A sentence or two, and whether to warn; "" and False without a baseline to compare with.
     """
-    baseline, before = isometry.get("baseline"), isometry.get("before")
+    baseline, before = isometry.values.get("baseline"), isometry.values.get("before")
     if not baseline or before is None:
         return "", False
     ratio, share = before / baseline, rate / reference

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from compress.errors import BudgetUnreachable
+from compress.model.stage_records import LayerLatency, Round, Stairs, Step, Variant, WidthLatencyRecord
 from compress.progress import Progress
-from compress.search.context import Record
 from compress.search.width_latency import LatencyModel, Widths
 from compress.verification.measurement import PairLatency
 
@@ -126,35 +126,32 @@ def meet_latency(
     return choices[best], timed
 
 
-def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]) -> Record:
+def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]) -> WidthLatencyRecord:
     """Return the report's entry on the latency."""
     measured = [choice.ratio for choice in timed if choice.widths == widths]
-    return {
-        "reference_ms": model.reference_ms,
-        "fixed_ms": model.cost.fixed,
-        "predicted_ratio": model.predict_ratio(widths),
-        "measured_ratio": measured[-1] if measured else None,
-        "table_error": model.table.error,
-        "scatter": model.table.spread,
-        "rounds": rounds_record(timed),
-        "variants": [{"predicted_ms": predicted, "measured_ms": took} for predicted, took in model.variants],
-        "stairs": [
-            {"name": name, "chosen": widths[name], "steps": [{"width": w, "ms": ms} for w, ms in steps]}
+    return WidthLatencyRecord(
+        reference_ms=model.reference_ms,
+        fixed_ms=model.cost.fixed,
+        predicted_ratio=model.predict_ratio(widths),
+        measured_ratio=measured[-1] if measured else None,
+        table_error=model.table.error,
+        scatter=model.table.spread,
+        rounds=rounds_record(timed),
+        variants=tuple(Variant(predicted_ms=predicted, measured_ms=took) for predicted, took in model.variants),
+        stairs=tuple(
+            Stairs(name=name, chosen=widths[name], steps=tuple(Step(width=width, ms=ms) for width, ms in steps))
             for name, steps in model.stairs(widths).items()
-        ],
-        "layers": [
-            {"layer": layer, "ms_before": before, "ms_after": after}
+        ),
+        layers=tuple(
+            LayerLatency(layer=layer, ms_before=before, ms_after=after)
             for layer, (before, after) in model.layers(widths).items()
-        ],
-    }
+        ),
+    )
 
 
-def rounds_record(timed: Sequence[TimedChoice]) -> list[Record]:
+def rounds_record(timed: Sequence[TimedChoice]) -> tuple[Round, ...]:
     """Return the report's entries on the timed choices."""
-    return [
-        {"predicted": choice.predicted, "measured": choice.ratio, "baseline_ms": choice.reference_ms}
-        for choice in timed
-    ]
+    return tuple(Round(predicted=one.predicted, measured=one.ratio, baseline_ms=one.reference_ms) for one in timed)
 
 
 def _select(select: Callable[[float], C], correction: float, asked: float, timed: list[TimedChoice], model: Timed) -> C:

@@ -20,6 +20,7 @@ from compress.checkpoint.rebuild import example_input
 from compress.config.schema.prune import PruneConfig
 from compress.errors import NONE_LEFT_HINT, WITHIN_HINT, AlreadyWithin, BudgetUnreachable, InternalError
 from compress.model.artifacts import TorchModel
+from compress.model.stage_records import MethodRecord
 from compress.pruning.blocks import closing_layers
 from compress.pruning.groups import NORMS, ChannelGroup
 from compress.pruning.methods.base import Method, Removed, Setting, WarningMethod
@@ -27,7 +28,7 @@ from compress.pruning.ranking.selection import Selection, find_candidates
 from compress.pruning.repair.lockstep import following_norms
 from compress.pruning.width_costs import ExpectedCost
 from compress.search.block_removal import places_in_whole, without_blocks
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.hooked_training import hooked_settings, train_with_hooks
 from compress.search.latency_loop import TimedChoice
 from compress.search.survey import Survey, survey
@@ -56,7 +57,7 @@ class Learned:
     selection: Selection
     timed: list[TimedChoice]
     removed_blocks: tuple[str, ...]
-    record: Record
+    record: MethodRecord
 
 
 def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
@@ -82,11 +83,12 @@ def learn(model: TorchModel, config: PruneConfig, ctx: StageContext) -> Learned:
     setting = _setting(surveyed, module, chooser, hooked_settings(training, ctx, module), ctx)
     _require_work(chooser, surveyed)
     method: Method = method_class(setting, config.method_settings)
-    record = train_with_hooks(module, model, training, _Hooks(method, chooser), ctx.folder / STATE_FILE, ctx)
+    hooks, state = _Hooks(method, chooser), ctx.folder / STATE_FILE
+    record = train_with_hooks(config.method, module, model, training, hooks, state, ctx)
     method.finish()
     for text in method.warnings() if isinstance(method, WarningMethod) else ():
         ctx.progress.warn(f"Method '{config.method}': {text}")
-    record = {"name": config.method, "metrics": method.metrics(), "cause": method.cause(), **record}
+    record = replace(record, metrics=method.metrics(), cause=method.cause())
     return chooser.result(replace(model, module=module), method, record)
 
 
@@ -171,11 +173,11 @@ class _Chooser:
             for name, channels in selection.removed.items()
         }
 
-    def result(self, model: TorchModel, method: Method, record: Record) -> Learned:
+    def result(self, model: TorchModel, method: Method, record: MethodRecord) -> Learned:
         """Return the final choice of the method, for the trained network."""
         final = self._final
         if final is None:
-            raise InternalError(f"Method '{record['name']}' ended without a choice.")
+            raise InternalError(f"Method '{record.name}' ended without a choice.")
         surveyed = replace(self._without(method.closed), model=without_blocks(model, method.closed))
         places = places_in_whole(surveyed.groups, self._surveyed.groups)
         damages = final["damages"] and {name: np.asarray(row) for name, row in final["damages"].items()}

@@ -7,11 +7,12 @@ from compress.checkpoint.rebuild import example_input
 from compress.cost.macs import count_macs, count_params
 from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
-from compress.search.context import Record
+from compress.model.stage_records import ExcludedGroup, GroupWidth, PruneRecord
 from compress.search.latency_loop import WITHIN as LATENCY_WITHIN
 from compress.search.latency_loop import latency_record
 from compress.search.pruner import Attempt
 from compress.search.scoring import criterion_name
+from compress.tasks.base import Metric
 
 MET_WITHIN = 0.005
 UNITS = {
@@ -23,12 +24,14 @@ UNITS = {
 }
 
 
-def prune_record(before: TorchModel, attempt: Attempt) -> Record:
-    """Return the record of an attempt, without its trials and repairs.
+def prune_record(before: TorchModel, attempt: Attempt, metric: Metric, validation: tuple[float, float]) -> PruneRecord:
+    """Return the record of an attempt, without the search that led to it.
 
     Args:
         before: The network before the stage.
         attempt: The slim network.
+        metric: The primary metric.
+        validation: Its value on the validation split, before the stage and after it.
 
     Raises:
         InternalError: MACs or params differ from the predicted ones.
@@ -36,21 +39,31 @@ def prune_record(before: TorchModel, attempt: Attempt) -> Record:
     surveyed, selection = attempt.prepared.surveyed, attempt.selection
     config, latency = surveyed.config, surveyed.targets.latency
     asked, reached = asked_and_reached(attempt)
-    first = next(iter(config.target.given()))
-    return {
-        "target": config.target.given(),
-        "asked_ratio": asked[first],
-        "reached_ratio": reached[first],
-        "asked": asked,
-        "reached": reached,
-        "criterion": criterion_name(config) if config.method is None else None,
-        "is_optimal": selection.is_optimal,
-        "damage": attempt.prepared.damage,
-        "groups": [_group_record(one, selection.widths[one.name]) for one in attempt.prepared.candidates],
-        "shortfall": _shortfall(asked, reached, config.multiple_of, bool(attempt.removed_blocks)),
-        "latency": None if latency is None else latency_record(latency, selection.widths, attempt.timed),
-        **_costs(before, attempt),
-    }
+    first, costs = next(iter(config.target.given())), _costs(before, attempt)
+    return PruneRecord(
+        metric=metric,
+        validation_before=validation[0],
+        validation_after=validation[1],
+        target=config.target.given(),
+        asked_ratio=asked[first],
+        reached_ratio=reached[first],
+        asked=asked,
+        reached=reached,
+        criterion=criterion_name(config) if config.method is None else None,
+        is_optimal=selection.is_optimal,
+        damage=attempt.prepared.damage,
+        groups=tuple(_group_width(one, selection.widths[one.name]) for one in attempt.prepared.candidates),
+        shortfall=_shortfall(asked, reached, config.multiple_of, bool(attempt.removed_blocks)),
+        latency=None if latency is None else latency_record(latency, selection.widths, attempt.timed),
+        removed_blocks=tuple(name for name in attempt.removed_blocks if name not in attempt.merged_blocks),
+        merged_blocks=attempt.merged_blocks,
+        excluded=tuple(ExcludedGroup(name=item.name, reason=item.reason) for item in surveyed.excluded),
+        repairs=attempt.prepared.shortened.repairs + attempt.repairs,
+        macs_before=costs["macs_before"],
+        macs_after=costs["macs_after"],
+        params_before=costs["params_before"],
+        params_after=costs["params_after"],
+    )
 
 
 def asked_and_reached(attempt: Attempt) -> tuple[dict[str, float], dict[str, float]]:
@@ -99,12 +112,12 @@ def _shortfall(
     )
 
 
-def _group_record(one: Candidates, width: int) -> Record:
+def _group_width(one: Candidates, width: int) -> GroupWidth:
     level = one.levels.index(width)
-    return {
-        "name": one.name,
-        "width_before": one.full,
-        "width_after": width,
-        "damage": float(one.damages[level]),
-        "damage_error": None if one.errors is None else float(one.errors[level]),
-    }
+    return GroupWidth(
+        name=one.name,
+        width_before=one.full,
+        width_after=width,
+        damage=float(one.damages[level]),
+        damage_error=None if one.errors is None else float(one.errors[level]),
+    )

@@ -6,8 +6,9 @@ The result of every step is stored in parts, so that a killed run resumes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +21,17 @@ from compress.data.splits import Split
 from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import RemoveChannels
+from compress.model.stage_records import Repair, StreamTrial
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.selection import Groups, Selection
 from compress.pruning.repair.originals import OriginalOutputs
 from compress.pruning.surgery import remove_channels
 from compress.pruning.trial import masked_copy
 from compress.search.block_removal import Shortened
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.latency_loop import TimedChoice
 from compress.search.parts import Part, weights_digest
-from compress.search.repairs import apply_repairs, loss_after, repairs_towards
+from compress.search.repairs import apply_repairs, loss_after, repaired_part, repairs_of, repairs_towards
 from compress.search.scaling import scaling_repairs
 from compress.search.scoring import Scoring
 from compress.search.survey import Survey, survey
@@ -79,7 +81,7 @@ class Attempt:
     model: TorchModel
     selection: Selection
     timed: list[TimedChoice]
-    repairs: list[Record]
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def removed_blocks(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ class Pruner:
         candidates = [one.dearer(factor) if groups[one.name].is_summed else one for one in prepared.candidates]
         return self.choose_among(prepared, candidates, {"factor": factor})
 
-    def choose_among(self, prepared: Prepared, candidates: Sequence[Candidates], how: Record) -> Attempt:
+    def choose_among(self, prepared: Prepared, candidates: Sequence[Candidates], how: Mapping[str, Any]) -> Attempt:
         """Choose the channels to remove by given candidates.
 
         Args:
@@ -167,7 +169,7 @@ class Pruner:
             removed = {name: tuple(channels) for name, channels in values["removed"].items()}
             selection = Selection(values["widths"], removed, values["is_optimal"])
             timed = [TimedChoice(**choice) for choice in choices]
-        return Attempt(prepared, prepared.shortened.model, selection, timed, [])
+        return Attempt(prepared, prepared.shortened.model, selection, timed)
 
     def attempt(self, prepared: Prepared) -> Attempt:
         """Choose channels until the targets are met, remove them and repair."""
@@ -206,11 +208,11 @@ class Pruner:
             wanted = repairs_towards(whole, slim, kept, names, example, ctx, images, prepared.outputs)
             if "scaling" in names:
                 wanted = scaling_repairs(prepared.candidates, selection, groups, fold) + wanted
-            return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
+            return repaired_part(slim, apply_repairs(slim, wanted, ctx))
 
         part = ctx.parts.keep({"part": "repair", "of": prepared.key, "removed": selection.removed}, repair)
         slim.load_state_dict(part.tensors)
-        return replace(attempt, repairs=part.record)
+        return replace(attempt, repairs=repairs_of(part.record))
 
     def loss(self, attempt: Attempt) -> float:
         """Return the validation loss of a network that was pruned and repaired."""
@@ -224,7 +226,7 @@ class Pruner:
         return float(self.ctx.parts.keep(key, measure).record)
 
 
-def best_along_streams(kept: Attempt, pruner: Pruner) -> tuple[Attempt, list[Record]]:
+def best_along_streams(kept: Attempt, pruner: Pruner) -> tuple[Attempt, tuple[StreamTrial, ...]]:
     """Meet the targets again with more channels of residual streams removed; return the attempt of least loss.
 
     Scores and repairs are less certain for these channels than for channels inside a block, since every block of a
@@ -239,9 +241,9 @@ def best_along_streams(kept: Attempt, pruner: Pruner) -> tuple[Attempt, list[Rec
     """
     factors = pruner.stream_factors(kept.prepared)
     if factors == (1.0,):
-        return kept, []
+        return kept, ()
     best, least = kept, pruner.loss(kept)
-    trials: list[Record] = [{"factor": factors[0], "loss": least}]
+    trials = [StreamTrial(factor=factors[0], loss=least)]
     tried = [kept.selection.removed]
     for factor in factors[1:]:
         found = pruner.choose(kept.prepared, factor)
@@ -250,13 +252,13 @@ def best_along_streams(kept: Attempt, pruner: Pruner) -> tuple[Attempt, list[Rec
         tried.append(found.selection.removed)
         found = pruner.complete(found)
         loss = pruner.loss(found)
-        trials.append({"factor": factor, "loss": loss})
+        trials.append(StreamTrial(factor=factor, loss=loss))
         pruner.ctx.progress.note(
             f"damage along shortcuts counted {factor:g} times: validation loss {loss:.4f}, {least:.4f} before"
         )
         if loss < least or math.isnan(least):
             best, least = found, loss
-    return best, trials
+    return best, tuple(trials)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from compress.lowrank.layers import Positions
 from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_ranks, solve_relative_error
 from compress.model.artifacts import ModelMetrics, TorchModel
 from compress.model.recipe import Factorize
-from compress.search.context import Record, StageContext
+from compress.model.stage_records import RankLatencyRecord
+from compress.search.context import StageContext
 from compress.search.latency_loop import meet_latency, rounds_record
 from compress.search.parts import Part, weights_digest
 from compress.search.rank_inputs import measure_moments, measure_spectra
@@ -34,7 +35,7 @@ class RankDecision:
     choices: tuple[RankChoice, ...]
     moments: dict[str, Moments]
     shared_error: float | None
-    latency: Record | None
+    latency: RankLatencyRecord | None
 
     @property
     def edits(self) -> list[Factorize]:
@@ -44,7 +45,8 @@ class RankDecision:
     def to_part(self) -> Part:
         """Return the decision as a part of the stage."""
         kernels = {name: one.kernel for name, one in self.moments.items()}
-        record = [[asdict(choice) for choice in self.choices], kernels, self.shared_error, self.latency]
+        latency = self.latency and self.latency.to_dict()
+        record = [[asdict(choice) for choice in self.choices], kernels, self.shared_error, latency]
         return Part(record, {name: one.matrix for name, one in self.moments.items()})
 
     @classmethod
@@ -55,7 +57,7 @@ class RankDecision:
             tuple(RankChoice(**values | {"ranks": tuple(values["ranks"])}) for values in choices),
             {name: Moments(part.tensors[name], tuple(kernel)) for name, kernel in kernels.items()},
             shared_error,
-            latency,
+            latency and RankLatencyRecord.from_dict(latency),
         )
 
 
@@ -104,7 +106,7 @@ class RankChooser:
 
     def _meet_latency(
         self, artifact: TorchModel, spectra: Sequence[LayerSpectra], moments: Mapping[str, Moments]
-    ) -> tuple[tuple[RankChoice, ...], Record]:
+    ) -> tuple[tuple[RankChoice, ...], RankLatencyRecord]:
         """Choose by measured latency, and time the choice until the target is met."""
         target, ctx, config = self.config.target, self.ctx, self.config
         assert target is not None
@@ -133,14 +135,14 @@ class RankChooser:
             )
         free = {choice.layer: choice for choice in choices}
         dense = {s.layer: RankChoice(s.layer, None, (), 0.0, s.macs, s.params) for s in spectra}
-        record = {
-            "asked_ratio": asked,
-            "reference_ms": model.reference_ms,
-            "predicted_ratio": model.predict_ratio(selection.widths),
-            "measured_ratio": ratio,
-            "rounds": rounds_record(timed),
-            "is_optimal": selection.is_optimal,
-        }
+        record = RankLatencyRecord(
+            asked_ratio=asked,
+            reference_ms=model.reference_ms,
+            predicted_ratio=model.predict_ratio(selection.widths),
+            measured_ratio=ratio,
+            rounds=rounds_record(timed),
+            is_optimal=selection.is_optimal,
+        )
         return tuple((dense | free).values()), record
 
     def _shared_error(self, artifact: TorchModel, spectra: Sequence[LayerSpectra]) -> float:

@@ -2,24 +2,27 @@
 
 import copy
 import math
-from collections.abc import Callable, Container, Mapping, Sequence, Sized
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
+from typing import Any
 
 from torch import Tensor, nn
 
 from compress.cost.macs import COUNTED
+from compress.model.stage_records import Repair
 from compress.pruning.blocks import closing_layers
 from compress.pruning.repair.originals import OriginalOutputs
 from compress.pruning.repair.repairs import Comparison, fold_means, refit_readers
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
+from compress.search.parts import Part
 from compress.search.validation import is_loss_higher
 from compress.training.batch_norm import reestimate_batch_norm
 from compress.training.evaluate import image_losses
 
-Repair = tuple[str, Callable[[nn.Module], Sized]]
+NamedRepair = tuple[str, Callable[[nn.Module], Sized]]
 REPAIRS = ("least_squares", "bias_folding", "batch_norm")
 
 
-def batch_norm_repair(ctx: StageContext) -> Repair:
+def batch_norm_repair(ctx: StageContext) -> NamedRepair:
     """Return the repair that measures batch-norm statistics again on the calibration split."""
     return "batch_norm", lambda module: reestimate_batch_norm(module, ctx.data.calibration, ctx.progress)
 
@@ -33,7 +36,7 @@ def repairs_towards(
     ctx: StageContext,
     refit_images: int = 512,
     outputs: OriginalOutputs | None = None,
-) -> list[Repair]:
+) -> list[NamedRepair]:
     """Return the requested repairs in a useful order: refits of layers before new batch-norm statistics.
 
     Args:
@@ -59,7 +62,7 @@ def repairs_towards(
     def comparison(module: nn.Module) -> Comparison:
         return Comparison(module, original, layers, kept_outputs, split, closing, means, refit_images, outputs)
 
-    every: list[Repair] = [
+    every: list[NamedRepair] = [
         ("least_squares", lambda module: refit_readers(comparison(module), ctx.progress)),
         ("bias_folding", lambda module: fold_means(comparison(module), ctx.progress)),
         batch_norm_repair(ctx),
@@ -68,8 +71,8 @@ def repairs_towards(
 
 
 def apply_repairs(
-    module: nn.Module, repairs: Sequence[Repair], ctx: StageContext, enough: Container[str] = ()
-) -> list[Record]:
+    module: nn.Module, repairs: Sequence[NamedRepair], ctx: StageContext, enough: Container[str] = ()
+) -> list[Repair]:
     """Apply repairs in turn and in place; one that raises the validation loss by more than noise is rolled back.
 
     Args:
@@ -93,7 +96,7 @@ def apply_repairs(
         loss, after = float(losses.mean()), float(new_losses.mean())
         is_lower = after < loss or (math.isnan(loss) and not math.isnan(after))
         is_kept = is_lower or (after > loss and not is_loss_higher(losses, new_losses))
-        records.append({"repair": name, "loss_before": loss, "loss_after": after, "is_kept": is_kept})
+        records.append(Repair(repair=name, loss_before=loss, loss_after=after, is_kept=is_kept))
         said = "" if is_lower else ", inside the noise" if is_kept else ", rolled back"
         ctx.progress.note(f"{name}: validation loss {loss:.4f} -> {after:.4f}{said}")
         if is_kept:
@@ -105,7 +108,17 @@ def apply_repairs(
     return records
 
 
-def loss_after(records: Sequence[Record]) -> float:
+def loss_after(repairs: Sequence[Repair]) -> float:
     """Return the validation loss behind the repairs of `apply_repairs`, of which there is at least one."""
-    kept = [record["loss_after"] for record in records if record["is_kept"]]
-    return float(kept[-1] if kept else records[0]["loss_before"])
+    kept = [repair.loss_after for repair in repairs if repair.is_kept]
+    return kept[-1] if kept else repairs[0].loss_before
+
+
+def repaired_part(module: nn.Module, repairs: Sequence[Repair]) -> Part:
+    """Return a repaired network as a part of the stage."""
+    return Part([one.to_dict() for one in repairs], module.state_dict())
+
+
+def repairs_of(record: Iterable[Mapping[str, Any]]) -> tuple[Repair, ...]:
+    """Return the repairs in the record of a part."""
+    return tuple(Repair(**one) for one in record)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compress.allocation.widths import Candidates
 from compress.pruning.groups import ChannelGroup, Read
 from compress.pruning.ranking.selection import Groups, Selection
-from compress.search.repairs import Repair
+from compress.search.repairs import NamedRepair
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def scale_slots(weight: Tensor, dim: int, slots: Tensor, factors: Tensor) -> Non
 
 def scaling_repairs(
     candidates: Iterable[Candidates], selection: Selection, groups: Groups, fold: Callable[[nn.Module], Sized]
-) -> list[Repair]:
+) -> list[NamedRepair]:
     """Return the repair that scales the reads of kept channels by the factors of the ranking; none without factors.
 
     Args:

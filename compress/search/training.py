@@ -14,13 +14,15 @@ from compress.data.batches import Augmentation
 from compress.data.splits import Split
 from compress.errors import ArtifactError, ConfigValueError, NonFinite
 from compress.model.artifacts import TorchModel
+from compress.model.stage_records import Isometry, Probe, TrainingRecord
 from compress.pruning.survival import surviving_channels
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.isometry_record import conclusion, measure_isometry
 from compress.search.teacher import BaselineTeacher
-from compress.search.validation import is_quality_worse, metric_of, stated
+from compress.search.validation import is_quality_worse, metric_of
 from compress.storage.digest import add_digest, read_record
 from compress.storage.files import write_atomic
+from compress.tasks.base import Metric
 from compress.training.batch_norm_unfolding import NORMS, can_unfold, folded, unfolded
 from compress.training.distributed import current_ranks, leave
 from compress.training.evaluate import quality_facts
@@ -48,7 +50,7 @@ def train(
     state_file: str,
     unfolds: bool = True,
     reverts: bool = True,
-) -> tuple[TorchModel, Record]:
+) -> tuple[TorchModel, TrainingRecord]:
     """Train a copy of a network, and return it with the record; resume from `state_file` if it exists.
 
     If training lowers the quality on the validation split by more than noise, the original weights are kept, unless
@@ -79,7 +81,7 @@ def train(
         module, data = copy.deepcopy(start), TrainingData(ctx.data.train, ctx.data.validation)
         return module, fit(module, data, settings, distillation, state_file, ctx.progress)
 
-    probed: list[Record] = []
+    probed: list[Probe] = []
     if config.probe:
         probed = _probe(
             settings,
@@ -87,10 +89,9 @@ def train(
             state_file,
             lambda tried: trained(tried, StateFile(ctx.folder / _probe_file(state_file, tried.learning_rate)))[1],
         )
-        known = [one for one in probed if one[f"validation_{metric.name}"] is not None]
         sign = 1 if metric.higher_is_better else -1
-        best = max(known, key=lambda one: sign * one[f"validation_{metric.name}"])
-        settings = replace(settings, learning_rate=best["learning_rate"])
+        known = [(sign * one.validation, one.learning_rate) for one in probed if one.validation is not None]
+        settings = replace(settings, learning_rate=max(known, key=lambda one: one[0])[1])
     ctx.progress.note(pace(settings))
     isometry = _isometry_before(artifact, config, settings, ctx, warnings)
     # until the stage's result is stored, the state is kept
@@ -115,32 +116,32 @@ def train(
         module = artifact.module
     elif is_unfolded:
         module = folded(module, artifact.module)
-    if "before" in isometry:
+    if isometry.skipped is None:
         after = measure_isometry(artifact, {"after": lambda: module}, ctx)
-        isometry = after if "skipped" in after else {**isometry, **after}
-    record = {
-        "isometry": isometry,
-        "epochs": [epoch.to_dict(metric) for epoch in result.epochs],
-        "chosen_epoch": 0 if is_worse else result.chosen_epoch,
-        f"averaged_{metric.name}": result.averaged,
-        "is_averaged": result.is_averaged and not is_worse,
-        "is_unfolded": is_unfolded,
-        "peak_learning_rate": settings.learning_rate,
-        "gradient_clip": settings.gradient_clip,
-        "probed_learning_rates": probed,
-        "batch_size": settings.batch_size,
-        "steps": result.steps,
-        f"validation_{metric.name}_before": before,
-        f"validation_{metric.name}_after": before if is_worse else reached,
-        "warnings": warnings,
-        **stated(metric),
-    }
+        isometry = replace(after, values={**isometry.values, **after.values})
+    record = TrainingRecord(
+        metric=metric,
+        isometry=isometry,
+        epochs=result.epochs,
+        chosen_epoch=0 if is_worse else result.chosen_epoch,
+        averaged=result.averaged,
+        is_averaged=result.is_averaged and not is_worse,
+        is_unfolded=is_unfolded,
+        peak_learning_rate=settings.learning_rate,
+        gradient_clip=settings.gradient_clip,
+        probed_learning_rates=tuple(probed),
+        batch_size=settings.batch_size,
+        steps=result.steps,
+        validation_before=before,
+        validation_after=before if is_worse else reached,
+        warnings=tuple(warnings),
+    )
     return replace(artifact, module=module), record
 
 
 def _isometry_before(
     artifact: TorchModel, config: TrainingConfig, settings: FitSettings, ctx: StageContext, warnings: list[str]
-) -> Record:
+) -> Isometry:
     """Measure the Jacobian's singular values before training, and log advice on the peak learning rate.
 
     Args:
@@ -193,7 +194,7 @@ def _reached(result: FitResult) -> float:
 
 def _probe(
     settings: FitSettings, ctx: StageContext, state_file: str, trained: Callable[[FitSettings], FitResult]
-) -> list[Record]:
+) -> list[Probe]:
     """Train for an epoch at each of several rates, smallest first, and return the metric of each.
 
     Results are saved in a file, so that a resumed run does not try a rate again.
@@ -202,11 +203,10 @@ def _probe(
         NonFinite: The loss became NaN or infinite at every rate.
     """
     metric, path = metric_of(ctx.data.validation), ctx.folder / f"{state_file}-probed.json"
-    key = f"validation_{metric.name}"
-    probed = _read_probed(path)
+    probed = _read_probed(path, metric)
     steps = min(plan_steps(ctx.data.train, settings))
     rates = [factor * settings.learning_rate for factor in PROBED]
-    if [one["learning_rate"] for one in probed] != rates[: len(probed)]:
+    if [one.learning_rate for one in probed] != rates[: len(probed)]:
         probed = []
     for rate in rates[len(probed) :]:
         try:
@@ -214,24 +214,24 @@ def _probe(
             reached: float | None = result.epochs[-1].validation
             said = f"{metric.words} {metric.show(result.epochs[-1].validation)}"
         except NonFinite:
-            if rate == rates[-1] and all(one[key] is None for one in probed):
+            if rate == rates[-1] and all(one.validation is None for one in probed):
                 raise
             reached, said = None, f"{metric.words} the loss became NaN or infinite"
             (ctx.folder / _probe_file(state_file, rate)).unlink(missing_ok=True)
-        probed.append({"learning_rate": rate, key: reached})
+        probed.append(Probe(learning_rate=rate, validation=reached))
         if current_ranks().rank == 0:
-            write_atomic(path, json.dumps(add_digest({"probed": probed})))
+            write_atomic(path, json.dumps(add_digest({"probed": [one.to_dict(metric) for one in probed]})))
         ctx.progress.note(f"probe of learning rate {rate:g}: validation {said}")
     return probed
 
 
-def _read_probed(path: Path) -> list[Record]:
+def _read_probed(path: Path, metric: Metric) -> list[Probe]:
     """Return the rates that a killed run has tried; none if the file is missing or damaged."""
     try:
-        probed: list[Record] = read_record(path)["probed"]
+        probed, key = read_record(path)["probed"], f"validation_{metric.name}"
+        return [Probe(learning_rate=one["learning_rate"], validation=one[key]) for one in probed]
     except (ArtifactError, KeyError):
         return []
-    return probed
 
 
 def _probe_file(state_file: str, rate: float) -> str:

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from compress.data.splits import Split, known_labels
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.tasks.base import Facts, Metric, Task, chosen, is_shown_worse
 from compress.tasks.classification import Classification
 from compress.training.evaluate import evaluate_quality, quality_facts
@@ -26,23 +25,9 @@ def metric_of(split: Split) -> Metric:
     return split.task.main
 
 
-def stated(metric: Metric) -> dict[str, Any]:
-    """Return the entry of a record that describes its metric, {"metric": {...}}; empty for top-1, the default."""
-    if metric.name == "top1":
-        return {}
-    return {"metric": metric.to_dict()}
-
-
 def validation_quality(module: nn.Module, ctx: StageContext) -> float:
     """Return the primary metric on the validation split."""
     return evaluate_quality(module, ctx.data.validation, progress=ctx.progress)
-
-
-def before_and_after(ctx: StageContext, before: float, after: float) -> dict[str, Any]:
-    """Return the primary metric before and after a stage, under names such as "validation_top1_before"."""
-    metric = metric_of(ctx.data.validation)
-    name = f"validation_{metric.name}"
-    return {f"{name}_before": before, f"{name}_after": after, **stated(metric)}
 
 
 def is_quality_worse(before: Facts, after: Facts, task: Task) -> bool:
@@ -114,7 +99,7 @@ def chance_warning(quality: float, evaluation: Split) -> str | None:
 
 def compare_with_evaluation(
     module: nn.Module, evaluation: float, ctx: StageContext, warn: Callable[[str], None]
-) -> Record:
+) -> float | None:
     """Measure the baseline on validation and warn if it does far better there than on evaluation.
 
     No choice depends on this comparison.
@@ -126,11 +111,11 @@ def compare_with_evaluation(
         warn: Function that is called with the warning.
 
     Returns:
-        Record of the metric on validation; empty without labels, where the baseline is compared with itself.
+        The metric on validation; None without labels, where the baseline is compared with itself.
     """
     split, metric = ctx.data.validation, metric_of(ctx.data.validation)
     if not split.task.needs_targets:
-        return {}
+        return None
     facts = quality_facts(module, split, progress=ctx.progress)
     value, count = split.task.aggregate(facts)[metric.name], len(ctx.data.evaluation)
     if isinstance(split.task, Classification):
@@ -145,7 +130,7 @@ def compare_with_evaluation(
             f"({metric.show(evaluation)}): it was probably trained on validation images, and what is chosen by them "
             "(epochs, repairs, numbers of blocks) is chosen by easy images. Name images of their own: data.validation."
         )
-    return {f"validation_{metric.name}": value}
+    return value
 
 
 def is_far_better(validation: float, evaluation: float, noise: float, metric: Metric) -> bool:

@@ -14,7 +14,6 @@ arXiv:2201.13096, for damages decided by complete networks.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from compress.allocation.blocks import Structure, allocate_structure
 from compress.allocation.factors import Fit, Observation, learn_factors
 from compress.allocation.problem import Budget
 from compress.errors import BudgetUnreachable
-from compress.search.context import Record
+from compress.model.stage_records import BlockTrial, WholeNetworks
 from compress.search.finalists import Finalists, order_finalists
 from compress.search.pricing import Estimates, Pricing
 from compress.search.pruner import Attempt, Prepared, Pruner
@@ -39,7 +38,7 @@ _LEAST_RISE = 0.05  # of the median rise
 _CREDIBLE = 0.5  # of the least rise so far
 
 
-def search(prepared: Prepared, blocks: Sequence[str], pruner: Pruner) -> tuple[Attempt, Record]:
+def search(prepared: Prepared, blocks: Sequence[str], pruner: Pruner) -> tuple[Attempt, WholeNetworks]:
     """Return the network of least validation loss among those tried, repaired in full, and the record of the search.
 
     Args:
@@ -114,16 +113,16 @@ class WholeNetworkSearch:
         factor = min(self._streams, key=lambda one: self._streams[one])
         return self.estimates.price(f"streams x {factor:g}", factor)
 
-    def record(self, finalists: list[Record]) -> Record:
+    def record(self, finalists: Sequence[BlockTrial]) -> WholeNetworks:
         """Return the record of the search."""
-        return {
-            "count": self._count,
-            "correction": self._solver.correction,
-            "block_damages": self.estimates.block_damages,
-            "tried": [one.record for one in self.trials.tried],
-            "finalists": finalists,
-            "fit": None if self.fit is None else asdict(self.fit),
-        }
+        return WholeNetworks(
+            count=self._count,
+            correction=self._solver.correction,
+            block_damages=self.estimates.block_damages,
+            tried=tuple(one.record for one in self.trials.tried),
+            finalists=tuple(finalists),
+            fit=self.fit,
+        )
 
     def _try_prices(self) -> None:
         """Try networks with all blocks and several factors of residual streams; then lower the price of blocks."""

@@ -12,10 +12,11 @@ from torch import nn
 from compress.allocation.blocks import Structure
 from compress.checkpoint.rebuild import example_input
 from compress.model.recipe import RemoveBlock, RemoveChannels
+from compress.model.stage_records import TriedNetwork
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.sensitivity import block_damage
 from compress.pruning.surgery import remove_block, remove_channels
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.parts import Part
 from compress.search.pricing import Pricing
 from compress.search.pruner import Prepared
@@ -44,15 +45,15 @@ class Tried:
     predicted: float | None
 
     @property
-    def record(self) -> Record:
+    def record(self) -> TriedNetwork:
         """Values for the report."""
-        return {
-            "source": self.pricing.source,
-            "blocks": len(self.structure.removed),
-            "removed": list(self.structure.removed),
-            "loss": self.loss if math.isfinite(self.loss) else None,
-            "predicted_loss": self.predicted,
-        }
+        return TriedNetwork(
+            source=self.pricing.source,
+            blocks=len(self.structure.removed),
+            removed=self.structure.removed,
+            loss=self.loss if math.isfinite(self.loss) else None,
+            predicted_loss=self.predicted,
+        )
 
 
 class NetworkTrials:

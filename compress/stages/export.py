@@ -1,15 +1,14 @@
 """export: TorchModel -> OnnxModel."""
 
-from dataclasses import asdict
-
 from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ConfigValueError
 from compress.exporting.open_axes import check_open_axes
 from compress.exporting.settings import ExportSettings, exported_signature
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import OnnxModel, TorchModel
+from compress.model.stage_records import ExportRecord
 from compress.onnx_file.io import load_onnx, read_signature
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 
 _IMAGE_AXES = 4
 _AXES = {"NCHW": {"height": 2, "width": 3}, "NHWC": {"height": 1, "width": 2}}
@@ -21,7 +20,7 @@ class ExportStage:
     def __init__(self, config: ExportConfig) -> None:
         self.config = config
 
-    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[OnnxModel, Record]:
+    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[OnnxModel, ExportRecord]:
         """Write `model.onnx` into the stage's folder.
 
         Raises:
@@ -37,7 +36,7 @@ class ExportStage:
             )
         path = ctx.folder / "model.onnx"
         with ctx.progress.task("export to ONNX", 1) as task:
-            report = export_onnx(
+            record = export_onnx(
                 artifact.module,
                 artifact.signature,
                 path,
@@ -56,14 +55,13 @@ class ExportStage:
             task.advance()
         if open_axes:
             check_open_axes(path, artifact.module, artifact.signature, open_axes)
-        if config.simplify and not report.simplified:
-            ctx.progress.warn(f"The graph was not simplified: {report.simplify_note}.")
-        if len(report.files) > 1:
+        if config.simplify and not record.simplified:
+            ctx.progress.warn(f"The graph was not simplified: {record.simplify_note}.")
+        if len(record.files) > 1:
             ctx.progress.note(
-                f"The model is {len(report.files)} files, to be kept together: {', '.join(report.files)}."
+                f"The model is {len(record.files)} files, to be kept together: {', '.join(record.files)}."
             )
         signature = exported_signature(artifact.signature, config.dynamic_batch)
         if open_axes:  # only the file states how output sizes follow from the image's size
             signature = read_signature(load_onnx(path))
-        record = {**asdict(report), "files": list(report.files)}
-        return OnnxModel(path, report.opset, signature, artifact), record
+        return OnnxModel(path, record.opset, signature, artifact), record

@@ -8,10 +8,11 @@ from compress.config.schema.training import FinetuneConfig
 from compress.data.batches import random_seed
 from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
-from compress.search.context import Record, StageContext
+from compress.model.stage_records import FinetuneRecord, OwnTrainingRecord
+from compress.search.context import StageContext
 from compress.search.own_training import load_trained, train_by_user_code
 from compress.search.training import train, training_epochs
-from compress.search.validation import before_and_after, metric_of, validation_quality
+from compress.search.validation import metric_of, validation_quality
 
 STATE_FILE = "training_state.pt"
 
@@ -22,7 +23,7 @@ class FinetuneStage:
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
 
-    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, FinetuneRecord | OwnTrainingRecord]:
         """Return the trained network; a killed run resumes from its last state.
 
         Raises:
@@ -42,11 +43,15 @@ class FinetuneStage:
         if config.rewind_schedule == "tail":
             ctx.progress.note(_tail(config, len(ctx.data.train)))
         model, record = train(artifact, config, ctx, STATE_FILE, config.norms)
-        rewinding = {"rewind_epoch": config.rewind_epoch, "rewind_schedule": config.rewind_schedule}
-        return model, {**record, "weights": config.weights, **rewinding}
+        epoch, schedule = config.rewind_epoch, config.rewind_schedule
+        return model, FinetuneRecord(
+            **vars(record), weights=config.weights, rewind_epoch=epoch, rewind_schedule=schedule
+        )
 
 
-def _trained_elsewhere(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) -> tuple[TorchModel, Record]:
+def _trained_elsewhere(
+    artifact: TorchModel, config: FinetuneConfig, ctx: StageContext
+) -> tuple[TorchModel, OwnTrainingRecord]:
     """Return the network with weights that the user's code or another program has trained."""
     before = validation_quality(artifact.module, ctx)
     if config.trained is not None:
@@ -63,8 +68,15 @@ def _trained_elsewhere(artifact: TorchModel, config: FinetuneConfig, ctx: StageC
         ctx.progress.warn(warnings[0])
     else:
         ctx.progress.note(f"weights of {source}: {change}")
-    record = {**before_and_after(ctx, before, after), "own": config.own, "warnings": warnings}
-    return replace(artifact, module=module), {**record, "weights": config.weights}
+    record = OwnTrainingRecord(
+        metric=metric,
+        validation_before=before,
+        validation_after=after,
+        own=config.own,
+        weights=config.weights,
+        warnings=tuple(warnings),
+    )
+    return replace(artifact, module=module), record
 
 
 def _rewound(artifact: TorchModel, config: FinetuneConfig, ctx: StageContext) -> TorchModel:

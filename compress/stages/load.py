@@ -30,18 +30,19 @@ from compress.errors import DataError, InternalError, ModelError
 from compress.model.adapter import INPUT_NAME, unpack_rows
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TorchModel
 from compress.model.recipe import Narrow, Recipe, RemoveUnread
+from compress.model.stage_records import LoadRecord, Rewrite
 from compress.networks.batch_independence import IMAGES, require_batch_independence
 from compress.networks.weights import Conversion, some
 from compress.networks.wiring import notes_on, run_network, signature_of
 from compress.networks.zoo import pretrained_state
 from compress.onnx_file.io import load_onnx, read_inputs, read_metadata
 from compress.onnx_import.importer import import_onnx
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.diagnosis import IMAGES as JUDGED
 from compress.search.diagnosis import describe_baseline
 from compress.search.export import check_export, export_present, try_rewrites
 from compress.search.teacher import LoadedTeacher
-from compress.search.validation import chance_warning, compare_with_evaluation, stated
+from compress.search.validation import chance_warning, compare_with_evaluation
 from compress.tasks.base import Task
 from compress.tasks.classification import Classification
 from compress.tasks.outputs import plain
@@ -67,14 +68,14 @@ class Opened:
         spec: Factory of the network.
         recipe: Edits of the baseline: modules that no output reads, and narrow widths.
         signature: Inputs and outputs of the network.
-        imported: Entries of the record about an ONNX file.
+        import_error: Error of a network from an ONNX file, over the largest output; None for another network.
     """
 
     module: nn.Module
     spec: FactorySpec
     recipe: Recipe
     signature: Signature
-    imported: Record
+    import_error: float | None
 
 
 class LoadStage:
@@ -84,7 +85,7 @@ class LoadStage:
         self.config = config
         self.warnings: list[str] = []
 
-    def run(self, artifact: None, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def run(self, artifact: None, ctx: StageContext) -> tuple[TorchModel, LoadRecord]:
         """Return the baseline.
 
         Raises:
@@ -103,27 +104,26 @@ class LoadStage:
             self._warn(ctx, warning)
             for reason in describe_baseline(opened.module, ctx.data.evaluation.first(JUDGED))[1:]:
                 self._warn(ctx, reason)
-        recipe = opened.recipe
-        record = {
-            "macs": metrics.macs,
-            "params": metrics.params,
-            "size_bytes": metrics.size_bytes,
-            metric.name: metrics.quality[metric.name],
-            "metrics": list(metrics.quality),
-            **stated(metric),
-            "layers": len(layer_macs(opened.module, example_input(opened.signature))),
-            "is_untrained": self.is_untrained,
-            "rewrites": rewrites,
-            "unread": [path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules],
-            **({"narrow": _lacking(recipe)} if self.config.narrow else {}),
-            **opened.imported,
-            **(
-                {}
-                if self.is_untrained
-                else compare_with_evaluation(opened.module, metrics.quality[metric.name], ctx, partial(self._warn, ctx))
-            ),
-            "warnings": self.warnings,
-        }
+        recipe, quality = opened.recipe, metrics.quality[metric.name]
+        validation = None
+        if not self.is_untrained:
+            validation = compare_with_evaluation(opened.module, quality, ctx, partial(self._warn, ctx))
+        record = LoadRecord(
+            metric=metric,
+            macs=metrics.macs,
+            params=metrics.params,
+            size_bytes=metrics.size_bytes,
+            quality=quality,
+            metrics=tuple(metrics.quality),
+            layers=len(layer_macs(opened.module, example_input(opened.signature))),
+            is_untrained=self.is_untrained,
+            rewrites=tuple(rewrites),
+            unread=tuple(path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules),
+            narrow=_lacking(recipe) if self.config.narrow else None,
+            import_error=opened.import_error,
+            validation=validation,
+            warnings=tuple(self.warnings),
+        )
         ctx.progress.note(
             f"baseline: {metrics.macs:,} MACs, {metrics.params:,} params, {metric.words} "
             f"{metric.show(metrics.quality[metric.name])} on {len(ctx.data.evaluation)} evaluation images, measured on "
@@ -139,7 +139,7 @@ class LoadStage:
         """
         spec = with_inputs(factory_spec(self.config.model), ctx.data.calibration)
         built = None if self.config.narrow else self._build(spec, ctx)
-        imported = {} if built is None else _imported(built, spec, ctx)
+        import_error = None if built is None else _import_error(built, spec, ctx)
         ctx.data.check_classes()
         if warning := order_warning(ctx.data.classes):
             self._warn(ctx, warning)
@@ -158,7 +158,7 @@ class LoadStage:
         require_batch_independence(module, several)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
-        return Opened(module, spec, recipe, signature, imported)
+        return Opened(module, spec, recipe, signature, import_error)
 
     def _build(self, spec: FactorySpec, ctx: StageContext) -> nn.Module:
         """Return the network with its weights."""
@@ -237,7 +237,7 @@ class LoadStage:
                 ctx.progress.note(f"removed, as no output reads them: {some(list(edit.modules))} ({count:,} params)")
         return slim, recipe
 
-    def _measure(self, opened: Opened, ctx: StageContext) -> tuple[TorchModel, list[Record]]:
+    def _measure(self, opened: Opened, ctx: StageContext) -> tuple[TorchModel, list[Rewrite]]:
         """Export the network with the rewrites that speed it up, and measure the file; return model and rewrites."""
         module, spec, signature = opened.module, opened.spec, opened.signature
         path, weights = ctx.folder / "baseline.onnx", ctx.folder / "baseline.safetensors"
@@ -259,7 +259,7 @@ class LoadStage:
         )
         export_present(model, path, ctx)
         tried = try_rewrites(path, signature, self.config.rewrites, ctx)
-        kept = tuple(record["rewrite"] for record in tried if record["is_kept"])
+        kept = tuple(one.rewrite for one in tried if one.is_kept)
         if kept:
             model = replace(model, rewrites=kept)
             export_present(model, path, ctx)
@@ -290,15 +290,15 @@ def _guessed_norms(full: nn.Module, slim: nn.Module) -> list[str]:
     return found
 
 
-def _imported(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> Record:
+def _import_error(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> float | None:
     """Return, and note, the error of a network from an ONNX file against ONNX Runtime's outputs of the file."""
     if not (spec.kind == "onnx" and isinstance(module, fx.GraphModule)):
-        return {}
-    error = module.meta["import_error"]
+        return None
+    error: float = module.meta["import_error"]
     ctx.progress.note(
         f"imported: outputs are those of ONNX Runtime with '{Path(spec.reference).name}' to {error:.1g} of the largest"
     )
-    return {"import_error": error}
+    return error
 
 
 def _classes(spec: FactorySpec, ctx: StageContext) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ re-estimated on calibration images afterwards.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -22,15 +21,16 @@ from compress.lowrank.surgery import factorized_copy
 from compress.lowrank.trp import TrainedRank
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import Factorize
+from compress.model.stage_records import DenseLayer, FactorizedLayer, LowRankRecord, MethodRecord, Repair
 from compress.progress import Progress, SilentProgress
 from compress.search.block_repair import repair_blocks
-from compress.search.context import Record, StageContext
-from compress.search.hooked_training import loss_and_quality, say_cut, train_with_hooks
+from compress.search.context import StageContext
+from compress.search.hooked_training import measure_cut, train_with_hooks
 from compress.search.parts import Part, weights_digest
 from compress.search.rank_choice import LABELS, RankChooser, RankDecision, rank_metric, rank_target
 from compress.search.rank_inputs import exclude_layers
-from compress.search.repairs import apply_repairs, batch_norm_repair
-from compress.search.validation import before_and_after, metric_of, validation_quality
+from compress.search.repairs import apply_repairs, batch_norm_repair, repaired_part, repairs_of
+from compress.search.validation import metric_of, validation_quality
 from compress.training.distributed import from_rank_0, on_rank_0
 
 STATE_FILE = "method.pt"
@@ -46,7 +46,7 @@ class LowRankStage:
     def __init__(self, config: LowRankConfig) -> None:
         self.config = config
 
-    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, LowRankRecord]:
         """Return the factorised network and the record of each layer.
 
         Raises:
@@ -59,7 +59,7 @@ class LowRankStage:
         macs_before, params_before = layer_macs(artifact.module, example), count_params(artifact.module)
         total = sum(macs_before.values()) if rank_metric(self.config) == "macs" else params_before
         chooser = RankChooser(self.config, found, total, ctx)
-        learned: Record | None = None
+        learned: MethodRecord | None = None
         if self.config.method is None:
             decision = chooser.decide_once(artifact)
         else:
@@ -67,33 +67,35 @@ class LowRankStage:
         before = validation_quality(artifact.module, ctx)
         slim, errors = _factorise(artifact.module, decision, ctx.progress)
         if learned is not None:
-            learned |= _effect_of_cut(slim, errors, learned, ctx)
+            learned = measure_cut(replace(learned, cause=_cause(errors)), slim, ctx)
         factorised = replace(artifact, module=slim, recipe=artifact.recipe.then(*decision.edits))
-        repairs = _repair(slim, self.config.repair, ctx)
+        repairs = [*_repair(slim, self.config.repair, ctx)]
         repairs += repair_blocks(artifact, factorised, self.config.repair, self.config.block_repair, ctx)
         after = validation_quality(slim, ctx)
         macs_after = layer_macs(slim, example)
-        record: Record = {
-            "layers": _layer_records(decision.choices, errors, macs_before, macs_after),
-            "dense": _dense_records(decision.choices, reasons, macs_before, self.config),
-            "macs_before": sum(macs_before.values()),
-            "macs_after": sum(macs_after.values()),
-            "params_before": params_before,
-            "params_after": count_params(slim),
-            **before_and_after(ctx, before, after),
-            "shared_relative_error": decision.shared_error,
-            "allocation": self.config.allocation,
-            "largest_bound": _largest_bound(decision.choices, self.config),
-            "repairs": repairs,
-            "latency": decision.latency,
-            "method": learned,
-        }
         metric = metric_of(ctx.data.validation)
+        record = LowRankRecord(
+            metric=metric,
+            layers=_factorized_layers(decision.choices, errors, macs_before, macs_after),
+            dense=_dense_layers(decision.choices, reasons, macs_before, self.config),
+            macs_before=sum(macs_before.values()),
+            macs_after=sum(macs_after.values()),
+            params_before=params_before,
+            params_after=count_params(slim),
+            validation_before=before,
+            validation_after=after,
+            shared_relative_error=decision.shared_error,
+            allocation=self.config.allocation,
+            largest_bound=_largest_bound(decision.choices, self.config),
+            repairs=tuple(repairs),
+            latency=decision.latency,
+            method=learned,
+        )
         said = f"{metric.words} {metric.show(before)} -> {metric.show(after)}"
         self._state_result(artifact, record, said, ctx.progress)
         return factorised, record
 
-    def _train(self, artifact: TorchModel, chooser: RankChooser) -> tuple[TorchModel, RankDecision, Record]:
+    def _train(self, artifact: TorchModel, chooser: RankChooser) -> tuple[TorchModel, RankDecision, MethodRecord]:
         """Train the network towards low rank; return it, the ranks of its layers, and the record of the training.
 
         With a latency target, ranks are chosen before the training; otherwise they follow the trained weights. Of
@@ -114,19 +116,20 @@ class LowRankStage:
             return [Factorize(layer, scheme, tuple(ranks)) for layer, scheme, ranks in found]
 
         hooks = TrainedRank(trained.module, decided, options.interval, options.strength)
-        record = train_with_hooks(trained.module, artifact, training, hooks, ctx.folder / STATE_FILE, ctx)
-        return trained, decide(), {"name": hooks.name, "metrics": {}, **record}
+        state = ctx.folder / STATE_FILE
+        record = train_with_hooks(hooks.name, trained.module, artifact, training, hooks, state, ctx)
+        return trained, decide(), record
 
-    def _state_result(self, artifact: TorchModel, record: Record, quality: str, progress: Progress) -> None:
+    def _state_result(self, artifact: TorchModel, record: LowRankRecord, quality: str, progress: Progress) -> None:
         if self.config.target is not None and not self.config.target.needs_latency:
             metric, (kept, baseline) = rank_metric(self.config), rank_target(self.config, artifact.baseline.metrics)
-            reached = record[f"{metric}_after"]
+            reached = record.macs_after if metric == "macs" else record.params_after
             if reached > kept * baseline:
                 raise InternalError(f"Factorisation ended at {reached} {metric}, above {kept} of {baseline}.")
             progress.note(f"target {kept:.3f} of baseline {LABELS[metric]}: reached {reached / baseline:.3f}")
         progress.note(
-            f"{len(record['layers'])} layers factorised, {len(record['dense'])} stay dense; MACs "
-            f"{record['macs_before']:,} -> {record['macs_after']:,}, validation {quality} before fine-tuning"
+            f"{len(record.layers)} layers factorised, {len(record.dense)} stay dense; MACs "
+            f"{record.macs_before:,} -> {record.macs_after:,}, validation {quality} before fine-tuning"
         )
 
 
@@ -138,48 +141,45 @@ def _factorise(module: nn.Module, decision: RankDecision, progress: Progress) ->
     return slim.eval(), errors
 
 
-def _effect_of_cut(slim: nn.Module, errors: Mapping[str, float], learned: Record, ctx: StageContext) -> Record:
-    """Return, and note, the loss after the factorisation of a network that was trained for it."""
+def _cause(errors: Mapping[str, float]) -> str:
+    """Return the likely cause of a higher loss after the factorisation of a network that was trained for it."""
     layer, error = max(errors.items(), key=lambda item: item[1])
     cause = f"Kernels were up to {error:.1%} away from their rank ('{layer}'); more steps, or more trp.strength"
-    effect = {"cause": f"{cause}, would help.", **loss_and_quality(slim, "after_cut", ctx)}
-    say_cut({**learned, **effect}, metric_of(ctx.data.validation), ctx.progress)
-    return effect
+    return f"{cause}, would help."
 
 
-def _repair(slim: nn.Module, names: Sequence[str], ctx: StageContext) -> list[Record]:
+def _repair(slim: nn.Module, names: Sequence[str], ctx: StageContext) -> tuple[Repair, ...]:
     """Repair a factorised network in place, or load the repaired weights of an interrupted run."""
     wanted = [repair for repair in (batch_norm_repair(ctx),) if repair[0] in names]
 
     def repair() -> Part:
-        return Part(apply_repairs(slim, wanted, ctx), slim.state_dict())
+        return repaired_part(slim, apply_repairs(slim, wanted, ctx))
 
     part = ctx.parts.keep({"part": "low_rank", "of": weights_digest(slim)}, repair)
     slim.load_state_dict(part.tensors)
-    repairs: list[Record] = part.record
-    return repairs
+    return repairs_of(part.record)
 
 
-def _layer_records(
+def _factorized_layers(
     choices: Sequence[RankChoice], errors: Mapping[str, float], before: Mapping[str, int], after: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": choice.layer,
-            "scheme": choice.scheme,
-            "ranks": list(choice.ranks),
-            "relative_error": errors[choice.layer],
-            "macs_before": before[choice.layer],
-            "macs_after": sum(macs for name, macs in after.items() if name.startswith(f"{choice.layer}.")),
-        }
+) -> tuple[FactorizedLayer, ...]:
+    return tuple(
+        FactorizedLayer(
+            layer=choice.layer,
+            scheme=choice.scheme,
+            ranks=choice.ranks,
+            relative_error=errors[choice.layer],
+            macs_before=before[choice.layer],
+            macs_after=sum(macs for name, macs in after.items() if name.startswith(f"{choice.layer}.")),
+        )
         for choice in choices
         if choice.scheme is not None
-    ]
+    )
 
 
-def _dense_records(
+def _dense_layers(
     choices: Sequence[RankChoice], reasons: Mapping[str, str], macs: Mapping[str, int], config: LowRankConfig
-) -> list[dict[str, str]]:
+) -> tuple[DenseLayer, ...]:
     label = LABELS[rank_metric(config)]
     reason = f"has no scheme with fewer {label} at this error"
     if config.allocation != "shared_error":
@@ -188,7 +188,7 @@ def _dense_records(
         reason = "need not be factorised for the budget, or has no factorisation that is faster"
     costly = {choice.layer: reason for choice in choices if not choice.scheme}
     reasons = {**reasons, **costly}
-    return [{"layer": name, "reason": reasons[name]} for name in macs if name in reasons]
+    return tuple(DenseLayer(layer=name, reason=reasons[name]) for name in macs if name in reasons)
 
 
 def _largest_bound(choices: Sequence[RankChoice], config: LowRankConfig) -> float | None:

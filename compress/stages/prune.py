@@ -1,7 +1,7 @@
 """prune: TorchModel -> TorchModel with fewer channels and blocks, within budgets relative to the baseline."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,19 +10,20 @@ from compress.config.schema.prune import CutConfig, PruneConfig
 from compress.cost.table_file import TableFile
 from compress.errors import WITHIN_HINT, AlreadyWithin, InternalError
 from compress.model.artifacts import TorchModel
+from compress.model.stage_records import BlockTrial, Isometry, MethodRecord, PruneRecord, StreamTrial, WholeNetworks
 from compress.progress import Progress
 from compress.pruning.blocks import find_removable_blocks
 from compress.search.block_numbers import BlockNumberSearch
 from compress.search.block_removal import Shortened, shorten, take_shortened
 from compress.search.block_repair import repair_blocks
-from compress.search.context import Record, StageContext
-from compress.search.hooked_training import loss_and_quality, say_cut
+from compress.search.context import StageContext
+from compress.search.hooked_training import measure_cut
 from compress.search.isometry_record import measure_isometry
 from compress.search.learned import learn
 from compress.search.prune_record import UNITS, asked_and_reached, prune_record
 from compress.search.pruner import Attempt, Prepared, Pruner, best_along_streams
 from compress.search.survey import survey
-from compress.search.validation import before_and_after, metric_of, validation_quality
+from compress.search.validation import metric_of, validation_quality
 from compress.search.whole_networks import search
 from compress.training.memory_format import in_fastest_memory_format, set_memory_format
 
@@ -40,10 +41,10 @@ class _Choice:
     """
 
     attempt: Attempt
-    block_trials: list[Record] = field(default_factory=list)
-    residual_trials: list[Record] = field(default_factory=list)
-    networks: Record | None = None
-    learned: Record | None = None
+    block_trials: Sequence[BlockTrial] = ()
+    residual_trials: tuple[StreamTrial, ...] = ()
+    networks: WholeNetworks | None = None
+    learned: MethodRecord | None = None
 
 
 class PruneStage:
@@ -54,7 +55,7 @@ class PruneStage:
 
     def run(
         self, artifact: TorchModel, ctx: StageContext, networks: Iterable[Shortened] | None = None
-    ) -> tuple[TorchModel, Record]:
+    ) -> tuple[TorchModel, PruneRecord]:
         """Return the slim network.
 
         Args:
@@ -97,7 +98,9 @@ class PruneStage:
         """Number of blocks that are removed before channels are chosen."""
         return 0 if isinstance(self.config.blocks, str) else self.config.blocks
 
-    def _run(self, artifact: TorchModel, networks: Iterable[Shortened], pruner: Pruner) -> tuple[TorchModel, Record]:
+    def _run(
+        self, artifact: TorchModel, networks: Iterable[Shortened], pruner: Pruner
+    ) -> tuple[TorchModel, PruneRecord]:
         ctx = pruner.ctx
         before = validation_quality(artifact.module, ctx)
         _note_few_images(self.config, ctx)
@@ -106,19 +109,16 @@ class PruneStage:
         _require_removal(best)
         last_repair = repair_blocks(artifact, best.model, self.config.repair, self.config.block_repair, ctx)
         after = validation_quality(best.model.module, ctx)
-        record = {
-            **prune_record(artifact, best),
-            "removed_blocks": [name for name in best.removed_blocks if name not in best.merged_blocks],
-            "merged_blocks": list(best.merged_blocks),
-            "block_trials": choice.block_trials,
-            "residual_trials": choice.residual_trials,
-            "whole_networks": choice.networks,
-            "method": choice.learned,
-            "repairs": best.prepared.shortened.repairs + best.repairs + last_repair,
-            "excluded": [{"name": item.name, "reason": item.reason} for item in best.prepared.surveyed.excluded],
-            "isometry": _isometry(artifact, best, pruner),
-            **before_and_after(ctx, before, after),
-        }
+        record = prune_record(artifact, best, metric_of(ctx.data.validation), (before, after))
+        record = replace(
+            record,
+            block_trials=tuple(choice.block_trials),
+            residual_trials=choice.residual_trials,
+            whole_networks=choice.networks,
+            method=choice.learned,
+            repairs=(*record.repairs, *last_repair),
+            isometry=_isometry(artifact, best, pruner),
+        )
         _note_result(record, best, ctx.progress)
         return best.model, record
 
@@ -147,7 +147,7 @@ class PruneStage:
         if self.config.blocks == "joint":
             blocks = _removable_blocks(prepared, pruner.ctx.progress)
         best, record = search(prepared, blocks, pruner)
-        return _Choice(best, record["finalists"] if blocks else numbers.records, networks=record)
+        return _Choice(best, record.finalists if blocks else numbers.records, networks=record)
 
 
 def _removable_blocks(prepared: Prepared, progress: Progress) -> tuple[str, ...]:
@@ -168,9 +168,8 @@ def _learn(shortened: Shortened, pruner: Pruner) -> _Choice:
     removed = shortened.removed + learned.removed_blocks
     left = Shortened(model, removed, shortened.repairs, model.module, shortened.blocks)
     prepared = Prepared(left, learned.surveyed, learned.candidates, pruner.identify(left, learned.surveyed))
-    cut = pruner.cut(Attempt(prepared, model, learned.selection, learned.timed, []))
-    record = {**learned.record, **loss_and_quality(cut.model.module, "after_cut", ctx)}
-    say_cut(record, metric_of(ctx.data.validation), ctx.progress)
+    cut = pruner.cut(Attempt(prepared, model, learned.selection, learned.timed))
+    record = measure_cut(learned.record, cut.model.module, ctx)
     return _Choice(pruner.repair(cut), learned=record)
 
 
@@ -184,10 +183,10 @@ def _require_removal(best: Attempt) -> None:
     raise AlreadyWithin(f"Target {wanted} must remove something, but the network already has {got}.", hint=WITHIN_HINT)
 
 
-def _isometry(artifact: TorchModel, best: Attempt, pruner: Pruner) -> Record:
+def _isometry(artifact: TorchModel, best: Attempt, pruner: Pruner) -> Isometry:
     """Measure Jacobian singular values before the stage, after the removal of channels and after its repair."""
-    unrepaired = replace(best, model=best.prepared.shortened.model, repairs=[])
-    is_repaired = bool(best.selection.removed) and any(one["is_kept"] for one in best.repairs)
+    unrepaired = replace(best, model=best.prepared.shortened.model, repairs=())
+    is_repaired = bool(best.selection.removed) and any(one.is_kept for one in best.repairs)
     networks = {
         "before": lambda: artifact.module,
         "after_cut": (lambda: pruner.cut(unrepaired).model.module) if is_repaired else lambda: best.model.module,
@@ -206,9 +205,9 @@ def _note_few_images(config: PruneConfig, ctx: StageContext) -> None:
             )
 
 
-def _note_result(record: Record, best: Attempt, progress: Progress) -> None:
-    if record["shortfall"] is not None:
-        progress.note(f"target: {record['shortfall']}")
+def _note_result(record: PruneRecord, best: Attempt, progress: Progress) -> None:
+    if record.shortfall is not None:
+        progress.note(f"target: {record.shortfall}")
     repair: Sequence[str] = best.prepared.surveyed.config.repair
     has_factors = any(one.scales is not None for one in best.prepared.candidates)
     if "scaling" in repair and repair != CutConfig.model_fields["repair"].default and not has_factors:
@@ -217,5 +216,5 @@ def _note_result(record: Record, best: Attempt, progress: Progress) -> None:
     removed, said = len(best.removed_blocks) - merged, f", {merged} merged" if merged else ""
     progress.note(
         f"{cut} of {len(best.prepared.surveyed.groups)} channel groups cut, {removed} blocks removed{said}: "
-        f"{record['macs_before'] / record['macs_after']:.2f}x fewer MACs in this stage"
+        f"{record.macs_before / record.macs_after:.2f}x fewer MACs in this stage"
     )

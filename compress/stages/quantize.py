@@ -7,9 +7,10 @@ from pathlib import Path
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.conditions import has_vnni
 from compress.model.artifacts import OnnxModel
+from compress.model.stage_records import QuantizeRecord
 from compress.onnx_file.io import external_files, load_onnx, save_onnx
-from compress.quantization.onnx_int8 import Quantization, QuantizeReport, matching_nodes, quantize_onnx
-from compress.search.context import Record, StageContext
+from compress.quantization.onnx_int8 import Quantization, matching_nodes, quantize_onnx
+from compress.search.context import StageContext
 from compress.search.deployed_files import quantization_of
 
 NO_INTEGER_KERNELS = ("CUDAExecutionProvider",)  # computes in float between the roundings
@@ -23,7 +24,7 @@ class QuantizeStage:
     def __init__(self, config: QuantizeConfig) -> None:
         self.config = config
 
-    def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[OnnxModel, Record]:
+    def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[OnnxModel, QuantizeRecord]:
         """Write the quantised file as `model.onnx`, and its float source as `float.onnx`, into the stage's folder.
 
         With `deploy.precision: int8`, the baseline is quantised too, as `int8_baseline.onnx`.
@@ -51,7 +52,7 @@ class QuantizeStage:
         )
         alone = self._quantize_baseline(artifact, wanted, ctx)
         result = replace(artifact, path=path, float_path=whole, int8_baseline_path=alone)
-        return result, _record(wanted, report)
+        return result, QuantizeRecord(**asdict(wanted), **asdict(report))
 
     def _quantize_baseline(self, artifact: OnnxModel, wanted: Quantization, ctx: StageContext) -> Path | None:
         """Return the baseline's INT8 file; None where latencies are not compared with it."""
@@ -78,11 +79,6 @@ class QuantizeStage:
         if provider == CPU and saturates and has_vnni() is False:
             warnings.append("Sums may saturate in INT8 on a processor without VNNI: set reduce_range: true.")
         return warnings
-
-
-def _record(wanted: Quantization, report: QuantizeReport) -> Record:
-    return {**asdict(wanted), **asdict(report), "exclude": list(wanted.exclude),
-            "float_layers": list(report.float_layers), "files": list(report.files)}  # fmt: skip
 
 
 def _keep(source: Path, target: Path) -> Path:

@@ -25,11 +25,12 @@ from compress.cost.macs import count_macs, count_params
 from compress.cost.table_file import TableFile
 from compress.errors import AlreadyWithin, ArtifactError, BudgetUnreachable, StageError
 from compress.model.artifacts import TorchModel
+from compress.model.stage_records import LowRankRecord, PruneRecord, SlimRecord, SlimStep, SlimTrial
 from compress.search.block_removal import Remembered, shorten
 from compress.search.block_repair import repair_blocks
-from compress.search.context import Record, StageContext
+from compress.search.context import StageContext
 from compress.search.training import train
-from compress.search.validation import before_and_after, validation_quality
+from compress.search.validation import metric_of, validation_quality
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
 from compress.storage.digest import add_digest, digest_file, read_record
@@ -50,8 +51,8 @@ class Slimmed:
     """
 
     model: TorchModel
-    cut: Record | None
-    factorised: Record | None
+    cut: PruneRecord | None
+    factorised: LowRankRecord | None
     loss: float
 
 
@@ -64,7 +65,7 @@ class SlimStage:
     def __init__(self, config: SlimConfig) -> None:
         self.config = config
 
-    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[TorchModel, SlimRecord]:
         """Return the slim network; a killed run resumes after the last finished step.
 
         Raises:
@@ -79,16 +80,18 @@ class SlimStage:
                 ctx.progress.note(f"step {number} of {self.config.steps}")
             model, step = self._step(model, number, ctx)
             steps.append(step)
-        record = {
-            "target": self.config.target.given(),
-            "moves": list(self.config.moves),
-            "steps": steps,
-            "macs_before": count_macs(artifact.module, example),
-            "macs_after": count_macs(model.module, example),
-            "params_before": count_params(artifact.module),
-            "params_after": count_params(model.module),
-            **before_and_after(ctx, before, validation_quality(model.module, ctx)),
-        }
+        record = SlimRecord(
+            metric=metric_of(ctx.data.validation),
+            target=self.config.target.given(),
+            moves=tuple(self.config.moves),
+            steps=tuple(steps),
+            macs_before=count_macs(artifact.module, example),
+            macs_after=count_macs(model.module, example),
+            params_before=count_params(artifact.module),
+            params_after=count_params(model.module),
+            validation_before=before,
+            validation_after=validation_quality(model.module, ctx),
+        )
         return model, record
 
     def profile(self, artifact: TorchModel, ctx: StageContext) -> TableFile:
@@ -99,7 +102,7 @@ class SlimStage:
         """
         return PruneStage(self._cut_config(1.0)).profile(artifact, ctx)
 
-    def _step(self, model: TorchModel, number: int, ctx: StageContext) -> tuple[TorchModel, Record]:
+    def _step(self, model: TorchModel, number: int, ctx: StageContext) -> tuple[TorchModel, SlimStep]:
         """Slim once and train, or read the results of a killed run."""
         is_last = number == self.config.steps
         files = ctx.folder / f"step{number}_files"  # measurements of one network do not hold for the next
@@ -113,7 +116,7 @@ class SlimStage:
                 if is_last and number == 1:
                     raise
                 ctx.progress.note(f"step {number}: nothing to do. {error.message}")
-                return model, {"trials": [], "prune": None, "low_rank": None, "training": None}
+                return model, SlimStep()
             if not is_last:
                 cut.write(*found)
         if is_last or self.config.between is None:
@@ -121,10 +124,10 @@ class SlimStage:
         trained = _Saved(ctx.folder / f"step{number}_trained", model)
         after = trained.read()
         if after is None:
-            slim, record = found
+            slim, step = found
             with ctx.joint(number):
                 slim, training = train(slim, self.config.between, ctx, f"step{number}.pt", reverts=False)
-            after = slim, {**record, "training": training}
+            after = slim, replace(step, training=training)
             trained.write(*after)
         return after
 
@@ -149,9 +152,9 @@ class SlimStage:
 
     def _slim(
         self, model: TorchModel, progress_made: float, is_last: bool, ctx: StageContext
-    ) -> tuple[TorchModel, Record]:
+    ) -> tuple[TorchModel, SlimStep]:
         """Return the best network within the budget of a step, and its record; `progress_made` as in `_with_share`."""
-        trials: list[Record] = []
+        trials: list[SlimTrial] = []
         found: list[Slimmed] = []
         unreachable: list[StageError] = []
         has_ranks = is_last and "ranks" in self.config.moves
@@ -165,21 +168,23 @@ class SlimStage:
                 may_ranks_help = isinstance(error, BudgetUnreachable) and not isinstance(error, AlreadyWithin)
                 if share == 0 and not (has_ranks and may_ranks_help):
                     raise
-                trials.append({"share": share, "loss": None, "reason": error.message})
+                trials.append(SlimTrial(share=share, loss=None, reason=error.message))
                 unreachable.append(error)
                 continue
             found.append(one)
-            trials.append({"share": share, "loss": one.loss, "reason": None})
+            trials.append(SlimTrial(share=share, loss=one.loss))
             if has_ranks:
                 ctx.progress.note(f"ranks for {share:.0%} of the way: validation loss {one.loss:.4f} within the budget")
         if not found:
             raise unreachable[0]
         best = min(found, key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
         repairs = repair_blocks(model, best.model, self.config.repair, self.config.block_repair, ctx)
-        changed = best.factorised or best.cut
-        if changed is not None:
-            changed["repairs"] += repairs
-        return best.model, {"trials": trials, "prune": best.cut, "low_rank": best.factorised, "training": None}
+        cut, factorised = best.cut, best.factorised
+        if factorised is not None:
+            factorised = replace(factorised, repairs=(*factorised.repairs, *repairs))
+        elif cut is not None:
+            cut = replace(cut, repairs=(*cut.repairs, *repairs))
+        return best.model, SlimStep(trials=tuple(trials), prune=cut, low_rank=factorised)
 
     def _with_share(
         self,
@@ -187,7 +192,7 @@ class SlimStage:
         networks: Remembered,
         progress_made: float,
         share: float,
-        alone: Record | None,
+        alone: PruneRecord | None,
         ctx: StageContext,
     ) -> Slimmed:
         """Meet the budget with ranks for a share of the way, and channels and blocks for the rest.
@@ -204,8 +209,8 @@ class SlimStage:
             BudgetUnreachable: The budget cannot be met with this share.
             StageError: No layer can be factorised.
         """
-        cut: Record | None = None
-        factorised: Record | None = None
+        cut: PruneRecord | None = None
+        factorised: LowRankRecord | None = None
         if share < 1:
             config_of_cut = self._cut_config(progress_made * (1 - share), alone)
             model, cut = PruneStage(config_of_cut).run(model, ctx, networks)
@@ -222,18 +227,18 @@ class SlimStage:
         loss = evaluate_loss(model.module, ctx.data.validation, progress=ctx.progress)
         return Slimmed(model, cut, factorised, loss)
 
-    def _cut_config(self, way: float, alone: Record | None = None) -> PruneConfig:
+    def _cut_config(self, way: float, alone: PruneRecord | None = None) -> PruneConfig:
         """Return the settings of `prune` for a budget part of the way to the target; arguments as in `_target`."""
         shared = {name: getattr(self.config, name) for name in CutConfig.model_fields}
         shared |= {"repair": without_blocks(self.config.repair), "block_repair": None}
         blocks: int | Literal["auto"] = 0
         if "blocks" in self.config.moves:
-            blocks = "auto" if alone is None else len(alone["removed_blocks"]) + len(alone["merged_blocks"])
+            blocks = "auto" if alone is None else len(alone.removed_blocks) + len(alone.merged_blocks)
         target = TargetConfig(**self._target(way, alone))
         has_merges = "merges" in self.config.moves and blocks != 0
         return PruneConfig(stage="prune", **shared | {"target": target, "blocks": blocks, "merge": has_merges})
 
-    def _target(self, way: float, alone: Record | None = None) -> dict[str, float]:
+    def _target(self, way: float, alone: PruneRecord | None = None) -> dict[str, float]:
         """Return the budget part of the way from the baseline to the target: the target's share to the power `way`.
 
         A target in milliseconds needs the baseline's latency, from the record `alone` of channels and blocks.
@@ -242,9 +247,9 @@ class SlimStage:
         if way == 1:
             return given
         if "latency_ms" in given:
-            if alone is None:
+            if alone is None or alone.latency is None:
                 raise BudgetUnreachable("The baseline's milliseconds are not known: channels alone led nowhere.")
-            given = {"latency": min(given["latency_ms"] / alone["latency"]["reference_ms"], 1.0)}
+            given = {"latency": min(given["latency_ms"] / alone.latency.reference_ms, 1.0)}
         return {name: value**way for name, value in given.items()}
 
 
@@ -259,24 +264,24 @@ class _Saved:
     def __init__(self, folder: Path, like: TorchModel) -> None:
         self.folder, self.factory = folder, like.factory
 
-    def read(self) -> tuple[TorchModel, Record] | None:
+    def read(self) -> tuple[TorchModel, SlimStep] | None:
         """Return the result; None if it is missing or damaged."""
         try:
             values = read_record(self.folder / "record.json")
             if self._digests(self.folder) != values["files"]:
                 return None
-            record: Record = values["record"]
-            return load_torch_model(self.folder, self.factory), record
+            step = SlimStep.from_dict(values["record"])
+            return load_torch_model(self.folder, self.factory), step
         except (ArtifactError, KeyError):
             return None
 
-    def write(self, model: TorchModel, record: Record) -> None:
+    def write(self, model: TorchModel, step: SlimStep) -> None:
         part = self.folder.with_suffix(".part")
         for folder in (part, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
         part.mkdir(parents=True)
         save_torch_model(model, part)
-        text = json.dumps(add_digest({"record": record, "files": self._digests(part)}))
+        text = json.dumps(add_digest({"record": step.to_dict(), "files": self._digests(part)}))
         (part / "record.json").write_text(text, encoding="utf-8")
         part.rename(self.folder)
 

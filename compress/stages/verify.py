@@ -7,7 +7,8 @@ from compress.config.schema.verify import VerifyConfig
 from compress.data.from_config import open_shifted
 from compress.data.splits import Split
 from compress.model.artifacts import OnnxModel, Verdict
-from compress.search.context import Record, StageContext
+from compress.model.stage_records import VerifyRecord
+from compress.search.context import StageContext
 from compress.verification.gates import Gates
 from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
@@ -23,7 +24,7 @@ class VerifyStage:
     def __init__(self, config: VerifyConfig) -> None:
         self.config = config
 
-    def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[Verdict, Record]:
+    def run(self, artifact: OnnxModel, ctx: StageContext) -> tuple[Verdict, VerifyRecord]:
         """Verify the file; a failed gate is a verdict, not an error.
 
         Raises:
@@ -46,7 +47,7 @@ class VerifyStage:
             float_onnx=artifact.float_path,
             int8_baseline=artifact.int8_baseline_path,
         )
-        return verify_onnx(job, ctx.progress), {}
+        return verify_onnx(job, ctx.progress), VerifyRecord()
 
 
 def conditions_of(config: VerifyConfig) -> Conditions:

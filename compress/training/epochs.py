@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.splits import Split
+from compress.model.stage_records import EpochRecord
 from compress.progress import Progress
 from compress.tasks.base import is_shown_worse
 from compress.tasks.classification import Classification
 from compress.training.distributed import Ranks
 from compress.training.evaluate import measure_quality
-from compress.training.settings import EpochRecord
 
 
 class EpochLog:

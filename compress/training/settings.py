@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from compress.data.batches import Augmentation, batches_per_epoch
 from compress.data.splits import Split
-from compress.tasks.base import Metric
+from compress.model.stage_records import EpochRecord
 from compress.training.fake_quantization import Int8Rounding
 from compress.training.schedule import schedule
 
@@ -105,32 +105,6 @@ class FitSettings:
     save_minutes: float = 5.0
     rounding: Int8Rounding | None = None
     rounded_ratio: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class EpochRecord:
-    """Result of one epoch.
-
-    Attributes:
-        epoch: Counted from 1.
-        loss: Mean training loss.
-        validation: The primary metric on the validation split; for a classifier top-1, in [0, 1].
-        learning_rate: Learning rate at the end of the epoch.
-        images_per_second: Training speed, without validation.
-    """
-
-    epoch: int
-    loss: float
-    validation: float
-    learning_rate: float
-    images_per_second: float
-
-    def to_dict(self, metric: Metric) -> dict[str, Any]:
-        """Return plain values for the report, such as {"epoch": 1, "loss": 0.3, "validation_top1": 0.9, ...}."""
-        return {
-            (f"validation_{metric.name}" if name == "validation" else name): value
-            for name, value in asdict(self).items()
-        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ def test_yaml_on_the_page_on_tasks_is_valid(tmp_path: Path):
 
 
 def test_the_page_on_quantisation_names_every_setting():
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "quantization.md").read_text("utf-8"), re.DOTALL)
+    example, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "quantization.md").read_text("utf-8"), re.DOTALL)
     stage = next(stage for stage in yaml.safe_load(example) if stage["stage"] == "quantize")
     config = QuantizeConfig.model_validate(stage)
     assert config.model_fields_set == set(QuantizeConfig.model_fields)

@@ -100,13 +100,13 @@ def test_stage_writes_two_files_with_fixed_batch_when_asked(tmp_path):
     config = ExportConfig(stage="export", opset=20, dynamic_batch=False, external_data=True)
     progress = RecordingProgress()
     model, record = ExportStage(config).run(torch_model(nets.build("chain")), StageContext(tmp_path, 0, None, progress))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"] == record["files"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"] == [*record.files]
     assert model.path == tmp_path / "model.onnx"
-    assert (model.opset, record["opset"]) == (20, 20)
+    assert (model.opset, record.opset) == (20, 20)
     assert model.signature == exported_signature(SIGNATURE, dynamic_batch=False)
     assert model.signature.inputs[0].shape == (1, 3, 16, 16)
     assert read_signature(load_onnx(model.path)) == model.signature
-    assert record["size_bytes"] == file_bytes(model.path)
+    assert record.size_bytes == file_bytes(model.path)
     assert "2 files" in progress.notes[0]
     assert progress.warnings == []
 
@@ -235,8 +235,8 @@ def test_stage_says_when_the_graph_was_not_simplified(tmp_path, monkeypatch):
     progress = RecordingProgress()
     context = StageContext(tmp_path, 0, None, progress)
     model, record = ExportStage(ExportConfig(stage="export")).run(torch_model(nets.build("chain")), context)
-    assert record["simplified"] is False
-    assert progress.warnings == [f"The graph was not simplified: {record['simplify_note']}."]
+    assert record.simplified is False
+    assert progress.warnings == [f"The graph was not simplified: {record.simplify_note}."]
     kept, wanted = (
         {tensor.name: tensor.raw_data for tensor in load_onnx(path).graph.initializer}
         for path in (model.path, exported("chain"))

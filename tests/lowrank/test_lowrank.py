@@ -383,10 +383,10 @@ def test_stage_never_exceeds_its_target(tmp_path: Path, metric: str, kept: float
     target = RankTargetConfig(**{metric: kept})
     slim, record, notes = _run(network, tmp_path, target=target, multiple_of=1)
     counted = {"macs": count_macs(slim.module, nets.EXAMPLE), "params": count_params(slim.module)}
-    baseline = record[f"{metric}_before"]
+    baseline = vars(record)[f"{metric}_before"]
     assert kept - 0.05 <= counted[metric] / baseline <= kept
-    assert {name: record[f"{name}_after"] for name in counted} == counted
-    assert sum(layer_macs(network, nets.EXAMPLE).values()) == record["macs_before"]
+    assert {name: vars(record)[f"{name}_after"] for name in counted} == counted
+    assert sum(layer_macs(network, nets.EXAMPLE).values()) == record.macs_before
     assert any(f"target {kept:.3f}" in note for note in notes)
 
 
@@ -398,9 +398,9 @@ def test_stage_result_is_rebuilt_from_its_recipe(tmp_path: Path) -> None:
         replace_structure(fresh, edit)
     fresh.load_state_dict(slim.module.state_dict(), strict=True)
     assert torch.equal(fresh(nets.images()), slim.module(nets.images()))
-    assert [entry["layer"] for entry in record["layers"]] == [edit.layer for edit in slim.recipe.edits]
-    assert all(0 < entry["relative_error"] <= 0.6 + 1e-6 for entry in record["layers"])
-    assert all(entry["macs_after"] < entry["macs_before"] for entry in record["layers"])
+    assert [entry.layer for entry in record.layers] == [edit.layer for edit in slim.recipe.edits]
+    assert all(0 < entry.relative_error <= 0.6 + 1e-6 for entry in record.layers)
+    assert all(entry.macs_after < entry.macs_before for entry in record.layers)
     assert not any(part.training for part in slim.module.modules())
 
 
@@ -410,10 +410,10 @@ def test_stage_leaves_its_input_alone_and_reestimates_batch_norm(tmp_path: Path)
     slim, record, _ = _run(network, tmp_path, relative_error=0.7, multiple_of=1)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     moved = slim.module.state_dict()["body.2.1.running_mean"]
-    (tried,) = record["repairs"]
-    assert tried["repair"] == "batch_norm"
-    assert torch.equal(moved, before["body.2.1.running_mean"]) != tried["is_kept"]
-    assert 0 <= record["validation_top1_after"] <= 1
+    (tried,) = record.repairs
+    assert tried.repair == "batch_norm"
+    assert torch.equal(moved, before["body.2.1.running_mean"]) != tried.is_kept
+    assert 0 <= record.validation_after <= 1
 
 
 def test_stage_counts_the_target_from_the_baseline(tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_stage_counts_the_target_from_the_baseline(tmp_path: Path) -> None:
     artifact = dataclasses.replace(artifact, baseline=dataclasses.replace(artifact.baseline, metrics=figures))
     stage = LowRankStage(LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.3), multiple_of=1))
     _, record = stage.run(artifact, StageContext(tmp_path, 0, _Data(), SilentProgress()))  # type: ignore[arg-type]
-    assert 0.25 * figures.macs < record["macs_after"] <= 0.3 * figures.macs
+    assert 0.25 * figures.macs < record.macs_after <= 0.3 * figures.macs
     with pytest.raises(StageError, match=r"at 0\.500 of baseline MACs already, the target is 0\.600"):
         LowRankStage(LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.6))).run(
             artifact,
@@ -434,7 +434,7 @@ def test_excluded_layers_stay_dense_and_are_listed(tmp_path: Path) -> None:
     slim, record, _ = _run(
         nets.build("residual"), tmp_path, relative_error=0.9, multiple_of=1, exclude=("body.1.*", "head")
     )
-    dense = {entry["layer"]: entry["reason"] for entry in record["dense"]}
+    dense = {entry.layer: entry.reason for entry in record.dense}
     assert dense["body.1.conv1"] == "is excluded by 'body.1.*'"
     assert dense["head"] == "is excluded by 'head'"
     assert isinstance(slim.module.body[1].conv1, nn.Conv2d)
@@ -460,7 +460,7 @@ def test_an_error_too_small_for_any_layer_is_an_error_with_the_first_that_works(
     assert caught.value.hint is not None
     first = float(caught.value.hint.split("relative_error ")[1].split(";")[0])
     _, record, _ = _run(network, tmp_path, relative_error=first + 0.001)
-    assert len(record["layers"]) >= 1
+    assert len(record.layers) >= 1
 
 
 def test_nothing_cheaper_at_any_error_is_an_error(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_nothing_cheaper_at_any_error_is_an_error(tmp_path: Path) -> None:
 def test_every_layer_is_listed_once(tmp_path: Path) -> None:
     network = nets.build("grouped")
     _, record, _ = _run(network, tmp_path, relative_error=0.5, multiple_of=8)
-    listed = [entry["layer"] for entry in (*record["layers"], *record["dense"])]
+    listed = [entry.layer for entry in (*record.layers, *record.dense)]
     assert sorted(listed) == sorted(layer_macs(network, nets.EXAMPLE))
 
 
@@ -517,6 +517,6 @@ def test_the_error_told_is_that_of_outputs_unless_kernels_are_asked_for(tmp_path
         _run(nets.build("residual"), tmp_path / error_of, error_of=error_of, **shared)
         for error_of in ("outputs", "kernels")
     )
-    assert outputs["layers"] != kernels["layers"]
-    assert outputs["shared_relative_error"] < kernels["shared_relative_error"]  # type: ignore[operator]
-    assert count_macs(slim.module, nets.EXAMPLE) == outputs["macs_after"]
+    assert outputs.layers != kernels.layers
+    assert outputs.shared_relative_error < kernels.shared_relative_error  # type: ignore[operator]
+    assert count_macs(slim.module, nets.EXAMPLE) == outputs.macs_after

@@ -104,19 +104,19 @@ def run(data, tmp_path):
 def test_the_target_is_met_and_the_factorisation_changes_next_to_nothing(run, name):
     done = run(name, method="trp", training=TRAINING)
     before = count_macs(nets.build(name), nets.EXAMPLE)
-    assert done.record["macs_after"] == count_macs(done.slim.module, nets.EXAMPLE) <= 0.6 * before
-    learned = done.record["method"]
-    assert learned["name"] == "trp"
-    assert learned["steps"] == 40
-    assert learned["top1_before_cut"] > learned["validation_top1_before"]
-    assert learned["loss_after_cut"] < learned["loss_before_cut"] + CUT_JUMP
+    assert done.record.macs_after == count_macs(done.slim.module, nets.EXAMPLE) <= 0.6 * before
+    learned = done.record.method
+    assert learned.name == "trp"
+    assert learned.steps == 40
+    assert learned.quality_before_cut > learned.validation_before
+    assert learned.loss_after_cut < learned.loss_before_cut + CUT_JUMP
     weights = nets.build(name).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in done.artifact.module.state_dict().items())
 
 
 def test_kernels_that_were_cut_while_training_lose_less_than_those_that_were_only_trained(run, monkeypatch):
     def lost(done):
-        return max(layer["relative_error"] for layer in done.record["layers"])
+        return max(layer.relative_error for layer in done.record.layers)
 
     trained = run("chain", method="trp", training=TRAINING)
     monkeypatch.setattr(TrainedRank, "cut", lambda self: None)
@@ -124,8 +124,7 @@ def test_kernels_that_were_cut_while_training_lose_less_than_those_that_were_onl
     only_trained = run("chain", "without", method="trp", training=TRAINING)
     assert 0 < lost(trained) < 0.3 * lost(only_trained)
     rise, rise_without = (
-        done.record["method"]["loss_after_cut"] - done.record["method"]["loss_before_cut"]
-        for done in (trained, only_trained)
+        done.record.method.loss_after_cut - done.record.method.loss_before_cut for done in (trained, only_trained)
     )
     assert rise < 0.3 * rise_without
 
@@ -133,18 +132,18 @@ def test_kernels_that_were_cut_while_training_lose_less_than_those_that_were_onl
 def test_a_shared_error_is_kept_once(run):
     """Kernels are cut by the error asked for once, not once more after the last step."""
     done = run("chain", method="trp", training=TRAINING, target=None, relative_error=0.3)
-    errors = [layer["relative_error"] for layer in done.record["layers"]]
+    errors = [layer.relative_error for layer in done.record.layers]
     assert errors
     assert max(errors) < 0.3
-    assert done.record["shared_relative_error"] == 0.3
+    assert done.record.shared_relative_error == 0.3
 
 
 def test_a_rise_of_the_loss_is_explained(run, monkeypatch):
     monkeypatch.setattr("compress.search.hooked_training.CUT_JUMP", -1.0)
     done = run("chain", method="trp", training=TRAINING)
     (warning,) = [text for text in done.warnings if "must change next to nothing" in text]
-    worst = max(done.record["layers"], key=lambda layer: layer["relative_error"])
-    assert f"up to {worst['relative_error']:.1%} away from their rank ('{worst['layer']}')" in warning
+    worst = max(done.record.layers, key=lambda layer: layer.relative_error)
+    assert f"up to {worst.relative_error:.1%} away from their rank ('{worst.layer}')" in warning
 
 
 def test_a_stage_that_was_killed_goes_on_and_ends_the_same(run, monkeypatch):

@@ -410,7 +410,7 @@ def _prune(tmp_path, splits, criterion, **settings):
                                   "tp_random"])  # fmt: skip
 def test_every_measure_meets_a_budget_in_macs(tmp_path, pictures, name):
     slim, record = _prune(tmp_path, _splits(ArraysSource(arrays=str(pictures))), name)
-    assert record["criterion"] == name
+    assert record.criterion == name
     assert 0.5 < count_macs(slim.module, nets.EXAMPLE) / count_macs(nets.build("residual"), nets.EXAMPLE) <= 0.6
 
 

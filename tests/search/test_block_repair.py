@@ -17,6 +17,7 @@ from compress.config.schema.repair import BlockRepairConfig
 from compress.config.schema.targets import RankTargetConfig, TargetConfig
 from compress.data.batches import evaluation_batches
 from compress.model.recipe import Recipe, RemoveChannels
+from compress.model.stage_records import RepairedBlock
 from compress.onnx_import.importer import build_imported
 from compress.progress import SilentProgress
 from compress.pruning.trial import find_cuttable
@@ -53,9 +54,9 @@ def test_validation_loss_is_recorded_and_no_worse(ctx, name):
     after = _halved(before)
     start = float(image_losses(after.module, ctx.data.validation).mean())
     (record,) = block_repair.repair_blocks(before, after, ["blocks"], QUICK, ctx)
-    assert record["loss_before"] == start
+    assert record.loss_before == start
     end = float(image_losses(after.module, ctx.data.validation).mean())
-    assert end == (record["loss_after"] if record["is_kept"] else start)
+    assert end == (record.loss_after if record.is_kept else start)
     assert not any(one.requires_grad is False for one in after.module.parameters())
 
 
@@ -76,11 +77,11 @@ def test_blocks_that_raise_the_validation_loss_are_rolled_back(ctx, monkeypatch)
         with torch.no_grad():
             for one in module.parameters():
                 one.mul_(30)
-        return [block_repair.Reconstructed("all", 1.0, 0.5, True)]
+        return [RepairedBlock("all", 1.0, 0.5, True)]
 
     monkeypatch.setattr(block_repair, "_reconstruct", ruin)
     (record,) = block_repair.repair_blocks(before, after, ["blocks"], QUICK, ctx)
-    assert not record["is_kept"]
+    assert not record.is_kept
     assert all(torch.equal(values, state[key]) for key, values in after.module.state_dict().items())
 
 
@@ -112,8 +113,8 @@ def test_low_rank_repairs_blocks(ctx):
     slim, record = LowRankStage(LowRankConfig(stage="low_rank", **settings)).run(
         make_saved_model("residual", ctx.folder), ctx
     )
-    assert [one["repair"] for one in record["repairs"]] == ["batch_norm", "blocks"]
-    assert any(block["error_after"] < block["error_before"] for block in record["repairs"][-1]["blocks"])
+    assert [one.repair for one in record.repairs] == ["batch_norm", "blocks"]
+    assert any(block.error_after < block.error_before for block in record.repairs[-1].blocks)
     replayed = apply_edits(nets.build("residual", seed=3), slim.recipe, nets.EXAMPLE)
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
 
@@ -129,9 +130,9 @@ def test_slim_repairs_blocks_of_the_network_it_keeps_alone(ctx, monkeypatch):
     model = make_saved_model("residual", ctx.folder)
     slim, record = SlimStage(config).run(model, replace(ctx, teacher=BaselineTeacher(model)))
     assert len(calls) == 1
-    (step,) = record["steps"]
-    records = [one for part in ("prune", "low_rank") if step[part] for one in step[part]["repairs"]]
-    assert [one["repair"] for one in records].count("blocks") == 1
+    (step,) = record.steps
+    records = [one for part in (step.prune, step.low_rank) if part is not None for one in part.repairs]
+    assert [one.repair for one in records].count("blocks") == 1
     replayed = apply_edits(nets.build("residual", seed=3), slim.recipe, nets.EXAMPLE)
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
 
@@ -142,6 +143,6 @@ def test_a_network_read_from_a_file_is_repaired_by_segments_of_its_graph(ctx):
     before = make_saved_model("residual", ctx.folder, module)
     after = _halved(before)
     (record,) = block_repair.repair_blocks(before, after, ["blocks"], QUICK, ctx)
-    assert len(record["blocks"]) >= 2
-    assert any(block["is_kept"] for block in record["blocks"])
-    assert all(" to " in block["name"] for block in record["blocks"])
+    assert len(record.blocks) >= 2
+    assert any(block.is_kept for block in record.blocks)
+    assert all(" to " in block.name for block in record.blocks)

@@ -57,15 +57,15 @@ def learn(data, tmp_path):
 def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, method):
     slim, record, said = learn(name, method=method, repair=())
     before = count_macs(nets.build(name), nets.EXAMPLE)
-    assert record["macs_after"] == count_macs(slim.module, nets.EXAMPLE) <= 0.5 * before
-    assert record["reached_ratio"] > 0.3
-    learned = record["method"]
-    assert learned["name"] == method
-    assert learned["steps"] == 90
-    assert len(learned["epochs"]) == learned["chosen_epoch"]
-    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=hooked.CUT_JUMP)
+    assert record.macs_after == count_macs(slim.module, nets.EXAMPLE) <= 0.5 * before
+    assert record.reached_ratio > 0.3
+    learned = record.method
+    assert learned.name == method
+    assert learned.steps == 90
+    assert len(learned.epochs) == learned.chosen_epoch
+    assert learned.loss_after_cut == pytest.approx(learned.loss_before_cut, abs=hooked.CUT_JUMP)
     # one threshold for all groups of so short a run leaves kept channels at zero: that is said
-    share = learned["metrics"].get("kept_zero_ratio", 0.0)
+    share = learned.metrics.get("kept_zero_ratio", 0.0)
     wording = f"Method 'grda': .* kept channels \\({share:.0%}\\) were at zero when the choice was made"
     assert len(said.warnings) == int(share > 0.1)
     assert all(re.match(wording, text) for text in said.warnings)
@@ -73,7 +73,7 @@ def test_the_budget_is_met_and_the_cut_changes_next_to_nothing(learn, name, meth
     replayed = apply_edits(nets.build(name, seed=3), slim.recipe, nets.EXAMPLE)
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
     assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
-    json.dumps(record)
+    json.dumps(record.to_dict())
 
 
 @pytest.mark.parametrize("method", ["grda", "regrow", "tpp"])
@@ -86,10 +86,10 @@ def test_a_latency_budget_is_met_by_widths_that_were_timed(data, tmp_path, monke
         stage="prune", target=TargetConfig(latency=0.6), multiple_of=2, method=method, training=TRAINING, repair=()
     )
     slim, record = PruneStage(config).run(artifact, ctx)
-    assert record["latency"]["measured_ratio"] <= 0.6 * 1.03
-    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
-    learned = record["method"]
-    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=hooked.CUT_JUMP)
+    assert record.latency.measured_ratio <= 0.6 * 1.03
+    assert count_macs(slim.module, nets.EXAMPLE) == record.macs_after < record.macs_before
+    learned = record.method
+    assert learned.loss_after_cut == pytest.approx(learned.loss_before_cut, abs=hooked.CUT_JUMP)
     assert not [text for text in listener.warnings if "must change next to nothing" in text]
 
 
@@ -114,8 +114,8 @@ def test_the_momentum_of_gsm_takes_the_place_of_that_of_training(learn, monkeypa
 
 def test_the_network_is_trained_while_the_method_decides(learn):
     slim, record, _ = learn("chain", method="gsm")
-    assert record["method"]["validation_top1_before"] < record["method"]["top1_before_cut"] == 1.0
-    assert record["validation_top1_after"] == 1.0
+    assert record.method.validation_before < record.method.quality_before_cut == 1.0
+    assert record.validation_after == 1.0
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in slim.module.modules())
 
 
@@ -126,7 +126,7 @@ def test_a_cut_that_changes_more_is_warned_about_with_its_cause(learn, monkeypat
     (warning,) = [text for text in said.warnings if "must change next to nothing" in text]
     assert "The removed channels had" in warning
     assert "more steps after the final choice would help" in warning
-    assert f"{record['method']['loss_after_cut'] - record['method']['loss_before_cut']:.3f}" in warning
+    assert f"{record.method.loss_after_cut - record.method.loss_before_cut:.3f}" in warning
 
 
 @pytest.mark.parametrize(("is_worse", "count"), [(True, 1), (False, 0)])
@@ -139,12 +139,12 @@ def test_training_that_made_the_network_worse_is_warned_about_with_both_figures(
 
     monkeypatch.setattr(hooked, "is_quality_worse", compare)
     _, record, said = learn("chain", method="regrow")
-    learned = record["method"]
-    assert asked == [[learned["validation_top1_before"], learned["top1_before_cut"]]]
+    learned = record.method
+    assert asked == [[learned.validation_before, learned.quality_before_cut]]
     found = [text for text in said.warnings if "by itself, before the cut" in text]
     assert len(found) == count
     for text in found:
-        assert f"top-1 {learned['validation_top1_before']:.2%} -> {learned['top1_before_cut']:.2%}" in text
+        assert f"top-1 {learned.validation_before:.2%} -> {learned.quality_before_cut:.2%}" in text
 
 
 def test_a_block_whose_gate_closed_is_removed(learn, monkeypatch):
@@ -159,26 +159,26 @@ def test_a_block_whose_gate_closed_is_removed(learn, monkeypatch):
 
     monkeypatch.setattr(Gates, "on_step_begin", closed)
     slim, record, _ = learn("residual", method="gates", blocks="auto", target=TargetConfig(params=0.4))
-    assert record["removed_blocks"] == ["body.2"]
+    assert record.removed_blocks == ("body.2",)
     assert isinstance(slim.recipe.edits[0], RemoveBlock)
     assert isinstance(slim.recipe.edits[1], RemoveChannels)
-    assert record["params_after"] == count_params(slim.module) <= 0.4 * record["params_before"]
-    learned = record["method"]
-    assert learned["loss_after_cut"] == pytest.approx(learned["loss_before_cut"], abs=1e-4)
-    assert learned["metrics"]["blocks_closed_ratio"] == 0.5
+    assert record.params_after == count_params(slim.module) <= 0.4 * record.params_before
+    learned = record.method
+    assert learned.loss_after_cut == pytest.approx(learned.loss_before_cut, abs=1e-4)
+    assert learned.metrics["blocks_closed_ratio"] == 0.5
 
 
 def test_gates_close_blocks_by_themselves_where_the_budget_is_small(learn):
     _, record, said = learn("residual", method="gates", blocks="auto", target=TargetConfig(params=0.4))
-    assert record["removed_blocks"]
-    assert record["params_after"] <= 0.4 * record["params_before"]
+    assert record.removed_blocks
+    assert record.params_after <= 0.4 * record.params_before
     assert any("residual block" in note for note in said.notes)
 
 
 def test_gates_leave_blocks_alone_unless_asked(learn):
     _, record, _ = learn("residual", method="gates")
-    assert record["removed_blocks"] == []
-    assert record["method"]["metrics"]["blocks_closed_ratio"] == 0.0
+    assert record.removed_blocks == ()
+    assert record.method.metrics["blocks_closed_ratio"] == 0.0
 
 
 @pytest.mark.parametrize(("method_class", "step"), [(Gsm, 60), (Grda, 23), (Regrow, 44)])
@@ -201,7 +201,7 @@ def test_a_stage_that_was_killed_goes_on_and_ends_the_same(learn, monkeypatch, m
     assert again.recipe == whole.recipe
     for name, value in whole.module.state_dict().items():
         assert torch.equal(value, again.module.state_dict()[name]), name
-    assert repeated["method"]["metrics"] == record["method"]["metrics"]
+    assert repeated.method.metrics == record.method.metrics
 
 
 def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_kill_after_the_training_does_not_train_again(learn, monkeypatch):
     again, repeated, _ = learn("chain", "killed", method="gsm")
     assert again.recipe == whole.recipe
     assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in whole.module.state_dict().items())
-    losses = [[epoch["loss"] for epoch in one["method"]["epochs"]] for one in (record, repeated)]
+    losses = [[epoch.loss for epoch in one.method.epochs] for one in (record, repeated)]
     assert losses[0] == losses[1]
 
 
@@ -234,6 +234,6 @@ def test_what_cannot_come_to_an_end_is_refused_before_the_training(learn, monkey
 
 def test_groups_that_a_method_cannot_cut_stay_whole_and_are_named(learn):
     _, record, said = learn("grouped", method="csgd", target=TargetConfig(macs=0.9))
-    reasons = {entry["name"]: entry["reason"] for entry in record["excluded"]}
+    reasons = {entry.name: entry.reason for entry in record.excluded}
     assert "a grouped convolution computes or reads it" in reasons.values()
     assert any("a grouped convolution" in warning for warning in said.warnings)

@@ -61,10 +61,10 @@ def test_a_budget_in_macs_is_met(criterion, ctx, tmp_path) -> None:
     model = make_saved_model("residual", tmp_path)
     slim, record = PruneStage(_config(criterion=criterion, score_images=16)).run(model, ctx)
     assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * count_macs(model.module, nets.EXAMPLE)
-    assert record["criterion"] == criterion
+    assert record.criterion == criterion
     by_errors = criterion in ("greedy", "greedy_refit", "lasso", "greedy_loss")
-    assert record["damage"] == ("errors" if by_errors else "scores")
-    assert any(group["width_after"] < group["width_before"] for group in record["groups"])
+    assert record.damage == ("errors" if by_errors else "scores")
+    assert any(group.width_after < group.width_before for group in record.groups)
 
 
 @pytest.mark.parametrize("criterion", BUILT_IN)
@@ -72,8 +72,8 @@ def test_a_budget_in_milliseconds_is_met(criterion, ctx, tmp_path, monkeypatch) 
     profile_by_macs(monkeypatch)
     config = _config(criterion=criterion, score_images=16, target=TargetConfig(latency=0.7), multiple_of=2)
     _, record = PruneStage(config).run(make_saved_model("chain", tmp_path), ctx)
-    assert record["reached"]["latency"] <= 0.7 * 1.03
-    assert record["latency"] is not None
+    assert record.reached["latency"] <= 0.7 * 1.03
+    assert record.latency is not None
 
 
 @pytest.mark.parametrize("criterion", LABEL_FREE)
@@ -86,7 +86,7 @@ def test_labels_are_not_looked_at(criterion, data, ctx, tmp_path, monkeypatch) -
 
 def _candidates(config: PruneConfig, model: TorchModel, ctx: StageContext):
     surveyed = survey(model, config, None, ctx)
-    return Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx).candidates()
+    return Scoring(Shortened(model, (), (), model.module, 0), surveyed, "key", ctx).candidates()
 
 
 def test_groups_that_cannot_be_ranked_are_scored_on_the_scale_of_errors(ctx, tmp_path) -> None:
@@ -187,12 +187,12 @@ def test_factors_of_the_ranking_are_multiplied_into_the_readers(ctx, tmp_path, m
     monkeypatch.setattr("compress.search.repairs.is_loss_higher", lambda *_args: False)  # kept, whatever it does
     monkeypatch.setattr("compress.search.repairs.fold_means", lambda *_args: ())
     slim, record = PruneStage(config).run(model, ctx)
-    assert [one["repair"] for one in record["repairs"]] == ["scaling"]
-    assert record["repairs"][0]["is_kept"]
+    assert [one.repair for one in record.repairs] == ["scaling"]
+    assert record.repairs[0].is_kept
     groups, _ = find_cuttable(model.module, nets.EXAMPLE)
     whole = copy.deepcopy(model.module)
     ranked = {one.name: one for one in _candidates(config, model, ctx)}
-    widths = {one["name"]: one["width_after"] for one in record["groups"]}
+    widths = {one.name: one.width_after for one in record.groups}
     images = nets.images(4)
     groups_of_copy, _ = find_cuttable(whole, nets.EXAMPLE)
     with ExitStack() as stack, torch.no_grad():
@@ -304,8 +304,8 @@ def test_without_labels_widths_come_from_errors_of_readers(criterion, name, ctx,
     found = _candidates(config, model, replace(ctx, data=unlabelled))
     assert min(one.damages[0] for one in found) > 1e-4
     _, record = PruneStage(config).run(model, replace(ctx, data=unlabelled, folder=tmp_path / "run"))
-    assert record["macs_after"] <= 0.5 * record["macs_before"]
-    assert record["damage"] == "errors"
+    assert record.macs_after <= 0.5 * record.macs_before
+    assert record.damage == "errors"
 
 
 def test_reconstruction_with_errors_needs_no_labels(ctx, tmp_path, monkeypatch) -> None:
@@ -322,7 +322,7 @@ def test_one_bound_for_all_groups_meets_the_budget(criterion, ctx, tmp_path) -> 
     model = make_saved_model("residual", tmp_path)
     config = _config(criterion=criterion, score_images=16, allocation="shared_error")
     slim, record = PruneStage(config).run(model, ctx)
-    assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * record["macs_before"]
+    assert count_macs(slim.module, nets.EXAMPLE) <= 0.5 * record.macs_before
 
 
 def test_gradient_flow_is_signed_on_an_untrained_network_only(ctx, tmp_path, monkeypatch) -> None:
@@ -353,7 +353,7 @@ def test_batch_norms_that_saw_no_image_are_measured_on_a_copy(ctx, tmp_path) -> 
     model = make_saved_model("chain", tmp_path, module)
     config = _config(criterion="snip", score_images=16)
     surveyed = survey(model, config, None, ctx)
-    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
+    scoring = Scoring(Shortened(model, (), (), model.module, 0), surveyed, "key", ctx)
     measured = scoring.evidence.with_statistics(module)
     assert measured is not module
     assert not module.body[0][1].running_mean.any()
@@ -367,7 +367,7 @@ def test_the_loss_of_the_stage_follows_the_factors(ctx, tmp_path) -> None:
         _config(criterion="greedy_loss", score_images=16),
     )
     surveyed = survey(model, config, None, ctx)
-    scoring = Scoring(Shortened(model, (), [], model.module, 0), surveyed, "key", ctx)
+    scoring = Scoring(Shortened(model, (), (), model.module, 0), surveyed, "key", ctx)
     group = surveyed.groups["body.0.0"]
     loss_of, split = scoring.orders.loss_with(group), ctx.data.calibration.first(16)
     factors = torch.linspace(0, 2, group.width)

@@ -82,48 +82,49 @@ def test_blocks_and_widths_are_chosen_within_the_budgets(
     assert count_macs(slim.module, nets.EXAMPLE) <= target["macs"] * count_macs(before, nets.EXAMPLE)
     assert count_params(slim.module) <= target.get("params", 1.0) * count_params(before)
     _hold_replay(slim, "residual")
-    assert [edit.block for edit in slim.recipe.edits if isinstance(edit, RemoveBlock)] == record["removed_blocks"]
-    networks = record["whole_networks"]
-    assert networks["count"] == count
-    assert 2 <= len(networks["tried"]) <= count
-    assert len({str(one) for one in networks["tried"]}) == len(networks["tried"])
-    assert sum("network " in note and "validation loss" in note for note in listener.notes) == len(networks["tried"])
-    assert {one["blocks"] for one in networks["tried"]} > {0} or target["macs"] == 0.1
-    finalists = record["block_trials"]
-    assert finalists == networks["finalists"]
-    least = min(one["loss"] for one in finalists if one["loss"] is not None)
+    assert [edit.block for edit in slim.recipe.edits if isinstance(edit, RemoveBlock)] == [*record.removed_blocks]
+    networks = record.whole_networks
+    assert networks.count == count
+    assert 2 <= len(networks.tried) <= count
+    assert len({str(one) for one in networks.tried}) == len(networks.tried)
+    assert sum("network " in note and "validation loss" in note for note in listener.notes) == len(networks.tried)
+    assert {one.blocks for one in networks.tried} > {0} or target["macs"] == 0.1
+    finalists = record.block_trials
+    assert finalists == networks.finalists
+    least = min(one.loss for one in finalists if one.loss is not None)
     assert evaluate_loss(slim.module, data.validation) == pytest.approx(least, abs=1e-5)
-    assert networks["fit"]["factors"].keys() >= set(BLOCKS.values())
-    assert json.loads(json.dumps(record)) == record
+    assert networks.fit.factors.keys() >= set(BLOCKS.values())
+    dumped = record.to_dict()
+    assert json.loads(json.dumps(dumped)) == dumped
 
 
 def test_the_best_networks_of_the_first_rounds_are_finished(prune: Callable[..., Pruned]) -> None:
     _, record, _ = prune("residual", blocks="joint", whole_networks=10)
-    networks = record["whole_networks"]
-    best = sorted(networks["tried"], key=lambda one: one["loss"])[: finalists_module.FINALISTS]
-    expected = [one["blocks"] for one in best]
+    networks = record.whole_networks
+    best = sorted(networks.tried, key=lambda one: one.loss)[: finalists_module.FINALISTS]
+    expected = [one.blocks for one in best]
     if expected[0]:
         expected[-1] = expected[0]  # the usual estimates, without the blocks of the best
-    assert [one["blocks"] for one in networks["finalists"]] == expected
-    assert any(one["source"].startswith("blocks x") for one in networks["tried"])
-    learned = [one for one in networks["tried"] if one["source"] in ("learned", "near the best")]
+    assert [one.blocks for one in networks.finalists] == expected
+    assert any(one.source.startswith("blocks x") for one in networks.tried)
+    learned = [one for one in networks.tried if one.source in ("learned", "near the best")]
     assert learned
-    assert all(one["predicted_loss"] is not None for one in learned)
+    assert all(one.predicted_loss is not None for one in learned)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, "auto"])
 def test_widths_alone_are_learned_with_any_number_of_blocks(prune: Callable[..., Pruned], blocks: Any) -> None:
     slim, record, listener = prune("residual", blocks=blocks, target=TargetConfig(macs=0.4))
-    assert record["macs_after"] <= 0.4 * record["macs_before"]
-    assert record["whole_networks"]["block_damages"] == {}
-    assert record["residual_trials"] == []
-    fit = record["whole_networks"]["fit"]
-    assert fit is None or not set(BLOCKS.values()) & fit["factors"].keys()
+    assert record.macs_after <= 0.4 * record.macs_before
+    assert record.whole_networks.block_damages == {}
+    assert record.residual_trials == ()
+    fit = record.whole_networks.fit
+    assert fit is None or not set(BLOCKS.values()) & fit.factors.keys()
     if blocks != "auto":
-        assert len(record["removed_blocks"]) == blocks
-        assert record["block_trials"] == []
+        assert len(record.removed_blocks) == blocks
+        assert record.block_trials == ()
     else:
-        assert record["block_trials"]
+        assert record.block_trials
     assert not any("residual block can be removed" in note for note in listener.notes)
     _hold_replay(slim, "residual")
 
@@ -133,15 +134,15 @@ def test_what_is_learned_is_no_worse_than_the_first_of_the_usual_choices(
 ) -> None:
     usual, _, _ = prune("residual", "usual", whole_networks=None)
     learned, record, _ = prune("residual", "learned", whole_networks=10)
-    assert len(record["whole_networks"]["tried"]) > 3
+    assert len(record.whole_networks.tried) > 3
     losses = [evaluate_loss(one.module, data.validation) for one in (learned, usual)]
     assert losses[0] <= losses[1] * 1.05
 
 
 def test_a_network_without_removable_blocks_is_narrowed_and_that_is_said(prune: Callable[..., Pruned]) -> None:
     slim, record, listener = prune("chain", blocks="joint")
-    assert record["removed_blocks"] == []
-    assert record["macs_after"] <= 0.5 * record["macs_before"]
+    assert record.removed_blocks == ()
+    assert record.macs_after <= 0.5 * record.macs_before
     assert "no residual block can be removed: widths alone are chosen" in listener.notes
     _hold_replay(slim, "chain")
 
@@ -149,7 +150,7 @@ def test_a_network_without_removable_blocks_is_narrowed_and_that_is_said(prune: 
 def test_nothing_learned_is_noted(prune: Callable[..., Pruned], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WholeNetworkSearch, "learn", lambda _: None)
     _, record, listener = prune("chain", blocks=0, whole_networks=4)
-    assert record["whole_networks"]["fit"] is None
+    assert record.whole_networks.fit is None
     assert any(note.startswith("whole_networks: no factors of damages were learned from ") for note in listener.notes)
 
 
@@ -163,9 +164,9 @@ def test_budgets_that_cannot_be_kept_name_blocks_and_widths(prune: Callable[...,
 
 def test_excluded_layers_may_lie_in_blocks_that_go(prune: Callable[..., Pruned]) -> None:
     slim, record, _ = prune("residual", blocks="joint", exclude=("body.1.conv1",), target=TargetConfig(macs=0.12))
-    assert record["macs_after"] <= 0.12 * record["macs_before"]
-    assert "body.1.conv1" not in [group["name"] for group in record["groups"]]
-    assert record["removed_blocks"]
+    assert record.macs_after <= 0.12 * record.macs_before
+    assert "body.1.conv1" not in [group.name for group in record.groups]
+    assert record.removed_blocks
     _hold_replay(slim, "residual")
 
 
@@ -229,10 +230,10 @@ def test_a_budget_in_milliseconds_is_met_and_timed(
         target = target | {"latency_ms": target["latency_ms"] * steady._total_ms(exported("residual"))}
     slim, record, _ = timed(blocks="joint", target=TargetConfig(**target))
     name = next(iter(target))
-    assert record["reached"][name] <= target[name] * 1.03
-    assert record["reached"].get("size_mb", 0.0) <= target.get("size_mb", math.inf)
-    assert record["latency"]["rounds"], "the final choice is timed as a whole"
-    assert record["whole_networks"]["correction"] == pytest.approx(1.0, abs=0.05)
+    assert record.reached[name] <= target[name] * 1.03
+    assert record.reached.get("size_mb", 0.0) <= target.get("size_mb", math.inf)
+    assert record.latency.rounds, "the final choice is timed as a whole"
+    assert record.whole_networks.correction == pytest.approx(1.0, abs=0.05)
     _hold_replay(slim, "residual")
     _hold_time_of_blocks(*next(one for one in seen if len(one[1]) == 2))
 
@@ -301,8 +302,8 @@ def test_slim_learns_damages_too(data: Splits, tmp_path: Path) -> None:
         moves=("channels",),
     )
     slim, record = SlimStage(config).run(make_model("residual", tmp_path), ctx)
-    assert record["macs_after"] <= 0.5 * record["macs_before"]
-    assert record["steps"][0]["prune"]["whole_networks"]["tried"]
+    assert record.macs_after <= 0.5 * record.macs_before
+    assert record.steps[0].prune.whole_networks.tried
     _hold_replay(slim, "residual")
 
 

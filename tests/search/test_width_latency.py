@@ -457,21 +457,19 @@ def test_prune_meets_its_targets(ctx, tmp_path, target, monkeypatch):
     model = make_saved_model("residual", tmp_path)
     config = PruneConfig(stage="prune", target=TargetConfig(**target), multiple_of=2, score_images=16)
     slim, record = PruneStage(config).run(model, ctx)
-    assert record["target"] == target
-    assert set(record["asked"]) == set(record["reached"]) == set(target)
-    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
+    assert record.target == target
+    assert set(record.asked) == set(record.reached) == set(target)
+    assert count_macs(slim.module, nets.EXAMPLE) == record.macs_after < record.macs_before
     if "macs" in target:
-        assert record["reached"]["macs"] <= 0.5
+        assert record.reached["macs"] <= 0.5
     if "size_mb" in target:
-        assert record["reached"]["size_mb"] <= 0.02
-        assert record["latency"] is None
+        assert record.reached["size_mb"] <= 0.02
+        assert record.latency is None
     else:
-        within = [
-            tried["measured"] for tried in record["latency"]["rounds"] if tried["measured"] <= target["latency"] * 1.03
-        ]
-        assert record["latency"]["measured_ratio"] == max(within)
-        assert record["reached"]["latency"] == pytest.approx(target["latency"], rel=0.03) or "macs" in target
-        assert record["latency"]["predicted_ratio"] == pytest.approx(record["latency"]["measured_ratio"], rel=0.02)
+        within = [tried.measured for tried in record.latency.rounds if tried.measured <= target["latency"] * 1.03]
+        assert record.latency.measured_ratio == max(within)
+        assert record.reached["latency"] == pytest.approx(target["latency"], rel=0.03) or "macs" in target
+        assert record.latency.predicted_ratio == pytest.approx(record.latency.measured_ratio, rel=0.02)
 
 
 @pytest.mark.parametrize("asked", [0.75, 0.5])
@@ -498,8 +496,8 @@ def test_a_concat_network_meets_its_target_as_predicted(ctx, tmp_path, monkeypat
         assert predicted == pytest.approx(timed.time_pair(widths).ratio, rel=0.03)
     config = PruneConfig(stage="prune", target=TargetConfig(latency=asked), multiple_of=4, score_images=16)
     _, record = PruneStage(config).run(model, ctx)
-    assert record["reached"]["latency"] == pytest.approx(asked, rel=0.03)
-    assert record["latency"]["rounds"][0]["predicted"] <= asked
+    assert record.reached["latency"] == pytest.approx(asked, rel=0.03)
+    assert record.latency.rounds[0].predicted <= asked
 
 
 class _Branches(nn.Module):
@@ -523,9 +521,9 @@ def test_a_table_serves_fewer_blocks_too(ctx, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "profile_models", lambda *args: asked.append(args) or profile(*args))
     config = PruneConfig(stage="prune", target=TargetConfig(latency=0.5), multiple_of=2, score_images=16, blocks="auto")
     _, record = PruneStage(config).run(make_saved_model("residual", tmp_path), ctx)
-    assert len(record["block_trials"]) > 1
-    assert len(asked) < len(record["block_trials"]), "the table without blocks is needed only where new operators meet"
-    assert record["reached"]["latency"] <= 0.5 * 1.03
+    assert len(record.block_trials) > 1
+    assert len(asked) < len(record.block_trials), "the table without blocks is needed only where new operators meet"
+    assert record.reached["latency"] <= 0.5 * 1.03
 
 
 def test_blocks_that_are_tried_share_a_table_even_after_a_target_was_missed(ctx, tmp_path, monkeypatch):
@@ -536,8 +534,8 @@ def test_blocks_that_are_tried_share_a_table_even_after_a_target_was_missed(ctx,
     limits = {"multiple_of": 2, "score_images": 16, "max_removed_ratio": 0.1, "blocks": "auto"}
     config = PruneConfig(stage="prune", target=TargetConfig(latency=0.75), **limits)
     _, record = PruneStage(config).run(make_saved_model("residual", tmp_path), ctx)
-    assert record["block_trials"][0]["loss"] is None, "channels alone do not meet it"
-    assert len(asked) < len(record["block_trials"])
+    assert record.block_trials[0].loss is None, "channels alone do not meet it"
+    assert len(asked) < len(record.block_trials)
 
 
 def test_a_network_timed_as_a_whole_takes_time(ctx):
@@ -567,13 +565,13 @@ def test_ranks_meet_a_latency_target(ctx, tmp_path, monkeypatch):
     profile_by_macs(monkeypatch)
     model = make_saved_model("residual", tmp_path)
     slim, record = _low_rank(model, ctx, target=RankTargetConfig(latency=0.7))
-    timing = record["latency"]
-    assert timing["measured_ratio"] <= 0.7 * 1.03
-    assert timing["predicted_ratio"] == pytest.approx(timing["measured_ratio"], rel=0.05)
-    assert record["layers"]
-    assert {entry["layer"] for entry in record["layers"]} == {edit.layer for edit in slim.recipe.edits}
-    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
-    listed = {entry["layer"] for entry in record["layers"]} | {entry["layer"] for entry in record["dense"]}
+    timing = record.latency
+    assert timing.measured_ratio <= 0.7 * 1.03
+    assert timing.predicted_ratio == pytest.approx(timing.measured_ratio, rel=0.05)
+    assert record.layers
+    assert {entry.layer for entry in record.layers} == {edit.layer for edit in slim.recipe.edits}
+    assert count_macs(slim.module, nets.EXAMPLE) == record.macs_after < record.macs_before
+    listed = {entry.layer for entry in record.layers} | {entry.layer for entry in record.dense}
     assert listed == set(layer_macs(model.module, nets.EXAMPLE))
 
 
@@ -591,8 +589,8 @@ def test_a_factorisation_that_is_slower_than_its_layer_is_never_chosen(ctx, tmp_
 
     monkeypatch.setattr(steady, "_node_ms", with_one_slow)
     _, record = _low_rank(make_saved_model("residual", tmp_path), ctx, target=RankTargetConfig(latency=0.75))
-    assert slow not in {entry["layer"] for entry in record["layers"]}
-    assert slow in {entry["layer"] for entry in record["dense"]}
+    assert slow not in {entry.layer for entry in record.layers}
+    assert slow in {entry.layer for entry in record.dense}
 
 
 def test_ranks_cannot_meet_every_latency(ctx, tmp_path, monkeypatch):

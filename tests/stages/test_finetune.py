@@ -26,6 +26,7 @@ from compress.data.splits import Split
 from compress.errors import NonFinite
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, TorchModel
 from compress.model.recipe import Recipe
+from compress.model.stage_records import EpochRecord, Probe
 from compress.progress import SilentProgress
 from compress.search import training
 from compress.search.context import StageContext
@@ -37,7 +38,7 @@ from compress.tasks.classification import Classification
 from compress.tasks.imitation import Embedding, Imitation
 from compress.tasks.regression import Regression
 from compress.tasks.segmentation import Segmentation
-from compress.training.settings import EpochRecord, FitResult, FitSettings
+from compress.training.settings import FitResult, FitSettings
 
 GIVEN = {
     "steps": 7,
@@ -73,7 +74,7 @@ def test_every_setting_reaches_the_loop() -> None:
     config = FinetuneConfig(stage="finetune", augmentation=AugmentationConfig(**varied), **GIVEN)
     apart = {"stage", "epochs", "augmentation", "distillation", "original", "probe", "weights", "norms"}
     rewinding = {"rewind_to", "rewind_schedule", "rewind_epoch"}
-    elsewhere = {"own", "kwargs", "trained"}
+    elsewhere = {"own", "kwargs", "trained", "quantization_aware"}
     assert set(FinetuneConfig.model_fields) == {*GIVEN, *apart, *rewinding, *elsewhere}
     settings = asdict(fit_settings(config, 9, HUNDRED, NORMED))
     assert {name: settings[name] for name in GIVEN} == GIVEN
@@ -195,9 +196,9 @@ def without_norms() -> nn.Module:
 def test_norms_are_there_while_training_alone(run, norms) -> None:
     module = without_norms()
     trained, record, notes = run(module, epochs=2, learning_rate=0.02, norms=norms)
-    assert record["is_unfolded"] is norms
+    assert record.is_unfolded is norms
     assert any("has no norms" in note for note in notes) is norms
-    assert record["gradient_clip"] == (None if norms else 1.0)
+    assert record.gradient_clip == (None if norms else 1.0)
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     assert {name: value.shape for name, value in trained.module.state_dict().items()} == shapes
     assert not torch.equal(trained.module[0].weight, module[0].weight)
@@ -205,15 +206,15 @@ def test_norms_are_there_while_training_alone(run, norms) -> None:
 
 def test_training_that_makes_a_network_worse_is_not_kept(run, folder, monkeypatch) -> None:
     good, first, _ = run(epochs=6, learning_rate=0.1)
-    assert first["chosen_epoch"] > 0
-    reached = first["validation_top1_after"]
-    assert reached > first["validation_top1_before"]
+    assert first.chosen_epoch > 0
+    reached = first.validation_after
+    assert reached > first.validation_before
     warned: list[str] = []
     monkeypatch.setattr(_Notes, "warn", lambda _, text: warned.append(text))
     (folder / finetune.STATE_FILE).unlink()
     kept, record, _ = run(good.module, epochs=1, learning_rate=50.0, momentum=0.0)
-    assert record["chosen_epoch"] == 0
-    assert record["validation_top1_after"] == record["validation_top1_before"] == reached
+    assert record.chosen_epoch == 0
+    assert record.validation_after == record.validation_before == reached
     assert any("Training made the network worse" in text for text in warned)
     for name, value in good.module.state_dict().items():
         assert torch.equal(kept.module.state_dict()[name], value)
@@ -232,8 +233,8 @@ def test_the_rate_that_is_best_on_validation_is_taken(run, monkeypatch) -> None:
     monkeypatch.setattr(training, "fit", fit)
     _, record, notes = run(epochs=2, learning_rate=0.2, probe=True)
     assert [(pytest.approx(rate), steps) for rate, steps in rates] == [(0.02, 4), (0.06, 4), (0.2, 4), (0.06, None)]
-    assert record["peak_learning_rate"] == pytest.approx(0.06)
-    assert [one["validation_top1"] for one in record["probed_learning_rates"]] == [0.5, 0.9, 0.7]
+    assert record.peak_learning_rate == pytest.approx(0.06)
+    assert [one.validation for one in record.probed_learning_rates] == [0.5, 0.9, 0.7]
     assert "probe of learning rate 0.06: validation top-1 90.00%" in notes
     assert [note for note in notes if note.startswith("epoch")][-1].startswith("epoch 2 of 2")
     assert "peak learning rate 0.06" in notes
@@ -251,8 +252,8 @@ def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, fol
     real, limit = training.fit, 0.1
     monkeypatch.setattr(training, "fit", fit)
     _, record, notes = run(steps=3, learning_rate=0.2, probe=True)
-    assert record["probed_learning_rates"][-1] == {"learning_rate": 0.2, "validation_top1": None}
-    assert record["peak_learning_rate"] < 0.1
+    assert record.probed_learning_rates[-1] == Probe(learning_rate=0.2, validation=None)
+    assert record.peak_learning_rate < 0.1
     assert "probe of learning rate 0.2: validation top-1 the loss became NaN or infinite" in notes
     limit = 0.0
     with pytest.raises(NonFinite):
@@ -263,7 +264,7 @@ def test_a_rate_that_diverges_is_not_taken_and_all_of_them_are_an_error(run, fol
 
 def test_without_a_probe_nothing_is_tried(run) -> None:
     model, record, notes = run(epochs=1)
-    assert record["probed_learning_rates"] == []
+    assert record.probed_learning_rates == ()
     assert "peak learning rate 0.02" in notes
     assert not any(part.training for part in model.module.modules())
 
@@ -306,11 +307,11 @@ def test_training_that_does_no_more_harm_than_noise_is_kept(run, monkeypatch) ->
     monkeypatch.setattr(training, "quality_facts", facts)
     network = nets.build("chain")
     kept, record, _ = run(network, epochs=1, learning_rate=0.02)
-    assert record["chosen_epoch"] == 1
+    assert record.chosen_epoch == 1
     assert not torch.equal(next(kept.module.parameters()), next(network.parameters()))
-    assert record["validation_top1_after"] < record["validation_top1_before"] == 1.0
+    assert record.validation_after < record.validation_before == 1.0
     assert any("Training did no more harm than noise: validation top-1 100.00% -> " in text for text in warned)
-    assert record["warnings"] == warned
+    assert record.warnings == tuple(warned)
 
 
 @pytest.mark.parametrize(("given", "is_told"), [({"epochs": 1}, True), ({"steps": 4}, False), ({"epochs": 5}, False)])

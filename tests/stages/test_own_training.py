@@ -93,8 +93,8 @@ def _run(name: str, loop: Path, tmp_path: Path, **kwargs: object):
 
 def test_the_loop_trains_the_network_and_leaves_the_given_one(loop: Path, tmp_path: Path) -> None:
     (trained, record), given, _ = _run("train", loop, tmp_path, rate=0.02)
-    assert record["own"].endswith("train.py:train")
-    assert 0 <= record["validation_top1_before"] <= 1
+    assert record.own.endswith("train.py:train")
+    assert 0 <= record.validation_before <= 1
     assert not trained.module.training
     before = given.module.state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in trained.module.state_dict().items())
@@ -151,7 +151,7 @@ def test_weights_that_were_trained_elsewhere_are_loaded_strictly(tmp_path: Path)
     trained, record = run("trained.pt")
     for name, value in trained.module.state_dict().items():
         assert torch.equal(value, state[name])
-    assert "validation_top1_after" in record
+    assert "validation_top1_after" in record.to_dict()
     with pytest.raises(ArtifactError, match=r"other.pt.*(?s:.)*slim network of this run"):
         run("other.pt")
     with pytest.raises(ArtifactError, match="does not exist"):

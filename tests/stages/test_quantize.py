@@ -70,7 +70,7 @@ def test_the_float_file_is_kept_beside_the_quantised_one(done, whole):
     assert is_quantized(load_onnx(artifact.path))
     assert not is_quantized(load_onnx(artifact.float_path))
     assert replace(artifact, path=whole.path, float_path=None) == whole
-    assert (record["layers"], record["float_layers"], record["images"], record["method"]) == (6, [], 48, "minmax")
+    assert (record.layers, record.float_layers, record.images, record.method) == (6, (), 48, "minmax")
     assert listener.notes[-1].startswith("6 layers in INT8, 0 in float, ")
     assert listener.warnings == []
 
@@ -101,7 +101,7 @@ def test_a_pattern_of_the_slim_network_alone_is_no_fault_of_the_baseline(whole, 
     settings = SETTINGS.model_copy(update={"exclude": ("added",)})
     ctx, _ = make_context(tmp_path / "work", data, int8=settings)
     artifact, record = QuantizeStage(settings).run(replace(whole, path=tmp_path / "slim.onnx"), ctx)
-    assert record["float_layers"] == ["added"]
+    assert record.float_layers == ("added",)
     assert is_quantized(load_onnx(artifact.int8_baseline_path))
 
 

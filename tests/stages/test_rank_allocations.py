@@ -413,14 +413,14 @@ def test_stage_meets_its_budget_and_is_replayed(ctx, rule, target):
     slim, record = _run(ctx, target=RankTargetConfig(**target), allocation=rule)
     (metric, kept), counted = *target.items(), {"macs": count_macs(slim.module, nets.EXAMPLE)}
     counted["params"] = count_params(slim.module)
-    assert {name: record[f"{name}_after"] for name in counted} == counted
-    assert kept - 0.05 <= counted[metric] / record[f"{metric}_before"] <= kept
+    assert {name: vars(record)[f"{name}_after"] for name in counted} == counted
+    assert kept - 0.05 <= counted[metric] / vars(record)[f"{metric}_before"] <= kept
     replayed = apply_edits(nets.build("residual", seed=3), slim.recipe, nets.EXAMPLE)
     replayed.load_state_dict(slim.module.state_dict(), strict=True)
     assert torch.equal(replayed(nets.images()), slim.module(nets.images()))
-    assert record["allocation"] == rule
-    assert record["shared_relative_error"] is None
-    assert (record["largest_bound"] is not None) == (rule == "alds")
+    assert record.allocation == rule
+    assert record.shared_relative_error is None
+    assert (record.largest_bound is not None) == (rule == "alds")
 
 
 def test_alds_of_the_stage_has_the_least_worst_bound_of_all_allocations(ctx):
@@ -430,12 +430,12 @@ def test_alds_of_the_stage_has_the_least_worst_bound_of_all_allocations(ctx):
         config = {"target": target, "allocation": allocation, "schemes": ALDS_SCHEMES}
         _, record = _run(ctx, **config)
         bounds = [0.0]
-        for entry in record["layers"]:
-            weight = nets.build("residual").get_submodule(entry["layer"]).weight
-            bounds.append(float(norm_bounds(weight, entry["scheme"])[entry["ranks"][0]]))
+        for entry in record.layers:
+            weight = nets.build("residual").get_submodule(entry.layer).weight
+            bounds.append(float(norm_bounds(weight, entry.scheme)[entry.ranks[0]]))
         worst[allocation] = max(bounds)
         if allocation == "alds":
-            assert record["largest_bound"] == pytest.approx(max(bounds))
+            assert record.largest_bound == pytest.approx(max(bounds))
     assert worst["alds"] == min(worst.values())
 
 
@@ -443,7 +443,7 @@ def test_energy_of_the_stage_keeps_more_energy_than_a_shared_error(ctx):
     lost = {}
     for allocation in ("shared_error", "energy"):
         _, record = _run(ctx, target=RankTargetConfig(macs=0.4), allocation=allocation, schemes=("nc", "svd"))
-        lost[allocation] = sum(entry["relative_error"] ** 2 for entry in record["layers"])
+        lost[allocation] = sum(entry.relative_error**2 for entry in record.layers)
     assert lost["energy"] <= lost["shared_error"]
 
 
@@ -467,12 +467,12 @@ def test_stage_meets_a_budget_in_milliseconds(ctx, rule, schemes, target, monkey
     config = {"allocation": rule, "schemes": schemes, "multiple_of": 1}
     target = RankTargetConfig(**dict.fromkeys(target, asked))
     slim, record = LowRankStage(LowRankConfig(stage="low_rank", target=target, **config)).run(model, ctx)
-    timing = record["latency"]
-    assert timing["asked_ratio"] == pytest.approx(0.6)
-    assert timing["measured_ratio"] <= 0.6 * 1.03
-    assert timing["predicted_ratio"] == pytest.approx(timing["measured_ratio"], rel=0.05)
-    assert timing["is_optimal"] == (rule == "alds")
-    assert count_macs(slim.module, nets.EXAMPLE) == record["macs_after"] < record["macs_before"]
+    timing = record.latency
+    assert timing.asked_ratio == pytest.approx(0.6)
+    assert timing.measured_ratio <= 0.6 * 1.03
+    assert timing.predicted_ratio == pytest.approx(timing.measured_ratio, rel=0.05)
+    assert timing.is_optimal == (rule == "alds")
+    assert count_macs(slim.module, nets.EXAMPLE) == record.macs_after < record.macs_before
 
 
 def _timed(rule):
@@ -538,8 +538,8 @@ def test_alds_in_milliseconds_avoids_groups_that_are_slow(ctx, monkeypatch):
 
     monkeypatch.setattr(steady, "_node_ms", slow_groups)
     _, record = _run(ctx, target=RankTargetConfig(latency=0.7), allocation="alds", schemes=("nc", "nc2", "svd"))
-    assert record["layers"]
-    assert {entry["scheme"] for entry in record["layers"]} <= {"nc", "svd"}
+    assert record.layers
+    assert {entry.scheme for entry in record.layers} <= {"nc", "svd"}
 
 
 def test_alds_and_trp_train_together(tmp_path):
@@ -555,7 +555,7 @@ def test_alds_and_trp_train_together(tmp_path):
     )
     model = make_model("residual", tmp_path)
     slim, record = LowRankStage(config).run(model, context)
-    assert record["macs_after"] <= 0.6 * record["macs_before"]
+    assert record.macs_after <= 0.6 * record.macs_before
     assert {"nc2", "nc4"} & {edit.scheme for edit in slim.recipe.edits}
 
 

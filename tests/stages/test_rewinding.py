@@ -198,31 +198,31 @@ def test_training_starts_from_the_rewound_weights(run, early, monkeypatch) -> No
         nets.build("chain", seed=EARLY), Recipe((RemoveChannels({"body.0.0": (1, 3, 4, 5)}),)), nets.EXAMPLE
     )
     assert all(torch.equal(seen[0][name], value) for name, value in cut.state_dict().items())
-    assert (record["weights"], record["rewind_epoch"], record["rewind_schedule"]) == ("rewound", 6, "tail")
-    assert record["peak_learning_rate"] == 0.1
+    assert (record.weights, record.rewind_epoch, record.rewind_schedule) == ("rewound", 6, "tail")
+    assert record.peak_learning_rate == 0.1
     last = 0.1 * schedule(15, 16, 0.0)
-    assert record["epochs"][-1]["learning_rate"] == pytest.approx(last)
+    assert record.epochs[-1].learning_rate == pytest.approx(last)
     said = "\n".join(told.notes)
     assert "weights rewound to 'early.safetensors', epoch 6: the same channels and blocks are removed" in said
     assert "learning rate rewound to epoch 6 of 8: the last 2 epochs of the cosine schedule, run through in 1" in said
-    assert list(list_rewinding(TrainingRecord.model_validate(record))) == [
+    assert list(list_rewinding(TrainingRecord.model_validate(record.to_dict()))) == [
         ("weights at the start", "rewound to epoch 6"), ("learning-rate schedule", "tail from epoch 6")
     ]  # fmt: skip
 
 
 def test_the_record_has_the_singular_values_and_a_low_rate_is_warned_about(run, monkeypatch) -> None:
     _, record, told = run(steps=2, learning_rate=0.02)
-    isometry = record["isometry"]
-    assert set(isometry) == {"baseline", "before", "after", "images", "directions"}
-    assert isometry["baseline"] > isometry["before"] > 0
+    isometry = record.isometry
+    assert set(isometry.to_dict()) == {"baseline", "before", "after", "images", "directions"}
+    assert isometry.values["baseline"] > isometry.values["before"] > 0
     assert any(note.startswith("Mean Jacobian singular value: ") for note in told.notes)
-    assert list(list_rewinding(TrainingRecord.model_validate(record))) == []
+    assert list(list_rewinding(TrainingRecord.model_validate(record.to_dict()))) == []
     monkeypatch.setattr("compress.search.isometry_record.LOW_RATIO", 10.0)
     _, record, told = run(steps=3, learning_rate=0.001)
     (warning,) = [text for text in told.warnings if "Jacobian" in text]
     assert "The peak is 0.001, 0.05 times that of sgd by default (0.02)." in warning
-    assert warning in record["warnings"]
-    assert record["peak_learning_rate"] == 0.001, "the rate itself stays"
+    assert warning in record.warnings
+    assert record.peak_learning_rate == 0.001, "the rate itself stays"
 
 
 def test_the_same_rewinding_of_whole_epochs_says_no_other_pace() -> None:

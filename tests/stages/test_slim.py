@@ -51,7 +51,8 @@ def run(data, tmp_path):
         (tmp_path / folder).mkdir(exist_ok=True)
         ctx = StageContext(tmp_path / folder, 0, data, progress or RecordingProgress(), deploy, tmp_path / "tables")
         ctx = replace(ctx, teacher=BaselineTeacher(model))
-        return SlimStage(SlimConfig(stage="slim", **config)).run(model, ctx)
+        slim, record = SlimStage(SlimConfig(stage="slim", **config)).run(model, ctx)
+        return slim, record.to_dict()
 
     return call
 
@@ -116,7 +117,7 @@ def test_channels_alone_are_what_prune_does_and_ranks_alone_what_low_rank_does(r
     shorter, by_slim = run(model, folder="blocks", moves=("channels", "blocks"))
     expected, by_prune = PruneStage(pruning.model_copy(update={"blocks": "auto"})).run(model, ctx)
     assert _same(shorter, expected)
-    assert by_slim["steps"][0]["prune"]["block_trials"] == by_prune["block_trials"]
+    assert by_slim["steps"][0]["prune"]["block_trials"] == by_prune.to_dict()["block_trials"]
 
 
 def test_blocks_are_merged_where_merges_are_permitted(run):
@@ -144,7 +145,7 @@ def test_with_ranks_as_many_blocks_go_as_without_them(run, monkeypatch):
 
     def watched(stage, model, ctx, networks):
         slim, record = cut(stage, model, ctx, networks)
-        asked.append((stage.config.blocks, stage.config.target.macs, len(record["removed_blocks"])))
+        asked.append((stage.config.blocks, stage.config.target.macs, len(record.removed_blocks)))
         return slim, record
 
     monkeypatch.setattr(PruneStage, "run", watched)
@@ -423,7 +424,7 @@ def test_milliseconds_become_shares_for_channels_that_go_part_of_the_way_to_rank
         def watched(self, artifact, ctx, *networks, original=stage.run):
             slim, record = original(self, artifact, ctx, *networks)
             asked.append((type(self), self.config.target.given()))
-            measured.append(record["latency"]["measured_ratio"])
+            measured.append(record.latency.measured_ratio)
             return slim, record
 
         monkeypatch.setattr(stage, "run", watched)

@@ -183,6 +183,6 @@ def test_the_stage_takes_the_rounding_of_the_pipeline(data, tmp_path):
         )
         trained, record = FinetuneStage(config).run(model, ctx)
     assert seen[0] == (replace(Int8Rounding(), per_channel=False, exclude=("head",)), 1)
-    assert record["chosen_epoch"] == len(record["epochs"])
+    assert record.chosen_epoch == len(record.epochs)
     pairs = zip(trained.module.parameters(), model.module.parameters(), strict=True)
     assert not any(torch.equal(after, before) for after, before in pairs if after.ndim > 1)

@@ -13,6 +13,7 @@ from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
 from compress.model.adapter import Wiring
 from compress.model.artifacts import TensorSpec
+from compress.model.stage_records import Isometry as Measured
 from compress.progress import SilentProgress
 from compress.report.records import Isometry
 from compress.report.stage_facts import list_isometry
@@ -109,18 +110,20 @@ def test_records_hold_values_or_one_reason() -> None:
     artifact = SimpleNamespace(baseline=SimpleNamespace(metrics=SimpleNamespace(macs=100)))
     networks = {"before": lambda: linear(torch.tensor([1.0, 3.0])), "after": None}
     record = measure_isometry(artifact, networks, _context(SilentProgress()))  # type: ignore[arg-type]
-    assert record == {"before": pytest.approx(2, rel=1e-5), "after": None, "images": 6, "directions": 16}
+    assert record.to_dict() == {"before": pytest.approx(2, rel=1e-5), "after": None, "images": 6, "directions": 16}
     labels = {"before": "before", "after": "after"}
-    assert list(list_isometry(Isometry.model_validate(record), labels)) == [
+    assert list(list_isometry(Isometry.model_validate(record.to_dict()), labels)) == [
         ("mean singular value of the Jacobian, before", "2")
     ]
     none = measure_isometry(artifact, {"before": _Rounding}, _context(SilentProgress()))  # type: ignore[arg-type]
-    assert set(none) == {"skipped"}
-    assert next(list_isometry(Isometry.model_validate(none), labels))[1].startswith(
+    assert set(none.to_dict()) == {"skipped"}
+    assert next(list_isometry(Isometry.model_validate(none.to_dict()), labels))[1].startswith(
         "not measured: there is no derivative"
     )
     artifact.baseline.metrics.macs = 10**12
-    assert "would take too long" in measure_isometry(artifact, networks, _context(SilentProgress()))["skipped"]  # type: ignore[arg-type]
+    none = measure_isometry(artifact, networks, _context(SilentProgress()))  # type: ignore[arg-type]
+    assert none.skipped is not None
+    assert "would take too long" in none.skipped
     assert list(list_isometry(Isometry(), labels)) == []
 
 
@@ -135,8 +138,11 @@ def test_records_hold_values_or_one_reason() -> None:
     ],
 )  # fmt: skip
 def test_a_low_rate_is_warned_about_where_singular_values_are_low(before, rate, text, is_warning) -> None:
-    said, warns = conclusion({"baseline": 2.0, "before": before}, rate, 0.1, "of the original training")
+    said, warns = conclusion(
+        Measured(values={"baseline": 2.0, "before": before}), rate, 0.1, "of the original training"
+    )
     assert text in said
     assert bool(text) == bool(said)
     assert warns is is_warning
-    assert conclusion({"baseline": None, "before": 1.0}, rate, 0.1, "of sgd by default") == ("", False)
+    alone = Measured(values={"baseline": None, "before": 1.0})
+    assert conclusion(alone, rate, 0.1, "of sgd by default") == ("", False)

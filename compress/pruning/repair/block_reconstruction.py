@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.model.stage_records import RepairedBlock
 from compress.progress import Progress
 from compress.pruning.repair.walks import Block
 
@@ -44,24 +45,7 @@ class Reconstruction:
     seed: int
 
 
-@dataclass(frozen=True)
-class Reconstructed:
-    """Result of the training of one block.
-
-    Attributes:
-        name: Name of the block.
-        error_before: Mean squared error relative to the variance of the targets, on held-out images.
-        error_after: The same after training.
-        is_kept: Whether the trained weights are kept: the error fell.
-    """
-
-    name: str
-    error_before: float
-    error_after: float
-    is_kept: bool
-
-
-Trained = tuple[Reconstructed, dict[str, Tensor]]
+Trained = tuple[RepairedBlock, dict[str, Tensor]]
 Keep = Callable[[str, Callable[[], Trained]], Trained]
 
 
@@ -71,7 +55,7 @@ def reconstruct_blocks(
     settings: Reconstruction,
     progress: Progress,
     keep: Keep = lambda _name, train: train(),
-) -> list[Reconstructed]:
+) -> list[RepairedBlock]:
     """Train blocks front to back and in place, each to return the outputs of the original block.
 
     An eighth of the images is held out of the training. A block whose error on them does not fall is trained again with
@@ -116,7 +100,7 @@ def _train(block: Block, settings: Reconstruction) -> Trained:
                 weights, after = _copied(block.module), error
                 break
             block.module.load_state_dict(start)
-    return Reconstructed(block.name, before, after, after < before), weights
+    return RepairedBlock(block.name, before, after, after < before), weights
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def make_world(root: Path, patch: pytest.MonkeyPatch) -> World:
     patch.setattr(
         keys,
         "deploy_conditions",
-        lambda one: TableConditions(
+        lambda one, int8=None: TableConditions(
             "cpu", 1, "", one.runtime, one.provider, one.threads, one.batch_size, one.precision
         ),
     )

@@ -5,10 +5,12 @@ import shutil
 
 import onnx
 from smallrun import MIDDLE, World, statuses
-from steady import time_by_macs
+from steady import profile_by_macs, time_by_macs
 
+from compress.cost.conditions import has_vnni
 from compress.engine.keys import build_steps
 from compress.onnx_file.counting import count_onnx
+from compress.onnx_file.io import is_quantized, load_onnx
 from compress.storage.digest import add_digest
 
 PRUNE = {"stage": "prune", "target": {"latency": 0.8}, "multiple_of": 2, "score_images": 32}
@@ -117,3 +119,25 @@ def test_rewrites_are_measured_again_for_more_repeats(world: World) -> None:
     assert key("measured", 100) == key("measured", 100)
     assert key("measured", 100) != key("measured", 200)
     assert key("never", 100) == key("never", 200)
+
+
+def test_a_budget_for_the_int8_file_is_met_by_it(world: World, monkeypatch) -> None:
+    profile_by_macs(monkeypatch)
+    values = _values(world, precision="int8")
+    values["data"]["calibration"] = 64
+    values["stages"][0]["rewrites"] = "never"  # they would be measured in the precision of the deployment
+    values["stages"].insert(-1, {"stage": "quantize", "images": 32, "reduce_range": has_vnni() is False})
+    report = _run(world, values)
+    record = next(stage["record"] for stage in report["stages"] if stage["stage"] == "prune")
+    assert record["latency"]["measured_ratio"] <= 0.8 * 1.03
+    checks = {check["name"]: check for check in report["verdict"]["checks"]}
+    assert "of its latency" in checks["int8_alone"]["detail"]
+    assert report["details"]["latency"]["baseline_file"] == "int8"
+    assert is_quantized(load_onnx(world.runs / "chain" / "model.onnx"))
+    (table,) = (world.runs / ".store" / ".latency").glob("*.json")
+    assert json.loads(table.read_text(encoding="utf-8"))["conditions"]["precision"].startswith("int8, ")
+
+    del values["deploy"]["precision"]
+    plan = world.call("plan", values)
+    rows = [line.split()[:2] for line in plan.stdout.splitlines() if line.split()[0] in ("load", "prune", "quantize")]
+    assert rows == [["load", "unchanged"], ["prune", "run"], ["quantize", "run"]], "the float baseline is the same"

@@ -268,7 +268,7 @@ class Bench:
             model, record = train(copy.copy(slim), self.recipe_of(setting), self.context, f"{name}.pt")
             top1 = self.file_top1(model, self.trained_path(setting, start))
             self.console.note(f"torch-pruning ({setting.name}), {STARTS[start]}, seed {self.seed}: {top1:.2%}")
-            validation = record["validation_top1_after"]
+            validation = record.validation_after
             macs = self.base.baseline.metrics.macs / count_macs(model.module, example_input(model.signature))
             return {"top1": top1, "validation": validation, "macs": macs, "source": source_digest()}
 

@@ -61,8 +61,8 @@ def build_report(
         provenance: Result of `describe_provenance`.
 
     Returns:
-        Keys schema, name, verdict, baseline, slim, stages, environment, config, provenance, details, non_finite;
-        `write_report` adds `made`, the stamp, and a digest.
+        Keys schema, made (the stamp), name, verdict, baseline, slim, stages, environment, config, provenance, details,
+        non_finite.
         `baseline` and `slim` are None if verify could not measure. Every number that was NaN or infinite is None,
         and its key path is in `non_finite` ("details.parity.max_abs: nan").
 
@@ -72,6 +72,7 @@ def build_report(
     non_finite: list[str] = []
     report: dict[str, Any] = {
         "schema": REPORT_SCHEMA,
+        "made": stamp(),
         "name": name,
         **_describe(verdict),
         "stages": [asdict(run) for run in stages],
@@ -125,7 +126,7 @@ def write_report(report: dict[str, Any], folder: Path, page: bool = True) -> Non
     Raises:
         ArtifactError: A file cannot be written.
     """
-    write_json(add_digest({**report, "made": stamp()}), folder / "report.json")
+    write_json(add_digest(report), folder / "report.json")
     if page:
         write_page(render_report(read_report(report)), folder / "report.html")
 

@@ -160,7 +160,7 @@ def _is_pipeline(path: Path) -> bool:
 
 
 KINDS: dict[str, Callable[[Path], bool]] = {
-    "JSON verdict": _is_json(("name", "verdict"), without=("schema", "stages")),
+    "JSON verdict": _is_json(("name", "verdict"), without=("signature", "stages")),
     "JSON overview": _is_json(("target", "potential", "latency", "nodes")),
     "JUnit file": _is_junit,
     "page": _is_page,

@@ -184,7 +184,7 @@ def test_a_rewrite_is_kept_where_it_measures_faster(network, tmp_path, ctx, monk
     monkeypatch.setattr(exporting, "measure_ratio", measure)
     (record,) = exporting.try_rewrites(path, SIGNATURE, "measured", ctx)
     expected = {"rewrite": "padded_shortcuts", "places": 2, "speedup": pytest.approx(1 / ratio), "is_kept": is_kept}
-    assert record == expected
+    assert record.to_dict() == expected
     assert timed == [(5, 3)]
     assert [file.name for file in tmp_path.iterdir()] == ["baseline.onnx"], "what was timed is cleared away"
 
@@ -194,7 +194,7 @@ def test_policies_that_do_not_measure(network, tmp_path, ctx, monkeypatch):
     export_onnx(network, SIGNATURE, path, ExportSettings(opset=18))
     monkeypatch.setattr(exporting, "measure_ratio", None)
     (record,) = exporting.try_rewrites(path, SIGNATURE, "always", ctx)
-    assert (record["is_kept"], record["speedup"]) == (True, None)
+    assert (record.is_kept, record.speedup) == (True, None)
     assert exporting.try_rewrites(path, SIGNATURE, "never", ctx) == []
 
 
@@ -202,8 +202,8 @@ def test_real_calls_give_a_ratio(network, tmp_path, ctx):
     path = tmp_path / "baseline.onnx"
     export_onnx(network, SIGNATURE, path, ExportSettings(opset=18))
     (record,) = exporting.try_rewrites(path, SIGNATURE, "measured", ctx)
-    assert 0.01 < record["speedup"] < 100
-    assert record["is_kept"] == (record["speedup"] > exporting.WORTH_IT)
+    assert 0.01 < record.speedup < 100
+    assert record.is_kept == (record.speedup > exporting.WORTH_IT)
 
 
 def test_nothing_is_measured_for_another_machine(network, tmp_path, ctx):
@@ -212,7 +212,7 @@ def test_nothing_is_measured_for_another_machine(network, tmp_path, ctx):
     foreign = replace(ctx, deploy=DeployConfig(table="device.json", accept_foreign_table=True))
     with pytest.raises(ConfigValueError, match="rewrites must be always or never with a table of another machine"):
         exporting.try_rewrites(path, SIGNATURE, "measured", foreign)
-    assert exporting.try_rewrites(path, SIGNATURE, "always", foreign)[0]["is_kept"]
+    assert exporting.try_rewrites(path, SIGNATURE, "always", foreign)[0].is_kept
 
 
 class _PaddedPool(nn.Module):

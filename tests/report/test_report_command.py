@@ -202,7 +202,7 @@ def test_a_report_that_cannot_be_read_is_refused(runs: Path, monkeypatch: pytest
     def refuse(path: Path, **_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     done = call(runs / "gentle")
     assert done.exit_code == 4
     assert "report.json' must be a readable file: Permission denied." in done.stderr
@@ -262,7 +262,7 @@ def test_a_value_of_another_kind_is_shown_or_refused_but_no_crash(runs: Path, pa
             for key in place[:-1]:
                 inner = inner[key]
             inner[place[-1]] = value
-            (runs / "harder" / "report.json").write_text(json.dumps(report), encoding="utf-8")
+            (runs / "harder" / "report.json").write_text(json.dumps(add_digest(report)), encoding="utf-8")
             for arguments in ([runs / "harder"], [runs / "gentle", runs / "harder"]):
                 done = call(*arguments)
                 assert done.exit_code in (0, 4), (place, value, done.stderr)

@@ -22,6 +22,7 @@ from compress.data.batches import evaluation_batches
 from compress.data.from_config import Splits
 from compress.errors import ConfigValueError, DataError
 from compress.model.artifacts import TorchModel
+from compress.model.stage_records import Repair
 from compress.pruning.criteria.greedy_loss import GreedyLoss
 from compress.pruning.criteria.magnitude import L1
 from compress.pruning.trial import find_cuttable
@@ -168,8 +169,8 @@ def test_statistics_of_a_network_with_new_norms_take_their_own_pass(ctx, tmp_pat
     [([(3.0, 2.0, True)], 2.0), ([(3.0, 4.0, False)], 3.0), ([(3.0, 2.0, True), (2.0, 5.0, False)], 2.0)],
 )
 def test_the_loss_behind_repairs_is_that_of_the_last_one_kept(records, loss) -> None:
-    keys = ("loss_before", "loss_after", "is_kept")
-    assert loss_after([dict(zip(keys, one, strict=True)) for one in records]) == loss
+    repairs = [Repair(repair="", loss_before=was, loss_after=now, is_kept=kept) for was, now, kept in records]
+    assert loss_after(repairs) == loss
 
 
 def test_the_loss_of_an_attempt_is_the_one_that_its_repairs_measured(ctx, tmp_path) -> None:
@@ -329,8 +330,8 @@ def test_gradient_flow_is_signed_on_an_untrained_network_only(ctx, tmp_path, mon
     seen = []
     real = EvidenceCollector.collect
 
-    def spy(self, criterion):
-        seen.append(real(self, criterion))
+    def spy(self, criterion, shared=None):
+        seen.append(real(self, criterion, shared))
         return seen[-1]
 
     monkeypatch.setattr(EvidenceCollector, "collect", spy)

@@ -27,6 +27,7 @@ from compress.errors import (
 )
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, OnnxModel, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe
+from compress.model.stage_records import VerifyRecord
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.progress import SilentProgress
 from compress.search.context import StageContext
@@ -736,7 +737,7 @@ def test_stage_takes_limits_and_baseline_from_config_and_artifact(split, tmp_pat
     model = OnnxModel(exported("chain"), 18, SIGNATURE, torch_model)
     verdict, record = VerifyStage(config).run(model, StageContext(tmp_path, 0, Data(), SilentProgress()))
     checks = checks_of(verdict)
-    assert record == {}
+    assert record == VerifyRecord()
     assert [name for name, check in checks.items() if check.status == "fail"] == ["min.top1"]
     assert (checks["min.top1"].value, checks["min.top1"].limit) == (0.9, 0.95)
     limits = {"max_drop.top1": 1.0, "max_rise.calibration_error": 1.0, "max.churn": 1.0}

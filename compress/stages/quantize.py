@@ -4,6 +4,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from compress.config.rules.stages import NO_INTEGER
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.conditions import has_vnni
 from compress.model.artifacts import OnnxModel
@@ -13,7 +14,6 @@ from compress.quantization.onnx_int8 import Quantization, matching_nodes, quanti
 from compress.search.context import StageContext
 from compress.search.deployed_files import quantization_of
 
-NO_INTEGER_KERNELS = ("CUDAExecutionProvider",)  # computes in float between the roundings
 CPU = "CPUExecutionProvider"
 FEW_AGREE = 0.9
 
@@ -70,7 +70,7 @@ class QuantizeStage:
     def _warnings(self, ctx: StageContext) -> list[str]:
         provider = CPU if ctx.deploy is None else ctx.deploy.provider
         warnings = []
-        if provider in NO_INTEGER_KERNELS:
+        if provider in NO_INTEGER:
             warnings.append(
                 f"{provider} computes quantised networks in float: the file gets smaller, not faster. "
                 "TensorrtExecutionProvider and CPUExecutionProvider have INT8 kernels."

@@ -44,11 +44,11 @@ class Int8Rounding:
 
     def floats(self, module: nn.Module) -> set[int]:
         """Return the identities of the weights that stay float."""
-        return {
-            id(part.weight)
-            for name, part in module.named_modules()
-            if any(fnmatchcase(name, pattern) for pattern in self.exclude) and isinstance(part.weight, Tensor)
-        }
+        excluded = [
+            part for name, part in module.named_modules() if any(fnmatchcase(name, one) for one in self.exclude)
+        ]
+        weights = [getattr(part, "weight", None) for part in excluded]  # containers and activations have none
+        return {id(weight) for weight in weights if isinstance(weight, Tensor)}
 
 
 class FakeQuantization(TorchFunctionMode):
@@ -111,8 +111,7 @@ def round_tensor(values: Tensor, bits: int, *, is_signed: bool, axis: int | None
     with torch.no_grad():
         others = None if axis is None else [one for one in range(values.ndim) if one != axis]
         ends = torch.aminmax(values) if others is None else (values.amin(others), values.amax(others))
-        low, high = (end.float().clamp(max=0) if index == 0 else end.float().clamp(min=0)
-                     for index, end in enumerate(ends))  # fmt: skip
+        low, high = ends[0].float().clamp(max=0), ends[1].float().clamp(min=0)
         if is_signed:
             least, most = -(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1
             scale = (torch.maximum(-low, high) / most).clamp(min=_SMALLEST)

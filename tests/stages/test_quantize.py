@@ -77,7 +77,7 @@ def test_the_float_file_is_kept_beside_the_quantised_one(done, whole):
 
 @pytest.fixture(scope="module")
 def deployed(whole, data, tmp_path_factory):
-    """What quantize yields where latencies are those of INT8 files."""
+    """Artifact and listener of the stage with `deploy.precision: int8`."""
     ctx, listener = make_context(tmp_path_factory.mktemp("deployed"), data, int8=SETTINGS)
     artifact, _ = QuantizeStage(SETTINGS).run(whole, ctx)
     return artifact, listener

@@ -222,7 +222,7 @@ def test_locks_that_do_not_leave_their_host_are_found_by_the_mount(
 def test_a_host_sweeps_its_own_and_those_of_others_after_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Where locks do not reach other hosts, a free lock says nothing; a clock of this host that is off says nothing."""
+    """A free lock is no proof where locks do not reach other hosts, nor is the clock of this host."""
     store = Store(tmp_path, pytest.fail, _locks(kind))
     with store.scratch("k") as own:
         assert own.name.split(".")[:2] == ["k", re.sub(r"[^A-Za-z0-9_-]", "-", platform.node())]

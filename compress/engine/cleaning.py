@@ -18,7 +18,7 @@ from compress.storage.lock import open_locks
 if TYPE_CHECKING:
     from compress.storage.remote import Remote, RemoteFile  # imports fsspec
 
-STORE, WORK, TABLES = ".store", ".work", ".latency"
+STORE, WORK, TABLES, TEACHERS = ".store", ".work", ".latency", ".teachers"
 _DAY_S = 86_400
 _PART_DAYS = 1.0  # age from which an unfinished upload is taken for abandoned
 
@@ -54,7 +54,8 @@ class Leftover:
 
     Attributes:
         label: Name in lists.
-        kind: "stage" for a finished stage, "unfinished" for the state of a killed stage or an abandoned upload.
+        kind: "stage" for a finished stage, "unfinished" for the state of a killed stage or an abandoned upload,
+            "teacher" for outputs of a teacher, which the next training computes again.
         size_bytes: Size of its files, including hard links that other entries share.
         age_days: Days since the last change.
         path: Path of the folder; None in a remote store.
@@ -87,9 +88,11 @@ def find_leftovers(runs_dir: Path, limits: Limits | None = None) -> list[Leftove
     entries = [path for path in _folders(store) if not path.name.startswith(".")]
     found = [_leftover(path, "stage", now) for path in entries if path.name not in used]
     found += [_leftover(path, "unfinished", now) for path in _folders(store / WORK)]
+    found += [_leftover(path, "teacher", now) for path in _folders(store / TEACHERS)]
     if limits.size_bytes is None:
         return [one for one in found if one.age_days >= (limits.days or 0.0)]
-    links = Counter(inode for path in [*entries, *_folders(store / WORK)] for inode in _inodes(path))
+    places = [*entries, *_folders(store / WORK), *_folders(store / TEACHERS)]
+    links = Counter(inode for path in places for inode in _inodes(path))
     return _beyond(found, limits, sum(size for _, size in links), lambda one: _freed(one, links))
 
 

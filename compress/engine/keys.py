@@ -31,7 +31,8 @@ from compress.storage.digest import digest_data, digest_evaluation, digest_file,
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnxslim", "safetensors", "timm",
              "torch", "torchvision")  # fmt: skip
 _FILES = {"rewind_to": "Checkpoint", "trained": "Weights"}  # setting of finetune -> its file
-FREE = ("save_minutes", "device", "compiled", *_FILES)  # settings without effect on results, or paths whose files count
+# settings without effect on results, or paths whose files count
+FREE = ("save_minutes", "device", "compiled", "cached", *_FILES)
 TORCH_PRUNING = "torch-pruning"
 
 
@@ -188,7 +189,8 @@ _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
 def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a stage's results depend on; files of weights count by content, not by path.
 
-    The device and compilation of a training, and the interval of its saved states, do not count.
+    The device and compilation of a training, the interval of its saved states, and whether outputs of the teacher are
+    kept do not count.
     """
     added_here = _ADDED_TO_STAGES.get(stage, {})
     counting = {
@@ -199,6 +201,8 @@ def _what_counts(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("between", "training"):
         if isinstance(training := values.get(name), Mapping):
             counting[name] = _what_counts("finetune", training)
+    if isinstance(distillation := counting.get("distillation"), Mapping):
+        counting["distillation"] = {key: value for key, value in distillation.items() if key not in FREE}
     for name, defaults in _ADDED.items():
         if isinstance(section := counting.get(name), Mapping):
             added = {key for key, default in defaults.items() if section.get(key) == default}

@@ -24,6 +24,7 @@ from compress.catalog import NOTHING, TORCH_MODEL, VERDICT
 from compress.checkpoint.layout import VOLATILE, load_artifact, save_artifact
 from compress.config.load import Pipeline
 from compress.config.rules.gates import require_known_metrics
+from compress.engine.cleaning import TEACHERS
 from compress.engine.curves import require_tensorboard, written_curves
 from compress.engine.keys import Step, build_steps, explain, needs_latency
 from compress.engine.preflight import require_checkpoints, require_importances, require_packages_of, require_runtimes
@@ -446,7 +447,7 @@ class _Run:
         tables = self.store.root / ".latency"
         with self._listener(step, work) as listener:
             ctx = StageContext(work, config.seed, self.data, listener, config.deploy, tables, teacher, config.quantize)
-            return call(stage, ctx)
+            return call(stage, replace(ctx, teacher_outputs=self.store.root / TEACHERS))
 
     def _listener(self, step: Step, work: Path) -> AbstractContextManager[Progress]:
         """Return the listener of a stage's progress; for a stage that starts anew, old curves are removed."""

@@ -1,8 +1,10 @@
 """Tensors that the modules of a network hold: parameters, buffers, plain attributes, and weights that modules share."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module()))  # attributes of every torch module
@@ -18,6 +20,16 @@ def held_tensors(part: nn.Module) -> dict[str, Tensor]:
     plain = {name: value for name, value in own_attributes(part).items() if isinstance(value, Tensor)}
     known = {**part._parameters, **part._buffers}
     return {**{name: value for name, value in known.items() if value is not None}, **plain}
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the digest of names, shapes and values of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, values in module.state_dict().items():
+        values = values.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data if values.numel() else b"")
+    return digest.hexdigest()
 
 
 def attribute_names(module: nn.Module) -> dict[int, str]:

@@ -21,13 +21,14 @@ from compress.errors import ConfigValueError
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import MergeBlock, RemoveBlock
 from compress.model.stage_records import Repair
+from compress.model.tensors import weights_digest
 from compress.pruning.blocks import find_removable_blocks
 from compress.pruning.merging import Mergeable, find_mergeable_blocks, fit_merged, load_merged, merged_output
 from compress.pruning.ranking.selection import Groups
 from compress.pruning.ranking.sensitivity import block_damage
 from compress.pruning.surgery import merge_block, remove_block
 from compress.search.context import StageContext
-from compress.search.parts import Part, weights_digest
+from compress.search.parts import Part
 from compress.search.repairs import REPAIRS, apply_repairs, repairs_of, repairs_towards
 from compress.training.evaluate import evaluate_loss
 

@@ -15,11 +15,12 @@ from compress.model.artifacts import TorchModel
 from compress.model.modes import eval_mode
 from compress.model.recipe import Recipe
 from compress.model.stage_records import Repair, RepairedBlock
+from compress.model.tensors import weights_digest
 from compress.pruning.repair.block_reconstruction import Reconstruction, reconstruct_blocks
 from compress.pruning.repair.walks import Pair, find_walk
 from compress.pruning.survival import surviving_channels
 from compress.search.context import StageContext
-from compress.search.parts import Part, weights_digest
+from compress.search.parts import Part
 from compress.search.repairs import apply_repairs
 
 _PASS_BATCH = 32

@@ -33,6 +33,7 @@ class StageContext:
         quantize: Settings of the pipeline's `quantize` stage; None without one.
         joint: Returns the context manager for a numbered training of a stage that otherwise runs in one process. Other
             processes join that training by `Stage.train`.
+        teacher_outputs: Folder of teachers' outputs, shared by all runs; None keeps none.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class StageContext:
     teacher: Teacher | None = None
     quantize: QuantizeConfig | None = None
     joint: Callable[[int], AbstractContextManager[Any]] = lambda _number: nullcontext()
+    teacher_outputs: Path | None = None
 
     @property
     def int8(self) -> QuantizeConfig | None:

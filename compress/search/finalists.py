@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from compress.checkpoint.rebuild import example_input
 from compress.errors import BudgetUnreachable, InternalError
 from compress.model.stage_records import BlockTrial
+from compress.model.tensors import weights_digest
 from compress.search.block_removal import Shortened, places_in_whole, without_blocks
-from compress.search.parts import Part, weights_digest
+from compress.search.parts import Part
 from compress.search.pricing import Pricing
 from compress.search.pruner import Attempt, Prepared, Pruner
 from compress.search.repairs import apply_repairs, repaired_part, repairs_of, repairs_towards

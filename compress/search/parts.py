@@ -6,7 +6,6 @@ The key of a part is the digest of everything it depends on within the stage. Th
 inputs of the stage itself. The folder is removed when the stage is done. A damaged part is computed again.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,15 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.progress import Progress
-from compress.storage.digest import digest_value
+from compress.storage.digest import digest_value, sealed, unsealed
 from compress.storage.files import write_atomic
 from compress.training.distributed import current_ranks
 
 FOLDER = "parts"
-_DIGEST_BYTES = 32
 _RECORD, _RANDOM = "record", "/random"  # no tensor of a network has a slash in its name
 
 
@@ -98,27 +96,17 @@ class Parts:
         return self.folder / digest_value(key)
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return the digest of names, shapes and values of a network's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, values in module.state_dict().items():
-        values = values.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data if values.numel() else b"")
-    return digest.hexdigest()
-
-
 def _pack(part: Part) -> bytes:
     tensors = {name: values.detach().cpu().contiguous().clone() for name, values in part.tensors.items()}
     tensors[_RANDOM] = torch.get_rng_state()
     content = save(tensors, metadata={_RECORD: json.dumps(part.record)})
-    return hashlib.sha256(content).digest() + content
+    return sealed(content)
 
 
 def _unpack(content: bytes) -> Part | None:
     """Return a part, or None if the content is damaged."""
-    whole = content[_DIGEST_BYTES:]
-    if hashlib.sha256(whole).digest() != content[:_DIGEST_BYTES]:
+    whole = unsealed(content)
+    if whole is None:
         return None
     try:
         header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])

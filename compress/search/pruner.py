@@ -22,6 +22,7 @@ from compress.errors import InternalError
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import RemoveChannels
 from compress.model.stage_records import Repair, StreamTrial
+from compress.model.tensors import weights_digest
 from compress.pruning.groups import kept_outputs
 from compress.pruning.ranking.selection import Groups, Selection
 from compress.pruning.repair.originals import OriginalOutputs
@@ -30,7 +31,7 @@ from compress.pruning.trial import masked_copy
 from compress.search.block_removal import Shortened
 from compress.search.context import StageContext
 from compress.search.latency_loop import TimedChoice
-from compress.search.parts import Part, weights_digest
+from compress.search.parts import Part
 from compress.search.repairs import apply_repairs, loss_after, repaired_part, repairs_of, repairs_towards
 from compress.search.scaling import scaling_repairs
 from compress.search.scoring import Scoring

@@ -12,9 +12,10 @@ from compress.lowrank.ranks import LayerSpectra, Metric, RankChoice, choose_rank
 from compress.model.artifacts import ModelMetrics, TorchModel
 from compress.model.recipe import Factorize
 from compress.model.stage_records import RankLatencyRecord
+from compress.model.tensors import weights_digest
 from compress.search.context import StageContext
 from compress.search.latency_loop import meet_latency, rounds_record
-from compress.search.parts import Part, weights_digest
+from compress.search.parts import Part
 from compress.search.rank_inputs import measure_moments, measure_spectra
 from compress.search.rank_latency import rank_latency
 

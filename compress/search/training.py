@@ -326,4 +326,5 @@ def distillation_from(
         kept = surviving_channels(
             baseline, artifact.recipe.after_baseline, example_input(artifact.signature), apply_edits
         )
-    return Distillation(baseline, config.weight, config.temperature, config.features, kept)
+    folder = ctx.teacher_outputs if config.cached else None
+    return Distillation(baseline, config.weight, config.temperature, config.features, kept, folder)

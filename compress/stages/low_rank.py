@@ -22,11 +22,12 @@ from compress.lowrank.trp import TrainedRank
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import Factorize
 from compress.model.stage_records import DenseLayer, FactorizedLayer, LowRankRecord, MethodRecord, Repair
+from compress.model.tensors import weights_digest
 from compress.progress import Progress, SilentProgress
 from compress.search.block_repair import repair_blocks
 from compress.search.context import StageContext
 from compress.search.hooked_training import measure_cut, train_with_hooks
-from compress.search.parts import Part, weights_digest
+from compress.search.parts import Part
 from compress.search.rank_choice import LABELS, RankChooser, RankDecision, rank_metric, rank_target
 from compress.search.rank_inputs import exclude_layers
 from compress.search.repairs import apply_repairs, batch_norm_repair, repaired_part, repairs_of

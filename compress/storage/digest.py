@@ -135,6 +135,18 @@ def _digest_listing(root: Path) -> str:
 DIGEST_KEY = "record_digest"
 
 
+def sealed(content: bytes) -> bytes:
+    """Return content behind its SHA-256, 32 bytes, for files whose format does not notice changed bits."""
+    return hashlib.sha256(content).digest() + content
+
+
+def unsealed(content: bytes) -> bytes | None:
+    """Return the content of `sealed`; None if it differs from its digest."""
+    size = hashlib.sha256().digest_size
+    whole = content[size:]
+    return whole if hashlib.sha256(whole).digest() == content[:size] else None
+
+
 class RecordDamaged(ArtifactError):
     """A JSON record is unreadable, or differs from its digest."""
 

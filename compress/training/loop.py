@@ -16,6 +16,7 @@ with the same weights as an undisturbed run (same thread count, CPU).
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 
@@ -59,6 +60,7 @@ from compress.training.settings import (
     plan_steps,
 )
 from compress.training.state import StateFile, identify
+from compress.training.teacher_outputs import TeacherOutputs
 
 VOTE_STEPS = 20  # steps from one vote of several processes on Ctrl-C and saving to the next
 _STATISTICS_IMAGES = 2048
@@ -134,6 +136,7 @@ class TrainingRun:
         self.plan = plan_steps(data.train, settings)
         self.learner = Learner(module, settings, hooks, self.device, self.ranks)
         self.loss = BatchLoss(module, data.train, settings, distillation, self.device, memory_format)
+        self.teacher_outputs = self._teacher_outputs()
         interval = 1 if hooks is not None else loss_sync_interval(self.device)
         self.curve = partial(progress.curve, "training" if state_file is None else state_file.path.stem)
         self.losses = LossLog(settings, self.plan.total, interval, self.curve)
@@ -141,6 +144,20 @@ class TrainingRun:
         self.epochs = EpochLog(self.data.validation, size, settings.keep == "best", self.ranks, progress)
         self.step, self.saved_at, self.state_file = 0, time.monotonic(), state_file
         self.identity = identify(module, data, settings, distillation, hooks)
+
+    def _teacher_outputs(self) -> TeacherOutputs | None:
+        """Let the loss read outputs of the teacher that earlier trainings have kept; None where none are used."""
+        taught = self.distillation
+        if taught is None or taught.folder is None or taught.features or self.device.type != "cpu":
+            return None
+        settings = {
+            **{name: getattr(self.settings, name) for name in ("seed", "batch_size", "precision")},
+            "augmentation": asdict(self.settings.augmentation),
+            "part": [self.ranks.rank, self.ranks.size],
+        }
+        outputs = TeacherOutputs(self.loss.taught, taught.teacher, taught.folder, settings, self.progress.warn)
+        self.loss.teach = outputs
+        return outputs
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -221,6 +238,8 @@ class TrainingRun:
         )
         rank = (ranks.rank,) if ranks.size > 1 else ()  # each rank draws its own random numbers
         images_seen, started = 0, time.perf_counter()
+        if self.teacher_outputs is not None:
+            self.teacher_outputs.open_epoch(epoch)
         with (
             torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]),
             self.progress.task(f"epoch {epoch + 1} of {self.plan.epochs}", steps) as task,
@@ -237,6 +256,8 @@ class TrainingRun:
                 if ranks.size == 1 or self.step % VOTE_STEPS == 0:
                     self._save_when_due(is_interrupted())
             self.losses.read(self.step)
+        if self.teacher_outputs is not None:
+            self.teacher_outputs.close_epoch()
         self._close_epoch(images_seen / (time.perf_counter() - started))
         self._save_when_due(is_interrupted(), is_due=True)
 

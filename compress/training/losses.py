@@ -32,6 +32,8 @@ class BatchLoss:
 
     Attributes:
         rounding: Context manager of each forward pass of the network that learns, but not of the teacher's.
+        teach: Function from images to the teacher's outputs, `taught` unless some are kept from earlier trainings.
+        teacher_outputs: Outputs of the teacher that trainings share; None where all are computed.
 
     Raises:
         ModelError: Feature maps are to be compared, but the two networks have no common map.
@@ -50,6 +52,7 @@ class BatchLoss:
         self._distillation, self._device, self._memory_format = distillation, device, memory_format
         self._forward: Callable[[Tensor], Any] = torch.compile(module) if settings.compiled else module
         self.rounding: AbstractContextManager[object] = nullcontext()
+        self.teach: Callable[[Tensor], Any] = self.taught
         self._maps: MapPairs | None = None
         if distillation is not None and distillation.features:
             self._maps = MapPairs(module, distillation.teacher, train, distillation.kept)
@@ -80,6 +83,14 @@ class BatchLoss:
         """Return a context manager that records feature maps, if they are part of the loss."""
         return nullcontext() if self._maps is None else self._maps
 
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> Any:
+        """Return the outputs of the teacher, computed in the precision of the training."""
+        assert self._distillation is not None
+        teacher = self._distillation.teacher
+        with self.autocast():
+            return plain(teacher(images), getattr(teacher, "output_names", ()))
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return a context manager for the forward pass in the requested precision."""
         precision = self._settings.precision
@@ -107,9 +118,7 @@ class BatchLoss:
 
     def _distilled(self, hard: Tensor, outputs: Any, images: Tensor, distillation: Distillation) -> Tensor:
         """Return the weighted mean of task loss and distance to the teacher's outputs, plus the feature-map loss."""
-        weight, teacher = distillation.weight, distillation.teacher
-        with torch.no_grad(), self.autocast():
-            taught = plain(teacher(images), getattr(teacher, "output_names", ()))
+        weight, taught = distillation.weight, self.teach(images)
         shapes = [[tuple(one.shape[1:]) for one in each(values)] for values in (outputs, taught)]
         if shapes[0] != shapes[1]:
             raise ModelError(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class Distillation:
         features: Weight of the mean relative squared difference of feature maps that both networks have under the same
             name and shape (as the hints of Romero et al. 2015, arXiv:1412.6550, without their regressor).
         kept: Module path -> (n,) channels of the teacher's map that the network keeps, if some were removed.
+        folder: Folder of the teacher's outputs that trainings share; None computes all of them. It has no effect on
+            results, nor where feature maps are compared.
     """
 
     teacher: nn.Module
@@ -44,6 +47,7 @@ class Distillation:
     temperature: float
     features: float = 0.0
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

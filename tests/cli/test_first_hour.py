@@ -63,6 +63,7 @@ def test_clean_removes_what_no_run_names(tmp_path: Path) -> None:
     runs, store = tmp_path / "runs", tmp_path / "runs" / ".store"
     used, old, young = (_entry(store, name, days) for name, days in (("used", 9), ("old", 9), ("young", 1)))
     killed, running = _entry(store / ".work", "killed", 9), _entry(store / ".work", "running", 9)
+    taught = _entry(store / ".teachers", "outputs of a teacher", 1)
     (runs / "net").mkdir()
     (runs / "net" / "lock").write_text(json.dumps({"schema": 1, "stages": [{"key": "used"}]}), encoding="utf-8")
     listed = call("clean", "--runs-dir", runs, "--older-than", 2)
@@ -73,8 +74,10 @@ def test_clean_removes_what_no_run_names(tmp_path: Path) -> None:
         done = call("clean", "--runs-dir", runs, "--older-than", 2, "--yes")
     assert "2 folders removed" in done.stdout
     assert [folder.exists() for folder in (used, old, young, killed, running)] == [True, False, True, False, True]
-    assert {one.kind for one in find_leftovers(runs)} == {"stage", "unfinished"}
+    assert {one.kind for one in find_leftovers(runs)} == {"stage", "unfinished", "teacher"}
+    assert taught.exists()
     assert call("clean", "--runs-dir", runs, "--yes").exit_code == 0
+    assert not taught.exists()
     assert call("clean", "--runs-dir", runs).stdout == "Nothing to remove.\n"
 
 

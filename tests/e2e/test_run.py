@@ -22,6 +22,7 @@ from compress.engine.runner import PlannedStage, plan
 from compress.model.recipe import Factorize, Recipe, RemoveBlock, RemoveChannels
 from compress.onnx_file.io import is_quantized, load_onnx
 from compress.storage.digest import add_digest
+from compress.training.teacher_outputs import TeacherOutputs
 
 STAGES = ["load", "prune", "finetune", "export", "verify"]
 FIGURES = {"macs", "params", "size_bytes", "quality", "latency_ms"}
@@ -361,6 +362,24 @@ def test_repeated_stages_go_on_from_each_other(world: World) -> None:
     assert edits[:2] == [RemoveChannels, RemoveChannels]
     assert set(edits[2:]) == {Factorize}
     check_slim_equals_file(world, "twice")
+
+
+def test_a_second_training_reads_what_the_teacher_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def close_epoch(outputs: TeacherOutputs) -> None:
+        read.append((outputs.read, outputs.computed))
+        original(outputs)
+
+    original = TeacherOutputs.close_epoch
+    monkeypatch.setattr(TeacherOutputs, "close_epoch", close_epoch)
+    for rate in (0.02, 0.01):
+        distilled = {**MIDDLE[1], "steps": 2, "learning_rate": rate, "distillation": {"weight": 0.5}}
+        world.run({**world.values(middle=(MIDDLE[0], distilled)), "name": "taught"})
+    assert read == [(0, 2), (1, 1)]
+    off = {**distilled, "learning_rate": 0.03, "distillation": {"weight": 0.5, "cached": False}}
+    world.run({**world.values(middle=(MIDDLE[0], off)), "name": "taught"})
+    assert len(read) == 2
 
 
 def test_removed_blocks_are_replayed(world: World) -> None:

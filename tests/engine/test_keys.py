@@ -16,7 +16,7 @@ def _fixed(stage: str, *overrides: str) -> dict:
 
 
 def test_how_training_is_done_and_saved_changes_no_result() -> None:
-    for setting in ("save_minutes=1", "device=cpu", "compiled=true"):
+    for setting in ("save_minutes=1", "device=cpu", "compiled=true", "distillation.cached=false"):
         assert _fixed("finetune") == _fixed("finetune", f"stages.finetune.{setting}")
     assert _fixed("finetune") != _fixed("finetune", "stages.finetune.learning_rate=0.123")
 

@@ -14,7 +14,8 @@ from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.prune import PruneConfig, SlimConfig
 from compress.config.schema.targets import TargetConfig
 from compress.data.from_config import Splits
-from compress.search.parts import FOLDER, Part, Parts, weights_digest
+from compress.model.tensors import weights_digest
+from compress.search.parts import FOLDER, Part, Parts
 from compress.stages.low_rank import LowRankStage
 from compress.stages.prune import PruneStage
 from compress.stages.slim import SlimStage

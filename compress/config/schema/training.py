@@ -42,6 +42,11 @@ class DistillationConfig(Section):
     features: float = Field(
         0.0, ge=0, description="weight of the distance between feature maps of the same shape; 0 is off"
     )
+    cached: bool = Field(
+        True,
+        description="true: outputs of the baseline are kept for trainings on the same images with the same seed, on "
+        "the CPU and without features; results do not change",
+    )
 
 
 class OriginalTrainingConfig(Section):

@@ -69,7 +69,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "tpp": {},
 }
 RANKS: dict[str, dict[str, Any]] = {
-    "low_rank": {},
+    "low_rank, shared error": {"allocation": "shared_error"},
     "low_rank, alds": {"allocation": "alds"},
     "low_rank, energy": {"allocation": "energy"},
     "trp": {"method": "trp"},

@@ -577,9 +577,15 @@ def test_slim_passes_the_allocation_on(ctx):
     assert seen == [("alds", ALDS_SCHEMES)]
 
 
-def test_defaults_are_as_they_were():
-    plain = LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.5))
-    assert (plain.allocation, plain.schemes) == ("shared_error", ("nc", "vh", "tucker2", "svd"))
+def test_defaults_depend_on_the_target():
+    for target in (RankTargetConfig(macs=0.5), {"macs": 0.5}, {"params": 0.5}):
+        plain = LowRankConfig(stage="low_rank", target=target)
+        assert (plain.allocation, plain.schemes) == ("energy", ("nc", "vh", "tucker2", "svd"))
+    for other in ({"target": {"latency": 0.5}}, {"target": {"latency_ms": 0.5}}, {"relative_error": 0.1}):
+        assert LowRankConfig(stage="low_rank", **other).allocation == "shared_error"
+    trained = {"target": {"macs": 0.5}, "method": "trp", "training": {"epochs": 1}}
+    assert LowRankConfig(stage="low_rank", **trained).allocation == "shared_error"
+    assert LowRankConfig(stage="low_rank", target={"macs": 0.5}, allocation="shared_error").allocation == "shared_error"
     assert SlimConfig(stage="slim", target=TargetConfig(macs=0.5)).rank_allocation == "shared_error"
     energetic = LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.5), allocation="energy")
     assert energetic.schemes == plain.schemes

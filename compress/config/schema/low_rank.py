@@ -56,6 +56,17 @@ def check_alds_schemes(allocation: str, schemes: Schemes) -> None:
         raise ValueError(f"schemes must be of {', '.join(ALDS_SCHEMES)} where alds allocates ranks")
 
 
+def _with_allocation(values: Any) -> Any:
+    """Set `allocation` to energy for one cut within MACs or params, where it was the best rule in comparisons."""
+    if not isinstance(values, dict) or "allocation" in values or values.get("method") is not None:
+        return values
+    target = values.get("target")
+    given = target.given() if isinstance(target, RankTargetConfig) else target
+    if isinstance(given, dict) and not {"macs", "params"}.isdisjoint(given):
+        return {**values, "allocation": "energy"}
+    return values
+
+
 def _to_repairs(value: object) -> object:
     return ("batch_norm", BLOCKS) if value == BLOCKS else to_tuple(value)
 
@@ -75,7 +86,12 @@ class LowRankConfig(Section):
         None, description="bound on the relative error of every layer"
     )
     target: RankTargetConfig | None = Field(None, description="budget that the ranks are solved from")
-    allocation: RankAllocation = "shared_error"
+    allocation: RankAllocation = Field(
+        "shared_error",
+        description="shared_error: one relative error for all layers; alds: least bound of operator norms, with "
+        "groups of channels; energy: retained energy against cost; by default energy for a target of macs or params "
+        "without a method, else shared_error",
+    )
     schemes: Schemes = SCHEMES
     error_of: Literal["outputs", "kernels"] = Field(
         "kernels",
@@ -100,8 +116,8 @@ class LowRankConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _resolve_schemes(cls, values: Any) -> Any:
-        return fill_schemes(values, "allocation")
+    def _resolve_allocation(cls, values: Any) -> Any:
+        return fill_schemes(_with_allocation(values), "allocation")
 
     def _check_rules(self) -> None:
         check_block_repair(self.repair, self.block_repair)

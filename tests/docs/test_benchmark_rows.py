@@ -38,7 +38,12 @@ def test_every_criterion_and_method_has_a_row_that_loads(tables, letter, tmp_pat
         rows = tables[0].rows(values, epochs, table.has_methods)
         names = [row.name for row in rows]
         assert len(names) == len(set(names))
-        wanted = {*(set(CRITERIA) - {"random", "reconstruction"}), "low_rank", "random channels", "uniform widths"}
+        wanted = {
+            *(set(CRITERIA) - {"random", "reconstruction"}),
+            "low_rank, energy",
+            "random channels",
+            "uniform widths",
+        }
         assert set(names) >= wanted | ({*METHODS, "trp", "random weights"} if epochs else set())
         for row in rows:
             assert load_pipeline(path, row.overrides).resolved["stages"]

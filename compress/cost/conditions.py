@@ -94,6 +94,8 @@ def describe_int8(int8: QuantizeConfig) -> str:
     """
     scales = "per channel" if int8.per_channel else "per tensor"
     parts = ["int8", f"weights {int8.weight_type} {scales}", f"activations {int8.activation_type}"]
+    if int8.format == "qoperator":
+        parts.append("qoperator")
     if int8.exclude:
         parts.append(f"float {' '.join(sorted(int8.exclude))}")
     return ", ".join(parts)

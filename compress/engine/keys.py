@@ -102,7 +102,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
                 conditions = deploy_conditions(config.deploy, config.int8)
                 fixed["deploy"] = {**asdict(conditions), "repeats": config.deploy.repeats}
         if values.get("quantization_aware") and config.quantize is not None:
-            fixed["quantize"] = config.quantize.model_dump(mode="json", exclude={"stage", "images", "method"})
+            fixed["quantize"] = config.quantize.model_dump(mode="json", exclude={"stage", "images", "method", "format"})
         if entry.name == "quantize" and config.int8 is not None:
             fixed["precision"] = "int8"  # the baseline is quantised too
         steps.append(Step(index, entry, stage, values, fixed))
@@ -181,6 +181,7 @@ _ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9
 _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
     "finetune": {"own": None, "kwargs": {}, "trained": None, "quantization_aware": 0.0},
     "low_rank": {"repair": ["batch_norm"], "block_repair": None},
+    "quantize": {"format": "qdq"},
     "prune": {"only": [], "limits": {}, "block_repair": None, "merge": False},
     "slim": {"only": [], "limits": {}, "block_repair": None},
 }

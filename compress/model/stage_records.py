@@ -544,6 +544,8 @@ class QuantizeRecord(StageRecord):
     activation_type: str
     weight_type: str
     exclude: tuple[str, ...]
+    format: str  # "qdq" or "qoperator"
+    format_ratio: float | None  # latency of the QOperator file / latency of the QDQ file; None if not measured
     layers: int
     float_layers: tuple[str, ...]
     agreement: float  # share of the calibration images with the class of the float file

@@ -7,8 +7,9 @@ Weights (`params`) are all scalars of floating-point constants with at least one
 running mean and variance of BatchNormalization, which are buffers. Export folds batch norm into the convolution
 before it (its scale and bias become one bias a channel), so this number is smaller than the torch network's.
 
-In a quantised graph, an integer constant read by DequantizeLinear counts as a weight; its scale and zero point do not.
-So the counts equal those of the float file.
+In a quantised graph, an integer constant counts as a weight if DequantizeLinear reads it, or an operator such as
+QLinearConv reads it as weight or bias. Scales and zero points do not count. So the counts equal those of the float
+file.
 
 Some exporters compute sizes within the graph, for padding or reshaping. Shapes that ONNX's shape inference cannot find
 are read from one run in ONNX Runtime.
@@ -37,6 +38,11 @@ FIXED_WEIGHT = "compress.fixed."  # prefix of constants of convolutions that sta
 FIXED_BUFFER = "compress_fixed_weight"  # name of the buffers of such convolutions in a torch network
 _OF_SHAPES = ("Shape", "Size")
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_INTEGER_LAYERS = {  # operator of integers -> places of weight and bias among its inputs
+    "QLinearConv": (3, 8),
+    "QLinearMatMul": (3,),
+    "QGemm": (3, 6),
+}
 _HALF_BYTE_TYPES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
 
@@ -221,7 +227,8 @@ class _Graph:
         return model
 
     def _layer_name(self, node: NodeProto) -> str:
-        for name in node.input[1:2]:
+        place = _INTEGER_LAYERS.get(node.op_type, (1,))[0]
+        for name in node.input[place : place + 1]:
             if "." in name and (name in self.weights or name.endswith(FIXED_BUFFER)):
                 return str(name.rpartition(".")[0])
         return str(node.name or node.output[0])
@@ -273,12 +280,16 @@ def _weights(model: ModelProto) -> dict[str, Shape]:
         if node.op_type == "Constant":
             tensors += [(node.output[0], a.t) for a in node.attribute if a.type == AttributeProto.TENSOR]
     rounded = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    scales = {
-        name
-        for node in model.graph.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-        for name in node.input[1:]
-    }
+    scales: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scales.update(node.input[1:])
+        places = _INTEGER_LAYERS.get(node.op_type, ())
+        for place, name in enumerate(node.input[1:] if places else (), 1):
+            if place in places:
+                rounded[name] = name
+            else:
+                scales.add(name)
     found = {}
     for name, tensor in tensors:
         is_weight = tensor.data_type in _FLOATS or name in rounded  # known by the name of the float that it becomes

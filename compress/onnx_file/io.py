@@ -320,8 +320,11 @@ def at_sizes(signature: Signature, sizes: Mapping[str, int]) -> Signature:
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
-    """Return whether the graph has QuantizeLinear or DequantizeLinear nodes."""
-    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    """Return whether the graph has nodes that round values, or operators of integers such as QLinearConv."""
+    return any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear", "QGemm") or node.op_type.startswith("QLinear")
+        for node in model.graph.node
+    )
 
 
 def is_half(model: onnx.ModelProto) -> bool:

@@ -180,6 +180,7 @@ _COUNTS: dict[str, _Count] = {
     "FusedMatMul": _product(1),
     "MatMulInteger": _product(1),
     "QLinearMatMul": _product(3),
+    "QGemm": _product(3),
     "Einsum": _einsum,
     "RNN": _recurrent,
     "GRU": _recurrent,

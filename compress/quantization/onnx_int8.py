@@ -1,9 +1,10 @@
 """INT8 quantisation of a float ONNX file. The only caller of onnxruntime.quantization.
 
-    float.onnx --ranges on calibration images--> QDQ graph --outputs left in float--> checked --> model.onnx
+    float.onnx --ranges on calibration images--> graph in INT8 --outputs left in float--> checked --> model.onnx
 
-Every tensor to be quantised is followed by QuantizeLinear and DequantizeLinear. Values between the two are integers,
-and a runtime with integer kernels computes with them.
+In a QDQ graph every tensor to be quantised is followed by QuantizeLinear and DequantizeLinear. Values between the two
+are integers, and a runtime with integer kernels computes with them. In a QOperator graph the layers themselves are
+integer operators (`quantization/qoperator.py`).
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from compress.onnx_file.io import (
 )
 from compress.progress import Progress, SilentProgress
 from compress.quantization.calibration import Batches, OneBatch
+from compress.quantization.qoperator import free_gemm_outputs, last_nodes
 
 OLDEST_OPSET = 13  # the first in which each channel of a weight may have a scale of its own
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -46,6 +48,17 @@ _HISTOGRAMS = {
     "percentile": {"num_bins": 2048, "percentile": 99.999, "symmetric": False},
 }
 _TYPES = {"int8": "QInt8", "uint8": "QUInt8"}
+
+_SCALES_OF_INPUTS = (1, 4)  # each follows its tensor
+_SCALES = {  # operator -> places of scales among its inputs
+    "QuantizeLinear": (1,),
+    "DequantizeLinear": (1,),
+    "QLinearConv": (1, 4, 6),
+    "QLinearMatMul": (1, 4, 6),
+    "QGemm": (1, 4, 7),
+}
+
+Format = Literal["qdq", "qoperator"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,7 @@ class Quantization:
         activation_type: Type of activations; "int8" has its zero point at 0.
         weight_type: Type of weights.
         exclude: Patterns of layers or nodes that stay float; * matches any text.
+        format: Form of the graph.
     """
 
     images: int = 256
@@ -70,6 +84,7 @@ class Quantization:
     activation_type: Integer = "uint8"
     weight_type: Integer = "int8"
     exclude: tuple[str, ...] = ()
+    format: Format = "qdq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,27 +127,49 @@ def quantize_onnx(
         NonFinite: Outputs are NaN or infinite on calibration images, or a scale is not finite and above 0.
         StageError: A pattern of `exclude` matches nothing, or everything is excluded.
     """
-    model = load_onnx(source, weights=True)
-    _check_can_be_quantized(model, source)
-    excluded = _excluded(model, wanted.exclude)
-    batches = Batches(model, split, wanted.images, progress or SilentProgress())
-    expected = batches.classes(source, "float file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
-        rounded = rounded_graph(model, activation_ranges(model, Path(folder), batches, wanted), wanted, excluded)
-        float_layers = _float_layers(rounded, model)
-        external = rounded.ByteSize() > ONE_FILE_LIMIT_BYTES
-        checked = save_checked(rounded, Path(folder) / "checked" / target.name, external)
-        got = batches.classes(checked, "quantised file")
-        files = move_into_place(checked, target)
-    return QuantizeReport(
-        layers=len(_layers(model)) - len(float_layers),
-        float_layers=float_layers,
-        agreement=float((got == expected).mean()),
-        size_bytes_before=sum(file.stat().st_size for file in model_files(source)),
-        size_bytes_after=sum(file.stat().st_size for file in files),
-        files=tuple(file.name for file in files),
-    )
+    return Calibrated(source, split, wanted, target.parent, progress).write(target, wanted.format)
+
+
+class Calibrated:
+    """Float file with the ranges of its activations, which can be written in several formats.
+
+    Arguments and errors are those of `quantize_onnx`.
+
+    Args:
+        folder: Folder for temporary files.
+    """
+
+    def __init__(
+        self, source: Path, split: Split, wanted: Quantization, folder: Path, progress: Progress | None = None
+    ) -> None:
+        self._source, self._wanted = source, wanted
+        self._model = load_onnx(source, weights=True)
+        _check_can_be_quantized(self._model, source)
+        self._excluded = _excluded(self._model, wanted.exclude)
+        self._batches = Batches(self._model, split, wanted.images, progress or SilentProgress())
+        self._classes = self._batches.classes(source, "float file")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".ranges.", suffix=".tmp") as temporary:
+            self._ranges = activation_ranges(self._model, Path(temporary), self._batches, wanted)
+
+    def write(self, target: Path, form: Format) -> QuantizeReport:
+        """Write the quantised file in one format, and return the report."""
+        model, wanted = self._model, replace(self._wanted, format=form)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
+            rounded = rounded_graph(model, self._ranges, wanted, self._excluded)
+            float_layers = _float_layers(rounded, model)
+            external = rounded.ByteSize() > ONE_FILE_LIMIT_BYTES
+            checked = save_checked(rounded, Path(folder) / "checked" / target.name, external)
+            got = self._batches.classes(checked, "quantised file")
+            files = move_into_place(checked, target)
+        return QuantizeReport(
+            layers=len(_layers(model)) - len(float_layers),
+            float_layers=float_layers,
+            agreement=float((got == self._classes).mean()),
+            size_bytes_before=sum(file.stat().st_size for file in model_files(self._source)),
+            size_bytes_after=sum(file.stat().st_size for file in files),
+            files=tuple(file.name for file in files),
+        )
 
 
 def _check_can_be_quantized(model: ModelProto, path: Path) -> None:
@@ -221,23 +258,27 @@ def rounded_graph(model: ModelProto, ranges: Any, wanted: Quantization, excluded
         ExportFailed: ONNX Runtime failed, or the result has another signature or opset.
         NonFinite: A scale is not finite and above 0.
     """
-    from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization import QDQQuantizer, QuantizationMode, QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 
     copy = ModelProto()
     copy.CopyFrom(model)
+    common = {
+        "per_channel": wanted.per_channel,
+        "reduce_range": wanted.reduce_range,
+        "weight_qType": getattr(QuantType, _TYPES[wanted.weight_type]),
+        "activation_qType": getattr(QuantType, _TYPES[wanted.activation_type]),
+        "tensors_range": ranges,
+        "nodes_to_quantize": [],
+        "op_types_to_quantize": _operators(),
+        "extra_options": {"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
+    }
     with translated(_not_quantized), _quiet():
-        quantizer = QDQQuantizer(
-            copy,
-            per_channel=wanted.per_channel,
-            reduce_range=wanted.reduce_range,
-            weight_qType=getattr(QuantType, _TYPES[wanted.weight_type]),
-            activation_qType=getattr(QuantType, _TYPES[wanted.activation_type]),
-            tensors_range=ranges,
-            nodes_to_quantize=[],
-            nodes_to_exclude=list(excluded),
-            op_types_to_quantize=_operators(),
-            extra_options={"ActivationSymmetric": wanted.activation_type == "int8"},  # as TensorRT wants them
-        )
+        if wanted.format == "qdq":
+            quantizer = QDQQuantizer(copy, nodes_to_exclude=list(excluded), **common)
+        else:
+            mode, apart = QuantizationMode.QLinearOps, [*excluded, *last_nodes(model)]
+            quantizer = ONNXQuantizer(copy, mode=mode, static=True, nodes_to_exclude=apart, **common)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         rounded: ModelProto = quantizer.model.model
@@ -307,6 +348,7 @@ def _quiet() -> Iterator[None]:
 
 def _finish(rounded: ModelProto, original: ModelProto) -> ModelProto:
     """Return the graph with float outputs and the original metadata, after checks of signature, opset and scales."""
+    free_gemm_outputs(rounded)
     _free_outputs(rounded)
     del rounded.metadata_props[:]
     rounded.metadata_props.extend(original.metadata_props)
@@ -318,16 +360,23 @@ def _finish(rounded: ModelProto, original: ModelProto) -> ModelProto:
             f"The quantised file must have opset {default_opset(original)}, it has {default_opset(rounded)}."
         )
     constants = {tensor.name: tensor for tensor in rounded.graph.initializer}
-    for node in rounded.graph.node:
-        scale = constants.get(node.input[1]) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
-        if scale is not None:
-            values = numpy_helper.to_array(scale)
+    for tensor, scale in _scales(rounded):
+        if scale in constants:
+            values = numpy_helper.to_array(constants[scale])
             if not (np.isfinite(values).all() and (values > 0).all()):
                 raise NonFinite(
-                    f"Every scale must be finite and above 0, that of '{node.input[0]}' is {values.min():g}.",
+                    f"Every scale must be finite and above 0, that of '{tensor}' is {values.min():g}.",
                     hint="Its values are not finite, or all alike; exclude the layer, or look at its weights.",
                 )
     return rounded
+
+
+def _scales(model: ModelProto) -> Iterator[tuple[str, str]]:
+    """Yield names of a quantised tensor and of its scale."""
+    for node in model.graph.node:
+        for place in _SCALES.get(node.op_type, ()):
+            if place < len(node.input):
+                yield node.input[place - 1] if place in _SCALES_OF_INPUTS else node.output[0], node.input[place]
 
 
 def _free_outputs(model: ModelProto) -> None:
@@ -359,7 +408,7 @@ def _float_layers(rounded: ModelProto, original: ModelProto) -> tuple[str, ...]:
         ExportFailed: No layer is quantised.
     """
     layers = _layers(original)
-    whole = {node.output[0] for node in rounded.graph.node if node.op_type == "DequantizeLinear"}
+    whole = {node.output[0] for node in rounded.graph.node if node.op_type == "DequantizeLinear"}  # in a QDQ graph
     left = tuple(
         layers[node.name]
         for node in rounded.graph.node

@@ -386,6 +386,7 @@ class QuantizeRecord(Record):
     float_layers: tuple[str, ...] = ()
     method: str | None = None
     images: Count | None = None  # for calibration
+    format: str = "qdq"
     per_channel: bool | None = None
     weight_type: str | None = None
     reduce_range: bool = False  # whether weights have 7 bits

@@ -21,7 +21,7 @@ Copy = Callable[[ModelProto], ModelProto]
 
 
 def quantization_of(config: QuantizeConfig) -> Quantization:
-    """Return the settings of the quantisation, from the `quantize` section."""
+    """Return the settings of the quantisation, from the `quantize` section; with the format auto, of a QDQ graph."""
     return Quantization(
         images=config.images,
         method=config.method,
@@ -30,6 +30,7 @@ def quantization_of(config: QuantizeConfig) -> Quantization:
         activation_type=config.activation_type,
         weight_type=config.weight_type,
         exclude=config.exclude,
+        format="qoperator" if config.format == "qoperator" else "qdq",
     )
 
 

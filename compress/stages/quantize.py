@@ -3,19 +3,25 @@
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from compress.config.rules.stages import NO_INTEGER
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.conditions import has_vnni
+from compress.errors import InternalError
+from compress.exporting.torch_onnx import move_into_place
 from compress.model.artifacts import OnnxModel
 from compress.model.stage_records import QuantizeRecord
 from compress.onnx_file.io import external_files, load_onnx, save_onnx
-from compress.quantization.onnx_int8 import Quantization, matching_nodes, quantize_onnx
+from compress.quantization.onnx_int8 import Calibrated, Format, Quantization, QuantizeReport, matching_nodes
 from compress.search.context import StageContext
 from compress.search.deployed_files import quantization_of
+from compress.search.export import conditions_of
+from compress.verification.measurement import time_files
 
 CPU = "CPUExecutionProvider"
 FEW_AGREE = 0.9
+_LOST_AGREEMENT = 0.01
 
 
 class QuantizeStage:
@@ -40,7 +46,7 @@ class QuantizeStage:
             ctx.progress.warn(warning)
         whole = _keep(artifact.path, ctx.folder / "float.onnx")
         path = ctx.folder / "model.onnx"
-        report = quantize_onnx(whole, path, ctx.data.calibration, wanted, ctx.progress)
+        report, chosen, ratio = self._write(whole, path, wanted, ctx)
         if report.agreement < FEW_AGREE:
             ctx.progress.warn(
                 f"The quantised file gives only {report.agreement:.1%} of the calibration images the class that the "
@@ -52,7 +58,38 @@ class QuantizeStage:
         )
         alone = self._quantize_baseline(artifact, wanted, ctx)
         result = replace(artifact, path=path, float_path=whole, int8_baseline_path=alone)
-        return result, QuantizeRecord(**asdict(wanted), **asdict(report))
+        settings = asdict(wanted) | {"format": chosen, "format_ratio": ratio}
+        return result, QuantizeRecord(**settings, **asdict(report))
+
+    def _write(
+        self, source: Path, target: Path, wanted: Quantization, ctx: StageContext
+    ) -> tuple[QuantizeReport, Format, float | None]:
+        """Write the file in the format of the settings; return the report, the format and, for auto, the latency ratio.
+
+        For auto, both formats are timed side by side. QOperator is kept if it is faster beyond the error of the
+        measurement, and agrees with the float file as often, up to one image in a hundred.
+        """
+        calibrated = Calibrated(source, ctx.data.calibration, wanted, target.parent, ctx.progress)
+        report = calibrated.write(target, wanted.format)
+        if self.config.format != "auto":
+            return report, wanted.format, None
+        with TemporaryDirectory(dir=target.parent) as folder:
+            other = Path(folder) / target.name
+            tried = calibrated.write(other, "qoperator")
+            files, conditions = {"qoperator": other, "qdq": target}, conditions_of(ctx.deploy)
+            ratio = time_files(files, ctx.data.calibration, conditions, ctx.progress).ratio
+            if ratio is None:
+                raise InternalError("Two files were timed and not compared.")
+            agrees = tried.agreement >= report.agreement - _LOST_AGREEMENT
+            is_kept = ratio.high < 1 and agrees
+            ctx.progress.note(
+                f"latency of QOperator / QDQ: {ratio}; {'QOperator' if is_kept else 'QDQ'} is kept"
+                + ("" if agrees else f", since QOperator agrees with the float file on only {tried.agreement:.1%}")
+            )
+            if not is_kept:
+                return report, "qdq", ratio.value
+            move_into_place(other, target)
+        return tried, "qoperator", ratio.value
 
     def _quantize_baseline(self, artifact: OnnxModel, wanted: Quantization, ctx: StageContext) -> Path | None:
         """Return the baseline's INT8 file; None where latencies are not compared with it."""
@@ -61,7 +98,7 @@ class QuantizeStage:
         source, path = artifact.reference.baseline.onnx_path, ctx.folder / "int8_baseline.onnx"
         present = [one for one in wanted.exclude if matching_nodes(load_onnx(source), [one])]
         settings = replace(wanted, exclude=tuple(present))  # factorised layers are in the slim network only
-        report = quantize_onnx(source, path, ctx.data.calibration, settings, ctx.progress)
+        report, *_ = self._write(source, path, settings, ctx)
         ctx.progress.note(
             f"baseline in INT8 alone: {report.agreement:.1%} of the calibration images get the class of the float file"
         )

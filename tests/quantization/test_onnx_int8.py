@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compress.cost.conditions import has_vnni
 from compress.data.sources.classification import ArraySource
 from compress.data.splits import Split
-from compress.errors import DataError, ExportFailed, NonFinite, StageError
+from compress.errors import DataError, ExportFailed, ModelError, NonFinite, StageError
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.onnx_file.counting import count_onnx, layer_rows
@@ -49,12 +49,12 @@ def outputs(path, runtime=OnnxRuntime):
         return session.run(IMAGES)["logits"]
 
 
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory):
+@pytest.fixture(scope="module", params=["qdq", "qoperator"])
+def rounded(tmp_path_factory, request):
     """Every tiny network in INT8."""
-    folder = tmp_path_factory.mktemp("rounded")
+    folder, wanted = tmp_path_factory.mktemp("rounded"), replace(WANTED, format=request.param)
     reports = {
-        name: quantize_onnx(exported(name), folder / f"{name}.onnx", make_split(), WANTED) for name in nets.NAMES
+        name: quantize_onnx(exported(name), folder / f"{name}.onnx", make_split(), wanted) for name in nets.NAMES
     }
     return {name: (folder / f"{name}.onnx", report) for name, report in reports.items()}
 
@@ -116,12 +116,68 @@ def test_file_keeps_signature_opset_and_what_it_says_of_itself(rounded, name):
 def test_outputs_are_not_rounded_so_that_classes_do_not_tie(rounded):
     for path, _ in rounded.values():
         (last,) = (node for node in load_onnx(path).graph.node if "logits" in node.output)
-        assert last.op_type == "Gemm"
+        assert last.op_type in ("Gemm", "QGemm")
+        assert len(last.input) <= 7, "QGemm without a scale of its outputs"
 
 
 def test_the_evaluator_and_the_runtime_round_alike(rounded):
     for path, _ in rounded.values():
+        if any(node.domain for node in load_onnx(path).graph.node):
+            with pytest.raises(ModelError, match=r"from domain 'com\.microsoft' is unknown"):
+                outputs(path, OnnxReference)
+            continue
         assert np.abs(outputs(path) - outputs(path, OnnxReference)).max() < 1e-3
+
+
+@pytest.mark.parametrize("tail", [(), ("Reshape",), ("Transpose", "Reshape")])
+def test_a_convolution_before_the_outputs_stays_float_in_a_qoperator_graph(tmp_path, tail):
+    """Masks or boxes with 256 values would tie; in a QDQ graph only their own rounding is left out."""
+
+    def end_in_a_convolution(model):
+        graph = model.graph
+        weight = numpy_helper.from_array(
+            np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32), "last.w"
+        )
+        del graph.node[:], graph.initializer[:], graph.output[:]
+        graph.initializer.extend([weight, numpy_helper.from_array(np.array([0, -1]), "shape")])
+        names = ["image", "first", *(f"after {kind}" for kind in tail)]
+        first = numpy_helper.from_array(
+            np.random.default_rng(1).normal(size=(3, 3, 3, 3)).astype(np.float32), "first.w"
+        )
+        graph.initializer.append(first)
+        graph.node.append(helper.make_node("Conv", ["image", "first.w"], ["first"], "first"))
+        last = "logits" if not tail else "last"
+        graph.node.append(helper.make_node("Conv", ["first", "last.w"], [last], "last"))
+        for place, kind in enumerate(tail, 1):
+            got = "logits" if place == len(tail) else names[place + 1]
+            given = [last, "shape"] if kind == "Reshape" else [last]
+            moved = {"perm": [0, 2, 3, 1]} if kind == "Transpose" else {}
+            graph.node.append(helper.make_node(kind, given, [got], kind, **moved))
+            last = got
+        shape = ["batch", 576] if tail else ["batch", 4, 12, 12]
+        graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
+
+    path = changed(tmp_path, end_in_a_convolution)
+    report = quantize_onnx(path, tmp_path / "q.onnx", make_split(), replace(WANTED, format="qoperator"))
+    assert (report.layers, report.float_layers) == (1, ("last",))
+    kinds = [node.op_type for node in load_onnx(tmp_path / "q.onnx").graph.node]
+    assert kinds == ["QuantizeLinear", "QLinearConv", "DequantizeLinear", "Conv", *tail]
+    assert len(np.unique(outputs(tmp_path / "q.onnx"))) > 256
+
+
+def test_a_network_of_one_last_convolution_cannot_be_a_qoperator_graph(tmp_path):
+    def only_convolution(model):
+        graph = model.graph
+        weight = numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "only.w")
+        del graph.node[:], graph.initializer[:], graph.output[:]
+        graph.initializer.append(weight)
+        graph.node.append(helper.make_node("Conv", ["image", "only.w"], ["logits"], "only"))
+        graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4, 14, 14]))
+
+    path = changed(tmp_path, only_convolution)
+    with pytest.raises(ExportFailed, match="At least one layer must be quantised"):
+        quantize_onnx(path, tmp_path / "q.onnx", make_split(), replace(WANTED, format="qoperator"))
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_the_runtime_computes_in_integers(rounded):
@@ -157,7 +213,9 @@ def test_every_setting_changes_the_file_and_gives_a_good_one(tmp_path, rounded, 
 
 
 def test_the_same_images_give_the_same_file(tmp_path, rounded):
-    quantize_onnx(exported("residual"), tmp_path / "again.onnx", make_split(), WANTED)
+    path = rounded["residual"][0]
+    form = "qoperator" if any(node.domain for node in load_onnx(path).graph.node) else "qdq"
+    quantize_onnx(exported("residual"), tmp_path / "again.onnx", make_split(), replace(WANTED, format=form))
     assert (tmp_path / "again.onnx").read_bytes() == rounded["residual"][0].read_bytes()
 
 

@@ -30,6 +30,7 @@ from compress.stages.quantize import QuantizeStage
 from compress.stages.verify import VerifyStage
 from compress.verification.gates import Gates
 from compress.verification.job import VerificationJob
+from compress.verification.latency import Comparison, LatencyRatio
 from compress.verification.measurement import Conditions
 from compress.verification.verdict import verify_onnx
 
@@ -73,6 +74,53 @@ def test_the_float_file_is_kept_beside_the_quantised_one(done, whole):
     assert (record.layers, record.float_layers, record.images, record.method) == (6, (), 48, "minmax")
     assert listener.notes[-1].startswith("6 layers in INT8, 0 in float, ")
     assert listener.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lost", "chosen"),
+    [
+        (LatencyRatio(0.9, 0.85, 0.95, 0.02), 0.0, "qoperator"),
+        (LatencyRatio(0.97, 0.93, 1.01, 0.02), 0.0, "qdq"),
+        (LatencyRatio(1.1, 1.05, 1.15, 0.02), 0.0, "qdq"),
+        (LatencyRatio(0.9, 0.85, 0.95, 0.02), 0.1, "qdq"),
+    ],
+    ids=["faster", "not told apart", "slower", "faster, but less like the float file"],
+)
+def test_auto_keeps_the_faster_format(whole, data, tmp_path, monkeypatch, ratio, lost, chosen):
+    def timed(files, split, conditions, progress):
+        assert [any(node.domain for node in load_onnx(path).graph.node) for path in files.values()] == [True, False]
+        assert conditions == Conditions()
+        return Comparison({}, ratio)
+
+    write = stage_module.Calibrated.write
+
+    def written(calibrated, target, form):
+        report = write(calibrated, target, form)
+        return replace(report, agreement=report.agreement - lost * (form == "qoperator"))
+
+    monkeypatch.setattr(stage_module, "time_files", timed)
+    monkeypatch.setattr(stage_module.Calibrated, "write", written)
+    ctx, listener = make_context(tmp_path, data)
+    artifact, record = QuantizeStage(SETTINGS.model_copy(update={"format": "auto"})).run(whole, ctx)
+    assert (record.format, record.format_ratio) == (chosen, ratio.value)
+    assert any(node.domain for node in load_onnx(artifact.path).graph.node) == (chosen == "qoperator")
+    assert record.size_bytes_after == artifact.path.stat().st_size
+    (said,) = [note for note in listener.notes if note.startswith("latency of QOperator / QDQ: ")]
+    assert ("QOperator is kept" in said) == (chosen == "qoperator")
+    assert ("agrees with the float file on only" in said) == (lost > 0)
+    assert sorted(path.name for path in ctx.folder.glob("*")) == ["float.onnx", "model.onnx"]
+
+
+def test_a_qoperator_file_is_verified(whole, data, tmp_path):
+    ctx, _ = make_context(tmp_path / "stage", data)
+    artifact, record = QuantizeStage(SETTINGS.model_copy(update={"format": "qoperator"})).run(whole, ctx)
+    assert (record.format, record.format_ratio) == ("qoperator", None)
+    ctx, _ = make_context(tmp_path / "verify", data)
+    verdict, _ = VerifyStage(VerifyConfig(stage="verify", warmup=1, repeats=2, resources=None)).run(artifact, ctx)
+    status = {check.name: check.status for check in verdict.checks}
+    assert status["structure"] == status["quantized_agreement"] == "pass"
+    assert status["reference_evaluator"] == "skipped"
+    assert "fail" not in status.values()
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +223,8 @@ def test_a_processor_that_saturates_is_warned_of(monkeypatch, data, tmp_path, vn
 
 
 def test_a_file_that_agrees_too_little_is_warned_of(whole, data, tmp_path, monkeypatch):
-    real = stage_module.quantize_onnx
-    monkeypatch.setattr(stage_module, "quantize_onnx", lambda *given: replace(real(*given), agreement=0.5))
+    real = stage_module.Calibrated.write
+    monkeypatch.setattr(stage_module.Calibrated, "write", lambda *given: replace(real(*given), agreement=0.5))
     ctx, listener = make_context(tmp_path / "stage", data)
     QuantizeStage(SETTINGS).run(whole, ctx)
     assert listener.warnings[0].startswith("The quantised file gives only 50.0% of the calibration images the class")

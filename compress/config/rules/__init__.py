@@ -12,6 +12,7 @@ from compress.config.rules.stages import (
     check_order,
     check_other_runtimes,
     check_quantization_aware,
+    check_quantized_format,
     check_quantized_precision,
 )
 from compress.config.rules.weights import (
@@ -28,6 +29,7 @@ RULES: tuple[Callable[[Sections], Iterator[Problem]], ...] = (
     check_order,
     check_latency_targets,
     check_half_precision,
+    check_quantized_format,
     check_quantized_precision,
     check_int8_deployment,
     check_quantization_aware,

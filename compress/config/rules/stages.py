@@ -112,6 +112,17 @@ def check_int8_deployment(sections: Sections) -> Iterator[Problem]:
         yield document.problem(("deploy", "precision"), text, f"set deploy.precision: fp32 for {deploy.provider}")
 
 
+def check_quantized_format(sections: Sections) -> Iterator[Problem]:
+    """QOperator graphs have operators of ONNX Runtime, with kernels in its CPU provider."""
+    deploy, document = sections.deploy, sections.document
+    runs_there = deploy is None or (deploy.runtime, deploy.provider) == ("onnxruntime", "CPUExecutionProvider")
+    for path, stage in sections.of(QuantizeConfig):
+        if stage.format != "qdq" and not runs_there and document.is_valid((*path, "format")):
+            place = f"{deploy.runtime} with {deploy.provider}" if deploy is not None else ""
+            text = f"must be qdq for {place}, got {stage.format}: only ONNX Runtime on the CPU has QOperator kernels."
+            yield document.problem((*path, "format"), text, "leave format out")
+
+
 def check_quantization_aware(sections: Sections) -> Iterator[Problem]:
     """Training for a rounding needs the stage that rounds."""
     document = sections.document

@@ -52,6 +52,11 @@ class QuantizeConfig(Section):
     )
     weight_type: Literal["int8", "uint8"] = Field("int8", description="type of weights")
     exclude: Names = Field((), description="layers or nodes to leave in float; * matches any text")
+    format: Literal["qdq", "qoperator", "auto"] = Field(
+        "qdq",
+        description="qdq: rounding between layers, read by every runtime; qoperator: integer operators of ONNX Runtime "
+        "for the CPU; auto: qoperator where it is measured to be faster",
+    )
 
     def _check_rules(self) -> None:
         if (self.activation_type, self.weight_type) == ("int8", "uint8"):

@@ -133,6 +133,7 @@ class LoadRecord(MetricRecord):
     unread: tuple[str, ...]  # modules that no output reads
     narrow: Mapping[str, int] | None = field(default=None, metadata=OPTIONAL)  # channel group -> missing channels
     import_error: float | None = field(default=None, metadata=OPTIONAL)  # of the largest output
+    rounding_error: float | None = field(default=None, metadata=OPTIONAL)  # of a quantised file, likewise
     validation: float | None = field(default=None, metadata=_key("validation_{}") | OPTIONAL)
     warnings: tuple[str, ...] = ()
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, helper, numpy_helper
 
+from compress.onnx_file.dequantize import float_form, is_qdq
 from compress.onnx_file.io import CLASSES_KEY, PREPROCESSING_KEY, each_node, load_onnx
 
 _SHAPE_OF = "compress.shape_of."
@@ -40,6 +41,8 @@ def write_structure(source: Path, target: Path) -> None:
         ArtifactError: The file cannot be read.
     """
     model = load_onnx(source, weights=True)
+    if is_qdq(model):
+        model = float_form(onnx.inliner.inline_local_functions(model) if model.functions else model)
     graph = model.graph
     replaced = _only_weights(model)
     shapes, makers, kept = [], [], []

@@ -16,7 +16,7 @@ from compress.errors import ModelError
 from compress.onnx_file.io import reading_graph
 from compress.onnx_import.build import Builder
 from compress.onnx_import.names import argument_names
-from compress.onnx_import.parity import require_parity
+from compress.onnx_import.parity import require_parity, rounding_error
 from compress.onnx_import.preconditions import Source, read_source
 from compress.onnx_import.values import as_float32
 
@@ -30,7 +30,8 @@ def import_onnx(
 
     Layers (`nn.Conv2d`, `nn.Linear`, ...) are submodules with the names in the file. Weights of any precision become
     float32. Several outputs become a tuple. `meta["import_error"]` of the network holds the largest relative error of
-    the comparison with ONNX Runtime.
+    the comparison with ONNX Runtime. A QDQ graph is read as its float form (`onnx_file/dequantize.py`); then
+    `meta["rounding_error"]` holds the difference to the file's outputs, otherwise None.
 
     Args:
         path: The .onnx file.
@@ -47,6 +48,7 @@ def import_onnx(
         source = read_source(path, shapes)
         module = build_network(source)
         module.meta["import_error"] = require_parity(module, source, images)
+        module.meta["rounding_error"] = rounding_error(source, images)
         return module
 
 

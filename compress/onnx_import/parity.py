@@ -10,6 +10,7 @@ added to the limit (network and ONNX Runtime round differently), up to 1e-4 in a
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,25 @@ def require_parity(module: fx.GraphModule, source: Source, images: Sequence[np.n
                     f"largest value, output '{name}' is off by {error:.2g}{_where(module, source, feed, limit)}."
                 )
     return largest
+
+
+def rounding_error(source: Source, images: Sequence[np.ndarray] | None = None) -> float | None:
+    """Return the largest relative difference of a quantised file to its float form; None for other files.
+
+    Args:
+        source: The file.
+        images: One array (N, ...) for each input; None for random images.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run the file.
+    """
+    if not source.is_float_form:
+        return None
+    feed = _random(source) if images is None else _given(source, images)
+    wanted = dict.fromkeys(source.outputs, np.zeros(()))
+    exact = _run(_session(source, None), source, feed, wanted)
+    rounded = _run(_session(replace(source, is_float_form=False), None), source, feed, wanted)
+    return max(relative_error(rounded[name], exact[name]) for name in source.outputs)
 
 
 def _with_rounding(
@@ -224,7 +244,7 @@ def _session(source: Source, outputs: Sequence[str] | None) -> Any:
     """Open the file; with `outputs`, open a copy that returns inner values too, without graph optimisations."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
-    model: str | bytes = str(source.path)
+    model: str | bytes = source.model.SerializeToString() if source.is_float_form else str(source.path)
     telling = onnx.ModelProto()
     if outputs is not None:
         telling.CopyFrom(source.model)

@@ -1,7 +1,8 @@
 """Preconditions of an import, checked before the graph of a file is built node by node.
 
-corrupt, external weights, quantised, operator set too old or too new   refused here, or converted
-local functions                                                         inlined
+corrupt, external weights, operator set too old or too new   refused here, or converted
+local functions                                              inlined
+quantised                                                    a QDQ graph gets its float form, others are refused
 """
 
 from collections import Counter
@@ -16,6 +17,7 @@ from onnx import ModelProto
 
 from compress.errors import ArtifactError, ModelError, first_line, translated
 from compress.model.artifacts import TensorSpec
+from compress.onnx_file.dequantize import float_form, is_qdq
 from compress.onnx_file.io import default_opset, each_node, load_onnx, read_inputs, require_beside, tensor_problems
 from compress.onnx_import.values import PROBES
 
@@ -23,6 +25,7 @@ OLDEST_OPSET = 7  # older ones broadcast by attributes
 _MODERN_OPSET = 13
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 _SHOWN = 6
+_FLOAT = "Give the float file that it was made from; the stage 'quantize' rounds the slim network at the end."
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Source:
         inputs: Inputs without weights; the first axis is "batch" or 1, followed by the sizes of one image.
         outputs: Names of the outputs.
         has_open_batch: Whether the file takes any number of images; otherwise it takes 1.
+        is_float_form: Whether the file is quantised, and `model` is its float form.
     """
 
     path: Path
@@ -44,6 +48,7 @@ class Source:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     has_open_batch: bool
+    is_float_form: bool = False
 
     def shapes(self, spec: TensorSpec, numbers: Iterable[int] = PROBES) -> list[tuple[int, ...]]:
         """Return the shape of an input for each number of images in `numbers`."""
@@ -64,15 +69,19 @@ def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
 
     Raises:
         ArtifactError: The file is missing, corrupt, or has weights outside its folder.
-        ModelError: The file is quantised, has an unsupported operator set, or its inputs have no fixed sizes.
+        ModelError: The file is quantised and no QDQ graph, has an unsupported operator set, or its inputs have no fixed
+            sizes.
     """
     require_beside(load_onnx(path), path)
     model = load_onnx(path, weights=True)
     if problems := tensor_problems(model):
         raise ArtifactError(f"'{path}' must be a valid ONNX model: {'; '.join(problems[:_SHOWN])}.")
-    _check_float(model, path)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    is_float_form = is_qdq(model)
+    if is_float_form:
+        model = _float_form(model, path)
+    _check_float(model, path)
     model = _up_to_date(model, path)
     taken = read_inputs(model)
     _check_names(shapes or {}, taken, path)
@@ -85,7 +94,16 @@ def read_source(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
             hint="Export it with an open batch axis.",
         )
     outputs = tuple(value.name for value in model.graph.output)
-    return Source(path, model, default_opset(model) or 0, inputs, outputs, has_open_batch)
+    return Source(path, model, default_opset(model) or 0, inputs, outputs, has_open_batch, is_float_form)
+
+
+def _float_form(model: ModelProto, path: Path) -> ModelProto:
+    try:
+        return float_form(model)
+    except ModelError as error:
+        raise ModelError(
+            f"'{path}' is quantised and cannot be read as a float network: {error.message}", hint=_FLOAT
+        ) from error
 
 
 def _check_float(model: ModelProto, path: Path) -> None:
@@ -96,7 +114,7 @@ def _check_float(model: ModelProto, path: Path) -> None:
         raise ModelError(
             f"'{path}' must be a network in floating point, it is quantised: "
             f"{', '.join(f'{count} {name}' for name, count in found.most_common())}.",
-            hint="Give the float file that it was made from; the stage 'quantize' rounds the slim network at the end.",
+            hint=_FLOAT,
         )
 
 

@@ -69,6 +69,7 @@ class Opened:
         recipe: Edits of the baseline: modules that no output reads, and narrow widths.
         signature: Inputs and outputs of the network.
         import_error: Error of a network from an ONNX file, over the largest output; None for another network.
+        rounding_error: Difference of a quantised file to its float form, over the largest output; None for others.
     """
 
     module: nn.Module
@@ -76,6 +77,7 @@ class Opened:
     recipe: Recipe
     signature: Signature
     import_error: float | None
+    rounding_error: float | None = None
 
 
 class LoadStage:
@@ -121,6 +123,7 @@ class LoadStage:
             unread=tuple(path for edit in recipe.edits if isinstance(edit, RemoveUnread) for path in edit.modules),
             narrow=_lacking(recipe) if self.config.narrow else None,
             import_error=opened.import_error,
+            rounding_error=opened.rounding_error,
             validation=validation,
             warnings=tuple(self.warnings),
         )
@@ -158,7 +161,8 @@ class LoadStage:
         require_batch_independence(module, several)
         for split in (ctx.data.train, ctx.data.calibration, ctx.data.validation, ctx.data.evaluation):
             check_labels(split, signature)
-        return Opened(module, spec, recipe, signature, import_error)
+        rounding = None if built is None else _rounding_error(built)
+        return Opened(module, spec, recipe, signature, import_error, rounding)
 
     def _build(self, spec: FactorySpec, ctx: StageContext) -> nn.Module:
         """Return the network with its weights."""
@@ -295,9 +299,19 @@ def _import_error(module: nn.Module, spec: FactorySpec, ctx: StageContext) -> fl
     if not (spec.kind == "onnx" and isinstance(module, fx.GraphModule)):
         return None
     error: float = module.meta["import_error"]
-    ctx.progress.note(
-        f"imported: outputs are those of ONNX Runtime with '{Path(spec.reference).name}' to {error:.1g} of the largest"
-    )
+    name, rounding = Path(spec.reference).name, _rounding_error(module)
+    ctx.progress.note(f"imported: outputs are those of ONNX Runtime with '{name}' to {error:.1g} of the largest")
+    if rounding is not None:
+        ctx.progress.note(
+            f"'{name}' is quantised: the baseline is its float form, whose outputs differ by up to {rounding:.1%} of "
+            "the largest; a quantize stage rounds the slim network"
+        )
+    return error
+
+
+def _rounding_error(module: nn.Module) -> float | None:
+    """Return the difference of a quantised file to its float form, relative to the largest output; None for others."""
+    error: float | None = module.meta.get("rounding_error") if isinstance(module, fx.GraphModule) else None
     return error
 
 

@@ -3,20 +3,26 @@
 import copy
 from pathlib import Path
 
+import nets
 import numpy as np
 import onnx
 import pytest
 import torch
+from exported import PREPROCESSING, exported
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import make, node, weights, write
 from torch import nn
 
+from compress.cost.conditions import has_vnni
 from compress.cost.macs import count_macs
+from compress.data.sources.classification import ArraySource
+from compress.data.splits import Split
 from compress.errors import ArtifactError, CompressError, ModelError, NonFinite
 from compress.onnx_file.structure import write_structure
 from compress.onnx_import import parity
 from compress.onnx_import.importer import build_imported, build_network, import_onnx
 from compress.onnx_import.preconditions import read_source
+from compress.quantization.onnx_int8 import Quantization, quantize_onnx
 
 I64 = np.int64
 
@@ -319,13 +325,37 @@ def test_branch_that_images_choose_is_refused(tmp_path):
     assert "If 'If_y' depends on the images (control flow)" in message_of(write(tmp_path / "net.onnx", make(nodes)))
 
 
-@pytest.mark.parametrize("operator", ["QuantizeLinear", "ConvInteger", "QLinearConv"])
+@pytest.mark.parametrize("operator", ["DynamicQuantizeLinear", "ConvInteger", "QLinearConv"])
 def test_quantised_networks_are_refused_with_what_to_give(operator, tmp_path):
     model = make([node("Relu", ["x"])])
     model.graph.node.append(node(operator, ["y", "s"], ["q"]))
     text = message_of(write(tmp_path / "net.onnx", model))
     assert f"it is quantised: 1 {operator}" in text
     assert "Give the float file" in text
+
+
+@pytest.mark.parametrize("name", nets.NAMES)
+def test_a_qdq_graph_is_imported_in_its_float_form(name, tmp_path):
+    whole = exported(name)
+    pictures = np.random.default_rng(3).integers(0, 256, (48, 16, 16, 3), np.uint8)
+    split = Split("calibration", ArraySource(pictures, np.zeros(48, np.int64)), np.arange(48), PREPROCESSING)
+    quantize_onnx(whole, tmp_path / "int8.onnx", split, Quantization(images=48, reduce_range=not has_vnni()))
+    images = PREPROCESSING.normalize(pictures)
+    found, original = import_onnx(tmp_path / "int8.onnx", images=[images[:2]]), import_onnx(whole)
+    assert found.meta["import_error"] < 1e-5
+    assert 0 < found.meta["rounding_error"] < 0.2
+    assert original.meta["rounding_error"] is None
+    assert [(one, tuple(value.shape)) for one, value in found.named_parameters()] == [
+        (one, tuple(value.shape)) for one, value in original.named_parameters()
+    ]
+    with torch.no_grad():
+        got, wanted = (one(torch.from_numpy(images)) for one in (found, original))
+    assert (got - wanted).abs().max() < 0.1 * wanted.abs().max()
+    write_structure(tmp_path / "int8.onnx", tmp_path / "structure.onnx")
+    again = build_imported(tmp_path / "structure.onnx")
+    again.load_state_dict(found.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(torch.from_numpy(images)), got)
 
 
 def test_training_mode_is_refused(tmp_path):

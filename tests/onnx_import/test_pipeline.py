@@ -12,13 +12,17 @@ from exported import SIGNATURE
 from compress.checkpoint.layout import load_slim, write_digests
 from compress.checkpoint.rebuild import read_weights
 from compress.config.load import load_pipeline
+from compress.cost.conditions import has_vnni
+from compress.data.from_config import Splits
 from compress.data.preprocessing import Preprocessing
 from compress.engine.keys import build_steps
 from compress.engine.runner import plan
 from compress.errors import ArtifactError, ConfigError, RebuildMismatch
 from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
-from compress.onnx_file.io import PREPROCESSING_KEY
+from compress.onnx_file.io import PREPROCESSING_KEY, is_quantized, load_onnx
+from compress.onnx_import.importer import import_onnx
+from compress.quantization.onnx_int8 import Quantization, quantize_onnx
 
 CLASSES = ("rows", "columns", "rising", "falling")
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
@@ -61,8 +65,7 @@ def test_run_needs_the_file_no_more_and_rebuilds_strictly(world):
     path.rename(world.folder / "elsewhere.onnx")
     slim = load_slim(folder)
     (world.folder / "elsewhere.onnx").rename(path)
-    from compress.onnx_file.io import load_onnx, read_metadata
-    from compress.onnx_import.importer import import_onnx
+    from compress.onnx_file.io import read_metadata
 
     assert read_metadata(load_onnx(folder / "model.onnx")).classes == CLASSES
     images = nets.images(3)
@@ -74,6 +77,34 @@ def test_run_needs_the_file_no_more_and_rebuilds_strictly(world):
     assert sizes["structure.onnx"] < sizes["weights.safetensors"]
     again = plan(world.load(given), world.runs)
     assert {stage.status for stage in again} == {"unchanged"}
+
+
+@pytest.mark.parametrize("end", [[{"stage": "quantize", "images": 32}], []], ids=["int8 again", "float"])
+def test_a_quantised_file_is_cut_in_float_and_rounded_again(world, end, tmp_path):
+    source = world.folder / "net.onnx"
+    split = Splits(world.load(values(world)).config.data).calibration
+    quantize_onnx(source, world.folder / "int8.onnx", split, Quantization(images=32, reduce_range=not has_vnni()))
+    given = world.values("residual")
+    given["name"], given["stages"][0] = "from-int8", {"stage": "load", "model": {"onnx": "int8.onnx"}}
+    if end:
+        end = [{**end[0], "reduce_range": not has_vnni()}]
+    given["stages"][-1:-1] = end
+    progress = smallrun.Notes()
+    outcome = world.run(given, progress=progress)
+    assert outcome.verdict.passed, outcome.verdict
+    assert outcome.report["slim"]["macs"] <= 0.6 * outcome.report["baseline"]["macs"]
+    if end:  # the second run finds the network of the first in the store
+        (note,) = [note for note in progress.notes if "is quantised: the baseline is its float form" in note]
+        assert note.startswith("'int8.onnx'")
+    assert 0 < outcome.report["stages"][0]["record"]["rounding_error"] < 0.2
+    assert is_quantized(load_onnx(world.runs / "from-int8" / "model.onnx")) == bool(end)
+    assert not is_quantized(load_onnx(world.runs / "from-int8" / "slim" / "structure.onnx"))
+    images = nets.images(3)
+    float_network = import_onnx(source)
+    with torch.no_grad():
+        slim, whole = load_slim(world.runs / "from-int8")(images), float_network(images)
+    assert slim.shape == whole.shape
+    assert not torch.equal(slim, whole)
 
 
 def test_structure_of_another_network_is_noticed(world, tmp_path):

@@ -10,6 +10,7 @@ another one from its last finished stage, and the next sweep goes on after a los
 lock keeps measurements alone, whatever the nodes are.
 """
 
+import functools
 import logging
 import os
 import platform
@@ -222,6 +223,7 @@ def _place_token(runs_dir: Path) -> dict[str, Any]:
     return {"token": str(path), "value": value, "versions": _versions(), "folder": str(Path.cwd())}
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """Return the versions that results depend on, by library."""
     found = {name: attempt(lambda name=name: version(name), lambda _: "") for name in LIBRARIES}  # type: ignore[misc]

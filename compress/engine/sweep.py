@@ -117,18 +117,16 @@ def sweep(
         known = read_comparison(folder)
         progress.note(f"{len(runs)} run{'s' * (len(runs) > 1)} of {name}, {executor.words}.")
         with counted(progress, executor, len(runs)) as task:
-            for job, result in run_all(executor, iter(jobs)):
-                place = jobs[job]
+            for done, result in run_all(executor, iter(jobs)):
+                place = jobs[done]
                 runs[place], code = finish(runs[place], result, runs_dir, progress)
                 codes.add(code)
-                ran[job.name] = result.ran
+                ran[done.name] = result.ran
                 task.advance(failed=str(sum(run.error is not None for run in runs)))
                 whole = Sweep(name, quantity, tuple(runs))
                 write_sweep(whole, folder)
-        compared = compare(
-            CompareJob.of(planned[0].pipeline, runs_dir, f"{name}-sweep", whole), known, executor, progress
-        )
-        whole = replace(whole, comparison=compared)
+        job = CompareJob.of(planned[0].pipeline, runs_dir, folder.name, whole)
+        whole = replace(whole, comparison=compare(job, known, executor, progress))
         write_sweep(whole, folder)
     return SweepOutcome(folder, whole, next((code for code in _FIRST if code in codes), 0), ran)
 

@@ -42,7 +42,7 @@ from compress.storage.lock import open_locks
 BUDGET, PIPELINE = "budget", "pipeline"
 STARTUP = 10  # trials at random before Optuna's model is used, at most half of all
 JOURNAL = "trials.journal"
-_RUN, _ERROR, _STATE, _VIOLATION, _LOST = "run", "error", "state", "violation", "lost"
+_RUN, _ERROR, _STATE, _LOST = "run", "error", "state", "lost"
 _STORAGE_HINT = "--storage FILE for a journal, or the URL of a database, as in sqlite:///trials.db"
 _OF_STORAGES = ("optuna", "sqlalchemy", "sqlite3")  # packages whose errors are of the storage
 _PASSWORD = re.compile(r"//[^@/]*@")
@@ -269,7 +269,7 @@ class _Search:
         if report is None or values is None:
             self.study.tell(trial, state=TrialState.PRUNED if run.state == "stopped" else TrialState.FAIL)
             return
-        trial.set_user_attr(_VIOLATION, float(len(report.verdict.open_checks)))
+        trial.set_constraint("open checks", float(len(report.verdict.open_checks)))
         self.study.tell(trial, values)
 
     def _whole(self) -> Sweep:
@@ -340,7 +340,6 @@ def _open_study(plan: _Plan, trials: int, folder: Path) -> optuna.Study:
             n_startup_trials=min(STARTUP, max(1, trials // 2)),
             multivariate=True,
             constant_liar=True,
-            constraints_func=lambda trial: (trial.user_attrs.get(_VIOLATION, 0.0),),
         )
     low, high = plan.between
     if known == 0 and low <= plan.given <= high:

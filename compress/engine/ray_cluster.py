@@ -10,7 +10,6 @@ another one from its last finished stage, and the next sweep goes on after a los
 lock keeps measurements alone, whatever the nodes are.
 """
 
-import functools
 import logging
 import os
 import platform
@@ -18,7 +17,7 @@ import secrets
 import socket
 from concurrent.futures import Future
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +26,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from typing_extensions import Self
 
-import compress
+from compress.catalog import STAGES
 from compress.config.load import Pipeline
 from compress.engine.job_log import JobLog
 from compress.engine.jobs import (
@@ -55,7 +54,6 @@ from compress.errors import (
     translated,
 )
 from compress.progress import Progress
-from compress.storage.digest import digest_file, digest_value
 from compress.storage.files import write_atomic
 
 LOCAL = "local"
@@ -223,13 +221,17 @@ def _place_token(runs_dir: Path) -> dict[str, Any]:
     return {"token": str(path), "value": value, "versions": _versions(), "folder": str(Path.cwd())}
 
 
-@functools.cache
 def _versions() -> dict[str, str]:
-    """Return the versions that results depend on, by library."""
-    found = {name: attempt(lambda name=name: version(name), lambda _: "") for name in LIBRARIES}  # type: ignore[misc]
-    root = Path(compress.__file__).parent
-    code = digest_value({path.relative_to(root).as_posix(): digest_file(path) for path in sorted(root.rglob("*.py"))})
-    return {name: one for name, one in found.items() if one} | {"code of compress": code[:12]}
+    """Return the versions that results depend on: of libraries, and of the stages of this program."""
+    found = {name: one for name in LIBRARIES if (one := _version(name)) is not None}
+    return found | {f"stage {entry.name}": str(entry.version) for entry in STAGES.values()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _check_nodes(nodes: list[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -398,7 +398,7 @@ def to_plain(sweep: Sweep) -> dict[str, Any]:
 
 
 def read_comparison(folder: Path, kind: str = "sweep") -> LatencyComparison | None:
-    """Return the comparison of latencies that an earlier sweep has written; None if there is none."""
+    """Return the comparison of latencies that an earlier sweep has written; None without one."""
     try:
         values = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
         return LatencyComparison.from_plain(values["comparison"])

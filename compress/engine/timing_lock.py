@@ -9,6 +9,7 @@ process that ends, however it ends.
 """
 
 import getpass
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,7 +83,8 @@ class TimingLock(Turns):
 
 def default_folder() -> Path:
     """Return the folder of this user's lock on this machine."""
-    return Path(tempfile.gettempdir()) / f"compress-timing-{getpass.getuser()}"
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user in a container may have no name
+    return Path(tempfile.gettempdir()) / f"compress-timing-{user}"
 
 
 def measures_latency(config: PipelineConfig, index: int) -> bool:

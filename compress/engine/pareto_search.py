@@ -120,13 +120,20 @@ class _Plan:
     def __init__(self, path: Path, space: Space, overrides: tuple[str, ...], seed: int | None) -> None:
         self.overrides, self.seed = overrides, seed
         self.storage = space.storage
-        self.paths = {one.name: one for one in (path, *space.also)}
+        given = (path, *space.also)
+        has_names = len({one.name for one in given}) == len(given)
+        self.paths = {one.name if has_names else str(one): one for one in given}
         self.first = load_pipeline(path, overrides, seed)
         self.name = self.first.config.name
         _, self.quantity, self.given = swept_target(self.first)
         self.between = checked_range(space.between, self.quantity)
         self.choices = {choice.key: choice for choice in space.choices}
         for one in self.paths.values():  # refuse a wrong value before any trial
+            quantity = swept_target(load_pipeline(one, overrides, seed))[1]
+            if quantity != self.quantity:
+                raise ConfigError(
+                    f"'{one}' must have a target of {self.quantity} as '{path}' has, got a target of {quantity}."
+                )
             for choice in space.choices:
                 for text in choice.ends:
                     at_budget(one, self.between[1], (*overrides, f"{choice.key}={text}"), seed)
@@ -200,13 +207,14 @@ class _Search:
             if name in self.running:  # its result counts for both trials
                 self.running[name].append(trial)
                 continue
-            run = SweepRun(budget, name, None, None, "waiting", settings=settings)
-            self._note(trial, run)
             known = self.runs.get(name)
-            if known is not None and known.report is not None:
+            if known is not None and known.state in _FINAL:
+                self._note(trial, known)
                 self._tell(trial, known)
                 continue
-            self.runs[name], self.running[name] = run, [trial]
+            self.runs[name] = SweepRun(budget, name, None, None, "waiting", settings=settings)
+            self.running[name] = [trial]
+            self._note(trial, self.runs[name])
             yield RunJob.of(pipeline, self.runs_dir, self.store, is_judged=True)
 
     def end(self, job: RunJob, result: JobResult) -> None:
@@ -279,6 +287,7 @@ class _Search:
         return Sweep(self.plan.name, self.plan.quantity, runs, "search", best, None, front)
 
 
+_FINAL = ("done", "not met", "stopped")  # states that a repetition would not change
 _BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 

@@ -14,8 +14,12 @@ import logging
 import os
 import platform
 import secrets
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -154,9 +158,20 @@ def _connect(wanted: Resources) -> None:
         resources = {TIMING: 1.0} | ({} if wanted.device is None else {_timing_resource(wanted): 1.0})
         common |= {"include_dashboard": False, "object_store_memory": _LOCAL_STORE_BYTES, "resources": resources}
         common["_system_config"] = {"task_oom_retries": 0}  # a run that lacks memory fails, and the others go on
-    with translated(lambda error: _refusal(str(address), error)):
+    with translated(lambda error: _refusal(str(address), error)), _kept_handler(signal.SIGTERM):
         _require_listener(str(address))
         ray.init(address=address, **common)
+
+
+@contextmanager
+def _kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Restore the handler of a signal after this context: that of Ray ends the driver like a fault of user code."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread has handlers
+        yield
+        return
+    before = signal.getsignal(number)
+    yield
+    signal.signal(number, before)
 
 
 def _require_listener(address: str) -> None:

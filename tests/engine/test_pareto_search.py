@@ -197,6 +197,24 @@ def test_a_wrong_value_is_refused_before_any_trial(tmp_path: Path) -> None:
     assert not world.runs.exists()
 
 
+def test_precision_is_a_choice_between_pipeline_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    path, other = world.write(world.values()), world.values() | {"name": "chain-int8"}
+    other["stages"].insert(-1, {"stage": "quantize"})
+    also = world.write(other)
+    plan = pareto_search._Plan(path, Space(also=(also,)), (), None)
+    assert set(plan.distributions) == {"budget", "pipeline"}
+    budget, settings = plan.read({"budget": 0.43211, "pipeline": also.name})
+    assert (budget, settings) == (0.432, {"pipeline": "chain-int8.yaml"})
+    pipeline = plan.pipeline(budget, settings)
+    assert pipeline.config.quantize is not None
+    assert pipeline.config.name.startswith("chain-int8-0.432-")
+    other["stages"][1]["target"] = {"params": 0.5}
+    also = world.write(other)
+    with pytest.raises(ConfigError, match=r"must have a target of macs as '.*' has, got a target of params"):
+        pareto_search._Plan(path, Space(also=(also,)), (), None)
+
+
 def stage(name: str, **record: Any) -> StageRun:
     return StageRun(name, "ran", 1.0, record)
 

@@ -193,6 +193,35 @@ def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(
     assert results["unmet"].failure.kind == "not met", results["unmet"].failure
 
 
+LOCAL = """
+import subprocess, sys, time
+from pathlib import Path
+from compress.engine.ray_cluster import RayCluster
+from compress.engine.resources import Resources
+from compress.progress import SilentProgress
+with RayCluster(Resources(ray="local", device="board"), Path(sys.argv[0]), SilentProgress()) as executor:
+    from ray._private.worker import _global_node
+    pids = [one.process.pid for each in _global_node.all_processes.values() for one in each]
+    print(executor.words, "|", *pids, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_local_cluster_ends_with_its_driver(tmp_path: Path) -> None:
+    driver = start(code=LOCAL.replace("sys.argv[0]", repr(str(tmp_path))))
+    assert driver.stdout is not None
+    words, _, pids = driver.stdout.readline().partition("|")
+    assert re.fullmatch(r"on Ray [\d.]+ with 1 node ", words), words + driver.communicate()[1]
+    processes = [Path(f"/proc/{pid}") for pid in pids.split()]
+    assert any(process.exists() for process in processes)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    ends = time.monotonic() + 120
+    while any(process.exists() for process in processes) and time.monotonic() < ends:
+        time.sleep(0.5)
+    assert not any(process.exists() for process in processes)
+
+
 def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):

@@ -40,6 +40,7 @@ def open_executor(resources: Resources, runs_dir: Path, progress: Progress) -> "
     """
     if resources.ray is not None:
         require_packages(["ray"], "--ray (the extra 'ray' of this project)")
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # keeps Ray's states of lost nodes out of our output
         from compress.engine.ray_cluster import RayCluster  # imports ray
 
         return RayCluster(resources, runs_dir, progress)

@@ -58,13 +58,13 @@ from compress.errors import (
     translated,
 )
 from compress.progress import Progress
-from compress.storage.files import write_atomic
+from compress.storage.files import file_system_time, write_atomic
 
 LOCAL = "local"
 TIMING = "timing"
 RETRIES = 3  # of a task whose node or process has died
 _ON_CPU = "CPUExecutionProvider"
-_TOKEN = ".ray-token"
+_TOKEN, _TOKEN_S = ".ray-token", 30 * 86_400.0  # the latter: longer than any sweep
 _LOCAL_STORE_BYTES = 100 * 2**20  # nothing large passes through Ray
 _CONNECT_S, _PROBE_S = 10.0, 120.0
 
@@ -231,6 +231,10 @@ def _place_token(runs_dir: Path) -> dict[str, Any]:
     path, value = runs_dir / f"{_TOKEN}-{secrets.token_hex(4)}", secrets.token_hex(16)
     try:
         write_atomic(path, value)
+        now = file_system_time(runs_dir)
+        for old in runs_dir.glob(f"{_TOKEN}-*"):  # of drivers that were killed
+            if now - old.stat().st_mtime > _TOKEN_S:
+                old.unlink(missing_ok=True)
     except OSError as error:
         raise ArtifactError(f"Runs folder '{runs_dir}' must be writable: {error.strerror or error}.") from error
     return {"token": str(path), "value": value, "versions": _versions(), "folder": str(Path.cwd())}

@@ -200,7 +200,7 @@ def test_a_wrong_value_is_refused_before_any_trial(tmp_path: Path) -> None:
 def test_precision_is_a_choice_between_pipeline_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path)
     path, other = world.write(world.values()), world.values() | {"name": "chain-int8"}
-    other["stages"].insert(-1, {"stage": "quantize"})
+    other["stages"].insert(-1, {"stage": "quantize", "images": 32})
     also = world.write(other)
     plan = pareto_search._Plan(path, Space(also=(also,)), (), None)
     assert set(plan.distributions) == {"budget", "pipeline"}

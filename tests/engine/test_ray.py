@@ -94,7 +94,7 @@ def test_a_lost_driver_and_a_lost_node_change_nothing(swept: World) -> None:
     assert set(report["comparison"]["runs"]) == set(names)
     output = (swept.folder / "output.txt").read_text(encoding="utf-8")
     assert re.search(r"4 runs of chain, on Ray [\d.]+ with 3 nodes\.", output)
-    assert not list(swept.runs.glob(".ray-token*.part"))
+    assert "raylet" not in output, "standard output may hold JSON"
 
     alone = swept.folder / "alone"  # the same run, undisturbed, in one process
     overrides = ["stages.1.target.macs=0.5", "name=chain-0.5-seed1"]

@@ -321,7 +321,9 @@ RUNTIMES.declare_all("compress.verification.runtimes", (
 INSTALL = {
     "cryptography": "pip install 'cryptography>=43'",
     "fsspec": "pip install 'fsspec>=2025.3'",
+    "optuna": "pip install 'optuna>=5.0'",
     "pycocotools": "pip install 'pycocotools>=2.0.7'",
+    "ray": "pip install 'ray>=2.40'",
     "s3fs": "pip install 's3fs>=2025.3'",
     "tensorboard": "pip install 'tensorboard>=2.18'",
     "timm": "pip install 'timm>=1.0.20'",

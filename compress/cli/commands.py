@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from compress.errors import ConfigError
 
 if TYPE_CHECKING:
     from compress.config.load import Pipeline
+    from compress.engine.resources import Resources
     from compress.model.artifacts import Verdict
     from compress.storage.remote import Remote
 
@@ -60,6 +62,21 @@ JsonFile = Annotated[
 ]
 Summary = Annotated[
     bool, typer.Option("--github-summary", help="Add the verdict to the summary of a GitHub Actions job.")
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", metavar="N", min=1, help="Runs at the same time, each in a process of its own.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="ADDRESS|local", help="Run on a Ray cluster: HOST:PORT, auto, or local for a new one."
+    ),
+]
+Cpus = Annotated[float | None, typer.Option("--cpus", metavar="N", min=0.0, help="Cores of each run, with --ray.")]
+Gpus = Annotated[float | None, typer.Option("--gpus", metavar="N", min=0.0, help="GPUs of each run, with --ray.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Measure latency on nodes with resource device:NAME, with --ray."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the verdict.")]
 
@@ -234,27 +251,42 @@ def sweep(
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="A,B,...", help="Values for the pipeline's target, as in 0.8,0.6,0.5.")
     ],
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="A,B,...", help="Run each budget with each seed, and show mean and deviation."),
+    ] = None,
     overrides: Overrides = None,
     seed: Seed = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = Path("runs"),
     store: StoreUrl = None,
+    jobs: Jobs = None,
+    ray: RayAddress = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    device: Device = None,
 ) -> None:
     """Run a pipeline at several budgets and put the results side by side."""
-    values = _parse_budgets(budgets)
+    values, several = _parse_budgets(budgets), _parse_seeds(seeds, seed)
+    resources = _parse_resources(jobs, ray, cpus, gpus, device)
     from compress.config.load import load_pipeline
 
     load_pipeline(pipeline, overrides or (), seed)
-    remote = _open_store(store)
-    from compress.engine.sweep import (
-        sweep as sweep_pipeline,  # imports torch; a wrong pipeline file is refused before that
-    )
+    _open_store(store)
+    from compress.engine.executors import open_executor  # imports torch; a wrong pipeline file is refused before that
+    from compress.engine.sweep import Grid
+    from compress.engine.sweep import sweep as sweep_pipeline
     from compress.report.sweep import describe_potential
 
     console = Console(quiet)
-    outcome = sweep_pipeline(pipeline, values, runs_dir, overrides or (), seed, console, remote)
+    with open_executor(resources, runs_dir, console) as executor:
+        outcome = sweep_pipeline(
+            pipeline, Grid(values, several), runs_dir, overrides or (), seed, console, store, executor
+        )
     results = outcome.sweep
     console.print_table(f"Budgets of {results.quantity}", results.columns, results.rows)
+    if results.comparison is not None:
+        console.note(results.comparison.describe())
     if results.potential is not None:
         console.say(describe_potential(results.potential))
     console.note(f"Report: {outcome.folder / 'sweep.html'}")
@@ -282,20 +314,96 @@ def search(
     junit: Junit = None,
     json_file: JsonFile = None,
     github_summary: Summary = False,
+    jobs: Jobs = None,
+    ray: RayAddress = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    device: Device = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Search cost and metric over budget and settings, by Optuna.")
+    ] = False,
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", min=1, help="Runs of --pareto, earlier ones included; 20.")
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=[A,B]|LOW..HIGH", help="Setting that --pareto varies; repeatable."),
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--also", metavar="PIPELINE", help="Another pipeline that --pareto may choose; repeatable."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="FILE|URL", help="Trials of --pareto: a journal, or a database's URL."),
+    ] = None,
 ) -> None:
-    """Find the smallest budget at which a pipeline passes its gates, by bisection."""
+    """Find the smallest budget at which a pipeline passes its gates, by bisection; or a Pareto front."""
     limits = _parse_range(between)
-    from compress.cli.ci import require_places, write_for_ci
+    resources = _parse_resources(jobs, ray, cpus, gpus, device)
+    ci = _ForCi(junit, json_file, github_summary)
+    common = _Common(pipeline, tuple(overrides or ()), seed, runs_dir, store, _console(quiet, json_file), resources)
+    if pareto:
+        _search_pareto(common, limits, trials or 20, vary or (), also or (), storage, ci)
+        return
+    given_options = {"--trials": trials, "--vary": vary, "--also": also, "--storage": storage}
+    if wrong := next((name for name, value in given_options.items() if value), None):
+        raise ConfigError(f"{wrong} needs --pareto, it is not given.")
+    _search_budget(common, limits, most_runs, within, ci)
+
+
+@dataclass(frozen=True)
+class _Common:
+    """Options that both searches have."""
+
+    pipeline: Path
+    overrides: tuple[str, ...]
+    seed: int | None
+    runs_dir: Path
+    store: str | None
+    console: Console
+    resources: "Resources"
+
+
+@dataclass(frozen=True)
+class _ForCi:
+    """Files for CI systems."""
+
+    junit: Path | None
+    json_file: Path | None
+    summary: bool
+
+    def require(self) -> None:
+        from compress.cli.ci import require_places
+
+        require_places(self.junit, self.json_file, self.summary)
+
+    def write(self, verdict: "Verdict | None", name: str, seconds: float, console: Console) -> None:
+        from compress.cli.ci import write_for_ci
+
+        if verdict is not None:
+            write_for_ci(verdict, name, self.junit, self.json_file, self.summary, seconds)
+            _annotate(verdict, name, self.summary, console)
+
+
+def _search_budget(
+    common: _Common, limits: tuple[float, float] | None, most_runs: int, within: float, ci: _ForCi
+) -> None:
     from compress.config.load import load_pipeline
 
-    name = load_pipeline(pipeline, overrides or (), seed).config.name
-    require_places(junit, json_file, github_summary)
-    remote = _open_store(store)
+    name = load_pipeline(common.pipeline, common.overrides, common.seed).config.name
+    ci.require()
+    _open_store(common.store)
     from compress.engine.budget_search import SearchLimits, search_budget  # imports torch
+    from compress.engine.executors import open_executor
 
-    console, started = _console(quiet, json_file), time.monotonic()
+    console, started = common.console, time.monotonic()
     given = SearchLimits(limits, most_runs, within)
-    outcome = search_budget(pipeline, given, runs_dir, tuple(overrides or ()), seed, console, remote)
+    resources = replace(common.resources, jobs=common.resources.jobs or 1)  # bisection gains little from more
+    with open_executor(resources, common.runs_dir, console) as executor:
+        outcome = search_budget(
+            common.pipeline, given, common.runs_dir, common.overrides, common.seed, console, common.store, executor
+        )
     tried = outcome.tried
     console.print_table(f"Budgets of {tried.quantity}", tried.columns, tried.rows)
     if outcome.best is None:
@@ -303,10 +411,59 @@ def search(
     else:
         known = "" if outcome.failing is None else f"; {outcome.failing:g} does not pass"
         console.say(f"Smallest that passes: {tried.quantity} {outcome.best.budget:g} ({outcome.best.run}){known}.")
-    if outcome.verdict is not None:
-        seconds = time.monotonic() - started
-        write_for_ci(outcome.verdict, name, junit, json_file, github_summary, seconds)
-        _annotate(outcome.verdict, name, github_summary, console)
+    ci.write(outcome.verdict, name, time.monotonic() - started, console)
+    console.note(f"Report: {outcome.folder / 'search.html'}")
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+def _search_pareto(
+    common: _Common,
+    limits: tuple[float, float] | None,
+    trials: int,
+    vary: Sequence[str],
+    also: Sequence[Path],
+    storage: str | None,
+    ci: _ForCi,
+) -> None:
+    from compress.config.load import load_pipeline
+    from compress.engine.search_space import Space, parse_choices
+
+    choices = parse_choices(vary)
+    name = load_pipeline(common.pipeline, common.overrides, common.seed).config.name
+    for path in also:
+        load_pipeline(path, common.overrides, common.seed)
+    ci.require()
+    from compress.catalog import require_packages
+
+    require_packages(["optuna"], "--pareto (the extra 'search' of this project)")
+    _open_store(common.store)
+    from compress.engine.executors import open_executor  # imports torch
+    from compress.engine.pareto_search import search_pareto
+
+    console, started = common.console, time.monotonic()
+    space = Space(limits, choices, tuple(also), storage)
+    with open_executor(common.resources, common.runs_dir, console) as executor:
+        outcome = search_pareto(
+            common.pipeline,
+            space,
+            trials,
+            common.runs_dir,
+            common.overrides,
+            common.seed,
+            console,
+            common.store,
+            executor,
+        )
+    tried = outcome.tried
+    console.print_table(f"Trials by {tried.quantity}", tried.columns, tried.rows)
+    if tried.comparison is not None:
+        console.note(tried.comparison.describe())
+    if outcome.front:
+        console.say(f"Pareto front: {', '.join(run.run for run in outcome.front)}.")
+    else:
+        console.say("No trial passes its gates.")
+    ci.write(outcome.verdict, name, time.monotonic() - started, console)
     console.note(f"Report: {outcome.folder / 'search.html'}")
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
@@ -723,6 +880,38 @@ def _parse_budgets(text: str) -> list[float]:
     if not values or not all(0 < value < float("inf") for value in values):
         raise ConfigError(f"--budgets must be numbers above 0, such as 0.8,0.6,0.5, got '{text}'.")
     return values
+
+
+def _parse_seeds(text: str | None, seed: int | None) -> list[int]:
+    """Read "0,1,2"; [] where it is not given.
+
+    Raises:
+        ConfigError: It is not a list of whole numbers, or there is a single seed as well.
+    """
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) < 2**63 for part in parts):
+        raise ConfigError(f"--seeds must be whole numbers of at least 0, such as 0,1,2, got '{text}'.")
+    if seed is not None:
+        raise ConfigError("--seed and --seeds exclude each other.")
+    return [int(part) for part in parts]
+
+
+def _parse_resources(
+    jobs: int | None, ray: str | None, cpus: float | None, gpus: float | None, device: str | None
+) -> "Resources":
+    """Return the resources of runs.
+
+    Raises:
+        ConfigError: An option for Ray is given without --ray.
+    """
+    given = {"--cpus": cpus, "--gpus": gpus, "--device": device}
+    if ray is None and (extra := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"{extra[0]} needs --ray, it is not given.", hint="--ray local, or the address of a cluster")
+    from compress.engine.resources import Resources
+
+    return Resources(jobs, ray or None, 1.0 if cpus is None else cpus, gpus or 0.0, device)
 
 
 def _parse_range(text: str | None) -> tuple[float, float] | None:

@@ -29,7 +29,7 @@ from compress.user_code import as_stage_error
 BROKEN_PIPE_EXIT_CODE = 141
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
              errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ENXIO)  # fmt: skip
-_GOES_ON = ("run", "sweep", "profile")  # commands that keep every stage they complete
+_GOES_ON = ("run", "sweep", "search", "profile")  # commands that keep every stage they complete
 
 P = ParamSpec("P")
 

@@ -30,6 +30,7 @@ from compress.engine.keys import Step, build_steps, explain, needs_latency
 from compress.engine.preflight import require_checkpoints, require_importances, require_packages_of, require_runtimes
 from compress.engine.run_folder import publish, publish_slim
 from compress.engine.sharing import Sharing, find_remote_entry
+from compress.engine.timing_lock import Turns, measures_latency
 from compress.engine.workers import Workers, workers
 from compress.errors import ArtifactError, CompressError, ConfigValueError, InternalError, RunLocked
 from compress.model.artifacts import FactorySpec, TorchModel, Verdict
@@ -101,7 +102,11 @@ def plan(pipeline: Pipeline, runs_dir: Path, remote: "Remote | None" = None) -> 
 
 
 def run(
-    pipeline: Pipeline, runs_dir: Path, progress: Progress | None = None, remote: "Remote | None" = None
+    pipeline: Pipeline,
+    runs_dir: Path,
+    progress: Progress | None = None,
+    remote: "Remote | None" = None,
+    turns: Turns | None = None,
 ) -> RunOutcome:
     """Run the stages of a pipeline that are not cached, and write its run folder.
 
@@ -110,12 +115,41 @@ def run(
         runs_dir: Parent folder of all run folders.
         progress: Receives the progress of long operations.
         remote: Store of other hosts, whose finished stages are taken, and which gets those of this run.
+        turns: Turns of the stages among several runs on this machine; by default each stage begins at once.
 
     Raises:
         CompressError: A stage failed; the message names it. Results of finished stages stay cached.
         RunLocked: Another process runs in this folder.
     """
-    return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False, remote)
+    return _run(pipeline, runs_dir, progress or SilentProgress(), Workers(), False, remote, turns)
+
+
+def run_stages(
+    pipeline: Pipeline,
+    runs_dir: Path,
+    count: int,
+    progress: Progress | None = None,
+    remote: "Remote | None" = None,
+    turns: Turns | None = None,
+) -> list[StageRun]:
+    """Run the first stages of a pipeline, as far as they are not cached, and publish nothing.
+
+    Args:
+        pipeline: The pipeline, with validated settings.
+        runs_dir: Parent folder of all run folders.
+        count: Number of stages.
+        progress: Receives the progress of long operations.
+        remote: Store of other hosts, as in `run`.
+        turns: As in `run`.
+
+    Raises:
+        CompressError: As `run`.
+    """
+    folder, progress = runs_dir / pipeline.config.name, progress or SilentProgress()
+    locks = open_locks(runs_dir / STORE, progress.warn)
+    with locks.hold(folder):
+        part = _Run(pipeline, runs_dir, folder, progress, Workers(), remote=remote, locks=locks, turns=turns)
+        return part.execute_first(count)
 
 
 def run_until(
@@ -187,11 +221,12 @@ def _run(
     workers: Workers,
     writes_curves: bool,
     remote: "Remote | None",
+    turns: Turns | None = None,
 ) -> RunOutcome:
     folder = runs_dir / pipeline.config.name
     locks = open_locks(runs_dir / STORE, progress.warn)
     with locks.hold(folder):
-        return _Run(pipeline, runs_dir, folder, progress, workers, writes_curves, remote, locks).execute()
+        return _Run(pipeline, runs_dir, folder, progress, workers, writes_curves, remote, locks, turns).execute()
 
 
 def profile(
@@ -234,7 +269,9 @@ class _Run:
         writes_curves: bool = False,
         remote: "Remote | None" = None,
         locks: Locks = NATIVE,
+        turns: Turns | None = None,
     ) -> None:
+        self.turns = turns or Turns()
         self.pipeline, self.folder, self.progress = pipeline, folder, progress
         self.workers, self.writes_curves = workers, writes_curves
         self.factory = FactorySpec.from_model(pipeline.resolved["stages"][0]["model"])
@@ -283,6 +320,15 @@ class _Run:
         self.sharing.finish()
         return RunOutcome(verdict, self.folder, report)
 
+    def execute_first(self, count: int) -> list[StageRun]:
+        """Run or restore the first stages, and return their outcomes."""
+        self.store.sweep()
+        steps, digest = build_steps(self.pipeline), ""
+        for step in steps[:count]:
+            digest = self._do(step, len(steps), digest)
+        self.sharing.finish()
+        return self.stages
+
     def execute_before(self, steps: Sequence[Step], index: int) -> None:
         """Run or restore the stages before a position, and write their network into the run folder."""
         self.store.sweep()
@@ -318,7 +364,7 @@ class _Run:
             self._withdraw_report()
             self._try_runtimes()
             with self._claim(key, label) as made_elsewhere:
-                entry = made_elsewhere or self._make(step, count, key)
+                entry = made_elsewhere or self._make_in_turn(step, count, key, label)
                 status = "unchanged" if made_elsewhere else "ran"
         if status == "ran":
             self.progress.note(f"{label}: done in {entry.meta['seconds']:.1f} s")
@@ -373,6 +419,11 @@ class _Run:
                     waited = True
                     time.sleep(WAIT_S)
             yield self.store.get(key, warns=waited)
+
+    def _make_in_turn(self, step: Step, count: int, key: str, label: str) -> Entry:
+        is_timing = measures_latency(self.pipeline.config, step.index)
+        with self.turns.hold(is_timing, lambda text: self.progress.note(f"{label}: {text}")):
+            return self._make(step, count, key)
 
     def _make(self, step: Step, count: int, key: str) -> Entry:
         """Run one stage and store its result."""

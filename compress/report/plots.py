@@ -353,6 +353,7 @@ class Point:
         low: Lower end of the interval of the quality, in the same unit; None if it is not known.
         high: Upper end of the interval of the quality; None if it is not known.
         is_baseline: Whether the network is the baseline.
+        is_failed: Whether the network did not pass its verification; it is drawn as a cross.
     """
 
     cost: float
@@ -361,6 +362,7 @@ class Point:
     low: float | None = None
     high: float | None = None
     is_baseline: bool = False
+    is_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,12 +374,14 @@ class Panel:
         points: Points of the networks.
         is_joined: Whether an arrow leads from the first to the last point, in place of a line along the front.
         more_is_better: Whether the cost is a gain, such as a speed-up.
+        gate: Limit of the quality, drawn as a line; None for no line.
     """
 
     title: str
     points: Sequence[Point]
     is_joined: bool = False
     more_is_better: bool = False
+    gate: float | None = None
 
 
 def list_front(points: Sequence[Point], metric: Metric, more_is_better: bool = False) -> list[Point]:
@@ -426,6 +430,7 @@ def _draw_panel(axes: Any, panel: Panel, metric: Metric) -> None:
         if one.low is not None and one.high is not None:
             axes.plot([one.cost] * 2, [one.low, one.high], color=color, linewidth=1.1)
         fill = color if one.is_baseline or one in front else CARD
+        shape = "X" if one.is_failed else shape
         axes.plot([one.cost], [one.quality], shape, color=color, markersize=6, markerfacecolor=fill)
         labels.setdefault((one.cost, one.quality, one.is_baseline), []).append(one.label)
     largest = max(one.cost for one in panel.points)
@@ -434,6 +439,9 @@ def _draw_panel(axes: Any, panel: Panel, metric: Metric) -> None:
         align, shift = ("right", -6) if cost > (0.6 if is_baseline else 0.85) * largest else ("left", 6)
         place = {"textcoords": "offset points", "xytext": (shift, 5 if is_baseline else -11), "ha": align}
         axes.annotate(_join(names, is_baseline), (cost, quality), fontsize=8, **place)
+    if panel.gate is not None:
+        axes.axhline(panel.gate, color=MARK, linewidth=1.1, linestyle="--")
+        axes.annotate("gate", (0, panel.gate), fontsize=8, color=MARK, textcoords="offset points", xytext=(4, 3))
     axes.margins(0.14)
     axes.set_xlim(0, largest * 1.08)
     axes.set_xlabel(panel.title)

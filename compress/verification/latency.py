@@ -236,6 +236,52 @@ def compare_latency(
     return Comparison(run.samples(), ratio)
 
 
+@dataclass(frozen=True, slots=True)
+class ManyLatencies:
+    """Several models timed in turn.
+
+    Attributes:
+        samples: Label -> timed calls.
+        ratios: Label of each model but the last -> its latency / latency of the last model.
+        control: Ratio of the last model to a second opening of itself.
+    """
+
+    samples: dict[str, LatencySample]
+    ratios: dict[str, LatencyRatio]
+    control: LatencyRatio | None
+
+
+def compare_all(
+    models: Models,
+    feed: Feed,
+    calls: Calls,
+    progress: Progress | None = None,
+    *,
+    stopwatch: Stopwatch | None = None,
+) -> ManyLatencies:
+    """Time any number of models in turn, in sittings for which all are opened anew, and compare each with the last.
+
+    Args:
+        models: Label -> function that makes the runtime, not opened yet; at least two. The last is the baseline, which
+            is opened twice to be compared with itself as well.
+        feed: Function that returns the inputs of an open runtime; called once for each model.
+        calls: Untimed and timed calls of each model.
+        progress: Receives progress by sitting.
+        stopwatch: Source of time.
+
+    Raises:
+        As `compare_latency`.
+    """
+    _require_calls(len(models) - 1, calls.repeats)
+    *labels, baseline = models
+    run = _Sittings({**models, baseline + AGAIN: models[baseline]}, feed, calls, stopwatch or Stopwatch())
+    with (progress or SilentProgress()).task("latency of all networks in turn", SITTINGS) as task:
+        run.make(0.0, task.advance)
+    ratios = {label: _ratio(run.found, (label, baseline)) for label in labels}
+    control = next(iter(ratios.values())).control
+    return ManyLatencies(run.samples(), ratios, control)
+
+
 @dataclass
 class _Sittings:
     """Sittings of the same models, one after the other.

@@ -93,7 +93,7 @@ def test_a_comparison_and_a_sweep_tell_it():
     for status, word in (("pass", "passed"), ("inconclusive", "inconclusive"), ("fail", "failed")):
         assert f'<span class="badge {status}">{word}</span>' in page
     assert "1 inconclusive" in page
-    swept = Sweep("run", "macs", tuple(SweepRun(0.5, "run", report) for report in reports))
+    swept = Sweep("run", "macs", tuple(SweepRun(0.1 * place, "run", one) for place, one in enumerate(reports)))
     assert [row[1] for row in swept.rows] == ["passed", "inconclusive", "failed"]
 
 

@@ -16,7 +16,7 @@ from compress.engine import runner, sharing
 from compress.engine.keys import build_steps
 from compress.engine.runner import plan, run
 from compress.engine.sharing import shared_name
-from compress.engine.sweep import sweep
+from compress.engine.sweep import Grid, sweep
 from compress.errors import InternalError, RunLocked
 from compress.storage.lock import hold
 from compress.storage.remote import open_remote
@@ -192,7 +192,7 @@ def test_two_sweeps_of_one_pipeline_on_one_store_do_not_mix(world: World) -> Non
         hold(world.runs / "chain-sweep"),
         pytest.raises(RunLocked, match="chain-sweep' is held by process"),
     ):
-        sweep(path, [0.8], world.runs)
+        sweep(path, Grid([0.8]), world.runs)
     with hold(world.runs / "chain-search"):
         done = world.call("search", world.values(), "--runs", "1")
     assert done.exit_code == 4

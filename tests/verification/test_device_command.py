@@ -109,7 +109,7 @@ def test_all_lines_of_numbers_at_the_end_are_times() -> None:
 def test_a_failure_is_tried_again_and_its_error_output_is_shown() -> None:
     failing = "import sys; sys.stderr.write('a\\nb\\nssh: connect to host pi: refused\\n'); sys.exit(255)"
     listener, pauses = RecordingProgress(), list[float]()
-    with pytest.raises(DeviceFailed, match="tried 3 times: exit code 255; its error output ends with: a / b / ssh: conn"):
+    with pytest.raises(DeviceFailed, match="tried 3 times: exit code 255; its error output ends with: a / b / ssh"):
         code(failing).time_file(exported("chain"), VALUES, listener, pauses.append)
     assert pauses == [1.0, 2.0]
     assert [warning.partition(":")[0] for warning in listener.warnings] == [
@@ -140,7 +140,8 @@ def test_a_signal_is_named() -> None:
 def test_a_program_that_hangs_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     hanging = (
-        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         f"open({str(mark)!r}, 'w').write(str(child.pid)); time.sleep(60)"
     )
     started = time.monotonic()

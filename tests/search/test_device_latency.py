@@ -1,4 +1,4 @@
-"""A latency target on a device that times complete files: met, resumed, and steady while the device changes its speed."""
+"""A latency target on a device that times complete files: met, resumed, and steady while the device changes speed."""
 
 import json
 from collections.abc import Callable

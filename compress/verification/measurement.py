@@ -210,7 +210,7 @@ def time_on_device(path: Path, conditions: Conditions, progress: Progress) -> De
         DeviceFailed: The command fails.
     """
     if conditions.device is None:
-        raise InternalError("A file was to be timed on a device, and there is none.")
+        raise InternalError("A file was to be timed on a device, but the conditions name no device.")
     values = {name: getattr(conditions, name) for name in CALLS}
     return conditions.device.time_file(path, values, progress)
 

@@ -98,5 +98,5 @@ def test_conditions_name_the_device_and_leave_it_out_here() -> None:
     assert str(conditions) == "device pi5, 64 threads, batch 8"
     assert conditions.here == Conditions(threads=1, batch_size=8)
     assert Conditions(threads=2).here == Conditions(threads=2)
-    with pytest.raises(InternalError, match="there is none"):
+    with pytest.raises(InternalError, match="name no device"):
         time_on_device(FILES["slim"], Conditions(), SilentProgress())

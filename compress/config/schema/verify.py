@@ -216,7 +216,7 @@ class DeployConfig(Section):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the settings of a command where there is none, as files of earlier versions do."""
+        """Leave out the settings of a command that is not given, as files of earlier versions do."""
         values: dict[str, Any] = dump(self)
         if self.command is None:
             values = {key: value for key, value in values.items() if key != "command" and key not in _OF_COMMAND}
